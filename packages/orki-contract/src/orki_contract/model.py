@@ -1,0 +1,323 @@
+"""The contract as plain values: what streams, groups, tasks, tools and frames are.
+
+The generator renders these classes, generated code instantiates them, and the runtimes read them: there is no second
+model. All are frozen, totally ordered among their own kind, and turned into JSON by `dump`. Durations are whole
+milliseconds, sizes are bytes; 0 in a duration that may be absent means "no limit".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+__all__ = [
+    "AUDIT_GROUP",
+    "Backoff",
+    "Contract",
+    "Frame",
+    "FrameField",
+    "Group",
+    "Overflow",
+    "Retention",
+    "Scalar",
+    "SensitiveField",
+    "Start",
+    "Stream",
+    "Subscription",
+    "TaskMethod",
+    "ToolMethod",
+    "dump",
+    "to_json",
+]
+
+
+class Start(StrEnum):
+    """Where a new consumer group begins to read."""
+
+    EARLIEST = "earliest"
+    LATEST = "latest"
+
+
+class Overflow(StrEnum):
+    """What a stream does when its retention is reached."""
+
+    DROP_OLDEST = "drop_oldest"
+
+
+class Scalar(StrEnum):
+    """Little-endian types of a frame's block. `BYTES` has the length of its field's `size`."""
+
+    BOOL = "bool"
+    U8 = "u8"
+    U16 = "u16"
+    U32 = "u32"
+    U64 = "u64"
+    I8 = "i8"
+    I16 = "i16"
+    I32 = "i32"
+    I64 = "i64"
+    F32 = "f32"
+    F64 = "f64"
+    BYTES = "bytes"
+
+
+@dataclass(frozen=True, order=True, slots=True, kw_only=True)
+class Group:
+    """A consumer group: one cursor over a stream, shared by all consumers of that name.
+
+    Attributes:
+        name: Unique on its stream.
+        start: Where the group begins when it is created.
+        max_deliveries: Deliveries of one entry before it is dead-lettered.
+        ack_deadline_ms: A delivered entry neither acknowledged nor renewed for this long is claimed by others.
+        dead_letter: Stream for what could not be processed; empty means `STREAM.GROUP.dead`.
+    """
+
+    name: str
+    start: Start = Start.EARLIEST
+    max_deliveries: int = 5
+    ack_deadline_ms: int = 30_000
+    dead_letter: str = ""
+
+
+AUDIT_GROUP = Group(name="audit")
+"""The group that every stream has without being asked."""
+
+
+@dataclass(frozen=True, order=True, slots=True, kw_only=True)
+class Retention:
+    """When entries may be trimmed, for each partition; limits are approximate (Redis `XADD … MAXLEN ~`).
+
+    Attributes:
+        max_entries: Most entries kept.
+        max_age_ms: Longest time that an entry is kept; 0 for no limit.
+        overflow: What happens when a limit is reached.
+    """
+
+    max_entries: int
+    max_age_ms: int = 0
+    overflow: Overflow = Overflow.DROP_OLDEST
+
+
+@dataclass(frozen=True, order=True, slots=True, kw_only=True)
+class Stream:
+    """One Redis stream and the groups that its owner declares, `audit` among them.
+
+    Attributes:
+        name: Unique over the fleet.
+        message: Full name of the entry's message.
+        retention: When entries may be trimmed.
+        partitions: Number of Redis keys.
+        partition_key: Field whose value picks the partition; empty when there is one partition.
+        groups: By name.
+    """
+
+    name: str
+    message: str
+    retention: Retention
+    partitions: int = 1
+    partition_key: str = ""
+    groups: tuple[Group, ...] = (AUDIT_GROUP,)
+
+    def group(self, name: str) -> Group:
+        """The declared group of that name.
+
+        Raises:
+            UnknownGroup: No such group; the message lists those that are.
+        """
+        for group in self.groups:
+            if group.name == name:
+                return group
+        from orki_contract.errors import UnknownGroup
+
+        declared = ", ".join(group.name for group in self.groups)
+        raise UnknownGroup(f'stream "{self.name}" declares no group "{name}" (declared: {declared})')
+
+    def dead_letter(self, group: Group) -> str:
+        """Name of the stream that takes what this group could not process."""
+        return group.dead_letter or f"{self.name}.{group.name}.dead"
+
+
+@dataclass(frozen=True, order=True, slots=True, kw_only=True)
+class Subscription:
+    """A group that a reader's package declares on a stream of somebody else.
+
+    Attributes:
+        package: Proto package of the reader.
+        stream: Name of the stream.
+        message: Full name of the stream's message.
+        group: The group.
+    """
+
+    package: str
+    stream: str
+    message: str
+    group: Group
+
+
+@dataclass(frozen=True, order=True, slots=True, kw_only=True)
+class Backoff:
+    """Wait before attempt n+1: `min(initial_ms * multiplier ** (n - 1), maximum_ms)`."""
+
+    initial_ms: int = 1_000
+    maximum_ms: int = 60_000
+    multiplier: float = 2.0
+
+    def wait_ms(self, failed_attempts: int) -> int:
+        """Wait in milliseconds after `failed_attempts` (at least 1) attempts have failed."""
+        try:
+            grown = self.initial_ms * self.multiplier ** (failed_attempts - 1)
+        except OverflowError:
+            return self.maximum_ms
+        return int(min(grown, self.maximum_ms))
+
+
+@dataclass(frozen=True, order=True, slots=True, kw_only=True)
+class TaskMethod:
+    """Work that an orchestrator hands to an agent. Message names are full; an empty one means "none".
+
+    Attributes:
+        service: Full name of the service.
+        name: Name of the method in the proto.
+        request: Request message.
+        response: Response message.
+        progress: Progress message.
+        directive: Directive message.
+        heartbeat_timeout_ms: Lease of an attempt.
+        attempt_timeout_ms: Longest time of one attempt.
+        stall_timeout_ms: Longest time without progress; 0 for no limit.
+        total_timeout_ms: Longest time over all attempts; 0 for no limit.
+        max_attempts: Attempts before the task fails for good.
+        backoff: Wait between attempts.
+        cancel_grace_ms: Time that a cancelled handler has to end by itself.
+    """
+
+    service: str
+    name: str
+    request: str
+    response: str
+    progress: str = ""
+    directive: str = ""
+    heartbeat_timeout_ms: int = 10_000
+    attempt_timeout_ms: int = 600_000
+    stall_timeout_ms: int = 0
+    total_timeout_ms: int = 0
+    max_attempts: int = 3
+    backoff: Backoff = Backoff()
+    cancel_grace_ms: int = 5_000
+
+    @property
+    def full_name(self) -> str:
+        """`package.Service/Method`, the name that travels."""
+        return f"{self.service}/{self.name}"
+
+
+@dataclass(frozen=True, order=True, slots=True, kw_only=True)
+class ToolMethod:
+    """A call on the hot path.
+
+    Attributes:
+        service: Full name of the service.
+        name: Name of the method in the proto.
+        opcode: Number of the call, 0x0100 to 0xffff.
+        request: Full name of the request: a frame, or a message that travels in a frame's tail.
+        response: Full name of the response, likewise.
+        timeout_ms: Longest time for one call.
+        idempotent: Whether a call of unknown fate may be repeated.
+    """
+
+    service: str
+    name: str
+    opcode: int
+    request: str
+    response: str
+    timeout_ms: int = 1_000
+    idempotent: bool = False
+
+    @property
+    def full_name(self) -> str:
+        """`package.Service/Method`, the name that events and traces show."""
+        return f"{self.service}/{self.name}"
+
+
+@dataclass(frozen=True, order=True, slots=True, kw_only=True)
+class FrameField:
+    """One field of a frame's block.
+
+    Attributes:
+        offset: First byte, from the start of the block.
+        name: Name in the proto.
+        number: Number in the proto.
+        scalar: Its type.
+        size: Length in bytes.
+        since: Frame version that brought it; frames of older versions lack it.
+        enum: Full name of the enum that it holds; empty for none.
+    """
+
+    offset: int
+    name: str
+    number: int
+    scalar: Scalar
+    size: int
+    since: int = 1
+    enum: str = ""
+
+
+@dataclass(frozen=True, order=True, slots=True, kw_only=True)
+class Frame:
+    """A fixed little-endian layout.
+
+    Attributes:
+        message: Full name of the message.
+        version: Version of the layout.
+        block_length: Length of the block in bytes.
+        fields: By offset.
+        tail: Name of the field that takes the bytes behind the block; empty for none.
+        tail_text: Whether the tail is UTF-8 text.
+    """
+
+    message: str
+    version: int
+    block_length: int
+    fields: tuple[FrameField, ...] = ()
+    tail: str = ""
+    tail_text: bool = False
+
+
+@dataclass(frozen=True, order=True, slots=True, kw_only=True)
+class SensitiveField:
+    """A field that audit, logs and traces redact."""
+
+    message: str
+    field: str
+
+
+@dataclass(frozen=True, order=True, slots=True, kw_only=True)
+class Contract:
+    """All that a set of proto files declares, each part sorted."""
+
+    streams: tuple[Stream, ...] = ()
+    subscriptions: tuple[Subscription, ...] = ()
+    tasks: tuple[TaskMethod, ...] = ()
+    tools: tuple[ToolMethod, ...] = ()
+    frames: tuple[Frame, ...] = ()
+    sensitive: tuple[SensitiveField, ...] = field(default=())
+
+
+def dump(value: Any) -> Any:
+    """The value as JSON types: dataclasses as objects, tuples as arrays, enums as strings."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {entry.name: dump(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [dump(item) for item in value]
+    if isinstance(value, StrEnum):
+        return value.value
+    return value
+
+
+def to_json(value: Any) -> str:
+    """`dump` as text, indented, with a newline at the end."""
+    return json.dumps(dump(value), indent=2) + "\n"
