@@ -1,0 +1,144 @@
+"""The environments that sessions share: a few, made once, and made anew only when what goes into them changed.
+
+`run`: the distributions and what runs their tests; no buf, no protoc. `dev`: all of it, the generator's toolchain and
+the checkers included. Both hold editable installs, so editing a handler asks for no install.
+"""
+
+from __future__ import annotations
+
+__all__ = ["DEV", "NEWEST", "OLDEST", "RUN", "Environment", "Recipe", "ensure", "uv"]
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import nox
+
+from nox_sessions.layout import Distribution, distributions
+
+TOOLCHAIN = "orki-codegen"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """What goes into an environment.
+
+    Attributes:
+        name: the first part of its folder's name.
+        groups: dependency groups of the workspace's pyproject.toml.
+        toolchain: whether the generator, buf and protoc are in it.
+        resolution: None: the versions of constraints.txt. `lowest-direct` or `highest`: our dependencies as each
+            pyproject.toml allows them, and only the tools of `groups` as pinned.
+    """
+
+    name: str
+    groups: tuple[str, ...]
+    toolchain: bool = False
+    resolution: str | None = None
+
+
+RUN = Recipe(name="run", groups=("test",))
+DEV = Recipe(name="dev", groups=("build", "check", "launcher", "test"), toolchain=True)
+OLDEST = Recipe(name="oldest", groups=("test",), resolution="lowest-direct")
+NEWEST = Recipe(name="newest", groups=("test",), resolution="highest")
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """An environment that is ready, and how to run a command in it."""
+
+    folder: Path
+
+    @property
+    def python(self) -> str:
+        """The path of its interpreter."""
+        return str(self.folder / "bin" / "python")
+
+    def run(self, session: nox.Session, *command: str, env: Mapping[str, str] | None = None) -> None:
+        """Run a command with this environment first on the PATH; `python` and console scripts are its own."""
+        path = os.pathsep.join([str(self.folder / "bin"), os.environ.get("PATH", os.defpath)])
+        program = shutil.which(command[0], path=path)
+        if program is None:
+            session.error(f"{command[0]} is not in {self.folder}: remove that folder, and it is made anew")
+        variables = {"PATH": path, "VIRTUAL_ENV": str(self.folder), **(env or {})}
+        session.run(program, *command[1:], env=variables, external=True)
+
+
+def uv() -> str:
+    """Return the path of the uv beside this nox, or of another one on the PATH."""
+    beside = Path(sys.executable).parent / "uv"
+    found = str(beside) if beside.is_file() else shutil.which("uv")
+    if found is None:
+        sys.exit("uv is neither beside nox nor on the PATH: start the sessions with ./noxw, which brings it")
+    return found
+
+
+def ensure(session: nox.Session, recipe: Recipe, python: Path | None = None) -> Environment:
+    """Return an environment as the recipe says, made now unless it stands and nothing that it is made from changed.
+
+    Args:
+        session: the session that needs it.
+        recipe: what goes into it.
+        python: the interpreter; nox's own unless given.
+    """
+    root = Path.cwd()
+    interpreter = str(python) if python else getattr(sys, "_base_executable", sys.executable)
+    version = _version(interpreter)
+    folder = Path(session.cache_dir).parent / f"{recipe.name}-{'.'.join(version.split('.')[:2])}"
+    stamp = folder / "made-from"
+    members = [each for each in distributions(root) if recipe.toolchain or each.name != TOOLCHAIN]
+    digest = _digest(root, recipe, members, version)
+    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (stamp.is_file() and stamp.read_text(encoding="ascii") == digest and (folder / "bin/python").exists()):
+            session.log(f"Making {folder.name}: it is new, or what it is made from changed")
+            create = ["venv", "--quiet", "--clear", "--no-project", "--python", interpreter, str(folder)]
+            session.run(uv(), *create, external=True, log=False)
+            session.run(uv(), *_installation(root, folder, recipe, members), external=True, log=False)
+            stamp.write_text(digest, encoding="ascii")
+    return Environment(folder)
+
+
+def _version(interpreter: str) -> str:
+    """Ask an interpreter for its version, as `3.11.7`."""
+    command = [interpreter, "-Ic", "import platform; print(platform.python_version())"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _digest(root: Path, recipe: Recipe, members: list[Distribution], version: str) -> str:
+    """Return a digest of everything that decides what an environment holds, its place included."""
+    groups = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
+    parts = [str(root), version, repr(recipe), repr(groups), (root / "constraints.txt").read_text(encoding="utf-8")]
+    for each in members:
+        parts += [str(each.folder), (root / each.folder / "pyproject.toml").read_text(encoding="utf-8")]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _installation(root: Path, folder: Path, recipe: Recipe, members: list[Distribution]) -> list[str]:
+    """Return the arguments of the one install that fills an environment."""
+    command = ["pip", "install", "--quiet", "--python", str(folder), "--build-constraints", "constraints.txt"]
+    if recipe.resolution is None:
+        command += ["--constraints", "constraints.txt"]
+        for group in recipe.groups:
+            command += ["--group", group]
+    else:
+        command += ["--resolution", recipe.resolution, *_pinned(root, recipe.groups)]
+    for each in members:
+        command += ["--editable", each.requirement]
+    return command
+
+
+def _pinned(root: Path, groups: tuple[str, ...]) -> list[str]:
+    """Return the tools of some dependency groups as requirements, each with its pin."""
+    table = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
+    pins = re.findall(r"^([\w.-]+)==([^\s;]+)", (root / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    versions = dict(pins)
+    return [f"{name}=={versions[name]}" for group in groups for name in table[group]]

@@ -1,0 +1,151 @@
+"""The sessions of the workspace. `./noxw` runs those that must be green; `./noxw --list` shows all of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import nox
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from nox_sessions import interpreters, wheels
+from nox_sessions.environments import DEV, NEWEST, OLDEST, RUN, Environment, ensure, uv
+from nox_sessions.layout import distributions, source_roots
+
+nox.needs_version = ">=2026.1"
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["lint", "types", "tests", "contract", "gates", "docs", "build"]
+
+PACKAGE_TESTS = ("packages/*/tests", "examples/*/tests")
+
+
+def _folders(*patterns: str) -> list[str]:
+    """Return the folders that match, relative to the workspace's root."""
+    return sorted(str(path) for pattern in patterns for path in Path().glob(pattern) if path.is_dir())
+
+
+def _pytest(session: nox.Session, environment: Environment, *patterns: str) -> None:
+    """Run pytest on the folders that match; what follows `--` is added, and a path there takes the folders' place."""
+    places = [] if any(Path(each.partition("::")[0]).exists() for each in session.posargs) else _folders(*patterns)
+    environment.run(session, "python", "-m", "pytest", *places, *(session.posargs or ["-n", "2"]))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, format and layers: ruff, buf, import-linter."""
+    dev = ensure(session, DEV)
+    dev.run(session, "ruff", "check", ".")
+    dev.run(session, "ruff", "format", "--check", ".")
+    dev.run(session, "buf", "lint")
+    dev.run(session, "buf", "format", "--diff", "--exit-code", "proto")
+    dev.run(session, "lint-imports", "--config", "pyproject.toml", "--cache-dir", ".nox/import-linter")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Strict typing of hand-written code, of generated code, and of a file that uses the API as a user would."""
+    dev = ensure(session, DEV)
+    roots = [str(root) for root in source_roots(Path.cwd())]
+    own = ["noxw", "noxfile.py", "nox_sessions", *_folders("tests/typing")]
+    dev.run(session, "mypy", *roots, *own, env={"MYPYPATH": os.pathsep.join(roots)})
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The packages' tests, without buf and protoc; `-- ARGS` go to pytest."""
+    _pytest(session, ensure(session, RUN), *PACKAGE_TESTS)
+
+
+@nox.session(default=False)
+def tests_all(session: nox.Session) -> None:
+    """The packages' tests on every supported Python that is found; says which are absent."""
+    _tests_on(session, interpreters.SUPPORTED)
+
+
+@nox.session(default=False)
+def tests_others(session: nox.Session) -> None:
+    """As tests_all, without the Python that `tests` has already used."""
+    _tests_on(session, tuple(version for version in interpreters.SUPPORTED if version != interpreters.current()))
+
+
+def _tests_on(session: nox.Session, wanted: tuple[str, ...]) -> None:
+    """Run the packages' tests on some Python versions, and say which of them this machine lacks."""
+    found = {version: interpreters.find(version) for version in wanted}
+    for version, python in found.items():
+        if python is not None:
+            session.log(f"Python {version}: {python}")
+            _pytest(session, ensure(session, RUN, python), *PACKAGE_TESTS)
+    if absent := [version for version, python in found.items() if python is None]:
+        session.warn(f"Not found on this machine, so not tested: Python {', '.join(absent)}")
+
+
+@nox.session(default=False)
+def versions(session: nox.Session) -> None:
+    """The packages' tests with the oldest dependencies that they admit, and with the newest."""
+    for recipe in (OLDEST, NEWEST):
+        _pytest(session, ensure(session, recipe), *PACKAGE_TESTS)
+
+
+@nox.session
+def contract(session: nox.Session) -> None:
+    """The generator's tests, the wire's golden bytes, and whether the generated code is what the protos say."""
+    dev = ensure(session, DEV)
+    dev.run(session, "python", "-m", "orki_codegen.generate", "--check")
+    _pytest(session, dev, "codegen/tests", "tests/contract")
+
+
+@nox.session
+def gates(session: nox.Session) -> None:
+    """Plant what must not pass into a copy of the workspace, and see the sessions turn red."""
+    _pytest(session, ensure(session, DEV), "tests/gates")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """What the prose names exists, and what it shows runs."""
+    _pytest(session, ensure(session, DEV), "tests/docs")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build every distribution into dist/, and try the wheels as a stranger would."""
+    wheels.build(session, ensure(session, DEV), distributions(Path.cwd()))
+
+
+@nox.session(default=False)
+def generate(session: nox.Session) -> None:
+    """Regenerate every gen/ from proto/ and say what changed; `-- --check` only compares."""
+    ensure(session, DEV).run(session, "python", "-m", "orki_codegen.generate", *session.posargs)
+
+
+@nox.session(default=False)
+def demo(session: nox.Session) -> None:
+    """A review fleet over a source tree: `-- [PATH] [--json FILE]`."""
+    ensure(session, RUN).run(session, "python", "-m", "review_fleet.demo", *session.posargs)
+
+
+@nox.session(default=False)
+def coverage(session: nox.Session) -> None:
+    """The packages' tests once more, and which branches they never take."""
+    environment = ensure(session, RUN)
+    environment.run(session, "coverage", "erase")
+    environment.run(session, "coverage", "run", "-m", "pytest", *(session.posargs or _folders(*PACKAGE_TESTS)))
+    environment.run(session, "coverage", "combine", "--quiet")
+    environment.run(session, "coverage", "report")
+
+
+@nox.session(default=False)
+def pin(session: nox.Session) -> None:
+    """Write constraints.txt anew, with the newest versions that fit together on every supported Python."""
+    members = distributions(Path.cwd())
+    wanted = Path(".nox/pin.in")
+    wanted.write_text("".join(f"{each.requirement}\n" for each in members), encoding="utf-8")
+    command = ["pip", "compile", "--quiet", "--universal", "--upgrade", "--no-header", "--no-annotate", str(wanted)]
+    command += ["--python-version", interpreters.SUPPORTED[0], "--output-file", "constraints.txt"]
+    for group in ("launcher", "test", "check", "build"):
+        command += ["--group", group]
+    for each in members:
+        command += ["--no-emit-package", each.name]
+    session.run(uv(), *command, external=True)
