@@ -1,0 +1,1 @@
+"""An example of orki: a fleet that reads and measures Python files."""

@@ -1,0 +1,95 @@
+"""The agent: one handler, and nothing in it about heartbeats, tracing, leases or Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+from orki_agent import Agent
+from orki_contract import TaskContext
+from orki_contract.errors import ToolFailed
+
+from review_fleet.measure import Measured, measure_source
+from review_fleet.tools import MAX_PIECE_BYTES, SourceTools
+from sourcereview.v1.review_orki import REVIEW_FINDINGS, SourceReviewServiceBase
+from sourcereview.v1.review_pb2 import (
+    EmptyFile,
+    FindingEvent,
+    LongFunction,
+    NotPython,
+    ReviewFileRequest,
+    ReviewFileResponse,
+    ReviewProgress,
+)
+from sourcereview.v1.tools_orki import MeasureFileRequest, SourceToolServiceClient
+from sourcereview.v1.tools_pb2 import ReadFileRequest
+
+__all__ = ["Reviewer", "agent"]
+
+
+class Reviewer(SourceReviewServiceBase):
+    """Reviews files through the tools.
+
+    Args:
+        pace: Seconds that each review waits, where a real fleet would wait for a language model.
+    """
+
+    def __init__(self, pace: float = 0.0) -> None:
+        self._pace = pace
+
+    async def review_file(self, request: ReviewFileRequest, ctx: TaskContext[ReviewProgress]) -> ReviewFileResponse:
+        tools = ctx.tools(SourceToolServiceClient)
+        try:
+            size = await tools.measure_file(MeasureFileRequest(path=request.path))
+            source = await self._read(tools, request.path)
+        except ToolFailed as error:
+            await self._publish(ctx, FindingEvent(path=request.path, not_python=NotPython(sentence=error.message)))
+            return ReviewFileResponse(error=error.message, attempt=ctx.attempt, fence=ctx.fence)
+        await ctx.progress(ReviewProgress(fraction=0.5))
+        await asyncio.sleep(self._pace)
+        measured = measure_source(source)
+        ctx.usage(provider="none", model="ast", input_tokens=len(source) // 4, output_tokens=measured.functions)
+        for finding in self._findings(request.path, source, measured):
+            await self._publish(ctx, finding)
+        return ReviewFileResponse(
+            lines=size.newlines,
+            functions=measured.functions,
+            classes=measured.classes,
+            error=measured.error,
+            attempt=ctx.attempt,
+            fence=ctx.fence,
+        )
+
+    @staticmethod
+    async def _read(tools: SourceToolServiceClient, path: bytes) -> bytes:
+        content = bytearray()
+        while True:
+            piece = await tools.read_file(ReadFileRequest(path=path, offset=len(content), length=MAX_PIECE_BYTES))
+            content += piece.content
+            if piece.end:
+                return bytes(content)
+
+    @staticmethod
+    async def _publish(ctx: TaskContext[ReviewProgress], finding: FindingEvent) -> None:
+        await ctx.publish(REVIEW_FINDINGS, finding)
+
+    @staticmethod
+    def _findings(path: bytes, source: bytes, measured: Measured) -> list[FindingEvent]:
+        findings = []
+        if not source:
+            findings.append(FindingEvent(path=path, empty=EmptyFile()))
+        if measured.error:
+            findings.append(FindingEvent(path=path, not_python=NotPython(sentence=measured.error)))
+        for function in measured.long_functions:
+            long = LongFunction(name=function.name, line=function.line, lines=function.lines)
+            findings.append(FindingEvent(path=path, long_function=long))
+        return findings
+
+
+agent = Agent(
+    "reviewer",
+    Reviewer(pace=float(os.environ.get("REVIEW_PACE_SECONDS", "0"))),
+    tools=SourceTools(Path(os.environ.get("REVIEW_ROOT", "."))),
+    slots=4,
+)
