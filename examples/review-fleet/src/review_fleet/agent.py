@@ -6,12 +6,6 @@ import asyncio
 import os
 from pathlib import Path
 
-from orki_agent import Agent
-from orki_contract import TaskContext
-from orki_contract.errors import ToolFailed
-
-from review_fleet.measure import Measured, measure_source
-from review_fleet.tools import MAX_PIECE_BYTES, SourceTools
 from sourcereview.v1.review_orki import REVIEW_FINDINGS, SourceReviewServiceBase
 from sourcereview.v1.review_pb2 import (
     EmptyFile,
@@ -24,6 +18,12 @@ from sourcereview.v1.review_pb2 import (
 )
 from sourcereview.v1.tools_orki import MeasureFileRequest, SourceToolServiceClient
 from sourcereview.v1.tools_pb2 import ReadFileRequest
+
+from orki_agent import Agent
+from orki_contract import TaskContext
+from orki_contract.errors import ToolFailed
+from review_fleet.measure import Measured, measure_source
+from review_fleet.tools import MAX_PIECE_BYTES, SourceTools
 
 __all__ = ["Reviewer", "agent"]
 

@@ -45,5 +45,7 @@ def measure_source(source: bytes) -> Measured:
         return Measured(0, 0, (), f"does not parse: {type(error).__name__}: {error}")
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     classes = sum(isinstance(node, ast.ClassDef) for node in ast.walk(tree))
-    spans = (Definition(node.name, node.lineno, (node.end_lineno or node.lineno) - node.lineno + 1) for node in functions)
+    spans = (
+        Definition(node.name, node.lineno, (node.end_lineno or node.lineno) - node.lineno + 1) for node in functions
+    )
     return Measured(len(functions), classes, tuple(span for span in spans if span.lines > LONG_FUNCTION_LINES))

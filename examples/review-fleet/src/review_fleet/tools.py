@@ -6,11 +6,11 @@ import os
 import stat
 from pathlib import Path
 
-from orki_contract import ToolCall
-from orki_contract.errors import ToolFailed
-
 from sourcereview.v1.tools_orki import MeasureFileRequest, MeasureFileResponse, SourceToolServiceSyncBase
 from sourcereview.v1.tools_pb2 import ReadFileRequest, ReadFileResponse
+
+from orki_contract import ToolCall
+from orki_contract.errors import ToolFailed
 
 __all__ = ["MAX_PIECE_BYTES", "SourceTools"]
 
