@@ -18,7 +18,6 @@ from importlinter import Contract, ContractCheck, output
 
 from nox_sessions.layout import Distribution, distributions
 
-
 # Type checkers bring their own copy: an import under TYPE_CHECKING asks for no install.
 STUBS = frozenset({"_typeshed", "typing_extensions"})
 
