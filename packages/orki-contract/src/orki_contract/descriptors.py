@@ -1,0 +1,324 @@
+"""Serialized descriptors made readable: a private pool for each, orki's options parsed, every place in the source known.
+
+An image is a serialized `google.protobuf.FileDescriptorSet`; buf's `Image` and the files of a `CodeGeneratorRequest`
+have the same shape. Its options are extensions that only the image itself describes, so everything is parsed with
+classes of the image's own pool: each image uses its own version of the options, and nothing touches the process's
+default pool.
+"""
+
+from __future__ import annotations
+
+__all__ = ["OPTIONS_PACKAGE", "Location", "MessageNode", "MethodNode", "Schema", "ServiceNode"]
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, cast
+
+from google.protobuf import descriptor_pool, message_factory
+from google.protobuf.descriptor_pb2 import (
+    DescriptorProto,
+    EnumDescriptorProto,
+    FieldDescriptorProto,
+    FileDescriptorProto,
+    FileDescriptorSet,
+    MethodDescriptorProto,
+    ServiceDescriptorProto,
+)
+from google.protobuf.message import DecodeError, Message
+
+from orki_contract.exceptions import InvalidContract
+
+OPTIONS_PACKAGE: Final = "orki.options.v1"
+"""Proto package of the options that make a proto a contract."""
+
+# Field numbers of descriptor.proto, of which source paths are made.
+_FILE_MESSAGE, _FILE_ENUM, _FILE_SERVICE = 4, 5, 6
+_MESSAGE_NESTED, _MESSAGE_ENUM, _SERVICE_METHOD = 3, 4, 2
+
+Path = tuple[int, ...]
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Location:
+    """A place in a proto file.
+
+    Attributes:
+        file: Path of the file, as imports name it.
+        line: From 1; 0 where the image carries no source information.
+        column: From 1; 0 likewise.
+    """
+
+    file: str
+    line: int = 0
+    column: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MessageNode:
+    """A message, top-level or nested."""
+
+    file: FileDescriptorProto
+    full_name: str
+    proto: DescriptorProto
+    path: Path
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MethodNode:
+    """One rpc of a service."""
+
+    service: str
+    proto: MethodDescriptorProto
+    path: Path
+
+    @property
+    def full_name(self) -> str:
+        """`package.Service/Method`."""
+        return f"{self.service}/{self.proto.name}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ServiceNode:
+    """A service and its rpcs."""
+
+    file: FileDescriptorProto
+    full_name: str
+    proto: ServiceDescriptorProto
+    path: Path
+
+    @property
+    def methods(self) -> Iterator[MethodNode]:
+        """The rpcs, as they stand in the file."""
+        for index, method in enumerate(self.proto.method):
+            yield MethodNode(self.full_name, method, (*self.path, _SERVICE_METHOD, index))
+
+
+class Schema:
+    """The files of one image, readable.
+
+    Attributes:
+        pool: The private pool that holds all of the files.
+        files: The files by path, sorted; options are extensions of messages of the pool's own classes.
+    """
+
+    def __init__(self, image: bytes) -> None:
+        """Parses an image.
+
+        Raises:
+            InvalidContract: It is no serialized FileDescriptorSet, or lacks a file that another one imports.
+        """
+        try:
+            plain = FileDescriptorSet.FromString(image)
+        except DecodeError as error:
+            raise InvalidContract(f"the image is not a serialized FileDescriptorSet: {error}") from error
+        self.pool = descriptor_pool.DescriptorPool()
+        _fill(self.pool, plain.file)
+        options = [file.name for file in plain.file if file.package == OPTIONS_PACKAGE]
+        parsed = _with_options(self.pool, sorted(options), image) if options else plain
+        self.files: Final = {file.name: file for file in sorted(parsed.file, key=lambda file: file.name)}
+
+    @classmethod
+    def of_files(cls, files: Sequence[FileDescriptorProto]) -> Schema:
+        """The schema of files at hand, such as a CodeGeneratorRequest's; errors as those of the constructor."""
+        return cls(FileDescriptorSet(file=files).SerializeToString())
+
+    @cached_property
+    def messages(self) -> Mapping[str, MessageNode]:
+        """Every message by its full name, files and messages in order."""
+        found: dict[str, MessageNode] = {}
+        for file in self.files.values():
+            for index, proto in enumerate(file.message_type):
+                for node in _messages(file, file.package, proto, (_FILE_MESSAGE, index)):
+                    found[node.full_name] = node
+        return found
+
+    @cached_property
+    def messages_of(self) -> Mapping[str, Sequence[MessageNode]]:
+        """The messages of each file, by the file's path, as they stand in it."""
+        found: dict[str, list[MessageNode]] = {}
+        for node in self.messages.values():
+            found.setdefault(node.file.name, []).append(node)
+        return found
+
+    @cached_property
+    def stream_messages(self) -> Mapping[str, str]:
+        """Full name of the message of each stream, by the stream's name; the first where a name is used twice."""
+        found: dict[str, str] = {}
+        for node in self.messages.values():
+            option = self.option(node.proto.options, "stream")
+            if option is not None:
+                found.setdefault(option.name, node.full_name)
+        return found
+
+    @cached_property
+    def enums(self) -> Mapping[str, tuple[FileDescriptorProto, EnumDescriptorProto]]:
+        """Every enum by its full name, with its file."""
+        found = {}
+        for file in self.files.values():
+            for enum in file.enum_type:
+                found[_join(file.package, enum.name)] = (file, enum)
+        for node in self.messages.values():
+            for enum in node.proto.enum_type:
+                found[_join(node.full_name, enum.name)] = (node.file, enum)
+        return found
+
+    @cached_property
+    def services_of(self) -> Mapping[str, Sequence[ServiceNode]]:
+        """The services of each file, by the file's path, as they stand in it."""
+        found: dict[str, list[ServiceNode]] = {}
+        for node in self.services.values():
+            found.setdefault(node.file.name, []).append(node)
+        return found
+
+    @cached_property
+    def services(self) -> Mapping[str, ServiceNode]:
+        """Every service by its full name."""
+        found = {}
+        for file in self.files.values():
+            for index, proto in enumerate(file.service):
+                name = _join(file.package, proto.name)
+                found[name] = ServiceNode(file, name, proto, (_FILE_SERVICE, index))
+        return found
+
+    def option(self, options: Message, name: str) -> Any:
+        """The value of an option of orki's, or None where it is not set.
+
+        Args:
+            options: A `…Options` message of this schema.
+            name: Such as `stream`.
+        """
+        extension = self._extensions.get(name)
+        if extension is None or extension.containing_type is not options.DESCRIPTOR:
+            return None
+        if extension.is_extension and _is_repeated(extension):
+            return options.Extensions[extension] or None
+        return options.Extensions[extension] if options.HasExtension(extension) else None
+
+    def option_number(self, name: str) -> int:
+        """Field number of an option of orki's; 0 where the image does not know it."""
+        extension = self._extensions.get(name)
+        return extension.number if extension is not None else 0
+
+    def imports(self, path: str) -> frozenset[str]:
+        """Paths of the file itself and of all that it imports, directly or not."""
+        seen: set[str] = set()
+        waiting = [path]
+        while waiting:
+            name = waiting.pop()
+            if name not in seen and name in self.files:
+                seen.add(name)
+                waiting.extend(self.files[name].dependency)
+        return frozenset(seen)
+
+    def location(self, file: str, path: Path = ()) -> Location:
+        """Where an element stands; the nearest element around it where the source information ends earlier."""
+        spans = self._spans(file)
+        for length in range(len(path), 0, -1):
+            span = spans.get(path[:length])
+            if span is not None:
+                return Location(file, span[0] + 1, span[1] + 1)
+        return Location(file, *((1, 1) if spans else (0, 0)))
+
+    def comment(self, file: str, path: Path) -> str:
+        """The comment that stands before an element, without comment marks; empty for none."""
+        return self._comments(file).get(path, "")
+
+    @cached_property
+    def _extensions(self) -> dict[str, Any]:
+        prefix = f"{OPTIONS_PACKAGE}."
+        found = {}
+        for file in self.files.values():
+            if file.package == OPTIONS_PACKAGE:
+                for extension in file.extension:
+                    found[extension.name] = self.pool.FindExtensionByName(prefix + extension.name)
+        return found
+
+    def _spans(self, file: str) -> dict[Path, Sequence[int]]:
+        return self._source(file)[0]
+
+    def _comments(self, file: str) -> dict[Path, str]:
+        return self._source(file)[1]
+
+    def _source(self, file: str) -> tuple[dict[Path, Sequence[int]], dict[Path, str]]:
+        cached = self._sources.get(file)
+        if cached is None:
+            spans: dict[Path, Sequence[int]] = {}
+            comments = {}
+            for location in self.files[file].source_code_info.location:
+                path = tuple(location.path)
+                spans.setdefault(path, location.span)
+                if location.leading_comments:
+                    comments[path] = location.leading_comments
+            cached = self._sources[file] = (spans, comments)
+        return cached
+
+    @cached_property
+    def _sources(self) -> dict[str, tuple[dict[Path, Sequence[int]], dict[Path, str]]]:
+        return {}
+
+
+def field_path(message: MessageNode, index: int) -> Path:
+    """Source path of a message's field."""
+    return (*message.path, 2, index)
+
+
+def is_repeated(field: FieldDescriptorProto) -> bool:
+    """Whether a field holds many values."""
+    return field.label == FieldDescriptorProto.LABEL_REPEATED
+
+
+def _is_repeated(extension: Any) -> bool:
+    # `label` is deprecated where `is_repeated` exists (protobuf 6.32).
+    try:
+        return bool(extension.is_repeated)
+    except AttributeError:
+        return bool(extension.label == extension.LABEL_REPEATED)
+
+
+def _join(scope: str, name: str) -> str:
+    return f"{scope}.{name}" if scope else name
+
+
+def _messages(file: FileDescriptorProto, scope: str, proto: DescriptorProto, path: Path) -> Iterator[MessageNode]:
+    full_name = _join(scope, proto.name)
+    yield MessageNode(file, full_name, proto, path)
+    for index, nested in enumerate(proto.nested_type):
+        yield from _messages(file, full_name, nested, (*path, _MESSAGE_NESTED, index))
+
+
+def _fill(pool: descriptor_pool.DescriptorPool, files: Sequence[FileDescriptorProto]) -> None:
+    """Adds the files, each after those that it imports: their order in an image means nothing."""
+    by_name = {file.name: file for file in files}
+    added: set[str] = set()
+    for root in sorted(by_name):
+        stack = [root]
+        while stack:
+            name = stack[-1]
+            if name in added:
+                stack.pop()
+                continue
+            waiting = [each for each in by_name[name].dependency if each not in added]
+            for missing in waiting:
+                if missing not in by_name:
+                    raise InvalidContract(f"the image lacks {missing}, which {name} imports: build it with its imports")
+                if missing in stack:
+                    raise InvalidContract(f"{name} and {missing} import each other")
+            if waiting:
+                stack.extend(waiting)
+                continue
+            try:
+                pool.AddSerializedFile(by_name[name].SerializeToString())
+            except TypeError as error:
+                raise InvalidContract(f"{name} is not valid: {error}") from error
+            added.add(name)
+            stack.pop()
+
+
+def _with_options(pool: descriptor_pool.DescriptorPool, options: list[str], image: bytes) -> FileDescriptorSet:
+    """The image parsed by the pool's own classes, for which orki's options are no unknown fields."""
+    classes = message_factory.GetMessageClassesForFiles(["google/protobuf/descriptor.proto", *options], pool)
+    return cast("FileDescriptorSet", classes["google.protobuf.FileDescriptorSet"].FromString(image))

@@ -1,0 +1,193 @@
+"""Images in wheels, digests of contracts, and classes for messages that nobody imported.
+
+`contract.binpb` lies beside the generated code of every proto package: `orki/events/v1/contract.binpb` for
+`orki.events.v1`. It is a serialized FileDescriptorSet with the package's files and all that they import, the options
+included and without source information, files in the order of their paths.
+"""
+
+from __future__ import annotations
+
+__all__ = ["IMAGE_NAME", "image_of", "message_class", "package_image", "service_digest", "stream_digest"]
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from importlib import resources
+from typing import Any, Final
+
+from google.protobuf import message_factory
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from google.protobuf.message import Message
+
+from orki_contract.descriptors import MessageNode, Schema
+from orki_contract.exceptions import InvalidContract
+from orki_contract.model import Stream, TaskMethod, ToolMethod, dump
+from orki_contract.read import read_schema
+
+IMAGE_NAME: Final = "contract.binpb"
+"""File name of the image of a proto package, beside its generated code."""
+
+
+def image_of(package: str) -> bytes:
+    """The image that a wheel ships for a proto package, such as `acme.review.v1`.
+
+    Raises:
+        InvalidContract: The package is not installed, or carries no image.
+    """
+    try:
+        return (resources.files(package) / IMAGE_NAME).read_bytes()
+    except (ModuleNotFoundError, ValueError, TypeError) as error:
+        raise InvalidContract(f'no proto package "{package}" is installed: {error}') from error
+    except OSError as error:
+        raise InvalidContract(
+            f'the installed package "{package}" carries no {IMAGE_NAME}; its generated code is incomplete, '
+            "so generate it again or install its wheel again"
+        ) from error
+
+
+def package_image(image: bytes, package: str) -> bytes:
+    """What `contract.binpb` of a package holds, cut out of an image of more.
+
+    Raises:
+        InvalidContract: The image is not one, or has no file of that package.
+    """
+    schema = Schema(image)
+    own = [name for name, file in schema.files.items() if file.package == package]
+    if not own:
+        raise InvalidContract(f'the image has no file of the package "{package}"')
+    wanted = frozenset[str]().union(*map(schema.imports, own))
+    cut = FileDescriptorSet()
+    for file in sorted(FileDescriptorSet.FromString(image).file, key=lambda file: file.name):
+        if file.name in wanted:
+            # Field by field: what buf adds to each file of its images stays behind.
+            kept = cut.file.add()
+            for field, value in file.ListFields():
+                if field.name != "source_code_info":
+                    _copy(kept, field.name, value)
+    return cut.SerializeToString(deterministic=True)
+
+
+def service_digest(image: bytes, service: str) -> str:
+    """Digest of a task or tool service: its methods, and the shape of every message that they reach.
+
+    Comments, file names, the order of anything and messages out of reach do not change it; a default that is written
+    out does not either.
+
+    Args:
+        image: Holds the service and what it imports.
+        service: Full name.
+
+    Returns:
+        `sha256:` and 64 hex digits.
+
+    Raises:
+        InvalidContract: The image has no task or tool service of that name.
+    """
+    read = read_schema(Schema(image))
+    methods: list[TaskMethod | ToolMethod] = [each for each in read.contract.tasks if each.service == service]
+    methods += [each for each in read.contract.tools if each.service == service]
+    if not methods:
+        raise InvalidContract(f'the image declares no task or tool service "{service}"')
+    roots = {name for each in methods for name in (each.request, each.response)}
+    roots.update(name for each in read.contract.tasks if each.service == service for name in (each.progress,))
+    roots.update(name for each in read.contract.tasks if each.service == service for name in (each.directive,))
+    return _digest(read.schema, methods, roots - {""})
+
+
+def stream_digest(image: bytes, stream: str) -> str:
+    """Digest of a stream: its declaration with the owner's groups, and the shape of every message that it reaches.
+
+    Raises:
+        InvalidContract: The image declares no stream of that name.
+    """
+    read = read_schema(Schema(image))
+    for each in read.contract.streams:
+        if each.name == stream:
+            return _digest(read.schema, [each], {each.message})
+    raise InvalidContract(f'the image declares no stream "{stream}"')
+
+
+def message_class(image: bytes, full_name: str) -> type[Message]:
+    """A class for a message, in a pool of its own; for decoding what no generated code at hand describes.
+
+    Building one costs milliseconds: keep it.
+
+    Raises:
+        InvalidContract: The image is not one, or has no such message.
+    """
+    schema = Schema(image)
+    if full_name not in schema.messages:
+        raise InvalidContract(f'the image has no message "{full_name}"')
+    return message_factory.GetMessageClass(schema.pool.FindMessageTypeByName(full_name))
+
+
+def _copy(target: Message, field: str, value: Any) -> None:
+    """Sets one field of a message to a value of another message of its class."""
+    if isinstance(value, Message):
+        getattr(target, field).CopyFrom(value)
+    elif isinstance(value, str | int):
+        setattr(target, field, value)
+    else:
+        getattr(target, field).extend(value)
+
+
+def _digest(schema: Schema, declared: Iterable[Stream | TaskMethod | ToolMethod], roots: Iterable[str]) -> str:
+    shapes = {}
+    waiting = sorted(roots)
+    while waiting:
+        name = waiting.pop()
+        if name not in shapes and name in schema.messages:
+            shapes[name] = _shape(schema, schema.messages[name])
+            waiting.extend(field["message"] for field in shapes[name]["fields"] if "message" in field)
+    whole = {"declared": [_sparse(each) for each in sorted(declared, key=lambda each: each.name)], "messages": shapes}
+    text = json.dumps(whole, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return f"sha256:{hashlib.sha256(text.encode('ascii')).hexdigest()}"
+
+
+def _shape(schema: Schema, node: MessageNode) -> dict[str, Any]:
+    """What of a message decides how its bytes and its classes look."""
+    descriptor = schema.pool.FindMessageTypeByName(node.full_name)
+    shape: dict[str, Any] = {"fields": []}
+    for field in sorted(node.proto.field, key=lambda field: field.number):
+        resolved = descriptor.fields_by_number[field.number]
+        # Type and presence come from the pool, which knows what an edition's features mean.
+        entry: dict[str, Any] = {
+            "name": field.name,
+            "number": field.number,
+            "type": resolved.type,
+            "label": field.label,
+            "presence": resolved.has_presence,
+        }
+        if field.HasField("oneof_index") and not field.proto3_optional:
+            entry["oneof"] = node.proto.oneof_decl[field.oneof_index].name
+        if resolved.message_type is not None:
+            entry["message"] = resolved.message_type.full_name
+        if resolved.enum_type is not None:
+            values = sorted((value.number, value.name) for value in resolved.enum_type.values)
+            entry["enum"] = {"name": resolved.enum_type.full_name, "values": values}
+        if field.HasField("default_value"):
+            entry["default"] = field.default_value
+        for option in ("sensitive", "offset", "scalar", "size", "since"):
+            if (value := schema.option(field.options, option)) is not None:
+                entry[option] = value
+        shape["fields"].append(entry)
+    frame = schema.option(node.proto.options, "frame")
+    if frame is not None:
+        shape["frame"] = [frame.version, frame.block_length]
+    if node.proto.options.map_entry:
+        shape["map"] = True
+    return shape
+
+
+def _sparse(value: Any) -> Any:
+    """As `dump`, without what has its default: what the model learns later changes no digest of today."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {
+            each.name: _sparse(getattr(value, each.name))
+            for each in fields(value)
+            if getattr(value, each.name) != each.default
+        }
+    if isinstance(value, tuple):
+        return [_sparse(item) for item in value]
+    return dump(value)

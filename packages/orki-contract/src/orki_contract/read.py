@@ -1,0 +1,301 @@
+"""Descriptors become the model: what a set of proto files declares, as plain values.
+
+Reading judges nothing: where an option is absent or senseless the default stands, and `orki_contract.validate` says
+what is wrong. Whoever reads an image that others built validates it first.
+"""
+
+from __future__ import annotations
+
+__all__ = ["BLOCK_SCALARS", "FileContract", "ReadContract", "milliseconds", "read_image", "read_schema", "resolve"]
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
+
+from orki_contract.descriptors import Location, MessageNode, MethodNode, Path, Schema, field_path
+from orki_contract.model import (
+    AUDIT_GROUP,
+    Backoff,
+    Contract,
+    Frame,
+    FrameField,
+    Group,
+    Overflow,
+    Retention,
+    Scalar,
+    SensitiveField,
+    Start,
+    Stream,
+    Subscription,
+    TaskMethod,
+    ToolMethod,
+)
+
+_Field = FieldDescriptorProto
+
+_BY_TYPE: Final[Mapping[int, Scalar]] = {
+    _Field.TYPE_BOOL: Scalar.BOOL,
+    _Field.TYPE_INT32: Scalar.I32,
+    _Field.TYPE_SINT32: Scalar.I32,
+    _Field.TYPE_SFIXED32: Scalar.I32,
+    _Field.TYPE_ENUM: Scalar.I32,
+    _Field.TYPE_UINT32: Scalar.U32,
+    _Field.TYPE_FIXED32: Scalar.U32,
+    _Field.TYPE_INT64: Scalar.I64,
+    _Field.TYPE_SINT64: Scalar.I64,
+    _Field.TYPE_SFIXED64: Scalar.I64,
+    _Field.TYPE_UINT64: Scalar.U64,
+    _Field.TYPE_FIXED64: Scalar.U64,
+    _Field.TYPE_FLOAT: Scalar.F32,
+    _Field.TYPE_DOUBLE: Scalar.F64,
+    _Field.TYPE_BYTES: Scalar.BYTES,
+}
+
+# By the numbers of orki.options.v1.Scalar.
+_BY_OPTION: Final[Mapping[int, Scalar]] = {1: Scalar.U8, 2: Scalar.U16, 3: Scalar.I8, 4: Scalar.I16}
+
+BLOCK_SCALARS: Final[Mapping[Scalar, tuple[int, str]]] = {
+    Scalar.BOOL: (1, "?"),
+    Scalar.U8: (1, "B"),
+    Scalar.U16: (2, "H"),
+    Scalar.U32: (4, "I"),
+    Scalar.U64: (8, "Q"),
+    Scalar.I8: (1, "b"),
+    Scalar.I16: (2, "h"),
+    Scalar.I32: (4, "i"),
+    Scalar.I64: (8, "q"),
+    Scalar.F32: (4, "f"),
+    Scalar.F64: (8, "d"),
+}
+"""Length in bytes and `struct` code of each scalar of fixed length."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileContract:
+    """What one file declares.
+
+    Attributes:
+        path: The file, as imports name it.
+        package: Its proto package.
+        contract: The declarations.
+        plain_services: Full names of the services that carry no option of orki's.
+    """
+
+    path: str
+    package: str
+    contract: Contract
+    plain_services: tuple[str, ...]
+
+    @property
+    def empty(self) -> bool:
+        """Whether the file declares nothing for which code is generated."""
+        parts = self.contract
+        return not (parts.streams or parts.subscriptions or parts.tasks or parts.tools or parts.frames)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadContract:
+    """A contract and where it stands.
+
+    Attributes:
+        contract: All files together, each part sorted.
+        files: Each file, by path.
+        locations: Where each subject is declared. Subjects: full names of messages (streams, frames), `Service/Method`
+            (tasks, tools), `package:stream/group` (subscriptions).
+        schema: The descriptors that it was read from.
+    """
+
+    contract: Contract
+    files: tuple[FileContract, ...]
+    locations: Mapping[str, Location]
+    schema: Schema
+
+
+def read_image(image: bytes) -> ReadContract:
+    """Reads a serialized FileDescriptorSet or buf Image, with its imports.
+
+    Raises:
+        InvalidContract: It cannot be parsed, or a file that is imported is missing in it.
+    """
+    return read_schema(Schema(image))
+
+
+def read_schema(schema: Schema) -> ReadContract:
+    """Reads descriptors at hand."""
+    locations: dict[str, Location] = {}
+    files = tuple(_file(schema, file, locations) for file in schema.files.values())
+    parts = [each.contract for each in files]
+    contract = Contract(
+        streams=tuple(sorted(each for part in parts for each in part.streams)),
+        subscriptions=tuple(sorted(each for part in parts for each in part.subscriptions)),
+        tasks=tuple(sorted(each for part in parts for each in part.tasks)),
+        tools=tuple(sorted(each for part in parts for each in part.tools)),
+        frames=tuple(sorted(each for part in parts for each in part.frames)),
+        sensitive=tuple(sorted(each for part in parts for each in part.sensitive)),
+    )
+    return ReadContract(contract=contract, files=files, locations=locations, schema=schema)
+
+
+def milliseconds(duration: Any, default: int = 0) -> int:
+    """A `google.protobuf.Duration` in whole milliseconds, rounded down; the default where it is None."""
+    if duration is None:
+        return default
+    return int(duration.seconds * 1_000 + duration.nanos // 1_000_000)
+
+
+def resolve(package: str, name: str) -> str:
+    """Full name of the message that an option names: a plain name lies in the package, else it is full already."""
+    return f"{package}.{name}" if name and "." not in name and package else name
+
+
+def _file(schema: Schema, file: FileDescriptorProto, locations: dict[str, Location]) -> FileContract:
+    streams, frames, sensitive = [], [], []
+    for node in schema.messages_of.get(file.name, ()):
+        if (options := schema.option(node.proto.options, "stream")) is not None:
+            streams.append(_stream(node, options))
+            locations[node.full_name] = schema.location(file.name, node.path)
+        if (options := schema.option(node.proto.options, "frame")) is not None:
+            frames.append(_frame(schema, node, options))
+            locations[node.full_name] = schema.location(file.name, node.path)
+        for index, field in enumerate(node.proto.field):
+            if schema.option(field.options, "sensitive"):
+                sensitive.append(SensitiveField(message=node.full_name, field=field.name))
+                locations[f"{node.full_name}.{field.name}"] = schema.location(file.name, field_path(node, index))
+    tasks: list[TaskMethod] = []
+    tools: list[ToolMethod] = []
+    plain = []
+    for service in schema.services_of.get(file.name, ()):
+        mark = len(tasks) + len(tools)
+        for method in service.methods:
+            if (options := schema.option(method.proto.options, "task")) is not None:
+                tasks.append(_task(schema, file, method, options))
+            elif (options := schema.option(method.proto.options, "tool")) is not None:
+                tools.append(_tool(method, options))
+            locations[method.full_name] = schema.location(file.name, method.path)
+        if mark == len(tasks) + len(tools):
+            plain.append(service.full_name)
+    subscriptions = list(_subscriptions(schema, file, locations))
+    contract = Contract(
+        streams=tuple(sorted(streams)),
+        subscriptions=tuple(sorted(subscriptions)),
+        tasks=tuple(sorted(tasks)),
+        tools=tuple(sorted(tools)),
+        frames=tuple(sorted(frames)),
+        sensitive=tuple(sorted(sensitive)),
+    )
+    return FileContract(path=file.name, package=file.package, contract=contract, plain_services=tuple(sorted(plain)))
+
+
+def _group(option: Any) -> Group:
+    return Group(
+        name=option.name,
+        start=Start.LATEST if option.start == 2 else Start.EARLIEST,
+        max_deliveries=option.max_deliveries or Group(name="").max_deliveries,
+        ack_deadline_ms=milliseconds(_set(option, "ack_deadline"), Group(name="").ack_deadline_ms),
+        dead_letter=option.dead_letter,
+    )
+
+
+def _stream(node: MessageNode, option: Any) -> Stream:
+    groups = {group.name: group for group in (AUDIT_GROUP, *map(_group, option.groups))}
+    retention = Retention(
+        max_entries=option.retention.max_entries,
+        max_age_ms=milliseconds(_set(option.retention, "max_age")),
+        overflow=Overflow.DROP_OLDEST,
+    )
+    return Stream(
+        name=option.name,
+        message=node.full_name,
+        retention=retention,
+        partitions=option.partitions or 1,
+        partition_key=option.partition_key,
+        groups=tuple(sorted(groups.values())),
+    )
+
+
+def _subscriptions(schema: Schema, file: FileDescriptorProto, locations: dict[str, Location]) -> Iterator[Subscription]:
+    for index, option in enumerate(schema.option(file.options, "consume") or ()):
+        group = _group(option.group)
+        path: Path = (8, schema.option_number("consume"), index)
+        locations[f"{file.package}:{option.stream}/{group.name}"] = schema.location(file.name, path)
+        message = schema.stream_messages.get(option.stream, "")
+        yield Subscription(package=file.package, stream=option.stream, message=message, group=group)
+
+
+def _task(schema: Schema, file: FileDescriptorProto, method: MethodNode, option: Any) -> TaskMethod:
+    default = TaskMethod(service="", name="", request="", response="")
+    backoff = option.retry_backoff
+    return TaskMethod(
+        service=method.service,
+        name=method.proto.name,
+        request=method.proto.input_type.removeprefix("."),
+        response=method.proto.output_type.removeprefix("."),
+        progress=resolve(file.package, option.progress),
+        directive=resolve(file.package, option.directive),
+        heartbeat_timeout_ms=milliseconds(_set(option, "heartbeat_timeout"), default.heartbeat_timeout_ms),
+        attempt_timeout_ms=milliseconds(_set(option, "attempt_timeout"), default.attempt_timeout_ms),
+        stall_timeout_ms=milliseconds(_set(option, "stall_timeout")),
+        total_timeout_ms=milliseconds(_set(option, "total_timeout")),
+        max_attempts=option.max_attempts or default.max_attempts,
+        backoff=Backoff(
+            initial_ms=milliseconds(_set(backoff, "initial"), default.backoff.initial_ms),
+            maximum_ms=milliseconds(_set(backoff, "maximum"), default.backoff.maximum_ms),
+            multiplier=backoff.multiplier or default.backoff.multiplier,
+        ),
+        cancel_grace_ms=milliseconds(_set(option, "cancel_grace"), default.cancel_grace_ms),
+    )
+
+
+def _tool(method: MethodNode, option: Any) -> ToolMethod:
+    default = ToolMethod(service="", name="", opcode=0, request="", response="")
+    return ToolMethod(
+        service=method.service,
+        name=method.proto.name,
+        opcode=option.opcode,
+        request=method.proto.input_type.removeprefix("."),
+        response=method.proto.output_type.removeprefix("."),
+        timeout_ms=milliseconds(_set(option, "timeout"), default.timeout_ms),
+        idempotent=option.idempotent,
+    )
+
+
+def _frame(schema: Schema, node: MessageNode, option: Any) -> Frame:
+    fields = []
+    tail: FieldDescriptorProto | None = None
+    for field in node.proto.field:
+        offset = schema.option(field.options, "offset")
+        scalar = _BY_OPTION.get(schema.option(field.options, "scalar") or 0) or _BY_TYPE.get(field.type)
+        if offset is None:
+            if field.type in (_Field.TYPE_BYTES, _Field.TYPE_STRING):
+                tail = field
+        elif scalar is not None:
+            known = BLOCK_SCALARS.get(scalar)
+            size = known[0] if known else schema.option(field.options, "size") or 0
+            enum = field.type_name.removeprefix(".") if field.type == _Field.TYPE_ENUM else ""
+            since = schema.option(field.options, "since") or 1
+            fields.append(
+                FrameField(
+                    offset=offset,
+                    name=field.name,
+                    number=field.number,
+                    scalar=scalar,
+                    size=size,
+                    since=since,
+                    enum=enum,
+                )
+            )
+    return Frame(
+        message=node.full_name,
+        version=option.version,
+        block_length=option.block_length,
+        fields=tuple(sorted(fields)),
+        tail=tail.name if tail is not None else "",
+        tail_text=tail is not None and tail.type == _Field.TYPE_STRING,
+    )
+
+
+def _set(message: Any, field: str) -> Any:
+    """The value of a submessage field, or None where it is absent."""
+    return getattr(message, field) if message.HasField(field) else None
