@@ -26,10 +26,10 @@ def _folders(*patterns: str) -> list[str]:
     return sorted(str(path) for pattern in patterns for path in Path().glob(pattern) if path.is_dir())
 
 
-def _pytest(session: nox.Session, environment: Environment, *patterns: str) -> None:
+def _pytest(session: nox.Session, environment: Environment, *patterns: str, workers: int = 2) -> None:
     """Run pytest on the folders that match; what follows `--` is added, and a path there takes the folders' place."""
     places = [] if any(Path(each.partition("::")[0]).exists() for each in session.posargs) else _folders(*patterns)
-    environment.run(session, "python", "-m", "pytest", *places, *(session.posargs or ["-n", "2"]))
+    environment.run(session, "python", "-m", "pytest", *places, *(session.posargs or ["-n", str(workers)]))
 
 
 @nox.session
@@ -99,13 +99,13 @@ def contract(session: nox.Session) -> None:
 @nox.session
 def gates(session: nox.Session) -> None:
     """Plant what must not pass into a copy of the workspace, and see the sessions turn red."""
-    _pytest(session, ensure(session, DEV), "tests/gates")
+    _pytest(session, ensure(session, DEV), "tests/gates", workers=0)
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
     """What the prose names exists, and what it shows runs."""
-    _pytest(session, ensure(session, DEV), "tests/docs")
+    _pytest(session, ensure(session, DEV), "tests/docs", workers=0)
 
 
 @nox.session

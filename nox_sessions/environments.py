@@ -92,7 +92,7 @@ def ensure(session: nox.Session, recipe: Recipe, python: Path | None = None) -> 
     root = Path.cwd()
     interpreter = str(python) if python else getattr(sys, "_base_executable", sys.executable)
     version = _version(interpreter)
-    folder = Path(session.cache_dir).parent / f"{recipe.name}-{'.'.join(version.split('.')[:2])}"
+    folder = root / Path(session.cache_dir).parent / f"{recipe.name}-{'.'.join(version.split('.')[:2])}"
     stamp = folder / "made-from"
     members = [each for each in distributions(root) if recipe.toolchain or each.name != TOOLCHAIN]
     digest = _digest(root, recipe, members, version)

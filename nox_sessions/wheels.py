@@ -15,50 +15,25 @@ import nox
 from nox_sessions.environments import Environment, uv
 from nox_sessions.layout import Distribution
 
-# Archive members carry one fixed time (2020-01-01): the same sources give the same bytes, wherever they are built.
-EPOCH = "1577836800"
-
 
 def build(session: nox.Session, environment: Environment, members: Iterable[Distribution]) -> None:
-    """Build each distribution's sdist and wheel into dist/, check them, and import them in an empty environment.
-
-    The wheel is built from the sdist, so that one cannot lack what the other has, and once more from the tree: the
-    bytes must agree.
-    """
-    out = Path("dist")
-    shutil.rmtree(out, ignore_errors=True)
-    scratch = Path(session.create_tmp()).resolve()
-    problems: list[str] = []
+    """Build each distribution's sdist and wheel into dist/, check them, and import them in an empty environment."""
+    out, again = Path("dist"), Path(session.create_tmp()) / "again"
+    for folder in (out, again):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    folders = [str(each.folder) for each in members]
+    environment.run(session, "python", "-m", "nox_sessions.archives", str(out), str(again), *folders)
+    wheels = sorted(out.glob("*.whl"))
     owners: dict[str, str] = {}
-    for each in members:
-        _build_one(session, environment, each, out)
-        wheel = _only(out.glob(f"{each.name.replace('-', '_')}-*.whl"), each.name)
-        shutil.rmtree(scratch / each.name, ignore_errors=True)
-        again = ["python", "-m", "hatchling", "build", "--target", "wheel", "--directory"]
-        with session.chdir(each.folder):
-            environment.run(session, *again, str(scratch / each.name), env={"SOURCE_DATE_EPOCH": EPOCH})
-        if _digest(wheel) != _digest(scratch / each.name / wheel.name):
+    problems = [fault for wheel in wheels for fault in _faults(wheel, owners)]
+    for wheel in wheels:
+        if _digest(wheel) != _digest(again / wheel.name):
             problems.append(f"{wheel.name}: built from the sdist it has other bytes than built from the tree")
-        problems += _faults(wheel, owners)
     if problems:
         session.error("\n".join(problems))
-    archives = sorted(str(path) for path in out.iterdir())
-    environment.run(session, "twine", "check", "--strict", *archives)
-    _try_wheels(session, environment, sorted(out.glob("*.whl")), scratch / "stranger")
-
-
-def _build_one(session: nox.Session, environment: Environment, each: Distribution, out: Path) -> None:
-    """Build one distribution, with the build backend that constraints.txt pins."""
-    command = ["python", "-m", "build", "--no-isolation", "--outdir", str(out), str(each.folder)]
-    environment.run(session, *command, env={"SOURCE_DATE_EPOCH": EPOCH})
-
-
-def _only(found: Iterable[Path], name: str) -> Path:
-    """Return the one path there is."""
-    paths = list(found)
-    if len(paths) != 1:
-        raise RuntimeError(f"{name}: expected one wheel in dist/, found {[path.name for path in paths]}")
-    return paths[0]
+    environment.run(session, "twine", "check", "--strict", *sorted(str(path) for path in out.iterdir()))
+    _try_wheels(session, environment, wheels, Path(session.create_tmp()) / "stranger")
 
 
 def _digest(path: Path) -> str:

@@ -29,7 +29,7 @@ LEFT_OUT = {
     "dist",
 }
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("gates")]
+pytestmark = pytest.mark.timeout(600)
 
 
 def contents(top: Path) -> dict[Path, Path]:
