@@ -53,11 +53,19 @@ def sessions() -> frozenset[str]:
 def named_paths(text: str) -> list[str]:
     """The paths that a page names in backticks, outside its fenced blocks: what has a slash, or ends like a file."""
     words = CODE.findall(FENCE.sub("", text))
-    return [word for word in words if PATH.fullmatch(word) and ("/" in word.strip(".") or word.endswith(SUFFIXES))]
+    return [
+        word
+        for word in words
+        if PATH.fullmatch(word) and ("/" in word or word.endswith(SUFFIXES)) and word not in SUFFIXES
+    ]
 
 
 def exists(word: str) -> bool:
-    """Tell whether some file or folder goes by this name; `*` stands for any part of one."""
+    """Tell whether some file or folder goes by this name, or git ignores it by name; `*` stands for any part of one."""
+    if word.lstrip("/") in {
+        line.lstrip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    }:
+        return True
     wanted = re.compile(re.escape(word.rstrip("/").removeprefix("./")).replace(r"\*\*", ".*").replace(r"\*", "[^/]*"))
     return any(wanted.fullmatch(path) for path in tree())
 

@@ -128,6 +128,15 @@ def test_a_generated_file_without_a_source(workspace: Path) -> None:
         orphan.unlink()
 
 
+def test_editing_a_handler_needs_no_toolchain(workspace: Path) -> None:
+    """The packages' tests have an environment of their own, and it holds neither buf nor protoc."""
+    assert_green(run(workspace, "-s", "tests", "--", "packages/orki-contract/tests", "--collect-only", "--quiet"))
+    (environment,) = workspace.glob(f".nox/run-{sys.version_info.major}.{sys.version_info.minor}")
+    installed = [path.name for path in environment.rglob("*") if path.parent.name in {"bin", "site-packages"}]
+    assert "pytest" in installed
+    assert not {"buf", "grpc_tools", "orki_codegen", "protoc-gen-mypy", "protoc-gen-orki"} & set(installed)
+
+
 def test_a_type_error(workspace: Path) -> None:
     module = workspace / "packages/orki-contract/src/orki_contract/__init__.py"
     assert_green(run(workspace, "-s", "types"))
