@@ -1,5 +1,6 @@
 """The vocabulary of orki's contracts. Depends on protobuf alone."""
 
+from orki_contract.frames import FrameBase
 from orki_contract.handles import EventStream, FrameType, Payload, Task, Tool
 from orki_contract.model import (
     AUDIT_GROUP,
@@ -25,12 +26,14 @@ from orki_contract.ports import (
     SyncTaskService,
     SyncToolChannel,
     SyncToolService,
+    SyncToolStub,
     TaskChannel,
     TaskContext,
     TaskHandle,
     TaskStub,
     ToolCall,
     ToolChannel,
+    ToolStub,
 )
 
 __all__ = [
@@ -41,6 +44,7 @@ __all__ = [
     "Contract",
     "EventStream",
     "Frame",
+    "FrameBase",
     "FrameField",
     "FrameType",
     "Group",
@@ -56,6 +60,7 @@ __all__ = [
     "SyncTaskService",
     "SyncToolChannel",
     "SyncToolService",
+    "SyncToolStub",
     "Task",
     "TaskChannel",
     "TaskContext",
@@ -66,4 +71,5 @@ __all__ = [
     "ToolCall",
     "ToolChannel",
     "ToolMethod",
+    "ToolStub",
 ]

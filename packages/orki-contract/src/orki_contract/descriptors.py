@@ -1,4 +1,4 @@
-"""Serialized descriptors made readable: a private pool for each, orki's options parsed, every place in the source known.
+"""Serialized descriptors made readable: a private pool for each, orki's options parsed, places in the source known.
 
 An image is a serialized `google.protobuf.FileDescriptorSet`; buf's `Image` and the files of a `CodeGeneratorRequest`
 have the same shape. Its options are extensions that only the image itself describes, so everything is parsed with

@@ -7,13 +7,13 @@ message classes for the runtimes and the plain contract for everything else.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, Self, TypedDict, TypeVar, Unpack, runtime_checkable
 
 from google.protobuf.message import Message
 
-from orki_contract.model import Frame, Group, Stream, TaskMethod, ToolMethod
+from orki_contract.model import Backoff, Frame, Group, Stream, TaskMethod, ToolMethod
 
-__all__ = ["EventStream", "FrameType", "Payload", "Task", "Tool"]
+__all__ = ["EventStream", "FrameType", "Payload", "Task", "TaskSettings", "Tool", "ToolSettings", "payload_name"]
 
 
 @runtime_checkable
@@ -67,6 +67,25 @@ class EventStream(Generic[E, G]):
         return EventStream(self.message, replace(self.contract, groups=tuple(sorted(groups))))
 
 
+class TaskSettings(TypedDict, total=False):
+    """The settings of a `TaskMethod`; what is left out has its default."""
+
+    heartbeat_timeout_ms: int
+    attempt_timeout_ms: int
+    stall_timeout_ms: int
+    total_timeout_ms: int
+    max_attempts: int
+    backoff: Backoff
+    cancel_grace_ms: int
+
+
+class ToolSettings(TypedDict, total=False):
+    """The settings of a `ToolMethod`; what is left out has its default."""
+
+    timeout_ms: int
+    idempotent: bool
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Task(Generic[Q, R, P, D]):
     """A task method; `P` and `D` are `None` where it has no progress or directives.
@@ -87,6 +106,40 @@ class Task(Generic[Q, R, P, D]):
     progress: type[P]
     directive: type[D]
 
+    @staticmethod
+    def declare(
+        method: str,
+        attribute: str,
+        *,
+        request: type[Q],
+        response: type[R],
+        progress: type[P],
+        directive: type[D],
+        **settings: Unpack[TaskSettings],
+    ) -> Task[Q, R, P, D]:
+        """A task method as generated code writes it down.
+
+        Args:
+            method: `package.Service/Method`.
+            attribute: Name of the handler's method and of the client's attribute.
+            request: Class of the request.
+            response: Class of the response.
+            progress: Class of the progress, or `type(None)`.
+            directive: Class of the directives, or `type(None)`.
+            settings: What differs from the defaults of `TaskMethod`.
+        """
+        service, _, name = method.partition("/")
+        contract = TaskMethod(
+            service=service,
+            name=name,
+            request=payload_name(request),
+            response=payload_name(response),
+            progress=payload_name(progress),
+            directive=payload_name(directive),
+            **settings,
+        )
+        return Task(contract, attribute, request, response, progress, directive)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tool(Generic[TQ, TR]):
@@ -103,3 +156,42 @@ class Tool(Generic[TQ, TR]):
     attribute: str
     request: type[TQ]
     response: type[TR]
+
+    @staticmethod
+    def declare(
+        method: str,
+        attribute: str,
+        *,
+        opcode: int,
+        request: type[TQ],
+        response: type[TR],
+        **settings: Unpack[ToolSettings],
+    ) -> Tool[TQ, TR]:
+        """A tool method as generated code writes it down.
+
+        Args:
+            method: `package.Service/Method`.
+            attribute: Name of the handler's method and of the client's attribute.
+            opcode: Number of the call.
+            request: Class of the request, a message or a frame.
+            response: Class of the response, likewise.
+            settings: What differs from the defaults of `ToolMethod`.
+        """
+        service, _, name = method.partition("/")
+        contract = ToolMethod(
+            service=service,
+            name=name,
+            opcode=opcode,
+            request=payload_name(request),
+            response=payload_name(response),
+            **settings,
+        )
+        return Tool(contract, attribute, request, response)
+
+
+def payload_name(payload: type[Any]) -> str:
+    """Full name of the message that a message class or a frame class stands for; empty for `type(None)`."""
+    if issubclass(payload, Message):
+        return payload.DESCRIPTOR.full_name
+    frame = getattr(payload, "FRAME", None)
+    return frame.message if isinstance(frame, Frame) else ""

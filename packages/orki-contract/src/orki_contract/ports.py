@@ -7,7 +7,7 @@ the Protocols, generated bases and clients speak to nothing else.
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol
 
 from google.protobuf.message import Message
@@ -36,12 +36,14 @@ __all__ = [
     "SyncTaskService",
     "SyncToolChannel",
     "SyncToolService",
+    "SyncToolStub",
     "TaskChannel",
     "TaskContext",
     "TaskHandle",
     "TaskStub",
     "ToolCall",
     "ToolChannel",
+    "ToolStub",
 ]
 
 C = TypeVar("C")
@@ -255,6 +257,34 @@ class SyncToolChannel(Protocol):
     def call(self, tool: Tool[TQ, TR], request: TQ, *, timeout: float | None = None) -> TR:
         """One call; arguments and errors as those of `ToolChannel.call`."""
         ...
+
+
+class ToolStub(Generic[TQ, TR]):
+    """One method of a generated async tool client: call it and await the response."""
+
+    __slots__ = ("_channel", "_tool")
+
+    def __init__(self, channel: ToolChannel, tool: Tool[TQ, TR]) -> None:
+        self._channel = channel
+        self._tool = tool
+
+    def __call__(self, request: TQ, *, timeout: float | None = None) -> Coroutine[Any, Any, TR]:
+        """One call; arguments and errors as those of `ToolChannel.call`."""
+        return self._channel.call(self._tool, request, timeout=timeout)
+
+
+class SyncToolStub(Generic[TQ, TR]):
+    """One method of a generated blocking tool client."""
+
+    __slots__ = ("_channel", "_tool")
+
+    def __init__(self, channel: SyncToolChannel, tool: Tool[TQ, TR]) -> None:
+        self._channel = channel
+        self._tool = tool
+
+    def __call__(self, request: TQ, *, timeout: float | None = None) -> TR:
+        """One call; arguments and errors as those of `ToolChannel.call`."""
+        return self._channel.call(self._tool, request, timeout=timeout)
 
 
 class ToolCall(Protocol):

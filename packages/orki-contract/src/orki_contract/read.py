@@ -6,7 +6,7 @@ what is wrong. Whoever reads an image that others built validates it first.
 
 from __future__ import annotations
 
-__all__ = ["BLOCK_SCALARS", "FileContract", "ReadContract", "milliseconds", "read_image", "read_schema", "resolve"]
+__all__ = ["FileContract", "ReadContract", "milliseconds", "read_image", "read_schema", "resolve"]
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from typing import Any, Final
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
 
 from orki_contract.descriptors import Location, MessageNode, MethodNode, Path, Schema, field_path
+from orki_contract.frames import scalar_size
 from orki_contract.model import (
     AUDIT_GROUP,
     Backoff,
@@ -55,21 +56,6 @@ _BY_TYPE: Final[Mapping[int, Scalar]] = {
 
 # By the numbers of orki.options.v1.Scalar.
 _BY_OPTION: Final[Mapping[int, Scalar]] = {1: Scalar.U8, 2: Scalar.U16, 3: Scalar.I8, 4: Scalar.I16}
-
-BLOCK_SCALARS: Final[Mapping[Scalar, tuple[int, str]]] = {
-    Scalar.BOOL: (1, "?"),
-    Scalar.U8: (1, "B"),
-    Scalar.U16: (2, "H"),
-    Scalar.U32: (4, "I"),
-    Scalar.U64: (8, "Q"),
-    Scalar.I8: (1, "b"),
-    Scalar.I16: (2, "h"),
-    Scalar.I32: (4, "i"),
-    Scalar.I64: (8, "q"),
-    Scalar.F32: (4, "f"),
-    Scalar.F64: (8, "d"),
-}
-"""Length in bytes and `struct` code of each scalar of fixed length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,8 +257,7 @@ def _frame(schema: Schema, node: MessageNode, option: Any) -> Frame:
             if field.type in (_Field.TYPE_BYTES, _Field.TYPE_STRING):
                 tail = field
         elif scalar is not None:
-            known = BLOCK_SCALARS.get(scalar)
-            size = known[0] if known else schema.option(field.options, "size") or 0
+            size = scalar_size(scalar, schema.option(field.options, "size") or 0)
             enum = field.type_name.removeprefix(".") if field.type == _Field.TYPE_ENUM else ""
             since = schema.option(field.options, "since") or 1
             fields.append(

@@ -1,0 +1,198 @@
+"""What every generated frame class can do: be written as bytes, and be read from them.
+
+A generated class states its layout and its fields; the codec is built from them once, when the class is made. On the
+hot path one `struct` call packs or unpacks the whole block; no loop runs over the fields.
+"""
+
+from __future__ import annotations
+
+__all__ = ["FrameBase", "scalar_code", "scalar_size"]
+
+import operator
+from collections.abc import Callable
+from struct import Struct
+from struct import error as StructError
+from typing import Any, ClassVar, Final, Self
+
+from orki_contract.exceptions import FrameMalformed, LocalProtocolError
+from orki_contract.model import Frame, FrameField, Scalar
+
+_CODES: Final = {
+    Scalar.BOOL: "?",
+    Scalar.U8: "B",
+    Scalar.U16: "H",
+    Scalar.U32: "I",
+    Scalar.U64: "Q",
+    Scalar.I8: "b",
+    Scalar.I16: "h",
+    Scalar.I32: "i",
+    Scalar.I64: "q",
+    Scalar.F32: "f",
+    Scalar.F64: "d",
+}
+
+
+def scalar_code(scalar: Scalar, size: int = 0) -> str:
+    """The `struct` code of a scalar; `size` is the length of `Scalar.BYTES`."""
+    return f"{size}s" if scalar is Scalar.BYTES else _CODES[scalar]
+
+
+def scalar_size(scalar: Scalar, size: int = 0) -> int:
+    """Length of a scalar in bytes; `size` is the length of `Scalar.BYTES`."""
+    return Struct("<" + scalar_code(scalar, size)).size
+
+
+class FrameBase:
+    """Base of generated frame classes.
+
+    A subclass is a frozen dataclass whose `FRAME` names its fields: first those of version 1, then the tail, then
+    fields of later versions, which are None where the writer was too old to know them.
+    """
+
+    __slots__ = ()
+
+    FRAME: ClassVar[Frame]
+    _CODEC: ClassVar[_Codec]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls._CODEC = _Codec(cls.FRAME, tuple(cls.__annotations__))
+
+    def encode(self) -> bytes:
+        """Block and tail.
+
+        Raises:
+            FrameMalformed: A value is outside its field's range or of another type; the message names it.
+        """
+        codec = self._CODEC
+        try:
+            block = codec.pack(*codec.values(self))
+            for length, value_of in codec.fixed:
+                if len(value_of(self)) != length:
+                    raise FrameMalformed(codec.fault(self))
+            if codec.tail is None:
+                return block
+            tail: bytes = codec.tail(self).encode() if codec.text else codec.tail(self)
+            return block + tail
+        except (StructError, OverflowError, UnicodeEncodeError, TypeError, AttributeError) as error:
+            raise FrameMalformed(codec.fault(self)) from error
+
+    @classmethod
+    def decode(cls, body: bytes | memoryview, block_length: int, version: int = 0) -> Self:
+        """The frame in `body`.
+
+        Args:
+            body: Block and tail.
+            block_length: Length of the block as its writer gave it: bytes of a longer block are skipped, fields behind
+                a shorter one are None.
+            version: Version of the layout as its writer gave it, which tells absent fields inside the block from zeros;
+                0 for this class's own.
+
+        Raises:
+            FrameMalformed: The body is shorter than its block, the block lacks a field of version 1, or the tail is no
+                UTF-8.
+        """
+        codec = cls._CODEC
+        if len(body) < block_length:
+            raise FrameMalformed(f"{cls.__name__}: a block of {block_length} bytes, of which {len(body)} came")
+        if block_length >= codec.size and (version >= codec.version or not version):
+            values: tuple[Any, ...] = codec.unpack_from(body)
+        else:
+            values = codec.unpack_older(body, block_length, version or codec.version)
+        if codec.tail is not None:
+            try:
+                values += (str(body[block_length:], "utf-8") if codec.text else bytes(body[block_length:]),)
+            except UnicodeDecodeError as error:
+                raise FrameMalformed(f'{cls.__name__}: the tail "{cls.FRAME.tail}" is not UTF-8: {error}') from error
+        return cls(*(codec.ordered(values) if codec.ordered else values))
+
+
+class _Codec:
+    """The layout of one frame class, ready to use."""
+
+    __slots__ = (
+        "fields",
+        "fixed",
+        "frame",
+        "ordered",
+        "pack",
+        "size",
+        "tail",
+        "text",
+        "unpack_from",
+        "values",
+        "version",
+    )
+
+    def __init__(self, frame: Frame, names: tuple[str, ...]) -> None:
+        block = tuple(sorted(frame.fields))
+        written = [each.name for each in block]
+        # Where the values stand when read: by offset, the tail behind them.
+        read = written + [frame.tail] * bool(frame.tail)
+        if sorted(read) != sorted(names):
+            raise LocalProtocolError(f"{frame.message}: the class has the fields {names}, its layout {tuple(read)}")
+        struct = Struct(_format(block, frame.block_length))
+        self.frame = frame
+        self.fields = block
+        self.size = frame.block_length
+        self.version = frame.version
+        self.pack = struct.pack
+        self.unpack_from = struct.unpack_from
+        self.values = _getter(written)
+        self.fixed = tuple((each.size, operator.attrgetter(each.name)) for each in block if each.scalar is Scalar.BYTES)
+        self.tail: Callable[[Any], Any] | None = operator.attrgetter(frame.tail) if frame.tail else None
+        self.text = frame.tail_text
+        order = [read.index(name) for name in names]
+        moved = order != sorted(order)
+        self.ordered: Callable[[Any], Any] | None = operator.itemgetter(*order) if moved else None
+
+    def unpack_older(self, body: bytes | memoryview, block_length: int, version: int) -> tuple[Any, ...]:
+        """Values of a block that an older version wrote: None where it had no such field."""
+        padded = bytes(body[: min(block_length, self.size)]).ljust(self.size, b"\0")
+        values = list(self.unpack_from(padded))
+        for index, field in enumerate(self.fields):
+            if field.since > version or field.offset + field.size > block_length:
+                if field.since == 1:
+                    raise FrameMalformed(
+                        f"{self.frame.message}: a block of {block_length} bytes ends before {field.name} "
+                        f"(bytes {field.offset} to {field.offset + field.size - 1})"
+                    )
+                values[index] = None
+        return tuple(values)
+
+    def fault(self, frame: Any) -> str:
+        """Which value cannot be written, in words."""
+        for field in self.fields:
+            value = getattr(frame, field.name)
+            known = f"{self.frame.message}: {field.name} = {value!r:.60}"
+            if value is None:
+                return f"{known}: a frame of version {self.version} must carry it"
+            if field.scalar is Scalar.BYTES and isinstance(value, bytes) and len(value) != field.size:
+                return f"{known} has {len(value)} bytes, not {field.size}"
+            try:
+                Struct("<" + scalar_code(field.scalar, field.size)).pack(value)
+            except (StructError, OverflowError, TypeError) as error:
+                return f"{known} does not fit {field.scalar}: {error}"
+        kind = "text that UTF-8 can write" if self.text else "bytes"
+        return f"{self.frame.message}: the tail {self.frame.tail} is not {kind}"
+
+
+def _format(fields: tuple[FrameField, ...], length: int) -> str:
+    """The block as a `struct` format, little-endian, with its reserved bytes."""
+    parts, end = ["<"], 0
+    for field in fields:
+        if field.offset > end:
+            parts.append(f"{field.offset - end}x")
+        parts.append(scalar_code(field.scalar, field.size))
+        end = field.offset + field.size
+    return "".join(parts) + (f"{length - end}x" if length > end else "")
+
+
+def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
+    """A function that gives the attributes of these names as a tuple."""
+    if len(names) > 1:
+        return operator.attrgetter(*names)
+    if names:
+        only = operator.attrgetter(names[0])
+        return lambda frame: (only(frame),)
+    return lambda frame: ()
