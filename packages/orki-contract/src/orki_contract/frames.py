@@ -164,11 +164,13 @@ class _Codec:
         """Which value cannot be written, in words."""
         for field in self.fields:
             value = getattr(frame, field.name)
-            known = f"{self.frame.message}: {field.name} = {value!r:.60}"
+            # A value of bytes may be a secret, such as a token: its length is all that an error may show.
+            shown = f"{len(value)} bytes" if isinstance(value, bytes) else f"{value!r:.60}"
+            known = f"{self.frame.message}: {field.name} = {shown}"
             if value is None:
                 return f"{known}: a frame of version {self.version} must carry it"
             if field.scalar is Scalar.BYTES and isinstance(value, bytes) and len(value) != field.size:
-                return f"{known} has {len(value)} bytes, not {field.size}"
+                return f"{known}, not {field.size}"
             try:
                 Struct("<" + scalar_code(field.scalar, field.size)).pack(value)
             except (StructError, OverflowError, TypeError) as error:
