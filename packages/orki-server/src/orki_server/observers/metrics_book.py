@@ -1,0 +1,200 @@
+"""What the metrics observer counts, and under which names Prometheus sees it.
+
+Counters begin at zero with every start of the observer, as Prometheus expects (`rate` and `increase` know resets); what
+was acknowledged is counted by one start or another, and an event that comes again to the same process is counted once.
+Durations are in seconds and costs in US dollars, by the naming rules of Prometheus.
+"""
+
+from __future__ import annotations
+
+__all__ = ["GroupFigures", "MetricsBook"]
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from google.protobuf.message import Message
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from orki.errors.v1.errors_pb2 import Reason
+from orki.events.v1.agent_pb2 import AgentEvent
+from orki.events.v1.task_pb2 import TaskEvent
+from orki.events.v1.tool_pb2 import ToolEvent
+from orki.events.v1.usage_pb2 import UsageEvent
+
+_REMEMBERED: Final = 100_000
+_TOOL_BUCKETS: Final = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)
+_TASK_BUCKETS: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 7200.0)
+_OPEN_TASKS: Final = 200_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupFigures:
+    """Where a consumer group stands.
+
+    Attributes:
+        stream: Name of the stream.
+        group: Name of the group.
+        lag: Entries not delivered yet; None where the server cannot tell.
+        pending: Entries delivered and not acknowledged.
+        oldest_pending_s: Age of the oldest of those, in seconds; 0 for none.
+    """
+
+    stream: str
+    group: str
+    lag: int | None
+    pending: int
+    oldest_pending_s: float
+
+
+class MetricsBook:
+    """All of the observer's figures."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._seen: OrderedDict[bytes, None] = OrderedDict()
+        self._submitted: OrderedDict[str, int] = OrderedDict()
+        self._connected: dict[str, str] = {}
+        self._own_figures()
+        self._fleet_figures()
+
+    def _own_figures(self) -> None:
+        registry = self._registry
+        self._events = Counter("orki_events", "Events counted.", ["stream"], registry=registry)
+        self._lag = Gauge(
+            "orki_group_lag_entries",
+            "Entries that a consumer group has not been given; NaN: the server cannot tell.",
+            ["stream", "group"],
+            registry=registry,
+        )
+        self._pending = Gauge(
+            "orki_group_pending_entries",
+            "Entries given to a consumer group and not acknowledged.",
+            ["stream", "group"],
+            registry=registry,
+        )
+        self._oldest = Gauge(
+            "orki_group_oldest_pending_seconds",
+            "Age of the oldest entry given and not acknowledged.",
+            ["stream", "group"],
+            registry=registry,
+        )
+
+    def _fleet_figures(self) -> None:
+        registry = self._registry
+        by_model = ["model", "provider", "agent"]
+        self._tokens = Counter("orki_tokens", "Language model tokens.", [*by_model, "kind"], registry=registry)
+        self._cost = Counter("orki_cost_dollars", "Cost of language models in US dollars.", by_model, registry=registry)
+        self._tools = Histogram(
+            "orki_tool_duration_seconds",
+            "From the call of a tool to its end.",
+            ["method", "reason"],
+            registry=registry,
+            buckets=_TOOL_BUCKETS,
+        )
+        self._tasks = Counter(
+            "orki_tasks", "Tasks that ended, by outcome and reason.", ["method", "outcome", "reason"], registry=registry
+        )
+        self._durations = Histogram(
+            "orki_task_duration_seconds",
+            "From the submission of a task to its end.",
+            ["method", "outcome"],
+            registry=registry,
+            buckets=_TASK_BUCKETS,
+        )
+        self._attempts = Counter(
+            "orki_attempts_ended",
+            "Attempts that ended without a result, by reason.",
+            ["method", "reason"],
+            registry=registry,
+        )
+        self._submissions = Counter("orki_tasks_submitted", "Tasks accepted.", ["method"], registry=registry)
+        self._agents = Gauge("orki_agents_connected", "Agents with a session.", registry=registry)
+
+    def count(self, stream: str, event_id: bytes, time_us: int, event: Message) -> bool:
+        """Counts one event of orki's own streams.
+
+        Args:
+            stream: Name of the stream.
+            event_id: Identity of the event.
+            time_us: When it happened, in microseconds since the Unix epoch.
+            event: The message; one of another kind is counted as an event and no more.
+
+        Returns:
+            False when this event was counted before.
+        """
+        if event_id in self._seen:
+            return False
+        self._seen[event_id] = None
+        if len(self._seen) > _REMEMBERED:
+            self._seen.popitem(last=False)
+        self._events.labels(stream).inc()
+        if isinstance(event, TaskEvent):
+            self._task(event, time_us)
+        elif isinstance(event, ToolEvent):
+            self._tools.labels(event.method, _reason(event.reason)).observe(event.duration_ns / 1e9)
+        elif isinstance(event, UsageEvent):
+            self._usage(event)
+        elif isinstance(event, AgentEvent):
+            self.follow_agent(event)
+        return True
+
+    def follow_agent(self, event: AgentEvent) -> None:
+        """Keeps the number of connected agents; harmless when repeated in order."""
+        step = event.WhichOneof("event")
+        if step == "connected":
+            self._connected[event.agent_id] = event.instance_id
+        elif step in ("disconnected", "stopped") and self._connected.get(event.agent_id) == event.instance_id:
+            del self._connected[event.agent_id]
+        self._agents.set(len(self._connected))
+
+    def set_groups(self, groups: Iterable[GroupFigures]) -> None:
+        """Replaces where the consumer groups stand."""
+        for gauge in (self._lag, self._pending, self._oldest):
+            gauge.clear()
+        for each in groups:
+            self._lag.labels(each.stream, each.group).set(float("nan") if each.lag is None else each.lag)
+            self._pending.labels(each.stream, each.group).set(each.pending)
+            self._oldest.labels(each.stream, each.group).set(each.oldest_pending_s)
+
+    def exposition(self) -> bytes:
+        """The figures in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def _task(self, event: TaskEvent, time_us: int) -> None:
+        step = event.WhichOneof("event")
+        if step == "submitted":
+            self._submissions.labels(event.method).inc()
+            self._submitted[event.task_id] = time_us
+            if len(self._submitted) > _OPEN_TASKS:
+                self._submitted.popitem(last=False)
+        elif step == "attempt_ended":
+            self._attempts.labels(event.method, _reason(event.attempt_ended.reason)).inc()
+        elif step in ("succeeded", "failed", "cancelled"):
+            reason = Reason.REASON_UNSPECIFIED if step == "succeeded" else getattr(event, step).reason
+            self._tasks.labels(event.method, step, _reason(reason)).inc()
+            if (submitted := self._submitted.pop(event.task_id, None)) is not None:
+                self._durations.labels(event.method, step).observe(max(0, time_us - submitted) / 1e6)
+
+    def _usage(self, event: UsageEvent) -> None:
+        labels = (event.model, event.provider, event.agent_id)
+        for kind, tokens in (
+            ("input", event.input_tokens),
+            ("output", event.output_tokens),
+            ("cached", event.cached_tokens),
+        ):
+            if tokens:
+                self._tokens.labels(*labels, kind).inc(tokens)
+        if event.cost_micros:
+            self._cost.labels(*labels).inc(event.cost_micros / 1e6)
+
+
+def _reason(reason: Reason.ValueType) -> str:
+    """The reason as a label: `none`, its name in lower case, or its number where a newer writer knows more."""
+    if reason == Reason.REASON_UNSPECIFIED:
+        return "none"
+    try:
+        return Reason.Name(reason).removeprefix("REASON_").lower()
+    except ValueError:
+        return str(reason)
