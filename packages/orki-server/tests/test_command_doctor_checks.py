@@ -1,0 +1,108 @@
+"""The doctor's verdicts: each state it knows, made by the figure that means it."""
+
+from __future__ import annotations
+
+import pytest
+
+from orki_server.cli.doctor_checks import GroupState, Verdict, check_groups, check_store, parse_info
+
+HEALTHY = """# Server
+valkey_version:9.1.2
+redis_version:7.2.4
+role:master
+loading:0
+maxmemory_policy:noeviction
+evicted_keys:0
+used_memory:1048576
+maxmemory:104857600
+aof_enabled:1
+aof_last_write_status:ok
+rdb_last_bgsave_status:ok
+"""
+
+
+def _verdicts(changes: str = "") -> dict[str, tuple[Verdict, str]]:
+    info = parse_info(HEALTHY + changes)
+    checks = list(check_store(info))
+    for check in checks:
+        assert bool(check.cause) == (check.verdict is not Verdict.OK), check
+        assert bool(check.next_step) == (check.verdict is not Verdict.OK), check
+        assert sorted(check.to_json()) == ["cause", "figure", "name", "next_step", "verdict"]
+    return {check.name: (check.verdict, check.figure) for check in checks}
+
+
+def test_a_healthy_store() -> None:
+    assert _verdicts() == {
+        "store.version": (Verdict.OK, "valkey 9.1.2"),
+        "store.role": (Verdict.OK, "primary"),
+        "store.loading": (Verdict.OK, "loaded"),
+        "store.eviction": (Verdict.OK, "noeviction"),
+        "store.evicted": (Verdict.OK, "0 keys"),
+        "store.memory": (Verdict.OK, "1.0 MiB of 100.0 MiB (1% of maxmemory)"),
+        "store.persistence": (Verdict.OK, "append-only file"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "verdict", "figure"),
+    [
+        ("role:slave\nmaster_host:h\nmaster_port:1\n", "store.role", Verdict.BAD, "replica of h:1"),
+        ("loading:1\nloading_loaded_perc:12\n", "store.loading", Verdict.BAD, "12 % loaded"),
+        ("maxmemory_policy:allkeys-lru\n", "store.eviction", Verdict.BAD, "allkeys-lru"),
+        ("maxmemory_policy:volatile-ttl\n", "store.eviction", Verdict.BAD, "volatile-ttl"),
+        ("evicted_keys:7\n", "store.evicted", Verdict.WARN, "7 keys"),
+        ("used_memory:90000000\n", "store.memory", Verdict.WARN, "86%"),
+        ("used_memory:104000000\n", "store.memory", Verdict.BAD, "99%"),
+        ("maxmemory:0\ntotal_system_memory:1100000\n", "store.memory", Verdict.BAD, "of the machine's memory"),
+        ("aof_last_write_status:err\n", "store.persistence", Verdict.BAD, "aof_last_write_status err"),
+        ("rdb_last_bgsave_status:err\n", "store.persistence", Verdict.BAD, "rdb_last_bgsave_status err"),
+        ("aof_enabled:0\n", "store.persistence", Verdict.WARN, "no append-only file"),
+        ("valkey_version:?\n", "store.version", Verdict.WARN, "valkey ?"),
+    ],
+)
+def test_each_state_has_its_verdict(change: str, name: str, verdict: Verdict, figure: str) -> None:
+    found, shown = _verdicts(change)[name]
+    assert found is verdict
+    assert figure in shown
+
+
+@pytest.mark.parametrize(
+    ("version", "verdict"),
+    [("6.0.16", Verdict.BAD), ("6.2.0", Verdict.OK), ("8.2.1", Verdict.WARN), ("8.2.3", Verdict.OK)],
+)
+def test_redis_versions(version: str, verdict: Verdict) -> None:
+    info = parse_info(f"redis_version:{version}\n")
+    assert next(check_store(info)).verdict is verdict
+
+
+def test_a_server_that_tells_nothing_is_no_crash() -> None:
+    assert {check.verdict for check in check_store({})} <= set(Verdict)
+
+
+def _group(*, missing: bool = False, lag: int | None = 0, pending: int = 0, oldest_ms: int = 0) -> GroupState:
+    return GroupState(
+        stream="tasks",
+        group="audit",
+        missing=missing,
+        lag=lag,
+        pending=pending,
+        oldest_pending_ms=oldest_ms,
+        ack_deadline_ms=30_000,
+    )
+
+
+@pytest.mark.parametrize(
+    ("group", "verdict"),
+    [
+        (_group(), Verdict.OK),
+        (_group(lag=None), Verdict.OK),
+        (_group(missing=True), Verdict.BAD),
+        (_group(lag=10_001), Verdict.WARN),
+        (_group(pending=1, oldest_ms=61_000), Verdict.WARN),
+        (_group(pending=1, oldest_ms=59_000), Verdict.OK),
+    ],
+)
+def test_groups(group: GroupState, verdict: Verdict) -> None:
+    (check,) = check_groups([group])
+    assert check.verdict is verdict
+    assert check.name == "events.tasks.audit"
