@@ -1,0 +1,126 @@
+"""The store as the rest of the server sees it: the lane of transitions, tasks, fleet and outbox over one link."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+from orki.control.v1.task_pb2 import TaskSnapshot
+from orki_control.attempt import AttemptKey
+from orki_server.store.fleet import Fleet
+from orki_server.store.ids import shard_of
+from orki_server.store.lane import Lane
+from orki_server.store.link import Link
+from orki_server.store.looks import Filter, list_tasks
+from orki_server.store.offers import Offer, Offered, RaiseEpoch
+from orki_server.store.outbox import Outbox
+from orki_server.store.scripts import EPOCH_STEP, shard_script
+from orki_server.store.transition import Transition
+
+__all__ = ["Store"]
+
+R = TypeVar("R")
+
+
+class Store:
+    """Tasks, agents and services in Redis.
+
+    Attributes:
+        shards: Number of shards.
+        fleet: Agents and services.
+        outbox: Records that wait to become events.
+    """
+
+    def __init__(self, url: str, *, shards: int = 8, retention_ms: int = 3_600_000) -> None:
+        self.shards = shards
+        self._link = Link(url)
+        self._lane = Lane(self._link, shard_script(retention_ms))
+        self.fleet = Fleet(self._link, shards)
+        self.outbox = Outbox(self._link, shards)
+        self._highest: dict[int, int] = {}
+        self._link.on_recovery(self.fleet.claim_layout)
+        self._link.on_change(self._link_changed)
+
+    async def open(self) -> None:
+        """Connects.
+
+        Raises:
+            StoreUnavailable: The server does not answer, or cannot serve us now.
+            InvalidSetting: It holds a store of another layout.
+        """
+        await self.fleet.claim_layout()
+        self._lane.start()
+
+    async def close(self) -> None:
+        """Sends no more, and closes the connections."""
+        await self._lane.close()
+        await self._link.close()
+
+    @property
+    def address(self) -> str:
+        """Where the server is, without credentials."""
+        return self._link.address
+
+    @property
+    def up(self) -> bool:
+        """Whether the server answered last time."""
+        return self._link.up
+
+    def on_change(self, tell: Callable[[bool], None]) -> None:
+        """Calls `tell` with whether the server is there, each time that changes."""
+        self._link.on_change(tell)
+
+    async def wait_up(self) -> None:
+        """Waits until the server takes writes."""
+        await self._link.wait_up()
+
+    def put(self, transition: Transition[R]) -> asyncio.Future[R]:
+        """Hands in a transition without waiting; errors as those of `Lane.put`."""
+        return self._lane.put(transition)
+
+    async def apply(self, transition: Transition[R]) -> R:
+        """Applies a transition; errors as those of `Lane.apply`."""
+        return await self._lane.apply(transition)
+
+    async def page(self, which: Filter, page_size: int, page_token: str) -> tuple[list[TaskSnapshot], str]:
+        """A page of tasks; see `list_tasks`."""
+        return await list_tasks(self._link, self.shards, which, page_size, page_token)
+
+    async def offer(self, transition: Offer) -> list[Offered]:
+        """Hands out tasks; as `apply`, and remembers the fences, so that a store that forgets them is recognised."""
+        offered = await self._lane.apply(transition)
+        if offered:
+            highest = max(each.attempt.fence for each in offered)
+            self._highest[transition.shard] = max(highest, self._highest.get(transition.shard, 0))
+        return offered
+
+    async def witness(self, attempt: AttemptKey) -> bool:
+        """Somebody holds this attempt's fence: if the store has never given it, it has lost its newest writes.
+
+        Then its epoch rises, so that no fence repeats. Returns whether it rose.
+
+        Raises:
+            UnknownTask: The attempt's task id is none.
+        """
+        shard = shard_of(attempt.task_id)
+        if attempt.fence <= self._highest.get(shard, 0):
+            return False
+        self._highest[shard] = attempt.fence
+        return await self.apply(self._epoch_after(shard))
+
+    def _epoch_after(self, shard: int) -> RaiseEpoch:
+        seen = self._highest[shard]
+        return RaiseEpoch(shard, seen, (seen // EPOCH_STEP + 1) * EPOCH_STEP)
+
+    def _link_changed(self, up: bool) -> None:
+        if not up:
+            # Patient, so these go first when the server is back, before anything is offered.
+            for shard in self._highest:
+                self._lane.put(self._epoch_after(shard)).add_done_callback(_forget)
+
+
+def _forget(answer: asyncio.Future[bool]) -> None:
+    """Keeps asyncio from reporting a failure that nobody waits for."""
+    if not answer.cancelled():
+        answer.exception()

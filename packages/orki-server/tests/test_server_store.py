@@ -1,0 +1,471 @@
+"""The store's transitions on a real server, one by one."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from orki.control.v1.attempt_pb2 import TaskState
+from orki.errors.v1.errors_pb2 import Reason
+from orki_contract.errors import InvalidArgument, InvalidSetting, StoreUnavailable, UnknownTask
+from orki_contract.model import Backoff, TaskMethod
+from orki_contract.trace import Span, new_span
+from orki_control.attempt import AttemptKey
+from orki_server.store import (
+    Accept,
+    AcknowledgeCancel,
+    Advance,
+    Asker,
+    Attach,
+    Cancel,
+    Decline,
+    Direct,
+    EndCancelled,
+    Fail,
+    Filter,
+    Look,
+    Offer,
+    Offered,
+    Renew,
+    Seen,
+    Store,
+    Submit,
+    Submitted,
+    Succeed,
+    Sweep,
+    Verdict,
+    digest_of,
+    new_task_id,
+    shard_of,
+)
+
+METHOD = TaskMethod(
+    service="acme.v1.WorkService",
+    name="Do",
+    request="acme.v1.DoRequest",
+    response="acme.v1.DoResponse",
+    heartbeat_timeout_ms=5_000,
+    backoff=Backoff(initial_ms=1),
+)
+SHARD = 1
+
+
+async def submit(
+    store: Store, *, key: str = "", request: bytes = b"q", method: TaskMethod = METHOD, span: Span | None = None
+) -> Submitted:
+    return await store.apply(
+        Submit(
+            task_id=new_task_id(SHARD),
+            method=method,
+            request=request,
+            digest=digest_of(method.full_name, request),
+            idempotency_key=key,
+            span=span or new_span(),
+            actor="tester",
+        )
+    )
+
+
+async def take(store: Store, agent: str = "a1", wants: int = 1, accept_timeout_ms: int = 2_000) -> list[Offered]:
+    asker = Asker(agent, f"{agent}-1", wants, (METHOD.full_name,))
+    return await store.offer(Offer(SHARD, accept_timeout_ms, (asker,)))
+
+
+async def started(store: Store, agent: str = "a1", method: TaskMethod = METHOD) -> AttemptKey:
+    await submit(store, method=method)
+    (offered,) = await take(store, agent)
+    answer = await store.apply(Accept(agent, offered.attempt))
+    assert answer.verdict is Verdict.ACCEPTED
+    return offered.attempt
+
+
+async def look(store: Store, task_id: str, limit: int = 0, after: str = "") -> Seen:
+    seen = await store.apply(Look(task_id, limit, after))
+    assert seen is not None
+    return seen
+
+
+async def kinds(store: Store, task_id: str) -> list[str]:
+    records = [record for shard in await store.outbox.read(1000) for record in shard if record.task_id == task_id]
+    assert [record.revision for record in records] == list(range(1, len(records) + 1))
+    assert (await look(store, task_id)).task.revision == len(records)
+    return [record.kind for record in records]
+
+
+async def test_a_task_goes_from_submission_to_its_response(store: Store) -> None:
+    parent = new_span()
+    submitted = await submit(store, request=b"\x00\xffrequest", span=parent.child())
+    assert submitted.word == "new"
+    (offered,) = await take(store)
+    assert (offered.attempt.attempt, offered.request, offered.lease_ms) == (1, b"\x00\xffrequest", 5_000)
+    assert offered.attempt.task_id == submitted.task_id
+    assert offered.attempt.fence >> 44 == 1
+    assert (await look(store, submitted.task_id)).task.state == TaskState.TASK_STATE_OFFERED
+    accepted = await store.apply(Accept("a1", offered.attempt))
+    assert accepted.state == TaskState.TASK_STATE_RUNNING
+    result = await store.apply(Succeed("a1", offered.attempt, b"\x00response"))
+    assert (result.verdict, result.state) == (Verdict.ACCEPTED, TaskState.TASK_STATE_SUCCEEDED)
+    seen = (await look(store, submitted.task_id)).task
+    assert seen.response == b"\x00response"
+    assert seen.submitted_us == submitted.submitted_us < seen.ended_us
+    assert await kinds(store, submitted.task_id) == ["submitted", "offered", "started", "succeeded"]
+
+
+async def test_the_spans_of_task_and_attempt_nest(store: Store) -> None:
+    parent = new_span()
+    span = parent.child()
+    await submit(store, span=span)
+    (offered,) = await take(store)
+    assert offered.traceparent.split("-")[1] == parent.trace_id
+    submitted, handed = next(records for records in await store.outbox.read(10) if records)
+    assert (submitted.traceparent, submitted.parent_id) == (span.traceparent, parent.span_id)
+    assert (handed.traceparent, handed.parent_id) == (offered.traceparent, span.span_id)
+
+
+async def test_the_same_key_and_request_give_the_same_task_and_another_request_a_conflict(store: Store) -> None:
+    first = await submit(store, key="k")
+    assert await submit(store, key="k") == Submitted("same", first.task_id, 0)
+    assert (await submit(store, key="k", request=b"other")).word == "conflict"
+    assert (await submit(store, key="another")).word == "new"
+
+
+async def test_a_submission_that_is_sent_twice_is_one_task(store: Store) -> None:
+    span = new_span()
+    submission = Submit(
+        task_id=new_task_id(SHARD),
+        method=METHOD,
+        request=b"q",
+        digest=digest_of(METHOD.full_name, b"q"),
+        idempotency_key="",
+        span=span,
+        actor="",
+    )
+    first = await store.apply(submission)
+    assert await store.apply(submission) == first
+    assert await kinds(store, first.task_id) == ["submitted"]
+    assert len(await take(store, wants=5)) == 1
+
+
+async def test_reports_of_strangers_and_of_old_fences_change_nothing(store: Store) -> None:
+    attempt = await started(store)
+    before = await look(store, attempt.task_id)
+    unknown = AttemptKey(new_task_id(SHARD), 1, attempt.fence)
+    for agent, key in (("a2", attempt), ("a1", attempt._replace(fence=attempt.fence + 1)), ("a1", unknown)):
+        reports = (
+            Accept(agent, key),
+            Decline(agent, key, Reason.REASON_DRAINING, "", True),
+            Advance(agent, key, 10, 1, b""),
+            Succeed(agent, key, b""),
+            Fail(agent, key, Reason.REASON_HANDLER_FAILED, "", "", True),
+            EndCancelled(agent, key, Reason.REASON_CANCELLED),
+            AcknowledgeCancel(agent, key),
+        )
+        answers = await asyncio.gather(*(store.apply(report) for report in reports))
+        assert {answer.verdict for answer in answers} == {Verdict.STALE}
+        assert {answer.state for answer in answers} == {TaskState.TASK_STATE_UNSPECIFIED}
+        assert await store.apply(Renew(SHARD, agent, (key,))) == [key]
+        assert await store.apply(Attach(SHARD, agent, (key,))) == []
+    assert await look(store, attempt.task_id) == before
+
+
+async def test_a_result_is_accepted_once_and_acknowledged_again(store: Store) -> None:
+    attempt = await started(store)
+    assert (await store.apply(Succeed("a1", attempt, b"one"))).verdict is Verdict.ACCEPTED
+    assert (await store.apply(Succeed("a1", attempt, b"two"))).verdict is Verdict.REPEATED
+    assert (await store.apply(Succeed("a2", attempt, b"two"))).verdict is Verdict.STALE
+    assert (await look(store, attempt.task_id)).task.response == b"one"
+    (kept,) = await store.apply(Attach(SHARD, "a1", (attempt,)))
+    assert kept.state == TaskState.TASK_STATE_SUCCEEDED
+
+
+async def test_a_failed_attempt_is_followed_by_another_under_a_higher_fence(store: Store) -> None:
+    first = await started(store)
+    failed = await store.apply(Fail("a1", first, Reason.REASON_HANDLER_FAILED, "it broke", "ValueError", True))
+    assert (failed.verdict, failed.state, failed.retry_ms) == (Verdict.ACCEPTED, TaskState.TASK_STATE_QUEUED, 1)
+    assert (
+        await store.apply(Fail("a1", first, Reason.REASON_HANDLER_FAILED, "", "", True))
+    ).verdict is Verdict.REPEATED
+    await asyncio.sleep(0.005)
+    swept = await store.apply(Sweep(SHARD, 10))
+    assert [each.what for each in swept.expired] == ["retry"]
+    (second,) = await take(store, "a2")
+    assert (second.attempt.attempt, second.attempt.task_id) == (2, first.task_id)
+    assert second.attempt.fence > first.fence
+    # The first attempt's result, a failure, was accepted: whatever else is said under its fence changes nothing.
+    assert (await store.apply(Succeed("a1", first, b""))).verdict is Verdict.REPEATED
+    seen = (await look(store, first.task_id)).task
+    assert seen.state == TaskState.TASK_STATE_OFFERED
+    assert [(each.message, each.error_type) for each in seen.earlier_failures] == [("it broke", "ValueError")]
+
+
+async def test_the_last_attempt_s_failure_is_the_task_s(store: Store) -> None:
+    attempt = await started(store)
+    rejected = await store.apply(Fail("a1", attempt, Reason.REASON_HANDLER_REJECTED, "never", "E", False))
+    assert (rejected.state, rejected.retry_ms) == (TaskState.TASK_STATE_FAILED, -1)
+    seen = (await look(store, attempt.task_id)).task
+    assert (seen.failure.reason, seen.failure.message) == (Reason.REASON_HANDLER_REJECTED, "never")
+    assert await kinds(store, attempt.task_id) == ["submitted", "offered", "started", "failed"]
+
+
+async def test_attempts_run_out(store: Store) -> None:
+    await submit(store)
+    states = []
+    for number in (1, 2, 3):
+        await asyncio.sleep(0.005)
+        await store.apply(Sweep(SHARD, 10))
+        (offered,) = await take(store)
+        await store.apply(Accept("a1", offered.attempt))
+        answer = await store.apply(Fail("a1", offered.attempt, Reason.REASON_HANDLER_FAILED, f"{number}", "", True))
+        states.append(answer.state)
+    assert states == [TaskState.TASK_STATE_QUEUED, TaskState.TASK_STATE_QUEUED, TaskState.TASK_STATE_FAILED]
+    (task,), _ = await store.page(Filter(), 10, "")
+    seen = (await look(store, task.task_id)).task
+    assert [each.message for each in seen.earlier_failures] == ["1", "2"]
+    assert seen.failure.message == "3"
+
+
+async def test_an_offer_that_nobody_answers_costs_no_attempt(store: Store) -> None:
+    await submit(store)
+    fences, next_ms = [], []
+    for _ in range(4):
+        (offered,) = await take(store, accept_timeout_ms=0)
+        fences.append(offered.attempt.fence)
+        await asyncio.sleep(0.002)
+        swept = await store.apply(Sweep(SHARD, 10))
+        assert [each.what for each in swept.expired] == ["offer"]
+        next_ms.append(swept.next_ms)
+    assert fences == sorted(set(fences))
+    # The fourth in a row waits a little, so that nobody spins.
+    assert await take(store) == []
+    assert 0 < next_ms[-1] <= 800
+
+
+async def test_declining_gives_the_task_to_others(store: Store) -> None:
+    await submit(store)
+    (offered,) = await take(store)
+    answer = await store.apply(Decline("a1", offered.attempt, Reason.REASON_DRAINING, "bye", True))
+    assert (answer.verdict, answer.retry_ms) == (Verdict.ACCEPTED, 0)
+    (again,) = await take(store, "a2")
+    assert again.attempt.attempt == 2
+    accepted = await store.apply(Accept("a2", again.attempt))
+    assert accepted.verdict is Verdict.ACCEPTED
+    assert (await store.apply(Decline("a2", again.attempt, Reason.REASON_DRAINING, "", True))).verdict is Verdict.STALE
+
+
+async def test_a_cancel_before_the_start_ends_the_task(store: Store) -> None:
+    submitted = await submit(store)
+    assert (await store.apply(Cancel(submitted.task_id, "no need", "me"))).word == "done"
+    assert (await store.apply(Cancel(submitted.task_id, "again", "me"))).word == "ended"
+    assert await take(store) == []
+    seen = (await look(store, submitted.task_id)).task
+    assert (seen.state, seen.failure.message) == (TaskState.TASK_STATE_CANCELLED, "no need")
+    assert await kinds(store, submitted.task_id) == ["submitted", "cancel_requested", "cancelled"]
+
+
+async def test_a_cancel_of_a_running_task_is_asked_acknowledged_and_ends(store: Store) -> None:
+    attempt = await started(store)
+    asked = await store.apply(Cancel(attempt.task_id, "stop", "me"))
+    assert (asked.word, asked.agent_id, asked.attempt, asked.grace_ms) == ("asked", "a1", attempt, 5_000)
+    assert (await store.apply(Cancel(attempt.task_id, "stop", "me"))).word == "again"
+    assert (await store.apply(AcknowledgeCancel("a1", attempt))).verdict is Verdict.ACCEPTED
+    assert (await store.apply(AcknowledgeCancel("a1", attempt))).verdict is Verdict.REPEATED
+    ended = await store.apply(EndCancelled("a1", attempt, Reason.REASON_CANCELLED))
+    assert ended.state == TaskState.TASK_STATE_CANCELLED
+    assert (await store.apply(Succeed("a1", attempt, b""))).verdict is Verdict.REPEATED
+    assert await kinds(store, attempt.task_id) == [
+        "submitted",
+        "offered",
+        "started",
+        "cancel_requested",
+        "cancel_acknowledged",
+        "cancelled",
+    ]
+
+
+async def test_a_result_that_meets_a_cancel_wins(store: Store) -> None:
+    attempt = await started(store)
+    await store.apply(Cancel(attempt.task_id, "", "me"))
+    assert (await store.apply(Succeed("a1", attempt, b"r"))).state == TaskState.TASK_STATE_SUCCEEDED
+    assert (await store.apply(Cancel(attempt.task_id, "", "me"))).word == "ended"
+
+
+async def test_a_cancelled_attempt_that_fails_is_not_tried_again(store: Store) -> None:
+    attempt = await started(store)
+    await store.apply(Cancel(attempt.task_id, "", "me"))
+    answer = await store.apply(Fail("a1", attempt, Reason.REASON_HANDLER_FAILED, "broke", "", True))
+    assert (answer.state, answer.retry_ms) == (TaskState.TASK_STATE_CANCELLED, -1)
+
+
+async def test_progress_is_told_once_in_order_and_bounded(store: Store) -> None:
+    attempt = await started(store)
+    for index in (1, 2, 2, 1, 3):
+        await store.apply(Advance("a1", attempt, 1000, index, b"p%d" % index))
+    seen = await look(store, attempt.task_id, 100)
+    assert [(each.index, each.payload, each.attempt) for each in seen.progress] == [
+        (1, b"p1", 1),
+        (2, b"p2", 1),
+        (3, b"p3", 1),
+    ]
+    rest = await look(store, attempt.task_id, 100, seen.progress[0].cursor)
+    assert rest.progress == seen.progress[1:]
+    assert await kinds(store, attempt.task_id) == ["submitted", "offered", "started"]
+
+
+async def test_directives_go_to_the_attempt_that_runs(store: Store) -> None:
+    attempt = await started(store)
+    assert (await store.apply(Direct(attempt, 7, "me"))).word == "running"
+    assert (await store.apply(Direct(attempt._replace(fence=1), 7, "me"))).word == "idle"
+    await store.apply(Succeed("a1", attempt, b""))
+    assert (await store.apply(Direct(attempt, 7, "me"))).word == "ended"
+    assert (await store.apply(Direct(attempt._replace(task_id=new_task_id(SHARD)), 7, "me"))).word == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("timers", "reason"),
+    [
+        ({"heartbeat_timeout_ms": 1}, Reason.REASON_LEASE_EXPIRED),
+        ({"attempt_timeout_ms": 1}, Reason.REASON_ATTEMPT_TIMEOUT),
+        ({"stall_timeout_ms": 1}, Reason.REASON_STALLED),
+    ],
+)
+async def test_each_clock_ends_the_attempt_in_its_own_name(
+    store: Store, timers: dict[str, int], reason: Reason.ValueType
+) -> None:
+    values = {"service": METHOD.service, "name": "Do", "request": "q", "response": "r"}
+    method = TaskMethod(**values, **timers, backoff=Backoff(initial_ms=1))  # type: ignore[arg-type]
+    attempt = await started(store, method=method)
+    await asyncio.sleep(0.01)
+    (expired,) = (await store.apply(Sweep(SHARD, 10))).expired
+    assert (expired.what, expired.agent_id, expired.attempt) == ("attempt", "a1", attempt)
+    seen = (await look(store, attempt.task_id)).task
+    assert (seen.state, seen.earlier_failures[0].reason) == (TaskState.TASK_STATE_QUEUED, reason)
+    assert (await store.apply(Succeed("a1", attempt, b""))).verdict is Verdict.STALE
+
+
+async def test_the_total_timeout_ends_the_task_wherever_it_is(store: Store) -> None:
+    method = TaskMethod(service=METHOD.service, name="Do", request="q", response="r", total_timeout_ms=1)
+    waiting = (await submit(store, method=method)).task_id
+    await asyncio.sleep(0.01)
+    (expired,) = (await store.apply(Sweep(SHARD, 10))).expired
+    assert expired.what == "task"
+    seen = (await look(store, waiting)).task
+    assert (seen.state, seen.failure.reason) == (TaskState.TASK_STATE_FAILED, Reason.REASON_TOTAL_TIMEOUT)
+    assert await take(store) == []
+
+
+async def test_a_lease_is_renewed_by_heartbeats_and_by_coming_back(store: Store) -> None:
+    method = TaskMethod(
+        service=METHOD.service, name="Do", request="q", response="r", heartbeat_timeout_ms=400, backoff=METHOD.backoff
+    )
+    attempt = await started(store, method=method)
+    for _ in range(4):
+        await asyncio.sleep(0.15)
+        assert await store.apply(Renew(SHARD, "a1", (attempt,))) == []
+        assert (await store.apply(Sweep(SHARD, 10))).expired == ()
+    (kept,) = await store.apply(Attach(SHARD, "a1", (attempt,)))
+    assert (kept.attempt, kept.state) == (attempt, TaskState.TASK_STATE_RUNNING)
+    assert kept.traceparent
+
+
+async def test_finished_tasks_are_forgotten_with_all_that_belongs_to_them(redis_url: str) -> None:
+    store = Store(redis_url, shards=4, retention_ms=1)
+    await store.open()
+    submitted = await submit(store, key="k")
+    (offered,) = await take(store)
+    await store.apply(Advance("a1", offered.attempt, 10, 1, b""))
+    await store.apply(Succeed("a1", offered.attempt, b""))
+    await asyncio.sleep(0.01)
+    await store.apply(Sweep(SHARD, 10))
+    assert await store.apply(Look(submitted.task_id)) is None
+    assert await store.page(Filter(), 10, "") == ([], "")
+    assert (await submit(store, key="k")).word == "new"
+    await store.close()
+
+
+async def test_tasks_go_to_askers_in_turn_and_the_oldest_first(store: Store) -> None:
+    ids = [(await submit(store)).task_id for _ in range(5)]
+    askers = tuple(Asker(name, f"{name}-1", 2, (METHOD.full_name,)) for name in ("a", "b"))
+    offered = await store.offer(Offer(SHARD, 1000, askers))
+    assert [(each.asker, each.attempt.task_id) for each in offered] == [
+        (0, ids[0]),
+        (1, ids[1]),
+        (0, ids[2]),
+        (1, ids[3]),
+    ]
+    assert await store.offer(Offer(SHARD, 1000, (Asker("c", "c-1", 9, ("other.v1.Service/Do",)),))) == []
+
+
+async def test_lists_are_paged_newest_first_and_filtered(store: Store) -> None:
+    ids = []
+    for number in range(10):
+        task_id = new_task_id(number % 4)
+        ids.append(task_id)
+        await store.apply(
+            Submit(
+                task_id=task_id,
+                method=METHOD,
+                request=b"",
+                digest="0" * 64,
+                idempotency_key="",
+                span=new_span(),
+                actor="",
+            )
+        )
+    found: list[str] = []
+    token = ""
+    for _ in range(10):
+        page, token = await store.page(Filter(), 3, token)
+        found += [task.task_id for task in page]
+        if not token:
+            break
+    assert found == ids[::-1]
+    await store.apply(Cancel(ids[0], "", ""))
+    only = await store.page(Filter(states=frozenset({TaskState.TASK_STATE_CANCELLED})), 3, "")
+    assert [task.task_id for task in only[0]] == [ids[0]]
+    assert (await store.page(Filter(method="x/y"), 3, ""))[0] == []
+    assert (await store.page(Filter(agent_id="x"), 3, ""))[0] == []
+
+
+@pytest.mark.parametrize("token", ["!", "bm9wZQ==", "MTIzIG5vcGU=", "é"])
+async def test_a_page_token_of_no_list_is_refused(store: Store, token: str) -> None:
+    with pytest.raises(InvalidArgument, match="page_token"):
+        await store.page(Filter(), 3, token)
+
+
+@pytest.mark.parametrize("task_id", ["", "t1", "t1-xyz", "x1-" + "0" * 26, "t01-" + "0" * 26, "t1-" + "U" * 26])
+def test_what_is_no_task_id_names_no_shard(task_id: str) -> None:
+    with pytest.raises(UnknownTask):
+        shard_of(task_id)
+
+
+async def test_a_fence_that_the_store_does_not_know_raises_its_epoch(store: Store) -> None:
+    attempt = await started(store)
+    assert not await store.witness(attempt)
+    lost = attempt._replace(fence=attempt.fence + 1000)
+    assert await store.witness(lost)
+    await submit(store)
+    (offered,) = await take(store)
+    assert offered.attempt.fence > lost.fence
+    assert offered.attempt.fence >> 44 == 2
+
+
+async def test_a_store_of_another_layout_is_refused(redis_url: str, store: Store) -> None:
+    other = Store(redis_url, shards=5)
+    with pytest.raises(InvalidSetting, match="has 4 shards, this orchestrator is set to 5"):
+        await other.open()
+    await other.close()
+
+
+async def test_an_absent_store_says_so() -> None:
+    store = Store("redis://127.0.0.1:1/0")
+    with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:1 does not answer"):
+        await store.open()
+    await store.close()
+
+
+@pytest.mark.parametrize("url", ["http://x", "127.0.0.1:6379", "redis://x:port/0", "redis://h/0?unknown=1&"])
+def test_a_url_that_is_none_is_refused_without_showing_its_password(url: str) -> None:
+    with pytest.raises(InvalidSetting) as caught:
+        Store(url.replace("://", "://user:secret@"))
+    assert "secret" not in caught.value.message
