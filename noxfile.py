@@ -35,12 +35,14 @@ def _pytest(session: nox.Session, environment: Environment, *patterns: str, work
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style, format and layers: ruff, buf, import-linter."""
-    dev = ensure(session, DEV)
-    dev.run(session, "ruff", "check", ".")
-    dev.run(session, "ruff", "format", "--check", ".")
-    dev.run(session, "buf", "lint")
-    dev.run(session, "buf", "format", "--diff", "--exit-code", "proto")
-    dev.run(session, "lint-imports", "--config", "pyproject.toml", "--cache-dir", ".nox/import-linter")
+    ensure(session, DEV).run_each(
+        session,
+        ("ruff", "check", "."),
+        ("ruff", "format", "--check", "."),
+        ("buf", "lint"),
+        ("buf", "format", "--diff", "--exit-code", "proto"),
+        ("lint-imports", "--config", "pyproject.toml", "--cache-dir", ".nox/import-linter"),
+    )
 
 
 @nox.session

@@ -32,12 +32,15 @@ class Declared(Contract):
         members = distributions(Path.cwd())
         own = {each.name: _packages(each) for each in members}
         providers = packages_distributions()
+        roots = set(self.session_options["root_packages"])
         found = []
         for each in members:
             names = _declared(each)
             allowed = set(own[each.name])
             allowed.update(*(own.get(name, set()) for name in names))
             allowed.update(top for top, by in providers.items() if names & {_normal(name) for name in by})
+            # Of a package that is no root here, the graph knows the top alone.
+            allowed.update(top for name in own[each.name] if (top := name.partition(".")[0]) not in roots)
             for importer, imported in _imports(graph, own[each.name]):
                 top = imported.partition(".")[0]
                 if top not in sys.stdlib_module_names | STUBS and not any(

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 from nox_sessions.layout import Distribution, distributions
 
@@ -70,6 +71,17 @@ class Environment:
             session.error(f"{command[0]} is not in {self.folder}: remove that folder, and it is made anew")
         variables = {"PATH": path, "VIRTUAL_ENV": str(self.folder), **(env or {})}
         session.run(program, *command[1:], env=variables, external=True)
+
+    def run_each(self, session: nox.Session, *commands: tuple[str, ...]) -> None:
+        """Run every command, so that one start shows all that is wrong; the session fails if one of them did."""
+        failed = []
+        for command in commands:
+            try:
+                self.run(session, *command)
+            except CommandFailed:
+                failed.append(" ".join(command))
+        if failed:
+            session.error(f"Failed: {'; '.join(failed)}")
 
 
 def uv() -> str:
