@@ -1,6 +1,6 @@
 """The vocabulary of orki's contracts. Depends on protobuf alone."""
 
-from orki_contract.frames import FrameBase
+from orki_contract.frames import FrameBase, at, frame, tail
 from orki_contract.handles import EventStream, FrameType, Payload, Task, Tool
 from orki_contract.model import (
     AUDIT_GROUP,
@@ -72,4 +72,7 @@ __all__ = [
     "ToolChannel",
     "ToolMethod",
     "ToolStub",
+    "at",
+    "frame",
+    "tail",
 ]

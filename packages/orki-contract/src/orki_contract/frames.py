@@ -1,20 +1,21 @@
 """What every generated frame class can do: be written as bytes, and be read from them.
 
-A generated class states its layout and its fields; the codec is built from them once, when the class is made. On the
-hot path one `struct` call packs or unpacks the whole block; no loop runs over the fields.
+A generated class states its fields and where they lie; `frame` makes the layout and the codec of it, once. On the hot
+path one `struct` call packs or unpacks the whole block; no loop runs over the fields.
 """
 
 from __future__ import annotations
 
-__all__ = ["FrameBase", "scalar_code", "scalar_size"]
+__all__ = ["FrameBase", "at", "frame", "scalar_code", "scalar_size", "tail"]
 
+import dataclasses
 import operator
 from collections.abc import Callable
 from struct import Struct
 from struct import error as StructError
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Final, Self, TypeVar, dataclass_transform
 
-from orki_contract.exceptions import FrameMalformed, LocalProtocolError
+from orki_contract.exceptions import FrameMalformed
 from orki_contract.model import Frame, FrameField, Scalar
 
 _CODES: Final = {
@@ -42,21 +43,93 @@ def scalar_size(scalar: Scalar, size: int = 0) -> int:
     return Struct("<" + scalar_code(scalar, size)).size
 
 
-class FrameBase:
-    """Base of generated frame classes.
+_METADATA: Final = "orki_contract.frames"
+_UNSET: Final[Any] = dataclasses.MISSING
 
-    A subclass is a frozen dataclass whose `FRAME` names its fields: first those of version 1, then the tail, then
-    fields of later versions, which are None where the writer was too old to know them.
+
+def at(
+    offset: int,
+    scalar: Scalar,
+    *,
+    number: int,
+    size: int = 0,
+    since: int = 1,
+    enum: str = "",
+    default: Any = _UNSET,
+) -> Any:
+    """A field of the block, as generated frame classes write it down.
+
+    Args:
+        offset: First byte, from the start of the block.
+        scalar: Its type.
+        number: Number in the proto.
+        size: Length in bytes of `Scalar.BYTES`.
+        since: Frame version that brought it.
+        enum: Full name of the enum that it holds.
+        default: None for a field of a later version: a frame can be made without it, but not written.
+    """
+    length = scalar_size(scalar, size)
+    field = FrameField(offset=offset, name="", number=number, scalar=scalar, size=length, since=since, enum=enum)
+    return dataclasses.field(default=default, metadata={_METADATA: field})
+
+
+def tail(*, default: str | bytes) -> Any:
+    """The field that takes the bytes behind the block: text where its default is a string."""
+    return dataclasses.field(default=default, metadata={_METADATA: None})
+
+
+_F = TypeVar("_F", bound="FrameBase")
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(at, tail))
+def frame(message: str, *, version: int, block_length: int) -> Callable[[type[_F]], type[_F]]:
+    """Makes a frozen dataclass with slots, a layout and a codec of a class whose fields are made by `at` and `tail`.
+
+    Args:
+        message: Full name of the message.
+        version: Version of the layout.
+        block_length: Length of the block in bytes.
+    """
+
+    def complete(cls: type[_F]) -> type[_F]:
+        made = dataclasses.dataclass(frozen=True, slots=True)(cls)
+        members: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(made)  # type: ignore[arg-type]
+        block = []
+        behind: dataclasses.Field[Any] | None = None
+        for each in members:
+            known = each.metadata[_METADATA]
+            if known is None:
+                behind = each
+            else:
+                block.append(dataclasses.replace(known, name=each.name))
+        made.FRAME = Frame(
+            message=message,
+            version=version,
+            block_length=block_length,
+            fields=tuple(sorted(block)),
+            tail=behind.name if behind is not None else "",
+            tail_text=behind is not None and isinstance(behind.default, str),
+        )
+        made._CODEC = _Codec(made.FRAME, tuple(each.name for each in members))
+        return made
+
+    return complete
+
+
+class FrameBase:
+    """Base of generated frame classes, which `frame` completes.
+
+    The fields stand in the order in which they came to be: those of version 1, the tail, those of later versions, which
+    are None where the writer was too old to know them.
+
+    Attributes:
+        FRAME: The layout.
     """
 
     __slots__ = ()
 
     FRAME: ClassVar[Frame]
     _CODEC: ClassVar[_Codec]
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        cls._CODEC = _Codec(cls.FRAME, tuple(cls.__annotations__))
 
     def encode(self) -> bytes:
         """Block and tail.
@@ -129,8 +202,6 @@ class _Codec:
         written = [each.name for each in block]
         # Where the values stand when read: by offset, the tail behind them.
         read = written + [frame.tail] * bool(frame.tail)
-        if sorted(read) != sorted(names):
-            raise LocalProtocolError(f"{frame.message}: the class has the fields {names}, its layout {tuple(read)}")
         struct = Struct(_format(block, frame.block_length))
         self.frame = frame
         self.fields = block

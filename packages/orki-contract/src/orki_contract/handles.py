@@ -7,11 +7,13 @@ message classes for the runtimes and the plain contract for everything else.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, Self, TypedDict, TypeVar, Unpack, runtime_checkable
+from types import NoneType
+from typing import Any, ClassVar, Generic, Protocol, Self, TypedDict, TypeVar, Unpack, overload, runtime_checkable
 
 from google.protobuf.message import Message
 
 from orki_contract.model import Backoff, Frame, Group, Stream, TaskMethod, ToolMethod
+from orki_contract.naming import snake_name
 
 __all__ = ["EventStream", "FrameType", "Payload", "Task", "TaskSettings", "Tool", "ToolSettings", "payload_name"]
 
@@ -25,7 +27,7 @@ class FrameType(Protocol):
     *received* block length (SBE's rule): bytes of a longer block are skipped, fields behind a shorter one are None.
     """
 
-    FRAME: Frame
+    FRAME: ClassVar[Frame]
 
     def encode(self) -> bytes:
         """Block and tail."""
@@ -106,26 +108,54 @@ class Task(Generic[Q, R, P, D]):
     progress: type[P]
     directive: type[D]
 
+    @overload
+    @staticmethod
+    def declare(
+        method: str, *, request: type[Q], response: type[R], **settings: Unpack[TaskSettings]
+    ) -> Task[Q, R, None, None]: ...
+
+    @overload
+    @staticmethod
+    def declare(
+        method: str, *, request: type[Q], response: type[R], progress: type[P], **settings: Unpack[TaskSettings]
+    ) -> Task[Q, R, P, None]: ...
+
+    @overload
+    @staticmethod
+    def declare(
+        method: str, *, request: type[Q], response: type[R], directive: type[D], **settings: Unpack[TaskSettings]
+    ) -> Task[Q, R, None, D]: ...
+
+    @overload
     @staticmethod
     def declare(
         method: str,
-        attribute: str,
         *,
         request: type[Q],
         response: type[R],
         progress: type[P],
         directive: type[D],
         **settings: Unpack[TaskSettings],
-    ) -> Task[Q, R, P, D]:
+    ) -> Task[Q, R, P, D]: ...
+
+    @staticmethod
+    def declare(
+        method: str,
+        *,
+        request: type[Any],
+        response: type[Any],
+        progress: type[Any] = NoneType,
+        directive: type[Any] = NoneType,
+        **settings: Unpack[TaskSettings],
+    ) -> Task[Any, Any, Any, Any]:
         """A task method as generated code writes it down.
 
         Args:
             method: `package.Service/Method`.
-            attribute: Name of the handler's method and of the client's attribute.
             request: Class of the request.
             response: Class of the response.
-            progress: Class of the progress, or `type(None)`.
-            directive: Class of the directives, or `type(None)`.
+            progress: Class of the progress; left out: it reports none.
+            directive: Class of the directives; left out: it takes none.
             settings: What differs from the defaults of `TaskMethod`.
         """
         service, _, name = method.partition("/")
@@ -138,7 +168,7 @@ class Task(Generic[Q, R, P, D]):
             directive=payload_name(directive),
             **settings,
         )
-        return Task(contract, attribute, request, response, progress, directive)
+        return Task(contract, snake_name(name), request, response, progress, directive)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,7 +190,6 @@ class Tool(Generic[TQ, TR]):
     @staticmethod
     def declare(
         method: str,
-        attribute: str,
         *,
         opcode: int,
         request: type[TQ],
@@ -171,7 +200,6 @@ class Tool(Generic[TQ, TR]):
 
         Args:
             method: `package.Service/Method`.
-            attribute: Name of the handler's method and of the client's attribute.
             opcode: Number of the call.
             request: Class of the request, a message or a frame.
             response: Class of the response, likewise.
@@ -186,7 +214,7 @@ class Tool(Generic[TQ, TR]):
             response=payload_name(response),
             **settings,
         )
-        return Tool(contract, attribute, request, response)
+        return Tool(contract, snake_name(name), request, response)
 
 
 def payload_name(payload: type[Any]) -> str:

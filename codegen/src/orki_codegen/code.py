@@ -1,0 +1,170 @@
+"""Python source as it must look: one line where it fits, else one element a line with a comma behind the last.
+
+`ruff format` leaves what is laid out here as it is; a test holds that. Widths are those of a terminal, as ruff counts.
+"""
+
+from __future__ import annotations
+
+__all__ = ["WIDTH", "Call", "Code", "Raw", "Sequence", "docstring", "expression", "lay", "quote", "signature", "width"]
+
+import dataclasses
+import textwrap
+import unicodedata
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+WIDTH: Final = 120
+_STEP: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """Source text of one line that cannot be broken."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """`name(argument, key=argument)`."""
+
+    name: str
+    positional: tuple[Code, ...] = ()
+    named: tuple[tuple[str, Code], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """`(a, b)`, or with a name `Name[a, b]`."""
+
+    items: tuple[Code, ...]
+    name: str = ""
+
+
+Code = Raw | Call | Sequence
+
+
+def expression(value: Any, vocabulary: str) -> Code:
+    """The source that makes a value of the model again; what has its default is left out.
+
+    Args:
+        value: A dataclass of `orki_contract.model`, or a part of one.
+        vocabulary: Name under which `orki_contract` is imported.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        named = tuple(
+            (field.name, expression(getattr(value, field.name), vocabulary))
+            for field in dataclasses.fields(value)
+            if getattr(value, field.name) != field.default
+        )
+        return Call(f"{vocabulary}.{type(value).__name__}", named=named)
+    if isinstance(value, tuple):
+        return Sequence(tuple(expression(item, vocabulary) for item in value))
+    if isinstance(value, StrEnum):
+        return Raw(f"{vocabulary}.{type(value).__name__}.{value.name}")
+    if isinstance(value, str):
+        return Raw(quote(value))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return Raw(f"{value:_}")
+    return Raw(repr(value))
+
+
+def quote(text: str) -> str:
+    """A string literal in double quotes where that needs no escape."""
+    plain = repr(text)
+    return f'"{plain[1:-1]}"' if '"' not in text and plain[0] == "'" else plain
+
+
+def lay(prefix: str, code: Code, suffix: str = "", indent: int = 0) -> str:
+    """The lines of `prefix` + code + `suffix`, from column `indent` on; the first line comes without its indent."""
+    flat = _flat(code)
+    if indent + width(prefix) + width(flat) + width(suffix) <= WIDTH or isinstance(code, Raw):
+        return f"{prefix}{flat}{suffix}"
+    opening, closing, parts = _parts(code)
+    if not parts:
+        return f"{prefix}{flat}{suffix}"
+    inner = indent + _STEP
+    lines = [f"{' ' * inner}{lay(key, each, ',', inner)}" for key, each in parts]
+    return "\n".join([f"{prefix}{opening}", *lines, f"{' ' * indent}{closing}{suffix}"])
+
+
+def signature(head: str, parameters: tuple[str, ...], result: str, indent: int) -> str:
+    """A function's first line or lines, such as `def name(self, a: int) -> int:`, from column `indent` on."""
+    tail = f") -> {result}:"
+    flat = f"{head}({', '.join(parameters)}{tail}"
+    if indent + width(flat) <= WIDTH:
+        return flat
+    if indent + _STEP + width(", ".join(parameters)) <= WIDTH:
+        return f"{head}(\n{' ' * (indent + _STEP)}{', '.join(parameters)}\n{' ' * indent}{tail}"
+    lines = [f"{' ' * (indent + _STEP)}{each}," for each in parameters]
+    return "\n".join([f"{head}(", *lines, f"{' ' * indent}{tail}"])
+
+
+def docstring(comment: str, indent: int, otherwise: str) -> str:
+    """A comment of a proto file as a docstring, from column `indent` on; `otherwise` where there is no comment."""
+    lines = [_clean(line) for line in textwrap.dedent(comment.replace("\t", "    ")).splitlines()]
+    text = "\n".join(lines).strip("\n") or otherwise
+    room = WIDTH - indent
+    # The quotes take room on the first line, and behind a single one.
+    if any(width(line) > room for line in text.split("\n")) or width(text.split("\n")[0]) + 6 > room:
+        text = "\n\n".join(_fill(paragraph, room) for paragraph in text.split("\n\n"))
+    text = text.replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
+    if text.endswith('"'):
+        text = text[:-1] + '\\"'
+    rows = text.split("\n")
+    body = "\n".join([rows[0], *((" " * indent + row).rstrip() for row in rows[1:])])
+    return f'"""{body}"""' if len(rows) == 1 else f'"""{body}\n{" " * indent}"""'
+
+
+def width(text: str) -> int:
+    """Columns that a text takes: wide characters take two, combining ones none."""
+    if text.isascii():
+        return len(text)
+    return sum(_columns(character) for character in text)
+
+
+def _columns(character: str) -> int:
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def _flat(code: Code) -> str:
+    if isinstance(code, Raw):
+        return code.text
+    opening, closing, parts = _parts(code)
+    inner = ", ".join(f"{key}{_flat(each)}" for key, each in parts)
+    # A tuple of one needs its comma.
+    comma = "," if isinstance(code, Sequence) and not code.name and len(parts) == 1 else ""
+    return f"{opening}{inner}{comma}{closing}"
+
+
+def _parts(code: Code) -> tuple[str, str, list[tuple[str, Code]]]:
+    if isinstance(code, Call):
+        named = [(f"{key}=", each) for key, each in code.named]
+        return f"{code.name}(", ")", [("", each) for each in code.positional] + named
+    if isinstance(code, Sequence):
+        brackets = "[]" if code.name else "()"
+        return f"{code.name}{brackets[0]}", brackets[1], [("", each) for each in code.items]
+    return code.text, "", []
+
+
+def _clean(line: str) -> str:
+    """A line without what has no place in source: control and formatting characters."""
+    kept = (" " if unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp") else character for character in line)
+    return "".join(kept).rstrip()
+
+
+def _fill(paragraph: str, room: int) -> str:
+    """The paragraph's words in lines of at most `room` columns, the first short enough for the quotes around it."""
+    lines: list[str] = []
+    line = ""
+    for word in paragraph.split():
+        longest = room - 6 if not lines else room
+        if line and width(line) + 1 + width(word) > longest:
+            lines.append(line)
+            line = word
+        else:
+            line = f"{line} {word}" if line else word
+    return "\n".join([*lines, line])

@@ -1,0 +1,363 @@
+"""What one generated module holds: its names, its imports, and the pieces that the template prints.
+
+Everything that can clash is decided here. Names that a proto gives are never changed; what the module imports takes
+another alias where it must (`oc_`), so that no message, field or rpc can shadow the vocabulary.
+"""
+
+from __future__ import annotations
+
+__all__ = ["FrameClass", "FrameMember", "Method", "Module", "Names", "Service", "StreamConstant", "build"]
+
+from dataclasses import dataclass, fields
+
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto
+
+from orki_codegen.code import Call, Code, Raw, Sequence, expression, quote
+from orki_contract.descriptors import MessageNode, MethodNode, Schema, ServiceNode, field_path
+from orki_contract.model import FrameField, Scalar, Stream, TaskMethod, ToolMethod
+from orki_contract.naming import (
+    class_name,
+    constant_name,
+    frame_class,
+    module_path,
+    reference,
+    snake_name,
+    unused,
+)
+from orki_contract.read import FileContract, ReadContract
+
+_PYTHON_TYPES = {
+    FieldDescriptorProto.TYPE_BOOL: "bool",
+    FieldDescriptorProto.TYPE_FLOAT: "float",
+    FieldDescriptorProto.TYPE_DOUBLE: "float",
+    FieldDescriptorProto.TYPE_BYTES: "bytes",
+    FieldDescriptorProto.TYPE_STRING: "str",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The aliases of what the module imports, none of which a declaration of the module uses."""
+
+    oc: str
+    abstractmethod: str
+    final: str
+    literal: str
+    builtins: str
+
+
+@dataclass(frozen=True, slots=True)
+class StreamConstant:
+    """A stream of the file's own, or groups on another one's."""
+
+    constant: str
+    groups_alias: str
+    groups: Code
+    message: str
+    value: Code
+    comment: str
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One task or tool: its constant, and the method that stands for it."""
+
+    constant: str
+    attribute: str
+    value: Code
+    request: str
+    response: str
+    progress: str
+    directive: str
+    comment: str
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A task or tool service."""
+
+    kind: str
+    name: str
+    methods: tuple[Method, ...]
+    members: Code
+    comment: str
+
+
+@dataclass(frozen=True, slots=True)
+class FrameMember:
+    """A field of a frame class."""
+
+    name: str
+    annotation: str
+    value: Code
+    comment: str
+
+
+@dataclass(frozen=True, slots=True)
+class FrameClass:
+    """A frame message."""
+
+    name: str
+    decorator: Code
+    members: tuple[FrameMember, ...]
+    comment: str
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """All that the template prints."""
+
+    path: str
+    source: str
+    names: Names
+    imports: tuple[str, ...]
+    streams: tuple[StreamConstant, ...]
+    subscriptions: tuple[StreamConstant, ...]
+    frames: tuple[FrameClass, ...]
+    services: tuple[Service, ...]
+
+
+def build(read: ReadContract, file: FileContract) -> Module:
+    """The module of one file that declares something."""
+    return _Builder(read, file).module()
+
+
+class _Builder:
+    """Gathers the pieces of one module; imports are added as the pieces need them."""
+
+    def __init__(self, read: ReadContract, file: FileContract) -> None:
+        self.read = read
+        self.schema: Schema = read.schema
+        self.file = file
+        self.frames = {frame.message for each in read.files for frame in each.contract.frames}
+        self.taken = self._declared()
+        self.aliases: dict[str, str] = {}
+        self.names = Names(
+            oc=self._alias("oc"),
+            abstractmethod=self._alias("abstractmethod"),
+            final=self._alias("Final"),
+            literal=self._alias("Literal"),
+            builtins=self._builtins(),
+        )
+
+    def module(self) -> Module:
+        """All pieces, as they stand in the file, and the imports that they need."""
+        streams = tuple(map(self._stream, self.file.contract.streams))
+        subscriptions = tuple(self._subscriptions())
+        frames = tuple(self._frame(node) for node in self._frame_nodes())
+        services = tuple(map(self._service, self._services()))
+        path = module_path(self.file.path, "_orki")
+        imports = tuple(self._import_lines(streams + subscriptions, frames, services))
+        return Module(path, self.file.path, self.names, imports, streams, subscriptions, frames, services)
+
+    def _declared(self) -> set[str]:
+        """Every name that the protos give to something in the module, on whatever level."""
+        contract = self.file.contract
+        names = {constant_name(each.name) for each in contract.streams}
+        names |= {constant_name(each.stream) for each in contract.subscriptions}
+        names |= {f"{class_name(each.name)}Group" for each in contract.streams}
+        names |= {f"{class_name(each.stream)}Group" for each in contract.subscriptions}
+        for frame in contract.frames:
+            names.add(frame_class(frame.message, self.file.package))
+            names |= {field.name for field in frame.fields} | {frame.tail}
+        for method in contract.tasks + contract.tools:
+            names |= {constant_name(method.name), snake_name(method.name)}
+        for service in self._services():
+            names |= {service.proto.name + suffix for suffix in ("Base", "SyncBase", "Client", "SyncClient")}
+        return names
+
+    def _alias(self, name: str) -> str:
+        alias = unused(name, self.taken)
+        self.taken.add(alias)
+        return alias
+
+    def _builtins(self) -> str:
+        """Alias of the module `builtins`, where a frame's field hides the name of a type; empty for none."""
+        hidden = {"bool", "bytes", "float", "int", "str"} & self.taken
+        return self._alias("builtins") if hidden else ""
+
+    def _services(self) -> list[ServiceNode]:
+        with_options = {each.service for each in self.file.contract.tasks + self.file.contract.tools}
+        return [each for each in self.schema.services_of.get(self.file.path, ()) if each.full_name in with_options]
+
+    def _frame_nodes(self) -> list[MessageNode]:
+        return [node for node in self.schema.messages_of.get(self.file.path, ()) if node.full_name in self.frames]
+
+    def _stream(self, stream: Stream) -> StreamConstant:
+        node = self.schema.messages[stream.message]
+        message = self._message(stream.message)
+        value = Call(f"{self.names.oc}.EventStream", (Raw(message), expression(stream, self.names.oc)))
+        return StreamConstant(
+            constant=constant_name(stream.name),
+            groups_alias=f"{class_name(stream.name)}Group",
+            groups=self._literal([group.name for group in stream.groups]),
+            message=message,
+            value=value,
+            comment=self.schema.comment(node.file.name, node.path),
+        )
+
+    def _subscriptions(self) -> list[StreamConstant]:
+        found = []
+        subscriptions = self.file.contract.subscriptions
+        for name in sorted({each.stream for each in subscriptions}):
+            own = [each for each in subscriptions if each.stream == name]
+            owner = self.schema.messages[own[0].message].file.name
+            source = f"{self._module(owner, '_orki')}.{constant_name(name)}"
+            found.append(
+                StreamConstant(
+                    constant=constant_name(name),
+                    groups_alias=f"{class_name(name)}Group",
+                    groups=self._literal([each.group.name for each in own]),
+                    message=self._message(own[0].message),
+                    value=Call(f"{source}.subscribed", tuple(expression(each.group, self.names.oc) for each in own)),
+                    comment="",
+                )
+            )
+        return found
+
+    def _literal(self, names: list[str]) -> Code:
+        return Sequence(tuple(Raw(quote(name)) for name in names), self.names.literal)
+
+    def _frame(self, node: MessageNode) -> FrameClass:
+        frame = next(each for each in self.file.contract.frames if each.message == node.full_name)
+        layouts = {field.name: field for field in frame.fields}
+        members = []
+        for index, proto in enumerate(node.proto.field):
+            comment = self.schema.comment(node.file.name, field_path(node, index))
+            members.append(self._member(proto, layouts.get(proto.name), comment))
+        # As FrameBase has it: version 1, the tail, later versions.
+        order = {proto.name: _rank(layouts.get(proto.name), proto.number) for proto in node.proto.field}
+        layout = (("version", Raw(f"{frame.version}")), ("block_length", Raw(f"{frame.block_length}")))
+        return FrameClass(
+            name=frame_class(node.full_name, self.file.package),
+            decorator=Call(f"{self.names.oc}.frame", (Raw(quote(frame.message)),), layout),
+            members=tuple(sorted(members, key=lambda member: order[member.name])),
+            comment=self.schema.comment(node.file.name, node.path),
+        )
+
+    def _member(self, proto: FieldDescriptorProto, layout: FrameField | None, comment: str) -> FrameMember:
+        if proto.type == FieldDescriptorProto.TYPE_ENUM:
+            annotation = f"{self._message(proto.type_name.removeprefix('.'))}.ValueType"
+        else:
+            annotation = _PYTHON_TYPES.get(proto.type, "int")
+            if self.names.builtins:
+                annotation = f"{self.names.builtins}.{annotation}"
+        oc = self.names.oc
+        if layout is None:
+            empty = '""' if proto.type == FieldDescriptorProto.TYPE_STRING else 'b""'
+            return FrameMember(proto.name, annotation, Call(f"{oc}.tail", named=(("default", Raw(empty)),)), comment)
+        named: list[tuple[str, Code]] = [("number", Raw(str(layout.number)))]
+        if layout.scalar is Scalar.BYTES:
+            named.append(("size", Raw(str(layout.size))))
+        if layout.enum:
+            named.append(("enum", Raw(quote(layout.enum))))
+        if layout.since > 1:
+            annotation = f"{annotation} | None"
+            named += [("since", Raw(str(layout.since))), ("default", Raw("None"))]
+        positional = (Raw(str(layout.offset)), expression(layout.scalar, oc))
+        return FrameMember(proto.name, annotation, Call(f"{oc}.at", positional, tuple(named)), comment)
+
+    def _service(self, node: ServiceNode) -> Service:
+        declared = {each.full_name: each for each in self.file.contract.tasks + self.file.contract.tools}
+        methods = tuple(self._method(method, declared[method.full_name]) for method in node.methods)
+        return Service(
+            kind="Task" if any(each.service == node.full_name for each in self.file.contract.tasks) else "Tool",
+            name=node.proto.name,
+            methods=methods,
+            members=Sequence(tuple(Raw(method.constant) for method in methods)),
+            comment=self.schema.comment(node.file.name, node.path),
+        )
+
+    def _method(self, node: MethodNode, method: TaskMethod | ToolMethod) -> Method:
+        attribute = snake_name(method.name)
+        request, response = self._payload(method.request), self._payload(method.response)
+        progress, directive = "None", "None"
+        named: list[tuple[str, Code]] = []
+        if isinstance(method, ToolMethod):
+            named.append(("opcode", Raw(f"0x{method.opcode:04X}")))
+        named += [("request", Raw(request)), ("response", Raw(response))]
+        if isinstance(method, TaskMethod):
+            progress = self._payload(method.progress) if method.progress else "None"
+            directive = self._payload(method.directive) if method.directive else "None"
+            named += [("progress", Raw(progress))] * bool(method.progress)
+            named += [("directive", Raw(directive))] * bool(method.directive)
+        named += _settings(method, self.names.oc)
+        kind = "Task" if isinstance(method, TaskMethod) else "Tool"
+        positional = (Raw(quote(method.full_name)),)
+        return Method(
+            constant=constant_name(method.name),
+            attribute=attribute,
+            value=Call(f"{self.names.oc}.{kind}.declare", positional, tuple(named)),
+            request=request,
+            response=response,
+            progress=progress,
+            directive=directive,
+            comment=self.schema.comment(self.file.path, node.path),
+        )
+
+    def _payload(self, full_name: str) -> str:
+        """The class of a message: its frame class where it is a frame."""
+        if full_name not in self.frames:
+            return self._message(full_name)
+        node = self.schema.messages[full_name]
+        name = frame_class(full_name, node.file.package)
+        return name if node.file.name == self.file.path else f"{self._module(node.file.name, '_orki')}.{name}"
+
+    def _message(self, full_name: str) -> str:
+        """The protobuf class of a message or an enum, as the module reaches it."""
+        if full_name in self.schema.messages:
+            file = self.schema.messages[full_name].file
+        else:
+            file = self.schema.enums[full_name][0]
+        return f"{self._module(file.name, '_pb2')}.{reference(full_name, file.package)}"
+
+    def _module(self, file: str, suffix: str) -> str:
+        """The alias of a module that is made from a proto file; the module is imported."""
+        dotted = module_path(file, suffix).removesuffix(".py").replace("/", ".")
+        if dotted not in self.aliases:
+            base = dotted.rpartition(".")[2]
+            alias = "pb" if file == self.file.path and suffix == "_pb2" else base
+            if alias in self.taken:
+                alias = dotted.replace(".", "_")
+            self.aliases[dotted] = self._alias(alias)
+        return self.aliases[dotted]
+
+    def _import_lines(
+        self, streams: tuple[StreamConstant, ...], frames: tuple[FrameClass, ...], services: tuple[Service, ...]
+    ) -> list[str]:
+        names = self.names
+        lines = []
+        if names.builtins and frames:
+            lines.append(_import("", "builtins", names.builtins))
+        if services:
+            lines.append(_import("abc", "abstractmethod", names.abstractmethod))
+        typing = [("Final", names.final)] * bool(streams or services) + [("Literal", names.literal)] * bool(streams)
+        if typing:
+            members = ", ".join(name if name == alias else f"{name} as {alias}" for name, alias in typing)
+            lines.append(f"from typing import {members}")
+        lines += [""] * bool(lines) + [_import("", "orki_contract", names.oc)]
+        for dotted, alias in sorted(self.aliases.items()):
+            package, _, base = dotted.rpartition(".")
+            lines.append(_import(package, base, alias))
+        return lines
+
+
+def _import(package: str, name: str, alias: str) -> str:
+    renamed = f"{name} as {alias}" if alias != name else name
+    return f"from {package} import {renamed}" if package else f"import {renamed}"
+
+
+def _rank(layout: FrameField | None, number: int) -> tuple[int, int, int]:
+    if layout is None:
+        return (1, 0, 0)
+    return (0, 0, 0) if layout.since == 1 else (2, layout.since, number)
+
+
+def _settings(method: TaskMethod | ToolMethod, vocabulary: str) -> list[tuple[str, Code]]:
+    """What of a method differs from the defaults, beyond its names."""
+    skip = {"service", "name", "request", "response", "progress", "directive", "opcode"}
+    return [
+        (field.name, expression(getattr(method, field.name), vocabulary))
+        for field in fields(method)
+        if field.name not in skip and getattr(method, field.name) != field.default
+    ]
