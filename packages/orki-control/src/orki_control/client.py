@@ -1,0 +1,335 @@
+"""The client for whoever submits tasks: gRPC calls in, typed values and typed errors out.
+
+A call that fails because the orchestrator is away is made again, with full jitter, for as long as the client's patience
+lasts; waiting for a task has no such end. That is safe: a submission without an idempotency key gets one, so that a
+repeated `Submit` finds the task that the lost answer was about.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Self, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from orki.control.v1 import task_pb2 as pb
+from orki.control.v1.attempt_pb2 import AttemptRef, TaskState
+from orki.control.v1.task_pb2_grpc import FleetServiceStub, TaskServiceStub
+from orki_contract import Task, TaskHandle
+from orki_contract.errors import (
+    InvalidArgument,
+    InvalidSetting,
+    NotDirectable,
+    OrchestratorUnavailable,
+    OrkiError,
+    TooLarge,
+    error_for,
+)
+from orki_contract.trace import current_span, new_span
+from orki_control.backoff import Jitter, JitterOptions
+from orki_control.handle import SubmittedTask
+from orki_control.session.options import DEFAULT_MESSAGE_BYTES
+from orki_control.statuses import typed_errors
+from orki_control.watch import watch_task
+from orki_control.wire import check_target, open_channel
+
+__all__ = ["Client", "ClientOptions"]
+
+A = TypeVar("A")
+Q = TypeVar("Q", bound=Message)
+R = TypeVar("R", bound=Message)
+P = TypeVar("P")
+D = TypeVar("D")
+
+_BACKOFF: Final = JitterOptions(maximum=2.0)
+_MOST_SUBMISSIONS: Final = 1000
+_KEY_BYTES: Final = 256
+_ROOM: Final = 64 * 1024
+"""Bytes of a Submit that are not for payloads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientOptions:
+    """How a client behaves. Times are seconds.
+
+    Attributes:
+        patience: How long calls are repeated while the orchestrator is away; 0 for a single try.
+        call_timeout: Longest time for one try of a call.
+        max_message_bytes: Longest gRPC message in either direction.
+        insecure: Whether plaintext may leave this host.
+        backoff: Waits between tries.
+    """
+
+    patience: float = 15.0
+    call_timeout: float = 10.0
+    max_message_bytes: int = DEFAULT_MESSAGE_BYTES
+    insecure: bool = False
+    backoff: JitterOptions = _BACKOFF
+
+    def __post_init__(self) -> None:
+        if self.patience < 0:
+            raise InvalidSetting(f"patience {self.patience}: use 0 or more seconds")
+        if self.call_timeout <= 0:
+            raise InvalidSetting(f"call_timeout {self.call_timeout}: use more than 0 seconds")
+        if self.max_message_bytes < 2 * _ROOM:
+            raise InvalidSetting(f"max_message_bytes {self.max_message_bytes}: use at least {2 * _ROOM}")
+
+
+class Client:
+    """Speaks to one orchestrator; an async context manager, and a `TaskChannel` for generated clients.
+
+    ```python
+    async with Client("127.0.0.1:50051") as orki:
+        response = await ReviewServiceClient(orki).review_file(request)
+    ```
+
+    It belongs to the event loop in which it was entered.
+
+    Attributes:
+        target: `HOST:PORT` of the orchestrator.
+    """
+
+    def __init__(self, target: str, options: ClientOptions | None = None) -> None:
+        self._options = options or ClientOptions()
+        self.target = check_target(target, insecure=self._options.insecure)
+        self._channel: grpc.aio.Channel | None = None
+
+    async def __aenter__(self) -> Self:
+        if self._channel is not None:
+            raise InvalidSetting("the client is entered already; make another one for another `async with`")
+        channel = open_channel(self.target, self._options.max_message_bytes)
+        self._channel = channel
+        self._tasks = TaskServiceStub(channel)
+        self._fleet = FleetServiceStub(channel)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = None
+
+    # --- TaskChannel ---
+
+    async def submit(self, task: Task[Q, R, P, D], request: Q, *, idempotency_key: str = "") -> SubmittedTask[R, P, D]:
+        """Submits one task; when it returns the task survives the orchestrator's death.
+
+        Raises:
+            IdempotencyConflict: The key was used with another request.
+            UnknownMethod: No agent has brought this method to the fleet yet.
+            TooLarge: The request is larger than a message may be.
+            OrchestratorUnavailable: The orchestrator stayed away for longer than the client's patience.
+        """
+        submission = self._submission(task, request, idempotency_key, _traceparent())
+        (snapshot,) = await self.submit_raw([submission])
+        return SubmittedTask(self, task, snapshot)
+
+    async def submit_many(
+        self, task: Task[Q, R, P, D], requests: Sequence[Q], *, idempotency_keys: Sequence[str] | None = None
+    ) -> list[TaskHandle[R, P, D]]:
+        """Submits many tasks of one method, in as many calls as count and size ask for.
+
+        Args:
+            task: The method.
+            requests: Any number.
+            idempotency_keys: One for each request; an empty one means that the task is new.
+
+        Returns:
+            Handles in the order of the requests.
+
+        Raises:
+            OrkiError: Of the first submission that was refused, as for `submit`; the others stand.
+        """
+        keys = [""] * len(requests) if idempotency_keys is None else idempotency_keys
+        if len(keys) != len(requests):
+            raise InvalidArgument(f"{len(keys)} idempotency keys for {len(requests)} requests: give one for each")
+        traceparent = _traceparent()
+        submissions = [
+            self._submission(task, request, key, traceparent) for request, key in zip(requests, keys, strict=True)
+        ]
+        snapshots = await self.submit_raw(submissions)
+        return [SubmittedTask(self, task, snapshot) for snapshot in snapshots]
+
+    async def submit_raw(self, submissions: Sequence[pb.Submission]) -> list[pb.TaskSnapshot]:
+        """Submits what is serialised already, for callers that know a method only by its name.
+
+        Raises:
+            OrkiError: Of the first submission that was refused; the others stand.
+        """
+        outcomes: list[pb.SubmitOutcome] = []
+        for chunk in self._chunks(submissions):
+            answer = await self._submit(pb.SubmitRequest(submissions=chunk))
+            if len(answer.outcomes) != len(chunk):
+                raise OrkiError(f"{self.target} answered {len(chunk)} submissions with {len(answer.outcomes)} outcomes")
+            outcomes.extend(answer.outcomes)
+        for number, outcome in enumerate(outcomes, 1):
+            if outcome.WhichOneof("outcome") != "task":
+                where = f"submission {number} of {len(outcomes)}: " if len(outcomes) > 1 else ""
+                raise error_for(outcome.failure.reason, where + outcome.failure.message)
+        return [outcome.task for outcome in outcomes]
+
+    # --- tasks by their id ---
+
+    def handle(self, task: Task[Q, R, P, D], task_id: str) -> SubmittedTask[R, P, D]:
+        """A handle of a task that was submitted earlier, or by somebody else. Asks nobody."""
+        return SubmittedTask(self, task, pb.TaskSnapshot(task_id=task_id, method=task.contract.full_name))
+
+    async def get(self, task_id: str) -> pb.TaskSnapshot:
+        """The task as it is now.
+
+        Raises:
+            UnknownTask: There is none of that id.
+        """
+        answer = await self._call(lambda: self._tasks.Get(pb.GetRequest(task_id=task_id), timeout=self._timeout))
+        return answer.task
+
+    def watch(self, task_id: str, *, after: str = "") -> AsyncGenerator[pb.WatchResponse, None]:
+        """Follows a task to its end, over as many connections as it takes: snapshots and progress, a terminal one last.
+
+        Args:
+            task_id: The task.
+            after: Cursor of the last progress that was seen; empty: from the beginning.
+
+        Raises:
+            UnknownTask: There is none of that id.
+        """
+        self._require_channel()
+        return watch_task(self._tasks, self.target, task_id, after=after, backoff=self._options.backoff)
+
+    async def cancel(self, task_id: str, message: str = "") -> pb.TaskSnapshot:
+        """Asks for a task's end; harmless when it has ended, or when somebody else asked before.
+
+        Returns:
+            The task as it is now.
+
+        Raises:
+            UnknownTask: There is none of that id.
+        """
+        request = pb.CancelRequest(task_id=task_id, message=message)
+        answer = await self._call(lambda: self._tasks.Cancel(request, timeout=self._timeout))
+        return answer.task
+
+    async def direct(self, task_id: str, directive: Message | bytes) -> AttemptRef:
+        """Sends a directive to a running task. It is sent once: repeating it could deliver it twice.
+
+        Returns:
+            The attempt that it was passed to.
+
+        Raises:
+            NotDirectable: The task is not running, or its method takes no directives.
+            UnknownTask: There is none of that id.
+        """
+        payload = directive if isinstance(directive, bytes) else directive.SerializeToString()
+        request = pb.DirectRequest(task_id=task_id, payload=payload)
+        self._require_channel()
+        with typed_errors(self.target):
+            answer = await self._tasks.Direct(request, timeout=self._timeout)
+        if not answer.HasField("attempt"):
+            raise NotDirectable(f"task {task_id}: the directive reached no attempt")
+        return answer.attempt
+
+    async def list_tasks(
+        self,
+        *,
+        states: Sequence[TaskState.ValueType] = (),
+        method: str = "",
+        agent_id: str = "",
+        page_size: int = 0,
+    ) -> AsyncIterator[pb.TaskSnapshot]:
+        """Tasks, newest first, fetched page by page.
+
+        Args:
+            states: Only tasks in one of these; empty: all.
+            method: Only tasks of this `package.Service/Method`; empty: all.
+            agent_id: Only tasks whose current attempt this agent holds; empty: all.
+            page_size: Tasks in one answer, 1 to 1000; 0 leaves it to the orchestrator.
+        """
+        request = pb.ListRequest(states=states, method=method, agent_id=agent_id, page_size=page_size)
+        while True:
+            answer = await self._call(lambda: self._tasks.List(request, timeout=self._timeout))
+            for task in answer.tasks:
+                yield task
+            if not answer.next_page_token:
+                return
+            request.page_token = answer.next_page_token
+
+    # --- the fleet ---
+
+    async def list_agents(self) -> Sequence[pb.AgentSnapshot]:
+        """Agents that have a session, or lost one not long ago, by agent id."""
+        answer = await self._call(lambda: self._fleet.ListAgents(pb.ListAgentsRequest(), timeout=self._timeout))
+        return answer.agents
+
+    async def list_services(self, service: str = "") -> Sequence[pb.ServiceSnapshot]:
+        """Registered task services with their contracts, by full name; only `service` where it is given."""
+        request = pb.ListServicesRequest(service=service)
+        answer = await self._call(lambda: self._fleet.ListServices(request, timeout=self._timeout))
+        return answer.services
+
+    # --- inner ---
+
+    async def _submit(self, request: pb.SubmitRequest) -> pb.SubmitResponse:
+        return await self._call(lambda: self._tasks.Submit(request, timeout=self._timeout))
+
+    @property
+    def _timeout(self) -> float:
+        return self._options.call_timeout
+
+    def _require_channel(self) -> None:
+        if self._channel is None:
+            raise OrchestratorUnavailable(f"the client of {self.target} is not open: use it inside `async with`")
+
+    async def _call(self, once: Callable[[], Awaitable[A]]) -> A:
+        """Makes a call, again and again while the orchestrator is away and patience lasts."""
+        self._require_channel()
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + self._options.patience
+        jitter = Jitter(self._options.backoff)
+        while True:
+            try:
+                with typed_errors(self.target):
+                    return await once()
+            except OrkiError as error:
+                wait = jitter.failed()
+                if not error.retryable or loop.time() + wait >= give_up_at:
+                    raise
+            await asyncio.sleep(wait)
+
+    def _submission(self, task: Task[Q, R, P, D], request: Q, key: str, traceparent: str) -> pb.Submission:
+        method = task.contract.full_name
+        if not isinstance(request, task.request):
+            raise InvalidArgument(f"{method} takes {task.request.__name__}, not {type(request).__name__}")
+        if len(key.encode()) > _KEY_BYTES:
+            raise InvalidArgument(f"{method}: an idempotency key of more than {_KEY_BYTES} bytes: {key[:40]!r}…")
+        return pb.Submission(
+            method=method,
+            request=request.SerializeToString(),
+            idempotency_key=key or f"once-{uuid.uuid4().hex}",
+            traceparent=traceparent,
+        )
+
+    def _chunks(self, submissions: Sequence[pb.Submission]) -> Iterator[list[pb.Submission]]:
+        room = self._options.max_message_bytes - _ROOM
+        chunk: list[pb.Submission] = []
+        size = 0
+        for submission in submissions:
+            weight = submission.ByteSize() + 16
+            if weight > room:
+                raise TooLarge(
+                    f"{submission.method}: a request of {len(submission.request)} bytes; {room} is the most that fits "
+                    "into a message"
+                )
+            if chunk and (len(chunk) == _MOST_SUBMISSIONS or size + weight > room):
+                yield chunk
+                chunk, size = [], 0
+            chunk.append(submission)
+            size += weight
+        if chunk:
+            yield chunk
+
+
+def _traceparent() -> str:
+    return (current_span() or new_span()).traceparent
