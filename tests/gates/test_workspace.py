@@ -96,6 +96,13 @@ def test_the_type_checker_knows_every_root() -> None:
     assert known == roots
 
 
+def test_each_hand_written_folder_is_a_package() -> None:
+    """Import-linter looks into no folder without `__init__.py`: such a one would be under no rule at all."""
+    folders = {module.parent for path in PROJECTS for module in path.parent.glob("src/**/*.py")}
+    assert folders
+    assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
+
+
 def test_constraints_pin_exactly_and_name_no_place() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     odd = [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[\w.]+( ; .+)?", line)]
