@@ -1,0 +1,162 @@
+"""How an entry lies in a stream: its key, its partition, and the fields `e` and `d`. No I/O and no clock.
+
+The layout is the contract's (`orki/events/v1/envelope.proto`): whoever writes entries by other means, such as a store
+inside its own transaction, takes the keys and the envelope from here.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "DATA_FIELD",
+    "ENVELOPE_FIELD",
+    "EVENT_ID_BYTES",
+    "REASON_FIELD",
+    "decode_envelope",
+    "decode_event",
+    "encode_envelope",
+    "envelope_span",
+    "event_id_of",
+    "new_event_id",
+    "partition_of",
+    "stream_key",
+    "stream_keys",
+    "tagged_key",
+]
+
+import os
+import zlib
+from dataclasses import replace
+from typing import Final, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from orki.events.v1.envelope_pb2 import Envelope
+from orki_contract.errors import EventUndecodable, InvalidArgument
+from orki_contract.model import Stream
+from orki_contract.trace import Span, parse_traceparent
+
+ENVELOPE_FIELD: Final = b"e"
+"""Field of an entry that holds the Envelope."""
+DATA_FIELD: Final = b"d"
+"""Field of an entry that holds the stream's message."""
+REASON_FIELD: Final = b"x"
+"""Field of a dead letter that holds the DeadLetter."""
+EVENT_ID_BYTES: Final = 16
+
+# The first bytes of an encoded envelope: field 1, length-delimited, 16 bytes.
+_EVENT_ID_PREFIX: Final = b"\x0a\x10"
+
+E = TypeVar("E", bound=Message)
+
+
+def new_event_id() -> bytes:
+    """An identity for an event: 16 random bytes."""
+    return os.urandom(EVENT_ID_BYTES)
+
+
+def tagged_key(kind: str, name: str, partition: int | None = None) -> str:
+    """A Redis key whose hash tag is the stream's partition, so that all keys of a partition share a cluster slot."""
+    return f"orki:{kind}:{{{name}}}" if partition is None else f"orki:{kind}:{{{name}:{partition}}}"
+
+
+def stream_keys(stream: Stream, kind: str = "ev") -> tuple[str, ...]:
+    """The Redis keys of a stream's partitions, in the order of their numbers."""
+    if stream.partitions == 1:
+        return (tagged_key(kind, stream.name),)
+    return tuple(tagged_key(kind, stream.name, partition) for partition in range(stream.partitions))
+
+
+def partition_of(value: str | int | bytes, partitions: int) -> int:
+    """The partition that a key value belongs to: CRC-32 (IEEE) of its bytes modulo the number of partitions.
+
+    Strings count as UTF-8, integers and enum values as decimal digits, booleans as 0 or 1.
+    """
+    if isinstance(value, str):
+        raw = value.encode()
+    elif isinstance(value, int):
+        raw = b"%d" % value
+    else:
+        raw = value
+    return zlib.crc32(raw) % partitions
+
+
+def stream_key(stream: Stream, message: Message) -> str:
+    """The Redis key that takes this message."""
+    if stream.partitions == 1:
+        return tagged_key("ev", stream.name)
+    value = getattr(message, stream.partition_key)
+    return tagged_key("ev", stream.name, partition_of(value, stream.partitions))
+
+
+def encode_envelope(*, event_id: bytes, producer: str, sequence: int, time_us: int, span: Span | None) -> bytes:
+    """The bytes of the field `e`.
+
+    Args:
+        event_id: 16 bytes.
+        producer: Name of the writing process and its run.
+        sequence: Number of the event among those of its producer on this stream, from 1.
+        time_us: When it happened, in microseconds since the Unix epoch.
+        span: Span in which it happened.
+
+    Raises:
+        InvalidArgument: The event id has another length.
+    """
+    if len(event_id) != EVENT_ID_BYTES:
+        raise InvalidArgument(f"an event id has {EVENT_ID_BYTES} bytes, not {len(event_id)}")
+    if span is None:
+        envelope = Envelope(event_id=event_id, producer=producer, sequence=sequence, time_us=time_us)
+    else:
+        envelope = Envelope(
+            event_id=event_id,
+            producer=producer,
+            sequence=sequence,
+            time_us=time_us,
+            traceparent=span.traceparent,
+            parent_span_id=span.parent_id,
+        )
+    return envelope.SerializeToString()
+
+
+def decode_envelope(raw: bytes) -> Envelope:
+    """The envelope in the field `e`.
+
+    Raises:
+        EventUndecodable: The bytes are no envelope, or one without an event id.
+    """
+    try:
+        envelope = Envelope.FromString(raw)
+    except DecodeError as error:
+        raise EventUndecodable(f"field e ({len(raw)} bytes) holds no envelope: {error}") from error
+    if len(envelope.event_id) != EVENT_ID_BYTES:
+        raise EventUndecodable(f"the envelope's event id has {len(envelope.event_id)} bytes, not {EVENT_ID_BYTES}")
+    return envelope
+
+
+def decode_event(message: type[E], raw: bytes) -> E:
+    """The event in the field `d`.
+
+    Raises:
+        EventUndecodable: The bytes are no such message.
+    """
+    try:
+        return message.FromString(raw)
+    except DecodeError as error:
+        name = message.DESCRIPTOR.full_name
+        raise EventUndecodable(f"field d ({len(raw)} bytes) holds no {name}: {error}") from error
+
+
+def event_id_of(raw: bytes) -> bytes:
+    """The event id in the field `e`, without decoding the rest where the id comes first, as our own writers put it.
+
+    Raises:
+        EventUndecodable: The bytes are no envelope, or one without an event id.
+    """
+    if raw[:2] == _EVENT_ID_PREFIX and len(raw) >= EVENT_ID_BYTES + 2:
+        return raw[2 : EVENT_ID_BYTES + 2]
+    return decode_envelope(raw).event_id
+
+
+def envelope_span(envelope: Envelope) -> Span | None:
+    """The span in which the event happened; None outside a trace."""
+    span = parse_traceparent(envelope.traceparent)
+    return replace(span, parent_id=envelope.parent_span_id) if span and envelope.parent_span_id else span

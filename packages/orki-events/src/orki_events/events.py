@@ -1,0 +1,219 @@
+"""The door to the event plane: `connect` gives an `Events`, which publishes, consumes, follows and tells."""
+
+from __future__ import annotations
+
+__all__ = ["Events", "connect"]
+
+import asyncio
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from google.protobuf.message import Message
+
+from orki_contract.errors import InvalidSetting, LocalProtocolError
+from orki_contract.handles import EventStream
+from orki_contract.trace import Span, current_span
+from orki_events.groups import GroupKeeper
+from orki_events.options import EventOptions, Gap
+from orki_events.publisher import PublishCounts, Publisher
+from orki_events.redis_shell import Address, Link, parse_address
+from orki_events.registry import RegisteredStream, Registry
+
+E = TypeVar("E", bound=Message)
+_log = logging.getLogger("orki.events")
+
+
+def connect(
+    url: str,
+    *,
+    producer: str | None = None,
+    options: EventOptions | None = None,
+    username: str | None = None,
+    password: str | None = None,
+) -> Events:
+    """The event plane behind a Redis URL; use it in `async with`. Nothing is sent before the first use.
+
+    Args:
+        url: `redis://HOST:PORT/DB`, `rediss://…` or `unix://PATH`.
+        producer: Name of this process and its run, unique to the run; made from host and process id unless given.
+        options: Settings.
+        username: User, so that the URL need not hold it.
+        password: Password, likewise.
+
+    Raises:
+        InvalidSetting: The URL or the producer's name cannot be used.
+    """
+    address = parse_address(url, username, password)
+    name = producer if producer is not None else f"{socket.gethostname()}-{os.getpid()}@{os.urandom(4).hex()}"
+    if not re.fullmatch(r"[!-~]{1,200}", name):
+        raise InvalidSetting(f"the producer's name is {name!r}; it must be 1 to 200 printable ASCII letters, no spaces")
+    return Events(address, name, options or EventOptions())
+
+
+class Events:
+    """One process's part of the event plane. Made by `connect`.
+
+    Attributes:
+        producer: Name under which this process publishes.
+        options: Its settings.
+    """
+
+    def __init__(self, address: Address, producer: str, options: EventOptions) -> None:
+        """Use `connect`."""
+        self.producer = producer
+        self.options = options
+        self._address = address
+        self._keeper = GroupKeeper(self._gap)
+        self._registry = Registry()
+        self._commands: Link | None = None
+        self._publisher_link: Link | None = None
+        self._publisher: Publisher | None = None
+
+    async def __aenter__(self) -> Self:
+        """Starts the publisher; connections open when they are needed."""
+        if self._publisher is not None:
+            raise LocalProtocolError("this Events is in use already; call connect() again for another")
+        self._commands = self._link("commands")
+        self._publisher_link = self._link("publish")
+        self._publisher = Publisher(
+            self._publisher_link, self.producer, self.options, self._keeper, self._registry, self._gap
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Sends what was collected, and closes."""
+        await self.close()
+
+    @property
+    def counts(self) -> PublishCounts:
+        """What was published, refused and abandoned so far."""
+        return self._open().counts
+
+    async def publish(
+        self,
+        stream: EventStream[E, Any],
+        message: E,
+        *,
+        span: Span | None = None,
+        event_id: bytes | None = None,
+        time_us: int | None = None,
+    ) -> bytes:
+        """Publishes an event; returns once the server has it. Waits while the buffer is full.
+
+        Args:
+            stream: Where to.
+            message: The event.
+            span: Span in which it happened; the current one unless given.
+            event_id: Its identity, 16 bytes, where the caller has one: readers drop what they have seen.
+            time_us: When it happened, in microseconds since the Unix epoch; now unless given.
+
+        Returns:
+            The event's id.
+
+        Raises:
+            EventsUnavailable: The server did not answer in time; it may or may not have the event.
+            EventsOutOfMemory, EventsReadOnly, EventsNotPersisting, EventsLoading: It would not take it in time.
+            EventsRefused: It will not take it.
+            InvalidArgument, TooLarge: The event cannot be published at all.
+        """
+        publisher = self._open()
+        (identity,) = await publisher.publish_all(stream, (message,), span or current_span(), event_id, time_us)
+        return identity
+
+    async def publish_many(
+        self, stream: EventStream[E, Any], messages: Iterable[E], *, span: Span | None = None
+    ) -> list[bytes]:
+        """Publishes events in few calls; returns their ids, in their order, once the server has them all.
+
+        Raises:
+            OrkiError: As `publish`; the first error among them. The others may have been published.
+        """
+        return await self._open().publish_all(stream, messages, span or current_span())
+
+    def collect(self, stream: EventStream[E, Any], message: E, *, span: Span | None = None) -> bytes:
+        """Publishes an event some time soon; never waits, and may be called on any thread.
+
+        An event that cannot be sent in time is counted and reported as a gap.
+
+        Returns:
+            The event's id.
+
+        Raises:
+            EventsBufferFull: The buffer is full; nothing was taken.
+            InvalidArgument, TooLarge: The event cannot be published at all.
+        """
+        return self._open().submit(stream, message, span or current_span())
+
+    async def flush(self) -> None:
+        """Waits until everything that was published or collected before was sent, refused or abandoned."""
+        await self._open().flush()
+
+    async def ping(self) -> None:
+        """Asks the server whether it is there.
+
+        Raises:
+            OrkiError: It is not, or refuses us, for the reason that the class says.
+        """
+        await self._link_for_commands().one((b"PING",))
+
+    async def prepare(self, stream: EventStream[Any, Any]) -> None:
+        """Registers a stream and creates its groups, as the first publish would.
+
+        Raises:
+            OrkiError: The server does not answer or refuses.
+        """
+        link = self._link_for_commands()
+        await self._keeper.ensure(link, stream.contract, stream.contract.groups)
+        await self._registry.register(link, stream, publishes=True)
+
+    async def registered_streams(self) -> list[RegisteredStream]:
+        """The streams that the fleet publishes and consumes, by name.
+
+        Raises:
+            OrkiError: The server does not answer or refuses.
+        """
+        return await self._registry.streams(self._link_for_commands())
+
+    async def close(self) -> None:
+        """Sends what was collected, within the drain timeout, and closes; harmless when closed."""
+        publisher, self._publisher = self._publisher, None
+        if publisher is None:
+            return
+        try:
+            await publisher.close(self.options.drain_timeout_s)
+        finally:
+            for link in (self._commands, self._publisher_link):
+                if link is not None:
+                    await link.close()
+            # One turn of the loop, in which closed sockets leave it.
+            await asyncio.sleep(0)
+
+    def _open(self) -> Publisher:
+        if self._publisher is None:
+            raise LocalProtocolError("the event plane is not open: use `async with connect(...) as events`")
+        return self._publisher
+
+    def _link_for_commands(self) -> Link:
+        self._open()
+        assert self._commands is not None
+        return self._commands
+
+    def _link(self, role: str) -> Link:
+        return Link(
+            self._address,
+            name=f"orki:{self.producer}:{role}",
+            connect_timeout_s=self.options.connect_timeout_s,
+            answer_timeout_s=self.options.answer_timeout_s,
+        )
+
+    def _gap(self, gap: Gap) -> None:
+        _log.warning("%s", gap.message)
+        if self.options.on_gap is not None:
+            self.options.on_gap(gap)

@@ -1,0 +1,428 @@
+"""The publisher: what gathers while one pipeline is on its way leaves with the next.
+
+Retries are decided here, never by the client library. An error reply says that an entry was not taken: it is sent
+again, or its error is told. After a broken connection nobody knows; so before anything is repeated, the stream's newest
+entries are searched for the event's id, and only what is not there is sent again.
+"""
+
+from __future__ import annotations
+
+__all__ = ["PublishCounts", "Publisher"]
+
+import asyncio
+import logging
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from google.protobuf.message import Message
+
+from orki_contract.errors import (
+    EventsBufferFull,
+    EventsReadOnly,
+    EventsUnavailable,
+    InvalidArgument,
+    LocalProtocolError,
+    OrkiError,
+    TooLarge,
+)
+from orki_contract.handles import EventStream
+from orki_contract.trace import Span
+from orki_events.entry_ids import parse_id
+from orki_events.envelope import DATA_FIELD, ENVELOPE_FIELD, encode_envelope, new_event_id, stream_key
+from orki_events.groups import GroupKeeper
+from orki_events.landed import find_landed
+from orki_events.options import EventOptions, Gap, GapKind
+from orki_events.redis_shell import Link, pack
+from orki_events.registry import Registry
+
+_FIRST_WAIT_S: Final = 0.05
+_LONGEST_WAIT_S: Final = 0.5
+_log = logging.getLogger("orki.events")
+
+
+@dataclass(slots=True)
+class PublishCounts:
+    """What a publisher did since it began.
+
+    Attributes:
+        published: Events that the server has.
+        refused: Events whose caller was told an error.
+        abandoned: Events of `collect` that could not be sent in time.
+        repeated: Events that were sent again after a broken connection.
+        landed: Events that were found in the stream after a broken connection, and so were not sent again.
+        pipelines: Pipelines sent.
+    """
+
+    published: int = 0
+    refused: int = 0
+    abandoned: int = 0
+    repeated: int = 0
+    landed: int = 0
+    pipelines: int = 0
+
+
+@dataclass(slots=True)
+class Ticket:
+    """What a caller waits on: one or more events."""
+
+    future: asyncio.Future[None]
+    open: int = 0
+    error: OrkiError | None = None
+
+    def settle(self, error: OrkiError | None) -> None:
+        """One event more is sent, or is not."""
+        self.open -= 1
+        self.error = self.error or error
+        if self.open == 0 and not self.future.done():
+            if self.error is None:
+                self.future.set_result(None)
+            else:
+                self.future.set_exception(self.error)
+
+
+@dataclass(slots=True)
+class _Item:
+    handle: EventStream[Any, Any]
+    key: str
+    event_id: bytes
+    packed: bytes
+    deadline: float
+    number: int
+    ticket: Ticket | None
+
+
+@dataclass(slots=True)
+class _Key:
+    """What is known of one Redis key: the newest entry of ours, and when to trim by age again."""
+
+    last_id: str
+    trim_at: float = 0.0
+
+
+class Publisher:
+    """Gathers events and sends them in pipelines, in the order in which they came."""
+
+    def __init__(
+        self,
+        link: Link,
+        producer: str,
+        options: EventOptions,
+        keeper: GroupKeeper,
+        registry: Registry,
+        report: Callable[[Gap], None],
+    ) -> None:
+        """Must be made on the event loop that will run it."""
+        self.counts = PublishCounts()
+        self._link = link
+        self._producer = producer
+        self._options = options
+        self._keeper = keeper
+        self._registry = registry
+        self._report = report
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        self._guard = threading.Lock()
+        self._queue: deque[_Item] = deque()
+        self._entries = 0
+        self._bytes = 0
+        self._submitted = 0
+        self._settled = 0
+        self._sequences: dict[str, int] = {}
+        self._wake = asyncio.Event()
+        self._progress = asyncio.Event()
+        self._keys: dict[str, _Key] = {}
+        self._ready: set[str] = set()
+        self._sending: list[_Item] = []
+        self._closing = False
+        self._task = asyncio.create_task(self._run(), name="orki-events-publisher")
+
+    def submit(
+        self,
+        handle: EventStream[Any, Any],
+        message: Message,
+        span: Span | None,
+        ticket: Ticket | None = None,
+        event_id: bytes | None = None,
+        time_us: int | None = None,
+    ) -> bytes:
+        """Puts one event into the buffer; safe on any thread where there is no ticket.
+
+        Returns:
+            The event's id.
+
+        Raises:
+            EventsBufferFull: The buffer is full; nothing was taken.
+            InvalidArgument: The message is of another class than the stream's.
+            TooLarge: The event is larger than an event may be.
+            LocalProtocolError: The publisher is closed.
+        """
+        contract = handle.contract
+        if not isinstance(message, handle.message):
+            raise InvalidArgument(
+                f'stream "{contract.name}" takes {handle.message.DESCRIPTOR.full_name}, not {type(message).__name__}'
+            )
+        raw = message.SerializeToString()
+        if len(raw) > self._options.max_event_bytes:
+            raise TooLarge(
+                f'an event for stream "{contract.name}" has {len(raw)} bytes, more than {self._options.max_event_bytes}'
+            )
+        key = stream_key(contract, message)
+        chosen = event_id if event_id is not None else new_event_id()
+        moment = time_us if time_us is not None else time.time_ns() // 1_000
+        with self._guard:
+            if self._closing:
+                raise LocalProtocolError("the publisher is closed; publish while its `async with` block runs")
+            if self._entries >= self._options.buffer_entries or self._bytes >= self._options.buffer_bytes:
+                raise EventsBufferFull(
+                    f"{self._entries} events ({self._bytes} bytes) wait for {self._link.where}; "
+                    "wait with flush(), or raise buffer_entries"
+                )
+            number = self._sequences.get(contract.name, 0) + 1
+            envelope = encode_envelope(
+                event_id=chosen, producer=self._producer, sequence=number, time_us=moment, span=span
+            )
+            limit = contract.retention.max_entries
+            packed = pack((b"XADD", key, b"MAXLEN", b"~", limit, b"*", ENVELOPE_FIELD, envelope, DATA_FIELD, raw))
+            self._sequences[contract.name] = number
+            self._submitted += 1
+            deadline = time.monotonic() + self._options.publish_timeout_s
+            self._queue.append(_Item(handle, key, chosen, packed, deadline, self._submitted, ticket))
+            self._entries += 1
+            self._bytes += len(packed)
+            if ticket is not None:
+                ticket.open += 1
+            first = len(self._queue) == 1
+        if first:
+            self._call(self._wake.set)
+        return chosen
+
+    async def publish_all(
+        self,
+        handle: EventStream[Any, Any],
+        messages: Iterable[Message],
+        span: Span | None,
+        event_id: bytes | None = None,
+        time_us: int | None = None,
+    ) -> list[bytes]:
+        """Puts events into the buffer, waits for room where there is none, and until the server has them all.
+
+        Raises:
+            OrkiError: The first error among them; the others were, or were not, published.
+        """
+        ticket = Ticket(self._loop.create_future())
+        # One for ourselves: the ticket must not be settled before the last event is in the buffer.
+        ticket.open = 1
+        identities = []
+        try:
+            for message in messages:
+                while True:
+                    try:
+                        identities.append(self.submit(handle, message, span, ticket, event_id, time_us))
+                        break
+                    except EventsBufferFull:
+                        await self._wait_progress()
+        except OrkiError as error:
+            ticket.settle(error)
+        else:
+            ticket.settle(None)
+        await ticket.future
+        return identities
+
+    async def flush(self) -> None:
+        """Waits until everything that is in the buffer now was sent, refused or abandoned."""
+        last = self._submitted
+        while self._settled < last and not self._task.done():
+            await self._wait_progress()
+
+    async def close(self, timeout_s: float) -> None:
+        """Sends what is in the buffer, for at most this long, and abandons the rest."""
+        with self._guard:
+            self._closing = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.flush()
+        except TimeoutError:
+            _log.warning("%s did not take all events within %g s", self._link.where, timeout_s)
+        finally:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+            left = [*self._sending, *self._queue]
+            self._queue.clear()
+            self._end(left, EventsUnavailable(f"{self._link.where} did not take the event before the publisher closed"))
+
+    def _call(self, function: Callable[[], None]) -> None:
+        if threading.get_ident() == self._thread:
+            function()
+        else:
+            self._loop.call_soon_threadsafe(function)
+
+    async def _wait_progress(self) -> None:
+        self._progress.clear()
+        await self._progress.wait()
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            if self._options.linger_ms and len(self._queue) < self._options.batch_entries and not self._closing:
+                await asyncio.sleep(self._options.linger_ms / 1_000)
+            self._sending = self._gather()
+            try:
+                await self._deliver()
+            except Exception as error:
+                _log.exception("a defect in the publisher")
+                self._end(self._sending, LocalProtocolError(f"a defect in the publisher: {error!r}"))
+
+    def _gather(self) -> list[_Item]:
+        batch: list[_Item] = []
+        size = 0
+        with self._guard:
+            while self._queue and len(batch) < self._options.batch_entries:
+                size += len(self._queue[0].packed)
+                if batch and size > self._options.batch_bytes:
+                    break
+                batch.append(self._queue.popleft())
+            if not self._queue:
+                self._wake.clear()
+        return batch
+
+    async def _deliver(self) -> None:
+        """Sends what was gathered until each event is taken, refused or out of time."""
+        failures = 0
+        doubtful = False
+        while self._sending:
+            try:
+                await self._prepare(self._sending)
+                if doubtful:
+                    self._end(await self._landed(self._sending), None)
+                    self.counts.repeated += len(self._sending)
+                    doubtful = False
+                    continue
+                replies = await self._send(self._sending)
+            except OrkiError as error:
+                if not error.retryable:
+                    self._end(self._sending, error)
+                    return
+                failure = error
+                doubtful = doubtful or isinstance(error, EventsUnavailable)
+                self._ready.clear()
+            else:
+                told = self._settle(self._sending, replies)
+                if told is None:
+                    return
+                failure = told
+                if isinstance(failure, EventsReadOnly):
+                    # Another server may be behind the name by now.
+                    await self._link.drop()
+            self._expire(failure, doubtful)
+            await asyncio.sleep(_wait(failures))
+            failures += 1
+
+    async def _send(self, batch: list[_Item]) -> list[Any]:
+        self.counts.pipelines += 1
+        replies = await self._link.exchange(b"".join([item.packed for item in batch]), len(batch))
+        newest = {item.key: (item, reply) for item, reply in zip(batch, replies, strict=True) if type(reply) is bytes}
+        now = time.monotonic()
+        for key, (item, entry_id) in newest.items():
+            known = self._keys[key]
+            known.last_id = entry_id.decode()
+            age = item.handle.contract.retention.max_age_ms
+            if age and now >= known.trim_at:
+                known.trim_at = now + min(max(age / 100_000, 1.0), 60.0)
+                await self._trim(key, entry_id, age)
+        return replies
+
+    async def _trim(self, key: str, newest: bytes, age_ms: int) -> None:
+        """Trims by age. The server's clock made the newest id: ours may differ."""
+        oldest = max(parse_id(newest).milliseconds - age_ms, 0)
+        try:
+            await self._link.one((b"XTRIM", key, b"MINID", b"~", oldest))
+        except OrkiError as error:
+            _log.warning("%s could not be trimmed by age: %s", key, error.message)
+
+    async def _prepare(self, batch: Sequence[_Item]) -> None:
+        for item in batch:
+            contract = item.handle.contract
+            if contract.name not in self._ready:
+                newest = await self._keeper.ensure(self._link, contract, contract.groups)
+                await self._registry.register(self._link, item.handle, publishes=True)
+                for key, last_id in newest.items():
+                    self._keys.setdefault(key, _Key(last_id))
+                self._ready.add(contract.name)
+
+    async def _landed(self, batch: Sequence[_Item]) -> list[_Item]:
+        """Those whose entry is in the stream although the answer never came."""
+        doubtful: dict[str, set[bytes]] = {}
+        for item in batch:
+            doubtful.setdefault(item.key, set()).add(item.event_id)
+        found: set[bytes] = set()
+        for key, identities in doubtful.items():
+            found |= await find_landed(self._link, key, self._keys[key].last_id, identities)
+        landed = [item for item in batch if item.event_id in found]
+        self.counts.landed += len(landed)
+        return landed
+
+    def _settle(self, batch: list[_Item], replies: list[Any]) -> OrkiError | None:
+        """Ends those that were taken or refused; why the rest is to be sent again, or None where nothing is."""
+        refused = {place: reply for place, reply in enumerate(replies) if isinstance(reply, OrkiError)}
+        if not refused:
+            self._end(batch, None)
+            return None
+        told = None
+        self._end([item for place, item in enumerate(batch) if place not in refused], None)
+        for place, reply in refused.items():
+            if reply.retryable:
+                told = reply
+            else:
+                self._end([batch[place]], reply)
+        return told
+
+    def _expire(self, error: OrkiError, doubtful: bool) -> None:
+        """Gives up those that waited as long as they may."""
+        now = time.monotonic()
+        late = [item for item in self._sending if item.deadline <= now]
+        if late:
+            doubt = "; whether the server has it is not known" if doubtful else ""
+            waited = f"not published within {self._options.publish_timeout_s:g} s"
+            self._end(late, type(error)(f"{waited}{doubt}: {error.message}"))
+
+    def _end(self, batch: Sequence[_Item], error: OrkiError | None) -> None:
+        """Settles events, once each, and makes room for others."""
+        ended = {item.number for item in batch}
+        self._sending = [item for item in self._sending if item.number not in ended]
+        lost: dict[str, int] = {}
+        size = 0
+        for item in batch:
+            size += len(item.packed)
+            if item.ticket is not None:
+                item.ticket.settle(error)
+            elif error is not None:
+                lost[item.handle.contract.name] = lost.get(item.handle.contract.name, 0) + 1
+        with self._guard:
+            self._entries -= len(batch)
+            self._bytes -= size
+        self._settled += len(batch)
+        abandoned = sum(lost.values())
+        self.counts.abandoned += abandoned
+        if error is None:
+            self.counts.published += len(batch)
+        else:
+            self.counts.refused += len(batch) - abandoned
+            for name, count in lost.items():
+                self._report(_abandoned(name, count, error))
+        self._progress.set()
+
+
+def _abandoned(stream: str, count: int, error: OrkiError) -> Gap:
+    said = f'{count} collected events of stream "{stream}" were not published: {error.message}'
+    return Gap(kind=GapKind.PUBLISH_ABANDONED, stream=stream, group="", count=count, possible=False, message=said)
+
+
+def _wait(failures: int) -> float:
+    """Time in seconds before the next try: growing, and spread, so that a fleet does not return as one."""
+    longest = min(_FIRST_WAIT_S * 2.0 ** min(failures, 10), _LONGEST_WAIT_S)
+    return random.uniform(longest / 2, longest)

@@ -1,0 +1,86 @@
+"""The Lua scripts of the event plane: what must happen in one step. Each touches the keys of one partition."""
+
+from __future__ import annotations
+
+__all__ = ["ACKNOWLEDGE", "REMOVE_CONSUMER", "RENEW", "Script", "run_script"]
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Final
+
+from orki_contract.errors import OrkiError
+from orki_events.redis_shell import Link, Reply
+from orki_events.redis_shell_errors import ScriptMissing
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A script, called by its digest, so that a role without EVAL can use what an operator has loaded."""
+
+    text: str
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Computes the digest that the server knows it by."""
+        # SHA-1 is the server's choice (`SCRIPT LOAD`); nothing is secured by it.
+        object.__setattr__(self, "digest", hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest())
+
+
+ACKNOWLEDGE: Final = Script("""\
+-- KEYS: stream, counters.  ARGV: group, counter, entries lost without an id, entry ids ...
+local acknowledged = 0
+if #ARGV > 3 then
+  acknowledged = redis.call('XACK', KEYS[1], ARGV[1], unpack(ARGV, 4))
+end
+-- Counting needs memory and acknowledging does not: out of memory, the second must go on without the first.
+redis.pcall('HINCRBY', KEYS[2], ARGV[2], acknowledged + tonumber(ARGV[3]))
+return acknowledged
+""")
+
+RENEW: Final = Script("""\
+-- KEYS: stream.  ARGV: group, consumer, deliveries or 0, entry ids ...
+-- Renews what the consumer still holds and returns what it does not, which XCLAIM alone would take from its new owner.
+local held, gone = {}, {}
+for place = 4, #ARGV do
+  local pending = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[place], ARGV[place], 1)
+  if pending[1] and pending[1][2] == ARGV[2] then
+    held[#held + 1] = ARGV[place]
+  else
+    gone[#gone + 1] = ARGV[place]
+  end
+end
+if #held > 0 then
+  held[#held + 1] = 'JUSTID'
+  if ARGV[3] ~= '0' then
+    held[#held + 1] = 'RETRYCOUNT'
+    held[#held + 1] = ARGV[3]
+  end
+  redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, unpack(held))
+end
+return gone
+""")
+
+REMOVE_CONSUMER: Final = Script("""\
+-- KEYS: stream.  ARGV: group, consumer.  Deleting a consumer drops what it holds, so only one with empty hands goes.
+if #redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1, ARGV[2]) > 0 then
+  return 0
+end
+redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
+return 1
+""")
+
+
+async def run_script(link: Link, script: Script, keys: tuple[bytes, ...], *arguments: bytes | str | int) -> Reply:
+    """Runs a script, bringing it to the server where the server does not have it.
+
+    Raises:
+        OrkiError: As `Link.one`.
+    """
+    try:
+        return await link.one((b"EVALSHA", script.digest, len(keys), *keys, *arguments))
+    except ScriptMissing:
+        try:
+            await link.one((b"SCRIPT", b"LOAD", script.text))
+        except OrkiError as error:
+            raise type(error)(f"{error.message}; an operator must load the package's scripts for this role") from error
+        return await link.one((b"EVALSHA", script.digest, len(keys), *keys, *arguments))
