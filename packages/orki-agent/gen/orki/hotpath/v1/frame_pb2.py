@@ -22,44 +22,17 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
-from orki.options.v1 import options_pb2 as orki_dot_options_dot_v1_dot_options__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1borki/hotpath/v1/frame.proto\x12\x0forki.hotpath.v1\x1a\x1dorki/options/v1/options.proto\"\xe7\x02\n\x0b\x46rameHeader\x12\x17\n\x05magic\x18\x01 \x01(\rB\x08\xb0\xe8\x18\x00\xb8\xe8\x18\x02\x12\x1a\n\x08protocol\x18\x02 \x01(\rB\x08\xb0\xe8\x18\x02\xb8\xe8\x18\x01\x12\x17\n\x05\x66lags\x18\x03 \x01(\rB\x08\xb0\xe8\x18\x03\xb8\xe8\x18\x01\x12\x18\n\x06opcode\x18\x04 \x01(\rB\x08\xb0\xe8\x18\x04\xb8\xe8\x18\x02\x12\x1e\n\x0c\x62lock_length\x18\x05 \x01(\rB\x08\xb0\xe8\x18\x06\xb8\xe8\x18\x02\x12\x1a\n\x0ctotal_length\x18\x06 \x01(\rB\x04\xb0\xe8\x18\x08\x12\x1f\n\rblock_version\x18\x07 \x01(\rB\x08\xb0\xe8\x18\x0c\xb8\xe8\x18\x02\x12\x19\n\x0b\x63orrelation\x18\x08 \x01(\x04\x42\x04\xb0\xe8\x18\x10\x12\x18\n\ntimeout_us\x18\t \x01(\rB\x04\xb0\xe8\x18\x18\x12\x1d\n\x0btrace_flags\x18\n \x01(\rB\x08\xb0\xe8\x18\x1c\xb8\xe8\x18\x01\x12\x1a\n\x08trace_id\x18\x0b \x01(\x0c\x42\x08\xb0\xe8\x18 \xc0\xe8\x18\x10\x12\x19\n\x07span_id\x18\x0c \x01(\x0c\x42\x08\xb0\xe8\x18\x30\xc0\xe8\x18\x08:\x08\xe2\xe7\x18\x04\x08\x01\x10\x38*S\n\tFrameFlag\x12\x1a\n\x16\x46RAME_FLAG_UNSPECIFIED\x10\x00\x12\x14\n\x10\x46RAME_FLAG_REPLY\x10\x01\x12\x14\n\x10\x46RAME_FLAG_ERROR\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1borki/hotpath/v1/frame.proto\x12\x0forki.hotpath.v1\"\xee\x02\n\x0b\x46rameHeader\x12\x14\n\x05magic\x18\x01 \x01(\rR\x05magic\x12\x1a\n\x08protocol\x18\x02 \x01(\rR\x08protocol\x12\x14\n\x05\x66lags\x18\x03 \x01(\rR\x05\x66lags\x12\x16\n\x06opcode\x18\x04 \x01(\rR\x06opcode\x12!\n\x0c\x62lock_length\x18\x05 \x01(\rR\x0b\x62lockLength\x12!\n\x0ctotal_length\x18\x06 \x01(\rR\x0btotalLength\x12#\n\rblock_version\x18\x07 \x01(\rR\x0c\x62lockVersion\x12 \n\x0b\x63orrelation\x18\x08 \x01(\x04R\x0b\x63orrelation\x12\x1d\n\ntimeout_us\x18\t \x01(\rR\ttimeoutUs\x12\x1f\n\x0btrace_flags\x18\n \x01(\rR\ntraceFlags\x12\x19\n\x08trace_id\x18\x0b \x01(\x0cR\x07traceId\x12\x17\n\x07span_id\x18\x0c \x01(\x0cR\x06spanId*S\n\tFrameFlag\x12\x1a\n\x16\x46RAME_FLAG_UNSPECIFIED\x10\x00\x12\x14\n\x10\x46RAME_FLAG_REPLY\x10\x01\x12\x14\n\x10\x46RAME_FLAG_ERROR\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'orki.hotpath.v1.frame_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FRAMEHEADER'].fields_by_name['magic']._loaded_options = None
-  _globals['_FRAMEHEADER'].fields_by_name['magic']._serialized_options = b'\260\350\030\000\270\350\030\002'
-  _globals['_FRAMEHEADER'].fields_by_name['protocol']._loaded_options = None
-  _globals['_FRAMEHEADER'].fields_by_name['protocol']._serialized_options = b'\260\350\030\002\270\350\030\001'
-  _globals['_FRAMEHEADER'].fields_by_name['flags']._loaded_options = None
-  _globals['_FRAMEHEADER'].fields_by_name['flags']._serialized_options = b'\260\350\030\003\270\350\030\001'
-  _globals['_FRAMEHEADER'].fields_by_name['opcode']._loaded_options = None
-  _globals['_FRAMEHEADER'].fields_by_name['opcode']._serialized_options = b'\260\350\030\004\270\350\030\002'
-  _globals['_FRAMEHEADER'].fields_by_name['block_length']._loaded_options = None
-  _globals['_FRAMEHEADER'].fields_by_name['block_length']._serialized_options = b'\260\350\030\006\270\350\030\002'
-  _globals['_FRAMEHEADER'].fields_by_name['total_length']._loaded_options = None
-  _globals['_FRAMEHEADER'].fields_by_name['total_length']._serialized_options = b'\260\350\030\010'
-  _globals['_FRAMEHEADER'].fields_by_name['block_version']._loaded_options = None
-  _globals['_FRAMEHEADER'].fields_by_name['block_version']._serialized_options = b'\260\350\030\014\270\350\030\002'
-  _globals['_FRAMEHEADER'].fields_by_name['correlation']._loaded_options = None
-  _globals['_FRAMEHEADER'].fields_by_name['correlation']._serialized_options = b'\260\350\030\020'
-  _globals['_FRAMEHEADER'].fields_by_name['timeout_us']._loaded_options = None
-  _globals['_FRAMEHEADER'].fields_by_name['timeout_us']._serialized_options = b'\260\350\030\030'
-  _globals['_FRAMEHEADER'].fields_by_name['trace_flags']._loaded_options = None
-  _globals['_FRAMEHEADER'].fields_by_name['trace_flags']._serialized_options = b'\260\350\030\034\270\350\030\001'
-  _globals['_FRAMEHEADER'].fields_by_name['trace_id']._loaded_options = None
-  _globals['_FRAMEHEADER'].fields_by_name['trace_id']._serialized_options = b'\260\350\030 \300\350\030\020'
-  _globals['_FRAMEHEADER'].fields_by_name['span_id']._loaded_options = None
-  _globals['_FRAMEHEADER'].fields_by_name['span_id']._serialized_options = b'\260\350\0300\300\350\030\010'
-  _globals['_FRAMEHEADER']._loaded_options = None
-  _globals['_FRAMEHEADER']._serialized_options = b'\342\347\030\004\010\001\0208'
-  _globals['_FRAMEFLAG']._serialized_start=441
-  _globals['_FRAMEFLAG']._serialized_end=524
-  _globals['_FRAMEHEADER']._serialized_start=80
-  _globals['_FRAMEHEADER']._serialized_end=439
+  _globals['_FRAMEFLAG']._serialized_start=417
+  _globals['_FRAMEFLAG']._serialized_end=500
+  _globals['_FRAMEHEADER']._serialized_start=49
+  _globals['_FRAMEHEADER']._serialized_end=415
 # @@protoc_insertion_point(module_scope)

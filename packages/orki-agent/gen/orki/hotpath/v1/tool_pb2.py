@@ -22,48 +22,23 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
-from orki.options.v1 import options_pb2 as orki_dot_options_dot_v1_dot_options__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aorki/hotpath/v1/tool.proto\x12\x0forki.hotpath.v1\x1a\x1dorki/options/v1/options.proto\"\x83\x01\n\nHelloFrame\x12\x1b\n\x05token\x18\x01 \x01(\x0c\x42\x0c\xa8\xe8\x18\x01\xb0\xe8\x18\x00\xc0\xe8\x18 \x12\x1e\n\x0cprotocol_min\x18\x02 \x01(\rB\x08\xb0\xe8\x18 \xb8\xe8\x18\x01\x12\x1e\n\x0cprotocol_max\x18\x03 \x01(\rB\x08\xb0\xe8\x18!\xb8\xe8\x18\x01\x12\x0e\n\x06\x63lient\x18\x04 \x01(\t:\x08\xe2\xe7\x18\x04\x08\x01\x10(\"l\n\x0cWelcomeFrame\x12\x1d\n\x0fmax_frame_bytes\x18\x01 \x01(\rB\x04\xb0\xe8\x18\x00\x12\x17\n\tmax_calls\x18\x02 \x01(\rB\x04\xb0\xe8\x18\x04\x12\x1a\n\x08protocol\x18\x03 \x01(\rB\x08\xb0\xe8\x18\x08\xb8\xe8\x18\x01:\x08\xe2\xe7\x18\x04\x08\x01\x10\x10\"V\n\nErrorFrame\x12\x14\n\x06reason\x18\x01 \x01(\rB\x04\xb0\xe8\x18\x00\x12\x17\n\ttool_code\x18\x02 \x01(\x05\x42\x04\xb0\xe8\x18\x04\x12\x0f\n\x07message\x18\x03 \x01(\t:\x08\xe2\xe7\x18\x04\x08\x01\x10\x08\"\x15\n\x0b\x43\x61ncelFrame:\x06\xe2\xe7\x18\x02\x08\x01*\x9a\x01\n\rControlOpcode\x12\x1e\n\x1a\x43ONTROL_OPCODE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43ONTROL_OPCODE_HELLO\x10\x01\x12\x1a\n\x16\x43ONTROL_OPCODE_WELCOME\x10\x02\x12\x18\n\x14\x43ONTROL_OPCODE_ERROR\x10\x03\x12\x19\n\x15\x43ONTROL_OPCODE_CANCEL\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aorki/hotpath/v1/tool.proto\x12\x0forki.hotpath.v1\"\x80\x01\n\nHelloFrame\x12\x14\n\x05token\x18\x01 \x01(\x0cR\x05token\x12!\n\x0cprotocol_min\x18\x02 \x01(\rR\x0bprotocolMin\x12!\n\x0cprotocol_max\x18\x03 \x01(\rR\x0bprotocolMax\x12\x16\n\x06\x63lient\x18\x04 \x01(\tR\x06\x63lient\"o\n\x0cWelcomeFrame\x12&\n\x0fmax_frame_bytes\x18\x01 \x01(\rR\rmaxFrameBytes\x12\x1b\n\tmax_calls\x18\x02 \x01(\rR\x08maxCalls\x12\x1a\n\x08protocol\x18\x03 \x01(\rR\x08protocol\"[\n\nErrorFrame\x12\x16\n\x06reason\x18\x01 \x01(\rR\x06reason\x12\x1b\n\ttool_code\x18\x02 \x01(\x05R\x08toolCode\x12\x18\n\x07message\x18\x03 \x01(\tR\x07message\"\r\n\x0b\x43\x61ncelFrame*\x9a\x01\n\rControlOpcode\x12\x1e\n\x1a\x43ONTROL_OPCODE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43ONTROL_OPCODE_HELLO\x10\x01\x12\x1a\n\x16\x43ONTROL_OPCODE_WELCOME\x10\x02\x12\x18\n\x14\x43ONTROL_OPCODE_ERROR\x10\x03\x12\x19\n\x15\x43ONTROL_OPCODE_CANCEL\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'orki.hotpath.v1.tool_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_HELLOFRAME'].fields_by_name['token']._loaded_options = None
-  _globals['_HELLOFRAME'].fields_by_name['token']._serialized_options = b'\250\350\030\001\260\350\030\000\300\350\030 '
-  _globals['_HELLOFRAME'].fields_by_name['protocol_min']._loaded_options = None
-  _globals['_HELLOFRAME'].fields_by_name['protocol_min']._serialized_options = b'\260\350\030 \270\350\030\001'
-  _globals['_HELLOFRAME'].fields_by_name['protocol_max']._loaded_options = None
-  _globals['_HELLOFRAME'].fields_by_name['protocol_max']._serialized_options = b'\260\350\030!\270\350\030\001'
-  _globals['_HELLOFRAME']._loaded_options = None
-  _globals['_HELLOFRAME']._serialized_options = b'\342\347\030\004\010\001\020('
-  _globals['_WELCOMEFRAME'].fields_by_name['max_frame_bytes']._loaded_options = None
-  _globals['_WELCOMEFRAME'].fields_by_name['max_frame_bytes']._serialized_options = b'\260\350\030\000'
-  _globals['_WELCOMEFRAME'].fields_by_name['max_calls']._loaded_options = None
-  _globals['_WELCOMEFRAME'].fields_by_name['max_calls']._serialized_options = b'\260\350\030\004'
-  _globals['_WELCOMEFRAME'].fields_by_name['protocol']._loaded_options = None
-  _globals['_WELCOMEFRAME'].fields_by_name['protocol']._serialized_options = b'\260\350\030\010\270\350\030\001'
-  _globals['_WELCOMEFRAME']._loaded_options = None
-  _globals['_WELCOMEFRAME']._serialized_options = b'\342\347\030\004\010\001\020\020'
-  _globals['_ERRORFRAME'].fields_by_name['reason']._loaded_options = None
-  _globals['_ERRORFRAME'].fields_by_name['reason']._serialized_options = b'\260\350\030\000'
-  _globals['_ERRORFRAME'].fields_by_name['tool_code']._loaded_options = None
-  _globals['_ERRORFRAME'].fields_by_name['tool_code']._serialized_options = b'\260\350\030\004'
-  _globals['_ERRORFRAME']._loaded_options = None
-  _globals['_ERRORFRAME']._serialized_options = b'\342\347\030\004\010\001\020\010'
-  _globals['_CANCELFRAME']._loaded_options = None
-  _globals['_CANCELFRAME']._serialized_options = b'\342\347\030\002\010\001'
-  _globals['_CONTROLOPCODE']._serialized_start=434
-  _globals['_CONTROLOPCODE']._serialized_end=588
-  _globals['_HELLOFRAME']._serialized_start=79
-  _globals['_HELLOFRAME']._serialized_end=210
-  _globals['_WELCOMEFRAME']._serialized_start=212
-  _globals['_WELCOMEFRAME']._serialized_end=320
-  _globals['_ERRORFRAME']._serialized_start=322
-  _globals['_ERRORFRAME']._serialized_end=408
-  _globals['_CANCELFRAME']._serialized_start=410
-  _globals['_CANCELFRAME']._serialized_end=431
+  _globals['_CONTROLOPCODE']._serialized_start=400
+  _globals['_CONTROLOPCODE']._serialized_end=554
+  _globals['_HELLOFRAME']._serialized_start=48
+  _globals['_HELLOFRAME']._serialized_end=176
+  _globals['_WELCOMEFRAME']._serialized_start=178
+  _globals['_WELCOMEFRAME']._serialized_end=289
+  _globals['_ERRORFRAME']._serialized_start=291
+  _globals['_ERRORFRAME']._serialized_end=382
+  _globals['_CANCELFRAME']._serialized_start=384
+  _globals['_CANCELFRAME']._serialized_end=397
 # @@protoc_insertion_point(module_scope)

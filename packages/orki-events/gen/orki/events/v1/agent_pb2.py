@@ -23,28 +23,25 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
-from orki.options.v1 import options_pb2 as orki_dot_options_dot_v1_dot_options__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aorki/events/v1/agent.proto\x12\x0eorki.events.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1dorki/options/v1/options.proto\"\xe6\x02\n\nAgentEvent\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12/\n\x07spawned\x18\x03 \x01(\x0b\x32\x1c.orki.events.v1.AgentSpawnedH\x00\x12\x33\n\tconnected\x18\x04 \x01(\x0b\x32\x1e.orki.events.v1.AgentConnectedH\x00\x12\x39\n\x0c\x64isconnected\x18\x05 \x01(\x0b\x32!.orki.events.v1.AgentDisconnectedH\x00\x12\x31\n\x08replaced\x18\x06 \x01(\x0b\x32\x1d.orki.events.v1.AgentReplacedH\x00\x12/\n\x07stopped\x18\x07 \x01(\x0b\x32\x1c.orki.events.v1.AgentStoppedH\x00:#\xda\xe7\x18\x1f\n\x06\x61gents\"\n\x08\xa0\x8d\x06\x12\x04\x08\x80\xf5$*\t\n\x07metricsB\x07\n\x05\x65vent\"J\n\x0c\x41gentSpawned\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\r\n\x05slots\x18\x03 \x01(\r\x12\x10\n\x08services\x18\x04 \x03(\t\"Z\n\x0e\x41gentConnected\x12\x17\n\x0forchestrator_id\x18\x01 \x01(\t\x12\x15\n\rsession_epoch\x18\x02 \x01(\x04\x12\x18\n\x10resumed_attempts\x18\x03 \x01(\r\"R\n\x11\x41gentDisconnected\x12\x17\n\x0forchestrator_id\x18\x01 \x01(\t\x12\x15\n\rsession_epoch\x18\x02 \x01(\x04\x12\r\n\x05\x63\x61use\x18\x03 \x01(\t\".\n\rAgentReplaced\x12\x1d\n\x15successor_instance_id\x18\x01 \x01(\t\";\n\x0c\x41gentStopped\x12+\n\x08lifetime\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Durationb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aorki/events/v1/agent.proto\x12\x0eorki.events.v1\x1a\x1egoogle/protobuf/duration.proto\"\x8b\x03\n\nAgentEvent\x12\x19\n\x08\x61gent_id\x18\x01 \x01(\tR\x07\x61gentId\x12\x1f\n\x0binstance_id\x18\x02 \x01(\tR\ninstanceId\x12\x38\n\x07spawned\x18\x03 \x01(\x0b\x32\x1c.orki.events.v1.AgentSpawnedH\x00R\x07spawned\x12>\n\tconnected\x18\x04 \x01(\x0b\x32\x1e.orki.events.v1.AgentConnectedH\x00R\tconnected\x12G\n\x0c\x64isconnected\x18\x05 \x01(\x0b\x32!.orki.events.v1.AgentDisconnectedH\x00R\x0c\x64isconnected\x12;\n\x08replaced\x18\x06 \x01(\x0b\x32\x1d.orki.events.v1.AgentReplacedH\x00R\x08replaced\x12\x38\n\x07stopped\x18\x07 \x01(\x0b\x32\x1c.orki.events.v1.AgentStoppedH\x00R\x07stoppedB\x07\n\x05\x65vent\"f\n\x0c\x41gentSpawned\x12\x10\n\x03pid\x18\x01 \x01(\rR\x03pid\x12\x12\n\x04host\x18\x02 \x01(\tR\x04host\x12\x14\n\x05slots\x18\x03 \x01(\rR\x05slots\x12\x1a\n\x08services\x18\x04 \x03(\tR\x08services\"\x89\x01\n\x0e\x41gentConnected\x12\'\n\x0forchestrator_id\x18\x01 \x01(\tR\x0eorchestratorId\x12#\n\rsession_epoch\x18\x02 \x01(\x04R\x0csessionEpoch\x12)\n\x10resumed_attempts\x18\x03 \x01(\rR\x0fresumedAttempts\"w\n\x11\x41gentDisconnected\x12\'\n\x0forchestrator_id\x18\x01 \x01(\tR\x0eorchestratorId\x12#\n\rsession_epoch\x18\x02 \x01(\x04R\x0csessionEpoch\x12\x14\n\x05\x63\x61use\x18\x03 \x01(\tR\x05\x63\x61use\"C\n\rAgentReplaced\x12\x32\n\x15successor_instance_id\x18\x01 \x01(\tR\x13successorInstanceId\"E\n\x0c\x41gentStopped\x12\x35\n\x08lifetime\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationR\x08lifetimeb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'orki.events.v1.agent_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_AGENTEVENT']._loaded_options = None
-  _globals['_AGENTEVENT']._serialized_options = b'\332\347\030\037\n\006agents\"\n\010\240\215\006\022\004\010\200\365$*\t\n\007metrics'
-  _globals['_AGENTEVENT']._serialized_start=110
-  _globals['_AGENTEVENT']._serialized_end=468
-  _globals['_AGENTSPAWNED']._serialized_start=470
-  _globals['_AGENTSPAWNED']._serialized_end=544
-  _globals['_AGENTCONNECTED']._serialized_start=546
-  _globals['_AGENTCONNECTED']._serialized_end=636
-  _globals['_AGENTDISCONNECTED']._serialized_start=638
-  _globals['_AGENTDISCONNECTED']._serialized_end=720
-  _globals['_AGENTREPLACED']._serialized_start=722
-  _globals['_AGENTREPLACED']._serialized_end=768
-  _globals['_AGENTSTOPPED']._serialized_start=770
-  _globals['_AGENTSTOPPED']._serialized_end=829
+  _globals['_AGENTEVENT']._serialized_start=79
+  _globals['_AGENTEVENT']._serialized_end=474
+  _globals['_AGENTSPAWNED']._serialized_start=476
+  _globals['_AGENTSPAWNED']._serialized_end=578
+  _globals['_AGENTCONNECTED']._serialized_start=581
+  _globals['_AGENTCONNECTED']._serialized_end=718
+  _globals['_AGENTDISCONNECTED']._serialized_start=720
+  _globals['_AGENTDISCONNECTED']._serialized_end=839
+  _globals['_AGENTREPLACED']._serialized_start=841
+  _globals['_AGENTREPLACED']._serialized_end=908
+  _globals['_AGENTSTOPPED']._serialized_start=910
+  _globals['_AGENTSTOPPED']._serialized_end=979
 # @@protoc_insertion_point(module_scope)

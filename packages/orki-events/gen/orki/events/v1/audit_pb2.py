@@ -22,20 +22,15 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
-from orki.options.v1 import options_pb2 as orki_dot_options_dot_v1_dot_options__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aorki/events/v1/audit.proto\x12\x0eorki.events.v1\x1a\x1dorki/options/v1/options.proto\"}\n\nAuditEvent\x12\r\n\x05\x61\x63tor\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12\x0f\n\x07outcome\x18\x04 \x01(\t\x12\x14\n\x06\x64\x65tail\x18\x05 \x01(\tB\x04\xa8\xe8\x18\x01:\x18\xda\xe7\x18\x14\n\x05\x61udit\"\x0b\x08\xc0\x84=\x12\x05\x08\x80\x9a\x9e\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aorki/events/v1/audit.proto\x12\x0eorki.events.v1\"\x86\x01\n\nAuditEvent\x12\x14\n\x05\x61\x63tor\x18\x01 \x01(\tR\x05\x61\x63tor\x12\x16\n\x06\x61\x63tion\x18\x02 \x01(\tR\x06\x61\x63tion\x12\x18\n\x07subject\x18\x03 \x01(\tR\x07subject\x12\x18\n\x07outcome\x18\x04 \x01(\tR\x07outcome\x12\x16\n\x06\x64\x65tail\x18\x05 \x01(\tR\x06\x64\x65tailb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'orki.events.v1.audit_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_AUDITEVENT'].fields_by_name['detail']._loaded_options = None
-  _globals['_AUDITEVENT'].fields_by_name['detail']._serialized_options = b'\250\350\030\001'
-  _globals['_AUDITEVENT']._loaded_options = None
-  _globals['_AUDITEVENT']._serialized_options = b'\332\347\030\024\n\005audit\"\013\010\300\204=\022\005\010\200\232\236\001'
-  _globals['_AUDITEVENT']._serialized_start=77
-  _globals['_AUDITEVENT']._serialized_end=202
+  _globals['_AUDITEVENT']._serialized_start=47
+  _globals['_AUDITEVENT']._serialized_end=181
 # @@protoc_insertion_point(module_scope)

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from orki.errors.v1 import errors_pb2 as orki_dot_errors_dot_v1_dot_errors__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dorki/events/v1/envelope.proto\x12\x0eorki.events.v1\x1a\x1borki/errors/v1/errors.proto\"~\n\x08\x45nvelope\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\x0c\x12\x10\n\x08producer\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x0f\n\x07time_us\x18\x04 \x01(\x03\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x16\n\x0eparent_span_id\x18\x06 \x01(\t\"\x97\x01\n\nDeadLetter\x12\x0e\n\x06stream\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x10\n\x08\x65ntry_id\x18\x03 \x01(\t\x12\r\n\x05group\x18\x04 \x01(\t\x12\x12\n\ndeliveries\x18\x05 \x01(\r\x12&\n\x06reason\x18\x06 \x01(\x0e\x32\x16.orki.errors.v1.Reason\x12\x0f\n\x07message\x18\x07 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dorki/events/v1/envelope.proto\x12\x0eorki.events.v1\x1a\x1borki/errors/v1/errors.proto\"\xbe\x01\n\x08\x45nvelope\x12\x19\n\x08\x65vent_id\x18\x01 \x01(\x0cR\x07\x65ventId\x12\x1a\n\x08producer\x18\x02 \x01(\tR\x08producer\x12\x1a\n\x08sequence\x18\x03 \x01(\x04R\x08sequence\x12\x17\n\x07time_us\x18\x04 \x01(\x03R\x06timeUs\x12 \n\x0btraceparent\x18\x05 \x01(\tR\x0btraceparent\x12$\n\x0eparent_span_id\x18\x06 \x01(\tR\x0cparentSpanId\"\xd1\x01\n\nDeadLetter\x12\x16\n\x06stream\x18\x01 \x01(\tR\x06stream\x12\x10\n\x03key\x18\x02 \x01(\tR\x03key\x12\x19\n\x08\x65ntry_id\x18\x03 \x01(\tR\x07\x65ntryId\x12\x14\n\x05group\x18\x04 \x01(\tR\x05group\x12\x1e\n\ndeliveries\x18\x05 \x01(\rR\ndeliveries\x12.\n\x06reason\x18\x06 \x01(\x0e\x32\x16.orki.errors.v1.ReasonR\x06reason\x12\x18\n\x07message\x18\x07 \x01(\tR\x07messageb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'orki.events.v1.envelope_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENVELOPE']._serialized_start=78
-  _globals['_ENVELOPE']._serialized_end=204
-  _globals['_DEADLETTER']._serialized_start=207
-  _globals['_DEADLETTER']._serialized_end=358
+  _globals['_ENVELOPE']._serialized_start=79
+  _globals['_ENVELOPE']._serialized_end=269
+  _globals['_DEADLETTER']._serialized_start=272
+  _globals['_DEADLETTER']._serialized_end=481
 # @@protoc_insertion_point(module_scope)

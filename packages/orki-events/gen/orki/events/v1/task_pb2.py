@@ -23,38 +23,35 @@ _sym_db = _symbol_database.Default()
 
 
 from orki.errors.v1 import errors_pb2 as orki_dot_errors_dot_v1_dot_errors__pb2
-from orki.options.v1 import options_pb2 as orki_dot_options_dot_v1_dot_options__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19orki/events/v1/task.proto\x12\x0eorki.events.v1\x1a\x1borki/errors/v1/errors.proto\x1a\x1dorki/options/v1/options.proto\"\xbf\x05\n\tTaskEvent\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\r\n\x05\x66\x65nce\x18\x04 \x01(\x04\x12\x10\n\x08\x61gent_id\x18\x05 \x01(\t\x12\x13\n\x0binstance_id\x18\x06 \x01(\t\x12\x32\n\tsubmitted\x18\x07 \x01(\x0b\x32\x1d.orki.events.v1.TaskSubmittedH\x00\x12.\n\x07offered\x18\x08 \x01(\x0b\x32\x1b.orki.events.v1.TaskOfferedH\x00\x12.\n\x07started\x18\t \x01(\x0b\x32\x1b.orki.events.v1.TaskStartedH\x00\x12\x39\n\rattempt_ended\x18\n \x01(\x0b\x32 .orki.events.v1.TaskAttemptEndedH\x00\x12?\n\x10\x63\x61ncel_requested\x18\x0b \x01(\x0b\x32#.orki.events.v1.TaskCancelRequestedH\x00\x12\x45\n\x13\x63\x61ncel_acknowledged\x18\x0c \x01(\x0b\x32&.orki.events.v1.TaskCancelAcknowledgedH\x00\x12\x30\n\x08\x64irected\x18\r \x01(\x0b\x32\x1c.orki.events.v1.TaskDirectedH\x00\x12\x32\n\tsucceeded\x18\x0e \x01(\x0b\x32\x1d.orki.events.v1.TaskSucceededH\x00\x12,\n\x06\x66\x61iled\x18\x0f \x01(\x0b\x32\x1a.orki.events.v1.TaskFailedH\x00\x12\x32\n\tcancelled\x18\x10 \x01(\x0b\x32\x1d.orki.events.v1.TaskCancelledH\x00:\"\xda\xe7\x18\x1e\n\x05tasks\"\n\x08\xc0\x84=\x12\x04\x08\x80\xf5$*\t\n\x07metricsB\x07\n\x05\x65vent\"?\n\rTaskSubmitted\x12\x15\n\rrequest_bytes\x18\x01 \x01(\r\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\"\r\n\x0bTaskOffered\"\r\n\x0bTaskStarted\"p\n\x10TaskAttemptEnded\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.orki.errors.v1.Reason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0f\n\x07retried\x18\x03 \x01(\x08\x12\x12\n\nbackoff_ms\x18\x04 \x01(\x04\"&\n\x13TaskCancelRequested\x12\x0f\n\x07message\x18\x01 \x01(\t\"\x18\n\x16TaskCancelAcknowledged\"\'\n\x0cTaskDirected\x12\x17\n\x0f\x64irective_bytes\x18\x01 \x01(\r\"\'\n\rTaskSucceeded\x12\x16\n\x0eresponse_bytes\x18\x01 \x01(\r\"E\n\nTaskFailed\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.orki.errors.v1.Reason\x12\x0f\n\x07message\x18\x02 \x01(\t\"7\n\rTaskCancelled\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.orki.errors.v1.Reasonb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19orki/events/v1/task.proto\x12\x0eorki.events.v1\x1a\x1borki/errors/v1/errors.proto\"\xc8\x06\n\tTaskEvent\x12\x17\n\x07task_id\x18\x01 \x01(\tR\x06taskId\x12\x16\n\x06method\x18\x02 \x01(\tR\x06method\x12\x18\n\x07\x61ttempt\x18\x03 \x01(\rR\x07\x61ttempt\x12\x14\n\x05\x66\x65nce\x18\x04 \x01(\x04R\x05\x66\x65nce\x12\x19\n\x08\x61gent_id\x18\x05 \x01(\tR\x07\x61gentId\x12\x1f\n\x0binstance_id\x18\x06 \x01(\tR\ninstanceId\x12=\n\tsubmitted\x18\x07 \x01(\x0b\x32\x1d.orki.events.v1.TaskSubmittedH\x00R\tsubmitted\x12\x37\n\x07offered\x18\x08 \x01(\x0b\x32\x1b.orki.events.v1.TaskOfferedH\x00R\x07offered\x12\x37\n\x07started\x18\t \x01(\x0b\x32\x1b.orki.events.v1.TaskStartedH\x00R\x07started\x12G\n\rattempt_ended\x18\n \x01(\x0b\x32 .orki.events.v1.TaskAttemptEndedH\x00R\x0c\x61ttemptEnded\x12P\n\x10\x63\x61ncel_requested\x18\x0b \x01(\x0b\x32#.orki.events.v1.TaskCancelRequestedH\x00R\x0f\x63\x61ncelRequested\x12Y\n\x13\x63\x61ncel_acknowledged\x18\x0c \x01(\x0b\x32&.orki.events.v1.TaskCancelAcknowledgedH\x00R\x12\x63\x61ncelAcknowledged\x12:\n\x08\x64irected\x18\r \x01(\x0b\x32\x1c.orki.events.v1.TaskDirectedH\x00R\x08\x64irected\x12=\n\tsucceeded\x18\x0e \x01(\x0b\x32\x1d.orki.events.v1.TaskSucceededH\x00R\tsucceeded\x12\x34\n\x06\x66\x61iled\x18\x0f \x01(\x0b\x32\x1a.orki.events.v1.TaskFailedH\x00R\x06\x66\x61iled\x12=\n\tcancelled\x18\x10 \x01(\x0b\x32\x1d.orki.events.v1.TaskCancelledH\x00R\tcancelledB\x07\n\x05\x65vent\"]\n\rTaskSubmitted\x12#\n\rrequest_bytes\x18\x01 \x01(\rR\x0crequestBytes\x12\'\n\x0fidempotency_key\x18\x02 \x01(\tR\x0eidempotencyKey\"\r\n\x0bTaskOffered\"\r\n\x0bTaskStarted\"\x95\x01\n\x10TaskAttemptEnded\x12.\n\x06reason\x18\x01 \x01(\x0e\x32\x16.orki.errors.v1.ReasonR\x06reason\x12\x18\n\x07message\x18\x02 \x01(\tR\x07message\x12\x18\n\x07retried\x18\x03 \x01(\x08R\x07retried\x12\x1d\n\nbackoff_ms\x18\x04 \x01(\x04R\tbackoffMs\"/\n\x13TaskCancelRequested\x12\x18\n\x07message\x18\x01 \x01(\tR\x07message\"\x18\n\x16TaskCancelAcknowledged\"7\n\x0cTaskDirected\x12\'\n\x0f\x64irective_bytes\x18\x01 \x01(\rR\x0e\x64irectiveBytes\"6\n\rTaskSucceeded\x12%\n\x0eresponse_bytes\x18\x01 \x01(\rR\rresponseBytes\"V\n\nTaskFailed\x12.\n\x06reason\x18\x01 \x01(\x0e\x32\x16.orki.errors.v1.ReasonR\x06reason\x12\x18\n\x07message\x18\x02 \x01(\tR\x07message\"?\n\rTaskCancelled\x12.\n\x06reason\x18\x01 \x01(\x0e\x32\x16.orki.errors.v1.ReasonR\x06reasonb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'orki.events.v1.task_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TASKEVENT']._loaded_options = None
-  _globals['_TASKEVENT']._serialized_options = b'\332\347\030\036\n\005tasks\"\n\010\300\204=\022\004\010\200\365$*\t\n\007metrics'
-  _globals['_TASKEVENT']._serialized_start=106
-  _globals['_TASKEVENT']._serialized_end=809
-  _globals['_TASKSUBMITTED']._serialized_start=811
-  _globals['_TASKSUBMITTED']._serialized_end=874
-  _globals['_TASKOFFERED']._serialized_start=876
-  _globals['_TASKOFFERED']._serialized_end=889
-  _globals['_TASKSTARTED']._serialized_start=891
-  _globals['_TASKSTARTED']._serialized_end=904
-  _globals['_TASKATTEMPTENDED']._serialized_start=906
-  _globals['_TASKATTEMPTENDED']._serialized_end=1018
-  _globals['_TASKCANCELREQUESTED']._serialized_start=1020
-  _globals['_TASKCANCELREQUESTED']._serialized_end=1058
-  _globals['_TASKCANCELACKNOWLEDGED']._serialized_start=1060
-  _globals['_TASKCANCELACKNOWLEDGED']._serialized_end=1084
-  _globals['_TASKDIRECTED']._serialized_start=1086
-  _globals['_TASKDIRECTED']._serialized_end=1125
-  _globals['_TASKSUCCEEDED']._serialized_start=1127
-  _globals['_TASKSUCCEEDED']._serialized_end=1166
-  _globals['_TASKFAILED']._serialized_start=1168
-  _globals['_TASKFAILED']._serialized_end=1237
-  _globals['_TASKCANCELLED']._serialized_start=1239
-  _globals['_TASKCANCELLED']._serialized_end=1294
+  _globals['_TASKEVENT']._serialized_start=75
+  _globals['_TASKEVENT']._serialized_end=915
+  _globals['_TASKSUBMITTED']._serialized_start=917
+  _globals['_TASKSUBMITTED']._serialized_end=1010
+  _globals['_TASKOFFERED']._serialized_start=1012
+  _globals['_TASKOFFERED']._serialized_end=1025
+  _globals['_TASKSTARTED']._serialized_start=1027
+  _globals['_TASKSTARTED']._serialized_end=1040
+  _globals['_TASKATTEMPTENDED']._serialized_start=1043
+  _globals['_TASKATTEMPTENDED']._serialized_end=1192
+  _globals['_TASKCANCELREQUESTED']._serialized_start=1194
+  _globals['_TASKCANCELREQUESTED']._serialized_end=1241
+  _globals['_TASKCANCELACKNOWLEDGED']._serialized_start=1243
+  _globals['_TASKCANCELACKNOWLEDGED']._serialized_end=1267
+  _globals['_TASKDIRECTED']._serialized_start=1269
+  _globals['_TASKDIRECTED']._serialized_end=1324
+  _globals['_TASKSUCCEEDED']._serialized_start=1326
+  _globals['_TASKSUCCEEDED']._serialized_end=1380
+  _globals['_TASKFAILED']._serialized_start=1382
+  _globals['_TASKFAILED']._serialized_end=1468
+  _globals['_TASKCANCELLED']._serialized_start=1470
+  _globals['_TASKCANCELLED']._serialized_end=1533
 # @@protoc_insertion_point(module_scope)

@@ -23,18 +23,15 @@ _sym_db = _symbol_database.Default()
 
 
 from orki.errors.v1 import errors_pb2 as orki_dot_errors_dot_v1_dot_errors__pb2
-from orki.options.v1 import options_pb2 as orki_dot_options_dot_v1_dot_options__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19orki/events/v1/tool.proto\x12\x0eorki.events.v1\x1a\x1borki/errors/v1/errors.proto\x1a\x1dorki/options/v1/options.proto\"\xef\x01\n\tToolEvent\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x02 \x01(\t\x12\x0f\n\x07task_id\x18\x03 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12\x13\n\x0b\x64uration_ns\x18\x05 \x01(\x04\x12\x15\n\rrequest_bytes\x18\x06 \x01(\r\x12\x13\n\x0breply_bytes\x18\x07 \x01(\r\x12&\n\x06reason\x18\x08 \x01(\x0e\x32\x16.orki.errors.v1.Reason\x12\x11\n\ttool_code\x18\t \x01(\x05:\"\xda\xe7\x18\x1e\n\x05tools\"\n\x08\xc0\x84=\x12\x04\x08\x80\xa3\x05*\t\n\x07metricsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19orki/events/v1/tool.proto\x12\x0eorki.events.v1\x1a\x1borki/errors/v1/errors.proto\"\xa5\x02\n\tToolEvent\x12\x16\n\x06method\x18\x01 \x01(\tR\x06method\x12\x19\n\x08\x61gent_id\x18\x02 \x01(\tR\x07\x61gentId\x12\x17\n\x07task_id\x18\x03 \x01(\tR\x06taskId\x12\x18\n\x07\x61ttempt\x18\x04 \x01(\rR\x07\x61ttempt\x12\x1f\n\x0b\x64uration_ns\x18\x05 \x01(\x04R\ndurationNs\x12#\n\rrequest_bytes\x18\x06 \x01(\rR\x0crequestBytes\x12\x1f\n\x0breply_bytes\x18\x07 \x01(\rR\nreplyBytes\x12.\n\x06reason\x18\x08 \x01(\x0e\x32\x16.orki.errors.v1.ReasonR\x06reason\x12\x1b\n\ttool_code\x18\t \x01(\x05R\x08toolCodeb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'orki.events.v1.tool_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TOOLEVENT']._loaded_options = None
-  _globals['_TOOLEVENT']._serialized_options = b'\332\347\030\036\n\005tools\"\n\010\300\204=\022\004\010\200\243\005*\t\n\007metrics'
-  _globals['_TOOLEVENT']._serialized_start=106
-  _globals['_TOOLEVENT']._serialized_end=345
+  _globals['_TOOLEVENT']._serialized_start=75
+  _globals['_TOOLEVENT']._serialized_end=368
 # @@protoc_insertion_point(module_scope)

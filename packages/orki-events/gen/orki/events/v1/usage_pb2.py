@@ -22,18 +22,15 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
-from orki.options.v1 import options_pb2 as orki_dot_options_dot_v1_dot_options__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aorki/events/v1/usage.proto\x12\x0eorki.events.v1\x1a\x1dorki/options/v1/options.proto\"\xde\x01\n\nUsageEvent\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x10\n\x08provider\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x14\n\x0cinput_tokens\x18\x06 \x01(\x04\x12\x15\n\routput_tokens\x18\x07 \x01(\x04\x12\x15\n\rcached_tokens\x18\x08 \x01(\x04\x12\x13\n\x0b\x63ost_micros\x18\t \x01(\x04:\"\xda\xe7\x18\x1e\n\x05usage\"\n\x08\xc0\x84=\x12\x04\x08\x80\xf5$*\t\n\x07metricsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aorki/events/v1/usage.proto\x12\x0eorki.events.v1\"\x9a\x02\n\nUsageEvent\x12\x19\n\x08\x61gent_id\x18\x01 \x01(\tR\x07\x61gentId\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12\x18\n\x07\x61ttempt\x18\x03 \x01(\rR\x07\x61ttempt\x12\x1a\n\x08provider\x18\x04 \x01(\tR\x08provider\x12\x14\n\x05model\x18\x05 \x01(\tR\x05model\x12!\n\x0cinput_tokens\x18\x06 \x01(\x04R\x0binputTokens\x12#\n\routput_tokens\x18\x07 \x01(\x04R\x0coutputTokens\x12#\n\rcached_tokens\x18\x08 \x01(\x04R\x0c\x63\x61\x63hedTokens\x12\x1f\n\x0b\x63ost_micros\x18\t \x01(\x04R\ncostMicrosb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'orki.events.v1.usage_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_USAGEEVENT']._loaded_options = None
-  _globals['_USAGEEVENT']._serialized_options = b'\332\347\030\036\n\005usage\"\n\010\300\204=\022\004\010\200\365$*\t\n\007metrics'
-  _globals['_USAGEEVENT']._serialized_start=78
-  _globals['_USAGEEVENT']._serialized_end=300
+  _globals['_USAGEEVENT']._serialized_start=47
+  _globals['_USAGEEVENT']._serialized_end=329
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,64 @@
+"""buf, the one program that is run: it compiles the protos, and calls the plugins of buf.gen.yaml."""
+
+from __future__ import annotations
+
+__all__ = ["BufFailed", "Buf"]
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from orki_contract.exceptions import InvalidContract, InvalidSetting
+
+
+class BufFailed(InvalidContract):
+    """buf refused the protos; the message is what it said."""
+
+
+class Buf:
+    """buf in one workspace, with this interpreter's environment first on the PATH."""
+
+    def __init__(self, root: Path) -> None:
+        """Finds buf.
+
+        Raises:
+            InvalidSetting: There is none.
+        """
+        beside = str(Path(sys.executable).parent)
+        self._path = os.pathsep.join([beside, os.environ.get("PATH", os.defpath)])
+        self._root = root
+        program = shutil.which("buf", path=self._path)
+        if program is None:
+            raise InvalidSetting(
+                "buf is not installed beside this Python, nor on the PATH: it comes with orki-codegen, "
+                "so run the generator in the environment that holds it (`nox -s generate`)"
+            )
+        self._program = program
+
+    def image(self) -> bytes:
+        """The whole tree as a FileDescriptorSet with source information."""
+        return self._run("build", "--as-file-descriptor-set", "--output", "-")
+
+    def files(self) -> Mapping[str, str]:
+        """Where each proto file lies: its path relative to the root, by the path under which it is imported."""
+        lines = self._run("ls-files", "--format", "json").decode().splitlines()
+        entries = [json.loads(line) for line in lines if line]
+        return {entry["import_path"]: entry["path"] for entry in entries}
+
+    def generate(self, paths: Sequence[str], out: Path) -> None:
+        """Runs buf.gen.yaml on some files; the folders named in it are made below `out`."""
+        chosen = [argument for path in paths for argument in ("--path", path)]
+        self._run("generate", "--output", str(out), *chosen)
+
+    def _run(self, *arguments: str) -> bytes:
+        environment = {**os.environ, "PATH": self._path, "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [self._program, *arguments]
+        ran = subprocess.run(command, cwd=self._root, env=environment, capture_output=True, check=False)
+        if ran.returncode != 0:
+            said = ran.stderr.decode(errors="replace").strip() or f"buf {arguments[0]} failed without a word"
+            raise BufFailed(said)
+        return ran.stdout
