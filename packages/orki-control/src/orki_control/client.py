@@ -146,9 +146,8 @@ class Client:
         keys = [""] * len(requests) if idempotency_keys is None else idempotency_keys
         if len(keys) != len(requests):
             raise InvalidArgument(f"{len(keys)} idempotency keys for {len(requests)} requests: give one for each")
-        traceparent = _traceparent()
         submissions = [
-            self._submission(task, request, key, traceparent) for request, key in zip(requests, keys, strict=True)
+            self._submission(task, request, key, _traceparent()) for request, key in zip(requests, keys, strict=True)
         ]
         snapshots = await self.submit_raw(submissions)
         return [SubmittedTask(self, task, snapshot) for snapshot in snapshots]
@@ -332,4 +331,5 @@ class Client:
 
 
 def _traceparent() -> str:
+    """The caller's span; outside a trace each submission begins one of its own."""
     return (current_span() or new_span()).traceparent
