@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from orki_server.cli.doctor_checks import GroupState, Verdict, check_groups, check_store, parse_info
+from orki_server.cli.doctor_checks import Verdict, check_groups, check_store, parse_info
+from orki_server.observers.stream_figures import GroupFigures
 
 HEALTHY = """# Server
 valkey_version:9.1.2
@@ -79,14 +80,16 @@ def test_a_server_that_tells_nothing_is_no_crash() -> None:
     assert {check.verdict for check in check_store({})} <= set(Verdict)
 
 
-def _group(*, missing: bool = False, lag: int | None = 0, pending: int = 0, oldest_ms: int = 0) -> GroupState:
-    return GroupState(
+def _group(*, missing: bool = False, lag: int | None = 0, pending: int = 0, oldest_ms: int = 0) -> GroupFigures:
+    return GroupFigures(
         stream="tasks",
         group="audit",
         missing=missing,
         lag=lag,
         pending=pending,
         oldest_pending_ms=oldest_ms,
+        consumers=1,
+        dead_letters=0,
         ack_deadline_ms=30_000,
     )
 
@@ -102,7 +105,7 @@ def _group(*, missing: bool = False, lag: int | None = 0, pending: int = 0, olde
         (_group(pending=1, oldest_ms=59_000), Verdict.OK),
     ],
 )
-def test_groups(group: GroupState, verdict: Verdict) -> None:
+def test_groups(group: GroupFigures, verdict: Verdict) -> None:
     (check,) = check_groups([group])
     assert check.verdict is verdict
     assert check.name == "events.tasks.audit"

@@ -18,7 +18,8 @@ from orki.events.v1.task_pb2 import (
 )
 from orki.events.v1.tool_pb2 import ToolEvent
 from orki.events.v1.usage_pb2 import UsageEvent
-from orki_server.observers.metrics_book import GroupFigures, MetricsBook
+from orki_server.observers.metrics_book import MetricsBook
+from orki_server.observers.stream_figures import GroupFigures, StreamFigures
 
 METHOD = "acme.v1.Review/File"
 
@@ -86,13 +87,30 @@ def test_events_of_other_kinds_are_counted_as_such() -> None:
     assert 'orki_events_total{stream="s"} 1.0' in _counted(AuditEvent(actor="a", detail="secret"))
 
 
+def _figures(group: str, lag: int | None) -> StreamFigures:
+    state = GroupFigures(
+        stream="s",
+        group=group,
+        missing=False,
+        lag=lag,
+        pending=2,
+        oldest_pending_ms=1500,
+        consumers=1,
+        dead_letters=4,
+        ack_deadline_ms=30_000,
+    )
+    return StreamFigures(stream="s", message="acme.v1.E", partitions=1, entries=9, groups=(state,))
+
+
 def test_groups_that_are_gone_vanish() -> None:
     book = MetricsBook()
-    book.set_groups([GroupFigures(stream="s", group="g", lag=7, pending=2, oldest_pending_s=1.5)])
+    book.set_streams([_figures("g", 7)])
     text = book.exposition().decode()
+    assert 'orki_stream_entries{stream="s"} 9.0' in text
     assert 'orki_group_lag_entries{group="g",stream="s"} 7.0' in text
     assert 'orki_group_oldest_pending_seconds{group="g",stream="s"} 1.5' in text
-    book.set_groups([GroupFigures(stream="s", group="h", lag=None, pending=0, oldest_pending_s=0)])
+    assert 'orki_group_dead_letters{group="g",stream="s"} 4.0' in text
+    book.set_streams([_figures("h", None)])
     text = book.exposition().decode()
     assert 'group="g"' not in text
     assert 'orki_group_lag_entries{group="h",stream="s"} NaN' in text

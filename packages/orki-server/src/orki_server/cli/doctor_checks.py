@@ -5,7 +5,7 @@ Every verdict names a cause and a next step where it is not `ok`. Limits are tho
 
 from __future__ import annotations
 
-__all__ = ["Check", "GroupState", "Verdict", "check_groups", "check_store", "parse_info"]
+__all__ = ["Check", "Verdict", "check_groups", "check_store", "parse_info"]
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from orki_server.cli.figures import duration, size
+from orki_server.observers.stream_figures import GroupFigures
 
 _OLDEST_VERSION: Final = (6, 2)
 _MEMORY_WARN, _MEMORY_BAD = 0.80, 0.95
@@ -51,29 +52,6 @@ class Check:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupState:
-    """A declared consumer group as the server knows it.
-
-    Attributes:
-        stream: Name of the stream.
-        group: Name of the group.
-        missing: Whether the server has no such group on some partition.
-        lag: Entries not delivered; None where the server cannot tell.
-        pending: Entries delivered and not acknowledged.
-        oldest_pending_ms: Age of the oldest of those; 0 for none.
-        ack_deadline_ms: When others may claim them.
-    """
-
-    stream: str
-    group: str
-    missing: bool
-    lag: int | None
-    pending: int
-    oldest_pending_ms: int
-    ack_deadline_ms: int
-
-
 def parse_info(text: str) -> dict[str, str]:
     """The fields of Redis' `INFO`, sections and order dropped."""
     pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line and not line.startswith("#"))
@@ -95,7 +73,7 @@ def check_store(info: Mapping[str, str]) -> Iterator[Check]:
     yield _persistence(info)
 
 
-def check_groups(groups: Iterable[GroupState]) -> Iterator[Check]:
+def check_groups(groups: Iterable[GroupFigures]) -> Iterator[Check]:
     """How far the declared consumer groups are."""
     for each in groups:
         name = f"events.{each.stream}.{each.group}"

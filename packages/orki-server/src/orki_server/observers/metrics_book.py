@@ -7,11 +7,10 @@ Durations are in seconds and costs in US dollars, by the naming rules of Prometh
 
 from __future__ import annotations
 
-__all__ = ["GroupFigures", "MetricsBook"]
+__all__ = ["MetricsBook"]
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final
 
 from google.protobuf.message import Message
@@ -22,30 +21,12 @@ from orki.events.v1.agent_pb2 import AgentEvent
 from orki.events.v1.task_pb2 import TaskEvent
 from orki.events.v1.tool_pb2 import ToolEvent
 from orki.events.v1.usage_pb2 import UsageEvent
+from orki_server.observers.stream_figures import StreamFigures
 
 _REMEMBERED: Final = 100_000
 _TOOL_BUCKETS: Final = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)
 _TASK_BUCKETS: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 7200.0)
 _OPEN_TASKS: Final = 200_000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupFigures:
-    """Where a consumer group stands.
-
-    Attributes:
-        stream: Name of the stream.
-        group: Name of the group.
-        lag: Entries not delivered yet; None where the server cannot tell.
-        pending: Entries delivered and not acknowledged.
-        oldest_pending_s: Age of the oldest of those, in seconds; 0 for none.
-    """
-
-    stream: str
-    group: str
-    lag: int | None
-    pending: int
-    oldest_pending_s: float
 
 
 class MetricsBook:
@@ -62,23 +43,25 @@ class MetricsBook:
     def _own_figures(self) -> None:
         registry = self._registry
         self._events = Counter("orki_events", "Events counted.", ["stream"], registry=registry)
+        by_group = ["stream", "group"]
+        self._entries = Gauge("orki_stream_entries", "Entries that a stream holds.", ["stream"], registry=registry)
         self._lag = Gauge(
             "orki_group_lag_entries",
             "Entries that a consumer group has not been given; NaN: the server cannot tell.",
-            ["stream", "group"],
+            by_group,
             registry=registry,
         )
         self._pending = Gauge(
-            "orki_group_pending_entries",
-            "Entries given to a consumer group and not acknowledged.",
-            ["stream", "group"],
-            registry=registry,
+            "orki_group_pending_entries", "Entries given and not acknowledged.", by_group, registry=registry
         )
         self._oldest = Gauge(
             "orki_group_oldest_pending_seconds",
-            "Age of the oldest entry given and not acknowledged.",
-            ["stream", "group"],
+            "Age of the oldest entry that was given and not acknowledged.",
+            by_group,
             registry=registry,
+        )
+        self._dead = Gauge(
+            "orki_group_dead_letters", "Entries in a group's dead letter stream.", by_group, registry=registry
         )
 
     def _fleet_figures(self) -> None:
@@ -149,14 +132,17 @@ class MetricsBook:
             del self._connected[event.agent_id]
         self._agents.set(len(self._connected))
 
-    def set_groups(self, groups: Iterable[GroupFigures]) -> None:
-        """Replaces where the consumer groups stand."""
-        for gauge in (self._lag, self._pending, self._oldest):
+    def set_streams(self, streams: Iterable[StreamFigures]) -> None:
+        """Replaces how full the streams are and where their groups stand."""
+        for gauge in (self._entries, self._lag, self._pending, self._oldest, self._dead):
             gauge.clear()
-        for each in groups:
-            self._lag.labels(each.stream, each.group).set(float("nan") if each.lag is None else each.lag)
-            self._pending.labels(each.stream, each.group).set(each.pending)
-            self._oldest.labels(each.stream, each.group).set(each.oldest_pending_s)
+        for stream in streams:
+            self._entries.labels(stream.stream).set(stream.entries)
+            for each in stream.groups:
+                self._lag.labels(each.stream, each.group).set(float("nan") if each.lag is None else each.lag)
+                self._pending.labels(each.stream, each.group).set(each.pending)
+                self._oldest.labels(each.stream, each.group).set(each.oldest_pending_ms / 1000)
+                self._dead.labels(each.stream, each.group).set(each.dead_letters)
 
     def exposition(self) -> bytes:
         """The figures in Prometheus' text format."""

@@ -1,0 +1,5 @@
+"""The `orki` command."""
+
+from orki_server.cli.root import main
+
+__all__ = ["main"]

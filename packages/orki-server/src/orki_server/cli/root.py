@@ -1,0 +1,96 @@
+"""The root of the `orki` command: its subcommands, each loaded when it is used, and how errors end it.
+
+Exit codes: 0 done; 1 refused, failed or unhealthy, with one sentence on standard error; 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+__all__ = ["LazyGroup", "Refused", "main", "root"]
+
+import importlib
+import sys
+from typing import IO, Any, Final
+
+import click
+
+from orki_contract.errors import OrkiError
+from orki_server.observers.redaction import safe_text
+
+_COMMANDS: Final[dict[str, tuple[str, str]]] = {
+    "agents": ("orki_server.cli.agents:agents", "Show the agents of the fleet."),
+    "cancel": ("orki_server.cli.cancel:cancel", "Ask for the end of a task."),
+    "doctor": ("orki_server.cli.doctor:doctor", "Look for what is wrong, and say what to do about it."),
+    "observe": ("orki_server.cli.observe:observe", "Run an observer: metrics, audit or feed."),
+    "serve": ("orki_server.cli.serve:serve", "Run an orchestrator."),
+    "streams": ("orki_server.cli.streams:streams", "Show the event streams and their consumer groups."),
+    "submit": ("orki_server.cli.submit:submit", "Submit a task, and wait for its result."),
+    "tasks": ("orki_server.cli.tasks:tasks", "Show tasks."),
+    "trace": ("orki_server.cli.trace:trace", "Show what became of a task, as one tree."),
+    "up": ("orki_server.cli.up:up", "Run everything on this machine, for development."),
+}
+
+
+class Refused(click.ClickException):
+    """An error for people: what went wrong, where, and what to do."""
+
+    exit_code = 1
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Prints it as one line, whatever it holds."""
+        click.echo(f"orki: {safe_text(self.message)}", file=file or sys.stderr)
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are used, so that `--help` and completion are quick."""
+
+    def __init__(self, *args: Any, lazy: dict[str, tuple[str, str]], **more: Any) -> None:
+        """Args: lazy: for each command `MODULE:ATTRIBUTE` and one sentence on it; the rest goes to click."""
+        super().__init__(*args, **more)
+        self._lazy = lazy
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command; an error of orki's ends it with one sentence and exit code 1."""
+        try:
+            return super().invoke(ctx)
+        except OrkiError as error:
+            raise Refused(error.message) from error
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names, sorted."""
+        return sorted({*super().list_commands(ctx), *self._lazy})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name, imported now; None when there is none."""
+        if cmd_name not in self._lazy:
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = self._lazy[cmd_name][0].partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Lists the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, self._lazy[name][1]) for name in sorted(self._lazy)])
+
+
+@click.group(
+    cls=LazyGroup,
+    lazy=_COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": None, "max_content_width": 100},
+)
+@click.version_option(package_name="orki-server", prog_name="orki")
+def root() -> None:
+    """A fleet of agents: its contract, its orchestrator, its events.
+
+    \b
+    Try it:  orki up
+    Then:    orki submit SERVICE.METHOD '{"field": "value"}'
+             orki tasks
+             orki trace TASK
+    """
+
+
+def main() -> None:
+    """Runs the command line; the entry point."""
+    root(prog_name="orki")
