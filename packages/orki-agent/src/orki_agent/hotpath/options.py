@@ -1,0 +1,92 @@
+"""The limits of both ends, each with its number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orki_agent.hotpath.frames import HEADER_BYTES
+from orki_contract.errors import InvalidSetting
+
+__all__ = ["BridgeOptions", "ClientOptions"]
+
+_MIB = 1 << 20
+_U32 = (1 << 32) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BridgeOptions:
+    """Limits of a tool bridge.
+
+    Attributes:
+        max_connections: Connections at once; further ones wait in the kernel's queue.
+        max_connections_per_uid: Connections of one user at once; further ones are refused with `Overloaded`.
+        max_frame_bytes: Longest frame that is taken or sent, header included.
+        max_calls: Calls in flight on one connection; further ones are answered with `TooManyCalls`.
+        max_blocked: Handlers that may block in a thread of their own at once, over all connections; while so many do,
+            a connection is not read on until its own handler returns.
+        handshake_seconds: From the connection to its hello.
+        frame_seconds: From a frame's first byte to its last, in either direction.
+        call_seconds: Longest time that a caller may ask for.
+        stop_seconds: Time that running calls have to end when the bridge stops.
+        allowed_uids: Users that may connect; empty for the bridge's own alone.
+    """
+
+    max_connections: int = 64
+    max_connections_per_uid: int = 64
+    max_frame_bytes: int = 16 * _MIB
+    max_calls: int = 128
+    max_blocked: int = 32
+    handshake_seconds: float = 5.0
+    frame_seconds: float = 5.0
+    call_seconds: float = 3_600.0
+    stop_seconds: float = 5.0
+    allowed_uids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_range("max_connections", self.max_connections, 1, 4_096)
+        _check_range("max_connections_per_uid", self.max_connections_per_uid, 1, 4_096)
+        _check_range("max_frame_bytes", self.max_frame_bytes, HEADER_BYTES + 1_024, 1_024 * _MIB)
+        _check_range("max_calls", self.max_calls, 1, 65_536)
+        _check_range("max_blocked", self.max_blocked, 1, 1_024)
+        _check_range("handshake_seconds", self.handshake_seconds, 0.01, 60)
+        _check_range("frame_seconds", self.frame_seconds, 0.01, 600)
+        _check_range("call_seconds", self.call_seconds, 0.001, 4_294)
+        _check_range("stop_seconds", self.stop_seconds, 0, 600)
+        for uid in self.allowed_uids:
+            _check_range("allowed_uids", uid, 0, _U32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientOptions:
+    """Limits of a tool client.
+
+    Attributes:
+        max_connections: Sync client: connections at once, so many threads may call at the same time.
+        max_calls: Async client: calls in flight; the bridge's own limit holds where it is lower.
+        max_waiting: Calls that may wait for a free place; further ones fail with `TooManyCalls`.
+        max_frame_bytes: Longest frame that is taken, header included.
+        connect_seconds: From the connection's begin to the bridge's welcome.
+        bridge_uids: Users whose bridge is trusted with the token; empty for the client's own alone.
+    """
+
+    max_connections: int = 8
+    max_calls: int = 64
+    max_waiting: int = 1_024
+    max_frame_bytes: int = 16 * _MIB
+    connect_seconds: float = 5.0
+    bridge_uids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_range("max_connections", self.max_connections, 1, 1_024)
+        _check_range("max_calls", self.max_calls, 1, 65_536)
+        _check_range("max_waiting", self.max_waiting, 0, 1_048_576)
+        _check_range("max_frame_bytes", self.max_frame_bytes, HEADER_BYTES + 1_024, 1_024 * _MIB)
+        _check_range("connect_seconds", self.connect_seconds, 0.01, 600)
+        for uid in self.bridge_uids:
+            _check_range("bridge_uids", uid, 0, _U32)
+
+
+def _check_range(option: str, value: float, low: float, high: float) -> None:
+    known: object = value  # whatever the type checker was told
+    if isinstance(known, bool) or not isinstance(known, int | float) or not low <= known <= high:
+        raise InvalidSetting(f"{option} is {value!r}, it must be a number from {low} to {high}")

@@ -1,0 +1,199 @@
+"""One blocking connection of a client."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from time import monotonic
+from typing import Final
+
+from orki_agent.hotpath.frames import FLAG_ERROR, FLAG_REPLY, Frame, FrameDecoder, decode_error
+from orki_agent.hotpath.greeting import read_welcome
+from orki_agent.hotpath.options import ClientOptions
+from orki_agent.hotpath.seam import Seam, set_timeout
+from orki_contract.errors import OrkiError, PeerLost, RemoteProtocolError, ToolDeadline
+
+__all__ = ["BlockingWire"]
+
+_MAX_OWED: Final = 4
+"""Replies that may still come for calls that ran out of time; with more the connection is given up."""
+
+
+class BlockingWire:
+    """Sends a call and waits for its reply: one system call each way for small frames.
+
+    The kernel keeps the deadline (SO_RCVTIMEO), since a Python timeout would cost a poll for each receive.
+
+    Attributes:
+        last: Correlation of the last call.
+        max_frame_bytes: Longest frame that the bridge takes.
+    """
+
+    __slots__ = ("_armed_us", "_closed", "_decoder", "_owed", "_receive", "_send", "_sock", "last", "max_frame_bytes")
+
+    def __init__(self, path: str, hello: bytes, options: ClientOptions, seam: Seam) -> None:
+        """Connects and shakes hands.
+
+        Raises:
+            PeerLost: Nobody serves the path, or the bridge went away.
+            PeerRefused: The bridge refuses us, or its user is not to be trusted with the token.
+            OrkiError: Whatever else the bridge answers.
+        """
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._send = self._sock.send
+        self._receive = self._sock.recv_into
+        self._decoder = FrameDecoder(options.max_frame_bytes)
+        self._armed_us = 0
+        self._owed = 0
+        self._closed = False
+        self.last = 0
+        try:
+            self.max_frame_bytes = self._greet(path, hello, options, seam)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def usable(self) -> bool:
+        """Whether another call may be sent."""
+        return not (self._closed or self._decoder.broken or self._owed > _MAX_OWED)
+
+    def call(self, frame: bytes, timeout_us: int) -> Frame:
+        """Sends the frame of call `last` and gives the reply, whose body is valid until the next call.
+
+        Raises:
+            ToolDeadline: Its time is over.
+            PeerLost: The connection broke.
+            OrkiError: What the ErrorFrame says with which it was answered.
+        """
+        deadline = monotonic() + timeout_us / 1_000_000
+        if timeout_us != self._armed_us:
+            self._arm(timeout_us)
+        try:
+            sent = self._send(frame)
+        except OSError as error:
+            raise self._not_sent(error) from None
+        if sent != len(frame):
+            self._send_rest(memoryview(frame)[sent:], deadline)
+        decoder = self._decoder
+        try:
+            count = self._receive(decoder.writable())
+        except OSError as error:
+            raise self._not_received(error) from None
+        if not count:
+            raise self._lost("it closed the connection", fully_written=True)
+        decoder.wrote(count)
+        reply = decoder.next_frame()
+        if reply is not None and reply.correlation == self.last and reply.flags == FLAG_REPLY:
+            return reply
+        return self._search(reply, deadline)
+
+    def close(self) -> None:
+        """Ends the connection; the bridge then cancels a call that still runs."""
+        self._closed = True
+        self._sock.close()
+
+    def _greet(self, path: str, hello: bytes, options: ClientOptions, seam: Seam) -> int:
+        deadline = monotonic() + options.connect_seconds
+        self._arm(int(options.connect_seconds * 1_000_000))
+        try:
+            self._sock.connect(path)
+        except BlockingIOError:
+            raise PeerLost(f"the tool bridge at {path} takes no connections now", fully_written=False) from None
+        except OSError as error:
+            raise PeerLost(f"no tool bridge at {path}: {error.strerror}", fully_written=False) from None
+        seam.check_peer(self._sock, options.bridge_uids, "bridge")
+        # A bridge that refuses at once has closed already; its reason can be read all the same.
+        with contextlib.suppress(OSError):
+            self._send(hello)
+        try:
+            while (frame := self._decoder.next_frame()) is None:
+                self._fill(deadline)
+        except ToolDeadline:
+            raise PeerLost(f"the tool bridge at {path} did not answer the hello", fully_written=False) from None
+        except PeerLost as error:
+            raise PeerLost(error.message, fully_written=False) from None
+        return read_welcome(frame).max_frame_bytes
+
+    def _arm(self, timeout_us: int) -> None:
+        """Has the kernel end every wait after this time."""
+        self._armed_us = timeout_us
+        set_timeout(self._sock, socket.SO_RCVTIMEO, timeout_us / 1_000_000)
+        set_timeout(self._sock, socket.SO_SNDTIMEO, timeout_us / 1_000_000)
+
+    def _send_rest(self, rest: memoryview, deadline: float) -> None:
+        """Sends what the kernel did not take at once."""
+        try:
+            while rest:
+                left = deadline - monotonic()
+                if left <= 0:
+                    raise BlockingIOError
+                self._arm(max(1, int(left * 1_000_000)))
+                rest = rest[self._send(rest) :]
+        except OSError as error:
+            raise self._not_sent(error) from None
+
+    def _search(self, reply: Frame | None, deadline: float) -> Frame:
+        """The rare ways of a reply: in pieces, as an error, or behind replies that came too late for their calls."""
+        while True:
+            if reply is not None:
+                if reply.correlation == self.last and reply.flags & FLAG_REPLY and not reply.flags & FLAG_ERROR:
+                    return reply
+                self._judge(reply)
+            reply = self._decoder.next_frame()
+            if reply is None:
+                self._fill(deadline)
+
+    def _judge(self, frame: Frame) -> None:
+        """Looks at a frame that is not the reply; returns for one that is to be passed over."""
+        if frame.flags & FLAG_ERROR and frame.correlation == self.last:
+            raise decode_error(frame)
+        if frame.flags & FLAG_ERROR and not frame.correlation:
+            self.close()
+            raise decode_error(frame)
+        if not 0 < frame.correlation < self.last or not frame.flags & FLAG_REPLY or not self._owed:
+            self.close()
+            raise RemoteProtocolError(f"the bridge answered call {frame.correlation}, for which nobody waits")
+        self._owed -= 1
+
+    def _fill(self, deadline: float) -> None:
+        """Receives once."""
+        left = deadline - monotonic()
+        if left <= 0:
+            raise self._not_received(BlockingIOError())
+        self._arm(max(1, int(left * 1_000_000)))
+        try:
+            count = self._receive(self._decoder.writable())
+        except OSError as error:
+            raise self._not_received(error) from None
+        if not count:
+            raise self._lost("it closed the connection", fully_written=True)
+        self._decoder.wrote(count)
+
+    def _not_sent(self, error: OSError) -> OrkiError:
+        if isinstance(error, BlockingIOError):
+            # Part of the frame may have left: nothing can follow it on this connection.
+            self.close()
+            return ToolDeadline("the bridge did not take the request in time")
+        return self._lost(error.strerror or "broken pipe", fully_written=False)
+
+    def _not_received(self, error: OSError) -> OrkiError:
+        if isinstance(error, BlockingIOError):
+            self._owed += 1
+            return ToolDeadline("no reply came in time")
+        return self._lost(error.strerror or "connection reset", fully_written=True)
+
+    def _lost(self, what: str, *, fully_written: bool) -> OrkiError:
+        """The error for a broken connection: the bridge's own word where it left one."""
+        try:
+            with contextlib.suppress(OSError):
+                while count := self._receive(self._decoder.writable(), 0, socket.MSG_DONTWAIT):
+                    self._decoder.wrote(count)
+                    while (frame := self._decoder.next_frame()) is not None:
+                        if frame.flags & FLAG_ERROR and not frame.correlation:
+                            return decode_error(frame)
+        except OrkiError as error:
+            return error
+        finally:
+            self.close()
+        return PeerLost(f"the tool bridge is gone: {what}", fully_written=fully_written)
