@@ -1,25 +1,26 @@
-"""Options that many commands share, each read from the environment too."""
+"""Options that many commands share, each read from the environment too, and what they open."""
 
 from __future__ import annotations
 
-__all__ = ["json_option", "orchestrator_option", "redis_option", "watch_option"]
+__all__ = ["events_link", "json_option", "open_client", "redis_option", "run", "with_orchestrator"]
 
-from typing import Final
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, Final, TypeVar
 
 import click
 
+from orki_control.client import Client, ClientOptions
+from orki_events.redis_shell import Link, parse_address
+
+A = TypeVar("A")
+F = TypeVar("F", bound=Callable[..., Any])
+
 _ORCHESTRATOR: Final = "127.0.0.1:50051"
 _REDIS: Final = "redis://127.0.0.1:6379/0"
-
-orchestrator_option = click.option(
-    "--orchestrator",
-    metavar="HOST:PORT",
-    envvar="ORKI_ORCHESTRATOR",
-    default=_ORCHESTRATOR,
-    show_default=True,
-    show_envvar=True,
-    help="Where the orchestrator answers.",
-)
+_PATIENCE_S: Final = 2.0
+_ANSWER_S: Final = 5.0
 
 redis_option = click.option(
     "--redis",
@@ -32,6 +33,45 @@ redis_option = click.option(
     help="Where the events are. A URL with a password belongs into the environment, where `ps` does not show it.",
 )
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON with stable keys instead of a table.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON with stable keys.")
 
-watch_option = click.option("--watch", is_flag=True, help="Print again every second until interrupted.")
+
+def with_orchestrator(command: F) -> F:
+    """Adds `--orchestrator` and `--insecure`."""
+    where = click.option(
+        "--orchestrator",
+        metavar="HOST:PORT",
+        envvar="ORKI_ORCHESTRATOR",
+        default=_ORCHESTRATOR,
+        show_default=True,
+        show_envvar=True,
+        help="Where the orchestrator answers.",
+    )
+    insecure = click.option(
+        "--insecure", is_flag=True, help="Let plaintext leave this host, on a network that you trust."
+    )
+    return where(insecure(command))
+
+
+def open_client(orchestrator: str, insecure: bool, *, patience: float = _PATIENCE_S) -> Client:
+    """A client for one command: it gives up soon, and people try again."""
+    return Client(orchestrator, ClientOptions(patience=patience, call_timeout=_ANSWER_S, insecure=insecure))
+
+
+@asynccontextmanager
+async def events_link(redis_url: str) -> AsyncIterator[Link]:
+    """A connection to the event server.
+
+    Raises:
+        InvalidSetting: The URL cannot be used.
+    """
+    link = Link(parse_address(redis_url), name="orki:command", connect_timeout_s=_ANSWER_S, answer_timeout_s=_ANSWER_S)
+    try:
+        yield link
+    finally:
+        await link.close()
+
+
+def run(work: Coroutine[Any, Any, A]) -> A:
+    """Runs a command's coroutine on an event loop of its own."""
+    return asyncio.run(work)

@@ -1,0 +1,200 @@
+"""`orki submit`: any registered task, by its name and JSON."""
+
+from __future__ import annotations
+
+__all__ = ["submit"]
+
+import asyncio
+import difflib
+import json
+import sys
+import uuid
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import click
+from google.protobuf.message import DecodeError, Message
+
+from orki.control.v1.attempt_pb2 import TaskState
+from orki.control.v1.task_pb2 import ServiceSnapshot, Submission, TaskSnapshot
+from orki_contract.errors import InvalidResponse, OrkiError, UnknownMethod, WaitTimeout
+from orki_contract.images import message_class
+from orki_contract.model import TaskMethod
+from orki_contract.read import read_image
+from orki_contract.trace import new_span
+from orki_control.client import Client
+from orki_control.handle import error_of
+from orki_server.cli.request_json import message_json, request_from_json
+from orki_server.cli.settings import json_option, open_client, run, with_orchestrator
+from orki_server.cli.snapshots import state_name, task_json
+from orki_server.cli.tables import print_json, stderr_console
+from orki_server.observers.redaction import Redaction, safe_json, safe_text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Method:
+    """A registered method with its message classes."""
+
+    contract: TaskMethod
+    image: bytes
+
+    def kind(self, full_name: str) -> type[Message]:
+        return message_class(self.image, full_name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wish:
+    """What the command line asked for."""
+
+    wait: bool
+    idempotency_key: str
+    timeout: float | None
+    as_json: bool
+
+
+def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Methods that an orchestrator knows; none when it does not answer at once."""
+    orchestrator = str(ctx.params.get("orchestrator") or "127.0.0.1:50051")
+
+    async def names() -> list[str]:
+        async with open_client(orchestrator, bool(ctx.params.get("insecure")), patience=0) as client:
+            services = await asyncio.wait_for(client.list_services(), 1.0)
+        return sorted(each.contract.full_name for each in _methods(services))
+
+    try:
+        return [name for name in run(names()) if incomplete.lower() in name.lower()]
+    except (OrkiError, TimeoutError):
+        return []
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  orki submit ReviewService.ReviewFile '{"path": "a.py"}'
+  orki submit acme.review.v1.ReviewService/ReviewFile - < request.json
+  TASK=$(orki submit ReviewService.ReviewFile '{"path": "a.py"}' --no-wait)
+""",
+)
+@click.argument("method", metavar="SERVICE.METHOD", shell_complete=_complete)
+@click.argument("request_text", metavar="JSON", default="{}")
+@click.option("--wait/--no-wait", default=True, show_default=True, help="Wait for the result, or print the task's id.")
+@click.option("--idempotency-key", default="", metavar="KEY", help="The same key and request give the same task again.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="Wait no longer; the task goes on.  [default: no limit]",
+)
+@json_option
+@with_orchestrator
+def submit(method: str, request_text: str, orchestrator: str, insecure: bool, **wish: Any) -> None:
+    """Submit a task, wait for it, and print its response as JSON.
+
+    SERVICE.METHOD may leave out the package where only one service has that name. JSON is the request (`-` reads it
+    from standard input; left out, it is empty). Progress goes to standard error. The exit code is 1 when the task
+    fails.
+    """
+    text = sys.stdin.read() if request_text == "-" else request_text
+    run(_submit(open_client(orchestrator, insecure), method, text, _Wish(**wish)))
+
+
+async def _submit(client: Client, name: str, text: str, wish: _Wish) -> None:
+    async with client:
+        method = _find(name, _methods(await client.list_services()))
+        request = request_from_json(text, method.kind(method.contract.request))
+        submission = Submission(
+            method=method.contract.full_name,
+            request=request.SerializeToString(),
+            # A call whose answer is lost is made again: with a key it finds the same task.
+            idempotency_key=wish.idempotency_key or f"once-{uuid.uuid4().hex}",
+            traceparent=new_span().traceparent,
+        )
+        (task,) = await client.submit_raw([submission])
+        if not wish.wait:
+            if wish.as_json:
+                print_json(task_json(task))
+            else:
+                click.echo(task.task_id)
+            return
+        task = await _wait(client, method, task, wish.timeout)
+    _print_result(method, task, wish.as_json)
+
+
+async def _wait(client: Client, method: _Method, task: TaskSnapshot, timeout: float | None) -> TaskSnapshot:
+    say = stderr_console()
+    redaction = Redaction(read_image(method.image).contract.sensitive)
+    progress = method.kind(method.contract.progress) if method.contract.progress else None
+    said = ""
+    say.print(f"task {task.task_id}")
+    try:
+        async with asyncio.timeout(timeout), aclosing(client.watch(task.task_id)) as responses:
+            async for response in responses:
+                if response.WhichOneof("news") == "task":
+                    task = response.task
+                    said, before = _state_text(task), said
+                    if said != before:
+                        say.print(safe_text(said))
+                elif progress is not None:
+                    try:
+                        shown = safe_json(redaction.redacted(progress.FromString(response.progress.payload)))
+                    except DecodeError:
+                        shown = f"progress that is no {method.contract.progress}"
+                    say.print(f"attempt {response.progress.attempt}: {shown}")
+    except TimeoutError:
+        raise WaitTimeout(
+            f"task {task.task_id} has not ended within {timeout:g} s; it goes on: see orki trace {task.task_id}"
+        ) from None
+    except asyncio.CancelledError:
+        say.print(f"task {task.task_id} goes on; end it with: orki cancel {task.task_id}")
+        raise
+    return task
+
+
+def _print_result(method: _Method, task: TaskSnapshot, as_json: bool) -> None:
+    response: dict[str, Any] | None = None
+    if task.state == TaskState.TASK_STATE_SUCCEEDED:
+        try:
+            response = message_json(method.kind(method.contract.response).FromString(task.response))
+        except DecodeError as error:
+            raise InvalidResponse(f"the response of task {task.task_id} is no {method.contract.response}") from error
+    if as_json:
+        print_json(task_json(task, response))
+    elif response is not None:
+        click.echo(json.dumps(response, indent=2, ensure_ascii=False))
+    if task.state != TaskState.TASK_STATE_SUCCEEDED:
+        raise error_of(task)
+
+
+def _state_text(task: TaskSnapshot) -> str:
+    if not task.HasField("attempt"):
+        return state_name(task.state)
+    return f"{state_name(task.state)}, attempt {task.attempt.attempt} on {task.agent_id}"
+
+
+def _methods(services: Sequence[ServiceSnapshot]) -> list[_Method]:
+    return [
+        _Method(contract=contract, image=service.image)
+        for service in services
+        for contract in read_image(service.image).contract.tasks
+        if contract.service == service.service
+    ]
+
+
+def _find(name: str, methods: Sequence[_Method]) -> _Method:
+    wanted = name.replace("/", ".")
+    dotted = {each.contract.full_name.replace("/", "."): each for each in methods}
+    if wanted in dotted:
+        return dotted[wanted]
+    ends = sorted(full for full in dotted if full.endswith(f".{wanted}"))
+    if len(ends) == 1:
+        return dotted[ends[0]]
+    if ends:
+        raise UnknownMethod(f'"{name}" may mean {" or ".join(ends)}; give more of the name')
+    if not dotted:
+        raise UnknownMethod(f'no method "{name}": no agent has brought a task service to this orchestrator yet')
+    shorts = {full.split(".", full.count(".") - 1)[-1]: full for full in dotted}
+    near = difflib.get_close_matches(wanted, [*shorts, *dotted], 1, 0.5)
+    hint = f"did you mean {near[0]}?" if near else f"registered: {', '.join(sorted(dotted))}"
+    raise UnknownMethod(f'no method "{name}" is registered; {hint}')
