@@ -8,6 +8,8 @@ from __future__ import annotations
 
 __all__ = ["Machines"]
 
+from typing import cast
+
 from grimp import ImportGraph
 from importlinter import Contract, ContractCheck, fields, output
 
@@ -22,7 +24,8 @@ class Machines(Contract):
 
     def check(self, graph: ImportGraph, verbose: bool) -> ContractCheck:
         """Look at every import by a machine."""
-        modules, allowed = list(self.modules), [*self.modules, *self.allowed]
+        modules = [str(module) for module in cast("list[str]", self.modules)]
+        allowed = [*modules, *cast("list[str]", self.allowed)]
         unknown = [module for module in modules if module not in graph.modules]
         found = [
             (importer, imported)
