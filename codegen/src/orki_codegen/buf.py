@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BufFailed", "Buf"]
+__all__ = ["Buf", "BufFailed"]
 
 import json
 import os

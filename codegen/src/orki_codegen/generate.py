@@ -1,107 +1,174 @@
-"""`python -m orki_codegen.generate [--check]`: from proto/ to the generated code of every owner.
-
-All is made in a temporary folder first; nothing is written where anything is wrong.
-"""
+"""From proto/ to the generated code of every owner: `python -m orki_codegen.generate [--check]`."""
 
 from __future__ import annotations
 
-__all__ = ["Tree", "generate", "main"]
+__all__ = ["Generated", "generate", "main"]
 
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from orki_codegen.buf import Buf
+from orki_codegen.outline import Subject, changes, outline
+from orki_codegen.reference import REFERENCE, pages
+from orki_codegen.tree import Difference, Tree, compare, install
 from orki_codegen.workspace import Owner, Workspace, find_workspace
-from orki_contract.exceptions import OrkiError
+from orki_contract.exceptions import InvalidContract, OrkiError
 from orki_contract.images import IMAGE_NAME, package_image
 from orki_contract.read import ReadContract, read_image
+from orki_contract.validate import Owners, validate
 
-Tell = Callable[[str], None]
+_HELP = """\
+Reads every proto file below the modules of buf.yaml, checks the contracts in them against all rules, and writes the
+Python code, the images (contract.binpb) and the reference pages of every proto package. Who owns which package is
+read from `[tool.orki] contracts` of the pyproject.toml files. Nothing is written where anything is wrong; and nothing
+but the owners' gen/ and docs/reference/ is ever touched.
+"""
+
+_STALE = "Generated code is not what the protos say: run `nox -s generate` and commit what it writes."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tree:
-    """The generated files below one folder.
+class Generated:
+    """What a run made, in memory.
 
     Attributes:
-        owner: Whose they are.
-        root: Their folder, relative to the workspace's root.
-        files: Their contents by path, relative to that folder.
+        trees: The files below each generated folder.
+        read: The contract that they were made from.
     """
 
-    owner: str
-    root: str
-    files: dict[str, bytes]
+    trees: tuple[Tree, ...]
+    read: ReadContract
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m orki_codegen.generate", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if anything would change")
-    arguments = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; 0: done, or nothing to do; 1: the protos are wrong, or `--check` found a difference."""
+    parser = argparse.ArgumentParser(
+        prog="python -m orki_codegen.generate",
+        description=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing, and fail if anything would change")
+    given = parser.parse_args(arguments)
+    root = Path.cwd()
     try:
-        trees = generate(Path.cwd(), print)
+        workspace = find_workspace(root)
+        generated = generate(workspace, _tell)
+        differences = [(tree, compare(root, tree)) for tree in generated.trees]
+        if given.check:
+            return _report_drift(differences)
+        _report_changes(workspace, generated, differences)
+        for tree, found in differences:
+            install(root, tree, found)
     except OrkiError as error:
-        sys.exit(error.message)
-    for tree in trees:
-        write(Path.cwd(), tree)
-    _ = arguments
+        print(error.message, file=sys.stderr)
+        return 1
+    return 0
 
 
-def generate(root: Path, tell: Tell) -> list[Tree]:
-    """All generated files of a workspace, in memory.
+def generate(workspace: Workspace, tell: Callable[[str], None]) -> Generated:
+    """Makes all generated files of a workspace.
+
+    Args:
+        workspace: The repository.
+        tell: Takes a line on every step.
 
     Raises:
-        InvalidContract: The protos are wrong; the message lists every place.
-        InvalidSetting: The workspace is.
+        InvalidContract: The protos are wrong; the message has a line for every place.
+        InvalidSetting: The workspace or the toolchain is.
     """
-    workspace = find_workspace(root)
-    buf = Buf(root)
+    buf = Buf(workspace.root)
     with ThreadPoolExecutor(2) as pool:
-        image, paths = pool.submit(buf.image), pool.submit(buf.files)
-        read, places = read_image(image.result()), paths.result()
+        asked = pool.submit(buf.image), pool.submit(buf.files)
+        image, places = asked[0].result(), asked[1].result()
+        read = read_image(image)
         tell(f"{len(places)} proto files, {len(workspace.owners)} owners")
-        trees = list(pool.map(lambda owner: _tree(buf, read, image.result(), places, owner), workspace.owners))
-    return trees
+        found = validate(read, Owners(packages=workspace.declared(), files=places))
+        if found:
+            lines = [*map(str, found), f"{len(found)} violations: nothing was written" if len(found) > 1 else ""]
+            raise InvalidContract("\n".join(filter(None, lines)))
+
+        def make(owner: Owner) -> Tree:
+            tree = _owner_tree(buf, read, image, places, owner)
+            tell(f"{owner.name}: {len(tree.files)} files made")
+            return tree
+
+        trees = list(pool.map(make, workspace.owners))
+    trees += [Tree(owner=folder, root=f"{folder}/gen", files={}) for folder in workspace.former]
+    owned = sorted(workspace.declared())
+    trees.append(Tree(owner="reference", root=REFERENCE, files=pages(read, owned, places), marked=True))
+    return Generated(trees=tuple(trees), read=read)
 
 
-def _tree(buf: Buf, read: ReadContract, image: bytes, places: dict[str, str], owner: Owner) -> Tree:
+def _owner_tree(buf: Buf, read: ReadContract, image: bytes, places: Mapping[str, str], owner: Owner) -> Tree:
     packages = {package for package, _ in owner.packages}
     own = [places[file.path] for file in read.files if file.package in packages]
     with tempfile.TemporaryDirectory(prefix="orki-generate-") as folder:
-        buf.generate(_folders(own, list(places.values())), Path(folder))
+        buf.generate(_fewest_paths(own, [*places.values()]), Path(folder))
         made = Path(folder, "gen")
         files = {path.relative_to(made).as_posix(): path.read_bytes() for path in made.rglob("*") if path.is_file()}
     for package in packages:
-        folder_ = package.replace(".", "/")
-        files[f"{folder_}/{IMAGE_NAME}"] = package_image(image, package)
-        files[f"{folder_}/py.typed"] = b""
+        home = package.replace(".", "/")
+        files[f"{home}/{IMAGE_NAME}"] = package_image(image, package)
+        files[f"{home}/py.typed"] = b""
     return Tree(owner=owner.name, root=f"{owner.folder}/gen", files=files)
 
 
-def _folders(own: Sequence[str], every: Sequence[str]) -> list[str]:
+def _fewest_paths(own: Sequence[str], every: Sequence[str]) -> list[str]:
     """The fewest paths that choose exactly these files: folders where all below is chosen, else files."""
-    foreign = {str(parent) for path in set(every) - set(own) for parent in PurePosixPath(path).parents}
-    chosen = set()
-    for path in own:
-        folder = str(PurePosixPath(path).parent)
-        chosen.add(path if folder in foreign else folder)
-    return sorted(chosen)
+    foreign = {str(parent) for path in {*every} - {*own} for parent in PurePosixPath(path).parents}
+    folders = {path: str(PurePosixPath(path).parent) for path in own}
+    return sorted({path if folder in foreign else folder for path, folder in folders.items()})
 
 
-def write(root: Path, tree: Tree) -> None:
-    folder = root / tree.root
-    for name, content in tree.files.items():
-        path = folder / name
-        if not path.is_file() or path.read_bytes() != content:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+def _report_drift(differences: Sequence[tuple[Tree, Difference]]) -> int:
+    lines = [line for tree, found in differences for line in found.lines(tree)]
+    if lines:
+        print("\n".join([*lines, _STALE]), file=sys.stderr)
+        return 1
+    print("generated code is what the protos say")
+    return 0
+
+
+def _report_changes(workspace: Workspace, generated: Generated, differences: Sequence[tuple[Tree, Difference]]) -> None:
+    """Says for each owner how its contract changed, and how many files are written for it."""
+    by_root = {tree.root: found for tree, found in differences}
+    for owner in workspace.owners:
+        root = f"{owner.folder}/gen"
+        found = by_root[root]
+        if found.empty:
+            continue
+        packages = [package for package, _ in owner.packages]
+        told = changes(_installed(workspace.root / root), outline(generated.read, packages))
+        _tell(f"{owner.name}: {found.summary()}")
+        for line in told or ["contract unchanged: only comments, places or the generator changed"]:
+            _tell(f"  {line}")
+    for tree, found in differences:
+        if not found.empty and tree.root not in {f"{owner.folder}/gen" for owner in workspace.owners}:
+            _tell(f"{tree.root}: {found.summary()}")
+    if all(found.empty for _, found in differences):
+        _tell("nothing changed")
+
+
+def _installed(root: Path) -> dict[str, Subject]:
+    """The outline of what lies in a gen folder already; what cannot be read there counts as nothing."""
+    found: dict[str, Subject] = {}
+    for path in sorted(root.glob(f"**/{IMAGE_NAME}")):
+        package = path.parent.relative_to(root).as_posix().replace("/", ".")
+        try:
+            found.update(outline(read_image(path.read_bytes()), [package]))
+        except InvalidContract as error:
+            _tell(f"{path.relative_to(root)}: {error.message}; it is written anew")
+    return found
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,6 +15,7 @@ from orki_codegen.render import render
 from orki_contract.descriptors import Schema
 from orki_contract.exceptions import OrkiError
 from orki_contract.read import ReadContract, read_schema
+from orki_contract.validate import check
 
 
 def main() -> None:
@@ -36,6 +37,7 @@ def respond(request: CodeGeneratorRequest) -> CodeGeneratorResponse:
         return response
     try:
         read = read_schema(Schema.of_files(request.proto_file))
+        check(read)
     except OrkiError as error:
         response.error = error.message
         return response

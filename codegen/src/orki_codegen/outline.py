@@ -1,0 +1,139 @@
+"""A contract as flat subjects, for saying in words how two of them differ.
+
+Every declaration is a subject such as `stream "findings"` or `field acme.v1.Finding.path`, with the attributes that a
+reader cares about. Two outlines differ by subjects and by attributes; nothing else need be known of them.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Outline", "Subject", "changes", "outline"]
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.descriptor_pb2 import EnumDescriptorProto, FieldDescriptorProto
+
+from orki_contract.descriptors import is_repeated
+from orki_contract.model import Group, dump
+from orki_contract.read import ReadContract
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One declaration.
+
+    Attributes:
+        parent: The subject that holds it; empty at the top. What comes or goes with its parent is not told.
+        attributes: What may change while it stays the same subject.
+    """
+
+    parent: str
+    attributes: Mapping[str, str]
+
+
+Outline = Mapping[str, Subject]
+
+
+def outline(read: ReadContract, packages: Collection[str]) -> Outline:
+    """The subjects that some proto packages declare."""
+    found: dict[str, Subject] = {}
+    for file in read.files:
+        if file.package in packages:
+            contract = file.contract
+            for stream in contract.streams:
+                name = f'stream "{stream.name}"'
+                found[name] = _subject("", stream, "name", "groups")
+                for group in stream.groups:
+                    found[f'group "{group.name}" of {name}'] = _subject(name, group, "name")
+            for subscription in contract.subscriptions:
+                name = f'group "{subscription.group.name}" on stream "{subscription.stream}"'
+                found[name] = _subject("", subscription.group, "name")
+            for method in contract.tasks:
+                found[f"task {method.full_name}"] = _subject("", method, "service", "name")
+            for tool in contract.tools:
+                found[f"tool {tool.full_name}"] = _subject("", tool, "service", "name")
+            for frame in contract.frames:
+                found[f"frame {frame.message}"] = _subject("", frame, "message", "fields")
+                for field in frame.fields:
+                    name = f"frame field {frame.message}.{field.name}"
+                    found[name] = _subject(f"frame {frame.message}", field, "name")
+            found.update(_plain(read, file.path, frozenset(file.plain_services)))
+    return found
+
+
+def changes(old: Outline, new: Outline) -> list[str]:
+    """What came (`+`), went (`-`) and changed (`~`), in words, sorted by subject."""
+    told = []
+    for name in sorted({*old, *new}):
+        before, after = old.get(name), new.get(name)
+        if before is None and after is not None:
+            if after.parent not in new or after.parent in old:
+                told.append(f"+ {name}{_words(after.attributes)}")
+        elif before is not None and after is None:
+            if before.parent not in old or before.parent in new:
+                told.append(f"- {name}")
+        elif before is not None and after is not None:
+            for key in sorted({*before.attributes, *after.attributes}):
+                was, now = before.attributes.get(key, "none"), after.attributes.get(key, "none")
+                if was != now:
+                    told.append(f"~ {name}: {key} {was} → {now}")
+    return told
+
+
+def _words(attributes: Mapping[str, str]) -> str:
+    text = ", ".join(f"{key} {value}" for key, value in attributes.items())
+    return f": {text}" if text else ""
+
+
+def _subject(parent: str, value: Any, *skipped: str) -> Subject:
+    """The attributes of a value of the model, those of values within it too; what is empty or absent is left out."""
+    return Subject(parent, dict(_attributes("", dump(value), frozenset(skipped))))
+
+
+def _attributes(prefix: str, value: Mapping[str, Any], skipped: frozenset[str]) -> Iterator[tuple[str, str]]:
+    for key, each in value.items():
+        if key in skipped:
+            continue
+        if isinstance(each, dict):
+            yield from _attributes(f"{prefix}{key}.", each, frozenset())
+        elif each not in ("", 0, False, None) and each != getattr(Group(name=""), key, None):
+            yield f"{prefix}{key}", str(each)
+
+
+def _plain(read: ReadContract, path: str, services: frozenset[str]) -> Iterator[tuple[str, Subject]]:
+    """Messages, enums and plain services of one file."""
+    schema = read.schema
+    for node in schema.messages_of.get(path, ()):
+        if node.proto.options.map_entry:
+            continue
+        name = f"message {node.full_name}"
+        yield name, Subject("", {})
+        for field in node.proto.field:
+            yield f"field {node.full_name}.{field.name}", Subject(name, dict(_field(read, field)))
+    for full_name, (file, enum) in schema.enums.items():
+        if file.name == path:
+            yield from _enum(full_name, enum)
+    for service in schema.services_of.get(path, ()):
+        if service.full_name in services:
+            yield f"service {service.full_name}", Subject("", {})
+            for method in service.methods:
+                takes = f"{'stream ' * method.proto.client_streaming}{method.proto.input_type.removeprefix('.')}"
+                gives = f"{'stream ' * method.proto.server_streaming}{method.proto.output_type.removeprefix('.')}"
+                attributes = {"request": takes, "response": gives}
+                yield f"rpc {method.full_name}", Subject(f"service {service.full_name}", attributes)
+
+
+def _field(read: ReadContract, field: FieldDescriptorProto) -> Iterator[tuple[str, str]]:
+    yield "number", str(field.number)
+    kind = FieldDescriptorProto.Type.Name(field.type).removeprefix("TYPE_").lower()
+    kind = field.type_name.removeprefix(".") or kind
+    yield "type", f"repeated {kind}" if is_repeated(field) else kind
+    if read.schema.option(field.options, "sensitive"):
+        yield "sensitive", "true"
+
+
+def _enum(full_name: str, enum: EnumDescriptorProto) -> Iterator[tuple[str, Subject]]:
+    yield f"enum {full_name}", Subject("", {})
+    for value in enum.value:
+        yield f"value {full_name}.{value.name}", Subject(f"enum {full_name}", {"number": str(value.number)})

@@ -1,0 +1,109 @@
+"""What all rules share: the contract before them, and how a violation is put down."""
+
+from __future__ import annotations
+
+__all__ = ["Judge", "Rule", "Violation"]
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from google.protobuf.message import Message
+
+from orki_contract.descriptors import Location, MessageNode, Path, Schema
+from orki_contract.read import ReadContract
+
+Rule = str
+"""An id such as `ORKI_STREAM_NAME_UNIQUE`."""
+
+LONGEST_MS: Final = 3650 * 24 * 3600 * 1000
+"""The longest duration that a contract may name: 3,650 days."""
+
+# Field numbers of the `options` fields of descriptor.proto.
+_OPTIONS: Final = {
+    "google.protobuf.FileOptions": 8,
+    "google.protobuf.MessageOptions": 7,
+    "google.protobuf.FieldOptions": 8,
+    "google.protobuf.MethodOptions": 4,
+}
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Violation:
+    """One thing that is wrong.
+
+    Attributes:
+        location: Where.
+        rule: Which rule it breaks.
+        message: What is wrong, and what to do.
+    """
+
+    location: Location
+    rule: Rule
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.location}: {self.message} [{self.rule}]"
+
+
+class Judge:
+    """Hears all rules on one contract, and gathers what they find."""
+
+    def __init__(self, read: ReadContract, known: Mapping[Rule, str]) -> None:
+        self.read = read
+        self.schema: Schema = read.schema
+        self.found: list[Violation] = []
+        self._known = known
+
+    def say(self, rule: Rule, location: Location, message: str) -> None:
+        """Puts down one violation."""
+        if rule not in self._known:
+            raise KeyError(rule)
+        self.found.append(Violation(location, rule, message))
+
+    def messages(self, option: str) -> Iterator[tuple[MessageNode, Any]]:
+        """Every message that carries an option of orki's, with the option's value."""
+        for node in self.schema.messages.values():
+            value = self.schema.option(node.proto.options, option)
+            if value is not None:
+                yield node, value
+
+    def place(self, file: str, path: Path, options: Message, option: str, *inside: str | int) -> Location:
+        """Where an option, or something inside it, is written; the nearest thing around it that is.
+
+        Args:
+            file: The file.
+            path: Source path of the element that carries the option.
+            options: The element's options.
+            option: The option's name, such as `stream`.
+            inside: Names of fields, and indexes behind repeated ones: `"groups", 2, "name"`.
+        """
+        whole = (*path, _OPTIONS[options.DESCRIPTOR.full_name], self.schema.option_number(option))
+        value: Any = self.schema.option(options, option)
+        for step in inside:
+            if isinstance(step, int):
+                whole += (step,)
+                value = value[step]
+            else:
+                whole += (value.DESCRIPTOR.fields_by_name[step].number,)
+                value = getattr(value, step)
+        return self.schema.location(file, whole)
+
+    def duration(self, place: Location, holder: Any, name: str, subject: str) -> None:
+        """Judges one duration, where it is set: from 1 ms to 3,650 days."""
+        if not holder.HasField(name):
+            return
+        value = getattr(holder, name)
+        length = value.seconds * 1_000_000_000 + value.nanos
+        if not 1_000_000 <= length <= LONGEST_MS * 1_000_000:
+            given = f"{length / 1_000_000_000:g} s"
+            self.say(
+                "ORKI_DURATION",
+                place,
+                f"{name} of {subject} is {given}: give at least 1 ms and at most 3650 days, or leave it out",
+            )
+
+
+def listed(names: list[str]) -> str:
+    """Names in quotation marks, for a message."""
+    return ", ".join(f'"{name}"' for name in names) or "none"

@@ -1,0 +1,165 @@
+"""Task services and tool services."""
+
+from __future__ import annotations
+
+__all__ = ["RULES", "judge"]
+
+import math
+from typing import Any, Final
+
+from orki_contract.descriptors import Location, MethodNode, ServiceNode
+from orki_contract.read import resolve
+from orki_contract.rules.judge import Judge, Rule
+
+RULES: Final[dict[Rule, str]] = {
+    "ORKI_SERVICE_MIXED": "The methods of a service are all plain gRPC, all tasks, or all tools.",
+    "ORKI_METHOD_ONE_KIND": "A method is a task or a tool, not both.",
+    "ORKI_METHOD_UNARY": "A task or tool takes one request and gives one response.",
+    "ORKI_TASK_FRAME": "A task's messages are no frames.",
+    "ORKI_TASK_MESSAGE": "A task's progress and directive are messages that exist.",
+    "ORKI_TASK_MESSAGE_IMPORT": "A task's progress and directive lie in its own file or in one that it imports.",
+    "ORKI_TASK_MAX_ATTEMPTS": "A task has 1 to 1000 attempts.",
+    "ORKI_TASK_BACKOFF_MULTIPLIER": "The wait between attempts grows by a finite factor of at least 1.",
+    "ORKI_TASK_BACKOFF_ORDER": "The first wait between attempts is not longer than the longest.",
+    "ORKI_TOOL_OPCODE": "A tool's opcode lies between 0x0100 and 0xffff.",
+    "ORKI_TOOL_OPCODE_UNIQUE": "A tool's opcode is used once in the whole tree.",
+}
+
+_TASK_DURATIONS: Final = (
+    "heartbeat_timeout",
+    "attempt_timeout",
+    "stall_timeout",
+    "total_timeout",
+    "cancel_grace",
+)
+
+
+def judge(judge: Judge) -> None:
+    """Judges every service that has a method with an option of orki's."""
+    opcodes: dict[int, str] = {}
+    for service in judge.schema.services.values():
+        kinds = {}
+        for method in service.methods:
+            task = judge.schema.option(method.proto.options, "task")
+            tool = judge.schema.option(method.proto.options, "tool")
+            kinds[method.full_name] = "task" if task is not None else "tool" if tool is not None else "plain"
+            if task is not None and tool is not None:
+                judge.say(
+                    "ORKI_METHOD_ONE_KIND",
+                    judge.place(service.file.name, method.path, method.proto.options, "tool"),
+                    f"{method.full_name} is a task and a tool: keep one of the two options",
+                )
+            if task is not None:
+                _task(judge, service, method, task)
+            if tool is not None:
+                _tool(judge, service, method, tool, opcodes)
+            if task is not None or tool is not None:
+                _unary(judge, service, method)
+        if len(set(kinds.values())) > 1:
+            parts = ", ".join(f"{name.partition('/')[2]} is {_article(kind)}" for name, kind in kinds.items())
+            judge.say(
+                "ORKI_SERVICE_MIXED",
+                judge.schema.location(service.file.name, service.path),
+                f"{service.full_name} is of several kinds ({parts}): split it into a service for each kind",
+            )
+
+
+def _article(kind: str) -> str:
+    return kind if kind == "plain" else f"a {kind}"
+
+
+def _unary(judge: Judge, service: ServiceNode, method: MethodNode) -> None:
+    if method.proto.client_streaming or method.proto.server_streaming:
+        judge.say(
+            "ORKI_METHOD_UNARY",
+            judge.schema.location(service.file.name, method.path),
+            f"{method.full_name} streams: take `stream` away (a task reports news by its progress message)",
+        )
+
+
+def _task(judge: Judge, service: ServiceNode, method: MethodNode, option: Any) -> None:
+    def place(*inside: str | int) -> Location:
+        return judge.place(service.file.name, method.path, method.proto.options, "task", *inside)
+
+    subject = method.full_name
+    for name in _TASK_DURATIONS:
+        judge.duration(place(name), option, name, subject)
+    if option.max_attempts > 1000:
+        judge.say(
+            "ORKI_TASK_MAX_ATTEMPTS",
+            place("max_attempts"),
+            f"{subject} has {option.max_attempts} attempts: give max_attempts from 1 to 1000",
+        )
+    _backoff(judge, option, place("retry_backoff"), place, subject)
+    for name in ("progress", "directive"):
+        _message(judge, service, getattr(option, name), place(name), f"the {name} of {subject}")
+    named = {"request": method.proto.input_type, "response": method.proto.output_type}
+    for name, message in named.items():
+        _no_frame(judge, message.removeprefix("."), place(), f"the {name} of {subject}")
+
+
+def _backoff(judge: Judge, option: Any, whole: Location, place: Any, subject: str) -> None:
+    backoff = option.retry_backoff
+    for name in ("initial", "maximum"):
+        judge.duration(place("retry_backoff", name), backoff, name, f"the retry_backoff of {subject}")
+    if backoff.multiplier and not (math.isfinite(backoff.multiplier) and backoff.multiplier >= 1):
+        judge.say(
+            "ORKI_TASK_BACKOFF_MULTIPLIER",
+            place("retry_backoff", "multiplier"),
+            f"the wait of {subject} is multiplied by {backoff.multiplier:g}: give a multiplier of at least 1",
+        )
+    read = next(each.backoff for each in judge.read.contract.tasks if each.full_name == subject)
+    if read.initial_ms > read.maximum_ms:
+        judge.say(
+            "ORKI_TASK_BACKOFF_ORDER",
+            whole,
+            f"the first wait of {subject} ({read.initial_ms} ms) is longer than the longest ({read.maximum_ms} ms): "
+            "lower initial or raise maximum",
+        )
+
+
+def _message(judge: Judge, service: ServiceNode, name: str, place: Location, subject: str) -> None:
+    if not name:
+        return
+    full_name = resolve(service.file.package, name)
+    node = judge.schema.messages.get(full_name)
+    if node is None:
+        judge.say(
+            "ORKI_TASK_MESSAGE",
+            place,
+            f'{subject} is "{full_name}", and there is no such message: correct the name, or write it with its package',
+        )
+        return
+    if node.file.name not in judge.schema.imports(service.file.name):
+        judge.say(
+            "ORKI_TASK_MESSAGE_IMPORT",
+            place,
+            f'{subject} lies in {node.file.name}, which this file must import: import "{node.file.name}";',
+        )
+    _no_frame(judge, full_name, place, subject)
+
+
+def _no_frame(judge: Judge, full_name: str, place: Location, subject: str) -> None:
+    node = judge.schema.messages.get(full_name)
+    if node is not None and judge.schema.option(node.proto.options, "frame") is not None:
+        judge.say("ORKI_TASK_FRAME", place, f"{subject} is the frame {full_name}: tasks carry plain messages only")
+
+
+def _tool(judge: Judge, service: ServiceNode, method: MethodNode, option: Any, opcodes: dict[int, str]) -> None:
+    def place(*inside: str | int) -> Location:
+        return judge.place(service.file.name, method.path, method.proto.options, "tool", *inside)
+
+    judge.duration(place("timeout"), option, "timeout", method.full_name)
+    if not 0x0100 <= option.opcode <= 0xFFFF:
+        judge.say(
+            "ORKI_TOOL_OPCODE",
+            place("opcode"),
+            f"{method.full_name} has the opcode 0x{option.opcode:04x}: give one from 0x0100 to 0xffff",
+        )
+    elif option.opcode in opcodes:
+        judge.say(
+            "ORKI_TOOL_OPCODE_UNIQUE",
+            place("opcode"),
+            f"{method.full_name} has the opcode 0x{option.opcode:04x} of {opcodes[option.opcode]}: give it another",
+        )
+    opcodes.setdefault(option.opcode, method.full_name)

@@ -1,0 +1,254 @@
+"""Streams, their groups, and groups that readers declare."""
+
+from __future__ import annotations
+
+__all__ = ["RULES", "judge"]
+
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Final
+
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
+
+from orki_contract.descriptors import Location, MessageNode, is_repeated
+from orki_contract.rules.judge import Judge, Rule, listed
+
+RULES: Final[dict[Rule, str]] = {
+    "ORKI_STREAM_NAME": "A stream's name has lower-case letters, digits, -, _ and ., 64 at the most, a letter first.",
+    "ORKI_STREAM_NAME_UNIQUE": "A stream's name is used once in the whole tree.",
+    "ORKI_MESSAGE_ONE_KIND": "A message is a stream's entry or a frame, not both.",
+    "ORKI_STREAM_RETENTION": "A stream says how long entries are kept.",
+    "ORKI_STREAM_MAX_ENTRIES": "A stream keeps at least one entry, and at most 2^63-1.",
+    "ORKI_STREAM_OVERFLOW": "A stream's overflow is a value that the generator knows.",
+    "ORKI_STREAM_PARTITIONS": "A stream has 1 to 1024 partitions.",
+    "ORKI_STREAM_KEY_REQUIRED": "A stream of several partitions names the field that picks one.",
+    "ORKI_STREAM_KEY_UNUSED": "A stream of one partition names no field that picks one.",
+    "ORKI_STREAM_KEY_FIELD": "A partition key is a field of the entry's own message.",
+    "ORKI_STREAM_KEY_TYPE": "A partition key is a single string, bytes or integer.",
+    "ORKI_GROUP_NAME": "A group's name has lower-case letters, digits, - and _, 64 at the most, a letter first.",
+    "ORKI_GROUP_UNIQUE": "A group's name is used once on its stream, whoever declares it.",
+    "ORKI_GROUP_AUDIT": "The group audit is the stream owner's to tune, and begins at the earliest entry.",
+    "ORKI_GROUP_START": "A group's start is a value that the generator knows.",
+    "ORKI_GROUP_MAX_DELIVERIES": "A group delivers an entry 1 to 1000 times.",
+    "ORKI_GROUP_DEAD_LETTER": "A group's dead letters go to a stream of a valid name that no contract declares.",
+    "ORKI_SUBSCRIPTION_STREAM": "A group is declared on a stream that exists.",
+    "ORKI_SUBSCRIPTION_IMPORT": "A file imports the file of the stream on which it declares a group.",
+    "ORKI_SUBSCRIPTION_OWN": "A package declares groups on its own streams in the stream option.",
+}
+
+_NAME: Final = re.compile(r"[a-z][a-z0-9._-]{0,63}")
+_GROUP: Final = re.compile(r"[a-z][a-z0-9_-]{0,63}")
+_KEY_TYPES: Final = frozenset(
+    {
+        FieldDescriptorProto.TYPE_STRING,
+        FieldDescriptorProto.TYPE_BYTES,
+        FieldDescriptorProto.TYPE_INT32,
+        FieldDescriptorProto.TYPE_INT64,
+        FieldDescriptorProto.TYPE_UINT32,
+        FieldDescriptorProto.TYPE_UINT64,
+        FieldDescriptorProto.TYPE_SINT32,
+        FieldDescriptorProto.TYPE_SINT64,
+        FieldDescriptorProto.TYPE_FIXED32,
+        FieldDescriptorProto.TYPE_FIXED64,
+        FieldDescriptorProto.TYPE_SFIXED32,
+        FieldDescriptorProto.TYPE_SFIXED64,
+    }
+)
+
+
+def judge(judge: Judge) -> None:
+    """Judges every stream and every subscription."""
+    names: dict[str, Location] = {}
+    for node, option in judge.messages("stream"):
+        _stream(judge, node, option, names)
+    taken = {
+        (stream.name, group.name): "its owner" for stream in judge.read.contract.streams for group in stream.groups
+    }
+    for file, index, option in _subscriptions(judge):
+        _subscription(judge, file, index, option, taken)
+
+
+def _stream(judge: Judge, node: MessageNode, option: Any, names: dict[str, Location]) -> None:
+    def place(*inside: str | int) -> Location:
+        return judge.place(node.file.name, node.path, node.proto.options, "stream", *inside)
+
+    subject = f'stream "{option.name}"'
+    if judge.schema.option(node.proto.options, "frame") is not None:
+        judge.say("ORKI_MESSAGE_ONE_KIND", place(), f"{node.full_name} is a stream's entry and a frame: make it one")
+    if not _NAME.fullmatch(option.name):
+        judge.say("ORKI_STREAM_NAME", place("name"), f'"{option.name}" is no name of a stream: {_words("STREAM_NAME")}')
+    elif option.name in names:
+        judge.say(
+            "ORKI_STREAM_NAME_UNIQUE",
+            place("name"),
+            f"{subject} is declared at {names[option.name]} already: give one of them another name",
+        )
+    names.setdefault(option.name, place("name"))
+    if not option.HasField("retention"):
+        judge.say("ORKI_STREAM_RETENTION", place(), f"{subject} keeps everything for ever: give it a retention")
+    else:
+        if not 1 <= option.retention.max_entries < 1 << 63:
+            judge.say(
+                "ORKI_STREAM_MAX_ENTRIES",
+                place("retention", "max_entries"),
+                f"{subject} keeps {option.retention.max_entries} entries: give max_entries from 1 to 2^63-1",
+            )
+        judge.duration(place("retention", "max_age"), option.retention, "max_age", f"the retention of {subject}")
+        if not _known(option.retention, "overflow"):
+            judge.say(
+                "ORKI_STREAM_OVERFLOW",
+                place("retention", "overflow"),
+                f"{subject} has the overflow {option.retention.overflow}, which this generator does not know",
+            )
+    _partitions(judge, node, option, subject)
+    seen: set[str] = set()
+    for index, group in enumerate(option.groups):
+        where = partial(place, "groups", index)
+        _group(judge, group, where, option.name)
+        if group.name in seen:
+            judge.say(
+                "ORKI_GROUP_UNIQUE", where("name"), f'{subject} has the group "{group.name}" twice: remove one of them'
+            )
+        seen.add(group.name)
+
+
+def _partitions(judge: Judge, node: MessageNode, option: Any, subject: str) -> None:
+    def place(*inside: str | int) -> Location:
+        return judge.place(node.file.name, node.path, node.proto.options, "stream", *inside)
+
+    if option.partitions > 1024:
+        judge.say(
+            "ORKI_STREAM_PARTITIONS",
+            place("partitions"),
+            f"{subject} has {option.partitions} partitions: give it 1 to 1024",
+        )
+    if not option.partition_key:
+        if option.partitions > 1:
+            judge.say(
+                "ORKI_STREAM_KEY_REQUIRED",
+                place("partitions"),
+                f"{subject} has {option.partitions} partitions and no partition_key: name the field that picks one",
+            )
+        return
+    if option.partitions <= 1:
+        judge.say(
+            "ORKI_STREAM_KEY_UNUSED",
+            place("partition_key"),
+            f"{subject} has one partition, so its partition_key picks nothing: remove it, or give it partitions",
+        )
+    fields = {field.name: field for field in node.proto.field}
+    key = fields.get(option.partition_key)
+    if key is None:
+        judge.say(
+            "ORKI_STREAM_KEY_FIELD",
+            place("partition_key"),
+            f'{node.full_name} has no field "{option.partition_key}" to pick a partition (it has {listed([*fields])})',
+        )
+    elif key.type not in _KEY_TYPES or is_repeated(key):
+        judge.say(
+            "ORKI_STREAM_KEY_TYPE",
+            place("partition_key"),
+            f'field "{key.name}" cannot pick a partition: name a string, bytes or integer field that is not repeated',
+        )
+
+
+def _group(judge: Judge, group: Any, place: Callable[..., Location], stream: str) -> None:
+    subject = f'group "{group.name}" of stream "{stream}"'
+    if not _GROUP.fullmatch(group.name):
+        judge.say("ORKI_GROUP_NAME", place("name"), f'"{group.name}" is no name of a group: {_words("GROUP_NAME")}')
+    if not _known(group, "start"):
+        judge.say(
+            "ORKI_GROUP_START",
+            place("start"),
+            f"{subject} has the start {group.start}, which this generator does not know: "
+            "give START_EARLIEST or START_LATEST",
+        )
+    if group.name == "audit" and group.start == 2:
+        judge.say(
+            "ORKI_GROUP_AUDIT", place("start"), f"{subject} must begin at the earliest entry: leave its start out"
+        )
+    if group.max_deliveries > 1000:
+        judge.say(
+            "ORKI_GROUP_MAX_DELIVERIES",
+            place("max_deliveries"),
+            f"{subject} delivers an entry {group.max_deliveries} times: give max_deliveries from 1 to 1000",
+        )
+    judge.duration(place("ack_deadline"), group, "ack_deadline", subject)
+    declared = judge.schema.stream_messages
+    if group.dead_letter and not _NAME.fullmatch(group.dead_letter):
+        judge.say(
+            "ORKI_GROUP_DEAD_LETTER",
+            place("dead_letter"),
+            f'{subject} sends dead letters to "{group.dead_letter}", which is no name of a stream: '
+            f"{_words('STREAM_NAME')}",
+        )
+    target = group.dead_letter or f"{stream}.{group.name}.dead"
+    if target in declared:
+        judge.say(
+            "ORKI_GROUP_DEAD_LETTER",
+            place("dead_letter"),
+            f'{subject} sends dead letters to the stream "{target}", which {declared[target]} declares: '
+            "give another dead_letter",
+        )
+
+
+def _subscriptions(judge: Judge) -> Iterator[tuple[FileDescriptorProto, int, Any]]:
+    for file in judge.schema.files.values():
+        for index, option in enumerate(judge.schema.option(file.options, "consume") or ()):
+            yield file, index, option
+
+
+def _subscription(
+    judge: Judge, file: FileDescriptorProto, index: int, option: Any, taken: dict[tuple[str, str], str]
+) -> None:
+    def place(*inside: str | int) -> Location:
+        return judge.place(file.name, (), file.options, "consume", index, *inside)
+
+    where = partial(place, "group")
+    subject = f'stream "{option.stream}"'
+    _group(judge, option.group, where, option.stream)
+    message = judge.schema.stream_messages.get(option.stream)
+    if message is None:
+        known = listed(sorted(judge.schema.stream_messages))
+        judge.say(
+            "ORKI_SUBSCRIPTION_STREAM",
+            place("stream"),
+            f"no file at hand declares a {subject}: correct the name, or import its file (declared: {known})",
+        )
+        return
+    owner = judge.schema.messages[message].file
+    if owner.package == file.package:
+        judge.say(
+            "ORKI_SUBSCRIPTION_OWN",
+            place("stream"),
+            f"{subject} is declared in this package: add the group there, in {owner.name}",
+        )
+    elif owner.name not in judge.schema.imports(file.name):
+        judge.say(
+            "ORKI_SUBSCRIPTION_IMPORT",
+            place("stream"),
+            f'{subject} is declared in {owner.name}, which this file must import: import "{owner.name}";',
+        )
+    if option.group.name == "audit":
+        judge.say(
+            "ORKI_GROUP_AUDIT",
+            where("name"),
+            f'{subject} has the group "audit" without being asked, and only its owner may tune it: take another name',
+        )
+    elif (holder := taken.get((option.stream, option.group.name))) is not None:
+        judge.say(
+            "ORKI_GROUP_UNIQUE",
+            where("name"),
+            f'{subject} has a group "{option.group.name}" already, declared by {holder}: take another name',
+        )
+    taken.setdefault((option.stream, option.group.name), f"{file.package} in {file.name}")
+
+
+def _known(holder: Any, field: str) -> bool:
+    """Whether an enum field holds a value that the enum names."""
+    return getattr(holder, field) in holder.DESCRIPTOR.fields_by_name[field].enum_type.values_by_number
+
+
+def _words(rule: str) -> str:
+    return RULES[f"ORKI_{rule}"].partition(" has ")[2].removesuffix(".")
