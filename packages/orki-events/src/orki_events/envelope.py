@@ -18,6 +18,7 @@ __all__ = [
     "event_id_of",
     "new_event_id",
     "partition_of",
+    "split_entry",
     "stream_key",
     "stream_keys",
     "tagged_key",
@@ -154,6 +155,21 @@ def event_id_of(raw: bytes) -> bytes:
     if raw[:2] == _EVENT_ID_PREFIX and len(raw) >= EVENT_ID_BYTES + 2:
         return raw[2 : EVENT_ID_BYTES + 2]
     return decode_envelope(raw).event_id
+
+
+def split_entry(fields: list[bytes]) -> tuple[bytes, bytes]:
+    """The fields `e` and `d` of an entry, whatever stands beside them.
+
+    Raises:
+        EventUndecodable: One of them is missing.
+    """
+    if len(fields) >= 4 and fields[0] == ENVELOPE_FIELD and fields[2] == DATA_FIELD:
+        return fields[1], fields[3]
+    found = dict(zip(fields[::2], fields[1::2], strict=False))
+    if ENVELOPE_FIELD not in found or DATA_FIELD not in found:
+        names = ", ".join(sorted(name.decode("ascii", "replace")[:20] for name in found)) or "none"
+        raise EventUndecodable(f"the entry lacks the field e or d (fields: {names})")
+    return found[ENVELOPE_FIELD], found[DATA_FIELD]
 
 
 def envelope_span(envelope: Envelope) -> Span | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 __all__ = ["Events", "connect"]
 
 import asyncio
+import contextlib
+import itertools
 import logging
 import os
 import re
 import socket
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -17,14 +19,20 @@ from google.protobuf.message import Message
 
 from orki_contract.errors import InvalidSetting, LocalProtocolError
 from orki_contract.handles import EventStream
+from orki_contract.model import Stream
 from orki_contract.trace import Span, current_span
+from orki_events.chores import Place
+from orki_events.deliveries import Delivery, DeliveryBatch, take_batch, take_one
 from orki_events.groups import GroupKeeper
-from orki_events.options import EventOptions, Gap
+from orki_events.options import ConsumeOptions, EventOptions, Gap
 from orki_events.publisher import PublishCounts, Publisher
+from orki_events.push import Consumer, PushRun, run_until
 from orki_events.redis_shell import Address, Link, parse_address
 from orki_events.registry import RegisteredStream, Registry
+from orki_events.subscription import Subscription, Wires
 
 E = TypeVar("E", bound=Message)
+G = TypeVar("G", bound=str)
 _log = logging.getLogger("orki.events")
 
 
@@ -73,6 +81,8 @@ class Events:
         self._commands: Link | None = None
         self._publisher_link: Link | None = None
         self._publisher: Publisher | None = None
+        self._subscriptions: set[Subscription] = set()
+        self._consumers = itertools.count(1)
 
     async def __aenter__(self) -> Self:
         """Starts the publisher; connections open when they are needed."""
@@ -181,12 +191,126 @@ class Events:
         """
         return await self._registry.streams(self._link_for_commands())
 
+    async def deliveries(
+        self,
+        stream: EventStream[E, G],
+        *,
+        group: G,
+        consumer: str | None = None,
+        options: ConsumeOptions | None = None,
+    ) -> AsyncIterator[Delivery[E]]:
+        """Events as they come, each to be settled with `async with delivery as event:`; leaving the loop ends it.
+
+        Args:
+            stream: Whose events.
+            group: One of the groups that the stream declares.
+            consumer: Name of this consumer, unique in its group; made from the producer's unless given.
+            options: Settings; of them, `prefetch` is how many deliveries may be open at once.
+
+        Raises:
+            UnknownGroup: The stream declares no such group.
+            OrkiError: The server refuses the consumer for good.
+        """
+        async with self._subscribed(stream, group, consumer, options, 16) as subscription:
+            while (delivery := await take_one(subscription, stream.message.FromString)) is not None:
+                yield delivery
+
+    async def delivery_batches(
+        self,
+        stream: EventStream[E, G],
+        *,
+        group: G,
+        size: int = 100,
+        consumer: str | None = None,
+        options: ConsumeOptions | None = None,
+    ) -> AsyncIterator[DeliveryBatch[E]]:
+        """As `deliveries`, in batches of at most `size`, each of one partition: `async with batch as events:`."""
+        async with self._subscribed(stream, group, consumer, options, size) as subscription:
+            while (batch := await take_batch(subscription, stream.message.FromString, size)) is not None:
+                yield batch
+
+    async def raw_deliveries(
+        self,
+        stream: Stream,
+        *,
+        group: str,
+        size: int = 100,
+        consumer: str | None = None,
+        options: ConsumeOptions | None = None,
+    ) -> AsyncIterator[DeliveryBatch[bytes]]:
+        """As `delivery_batches`, for an observer that has no code for the stream: the events stay bytes."""
+        async with self._subscribed(stream, group, consumer, options, size) as subscription:
+            while (batch := await take_batch(subscription, bytes, size)) is not None:
+                yield batch
+
+    async def run(self, *consumers: Consumer[Any], stop: asyncio.Event | None = None) -> None:
+        """Runs push consumers until `stop` is set, or until cancelled; then ends them in good order.
+
+        Args:
+            consumers: Functions decorated by `@consumer`.
+            stop: Set it to end.
+
+        Raises:
+            OrkiError: The server refuses a consumer for good.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            runs = []
+            subscriptions = []
+            for each in consumers:
+                hand = max(each.batch, 1) * each.concurrency
+                opened = self._subscribed(each.stream, each.group, None, each.options, hand)
+                subscription = await stack.enter_async_context(opened)
+                subscriptions.append(subscription)
+                runs.append(PushRun(each, subscription, each.stream.message.FromString))
+            await run_until(runs, subscriptions, stop, self.options.drain_timeout_s)
+
+    @contextlib.asynccontextmanager
+    async def _subscribed(
+        self,
+        stream: EventStream[Any, Any] | Stream,
+        group: str,
+        consumer: str | None,
+        options: ConsumeOptions | None,
+        hand: int,
+    ) -> AsyncIterator[Subscription]:
+        contract = stream if isinstance(stream, Stream) else stream.contract
+        number = next(self._consumers)
+        name = consumer if consumer is not None else f"{self.producer}.{number}"
+        place = Place(contract, contract.group(group), name)
+        self._open()
+
+        async def prepare(link: Link) -> None:
+            if isinstance(stream, EventStream):
+                await self._registry.register(link, stream, publishes=False)
+
+        wires = Wires(
+            reads=self._link(f"read.{number}"),
+            commands=self._link(f"consume.{number}"),
+            keeper=self._keeper,
+            prepare=prepare,
+            report=self._gap,
+            block_ms=self.options.block_ms,
+            dedupe_window=self.options.dedupe_window,
+        )
+        subscription = Subscription(place, wires, options or ConsumeOptions(), hand)
+        self._subscriptions.add(subscription)
+        subscription.start()
+        try:
+            yield subscription
+        finally:
+            self._subscriptions.discard(subscription)
+            await subscription.close(self.options.drain_timeout_s)
+
     async def close(self) -> None:
         """Sends what was collected, within the drain timeout, and closes; harmless when closed."""
         publisher, self._publisher = self._publisher, None
         if publisher is None:
             return
+        for subscription in self._subscriptions:
+            subscription.end()
         try:
+            for subscription in tuple(self._subscriptions):
+                await subscription.close(self.options.drain_timeout_s)
             await publisher.close(self.options.drain_timeout_s)
         finally:
             for link in (self._commands, self._publisher_link):

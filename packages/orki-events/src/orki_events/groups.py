@@ -157,13 +157,9 @@ class GroupKeeper:
             info, present, pending = await link.transaction(
                 (b"XINFO", b"STREAM", key), (b"XINFO", b"GROUPS", key), (b"XPENDING", key, group.name)
             )
-            place = next(
-                each["last-delivered-id"]
-                for each in map(pairs, _checked(present))
-                if each["name"].decode() == group.name
-            )
+            places = {each["name"].decode(): each["last-delivered-id"] for each in map(pairs, _checked(present))}
             oldest = _checked(pending)[1]
-            settled = predecessor(parse_id(oldest)) if oldest else parse_id(place)
+            settled = predecessor(parse_id(oldest)) if oldest else parse_id(places[group.name])
             mark = Mark(str(settled), read_state(_checked(info)).added)
             if self._marks.get((key, group.name)) != mark:
                 await link.one((b"HSET", groups_key(key), f"cursor:{group.name}", mark.text()))

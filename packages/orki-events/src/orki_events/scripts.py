@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ACKNOWLEDGE", "REMOVE_CONSUMER", "RENEW", "Script", "run_script"]
+__all__ = ["ACKNOWLEDGE", "HOLD", "REMOVE_CONSUMER", "Script", "run_script"]
 
 import hashlib
 from dataclasses import dataclass, field
@@ -37,11 +37,12 @@ redis.pcall('HINCRBY', KEYS[2], ARGV[2], acknowledged + tonumber(ARGV[3]))
 return acknowledged
 """)
 
-RENEW: Final = Script("""\
--- KEYS: stream.  ARGV: group, consumer, deliveries or 0, entry ids ...
--- Renews what the consumer still holds and returns what it does not, which XCLAIM alone would take from its new owner.
+HOLD: Final = Script("""\
+-- KEYS: stream.  ARGV: group, consumer, new consumer, idle milliseconds, deliveries or -1, entry ids ...
+-- Touches or hands on what the consumer still holds, and returns what it does not: XCLAIM alone would take that from
+-- its new owner.
 local held, gone = {}, {}
-for place = 4, #ARGV do
+for place = 6, #ARGV do
   local pending = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[place], ARGV[place], 1)
   if pending[1] and pending[1][2] == ARGV[2] then
     held[#held + 1] = ARGV[place]
@@ -50,12 +51,14 @@ for place = 4, #ARGV do
   end
 end
 if #held > 0 then
-  held[#held + 1] = 'JUSTID'
-  if ARGV[3] ~= '0' then
+  held[#held + 1] = 'IDLE'
+  held[#held + 1] = ARGV[4]
+  if ARGV[5] ~= '-1' then
     held[#held + 1] = 'RETRYCOUNT'
-    held[#held + 1] = ARGV[3]
+    held[#held + 1] = ARGV[5]
   end
-  redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, unpack(held))
+  held[#held + 1] = 'JUSTID'
+  redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[3], 0, unpack(held))
 end
 return gone
 """)

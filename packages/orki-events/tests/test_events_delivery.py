@@ -1,0 +1,389 @@
+"""The delivery machine: its table, its laws under arbitrary interleavings, and the cases worth a name."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from orki_contract.errors import LocalProtocolError, Reason, RemoteProtocolError
+from orki_contract.model import Backoff
+from orki_events.delivery import DeliveryMachine
+from orki_events.delivery_moves import (
+    Ack,
+    Acked,
+    Claim,
+    CreateGroups,
+    DeadLetter,
+    DeadLettered,
+    DeliverySettings,
+    Dispatch,
+    DrainAsked,
+    EntriesClaimed,
+    EntriesRead,
+    Failed,
+    GroupMissing,
+    GroupsReady,
+    HandBack,
+    HandedBack,
+    Opened,
+    Outcome,
+    Read,
+    Renew,
+    Renewed,
+    Returned,
+    Succeeded,
+    Unanswered,
+    Wanted,
+)
+from orki_events.delivery_states import TRANSITIONS, State
+
+# Written by hand: what may happen while a consumer is in each state.
+_ANSWERS = "EntriesRead EntriesClaimed Acked DeadLettered Renewed Unanswered GroupMissing"
+_HANDLERS = "Returned Succeeded Failed"
+LEGAL = {
+    "new": "Opened DrainAsked",
+    "creating groups": f"GroupsReady {_ANSWERS} Wanted {_HANDLERS} DrainAsked",
+    "recovering": f"{_ANSWERS} Wanted {_HANDLERS} DrainAsked",
+    "reading": f"{_ANSWERS} Wanted {_HANDLERS} DrainAsked",
+    "draining": f"GroupsReady {_ANSWERS} HandedBack {_HANDLERS} DrainAsked",
+    "closed": "DrainAsked",
+}
+SETTINGS = DeliverySettings(
+    prefetch=10,
+    max_deliveries=3,
+    ack_deadline_s=30.0,
+    sweep_interval_s=10.0,
+    hold_limit_s=300.0,
+    backoff=Backoff(initial_ms=1_000, maximum_ms=8_000),
+)
+KEY = "orki:ev:{s}"
+
+
+def entry(number: int) -> list[Any]:
+    return [b"%d-0" % number, [b"e", b"", b"d", b""]]
+
+
+class Bench:
+    """A machine and what it asked for."""
+
+    def __init__(self, settings: DeliverySettings = SETTINGS, keys: tuple[str, ...] = (KEY,)) -> None:
+        self.machine = DeliveryMachine(keys, settings)
+        self.now = 100.0
+        self.asked: list[Any] = []
+
+    def tell(self, event: Any) -> list[Any]:
+        self.asked = self.machine.receive(event, self.now)
+        return self.asked
+
+    def later(self, seconds: float) -> list[Any]:
+        self.now += seconds
+        self.asked = self.machine.handle_timer(self.now)
+        return self.asked
+
+    def one(self, kind: type) -> Any:
+        (found,) = [command for command in self.asked if type(command) is kind]
+        return found
+
+    def reading(self) -> Any:
+        """Up to the first read of new entries, which it returns; the sweep that goes on beside it is answered."""
+        self.tell(Opened())
+        self.tell(GroupsReady(self.one(CreateGroups)))
+        history = self.one(Read)
+        self.later(0)
+        claim = self.one(Claim)
+        self.tell(EntriesClaimed(claim, b"0-0", [], {}, ()))
+        self.tell(EntriesRead(history, {}, {}))
+        return self.one(Read)
+
+    def holding(self, count: int) -> list[Any]:
+        """Up to a dispatch of so many entries, which it returns."""
+        self.tell(EntriesRead(self.reading(), {KEY: [entry(number) for number in range(1, count + 1)]}, {}))
+        self.tell(Wanted(count))
+        return self.one(Dispatch).entries
+
+    def drained(self) -> None:
+        self.tell(DrainAsked())
+
+
+def in_state(state: State) -> Bench:
+    bench = Bench()
+    if state is State.NEW:
+        return bench
+    if state is State.CREATING:
+        bench.tell(Opened())
+    elif state is State.RECOVERING:
+        bench.tell(Opened())
+        bench.tell(GroupsReady(bench.one(CreateGroups)))
+    elif state is State.READING:
+        bench.reading()
+    elif state is State.DRAINING:
+        bench.reading()
+        bench.drained()
+    else:
+        bench.drained()
+    assert bench.machine.state is state
+    return bench
+
+
+SAMPLES: dict[str, Any] = {
+    "Opened": Opened(),
+    "GroupsReady": GroupsReady(CreateGroups()),
+    "EntriesRead": EntriesRead(Read((), 1, False), {}, {}),
+    "EntriesClaimed": EntriesClaimed(Claim(KEY, b"0-0", 1), b"0-0", [], {}, ()),
+    "Acked": Acked(Ack(KEY, [], Outcome.PROCESSED), 0),
+    "DeadLettered": DeadLettered(DeadLetter(KEY, ())),
+    "Renewed": Renewed(Renew(KEY, []), ()),
+    "HandedBack": HandedBack(HandBack(KEY, {})),
+    "Unanswered": Unanswered(CreateGroups()),
+    "GroupMissing": GroupMissing(CreateGroups()),
+    "Wanted": Wanted(1),
+    "Returned": Returned(KEY, [entry(1)]),
+    "Succeeded": Succeeded(KEY, [b"1-0"]),
+    "Failed": Failed(KEY, [entry(1)], Reason.REASON_HANDLER_FAILED, "no"),
+    "DrainAsked": DrainAsked(),
+}
+
+
+def test_the_legal_pairs_are_those_written_by_hand() -> None:
+    assert {(state.value, event.__name__) for state, event in TRANSITIONS} == {
+        (state, event) for state, events in LEGAL.items() for event in events.split()
+    }
+
+
+@pytest.mark.parametrize("state", State)
+def test_every_other_pair_is_our_own_protocol_error(state: State) -> None:
+    legal = LEGAL[state.value].split()
+    for name, event in SAMPLES.items():
+        bench = in_state(state)
+        if name not in legal:
+            with pytest.raises(LocalProtocolError, match=f"{name} is not possible while {state.value}"):
+                bench.tell(event)
+            assert bench.machine.state is state
+
+
+@pytest.mark.parametrize(
+    "name", ["GroupsReady", "EntriesRead", "EntriesClaimed", "Acked", "DeadLettered", "Renewed", "Unanswered"]
+)
+def test_an_answer_to_what_was_not_asked_is_our_own_protocol_error(name: str) -> None:
+    bench = in_state(State.CREATING)
+    with pytest.raises(LocalProtocolError, match="answered twice, or never issued"):
+        bench.tell(SAMPLES[name])
+
+
+def test_a_settlement_of_what_is_not_held_is_our_own_protocol_error() -> None:
+    bench = Bench()
+    bench.holding(1)
+    with pytest.raises(LocalProtocolError, match=r"9-0 of .* is not held"):
+        bench.tell(Succeeded(KEY, [b"9-0"]))
+    with pytest.raises(LocalProtocolError, match="no partition"):
+        bench.tell(Succeeded("elsewhere", [b"1-0"]))
+    with pytest.raises(LocalProtocolError, match="0 entries wanted"):
+        bench.tell(Wanted(0))
+
+
+def test_entries_of_a_key_that_was_not_read_are_the_servers_protocol_error() -> None:
+    bench = Bench()
+    read = bench.reading()
+    with pytest.raises(RemoteProtocolError, match="which was not read"):
+        bench.tell(EntriesRead(read, {"orki:ev:{other}": [entry(1)]}, {}))
+
+
+def test_its_own_pending_entries_come_before_new_ones() -> None:
+    bench = Bench()
+    bench.tell(Opened())
+    bench.tell(GroupsReady(bench.one(CreateGroups)))
+    first = bench.one(Read)
+    assert (first.places, first.history) == (((KEY, b"0-0"),), True)
+    bench.tell(EntriesRead(first, {KEY: [entry(1), entry(2)]}, {KEY: {b"1-0": 2}}))
+    second = bench.one(Read)
+    assert (second.places, second.history) == (((KEY, b"2-0"),), True)
+    bench.tell(EntriesRead(second, {}, {}))
+    assert bench.one(Read).history is False
+    bench.tell(Wanted(5))
+    assert bench.one(Dispatch).deliveries == {b"1-0": 2}
+
+
+def test_a_read_that_broke_is_followed_by_reading_what_it_may_have_brought() -> None:
+    bench = Bench()
+    bench.tell(Unanswered(bench.reading()))
+    assert bench.machine.state is State.RECOVERING
+    assert bench.asked == []
+    bench.later(1.0)
+    read = bench.one(Read)
+    assert (read.places, read.history) == (((KEY, b"0-0"),), True)
+
+
+def test_success_is_acknowledged_in_batches_while_another_acknowledgement_is_under_way() -> None:
+    bench = Bench()
+    bench.holding(4)
+    bench.tell(Succeeded(KEY, [b"1-0"]))
+    ack = bench.one(Ack)
+    assert (ack.entry_ids, ack.outcome) == ([b"1-0"], Outcome.PROCESSED)
+    assert not any(isinstance(each, Ack) for each in bench.tell(Succeeded(KEY, [b"2-0"])))
+    bench.tell(Succeeded(KEY, [b"3-0", b"4-0"]))
+    bench.tell(Acked(ack, 1))
+    assert bench.one(Ack).entry_ids == [b"2-0", b"3-0", b"4-0"]
+
+
+def test_failure_is_retried_with_growing_waits_and_then_dead_lettered() -> None:
+    bench = Bench()
+    (poison,) = bench.holding(1)
+    waits = []
+    for delivery in (2, 3):
+        bench.tell(Failed(KEY, [poison], Reason.REASON_HANDLER_FAILED, "boom"))
+        due = min(each[0] for each in bench.machine._retries)
+        waits.append(due - bench.now)
+        bench.later(due - bench.now)
+        assert bench.one(Renew).deliveries == delivery
+        bench.tell(Wanted(1))
+        assert bench.one(Dispatch).deliveries == {b"1-0": delivery}
+    assert waits == [1.0, 2.0]
+    bench.tell(Failed(KEY, [poison], Reason.REASON_HANDLER_FAILED, "boom"))
+    dead = bench.one(DeadLetter)
+    assert [(letter.deliveries, letter.reason, letter.message) for letter in dead.letters] == [
+        (3, Reason.REASON_DELIVERIES_EXHAUSTED, "boom")
+    ]
+    bench.tell(DeadLettered(dead))
+    assert (bench.one(Ack).entry_ids, bench.one(Ack).outcome) == ([b"1-0"], Outcome.DEAD_LETTERED)
+
+
+def test_what_no_delivery_can_mend_is_dead_lettered_at_once() -> None:
+    bench = Bench()
+    (bad,) = bench.holding(1)
+    bench.tell(Failed(KEY, [bad], Reason.REASON_EVENT_UNDECODABLE, "no event", final=True))
+    assert bench.one(DeadLetter).letters[0].reason == Reason.REASON_EVENT_UNDECODABLE
+
+
+def test_an_entry_that_killed_its_consumers_is_not_dispatched_once_more() -> None:
+    bench = Bench()
+    bench.reading()
+    bench.later(10)
+    claim = bench.one(Claim)
+    bench.tell(EntriesClaimed(claim, b"0-0", [entry(1), entry(2)], {b"1-0": 4, b"2-0": 3}, ()))
+    (letter,) = bench.one(DeadLetter).letters
+    assert (letter.entry[0], letter.deliveries, letter.reason) == (b"1-0", 3, Reason.REASON_DELIVERIES_EXHAUSTED)
+    bench.tell(Wanted(5))
+    assert [each[0] for each in bench.one(Dispatch).entries] == [b"2-0"]
+
+
+def test_the_claim_cursor_is_kept_and_the_sweep_goes_on_at_once_until_its_end() -> None:
+    bench = Bench()
+    bench.reading()
+    bench.later(10)
+    bench.tell(EntriesClaimed(bench.one(Claim), b"500-0", [], {}, ()))
+    bench.later(0)
+    claim = bench.one(Claim)
+    assert claim.cursor == b"500-0"
+    bench.tell(EntriesClaimed(claim, b"0-0", [], {}, ()))
+    assert not any(isinstance(each, Claim) for each in bench.later(9.9))
+    bench.later(0.1)
+    assert bench.one(Claim).cursor == b"0-0"
+
+
+def test_what_is_held_is_renewed_well_before_others_may_claim_it() -> None:
+    bench = Bench()
+    bench.holding(2)
+    renewed_at = [bench.now]
+    while bench.now < 400:
+        due = bench.machine.next_timer()
+        assert due is not None
+        for command in bench.later(max(due - bench.now, 0)):
+            if isinstance(command, Renew):
+                assert command.entry_ids == [b"1-0", b"2-0"]
+                renewed_at.append(bench.now)
+                bench.machine.receive(Renewed(command, ()), bench.now)
+            elif isinstance(command, Claim):
+                bench.machine.receive(EntriesClaimed(command, b"0-0", [], {}, ()), bench.now)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(renewed_at)]
+    assert max(gaps) < SETTINGS.ack_deadline_s
+    # The hold limit of 300 s ends it.
+    assert 100 + 250 < renewed_at[-1] <= 100 + 300
+
+
+def test_what_others_took_is_neither_renewed_nor_retried() -> None:
+    bench = Bench()
+    first, _ = bench.holding(2)
+    bench.later(20)
+    bench.tell(Renewed(bench.one(Renew), [b"1-0"]))
+    bench.later(20)
+    assert bench.one(Renew).entry_ids == [b"2-0"]
+    bench.tell(Failed(KEY, [first], Reason.REASON_HANDLER_FAILED, "boom"))
+    assert bench.machine.held == 1
+    assert bench.machine._retries == []
+
+
+def test_entries_trimmed_while_pending_are_acknowledged_and_counted_as_lost() -> None:
+    bench = Bench()
+    bench.reading()
+    bench.later(10)
+    bench.tell(EntriesClaimed(bench.one(Claim), b"0-0", [[b"1-0", None]], {}, [b"2-0", b"3-0"]))
+    ack = bench.one(Ack)
+    assert (ack.entry_ids, ack.outcome, ack.extra) == ([b"1-0"], Outcome.DECLARED_LOST, 2)
+
+
+def test_a_missing_group_is_created_once_and_reading_starts_over() -> None:
+    bench = Bench()
+    read = bench.reading()
+    bench.later(10)
+    claim = bench.one(Claim)
+    bench.tell(GroupMissing(claim))
+    create = bench.one(CreateGroups)
+    bench.tell(GroupMissing(read))
+    assert not any(isinstance(each, CreateGroups) for each in bench.asked)
+    bench.tell(GroupsReady(create))
+    assert bench.machine.state is State.RECOVERING
+    assert bench.one(Read).history is True
+
+
+def test_the_hand_is_bounded_and_refilled_when_half_empty() -> None:
+    bench = Bench()
+    read = bench.reading()
+    assert read.count == 10
+    bench.tell(EntriesRead(read, {KEY: [entry(number) for number in range(1, 11)]}, {}))
+    assert bench.asked == []
+    bench.tell(Wanted(10))
+    bench.tell(Succeeded(KEY, [b"%d-0" % number for number in range(1, 5)]))
+    assert not any(isinstance(each, Read) for each in bench.asked)
+    bench.tell(Succeeded(KEY, [b"5-0"]))
+    assert bench.one(Read).count == 5
+
+
+def test_a_drain_hands_back_what_was_not_begun_and_waits_for_the_rest() -> None:
+    bench = Bench()
+    bench.tell(EntriesRead(bench.reading(), {KEY: [entry(number) for number in range(1, 5)]}, {}))
+    read = bench.one(Read) if any(isinstance(each, Read) for each in bench.asked) else None
+    bench.tell(Wanted(2))
+    running = bench.one(Dispatch).entries
+    back = [command for command in bench.tell(DrainAsked()) if isinstance(command, HandBack)]
+    assert [dict(command.deliveries) for command in back] == [{b"3-0": 0, b"4-0": 0}]
+    for command in back:
+        bench.tell(HandedBack(command))
+    if read is not None:
+        bench.tell(EntriesRead(read, {}, {}))
+    bench.tell(Failed(KEY, running[1:], Reason.REASON_HANDLER_FAILED, "boom"))
+    again = bench.one(HandBack)
+    assert again.deliveries == {b"2-0": 1}
+    bench.tell(HandedBack(again))
+    assert bench.machine.state is State.DRAINING
+    bench.tell(Succeeded(KEY, [b"1-0"]))
+    bench.tell(Acked(bench.one(Ack), 1))
+    assert bench.machine.state is State.CLOSED
+    assert bench.machine.next_timer() is None
+
+
+def test_a_drain_whose_last_read_broke_looks_for_what_it_may_have_brought() -> None:
+    bench = Bench()
+    read = bench.reading()
+    bench.drained()
+    bench.tell(Unanswered(read))
+    bench.later(2)
+    history = bench.one(Read)
+    assert history.history
+    bench.tell(EntriesRead(history, {KEY: [entry(7)]}, {KEY: {b"7-0": 2}}))
+    back = bench.one(HandBack)
+    assert back.deliveries == {b"7-0": 1}
+    bench.tell(HandedBack(back))
+    rest = bench.one(Read) if any(isinstance(each, Read) for each in bench.asked) else None
+    assert rest is not None or bench.machine.state is State.DRAINING
