@@ -139,6 +139,8 @@ class _Running:
         desk = self._desk
         desk.draining = True
         desk.poke()
+        for connection in desk.connections.copy():
+            connection.drain()
         deadline = time.monotonic() + desk.options.stop_seconds
         while any(connection.calls for connection in desk.connections.copy()) and time.monotonic() < deadline:
             time.sleep(0.005)

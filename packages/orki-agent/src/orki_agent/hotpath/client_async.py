@@ -8,7 +8,7 @@ from time import perf_counter_ns
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from orki_agent.hotpath.frames import NO_TRACE
+from orki_agent.hotpath.frames import HEADER_BYTES, NO_TRACE
 from orki_agent.hotpath.greeting import hello_frame
 from orki_agent.hotpath.options import ClientOptions
 from orki_agent.hotpath.plans import Plan
@@ -140,18 +140,22 @@ class AsyncToolClient:
             wire = await self._connect()
         if wire.full or self._waiters:
             wire = await self._room(wire, micros)
-        body = plan.body(request, wire.max_frame_bytes)
-        if sizes is not None:
-            sizes[0] = len(body)
         trace = self._trace
         if trace[0] is not span:
             trace = self._trace = (span, pack_span(span))
+        number = wire.next_number
+        frame = plan.frame(request, number, micros, trace[1])
+        if len(frame) > wire.max_frame_bytes:
+            raise plan.too_long(len(frame), wire.max_frame_bytes)
+        if sizes is not None:
+            sizes[0] = len(frame) - HEADER_BYTES
         try:
-            number, future = wire.call(plan, body, micros, trace[1])
+            future = wire.call(plan, frame, micros)
         except PeerLost:
             # The bridge went away while the connection rested, and saw nothing of this call: try once more.
             wire = await self._connect()
-            number, future = wire.call(plan, body, micros, trace[1])
+            number = wire.next_number
+            future = wire.call(plan, plan.frame(request, number, micros, trace[1]), micros)
         try:
             return await future
         except asyncio.CancelledError:

@@ -7,7 +7,7 @@ from time import monotonic, perf_counter_ns
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from orki_agent.hotpath.frames import NO_TRACE, encode_call
+from orki_agent.hotpath.frames import HEADER_BYTES, NO_TRACE
 from orki_agent.hotpath.greeting import hello_frame
 from orki_agent.hotpath.options import ClientOptions
 from orki_agent.hotpath.plans import Plan
@@ -16,7 +16,7 @@ from orki_agent.hotpath.seam import SYSTEM, Seam, after_fork, check_path
 from orki_agent.hotpath.traces import pack_span
 from orki_agent.hotpath.wire_sync import BlockingWire
 from orki_contract import Payload, Tool
-from orki_contract.errors import LocalProtocolError, OrkiError, PeerLost, RemoteProtocolError, ToolFailed, TooManyCalls
+from orki_contract.errors import LocalProtocolError, OrkiError, PeerLost, ToolFailed, TooManyCalls
 from orki_contract.trace import Span, current_span
 
 __all__ = ["SyncToolClient"]
@@ -80,10 +80,11 @@ class SyncToolClient:
             LocalProtocolError: The client is closed.
         """
         plan = self._plans.get(tool) or self._plan(tool)
+        micros = plan.timeout_us if timeout is None else plan.micros(timeout)
         span = current_span()
         if self._on_call is None:
-            return self._call(plan, request, timeout, span, None)  # type: ignore[no-any-return]
-        return self._call_recorded(plan, request, timeout, span)  # type: ignore[no-any-return]
+            return self._call(plan, request, micros, span, None)  # type: ignore[no-any-return]
+        return self._recorded(plan, request, micros, span)  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """Closes the connections; calls in progress end with `PeerLost` or their reply. Idempotent."""
@@ -118,12 +119,12 @@ class SyncToolClient:
         plan = self._plans[tool] = Plan(tool)
         return plan
 
-    def _call_recorded(self, plan: Plan, request: Any, timeout: float | None, span: Span | None) -> Any:
-        sizes = [0, 0]
+    def _recorded(self, plan: Plan, request: Any, micros: int, span: Span | None) -> Any:
+        sizes = [HEADER_BYTES, 0]
         reason = code = 0
         start = perf_counter_ns()
         try:
-            return self._call(plan, request, timeout, span, sizes)
+            return self._call(plan, request, micros, span, sizes)
         except OrkiError as error:
             reason = error.reason
             code = error.code if isinstance(error, ToolFailed) else 0
@@ -131,10 +132,10 @@ class SyncToolClient:
         finally:
             duration = perf_counter_ns() - start
             assert self._on_call is not None
-            self._on_call(ToolRecord(plan.method, duration, sizes[0], sizes[1], reason, code, span))
+            self._on_call(ToolRecord(plan.method, duration, sizes[0] - HEADER_BYTES, sizes[1], reason, code, span))
 
-    def _call(self, plan: Plan, request: Any, timeout: float | None, span: Span | None, sizes: list[int] | None) -> Any:
-        micros = plan.timeout_us if timeout is None else plan.micros(timeout)
+    def _call(self, plan: Plan, request: Any, micros: int, span: Span | None, sizes: list[int] | None) -> Any:
+        """One call on a connection of its own; `sizes` takes the lengths of frame and reply."""
         try:
             wire: BlockingWire | None = self._idle.pop()
         except IndexError:
@@ -146,33 +147,27 @@ class SyncToolClient:
         if trace[0] is not span:
             trace = self._trace = (span, pack_span(span))
         try:
-            body = plan.body(request, wire.max_frame_bytes)
-            if sizes is not None:
-                sizes[0] = len(body)
-            wire.last = number = wire.last + 1
-            frame = encode_call(plan.opcode, plan.block_length, plan.version, number, micros, trace[1], body)
-            reply = wire.call(frame, micros)
-            if reply.opcode != plan.opcode:
-                raise RemoteProtocolError(f"the bridge answered {plan.method} with opcode {reply.opcode:#06x}")
-            response = plan.reply(reply.body, reply.block_length, reply.version)
+            response = wire.call(plan, request, micros, trace[1])
         except BaseException as error:
+            if sizes is not None:
+                sizes[0] = wire.sent_bytes
             self._failed(wire, error)
             if fresh or not isinstance(error, PeerLost) or error.fully_written:
                 raise
         else:
             if sizes is not None:
-                sizes[1] = len(reply.body)
+                sizes[:] = wire.sent_bytes, wire.reply_bytes
             self._idle.append(wire)
             if self._attention:
                 self._attend()
             return response
         # The connection was lost while it rested, and the bridge saw nothing of this call: as good as never tried.
         self._drop_idle()
-        return self._call(plan, request, timeout, span, sizes)
+        return self._call(plan, request, micros, span, sizes)
 
     def _failed(self, wire: BlockingWire, error: BaseException) -> None:
         """Keeps a connection that only carried an error; after anything else nobody knows what comes next on it."""
-        if isinstance(error, OrkiError) and not isinstance(error, RemoteProtocolError) and wire.usable:
+        if isinstance(error, OrkiError) and wire.usable:
             self._idle.append(wire)
         else:
             self._drop(wire)

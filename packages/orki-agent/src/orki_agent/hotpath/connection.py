@@ -71,6 +71,8 @@ class Connection:
         self.calls: dict[int, Call] = {}
         self.opened = monotonic()
         self._welcomed = False
+        self._tools: dict[int, ServedTool] = {}  # none before the hello
+        self._room = desk.options.max_calls
         self._desk = desk
         self._sock = sock
         self._receive = sock.recv_into
@@ -109,39 +111,36 @@ class Connection:
     def _read(self) -> bool:
         """Reads frames; True when another thread has the role now, False at the stream's end."""
         decoder, receive = self._decoder, self._receive
+        frame = decoder.next_frame()
         while True:
-            frame = decoder.next_frame()
-            if frame is None:
+            while frame is None:
                 if self._outbox:
                     self._flush(may_block=True)
-                self._note_progress(decoder.begun)
+                if decoder.filled or self._begun:
+                    self._note_progress(decoder.filled > 0)
                 count = receive(decoder.writable())
                 if not count:
                     return False
-                decoder.wrote(count)
-            elif not self._take(frame):
+                frame = decoder.next_frame(count)
+            if not self._take(frame):
                 return True
+            frame = decoder.next_frame() if decoder.filled else None
 
     def _note_progress(self, begun: bool) -> None:
         """Starts or ends the clock of a frame that is here in part."""
-        if begun:
-            if not self._begun:
-                self._begun = monotonic()
-                self._desk.poke()
-        elif self._begun:
+        if not begun:
             self._begun = 0.0
+        elif not self._begun:
+            self._begun = monotonic()
+            self._desk.poke()
 
     def _take(self, frame: Frame) -> bool:
         """Handles a frame; False when the reading role went elsewhere meanwhile."""
         flags, opcode, block_length, version, correlation, timeout_us, trace, body = frame
-        desk = self._desk
-        tool = desk.tools.get(opcode)
         calls = self.calls
-        if tool is None or flags & FLAG_REPLY or not correlation or not self._welcomed or correlation in calls:
+        tool = self._tools.get(opcode)
+        if tool is None or flags & FLAG_REPLY or not correlation or correlation in calls or len(calls) >= self._room:
             self._take_other(frame)
-            return True
-        if desk.draining or len(calls) >= desk.options.max_calls:
-            self._refuse(correlation)
             return True
         try:
             request = tool.decode(body, block_length, version)
@@ -151,32 +150,49 @@ class Connection:
         if trace != self._trace:
             self._trace, self._span = trace, unpack_span(trace)
             self._context = context_in(self._span)
+        desk = self._desk
         now = monotonic()
-        seconds = min(timeout_us / 1_000_000, desk.options.call_seconds) if timeout_us else tool.seconds
-        call = Call(self.client, tool, correlation, self._span, now, now + seconds)
-        calls[correlation] = call
+        if timeout_us > desk.longest_us:
+            timeout_us = desk.longest_us
+        deadline = now + (timeout_us * 1e-6 if timeout_us else tool.seconds)
+        calls[correlation] = call = Call(self.client, tool, correlation, self._span, now, deadline)
         if desk.asleep:
             desk.poke()
-        if tool.is_async:
-            desk.start_async(self, call, request, self._context.copy())
-            return True
-        if tool.slow and desk.detach():
-            return self._run_apart(call, request)
+        if tool.apart:
+            if tool.is_async:
+                desk.start_async(self, call, request, self._context.copy())
+                return True
+            if desk.detach():
+                return self._run_apart(call, request)
+        return self._run_here(call, request)
+
+    def _run_here(self, call: Call, request: Any) -> bool:
+        """Runs a handler on the reading thread; False when the role was taken away meanwhile."""
+        baton = self._baton
         self._inline = call
-        self._baton.append(None)
+        baton.append(None)
         answer = self._answer(self._context, call, request)
         try:
-            self._baton.pop()
+            baton.pop()
         except IndexError:
             self.finish(call, answer, may_block=True)
-            desk.attach()
+            self._desk.attach()
             return False
-        # More frames are here already: their answers leave together.
-        if calls.pop(correlation, None) is call:
-            if self._decoder.begun:
-                self._outbox.append(answer)
-            else:
-                self._reply(answer, may_block=True)
+        if self.calls.pop(call.correlation, None) is not call:
+            return True
+        if self._decoder.filled:
+            self._outbox.append(answer)  # more frames are here already: their answers leave together
+        elif self._outbox or not self._writing.acquire(False):
+            self._reply(answer, may_block=True)
+        else:
+            try:
+                sent = self._send(answer, socket.MSG_NOSIGNAL)
+                if sent != len(answer):
+                    self._send_rest(memoryview(answer)[sent:])
+            except OSError:
+                self._shut_down()
+            finally:
+                self._writing.release()
         return True
 
     def _answer(self, context: Context, call: Call, request: Any) -> bytes:
@@ -208,11 +224,12 @@ class Connection:
         Raises:
             RemoteProtocolError, PeerRefused, FrameVersion, FrameMalformed: The connection cannot go on.
         """
+        desk = self._desk
         flags, opcode, correlation = frame.flags, frame.opcode, frame.correlation
         if not self._welcomed:
-            self.client, welcome = greet(frame, self._desk.token, self._desk.options)
-            self._decoder.max_frame_bytes = self._desk.options.max_frame_bytes
-            self._welcomed = True
+            self.client, welcome = greet(frame, desk.token, desk.options)
+            self._decoder.max_frame_bytes = desk.options.max_frame_bytes
+            self._tools, self._welcomed = desk.tools, True
             self._reply(welcome, may_block=True)
         elif flags & FLAG_REPLY or not correlation:
             raise RemoteProtocolError(f"a client sent a frame (opcode {opcode:#06x}) that is neither call nor cancel")
@@ -221,15 +238,15 @@ class Connection:
         elif correlation in self.calls:
             raise RemoteProtocolError(f"call {correlation} was sent again before it was answered")
         else:
-            error = UnknownOpcode(f"opcode {opcode:#06x} is not served here; served are {self._desk.served}")
-            self._reply(encode_error(correlation, error), may_block=True)
+            self._reply(encode_error(correlation, self._refusal(opcode)), may_block=True)
 
-    def _refuse(self, correlation: int) -> None:
-        most = self._desk.options.max_calls
-        error: OrkiError = TooManyCalls(f"{most} calls are in flight on this connection, the most that it carries")
-        if self._desk.draining:
-            error = Draining("the bridge is about to stop and takes no new calls")
-        self._reply(encode_error(correlation, error), may_block=True)
+    def _refusal(self, opcode: int) -> OrkiError:
+        desk = self._desk
+        if opcode not in desk.tools:
+            return UnknownOpcode(f"opcode {opcode:#06x} is not served here; served are {desk.served}")
+        if desk.draining:
+            return Draining("the bridge is about to stop and takes no new calls")
+        return TooManyCalls(f"{self._room} calls are in flight on this connection, the most that it carries")
 
     # -- answering ----------------------------------------------------------------------------------------------------
 
@@ -275,37 +292,42 @@ class Connection:
             return self._shut_down()
         if sent == len(answer):
             return True
-        outbox.appendleft(answer[sent:])
-        return self._send_rest() if may_block else self._leave_rest()
-
-    def _send_rest(self) -> bool:
-        """Goes on with an answer that did not leave in one piece. The kernel waits `frame_seconds` for each piece."""
-        answer = memoryview(self._outbox.popleft())
-        deadline = monotonic() + self._desk.options.frame_seconds
-        try:
-            while answer:
-                answer = answer[self._send(answer, socket.MSG_NOSIGNAL) :]
-                if answer and monotonic() > deadline:
-                    raise TimeoutError
-        except OSError:
-            # Part of a frame has left and the rest will not: nobody could find the next frame behind it.
-            self._outbox.clear()
+        if may_block:
+            with contextlib.suppress(OSError):
+                self._send_rest(memoryview(answer)[sent:])
+                return True
             return self._shut_down()
-        return True
+        outbox.appendleft(answer[sent:])
+        return self._leave_rest()
+
+    def _send_rest(self, rest: memoryview) -> None:
+        """Goes on with an answer that did not leave in one piece. The kernel waits `frame_seconds` for each piece.
+
+        Raises:
+            OSError: It did not leave in time, or the peer is gone.
+        """
+        deadline = monotonic() + self._desk.options.frame_seconds
+        while rest:
+            rest = rest[self._send(rest, socket.MSG_NOSIGNAL) :]
+            if rest and monotonic() > deadline:
+                raise TimeoutError
 
     def _leave_rest(self) -> bool:
         """Has a thread that may wait send the rest."""
         try:
             self._desk.crew.start(partial(self._flush, may_block=True))
         except RuntimeError:
-            self._outbox.clear()
             self._shut_down()
         return False
 
     # -- ending -------------------------------------------------------------------------------------------------------
 
     def _shut_down(self) -> bool:
-        """Ends both directions, so that the reader wakes and closes. Called with the lock held; gives True."""
+        """Ends both directions, so that the reader wakes and closes. Called with the lock held; gives True.
+
+        After part of a frame nothing else may follow, so what else waits to leave is dropped.
+        """
+        self._outbox.clear()
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         return True
@@ -340,7 +362,7 @@ class Connection:
         if inline is not None and self._baton:
             blocking_at = inline.started + BLOCKING_SECONDS
             if now >= blocking_at:
-                inline.tool.slow = True
+                inline.tool.apart = True
                 self._take_role()
             else:
                 again = min(again, blocking_at)
@@ -358,6 +380,10 @@ class Connection:
         busy = inline is not self._seen_inline
         self._seen_inline = inline
         return busy
+
+    def drain(self) -> None:
+        """Takes no new calls from now on."""
+        self._room = 0
 
     def end_calls(self, error: OrkiError) -> None:
         """Answers every call with the error."""
@@ -385,6 +411,8 @@ class Connection:
     def _take_role(self) -> None:
         """Gives the reading role to another thread, if the handler still runs and threads are left."""
         desk = self._desk
+        if self._outbox:
+            self._flush(may_block=False)
         if not desk.detach():
             return
         try:
@@ -392,8 +420,6 @@ class Connection:
         except IndexError:
             desk.attach()
             return
-        if self._outbox:
-            self._flush(may_block=False)
         try:
             desk.crew.start(self.run)
         except RuntimeError:

@@ -34,6 +34,7 @@ class Desk:
         tools: By opcode.
         crew: Threads.
         connections: Those that live.
+        longest_us: Longest time that a call may have, in microseconds.
         draining: Whether new calls are refused, as the bridge is about to stop.
         asleep: Whether the keeper sleeps for longer than it takes to notice a blocked handler; ring then.
     """
@@ -45,6 +46,7 @@ class Desk:
         self.crew = Crew("orki-tools")
         self.connections: set[Connection] = set()
         self.draining = False
+        self.longest_us = int(options.call_seconds * 1_000_000)
         self.asleep = False
         self.async_handlers: AsyncHandlers | None = None
         self.bell, self._button = socket.socketpair()

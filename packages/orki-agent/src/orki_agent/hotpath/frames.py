@@ -101,27 +101,27 @@ _new_frame: Final = tuple.__new__
 class FrameDecoder:
     """Cuts a stream of bytes into frames, whatever pieces it comes in.
 
-    Bytes go in by `writable` and `wrote` (so that a socket can receive straight into the buffer) or by `feed`; frames
-    come out of `next_frame` or `feed`. Each check is made as soon as the bytes that it needs are there, in the order in
-    which they lie, so that the outcome does not depend on how the stream was split. A frame longer than
-    `max_frame_bytes` is refused before a byte is allocated for it. After an error the decoder is poisoned: it raises
-    the same error again, since nobody knows where the next frame begins.
+    Bytes go in by `writable` and the argument of `next_frame` (so that a socket can receive straight into the buffer),
+    or by `feed`; frames come out of `next_frame` or `feed`. Each check is made as soon as the bytes that it needs are
+    there, in the order in which they lie, so that the outcome does not depend on how the stream was split. A frame
+    longer than `max_frame_bytes` is refused before a byte is allocated for it. After an error the decoder is poisoned:
+    it raises the same error again, since nobody knows where the next frame begins.
+
+    Attributes:
+        max_frame_bytes: Longest frame that is taken, header included; may be changed between frames.
+        filled: How far the buffer is in use; 0 when every byte that came has left in a frame.
     """
 
-    __slots__ = ("_buffer", "_end", "_failure", "_small", "_start", "_view", "max_frame_bytes")
+    __slots__ = ("_buffer", "_failure", "_small", "_start", "_view", "filled", "max_frame_bytes")
 
     def __init__(self, max_frame_bytes: int) -> None:
-        """Prepares a decoder.
-
-        Args:
-            max_frame_bytes: Longest frame that is taken, header included; may be changed between frames.
-        """
+        """Prepares a decoder for frames of at most so many bytes."""
         self.max_frame_bytes = max_frame_bytes
+        self.filled = 0
         self._small = bytearray(BUFFER_BYTES)
         self._buffer = self._small
         self._view = memoryview(self._buffer)
         self._start = 0
-        self._end = 0
         self._failure: OrkiError | None = None
 
     @property
@@ -129,28 +129,19 @@ class FrameDecoder:
         """Whether an error has poisoned the decoder."""
         return self._failure is not None
 
-    @property
-    def begun(self) -> bool:
-        """Whether bytes are held that no frame was made of yet."""
-        return self._end > self._start
-
     def writable(self) -> memoryview:
-        """Where the next bytes belong, once `next_frame` has given None. Call `wrote` with their number."""
-        if self._start == self._end:
-            self._start = self._end = 0
-            if self._buffer is not self._small:
-                self._use(self._small)
+        """Where the next bytes belong, once `next_frame` has given None; tell it then how many were put there."""
+        if not self.filled:
             return self._view
-        if self._end == len(self._buffer):
+        if self.filled == len(self._buffer):
             self._to_front()
-        return self._view[self._end :]
+        return self._view[self.filled :]
 
-    def wrote(self, count: int) -> None:
-        """Says that `count` bytes were put at the start of what `writable` gave."""
-        self._end += count
-
-    def next_frame(self) -> Frame | None:
+    def next_frame(self, received: int = 0) -> Frame | None:
         """The next whole frame, or None when more bytes are needed.
+
+        Args:
+            received: How many bytes were put at the start of what `writable` gave.
 
         Raises:
             FrameMalformed: The bytes are not a frame of this protocol.
@@ -158,7 +149,8 @@ class FrameDecoder:
             FrameTooLarge: The frame is longer than `max_frame_bytes`.
         """
         start = self._start
-        have = self._end - start
+        self.filled = filled = self.filled + received
+        have = filled - start
         if have < HEADER_BYTES:
             self._wait_for_header(have)
             return None
@@ -168,20 +160,14 @@ class FrameDecoder:
         if have < total:
             self._wait_for(total)
             return None
-        self._start = end = start + total
-        return _new_frame(
-            Frame,
-            (
-                word >> 24,
-                opcode,
-                block_length,
-                version,
-                correlation,
-                timeout_us,
-                trace,
-                self._view[start + HEADER_BYTES : end],
-            ),
-        )
+        body = self._view[start + HEADER_BYTES : start + total]
+        if have == total:
+            self._start = self.filled = 0
+            if self._buffer is not self._small:
+                self._use(self._small)
+        else:
+            self._start = start + total
+        return _new_frame(Frame, (word >> 24, opcode, block_length, version, correlation, timeout_us, trace, body))
 
     def feed(self, chunk: bytes | bytearray | memoryview) -> Iterator[Frame]:
         """Puts bytes in and gives the frames that are now whole; to be iterated to its end.
@@ -190,16 +176,17 @@ class FrameDecoder:
             FrameMalformed, FrameVersion, FrameTooLarge: as `next_frame`, after the frames before the bad one.
         """
         rest = memoryview(chunk)
+        received = 0
         while True:
-            while (frame := self.next_frame()) is not None:
+            while (frame := self.next_frame(received)) is not None:
+                received = 0
                 yield frame
             if not rest:
                 return
             room = self.writable()
-            count = min(len(room), len(rest))
-            room[:count] = rest[:count]
-            self.wrote(count)
-            rest = rest[count:]
+            received = min(len(room), len(rest))
+            room[:received] = rest[:received]
+            rest = rest[received:]
 
     def finish(self) -> None:
         """Says that the stream has ended.
@@ -207,8 +194,8 @@ class FrameDecoder:
         Raises:
             FrameMalformed: It ended in the middle of a frame.
         """
-        if self._failure is None and self.begun:
-            self._fail(FrameMalformed(f"the stream ended {self._end - self._start} bytes into a frame"))
+        if self._failure is None and self.filled:
+            self._fail(FrameMalformed(f"the stream ended {self.filled - self._start} bytes into a frame"))
 
     def _wait_for_header(self, have: int) -> None:
         if have:
@@ -220,17 +207,17 @@ class FrameDecoder:
         if self._start + total <= len(self._buffer):
             return
         if total > len(self._buffer):
-            held = self._view[self._start : self._end]
+            held = self._view[self._start : self.filled]
             self._use(bytearray(total))
             self._view[: len(held)] = held
-            self._start, self._end = 0, len(held)
+            self._start, self.filled = 0, len(held)
         else:
             self._to_front()
 
     def _to_front(self) -> None:
-        held = self._buffer[self._start : self._end]
+        held = self._buffer[self._start : self.filled]
         self._view[: len(held)] = held
-        self._start, self._end = 0, len(held)
+        self._start, self.filled = 0, len(held)
 
     def _use(self, buffer: bytearray) -> None:
         self._buffer = buffer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from orki_agent.hotpath.frames import HEADER_BYTES
+from orki_agent.hotpath.frames import encode_call
 from orki_agent.hotpath.payloads import codec_of
 from orki_contract import Tool
 from orki_contract.errors import FrameMalformed, FrameTooLarge, InvalidArgument, OrkiError
@@ -19,9 +19,9 @@ class Plan:
     """How one tool is called."""
 
     __slots__ = (
-        "_decode",
         "_encode",
         "block_length",
+        "decode",
         "method",
         "opcode",
         "request",
@@ -40,37 +40,28 @@ class Plan:
         self.block_length: Final = request.block_length
         self.version: Final = request.version
         self._encode: Final = request.encode
-        self._decode: Final = response.decode
+        self.decode: Final = response.decode
 
-    def body(self, request: Any, max_frame_bytes: int) -> bytes:
-        """The request's block and tail.
+    def frame(self, request: Any, number: int, micros: int, trace: bytes) -> bytes:
+        """The call's frame.
 
         Raises:
-            InvalidArgument: It is of another class than the tool's request.
+            InvalidArgument: The request is of another class than the tool's.
             FrameMalformed: It holds values that its frame cannot.
-            FrameTooLarge: The bridge does not take frames of that length.
         """
         if type(request) is not self.request:
             raise InvalidArgument(f"{self.method} takes {self.request.__name__}, not {type(request).__name__}")
         body = self._encode(request)
-        if len(body) + HEADER_BYTES > max_frame_bytes:
-            raise FrameTooLarge(
-                f"the request of {self.method} makes a frame of {len(body) + HEADER_BYTES} bytes, "
-                f"the bridge takes {max_frame_bytes}"
-            )
-        return body
+        return encode_call(self.opcode, self.block_length, self.version, number, micros, trace, body)
 
-    def reply(self, body: memoryview, block_length: int, version: int) -> Any:
-        """The reply in a frame's body.
+    def too_long(self, length: int, most: int) -> FrameTooLarge:
+        """The error for a frame that the bridge would not take."""
+        return FrameTooLarge(f"the request of {self.method} makes a frame of {length} bytes, the bridge takes {most}")
 
-        Raises:
-            FrameMalformed: It is not the tool's response.
-        """
-        try:
-            return self._decode(body, block_length, version)
-        except Exception as error:
-            what = error.message if isinstance(error, OrkiError) else f"{type(error).__name__}: {error}"
-            raise FrameMalformed(f"the reply of {self.method} is no {self.response.__name__}: {what}") from None
+    def unreadable(self, error: Exception) -> FrameMalformed:
+        """The error for a reply that `decode` did not take."""
+        what = error.message if isinstance(error, OrkiError) else f"{type(error).__name__}: {error}"
+        return FrameMalformed(f"the reply of {self.method} is no {self.response.__name__}: {what}")
 
     def micros(self, timeout: float | None) -> int:
         """A call's timeout in microseconds: the caller's, or the contract's.

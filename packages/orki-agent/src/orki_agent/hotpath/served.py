@@ -29,7 +29,7 @@ _FOR_THE_CALLER: Final = (ToolFailed, InvalidArgument, Overloaded, TooLarge)
 """Errors that a handler may raise to its caller as they are; any other stands for something that happened inside."""
 
 QUICK_TURNS: Final = 16
-"""So many quick runs in a row bring a tool that was slow back onto its connection's reading thread."""
+"""So many quick runs in a row bring a tool that was seen to block back onto its connection's reading thread."""
 
 
 class ServedTool:
@@ -43,11 +43,11 @@ class ServedTool:
         decode: Of the request.
         response: Codec of the response.
         seconds: Longest time of a call that names none.
-        slow: Whether its handler was seen to block: then it runs on a thread of its own from the start.
-        quick: Quick runs in a row since it was slow.
+        apart: Whether it does not run on the reading thread: async handlers never do, sync ones once seen to block.
+        quick: Quick runs in a row since it was seen to block.
     """
 
-    __slots__ = ("decode", "handler", "is_async", "name", "opcode", "quick", "request", "response", "seconds", "slow")
+    __slots__ = ("apart", "decode", "handler", "is_async", "name", "opcode", "quick", "request", "response", "seconds")
 
     def __init__(self, tool: Tool[Any, Any], handler: Callable[[Any, Any], Any], is_async: bool) -> None:
         self.opcode: Final = tool.contract.opcode
@@ -58,14 +58,14 @@ class ServedTool:
         self.decode: Final = self.request.decode
         self.response: Final[PayloadCodec] = codec_of(tool.response)
         self.seconds: Final = tool.contract.timeout_ms / 1_000
-        self.slow = False
+        self.apart = is_async
         self.quick = 0
 
     def ran_apart(self, seconds: float, quick_seconds: float) -> None:
         """Notes how long a run on a thread of its own took."""
         self.quick = self.quick + 1 if seconds < quick_seconds else 0
         if self.quick >= QUICK_TURNS:
-            self.slow, self.quick = False, 0
+            self.apart, self.quick = False, 0
 
 
 def served_tools(services: Iterable[AsyncToolService | SyncToolService]) -> dict[int, ServedTool]:

@@ -20,7 +20,6 @@ from orki_agent.hotpath.frames import (
     Frame,
     FrameDecoder,
     decode_error,
-    encode_call,
     encode_cancel,
 )
 from orki_agent.hotpath.greeting import read_welcome
@@ -95,14 +94,18 @@ class LoopWire:
         """Whether a further call has to wait."""
         return len(self._pending) >= self._max_calls or bool(self._unsent)
 
-    def call(self, plan: Plan, body: bytes, micros: int, trace: bytes) -> tuple[int, asyncio.Future[tuple[Any, int]]]:
-        """Sends a call; gives its number and the future of its reply.
+    @property
+    def next_number(self) -> int:
+        """Correlation of the next call."""
+        return self._last + 1
+
+    def call(self, plan: Plan, frame: bytes, micros: int) -> asyncio.Future[tuple[Any, int]]:
+        """Sends the frame of call `next_number`; gives the future of its reply.
 
         Raises:
             PeerLost: The connection is gone, and the bridge has not seen the call.
         """
         self._last = number = self._last + 1
-        frame = encode_call(plan.opcode, plan.block_length, plan.version, number, micros, trace, body)
         loop = self._loop
         future: asyncio.Future[tuple[Any, int]] = loop.create_future()
         deadline = loop.time() + micros / 1_000_000
@@ -112,7 +115,7 @@ class LoopWire:
         self._pending[number] = Pending(future, plan, deadline)
         if self._timer is None or deadline < self._timer_at:
             self._set_timer(deadline)
-        return number, future
+        return future
 
     def cancel(self, number: int) -> None:
         """Asks the bridge to end a call; its place is free once the bridge has answered."""
@@ -163,10 +166,11 @@ class LoopWire:
         if not count:
             self.lose(lambda: None, "it closed the connection")
             return
-        decoder.wrote(count)
         try:
-            while self.alive and (frame := decoder.next_frame()) is not None:
+            frame = decoder.next_frame(count)
+            while frame is not None and self.alive:
                 self._take(frame)
+                frame = decoder.next_frame() if decoder.filled else None
         except OrkiError as error:
             kind, what = type(error), error.message
             self.lose(lambda: kind(what), what)
@@ -180,14 +184,16 @@ class LoopWire:
             raise RemoteProtocolError(f"the bridge answered call {number}, for which nobody waits")
         entry = self._pending.pop(number)
         if entry is not None and not entry.future.done():
-            try:
-                if flags & FLAG_ERROR:
-                    raise decode_error(frame)
-                if opcode != entry.plan.opcode:
-                    raise RemoteProtocolError(f"the bridge answered {entry.plan.method} with opcode {opcode:#06x}")
-                entry.future.set_result((entry.plan.reply(body, block_length, version), len(body)))
-            except OrkiError as error:
-                entry.future.set_exception(error)
+            plan = entry.plan
+            if flags & FLAG_ERROR:
+                entry.future.set_exception(decode_error(frame))
+            elif opcode != plan.opcode:
+                raise RemoteProtocolError(f"the bridge answered {plan.method} with opcode {opcode:#06x}")
+            else:
+                try:
+                    entry.future.set_result((plan.decode(body, block_length, version), len(body)))
+                except Exception as error:
+                    entry.future.set_exception(plan.unreadable(error))
         self._changed()
 
     # -- sending ------------------------------------------------------------------------------------------------------
@@ -286,9 +292,9 @@ async def open_wire(
 
 async def _first_frame(sock: socket.socket, decoder: FrameDecoder) -> Frame:
     loop = asyncio.get_running_loop()
-    while (frame := decoder.next_frame()) is None:
+    count = 0
+    while (frame := decoder.next_frame(count)) is None:
         count = await loop.sock_recv_into(sock, decoder.writable())
         if not count:
             raise PeerLost("the tool bridge closed the connection before its welcome", fully_written=False)
-        decoder.wrote(count)
     return frame

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import socket
 from time import monotonic
-from typing import Final
+from typing import Any, Final
 
-from orki_agent.hotpath.frames import FLAG_ERROR, FLAG_REPLY, Frame, FrameDecoder, decode_error
+from orki_agent.hotpath.frames import FLAG_ERROR, FLAG_REPLY, HEADER_BYTES, Frame, FrameDecoder, decode_error
 from orki_agent.hotpath.greeting import read_welcome
 from orki_agent.hotpath.options import ClientOptions
+from orki_agent.hotpath.plans import Plan
 from orki_agent.hotpath.seam import Seam, set_timeout
 from orki_contract.errors import OrkiError, PeerLost, RemoteProtocolError, ToolDeadline
 
@@ -27,9 +28,23 @@ class BlockingWire:
     Attributes:
         last: Correlation of the last call.
         max_frame_bytes: Longest frame that the bridge takes.
+        sent_bytes: Length of the last call's frame.
+        reply_bytes: Block and tail of the last reply.
     """
 
-    __slots__ = ("_armed_us", "_closed", "_decoder", "_owed", "_receive", "_send", "_sock", "last", "max_frame_bytes")
+    __slots__ = (
+        "_armed_us",
+        "_closed",
+        "_decoder",
+        "_owed",
+        "_receive",
+        "_send",
+        "_sock",
+        "last",
+        "max_frame_bytes",
+        "reply_bytes",
+        "sent_bytes",
+    )
 
     def __init__(self, path: str, hello: bytes, options: ClientOptions, seam: Seam) -> None:
         """Connects and shakes hands.
@@ -47,6 +62,7 @@ class BlockingWire:
         self._owed = 0
         self._closed = False
         self.last = 0
+        self.sent_bytes = self.reply_bytes = 0
         try:
             self.max_frame_bytes = self._greet(path, hello, options, seam)
         except BaseException:
@@ -58,22 +74,28 @@ class BlockingWire:
         """Whether another call may be sent."""
         return not (self._closed or self._decoder.broken or self._owed > _MAX_OWED)
 
-    def call(self, frame: bytes, timeout_us: int) -> Frame:
-        """Sends the frame of call `last` and gives the reply, whose body is valid until the next call.
+    def call(self, plan: Plan, request: Any, timeout_us: int, trace: bytes) -> Any:
+        """Makes a call and gives the response.
 
         Raises:
             ToolDeadline: Its time is over.
             PeerLost: The connection broke.
-            OrkiError: What the ErrorFrame says with which it was answered.
+            OrkiError: What the ErrorFrame says with which it was answered, or why the request cannot be sent.
         """
-        deadline = monotonic() + timeout_us / 1_000_000
+        self.last = number = self.last + 1
+        self.sent_bytes = HEADER_BYTES
+        frame = plan.frame(request, number, timeout_us, trace)
+        self.sent_bytes = length = len(frame)
+        if length > self.max_frame_bytes:
+            raise plan.too_long(length, self.max_frame_bytes)
+        deadline = monotonic() + timeout_us * 1e-6
         if timeout_us != self._armed_us:
             self._arm(timeout_us)
         try:
             sent = self._send(frame)
         except OSError as error:
             raise self._not_sent(error) from None
-        if sent != len(frame):
+        if sent != length:
             self._send_rest(memoryview(frame)[sent:], deadline)
         decoder = self._decoder
         try:
@@ -82,11 +104,18 @@ class BlockingWire:
             raise self._not_received(error) from None
         if not count:
             raise self._lost("it closed the connection", fully_written=True)
-        decoder.wrote(count)
-        reply = decoder.next_frame()
-        if reply is not None and reply.correlation == self.last and reply.flags == FLAG_REPLY:
-            return reply
-        return self._search(reply, deadline)
+        reply = decoder.next_frame(count)
+        if reply is None or reply[4] != number or reply[0] != FLAG_REPLY:
+            reply = self._search(reply, deadline)
+        _, opcode, block_length, version, _, _, _, body = reply
+        if opcode != plan.opcode:
+            self.close()
+            raise RemoteProtocolError(f"the bridge answered {plan.method} with opcode {opcode:#06x}")
+        self.reply_bytes = len(body)
+        try:
+            return plan.decode(body, block_length, version)
+        except Exception as error:
+            raise plan.unreadable(error) from None
 
     def close(self) -> None:
         """Ends the connection; the bridge then cancels a call that still runs."""
@@ -106,9 +135,10 @@ class BlockingWire:
         # A bridge that refuses at once has closed already; its reason can be read all the same.
         with contextlib.suppress(OSError):
             self._send(hello)
+        count = 0
         try:
-            while (frame := self._decoder.next_frame()) is None:
-                self._fill(deadline)
+            while (frame := self._decoder.next_frame(count)) is None:
+                count = self._fill(deadline)
         except ToolDeadline:
             raise PeerLost(f"the tool bridge at {path} did not answer the hello", fully_written=False) from None
         except PeerLost as error:
@@ -141,8 +171,8 @@ class BlockingWire:
                     return reply
                 self._judge(reply)
             reply = self._decoder.next_frame()
-            if reply is None:
-                self._fill(deadline)
+            while reply is None:
+                reply = self._decoder.next_frame(self._fill(deadline))
 
     def _judge(self, frame: Frame) -> None:
         """Looks at a frame that is not the reply; returns for one that is to be passed over."""
@@ -156,8 +186,8 @@ class BlockingWire:
             raise RemoteProtocolError(f"the bridge answered call {frame.correlation}, for which nobody waits")
         self._owed -= 1
 
-    def _fill(self, deadline: float) -> None:
-        """Receives once."""
+    def _fill(self, deadline: float) -> int:
+        """Receives once; gives the number of bytes."""
         left = deadline - monotonic()
         if left <= 0:
             raise self._not_received(BlockingIOError())
@@ -168,7 +198,7 @@ class BlockingWire:
             raise self._not_received(error) from None
         if not count:
             raise self._lost("it closed the connection", fully_written=True)
-        self._decoder.wrote(count)
+        return count
 
     def _not_sent(self, error: OSError) -> OrkiError:
         if isinstance(error, BlockingIOError):
@@ -188,10 +218,11 @@ class BlockingWire:
         try:
             with contextlib.suppress(OSError):
                 while count := self._receive(self._decoder.writable(), 0, socket.MSG_DONTWAIT):
-                    self._decoder.wrote(count)
-                    while (frame := self._decoder.next_frame()) is not None:
+                    frame = self._decoder.next_frame(count)
+                    while frame is not None:
                         if frame.flags & FLAG_ERROR and not frame.correlation:
                             return decode_error(frame)
+                        frame = self._decoder.next_frame()
         except OrkiError as error:
             return error
         finally:
