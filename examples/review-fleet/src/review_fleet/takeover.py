@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from orki.control.v1.attempt_pb2 import TaskState
 from orki.control.v1.task_pb2 import TaskSnapshot
 from orki_control import Client
-
 from review_fleet.processes import Child
 from review_fleet.report import Killed
 
