@@ -85,7 +85,8 @@ def generate(workspace: Workspace, tell: Callable[[str], None]) -> Generated:
     with ThreadPoolExecutor(2) as pool:
         asked = pool.submit(buf.image), pool.submit(buf.files)
         image, places = asked[0].result(), asked[1].result()
-        read = read_image(image)
+        texts = {name: (workspace.root / path).read_text(encoding="utf-8") for name, path in places.items()}
+        read = read_image(image, texts)
         tell(f"{len(places)} proto files, {len(workspace.owners)} owners")
         found = validate(read, Owners(packages=workspace.declared(), files=places))
         if found:

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any, Final, cast
 
 from google.protobuf import descriptor_pool, message_factory
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.descriptor_pb2 import (
     DescriptorProto,
     EnumDescriptorProto,
@@ -28,6 +29,7 @@ from google.protobuf.descriptor_pb2 import (
 from google.protobuf.message import DecodeError, Message
 
 from orki_contract.exceptions import InvalidContract
+from orki_contract.literals import literal_places, repeats
 
 OPTIONS_PACKAGE: Final = "orki.options.v1"
 """Proto package of the options that make a proto a contract."""
@@ -105,8 +107,12 @@ class Schema:
         files: The files by path, sorted; options are extensions of messages of the pool's own classes.
     """
 
-    def __init__(self, image: bytes) -> None:
+    def __init__(self, image: bytes, texts: Mapping[str, str] | None = None) -> None:
         """Parses an image.
+
+        Args:
+            image: A serialized FileDescriptorSet.
+            texts: The files' texts by path, where they are at hand; places inside of options become exact by them.
 
         Raises:
             InvalidContract: It is no serialized FileDescriptorSet, or lacks a file that another one imports.
@@ -119,6 +125,8 @@ class Schema:
         _fill(self.pool, plain.file)
         options = [file.name for file in plain.file if file.package == OPTIONS_PACKAGE]
         parsed = _with_options(self.pool, sorted(options), image) if options else plain
+        self._texts: Final = texts or {}
+        self._literals: Final[dict[tuple[str, Path], Mapping[Path, tuple[int, int]]]] = {}
         self.files: Final = {file.name: file for file in sorted(parsed.file, key=lambda file: file.name)}
 
     @classmethod
@@ -194,7 +202,7 @@ class Schema:
         extension = self._extensions.get(name)
         if extension is None or extension.containing_type is not options.DESCRIPTOR:
             return None
-        if extension.is_extension and _is_repeated(extension):
+        if extension.is_extension and repeats(extension):
             return options.Extensions[extension] or None
         return options.Extensions[extension] if options.HasExtension(extension) else None
 
@@ -223,6 +231,22 @@ class Schema:
                 return Location(file, span[0] + 1, span[1] + 1)
         return Location(file, *((1, 1) if spans else (0, 0)))
 
+    def option_location(self, file: str, option: Path, value: Message, inside: Path) -> Location:
+        """Where a part of an option's value stands; the nearest part around it where it is not written out.
+
+        Args:
+            file: The file.
+            option: Source path of the option.
+            value: The option's value.
+            inside: Path of the part within the value.
+        """
+        places = self._literal(file, option, value)
+        for length in range(len(inside), 0, -1):
+            place = places.get(inside[:length])
+            if place is not None:
+                return Location(file, *place)
+        return self.location(file, (*option, *inside))
+
     def comment(self, file: str, path: Path) -> str:
         """The comment that stands before an element, without comment marks; empty for none."""
         return self._comments(file).get(path, "")
@@ -236,6 +260,17 @@ class Schema:
                 for extension in file.extension:
                     found[extension.name] = self.pool.FindExtensionByName(prefix + extension.name)
         return found
+
+    def _literal(self, file: str, option: Path, value: Message) -> Mapping[Path, tuple[int, int]]:
+        known = self._literals.get((file, option))
+        if known is None:
+            text, span = self._texts.get(file), self._spans(file).get(option)
+            known = {}
+            if text is not None and span is not None:
+                start = sum(len(line) for line in text.splitlines(keepends=True)[: span[0]]) + span[1]
+                known = literal_places(text, start, cast("Descriptor", value.DESCRIPTOR))
+            self._literals[file, option] = known
+        return known
 
     def _spans(self, file: str) -> dict[Path, Sequence[int]]:
         return self._source(file)[0]
@@ -269,14 +304,6 @@ def field_path(message: MessageNode, index: int) -> Path:
 def is_repeated(field: FieldDescriptorProto) -> bool:
     """Whether a field holds many values."""
     return field.label == FieldDescriptorProto.LABEL_REPEATED
-
-
-def _is_repeated(extension: Any) -> bool:
-    # `label` is deprecated where `is_repeated` exists (protobuf 6.32).
-    try:
-        return bool(extension.is_repeated)
-    except AttributeError:
-        return bool(extension.label == extension.LABEL_REPEATED)
 
 
 def _join(scope: str, name: str) -> str:

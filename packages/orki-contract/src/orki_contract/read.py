@@ -99,13 +99,17 @@ class ReadContract:
     schema: Schema
 
 
-def read_image(image: bytes) -> ReadContract:
+def read_image(image: bytes, texts: Mapping[str, str] | None = None) -> ReadContract:
     """Reads a serialized FileDescriptorSet or buf Image, with its imports.
+
+    Args:
+        image: The bytes.
+        texts: The files' texts by path, where they are at hand: places inside of options become exact by them.
 
     Raises:
         InvalidContract: It cannot be parsed, or a file that is imported is missing in it.
     """
-    return read_schema(Schema(image))
+    return read_schema(Schema(image, texts))
 
 
 def read_schema(schema: Schema) -> ReadContract:

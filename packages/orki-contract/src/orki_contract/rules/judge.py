@@ -78,16 +78,20 @@ class Judge:
             option: The option's name, such as `stream`.
             inside: Names of fields, and indexes behind repeated ones: `"groups", 2, "name"`.
         """
-        whole = (*path, _OPTIONS[options.DESCRIPTOR.full_name], self.schema.option_number(option))
+        whole: Path = (*path, _OPTIONS[options.DESCRIPTOR.full_name], self.schema.option_number(option))
         value: Any = self.schema.option(options, option)
-        for step in inside:
-            if isinstance(step, int):
-                whole += (step,)
-                value = value[step]
-            else:
-                whole += (value.DESCRIPTOR.fields_by_name[step].number,)
-                value = getattr(value, step)
-        return self.schema.location(file, whole)
+        steps = list(inside)
+        if steps and isinstance(steps[0], int):
+            whole += (steps[0],)
+            value = value[steps.pop(0)]
+        if not isinstance(value, Message):
+            return self.schema.location(file, whole)
+        part: Path = ()
+        at: Any = value
+        for step in steps:
+            part += (step if isinstance(step, int) else at.DESCRIPTOR.fields_by_name[step].number,)
+            at = at[step] if isinstance(step, int) else getattr(at, step)
+        return self.schema.option_location(file, whole, value, part)
 
     def duration(self, place: Location, holder: Any, name: str, subject: str) -> None:
         """Judges one duration, where it is set: from 1 ms to 3,650 days."""

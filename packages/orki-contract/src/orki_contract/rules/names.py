@@ -85,7 +85,7 @@ def _package(judge: Judge, file: FileContract) -> None:
 def _declarations(judge: Judge, file: FileContract) -> None:
     seen: dict[str, str] = {}
     for name, subject, place in _declared(judge, file):
-        if name in seen:
+        if seen.get(name, subject) != subject:
             judge.say(
                 "ORKI_NAME_CLASH",
                 place,

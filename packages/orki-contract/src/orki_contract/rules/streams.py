@@ -39,6 +39,9 @@ RULES: Final[dict[Rule, str]] = {
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9._-]{0,63}")
 _GROUP: Final = re.compile(r"[a-z][a-z0-9_-]{0,63}")
+# By the numbers of orki.options.v1: a value of newer options than these is not known here.
+_OVERFLOWS: Final = frozenset({0, 1})
+_STARTS: Final = frozenset({0, 1, 2})
 _KEY_TYPES: Final = frozenset(
     {
         FieldDescriptorProto.TYPE_STRING,
@@ -95,7 +98,7 @@ def _stream(judge: Judge, node: MessageNode, option: Any, names: dict[str, Locat
                 f"{subject} keeps {option.retention.max_entries} entries: give max_entries from 1 to 2^63-1",
             )
         judge.duration(place("retention", "max_age"), option.retention, "max_age", f"the retention of {subject}")
-        if not _known(option.retention, "overflow"):
+        if option.retention.overflow not in _OVERFLOWS:
             judge.say(
                 "ORKI_STREAM_OVERFLOW",
                 place("retention", "overflow"),
@@ -157,7 +160,7 @@ def _group(judge: Judge, group: Any, place: Callable[..., Location], stream: str
     subject = f'group "{group.name}" of stream "{stream}"'
     if not _GROUP.fullmatch(group.name):
         judge.say("ORKI_GROUP_NAME", place("name"), f'"{group.name}" is no name of a group: {_words("GROUP_NAME")}')
-    if not _known(group, "start"):
+    if group.start not in _STARTS:
         judge.say(
             "ORKI_GROUP_START",
             place("start"),
@@ -243,11 +246,6 @@ def _subscription(
             f'{subject} has a group "{option.group.name}" already, declared by {holder}: take another name',
         )
     taken.setdefault((option.stream, option.group.name), f"{file.package} in {file.name}")
-
-
-def _known(holder: Any, field: str) -> bool:
-    """Whether an enum field holds a value that the enum names."""
-    return getattr(holder, field) in holder.DESCRIPTOR.fields_by_name[field].enum_type.values_by_number
 
 
 def _words(rule: str) -> str:
