@@ -7,6 +7,7 @@ running is nobody's leak. What is on its way out gets a bounded time to go.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import stat
 import threading
@@ -19,7 +20,7 @@ import pytest
 GRACE = 5.0
 
 # gRPC keeps one thread that polls for every channel and server of the process, and ends it when it likes.
-KEPT_THREADS = ("_poller", "grpc")
+KEPT_THREADS = ("_poll_wrapper", "_poller", "grpc")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -55,6 +56,13 @@ def nothing_left() -> Iterator[None]:
         while (left := look() - before[what]) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not left, f"{what} left behind: {sorted(left)}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_unclosed() -> Iterator[None]:
+    """Let Python warn of what a module's tests dropped without closing it while that module can still be named."""
+    yield
+    gc.collect()
 
 
 def _threads() -> set[str]:
