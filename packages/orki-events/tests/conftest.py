@@ -92,12 +92,15 @@ class Proxy:
         forward = asyncio.create_task(self._pump(reader, up_writer, False))
         back = asyncio.create_task(self._pump(up_reader, writer, True))
         self._tasks |= {forward, back}
-        await asyncio.wait([forward, back], return_when=asyncio.FIRST_COMPLETED)
-        for task in (forward, back):
-            task.cancel()
+        try:
+            await asyncio.wait([forward, back], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (forward, back):
+                task.cancel()
+            for each in (writer, up_writer):
+                each.close()
         await asyncio.wait([forward, back])
         for each in (writer, up_writer):
-            each.close()
             with contextlib.suppress(OSError):
                 await each.wait_closed()
 
