@@ -1,15 +1,49 @@
-"""One real Valkey for a module's tests, emptied between them."""
+"""One real Valkey for a module's tests, emptied between them; a contract for tests; a stand-in for an agent."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
 
+import grpc
 import pytest
+from google.protobuf import descriptor_pool, message_factory
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto, FileDescriptorSet
 from redis import Redis
 
+from orki.control.v1.attempt_pb2 import Failure
+from orki.control.v1.session_pb2 import CancelledOutcome, ConnectResponse, ServedService
+from orki.control.v1.session_pb2_grpc import SessionServiceStub
+from orki.errors.v1.errors_pb2 import Reason
+from orki_contract.errors import OrkiError
+from orki_contract.images import image_of, service_digest
+from orki_control.attempt import AttemptKey
+from orki_control.session import (
+    AgentEvent,
+    AgentSession,
+    AgentSessionOptions,
+    ArrivedOffer,
+    AttemptsRevoked,
+    CancelsArrived,
+    DirectivesArrived,
+    LeasesLost,
+    OffersArrived,
+    SessionClosed,
+    SessionLost,
+    SessionOpened,
+)
+from orki_control.wire import open_channel
 from orki_server import keys
 from orki_server.embedded import EmbeddedServer
+from orki_server.orchestrator import Orchestrator
+from orki_server.settings import OrchestratorOptions
 from orki_server.store import Store
+
+SERVICE = "servertests.v1.WorkService"
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +60,11 @@ def redis_url(valkey: EmbeddedServer) -> Iterator[str]:
         redis.flushall()
         yield valkey.url
         names = [name.decode() for name in redis.scan_iter(count=1000)]
-        unknown = [name for name in names if not keys.match(name) and not name.startswith(("orki:ev:", "orki:streams"))]
+        unknown = [
+            name
+            for name in names
+            if not keys.match(name) and not name.startswith(("orki:ev:", "orki:streams", "orki:groups:"))
+        ]
         assert unknown == [], "keys that keys.py does not list"
 
 
@@ -37,3 +75,277 @@ async def store(redis_url: str) -> AsyncIterator[Store]:
     await opened.open()
     yield opened
     await opened.close()
+
+
+# --- a contract ---
+
+
+def build_work(service: str = SERVICE, **options: Any) -> ServedService:
+    """The contract of a service with the tasks Do (options as given) and Direct (with progress and directives)."""
+    library = FileDescriptorSet.FromString(image_of("orki.events.v1"))
+    wanted = ("google/protobuf/descriptor.proto", "google/protobuf/duration.proto", "orki/options/v1/options.proto")
+    files = [file for file in library.file if file.name in wanted]
+    pool = descriptor_pool.DescriptorPool()
+    for file in files:
+        pool.Add(file)
+    task_options = message_factory.GetMessageClass(pool.FindMessageTypeByName("orki.options.v1.TaskOptions"))
+    package, _, name = service.rpartition(".")
+    own = FileDescriptorProto(name="servertests/v1/work.proto", package=package, syntax="proto3")
+    own.dependency.append("orki/options/v1/options.proto")
+    for message in ("DoRequest", "DoResponse", "News", "Order"):
+        field = own.message_type.add(name=message).field.add(name="body", number=1)
+        field.type, field.label = FieldDescriptorProto.TYPE_BYTES, FieldDescriptorProto.LABEL_OPTIONAL
+    declared = own.service.add(name=name)
+    for method, values in (("Do", options), ("Direct", {**options, "progress": "News", "directive": "Order"})):
+        rpc = declared.method.add(name=method, input_type=f".{package}.DoRequest", output_type=f".{package}.DoResponse")
+        encoded = task_options(**values).SerializeToString()
+        # (orki.options.v1.task) is field 50831 of MethodOptions, with a length.
+        rpc.options.MergeFromString(_varint(50831 << 3 | 2) + _varint(len(encoded)) + encoded)
+    image = FileDescriptorSet(file=[*files, own]).SerializeToString(deterministic=True)
+    return ServedService(service=service, digest=service_digest(image, service), image=image)
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+@pytest.fixture
+def work() -> Callable[..., ServedService]:
+    """Makes the tests' contract."""
+    return build_work
+
+
+# --- an agent ---
+
+
+class StandIn:
+    """An agent of the tests: the real machine over a real stream, in the test's own loop.
+
+    Attributes:
+        offers: All that it was offered.
+        opened: Sessions that were opened.
+        revoked: Attempts that were taken away, with the reasons.
+        cancels: Cancels that arrived.
+        directives: Directives that arrived.
+        closed: Why the instance must not come back, once it must not.
+    """
+
+    def __init__(self, target: str, services: list[ServedService], agent_id: str, slots: int, instance_id: str) -> None:
+        self.target = target
+        self.machine = AgentSession(
+            AgentSessionOptions(
+                agent_id=agent_id,
+                instance_id=instance_id or os.urandom(4).hex(),
+                services=tuple(services),
+                slots=slots,
+            )
+        )
+        self.offers: list[ArrivedOffer] = []
+        self.opened: list[SessionOpened] = []
+        self.revoked: list[tuple[AttemptKey, Reason.ValueType]] = []
+        self.cancels: list[AttemptKey] = []
+        self.directives: list[bytes] = []
+        self.closed: OrkiError | None = None
+        self.handler: Callable[[ArrivedOffer], Awaitable[bytes]] | None = None
+        self.taking = True
+        self._changed = asyncio.Event()
+        self._words = asyncio.Event()
+        self._task = asyncio.create_task(self._live())
+        self._handlers: dict[AttemptKey, asyncio.Task[None]] = {}
+
+    async def until(self, condition: Callable[[], bool], timeout: float = 20.0) -> None:
+        """Waits until something is so."""
+        async with asyncio.timeout(timeout):
+            while not condition():
+                self._changed.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0.1):
+                        await self._changed.wait()
+
+    async def ready(self) -> None:
+        """Waits for the first session."""
+        await self.until(lambda: bool(self.opened))
+
+    async def cut(self) -> None:
+        """Cuts the stream as a broken network would."""
+        self._call.cancel()
+
+    def say(self) -> None:
+        """The machine has something to say."""
+        self._words.set()
+
+    async def close(self) -> None:
+        """Ends it, as a killed process would."""
+        tasks = [self._task, *self._handlers.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _live(self) -> None:
+        channel = open_channel(self.target)
+        try:
+            while self.closed is None:
+                with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
+                    if asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                        return
+                    await self._stream(channel)
+                if asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                    return
+                await asyncio.sleep(0.05)
+        finally:
+            await channel.close()
+
+    async def _stream(self, channel: grpc.aio.Channel) -> None:
+        self._call = SessionServiceStub(channel).Connect(timeout=None)
+        self.machine.connection_made(time.monotonic())
+        writer = asyncio.create_task(self._write(self._call))
+        try:
+            while True:
+                batch = await self._call.read()
+                if batch is grpc.aio.EOF:
+                    return
+                assert isinstance(batch, ConnectResponse)
+                self._take(self.machine.receive_batch(batch.messages, time.monotonic()))
+        finally:
+            self._call.cancel()
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+            self._take(self.machine.connection_lost(time.monotonic()))
+
+    async def _write(self, call: Any) -> None:
+        while True:
+            self._words.clear()
+            while (batch := self.machine.messages_to_send()) is not None:
+                await call.write(batch)
+            due = self.machine.next_timer()
+            wait = 0.5 if due is None else max(0.0, due - time.monotonic())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(wait, 0.5)):
+                    await self._words.wait()
+            self._take(self.machine.handle_timer(time.monotonic()))
+
+    def _take(self, events: list[AgentEvent]) -> None:
+        for event in events:
+            match event:
+                case OffersArrived(offers):
+                    for offer in offers:
+                        self._offered(offer)
+                case SessionOpened():
+                    self.opened.append(event)
+                case AttemptsRevoked(revocations):
+                    for key, failure in revocations:
+                        self.revoked.append((key, failure.reason))
+                        self._stop(key)
+                case LeasesLost(attempts):
+                    for key in attempts:
+                        self.revoked.append((key, Reason.REASON_LEASE_EXPIRED))
+                        self._stop(key)
+                case CancelsArrived(cancels):
+                    for key, _, _ in cancels:
+                        self.cancels.append(key)
+                        if key in self._handlers:
+                            self._handlers[key].cancel()
+                case DirectivesArrived(directives):
+                    self.directives += [payload for _, payload in directives]
+                case SessionClosed(error):
+                    self.closed = error
+                case SessionLost():
+                    self._call.cancel()
+                case _:
+                    pass
+        self._changed.set()
+        self._words.set()
+
+    def _offered(self, offer: ArrivedOffer) -> None:
+        self.offers.append(offer)
+        if self.taking and self.machine.accept(offer.attempt, time.monotonic()) and self.handler is not None:
+            self._handlers[offer.attempt] = asyncio.create_task(self._handle(offer))
+
+    async def _handle(self, offer: ArrivedOffer) -> None:
+        assert self.handler is not None
+        outcome: bytes | Failure | CancelledOutcome
+        try:
+            outcome = await self.handler(offer)
+        except OrkiError as error:
+            outcome = Failure(reason=error.reason, message=error.message, error_type=type(error).__name__)
+        except asyncio.CancelledError:
+            if offer.attempt not in self.cancels:
+                raise
+            outcome = CancelledOutcome(reason=Reason.REASON_CANCELLED)
+        self._handlers.pop(offer.attempt, None)
+        self.machine.report(offer.attempt, outcome)
+        self._words.set()
+
+    def _stop(self, key: AttemptKey) -> None:
+        handler = self._handlers.pop(key, None)
+        if handler is not None:
+            handler.cancel()
+        self.machine.release(key)
+
+
+async def echo(offer: ArrivedOffer) -> bytes:
+    """A handler that gives back its request."""
+    return offer.offer.request
+
+
+@pytest.fixture
+async def stand_in() -> AsyncIterator[Callable[..., StandIn]]:
+    """Makes agents, and ends them."""
+    made: list[StandIn] = []
+
+    def make(
+        target: str,
+        services: list[ServedService] | None = None,
+        *,
+        agent_id: str = "agent-1",
+        slots: int = 4,
+        instance_id: str = "",
+        handler: Callable[[ArrivedOffer], Awaitable[bytes]] | None = echo,
+        taking: bool = True,
+    ) -> StandIn:
+        agent = StandIn(target, services or [build_work()], agent_id, slots, instance_id)
+        agent.handler, agent.taking = handler, taking
+        made.append(agent)
+        return agent
+
+    yield make
+    for agent in made:
+        await agent.close()
+
+
+# --- an orchestrator ---
+
+
+def options_for(redis_url: str, **more: Any) -> OrchestratorOptions:
+    """Options of a quick orchestrator on a free port."""
+    values: dict[str, Any] = {
+        "listen": "127.0.0.1:0",
+        "redis_url": redis_url,
+        "orchestrator_id": "o1",
+        "shards": 4,
+        "heartbeat_interval_ms": 200,
+        "accept_timeout_ms": 1_000,
+        "drain_grace_ms": 200,
+        "sweep_interval_ms": 20,
+    }
+    return OrchestratorOptions(**(values | more))
+
+
+@pytest.fixture
+async def orchestrator(redis_url: str) -> AsyncIterator[Orchestrator]:
+    """An orchestrator in this loop on the empty server."""
+    running = Orchestrator(options_for(redis_url))
+    await running.start()
+    yield running
+    await running.stop()
+
+
+@pytest.fixture
+def options() -> Callable[..., OrchestratorOptions]:
+    """Makes options of a quick orchestrator."""
+    return options_for

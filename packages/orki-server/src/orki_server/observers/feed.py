@@ -231,3 +231,9 @@ def _block(kind: str, data: str, place: str = "", *, retry: bool = False) -> str
 def _refusal(status: int, message: str) -> web.Response:
     headers = {**_HEADERS, "Retry-After": "2"} if status == 503 else _HEADERS
     return web.json_response({"error": message}, status=status, headers=headers)
+
+
+if __name__ == "__main__":
+    from orki_server.cli.observe import feed
+
+    feed()

@@ -1,0 +1,124 @@
+"""`orki serve`: one orchestrator, for production."""
+
+from __future__ import annotations
+
+__all__ = ["announce_ready", "orchestrator_options", "serve"]
+
+import asyncio
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from orki_contract.errors import InvalidSetting
+from orki_server.lifetime import run_until_stopped
+from orki_server.orchestrator import Orchestrator
+from orki_server.settings import OrchestratorOptions, load_options
+from orki_server.store import without_credentials
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_FLAGS = (
+    (
+        "listen",
+        "--listen",
+        "HOST:PORT",
+        str,
+        "Where agents and submitters dial in; loopback only, port 0 for a free one.",
+    ),
+    (
+        "redis_url",
+        "--redis",
+        "URL",
+        str,
+        "Redis or Valkey that holds the store. With a password: ORKI_REDIS_URL or file.",
+    ),
+    ("events_url", "--events", "URL", str, "Redis that holds the event plane; the same one when left out."),
+    ("orchestrator_id", "--orchestrator-id", "NAME", str, "Name of this process and its run."),
+    ("shards", "--shards", "N", int, "Parts of the store; fixed at its first start."),
+    ("heartbeat_interval_ms", "--heartbeat-interval-ms", "MS", int, "Time between heartbeats."),
+    ("hello_timeout_ms", "--hello-timeout-ms", "MS", int, "Longest wait for an agent's hello."),
+    ("accept_timeout_ms", "--accept-timeout-ms", "MS", int, "Time within which an agent answers an offer."),
+    ("max_message_bytes", "--max-message-bytes", "N", int, "Longest gRPC message."),
+    ("retention_ms", "--retention-ms", "MS", int, "How long finished tasks are kept."),
+    ("progress_kept", "--progress-kept", "N", int, "Entries of progress that are kept of a task, about."),
+    ("drain_grace_ms", "--drain-grace-ms", "MS", int, "Time for what runs to end before we stop."),
+    ("sweep_interval_ms", "--sweep-interval-ms", "MS", int, "Longest time between two looks at the timers."),
+    ("max_sessions", "--max-sessions", "N", int, "Most agents at once."),
+)
+
+
+def orchestrator_options(command: F) -> F:
+    """Adds a flag for each of the orchestrator's settings, and `--config`."""
+    defaults = OrchestratorOptions()
+    for name, flag, metavar, kind, words in reversed(_FLAGS):
+        default = getattr(defaults, name)
+        shown = "" if name in ("events_url", "orchestrator_id") else f"  [default: {default}]"
+        text = f"{words}{shown}  [env: ORKI_{name.upper()}]"
+        command = click.option(flag, name, metavar=metavar, type=kind, default=None, help=text)(command)
+    config = click.option(
+        "--config",
+        metavar="FILE",
+        type=click.Path(path_type=Path, dir_okay=False),
+        envvar="ORKI_CONFIG",
+        help="TOML file with the same settings under [orchestrator].  [env: ORKI_CONFIG]",
+    )
+    return config(command)
+
+
+@click.command()
+@orchestrator_options
+@click.option("--json", "as_json", is_flag=True, help="Print the readiness line as JSON.")
+@click.option("--ready-file", metavar="FILE", type=click.Path(path_type=Path), help="Write it there as JSON, too.")
+@click.option("--verbose", is_flag=True, help="Log agents that come and go.")
+def serve(config: Path | None, as_json: bool, ready_file: Path | None, verbose: bool, **flags: Any) -> None:
+    """Run an orchestrator until it is interrupted.
+
+    A flag wins over the environment, the environment over the file. Ctrl-C or SIGTERM stops it in good order: agents
+    are told, what runs has a moment to end, and goes on under the next orchestrator otherwise.
+    """
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    options = load_options(flags, os.environ, config)
+    run_until_stopped(lambda stopped: _serve(options, stopped, as_json, ready_file))
+
+
+async def _serve(options: OrchestratorOptions, stopped: asyncio.Event, as_json: bool, ready_file: Path | None) -> None:
+    orchestrator = Orchestrator(options)
+    await orchestrator.start()
+    try:
+        facts = {
+            "address": orchestrator.address,
+            "redis_url": without_credentials(options.redis_url),
+            "orchestrator_id": options.orchestrator_id,
+            "pid": os.getpid(),
+        }
+        announce_ready("serve", f"{facts['address']} (store: {facts['redis_url']})", facts, as_json, ready_file)
+        await orchestrator.serve(stopped)
+    finally:
+        await orchestrator.stop()
+
+
+def announce_ready(command: str, words: str, facts: dict[str, Any], as_json: bool, ready_file: Path | None) -> None:
+    """Prints the one line of standard output that says that a command is ready, and writes it to a file.
+
+    Raises:
+        InvalidSetting: The file cannot be written.
+    """
+    text = json.dumps(facts)
+    if ready_file is not None:
+        # Whoever waits for the file must not read half of it.
+        partial = ready_file.with_name(ready_file.name + ".partial")
+        try:
+            partial.write_text(text + "\n", encoding="utf-8")
+            partial.replace(ready_file)
+        except OSError as error:
+            raise InvalidSetting(f"--ready-file {ready_file}: {error.strerror}") from error
+    print(text if as_json else f"orki {command} ready: {words}", flush=True)
+    sys.stdout.flush()
