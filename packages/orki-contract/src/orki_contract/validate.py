@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["RULES", "Owners", "Violation", "check", "validate"]
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from orki_contract.descriptors import Location
@@ -46,16 +46,14 @@ def validate(read: ReadContract, tree: Owners | None = None) -> tuple[Violation,
         tree: Who owns what, and where the files lie; without it ownership is not judged and files are named as imports
             name them.
     """
-    judge = Judge(read, RULES)
+    judge = Judge(read, RULES, tree.files if tree is not None else {})
     streams.judge(judge)
     services.judge(judge)
     frames.judge(judge)
     names.judge(judge)
     if tree is not None:
         owners.judge(judge, tree.packages, tree.files.keys())
-    places: Mapping[str, str] = tree.files if tree is not None else {}
-    found = {replace(each, location=_moved(each.location, places)) for each in judge.found}
-    return tuple(sorted(found))
+    return tuple(sorted(set(judge.found)))
 
 
 def check(read: ReadContract, tree: Owners | None = None) -> None:
@@ -67,7 +65,3 @@ def check(read: ReadContract, tree: Owners | None = None) -> None:
     found = validate(read, tree)
     if found:
         raise InvalidContract("\n".join(map(str, found)))
-
-
-def _moved(location: Location, places: Mapping[str, str]) -> Location:
-    return replace(location, file=places.get(location.file, location.file))

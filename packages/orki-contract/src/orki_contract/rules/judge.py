@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["Judge", "Rule", "Violation"]
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from google.protobuf.message import Message
@@ -49,17 +49,22 @@ class Violation:
 class Judge:
     """Hears all rules on one contract, and gathers what they find."""
 
-    def __init__(self, read: ReadContract, known: Mapping[Rule, str]) -> None:
+    def __init__(self, read: ReadContract, known: Mapping[Rule, str], places: Mapping[str, str]) -> None:
         self.read = read
         self.schema: Schema = read.schema
         self.found: list[Violation] = []
         self._known = known
+        self._places = places
 
     def say(self, rule: Rule, location: Location, message: str) -> None:
         """Puts down one violation."""
         if rule not in self._known:
             raise KeyError(rule)
-        self.found.append(Violation(location, rule, message))
+        self.found.append(Violation(self.shown(location), rule, message))
+
+    def shown(self, location: Location) -> Location:
+        """The location as people reach it: the file by where it lies, not by how it is imported."""
+        return replace(location, file=self._places.get(location.file, location.file))
 
     def messages(self, option: str) -> Iterator[tuple[MessageNode, Any]]:
         """Every message that carries an option of orki's, with the option's value."""
@@ -100,11 +105,11 @@ class Judge:
         value = getattr(holder, name)
         length = value.seconds * 1_000_000_000 + value.nanos
         if not 1_000_000 <= length <= LONGEST_MS * 1_000_000:
-            given = f"{length / 1_000_000_000:g} s"
+            given = f"{length / 1_000_000_000:.9f}".rstrip("0").rstrip(".")
             self.say(
                 "ORKI_DURATION",
                 place,
-                f"{name} of {subject} is {given}: give at least 1 ms and at most 3650 days, or leave it out",
+                f"{name} of {subject} is {given} s: give at least 1 ms and at most 3650 days, or leave it out",
             )
 
 

@@ -85,7 +85,7 @@ def _stream(judge: Judge, node: MessageNode, option: Any, names: dict[str, Locat
         judge.say(
             "ORKI_STREAM_NAME_UNIQUE",
             place("name"),
-            f"{subject} is declared at {names[option.name]} already: give one of them another name",
+            f"{subject} is declared at {judge.shown(names[option.name])} already: give one of them another name",
         )
     names.setdefault(option.name, place("name"))
     if not option.HasField("retention"):
@@ -231,7 +231,8 @@ def _subscription(
         judge.say(
             "ORKI_SUBSCRIPTION_IMPORT",
             place("stream"),
-            f'{subject} is declared in {owner.name}, which this file must import: import "{owner.name}";',
+            f'{subject} is declared in {owner.name}, which this file must import: import "{owner.name}"; '
+            "(and above it // buf:lint:ignore IMPORT_USED, as nothing else uses it)",
         )
     if option.group.name == "audit":
         judge.say(
