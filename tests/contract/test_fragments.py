@@ -104,7 +104,7 @@ def test_several_errors_are_shown_at_once_and_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     by_name = {fragment.stem: fragment for fragment in FRAGMENTS}
-    names = ["ORKI_GROUP_UNIQUE_3", "ORKI_FRAME_FIELD_OVERLAP", "ORKI_PACKAGE_SHADOWS", "ORKI_NAME_MODULE"]
+    names = ["ORKI_GROUP_UNIQUE_3", "ORKI_FRAME_FIELD_OVERLAP", "ORKI_TOOL_OPCODE", "ORKI_NAME_MODULE"]
     expected = plant(tmp_path, *(by_name[name] for name in names))
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
