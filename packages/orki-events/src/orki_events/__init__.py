@@ -1,21 +1,28 @@
 """orki's event plane: typed events over Redis Streams."""
 
+from orki_events.dead_letters import DeadLetterEntry
 from orki_events.deliveries import Delivery, DeliveryBatch
 from orki_events.events import Events, connect
+from orki_events.ledger import GroupLedger, StreamLedger
 from orki_events.options import ConsumeOptions, EventOptions, Gap, GapKind
 from orki_events.push import Consumer, consumer
 from orki_events.registry import RegisteredStream
+from orki_events.tail import TailEntry
 
 __all__ = [
     "ConsumeOptions",
     "Consumer",
+    "DeadLetterEntry",
     "Delivery",
     "DeliveryBatch",
     "EventOptions",
     "Events",
     "Gap",
     "GapKind",
+    "GroupLedger",
     "RegisteredStream",
+    "StreamLedger",
+    "TailEntry",
     "connect",
     "consumer",
 ]

@@ -12,6 +12,7 @@ import os
 import re
 import socket
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -22,17 +23,21 @@ from orki_contract.handles import EventStream
 from orki_contract.model import Stream
 from orki_contract.trace import Span, current_span
 from orki_events.chores import Place
-from orki_events.deliveries import Delivery, DeliveryBatch, take_batch, take_one
+from orki_events.dead_letters import DeadLetterEntry, list_dead_letters, replay_dead_letters
+from orki_events.deliveries import Decode, Delivery, DeliveryBatch, take_batch, take_one
 from orki_events.groups import GroupKeeper
+from orki_events.ledger import StreamLedger, read_ledger
 from orki_events.options import ConsumeOptions, EventOptions, Gap
 from orki_events.publisher import PublishCounts, Publisher
 from orki_events.push import Consumer, PushRun, run_until
 from orki_events.redis_shell import Address, Link, parse_address
 from orki_events.registry import RegisteredStream, Registry
 from orki_events.subscription import Subscription, Wires
+from orki_events.tail import TailEntry, follow_stream
 
 E = TypeVar("E", bound=Message)
 G = TypeVar("G", bound=str)
+T = TypeVar("T")
 _log = logging.getLogger("orki.events")
 
 
@@ -243,6 +248,78 @@ class Events:
             while (batch := await take_batch(subscription, bytes, size)) is not None:
                 yield batch
 
+    async def tail(
+        self, stream: EventStream[E, Any], *, after: str = "latest", follow: bool = True
+    ) -> AsyncIterator[TailEntry[E]]:
+        """Follows a stream without a group.
+
+        Args:
+            stream: Which.
+            after: Where to begin: `earliest`, `latest`, or the `cursor` of an entry seen earlier.
+            follow: Whether to wait for more at the end; otherwise the iteration ends there.
+
+        Raises:
+            InvalidArgument: `after` is no cursor of this stream.
+            OrkiError: The server refuses; where it does not answer, following goes on, and reading to the end fails.
+        """
+        async for entry in self._tail(stream.contract, stream.message.FromString, after, follow):
+            yield entry
+
+    async def raw_tail(
+        self, stream: Stream, *, after: str = "latest", follow: bool = True
+    ) -> AsyncIterator[TailEntry[bytes]]:
+        """As `tail`, for an observer that has no code for the stream: the events stay bytes."""
+        async for entry in self._tail(stream, bytes, after, follow):
+            yield entry
+
+    async def dead_letters(
+        self, stream: EventStream[E, G], *, group: G, count: int = 100, after: str = "0-0"
+    ) -> list[DeadLetterEntry[E]]:
+        """A group's dead letters, oldest first: at most `count`, behind the letter id `after`.
+
+        Raises:
+            UnknownGroup: The stream declares no such group.
+            OrkiError: The server does not answer or refuses.
+        """
+        contract, link = stream.contract, self._link_for_commands()
+        decode = stream.message.FromString
+        return await list_dead_letters(link, contract, contract.group(group), decode, count, after)
+
+    async def raw_dead_letters(
+        self, stream: Stream, *, group: str, count: int = 100, after: str = "0-0"
+    ) -> list[DeadLetterEntry[bytes]]:
+        """As `dead_letters`, without the stream's code."""
+        return await list_dead_letters(self._link_for_commands(), stream, stream.group(group), bytes, count, after)
+
+    async def replay(
+        self, stream: EventStream[Any, Any] | Stream, *, group: str, letters: Iterable[DeadLetterEntry[Any]]
+    ) -> list[str]:
+        """Makes a group, and no other, take dead-lettered events once more.
+
+        Returns:
+            Ids of the letters that were replayed; the entry of any other was trimmed meanwhile, and its letter stays.
+
+        Raises:
+            UnknownGroup: The stream declares no such group.
+            OrkiError: The server does not answer or refuses.
+        """
+        contract = stream if isinstance(stream, Stream) else stream.contract
+        return await replay_dead_letters(self._link_for_commands(), contract, contract.group(group), letters)
+
+    async def ledger(self, stream: EventStream[Any, Any] | Stream) -> StreamLedger:
+        """What was published to a stream, and what became of it in each group. Reads the whole stream.
+
+        Raises:
+            OrkiError: The server does not answer or refuses.
+        """
+        contract = stream if isinstance(stream, Stream) else stream.contract
+        link = self._link_for_commands()
+        declared = {group.name: group for group in contract.groups}
+        for registered in await self._registry.streams(link):
+            if registered.contract.name == contract.name:
+                declared = {group.name: group for group in registered.contract.groups} | declared
+        return await read_ledger(link, replace(contract, groups=tuple(sorted(declared.values()))))
+
     async def run(self, *consumers: Consumer[Any], stop: asyncio.Event | None = None) -> None:
         """Runs push consumers until `stop` is set, or until cancelled; then ends them in good order.
 
@@ -263,6 +340,15 @@ class Events:
                 subscriptions.append(subscription)
                 runs.append(PushRun(each, subscription, each.stream.message.FromString))
             await run_until(runs, subscriptions, stop, self.options.drain_timeout_s)
+
+    async def _tail(self, stream: Stream, decode: Decode[T], after: str, follow: bool) -> AsyncIterator[TailEntry[T]]:
+        self._open()
+        link = self._link(f"tail.{next(self._consumers)}")
+        try:
+            async for entry in follow_stream(link, stream, decode, after, follow, self.options.block_ms):
+                yield entry
+        finally:
+            await link.close()
 
     @contextlib.asynccontextmanager
     async def _subscribed(

@@ -1,7 +1,8 @@
 """Consumer groups: created before the first use, and made anew at a remembered place when the server lost them.
 
-A hash for each partition (`orki:groups:{STREAM}`) remembers for each group where it began (`start:GROUP`) and up to
-which entry everything was settled (`cursor:GROUP`, with the number of entries that the stream had ever taken by then).
+A hash for each partition (`orki:groups:{STREAM}`) remembers for each group where it began (`start:GROUP`, with the
+number of entries that it never sees) and up to which entry everything was settled (`cursor:GROUP`, with the number of
+entries that the stream had ever taken by then); beside them lie the group's counters of settled entries.
 Every process also remembers the cursor that it saw last, so that a flush, which takes the hash along, is noticed.
 """
 
@@ -28,7 +29,7 @@ class Mark:
 
     Attributes:
         entry_id: Everything up to it is settled for the group.
-        added: Entries that the stream had ever taken when this was written.
+        added: A number of entries; of a cursor, those that the stream had ever taken.
     """
 
     entry_id: str
@@ -187,7 +188,9 @@ class GroupKeeper:
         if loss and start == ZERO_ID:
             stale = [f"{name}:{group.name}" for name in ("start", "processed", "dead_lettered", "declared_lost")]
             changes.append((b"HDEL", groups_key(key), *stale))
-        changes.append((b"HSETNX", groups_key(key), f"start:{group.name}", start))
+        # Entries that the group never sees: all those before it, or those that were trimmed before it.
+        unseen = 0 if state is None else state.added if start != ZERO_ID else state.added - state.length
+        changes.append((b"HSETNX", groups_key(key), f"start:{group.name}", Mark(start, unseen).text()))
         changes.append((b"HSET", groups_key(key), f"cursor:{group.name}", mark.text()))
         for reply in await link.ask(*changes):
             _checked(reply)
