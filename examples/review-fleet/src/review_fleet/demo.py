@@ -129,6 +129,7 @@ async def _review(console: Console, fleet: Fleet, events: Events, paths: list[by
                 )
                 bars.update(submitted, completed=len(handles))
                 waiting = asyncio.create_task(_results(handles, paths, bars, reviewed))
+                await _half_way(bars, reviewed, waiting)
                 outcome.killed = await kill_one_agent(orki, fleet.agents, lambda: not waiting.done())
                 outcome.files = await waiting
                 if outcome.killed:
@@ -139,6 +140,12 @@ async def _review(console: Console, fleet: Fleet, events: Events, paths: list[by
         await asyncio.gather(*followers, return_exceptions=True)
     outcome.latency_ms = latency_summary(watching.latency_ms)
     return outcome
+
+
+async def _half_way(bars: Progress, bar: TaskID, waiting: asyncio.Task[Any]) -> None:
+    """Returns once a third is done: from there on it takes a moment until an agent is caught."""
+    while not waiting.done() and 3 * bars.tasks[bar].completed < (bars.tasks[bar].total or 0) - _WAITERS:
+        await asyncio.sleep(0.02)
 
 
 async def _results(

@@ -52,11 +52,8 @@ class Fleet:
             ready = self._folder / "orchestrator.json"
             arguments = ["serve", "--listen", "127.0.0.1:0", "--redis", self.redis_url, "--ready-file", str(ready)]
             orchestrator = self._child(stack, "orchestrator", "orki_server", arguments)
-            for name, more in (
-                ("audit", [str(self.audit_log)]),
-                ("metrics", ["--port", "0"]),
-                ("feed", ["--port", "0"]),
-            ):
+            observers = {"audit": [str(self.audit_log)], "metrics": ["--port", "0"], "feed": ["--port", "0"]}
+            for name, more in observers.items():
                 self._child(stack, name, "orki_server", ["observe", name, *more, "--redis", self.redis_url])
             self.orchestrator = str(wait_for_file(ready, orchestrator)["address"])
             for name in self._names:

@@ -57,7 +57,7 @@ class Child:
         self.process.send_signal(number)
 
     def stop(self, timeout: float = 20.0) -> int:
-        """Asks the process to end in good order, and kills it if it does not within `timeout` seconds; its exit code."""
+        """Asks the process to end in good order, kills it after `timeout` seconds; returns its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
             self.process.terminate()

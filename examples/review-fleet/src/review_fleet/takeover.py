@@ -1,7 +1,7 @@
 """The demo's misfortune: one agent is killed while it holds work, and another takes the work over.
 
-To be sure that the agent dies with work in its hands it is paused (SIGSTOP) first, then the orchestrator is asked what it
-holds, and only then is it killed (SIGKILL). An agent that held nothing is resumed, and tried again later.
+To be sure that the agent dies with work in its hands it is paused (SIGSTOP) first, then the orchestrator is asked what
+it holds, and only then is it killed (SIGKILL). An agent that held nothing is resumed, and tried again later.
 """
 
 from __future__ import annotations

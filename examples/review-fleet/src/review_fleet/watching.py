@@ -17,8 +17,8 @@ class Watching:
     """Follows the streams of tasks and tools with plain cursors, so that no group has to wait for it.
 
     Attributes:
-        latency_ms: For each plane what was observed: `control`, from an offer to the start of its handler; `events`, from
-            an event's happening to its arrival here; `hotpath`, from a tool call to its reply.
+        latency_ms: For each plane what was observed: `control`, from an offer to the start of its handler; `events`,
+            from an event's happening to its arrival here; `hotpath`, from a tool call to its reply.
         fences: Fences under which each task was started, in their order.
     """
 
