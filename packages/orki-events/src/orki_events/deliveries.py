@@ -6,7 +6,7 @@ __all__ = ["Delivery", "DeliveryBatch", "take_batch", "take_one"]
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic
 
 from google.protobuf.message import DecodeError
 
@@ -17,7 +17,15 @@ from orki_events.delivery_moves import Dispatch, Entry
 from orki_events.envelope import decode_envelope, envelope_span, event_id_of, split_entry
 from orki_events.subscription import Subscription
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    # PEP 696: a handler writes `Delivery` and need not repeat the event's class. Type checkers bring this module along.
+    from typing_extensions import TypeVar
+
+    T = TypeVar("T", default=Any)
+else:
+    from typing import TypeVar
+
+    T = TypeVar("T")
 Decode = Callable[[bytes], T]
 _UNMENDABLE: Final = (HandlerRejected, EventUndecodable)
 
