@@ -12,6 +12,7 @@ __all__ = ["balance", "drained_ledger"]
 
 _DRAIN_SECONDS = 60.0
 _LOOK_SECONDS = 0.1
+_SETTLED = ("processed", "dead_lettered", "declared_lost", "before_start")
 
 Ledger = dict[str, dict[str, Any]]
 
@@ -21,7 +22,7 @@ def balance(ledger: Ledger) -> list[str]:
     wrong = []
     for stream, row in ledger.items():
         for group, counts in row["groups"].items():
-            total = sum(counts.values())
+            total = sum(counts.get(name, 0) for name in _SETTLED)
             if total != row["published"]:
                 wrong.append(f'stream "{stream}": {row["published"]} published, group "{group}" accounts for {total}')
     return wrong
@@ -45,6 +46,5 @@ async def drained_ledger(events: Events, told: Callable[[str], None]) -> Ledger:
 async def _read(events: Events) -> Ledger:
     ledger: Ledger = {}
     for registered in await events.registered_streams():
-        row = await events.ledger(registered.stream)
-        ledger[registered.stream.name] = row.to_json()
+        ledger[registered.contract.name] = (await events.ledger(registered.contract)).dump()
     return ledger

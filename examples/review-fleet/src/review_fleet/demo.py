@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -128,8 +128,9 @@ async def _review(console: Console, fleet: Fleet, events: Events, paths: list[by
                     [ReviewFileRequest(path=path) for path in paths]
                 )
                 bars.update(submitted, completed=len(handles))
-                waiting = asyncio.create_task(_results(handles, paths, bars, reviewed))
-                await _half_way(bars, reviewed, waiting)
+                third = asyncio.Event()
+                waiting = asyncio.create_task(_results(handles, paths, lambda: bars.advance(reviewed), third))
+                await third.wait()
                 outcome.killed = await kill_one_agent(orki, fleet.agents, lambda: not waiting.done())
                 outcome.files = await waiting
                 if outcome.killed:
@@ -142,17 +143,20 @@ async def _review(console: Console, fleet: Fleet, events: Events, paths: list[by
     return outcome
 
 
-async def _half_way(bars: Progress, bar: TaskID, waiting: asyncio.Task[Any]) -> None:
-    """Returns once a third is done: from there on it takes a moment until an agent is caught."""
-    while not waiting.done() and 3 * bars.tasks[bar].completed < (bars.tasks[bar].total or 0) - _WAITERS:
-        await asyncio.sleep(0.02)
-
-
 async def _results(
-    handles: list[TaskHandle[ReviewFileResponse, Any, Any]], paths: list[bytes], bars: Progress, bar: TaskID
+    handles: list[TaskHandle[ReviewFileResponse, Any, Any]],
+    paths: list[bytes],
+    advance: Callable[[], None],
+    third: asyncio.Event,
 ) -> list[FileResult]:
-    """The result of every task, in the order of the paths; a task that failed is a result with an error."""
+    """The result of every task, in the order of the paths; a task that failed is a result with an error.
+
+    `third` is set once a third is done: from there on it takes a moment until an agent is caught.
+    """
     room = asyncio.Semaphore(_WAITERS)
+    finished: list[bytes] = []
+    if len(paths) <= _WAITERS:
+        third.set()
 
     async def one(handle: TaskHandle[ReviewFileResponse, Any, Any], path: bytes) -> FileResult:
         async with room:
@@ -160,7 +164,10 @@ async def _results(
                 response = await handle.result()
             except OrkiError as error:
                 response = ReviewFileResponse(error=f"was not reviewed: {error.message}")
-        bars.advance(bar)
+        advance()
+        finished.append(path)
+        if 3 * len(finished) >= len(paths):
+            third.set()
         return FileResult(
             path=path,
             lines=response.lines,

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable
-from typing import Any
 
 from sourcereview.v1.review_orki import REVIEW_FINDINGS
 from sourcereview.v1.review_pb2 import FindingEvent
 
-from orki_events import Delivery, consumer
+from orki_events import Consumer, Delivery, consumer
 
 __all__ = ["describe", "gather"]
 
 
-def gather(into: list[str]) -> Callable[[FindingEvent, Delivery], Awaitable[Any]]:
+def gather(into: list[str]) -> Consumer[[FindingEvent, Delivery]]:
     """A consumer of the group `report` that appends one sentence a finding."""
 
     @consumer(REVIEW_FINDINGS, group="report", concurrency=16)
