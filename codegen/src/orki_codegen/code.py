@@ -5,7 +5,20 @@
 
 from __future__ import annotations
 
-__all__ = ["WIDTH", "Call", "Code", "Raw", "Sequence", "docstring", "expression", "lay", "quote", "signature", "width"]
+__all__ = [
+    "WIDTH",
+    "Call",
+    "Code",
+    "Raw",
+    "Sequence",
+    "annotated",
+    "docstring",
+    "expression",
+    "lay",
+    "quote",
+    "signature",
+    "width",
+]
 
 import dataclasses
 import textwrap
@@ -89,15 +102,42 @@ def lay(prefix: str, code: Code, suffix: str = "", indent: int = 0) -> str:
     return "\n".join([f"{prefix}{opening}", *lines, f"{' ' * indent}{closing}{suffix}"])
 
 
-def signature(head: str, parameters: tuple[str, ...], result: str, indent: int) -> str:
-    """A function's first line or lines, such as `def name(self, a: int) -> int:`, from column `indent` on."""
-    tail = f") -> {result}:"
-    flat = f"{head}({', '.join(parameters)}{tail}"
-    if indent + width(flat) <= WIDTH:
-        return flat
-    if indent + _STEP + width(", ".join(parameters)) <= WIDTH:
-        return f"{head}(\n{' ' * (indent + _STEP)}{', '.join(parameters)}\n{' ' * indent}{tail}"
-    lines = [f"{' ' * (indent + _STEP)}{each}," for each in parameters]
+def annotated(name: str, annotation: Sequence, value: Code, indent: int = 0) -> str:
+    """The lines of `name: annotation = value`; the annotation is broken where not even the value's opening fits."""
+    prefix = f"{name}: {_flat(annotation)} = "
+    opening = _parts(value)[0]
+    if indent + width(prefix) + width(opening) <= WIDTH:
+        return lay(prefix, value, "", indent)
+    inner = indent + _STEP
+    # No comma behind a single element: it would be a tuple.
+    lines = [
+        f"{' ' * inner}{lay('', each, '' if len(annotation.items) == 1 else ',', inner)}" for each in annotation.items
+    ]
+    opened = "\n".join([f"{name}: {annotation.name}[", *lines, f"{' ' * indent}] = "])
+    return opened + lay("] = ", value, "", indent).removeprefix("] = ")
+
+
+def signature(head: str, parameters: tuple[tuple[str, Code], ...], result: str, indent: int, body: str = "") -> str:
+    """A function's first line or lines, such as `def name(self, a: int) -> int:`, from column `indent` on.
+
+    Args:
+        head: Such as `async def name`.
+        parameters: Each with its annotation; `self` has an empty one.
+        result: The annotation of the result.
+        indent: Column of the first line.
+        body: What follows on the last line.
+    """
+    named = [f"{name}: " if _flat(annotation) else name for name, annotation in parameters]
+    flat = ", ".join(f"{name}{_flat(annotation)}" for name, (_, annotation) in zip(named, parameters, strict=True))
+    tail = f") -> {result}:{body}"
+    if indent + width(f"{head}({flat}{tail}") <= WIDTH:
+        return f"{head}({flat}{tail}"
+    inner = indent + _STEP
+    if inner + width(flat) <= WIDTH:
+        lines = [f"{' ' * inner}{flat}"]
+    else:
+        pairs = zip(named, parameters, strict=True)
+        lines = [f"{' ' * inner}{lay(name, annotation, ',', inner)}" for name, (_, annotation) in pairs]
     return "\n".join([f"{head}(", *lines, f"{' ' * indent}{tail}"])
 
 
@@ -107,8 +147,7 @@ def docstring(comment: str, indent: int, otherwise: str) -> str:
     text = "\n".join(lines).strip("\n") or otherwise
     room = WIDTH - indent
     # The quotes take room on the first line, and behind a single one.
-    if any(width(line) > room for line in text.split("\n")) or width(text.split("\n")[0]) + 6 > room:
-        text = "\n\n".join(_fill(paragraph, room) for paragraph in text.split("\n\n"))
+    text = "\n\n".join(_fitted(paragraph, room) for paragraph in text.split("\n\n"))
     text = text.replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
     if text.endswith('"'):
         text = text[:-1] + '\\"'
@@ -156,12 +195,14 @@ def _clean(line: str) -> str:
     return "".join(kept).rstrip()
 
 
-def _fill(paragraph: str, room: int) -> str:
-    """The paragraph's words in lines of at most `room` columns, the first short enough for the quotes around it."""
+def _fitted(paragraph: str, room: int) -> str:
+    """The paragraph as it is where its lines fit, else its words in lines that do; the quotes need room as well."""
+    longest = room - 6
+    if all(width(line) <= longest for line in paragraph.split("\n")):
+        return paragraph
     lines: list[str] = []
     line = ""
     for word in paragraph.split():
-        longest = room - 6 if not lines else room
         if line and width(line) + 1 + width(word) > longest:
             lines.append(line)
             line = word

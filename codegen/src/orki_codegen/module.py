@@ -53,22 +53,21 @@ class StreamConstant:
     constant: str
     groups_alias: str
     groups: Code
-    message: str
+    annotation: Sequence
     value: Code
     comment: str
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One task or tool: its constant, and the method that stands for it."""
+    """One task or tool: its constant, and the method that stands for it; `news` is a task's progress and directive."""
 
     constant: str
     attribute: str
     value: Code
     request: str
     response: str
-    progress: str
-    directive: str
+    news: tuple[Code, ...]
     comment: str
 
 
@@ -191,7 +190,7 @@ class _Builder:
             constant=constant_name(stream.name),
             groups_alias=f"{class_name(stream.name)}Group",
             groups=self._literal([group.name for group in stream.groups]),
-            message=message,
+            annotation=self._stream_type(message, stream.name),
             value=value,
             comment=self.schema.comment(node.file.name, node.path),
         )
@@ -208,12 +207,16 @@ class _Builder:
                     constant=constant_name(name),
                     groups_alias=f"{class_name(name)}Group",
                     groups=self._literal([each.group.name for each in own]),
-                    message=self._message(own[0].message),
+                    annotation=self._stream_type(self._message(own[0].message), name),
                     value=Call(f"{source}.subscribed", tuple(expression(each.group, self.names.oc) for each in own)),
                     comment="",
                 )
             )
         return found
+
+    def _stream_type(self, message: str, stream: str) -> Sequence:
+        parameters = (Raw(message), Raw(f"{class_name(stream)}Group"))
+        return Sequence((Sequence(parameters, f"{self.names.oc}.EventStream"),), self.names.final)
 
     def _literal(self, names: list[str]) -> Code:
         return Sequence(tuple(Raw(quote(name)) for name in names), self.names.literal)
@@ -271,16 +274,15 @@ class _Builder:
     def _method(self, node: MethodNode, method: TaskMethod | ToolMethod) -> Method:
         attribute = snake_name(method.name)
         request, response = self._payload(method.request), self._payload(method.response)
-        progress, directive = "None", "None"
         named: list[tuple[str, Code]] = []
+        news: list[Code] = []
         if isinstance(method, ToolMethod):
             named.append(("opcode", Raw(f"0x{method.opcode:04X}")))
         named += [("request", Raw(request)), ("response", Raw(response))]
         if isinstance(method, TaskMethod):
-            progress = self._payload(method.progress) if method.progress else "None"
-            directive = self._payload(method.directive) if method.directive else "None"
-            named += [("progress", Raw(progress))] * bool(method.progress)
-            named += [("directive", Raw(directive))] * bool(method.directive)
+            news = [Raw(self._payload(each) if each else "None") for each in (method.progress, method.directive)]
+            named += [("progress", news[0])] * bool(method.progress)
+            named += [("directive", news[1])] * bool(method.directive)
         named += _settings(method, self.names.oc)
         kind = "Task" if isinstance(method, TaskMethod) else "Tool"
         positional = (Raw(quote(method.full_name)),)
@@ -290,8 +292,7 @@ class _Builder:
             value=Call(f"{self.names.oc}.{kind}.declare", positional, tuple(named)),
             request=request,
             response=response,
-            progress=progress,
-            directive=directive,
+            news=tuple(news),
             comment=self.schema.comment(self.file.path, node.path),
         )
 
@@ -316,9 +317,9 @@ class _Builder:
         dotted = module_path(file, suffix).removesuffix(".py").replace("/", ".")
         if dotted not in self.aliases:
             base = dotted.rpartition(".")[2]
-            alias = "pb" if file == self.file.path and suffix == "_pb2" else base
-            if alias in self.taken:
-                alias = dotted.replace(".", "_")
+            alias = dotted.replace(".", "_") if base in self.taken else base
+            if file == self.file.path and suffix == "_pb2":
+                alias = "pb"
             self.aliases[dotted] = self._alias(alias)
         return self.aliases[dotted]
 

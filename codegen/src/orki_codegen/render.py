@@ -9,7 +9,7 @@ from typing import Final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from orki_codegen.code import WIDTH, docstring, lay, signature, width
+from orki_codegen.code import WIDTH, Call, Code, Raw, Sequence, annotated, docstring, lay, signature, width
 from orki_codegen.module import Method, Module, Service
 
 _ENVIRONMENT: Final = Environment(
@@ -25,15 +25,29 @@ def render(module: Module) -> str:
     """The text of one `*_orki.py`, laid out as `ruff format` lays it out."""
     template = _ENVIRONMENT.get_template("module.py.j2")
 
-    def handler(head: str, service: Service, method: Method, prefix: str) -> str:
-        context = f"{module.names.oc}.ToolCall"
-        if service.kind == "Task":
-            context = f"{module.names.oc}.{prefix}TaskContext[{method.progress}, {method.directive}]"
-        second = "ctx" if service.kind == "Task" else "call"
-        parameters = ("self", f"request: {method.request}", f"{second}: {context}")
-        return signature(f"{head} {method.attribute}", parameters, method.response, 4)
+    oc = module.names.oc
 
-    text = template.render(module=module, header=_header(module.source), lay=lay, docstring=docstring, handler=handler)
+    def handler(head: str, service: Service, method: Method, prefix: str) -> str:
+        context: Code = Raw(f"{oc}.ToolCall")
+        if service.kind == "Task":
+            context = Sequence(method.news, f"{oc}.{prefix}TaskContext")
+        second = "ctx" if service.kind == "Task" else "call"
+        parameters = (("self", Raw("")), ("request", Raw(method.request)), (second, context))
+        return signature(f"{head} {method.attribute}", parameters, method.response, 4, " ..." * bool(prefix))
+
+    def stub(service: Service, method: Method, prefix: str) -> str:
+        call = Call(f"{oc}.{prefix}{service.kind}Stub", (Raw("channel"), Raw(method.constant)))
+        return lay(f"self.{method.attribute} = ", call, "", 8)
+
+    text = template.render(
+        module=module,
+        header=_header(module.source),
+        annotated=annotated,
+        docstring=docstring,
+        handler=handler,
+        lay=lay,
+        stub=stub,
+    )
     # Between two top-level pieces stand two lines where one of them is a class, else one.
     text = re.sub(r"\n{3,}(?=[^\n])", "\n\n\n", text)
     return text.rstrip("\n") + "\n"
