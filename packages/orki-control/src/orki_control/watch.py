@@ -16,7 +16,7 @@ from orki_control.backoff import Jitter, JitterOptions
 from orki_control.statuses import typed_errors
 
 if TYPE_CHECKING:
-    from orki.control.v1.task_pb2_grpc import TaskServiceAsyncStub
+    from orki.control.v1.task_pb2_grpc import TaskServiceStub
 
 __all__ = ["TERMINAL_STATES", "watch_task"]
 
@@ -29,7 +29,7 @@ TERMINAL_STATES: Final = frozenset(
 
 
 async def watch_task(
-    stub: TaskServiceAsyncStub, target: str, task_id: str, *, after: str, backoff: JitterOptions
+    stub: TaskServiceStub, target: str, task_id: str, *, after: str, backoff: JitterOptions
 ) -> AsyncGenerator[WatchResponse, None]:
     """Snapshots and progress of a task; the last one is a terminal snapshot.
 

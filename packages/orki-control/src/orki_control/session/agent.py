@@ -35,10 +35,7 @@ from orki_control.session.events import (
 )
 from orki_control.session.hello import build_hello, check_welcome
 from orki_control.session.holdings import Holding, Holdings
-from orki_control.session.options import (
-    DEFAULT_MESSAGE_BYTES,
-    AgentSessionOptions,
-)
+from orki_control.session.options import DEFAULT_MESSAGE_BYTES, AgentSessionOptions
 from orki_control.session.outbox import OVERHEAD_BYTES, Outbox
 from orki_control.session.outcomes import Outcome, failure, result
 from orki_control.session.pulse import Pulse
@@ -85,6 +82,11 @@ class AgentSession:
     def free_slots(self) -> int:
         """Slots without an attempt and without a handler that was given up but still runs."""
         return self._holdings.free_slots
+
+    @property
+    def max_payload_bytes(self) -> int:
+        """Longest payload that the orchestrator takes, as far as we know."""
+        return self._peer_bytes - OVERHEAD_BYTES
 
     def backlog(self, attempt: AttemptKey) -> int:
         """Messages about the attempt that have not left yet; a handler that tells much should wait for them."""
@@ -174,10 +176,8 @@ class AgentSession:
         holding = self._holdings.get(attempt)
         if holding is None:
             return False
-        if len(payload) + OVERHEAD_BYTES > self._peer_bytes:
-            raise TooLarge(
-                f"{attempt}: a progress of {len(payload)} bytes; the orchestrator takes messages of {self._peer_bytes}"
-            )
+        if len(payload) > self.max_payload_bytes:
+            raise TooLarge(f"{attempt}: a progress of {len(payload)} bytes; at most {self.max_payload_bytes} are taken")
         self._step(attempt, holding, pb.Progress, LocalProtocolError)
         holding.index += 1
         progress = pb.Progress(attempt=attempt.ref(), index=holding.index, payload=payload)
@@ -253,13 +253,12 @@ class AgentSession:
         """When `handle_timer` is due, or None. Leases run without a stream, too."""
         if self.state is AgentState.ENDED:
             return None
-        due = [self._holdings.leases_end_at]
+        due = [] if self._holdings.leases_end_at is None else [self._holdings.leases_end_at]
         if self.state is not AgentState.DISCONNECTED:
             due.append(self._pulse.silent_at)
         if self.state in _LIVE:
             due.append(self._pulse.beat_at)
-        known = [each for each in due if each is not None]
-        return min(known) if known else None
+        return min(due, default=None)
 
     def handle_timer(self, now: float) -> list[AgentEvent]:
         """Does what is due; harmless when nothing is."""
@@ -450,8 +449,8 @@ class AgentSession:
     def _send_result(self, key: AttemptKey, holding: Holding) -> None:
         assert holding.result is not None
         size = len(holding.result.response)
-        if size + OVERHEAD_BYTES > self._peer_bytes:
-            text = f"the response has {size} bytes, and the orchestrator takes messages of {self._peer_bytes}"
+        if size > self.max_payload_bytes:
+            text = f"the response has {size} bytes; the orchestrator takes {self.max_payload_bytes}"
             holding.result = result(key, failure(Reason.REASON_TOO_LARGE, text))
             size = 0
         self._work(key, holding, pb.Result, size, result=holding.result)

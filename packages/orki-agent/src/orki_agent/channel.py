@@ -1,0 +1,212 @@
+"""The session over gRPC: dials, reads, writes, arms the machine's timer, and comes back after every loss.
+
+It moves messages and maps errors; what they mean is the machine's. One task reads and one writes: a cancelled read or
+write of grpc.aio ends the whole call, so neither is ever given a timeout, and a call is ended only by `call.cancel()`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
+
+import grpc
+
+from orki.control.v1.session_pb2 import ConnectRequest, ConnectResponse
+from orki.control.v1.session_pb2_grpc import SessionServiceStub
+from orki_agent.settings import RunSettings
+from orki_contract.errors import OrkiError, RemoteProtocolError
+from orki_control.backoff import Jitter
+from orki_control.session import AgentEvent, AgentSession, AgentState, SessionClosed, SessionLost
+from orki_control.statuses import error_from
+from orki_control.wire import open_channel
+
+__all__ = ["SessionChannel"]
+
+_log = logging.getLogger("orki.agent.session")
+
+_FAILURES_OF_A_CHANNEL: Final = 3
+"""Streams that may fail on a channel before it is built anew."""
+_LAST_WORDS: Final = 0.5
+"""Seconds for the orchestrator to end the stream after we have."""
+
+if TYPE_CHECKING:
+    _Call = grpc.aio.StreamStreamCall[ConnectRequest, ConnectResponse]
+
+
+class SessionChannel:
+    """The agent's stream, again and again. Belongs to the I/O loop.
+
+    Args:
+        session: The machine.
+        settings: Where to dial.
+        on_events: Told what the machine tells, in batches.
+        on_sent: Called after something has left.
+        on_beat: Called before the machine's timer is handled, for fresh vitals.
+    """
+
+    def __init__(
+        self,
+        session: AgentSession,
+        settings: RunSettings,
+        on_events: Callable[[Sequence[AgentEvent]], None],
+        on_sent: Callable[[], None],
+        on_beat: Callable[[], None],
+    ) -> None:
+        self._session = session
+        self._settings = settings
+        self._on_events = on_events
+        self._on_sent = on_sent
+        self._on_beat = on_beat
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._to_write = asyncio.Event()
+        self._over: asyncio.Future[SessionLost] | None = None
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> None:
+        """Keeps a session up until `stop` is called or the machine says that it is over for good."""
+        jitter = Jitter(self._settings.backoff)
+        channel: grpc.aio.Channel | None = None
+        failures = 0
+        try:
+            while not self._done():
+                channel = channel or open_channel(self._settings.orchestrator, self._settings.max_message_bytes)
+                dialled_at = self._loop.time()
+                lost = await self._one_stream(channel)
+                if self._done():
+                    break
+                lasted = self._loop.time() - dialled_at
+                failures = 0 if lasted > self._settings.backoff.stable else failures + 1
+                wait = jitter.failed(lasted)
+                if lost.silent or failures >= _FAILURES_OF_A_CHANNEL:
+                    await channel.close()
+                    channel, failures = None, 0
+                _log.warning("no session: %s; dialling again in %.2f s", lost.cause, wait)
+                await self._pause(wait)
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            if channel is not None:
+                await channel.close()
+
+    def changed(self) -> None:
+        """The machine was told something: writes what it has to say and arms its timer."""
+        self._to_write.set()
+        due = self._session.next_timer()
+        if due is None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+        elif self._timer is None or due < self._timer_at or self._timer_at < self._loop.time():
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer_at = due
+            self._timer = self._loop.call_at(due, self._wake)
+
+    def take(self, events: Sequence[AgentEvent]) -> None:
+        """Handles what the machine tells, and everything that follows from it."""
+        for event in events:
+            if isinstance(event, SessionLost):
+                self._end_stream(event)
+            elif isinstance(event, SessionClosed):
+                self._end_stream(SessionLost(event.error.message, silent=False))
+        if events:
+            self._on_events(events)
+        self.changed()
+
+    def stop(self) -> None:
+        """Ends the stream in good order, after what is queued has left."""
+        self._stopping.set()
+        self._to_write.set()
+
+    # --- one stream ---
+
+    async def _one_stream(self, channel: grpc.aio.Channel) -> SessionLost:
+        over = self._over = self._loop.create_future()
+        call = SessionServiceStub(channel).Connect()
+        self._session.connection_made(self._loop.time())
+        self.changed()
+        tasks = [
+            self._loop.create_task(self._read(call), name="orki session reader"),
+            self._loop.create_task(self._write(call, over), name="orki session writer"),
+        ]
+        try:
+            return await over
+        finally:
+            call.cancel()
+            # Neither task is cancelled: the reader ends with the call, the writer when it looks.
+            self._lose("the agent ends")
+            self._to_write.set()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.take(self._session.connection_lost(self._loop.time()))
+
+    async def _read(self, call: _Call) -> None:
+        try:
+            while True:
+                response = await call.read()
+                if response is grpc.aio.EOF:
+                    return self._lose("the orchestrator ended the stream")
+                assert isinstance(response, ConnectResponse)
+                self.take(self._session.receive_batch(response.messages, self._loop.time()))
+        except RemoteProtocolError as error:
+            _log.error("the orchestrator broke the protocol: %s", error.message)
+            self._lose(f"protocol violation: {error.message}")
+        except (grpc.RpcError, asyncio.CancelledError, asyncio.InvalidStateError) as error:
+            self._lose(self._cause(error))
+        except Exception as error:
+            _log.exception("reading the session failed: a defect")
+            self._lose(f"{type(error).__name__}: {error}")
+
+    async def _write(self, call: _Call, over: asyncio.Future[SessionLost]) -> None:
+        try:
+            while not over.done():
+                while (request := self._session.messages_to_send()) is not None:
+                    await call.write(request)
+                    self._on_sent()
+                if self._stopping.is_set():
+                    await call.done_writing()
+                    self._loop.call_later(_LAST_WORDS, self._lose, "we have stopped")
+                    return
+                self._to_write.clear()
+                await self._to_write.wait()
+        except (grpc.RpcError, asyncio.CancelledError, asyncio.InvalidStateError) as error:
+            self._lose(self._cause(error))
+        except Exception as error:
+            _log.exception("writing the session failed: a defect")
+            self._lose(f"{type(error).__name__}: {error}")
+
+    def _cause(self, error: BaseException) -> str:
+        if isinstance(error, grpc.aio.AioRpcError):
+            return error_from(error, self._settings.orchestrator).message
+        return f"{self._settings.orchestrator}: the call was ended ({type(error).__name__})"
+
+    def _lose(self, cause: str) -> None:
+        self._end_stream(SessionLost(cause, silent=False))
+
+    def _end_stream(self, lost: SessionLost) -> None:
+        if self._over is not None and not self._over.done():
+            self._over.set_result(lost)
+
+    # --- time ---
+
+    def _wake(self) -> None:
+        self._timer = None
+        self._on_beat()
+        try:
+            self.take(self._session.handle_timer(self._loop.time()))
+        except OrkiError:
+            _log.exception("the session's timer failed: a defect")
+            self.changed()
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+        except TimeoutError:
+            pass
+
+    def _done(self) -> bool:
+        return self._stopping.is_set() or self._session.state is AgentState.ENDED

@@ -1,0 +1,310 @@
+"""One run of an agent: the user's loop, the I/O thread, and everything between them, begun and ended in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+
+from orki.control.v1.session_pb2 import ServedService
+from orki.events.v1.agent_orki import AGENTS
+from orki.events.v1.agent_pb2 import (
+    AgentConnected,
+    AgentDisconnected,
+    AgentEvent,
+    AgentReplaced,
+    AgentSpawned,
+    AgentStopped,
+)
+from orki_agent.catalog import Handler
+from orki_agent.channel import SessionChannel
+from orki_agent.crossing import Mailbox, cross, in_thread
+from orki_agent.iothread import IoThread
+from orki_agent.remote_tasks import RemoteTasks
+from orki_agent.reporting import PlaneEvents
+from orki_agent.runner import Runner
+from orki_agent.settings import RunSettings
+from orki_agent.tool_access import ToolAccess, ToolServices
+from orki_agent.vitals import LoopProbe, resident_bytes
+from orki_contract import EventStream, SyncToolChannel, TaskChannel, ToolChannel
+from orki_contract.errors import OrkiError
+from orki_contract.trace import Span, new_span
+from orki_control import Client, ClientOptions, session
+from orki_control.attempt import AttemptKey
+
+__all__ = ["Runtime"]
+
+E = TypeVar("E", bound=Message)
+
+_log = logging.getLogger("orki.agent")
+
+_LAST_ACKNOWLEDGEMENTS: Final = 5.0
+"""Seconds for the orchestrator to acknowledge what was abandoned."""
+_HANDLERS_END_WITHIN: Final = 2.0
+"""Seconds for handlers to end once the session is over."""
+
+
+class Runtime:
+    """Implements `Surroundings`.
+
+    Args:
+        settings: How to run.
+        handlers: What to run, by `package.Service/Method`.
+        services: The contracts for the hello.
+        tools: Tool services of the agent's own.
+    """
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        handlers: Mapping[str, Handler],
+        services: tuple[ServedService, ...],
+        tools: tuple[ToolServices, ...],
+    ) -> None:
+        self._settings = settings
+        self._handlers = handlers
+        self._services = services
+        self._instance_id = uuid.uuid4().hex
+        self._span = new_span()
+        self._began_at = time.monotonic()
+        self._io = IoThread(self._serve)
+        self._tools = ToolAccess(tools, settings.tools, settings.agent_id, self.collect)
+        self._closed_by: OrkiError | None = None
+        self._session = session.AgentSession(
+            session.AgentSessionOptions(
+                agent_id=settings.agent_id,
+                instance_id=self._instance_id,
+                services=services,
+                slots=settings.slots,
+                max_message_bytes=settings.max_message_bytes,
+            )
+        )
+        self._orchestrator_id = ""
+        self._draining = False
+
+    # --- the user's loop ---
+
+    async def run(self) -> None:
+        """Serves until the agent has drained.
+
+        Raises:
+            Replaced: A newer instance has the session.
+            ContractMismatch, ProtocolVersion, OrkiError: The orchestrator refused the session for good.
+            SocketUnsafe: The tool bridge could not be opened.
+        """
+        loop = asyncio.get_running_loop()
+        self._user = Mailbox(loop)
+        self._probe = LoopProbe(loop)
+        interval = sys.getswitchinterval()
+        if self._settings.switch_interval:
+            sys.setswitchinterval(self._settings.switch_interval)
+        self._probe.start()
+        try:
+            self._io.start()
+            self._tools.start(self._post)
+            await asyncio.shield(asyncio.wrap_future(self._io.done))
+        finally:
+            self.stop_now()
+            await in_thread(lambda: self._io.join(2 * _LAST_ACKNOWLEDGEMENTS))
+            await self._tools.close()
+            self._probe.stop()
+            sys.setswitchinterval(interval)
+        if self._closed_by is not None:
+            raise self._closed_by
+
+    # --- from any thread ---
+
+    @property
+    def served(self) -> bool:
+        """Whether the session is over and the I/O thread has ended."""
+        return self._io.done.done()
+
+    def drain(self) -> None:
+        """Takes no more offers; what runs has the drain's grace to end."""
+        self._post(self._drain)
+
+    def stop_now(self) -> None:
+        """Gives back what runs, tells the orchestrator, and ends."""
+        self._post(self._abandon)
+
+    @property
+    def agent_id(self) -> str:
+        """The agent's name in the fleet."""
+        return self._settings.agent_id
+
+    @property
+    def max_payload_bytes(self) -> int:
+        """Longest payload that the orchestrator takes."""
+        return self._session.max_payload_bytes
+
+    def send_progress(self, attempt: AttemptKey, payload: bytes) -> None:
+        """Queues progress."""
+        self._runner.send_progress(attempt, payload)
+
+    def collect(self, stream: EventStream[E, Any], event: E, span: Span) -> None:
+        """Publishes soon."""
+        self._post(self._events.collect, stream, event, span)
+
+    async def publish(self, stream: EventStream[E, Any], event: E, span: Span) -> None:
+        """Publishes; returns once the server has it."""
+        await cross(self._io.loop, self._events.publish(stream, event, span))
+
+    def publish_blocking(self, stream: EventStream[E, Any], event: E, span: Span) -> None:
+        """As `publish`, blocking the calling thread."""
+        asyncio.run_coroutine_threadsafe(self._events.publish(stream, event, span), self._io.loop).result()
+
+    def tool_channel(self) -> ToolChannel:
+        """The channel of async tool calls."""
+        return self._tools.async_channel()
+
+    def sync_tool_channel(self) -> SyncToolChannel:
+        """The channel of blocking tool calls."""
+        return self._tools.sync_channel()
+
+    def task_channel(self) -> TaskChannel:
+        """For submitting tasks."""
+        return RemoteTasks(self._client, self._io.loop)
+
+    def _post(self, call: Callable[..., object], *arguments: Any) -> None:
+        if self._io.mailbox is not None:
+            self._io.mailbox.post(call, *arguments)
+
+    # --- the I/O loop ---
+
+    async def _serve(self) -> None:
+        settings = self._settings
+        self._events = PlaneEvents(f"{settings.agent_id}@{self._instance_id[:12]}", settings.events_url)
+        self._channel = SessionChannel(self._session, settings, self._on_events, self._on_sent, self._on_beat)
+        self._runner = Runner(
+            self._session,
+            self._handlers,
+            self,
+            self._user,
+            Mailbox(asyncio.get_running_loop()),
+            settings.progress_window,
+            self._channel.changed,
+        )
+        options = ClientOptions(max_message_bytes=settings.max_message_bytes, insecure=settings.insecure)
+        async with Client(settings.orchestrator, options) as self._client:
+            self._tell_spawned()
+            if settings.events_url:
+                await self._events.open("")
+            try:
+                await self._channel.run()
+                await self._end_handlers()
+            finally:
+                lifetime = Duration()
+                lifetime.FromNanoseconds(int((time.monotonic() - self._began_at) * 1e9))
+                self._tell(AgentEvent(stopped=AgentStopped(lifetime=lifetime)))
+                self._tools.flush()
+                await self._events.close()
+
+    async def _end_handlers(self) -> None:
+        self._runner.cancel_all()
+        try:
+            async with asyncio.timeout(_HANDLERS_END_WITHIN):
+                await self._runner.idle()
+        except TimeoutError:
+            _log.error("some handlers do not end; they are left behind")
+        self._runner.close(0.0)
+
+    def _on_events(self, events: Sequence[session.AgentEvent]) -> None:
+        for event in events:
+            match event:
+                case session.OffersArrived(offers):
+                    self._runner.offers(offers)
+                case session.CancelsArrived(cancels):
+                    self._runner.cancels(cancels)
+                case session.DirectivesArrived(directives):
+                    self._runner.directives(directives)
+                case session.AttemptsRevoked(revocations):
+                    for revocation in revocations:
+                        self._runner.revoke(revocation.attempt, revocation.failure.message)
+                case session.LeasesLost(attempts):
+                    for attempt in attempts:
+                        self._runner.revoke(attempt, "its lease could not be renewed")
+                case session.SessionOpened():
+                    self._opened(event)
+                case session.SessionLost(cause=cause):
+                    self._tell_disconnected(cause)
+                case session.OrchestratorDraining(grace_ms=grace_ms):
+                    _log.info("orchestrator %s stops within %d ms", self._orchestrator_id, grace_ms)
+                case session.SessionClosed(error=error, successor=successor):
+                    self._closed_by = error
+                    if successor:
+                        self._tell(AgentEvent(replaced=AgentReplaced(successor_instance_id=successor)))
+                case session.DrainCompleted():
+                    self._channel.stop()
+                case session.ResultsAcknowledged():
+                    pass
+
+    def _on_sent(self) -> None:
+        self._runner.sent()
+
+    def _on_beat(self) -> None:
+        self._session.set_vitals(loop_lag_us=self._probe.take(), memory_bytes=resident_bytes())
+
+    def _opened(self, event: session.SessionOpened) -> None:
+        self._orchestrator_id = event.orchestrator_id
+        _log.info(
+            "agent %s has session %d with %s; %d attempts go on",
+            self.agent_id,
+            event.session_epoch,
+            event.orchestrator_id,
+            len(event.resumed),
+        )
+        asyncio.get_running_loop().create_task(self._events.open(event.events_url))
+        connected = AgentConnected(
+            orchestrator_id=event.orchestrator_id,
+            session_epoch=event.session_epoch,
+            resumed_attempts=len(event.resumed),
+        )
+        self._tell(AgentEvent(connected=connected))
+
+    def _drain(self) -> None:
+        if self._draining:
+            return
+        self._draining = True
+        _log.info("agent %s drains: no more offers, %.0f s for what runs", self.agent_id, self._settings.drain_grace)
+        asyncio.get_running_loop().call_later(self._settings.drain_grace, self._abandon)
+        self._channel.take(self._session.drain(asyncio.get_running_loop().time()))
+
+    def _abandon(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._draining = True
+        self._runner.abandon("the agent stops")
+        loop.call_later(_LAST_ACKNOWLEDGEMENTS, self._channel.stop)
+        self._channel.take(self._session.drain(loop.time()))
+
+    # --- lifecycle events ---
+
+    def _tell_spawned(self) -> None:
+        spawned = AgentSpawned(
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            slots=self._settings.slots,
+            services=[each.service for each in self._services],
+        )
+        self._tell(AgentEvent(spawned=spawned))
+
+    def _tell_disconnected(self, cause: str) -> None:
+        if not self._orchestrator_id:
+            return
+        disconnected = AgentDisconnected(
+            orchestrator_id=self._orchestrator_id, session_epoch=self._session.session_epoch, cause=cause
+        )
+        self._orchestrator_id = ""
+        self._tell(AgentEvent(disconnected=disconnected))
+
+    def _tell(self, event: AgentEvent) -> None:
+        event.agent_id, event.instance_id = self.agent_id, self._instance_id
+        self._events.collect(AGENTS, event, self._span if event.HasField("spawned") else self._span.child())

@@ -1,0 +1,96 @@
+"""Settings of a running agent, validated once. Times are seconds."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from dataclasses import dataclass
+from typing import Final
+
+from orki_contract.errors import InvalidSetting
+from orki_control import JitterOptions
+from orki_control.session.options import AGENT_ID, DEFAULT_MESSAGE_BYTES, MAX_SLOTS
+from orki_control.wire import check_target
+
+__all__ = ["RunSettings", "ToolsAt", "default_agent_id"]
+
+_BACKOFF: Final = JitterOptions()
+_TOKEN_BYTES: Final = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class ToolsAt:
+    """A tool bridge outside this process.
+
+    Attributes:
+        path: Its socket.
+        token: The secret that it asks for, 32 bytes.
+    """
+
+    path: str
+    token: bytes
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise InvalidSetting("the tool bridge's socket has an empty path")
+        if len(self.token) != _TOKEN_BYTES:
+            raise InvalidSetting(f"the tool bridge's token has {len(self.token)} bytes, it must have {_TOKEN_BYTES}")
+
+    def __repr__(self) -> str:
+        return f"ToolsAt(path={self.path!r})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """One run of an agent.
+
+    Attributes:
+        orchestrator: `HOST:PORT`.
+        agent_id: Name in the fleet; unique among running agents.
+        slots: Attempts at once.
+        events_url: Where the event plane is; empty: where the orchestrator says.
+        tools: A tool bridge outside this process; None for the agent's own.
+        insecure: Whether plaintext may leave this host.
+        drain_grace: How long running attempts may go on once the agent drains; then they are given back.
+        progress_window: Progress of one attempt that may be on its way before its handler waits.
+        switch_interval: Python's thread switch interval while the agent runs, so that a handler that spins leaves the
+            session its time; 0 leaves it alone.
+        max_message_bytes: Longest gRPC message in either direction.
+        backoff: Waits between two connections.
+    """
+
+    orchestrator: str
+    agent_id: str
+    slots: int = 4
+    events_url: str = ""
+    tools: ToolsAt | None = None
+    insecure: bool = False
+    drain_grace: float = 30.0
+    progress_window: int = 64
+    switch_interval: float = 0.0005
+    max_message_bytes: int = DEFAULT_MESSAGE_BYTES
+    backoff: JitterOptions = _BACKOFF
+
+    def __post_init__(self) -> None:
+        check_target(self.orchestrator, insecure=self.insecure)
+        if not AGENT_ID.match(self.agent_id):
+            raise InvalidSetting(
+                f"agent id {self.agent_id!r}: use 1 to 128 letters, digits, `-`, `_` or `.`, such as reviewer-1"
+            )
+        if not 1 <= self.slots <= MAX_SLOTS:
+            raise InvalidSetting(f"slots {self.slots}: use a number from 1 to {MAX_SLOTS}")
+        if not 0 <= self.drain_grace <= 86_400:
+            raise InvalidSetting(f"drain_grace {self.drain_grace}: use 0 to 86400 seconds")
+        if not 1 <= self.progress_window <= 65_536:
+            raise InvalidSetting(f"progress_window {self.progress_window}: use 1 to 65536")
+        if not 0 <= self.switch_interval <= 1:
+            raise InvalidSetting(f"switch_interval {self.switch_interval}: use 0 to 1 seconds")
+        if self.max_message_bytes < 1024:
+            raise InvalidSetting(f"max_message_bytes {self.max_message_bytes}: use at least 1024")
+
+
+def default_agent_id(kind: str) -> str:
+    """A name that no other running process of the fleet has: kind, host and process id."""
+    host = re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname()).strip("-")[:40]
+    return "-".join(part for part in (kind, host, str(os.getpid())) if part)
