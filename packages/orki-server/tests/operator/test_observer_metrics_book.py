@@ -7,7 +7,7 @@ import os
 from google.protobuf.message import Message
 
 from orki.errors.v1.errors_pb2 import Reason
-from orki.events.v1.agent_pb2 import AgentConnected, AgentDisconnected, AgentEvent, AgentStopped
+from orki.events.v1.agent_pb2 import AgentConnected, AgentEvent, AgentStopped
 from orki.events.v1.audit_pb2 import AuditEvent
 from orki.events.v1.task_pb2 import (
     TaskAttemptEnded,
@@ -64,15 +64,24 @@ def test_task_outcomes_by_method_and_reason() -> None:
     assert f'orki_task_duration_seconds_sum{{method="{METHOD}",outcome="succeeded"}} 2.0' in text
 
 
+def test_steps_of_agents() -> None:
+    event = AgentEvent(agent_id="a", instance_id="1", connected=AgentConnected())
+    text = _counted(event, event, AgentEvent(agent_id="a", instance_id="1", stopped=AgentStopped()))
+    assert 'orki_agent_steps_total{step="connected"} 2.0' in text
+
+
 def test_connected_agents_follow_the_newest_instance() -> None:
-    text = _counted(
-        AgentEvent(agent_id="a", instance_id="1", connected=AgentConnected()),
-        AgentEvent(agent_id="a", instance_id="2", connected=AgentConnected()),
-        AgentEvent(agent_id="a", instance_id="1", disconnected=AgentDisconnected()),
-        AgentEvent(agent_id="b", instance_id="3", connected=AgentConnected()),
-        AgentEvent(agent_id="b", instance_id="3", stopped=AgentStopped()),
-    )
-    assert "orki_agents_connected 1.0" in text
+    book = MetricsBook()
+    for agent, instance, step in (
+        ("a", "1", "spawned"),
+        ("a", "1", "connected"),
+        ("a", "2", "connected"),
+        ("a", "1", "disconnected"),
+        ("b", "3", "connected"),
+        ("b", "3", "stopped"),
+    ):
+        book.follow_agent(agent, instance, step)
+    assert "orki_agents_connected 1.0" in book.exposition().decode()
 
 
 def test_an_event_that_comes_again_is_counted_once() -> None:

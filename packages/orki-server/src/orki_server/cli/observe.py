@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import click
 
-from orki_events.redis_shell import parse_address
 from orki_server.cli.root import LazyGroup
 from orki_server.cli.settings import redis_option
 from orki_server.observers.audit_log import AuditLogSettings, Fsync
@@ -70,6 +69,7 @@ def feed(host: str, port: int, redis_url: str) -> None:
     A client that comes back with Last-Event-ID goes on exactly where it was. No consumer group is used, so a closed
     browser holds nothing up.
     """
+    from orki_events.redis_shell import parse_address
     from orki_server.observers.feed import FeedOptions, run_feed
 
     _log_to_stderr()

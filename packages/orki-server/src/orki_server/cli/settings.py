@@ -7,12 +7,14 @@ __all__ = ["events_link", "json_option", "open_client", "redis_option", "run", "
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
-from orki_control.client import Client, ClientOptions
-from orki_events.redis_shell import Link, parse_address
+if TYPE_CHECKING:
+    # Imported where they are used: a command that needs no gRPC, or no Redis, starts without it.
+    from orki_control.client import Client
+    from orki_events.redis_shell import Link
 
 A = TypeVar("A")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -55,6 +57,8 @@ def with_orchestrator(command: F) -> F:
 
 def open_client(orchestrator: str, insecure: bool, *, patience: float = _PATIENCE_S) -> Client:
     """A client for one command: it gives up soon, and people try again."""
+    from orki_control.client import Client, ClientOptions
+
     return Client(orchestrator, ClientOptions(patience=patience, call_timeout=_ANSWER_S, insecure=insecure))
 
 
@@ -65,6 +69,8 @@ async def events_link(redis_url: str) -> AsyncIterator[Link]:
     Raises:
         InvalidSetting: The URL cannot be used.
     """
+    from orki_events.redis_shell import Link, parse_address
+
     link = Link(parse_address(redis_url), name="orki:command", connect_timeout_s=_ANSWER_S, answer_timeout_s=_ANSWER_S)
     try:
         yield link

@@ -93,6 +93,7 @@ class MetricsBook:
             registry=registry,
         )
         self._submissions = Counter("orki_tasks_submitted", "Tasks accepted.", ["method"], registry=registry)
+        self._agent_steps = Counter("orki_agent_steps", "Steps in the lives of agents.", ["step"], registry=registry)
         self._agents = Gauge("orki_agents_connected", "Agents with a session.", registry=registry)
 
     def count(self, stream: str, event_id: bytes, time_us: int, event: Message) -> bool:
@@ -120,16 +121,22 @@ class MetricsBook:
         elif isinstance(event, UsageEvent):
             self._usage(event)
         elif isinstance(event, AgentEvent):
-            self.follow_agent(event)
+            self._agent_steps.labels(event.WhichOneof("event") or "unknown").inc()
         return True
 
-    def follow_agent(self, event: AgentEvent) -> None:
-        """Keeps the number of connected agents; harmless when repeated in order."""
-        step = event.WhichOneof("event")
+    def follow_agent(self, agent_id: str, instance_id: str, step: str) -> None:
+        """Keeps the number of connected agents.
+
+        Args:
+            agent_id: The agent.
+            instance_id: Its process.
+            step: What happened to it, as a field of AgentEvent's oneof. All steps since the stream's beginning, in
+                their order, give the truth; what was counted before an observer's start is part of it.
+        """
         if step == "connected":
-            self._connected[event.agent_id] = event.instance_id
-        elif step in ("disconnected", "stopped") and self._connected.get(event.agent_id) == event.instance_id:
-            del self._connected[event.agent_id]
+            self._connected[agent_id] = instance_id
+        elif step in ("disconnected", "stopped") and self._connected.get(agent_id) == instance_id:
+            del self._connected[agent_id]
         self._agents.set(len(self._connected))
 
     def set_streams(self, streams: Iterable[StreamFigures]) -> None:

@@ -1,0 +1,129 @@
+"""The metrics observer as a process: figures of what happened, over kill -9, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import aiohttp
+import pytest
+
+from orki.events.v1.agent_orki import AGENTS
+from orki.events.v1.agent_pb2 import AgentConnected, AgentEvent, AgentStopped
+from orki.events.v1.usage_orki import USAGE
+from orki.events.v1.usage_pb2 import UsageEvent
+from orki_events import Events
+
+Start = Callable[..., Any]
+
+
+def metrics(observer: Start, url: str, port: int = 0) -> Any:
+    return observer("orki_server.observers.metrics", "--redis", url, "--port", str(port))
+
+
+async def scraped(url: str) -> str:
+    async with aiohttp.ClientSession() as http, http.get(url) as response:
+        assert response.status == 200
+        assert response.headers["Content-Type"].startswith("text/plain; version=")
+        return await response.text()
+
+
+async def shown(url: str, *wanted: str, limit_s: float = 30.0) -> str:
+    """The figures, once each of the wanted lines is among them."""
+    text = ""
+    for _ in range(int(limit_s / 0.1)):
+        text = await scraped(url)
+        if all(line in text for line in wanted):
+            return text
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"{wanted} not in:\n{text}")
+
+
+async def test_figures_of_events_groups_and_agents(
+    observer: Start, valkey_url: str, events: Events, user: Any, canary: str
+) -> None:
+    await events.publish(USAGE, UsageEvent(model="m", agent_id="a", input_tokens=812))
+    await events.publish(AGENTS, AgentEvent(agent_id="a", instance_id="1", connected=AgentConnected()))
+    await events.publish(AGENTS, AgentEvent(agent_id="b", instance_id="2", connected=AgentConnected()))
+    await events.publish(AGENTS, AgentEvent(agent_id="b", instance_id="2", stopped=AgentStopped()))
+    await events.publish(user.stream, user.filled("r"))
+    process = metrics(observer, valkey_url)
+    text = await shown(
+        process.where,
+        'orki_tokens_total{agent="a",kind="input",model="m",provider=""} 812.0',
+        "orki_agents_connected 1.0",
+        'orki_agent_steps_total{step="connected"} 2.0',
+        'orki_group_lag_entries{group="audit",stream="secrets"} 1.0',
+        'orki_group_lag_entries{group="metrics",stream="usage"} 0.0',
+    )
+    assert canary not in text
+    assert process.end() == 0
+    assert canary not in process.log
+    assert "Traceback" not in process.log
+
+
+async def test_killed_at_any_instant_it_loses_nothing(
+    observer: Start, valkey_url: str, events: Events, link: Any
+) -> None:
+    seed = random.randrange(1 << 30)
+    draw = random.Random(seed)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = metrics(observer, valkey_url, port)
+    counted = 0.0
+    for round_ in range(4):
+        for number in range(100):
+            await events.publish(USAGE, UsageEvent(model="m", input_tokens=1 + number % 3))
+        if round_ < 3:
+            await asyncio.sleep(draw.uniform(0, 0.2))
+            process.end(signal.SIGKILL)
+            process.start()
+    await shown(process.where, 'orki_group_lag_entries{group="metrics",stream="usage"} 0.0')
+    for _ in range(300):
+        if (await link.one((b"XPENDING", "orki:ev:{usage}", b"metrics")))[0] == 0:
+            break
+        await asyncio.sleep(0.1)
+    assert (await link.one((b"XPENDING", "orki:ev:{usage}", b"metrics")))[0] == 0, f"seed {seed}"
+    counted = float(re.findall(r'orki_events_total\{stream="usage"\} ([0-9.]+)', await scraped(process.where))[0])
+    assert 100 <= counted <= 400, f"seed {seed}"
+    assert process.end() == 0
+
+
+async def test_unknown_parameters_and_pages(observer: Start, valkey_url: str) -> None:
+    process = metrics(observer, valkey_url)
+    async with aiohttp.ClientSession() as http:
+        async with http.get(f"{process.where}?name=x") as response:
+            assert response.status == 400
+        async with http.get(process.where.replace("/metrics", "/other")) as response:
+            assert response.status == 404
+
+
+async def test_without_an_event_server_it_serves_and_stops(observer: Start, dead_port: int) -> None:
+    process = metrics(observer, f"redis://127.0.0.1:{dead_port}/0")
+    assert "orki_agents_connected" in await scraped(process.where)
+    assert process.end() == 0
+    assert "Traceback" not in process.log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--host", "0.0.0.0"], 1, "loopback"),
+        (["--port", "x"], 2, "not a valid integer"),
+        (["--redis", "ftp://x"], 1, "redis://"),
+        (["extra"], 2, "unexpected extra argument"),
+    ],
+)
+def test_bad_settings_end_it_in_one_sentence(
+    command: Callable[..., Any], arguments: list[str], code: int, says: str
+) -> None:
+    ended = command("observe", "metrics", *arguments)
+    assert ended.returncode == code, ended.stderr
+    assert says in ended.stderr
+    assert "Traceback" not in ended.stderr
