@@ -58,6 +58,7 @@ NO_TRACE: Final = bytes(28)
 """What stands in the header outside a trace: flags, three reserved bytes, trace id and span id, all zero."""
 
 MAX_MESSAGE_CHARS: Final = 1_000
+_STEP_BYTES: Final = 1 << 20
 
 # magic, protocol and flags as one word | opcode, block length | total length, block version | correlation | timeout |
 # trace flags, reserved bytes, trace id and span id as one string of 28 bytes
@@ -203,16 +204,19 @@ class FrameDecoder:
             self._wait_for(HEADER_BYTES)
 
     def _wait_for(self, total: int) -> None:
-        """Makes room for a frame of `total` bytes that lies in the buffer in part."""
+        """Makes room for a frame of `total` bytes that lies in the buffer in part.
+
+        A length is only a promise: memory is taken as the bytes come, a mebibyte or four times what is here.
+        """
         if self._start + total <= len(self._buffer):
             return
-        if total > len(self._buffer):
+        if total <= len(self._buffer):
+            self._to_front()
+        elif self._buffer is self._small or self.filled == len(self._buffer):
             held = self._view[self._start : self.filled]
-            self._use(bytearray(total))
+            self._use(bytearray(min(total, max(_STEP_BYTES, 4 * len(held)))))
             self._view[: len(held)] = held
             self._start, self.filled = 0, len(held)
-        else:
-            self._to_front()
 
     def _to_front(self) -> None:
         held = self._buffer[self._start : self.filled]

@@ -1,0 +1,207 @@
+"""Sample tools, a peer that speaks bytes, and a look at what a process holds."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from google.protobuf.wrappers_pb2 import StringValue
+
+import orki_contract as oc
+from orki_agent.hotpath import ToolBridge
+from orki_agent.hotpath.frames import NO_TRACE, Frame, FrameDecoder, encode_call
+from orki_agent.hotpath.greeting import hello_frame
+from orki_contract.errors import InvalidArgument, PeerLost, ToolFailed
+from orki_contract.trace import current_span
+
+WAIT_SECONDS = 20.0
+
+
+@oc.frame("test.hotpath.v1.Ask", version=1, block_length=16)
+class Ask(oc.FrameBase):
+    """A number, a code and some bytes."""
+
+    number: int = oc.at(0, oc.Scalar.U64, number=1)
+    code: int = oc.at(8, oc.Scalar.I32, number=2)
+    body: bytes = oc.tail(default=b"")
+
+
+_SERVICE = "test.hotpath.v1.SampleToolService"
+ECHO = oc.Tool.declare(f"{_SERVICE}/Echo", opcode=0x0101, request=Ask, response=Ask, timeout_ms=10_000)
+SLEEP = oc.Tool.declare(f"{_SERVICE}/Sleep", opcode=0x0102, request=Ask, response=Ask, timeout_ms=10_000)
+FAIL = oc.Tool.declare(f"{_SERVICE}/Fail", opcode=0x0103, request=StringValue, response=StringValue)
+TEXT = oc.Tool.declare(f"{_SERVICE}/Text", opcode=0x0104, request=StringValue, response=StringValue)
+GROW = oc.Tool.declare(f"{_SERVICE}/Grow", opcode=0x0105, request=Ask, response=Ask, timeout_ms=20_000)
+WHO = oc.Tool.declare(f"{_SERVICE}/Who", opcode=0x0106, request=StringValue, response=StringValue)
+ASYNC_SLEEP = oc.Tool.declare("test.hotpath.v1.AsyncToolService/Nap", opcode=0x0201, request=Ask, response=Ask)
+ASYNC_WHO = oc.Tool.declare(
+    "test.hotpath.v1.AsyncToolService/Who", opcode=0x0202, request=StringValue, response=StringValue
+)
+UNSERVED = oc.Tool.declare(f"{_SERVICE}/Unserved", opcode=0x0999, request=Ask, response=Ask)
+
+
+class SampleTools(oc.SyncToolService):
+    """Blocking handlers.
+
+    Attributes:
+        cancelled: Set when a sleeping handler saw that nobody waits for it.
+        release: Sleeping handlers end when this is set.
+    """
+
+    TOOLS = (ECHO, SLEEP, FAIL, TEXT, GROW, WHO)
+
+    def __init__(self) -> None:
+        self.cancelled = threading.Event()
+        self.release = threading.Event()
+        self.sleeping = 0
+
+    def echo(self, request: Ask, call: oc.ToolCall) -> Ask:
+        """The request again."""
+        return Ask(request.number, request.code, request.body)
+
+    def sleep(self, request: Ask, call: oc.ToolCall) -> Ask:
+        """Sleeps for `number` milliseconds, or until it is cancelled or released."""
+        self.sleeping += 1
+        until_time = time.monotonic() + request.number / 1_000
+        while time.monotonic() < until_time and not self.release.is_set():
+            if call.cancelled:
+                self.cancelled.set()
+                break
+            time.sleep(0.001)
+        self.sleeping -= 1
+        return request
+
+    def fail(self, request: StringValue, call: oc.ToolCall) -> StringValue:
+        """Fails in the way that it is asked to."""
+        ways: dict[str, BaseException] = {
+            "code": ToolFailed("no such file", code=-7),
+            "argument": InvalidArgument("path is empty"),
+            "bug": ZeroDivisionError("by nothing"),
+            "exit": SystemExit(3),
+            "nested": PeerLost("another bridge is gone"),
+            "long": ToolFailed("ä" * 100_000, code=1),
+            "surrogate": ToolFailed("\ud800"),
+        }
+        if request.value in ways:
+            raise ways[request.value]
+        return Ask(1, 2)  # type: ignore[return-value]
+
+    def text(self, request: StringValue, call: oc.ToolCall) -> StringValue:
+        """The text again."""
+        return StringValue(value=request.value)
+
+    def grow(self, request: Ask, call: oc.ToolCall) -> Ask:
+        """As many bytes as asked for."""
+        return Ask(request.number, 0, b"g" * request.number)
+
+    def who(self, request: StringValue, call: oc.ToolCall) -> StringValue:
+        """Who calls, in which span, and in which span the handler itself runs."""
+        return _who(call)
+
+
+class AsyncSampleTools(oc.AsyncToolService):
+    """Handlers that are coroutines.
+
+    Attributes:
+        cancelled: Set when a handler was cancelled.
+    """
+
+    TOOLS = (ASYNC_SLEEP, ASYNC_WHO)
+
+    def __init__(self) -> None:
+        self.cancelled = threading.Event()
+
+    async def nap(self, request: Ask, call: oc.ToolCall) -> Ask:
+        """Sleeps for `number` milliseconds."""
+        try:
+            await asyncio.sleep(request.number / 1_000)
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        return request
+
+    async def who(self, request: StringValue, call: oc.ToolCall) -> StringValue:
+        """As the blocking one."""
+        return _who(call)
+
+
+def _who(call: oc.ToolCall) -> StringValue:
+    inside = current_span()
+    return StringValue(
+        value=f"{call.client}|{call.span.traceparent if call.span else ''}|{inside.traceparent if inside else ''}"
+    )
+
+
+class RawPeer:
+    """A client that sends whatever bytes it is told to."""
+
+    def __init__(self, bridge: ToolBridge, *, greet: bool = True) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(WAIT_SECONDS)
+        self.sock.connect(bridge.path)
+        self._decoder = FrameDecoder(1 << 26)
+        if greet:
+            self.send(hello_frame(bridge.token, "raw"))
+            assert self.frame() is not None
+
+    def send(self, sent: bytes) -> None:
+        self.sock.sendall(sent)
+
+    def frame(self) -> Frame | None:
+        """The next frame, its body copied; None at the end of the stream."""
+        count = 0
+        while (frame := self._decoder.next_frame(count)) is None:
+            try:
+                count = self.sock.recv_into(self._decoder.writable())
+            except ConnectionResetError:
+                count = 0
+            if not count:
+                return None
+        return frame._replace(body=memoryview(bytes(frame.body)))
+
+    def frames(self) -> list[Frame]:
+        """All that come until the bridge closes the connection."""
+        found = []
+        while (frame := self.frame()) is not None:
+            found.append(frame)
+        return found
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def echo_frame(correlation: int, body: bytes = b"hello", *, timeout_us: int = 0) -> bytes:
+    """A call of `ECHO`."""
+    return encode_call(0x0101, 16, 1, correlation, timeout_us, NO_TRACE, Ask(1, 2, body).encode())
+
+
+def sleep_frame(correlation: int, millis: int, *, timeout_us: int = 0) -> bytes:
+    """A call of `SLEEP`."""
+    return encode_call(0x0102, 16, 1, correlation, timeout_us, NO_TRACE, Ask(millis, 0).encode())
+
+
+def open_descriptors() -> int:
+    """How many file descriptors this process holds."""
+    return len(os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"))
+
+
+def until(condition: Callable[[], bool], *, what: str = "it happened") -> None:
+    """Waits for something that happens soon."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"not in {WAIT_SECONDS:.0f} s: {what}"
+        time.sleep(0.002)
