@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -21,6 +24,7 @@ from orki_contract.errors import InvalidArgument, PeerLost, ToolFailed
 from orki_contract.trace import current_span
 
 WAIT_SECONDS = 20.0
+TOKEN = bytes(range(32))
 
 
 @oc.frame("test.hotpath.v1.Ask", version=1, block_length=16)
@@ -192,6 +196,23 @@ def echo_frame(correlation: int, body: bytes = b"hello", *, timeout_us: int = 0)
 def sleep_frame(correlation: int, millis: int, *, timeout_us: int = 0) -> bytes:
     """A call of `SLEEP`."""
     return encode_call(0x0102, 16, 1, correlation, timeout_us, NO_TRACE, Ask(millis, 0).encode())
+
+
+_SERVE = """
+import signal, sys
+sys.path.insert(0, sys.argv[1])
+from hotpath_tools import TOKEN, AsyncSampleTools, SampleTools
+from orki_agent.hotpath import ToolBridge
+with ToolBridge(SampleTools(), AsyncSampleTools(), path=sys.argv[2], token=TOKEN):
+    signal.pause()
+"""
+
+
+def serving_process(path: str) -> subprocess.Popen[bytes]:
+    """Another process that serves all sample tools at the path, until it is killed."""
+    process = subprocess.Popen([sys.executable, "-c", _SERVE, str(Path(__file__).parent), path])
+    until(lambda: os.path.exists(path) or process.poll() is not None, what="the other process serves")
+    return process
 
 
 def open_descriptors() -> int:

@@ -164,12 +164,12 @@ class AsyncToolClient:
 
     async def _connect(self) -> LoopWire:
         """A live connection; who comes while one is being opened waits for the same."""
+        if self._refusal:
+            raise LocalProtocolError(self._refusal)
         loop = asyncio.get_running_loop()
         self._loop = self._loop or loop
         if self._loop is not loop:
             raise LocalProtocolError("a tool client serves one event loop: make one for each")
-        if self._refusal:
-            raise LocalProtocolError(self._refusal)
         if self._opening is None:
             self._opening = loop.create_task(self._open())
         # Shielded: one caller's cancellation is not everybody's.

@@ -61,6 +61,7 @@ class Place:
             self._own_folder = tempfile.mkdtemp(prefix="orki-")
             path = os.path.join(self._own_folder, "tools")
         self._lock = -1
+        self._bound = False
         try:
             self.path = check_path(path)
             folder = Path(self.path).parent
@@ -89,6 +90,7 @@ class Place:
             # Linux gives the file the socket's own mode, so that it is never open, not even for a moment.
             os.fchmod(listener.fileno(), 0o600)
             listener.bind(self.path)
+            self._bound = True
             os.chmod(self.path, 0o600)
             listener.listen(backlog)
         except BaseException:
@@ -98,7 +100,7 @@ class Place:
 
     def release(self) -> None:
         """Removes the socket and gives the path back; harmless when done before."""
-        if self._lock >= 0:
+        if self._lock >= 0 and self._bound:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)
         if self._own_folder is not None:

@@ -1,0 +1,532 @@
+"""Beginnings and ends: stop, loss, reconnection, kill, fork, and a process that runs out of descriptors."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from google.protobuf.wrappers_pb2 import StringValue
+from hotpath_tools import (
+    ASYNC_SLEEP,
+    ECHO,
+    SLEEP,
+    TOKEN,
+    WHO,
+    Ask,
+    AsyncSampleTools,
+    RawPeer,
+    SampleTools,
+    echo_frame,
+    open_descriptors,
+    serving_process,
+    until,
+)
+
+import orki_contract as oc
+from orki_agent.hotpath import AsyncToolClient, BridgeOptions, ClientOptions, SyncToolClient, ToolBridge
+from orki_agent.hotpath.frames import FrameDecoder, decode_error, encode_welcome
+from orki_agent.hotpath.seam import Seam
+from orki_contract.errors import (
+    Draining,
+    InvalidSetting,
+    LocalProtocolError,
+    OrkiError,
+    Overloaded,
+    PeerLost,
+    PeerRefused,
+    ToolCancelled,
+    ToolDeadline,
+)
+
+from orki.hotpath.v1.tool_orki import WelcomeFrame  # isort: skip
+
+
+@pytest.fixture
+def path() -> Iterator[str]:
+    with tempfile.TemporaryDirectory(prefix="orki-test-") as made:
+        yield str(Path(made) / "tools")
+
+
+def in_thread(client: SyncToolClient, tool: oc.Tool, request: object, outcome: list[object]) -> threading.Thread:  # type: ignore[type-arg]
+    def call() -> None:
+        try:
+            outcome.append(client.call(tool, request, timeout=30))
+        except OrkiError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("tool", [SLEEP, ASYNC_SLEEP])
+def test_a_stopping_bridge_lets_calls_end_and_takes_no_new_ones(tool: oc.Tool) -> None:  # type: ignore[type-arg]
+    tools = SampleTools()
+    bridge = ToolBridge(tools, AsyncSampleTools()).start()
+    outcome: list[object] = []
+    with SyncToolClient(bridge.path, bridge.token, name="x") as client, RawPeer(bridge) as peer:
+        client.call(ECHO, Ask(1, 2))
+        thread = in_thread(client, tool, Ask(500, 9), outcome)
+        running = bridge._running
+        assert running is not None
+        until(lambda: any(connection.calls for connection in running._desk.connections))
+        stopping = threading.Thread(target=bridge.stop)
+        stopping.start()
+        until(lambda: running._desk.draining and not any(each._room for each in running._desk.connections))
+        peer.send(echo_frame(1))
+        refused = peer.frame()
+        assert refused is not None
+        assert isinstance(decode_error(refused), Draining)
+        thread.join()
+        stopping.join()
+        assert outcome == [Ask(500, 9)]
+        with pytest.raises(PeerLost) as lost:
+            client.call(ECHO, Ask(1, 2))
+        assert not lost.value.fully_written
+
+
+@pytest.mark.parametrize("tool", [SLEEP, ASYNC_SLEEP])
+def test_calls_that_outlive_the_stop_are_cancelled(tool: oc.Tool) -> None:  # type: ignore[type-arg]
+    blocking, waiting = SampleTools(), AsyncSampleTools()
+    bridge = ToolBridge(blocking, waiting, options=BridgeOptions(stop_seconds=0.1)).start()
+    outcome: list[object] = []
+    with SyncToolClient(bridge.path, bridge.token, name="x") as client:
+        thread = in_thread(client, tool, Ask(20_000, 0), outcome)
+        running = bridge._running
+        assert running is not None
+        until(lambda: any(connection.calls for connection in running._desk.connections))
+        start = time.monotonic()
+        bridge.stop()
+        assert time.monotonic() - start < 10
+        thread.join()
+        assert [type(each) for each in outcome] == [ToolCancelled]
+        assert (blocking if tool is SLEEP else waiting).cancelled.wait(10)
+
+
+def test_a_handler_that_never_returns_does_not_keep_the_bridge_alive() -> None:
+    class Stubborn(SampleTools):
+        def sleep(self, request: Ask, call: oc.ToolCall) -> Ask:
+            self.release.wait()
+            return request
+
+    tools = Stubborn()
+    bridge = ToolBridge(tools, options=BridgeOptions(stop_seconds=0.05)).start()
+    with SyncToolClient(bridge.path, bridge.token, name="x") as client:
+        with pytest.raises(ToolDeadline):
+            client.call(SLEEP, Ask(1, 0), timeout=0.05)
+        start = time.monotonic()
+        bridge.stop()
+        assert time.monotonic() - start < 10
+    tools.release.set()
+
+
+async def test_both_clients_reconnect_after_the_bridge_came_back(path: str) -> None:
+    with SyncToolClient(path, TOKEN, name="x") as client:
+        async with _unconnected(path) as other:
+            for _ in range(3):
+                with ToolBridge(SampleTools(), path=path, token=TOKEN):
+                    assert client.call(ECHO, Ask(1, 2)) == Ask(1, 2)
+                    assert await other.call(ECHO, Ask(1, 2)) == Ask(1, 2)
+                with pytest.raises(PeerLost, match="no tool bridge") as lost:
+                    client.call(ECHO, Ask(1, 2))
+                assert not lost.value.fully_written
+                with pytest.raises(PeerLost) as lost:
+                    await other.call(ECHO, Ask(1, 2))
+                assert not lost.value.fully_written
+            with ToolBridge(SampleTools(), path=path, token=bytes(32)):
+                with pytest.raises(PeerRefused):
+                    client.call(ECHO, Ask(1, 2))
+                with pytest.raises(PeerRefused):
+                    await other.call(ECHO, Ask(1, 2))
+
+
+class _unconnected:
+    """A client that connects at its first call."""
+
+    def __init__(self, path: str) -> None:
+        self.client = AsyncToolClient(path, TOKEN, name="x")
+
+    async def __aenter__(self) -> AsyncToolClient:
+        return self.client
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.client.close()
+
+
+async def test_a_killed_bridge_ends_every_call_with_peer_lost(path: str) -> None:
+    process = serving_process(path)
+    outcome: list[object] = []
+    with SyncToolClient(path, TOKEN, name="x") as client:
+        client.call(ECHO, Ask(1, 2))
+        thread = in_thread(client, SLEEP, Ask(20_000, 0), outcome)
+        async with AsyncToolClient(path, TOKEN, name="x") as other:
+            pending = [asyncio.create_task(other.call(ASYNC_SLEEP, Ask(20_000, 0), timeout=30)) for _ in range(5)]
+            await asyncio.sleep(0.2)
+            process.kill()
+            ended = await asyncio.gather(*pending, return_exceptions=True)
+        thread.join()
+    process.wait()
+    for error in [*ended, *outcome]:
+        assert isinstance(error, PeerLost)
+        assert error.fully_written
+
+
+class _DeafBridge:
+    """Welcomes a client, then reads nothing more until it is told to end."""
+
+    def __init__(self, path: str, *, close_after: float = 0.0) -> None:
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(path)
+        self.listener.listen(8)
+        self.close_after = close_after
+        self.held: list[socket.socket] = []
+        self.thread = threading.Thread(target=self._serve)
+        self.thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                sock, _ = self.listener.accept()
+            except OSError:
+                return
+            self.held.append(sock)
+            decoder = FrameDecoder(1 << 20)
+            while decoder.next_frame(sock.recv_into(decoder.writable())) is None:
+                pass
+            sock.sendall(encode_welcome(WelcomeFrame(max_frame_bytes=1 << 26, max_calls=8, protocol=1)))
+            if self.close_after:
+                time.sleep(self.close_after)
+                sock.close()
+
+    def close(self) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        self.thread.join()
+        for sock in self.held:
+            sock.close()
+
+
+async def test_a_request_that_did_not_leave_completely_is_said_to_be_so(path: str) -> None:
+    deaf = _DeafBridge(path, close_after=0.3)
+    large = Ask(1, 2, bytes(8 << 20))
+    try:
+        with SyncToolClient(path, TOKEN, name="x") as client:
+            with pytest.raises(PeerLost) as lost:
+                await asyncio.to_thread(client.call, ECHO, large)
+            assert not lost.value.fully_written
+            with pytest.raises(PeerLost) as lost:
+                await asyncio.to_thread(client.call, ECHO, Ask(1, 2))
+            assert lost.value.fully_written
+        async with AsyncToolClient(path, TOKEN, name="x") as other:
+            first = asyncio.create_task(other.call(ECHO, Ask(1, 2)))
+            await asyncio.sleep(0)
+            second = asyncio.create_task(other.call(ECHO, large))
+            for task, written in ((first, True), (second, False)):
+                with pytest.raises(PeerLost) as lost:
+                    await task
+                assert lost.value.fully_written is written
+    finally:
+        deaf.close()
+    await asyncio.get_running_loop().shutdown_default_executor()
+
+
+async def test_a_bridge_that_does_not_read_costs_the_deadline_and_no_more(path: str) -> None:
+    deaf = _DeafBridge(path)
+    try:
+        for request in (Ask(1, 2), Ask(1, 2, bytes(8 << 20))):
+            with SyncToolClient(path, TOKEN, name="x") as client:
+                start = time.monotonic()
+                with pytest.raises(ToolDeadline):
+                    client.call(ECHO, request, timeout=0.1)
+                assert 0.09 < time.monotonic() - start < 5
+            async with AsyncToolClient(path, TOKEN, name="x") as other:
+                with pytest.raises(ToolDeadline):
+                    await other.call(ECHO, request, timeout=0.1)
+    finally:
+        deaf.close()
+
+
+async def test_nobody_at_the_path_and_nobody_who_answers(path: str) -> None:
+    options = ClientOptions(connect_seconds=0.2)
+    for _ in range(2):
+        with SyncToolClient(path, TOKEN, name="x", options=options) as client, pytest.raises(PeerLost, match="no tool"):
+            client.call(ECHO, Ask(1, 2))
+        with pytest.raises(PeerLost, match="no tool"):
+            await AsyncToolClient(path, TOKEN, name="x", options=options).connect()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(0)
+        with SyncToolClient(path, TOKEN, name="x", options=options) as client:
+            with pytest.raises(PeerLost, match="did not answer"):
+                client.call(ECHO, Ask(1, 2))
+            with pytest.raises(PeerLost, match="did not answer in time"):
+                await AsyncToolClient(path, TOKEN, name="x", options=options).connect()
+            # The kernel's queue is full now: Linux answers EAGAIN, for which there is nothing to poll.
+            with socket.socket(socket.AF_UNIX) as waiting:
+                waiting.setblocking(False)
+                waiting.connect_ex(path)
+                with pytest.raises(PeerLost):
+                    client.call(ECHO, Ask(1, 2))
+                with pytest.raises(PeerLost):
+                    await AsyncToolClient(path, TOKEN, name="x", options=options).connect()
+
+
+async def test_a_cancelled_connection_attempt_leaves_the_client_usable(path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(1)
+        client = AsyncToolClient(path, TOKEN, name="x")
+        calls = [asyncio.create_task(client.call(ECHO, Ask(1, 2))) for _ in range(2)]
+        await asyncio.sleep(0.02)
+        calls[0].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calls[0]
+        assert not calls[1].done()
+        await client.close()
+        with pytest.raises((asyncio.CancelledError, LocalProtocolError)):
+            await calls[1]
+
+
+def _forked(work: object) -> int:
+    """Exit code of a forked child that did `work`."""
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            code = work()  # type: ignore[operator]
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_uses_connections_of_its_own(bridge: ToolBridge) -> None:
+    with SyncToolClient(bridge.path, bridge.token, name="x") as client:
+        assert client.call(ECHO, Ask(1, 2)) == Ask(1, 2)
+        [wire] = client._wires
+
+        def child() -> int:
+            assert client._idle == []
+            assert not wire.usable
+            assert client.call(ECHO, Ask(3, 4)) == Ask(3, 4)
+            return 0
+
+        assert _forked(child) == 0
+        assert client.call(ECHO, Ask(1, 2)) == Ask(1, 2)
+        assert list(client._wires) == [wire]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+async def test_a_forked_child_is_told_to_make_its_own_async_client(bridge: ToolBridge) -> None:
+    async with AsyncToolClient(bridge.path, bridge.token, name="x") as client:
+        assert await client.call(ECHO, Ask(1, 2)) == Ask(1, 2)
+
+        def child() -> int:
+            try:
+                client.call(ECHO, Ask(1, 2)).send(None)
+            except LocalProtocolError as error:
+                return 0 if "forked" in str(error) else 1
+            return 2
+
+        assert _forked(child) == 0
+        assert await client.call(ECHO, Ask(1, 2)) == Ask(1, 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_does_not_hold_its_parents_bridge(path: str) -> None:
+    ours, theirs = os.pipe()
+    with ToolBridge(SampleTools(), path=path, token=TOKEN):
+        child = os.fork()
+        if child == 0:
+            os.close(theirs)
+            os.read(ours, 1)
+            os._exit(0)
+    try:
+        with ToolBridge(SampleTools(), path=path, token=TOKEN) as bridge:
+            with SyncToolClient(bridge.path, TOKEN, name="x") as client:
+                assert client.call(WHO, StringValue()) == StringValue(value="x||")
+    finally:
+        os.close(theirs)
+        os.waitpid(child, 0)
+        os.close(ours)
+
+
+def test_no_descriptor_is_left_over_many_lives(path: str) -> None:
+    before = open_descriptors()
+    for _ in range(20):
+        with ToolBridge(SampleTools(), AsyncSampleTools(), path=path, token=TOKEN):
+            with SyncToolClient(path, TOKEN, name="x") as client:
+                client.call(ECHO, Ask(1, 2))
+
+            async def call() -> None:
+                async with AsyncToolClient(path, TOKEN, name="x") as other:
+                    await other.call(ECHO, Ask(1, 2))
+
+            asyncio.run(call())
+    until(lambda: open_descriptors() <= before)
+    assert open_descriptors() <= before
+
+
+def test_further_connections_wait_until_there_is_room() -> None:
+    with ToolBridge(SampleTools(), options=BridgeOptions(max_connections=2)) as bridge:
+        with RawPeer(bridge) as first, RawPeer(bridge) as second:
+            third = RawPeer(bridge, greet=False)
+            third.send(echo_frame(1))
+            third.sock.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                third.frame()
+            for peer in (first, second):
+                peer.send(echo_frame(1))
+                assert peer.frame() is not None
+            first.close()
+            third.sock.settimeout(20)
+            assert third.frame() is not None
+            third.close()
+
+
+def test_one_user_has_only_so_many_connections() -> None:
+    with ToolBridge(SampleTools(), options=BridgeOptions(max_connections_per_uid=2)) as bridge:
+        with RawPeer(bridge), RawPeer(bridge):
+            with (
+                SyncToolClient(bridge.path, bridge.token, name="x") as client,
+                pytest.raises(Overloaded, match="has 2"),
+            ):
+                client.call(ECHO, Ask(1, 2))
+        with SyncToolClient(bridge.path, bridge.token, name="x") as client:
+            until(lambda: _works(client))
+
+
+def _works(client: SyncToolClient) -> bool:
+    try:
+        return client.call(ECHO, Ask(1, 2)) == Ask(1, 2)
+    except OrkiError:
+        return False
+
+
+def test_a_bridge_out_of_descriptors_serves_on_and_recovers(caplog: pytest.LogCaptureFixture) -> None:
+    exhausted, attempts = threading.Event(), []
+
+    def accept(listener: socket.socket) -> tuple[socket.socket, object]:
+        if exhausted.is_set():
+            attempts.append(time.monotonic())
+            raise OSError(errno.EMFILE, "Too many open files")
+        return listener.accept()
+
+    with ToolBridge(SampleTools(), seam=Seam(accept=accept)) as bridge:
+        with SyncToolClient(bridge.path, bridge.token, name="x") as client, RawPeer(bridge) as early:
+            client.call(ECHO, Ask(1, 2))
+            exhausted.set()
+            for _ in range(3):
+                with SyncToolClient(bridge.path, bridge.token, name="late") as late, pytest.raises(PeerLost):
+                    late.call(ECHO, Ask(1, 2))
+                assert client.call(ECHO, Ask(1, 2)) == Ask(1, 2)
+            assert len(attempts) <= 4, "it spun"
+            exhausted.clear()
+            early.send(echo_frame(1))
+            assert early.frame() is not None
+            with SyncToolClient(bridge.path, bridge.token, name="late") as late:
+                assert late.call(ECHO, Ask(1, 2)) == Ask(1, 2)
+    assert any("descriptor" in record.message for record in caplog.records)
+
+
+EXHAUSTED = """
+import resource, sys, time
+sys.path.insert(0, sys.argv[1])
+from hotpath_tools import ECHO, Ask, SampleTools
+from orki_agent.hotpath import SyncToolClient, ToolBridge
+from orki_contract.errors import OrkiError
+with ToolBridge(SampleTools()) as bridge:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(__import__("os").listdir("/proc/self/fd")) + 6, 4096))
+    clients, failed = [], 0
+    for _ in range(12):
+        client = SyncToolClient(bridge.path, bridge.token, name="x")
+        try:
+            client.call(ECHO, Ask(1, 2))
+            clients.append(client)
+        except (OrkiError, OSError):
+            failed += 1
+            client.close()
+    assert clients and failed, (len(clients), failed)
+    for client in clients:
+        assert client.call(ECHO, Ask(1, 2)) == Ask(1, 2)
+        client.close()
+    spent = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - spent < 0.3, "it spins"
+    with SyncToolClient(bridge.path, bridge.token, name="x") as client:
+        assert client.call(ECHO, Ask(1, 2)) == Ask(1, 2)
+print("recovered")
+"""
+
+
+def test_a_process_really_out_of_descriptors_recovers() -> None:
+    folder = str(Path(__file__).parent)
+    ran = subprocess.run([sys.executable, "-c", EXHAUSTED, folder], capture_output=True, text=True, timeout=50)
+    assert (ran.returncode, ran.stdout.strip()) == (0, "recovered"), ran.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_connections": 0},
+        {"max_connections_per_uid": 0},
+        {"max_frame_bytes": 100},
+        {"max_frame_bytes": 1 << 32},
+        {"max_calls": 0},
+        {"max_blocked": 0},
+        {"handshake_seconds": 0},
+        {"frame_seconds": -1},
+        {"call_seconds": 5_000},
+        {"stop_seconds": float("nan")},
+        {"allowed_uids": (-1,)},
+        {"max_calls": True},
+        {"max_calls": "many"},
+    ],
+)
+def test_limits_of_a_bridge_outside_their_range_are_refused(options: dict[str, object]) -> None:
+    [name] = options
+    with pytest.raises(InvalidSetting, match=name):
+        BridgeOptions(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_connections": 0},
+        {"max_calls": 0},
+        {"max_waiting": -1},
+        {"max_frame_bytes": 1},
+        {"connect_seconds": 0},
+        {"bridge_uids": (1 << 32,)},
+    ],
+)
+def test_limits_of_a_client_outside_their_range_are_refused(options: dict[str, object]) -> None:
+    [name] = options
+    with pytest.raises(InvalidSetting, match=name):
+        ClientOptions(**options)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        ClientOptions(unknown=1)  # type: ignore[call-arg]
+
+
+def test_what_cannot_be_served_is_refused() -> None:
+    class Nothing(oc.SyncToolService):
+        TOOLS = ()
+
+    for services, message in (
+        ((), "at least one"),
+        ((SampleTools(), SampleTools()), "both have opcode 0x0101"),
+        ((Nothing(),), "Nothing is no tool service"),
+        ((object(),), "object is no tool service"),
+    ):
+        with pytest.raises(InvalidSetting, match=message):
+            ToolBridge(*services)  # type: ignore[arg-type]
