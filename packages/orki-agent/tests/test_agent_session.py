@@ -320,7 +320,7 @@ async def test_drain_lets_what_runs_end(orchestrator: Any, work: SimpleNamespace
         gate.set()
         await asyncio.wait_for(task, 15)
         assert orchestrator.jobs[task_id].result is not None
-        assert agent.served
+        assert agent.served.is_set()
 
 
 async def test_what_outlasts_the_drain_is_given_back(orchestrator: Any, work: SimpleNamespace) -> None:

@@ -1,8 +1,8 @@
 """Both ends of a session, an honest store and honest handlers, joined by a wire that does whatever a wire can do.
 
 Streams break at any point and are noticed late, old streams go on beside new ones, the two directions run at their own
-speed, time jumps, and cancels race results. Whatever the order, the laws of `session.proto` must hold, and neither end may
-accuse the other.
+speed, time jumps, and cancels race results. Whatever the order, the laws of `session.proto` must hold, and neither end
+may accuse the other.
 """
 
 from __future__ import annotations
@@ -258,7 +258,7 @@ class Fleet(RuleBasedStateMachine):
 
     def result(self, stream: Stream, key: AttemptKey, result: pb.Result) -> None:
         work = self.tasks[key.task_id]
-        end = {"response": "succeeded", "failure": "failed", "cancelled": "cancelled"}[str(result.WhichOneof("outcome"))]
+        end = {"response": "succeeded", "failure": "failed"}.get(str(result.WhichOneof("outcome")), "cancelled")
         if work.fence == key.fence and work.state not in ENDS:
             work.state = end
             work.endings.append((key.fence, end))
@@ -393,12 +393,12 @@ class Fleet(RuleBasedStateMachine):
             assert session.progress(key, b"half")
             return
         if how == "response":
-            assert session.report(key, b"done")
+            assert session.report(key, b"done", self.now)
         elif how == "failure":
-            assert session.report(key, Failure(reason=Reason.REASON_HANDLER_FAILED, message="no"))
+            assert session.report(key, Failure(reason=Reason.REASON_HANDLER_FAILED, message="no"), self.now)
         else:
             outcome = pb.CancelledOutcome(reason=Reason.REASON_CANCELLED)
-            assert session.report(key, outcome, still_running=how == "unresponsive")
+            assert session.report(key, outcome, self.now, still_running=how == "unresponsive")
             if how == "unresponsive":
                 process.given_up.add(key)
         process.running.discard(key)
@@ -503,7 +503,7 @@ class Fleet(RuleBasedStateMachine):
             self.settle()
             self.dispatch(1)
             for key in sorted(process.running):
-                process.session.report(key, b"done")
+                process.session.report(key, b"done", self.now)
                 process.running.discard(key)
                 process.unacknowledged.add(key)
             for key in sorted(process.given_up):

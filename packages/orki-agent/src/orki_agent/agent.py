@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ from orki_agent.runtime import Runtime
 from orki_agent.settings import RunSettings, default_agent_id
 from orki_agent.tool_access import ToolServices
 from orki_contract import AsyncToolService, SyncToolService
-from orki_contract.errors import InvalidSetting, LocalProtocolError
+from orki_contract.errors import InvalidSetting, LocalProtocolError, OrkiError
 from orki_control.session.options import AGENT_ID, MAX_SLOTS
 
 __all__ = ["Agent"]
@@ -27,6 +28,8 @@ class Agent:
     Attributes:
         kind: What the agent is; the first part of its default id.
         slots: Attempts that it takes at once, unless a run says otherwise.
+        served: Set once a run's session is over, even while user code keeps `run` from returning.
+        refused_by: Why the orchestrator refused or replaced the last run's session for good; None if it did not.
     """
 
     def __init__(
@@ -56,6 +59,8 @@ class Agent:
         self._handlers = find_handlers(services)
         self._tools = (tools,) if isinstance(tools, AsyncToolService | SyncToolService) else tuple(tools)
         self._runtime: Runtime | None = None
+        self.served = threading.Event()
+        self.refused_by: OrkiError | None = None
 
     def __repr__(self) -> str:
         return f"<Agent {self.kind}: {', '.join(sorted(self._handlers))}>"
@@ -100,16 +105,14 @@ class Agent:
             settings = replace(orchestrator, **changes)
         else:
             settings = self.settings(orchestrator, **changes)
-        self._runtime = Runtime(settings, self._handlers, served_services(self._handlers), self._tools)
+        self.served.clear()
+        self.refused_by = None
+        runtime = Runtime(settings, self._handlers, served_services(self._handlers), self._tools, self._over)
+        self._runtime = runtime
         try:
-            await self._runtime.run()
+            await runtime.run()
         finally:
             self._runtime = None
-
-    @property
-    def served(self) -> bool:
-        """Whether no session is left to be served: it was drained, refused or replaced, or never ran."""
-        return self._runtime is None or self._runtime.served
 
     def drain(self) -> None:
         """Takes no more offers; `run` returns when what runs has ended, or its grace is over. From any thread."""
@@ -120,3 +123,7 @@ class Agent:
         """Gives running attempts back to the orchestrator and ends. From any thread."""
         if self._runtime is not None:
             self._runtime.stop_now()
+
+    def _over(self, error: OrkiError | None) -> None:
+        self.refused_by = error
+        self.served.set()

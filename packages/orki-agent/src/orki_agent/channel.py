@@ -125,7 +125,8 @@ class SessionChannel:
     # --- one stream ---
 
     async def _one_stream(self, channel: grpc.aio.Channel) -> SessionLost:
-        over = self._over = self._loop.create_future()
+        over: asyncio.Future[SessionLost] = self._loop.create_future()
+        self._over = over
         call = SessionServiceStub(channel).Connect()
         self._session.connection_made(self._loop.time())
         self.changed()

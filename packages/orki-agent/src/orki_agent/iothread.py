@@ -40,8 +40,7 @@ class IoThread:
     def start(self) -> None:
         """Starts the thread; returns once its loop runs."""
         self._thread.start()
-        loop = self._started.result()
-        self.mailbox = Mailbox(loop)
+        self._started.result()
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -66,6 +65,7 @@ class IoThread:
     async def _guarded(self) -> None:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(_handle_exception)
+        self.mailbox = Mailbox(loop)
         self._started.set_result(loop)
         await self._main()
 

@@ -217,7 +217,7 @@ class Runner:
         if running.given_up:
             self._session.release(attempt)
         else:
-            self._session.report(attempt, outcome)
+            self._session.report(attempt, outcome, asyncio.get_running_loop().time())
         self._changed()
 
     def _timed_out(self, attempt: AttemptKey) -> None:
@@ -243,5 +243,5 @@ class Runner:
 
     def _give_up(self, attempt: AttemptKey, running: _Running, outcome: Outcome) -> None:
         running.given_up = True
-        self._session.report(attempt, outcome, still_running=True)
+        self._session.report(attempt, outcome, asyncio.get_running_loop().time(), still_running=True)
         self._changed()

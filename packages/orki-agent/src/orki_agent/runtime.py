@@ -61,6 +61,7 @@ class Runtime:
         handlers: What to run, by `package.Service/Method`.
         services: The contracts for the hello.
         tools: Tool services of the agent's own.
+        on_over: Called on the I/O thread when the session is over, with the reason where it was refused for good.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Runtime:
         handlers: Mapping[str, Handler],
         services: tuple[ServedService, ...],
         tools: tuple[ToolServices, ...],
+        on_over: Callable[[OrkiError | None], None],
     ) -> None:
         self._settings = settings
         self._handlers = handlers
@@ -76,6 +78,7 @@ class Runtime:
         self._instance_id = uuid.uuid4().hex
         self._span = new_span()
         self._began_at = time.monotonic()
+        self._on_over = on_over
         self._io = IoThread(self._serve)
         self._tools = ToolAccess(tools, settings.tools, settings.agent_id, self.collect)
         self._closed_by: OrkiError | None = None
@@ -90,6 +93,7 @@ class Runtime:
         )
         self._orchestrator_id = ""
         self._draining = False
+        self._early: list[Callable[[], None]] = []
 
     # --- the user's loop ---
 
@@ -109,6 +113,7 @@ class Runtime:
             sys.setswitchinterval(self._settings.switch_interval)
         self._probe.start()
         try:
+            self._io.done.add_done_callback(lambda _: self._on_over(self._closed_by))
             self._io.start()
             self._tools.start(self._post)
             await asyncio.shield(asyncio.wrap_future(self._io.done))
@@ -123,18 +128,13 @@ class Runtime:
 
     # --- from any thread ---
 
-    @property
-    def served(self) -> bool:
-        """Whether the session is over and the I/O thread has ended."""
-        return self._io.done.done()
-
     def drain(self) -> None:
         """Takes no more offers; what runs has the drain's grace to end."""
-        self._post(self._drain)
+        self._ask(self._drain)
 
     def stop_now(self) -> None:
         """Gives back what runs, tells the orchestrator, and ends."""
-        self._post(self._abandon)
+        self._ask(self._abandon)
 
     @property
     def agent_id(self) -> str:
@@ -174,6 +174,12 @@ class Runtime:
         """For submitting tasks."""
         return RemoteTasks(self._client, self._io.loop)
 
+    def _ask(self, call: Callable[[], None]) -> None:
+        if self._io.mailbox is None:
+            self._early.append(call)
+        else:
+            self._io.mailbox.post(call)
+
     def _post(self, call: Callable[..., object], *arguments: Any) -> None:
         if self._io.mailbox is not None:
             self._io.mailbox.post(call, *arguments)
@@ -195,6 +201,8 @@ class Runtime:
         )
         options = ClientOptions(max_message_bytes=settings.max_message_bytes, insecure=settings.insecure)
         async with Client(settings.orchestrator, options) as self._client:
+            for call in self._early:
+                call()
             self._tell_spawned()
             if settings.events_url:
                 await self._events.open("")

@@ -188,6 +188,7 @@ class AgentSession:
         self,
         attempt: AttemptKey,
         outcome: Outcome,
+        now: float,
         *,
         still_running: bool = False,
     ) -> bool:
@@ -195,8 +196,8 @@ class AgentSession:
 
         Args:
             attempt: The attempt.
-            outcome: The serialised response, why it failed, or that it was cancelled. A response that the orchestrator
-                cannot take becomes a failure with TOO_LARGE.
+            outcome: What came of it. A response that the orchestrator cannot take becomes a failure with TOO_LARGE.
+            now: The time.
             still_running: The handler was given up but has not ended: its slot stays taken until `release`.
 
         Returns:
@@ -211,6 +212,8 @@ class AgentSession:
         self._step(attempt, holding, pb.Result, LocalProtocolError)
         if still_running:
             self._holdings.block(attempt)
+            if self.state in _LIVE:
+                self._beat(now)  # overtakes the result, so that the slot is not offered to anybody
         holding.result = result(attempt, outcome)
         if self.state in _LIVE:
             self._send_result(attempt, holding)
@@ -344,7 +347,7 @@ class AgentSession:
             self._say_declined(key, message.traceparent, Reason.REASON_OVERLOADED, text)
         elif holdings.was_cancelled(key):
             self._step(key, holding, pb.Cancel, RemoteProtocolError)
-            self.report(key, pb.CancelledOutcome(reason=Reason.REASON_CANCELLED))
+            self.report(key, pb.CancelledOutcome(reason=Reason.REASON_CANCELLED), now)
         else:
             self._events.join(OffersArrived, ArrivedOffer(key, offer, message.traceparent))
 
@@ -394,10 +397,8 @@ class AgentSession:
     def _replaced(self, message: pb.OrchestratorMessage, now: float) -> None:
         self._move(pb.Replaced, RemoteProtocolError)
         successor = message.replaced.successor_instance_id
-        text = (
-            f"instance {successor} of agent {self._options.agent_id} has taken the session: give each running agent an "
-            "agent id of its own"
-        )
+        text = f"instance {successor} has taken the session of agent {self._options.agent_id}"
+        text += ": give each running agent an agent id of its own"
         self._events.add(SessionClosed(Replaced(text), successor))
 
     # --- inner moves ---
