@@ -108,6 +108,14 @@ def test_a_request_that_lacks_an_import_is_an_error(request_all: CodeGeneratorRe
     assert response.error.startswith("the image lacks kitchen/v1/my-dashed.proto, which kitchen/v1/sink.proto imports")
 
 
+def test_the_options_themselves_are_never_generated(request_all: CodeGeneratorRequest) -> None:
+    options = CodeGeneratorRequest(proto_file=request_all.proto_file, parameter="python,grpc_python,mypy_grpc")
+    options.file_to_generate.append("orki/options/v1/options.proto")
+    response = protoc_shim.respond(options)
+    assert not response.error
+    assert not response.file
+
+
 def test_public_imports_keep_their_places_when_the_options_go(request_all: CodeGeneratorRequest) -> None:
     """The options stand second of three imports, and the third is public."""
     base = FileDescriptorProto(name="a/v1/a.proto", package="a.v1", syntax="proto3")

@@ -62,7 +62,8 @@ def respond(request: CodeGeneratorRequest) -> CodeGeneratorResponse:
 
 
 def _python(request: CodeGeneratorRequest, schema: Schema) -> dict[str, str]:
-    return _protoc("python", _without_options(request, schema), request.file_to_generate)
+    wanted = [name for name in request.file_to_generate if not _is_options(schema, name)]
+    return _protoc("python", _without_options(request, schema), wanted)
 
 
 def _grpc_python(request: CodeGeneratorRequest, schema: Schema) -> dict[str, str]:
