@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -227,6 +227,39 @@ def dead_port() -> Iterator[int]:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def orki(tmp_path: Path) -> Callable[..., Awaitable[Ended]]:
+    """Runs `orki ARGS…` as a process, beside servers of the test's own loop; further settings by environment."""
+
+    async def run(*arguments: str, stdin: str = "", **settings: str) -> Ended:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("ORKI_")}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-c", "from orki_server.cli import main; main()"),
+            *arguments,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=tmp_path,
+            env={**environment, **settings},
+        )
+        out, err = await asyncio.wait_for(process.communicate(stdin.encode()), 50)
+        ended = Ended(process.returncode or 0, out.decode(), err.decode())
+        assert "Traceback" not in ended.err
+        return ended
+
+    return run
 
 
 @pytest.fixture

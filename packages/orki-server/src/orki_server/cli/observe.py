@@ -14,8 +14,9 @@ import click
 
 from orki_server.cli.root import LazyGroup
 from orki_server.cli.settings import redis_option
+from orki_server.lifetime import run_until_stopped
 from orki_server.observers.audit_log import AuditLogSettings, Fsync
-from orki_server.observers.process import LOOPBACK, ServerOptions, run_until_stopped
+from orki_server.observers.process import LOOPBACK, ServerOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -11,7 +11,7 @@ from orki.control.v1.attempt_pb2 import AttemptRef, Failure, TaskState
 from orki.control.v1.task_pb2 import AgentSnapshot, TaskSnapshot
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.trace import parse_traceparent
-from orki_server.observers.entry_view import time_text
+from orki_server.observers.timestamps import time_text
 
 _PREFIX: Final = "TASK_STATE_"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["submit"]
+__all__ = ["find_method", "registered_methods", "submit"]
 
 import asyncio
 import difflib
@@ -61,7 +61,7 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     async def names() -> list[str]:
         async with open_client(orchestrator, bool(ctx.params.get("insecure")), patience=0) as client:
             services = await asyncio.wait_for(client.list_services(), 1.0)
-        return sorted(each.contract.full_name for each in _methods(services))
+        return sorted(each.contract.full_name for each in registered_methods(services))
 
     try:
         return [name for name in run(names()) if incomplete.lower() in name.lower()]
@@ -102,7 +102,7 @@ def submit(method: str, request_text: str, orchestrator: str, insecure: bool, **
 
 async def _submit(client: Client, name: str, text: str, wish: _Wish) -> None:
     async with client:
-        method = _find(name, _methods(await client.list_services()))
+        method = find_method(name, registered_methods(await client.list_services()))
         request = request_from_json(text, method.kind(method.contract.request))
         submission = Submission(
             method=method.contract.full_name,
@@ -173,7 +173,8 @@ def _state_text(task: TaskSnapshot) -> str:
     return f"{state_name(task.state)}, attempt {task.attempt.attempt} on {task.agent_id}"
 
 
-def _methods(services: Sequence[ServiceSnapshot]) -> list[_Method]:
+def registered_methods(services: Sequence[ServiceSnapshot]) -> list[_Method]:
+    """The methods of registered services, read from the contracts that came with them."""
     return [
         _Method(contract=contract, image=service.image)
         for service in services
@@ -182,7 +183,12 @@ def _methods(services: Sequence[ServiceSnapshot]) -> list[_Method]:
     ]
 
 
-def _find(name: str, methods: Sequence[_Method]) -> _Method:
+def find_method(name: str, methods: Sequence[_Method]) -> _Method:
+    """The method that a name stands for: a whole one, or the end of exactly one.
+
+    Raises:
+        UnknownMethod: There is none, or several; the message says which are near.
+    """
     wanted = name.replace("/", ".")
     dotted = {each.contract.full_name.replace("/", "."): each for each in methods}
     if wanted in dotted:

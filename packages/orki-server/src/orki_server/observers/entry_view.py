@@ -6,11 +6,10 @@ told by its size and never shown, since nobody can say what of it is sensitive.
 
 from __future__ import annotations
 
-__all__ = ["EntryReader", "EntryView", "Readers", "time_text"]
+__all__ = ["EntryReader", "EntryView", "Readers"]
 
 import hashlib
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from google.protobuf.message import DecodeError, Message
@@ -23,6 +22,7 @@ from orki_contract.trace import Span
 from orki_events.envelope import decode_envelope, envelope_span
 from orki_events.registry import RegisteredStream
 from orki_server.observers.redaction import Redaction
+from orki_server.observers.timestamps import time_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,15 +150,6 @@ class Readers:
         if kept is None or kept[0] != version:
             kept = self._readers[name] = (version, EntryReader(stream))
         return kept[1]
-
-
-def time_text(time_us: int) -> str:
-    """RFC 3339 in UTC to the microsecond; the bare number where no calendar has that time."""
-    try:
-        seconds, rest = divmod(time_us, 1_000_000)
-        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest:06d}Z"
-    except (OverflowError, ValueError, OSError):
-        return f"{time_us} µs"
 
 
 def _envelope(raw: bytes | None) -> tuple[Envelope | None, str]:

@@ -24,8 +24,9 @@ from orki_contract.errors import InvalidArgument, InvalidSetting, OrkiError, Unk
 from orki_events.redis_shell import Address, Link
 from orki_server.observers.entry_view import EntryView
 from orki_server.observers.feed_cursor import parse_feed_cursor
+from orki_server.observers.http_server import serve_http
 from orki_server.observers.merged_reader import MergedReader
-from orki_server.observers.process import ServerOptions, announce, serve_http
+from orki_server.observers.process import ServerOptions, announce
 from orki_server.observers.redaction import safe_json
 
 _log = logging.getLogger("orki.feed")

@@ -28,9 +28,10 @@ from orki_contract.errors import InvalidSetting, OrkiError, UnknownStream
 from orki_contract.handles import EventStream
 from orki_events import DeliveryBatch, EventOptions, Events, RegisteredStream, connect
 from orki_events.redis_shell import Link, parse_address
+from orki_server.observers.http_server import serve_http
 from orki_server.observers.merged_reader import MergedReader
 from orki_server.observers.metrics_book import MetricsBook
-from orki_server.observers.process import ServerOptions, announce, serve_http
+from orki_server.observers.process import ServerOptions, announce
 from orki_server.observers.registered import follow_registered
 from orki_server.observers.stream_figures import stream_figures
 

@@ -1,25 +1,16 @@
-"""What the observers' processes have in common: an orderly end, and one line that says when they are ready."""
+"""Where an observer answers, and the line that says that it is ready."""
 
 from __future__ import annotations
 
-__all__ = ["LOOPBACK", "ServerOptions", "announce", "run_until_stopped", "serve_http"]
+__all__ = ["LOOPBACK", "ServerOptions", "announce"]
 
-import asyncio
 import ipaddress
-import signal
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
-
-from aiohttp import web
 
 from orki_contract.errors import InvalidSetting
 
 LOOPBACK: Final = "127.0.0.1"
-
-_NAMES: Final = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,72 +42,3 @@ class ServerOptions:
 def announce(observer: str, where: str) -> None:
     """Prints the one line of standard output, once the observer is ready: `orki NAME ready: WHERE`."""
     print(f"orki {observer} ready: {where}", flush=True)
-
-
-def run_until_stopped(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
-    """Runs `main` on an event loop; SIGTERM and SIGINT set its event, upon which it ends in good order.
-
-    A second signal ends the process at once.
-    """
-    asyncio.run(_run(main))
-
-
-async def _run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
-    stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def stop() -> None:
-        stopped.set()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-        print("stopping; once more to stop at once", file=sys.stderr, flush=True)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
-    try:
-        await main(stopped)
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-
-
-@asynccontextmanager
-async def serve_http(app: web.Application, options: ServerOptions) -> AsyncIterator[str]:
-    """Serves an application for this machine alone; gives its URL.
-
-    Raises:
-        InvalidSetting: The port is taken.
-    """
-    app.middlewares.append(_only_this_machine)
-    # A client that leaves ends its handler, which otherwise would only notice at its next write.
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
-    await runner.setup()
-    try:
-        try:
-            await web.TCPSite(runner, options.host, options.port).start()
-        except OSError as error:
-            raise InvalidSetting(
-                f"cannot listen on {options.host}:{options.port}: {error.strerror}; choose another --port"
-            ) from error
-        host, port = runner.addresses[0][:2]
-        yield f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    finally:
-        await runner.cleanup()
-
-
-@web.middleware
-async def _only_this_machine(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    """Refuses other names for this machine: a page from elsewhere could otherwise read us by DNS rebinding."""
-    name = request.host.rpartition(":")[0] if not request.host.endswith("]") and ":" in request.host else request.host
-    if name not in _NAMES and not _is_loopback(name):
-        return web.json_response({"error": f'"{name}" is not a name of this machine'}, status=403)
-    return await handler(request)
-
-
-def _is_loopback(name: str) -> bool:
-    try:
-        return ipaddress.ip_address(name.strip("[]")).is_loopback
-    except ValueError:
-        return False

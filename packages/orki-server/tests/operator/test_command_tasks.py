@@ -1,0 +1,219 @@
+"""submit, tasks, agents, cancel: against a real orchestrator, as processes, exit codes and all."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from orki_contract.errors import HandlerRejected
+from orki_server.cli.root import root
+
+SERVICE = "servertests.v1.WorkService"
+
+
+def encoded(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+def body(text: str) -> str:
+    return json.dumps({"body": encoded(text)})
+
+
+@pytest.fixture
+async def fleet(orchestrator: Any, stand_in: Callable[..., Any]) -> Any:
+    """An orchestrator with one agent that echoes."""
+    agent = stand_in(orchestrator.address)
+    await agent.ready()
+    return agent
+
+
+@pytest.fixture
+def at(orchestrator: Any) -> dict[str, str]:
+    """The environment of commands."""
+    return {"ORKI_ORCHESTRATOR": orchestrator.address, "COLUMNS": "80"}
+
+
+async def failing(_: Any) -> bytes:
+    raise HandlerRejected("the bed is dry\x1b[31m")
+
+
+async def never(_: Any) -> bytes:
+    await asyncio.sleep(600)
+    return b""
+
+
+@pytest.mark.parametrize("name", ["Do", f"{SERVICE}/Do"])
+async def test_a_task_is_submitted_by_any_unambiguous_name(fleet: Any, orki: Any, at: Any, name: str) -> None:
+    ended = await orki("submit", name, body("hello"), **at)
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out) == {"body": encoded("hello")}
+    assert "task t" in ended.err
+
+
+async def test_json_has_the_task_around_the_response(fleet: Any, orki: Any, at: Any) -> None:
+    ended = await orki("submit", "Do", "-", "--json", stdin=body("x"), **at)
+    task = json.loads(ended.out)
+    assert (task["state"], task["attempt"], task["failure"]) == ("succeeded", 1, None)
+    assert task["response"] == {"body": encoded("x")}
+    assert sorted(task) == sorted(
+        [
+            *("task_id", "method", "state", "attempt", "fence", "agent_id", "submitted", "ended", "trace_id"),
+            *("failure", "earlier_failures", "response"),
+        ]
+    )
+
+
+async def test_no_wait_prints_the_id_and_a_key_gives_the_same_task(fleet: Any, orki: Any, at: Any) -> None:
+    first = await orki("submit", "Do", body("x"), "--no-wait", "--idempotency-key", "k", **at)
+    again = await orki("submit", "Do", body("x"), "--no-wait", "--idempotency-key", "k", **at)
+    other = await orki("submit", "Do", body("y"), "--no-wait", "--idempotency-key", "k", **at)
+    assert first.out == again.out
+    assert first.out.startswith("t")
+    assert other.code == 1
+    assert other.err.count("\n") == 1
+
+
+async def test_a_failed_task_is_told_and_ends_with_1(
+    orchestrator: Any, stand_in: Callable[..., Any], orki: Any, at: Any
+) -> None:
+    agent = stand_in(orchestrator.address, handler=failing)
+    await agent.ready()
+    ended = await orki("submit", "Do", body("x"), **at)
+    assert (ended.code, ended.out) == (1, "")
+    assert "the bed is dry" in ended.err.splitlines()[-1]
+    assert "\x1b" not in ended.err
+    listed = await orki("tasks", "--state", "failed", "--json", **at)
+    (task,) = json.loads(listed.out)
+    assert task["failure"]["reason"] == "HANDLER_REJECTED"
+    shown = await orki("tasks", task["task_id"], **at)
+    assert "HANDLER_REJECTED" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["Do", '{"boddy": ""}'], "boddy"),
+        (["Dont", "{}"], "WorkService.Do"),
+        (["Do", "{}", "--idempotency-key", "k" * 300], "256"),
+    ],
+)
+async def test_bad_input_is_refused_in_one_sentence(
+    fleet: Any, orki: Any, at: Any, arguments: list[str], says: str
+) -> None:
+    ended = await orki("submit", *arguments, **at)
+    assert (ended.code, ended.out) == (1, "")
+    assert says in ended.err
+    assert ended.err.startswith("orki: ")
+    assert ended.err.count("\n") == 1
+
+
+async def test_waiting_no_longer_than_asked(
+    orchestrator: Any, stand_in: Callable[..., Any], orki: Any, at: Any
+) -> None:
+    agent = stand_in(orchestrator.address, handler=never)
+    await agent.ready()
+    ended = await orki("submit", "Do", body("x"), "--timeout", "0.5", **at)
+    assert ended.code == 1
+    assert "it goes on" in ended.err.splitlines()[-1]
+    (task,) = json.loads((await orki("tasks", "--json", **at)).out)
+    assert task["state"] == "running"
+    assert f"attempt 1 on {task['agent_id']}" in ended.err
+    agents = await orki("agents", **at)
+    assert "1/4" in agents.out
+    cancelled = await orki("cancel", task["task_id"], "--message", "enough", **at)
+    assert (cancelled.code, cancelled.out.split()[2]) in ((0, "cancelling"), (0, "cancelled"))
+    again = await orki("cancel", task["task_id"], "--json", **at)
+    assert json.loads(again.out)["task_id"] == task["task_id"]
+
+
+async def test_tables_fit_80_columns_without_colours(fleet: Any, orki: Any, at: Any) -> None:
+    await orki("submit", "Do", body("a"), **at)
+    for name in ("tasks", "agents"):
+        ended = await orki(name, **at)
+        assert ended.code == 0, ended.err
+        assert all(len(line) <= 80 for line in ended.out.splitlines())
+        assert "\x1b" not in ended.out
+    ids = [each["task_id"] for each in json.loads((await orki("tasks", "--json", **at)).out)]
+    table = (await orki("tasks", **at)).out
+    assert all(each in table for each in ids)
+    (agent,) = json.loads((await orki("agents", "--json", **at)).out)
+    assert (agent["agent_id"], agent["connected"], agent["services"]) == ("agent-1", True, [SERVICE])
+
+
+async def test_filters(fleet: Any, orki: Any, at: Any) -> None:
+    for text in ("a", "b", "c"):
+        await orki("submit", "Do", body(text), "--no-wait", **at)
+
+    async def count(*filters: str) -> int:
+        return len(json.loads((await orki("tasks", "--json", *filters, **at)).out))
+
+    assert await count("--limit", "2") == 2
+    assert await count("--method", f"{SERVICE}/Do") == 3
+    assert await count("--method", f"{SERVICE}/Direct") == 0
+    assert "no such tasks" in (await orki("tasks", "--state", "failed", "--state", "cancelled", **at)).out
+
+
+async def test_unknown_tasks(fleet: Any, orki: Any, at: Any) -> None:
+    for name in ("tasks", "cancel"):
+        ended = await orki(name, "t0-00000000000000000000000000", **at)
+        assert ended.code == 1
+        assert ended.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["submit", "X.Y", "{}"], ["tasks"], ["agents"], ["cancel", "t0-1"]])
+async def test_without_an_orchestrator(orki: Any, dead_port: int, arguments: list[str]) -> None:
+    ended = await orki(*arguments, "--orchestrator", f"127.0.0.1:{dead_port}")
+    assert (ended.code, ended.out) == (1, "")
+    assert str(dead_port) in ended.err
+    assert ended.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["tasks", "--orchestrator", "nonsense"], 1),
+        (["tasks", "--orchestrator", "example.com:80"], 1),
+        (["tasks", "--state", "asleep"], 2),
+        (["tasks", "--limit", "0"], 2),
+        (["tasks", "t0-1", "--limit", "3"], 2),
+        (["tasks", "--nonsense"], 2),
+        (["submit"], 2),
+        (["submit", "X", "{}", "--timeout", "-1"], 2),
+        (["cancel"], 2),
+        (["agents", "extra"], 2),
+        (["nonsense"], 2),
+    ],
+)
+def test_bad_usage(arguments: list[str], code: int) -> None:
+    ended = CliRunner().invoke(root, arguments)
+    assert ended.exit_code == code, ended.output
+    assert ended.exception is None or isinstance(ended.exception, SystemExit)
+
+
+COMMANDS = [
+    "agents", "cancel", "doctor", "observe", "observe audit", "observe feed", "observe metrics",
+    "streams", "streams tail", "submit", "tasks", "trace",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_teaches_by_example(name: str) -> None:
+    ended = CliRunner().invoke(root, [*name.split(), "--help"], terminal_width=80)
+    assert ended.exit_code == 0
+    assert "Example" in ended.output
+    assert f"orki {name}" in ended.output
+    assert all(len(line) <= 100 for line in ended.output.splitlines())
+
+
+def test_the_root_lists_every_command_without_importing_them() -> None:
+    ended = CliRunner().invoke(root, ["--help"])
+    assert ended.exit_code == 0
+    for name in ("agents", "cancel", "doctor", "observe", "serve", "streams", "submit", "tasks", "trace", "up"):
+        assert f"  {name} " in ended.output
+    assert CliRunner().invoke(root, ["--version"]).exit_code in (0, 1)
