@@ -1,8 +1,8 @@
 """The schema of every Redis key that the server writes: pattern, kind, writer, slot, end of life.
 
-All names are built here, for Python and for the store's Lua alike; nothing else in the server spells a key. A shard's
-keys share the hash tag `{oN}`, so that each transition touches one slot; the fleet's own keys share `{of}`. The event
-plane's keys (`orki:ev:*`, `orki:streams`) belong to orki_events and are no part of this table.
+All names are built here, for Python and for the store's Lua alike; nothing else in the server spells a key. The keys
+of a shard share the hash tag `{oN}`, so that each transition touches one slot; the fleet's own keys share `{of}`. Keys
+which do not begin with `orki:{` belong to the event plane, and are no part of this table.
 """
 
 from __future__ import annotations

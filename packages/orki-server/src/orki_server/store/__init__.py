@@ -3,7 +3,7 @@
 from orki_server.store.asks import Asked, Cancel, Direct, Submit, Submitted
 from orki_server.store.fleet import Fleet, Greeting, digest_of
 from orki_server.store.ids import new_task_id, shard_of, shard_of_key
-from orki_server.store.link import address_of
+from orki_server.store.link import address_of, without_credentials
 from orki_server.store.looks import TERMINAL, Filter, Look, Seen
 from orki_server.store.offers import Asker, Expired, Offer, Offered, RaiseEpoch, Sweep, Swept
 from orki_server.store.outbox import Outbox, Record
@@ -64,4 +64,5 @@ __all__ = [
     "new_task_id",
     "shard_of",
     "shard_of_key",
+    "without_credentials",
 ]

@@ -123,12 +123,12 @@ class Lane:
         for entry in batch:
             shards.setdefault(entry.transition.route(), []).append(entry)
         commands = [self._command(shard, entries) for shard, entries in shards.items()]
-        replies = await self._link.attempt(commands)
+        replies = await self._link.attempt(commands, in_lane=True)
         if any(isinstance(reply, NoScriptError) for reply in replies):
             # Only what found no script is sent again: the others were applied.
             again = [place for place, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
             _, *second = await self._link.attempt(
-                [("SCRIPT", "LOAD", self._script.text), *(commands[place] for place in again)]
+                [("SCRIPT", "LOAD", self._script.text), *(commands[place] for place in again)], in_lane=True
             )
             for place, reply in zip(again, second, strict=True):
                 replies[place] = reply

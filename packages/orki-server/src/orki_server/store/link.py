@@ -10,24 +10,22 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 from urllib.parse import urlsplit
 
 from redis import exceptions as redis_errors
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
 from orki_contract.errors import InvalidSetting, LocalProtocolError, OrkiError, StoreUnavailable
 from orki_server.keys import FleetKeys
+from orki_server.store.wire import Wire
 
-__all__ = ["Link", "address_of"]
+__all__ = ["Link", "address_of", "without_credentials"]
 
-_CONNECT_TIMEOUT: Final = 2.0
-_REPLY_TIMEOUT: Final = 5.0
+Command: TypeAlias = Sequence[bytes | str | int]
+"""A command and its arguments."""
+
 _PROBE_FIRST: Final = 0.05
 _PROBE_LONGEST: Final = 1.0
-_CONNECTIONS: Final = 16
 
 # What Redis says when it cannot serve us now, and what one does about it.
 _CONDITIONS: Final = {
@@ -70,6 +68,12 @@ def address_of(url: str) -> str:
     return f"{host or 'localhost'}:{port or 6379}"
 
 
+def without_credentials(url: str) -> str:
+    """A Redis URL that may be told to anybody: no user, no password, no parameters."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.path if parts.scheme == 'unix' else address_of(url) + parts.path}"
+
+
 class Link:
     """One Redis server, or its absence.
 
@@ -79,25 +83,8 @@ class Link:
 
     def __init__(self, url: str) -> None:
         self.address = address_of(url)
-        try:
-            self._pool = BlockingConnectionPool.from_url(
-                url,
-                max_connections=_CONNECTIONS,
-                timeout=_REPLY_TIMEOUT,
-                socket_timeout=_REPLY_TIMEOUT,
-                socket_connect_timeout=_CONNECT_TIMEOUT,
-                # redis-py would repeat commands of unknown fate by itself; who may be repeated is decided here.
-                retry=Retry(NoBackoff(), 0),
-                retry_on_timeout=False,
-                health_check_interval=0,
-                protocol=2,
-                decode_responses=False,
-            )
-            # Connections are made late; one that is never used shows now what the URL's parameters are worth.
-            self._pool.make_connection()  # type: ignore[no-untyped-call]
-        except (ValueError, TypeError) as error:
-            raise InvalidSetting(f"the Redis URL for {self.address} is not valid: {error}") from error
-        self._redis: Redis = Redis(connection_pool=self._pool)
+        self._lane = Wire(url)
+        self._aside = Wire(url)
         self._up = asyncio.Event()
         self._up.set()
         self._why: OrkiError = StoreUnavailable(f"the store at {self.address} was not reached yet")
@@ -136,7 +123,7 @@ class Link:
         """
         return (await self.calls([command]))[0]
 
-    async def calls(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
+    async def calls(self, commands: Sequence[Command]) -> list[Any]:
         """Several commands in one round trip; errors as those of `call`, that of the first that failed."""
         replies = await self.attempt(commands)
         for reply in replies:
@@ -144,23 +131,23 @@ class Link:
                 raise self.failed(reply)
         return replies
 
-    async def attempt(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
+    async def attempt(self, commands: Sequence[Command], *, in_lane: bool = False) -> list[Any]:
         """As `calls`, but the server's own errors stand in the places of the answers, for `failed` to judge.
+
+        Args:
+            commands: What to send.
+            in_lane: Whether they are transitions, which have a connection of their own.
 
         Raises:
             StoreUnavailable: No answer.
         """
         if not self.up:
             raise self._why
-        return await self._send(commands)
+        return await self._send(commands, self._lane if in_lane else self._aside)
 
-    async def _send(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
+    async def _send(self, commands: Sequence[Command], wire: Wire) -> list[Any]:
         try:
-            async with self._redis.pipeline(transaction=False) as pipe:
-                for command in commands:
-                    pipe.execute_command(*command)
-                replies: list[Any] = await pipe.execute(raise_on_error=False)
-                return replies
+            return await wire.exchange(commands)
         except (redis_errors.RedisError, OSError) as error:
             raise self.failed(error) from error
 
@@ -191,7 +178,7 @@ class Link:
             longest = min(2 * longest, _PROBE_LONGEST)
             try:
                 # A write, since a server may answer and still take none.
-                replies = await self._send([("HSET", FleetKeys.LAYOUT, "probe", "1")])
+                replies = await self._send([("HSET", FleetKeys.LAYOUT, "probe", "1")], self._aside)
                 if isinstance(replies[0], Exception):
                     self.failed(replies[0])
                     continue
@@ -207,7 +194,7 @@ class Link:
 
     async def direct(self, *command: Any) -> Any:
         """One command even while the link is down, for checks during recovery; errors as those of `call`."""
-        reply = (await self._send([command]))[0]
+        reply = (await self._send([command], self._aside))[0]
         if isinstance(reply, Exception):
             raise self.failed(reply)
         return reply
@@ -218,6 +205,7 @@ class Link:
             self._probe.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._probe
-        with contextlib.suppress(redis_errors.RedisError, OSError):
-            await self._redis.aclose()
-            await self._pool.aclose()
+        await self._lane.close()
+        await self._aside.close()
+        # One turn of the loop, in which closed sockets leave it.
+        await asyncio.sleep(0)

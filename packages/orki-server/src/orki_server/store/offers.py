@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from orki.errors.v1.errors_pb2 import Reason
 from orki_control.attempt import AttemptKey
 from orki_server.store.transition import Argument, Transition
 
@@ -98,13 +99,13 @@ class Expired:
         what: `offer` (withdrawn), `attempt` (ended), `task` (ended), `retry` (a wait is over).
         agent_id: Who held the attempt.
         attempt: The attempt.
-        method: As `package.Service/Method`.
+        reason: Why; unspecified for `retry`.
     """
 
     what: str
     agent_id: str
     attempt: AttemptKey
-    method: str
+    reason: Reason.ValueType
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +143,9 @@ class Sweep(Transition[Swept]):
                 what.decode(),
                 agent.decode(),
                 AttemptKey(task.decode(), int(attempt), int(fence)),
-                method.decode(),
+                Reason.ValueType(int(reason)),
             )
-            for what, task, agent, attempt, fence, method in rows
+            for what, task, agent, attempt, fence, reason in rows
         )
         return Swept(int(reply[0]), tuple(expired))
 

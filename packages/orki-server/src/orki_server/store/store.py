@@ -67,6 +67,11 @@ class Store:
         """Whether the server answered last time."""
         return self._link.up
 
+    @property
+    def waiting(self) -> int:
+        """Transitions that wait to be sent."""
+        return self._lane.waiting
+
     def on_change(self, tell: Callable[[bool], None]) -> None:
         """Calls `tell` with whether the server is there, each time that changes."""
         self._link.on_change(tell)

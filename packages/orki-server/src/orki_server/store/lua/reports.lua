@@ -40,8 +40,8 @@ OPS.renew = function(a)
   for at = 2, #a, 2 do
     local task = held(a[at], a[at + 1], a[1])
     if task then
-      start(task)
-      redis.call('HSET', TASK .. task.id, 'le', whole(NOW + options(task).heartbeat))
+      -- An offer that waits for its answer has no lease yet: a heartbeat is no answer.
+      if task.lo == 0 then redis.call('HSET', TASK .. task.id, 'le', whole(NOW + options(task).heartbeat)) end
     else
       stale[#stale + 1] = whole(at / 2 - 1)
     end
