@@ -19,6 +19,8 @@ PAGES = sorted(
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 PATH = re.compile(r"\.?[\w*-][\w.*-]*(/[\w.*-]+)*/?")
+METHOD = re.compile(r"[\w.]+\.[A-Z]\w*/[A-Z]\w*")
+"""A service and method, as they travel: no path."""
 SUFFIXES = (".binpb", ".md", ".proto", ".py", ".toml", ".txt", ".yaml", ".yml")
 NOT_WALKED = {".git", ".nox", ".noxw", ".venv", "__pycache__", "dist", "node_modules"}
 SESSION = re.compile(r"nox(?:w)? (?:-s|--session) +([\w-]+(?: +(?!--)[\w-]+)*)")
@@ -56,7 +58,10 @@ def named_paths(text: str) -> list[str]:
     return [
         word
         for word in words
-        if PATH.fullmatch(word) and ("/" in word or word.endswith(SUFFIXES)) and word not in SUFFIXES
+        if PATH.fullmatch(word)
+        and not METHOD.fullmatch(word)
+        and ("/" in word or word.endswith(SUFFIXES))
+        and word not in SUFFIXES
     ]
 
 
