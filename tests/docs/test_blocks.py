@@ -1,4 +1,4 @@
-"""The README's blocks are true: the generated file is what the generator makes, and the users' files type-check and run."""
+"""The README's blocks are true: the generated file is the generator's, and the users' files type-check and run."""
 
 from __future__ import annotations
 
