@@ -6,9 +6,9 @@ what is wrong. Whoever reads an image that others built validates it first.
 
 from __future__ import annotations
 
-__all__ = ["FileContract", "ReadContract", "milliseconds", "read_image", "read_schema", "resolve"]
+__all__ = ["FileContract", "ReadContract", "merged", "milliseconds", "read_image", "read_schema", "resolve"]
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -116,16 +116,21 @@ def read_schema(schema: Schema) -> ReadContract:
     """Reads descriptors at hand."""
     locations: dict[str, Location] = {}
     files = tuple(_file(schema, file, locations) for file in schema.files.values())
-    parts = [each.contract for each in files]
-    contract = Contract(
-        streams=tuple(sorted(each for part in parts for each in part.streams)),
-        subscriptions=tuple(sorted(each for part in parts for each in part.subscriptions)),
-        tasks=tuple(sorted(each for part in parts for each in part.tasks)),
-        tools=tuple(sorted(each for part in parts for each in part.tools)),
-        frames=tuple(sorted(each for part in parts for each in part.frames)),
-        sensitive=tuple(sorted(each for part in parts for each in part.sensitive)),
-    )
+    contract = merged(each.contract for each in files)
     return ReadContract(contract=contract, files=files, locations=locations, schema=schema)
+
+
+def merged(parts: Iterable[Contract]) -> Contract:
+    """Several contracts as one, each part sorted."""
+    every = list(parts)
+    return Contract(
+        streams=tuple(sorted(each for part in every for each in part.streams)),
+        subscriptions=tuple(sorted(each for part in every for each in part.subscriptions)),
+        tasks=tuple(sorted(each for part in every for each in part.tasks)),
+        tools=tuple(sorted(each for part in every for each in part.tools)),
+        frames=tuple(sorted(each for part in every for each in part.frames)),
+        sensitive=tuple(sorted(each for part in every for each in part.sensitive)),
+    )
 
 
 def milliseconds(duration: Any, default: int = 0) -> int:

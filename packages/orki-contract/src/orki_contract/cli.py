@@ -1,0 +1,162 @@
+"""The command `orki-contract`."""
+
+from __future__ import annotations
+
+__all__ = ["main"]
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+
+from orki_contract.exceptions import InvalidContract, OrkiError
+from orki_contract.images import service_digest, stream_digest
+from orki_contract.model import Backoff, Contract, Frame, Group, Stream, TaskMethod, ToolMethod, dump
+from orki_contract.read import ReadContract, merged, read_image
+from orki_contract.sources import images_in
+from orki_contract.validate import validate
+
+_DUMP = """\
+Shows what a contract declares: streams with their groups, tasks, tools, frames, sensitive fields.
+
+SOURCE is one of:
+  contract.binpb       an image: a serialized FileDescriptorSet with its imports (`buf build -o` writes one)
+  acme-1.0-….whl       a wheel; every contract.binpb in it is read
+  packages/acme        a folder; likewise, hidden folders left out; this one unless another is given
+  orki-events          an installed distribution
+  orki.events.v1       an installed proto package
+
+Exit status: 0; 1 when the source cannot be read or breaks a rule of contracts (it is shown all the same).
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    parser = argparse.ArgumentParser(prog="orki-contract", description="Looks at orki contracts.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    dumping = commands.add_parser(
+        "dump",
+        help="show what a contract declares",
+        description=_DUMP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    dumping.add_argument(
+        "source", metavar="SOURCE", nargs="?", default=".", help="an image, a wheel, a folder, or what is installed (.)"
+    )
+    dumping.add_argument("--json", action="store_true", help="as JSON: an object for each proto package")
+    given = parser.parse_args(arguments)
+    try:
+        return _dump(given.source, as_json=given.json)
+    except OrkiError as error:
+        print(f"orki-contract: {error.message}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+
+
+def _dump(source: str, *, as_json: bool) -> int:
+    status = 0
+    packages: dict[str, object] = {}
+    texts = []
+    for image in images_in(source):
+        try:
+            read = read_image(image.content)
+        except InvalidContract as error:
+            raise InvalidContract(f"{image.place}: {error.message}") from error
+        for violation in validate(read):
+            print(f"orki-contract: {image.place}: {violation}", file=sys.stderr)
+            status = 1
+        for name, contract in _packages(read, shipped=image.shipped):
+            digests = dict(_digests(image.content, contract))
+            packages[name] = {**dump(contract), "digests": digests}
+            texts.append("\n".join([name, *_table(contract, digests)]))
+    print(json.dumps(packages, indent=2) if as_json else "\n\n".join(texts))
+    return status
+
+
+def _packages(read: ReadContract, *, shipped: bool) -> Iterator[tuple[str, Contract]]:
+    """The proto packages to show, by name: all that declare something, or in a shipped image those it was made for."""
+    files = read.schema.files
+    imported = {
+        files[path].package
+        for file in files.values()
+        for path in file.dependency
+        if files[path].package != file.package
+    }
+    declaring = {file.package for file in read.files if not file.empty}
+    for name in sorted({file.package for file in read.files} - imported if shipped else declaring):
+        parts = [file.contract for file in read.files if file.package == name]
+        yield name, merged(parts)
+
+
+def _digests(image: bytes, contract: Contract) -> Iterator[tuple[str, str]]:
+    for service in sorted({each.service for each in contract.tasks + contract.tools}):
+        yield service, service_digest(image, service)
+    for stream in contract.streams:
+        yield stream.name, stream_digest(image, stream.name)
+
+
+_Row = tuple[str, str]
+
+
+def _table(contract: Contract, digests: Mapping[str, str]) -> Iterator[str]:
+    rows = [
+        *(row for stream in contract.streams for row in _stream(stream)),
+        *((f"group {each.group.name} on stream {each.stream}", _words(each.group)) for each in contract.subscriptions),
+        *(row for method in contract.tasks + contract.tools for row in _method(method)),
+        *(row for frame in contract.frames for row in _frame(frame)),
+        *((f"sensitive {each.message}.{each.field}", "") for each in contract.sensitive),
+        *((f"digest of {name}", digest) for name, digest in digests.items()),
+    ]
+    if not rows:
+        yield "  declares no stream, task, tool or frame"
+    # A few long names do not push everything else to the right.
+    column = max((len(label) for label, _ in rows if len(label) <= 48), default=0)
+    for label, text in rows:
+        yield f"  {label:<{column}}  {text}".rstrip()
+
+
+def _stream(stream: Stream) -> Iterator[_Row]:
+    age = f", {stream.retention.max_age_ms} ms" if stream.retention.max_age_ms else ""
+    split = f"; {stream.partitions} partitions by {stream.partition_key}" if stream.partitions > 1 else ""
+    yield f"stream {stream.name}", stream.message
+    yield "  keeps", f"{stream.retention.max_entries} entries{age}{split}"
+    for group in stream.groups:
+        yield f"  group {group.name}", _words(group)
+
+
+def _method(method: TaskMethod | ToolMethod) -> Iterator[_Row]:
+    kind = "task" if isinstance(method, TaskMethod) else "tool"
+    yield f"{kind} {method.full_name}", "" if isinstance(method, TaskMethod) else f"0x{method.opcode:04x}"
+    for name in ("request", "response", "progress", "directive"):
+        if message := getattr(method, name, ""):
+            yield f"  {name}", message
+    if words := _words(method):
+        yield "  settings", words
+
+
+def _frame(frame: Frame) -> Iterator[_Row]:
+    tail = f", tail {frame.tail}" if frame.tail else ""
+    yield f"frame {frame.message}", f"version {frame.version}, {frame.block_length} bytes{tail}"
+    for field in frame.fields:
+        since = f", since version {field.since}" if field.since > 1 else ""
+        yield f"  {field.name}", f"{field.offset}..{field.offset + field.size - 1} {field.scalar}{since}"
+
+
+_NAMES = frozenset({"name", "service", "opcode", "request", "response", "progress", "directive"})
+
+
+def _words(value: Group | TaskMethod | ToolMethod | Backoff) -> str:
+    """The settings that differ from their defaults, in words."""
+    told = []
+    for field in fields(value):
+        given = getattr(value, field.name)
+        if field.name not in _NAMES and given != field.default:
+            told.append(f"{field.name} ({_words(given)})" if isinstance(given, Backoff) else f"{field.name} {given}")
+    return ", ".join(told)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
