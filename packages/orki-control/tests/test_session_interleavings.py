@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -26,6 +27,7 @@ ACCEPT = 2.0
 HEARTBEAT = 2.0
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 ENDS = ("succeeded", "failed", "cancelled")
+AT_WORK = (AttemptState.RUNNING, AttemptState.CANCELLING)
 
 
 @dataclass
@@ -55,7 +57,6 @@ class Process:
         self.given_up: set[AttemptKey] = set()
         self.started: set[AttemptKey] = set()
         self.unacknowledged: set[AttemptKey] = set()
-        self.cancel_seen: set[AttemptKey] = set()
         self.closed = False
 
 
@@ -84,7 +85,6 @@ class Fleet(RuleBasedStateMachine):
         self.tasks: dict[str, Work] = {}
         self.fences = 0
         self.epoch = 0
-        self.instances = 0
         self.processes: list[Process] = []
         self.streams: list[Stream] = []
         self.current: Stream | None = None
@@ -99,13 +99,10 @@ class Fleet(RuleBasedStateMachine):
             self.submit()
         self.dispatch(1)
 
-    # --- processes and streams ---
-
     def start_process(self) -> None:
-        self.instances += 1
-        self.processes.append(Process(f"i{self.instances}", self.slots))
+        self.processes.append(Process(f"i{len(self.processes) + 1}", self.slots))
 
-    @precondition(lambda self: self.instances < 3)
+    @precondition(lambda self: len(self.processes) < 3)
     @rule()
     def new_instance(self) -> None:
         """The agent is started again; the old process may still be there."""
@@ -141,8 +138,6 @@ class Fleet(RuleBasedStateMachine):
 
     def forget_dead(self) -> None:
         self.streams = [each for each in self.streams if not each.server_gone or each.process.stream is each]
-
-    # --- the wire ---
 
     @precondition(lambda self: bool(self.streams))
     @rule(data=st.data(), up=st.booleans(), count=st.integers(1, 4))
@@ -189,8 +184,6 @@ class Fleet(RuleBasedStateMachine):
             stream.last_fence[key.task_id] = key.fence
             assert message.traceparent == TRACE
 
-    # --- the orchestrator and its store ---
-
     def server_events(self, stream: Stream, events: list[s.OrchestratorEvent]) -> None:
         for event in events:
             match event:
@@ -200,21 +193,15 @@ class Fleet(RuleBasedStateMachine):
                     for key in attempts:
                         self.accepted(stream, key)
                 case s.OffersDeclined(declines):
-                    for decline in declines:
-                        self.requeue(decline.attempt)
+                    self.requeue(*(decline.attempt for decline in declines))
                 case s.OffersExpired(attempts):
-                    for key in attempts:
-                        self.requeue(key)
+                    self.requeue(*attempts)
                 case s.ResultsArrived(results):
                     for key, result in results:
                         self.result(stream, key, result)
                 case s.HeartbeatArrived(number=number, running=running):
                     for key in running:
-                        work = self.tasks[key.task_id]
-                        if work.fence == key.fence and work.state == "running":
-                            work.deadline = self.now + LEASE
-                        elif work.fence != key.fence or work.state in ENDS:
-                            stream.server.refuse(key, StaleFence("not yours any more"))
+                        self.renew(stream, key)
                     stream.server.echo(number)
                 case s.SessionEnded():
                     stream.server_gone = True
@@ -224,7 +211,7 @@ class Fleet(RuleBasedStateMachine):
 
     def greet(self, stream: Stream, event: s.HelloArrived) -> None:
         instance = event.hello.instance_id
-        newest = max((p.instance for p in self.processes), key=lambda each: int(each[1:]))
+        newest = self.processes[-1].instance
         if self.current is not None and self.current is not stream:
             old = self.current
             if old.server.hello is not None and old.server.hello.instance_id != instance:
@@ -268,18 +255,25 @@ class Fleet(RuleBasedStateMachine):
         else:
             stream.server.refuse(key, StaleFence("too late"))
 
-    def requeue(self, key: AttemptKey) -> None:
+    def renew(self, stream: Stream, key: AttemptKey) -> None:
         work = self.tasks[key.task_id]
-        if work.fence == key.fence and work.state in ("offered", "running"):
-            work.state = "cancelled" if work.cancel else "queued"
+        if work.fence == key.fence and work.state == "running":
+            work.deadline = self.now + LEASE
+        elif work.fence != key.fence or work.state in ENDS:
+            stream.server.refuse(key, StaleFence("not yours any more"))
+
+    def requeue(self, *keys: AttemptKey) -> None:
+        for key in keys:
+            work = self.tasks[key.task_id]
+            if work.fence == key.fence and work.state in ("offered", "running"):
+                work.state = "cancelled" if work.cancel else "queued"
 
     def expire(self) -> None:
         for task_id, work in self.tasks.items():
             if work.state in ("offered", "running") and self.now >= work.deadline:
                 key = AttemptKey(task_id, work.attempt, work.fence)
-                for process in self.processes:
-                    if work.state == "running":
-                        assert key not in process.running, "the agent stops before its lease ends"
+                if work.state == "running":
+                    assert all(key not in p.running for p in self.processes), "the agent stops before its lease ends"
                 if self.current is not None:
                     self.current.server.refuse(key, StaleFence("the lease is over"))
                 self.requeue(key)
@@ -322,18 +316,14 @@ class Fleet(RuleBasedStateMachine):
     @rule(data=st.data())
     def direct(self, data: st.DataObject) -> None:
         task_id = data.draw(st.sampled_from(sorted(k for k, w in self.tasks.items() if w.state == "running")))
-        work = self.tasks[task_id]
         if self.current is not None:
+            work = self.tasks[task_id]
             self.current.server.direct(AttemptKey(task_id, work.attempt, work.fence), b"go on")
 
-    @precondition(lambda self: self.current is not None)
     @rule(really=st.sampled_from([False, False, True]))
     def server_drains(self, really: bool) -> None:
         if self.current is not None and really:
-            for key in self.current.server.drain(1000):
-                self.requeue(key)
-
-    # --- the agent and its handlers ---
+            self.requeue(*self.current.server.drain(1000))
 
     def agent_events(self, process: Process, events: list[s.AgentEvent]) -> None:
         for event in events:
@@ -341,8 +331,6 @@ class Fleet(RuleBasedStateMachine):
                 case s.OffersArrived(offers):
                     for offer in offers:
                         self.answer(process, offer.attempt)
-                case s.CancelsArrived(cancels):
-                    process.cancel_seen.update(each.attempt for each in cancels)
                 case s.ResultsAcknowledged(attempts):
                     for key in attempts:
                         # What was cancelled before it could start, the machine reports by itself.
@@ -353,8 +341,7 @@ class Fleet(RuleBasedStateMachine):
                         self.stop(process, revocation.attempt)
                         process.unacknowledged.discard(revocation.attempt)
                 case s.LeasesLost(attempts):
-                    for key in attempts:
-                        self.stop(process, key)
+                    self.stop(process, *attempts)
                 case s.SessionLost():
                     if process.stream is not None:
                         process.stream.broken = True
@@ -375,10 +362,10 @@ class Fleet(RuleBasedStateMachine):
             process.started.add(key)
             process.running.add(key)
 
-    def stop(self, process: Process, key: AttemptKey) -> None:
-        if key in process.running:
-            process.running.discard(key)
-            process.given_up.add(key)
+    def stop(self, process: Process, *keys: AttemptKey) -> None:
+        given_up = process.running.intersection(keys)
+        process.running -= given_up
+        process.given_up |= given_up
 
     def busy(self) -> list[tuple[Process, AttemptKey]]:
         return [(p, key) for p in self.processes if not p.closed for key in sorted(p.running)]
@@ -386,12 +373,13 @@ class Fleet(RuleBasedStateMachine):
     @precondition(lambda self: bool(self.busy()))
     @rule(data=st.data(), how=st.sampled_from(["response", "failure", "cancelled", "unresponsive", "progress"]))
     def handler(self, data: st.DataObject, how: str) -> None:
-        busy = self.busy()
-        process, key = data.draw(st.sampled_from(busy))
+        process, key = data.draw(st.sampled_from(self.busy()))
         session = process.session
         if how == "progress":
             assert session.progress(key, b"half")
             return
+        process.running.discard(key)
+        process.unacknowledged.add(key)
         if how == "response":
             assert session.report(key, b"done", self.now)
         elif how == "failure":
@@ -401,14 +389,11 @@ class Fleet(RuleBasedStateMachine):
             assert session.report(key, outcome, self.now, still_running=how == "unresponsive")
             if how == "unresponsive":
                 process.given_up.add(key)
-        process.running.discard(key)
-        process.unacknowledged.add(key)
 
     @precondition(lambda self: any(p.given_up for p in self.processes))
     @rule(data=st.data())
     def given_up_handler_ends(self, data: st.DataObject) -> None:
-        left = [(p, key) for p in self.processes for key in sorted(p.given_up)]
-        process, key = data.draw(st.sampled_from(left))
+        process, key = data.draw(st.sampled_from([(p, key) for p in self.processes for key in sorted(p.given_up)]))
         process.given_up.discard(key)
         process.session.release(key)
 
@@ -418,8 +403,6 @@ class Fleet(RuleBasedStateMachine):
         process = data.draw(st.sampled_from([p for p in self.processes if not p.closed]))
         if really:
             self.agent_events(process, process.session.drain(self.now))
-
-    # --- time ---
 
     @rule(seconds=st.sampled_from([0.1, 0.5, 1.0, 2.5, 7.0, 30.0]))
     def time_passes(self, seconds: float) -> None:
@@ -451,8 +434,6 @@ class Fleet(RuleBasedStateMachine):
         self.expire()
         self.forget_dead()
 
-    # --- the laws ---
-
     @invariant()
     def slots_are_never_exceeded(self) -> None:
         for stream in self.streams:
@@ -470,27 +451,19 @@ class Fleet(RuleBasedStateMachine):
                     assert held.get(key) is AttemptState.REPORTED
 
     @invariant()
-    def one_ending_for_each_fence_and_task(self) -> None:
-        for work in self.tasks.values():
-            assert len(work.endings) <= 1
+    def one_ending_for_each_task(self) -> None:
+        assert all(len(work.endings) <= 1 for work in self.tasks.values())
 
     @invariant()
     def machine_and_handlers_agree(self) -> None:
         for process in self.processes:
             if not process.closed:
-                running = {
-                    key
-                    for key, state in process.session.attempts.items()
-                    if state in (AttemptState.RUNNING, AttemptState.CANCELLING)
-                }
-                assert running == process.running
+                states = process.session.attempts.items()
+                assert process.running == {key for key, state in states if state in AT_WORK}
 
     def teardown(self) -> None:
         """Once the wire is whole and the agent is there, everything ends: nothing hangs for ever."""
-        if not self.processes or any(p.session.state is s.AgentState.ENDED for p in self.processes[-1:]):
-            return
         process = self.processes[-1]
-        draining = process.session.state is s.AgentState.DRAINING
         for _ in range(60):
             if process.closed:
                 return
@@ -511,12 +484,17 @@ class Fleet(RuleBasedStateMachine):
             process.given_up.clear()
             self.time_passes(0.5)
         assert not process.unacknowledged, "every result is acknowledged or refused in the end"
-        if not draining and self.current is not None and not self.current.server.draining:
+        if (
+            process.session.state is not s.AgentState.DRAINING
+            and self.current is not None
+            and not self.current.server.draining
+        ):
             assert all(work.state in ENDS for work in self.tasks.values()), "every task ends"
 
 
-Fleet.TestCase.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+Fleet.TestCase.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
 
 
+@pytest.mark.timeout(300)
 class TestInterleavings(Fleet.TestCase):  # type: ignore[misc, valid-type]
     """Runs the model; the assertions are its invariants."""

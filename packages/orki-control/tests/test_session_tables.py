@@ -1,0 +1,223 @@
+"""The transition tables are what somebody wrote down by hand, and nothing else is legal anywhere."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orki_contract.errors import LocalProtocolError, OrkiError, RemoteProtocolError
+from orki_control.attempt import ATTEMPT
+from orki_control.diagram import control_states
+from orki_control.session import AGENT, ORCHESTRATOR
+from orki_control.table import Transitions
+
+ATTEMPT_PAIRS = """
+OFFERED    Accepted            RUNNING
+OFFERED    Declined            CLOSED
+OFFERED    Cancel              CANCELLING
+OFFERED    Refused             CLOSED
+OFFERED    OfferWithdrawn      CLOSED
+OFFERED    LeaseEnded          CLOSED
+OFFERED    Dropped             CLOSED
+RUNNING    Progress            RUNNING
+RUNNING    Directive           RUNNING
+RUNNING    Cancel              CANCELLING
+RUNNING    Result              REPORTED
+RUNNING    Refused             CLOSED
+RUNNING    LeaseEnded          CLOSED
+RUNNING    Dropped             CLOSED
+CANCELLING Accepted            CANCELLING
+CANCELLING Declined            CLOSED
+CANCELLING Progress            CANCELLING
+CANCELLING Directive           CANCELLING
+CANCELLING Cancel              CANCELLING
+CANCELLING CancelAcknowledged  CANCELLING
+CANCELLING Result              REPORTED
+CANCELLING Refused             CLOSED
+CANCELLING LeaseEnded          CLOSED
+CANCELLING Dropped             CLOSED
+REPORTED   Directive           REPORTED
+REPORTED   Cancel              REPORTED
+REPORTED   CancelAcknowledged  REPORTED
+REPORTED   ResultAcknowledged  CLOSED
+REPORTED   Refused             CLOSED
+REPORTED   Dropped             CLOSED
+"""
+
+AGENT_PAIRS = """
+DISCONNECTED  Connected          GREETING
+DISCONNECTED  Disconnected       DISCONNECTED
+DISCONNECTED  Stopped            ENDED
+GREETING      Welcome            OPEN
+GREETING      SessionRefused     DISCONNECTED
+GREETING      Replaced           ENDED
+GREETING      Disconnected       DISCONNECTED
+GREETING      Stopped            ENDED
+OPEN          Accepted           OPEN
+OPEN          Declined           OPEN
+OPEN          Progress           OPEN
+OPEN          Result             OPEN
+OPEN          CancelAcknowledged OPEN
+OPEN          Heartbeat          OPEN
+OPEN          Refused            OPEN
+OPEN          Cancel             OPEN
+OPEN          Directive          OPEN
+OPEN          ResultAcknowledged OPEN
+OPEN          HeartbeatEcho      OPEN
+OPEN          Offer              OPEN
+OPEN          AgentDrain         DRAINING
+OPEN          OrchestratorDrain  PEER_DRAINING
+OPEN          SessionRefused     DISCONNECTED
+OPEN          Replaced           ENDED
+OPEN          Disconnected       DISCONNECTED
+OPEN          Stopped            ENDED
+PEER_DRAINING Accepted           PEER_DRAINING
+PEER_DRAINING Declined           PEER_DRAINING
+PEER_DRAINING Progress           PEER_DRAINING
+PEER_DRAINING Result             PEER_DRAINING
+PEER_DRAINING CancelAcknowledged PEER_DRAINING
+PEER_DRAINING Heartbeat          PEER_DRAINING
+PEER_DRAINING Refused            PEER_DRAINING
+PEER_DRAINING Cancel             PEER_DRAINING
+PEER_DRAINING Directive          PEER_DRAINING
+PEER_DRAINING ResultAcknowledged PEER_DRAINING
+PEER_DRAINING HeartbeatEcho      PEER_DRAINING
+PEER_DRAINING OrchestratorDrain  PEER_DRAINING
+PEER_DRAINING AgentDrain         DRAINING
+PEER_DRAINING SessionRefused     DISCONNECTED
+PEER_DRAINING Replaced           ENDED
+PEER_DRAINING Disconnected       DISCONNECTED
+PEER_DRAINING Stopped            ENDED
+DRAINING      Accepted           DRAINING
+DRAINING      Declined           DRAINING
+DRAINING      Progress           DRAINING
+DRAINING      Result             DRAINING
+DRAINING      CancelAcknowledged DRAINING
+DRAINING      Heartbeat          DRAINING
+DRAINING      Refused            DRAINING
+DRAINING      Cancel             DRAINING
+DRAINING      Directive          DRAINING
+DRAINING      ResultAcknowledged DRAINING
+DRAINING      HeartbeatEcho      DRAINING
+DRAINING      Offer              DRAINING
+DRAINING      OrchestratorDrain  DRAINING
+DRAINING      SessionRefused     DISCONNECTED
+DRAINING      Replaced           ENDED
+DRAINING      Disconnected       DISCONNECTED
+DRAINING      Stopped            ENDED
+ENDED         Disconnected       ENDED
+ENDED         Stopped            ENDED
+"""
+
+ORCHESTRATOR_PAIRS = """
+AWAITING_HELLO Hello              JUDGING
+AWAITING_HELLO SessionRefused     ENDED
+AWAITING_HELLO Disconnected       ENDED
+JUDGING        Welcome            OPEN
+JUDGING        SessionRefused     ENDED
+JUDGING        Replaced           ENDED
+JUDGING        Disconnected       ENDED
+OPEN           Accepted           OPEN
+OPEN           Declined           OPEN
+OPEN           Progress           OPEN
+OPEN           Result             OPEN
+OPEN           CancelAcknowledged OPEN
+OPEN           Heartbeat          OPEN
+OPEN           Refused            OPEN
+OPEN           Cancel             OPEN
+OPEN           Directive          OPEN
+OPEN           ResultAcknowledged OPEN
+OPEN           HeartbeatEcho      OPEN
+OPEN           Offer              OPEN
+OPEN           AgentDrain         AGENT_DRAINING
+OPEN           OrchestratorDrain  DRAINING
+OPEN           SessionRefused     ENDED
+OPEN           Replaced           ENDED
+OPEN           Disconnected       ENDED
+AGENT_DRAINING Accepted           AGENT_DRAINING
+AGENT_DRAINING Declined           AGENT_DRAINING
+AGENT_DRAINING Progress           AGENT_DRAINING
+AGENT_DRAINING Result             AGENT_DRAINING
+AGENT_DRAINING CancelAcknowledged AGENT_DRAINING
+AGENT_DRAINING Heartbeat          AGENT_DRAINING
+AGENT_DRAINING Refused            AGENT_DRAINING
+AGENT_DRAINING Cancel             AGENT_DRAINING
+AGENT_DRAINING Directive          AGENT_DRAINING
+AGENT_DRAINING ResultAcknowledged AGENT_DRAINING
+AGENT_DRAINING HeartbeatEcho      AGENT_DRAINING
+AGENT_DRAINING OrchestratorDrain  DRAINING
+AGENT_DRAINING SessionRefused     ENDED
+AGENT_DRAINING Replaced           ENDED
+AGENT_DRAINING Disconnected       ENDED
+DRAINING       Accepted           DRAINING
+DRAINING       Declined           DRAINING
+DRAINING       Progress           DRAINING
+DRAINING       Result             DRAINING
+DRAINING       CancelAcknowledged DRAINING
+DRAINING       Heartbeat          DRAINING
+DRAINING       Refused            DRAINING
+DRAINING       Cancel             DRAINING
+DRAINING       Directive          DRAINING
+DRAINING       ResultAcknowledged DRAINING
+DRAINING       HeartbeatEcho      DRAINING
+DRAINING       AgentDrain         DRAINING
+DRAINING       OrchestratorDrain  DRAINING
+DRAINING       SessionRefused     ENDED
+DRAINING       Replaced           ENDED
+DRAINING       Disconnected       ENDED
+ENDED          Refused            ENDED
+ENDED          Cancel             ENDED
+ENDED          Directive          ENDED
+ENDED          ResultAcknowledged ENDED
+ENDED          HeartbeatEcho      ENDED
+ENDED          OrchestratorDrain  ENDED
+ENDED          SessionRefused     ENDED
+ENDED          Replaced           ENDED
+ENDED          Disconnected       ENDED
+"""
+
+MACHINES: list[tuple[Transitions[Any], str]] = [
+    (ATTEMPT, ATTEMPT_PAIRS),
+    (AGENT, AGENT_PAIRS),
+    (ORCHESTRATOR, ORCHESTRATOR_PAIRS),
+]
+IDS = ["attempt", "agent", "orchestrator"]
+
+
+@pytest.mark.parametrize(("machine", "written"), MACHINES, ids=IDS)
+def test_the_table_is_the_list_that_was_written_by_hand(machine: Transitions[Any], written: str) -> None:
+    table = {
+        (state.name, event.__name__, following.name)
+        for state, row in machine.rows.items()
+        for event, following in row.items()
+    }
+    assert table == {tuple(line.split()) for line in written.strip().splitlines()}
+
+
+@pytest.mark.parametrize("error", [LocalProtocolError, RemoteProtocolError])
+@pytest.mark.parametrize(("machine", "written"), MACHINES, ids=IDS)
+def test_every_other_pair_is_the_named_error(machine: Transitions[Any], written: str, error: type[OrkiError]) -> None:
+    legal = {tuple(line.split()[:2]) for line in written.strip().splitlines()}
+    states: type[Enum] = type(machine.initial)
+    refused = 0
+    for state in states:
+        for event in machine.events():
+            if (state.name, event.__name__) not in legal:
+                with pytest.raises(error, match=rf"{event.__name__} is illegal in state {state.name} \(legal there: "):
+                    machine.next(state, event, error)
+                refused += 1
+    assert refused == len(states) * len(machine.events()) - len(legal)
+
+
+def test_every_state_is_reached_and_left() -> None:
+    for machine, _ in MACHINES:
+        reached = {machine.initial} | {following for row in machine.rows.values() for following in row.values()}
+        assert reached == set(type(machine.initial))
+
+
+def test_the_page_is_drawn_from_the_tables() -> None:
+    page = Path(__file__).parents[3] / "docs" / "control-states.md"
+    assert page.read_text() == control_states(), "run `python -m orki_control.diagram > docs/control-states.md`"
