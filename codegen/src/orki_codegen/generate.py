@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Generated", "generate", "main"]
+__all__ = ["HELP", "Generated", "generate", "main"]
 
 import argparse
 import sys
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Final
 
 from orki_codegen.buf import Buf
 from orki_codegen.outline import Subject, changes, outline
@@ -22,14 +23,14 @@ from orki_contract.images import IMAGE_NAME, package_image
 from orki_contract.read import ReadContract, read_image
 from orki_contract.validate import Owners, validate
 
-_HELP = """\
+HELP: Final = """\
 Reads every proto file below the modules of buf.yaml, checks the contracts in them against all rules, and writes the
 Python code, the images (contract.binpb) and the reference pages of every proto package. Who owns which package is
 read from `[tool.orki] contracts` of the pyproject.toml files. Nothing is written where anything is wrong; and nothing
 but the owners' gen/ and docs/reference/ is ever touched.
 """
 
-_STALE = "Generated code is not what the protos say: run `nox -s generate` and commit what it writes."
+_STALE: Final = "Generated code is not what the protos say: run `nox -s generate` and commit what it writes."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; 0: done, or nothing to do; 1: the protos are wrong, or `--check` found a difference."""
     parser = argparse.ArgumentParser(
         prog="python -m orki_codegen.generate",
-        description=_HELP,
+        description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--check", action="store_true", help="write nothing, and fail if anything would change")
