@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 import dataclasses
+import re
 import textwrap
 import unicodedata
 from dataclasses import dataclass
@@ -102,19 +103,26 @@ def lay(prefix: str, code: Code, suffix: str = "", indent: int = 0) -> str:
     return "\n".join([f"{prefix}{opening}", *lines, f"{' ' * indent}{closing}{suffix}"])
 
 
-def annotated(name: str, annotation: Sequence, value: Code, indent: int = 0) -> str:
-    """The lines of `name: annotation = value`; the annotation is broken where not even the value's opening fits."""
-    prefix = f"{name}: {_flat(annotation)} = "
-    opening = _parts(value)[0]
-    if indent + width(prefix) + width(opening) <= WIDTH:
+def assigned(prefix: str, value: Code, indent: int = 0) -> str:
+    """The lines of `prefix` + value, such as `name = value`; in parentheses where not even its opening fits."""
+    column = indent + width(prefix)
+    if column + width(_parts(value)[0]) <= WIDTH or column + 1 > WIDTH:
         return lay(prefix, value, "", indent)
     inner = indent + _STEP
+    return f"{prefix}(\n{' ' * inner}{lay('', value, '', inner)}\n{' ' * indent})"
+
+
+def annotated(name: str, annotation: Sequence, value: Code, indent: int = 0) -> str:
+    """The lines of `name: annotation = value`; the annotation is broken where not even a parenthesis fits behind."""
+    prefix = f"{name}: {_flat(annotation)} = "
+    if indent + width(prefix) + 1 <= WIDTH:
+        return assigned(prefix, value, indent)
+    inner = indent + _STEP
     # No comma behind a single element: it would be a tuple.
-    lines = [
-        f"{' ' * inner}{lay('', each, '' if len(annotation.items) == 1 else ',', inner)}" for each in annotation.items
-    ]
-    opened = "\n".join([f"{name}: {annotation.name}[", *lines, f"{' ' * indent}] = "])
-    return opened + lay("] = ", value, "", indent).removeprefix("] = ")
+    comma = "" if len(annotation.items) == 1 else ","
+    lines = [f"{' ' * inner}{lay('', each, comma, inner)}" for each in annotation.items]
+    opened = "\n".join([f"{name}: {annotation.name}[", *lines])
+    return f"{opened}\n{' ' * indent}{assigned('] = ', value, indent)}"
 
 
 def signature(head: str, parameters: tuple[tuple[str, Code], ...], result: str, indent: int, body: str = "") -> str:
@@ -145,12 +153,10 @@ def docstring(comment: str, indent: int, otherwise: str) -> str:
     """A comment of a proto file as a docstring, from column `indent` on; `otherwise` where there is no comment."""
     lines = [_clean(line) for line in textwrap.dedent(comment.replace("\t", "    ")).splitlines()]
     text = "\n".join(lines).strip("\n") or otherwise
-    room = WIDTH - indent
-    # The quotes take room on the first line, and behind a single one.
-    text = "\n\n".join(_fitted(paragraph, room) for paragraph in text.split("\n\n"))
     text = text.replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
-    if text.endswith('"'):
+    if re.search(r'(?<!\\)(?:\\\\)*"$', text):
         text = text[:-1] + '\\"'
+    text = "\n\n".join(_fitted(paragraph, WIDTH - indent) for paragraph in text.split("\n\n"))
     rows = text.split("\n")
     body = "\n".join([rows[0], *((" " * indent + row).rstrip() for row in rows[1:])])
     return f'"""{body}"""' if len(rows) == 1 else f'"""{body}\n{" " * indent}"""'

@@ -5,11 +5,12 @@ from __future__ import annotations
 __all__ = ["render"]
 
 import re
+from collections.abc import Iterator
 from typing import Final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from orki_codegen.code import WIDTH, Call, Code, Raw, Sequence, annotated, docstring, lay, signature, width
+from orki_codegen.code import WIDTH, Call, Code, Raw, Sequence, annotated, assigned, docstring, lay, signature, width
 from orki_codegen.module import Method, Module, Service
 
 _ENVIRONMENT: Final = Environment(
@@ -37,20 +38,36 @@ def render(module: Module) -> str:
 
     def stub(service: Service, method: Method, prefix: str) -> str:
         call = Call(f"{oc}.{prefix}{service.kind}Stub", (Raw("channel"), Raw(method.constant)))
-        return lay(f"self.{method.attribute} = ", call, "", 8)
+        return assigned(f"self.{method.attribute} = ", call, 8)
+
+    def head(name: str, base: str) -> str:
+        return lay("class ", Call(name, (Raw(base),)), ":")
 
     text = template.render(
         module=module,
         header=_header(module.source),
         annotated=annotated,
+        assigned=assigned,
         docstring=docstring,
         handler=handler,
+        head=head,
         lay=lay,
         stub=stub,
     )
     # Between two top-level pieces stand two lines where one of them is a class, else one.
     text = re.sub(r"\n{3,}(?=[^\n])", "\n\n\n", text)
-    return text.rstrip("\n") + "\n"
+    return "".join(f"{line}\n" for line in _marked(text.rstrip("\n").split("\n")))
+
+
+def _marked(lines: list[str]) -> Iterator[str]:
+    """The lines; code that no break makes shorter is marked, so that the linter lets it pass."""
+    inside = False
+    for line in lines:
+        quotes = line.count('"""')
+        code = not inside and not quotes
+        inside ^= quotes % 2 == 1
+        # A line of a single word is let pass without a mark.
+        yield f"{line}  # noqa: E501" if code and width(line) > WIDTH and " " in line.strip() else line
 
 
 def _header(source: str) -> str:
