@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from orki_contract import EventStream
 from orki_contract.errors import EventsUnavailable, OrkiError
 from orki_contract.trace import Span
-from orki_events import Events, connect
+from orki_events import EventOptions, Events, connect
 
 __all__ = ["EventPort", "NoEvents", "PlaneEvents"]
 
@@ -26,7 +26,7 @@ E = TypeVar("E", bound=Message)
 _log = logging.getLogger("orki.agent.events")
 _WAITING: Final = 4096
 _SAY_EVERY: Final = 10.0
-_CLOSE_WITHIN: Final = 5.0
+_OPTIONS: Final = EventOptions(drain_timeout_s=5.0)
 
 
 class EventPort(Protocol):
@@ -96,7 +96,7 @@ class PlaneEvents:
         chosen = self._own_url or url
         if chosen:
             try:
-                self._events = await connect(chosen, producer=self._producer).__aenter__()
+                self._events = await connect(chosen, producer=self._producer, options=_OPTIONS).__aenter__()
             except OrkiError as error:
                 _log.error("no events: %s", error.message)
         if self._events is None:
@@ -140,14 +140,7 @@ class PlaneEvents:
             await self.open("")
         if self._events is None:
             return
-        try:
-            async with asyncio.timeout(_CLOSE_WITHIN):
-                await self._events.flush()
-        except TimeoutError:
-            _log.warning("some of the last events were not published: the event plane does not answer")
-        except OrkiError as error:
-            _log.warning("some of the last events were not published: %s", error.message)
-        await self._events.__aexit__(None, None, None)
+        await self._events.close()
         self._events = None
         self._port = NoEvents()
 

@@ -80,7 +80,7 @@ class Runtime:
         self._began_at = time.monotonic()
         self._on_over = on_over
         self._io = IoThread(self._serve)
-        self._tools = ToolAccess(tools, settings.tools, settings.agent_id, self.collect)
+        self._tools = ToolAccess(tools, settings.tools, settings.agent_id, self._collect_tool)
         self._closed_by: OrkiError | None = None
         self._session = session.AgentSession(
             session.AgentSessionOptions(
@@ -195,7 +195,7 @@ class Runtime:
             self._handlers,
             self,
             self._user,
-            Mailbox(asyncio.get_running_loop()),
+            self._io.mailbox or Mailbox(asyncio.get_running_loop()),
             settings.progress_window,
             self._channel.changed,
         )
@@ -292,6 +292,9 @@ class Runtime:
         self._runner.abandon("the agent stops")
         loop.call_later(_LAST_ACKNOWLEDGEMENTS, self._channel.stop)
         self._channel.take(self._session.drain(loop.time()))
+
+    def _collect_tool(self, stream: EventStream[E, Any], event: E, span: Span) -> None:
+        self._events.collect(stream, event, span)
 
     # --- lifecycle events ---
 

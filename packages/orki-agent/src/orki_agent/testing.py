@@ -97,8 +97,9 @@ class HandlerRun:
 class RunningHandler:
     """A handler at work in a test."""
 
-    def __init__(self, execution: Execution, run: HandlerRun, ended: asyncio.Event) -> None:
+    def __init__(self, execution: Execution, run: HandlerRun, ended: asyncio.Event, flush: Callable[[], None]) -> None:
         self._execution = execution
+        self._flush = flush
         self._run = run
         self._ended = ended
 
@@ -126,6 +127,7 @@ class RunningHandler:
                 await self._ended.wait()
         except TimeoutError:
             raise WaitTimeout(f"the handler has not ended within {timeout} s") from None
+        self._flush()
         return self._run
 
 
@@ -193,11 +195,10 @@ async def start_handler(
         execution = SyncExecution(offered, found, bench, on_end, crew, 64)
     bench.execution = execution
     bench.tools.start(user.post)
-    running = RunningHandler(execution, run, ended)
+    running = RunningHandler(execution, run, ended, bench.tools.flush)
     try:
         execution.start()
         yield running
-        bench.tools.flush()
     finally:
         if not ended.is_set():
             execution.cancel()

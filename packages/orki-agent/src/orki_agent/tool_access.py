@@ -36,7 +36,7 @@ class ToolAccess:
         services: Tool services of the agent's own; empty where it has none.
         outside: A bridge outside this process; takes the place of `services`.
         agent_id: The agent, as its tools see it.
-        collect: Takes the events; called from whichever thread called the tool's client last.
+        collect: Takes the events; called by `flush`, in the loop that `start` was told of.
     """
 
     def __init__(
@@ -86,10 +86,9 @@ class ToolAccess:
         if self._sync is not None:
             self._sync.close()
         await in_thread(self._open.close)
-        self.flush()
 
     def flush(self) -> None:
-        """Turns what was recorded into events."""
+        """Turns what was recorded into events; a last time before they are closed."""
         self._asleep = True
         while self._records:
             record, attempt = self._records.popleft()
