@@ -229,6 +229,12 @@ def dead_port() -> Iterator[int]:
         yield taken.getsockname()[1]
 
 
+@pytest.fixture
+def redis_only(valkey_url: str, dead_port: int) -> dict[str, str]:
+    """The environment of commands: Valkey, and no orchestrator."""
+    return {"ORKI_REDIS_URL": valkey_url, "ORKI_ORCHESTRATOR": f"127.0.0.1:{dead_port}", "COLUMNS": "80"}
+
+
 @dataclass(frozen=True)
 class Ended:
     """What a command did."""

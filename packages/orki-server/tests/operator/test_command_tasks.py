@@ -16,6 +16,8 @@ from orki_server.cli.root import root
 
 SERVICE = "servertests.v1.WorkService"
 
+pytestmark = pytest.mark.timeout(180)
+
 
 def encoded(text: str) -> str:
     return base64.b64encode(text.encode()).decode()

@@ -25,6 +25,8 @@ from orki_events import Events
 
 Start = Callable[..., Any]
 
+pytestmark = pytest.mark.timeout(180)
+
 
 def audit(observer: Start, url: str, file: Path, *more: str) -> Any:
     return observer("orki_server.observers.audit", str(file), "--redis", url, *more)

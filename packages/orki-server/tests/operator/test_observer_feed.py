@@ -23,6 +23,8 @@ from orki_server.observers.feed import FeedOptions, run_feed
 
 Start = Callable[..., Any]
 
+pytestmark = pytest.mark.timeout(180)
+
 
 @pytest.fixture
 async def http() -> AsyncIterator[aiohttp.ClientSession]:

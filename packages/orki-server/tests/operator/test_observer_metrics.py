@@ -21,6 +21,8 @@ from orki_events import Events
 
 Start = Callable[..., Any]
 
+pytestmark = pytest.mark.timeout(180)
+
 
 def metrics(observer: Start, url: str, port: int = 0) -> Any:
     return observer("orki_server.observers.metrics", "--redis", url, "--port", str(port))

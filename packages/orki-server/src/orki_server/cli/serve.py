@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["announce_ready", "orchestrator_options", "serve"]
+__all__ = ["orchestrator_options", "serve"]
 
 import asyncio
-import json
 import logging
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from orki_contract.errors import InvalidSetting
 from orki_server.lifetime import run_until_stopped
 from orki_server.orchestrator import Orchestrator
+from orki_server.ready import announce_ready
 from orki_server.settings import OrchestratorOptions, load_options
 from orki_server.store import without_credentials
 
@@ -103,22 +101,3 @@ async def _serve(options: OrchestratorOptions, stopped: asyncio.Event, as_json: 
         await orchestrator.serve(stopped)
     finally:
         await orchestrator.stop()
-
-
-def announce_ready(command: str, words: str, facts: dict[str, Any], as_json: bool, ready_file: Path | None) -> None:
-    """Prints the one line of standard output that says that a command is ready, and writes it to a file.
-
-    Raises:
-        InvalidSetting: The file cannot be written.
-    """
-    text = json.dumps(facts)
-    if ready_file is not None:
-        # Whoever waits for the file must not read half of it.
-        partial = ready_file.with_name(ready_file.name + ".partial")
-        try:
-            partial.write_text(text + "\n", encoding="utf-8")
-            partial.replace(ready_file)
-        except OSError as error:
-            raise InvalidSetting(f"--ready-file {ready_file}: {error.strerror}") from error
-    print(text if as_json else f"orki {command} ready: {words}", flush=True)
-    sys.stdout.flush()

@@ -1,0 +1,97 @@
+"""`orki doctor` against servers in every state it tells apart, as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from orki_events import Events
+from orki_events.redis_shell import Link, parse_address
+from orki_server.embedded import EmbeddedServer
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture
+def own_valkey() -> Iterator[EmbeddedServer]:
+    """A server to be mistreated."""
+    with EmbeddedServer() as server:
+        yield server
+
+
+async def doctor(orki: Any, url: str, orchestrator: str, *more: str) -> tuple[int, dict[str, dict[str, str]]]:
+    ended = await orki("doctor", "--redis", url, "--orchestrator", orchestrator, "--timeout", "2", "--json", *more)
+    found = json.loads(ended.out)
+    checks = {each["name"]: each for each in found["checks"]}
+    for each in checks.values():
+        assert sorted(each) == ["cause", "figure", "name", "next_step", "verdict"]
+        assert each["verdict"] == "ok" or (each["cause"] and each["next_step"]), each
+    assert found["healthy"] == (ended.code == 0)
+    return ended.code, checks
+
+
+async def test_a_healthy_fleet(orchestrator: Any, redis_url: str, orki: Any) -> None:
+    code, checks = await doctor(orki, redis_url, orchestrator.address)
+    assert code == 0, checks
+    assert checks["store.reachable"]["verdict"] == checks["orchestrator"]["verdict"] == "ok"
+    assert checks["store.eviction"]["figure"] == "noeviction"
+    table = await orki("doctor", "--redis", redis_url, "--orchestrator", orchestrator.address, COLUMNS="80")
+    assert all(len(line) <= 80 for line in table.out.splitlines())
+    assert table.code == 0
+
+
+async def test_a_store_that_may_evict_and_lost_a_group(
+    own_valkey: EmbeddedServer, link: Any, events: Events, user: Any, valkey_url: str, orki: Any, dead_port: int
+) -> None:
+    await events.publish(user.stream, user.filled("r"))
+    await link.one((b"XGROUP", b"DESTROY", "orki:ev:{secrets:0}", b"readers"))
+    await link.one((b"CONFIG", b"SET", b"maxmemory-policy", b"allkeys-lru"))
+    try:
+        code, checks = await doctor(orki, valkey_url, f"127.0.0.1:{dead_port}")
+    finally:
+        await link.one((b"CONFIG", b"SET", b"maxmemory-policy", b"noeviction"))
+    assert code == 1
+    assert checks["store.eviction"]["verdict"] == "bad"
+    assert checks["events.secrets.readers"]["figure"] == "missing"
+    assert checks["events.secrets.audit"]["verdict"] == "ok"
+    assert checks["orchestrator"]["verdict"] == "bad"
+
+
+async def test_a_store_that_is_hung_is_told_from_one_that_is_away(
+    own_valkey: EmbeddedServer, orki: Any, dead_port: int
+) -> None:
+    os.kill(own_valkey.pid, signal.SIGSTOP)
+    try:
+        code, checks = await doctor(orki, own_valkey.url, f"127.0.0.1:{dead_port}")
+    finally:
+        os.kill(own_valkey.pid, signal.SIGCONT)
+    assert (code, checks["store.reachable"]["figure"].split(":")[0]) == (1, "hung")
+    code, checks = await doctor(orki, f"redis://127.0.0.1:{dead_port}/0", f"127.0.0.1:{dead_port}")
+    assert (code, checks["store.reachable"]["figure"].split(":")[0]) == (1, "unreachable")
+
+
+async def test_a_store_that_wants_a_password(own_valkey: EmbeddedServer, orki: Any, dead_port: int) -> None:
+    own = Link(parse_address(own_valkey.url), name="t", connect_timeout_s=5, answer_timeout_s=5)
+    await own.one((b"CONFIG", b"SET", b"requirepass", b"opensesame"))
+    await own.close()
+    code, checks = await doctor(orki, own_valkey.url, f"127.0.0.1:{dead_port}")
+    assert (code, checks["store.reachable"]["verdict"]) == (1, "bad")
+    assert "password" in checks["store.reachable"]["cause"]
+    right = own_valkey.url.replace("redis://", "redis://:opensesame@")
+    code, checks = await doctor(orki, right, f"127.0.0.1:{dead_port}")
+    assert checks["store.reachable"]["verdict"] == "ok"
+    assert "opensesame" not in json.dumps(checks)
+
+
+async def test_something_else_at_the_orchestrators_port(orki: Any, own_valkey: EmbeddedServer) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        code, checks = await doctor(orki, own_valkey.url, f"127.0.0.1:{silent.getsockname()[1]}")
+    assert (code, checks["orchestrator"]["verdict"]) == (1, "bad")

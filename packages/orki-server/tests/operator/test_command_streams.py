@@ -1,0 +1,81 @@
+"""`orki streams` and its tail, and what commands that need Redis say without it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from orki_events import Events
+
+pytestmark = pytest.mark.timeout(180)
+
+TASK = "t3-01jcabcdefghjkmnpqrstvwxyz"
+
+
+async def test_streams_and_their_groups(events: Events, user: Any, orki: Any, redis_only: Any) -> None:
+    for number in range(3):
+        await events.publish(user.stream, user.filled(f"r{number}"))
+    async for delivery in events.deliveries(user.stream, group="readers"):
+        assert delivery.deliveries == 1
+        break
+    ended = await orki("streams", "--json", **redis_only)
+    (stream,) = json.loads(ended.out)
+    assert (stream["stream"], stream["partitions"], stream["entries"]) == ("secrets", 2, 3)
+    audit = next(each for each in stream["groups"] if each["group"] == "audit")
+    assert (audit["lag"], audit["pending"], audit["missing"], audit["dead_letters"]) == (3, 0, False, 0)
+    table = await orki("streams", **redis_only)
+    assert all(len(line) <= 80 for line in table.out.splitlines())
+    assert "readers" in table.out
+    assert "\x1b" not in table.out
+
+
+async def test_no_streams_yet(orki: Any, redis_only: Any) -> None:
+    ended = await orki("streams", **redis_only)
+    assert (ended.code, ended.out) == (0, "no streams yet: nobody has published or consumed\n")
+    assert (await orki("streams", "--json", **redis_only)).out == "[]\n"
+
+
+async def test_tail_shows_entries_without_secrets(
+    events: Events, user: Any, orki: Any, redis_only: Any, canary: str
+) -> None:
+    for number in range(3):
+        await events.publish(user.stream, user.filled(f"r{number}", number))
+    ended = await orki("streams", "tail", "secrets", "--from-start", "--limit", "2", "--json", **redis_only)
+    assert ended.code == 0, ended.err
+    assert [json.loads(line)["stream"] for line in ended.out.splitlines()] == ["secrets", "secrets"]
+    plain = await orki(
+        "streams", "--redis", redis_only["ORKI_REDIS_URL"], "tail", "secrets", "--from-start", "--limit", "3"
+    )
+    assert len(plain.out.splitlines()) == 3
+    assert canary not in ended.out + plain.out
+    unknown = await orki("streams", "tail", "nobody", **redis_only)
+    assert (unknown.code, unknown.err.count("\n")) == (1, 1)
+    assert "registered: secrets" in unknown.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["streams"], 1, "does not answer"),
+        (["streams", "tail", "x"], 1, "does not answer"),
+        (["trace", TASK], 1, "does not answer"),
+        (["streams", "--redis", "http://x"], 1, "redis://"),
+        (["trace", TASK, "--redis", "redis://127.0.0.1:1/x"], 1, "number of a database"),
+        (["doctor", "--orchestrator", "nonsense"], 1, "HOST:PORT"),
+        (["doctor", "--timeout", "0"], 2, "range"),
+        (["trace"], 2, "Missing argument"),
+        (["streams", "nonsense"], 2, "No such command"),
+        (["streams", "tail", "x", "--limit", "0"], 2, "range"),
+    ],
+)
+def test_bad_usage_is_told_in_one_sentence(
+    command: Callable[..., Any], dead_port: int, arguments: list[str], code: int, says: str
+) -> None:
+    ended = command(*arguments, env={"ORKI_REDIS_URL": f"redis://127.0.0.1:{dead_port}/0"})
+    assert ended.returncode == code, ended.stderr
+    assert says in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert code == 2 or ended.stderr.count("\n") == 1
