@@ -19,7 +19,7 @@ from orki_codegen.reference import REFERENCE, pages
 from orki_codegen.tree import Difference, Tree, compare, install
 from orki_codegen.workspace import Owner, Workspace, find_workspace
 from orki_contract.exceptions import InvalidContract, OrkiError
-from orki_contract.images import IMAGE_NAME, package_image
+from orki_contract.images import IMAGE_NAME, package_images
 from orki_contract.read import ReadContract, read_image
 from orki_contract.validate import Owners, validate
 
@@ -113,9 +113,9 @@ def _owner_tree(buf: Buf, read: ReadContract, image: bytes, places: Mapping[str,
         buf.generate(_fewest_paths(own, [*places.values()]), Path(folder))
         made = Path(folder, "gen")
         files = {path.relative_to(made).as_posix(): path.read_bytes() for path in made.rglob("*") if path.is_file()}
-    for package in packages:
+    for package, content in package_images(image, packages).items():
         home = package.replace(".", "/")
-        files[f"{home}/{IMAGE_NAME}"] = package_image(image, package)
+        files[f"{home}/{IMAGE_NAME}"] = content
         files[f"{home}/py.typed"] = b""
     return Tree(owner=owner.name, root=f"{owner.folder}/gen", files=files)
 

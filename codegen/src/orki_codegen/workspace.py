@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Owner", "Workspace", "find_workspace"]
 
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,5 +116,4 @@ def _places(path: str, text: str, contracts: list[str]) -> list[Location]:
 
 
 def _columns(line: str, package: str) -> list[int]:
-    quoted = [f'"{package}"', f"'{package}'"]
-    return [index + 1 for index in range(len(line)) if any(line.startswith(each, index) for each in quoted)]
+    return [match.start() + 1 for match in re.finditer(f"[\"']{re.escape(package)}[\"']", line)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 __all__ = ["OPTIONS_PACKAGE", "Location", "MessageNode", "MethodNode", "Schema", "ServiceNode"]
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, cast
@@ -104,6 +104,7 @@ class Schema:
 
     Attributes:
         pool: The private pool that holds all of the files.
+        plain: The files by path, as they came: options are unknown fields.
         files: The files by path, sorted; options are extensions of messages of the pool's own classes.
     """
 
@@ -121,6 +122,7 @@ class Schema:
             plain = FileDescriptorSet.FromString(image)
         except DecodeError as error:
             raise InvalidContract(f"the image is not a serialized FileDescriptorSet: {error}") from error
+        self.plain: Final = {file.name: file for file in plain.file}
         self.pool = descriptor_pool.DescriptorPool()
         _fill(self.pool, plain.file)
         options = [file.name for file in plain.file if file.package == OPTIONS_PACKAGE]
@@ -213,14 +215,7 @@ class Schema:
 
     def imports(self, path: str) -> frozenset[str]:
         """Paths of the file itself and of all that it imports, directly or not."""
-        seen: set[str] = set()
-        waiting = [path]
-        while waiting:
-            name = waiting.pop()
-            if name not in seen and name in self.files:
-                seen.add(name)
-                waiting.extend(self.files[name].dependency)
-        return frozenset(seen)
+        return reachable(self.files, [path])
 
     def location(self, file: str, path: Path = ()) -> Location:
         """Where an element stands; the nearest element around it where the source information ends earlier."""
@@ -294,6 +289,18 @@ class Schema:
     @cached_property
     def _sources(self) -> dict[str, tuple[dict[Path, Sequence[int]], dict[Path, str]]]:
         return {}
+
+
+def reachable(files: Mapping[str, FileDescriptorProto], roots: Iterable[str]) -> frozenset[str]:
+    """Paths of some files and of all that they import, directly or not."""
+    seen: set[str] = set()
+    waiting = list(roots)
+    while waiting:
+        name = waiting.pop()
+        if name not in seen and name in files:
+            seen.add(name)
+            waiting.extend(files[name].dependency)
+    return frozenset(seen)
 
 
 def field_path(message: MessageNode, index: int) -> Path:

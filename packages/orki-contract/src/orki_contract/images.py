@@ -7,7 +7,15 @@ included and without source information, files in the order of their paths.
 
 from __future__ import annotations
 
-__all__ = ["IMAGE_NAME", "image_of", "message_class", "package_image", "service_digest", "stream_digest"]
+__all__ = [
+    "IMAGE_NAME",
+    "image_of",
+    "message_class",
+    "package_image",
+    "package_images",
+    "service_digest",
+    "stream_digest",
+]
 
 import hashlib
 import json
@@ -17,10 +25,10 @@ from importlib import resources
 from typing import Any, Final
 
 from google.protobuf import message_factory
-from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 from google.protobuf.message import Message
 
-from orki_contract.descriptors import MessageNode, Schema
+from orki_contract.descriptors import MessageNode, Schema, reachable
 from orki_contract.exceptions import InvalidContract
 from orki_contract.model import Stream, TaskMethod, ToolMethod, dump
 from orki_contract.read import read_schema
@@ -52,20 +60,33 @@ def package_image(image: bytes, package: str) -> bytes:
     Raises:
         InvalidContract: The image is not one, or has no file of that package.
     """
-    schema = Schema(image)
-    own = [name for name, file in schema.files.items() if file.package == package]
-    if not own:
-        raise InvalidContract(f'the image has no file of the package "{package}"')
-    wanted = frozenset[str]().union(*map(schema.imports, own))
-    cut = FileDescriptorSet()
-    for file in sorted(FileDescriptorSet.FromString(image).file, key=lambda file: file.name):
-        if file.name in wanted:
-            # Field by field: what buf adds to each file of its images stays behind.
-            kept = cut.file.add()
-            for field, value in file.ListFields():
-                if field.name != "source_code_info":
-                    _copy(kept, field.name, value)
-    return cut.SerializeToString(deterministic=True)
+    return package_images(image, [package])[package]
+
+
+def package_images(image: bytes, packages: Iterable[str]) -> dict[str, bytes]:
+    """What `contract.binpb` of each package holds; errors as those of `package_image`."""
+    files = dict(sorted(Schema(image).plain.items()))
+    bare = {name: _bare(file) for name, file in files.items()}
+    owned: dict[str, list[str]] = {}
+    for name, file in files.items():
+        owned.setdefault(file.package, []).append(name)
+    cut = {}
+    for package in packages:
+        if package not in owned:
+            raise InvalidContract(f'the image has no file of the package "{package}"')
+        wanted = reachable(files, owned[package])
+        chosen = FileDescriptorSet(file=[bare[name] for name in sorted(wanted)])
+        cut[package] = chosen.SerializeToString(deterministic=True)
+    return cut
+
+
+def _bare(file: FileDescriptorProto) -> FileDescriptorProto:
+    """The file without source information, and without what buf adds to each file of its images."""
+    kept = FileDescriptorProto()
+    for field, value in file.ListFields():
+        if field.name != "source_code_info":
+            _copy(kept, field.name, value)
+    return kept
 
 
 def service_digest(image: bytes, service: str) -> str:

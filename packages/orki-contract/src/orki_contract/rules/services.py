@@ -8,7 +8,8 @@ import math
 from typing import Any, Final
 
 from orki_contract.descriptors import Location, MethodNode, ServiceNode
-from orki_contract.read import resolve
+from orki_contract.model import Backoff
+from orki_contract.read import milliseconds, resolve
 from orki_contract.rules.judge import Judge, Rule
 
 RULES: Final[dict[Rule, str]] = {
@@ -108,12 +109,14 @@ def _backoff(judge: Judge, option: Any, whole: Location, place: Any, subject: st
             place("retry_backoff", "multiplier"),
             f"the wait of {subject} is multiplied by {backoff.multiplier:g}: give a multiplier of at least 1",
         )
-    read = next(each.backoff for each in judge.read.contract.tasks if each.full_name == subject)
-    if read.initial_ms > read.maximum_ms:
+    default = Backoff()
+    first = milliseconds(backoff.initial if backoff.HasField("initial") else None, default.initial_ms)
+    longest = milliseconds(backoff.maximum if backoff.HasField("maximum") else None, default.maximum_ms)
+    if first > longest:
         judge.say(
             "ORKI_TASK_BACKOFF_ORDER",
             whole,
-            f"the first wait of {subject} ({read.initial_ms} ms) is longer than the longest ({read.maximum_ms} ms): "
+            f"the first wait of {subject} ({first} ms) is longer than the longest ({longest} ms): "
             "lower initial or raise maximum",
         )
 
