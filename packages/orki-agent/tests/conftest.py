@@ -18,7 +18,10 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from orki.control.v1 import session_pb2 as pb
+from orki.control.v1 import task_pb2
+from orki.control.v1.attempt_pb2 import TaskState
 from orki.control.v1.session_pb2_grpc import SessionServiceServicer, add_SessionServiceServicer_to_server
+from orki.control.v1.task_pb2_grpc import TaskServiceServicer, add_TaskServiceServicer_to_server
 from orki_contract import AsyncTaskService, SyncTaskService, Task
 from orki_contract.errors import ContractMismatch, OrkiError, StaleFence
 from orki_contract.images import image_of
@@ -141,7 +144,7 @@ class Job:
     declined: list[s.Decline] = field(default_factory=list)
 
 
-class Orchestrator(SessionServiceServicer):
+class Orchestrator(SessionServiceServicer, TaskServiceServicer):
     """Speaks `OrchestratorSession` over real gRPC; its store is a dict, and a test may hold back what it answers."""
 
     def __init__(self) -> None:
@@ -168,7 +171,8 @@ class Orchestrator(SessionServiceServicer):
 
     async def start(self) -> None:
         self._server = grpc.aio.server(options=server_options())
-        add_SessionServiceServicer_to_server(self, self._server)  # type: ignore[no-untyped-call, unused-ignore]
+        add_SessionServiceServicer_to_server(self, self._server)
+        add_TaskServiceServicer_to_server(self, self._server)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
         await self._server.start()
 
@@ -245,7 +249,60 @@ class Orchestrator(SessionServiceServicer):
                 self._live.session.offer(offer, job.traceparent, time.monotonic())
         await self.flush()
 
-    # --- the servicer ---
+    # --- the servicers ---
+
+    async def Submit(self, request: Any, context: Any) -> Any:
+        outcomes = []
+        for submission in request.submissions:
+            task_id = f"t{len(self.jobs) + 1}"
+            self.jobs[task_id] = Job(submission.method, submission.request, submission.traceparent)
+            outcomes.append(task_pb2.SubmitOutcome(task=self._snapshot(task_id)))
+        await self.dispatch()
+        return task_pb2.SubmitResponse(outcomes=outcomes)
+
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        job, seen = self.jobs[request.task_id], int(request.after or 0)
+        while True:
+            for number, each in enumerate(job.progress[seen:], seen + 1):
+                progress = task_pb2.WatchedProgress(cursor=str(number), payload=each.payload)
+                yield task_pb2.WatchResponse(progress=progress)
+            seen = len(job.progress)
+            yield task_pb2.WatchResponse(task=self._snapshot(request.task_id))
+            if job.result is not None:
+                return
+            async with self._changed:
+                await self._changed.wait_for(lambda seen=seen: job.result is not None or len(job.progress) > seen)
+
+    async def Cancel(self, request: Any, context: Any) -> Any:
+        await self.cancel(request.task_id)
+        return task_pb2.CancelResponse(task=self._snapshot(request.task_id))
+
+    async def Direct(self, request: Any, context: Any) -> Any:
+        key = self.key(request.task_id)
+        self.session.direct(key, request.payload)
+        await self.flush()
+        return task_pb2.DirectResponse(attempt=key.ref())
+
+    async def Get(self, request: Any, context: Any) -> Any:
+        return task_pb2.GetResponse(task=self._snapshot(request.task_id))
+
+    async def List(self, request: Any, context: Any) -> Any:
+        return task_pb2.ListResponse(tasks=[self._snapshot(each) for each in self.jobs])
+
+    def _snapshot(self, task_id: str) -> task_pb2.TaskSnapshot:
+        job = self.jobs[task_id]
+        states = {"queued": 1, "offered": 2, "running": 3, "declined": 6}
+        ends = {"response": TaskState.TASK_STATE_SUCCEEDED, "failure": TaskState.TASK_STATE_FAILED}
+        outcome = str(job.result.WhichOneof("outcome")) if job.result else ""
+        state = ends.get(outcome, TaskState.TASK_STATE_CANCELLED) if job.result else states[job.state]
+        return task_pb2.TaskSnapshot(
+            task_id=task_id,
+            method=job.method,
+            state=state,  # type: ignore[arg-type]
+            response=job.result.response if job.result else b"",
+            failure=job.result.failure if job.result and outcome == "failure" else None,
+            traceparent=job.traceparent,
+        )
 
     async def Connect(self, request_iterator: Any, context: Any) -> None:
         stream = _Stream(self, context)

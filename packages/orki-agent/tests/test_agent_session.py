@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 
 from orki_agent import Agent
-from orki_contract.errors import ContractMismatch, HandlerRejected, OrkiError, Reason, Replaced
+from orki_contract import TaskStub
+from orki_contract.errors import (
+    Cancelled,
+    ContractMismatch,
+    HandlerRejected,
+    OrkiError,
+    Reason,
+    Replaced,
+    WaitTimeout,
+)
 from orki_contract.trace import current_span
 from orki_control import JitterOptions
 
@@ -336,6 +345,38 @@ async def test_what_outlasts_the_drain_is_given_back(orchestrator: Any, work: Si
         result = orchestrator.jobs[task_id].result
         assert result.failure.reason == Reason.REASON_ABANDONED
         assert "had started" in result.failure.message
+
+
+async def test_a_handler_hands_work_on_in_its_own_trace(orchestrator: Any, work: SimpleNamespace) -> None:
+    told = []
+
+    class Grinder(work.GrindServiceSyncBase):  # type: ignore[misc, name-defined]
+        def work(self, request: Any, ctx: Any) -> Any:
+            ctx.progress(work.WorkProgress(number=1))
+            directive = next(iter(ctx.directives()), None)
+            ctx.raise_if_cancelled()
+            return work.WorkResponse(text=f"{request.text} {directive.text}")
+
+    async def handler(request: Any, ctx: Any) -> Any:
+        grind = TaskStub(ctx.client, work.GRIND)
+        first, second = await grind.submit_many([work.WorkRequest(text=each) for each in ("first", "second")])
+        async for delta in first.progress():
+            told.append(delta.number)
+            await first.direct(work.WorkDirective(text="directed"))
+        await second.cancel("not needed")
+        with pytest.raises(Cancelled):
+            await second.result(10)
+        with pytest.raises(WaitTimeout):
+            await (await grind.submit(work.WorkRequest())).result(0.1)
+        return await first.result(10)
+
+    async with running(Agent("worker", service(work, handler), Grinder()), orchestrator):
+        task_id = await orchestrator.submit(work.WORK, work.WorkRequest())
+        result = await orchestrator.result(task_id)
+        assert work.WorkResponse.FromString(result.response).text == "first directed"
+        assert told == [1]
+        assert len({job.traceparent.split("-")[1] for job in orchestrator.jobs.values()}) == 1
+        await orchestrator.cancel("t4")
 
 
 async def test_the_switch_interval_is_the_runs_own(orchestrator: Any, work: SimpleNamespace) -> None:

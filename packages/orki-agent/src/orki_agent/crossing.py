@@ -10,7 +10,9 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-__all__ = ["Mailbox", "cross", "in_thread"]
+from orki_contract.errors import OrchestratorUnavailable
+
+__all__ = ["Mailbox", "cross", "in_thread", "send"]
 
 T = TypeVar("T")
 
@@ -67,6 +69,23 @@ async def in_thread(work: Callable[[], T]) -> T:
     return await asyncio.wrap_future(done)
 
 
+def send(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> Future[T]:
+    """Has another thread's loop do something. Context variables go along.
+
+    Raises:
+        OrchestratorUnavailable: The loop has ended, and with it the agent's session.
+    """
+    try:
+        return asyncio.run_coroutine_threadsafe(work, loop)
+    except RuntimeError as error:
+        work.close()
+        raise OrchestratorUnavailable(f"the agent has stopped ({error})") from None
+
+
 async def cross(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
-    """Awaits what another thread's loop does; a cancellation here cancels it there. Context variables go along."""
-    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))
+    """Awaits what another thread's loop does; a cancellation here cancels it there.
+
+    Raises:
+        OrchestratorUnavailable: As `send`.
+    """
+    return await asyncio.wrap_future(send(loop, work))

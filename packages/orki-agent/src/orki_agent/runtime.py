@@ -27,7 +27,7 @@ from orki.events.v1.agent_pb2 import (
 )
 from orki_agent.catalog import Handler
 from orki_agent.channel import SessionChannel
-from orki_agent.crossing import Mailbox, cross, in_thread
+from orki_agent.crossing import Mailbox, cross, in_thread, send
 from orki_agent.iothread import IoThread
 from orki_agent.remote_tasks import RemoteTasks
 from orki_agent.reporting import PlaneEvents
@@ -94,6 +94,7 @@ class Runtime:
         self._orchestrator_id = ""
         self._draining = False
         self._early: list[Callable[[], None]] = []
+        self._opening: asyncio.Task[None] | None = None
 
     # --- the user's loop ---
 
@@ -160,7 +161,7 @@ class Runtime:
 
     def publish_blocking(self, stream: EventStream[E, Any], event: E, span: Span) -> None:
         """As `publish`, blocking the calling thread."""
-        asyncio.run_coroutine_threadsafe(self._events.publish(stream, event, span), self._io.loop).result()
+        send(self._io.loop, self._events.publish(stream, event, span)).result()
 
     def tool_channel(self) -> ToolChannel:
         """The channel of async tool calls."""
@@ -259,7 +260,7 @@ class Runtime:
         self._runner.sent()
 
     def _on_beat(self) -> None:
-        self._session.set_vitals(loop_lag_us=self._probe.take(), memory_bytes=resident_bytes())
+        self._session.set_vitals(loop_lag_us=self._probe.worst_lag_us(), memory_bytes=resident_bytes())
 
     def _opened(self, event: session.SessionOpened) -> None:
         self._orchestrator_id = event.orchestrator_id
@@ -270,7 +271,7 @@ class Runtime:
             event.orchestrator_id,
             len(event.resumed),
         )
-        asyncio.get_running_loop().create_task(self._events.open(event.events_url))
+        self._opening = asyncio.get_running_loop().create_task(self._events.open(event.events_url))
         connected = AgentConnected(
             orchestrator_id=event.orchestrator_id,
             session_epoch=event.session_epoch,

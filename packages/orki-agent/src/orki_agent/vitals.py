@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import resource
 import sys
 import time
+from collections import deque
 from typing import Final
 
 __all__ = ["LoopProbe", "resident_bytes"]
 
 _INTERVAL: Final = 0.1
+_REMEMBERED: Final = 30
 _STATM: Final = "/proc/self/statm"
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
@@ -21,8 +24,8 @@ class LoopProbe:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._worst = 0.0
-        self._due = 0.0
+        self._lags: deque[float] = deque(maxlen=_REMEMBERED)
+        self._due = math.inf
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
@@ -35,15 +38,14 @@ class LoopProbe:
         if self._timer is not None:
             self._timer.cancel()
 
-    def take(self) -> int:
-        """The worst lag since the last call, in microseconds; a tick that is overdue counts as far as it is."""
-        worst = max(self._worst, time.monotonic() - self._due, 0.0)
-        self._worst = 0.0
+    def worst_lag_us(self) -> int:
+        """The worst lag of the last seconds, in microseconds; a tick that is overdue counts as far as it is."""
+        worst = max(time.monotonic() - self._due, 0.0, *tuple(self._lags))
         return round(worst * 1_000_000)
 
     def _tick(self) -> None:
         now = time.monotonic()
-        self._worst = max(self._worst, now - self._due)
+        self._lags.append(now - self._due)
         self._due = now + _INTERVAL
         self._timer = self._loop.call_later(_INTERVAL, self._tick)
 
