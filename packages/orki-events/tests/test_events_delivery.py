@@ -90,12 +90,11 @@ class Bench:
         """Up to the first read of new entries, which it returns; the sweep that goes on beside it is answered."""
         self.tell(Opened())
         self.tell(GroupsReady(self.one(CreateGroups)))
-        history = self.one(Read)
+        self.tell(EntriesRead(self.one(Read), {}, {}))
+        read = self.one(Read)
         self.later(0)
-        claim = self.one(Claim)
-        self.tell(EntriesClaimed(claim, b"0-0", [], {}, ()))
-        self.tell(EntriesRead(history, {}, {}))
-        return self.one(Read)
+        self.tell(EntriesClaimed(self.one(Claim), b"0-0", [], {}, ()))
+        return read
 
     def holding(self, count: int) -> list[Any]:
         """Up to a dispatch of so many entries, which it returns."""
@@ -213,6 +212,21 @@ def test_a_read_that_broke_is_followed_by_reading_what_it_may_have_brought() -> 
     bench.later(1.0)
     read = bench.one(Read)
     assert (read.places, read.history) == (((KEY, b"0-0"),), True)
+
+
+def test_reading_again_what_is_in_hand_does_not_count_as_a_delivery() -> None:
+    bench = Bench()
+    bench.tell(EntriesRead(bench.reading(), {KEY: [entry(1), entry(2)]}, {}))
+    waiting = bench.one(Read)
+    bench.later(10)
+    bench.tell(Unanswered(bench.one(Claim)))
+    bench.tell(Wanted(2))
+    bench.tell(EntriesRead(waiting, {}, {}))
+    bench.tell(EntriesRead(bench.one(Read), {KEY: [entry(1), entry(2), entry(3)]}, {KEY: {b"1-0": 2, b"2-0": 2}}))
+    renew = bench.one(Renew)
+    assert (renew.entry_ids, renew.deliveries) == ([b"1-0", b"2-0"], 1)
+    bench.tell(Wanted(9))
+    assert [each[0] for each in bench.one(Dispatch).entries] == [b"3-0"]
 
 
 def test_success_is_acknowledged_in_batches_while_another_acknowledgement_is_under_way() -> None:

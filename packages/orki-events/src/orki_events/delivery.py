@@ -71,7 +71,7 @@ class DeliveryMachine:
         self.state = State.NEW
         self.settings = settings
         self._partitions = {key: Partition(key) for key in keys}
-        self._ready: deque[tuple[Partition, list[Entry]]] = deque()
+        self._ready: deque[tuple[Partition, list[Entry], int]] = deque()
         self._wanted: deque[int] = deque()
         self._open: set[Command] = set()
         self._reading = False
@@ -87,11 +87,6 @@ class DeliveryMachine:
     def held(self) -> int:
         """Entries that this consumer holds."""
         return sum(len(partition.held) for partition in self._partitions.values())
-
-    @property
-    def has_ready(self) -> bool:
-        """Whether a `Wanted` would be answered at once."""
-        return bool(self._ready)
 
     def receive(self, event: Event, now: float) -> list[Command]:
         """Takes in what happened.
@@ -123,7 +118,7 @@ class DeliveryMachine:
             due.append(self._renew_at)
         if self._read_at and not self._reading:
             due.append(self._read_at)
-        if self.state in (State.RECOVERING, State.READING):
+        if self.state is State.READING:
             due.extend(each.sweep_at for each in self._partitions.values() if not each.sweeping)
         return min(due, default=None)
 
@@ -139,7 +134,8 @@ class DeliveryMachine:
             self._retry(partition, entry, commands)
         if self._renew_at <= now:
             self._renew(now, commands)
-        if self.state in (State.RECOVERING, State.READING):
+        if self.state is State.READING:
+            # Not before: what is claimed while the own pending entries are read would be delivered twice over.
             self._sweep(now, commands)
         self._plan(now, commands)
         return commands
@@ -248,7 +244,7 @@ class DeliveryMachine:
 
     def _on_returned(self, event: Returned, now: float, commands: list[Command]) -> None:
         partition = self._held_by(event.key, [entry[0] for entry in event.entries])
-        self._ready.appendleft((partition, list(event.entries)))
+        self._ready.appendleft((partition, list(event.entries), 0))
         if self.state is State.DRAINING:
             self._hand_back(commands)
 
@@ -293,7 +289,7 @@ class DeliveryMachine:
         self._wanted.clear()
         self._repeats = [each for each in self._repeats if not isinstance(each[2], CreateGroups)]
         heapq.heapify(self._repeats)
-        self._ready.extend((partition, [entry]) for _, _, partition, entry in self._retries)
+        self._ready.extend((partition, [entry], 0) for _, _, partition, entry in self._retries)
         made = {(id(partition), entry[0]) for _, _, partition, entry in self._retries}
         self._retries.clear()
         self._hand_back(commands, tried=made)
@@ -314,10 +310,13 @@ class DeliveryMachine:
             self.state = State.CLOSED
 
     def _dispatch(self, limit: int, commands: list[Command]) -> None:
-        partition, entries = self._ready.popleft()
-        if len(entries) > limit:
-            self._ready.appendleft((partition, entries[limit:]))
-            entries = entries[:limit]
+        partition, waiting, begin = self._ready[0]
+        entries = waiting[begin : begin + limit]
+        if begin + limit < len(waiting):
+            # Only the place moves: cutting the list would cost its length for every single entry.
+            self._ready[0] = (partition, waiting, begin + limit)
+        else:
+            self._ready.popleft()
         if partition.foreign:
             stolen = [entry[0] for entry in entries if entry[0] in partition.foreign]
             partition.forget(stolen)
@@ -357,6 +356,9 @@ class DeliveryMachine:
         """Entries are ours: keeps those that are new to us."""
         if not self.held:
             self._renew_at = now + self.settings.ack_deadline_s / 3
+        for made, entry_ids in partition.held_by_count(entries).items():
+            # The server counted one more delivery of what we have in hand; it was none.
+            self._issue(Renew(partition.key, entry_ids, made), commands)
         fresh = partition.admit(entries, deliveries, now)
         if partition.deliveries:
             limit = self.settings.max_deliveries
@@ -365,7 +367,7 @@ class DeliveryMachine:
                 fresh = [entry for entry in fresh if entry not in worn]
                 self._issue(DeadLetter(partition.key, tuple(self._worn(partition, entry) for entry in worn)), commands)
         if fresh:
-            self._ready.append((partition, fresh))
+            self._ready.append((partition, fresh, 0))
             if self.state is State.DRAINING:
                 self._hand_back(commands)
 
@@ -382,7 +384,7 @@ class DeliveryMachine:
         made = partition.deliveries.get(entry_id, 1) + 1
         partition.deliveries[entry_id] = made
         self._issue(Renew(partition.key, [entry_id], made), commands)
-        self._ready.append((partition, [entry]))
+        self._ready.append((partition, [entry], 0))
 
     def _renew(self, now: float, commands: list[Command]) -> None:
         interval = self.settings.ack_deadline_s / 3
@@ -409,7 +411,8 @@ class DeliveryMachine:
     def _hand_back(self, commands: list[Command], tried: set[tuple[int, bytes]] | None = None) -> None:
         """Hands back everything that no handler has; what one has tried keeps its count."""
         while self._ready:
-            partition, entries = self._ready.popleft()
+            partition, waiting, begin = self._ready.popleft()
+            entries = waiting[begin:]
             back = {}
             for entry in entries:
                 if entry[0] not in partition.foreign:

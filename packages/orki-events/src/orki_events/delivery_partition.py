@@ -73,6 +73,15 @@ class Partition:
             self.deliveries.update((each, deliveries[each]) for each in ids if deliveries.get(each, 1) > 1)
         return entries
 
+    def held_by_count(self, entries: list[Entry]) -> dict[int, list[bytes]]:
+        """The ids among these that are in hand already, by the number of their deliveries."""
+        found: dict[int, list[bytes]] = {}
+        if self.held and not self.held.keys().isdisjoint([entry[0] for entry in entries]):
+            for entry in entries:
+                if entry[0] in self.held:
+                    found.setdefault(self.deliveries.get(entry[0], 1), []).append(entry[0])
+        return found
+
     def settle(self, entry_ids: Sequence[bytes], outcome: Outcome) -> None:
         """Lets entries go, and remembers to acknowledge them."""
         self.forget(entry_ids)

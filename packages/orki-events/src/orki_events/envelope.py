@@ -26,7 +26,6 @@ __all__ = [
 
 import os
 import zlib
-from dataclasses import replace
 from typing import Final, TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -175,4 +174,6 @@ def split_entry(fields: list[bytes]) -> tuple[bytes, bytes]:
 def envelope_span(envelope: Envelope) -> Span | None:
     """The span in which the event happened; None outside a trace."""
     span = parse_traceparent(envelope.traceparent)
-    return replace(span, parent_id=envelope.parent_span_id) if span and envelope.parent_span_id else span
+    if span is None or not envelope.parent_span_id:
+        return span
+    return Span(span.trace_id, span.span_id, envelope.parent_span_id, span.flags)

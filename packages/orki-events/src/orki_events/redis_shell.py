@@ -167,7 +167,7 @@ class Link:
     async def exchange(self, packed: bytes, count: int, *, extra_s: float = 0.0) -> list[Reply]:
         """As `ask`, for commands that are packed already."""
         async with self._lock:
-            connection = self._connection or await self._open()
+            connection = await self._usable()
             try:
                 async with asyncio.timeout(self._answer_timeout_s + extra_s):
                     return await self._exchange(connection, packed, count)
@@ -220,6 +220,17 @@ class Link:
                     raise
                 replies.append(refusal(error, self.where))
         return replies
+
+    async def _usable(self) -> Any:
+        """The connection, or a new one: between exchanges nothing comes but the end of a connection."""
+        if self._connection is not None:
+            try:
+                if not await self._connection.can_read():
+                    return self._connection
+            except (RedisError, OSError):
+                pass
+            await self._drop()
+        return await self._open()
 
     async def _open(self) -> Any:
         connection: Any = self._address.connection(

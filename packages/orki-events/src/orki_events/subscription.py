@@ -109,6 +109,7 @@ class Subscription:
         self._arming = False
         self._ending = False
         self._shut = False
+        self._registered = False
         self._closed = asyncio.Event()
         self._error: OrkiError | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -307,12 +308,21 @@ class Subscription:
         wires = self._wires
         try:
             await wires.keeper.ensure(wires.commands, self.place.stream, (self.place.group,))
-            await wires.prepare(wires.commands)
         except OrkiError as error:
             if not error.retryable:
                 raise
             return moves.Unanswered(command)
+        await self._register()
         return moves.GroupsReady(command)
+
+    async def _register(self) -> None:
+        """Tells the fleet of the stream; a server that is out of memory takes no note, and can be read all the same."""
+        try:
+            await self._wires.prepare(self._wires.commands)
+            self._registered = True
+        except OrkiError as error:
+            self._registered = False
+            _log.warning("%s could not register its stream, and will try again: %s", self.name, error.message)
 
     def _count(self, event: moves.Event) -> None:
         if isinstance(event, moves.DeadLettered):
@@ -340,6 +350,8 @@ class Subscription:
         while True:
             await asyncio.sleep(_SAVE_S * random.uniform(0.8, 1.2))
             try:
+                if not self._registered:
+                    await self._register()
                 await self._wires.keeper.save(self._wires.commands, self.place.stream, self.place.group)
                 if self._loop.time() - swept > _IDLE_MS / 1_000:
                     swept = self._loop.time()
