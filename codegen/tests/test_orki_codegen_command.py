@@ -59,6 +59,75 @@ def test_from_nothing_to_generated_code(
     assert "# acme.v1" in (tmp_path / "pages/acme.v1.md").read_text(encoding="utf-8")
 
 
+SHORT = """\
+// Review.
+syntax = "proto3";
+
+package acme.v1;
+
+import "orki/options/v1/options.proto";
+
+// Work for agents.
+service ReviewService {
+  // Reviews one file.
+  rpc ReviewFile(ReviewFileRequest) returns (ReviewFileResponse) {
+    option (orki.options.v1.task) = {
+      progress: "ReviewProgress"
+      max_attempts: 5
+    };
+  }
+  // Sums a review up.
+  rpc SumUp(SumUpRequest) returns (SumUpResponse) {
+    option (orki.options.v1.task) = {};
+  }
+}
+
+message ReviewFileRequest {}
+message ReviewFileResponse {}
+message ReviewProgress {}
+message SumUpRequest {}
+message SumUpResponse {}
+
+// A finding.
+message FindingEvent {
+  option (orki.options.v1.stream) = {
+    name: "findings"
+    retention: {max_entries: 1000000}
+    groups: [
+      {name: "triage"}
+    ]
+  };
+  string path = 1;
+}
+
+// What a file weighs.
+message Weight {
+  option (orki.options.v1.frame) = {
+    version: 1
+    block_length: 16
+  };
+  // Bytes.
+  uint64 size = 1 [(orki.options.v1.offset) = 0];
+  // Lines.
+  uint32 lines = 2 [(orki.options.v1.offset) = 8];
+}
+"""
+
+
+def test_two_tasks_a_stream_and_a_frame_take_less_than_eighty_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init"]) == 0
+    (tmp_path / "proto/acme/v1").mkdir(parents=True)
+    (tmp_path / "proto/acme/v1/review.proto").write_text(SHORT, encoding="utf-8")
+    (tmp_path / "acme").mkdir()
+    (tmp_path / "acme/pyproject.toml").write_text('[tool.orki]\ncontracts = ["acme.v1"]\n', encoding="utf-8")
+    assert main(["generate"]) == 0
+    text = (tmp_path / "acme/gen/acme/v1/review_orki.py").read_text(encoding="utf-8")
+    assert text.count("\n") < 80
+
+
 def test_init_keeps_settings_and_renews_the_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
