@@ -50,7 +50,7 @@ async def publish_story(events: Events, user: Any, task_id: str = TASK) -> Span:
     await tell(first, 1, attempt_ended=lost)
     await tell(second, 2, offered=TaskOffered())
     await tell(second, 2, started=TaskStarted())
-    tool = ToolEvent(method="acme.v1.Tools/Read", task_id=task_id, attempt=2, duration_ns=400_000, request_bytes=9)
+    tool = ToolEvent(method="acme.v1.Tools/Read", task_id=task_id, attempt=2, duration_ns=1_000, request_bytes=9)
     await events.publish(TOOLS, tool, span=second.child())
     await events.publish(USAGE, UsageEvent(model="m", task_id=task_id, attempt=2, input_tokens=812), span=second)
     await events.publish(user.stream, user.filled("r"), span=second)
@@ -82,7 +82,7 @@ async def test_a_trace_by_task_by_trace_and_by_prefix(
     assert done["children"][-1]["details"]["event"]["token"] == "[redacted]"
     people = await orki("trace", TASK, **{**redis_only, "COLUMNS": "100"})
     assert all(len(line) <= 100 for line in people.out.splitlines())
-    for words in ("lost after", "tool acme.v1.Tools/Read", "812 tokens in", "SecretEvent", "succeeded"):
+    for words in ("lost after", "tool acme.v1.Tools/Read 1 µs", "812 tokens in", "SecretEvent", "succeeded"):
         assert words in people.out
     assert canary not in people.out
 

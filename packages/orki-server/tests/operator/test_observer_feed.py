@@ -123,7 +123,7 @@ async def test_no_event_is_missed_or_repeated_over_kills_and_cuts(
             ends += 1
         async with followed(http, process.where, last_id) as stream:
             for _ in range(min(draw.randrange(1, 120), total - len(seen))):
-                event = await asyncio.wait_for(stream.event(), 30)
+                event = await _next(stream, publishing, f"seed {seed}, {len(seen)} seen, {ends} kills")
                 seen.append(event["event_id"])
                 last_id = stream.last_id
     await publishing
@@ -132,6 +132,14 @@ async def test_no_event_is_missed_or_repeated_over_kills_and_cuts(
         await events.publish(USAGE, UsageEvent(model="last"))
         assert (await stream.event())["event"]["model"] == "last", f"seed {seed}"
     assert process.end() == 0
+
+
+async def _next(stream: Stream, publishing: asyncio.Task[None], story: str) -> dict[str, Any]:
+    try:
+        return await asyncio.wait_for(stream.event(), 60)
+    except TimeoutError:
+        published = publishing.done() and publishing.result() is None
+        raise AssertionError(f"{story}, all published: {published}") from None
 
 
 async def test_a_stream_that_appears_is_followed_from_its_beginning(
