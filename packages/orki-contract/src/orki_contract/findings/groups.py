@@ -49,7 +49,8 @@ def compare(comparison: Comparison) -> None:
     for name, before in old.streams.items():
         after = new.streams.get(name)
         if after is not None:
-            rest = new.message_place(after.message, "stream", "groups")
+            written = new.schema.option(new.schema.messages[after.message].proto.options, "stream").groups
+            rest = new.message_place(after.message, "stream", *(("groups", 0) if written else ()))
             _each(comparison, name, dict(_owned(old, before)), dict(_owned(new, after)), rest)
     streams = {(each.package, each.stream) for side in (old, new) for each in side.subscriptions.values()}
     for package, stream in sorted(streams):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["RULES", "compare"]
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
@@ -148,11 +148,12 @@ def _homes(side: Side) -> dict[str, tuple[str, Path]]:
     for path in side.files:
         file = side.schema.files[path]
         prefix = f"{file.package}." if file.package else ""
-        for kind, number, declared in (
+        kinds: tuple[tuple[str, int, Sequence[Any]], ...] = (
             ("message", 4, file.message_type),
             ("enum", 5, file.enum_type),
             ("service", 6, file.service),
-        ):
+        )
+        for kind, number, declared in kinds:
             for index, each in enumerate(declared):
                 found[f"{kind} {prefix}{each.name}"] = (path, (number, index))
     return found
