@@ -344,6 +344,22 @@ async def orchestrator(redis_url: str) -> AsyncIterator[Orchestrator]:
 
 
 @pytest.fixture
+async def launch() -> AsyncIterator[Callable[[OrchestratorOptions], Awaitable[Orchestrator]]]:
+    """Starts orchestrators, and stops those that a test did not."""
+    launched: list[Orchestrator] = []
+
+    async def start(options: OrchestratorOptions) -> Orchestrator:
+        orchestrator = Orchestrator(options)
+        await orchestrator.start()
+        launched.append(orchestrator)
+        return orchestrator
+
+    yield start
+    for orchestrator in launched:
+        await orchestrator.stop()
+
+
+@pytest.fixture
 def options() -> Callable[..., OrchestratorOptions]:
     """Makes options of a quick orchestrator."""
     return options_for

@@ -370,9 +370,8 @@ async def test_a_digest_that_is_not_the_image_s_is_refused(
     assert "generate the package again" in agent.closed.message
 
 
-async def test_drain_comes_before_the_stop(redis_url: str, options: Make, stand_in: Make) -> None:
-    orchestrator = Orchestrator(options(redis_url, drain_grace_ms=5_000))
-    await orchestrator.start()
+async def test_drain_comes_before_the_stop(redis_url: str, options: Make, launch: Make, stand_in: Make) -> None:
+    orchestrator = await launch(options(redis_url, drain_grace_ms=5_000))
 
     async def handler(offer: ArrivedOffer) -> bytes:
         await asyncio.sleep(0.3)
@@ -384,9 +383,7 @@ async def test_drain_comes_before_the_stop(redis_url: str, options: Make, stand_
         task = await submit(client)
         await agent.until(lambda: bool(agent.offers))
         await orchestrator.stop()
-    again = Orchestrator(options(redis_url, orchestrator_id="o2"))
-    await again.start()
+    again = await launch(options(redis_url, orchestrator_id="o2"))
     async with Client(again.address) as client:
         ended = await client.get(task.task_id)
         assert (ended.state, ended.response) == (TaskState.TASK_STATE_SUCCEEDED, b"in time")
-    await again.stop()

@@ -126,7 +126,7 @@ TABLE: tuple[Key, ...] = (
     Key(
         pattern="orki:{of}:layout",
         kind="hash",
-        holds="layout version and number of shards",
+        holds="layout version, number of shards, and a name for this filling of the store",
         writer="store: first start",
         ends="never",
     ),

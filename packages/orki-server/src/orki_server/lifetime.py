@@ -20,14 +20,15 @@ async def _run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
     loop = asyncio.get_running_loop()
     signals = (signal.SIGTERM, signal.SIGINT)
 
-    def stop() -> None:
+    def stop(received: signal.Signals) -> None:
         stopped.set()
         for number in signals:
             loop.remove_signal_handler(number)
-        print("stopping; once more to stop at once", file=sys.stderr, flush=True)
+        if received is signal.SIGINT:
+            print("stopping; once more to stop at once", file=sys.stderr, flush=True)
 
     for number in signals:
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, stop, number)
     try:
         await main(stopped)
     finally:

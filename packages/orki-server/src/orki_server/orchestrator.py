@@ -109,6 +109,7 @@ class Orchestrator:
         )
         self._fleet = FleetServicer(store, self._roster, options.heartbeat_interval_ms)
         store.on_change(self._store_changed)
+        store.on_loss(self._store_lost)
 
     # --- what parts tell each other ---
 
@@ -135,6 +136,12 @@ class Orchestrator:
         else:
             _log.error("the store at %s is away; agents go on, nothing new is taken", self._store.address)
         self._healthy.set()
+
+    def _store_lost(self) -> None:
+        """The store came back without what it had. Hellos bring it again: services, agents, attempts that are held."""
+        _log.error("the store at %s has lost data; all agents are asked to connect again", self._store.address)
+        self._registry.forget()
+        self._sessions.end_all("the store lost data")
 
     # --- life ---
 
@@ -190,13 +197,19 @@ class Orchestrator:
                 raise error
 
     async def stop(self) -> None:
-        """Says Drain, waits for what runs as long as the grace allows, and ends; leases go on in the store."""
+        """Says Drain, waits for what runs as long as the grace allows, and ends; leases go on in the store.
+
+        Harmless when it has not started, or has stopped.
+        """
+        if not self._tasks:
+            return
         self._submitters.draining = True
         await self._health.enter_graceful_shutdown()
         await self._sessions.drain(self.options.drain_grace_ms)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
         if self._store.up:
             with contextlib.suppress(OrkiError):
                 await self._notes.flush()

@@ -44,6 +44,7 @@ class Registry:
         self._store = store
         self._serving = serving
         self._services: dict[str, _Service] = {}
+        self._registered: set[str] = set()
         self._refreshed = 0.0
 
     async def refresh(self) -> None:
@@ -57,6 +58,10 @@ class Registry:
         for snapshot in await self._store.fleet.services(new):
             self._remember(snapshot)
         self._refreshed = time.monotonic()
+
+    def forget(self) -> None:
+        """The store lost what was registered: what agents bring is registered anew. Methods stay known meanwhile."""
+        self._registered.clear()
 
     async def method(self, full_name: str) -> TaskMethod:
         """The contract of `package.Service/Method`.
@@ -96,7 +101,7 @@ class Registry:
             StoreUnavailable: The store is away.
         """
         for served in services:
-            if self._digest(served.service) == served.digest:
+            if self._digest(served.service) == served.digest and served.service in self._registered:
                 continue
             methods = _judge_image(served)
             standing = (await self._store.fleet.digests()).get(served.service, "")
@@ -108,6 +113,7 @@ class Registry:
                 # Another orchestrator registered a third contract between our look and our write.
                 raise _mismatch(agent_id, served, stands, "an agent has just registered it")
             self._services[served.service] = _Service(served.digest, methods)
+            self._registered.add(served.service)
 
     async def _refuse_while_live(self, agent_id: str, served: ServedService, standing: str) -> None:
         agents = sorted(set(self._serving(served.service, standing)) - {agent_id})
@@ -130,6 +136,7 @@ class Registry:
         methods = read_image(snapshot.image).contract.tasks
         named = {each.full_name: each for each in methods if each.service == snapshot.service}
         self._services[snapshot.service] = _Service(snapshot.digest, named)
+        self._registered.add(snapshot.service)
 
 
 def _judge_image(served: ServedService) -> dict[str, TaskMethod]:

@@ -89,6 +89,11 @@ class SessionServicer(SessionServiceServicer):
             self._open.discard(session)
             self._left(session)
 
+    def end_all(self, cause: str) -> None:
+        """Ends all streams; the agents come back with a hello."""
+        for session in list(self._open):
+            session.end(cause)
+
     async def drain(self, grace_ms: int) -> None:
         """Says Drain to all, gives what runs the time to end, then ends all streams."""
         self._draining = True
@@ -97,8 +102,7 @@ class SessionServicer(SessionServiceServicer):
             self._reports.withdrawn(session, unsent)
             session.changed()
         await _until(lambda: not any(session.machine.attempts for session in self._roster), grace_ms / 1000)
-        for session in list(self._open):
-            session.end("the orchestrator stops")
+        self.end_all("the orchestrator stops")
         await _until(lambda: not self._open, _END_S)
         for task in list(self._judging):
             task.cancel()

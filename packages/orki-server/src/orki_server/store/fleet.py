@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from dataclasses import dataclass
 from typing import Any, Final
@@ -66,9 +67,13 @@ class Fleet:
     def __init__(self, link: Link, shards: int) -> None:
         self._link = link
         self._shards = shards
+        self._generation = b""
 
-    async def claim_layout(self) -> None:
+    async def claim_layout(self) -> bool:
         """Notes the store's layout, or compares it with ours.
+
+        Returns:
+            Whether the store is another than at the call before: it was emptied, or exchanged.
 
         Raises:
             InvalidSetting: The store was laid out otherwise.
@@ -76,7 +81,9 @@ class Fleet:
         """
         await self._link.direct("HSETNX", FleetKeys.LAYOUT, "shards", self._shards)
         await self._link.direct("HSETNX", FleetKeys.LAYOUT, "version", LAYOUT_VERSION)
-        shards, version = await self._link.direct("HMGET", FleetKeys.LAYOUT, "shards", "version")
+        await self._link.direct("HSETNX", FleetKeys.LAYOUT, "generation", os.urandom(8).hex())
+        reply = await self._link.direct("HMGET", FleetKeys.LAYOUT, "shards", "version", "generation")
+        shards, version, generation = reply
         if int(version) != LAYOUT_VERSION:
             raise InvalidSetting(
                 f"the store at {self._link.address} has layout {int(version)}, this orchestrator writes "
@@ -87,6 +94,9 @@ class Fleet:
                 f"the store at {self._link.address} has {int(shards)} shards, this orchestrator is set to "
                 f"{self._shards}; set shards to {int(shards)}, or use another Redis database"
             )
+        exchanged = self._generation not in (b"", generation)
+        self._generation = generation
+        return exchanged
 
     async def greet(self, agent: AgentSnapshot) -> Greeting:
         """An agent's hello was accepted."""

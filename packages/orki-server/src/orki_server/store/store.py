@@ -39,7 +39,8 @@ class Store:
         self.fleet = Fleet(self._link, shards)
         self.outbox = Outbox(self._link, shards)
         self._highest: dict[int, int] = {}
-        self._link.on_recovery(self.fleet.claim_layout)
+        self._lost: list[Callable[[], None]] = []
+        self._link.on_recovery(self._look_again)
         self._link.on_change(self._link_changed)
 
     async def open(self) -> None:
@@ -75,6 +76,10 @@ class Store:
     def on_change(self, tell: Callable[[bool], None]) -> None:
         """Calls `tell` with whether the server is there, each time that changes."""
         self._link.on_change(tell)
+
+    def on_loss(self, tell: Callable[[], None]) -> None:
+        """Calls `tell` when the store came back without what it had: everything, or its newest writes."""
+        self._lost.append(tell)
 
     async def wait_up(self) -> None:
         """Waits until the server takes writes."""
@@ -122,10 +127,16 @@ class Store:
         if not up:
             # Patient, so these go first when the server is back, before anything is offered.
             for shard in self._highest:
-                self._lane.put(self._epoch_after(shard)).add_done_callback(_forget)
+                self._lane.put(self._epoch_after(shard)).add_done_callback(self._epoch_judged)
 
+    def _epoch_judged(self, answer: asyncio.Future[bool]) -> None:
+        if not answer.cancelled() and answer.exception() is None and answer.result():
+            self._tell_loss()
 
-def _forget(answer: asyncio.Future[bool]) -> None:
-    """Keeps asyncio from reporting a failure that nobody waits for."""
-    if not answer.cancelled():
-        answer.exception()
+    async def _look_again(self) -> None:
+        if await self.fleet.claim_layout():
+            self._tell_loss()
+
+    def _tell_loss(self) -> None:
+        for tell in self._lost:
+            tell()

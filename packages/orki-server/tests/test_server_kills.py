@@ -1,0 +1,260 @@
+"""Kill -9 of the orchestrator and of its store, in the middle of the work: what was acknowledged finishes once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from redis import Redis
+
+from orki.control.v1 import task_pb2 as pb
+from orki.control.v1.attempt_pb2 import TaskState
+from orki.events.v1.envelope_pb2 import Envelope
+from orki.events.v1.task_pb2 import TaskEvent
+from orki_contract.errors import OrkiError, StoreUnavailable
+from orki_control.client import Client, ClientOptions
+from orki_control.session import ArrivedOffer
+from orki_server.embedded import EmbeddedOptions, EmbeddedServer
+
+DO = "servertests.v1.WorkService/Do"
+Make = Callable[..., Any]
+
+
+class Served:
+    """`orki serve` as a process of its own."""
+
+    def __init__(self, redis_url: str, folder: Path) -> None:
+        self._url = redis_url
+        self._ready = folder / "ready.json"
+        self._listen = "127.0.0.1:0"
+        self.process: asyncio.subprocess.Process | None = None
+        self.address = ""
+
+    async def start(self) -> None:
+        self._ready.unlink(missing_ok=True)
+        arguments = ["--listen", self._listen, "--ready-file", str(self._ready), "--heartbeat-interval-ms", "300"]
+        self.process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", "from orki_server.cli import main; main()", "serve", *arguments),
+            env={**os.environ, "ORKI_REDIS_URL": self._url, "ORKI_SHARDS": "4", "ORKI_DRAIN_GRACE_MS": "100"},
+            stdout=asyncio.subprocess.DEVNULL,
+        )
+        async with asyncio.timeout(40):
+            while not self._ready.exists():
+                assert self.process.returncode is None, "orki serve ended before it was ready"
+                await asyncio.sleep(0.02)
+        self.address = json.loads(self._ready.read_text())["address"]
+        self._listen = self.address
+
+    async def end(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
+        await self.process.wait()
+        self.process._transport.close()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+async def served(redis_url: str, tmp_path: Path) -> AsyncIterator[Served]:
+    process = Served(redis_url, tmp_path)
+    await process.start()
+    yield process
+    await process.end(signal.SIGTERM)
+
+
+def ended_tasks(redis_url: str) -> Counter[str]:
+    """How often each task ended, by distinct events."""
+    ends: dict[bytes, str] = {}
+    with Redis.from_url(redis_url) as redis:
+        entries: Any = redis.xrange("orki:ev:{tasks}")
+    for _, fields in entries:
+        event = TaskEvent.FromString(fields[b"d"])
+        if event.WhichOneof("event") in ("succeeded", "failed", "cancelled"):
+            ends[Envelope.FromString(fields[b"e"]).event_id] = event.task_id
+    return Counter(ends.values())
+
+
+async def submit_steadily(client: Client, count: int) -> list[str]:
+    acknowledged = []
+    for number in range(count):
+        submission = pb.Submission(method=DO, request=b"%d" % number, idempotency_key=f"key-{number}")
+        (task,) = await client.submit_raw([submission])
+        acknowledged.append(task.task_id)
+        await asyncio.sleep(0.005)
+    return acknowledged
+
+
+async def all_ended(client: Client, task_ids: list[str]) -> list[pb.TaskSnapshot]:
+    async def end(task_id: str) -> pb.TaskSnapshot:
+        news = [each async for each in client.watch(task_id)]
+        return news[-1].task
+
+    return await asyncio.gather(*(end(task_id) for task_id in task_ids))
+
+
+async def slowly(offer: ArrivedOffer) -> bytes:
+    await asyncio.sleep(0.05)
+    return offer.offer.request
+
+
+@pytest.mark.timeout(120)
+async def test_kill_9_of_the_orchestrator(served: Served, redis_url: str, stand_in: Make) -> None:
+    agents = [stand_in(served.address, agent_id=f"agent-{number}", handler=slowly) for number in range(2)]
+    for agent in agents:
+        await agent.ready()
+    async with Client(served.address, ClientOptions(patience=60.0)) as client:
+        submitting = asyncio.create_task(submit_steadily(client, 150))
+        for _ in range(2):
+            await asyncio.sleep(0.3)
+            await served.end(signal.SIGKILL)
+            await served.start()
+        acknowledged = await submitting
+        tasks = await all_ended(client, acknowledged)
+    assert [task.response for task in tasks] == [b"%d" % number for number in range(150)]
+    assert len(set(acknowledged)) == 150
+    for agent in agents:
+        assert len(agent.opened) >= 2
+    async with asyncio.timeout(20):
+        while sum(ended_tasks(redis_url).values()) < 150:
+            await asyncio.sleep(0.1)
+    assert set(ended_tasks(redis_url).values()) == {1}
+    offered = Counter(offer.attempt.task_id for agent in agents for offer in agent.offers)
+    # A task that ran twice did so under two fences; the store took one result.
+    assert set(offered) == set(acknowledged)
+
+
+async def health(address: str) -> int:
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        answer = await stub.Check(health_pb2.HealthCheckRequest(service="orki.control.v1.TaskService"))
+        return int(answer.status)
+
+
+async def health_becomes(address: str, status: int) -> None:
+    async with asyncio.timeout(20):
+        while await health(address) != status:
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.timeout(120)
+async def test_kill_9_of_the_store_with_append_only_on(
+    tmp_path: Path, options: Make, launch: Make, stand_in: Make
+) -> None:
+    with EmbeddedServer(EmbeddedOptions(directory=tmp_path, append_only=True)) as server:
+        orchestrator = await launch(options(server.url))
+        agents = [
+            stand_in(orchestrator.address, agent_id=f"agent-{number}", handler=slowly, slots=2) for number in range(2)
+        ]
+        for agent in agents:
+            await agent.ready()
+        async with Client(orchestrator.address, ClientOptions(patience=60.0)) as client:
+            submitting = asyncio.create_task(submit_steadily(client, 100))
+            for _ in range(2):
+                await asyncio.sleep(0.3)
+                server.kill()
+                await health_becomes(orchestrator.address, health_pb2.HealthCheckResponse.NOT_SERVING)
+                await asyncio.sleep(0.5)
+                server.start()
+                await health_becomes(orchestrator.address, health_pb2.HealthCheckResponse.SERVING)
+            acknowledged = await submitting
+            tasks = await all_ended(client, acknowledged)
+            # The sessions stayed up all the time.
+            assert [len(agent.opened) for agent in agents] == [1, 1]
+        await orchestrator.stop()
+        assert [task.response for task in tasks] == [b"%d" % number for number in range(100)]
+        assert set(ended_tasks(server.url).values()) == {1}
+        assert sum(ended_tasks(server.url).values()) == 100
+
+
+async def test_without_its_store_an_orchestrator_says_so_and_recovers(
+    tmp_path: Path, options: Make, launch: Make, stand_in: Make
+) -> None:
+    go = asyncio.Event()
+
+    async def handler(offer: ArrivedOffer) -> bytes:
+        await go.wait()
+        return b"done meanwhile"
+
+    with EmbeddedServer(EmbeddedOptions(directory=tmp_path, append_only=True)) as server:
+        orchestrator = await launch(options(server.url))
+        agent = stand_in(orchestrator.address, handler=handler)
+        await agent.ready()
+        async with Client(orchestrator.address, ClientOptions(patience=0.0)) as client:
+            submission = pb.Submission(method=DO, request=b"q")
+            (task,) = await client.submit_raw([submission])
+            await agent.until(lambda: bool(agent.offers))
+            server.kill()
+            for _ in range(3):
+                with pytest.raises(StoreUnavailable, match="does not answer"):
+                    await client.submit_raw([submission])
+            with pytest.raises(StoreUnavailable):
+                await client.get(task.task_id)
+            go.set()
+            # More than the silence after which a peer counts as gone: heartbeats are echoed all the same.
+            await asyncio.sleep(1.5)
+            assert len(agent.opened) == 1
+            server.start()
+            async with asyncio.timeout(20):
+                while True:
+                    with contextlib.suppress(OrkiError):
+                        if (await client.get(task.task_id)).state == TaskState.TASK_STATE_SUCCEEDED:
+                            break
+                    await asyncio.sleep(0.05)
+            seen = await client.get(task.task_id)
+            assert (seen.response, seen.attempt.attempt) == (b"done meanwhile", 1)
+            await agent.until(lambda: not agent.machine.attempts)
+        await orchestrator.stop()
+
+
+async def test_a_store_that_lost_everything_gives_no_fence_twice(
+    tmp_path: Path, options: Make, launch: Make, stand_in: Make
+) -> None:
+    with EmbeddedServer(EmbeddedOptions(directory=tmp_path)) as server:
+        orchestrator = await launch(options(server.url, shards=1))
+        agent = stand_in(orchestrator.address)
+        await agent.ready()
+        async with Client(orchestrator.address, ClientOptions(patience=60.0)) as client:
+
+            async def run_one() -> int:
+                (task,) = await client.submit_raw([pb.Submission(method=DO, request=b"q")])
+                (ended,) = await all_ended(client, [task.task_id])
+                return ended.attempt.fence
+
+            first = await run_one()
+            server.kill()
+            await health_becomes(orchestrator.address, health_pb2.HealthCheckResponse.NOT_SERVING)
+            server.start()
+            await health_becomes(orchestrator.address, health_pb2.HealthCheckResponse.SERVING)
+            second = await run_one()
+            # What the store knew besides tasks came back with the agent's next hello.
+            assert len(agent.opened) == 2
+            assert [each.agent_id for each in await client.list_agents()] == ["agent-1"]
+            assert [each.service for each in await client.list_services()] == ["servertests.v1.WorkService"]
+        await orchestrator.stop()
+    assert second > first
+    assert second >> 44 == (first >> 44) + 1
+
+
+async def test_serve_refuses_a_port_that_is_taken(served: Served, redis_url: str) -> None:
+    started = time.monotonic()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", "from orki_server.cli import main; main()", "serve", "--listen", served.address),
+        env={**os.environ, "ORKI_REDIS_URL": redis_url, "ORKI_SHARDS": "4"},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, stderr = await process.communicate()
+    assert process.returncode == 1
+    assert b"the port is taken; choose another with --listen" in stderr
+    assert b"Traceback" not in stderr
+    assert time.monotonic() - started < 60
