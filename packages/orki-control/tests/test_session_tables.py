@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -221,3 +222,12 @@ def test_every_state_is_reached_and_left() -> None:
 def test_the_page_is_drawn_from_the_tables() -> None:
     page = Path(__file__).parents[3] / "docs" / "control-states.md"
     assert page.read_text() == control_states(), "run `python -m orki_control.diagram > docs/control-states.md`"
+
+
+def test_every_law_names_a_test_that_is_there() -> None:
+    root = Path(__file__).parents[3]
+    rows = re.findall(r"^\| (\d+)\. .* \| `(\w+)` \|$", control_states(), re.MULTILINE)
+    laws = re.findall(r"^// +(\d+)\. ", (root / "proto/orki/control/v1/session.proto").read_text(), re.MULTILINE)
+    assert [number for number, _ in rows] == laws
+    written = "\n".join(path.read_text() for path in root.glob("packages/orki-*/tests/test_*.py"))
+    assert [name for _, name in rows if f"def {name}(" not in written] == []
