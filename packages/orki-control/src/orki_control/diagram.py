@@ -1,4 +1,4 @@
-"""The page that shows the machines' tables and their laws: `python -m orki_control.diagram` prints `docs/control-states.md`."""
+"""The page of the machines: `python -m orki_control.diagram` prints `docs/control-states.md`, tables and laws."""
 
 from __future__ import annotations
 
