@@ -148,6 +148,25 @@ async def test_tables_fit_80_columns_without_colours(fleet: Any, orki: Any, at: 
     assert (agent["agent_id"], agent["connected"], agent["services"]) == ("agent-1", True, [SERVICE])
 
 
+async def test_the_trace_of_a_real_task(fleet: Any, orki: Any, at: Any, redis_url: str) -> None:
+    task_id = (await orki("submit", "Do", body("x"), "--no-wait", **at)).out.strip()
+    ended = await orki("trace", task_id, "--follow", "--json", ORKI_REDIS_URL=redis_url, **at)
+    assert ended.code == 0, ended.err
+    tree = json.loads(ended.out)
+    task = next(each for each in tree["roots"] if each["kind"] == "task")
+    assert (tree["finished"], task["status"], task["details"]["task_id"]) == (True, "ok", task_id)
+    (attempt,) = (each for each in task["children"] if each["kind"] == "attempt")
+    assert [each["kind"] for each in attempt["children"]] == ["offered", "started"]
+
+
+async def test_the_shell_completes_methods(fleet: Any, orki: Any, at: Any) -> None:
+    completing = {"_ORKI_COMPLETE": "bash_complete", "COMP_WORDS": "orki submit workservice.", "COMP_CWORD": "2"}
+    ended = await orki(**completing, **at)
+    assert f"plain,{SERVICE}.Direct" in ended.out
+    gone = await orki(**completing, **{**at, "ORKI_ORCHESTRATOR": "127.0.0.1:1"})
+    assert (gone.out.strip(), gone.err) == ("", "")
+
+
 async def test_filters(fleet: Any, orki: Any, at: Any) -> None:
     for text in ("a", "b", "c"):
         await orki("submit", "Do", body(text), "--no-wait", **at)

@@ -140,6 +140,23 @@ def test_a_cancelled_task_says_so() -> None:
     assert "cancel requested, enough" in _text(trace)
 
 
+def test_a_session_that_both_ends_tell_of_is_shown_once_and_the_spawn_first() -> None:
+    def step(at_us: int, **what: Any) -> TraceRecord:
+        return _record(at_us, "AgentEvent", None, {"agent_id": "a", "instance_id": "i", **what}, "agents")
+
+    told = [
+        step(-9, connected={"session_epoch": "1"}),
+        step(-8, spawned={"pid": 7}),
+        step(-7, connected={"session_epoch": "1"}),
+        step(5, disconnected={"session_epoch": "1"}),
+        step(6, connected={"session_epoch": "2"}),
+    ]
+    (agent, _) = build_trace("a" * 32, [*told, _task(0, ROOT, 0, submitted={})]).roots
+    assert [each.kind for each in agent.children] == ["spawned", "connected", "disconnected", "connected"]
+    assert agent.children[1].details["reports"] == 2
+    assert (agent.status, agent.end_us) == ("running", None)
+
+
 def test_json_keys_are_stable() -> None:
     whole = build_trace("a" * 32, _story()).to_json()
     assert sorted(whole) == ["finished", "roots", "started_us", "trace_id"]

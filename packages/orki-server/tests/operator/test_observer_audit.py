@@ -170,6 +170,15 @@ def test_bad_settings_end_it_in_one_sentence(
     assert "Traceback" not in ended.stderr
 
 
+def test_it_ends_in_one_sentence_as_a_module_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "orki_server.observers.audit", str(tmp_path), "--redis", "redis://127.0.0.1:1"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 2
+    command[3] = str(tmp_path / "no" / "a.jsonl")
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+
+
 async def test_a_second_observer_of_one_file_is_refused(
     observer: Start, valkey_url: str, command: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from orki_server.cli.root import LazyGroup
+from orki_server.cli.root import LazyGroup, Typed
 from orki_server.cli.settings import redis_option
 from orki_server.lifetime import run_until_stopped
 from orki_server.observers.audit_log import AuditLogSettings, Fsync
@@ -56,6 +56,7 @@ def _served(default_port: int) -> Callable[[F], F]:
 
 
 @click.command(
+    cls=Typed,
     epilog="""\b
 Examples:
   orki observe feed --port 9465
@@ -79,6 +80,7 @@ def feed(host: str, port: int, redis_url: str) -> None:
 
 
 @click.command(
+    cls=Typed,
     epilog="""\b
 Examples:
   orki observe metrics
@@ -97,6 +99,7 @@ def metrics(host: str, port: int, redis_url: str) -> None:
 
 
 @click.command(
+    cls=Typed,
     epilog="""\b
 Examples:
   orki observe audit audit.jsonl

@@ -5,7 +5,7 @@ Exit codes: 0 done; 1 refused, failed or unhealthy, with one sentence on standar
 
 from __future__ import annotations
 
-__all__ = ["LazyGroup", "Refused", "main", "root"]
+__all__ = ["LazyGroup", "Refused", "Typed", "main", "root"]
 
 import importlib
 import sys
@@ -38,6 +38,17 @@ class Refused(click.ClickException):
     def show(self, file: IO[Any] | None = None) -> None:
         """Prints it as one line, whatever it holds."""
         click.echo(f"orki: {safe_text(self.message)}", file=file or sys.stderr)
+
+
+class Typed(click.Command):
+    """A command that also runs without the root, as a module: an error of orki's ends it just so."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command; an error of orki's ends it with one sentence and exit code 1."""
+        try:
+            return super().invoke(ctx)
+        except OrkiError as error:
+            raise Refused(error.message) from error
 
 
 class LazyGroup(click.Group):

@@ -61,10 +61,10 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     async def names() -> list[str]:
         async with open_client(orchestrator, bool(ctx.params.get("insecure")), patience=0) as client:
             services = await asyncio.wait_for(client.list_services(), 1.0)
-        return sorted(each.contract.full_name for each in registered_methods(services))
+        return sorted(each.contract.full_name.replace("/", ".") for each in registered_methods(services))
 
     try:
-        return [name for name in run(names()) if incomplete.lower() in name.lower()]
+        return [name for name in run(names()) if incomplete.replace("/", ".").lower() in name.lower()]
     except (OrkiError, TimeoutError):
         return []
 

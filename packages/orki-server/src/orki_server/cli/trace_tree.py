@@ -166,6 +166,11 @@ class _Builder:
             self._agents[instance] = agent
         step = next((each for each in _AGENT_STEPS if each in body), "event")
         facts = dict(body.get(step, {}))
+        told = next((each for each in agent.children if _same_step(each, step, facts)), None)
+        if told is not None:
+            # Agent and orchestrator both tell of a session's beginning and end.
+            told.details["reports"] = int(told.details.get("reports", 1)) + 1
+            return
         agent.children.append(_instant(step, record.time_us, details=facts))
         agent.status = {"stopped": "ok", "disconnected": "lost", "replaced": "lost"}.get(step, "running")
         agent.end_us = record.time_us if step in ("stopped", "replaced") else None
@@ -200,7 +205,8 @@ class _Builder:
         roots.extend(self._loose)
         for root in roots:
             for node in root.walk():
-                node.children.sort(key=lambda each: each.start_us)
+                # An agent tells of its spawn when it can, which may be after the orchestrator saw it connect.
+                node.children.sort(key=lambda each: (each.kind != "spawned", each.start_us))
         starts = [each.start_us for each in self._tasks.values()] or [each.start_us for each in roots] or [0]
         finished = bool(self._tasks) and all(each.end_us is not None for each in self._tasks.values())
         return Trace(trace_id=trace_id, started_us=min(starts), finished=finished, roots=roots)
@@ -255,6 +261,11 @@ class _Builder:
 
 def _instant(kind: str, at_us: int, *, title: str = "", details: dict[str, Any] | None = None) -> Node:
     return Node(kind=kind, title=title or kind.replace("_", " "), start_us=at_us, end_us=at_us, details=details or {})
+
+
+def _same_step(told: Node, step: str, facts: dict[str, Any]) -> bool:
+    session = facts.get("session_epoch")
+    return session is not None and told.kind == step and told.details.get("session_epoch") == session
 
 
 def _end_attempt(attempt: Node, at_us: int, facts: dict[str, Any]) -> None:

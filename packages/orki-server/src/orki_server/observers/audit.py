@@ -13,12 +13,11 @@ import asyncio
 import hashlib
 import logging
 import socket
-from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
 from orki_contract.errors import OrkiError
 from orki_contract.model import AUDIT_GROUP, Group, Stream
@@ -114,7 +113,7 @@ class _Audit:
         observed = replace(stream, groups=groups)
         try:
             source = self._events.raw_deliveries(observed, group=_GROUP.name, size=_BATCH, consumer=self._consumer)
-            async with aclosing(cast("AsyncGenerator[DeliveryBatch[bytes], None]", source)) as batches:
+            async with aclosing(source) as batches:
                 async for batch in batches:
                     async with batch:
                         await self._write(stream.name, batch)

@@ -12,10 +12,9 @@ __all__ = ["MetricsOptions", "run_metrics"]
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -26,7 +25,7 @@ from orki.events.v1.tool_orki import TOOLS
 from orki.events.v1.usage_orki import USAGE
 from orki_contract.errors import InvalidSetting, OrkiError, UnknownStream
 from orki_contract.handles import EventStream
-from orki_events import DeliveryBatch, EventOptions, Events, RegisteredStream, connect
+from orki_events import EventOptions, Events, RegisteredStream, connect
 from orki_events.redis_shell import Link, parse_address
 from orki_server.observers.http_server import serve_http
 from orki_server.observers.merged_reader import MergedReader
@@ -106,7 +105,7 @@ async def _count(
     while not stopped.is_set():
         try:
             source = events.delivery_batches(stream, group=_GROUP, size=_BATCH, consumer=consumer)
-            async with aclosing(cast("AsyncGenerator[DeliveryBatch[Any], None]", source)) as batches:
+            async with aclosing(source) as batches:
                 async for batch in batches:
                     async with batch as found:
                         for envelope, event in zip(batch.envelopes, found, strict=True):
