@@ -28,6 +28,8 @@ _log = logging.getLogger("orki.agent.session")
 
 _FAILURES_OF_A_CHANNEL: Final = 3
 """Streams that may fail on a channel before it is built anew."""
+_SAY_EVERY: Final = 20
+"""Failures in a row of which one is logged."""
 _LAST_WORDS: Final = 0.5
 """Seconds for the orchestrator to end the stream after we have."""
 
@@ -84,7 +86,8 @@ class SessionChannel:
                 if lost.silent or failures >= _FAILURES_OF_A_CHANNEL:
                     await channel.close()
                     channel, failures = None, 0
-                _log.warning("no session: %s; dialling again in %.2f s", lost.cause, wait)
+                level = logging.WARNING if jitter.failures % _SAY_EVERY == 1 else logging.DEBUG
+                _log.log(level, "no session: %s; dialling again in %.2f s", lost.cause, wait)
                 await self._pause(wait)
         finally:
             if self._timer is not None:

@@ -58,6 +58,7 @@ class Holdings:
         self.shortest_lease = 0.0
         self._slots = slots
         self._held: dict[AttemptKey, Holding] = {}
+        self._fences: dict[str, int] = {}
         self._occupied = 0
         self._blocked: set[AttemptKey] = set()
         self._cancelled: dict[AttemptKey, None] = {}
@@ -93,13 +94,14 @@ class Holdings:
         """
         if key in self._held:
             raise RemoteProtocolError(f"offer: {key} is held already")
-        if any(other.task_id == key.task_id and other.fence >= key.fence for other in self._held):
+        if self._fences.get(key.task_id, 0) >= key.fence:
             raise RemoteProtocolError(f"offer: {key} came after a higher fence of the task")
         if self._occupied >= self._slots:
             raise RemoteProtocolError(f"offer: {key} is more than the {self._slots} slots of the hello")
         if not self.free_slots:
             return False
         self._held[key] = holding
+        self._fences[key.task_id] = key.fence
         self._occupied += 1
         self.lease_changed(holding)
         return True
@@ -111,6 +113,8 @@ class Holdings:
         holding.state = state
         if state is AttemptState.CLOSED:
             del self._held[key]
+            if self._fences[key.task_id] == key.fence:
+                del self._fences[key.task_id]
 
     def block(self, key: AttemptKey) -> None:
         """The attempt's handler still runs, though the attempt takes no slot any more: let the handler take it."""
