@@ -54,7 +54,7 @@ def _removed(comparison: Comparison, before: Stream) -> None:
         _say(comparison, "ORKI_STREAM_REMOVED", before, text, (place, _place(new, heir)("name")))
     else:
         rest = new.message_place(before.message) if before.message in new.messages else None
-        text = f"is gone: what waits in it is read by nobody{left_at(place)}"
+        text = f"is gone: what waits in it is read by nobody{left_at(place) if rest else ''}"
         _say(comparison, "ORKI_STREAM_REMOVED", before, text, (place, rest))
 
 
