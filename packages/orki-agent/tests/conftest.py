@@ -227,6 +227,12 @@ class Orchestrator(SessionServiceServicer, TaskServiceServicer):
         assert self.session.cancel(self.key(task_id), grace_ms=grace_ms, message="a test asks")
         await self.flush()
 
+    async def say(self, *messages: pb.OrchestratorMessage) -> None:
+        """Has the machine send what no honest orchestrator would."""
+        for message in messages:
+            self.session._outbox.put_control(message)
+        await self.flush()
+
     async def flush(self) -> None:
         if self._live is not None:
             self._live.changed()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from orki.control.v1 import session_pb2 as pb
 from orki_agent import Agent
 from orki_contract import TaskStub
 from orki_contract.errors import (
@@ -377,6 +378,34 @@ async def test_a_handler_hands_work_on_in_its_own_trace(orchestrator: Any, work:
         assert told == [1]
         assert len({job.traceparent.split("-")[1] for job in orchestrator.jobs.values()}) == 1
         await orchestrator.cancel("t4")
+
+
+async def test_an_orchestrator_that_breaks_the_protocol_is_left_and_work_goes_on(
+    orchestrator: Any, work: SimpleNamespace
+) -> None:
+    gate = asyncio.Event()
+
+    async def handler(request: Any, ctx: Any) -> Any:
+        await gate.wait()
+        return work.WorkResponse(text="unharmed")
+
+    async with running(Agent("worker", service(work, handler)), orchestrator):
+        task_id = await orchestrator.submit(work.WORK, work.WorkRequest())
+        await orchestrator.running(task_id)
+        for number, wrong in enumerate(
+            [
+                pb.OrchestratorMessage(heartbeat_echo=pb.HeartbeatEcho(number=10**6)),
+                pb.OrchestratorMessage(offer=pb.Offer()),
+                pb.OrchestratorMessage(welcome=pb.Welcome()),
+            ],
+            2,
+        ):
+            await orchestrator.say(pb.OrchestratorMessage(), wrong)
+            await orchestrator.until(lambda number=number: len(orchestrator.hellos) == number)
+            await orchestrator.connected()
+        gate.set()
+        result = await orchestrator.result(task_id)
+        assert work.WorkResponse.FromString(result.response).text == "unharmed"
 
 
 async def test_the_switch_interval_is_the_runs_own(orchestrator: Any, work: SimpleNamespace) -> None:
