@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -203,8 +203,11 @@ class Events:
         group: G,
         consumer: str | None = None,
         options: ConsumeOptions | None = None,
-    ) -> AsyncIterator[Delivery[E]]:
-        """Events as they come, each to be settled with `async with delivery as event:`; leaving the loop ends it.
+    ) -> AsyncGenerator[Delivery[E], None]:
+        """Events as they come, each to be settled with `async with delivery as event:`.
+
+        Leaving the loop ends the consumer in good order, as soon as Python drops the generator; where that must be
+        certain, hold it with `contextlib.aclosing`.
 
         Args:
             stream: Whose events.
@@ -228,7 +231,7 @@ class Events:
         size: int = 100,
         consumer: str | None = None,
         options: ConsumeOptions | None = None,
-    ) -> AsyncIterator[DeliveryBatch[E]]:
+    ) -> AsyncGenerator[DeliveryBatch[E], None]:
         """As `deliveries`, in batches of at most `size`, each of one partition: `async with batch as events:`."""
         async with self._subscribed(stream, group, consumer, options, size) as subscription:
             while (batch := await take_batch(subscription, stream.message.FromString, size)) is not None:
@@ -242,7 +245,7 @@ class Events:
         size: int = 100,
         consumer: str | None = None,
         options: ConsumeOptions | None = None,
-    ) -> AsyncIterator[DeliveryBatch[bytes]]:
+    ) -> AsyncGenerator[DeliveryBatch[bytes], None]:
         """As `delivery_batches`, for an observer that has no code for the stream: the events stay bytes."""
         async with self._subscribed(stream, group, consumer, options, size) as subscription:
             while (batch := await take_batch(subscription, bytes, size)) is not None:
@@ -250,7 +253,7 @@ class Events:
 
     async def tail(
         self, stream: EventStream[E, Any], *, after: str = "latest", follow: bool = True
-    ) -> AsyncIterator[TailEntry[E]]:
+    ) -> AsyncGenerator[TailEntry[E], None]:
         """Follows a stream without a group.
 
         Args:
@@ -262,15 +265,19 @@ class Events:
             InvalidArgument: `after` is no cursor of this stream.
             OrkiError: The server refuses; where it does not answer, following goes on, and reading to the end fails.
         """
-        async for entry in self._tail(stream.contract, stream.message.FromString, after, follow):
-            yield entry
+        async with contextlib.aclosing(
+            self._tail(stream.contract, stream.message.FromString, after, follow)
+        ) as entries:
+            async for entry in entries:
+                yield entry
 
     async def raw_tail(
         self, stream: Stream, *, after: str = "latest", follow: bool = True
-    ) -> AsyncIterator[TailEntry[bytes]]:
+    ) -> AsyncGenerator[TailEntry[bytes], None]:
         """As `tail`, for an observer that has no code for the stream: the events stay bytes."""
-        async for entry in self._tail(stream, bytes, after, follow):
-            yield entry
+        async with contextlib.aclosing(self._tail(stream, bytes, after, follow)) as entries:
+            async for entry in entries:
+                yield entry
 
     async def dead_letters(
         self, stream: EventStream[E, G], *, group: G, count: int = 100, after: str = "0-0"
@@ -341,7 +348,7 @@ class Events:
                 runs.append(PushRun(each, subscription, each.stream.message.FromString))
             await run_until(runs, subscriptions, stop, self.options.drain_timeout_s)
 
-    async def _tail(self, stream: Stream, decode: Decode[T], after: str, follow: bool) -> AsyncIterator[TailEntry[T]]:
+    async def _tail(self, stream: Stream, decode: Decode[T], after: str, follow: bool) -> AsyncGenerator[TailEntry[T], None]:
         self._open()
         link = self._link(f"tail.{next(self._consumers)}")
         try:
