@@ -263,6 +263,38 @@ async def test_a_handler_that_blocks_stalls_neither_its_own_connection_nor_other
         assert time.monotonic() - start < 8 * 1.5, "the sleeping calls waited for each other"
 
 
+def test_when_all_threads_block_other_connections_go_on() -> None:
+    """Beyond `max_blocked` a connection waits for its own handler, and only that one."""
+    tools = SampleTools()
+    with ToolBridge(tools, options=BridgeOptions(max_blocked=1)) as bridge:
+        clients = [SyncToolClient(bridge.path, bridge.token, name=str(number)) for number in range(3)]
+        threads = [threading.Thread(target=each.call, args=(SLEEP, Ask(9_000, 0))) for each in clients]
+        for thread in threads:
+            thread.start()
+        until(lambda: tools.sleeping == 3)
+        with SyncToolClient(bridge.path, bridge.token, name="other") as other:
+            for number in range(100):
+                assert other.call(ECHO, Ask(number, 0)) == Ask(number, 0)
+            with pytest.raises(ToolDeadline):
+                other.call(SLEEP, Ask(9_000, 0), timeout=0.05)
+        tools.release.set()
+        for thread in threads:
+            thread.join()
+        for client in clients:
+            assert client.call(ECHO, Ask(1, 2)) == Ask(1, 2)
+            client.close()
+
+
+def test_a_tool_that_blocked_once_is_served_as_before_when_it_is_quick_again(bridge: ToolBridge) -> None:
+    with SyncToolClient(bridge.path, bridge.token, name="tester") as client:
+        assert bridge._running is not None
+        tool = bridge._running._desk.tools[SLEEP.contract.opcode]
+        client.call(SLEEP, Ask(100, 0))
+        assert tool.apart
+        until(lambda: client.call(SLEEP, Ask(0, 0)) == Ask(0, 0) and not tool.apart)
+        assert client.call(SLEEP, Ask(0, 0)) == Ask(0, 0)
+
+
 async def test_replies_find_their_calls_in_any_order(bridge: ToolBridge) -> None:
     async with AsyncToolClient(bridge.path, bridge.token, name="tester") as client:
         order: list[int] = []

@@ -31,7 +31,7 @@ from orki_agent.hotpath.frames import (
     encode_error,
 )
 from orki_agent.hotpath.greeting import HELLO_BYTES, greet
-from orki_agent.hotpath.seam import set_timeout
+from orki_agent.hotpath.seam import NO_SIGNAL, set_timeout
 from orki_agent.hotpath.served import Call, ServedTool, error_frame, reply_frame
 from orki_agent.hotpath.traces import context_in, unpack_span
 from orki_contract.errors import (
@@ -156,9 +156,9 @@ class Connection:
             timeout_us = desk.longest_us
         deadline = now + (timeout_us * 1e-6 if timeout_us else tool.seconds)
         calls[correlation] = call = Call(self.client, tool, correlation, self._span, now, deadline)
-        if desk.asleep:
-            desk.poke()
         if tool.apart:
+            if desk.asleep:
+                desk.poke()
             if tool.is_async:
                 desk.start_async(self, call, request, self._context.copy())
                 return True
@@ -171,6 +171,9 @@ class Connection:
         baton = self._baton
         self._inline = call
         baton.append(None)
+        # Only now: a keeper that looked before would see nothing to come back for, and sleep.
+        if self._desk.asleep:
+            self._desk.poke()
         answer = self._answer(self._context, call, request)
         try:
             baton.pop()
@@ -186,7 +189,7 @@ class Connection:
             self._reply(answer, may_block=True)
         else:
             try:
-                sent = self._send(answer, socket.MSG_NOSIGNAL)
+                sent = self._send(answer, NO_SIGNAL)
                 if sent != len(answer):
                     self._send_rest(memoryview(answer)[sent:])
             except OSError:
@@ -281,7 +284,7 @@ class Connection:
         answer = outbox.popleft() if len(outbox) == 1 else b"".join(outbox.popleft() for _ in range(len(outbox)))
         if self._closed:
             return True
-        flags = socket.MSG_NOSIGNAL if may_block else socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
+        flags = NO_SIGNAL if may_block else NO_SIGNAL | socket.MSG_DONTWAIT
         try:
             sent = self._send(answer, flags)
         except BlockingIOError:
@@ -308,7 +311,7 @@ class Connection:
         """
         deadline = monotonic() + self._desk.options.frame_seconds
         while rest:
-            rest = rest[self._send(rest, socket.MSG_NOSIGNAL) :]
+            rest = rest[self._send(rest, NO_SIGNAL) :]
             if rest and monotonic() > deadline:
                 raise TimeoutError
 

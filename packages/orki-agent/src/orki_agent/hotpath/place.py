@@ -87,8 +87,10 @@ class Place:
             os.unlink(self.path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            # Linux gives the file the socket's own mode, so that it is never open, not even for a moment.
-            os.fchmod(listener.fileno(), 0o600)
+            # Linux gives the file the socket's own mode, so that it is never open, not even for a moment; where that is
+            # not so, nobody else comes through the folder.
+            with contextlib.suppress(OSError):
+                os.fchmod(listener.fileno(), 0o600)
             listener.bind(self.path)
             self._bound = True
             os.chmod(self.path, 0o600)

@@ -16,6 +16,7 @@ from orki_contract.errors import InvalidSetting, PeerRefused, SocketUnsafe
 
 __all__ = [
     "MAX_PATH_BYTES",
+    "NO_SIGNAL",
     "SYSTEM",
     "Forkable",
     "Seam",
@@ -28,6 +29,9 @@ __all__ = [
 
 MAX_PATH_BYTES: Final = 107
 """`sun_path` of unix(7) holds 108 bytes, the last a zero (macOS: 104)."""
+
+NO_SIGNAL: Final = getattr(socket, "MSG_NOSIGNAL", 0)
+"""A peer that is gone gives EPIPE and never SIGPIPE, which a host of the interpreter may not ignore."""
 
 _UCRED: Final = struct.Struct("3i")
 _XUCRED: Final = struct.Struct("IIh2x16I")

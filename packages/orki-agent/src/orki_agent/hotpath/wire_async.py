@@ -25,7 +25,7 @@ from orki_agent.hotpath.frames import (
 from orki_agent.hotpath.greeting import read_welcome
 from orki_agent.hotpath.options import ClientOptions
 from orki_agent.hotpath.plans import Plan
-from orki_agent.hotpath.seam import Seam, connect_nonblocking
+from orki_agent.hotpath.seam import NO_SIGNAL, Seam, connect_nonblocking
 from orki_contract.errors import OrkiError, PeerLost, RemoteProtocolError, ToolDeadline
 
 __all__ = ["LoopWire", "open_wire"]
@@ -202,7 +202,7 @@ class LoopWire:
         """Sends a frame, or queues what the kernel does not take; 0 stands for a frame that is no call."""
         if not self._unsent:
             try:
-                sent = self._send(frame)
+                sent = self._send(frame, NO_SIGNAL)
             except BlockingIOError:
                 sent = 0
             except OSError as error:
@@ -218,7 +218,7 @@ class LoopWire:
     def _writable(self) -> None:
         number, rest = self._unsent[0]
         try:
-            sent = self._send(rest)
+            sent = self._send(rest, NO_SIGNAL)
         except BlockingIOError:
             return
         except OSError as error:
@@ -278,7 +278,7 @@ async def open_wire(
                     await asyncio.sleep(_CONNECT_AGAIN_SECONDS)
                 seam.check_peer(sock, options.bridge_uids, "bridge")
                 with contextlib.suppress(OSError):
-                    sock.send(hello)
+                    sock.send(hello, NO_SIGNAL)
                 welcome = read_welcome(await _first_frame(sock, decoder))
         except TimeoutError:
             raise PeerLost(f"the tool bridge at {path} did not answer in time", fully_written=False) from None

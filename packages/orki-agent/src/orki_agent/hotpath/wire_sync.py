@@ -11,7 +11,7 @@ from orki_agent.hotpath.frames import FLAG_ERROR, FLAG_REPLY, HEADER_BYTES, Fram
 from orki_agent.hotpath.greeting import read_welcome
 from orki_agent.hotpath.options import ClientOptions
 from orki_agent.hotpath.plans import Plan
-from orki_agent.hotpath.seam import Seam, set_timeout
+from orki_agent.hotpath.seam import NO_SIGNAL, Seam, set_timeout
 from orki_contract.errors import OrkiError, PeerLost, RemoteProtocolError, ToolDeadline
 
 __all__ = ["BlockingWire"]
@@ -92,7 +92,7 @@ class BlockingWire:
         if timeout_us != self._armed_us:
             self._arm(timeout_us)
         try:
-            sent = self._send(frame)
+            sent = self._send(frame, NO_SIGNAL)
         except OSError as error:
             raise self._not_sent(error) from None
         if sent != length:
@@ -134,7 +134,7 @@ class BlockingWire:
         seam.check_peer(self._sock, options.bridge_uids, "bridge")
         # A bridge that refuses at once has closed already; its reason can be read all the same.
         with contextlib.suppress(OSError):
-            self._send(hello)
+            self._send(hello, NO_SIGNAL)
         count = 0
         try:
             while (frame := self._decoder.next_frame(count)) is None:
@@ -159,7 +159,7 @@ class BlockingWire:
                 if left <= 0:
                     raise BlockingIOError
                 self._arm(max(1, int(left * 1_000_000)))
-                rest = rest[self._send(rest) :]
+                rest = rest[self._send(rest, NO_SIGNAL) :]
         except OSError as error:
             raise self._not_sent(error) from None
 

@@ -1,0 +1,54 @@
+"""What the hot path gives to others, and what it needs to be read."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import orki_agent.hotpath
+import orki_contract as oc
+from orki_agent.hotpath import AsyncToolClient, SyncToolClient
+from orki_agent.hotpath.served import Call
+
+MODULES = [f"orki_agent.hotpath.{each.name}" for each in pkgutil.iter_modules(orki_agent.hotpath.__path__)]
+
+
+def test_the_public_names_are_these() -> None:
+    assert orki_agent.hotpath.__all__ == [
+        "AsyncToolClient",
+        "BridgeOptions",
+        "CallHook",
+        "ClientOptions",
+        "SyncToolClient",
+        "ToolBridge",
+        "ToolRecord",
+    ]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_says_what_it_exports(name: str) -> None:
+    module = importlib.import_module(name)
+    assert module.__doc__
+    assert all(hasattr(module, each) for each in module.__all__)
+
+
+def test_the_clients_are_what_generated_code_asks_for() -> None:
+    sync: oc.SyncToolChannel = SyncToolClient("/nowhere", bytes(32), name="x")
+    loop: oc.ToolChannel = AsyncToolClient("/nowhere", bytes(32), name="x")
+    call: oc.ToolCall = Call("x", None, 1, None, 0.0, 1.0)  # type: ignore[arg-type]
+    assert (callable(sync.call), callable(loop.call), call.cancelled, call.client) == (True, True, False, "x")
+
+
+def test_the_codec_loads_no_socket_and_no_loop() -> None:
+    code = (
+        "import sys; before = set(sys.modules); import orki.hotpath.v1.tool_orki;"
+        "import importlib.util as u; spec = u.find_spec('orki_agent.hotpath.frames');"
+        "module = u.module_from_spec(spec); spec.loader.exec_module(module);"
+        "print(sorted({'socket', 'asyncio', 'threading', 'grpc', 'redis'} & set(vars(module))))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=50)
+    assert told.stdout.strip() == "[]"
