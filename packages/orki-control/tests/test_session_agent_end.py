@@ -310,3 +310,20 @@ def test_the_orchestrators_options_are_checked(options: dict[str, Any]) -> None:
         orchestrator(**options)
     with pytest.raises(InvalidSetting):
         s.BatchBounds(count=0)
+
+
+def test_nothing_is_started_after_it_was_replaced() -> None:
+    session = open_agent()
+    batch = [
+        pb.OrchestratorMessage(offer=offer()),
+        pb.OrchestratorMessage(replaced=pb.Replaced(successor_instance_id="i2")),
+    ]
+    arrived, closed = session.receive_batch(batch, 0.0)
+    assert isinstance(arrived, s.OffersArrived)
+    assert isinstance(closed, s.SessionClosed)
+    assert closed.successor == "i2"
+    assert not session.accept(KEY, 0.0)
+    assert not session.decline(KEY, StaleFence(""))
+    assert session.messages_to_send() is None
+    assert session.next_timer() is None
+    assert session.handle_timer(99.0) == []

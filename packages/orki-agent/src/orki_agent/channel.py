@@ -94,6 +94,7 @@ class SessionChannel:
                 self._timer.cancel()
             if channel is not None:
                 await channel.close()
+            await asyncio.sleep(0)  # the last events are told
 
     def changed(self) -> None:
         """The machine was told something: writes what it has to say and arms its timer."""
@@ -110,15 +111,16 @@ class SessionChannel:
             self._timer = self._loop.call_at(due, self._wake)
 
     def take(self, events: Sequence[AgentEvent]) -> None:
-        """Handles what the machine tells, and everything that follows from it."""
+        """Writes what the machine has to say, then tells what it has told."""
         for event in events:
             if isinstance(event, SessionLost):
                 self._end_stream(event)
             elif isinstance(event, SessionClosed):
                 self._end_stream(SessionLost(event.error.message, silent=False))
-        if events:
-            self._on_events(events)
         self.changed()
+        if events:
+            # The writer is woken first: an acknowledgement leaves before anybody acts on what it acknowledges.
+            self._loop.call_soon(self._on_events, events)
 
     def stop(self) -> None:
         """Ends the stream in good order, after what is queued has left."""

@@ -146,7 +146,7 @@ class AgentSession:
     def accept(self, attempt: AttemptKey, now: float) -> bool:
         """Takes an offer; False when it is not ours any more, and then nothing may be started."""
         holding = self._holdings.get(attempt)
-        if holding is None or holding.state is AttemptState.REPORTED:
+        if holding is None or holding.state is AttemptState.REPORTED or self.state is AgentState.ENDED:
             return False
         self._check(pb.Accepted)
         self._step(attempt, holding, pb.Accepted, LocalProtocolError)
@@ -159,7 +159,7 @@ class AgentSession:
     def decline(self, attempt: AttemptKey, error: OrkiError) -> bool:
         """Gives an offer back; False when it is not ours any more."""
         holding = self._holdings.get(attempt)
-        if holding is None or holding.state is AttemptState.REPORTED:
+        if holding is None or holding.state is AttemptState.REPORTED or self.state is AgentState.ENDED:
             return False
         self._check(pb.Declined)
         self._step(attempt, holding, pb.Declined, LocalProtocolError)
