@@ -218,8 +218,16 @@ class Schema:
         return reachable(self.files, [path])
 
     def location(self, file: str, path: Path = ()) -> Location:
-        """Where an element stands; the nearest element around it where the source information ends earlier."""
+        """Where an element stands; the nearest element around it where the source information ends earlier.
+
+        Compilers leave out messages inside of an option's value: the first thing in such a message stands for it.
+        """
         spans = self._spans(file)
+        if path not in spans:
+            inside = [span for known, span in spans.items() if known[: len(path)] == path]
+            if inside and path:
+                first = min((span[0], span[1]) for span in inside)
+                return Location(file, first[0] + 1, first[1] + 1)
         for length in range(len(path), 0, -1):
             span = spans.get(path[:length])
             if span is not None:
