@@ -181,7 +181,7 @@ def test_a_cancel_is_acknowledged_at_once_and_as_often_as_it_comes() -> None:
                 pb.OrchestratorMessage(offer=offer(AttemptKey("t", 2, 5))),
                 pb.OrchestratorMessage(offer=offer(AttemptKey("t", 1, 4))),
             ],
-            "after a higher fence",
+            "came after fence 5",
         ),
         ([pb.OrchestratorMessage(heartbeat_echo=pb.HeartbeatEcho(number=1))], "echo of heartbeat 1"),
         (

@@ -14,6 +14,7 @@ __all__ = ["LEASE_SHARE", "Holding", "Holdings"]
 LEASE_SHARE: Final = 0.9
 """Part of a lease after which the agent stops by itself, so that it has stopped when the lease ends (law 8)."""
 _REMEMBERED_CANCELS: Final = 1024
+_REMEMBERED_FENCES: Final = 8192
 _OCCUPYING: Final = frozenset({AttemptState.OFFERED, AttemptState.RUNNING, AttemptState.CANCELLING})
 
 
@@ -89,19 +90,22 @@ class Holdings:
         """Takes an offered attempt in; False when handlers that were given up leave it no slot.
 
         Raises:
-            RemoteProtocolError: It is held already, an attempt of the task with a higher fence is, or the orchestrator
-                offers more than the slots.
+            RemoteProtocolError: It is held already, a fence of the task as high or higher was held not long ago, or the
+                orchestrator offers more than the slots.
         """
         if key in self._held:
             raise RemoteProtocolError(f"offer: {key} is held already")
         if self._fences.get(key.task_id, 0) >= key.fence:
-            raise RemoteProtocolError(f"offer: {key} came after a higher fence of the task")
+            raise RemoteProtocolError(f"offer: {key} came after fence {self._fences[key.task_id]} of the task")
         if self._occupied >= self._slots:
             raise RemoteProtocolError(f"offer: {key} is more than the {self._slots} slots of the hello")
         if not self.free_slots:
             return False
         self._held[key] = holding
+        self._fences.pop(key.task_id, None)
         self._fences[key.task_id] = key.fence
+        if len(self._fences) > _REMEMBERED_FENCES:
+            del self._fences[next(iter(self._fences))]
         self._occupied += 1
         self.lease_changed(holding)
         return True
@@ -113,8 +117,6 @@ class Holdings:
         holding.state = state
         if state is AttemptState.CLOSED:
             del self._held[key]
-            if self._fences[key.task_id] == key.fence:
-                del self._fences[key.task_id]
 
     def block(self, key: AttemptKey) -> None:
         """The attempt's handler still runs, though the attempt takes no slot any more: let the handler take it."""
