@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 
+from orki_contract import difference
 from orki_contract.exceptions import InvalidContract, OrkiError
 from orki_contract.images import service_digest, stream_digest
 from orki_contract.model import Backoff, Contract, Frame, Group, Stream, TaskMethod, ToolMethod, dump
@@ -45,8 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "source", metavar="SOURCE", nargs="?", default=".", help="an image, a wheel, a folder, or what is installed (.)"
     )
     dumping.add_argument("--json", action="store_true", help="as JSON: an object for each proto package")
+    difference.register(commands)
     given = parser.parse_args(arguments)
     try:
+        if given.command == "diff":
+            return difference.run(given)
         return _dump(given.source, as_json=given.json)
     except OrkiError as error:
         print(f"orki-contract: {error.message}", file=sys.stderr)

@@ -125,6 +125,8 @@ class _Frame:
         """A fixed frame's every detail is what all versions rely on."""
         options = [side.schema.option(node.proto.options, "frame") for side, node in self._sides()]
         fixed = [bool(getattr(option, "fixed", False)) for option in options]
+        if not fixed[0] and fixed[1]:
+            self._say("ORKI_FRAME_GROWN", "is fixed from now on")
         if not fixed[0]:
             return
         if not fixed[1]:
