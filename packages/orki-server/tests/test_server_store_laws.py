@@ -1,0 +1,407 @@
+"""The store against a model of it, in any order of events: one accepted result, rising fences, one record each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypeAlias
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from redis import Redis
+
+from orki.control.v1.attempt_pb2 import TaskState
+from orki.errors.v1.errors_pb2 import Reason
+from orki_contract.model import Backoff, TaskMethod
+from orki_contract.trace import new_span
+from orki_control.attempt import AttemptKey
+from orki_server import keys, store
+from orki_server.embedded import EmbeddedServer
+from orki_server.keys import ShardKeys
+from orki_server.store import Store, Verdict
+
+METHOD = TaskMethod(
+    service="acme.v1.WorkService",
+    name="Do",
+    request="q",
+    response="r",
+    backoff=Backoff(initial_ms=60_000),
+)
+AGENTS = ("a", "b")
+STRANGER = st.sampled_from([False] * 5 + [True])
+Held: TypeAlias = tuple[AttemptKey, str]
+"""An attempt, and the agent to whom it was offered."""
+
+
+def named(held: Held, stranger: bool) -> Held:
+    """The attempt, in the mouth of its agent or of another."""
+    key, agent = held
+    return key, AGENTS[AGENTS.index(agent) ^ stranger]
+
+
+SHARDS = 2
+ENDS = {"succeeded": TaskState.TASK_STATE_SUCCEEDED, "failed": TaskState.TASK_STATE_FAILED}
+QUEUED, OFFERED, RUNNING = TaskState.TASK_STATE_QUEUED, TaskState.TASK_STATE_OFFERED, TaskState.TASK_STATE_RUNNING
+CANCELLING, CANCELLED = TaskState.TASK_STATE_CANCELLING, TaskState.TASK_STATE_CANCELLED
+SUCCEEDED, FAILED = TaskState.TASK_STATE_SUCCEEDED, TaskState.TASK_STATE_FAILED
+TERMINAL = (SUCCEEDED, FAILED, CANCELLED)
+
+
+@dataclass
+class Model:
+    """What one task should be."""
+
+    task_id: str
+    most: int
+    state: TaskState.ValueType = QUEUED
+    attempt: int = 0
+    fence: int = 0
+    agent: str = ""
+    started: int = 0
+    waiting: bool = False
+    unanswered: bool = False
+    told: int = 0
+    taken: tuple[int, str] = (0, "")
+    acknowledged: bool = False
+    kinds: list[str] = field(default_factory=lambda: ["submitted"])
+
+    def holds(self, agent: str, key: AttemptKey) -> bool:
+        return self.state in (OFFERED, RUNNING, CANCELLING) and (self.fence, self.agent) == (key.fence, agent)
+
+    def start(self) -> None:
+        if self.unanswered:
+            self.unanswered, self.started = False, self.started + 1
+            self.state = RUNNING if self.state == OFFERED else self.state
+            self.kinds.append("started")
+
+    def end(self, kind: str) -> None:
+        self.state = ENDS.get(kind, CANCELLED)
+        self.waiting = self.unanswered = False
+        self.kinds.append(kind)
+
+    def again(self, waiting: bool) -> None:
+        self.state, self.waiting, self.unanswered = QUEUED, waiting, False
+        self.kinds.append("attempt_ended")
+
+    def attempt_failed(self, retryable: bool) -> None:
+        if self.state == CANCELLING:
+            self.end("cancelled")
+        elif retryable and self.started < self.most:
+            self.again(waiting=True)
+        else:
+            self.end("failed")
+
+    def report(self, agent: str, key: AttemptKey) -> Verdict:
+        """The verdict on a result, before it is applied."""
+        if self.taken == (key.fence, agent):
+            return Verdict.REPEATED
+        return Verdict.ACCEPTED if self.holds(agent, key) else Verdict.STALE
+
+
+class StoreLaws(RuleBasedStateMachine):
+    """Steps the store and the model alike."""
+
+    url: ClassVar[str]
+    tasks = Bundle("tasks")
+    attempts: Bundle[Held] = Bundle("attempts")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.redis = Redis.from_url(self.url)
+        self.redis.flushall()
+        self.runner = asyncio.Runner()
+        self.store = Store(self.url, shards=SHARDS)
+        self.run(self.store.open())
+        self.models: dict[str, Model] = {}
+        self.by_key: dict[str, tuple[str, bytes]] = {}
+        self.last_fence = [0] * SHARDS
+
+    def run(self, work: Any) -> Any:
+        return self.runner.run(work)
+
+    def apply(self, transition: store.Transition[Any]) -> Any:
+        return self.run(self.store.apply(transition))
+
+    def teardown(self) -> None:
+        self.run(self.store.close())
+        self.runner.close()
+        self.redis.close()
+
+    @initialize(target=attempts)
+    def nobody(self) -> Held:
+        """An attempt that never was."""
+        return AttemptKey(store.new_task_id(0), 1, 1), "a"
+
+    # --- submitters ---
+
+    @precondition(lambda self: len(self.models) < 4)
+    @rule(
+        target=tasks,
+        key=st.sampled_from(["", "k1", "k2"]),
+        request=st.sampled_from([b"x", b"y"]),
+        most=st.integers(1, 2),
+    )
+    def submit(self, key: str, request: bytes, most: int) -> str:
+        shard = store.shard_of_key(key, SHARDS) if key else len(self.models) % SHARDS
+        task_id = store.new_task_id(shard)
+        submitted = self.apply(
+            store.Submit(
+                task_id=task_id,
+                method=replace(METHOD, max_attempts=most),
+                request=request,
+                digest=store.digest_of(METHOD.full_name, request),
+                idempotency_key=key,
+                span=new_span(),
+                actor="t",
+            )
+        )
+        if key in self.by_key and key:
+            known, known_request = self.by_key[key]
+            assert submitted.task_id == known
+            assert submitted.word == ("same" if request == known_request else "conflict")
+            return known
+        assert (submitted.word, submitted.task_id) == ("new", task_id)
+        self.by_key[key] = (task_id, request)
+        self.models[task_id] = Model(task_id, most)
+        return task_id
+
+    @rule(task_id=tasks)
+    def cancel(self, task_id: str) -> None:
+        asked, model = self.apply(store.Cancel(task_id, "why", "t")), self.models[task_id]
+        if model.state in TERMINAL:
+            assert asked.word == "ended"
+        elif model.state == CANCELLING:
+            assert asked.word == "again"
+        else:
+            model.kinds.append("cancel_requested")
+            if model.state == QUEUED:
+                assert asked.word == "done"
+                model.end("cancelled")
+            else:
+                assert (asked.word, asked.agent_id, asked.attempt.fence) == ("asked", model.agent, model.fence)
+                model.state = CANCELLING
+
+    @rule(held=attempts)
+    def direct(self, held: Held) -> None:
+        key, _ = held
+        asked, model = self.apply(store.Direct(key, 3, "t")), self.models.get(key.task_id)
+        if model is None:
+            assert asked.word == "unknown"
+        elif model.state in TERMINAL:
+            assert asked.word == "ended"
+        elif model.state == RUNNING and model.fence == key.fence:
+            assert asked.word == "running"
+            model.kinds.append("directed")
+        else:
+            assert asked.word == "idle"
+
+    # --- dispatch ---
+
+    @rule(target=attempts, shard=st.integers(0, SHARDS - 1), agent=st.sampled_from(AGENTS))
+    def offer(self, shard: int, agent: str) -> Any:
+        asker = store.Asker(agent, agent + "-1", 1, (METHOD.full_name,))
+        offered = self.run(self.store.offer(store.Offer(shard, 60_000, (asker,))))
+        queued = [
+            each
+            for each in self.models.values()
+            if store.shard_of(each.task_id) == shard and each.state == QUEUED and not each.waiting
+        ]
+        assert len(offered) == min(1, len(queued))
+        if not offered:
+            return multiple()
+        key = offered[0].attempt
+        model = self.models[key.task_id]
+        assert model in queued
+        assert key.fence > self.last_fence[shard]
+        assert key.attempt == model.attempt + 1
+        self.last_fence[shard] = key.fence
+        model.state, model.attempt, model.fence, model.agent = OFFERED, key.attempt, key.fence, agent
+        model.unanswered, model.told, model.acknowledged = True, 0, False
+        model.kinds.append("offered")
+        return key, agent
+
+    # --- agents: the holder, the other one, and holders of old ---
+
+    @rule(held=attempts, stranger=STRANGER)
+    def accept(self, held: Held, stranger: bool) -> None:
+        key, agent = named(held, stranger)
+        answer, model = self.apply(store.Accept(agent, key)), self.models.get(key.task_id)
+        if model is None or not model.holds(agent, key):
+            assert answer.verdict is Verdict.STALE
+            return
+        assert answer.verdict is (Verdict.ACCEPTED if model.unanswered else Verdict.REPEATED)
+        model.start()
+
+    @rule(held=attempts, stranger=STRANGER)
+    def decline(self, held: Held, stranger: bool) -> None:
+        key, agent = named(held, stranger)
+        answer = self.apply(store.Decline(agent, key, Reason.REASON_DRAINING, "no", True))
+        model = self.models.get(key.task_id)
+        if model is None or not model.holds(agent, key) or not model.unanswered:
+            assert answer.verdict is Verdict.STALE
+        elif model.state == CANCELLING:
+            model.end("cancelled")
+        else:
+            model.again(waiting=answer.retry_ms > 0)
+
+    @rule(held=attempts, stranger=STRANGER, index=st.integers(1, 3))
+    def progress(self, held: Held, stranger: bool, index: int) -> None:
+        key, agent = named(held, stranger)
+        answer, model = self.apply(store.Advance(agent, key, 100, index, b"p")), self.models.get(key.task_id)
+        if model is None or not model.holds(agent, key):
+            assert answer.verdict is Verdict.STALE
+        elif index <= model.told:
+            assert answer.verdict is Verdict.REPEATED
+        else:
+            assert answer.verdict is Verdict.ACCEPTED
+            model.start()
+            model.told = index
+
+    @rule(held=attempts, stranger=STRANGER)
+    def acknowledge_cancel(self, held: Held, stranger: bool) -> None:
+        key, agent = named(held, stranger)
+        answer, model = self.apply(store.AcknowledgeCancel(agent, key)), self.models.get(key.task_id)
+        if model is None or not model.holds(agent, key) or model.state != CANCELLING:
+            assert answer.verdict is Verdict.STALE
+        elif model.acknowledged:
+            assert answer.verdict is Verdict.REPEATED
+        else:
+            model.acknowledged = True
+            model.kinds.append("cancel_acknowledged")
+
+    @rule(
+        held=attempts,
+        stranger=STRANGER,
+        outcome=st.sampled_from(["response", "failure", "rejected", "cancelled"]),
+    )
+    def result(self, held: Held, stranger: bool, outcome: str) -> None:
+        key, agent = named(held, stranger)
+        transition: store.Transition[Any]
+        if outcome == "response":
+            transition = store.Succeed(agent, key, b"r%d" % key.fence)
+        elif outcome == "cancelled":
+            transition = store.EndCancelled(agent, key, Reason.REASON_CANCELLED)
+        else:
+            transition = store.Fail(agent, key, Reason.REASON_HANDLER_FAILED, "m", "E", outcome == "failure")
+        model = self.models.get(key.task_id)
+        expected = model.report(agent, key) if model else Verdict.STALE
+        answer = self.apply(transition)
+        assert answer.verdict is expected
+        if model is None or expected is not Verdict.ACCEPTED:
+            return
+        model.taken = (key.fence, agent)
+        if outcome == "cancelled":
+            model.end("cancelled")
+            return
+        model.start()
+        if outcome == "response":
+            model.end("succeeded")
+        else:
+            model.attempt_failed(outcome == "failure")
+
+    @rule(held=attempts, stranger=STRANGER)
+    def renew(self, held: Held, stranger: bool) -> None:
+        key, agent = named(held, stranger)
+        stale = self.apply(store.Renew(store.shard_of(key.task_id), agent, (key,)))
+        model = self.models.get(key.task_id)
+        assert stale == ([] if model is not None and model.holds(agent, key) else [key])
+
+    @rule(held=attempts, stranger=STRANGER)
+    def come_back(self, held: Held, stranger: bool) -> None:
+        key, agent = named(held, stranger)
+        kept = self.apply(store.Attach(store.shard_of(key.task_id), agent, (key,)))
+        model = self.models.get(key.task_id)
+        if model is not None and model.holds(agent, key):
+            model.start()
+            assert [each.attempt for each in kept] == [key]
+        else:
+            mine = model is not None and model.taken == (key.fence, agent)
+            assert len(kept) == int(mine)
+
+    # --- time ---
+
+    @rule(task_id=tasks)
+    def time_is_up(self, task_id: str) -> None:
+        """Whatever the task waits for is due now."""
+        names, model = ShardKeys(store.shard_of(task_id)), self.models[task_id]
+        if model.state in TERMINAL or (model.state == QUEUED and not model.waiting):
+            return
+        timer = "lr" if model.waiting else "lo" if model.unanswered else "le"
+        self.redis.hset(names.task(task_id), timer, "1")
+        self.redis.zadd(f"{names.base}due", {task_id: 1})
+        swept = self.apply(store.Sweep(store.shard_of(task_id), 100))
+        (expired,) = [each for each in swept.expired if each.attempt.task_id == task_id]
+        if timer == "lr":
+            assert expired.what == "retry"
+            model.waiting = False
+        elif timer == "lo":
+            assert expired.what == "offer"
+            if model.state == CANCELLING:
+                model.end("cancelled")
+            else:
+                model.again(waiting=bool(self.redis.hget(names.task(task_id), "lr") != b"0"))
+        else:
+            assert expired.what == "attempt"
+            model.attempt_failed(True)
+
+    # --- what always holds ---
+
+    @invariant()
+    def the_store_is_as_the_model_says(self) -> None:
+        records = [record for shard in self.run(self.store.outbox.read(10_000)) for record in shard]
+        by_task: dict[str, list[str]] = {}
+        for record in records:
+            by_task.setdefault(record.task_id, []).append(record.kind)
+            assert record.revision == len(by_task[record.task_id])
+        for task_id, model in self.models.items():
+            task = self.apply(store.Look(task_id)).task
+            assert (task.state, task.revision) == (model.state, len(model.kinds))
+            assert (task.attempt.attempt, task.attempt.fence, task.agent_id) == (
+                model.attempt,
+                model.fence,
+                model.agent,
+            )
+            assert by_task[task_id] == model.kinds
+            assert sum(kind in ("succeeded", "failed", "cancelled") for kind in model.kinds) == (
+                model.state in TERMINAL
+            )
+            assert bool(task.response) == (model.state == SUCCEEDED)
+
+    @invariant()
+    def the_keys_are_those_of_the_table(self) -> None:
+        names = [name.decode() for name in self.redis.scan_iter(count=1000)]
+        assert [name for name in names if keys.match(name) is None] == []
+        unfinished = Counter(
+            store.shard_of(each.task_id) for each in self.models.values() if each.state not in TERMINAL
+        )
+        for shard in range(SHARDS):
+            assert int(self.redis.hget(ShardKeys(shard).open, METHOD.service) or 0) == unfinished[shard]
+
+
+@pytest.mark.timeout(300)
+def test_the_store_keeps_its_laws_in_any_order(valkey: EmbeddedServer) -> None:
+    StoreLaws.url = valkey.url
+    run_state_machine_as_test(
+        StoreLaws,
+        settings=settings(
+            max_examples=40,
+            stateful_step_count=50,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            database=None,
+            # A failing run of 50 steps against a real server is short enough to read; shrinking it takes minutes.
+            phases=(Phase.generate,),
+        ),
+    )
