@@ -132,7 +132,8 @@ def c_rounds(size: int) -> Iterator[Rounds | None]:
         program = str(Path(folder) / "pingpong")
         subprocess.run([compiler, "-O2", "-o", program, str(source)], check=True)
         with subprocess.Popen([program, str(size)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-            assert process.stdin is not None and process.stdout is not None
+            assert process.stdin is not None
+            assert process.stdout is not None
             told, heard = process.stdin, process.stdout
 
             def rounds(count: int) -> list[int]:

@@ -22,8 +22,9 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
 
-import orki_contract as oc
 from hotpath_baselines import asyncio_echo_server, c_rounds, echo_server, in_child, loop_echo_rounds, raw_echo_rounds
+
+import orki_contract as oc
 from orki_agent.hotpath import AsyncToolClient, SyncToolClient, ToolBridge
 from orki_contract.trace import new_span, use_span
 

@@ -136,11 +136,10 @@ async def test_everything_of_a_task_is_in_its_trace(
         assert span is not None
         assert span.trace_id == task_span.trace_id
     life = entries(plane, "agents", AgentEvent)
-    assert [event.WhichOneof("event") for _, event in life] == ["spawned", "connected", "disconnected", "stopped"]
+    assert [event.WhichOneof("event") for _, event in life] == ["spawned", "stopped"]
     assert {(event.agent_id, event.instance_id) for _, event in life} == {("a1", orchestrator.hellos[0].instance_id)}
     assert list(life[0][1].spawned.services) == ["agentwork.v1.WorkService"]
     assert life[0][1].spawned.slots == 4
-    assert life[1][1].connected.orchestrator_id == "o1"
 
 
 async def test_sync_handlers_call_tools_and_publish(

@@ -17,14 +17,7 @@ from google.protobuf.message import Message
 
 from orki.control.v1.session_pb2 import ServedService
 from orki.events.v1.agent_orki import AGENTS
-from orki.events.v1.agent_pb2 import (
-    AgentConnected,
-    AgentDisconnected,
-    AgentEvent,
-    AgentReplaced,
-    AgentSpawned,
-    AgentStopped,
-)
+from orki.events.v1.agent_pb2 import AgentEvent, AgentSpawned, AgentStopped
 from orki_agent.catalog import Handler
 from orki_agent.channel import SessionChannel
 from orki_agent.crossing import Mailbox, cross, in_thread, send
@@ -244,13 +237,11 @@ class Runtime:
                 case session.SessionOpened():
                     self._opened(event)
                 case session.SessionLost(cause=cause):
-                    self._tell_disconnected(cause)
+                    _log.info("agent %s lost its session with %s: %s", self.agent_id, self._orchestrator_id, cause)
                 case session.OrchestratorDraining(grace_ms=grace_ms):
                     _log.info("orchestrator %s stops within %d ms", self._orchestrator_id, grace_ms)
-                case session.SessionClosed(error=error, successor=successor):
+                case session.SessionClosed(error=error):
                     self._closed_by = error
-                    if successor:
-                        self._tell(AgentEvent(replaced=AgentReplaced(successor_instance_id=successor)))
                 case session.DrainCompleted():
                     self._channel.stop()
                 case session.ResultsAcknowledged():
@@ -272,12 +263,6 @@ class Runtime:
             len(event.resumed),
         )
         self._opening = asyncio.get_running_loop().create_task(self._events.open(event.events_url))
-        connected = AgentConnected(
-            orchestrator_id=event.orchestrator_id,
-            session_epoch=event.session_epoch,
-            resumed_attempts=len(event.resumed),
-        )
-        self._tell(AgentEvent(connected=connected))
 
     def _drain(self) -> None:
         if self._draining:
@@ -307,15 +292,6 @@ class Runtime:
             services=[each.service for each in self._services],
         )
         self._tell(AgentEvent(spawned=spawned))
-
-    def _tell_disconnected(self, cause: str) -> None:
-        if not self._orchestrator_id:
-            return
-        disconnected = AgentDisconnected(
-            orchestrator_id=self._orchestrator_id, session_epoch=self._session.session_epoch, cause=cause
-        )
-        self._orchestrator_id = ""
-        self._tell(AgentEvent(disconnected=disconnected))
 
     def _tell(self, event: AgentEvent) -> None:
         event.agent_id, event.instance_id = self.agent_id, self._instance_id
