@@ -123,6 +123,12 @@ def generate(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def develop(session: nox.Session) -> None:
+    """Make the environment that holds every command (orki, orki-agent, orki-contract, …), and say how to enter it."""
+    session.log(f"enter it with: source {ensure(session, DEV).folder / 'bin' / 'activate'}")
+
+
+@nox.session(default=False)
 def demo(session: nox.Session) -> None:
     """A review fleet over a source tree: `-- [PATH] [--json FILE]`."""
     ensure(session, RUN).run(session, "python", "-m", "review_fleet.demo", *session.posargs)
