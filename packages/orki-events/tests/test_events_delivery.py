@@ -296,6 +296,18 @@ def test_the_claim_cursor_is_kept_and_the_sweep_goes_on_at_once_until_its_end() 
     assert bench.one(Claim).cursor == b"0-0"
 
 
+def test_every_partition_is_swept_however_little_is_free() -> None:
+    bench = Bench(keys=("a", "b", "c"))
+    bench.tell(Opened())
+    bench.tell(GroupsReady(bench.one(CreateGroups)))
+    bench.tell(EntriesRead(bench.one(Read), {}, {}))
+    read = bench.one(Read)
+    bench.tell(EntriesRead(read, {"a": [entry(number) for number in range(1, 10)]}, {}))
+    bench.later(10)
+    claims = [command for command in bench.asked if isinstance(command, Claim)]
+    assert [(claim.key, claim.count) for claim in claims] == [("a", 1), ("b", 1), ("c", 1)]
+
+
 def test_what_is_held_is_renewed_well_before_others_may_claim_it() -> None:
     bench = Bench()
     bench.holding(2)

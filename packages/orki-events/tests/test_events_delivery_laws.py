@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -206,6 +208,7 @@ class Laws(RuleBasedStateMachine):
         self.succeeded: set[tuple[str, int]] = set()
         self.wanted = 0
         self.draining = False
+        self.steps = 0
 
     @initialize()
     def begin(self) -> None:
@@ -223,10 +226,11 @@ class Laws(RuleBasedStateMachine):
                 for entry in command.entries:
                     assert entry[1] is not None
                     assert command.deliveries.get(entry[0], 1) <= LIMITS.max_deliveries
-            elif isinstance(command, Ack):
-                self.check_ack(command)
-                self.open.append(command)
             else:
+                if isinstance(command, Ack):
+                    self.check_ack(command)
+                elif isinstance(command, Read) and not command.history:
+                    self.check_nothing_is_ours_unknowingly()
                 self.open.append(command)
 
     def check_ack(self, command: Ack) -> None:
@@ -239,6 +243,13 @@ class Laws(RuleBasedStateMachine):
                 assert place in self.server.letters
             else:
                 assert number_of(entry_id) not in self.server.partitions[command.key].entries
+
+    def check_nothing_is_ours_unknowingly(self) -> None:
+        """Law 2."""
+        for key, partition in self.server.partitions.items():
+            known = self.machine._partitions[key]
+            for number, held in partition.pending.items():
+                assert held.owner != US or wire(number) in known.held or wire(number) in known.settled, (key, number)
 
     @rule(key=st.sampled_from(KEYS), count=st.integers(1, 12))
     def publish(self, key: str, count: int) -> None:
@@ -262,7 +273,7 @@ class Laws(RuleBasedStateMachine):
         self.tell(Wanted(count))
 
     @precondition(lambda self: self.at_work)
-    @rule(data=st.data(), how=st.sampled_from(["succeed", "succeed", "fail", "reject", "give back"]))
+    @rule(data=st.data(), how=st.sampled_from(["succeed", "succeed", "fail", "fail", "fail", "reject", "give back"]))
     def finish(self, data: Any, how: str) -> None:
         place = data.draw(st.integers(0, len(self.at_work) - 1))
         key, entries = self.at_work.pop(place)
@@ -290,8 +301,9 @@ class Laws(RuleBasedStateMachine):
         answer = Unanswered(command) if fate == "lost on its way" else self.server.run(command)
         self.tell(Unanswered(command) if fate == "answer lost" else answer)
 
-    @rule(seconds=st.sampled_from([0.01, 0.3, 1.0, 4.0, 20.0]))
+    @rule(seconds=st.sampled_from([0.01, 0.3, 1.0, 1.0, 4.0, 20.0]))
     def wait(self, seconds: float) -> None:
+        self.steps += 1
         self.server.now += seconds
         self.fire()
 
@@ -311,14 +323,14 @@ class Laws(RuleBasedStateMachine):
                 else:
                     partition.pending[number] = Pending(THEM, self.server.now, held.deliveries + 1)
 
-    @rule(key=st.sampled_from(KEYS))
-    def group_destroyed(self, key: str) -> None:
+    @rule(key=st.sampled_from(KEYS), dice=st.integers(1, 6))
+    def group_destroyed(self, key: str, dice: int) -> None:
         partition = self.server.partitions[key]
-        if partition.group:
+        if partition.group and dice == 6:
             partition.group = False
             partition.pending.clear()
 
-    @precondition(lambda self: not self.draining)
+    @precondition(lambda self: not self.draining and self.steps > 8)
     @rule()
     def drain(self) -> None:
         self.draining = True
@@ -382,6 +394,7 @@ class Laws(RuleBasedStateMachine):
         )
 
 
+@pytest.mark.timeout(400)
 def test_the_laws_hold_under_any_interleaving() -> None:
     run_state_machine_as_test(
         Laws,
@@ -392,3 +405,54 @@ def test_the_laws_hold_under_any_interleaving() -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+def check_walk(seed: int, steps: int) -> None:
+    """One long life with the odds of a bad day: deeper than a search that tries everything equally often."""
+    try:
+        walk(seed, steps)
+    except AssertionError as error:
+        raise AssertionError(f"walk({seed}, {steps}) breaks a law: {error}") from error
+
+
+def walk(seed: int, steps: int) -> None:
+    dice = random.Random(seed)
+    laws = Laws()
+    laws.begin()
+    fates = ["answered"] * 8 + ["lost on its way", "answer lost"]
+    hows = ["succeed"] * 4 + ["fail"] * 4 + ["reject", "give back"]
+    for _ in range(steps):
+        key = dice.choice(KEYS)
+        match dice.choices(range(8), [4, 12, 4, 4, 3, 1, 1, 1])[0]:
+            case 0:
+                laws.publish(key, dice.randint(1, 12))
+            case 1 if laws.open:
+                command = laws.open.pop(dice.randrange(len(laws.open)))
+                laws.perform(command, dice.choice(fates))
+            case 2 if laws.wanted < 3:
+                laws.want(dice.randint(1, 5))
+            case 3 if laws.at_work:
+                place, entries = laws.at_work.pop(dice.randrange(len(laws.at_work)))
+                cut = dice.randint(1, len(entries))
+                if cut < len(entries):
+                    laws.at_work.append((place, entries[cut:]))
+                laws.settle(place, entries[:cut], dice.choice(hows))
+            case 4:
+                laws.wait(dice.choice([0.01, 0.3, 1.0, 2.5, 4.0, 12.0]))
+            case 5:
+                laws.another_consumer_claims(key, dice.random() < 0.5)
+            case 6:
+                laws.trim(key, dice.randint(1, 4))
+            case 7:
+                laws.group_destroyed(key, dice.randint(1, 6))
+        laws.the_hand_is_bounded()
+    if seed % 2:
+        laws.drain()
+    laws.teardown()
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("batch", range(8))
+def test_the_laws_hold_on_long_walks(batch: int) -> None:
+    for seed in range(batch * 50, batch * 50 + 50):
+        check_walk(seed, 200)

@@ -395,17 +395,17 @@ class DeliveryMachine:
                 self._issue(Renew(partition.key, due), commands)
 
     def _sweep(self, now: float, commands: list[Command]) -> None:
+        due = [each for each in self._partitions.values() if not each.sweeping and each.sweep_at <= now]
         free = self.settings.prefetch - self.held - self._claiming
-        for partition in self._partitions.values():
-            if partition.sweeping or partition.sweep_at > now:
-                continue
-            if free < 1:
+        if free < 1:
+            for partition in due:
                 partition.sweep_at = now + self.settings.sweep_interval_s
-                continue
-            partition.sweeping = True
-            count = min(free, _MOST_CLAIMED)
-            free -= count
+            return
+        for partition in due:
+            # In equal parts: the first to be asked must not starve the others.
+            count = min(max(free // len(due), 1), _MOST_CLAIMED)
             self._claiming += count
+            partition.sweeping = True
             self._issue(Claim(partition.key, partition.cursor, count), commands)
 
     def _hand_back(self, commands: list[Command], tried: set[tuple[int, bytes]] | None = None) -> None:

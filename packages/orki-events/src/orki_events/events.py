@@ -348,7 +348,9 @@ class Events:
                 runs.append(PushRun(each, subscription, each.stream.message.FromString))
             await run_until(runs, subscriptions, stop, self.options.drain_timeout_s)
 
-    async def _tail(self, stream: Stream, decode: Decode[T], after: str, follow: bool) -> AsyncGenerator[TailEntry[T], None]:
+    async def _tail(
+        self, stream: Stream, decode: Decode[T], after: str, follow: bool
+    ) -> AsyncGenerator[TailEntry[T], None]:
         self._open()
         link = self._link(f"tail.{next(self._consumers)}")
         try:
