@@ -10,7 +10,7 @@ from google.protobuf.descriptor_pb2 import EnumDescriptorProto
 
 from orki_contract.descriptors import Location, Path
 from orki_contract.findings.comparison import Comparison, Places, Side, left_at
-from orki_contract.findings.finding import Category, Rule, additive, breaking, source_breaking
+from orki_contract.findings.finding import Category, Rule, additive, breaking
 from orki_contract.findings.reserved import withdrawn
 from orki_contract.findings.shapes import closed, names_by_number
 
@@ -20,7 +20,9 @@ RULES: Final[tuple[Rule, ...]] = (
     breaking(_MESSAGE, "ORKI_ENUM_REMOVED", "An enum stays, under its name."),
     breaking(_MESSAGE, "ORKI_ENUM_VALUE_REMOVED", "A number of an enum keeps its meaning."),
     breaking(_MESSAGE, "ORKI_ENUM_VALUE_RENUMBERED", "A name of an enum stays with its number."),
-    source_breaking(_MESSAGE, "ORKI_ENUM_VALUE_RENAMED", "A number of an enum keeps its names."),
+    breaking(
+        _MESSAGE, "ORKI_ENUM_VALUE_RENAMED", "A number of an enum keeps its names, as others may mean other things."
+    ),
     breaking(_MESSAGE, "ORKI_ENUM_RESERVED_WITHDRAWN", "An enum's reserved numbers stay reserved."),
     breaking(_MESSAGE, "ORKI_ENUM_CLOSED_CHANGED", "An enum stays open, or stays closed."),
     breaking(_MESSAGE, "ORKI_ENUM_CLOSED_GROWN", "A closed enum gains no value."),

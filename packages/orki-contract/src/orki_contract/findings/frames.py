@@ -20,7 +20,7 @@ from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto
 
 from orki_contract.descriptors import Location, MessageNode, field_path
 from orki_contract.findings.comparison import Comparison, Places, Side, left_at, was
-from orki_contract.findings.finding import Category, Plane, Rule, additive, breaking, source_breaking
+from orki_contract.findings.finding import Category, Plane, Rule, additive, breaking
 from orki_contract.findings.reserved import reserves, withdrawn
 from orki_contract.model import Frame, FrameField
 
@@ -35,8 +35,12 @@ RULES: Final[tuple[Rule, ...]] = (
     breaking(_FRAME, "ORKI_FRAME_FIELD_MOVED", "A frame's field keeps its offset and its number."),
     breaking(_FRAME, "ORKI_FRAME_FIELD_RETYPED", "A frame's field keeps its type and its length."),
     breaking(_FRAME, "ORKI_FRAME_FIELD_REMOVED", "A frame's field that goes leaves its number and its bytes reserved."),
-    source_breaking(_FRAME, "ORKI_FRAME_FIELD_RETIRED", "A frame's field stays for those whose code names it."),
-    source_breaking(_FRAME, "ORKI_FRAME_FIELD_RENAMED", "A frame's field keeps its name."),
+    breaking(
+        _FRAME, "ORKI_FRAME_FIELD_RETIRED", "A frame's field stays, as readers of before take its zeros for values."
+    ),
+    breaking(
+        _FRAME, "ORKI_FRAME_FIELD_RENAMED", "A frame's field keeps its name, as another name may mean another thing."
+    ),
     breaking(_FRAME, "ORKI_FRAME_FIELD_PLACED", "A new field of a frame lies where nothing ever lay."),
     breaking(_FRAME, "ORKI_FRAME_SINCE_WRONG", "A field of a frame says truly which version brought it."),
     breaking(_FRAME, "ORKI_FRAME_RESERVED_WITHDRAWN", "A frame's reserved numbers stay reserved."),

@@ -21,7 +21,7 @@ RULES: Final[tuple[Rule, ...]] = (
     breaking(_MESSAGE, "ORKI_FIELD_REMOVED", "A field that goes leaves its number reserved."),
     source_breaking(_MESSAGE, "ORKI_FIELD_RETIRED", "A field stays for those whose code names it."),
     breaking(_MESSAGE, "ORKI_FIELD_RENUMBERED", "A field's name stays with its number."),
-    source_breaking(_MESSAGE, "ORKI_FIELD_RENAMED", "A field keeps its name, in JSON as well."),
+    breaking(_MESSAGE, "ORKI_FIELD_RENAMED", "A field keeps its name, as another name may mean another thing."),
     breaking(_MESSAGE, "ORKI_FIELD_RETYPED", "A field keeps its type."),
     breaking(_MESSAGE, "ORKI_FIELD_CARDINALITY", "A field stays single, optional, required or repeated."),
     breaking(_MESSAGE, "ORKI_FIELD_ONEOF_CHANGED", "A field stays in its oneof, or in none."),
