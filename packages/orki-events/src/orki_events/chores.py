@@ -113,9 +113,10 @@ class Chores:
                 command.count,
             )
         )
-        # Before Redis 7 there is no third part, and a trimmed entry is a nil without its id.
         entries = [entry for entry in reply[1] if entry is not None]
         deliveries = await self._deliveries(command.key, entries) if entries else {}
+        if len(entries) < len(reply[1]):
+            entries += await self._trimmed(command.key)
         return moves.EntriesClaimed(command, reply[0], entries, deliveries, reply[2] if len(reply) > 2 else ())
 
     async def ack(self, command: moves.Ack) -> moves.Acked:
@@ -195,6 +196,13 @@ class Chores:
             whose = (self._group.name, self._consumer, owner)
             gone += await run_script(self._commands, HOLD, (key.encode(),), *whose, idle_ms, deliveries, *chosen)
         return gone
+
+    async def _trimmed(self, key: str) -> list[moves.Entry]:
+        """What we hold although it was trimmed: before Redis 7, a claim gives such an entry as a nil without its id."""
+        pending = await self._commands.one((b"XPENDING", key, self._group.name, b"-", b"+", _MOST_IDS, self._consumer))
+        ids = [each[0] for each in pending]
+        found = await self._commands.ask(*((b"XRANGE", key, entry_id, entry_id) for entry_id in ids))
+        return [[entry_id, None] for entry_id, entry in zip(ids, found, strict=True) if entry == []]
 
     async def _deliveries(self, key: str, entries: list[Any]) -> dict[bytes, int]:
         """How often entries of ours were delivered."""

@@ -235,7 +235,8 @@ class DeliveryMachine:
         if self.state is not State.DRAINING:
             self.state = State.CREATING
             if not any(isinstance(each, CreateGroups) for each in (*self._open, *(r[2] for r in self._repeats))):
-                self._issue(CreateGroups(), commands)
+                # Not at once: a group that somebody destroys over and over must not be made in a hot loop.
+                heapq.heappush(self._repeats, (now + _WAIT_S, next(self._order), CreateGroups()))
 
     def _on_wanted(self, event: Wanted, now: float, commands: list[Command]) -> None:
         if event.count < 1:

@@ -15,7 +15,8 @@ So `published` is their sum, always; where publishers have stopped and the group
 of counters. Of trimmed entries the stream says no more: those that the group's counters claim are processed or
 dead-lettered, and what no counter claims is declared lost.
 
-A repeated event (the same id in several entries) counts once.
+A repeated event (the same id in several entries) counts once. Before Redis 7 the server does not say how many entries a
+stream ever had, so there the ledger knows nothing of what was trimmed.
 """
 
 from __future__ import annotations
