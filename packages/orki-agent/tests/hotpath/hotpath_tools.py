@@ -160,13 +160,14 @@ class RawPeer:
     def frame(self) -> Frame | None:
         """The next frame, its body copied; None at the end of the stream."""
         count = 0
-        while (frame := self._decoder.next_frame(count)) is None:
+        while (fields := self._decoder.next_frame(count)) is None:
             try:
                 count = self.sock.recv_into(self._decoder.writable())
             except ConnectionResetError:
                 count = 0
             if not count:
                 return None
+        frame = Frame(*fields)
         return frame._replace(body=memoryview(bytes(frame.body)))
 
     def frames(self) -> list[Frame]:

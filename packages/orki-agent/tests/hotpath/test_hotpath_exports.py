@@ -39,7 +39,7 @@ def test_every_module_says_what_it_exports(name: str) -> None:
 def test_the_clients_are_what_generated_code_asks_for() -> None:
     sync: oc.SyncToolChannel = SyncToolClient("/nowhere", bytes(32), name="x")
     loop: oc.ToolChannel = AsyncToolClient("/nowhere", bytes(32), name="x")
-    call: oc.ToolCall = Call("x", None, 1, None, 0.0, 1.0)  # type: ignore[arg-type]
+    call: oc.ToolCall = Call(("x", None), None, 1, 0)  # type: ignore[arg-type]
     assert (callable(sync.call), callable(loop.call), call.cancelled, call.client) == (True, True, False, "x")
 
 

@@ -142,7 +142,7 @@ class _Running:
         for connection in desk.connections.copy():
             connection.drain()
         deadline = time.monotonic() + desk.options.stop_seconds
-        while any(connection.calls for connection in desk.connections.copy()) and time.monotonic() < deadline:
+        while any(connection.in_use for connection in desk.connections.copy()) and time.monotonic() < deadline:
             time.sleep(0.005)
         for connection in desk.connections.copy():
             connection.end_calls(ToolCancelled("the bridge stops"))

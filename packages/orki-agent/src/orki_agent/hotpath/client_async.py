@@ -136,7 +136,7 @@ class AsyncToolClient:
     ) -> tuple[Any, int]:
         micros = plan.timeout_us if timeout is None else plan.micros(timeout)
         wire = self._wire
-        if wire is None or not wire.alive:
+        if wire is None or not wire.alive or asyncio.get_running_loop() is not self._loop:
             wire = await self._connect()
         if wire.full or self._waiters:
             wire = await self._room(wire, micros)

@@ -4,35 +4,32 @@ One thread at a time holds the reading role. It reads a frame, runs a quick sync
 in, one out, no hand-over) and reads on. If the handler turns out to block, the keeper takes the reading role away from
 that thread and gives it to another, so that the connection is read on; the first delivers its answer and is done.
 
-What makes that safe without a lock for each call: `list.pop` and `dict.pop` take a thing exactly once. `_baton` holds
-one item while a handler runs on the reading thread, and whoever pops it has the role. `calls` holds every unanswered
-call, and whoever pops one answers it.
+What makes that safe without a lock for each call: `set.remove` and `dict.pop` take a thing exactly once. `_here` holds
+the call whose handler runs on the reading thread; whoever takes it out has the role, and if that is the handler's
+thread, the answer too. `calls` holds every other unanswered call, and whoever pops one answers it. `_elsewhere` holds
+those whose answer may still be on its way: while it is empty, the reading thread is the only one that sends.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import socket
-import threading
-from collections import deque
-from contextvars import Context
-from functools import partial
 from math import inf
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, Final
 
 from orki_agent.hotpath.desk import Desk
 from orki_agent.hotpath.frames import (
     FLAG_REPLY,
     OP_CANCEL,
+    Fields,
     Frame,
     FrameDecoder,
     encode_error,
 )
 from orki_agent.hotpath.greeting import HELLO_BYTES, greet
-from orki_agent.hotpath.seam import NO_SIGNAL, set_timeout
-from orki_agent.hotpath.served import Call, ServedTool, error_frame, reply_frame
+from orki_agent.hotpath.outbox import Outbox
+from orki_agent.hotpath.served import Call, Origin, ServedTool, error_frame, reply_frame
 from orki_agent.hotpath.traces import context_in, unpack_span
 from orki_contract.errors import (
     Draining,
@@ -56,7 +53,13 @@ _log = logging.getLogger("orki_agent.hotpath")
 
 
 class Connection:
-    """A connection from its acceptance to its end."""
+    """A connection from its acceptance to its end.
+
+    Attributes:
+        uid: Who is at the other end.
+        client: Name that it gave in its hello.
+        calls: Calls that have no answer yet and do not run on the reading thread, by correlation.
+    """
 
     def __init__(self, sock: socket.socket, uid: int, desk: Desk) -> None:
         """Wraps an accepted socket; `run` reads it.
@@ -69,27 +72,29 @@ class Connection:
         self.uid = uid
         self.client = ""
         self.calls: dict[int, Call] = {}
-        self.opened = monotonic()
+        self._opened = monotonic()
         self._welcomed = False
         self._tools: dict[int, ServedTool] = {}  # none before the hello
         self._room = desk.options.max_calls
         self._desk = desk
         self._sock = sock
         self._receive = sock.recv_into
-        self._send = sock.send
         self._decoder = FrameDecoder(min(desk.options.max_frame_bytes, HELLO_BYTES))
-        self._baton: list[None] = []
+        self._outbox = Outbox(sock, desk.crew, desk.options.frame_seconds)
+        self._here: set[Call] = set()
         self._inline: Call | None = None
         self._seen_inline: Call | None = None
+        self._elsewhere: set[Call] = set()
         self._begun = 0.0
-        self._outbox: deque[bytes] = deque()
-        self._writing = threading.Lock()
-        self._closed = False
         self._expelled = False
         self._trace = b""
-        self._span = unpack_span(bytes(28))
+        self._origin: Origin = ("", None)
         self._context = context_in(None)
-        set_timeout(sock, socket.SO_SNDTIMEO, desk.options.frame_seconds)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a call is in progress."""
+        return bool(self.calls or self._here)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -98,7 +103,7 @@ class Connection:
         try:
             handed_over = self._read()
         except OrkiError as error:
-            self._reply(encode_error(0, error), may_block=True)
+            self._outbox.put(encode_error(0, error), may_block=True)
         except OSError:
             pass  # The peer is gone; there is nobody to tell.
         except Exception:
@@ -110,21 +115,20 @@ class Connection:
 
     def _read(self) -> bool:
         """Reads frames; True when another thread has the role now, False at the stream's end."""
-        decoder, receive = self._decoder, self._receive
-        frame = decoder.next_frame()
+        decoder, receive, outbox = self._decoder, self._receive, self._outbox
         while True:
-            while frame is None:
-                if self._outbox:
-                    self._flush(may_block=True)
+            fields = decoder.next_frame() if decoder.filled else None
+            while fields is None:
+                if outbox.busy:
+                    outbox.flush(may_block=True)
                 if decoder.filled or self._begun:
                     self._note_progress(decoder.filled > 0)
                 count = receive(decoder.writable())
                 if not count:
                     return False
-                frame = decoder.next_frame(count)
-            if not self._take(frame):
+                fields = decoder.next_frame(count)
+            if not self._take(fields):
                 return True
-            frame = decoder.next_frame() if decoder.filled else None
 
     def _note_progress(self, begun: bool) -> None:
         """Starts or ends the clock of a frame that is here in part."""
@@ -134,92 +138,92 @@ class Connection:
             self._begun = monotonic()
             self._desk.poke()
 
-    def _take(self, frame: Frame) -> bool:
+    def _take(self, fields: Fields) -> bool:
         """Handles a frame; False when the reading role went elsewhere meanwhile."""
-        flags, opcode, block_length, version, correlation, timeout_us, trace, body = frame
-        calls = self.calls
+        flags, opcode, block_length, version, correlation, timeout_us, trace, body = fields
         tool = self._tools.get(opcode)
+        calls = self.calls
         if tool is None or flags & FLAG_REPLY or not correlation or correlation in calls or len(calls) >= self._room:
-            self._take_other(frame)
+            self._take_other(Frame(*fields))
             return True
         try:
             request = tool.decode(body, block_length, version)
         except Exception as error:
-            self._reply(encode_error(correlation, _malformed(tool, error)), may_block=True)
+            self._outbox.put(encode_error(correlation, _malformed(tool, error)), may_block=True)
             return True
         if trace != self._trace:
-            self._trace, self._span = trace, unpack_span(trace)
-            self._context = context_in(self._span)
-        desk = self._desk
-        now = monotonic()
-        if timeout_us > desk.longest_us:
-            timeout_us = desk.longest_us
-        deadline = now + (timeout_us * 1e-6 if timeout_us else tool.seconds)
-        calls[correlation] = call = Call(self.client, tool, correlation, self._span, now, deadline)
+            span = unpack_span(trace)
+            self._trace, self._origin, self._context = trace, (self.client, span), context_in(span)
+        call = Call(self._origin, tool, correlation, timeout_us)
         if tool.apart:
-            if desk.asleep:
-                desk.poke()
-            if tool.is_async:
-                desk.start_async(self, call, request, self._context.copy())
-                return True
-            if desk.detach():
-                return self._run_apart(call, request)
+            return self._run_apart(call, request)
         return self._run_here(call, request)
 
     def _run_here(self, call: Call, request: Any) -> bool:
         """Runs a handler on the reading thread; False when the role was taken away meanwhile."""
-        baton = self._baton
+        here, desk, outbox = self._here, self._desk, self._outbox
         self._inline = call
-        baton.append(None)
+        here.add(call)
         # Only now: a keeper that looked before would see nothing to come back for, and sleep.
-        if self._desk.asleep:
-            self._desk.poke()
-        answer = self._answer(self._context, call, request)
+        if desk.asleep:
+            desk.poke()
         try:
-            baton.pop()
-        except IndexError:
-            self.finish(call, answer, may_block=True)
-            self._desk.attach()
-            return False
-        if self.calls.pop(call.correlation, None) is not call:
-            return True
-        if self._decoder.filled:
-            self._outbox.append(answer)  # more frames are here already: their answers leave together
-        elif self._outbox or not self._writing.acquire(False):
-            self._reply(answer, may_block=True)
+            reply = self._context.copy().run(call.tool.handler, request, call)
+        except BaseException as error:
+            answer = error_frame(call, error)
         else:
-            try:
-                sent = self._send(answer, NO_SIGNAL)
-                if sent != len(answer):
-                    self._send_rest(memoryview(answer)[sent:])
-            except OSError:
-                self._shut_down()
-            finally:
-                self._writing.release()
+            answer = reply_frame(call, reply, desk.options.max_frame_bytes)
+        try:
+            here.remove(call)
+        except KeyError:
+            while call not in self._elsewhere:
+                sleep(0)  # the keeper holds the call in its hand and is about to put it there
+            self.finish(call, answer, may_block=True)
+            desk.attach()
+            return False
+        if self._decoder.filled:
+            outbox.hold(answer)  # more frames are here already: their answers leave together
+        elif outbox.busy or self._elsewhere:
+            outbox.put(answer, may_block=True)
+        else:
+            outbox.send_alone(answer)
         return True
 
-    def _answer(self, context: Context, call: Call, request: Any) -> bytes:
-        try:
-            reply = context.copy().run(call.tool.handler, request, call)
-        except BaseException as error:
-            return error_frame(call, error)
-        return reply_frame(call, reply, self._desk.options.max_frame_bytes)
-
     def _run_apart(self, call: Call, request: Any) -> bool:
-        """Runs a handler that is known to block; False when another thread reads on."""
-        desk, context = self._desk, self._context  # the next reader may replace the context
-        if self._outbox:
-            self._flush(may_block=True)
+        """Runs a handler off the reading thread; False when this thread runs it and another reads on."""
+        desk, context = self._desk, self._context.copy()
+        if call.tool.is_async:
+            self._enter(call)
+            desk.start_async(self, call, request, context)
+            return True
+        if not desk.detach():
+            return self._run_here(call, request)
+        self._enter(call)
+        if self._outbox.busy:
+            self._outbox.flush(may_block=True)
         try:
             desk.crew.start(self.run)
             handed_over = True
         except RuntimeError:
             handed_over = False  # no further thread: what comes next on this connection waits
-        answer = self._answer(context, call, request)
+        try:
+            reply = context.run(call.tool.handler, request, call)
+        except BaseException as error:
+            answer = error_frame(call, error)
+        else:
+            answer = reply_frame(call, reply, desk.options.max_frame_bytes)
         call.tool.ran_apart(monotonic() - call.started, BLOCKING_SECONDS / 4)
         self.finish(call, answer, may_block=True)
         desk.attach()
         return not handed_over
+
+    def _enter(self, call: Call) -> None:
+        """Puts a call among those that run elsewhere and have a deadline."""
+        call.start_clock(monotonic(), self._desk.longest_us)
+        self._elsewhere.add(call)
+        self.calls[call.correlation] = call
+        if self._desk.asleep:
+            self._desk.poke()
 
     def _take_other(self, frame: Frame) -> None:
         """Handles whatever is not simply a call.
@@ -233,7 +237,7 @@ class Connection:
             self.client, welcome = greet(frame, desk.token, desk.options)
             self._decoder.max_frame_bytes = desk.options.max_frame_bytes
             self._tools, self._welcomed = desk.tools, True
-            self._reply(welcome, may_block=True)
+            self._outbox.put(welcome, may_block=True)
         elif flags & FLAG_REPLY or not correlation:
             raise RemoteProtocolError(f"a client sent a frame (opcode {opcode:#06x}) that is neither call nor cancel")
         elif opcode == OP_CANCEL:
@@ -241,7 +245,7 @@ class Connection:
         elif correlation in self.calls:
             raise RemoteProtocolError(f"call {correlation} was sent again before it was answered")
         else:
-            self._reply(encode_error(correlation, self._refusal(opcode)), may_block=True)
+            self._outbox.put(encode_error(correlation, self._refusal(opcode)), may_block=True)
 
     def _refusal(self, opcode: int) -> OrkiError:
         desk = self._desk
@@ -251,103 +255,49 @@ class Connection:
             return Draining("the bridge is about to stop and takes no new calls")
         return TooManyCalls(f"{self._room} calls are in flight on this connection, the most that it carries")
 
-    # -- answering ----------------------------------------------------------------------------------------------------
+    # -- answering and ending -----------------------------------------------------------------------------------------
 
     def finish(self, call: Call, answer: bytes, *, may_block: bool) -> None:
-        """Sends a call's answer unless it was answered before."""
+        """Sends the answer of a call that ran elsewhere, unless it was answered before."""
         if self.calls.pop(call.correlation, None) is call:
-            self._reply(answer, may_block=may_block)
+            self._outbox.put(answer, may_block=may_block)
+        self._elsewhere.discard(call)
+
+    def end_calls(self, error: OrkiError) -> None:
+        """Answers every call with the error."""
+        for correlation in tuple(self.calls.copy()):
+            self._end_call(correlation, error)
+        if self._here and self._inline is not None:
+            self._inline.abandon()
+
+    def drain(self) -> None:
+        """Takes no new calls from now on."""
+        self._room = 0
+
+    def expel(self, error: OrkiError | None) -> None:
+        """Ends the connection, with a word to the peer where one is given."""
+        if error is not None and not self._expelled:
+            self._expelled = True
+            self._outbox.put(encode_error(0, error), may_block=False)
+        self._outbox.shut_down()
+
+    def let_go(self) -> None:
+        """Closes the descriptor and nothing else: what a forked child does with its parent's connections."""
+        self._sock.close()
 
     def _end_call(self, correlation: int, error: OrkiError) -> None:
         call = self.calls.pop(correlation, None)
         if call is not None:
-            self._reply(encode_error(correlation, error), may_block=False)
+            self._outbox.put(encode_error(correlation, error), may_block=False)
             call.abandon()
 
-    def _reply(self, answer: bytes, *, may_block: bool) -> None:
-        self._outbox.append(answer)
-        self._flush(may_block=may_block)
-
-    def _flush(self, *, may_block: bool) -> None:
-        """Sends what lies in the outbox; who finds another thread sending leaves it to that thread."""
-        outbox, writing = self._outbox, self._writing
-        while outbox and writing.acquire(False):
-            try:
-                if not self._send_out(may_block):
-                    return
-            finally:
-                writing.release()
-
-    def _send_out(self, may_block: bool) -> bool:
-        """Sends what lies in the outbox; False when another thread goes on with it. Called with the lock held."""
-        outbox = self._outbox
-        answer = outbox.popleft() if len(outbox) == 1 else b"".join(outbox.popleft() for _ in range(len(outbox)))
-        if self._closed:
-            return True
-        flags = NO_SIGNAL if may_block else NO_SIGNAL | socket.MSG_DONTWAIT
-        try:
-            sent = self._send(answer, flags)
-        except BlockingIOError:
-            if may_block:
-                return self._shut_down()
-            sent = 0
-        except OSError:
-            return self._shut_down()
-        if sent == len(answer):
-            return True
-        if may_block:
-            with contextlib.suppress(OSError):
-                self._send_rest(memoryview(answer)[sent:])
-                return True
-            return self._shut_down()
-        outbox.appendleft(answer[sent:])
-        return self._leave_rest()
-
-    def _send_rest(self, rest: memoryview) -> None:
-        """Goes on with an answer that did not leave in one piece. The kernel waits `frame_seconds` for each piece.
-
-        Raises:
-            OSError: It did not leave in time, or the peer is gone.
-        """
-        deadline = monotonic() + self._desk.options.frame_seconds
-        while rest:
-            rest = rest[self._send(rest, NO_SIGNAL) :]
-            if rest and monotonic() > deadline:
-                raise TimeoutError
-
-    def _leave_rest(self) -> bool:
-        """Has a thread that may wait send the rest."""
-        try:
-            self._desk.crew.start(partial(self._flush, may_block=True))
-        except RuntimeError:
-            self._shut_down()
-        return False
-
-    # -- ending -------------------------------------------------------------------------------------------------------
-
-    def _shut_down(self) -> bool:
-        """Ends both directions, so that the reader wakes and closes. Called with the lock held; gives True.
-
-        After part of a frame nothing else may follow, so what else waits to leave is dropped.
-        """
-        self._outbox.clear()
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-        return True
-
     def _close(self) -> None:
-        with self._writing:
-            self._closed = True
-            self._sock.close()
+        self._outbox.close()
         for correlation in tuple(self.calls.copy()):
             call = self.calls.pop(correlation, None)
             if call is not None:
                 call.abandon()
         self._desk.forget(self)
-
-    def let_go(self) -> None:
-        """Closes the descriptor and nothing else: what a forked child does with its parent's connections."""
-        self._sock.close()
 
     # -- what the keeper does -----------------------------------------------------------------------------------------
 
@@ -356,19 +306,13 @@ class Connection:
         options = self._desk.options
         again = inf
         if not self._welcomed:
-            again = self._watch(now, self.opened + options.handshake_seconds, HelloTimeout, "no hello came")
+            again = self._watch(now, self._opened + options.handshake_seconds, HelloTimeout, "no hello came")
         if begun := self._begun:
-            again = min(
-                again, self._watch(now, begun + options.frame_seconds, FrameMalformed, "a frame was not finished")
-            )
+            limit = begun + options.frame_seconds
+            again = min(again, self._watch(now, limit, FrameMalformed, "a frame was not finished"))
         inline = self._inline
-        if inline is not None and self._baton:
-            blocking_at = inline.started + BLOCKING_SECONDS
-            if now >= blocking_at:
-                inline.tool.apart = True
-                self._take_role()
-            else:
-                again = min(again, blocking_at)
+        if inline is not None and self._here:
+            again = min(again, self._watch_inline(now, inline))
         for call in self.calls.copy().values():
             if now >= call.deadline:
                 seconds = call.deadline - call.started
@@ -384,47 +328,40 @@ class Connection:
         self._seen_inline = inline
         return busy
 
-    def drain(self) -> None:
-        """Takes no new calls from now on."""
-        self._room = 0
-
-    def end_calls(self, error: OrkiError) -> None:
-        """Answers every call with the error."""
-        for correlation in tuple(self.calls.copy()):
-            self._end_call(correlation, error)
-
-    def expel(self, error: OrkiError | None) -> None:
-        """Ends the connection, with a word to the peer where one is given."""
-        if error is not None and not self._expelled:
-            self._expelled = True
-            self._reply(encode_error(0, error), may_block=False)
-        if self._writing.acquire(False):
-            try:
-                if not self._closed:
-                    self._shut_down()
-            finally:
-                self._writing.release()
-
     def _watch(self, now: float, limit: float, error: type[OrkiError], what: str) -> float:
         if now < limit:
             return limit
         self.expel(error(f"{what} in time"))
         return now + 0.1
 
-    def _take_role(self) -> None:
-        """Gives the reading role to another thread, if the handler still runs and threads are left."""
-        desk = self._desk
-        if self._outbox:
-            self._flush(may_block=False)
-        if not desk.detach():
-            return
+    def _watch_inline(self, now: float, call: Call) -> float:
+        """Takes the reading role from a thread whose handler blocks.
+
+        The clock of such a call starts when it is first seen here, so that quick calls need not look at one.
+        """
+        if not call.deadline:
+            call.start_clock(now, self._desk.longest_us)
+        limit = min(call.started + BLOCKING_SECONDS, call.deadline)
+        if now < limit:
+            return limit
+        call.tool.apart = True
+        if self._outbox.busy:
+            self._outbox.flush(may_block=False)
+        if self._desk.detach():
+            self._take_role(call)
+        return now + BLOCKING_SECONDS
+
+    def _take_role(self, call: Call) -> None:
+        """Gives the reading role to another thread, if the handler still runs."""
         try:
-            self._baton.pop()
-        except IndexError:
-            desk.attach()
+            self._here.remove(call)
+        except KeyError:
+            self._desk.attach()
             return
+        self.calls[call.correlation] = call
+        self._elsewhere.add(call)
         try:
-            desk.crew.start(self.run)
+            self._desk.crew.start(self.run)
         except RuntimeError:
             self.expel(Overloaded("the bridge has no thread left to read the connection"))
 

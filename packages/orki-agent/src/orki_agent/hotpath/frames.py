@@ -29,6 +29,7 @@ __all__ = [
     "OP_HELLO",
     "OP_WELCOME",
     "PROTOCOL",
+    "Fields",
     "Frame",
     "FrameDecoder",
     "decode_error",
@@ -96,7 +97,8 @@ class Frame(NamedTuple):
     body: memoryview
 
 
-_new_frame: Final = tuple.__new__
+Fields = tuple[int, int, int, int, int, int, bytes, memoryview]
+"""A frame as a bare tuple, in the order of `Frame`: naming its fields would cost more than reading it."""
 
 
 class FrameDecoder:
@@ -138,8 +140,8 @@ class FrameDecoder:
             self._to_front()
         return self._view[self.filled :]
 
-    def next_frame(self, received: int = 0) -> Frame | None:
-        """The next whole frame, or None when more bytes are needed.
+    def next_frame(self, received: int = 0) -> Fields | None:
+        """The fields of the next whole frame, or None when more bytes are needed.
 
         Args:
             received: How many bytes were put at the start of what `writable` gave.
@@ -149,6 +151,16 @@ class FrameDecoder:
             FrameVersion: The frame is of another version of the protocol.
             FrameTooLarge: The frame is longer than `max_frame_bytes`.
         """
+        if received and not self.filled:
+            # By far the most frequent: what came is one frame, no more and no less.
+            word, opcode, block_length, total, version, correlation, timeout_us, trace = _unpack_from(self._small)
+            if (
+                total == received
+                and word & 0xFFFFFF == _WORD
+                and HEADER_BYTES + block_length <= total <= self.max_frame_bytes
+            ):
+                body = self._view[HEADER_BYTES:total]
+                return word >> 24, opcode, block_length, version, correlation, timeout_us, trace, body
         start = self._start
         self.filled = filled = self.filled + received
         have = filled - start
@@ -156,7 +168,7 @@ class FrameDecoder:
             self._wait_for_header(have)
             return None
         word, opcode, block_length, total, version, correlation, timeout_us, trace = _unpack_from(self._buffer, start)
-        if word & 0xFFFFFF != _WORD or total > self.max_frame_bytes or total < HEADER_BYTES + block_length:
+        if word & 0xFFFFFF != _WORD or not HEADER_BYTES + block_length <= total <= self.max_frame_bytes:
             self._check(have)
         if have < total:
             self._wait_for(total)
@@ -168,7 +180,7 @@ class FrameDecoder:
                 self._use(self._small)
         else:
             self._start = start + total
-        return _new_frame(Frame, (word >> 24, opcode, block_length, version, correlation, timeout_us, trace, body))
+        return word >> 24, opcode, block_length, version, correlation, timeout_us, trace, body
 
     def feed(self, chunk: bytes | bytearray | memoryview) -> Iterator[Frame]:
         """Puts bytes in and gives the frames that are now whole; to be iterated to its end.
@@ -179,9 +191,9 @@ class FrameDecoder:
         rest = memoryview(chunk)
         received = 0
         while True:
-            while (frame := self.next_frame(received)) is not None:
+            while (fields := self.next_frame(received)) is not None:
                 received = 0
-                yield frame
+                yield Frame(*fields)
             if not rest:
                 return
             room = self.writable()

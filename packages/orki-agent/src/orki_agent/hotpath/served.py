@@ -21,7 +21,7 @@ from orki_contract.errors import (
 )
 from orki_contract.trace import Span
 
-__all__ = ["Call", "ServedTool", "error_frame", "reply_frame", "served_tools"]
+__all__ = ["Call", "Origin", "ServedTool", "error_frame", "reply_frame", "served_tools"]
 
 _log = logging.getLogger("orki_agent.hotpath")
 
@@ -90,36 +90,55 @@ def served_tools(services: Iterable[AsyncToolService | SyncToolService]) -> dict
     return served
 
 
+Origin = tuple[str, Span | None]
+"""Name of a client, and the span in which it calls."""
+
+
 class Call:
     """One call: what its handler is told (`orki_contract.ToolCall`), and what the bridge needs to end it.
 
     Attributes:
-        client: Name that the caller gave in its hello.
-        span: The caller's span.
+        tool: Which.
+        correlation: Its number on its connection.
+        timeout_us: Time that its caller gives it, in microseconds; 0 for the contract's.
         cancelled: Whether nobody waits for the answer any more.
-        started: When the call came, on the monotonic clock.
-        deadline: When it must have ended.
-        cancel: Ends an async handler; None for a sync one, which has to look at `cancelled`.
+        started: When its clock was started, on the monotonic clock.
+        deadline: When it must have ended; 0 before its clock is started.
+        cancel: Ends an async handler; a sync one has to look at `cancelled`.
     """
 
-    __slots__ = ("cancel", "cancelled", "client", "correlation", "deadline", "span", "started", "tool")
+    __slots__ = ("_origin", "cancel", "cancelled", "correlation", "deadline", "started", "timeout_us", "tool")
 
-    def __init__(
-        self, client: str, tool: ServedTool, correlation: int, span: Span | None, started: float, deadline: float
-    ) -> None:
-        self.client = client
+    started: float
+    cancel: Callable[[], object]
+
+    def __init__(self, origin: Origin, tool: ServedTool, correlation: int, timeout_us: int) -> None:
+        self._origin = origin
         self.tool = tool
         self.correlation = correlation
-        self.span = span
-        self.started = started
-        self.deadline = deadline
+        self.timeout_us = timeout_us
         self.cancelled = False
-        self.cancel: Callable[[], object] | None = None
+        self.deadline = 0.0
+
+    @property
+    def client(self) -> str:
+        """Name that the caller gave in its hello."""
+        return self._origin[0]
+
+    @property
+    def span(self) -> Span | None:
+        """The caller's span."""
+        return self._origin[1]
+
+    def start_clock(self, now: float, longest_us: int) -> None:
+        """Says that the call's time runs from now."""
+        self.started = now
+        self.deadline = now + (min(self.timeout_us, longest_us) / 1_000_000 if self.timeout_us else self.tool.seconds)
 
     def abandon(self) -> None:
         """Tells the handler that nobody waits any more."""
         self.cancelled = True
-        if self.cancel is not None:
+        if hasattr(self, "cancel"):
             self.cancel()
 
 

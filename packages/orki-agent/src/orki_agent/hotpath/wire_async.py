@@ -17,6 +17,7 @@ from orki.hotpath.v1.tool_orki import WelcomeFrame
 from orki_agent.hotpath.frames import (
     FLAG_ERROR,
     FLAG_REPLY,
+    Fields,
     Frame,
     FrameDecoder,
     decode_error,
@@ -167,26 +168,26 @@ class LoopWire:
             self.lose(lambda: None, "it closed the connection")
             return
         try:
-            frame = decoder.next_frame(count)
-            while frame is not None and self.alive:
-                self._take(frame)
-                frame = decoder.next_frame() if decoder.filled else None
+            fields = decoder.next_frame(count)
+            while fields is not None and self.alive:
+                self._take(fields)
+                fields = decoder.next_frame() if decoder.filled else None
         except OrkiError as error:
             kind, what = type(error), error.message
             self.lose(lambda: kind(what), what)
 
-    def _take(self, frame: Frame) -> None:
-        flags, opcode, block_length, version, number, _, _, body = frame
+    def _take(self, fields: Fields) -> None:
+        flags, opcode, block_length, version, number, _, _, body = fields
         if not flags & FLAG_REPLY or number not in self._pending:
             if flags & FLAG_ERROR and not number:
-                self.lose(lambda: decode_error(frame), "it ended the connection")
+                self.lose(lambda: decode_error(Frame(*fields)), "it ended the connection")
                 return
             raise RemoteProtocolError(f"the bridge answered call {number}, for which nobody waits")
         entry = self._pending.pop(number)
         if entry is not None and not entry.future.done():
             plan = entry.plan
             if flags & FLAG_ERROR:
-                entry.future.set_exception(decode_error(frame))
+                entry.future.set_exception(decode_error(Frame(*fields)))
             elif opcode != plan.opcode:
                 raise RemoteProtocolError(f"the bridge answered {plan.method} with opcode {opcode:#06x}")
             else:
@@ -293,8 +294,8 @@ async def open_wire(
 async def _first_frame(sock: socket.socket, decoder: FrameDecoder) -> Frame:
     loop = asyncio.get_running_loop()
     count = 0
-    while (frame := decoder.next_frame(count)) is None:
+    while (fields := decoder.next_frame(count)) is None:
         count = await loop.sock_recv_into(sock, decoder.writable())
         if not count:
             raise PeerLost("the tool bridge closed the connection before its welcome", fully_written=False)
-    return frame
+    return Frame(*fields)

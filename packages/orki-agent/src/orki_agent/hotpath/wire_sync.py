@@ -7,7 +7,7 @@ import socket
 from time import monotonic
 from typing import Any, Final
 
-from orki_agent.hotpath.frames import FLAG_ERROR, FLAG_REPLY, HEADER_BYTES, Frame, FrameDecoder, decode_error
+from orki_agent.hotpath.frames import FLAG_ERROR, FLAG_REPLY, HEADER_BYTES, Fields, Frame, FrameDecoder, decode_error
 from orki_agent.hotpath.greeting import read_welcome
 from orki_agent.hotpath.options import ClientOptions
 from orki_agent.hotpath.plans import Plan
@@ -137,13 +137,13 @@ class BlockingWire:
             self._send(hello, NO_SIGNAL)
         count = 0
         try:
-            while (frame := self._decoder.next_frame(count)) is None:
+            while (fields := self._decoder.next_frame(count)) is None:
                 count = self._fill(deadline)
         except ToolDeadline:
             raise PeerLost(f"the tool bridge at {path} did not answer the hello", fully_written=False) from None
         except PeerLost as error:
             raise PeerLost(error.message, fully_written=False) from None
-        return read_welcome(frame).max_frame_bytes
+        return read_welcome(Frame(*fields)).max_frame_bytes
 
     def _arm(self, timeout_us: int) -> None:
         """Has the kernel end every wait after this time."""
@@ -163,13 +163,13 @@ class BlockingWire:
         except OSError as error:
             raise self._not_sent(error) from None
 
-    def _search(self, reply: Frame | None, deadline: float) -> Frame:
+    def _search(self, reply: Fields | None, deadline: float) -> Fields:
         """The rare ways of a reply: in pieces, as an error, or behind replies that came too late for their calls."""
         while True:
             if reply is not None:
-                if reply.correlation == self.last and reply.flags & FLAG_REPLY and not reply.flags & FLAG_ERROR:
+                if reply[4] == self.last and reply[0] & FLAG_REPLY and not reply[0] & FLAG_ERROR:
                     return reply
-                self._judge(reply)
+                self._judge(Frame(*reply))
             reply = self._decoder.next_frame()
             while reply is None:
                 reply = self._decoder.next_frame(self._fill(deadline))
@@ -218,11 +218,11 @@ class BlockingWire:
         try:
             with contextlib.suppress(OSError):
                 while count := self._receive(self._decoder.writable(), 0, socket.MSG_DONTWAIT):
-                    frame = self._decoder.next_frame(count)
-                    while frame is not None:
-                        if frame.flags & FLAG_ERROR and not frame.correlation:
-                            return decode_error(frame)
-                        frame = self._decoder.next_frame()
+                    fields = self._decoder.next_frame(count)
+                    while fields is not None:
+                        if fields[0] & FLAG_ERROR and not fields[4]:
+                            return decode_error(Frame(*fields))
+                        fields = self._decoder.next_frame()
         except OrkiError as error:
             return error
         finally:
