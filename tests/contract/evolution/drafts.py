@@ -148,7 +148,10 @@ def _message_compiles(proto: Any, *, plain: bool) -> bool:
         return False
     if len({field.json_name or field.name for field in proto.field}) != len(names):
         return False
+    maps = {nested.name for nested in proto.nested_type if nested.options.map_entry}
     for field in proto.field:
+        if field.type_name.rpartition(".")[2] in maps and field.label != _Field.LABEL_REPEATED:
+            return False
         required = field.label == _Field.LABEL_REQUIRED
         if plain and (required or field.default_value or field.type == _Field.TYPE_GROUP):
             return False
