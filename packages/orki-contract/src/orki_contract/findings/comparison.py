@@ -4,10 +4,11 @@ from __future__ import annotations
 
 __all__ = ["Comparison", "Places", "Side", "left_at", "was"]
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Final
 
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from google.protobuf.message import Message
 
 from orki_contract.descriptors import OPTIONS_PACKAGE, Location, MessageNode, MethodNode, Path
@@ -47,6 +48,15 @@ class Side:
         """By package, stream and group."""
         found = self.read.contract.subscriptions
         return _first(((each.package, each.stream, each.group.name), each) for each in found)
+
+    @cached_property
+    def consumed(self) -> Mapping[tuple[str, str], Sequence[tuple[FileDescriptorProto, int, Any]]]:
+        """Where each package declares groups on each stream: file, index among its subscriptions, and the option."""
+        found: dict[tuple[str, str], list[tuple[FileDescriptorProto, int, Any]]] = {}
+        for file in self.schema.files.values():
+            for index, option in enumerate(self.schema.option(file.options, "consume") or ()):
+                found.setdefault((file.package, option.stream), []).append((file, index, option))
+        return found
 
     @cached_property
     def tasks(self) -> Mapping[str, TaskMethod]:

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+
 from orki_contract.descriptors import Location
 from orki_contract.findings.comparison import Comparison, Places, Side, left_at, was
 from orki_contract.findings.finding import Category, Plane, Rule, additive, breaking
-from orki_contract.model import Group, Stream, Subscription
+from orki_contract.model import Group, Stream
 
 _STREAM: Final = Category.STREAM
 
@@ -140,18 +142,13 @@ def _owned(side: Side, stream: Stream) -> Iterator[tuple[str, _Declared]]:
 
 def _read(side: Side, package: str, stream: str) -> Iterator[tuple[str, _Declared]]:
     """The groups that a package declares on somebody else's stream."""
-    for file in side.schema.files.values():
-        if file.package != package:
-            continue
-        for index, option in enumerate(side.schema.option(file.options, "consume") or ()):
-            found: Subscription | None = side.subscriptions.get((package, stream, option.group.name))
-            if option.stream != stream or found is None:
-                continue
+    for file, index, option in side.consumed.get((package, stream), ()):
 
-            def place(*inside: str | int, _file: Any = file, _index: int = index) -> Location:
-                return side.place(_file.name, (), _file.options, "consume", _index, "group", *inside)
+        def place(*inside: str | int, _file: FileDescriptorProto = file, _index: int = index) -> Location:
+            return side.place(_file.name, (), _file.options, "consume", _index, "group", *inside)
 
-            yield found.group.name, _Declared(group=found.group, option=option.group, package=package, place=place)
+        group = side.subscriptions[package, stream, option.group.name].group
+        yield group.name, _Declared(group=group, option=option.group, package=package, place=place)
 
 
 def _start(declared: _Declared) -> int:
