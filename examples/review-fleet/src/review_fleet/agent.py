@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from sourcereview.v1.review_orki import REVIEW_FINDINGS, SourceReviewServiceBase
@@ -22,7 +24,7 @@ from sourcereview.v1.tools_pb2 import ReadFileRequest
 from orki_agent import Agent
 from orki_contract import TaskContext
 from orki_contract.errors import ToolFailed
-from review_fleet.measure import Measured, measure_source
+from review_fleet.measure import LARGE_BYTES, Measured, measure_source
 from review_fleet.tools import MAX_PIECE_BYTES, SourceTools
 
 __all__ = ["Reviewer", "agent"]
@@ -48,7 +50,7 @@ class Reviewer(SourceReviewServiceBase):
             return ReviewFileResponse(error=error.message, attempt=ctx.attempt, fence=ctx.fence)
         await ctx.progress(ReviewProgress(fraction=0.5))
         await asyncio.sleep(self._pace)
-        measured = measure_source(source)
+        measured = await self._measure(source)
         ctx.usage(provider="none", model="ast", input_tokens=len(source) // 4, output_tokens=measured.functions)
         for finding in self._findings(request.path, source, measured):
             await self._publish(ctx, finding)
@@ -60,6 +62,14 @@ class Reviewer(SourceReviewServiceBase):
             attempt=ctx.attempt,
             fence=ctx.fence,
         )
+
+    @staticmethod
+    async def _measure(source: bytes) -> Measured:
+        """Parses; a large file in a process of its own, as the parser lets no other thread run meanwhile."""
+        if len(source) <= LARGE_BYTES:
+            return measure_source(source)
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            return await asyncio.get_running_loop().run_in_executor(pool, measure_source, source)
 
     @staticmethod
     async def _read(tools: SourceToolServiceClient, path: bytes) -> bytes:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,6 +41,7 @@ from review_fleet.watching import Watching
 __all__ = ["main"]
 
 _WAITERS = 64
+_LOOK_SECONDS = 0.5
 _SHOWN_FINDINGS = 12
 
 
@@ -88,6 +91,9 @@ def main(path: Path, json_file: Path | None, agents: int, pace: float) -> None:
     try:
         with tempfile.TemporaryDirectory(prefix="orki-demo-") as folder:
             outcome = asyncio.run(_run(console, path.resolve(), Path(folder), agents, pace))
+    except asyncio.CancelledError:
+        console.print("demo: ended from outside; all that it started was stopped")
+        sys.exit(143)
     except (ChildFailed, OrkiError) as error:
         console.print(f"[red]demo failed:[/] {error}", markup=True)
         sys.exit(1)
@@ -99,6 +105,10 @@ def main(path: Path, json_file: Path | None, agents: int, pace: float) -> None:
 
 async def _run(console: Console, root: Path, folder: Path, agents: int, pace: float) -> Outcome:
     paths = python_files(root)
+    if not paths:
+        console.print(f"there is no Python file below {root}: nothing to review")
+        return Outcome()
+    _end_with_parent()
     console.print(f"{len(paths):,} Python files below {root}; starting {agents} agents, orchestrator, observers")
     # With few files each must take a while, or all are done before an agent can be caught with one.
     pace = max(pace, 0.5) if len(paths) < 50 else pace
@@ -223,6 +233,20 @@ def _judge(outcome: Outcome, paths: list[bytes]) -> list[str]:
     return wrong
 
 
+def _end_with_parent() -> None:
+    """Makes SIGTERM, and the end of whoever started us, end the demo in good order, with all that it started."""
+    loop, task, parent = asyncio.get_running_loop(), asyncio.current_task(), os.getppid()
+    assert task is not None
+    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+
+    def look() -> None:
+        if os.getppid() != parent:
+            task.cancel()
+        loop.call_later(_LOOK_SECONDS, look)
+
+    look()
+
+
 @contextlib.contextmanager
 def _bars(console: Console) -> Iterator[tuple[Progress, TaskID, TaskID]]:
     columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -236,6 +260,8 @@ def _print(console: Console, outcome: Outcome) -> None:
     if len(outcome.findings) > _SHOWN_FINDINGS:
         console.print(f"  … and {len(outcome.findings) - _SHOWN_FINDINGS:,} more findings")
     sums = totals(outcome.files)
+    if not outcome.files:
+        return
     console.print(", ".join(f"{value:,} {name}" for name, value in sums.items()))
     if killed := outcome.killed:
         console.print(

@@ -6,8 +6,12 @@ import ast
 import warnings
 from dataclasses import dataclass
 
-__all__ = ["LONG_FUNCTION_LINES", "Definition", "Measured", "measure_source"]
+__all__ = ["LARGE_BYTES", "LONG_FUNCTION_LINES", "MOST_BYTES", "Definition", "Measured", "measure_source"]
 
+LARGE_BYTES = 200_000
+"""Above this size parsing takes long enough to be noticed by whatever shares the process."""
+MOST_BYTES = 4_000_000
+"""Above this size a file is not parsed: its tree may take a thousand times its size in memory."""
 LONG_FUNCTION_LINES = 80
 """A function that spans more lines than this is worth a finding."""
 
@@ -33,6 +37,8 @@ class Measured:
 
 def measure_source(source: bytes) -> Measured:
     """Counts definitions in Python source, nested ones too. Never raises for what the bytes may be."""
+    if len(source) > MOST_BYTES:
+        return Measured(0, 0, (), f"was not parsed: it has more than {MOST_BYTES:,} bytes")
     try:
         with warnings.catch_warnings():
             # What the compiler thinks of somebody's escapes is not this fleet's business.

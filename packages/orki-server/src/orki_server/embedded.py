@@ -80,6 +80,10 @@ class EmbeddedServer:
         """Its process id; 0 when it does not run."""
         return self._process.pid if self._process else 0
 
+    def exit_code(self) -> int | None:
+        """How its process ended by itself, negative for a signal; None while it runs, or was not started."""
+        return self._process.poll() if self._process else None
+
     def start(self) -> Self:
         """Starts it and waits until it answers; a second start goes on with the same directory and port.
 

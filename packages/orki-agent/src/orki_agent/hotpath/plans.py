@@ -19,9 +19,9 @@ class Plan:
     """How one tool is called."""
 
     __slots__ = (
-        "_encode",
         "block_length",
         "decode",
+        "encode",
         "method",
         "opcode",
         "request",
@@ -39,7 +39,7 @@ class Plan:
         self.response: Final = tool.response
         self.block_length: Final = request.block_length
         self.version: Final = request.version
-        self._encode: Final = request.encode
+        self.encode: Final = request.encode
         self.decode: Final = response.decode
 
     def frame(self, request: Any, number: int, micros: int, trace: bytes) -> bytes:
@@ -50,9 +50,14 @@ class Plan:
             FrameMalformed: It holds values that its frame cannot.
         """
         if type(request) is not self.request:
-            raise InvalidArgument(f"{self.method} takes {self.request.__name__}, not {type(request).__name__}")
-        body = self._encode(request)
-        return encode_call(self.opcode, self.block_length, self.version, number, micros, trace, body)
+            raise self.wrong(request)
+        return encode_call(self.opcode, self.block_length, self.version, number, micros, trace, self.encode(request))
+
+    def wrong(self, request: Any) -> InvalidArgument:
+        """The error for a request of another class."""
+        # With their modules: a frame's class has the name of the message class that stands for it elsewhere.
+        wanted, given = (f"{each.__module__}.{each.__qualname__}" for each in (self.request, type(request)))
+        return InvalidArgument(f"{self.method} takes {wanted}, not {given}")
 
     def too_long(self, length: int, most: int) -> FrameTooLarge:
         """The error for a frame that the bridge would not take."""

@@ -22,8 +22,9 @@ from orki_contract.errors import InvalidSetting
 from orki_server.embedded import EmbeddedOptions, EmbeddedServer
 from orki_server.lifetime import run_until_stopped
 from orki_server.ready import announce_ready
-from orki_server.supervise import Part, Supervisor
+from orki_server.supervise import Part, PartEnded, Supervisor
 
+_LOOK_S: Final = 0.5
 _REDIS_PORT: Final = 6379
 _METRICS_PORT: Final = 9464
 _FEED_PORT: Final = 9465
@@ -74,11 +75,13 @@ def up(**wishes: Any) -> None:
             embedded = EmbeddedOptions(
                 directory=home / "valkey", append_only=asked.directory is not None, port=_port(_REDIS_PORT)
             )
-            url = stack.enter_context(EmbeddedServer(embedded)).url
-        run_until_stopped(lambda stopped: _run(asked, url, home, stopped))
+            server = stack.enter_context(EmbeddedServer(embedded))
+            run_until_stopped(lambda stopped: _run(asked, server.url, home, stopped, server))
+        else:
+            run_until_stopped(lambda stopped: _run(asked, url, home, stopped, None))
 
 
-async def _run(asked: _Wishes, url: str, home: Path, stopped: asyncio.Event) -> None:
+async def _run(asked: _Wishes, url: str, home: Path, stopped: asyncio.Event, embedded: EmbeddedServer | None) -> None:
     supervisor = Supervisor()
     try:
         # Started together, and ended in this order: the orchestrator first, so that the observers see its last events.
@@ -90,12 +93,28 @@ async def _run(asked: _Wishes, url: str, home: Path, stopped: asyncio.Event) -> 
         facts["pids"] = {child.part.name: child.pid for child in children}
         announce_ready("up", _words(facts), facts, asked.as_json, asked.ready_file)
         waiting = asyncio.create_task(stopped.wait())
-        await asyncio.wait((waiting, supervisor.failed), return_when=asyncio.FIRST_COMPLETED)
+        watching = asyncio.create_task(_until_ended(embedded))
+        await asyncio.wait((waiting, watching, supervisor.failed), return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
+        if watching.done():
+            watching.result()
+        watching.cancel()
         if supervisor.failed.done():
             supervisor.failed.result()
     finally:
         await supervisor.stop()
+
+
+async def _until_ended(embedded: EmbeddedServer | None) -> None:
+    """Returns never, unless the embedded server ends.
+
+    Raises:
+        PartEnded: It has ended.
+    """
+    # Another thread's child has no event to wait for.
+    while embedded is None or (code := embedded.exit_code()) is None:  # noqa: ASYNC110
+        await asyncio.sleep(_LOOK_S)
+    raise PartEnded(f"the embedded Valkey ended with exit code {code}; everything is stopped")
 
 
 def _words(facts: dict[str, Any]) -> str:
