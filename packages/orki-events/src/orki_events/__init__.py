@@ -5,6 +5,7 @@ from orki_events.deliveries import Delivery, DeliveryBatch
 from orki_events.events import Events, connect
 from orki_events.ledger import GroupLedger, StreamLedger
 from orki_events.options import ConsumeOptions, EventOptions, Gap, GapKind
+from orki_events.publisher import Outgoing
 from orki_events.push import Consumer, consumer
 from orki_events.registry import RegisteredStream
 from orki_events.tail import TailEntry
@@ -20,6 +21,7 @@ __all__ = [
     "Gap",
     "GapKind",
     "GroupLedger",
+    "Outgoing",
     "RegisteredStream",
     "StreamLedger",
     "TailEntry",

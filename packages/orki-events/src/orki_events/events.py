@@ -28,7 +28,7 @@ from orki_events.deliveries import Decode, Delivery, DeliveryBatch, take_batch, 
 from orki_events.groups import GroupKeeper
 from orki_events.ledger import StreamLedger, read_ledger
 from orki_events.options import ConsumeOptions, EventOptions, Gap
-from orki_events.publisher import PublishCounts, Publisher
+from orki_events.publisher import Outgoing, PublishCounts, Publisher
 from orki_events.push import Consumer, PushRun, run_until
 from orki_events.redis_shell import Address, Link, parse_address
 from orki_events.registry import RegisteredStream, Registry
@@ -139,7 +139,8 @@ class Events:
             InvalidArgument, TooLarge: The event cannot be published at all.
         """
         publisher = self._open()
-        (identity,) = await publisher.publish_all(stream, (message,), span or current_span(), event_id, time_us)
+        outgoing = Outgoing(message, span or current_span(), event_id, time_us)
+        (identity,) = await publisher.publish_all(stream, (outgoing,))
         return identity
 
     async def publish_many(
@@ -150,7 +151,12 @@ class Events:
         Raises:
             OrkiError: As `publish`; the first error among them. The others may have been published.
         """
-        return await self._open().publish_all(stream, messages, span or current_span())
+        where = span or current_span()
+        return await self._open().publish_all(stream, [Outgoing(message, where) for message in messages])
+
+    async def publish_outgoing(self, stream: EventStream[E, Any], outgoing: Iterable[Outgoing]) -> list[bytes]:
+        """As `publish_many`, for events that bring span, id and time of their own, such as an outbox's."""
+        return await self._open().publish_all(stream, outgoing)
 
     def collect(self, stream: EventStream[E, Any], message: E, *, span: Span | None = None) -> bytes:
         """Publishes an event some time soon; never waits, and may be called on any thread.

@@ -7,7 +7,7 @@ entries are searched for the event's id, and only what is not there is sent agai
 
 from __future__ import annotations
 
-__all__ = ["PublishCounts", "Publisher"]
+__all__ = ["Outgoing", "PublishCounts", "Publisher"]
 
 import asyncio
 import logging
@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from google.protobuf.message import Message
 
@@ -64,6 +64,22 @@ class PublishCounts:
     repeated: int = 0
     landed: int = 0
     pipelines: int = 0
+
+
+class Outgoing(NamedTuple):
+    """An event on its way out.
+
+    Attributes:
+        message: The event.
+        span: Span in which it happened.
+        event_id: Its identity, 16 bytes; a new one unless given.
+        time_us: When it happened, in microseconds since the Unix epoch; now unless given.
+    """
+
+    message: Message
+    span: Span | None = None
+    event_id: bytes | None = None
+    time_us: int | None = None
 
 
 @dataclass(slots=True)
@@ -204,10 +220,7 @@ class Publisher:
     async def publish_all(
         self,
         handle: EventStream[Any, Any],
-        messages: Iterable[Message],
-        span: Span | None,
-        event_id: bytes | None = None,
-        time_us: int | None = None,
+        outgoing: Iterable[Outgoing],
     ) -> list[bytes]:
         """Puts events into the buffer, waits for room where there is none, and until the server has them all.
 
@@ -219,7 +232,7 @@ class Publisher:
         ticket.open = 1
         identities = []
         try:
-            for message in messages:
+            for message, span, event_id, time_us in outgoing:
                 while True:
                     try:
                         identities.append(self.submit(handle, message, span, ticket, event_id, time_us))
