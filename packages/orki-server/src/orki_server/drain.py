@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import logging
 import random
+from collections.abc import Callable
 from typing import Any, Final
 
 from orki.errors.v1.errors_pb2 import Reason
@@ -23,8 +24,8 @@ from orki.events.v1.audit_orki import AUDIT
 from orki.events.v1.audit_pb2 import AuditEvent
 from orki.events.v1.task_orki import TASKS
 from orki_contract.errors import OrkiError
-from orki_contract.trace import Span, parse_traceparent
-from orki_events import Events
+from orki_contract.trace import Span
+from orki_events import Events, Outgoing
 from orki_server.store import Record, Store
 
 __all__ = ["OutboxDrain", "audit_event", "event_id", "task_event"]
@@ -88,32 +89,21 @@ class OutboxDrain:
                 return
 
     async def _publish(self, records: list[Record]) -> None:
-        waiting: list[Any] = []
+        tasks, deeds = [], []
         for record in records:
             span = _span(record)
-            waiting.append(
-                self._events.publish(
-                    TASKS, task_event(record), span=span, event_id=event_id(record), time_us=record.time_us
-                )
-            )
+            tasks.append(Outgoing(task_event(record), span, event_id(record), record.time_us))
             if record.kind in _AUDITED:
-                waiting.append(
-                    self._events.publish(
-                        AUDIT,
-                        audit_event(record),
-                        span=span,
-                        event_id=event_id(record, "audit"),
-                        time_us=record.time_us,
-                    )
-                )
-        for failed in await asyncio.gather(*waiting, return_exceptions=True):
-            if isinstance(failed, BaseException):
-                raise failed
+                deeds.append(Outgoing(audit_event(record), span, event_id(record, "audit"), record.time_us))
+        await self._events.publish_outgoing(TASKS, tasks)
+        if deeds:
+            await self._events.publish_outgoing(AUDIT, deeds)
 
 
-def _span(record: Record) -> Span | None:
-    parsed = parse_traceparent(record.traceparent)
-    return Span(parsed.trace_id, parsed.span_id, record.parent_id, parsed.flags) if parsed else None
+def _span(record: Record) -> Span:
+    # The store's own traceparent: version, trace, span and flags lie where the standard puts them.
+    _, trace_id, span_id, flags = record.traceparent.split("-")
+    return Span(trace_id, span_id, record.parent_id, int(flags, 16))
 
 
 def event_id(record: Record, part: str = "task") -> bytes:
@@ -123,39 +113,35 @@ def event_id(record: Record, part: str = "task") -> bytes:
 
 def task_event(record: Record) -> pb.TaskEvent:
     """The event that a record stands for."""
-    event = pb.TaskEvent(
+    return pb.TaskEvent(
         task_id=record.task_id,
         method=record.method,
         attempt=record.attempt,
         fence=record.fence,
         agent_id=record.agent_id,
         instance_id=record.instance_id,
+        **{record.kind: _KINDS[record.kind](record)},
     )
-    reason = Reason.ValueType(record.reason)
-    match record.kind:
-        case "submitted":
-            event.submitted.request_bytes = record.number
-            event.submitted.idempotency_key = record.text
-        case "attempt_ended":
-            event.attempt_ended.CopyFrom(
-                pb.TaskAttemptEnded(reason=reason, message=record.text, retried=True, backoff_ms=record.number)
-            )
-        case "cancel_requested":
-            event.cancel_requested.message = record.text
-        case "directed":
-            event.directed.directive_bytes = record.number
-        case "succeeded":
-            event.succeeded.response_bytes = record.number
-        case "failed":
-            event.failed.reason = reason
-            event.failed.message = record.text
-        case "cancelled":
-            event.cancelled.reason = reason
-        case kind:
-            getattr(event, kind).SetInParent()
-    # What has only default values must be there all the same.
-    getattr(event, record.kind).SetInParent()
-    return event
+
+
+_KINDS: Final[dict[str, Callable[[Record], Any]]] = {
+    "submitted": lambda record: pb.TaskSubmitted(request_bytes=record.number, idempotency_key=record.text),
+    "offered": lambda record: pb.TaskOffered(),
+    "started": lambda record: pb.TaskStarted(),
+    "attempt_ended": lambda record: pb.TaskAttemptEnded(
+        reason=_reason(record), message=record.text, retried=True, backoff_ms=record.number
+    ),
+    "cancel_requested": lambda record: pb.TaskCancelRequested(message=record.text),
+    "cancel_acknowledged": lambda record: pb.TaskCancelAcknowledged(),
+    "directed": lambda record: pb.TaskDirected(directive_bytes=record.number),
+    "succeeded": lambda record: pb.TaskSucceeded(response_bytes=record.number),
+    "failed": lambda record: pb.TaskFailed(reason=_reason(record), message=record.text),
+    "cancelled": lambda record: pb.TaskCancelled(reason=_reason(record)),
+}
+
+
+def _reason(record: Record) -> Reason.ValueType:
+    return Reason.ValueType(record.reason)
 
 
 def audit_event(record: Record) -> AuditEvent:

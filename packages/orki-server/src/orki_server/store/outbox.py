@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import NamedTuple
 
 from orki_server.keys import ShardKeys
 from orki_server.store.link import Link
 
 __all__ = ["Outbox", "Record"]
 
-_FIELDS: Final = ("t", "n", "k", "m", "a", "f", "g", "i", "p", "u", "w", "c", "x", "b", "y")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class Record(NamedTuple):
     """One transition of one task.
 
     Attributes:
@@ -68,7 +64,7 @@ class Outbox:
             StoreUnavailable: The store is away.
         """
         replies = await self._link.calls([("XRANGE", name, "-", "+", "COUNT", limit) for name in self._names])
-        return [[_record(entry, fields) for entry, fields in reply or []] for reply in replies]
+        return [[_record(entry, fields) for entry, fields in reply] for reply in replies]
 
     async def trim(self, published: list[list[Record]]) -> None:
         """Removes what was published: of each shard everything up to the last of these records.
@@ -96,27 +92,26 @@ def _after(entry: str) -> str:
     return f"{milliseconds}-{int(number) + 1}"
 
 
-def _record(entry: bytes, fields: Any) -> Record:
-    values = list(fields.items()) if isinstance(fields, dict) else list(zip(fields[::2], fields[1::2], strict=True))
-    text = {name.decode(): value.decode(errors="replace") for name, value in values}
+def _record(entry: bytes, fields: list[bytes]) -> Record:
+    # In the order in which `record` in shared.lua writes them, always.
     task, revision, kind, method, attempt, fence, agent, instance, span, parent, when, reason, words, number, actor = (
-        text[name] for name in _FIELDS
+        fields[1::2]
     )
     return Record(
-        entry=entry.decode(),
-        task_id=task,
-        revision=int(revision),
-        kind=kind,
-        method=method,
-        attempt=int(attempt),
-        fence=int(fence),
-        agent_id=agent,
-        instance_id=instance,
-        traceparent=span,
-        parent_id=parent,
-        time_us=int(when),
-        reason=int(reason),
-        text=words,
-        number=int(number),
-        actor=actor,
+        entry.decode(),
+        task.decode(),
+        int(revision),
+        kind.decode(),
+        method.decode(),
+        int(attempt),
+        int(fence),
+        agent.decode(),
+        instance.decode(),
+        span.decode(),
+        parent.decode(),
+        int(when),
+        int(reason),
+        words.decode(errors="replace"),
+        int(number),
+        actor.decode(),
     )
