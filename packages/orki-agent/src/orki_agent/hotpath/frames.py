@@ -18,9 +18,11 @@ from orki_contract.errors import FrameMalformed, FrameTooLarge, FrameVersion, Or
 
 __all__ = [
     "BUFFER_BYTES",
+    "CALL_WORD",
     "FIRST_TOOL_OPCODE",
     "FLAG_ERROR",
     "FLAG_REPLY",
+    "HEADER",
     "HEADER_BYTES",
     "MAGIC",
     "NO_TRACE",
@@ -29,6 +31,7 @@ __all__ = [
     "OP_HELLO",
     "OP_WELCOME",
     "PROTOCOL",
+    "REPLY_WORD",
     "Fields",
     "Frame",
     "FrameDecoder",
@@ -67,10 +70,10 @@ HEADER: Final = Struct("<IHHIH2xQI28s")
 _pack: Final = HEADER.pack
 _unpack_from: Final = HEADER.unpack_from
 
-_WORD: Final = MAGIC | PROTOCOL << 16
+CALL_WORD: Final = MAGIC | PROTOCOL << 16
 _MAGIC_BYTES: Final = MAGIC.to_bytes(2, "little")
-_REPLY_WORD: Final = _WORD | FLAG_REPLY << 24
-_ERROR_WORD: Final = _WORD | (FLAG_REPLY | FLAG_ERROR) << 24
+REPLY_WORD: Final = CALL_WORD | FLAG_REPLY << 24
+_ERROR_WORD: Final = CALL_WORD | (FLAG_REPLY | FLAG_ERROR) << 24
 
 
 class Frame(NamedTuple):
@@ -156,7 +159,7 @@ class FrameDecoder:
             word, opcode, block_length, total, version, correlation, timeout_us, trace = _unpack_from(self._small)
             if (
                 total == received
-                and word & 0xFFFFFF == _WORD
+                and word & 0xFFFFFF == CALL_WORD
                 and HEADER_BYTES + block_length <= total <= self.max_frame_bytes
             ):
                 body = self._view[HEADER_BYTES:total]
@@ -168,7 +171,7 @@ class FrameDecoder:
             self._wait_for_header(have)
             return None
         word, opcode, block_length, total, version, correlation, timeout_us, trace = _unpack_from(self._buffer, start)
-        if word & 0xFFFFFF != _WORD or not HEADER_BYTES + block_length <= total <= self.max_frame_bytes:
+        if word & 0xFFFFFF != CALL_WORD or not HEADER_BYTES + block_length <= total <= self.max_frame_bytes:
             self._check(have)
         if have < total:
             self._wait_for(total)
@@ -270,12 +273,14 @@ def encode_call(
     opcode: int, block_length: int, version: int, correlation: int, timeout_us: int, trace: bytes, body: bytes
 ) -> bytes:
     """A call's frame; `body` is block and tail, `trace` is as in `Frame`."""
-    return _pack(_WORD, opcode, block_length, HEADER_BYTES + len(body), version, correlation, timeout_us, trace) + body
+    return (
+        _pack(CALL_WORD, opcode, block_length, HEADER_BYTES + len(body), version, correlation, timeout_us, trace) + body
+    )
 
 
 def encode_reply(opcode: int, block_length: int, version: int, correlation: int, body: bytes) -> bytes:
     """The frame that answers a call."""
-    return _pack(_REPLY_WORD, opcode, block_length, HEADER_BYTES + len(body), version, correlation, 0, NO_TRACE) + body
+    return _pack(REPLY_WORD, opcode, block_length, HEADER_BYTES + len(body), version, correlation, 0, NO_TRACE) + body
 
 
 def encode_error(correlation: int, error: OrkiError) -> bytes:
@@ -300,17 +305,17 @@ def decode_error(frame: Frame) -> OrkiError:
 
 def encode_hello(hello: HelloFrame) -> bytes:
     """The frame that opens a connection."""
-    return _encode(_WORD, OP_HELLO, 0, hello)
+    return _encode(CALL_WORD, OP_HELLO, 0, hello)
 
 
 def encode_welcome(welcome: WelcomeFrame) -> bytes:
     """The frame that accepts a connection."""
-    return _encode(_REPLY_WORD, OP_WELCOME, 0, welcome)
+    return _encode(REPLY_WORD, OP_WELCOME, 0, welcome)
 
 
 def encode_cancel(correlation: int) -> bytes:
     """The frame that asks for the end of a call."""
-    return _encode(_WORD, OP_CANCEL, correlation, CancelFrame())
+    return _encode(CALL_WORD, OP_CANCEL, correlation, CancelFrame())
 
 
 def _encode(word: int, opcode: int, correlation: int, payload: FrameType) -> bytes:
