@@ -174,6 +174,15 @@ def test_a_plugin_that_is_missing_or_fails_ends_the_run(tmp_path: Path) -> None:
         assert done.returncode not in (0, BROKEN)
 
 
+def test_the_page_tells_of_every_rule() -> None:
+    page = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
+    rows = {line.split("|")[1].strip(" `"): line for line in page.splitlines() if line.startswith("| `")}
+    assert set(rows) == set(RULES)
+    for name, rule in RULES.items():
+        assert rule.purpose in rows[name]
+        assert ("| yes |" in rows[name]) == rule.wire
+
+
 def test_the_purposes_and_ids_have_the_shape_that_buf_asks_for() -> None:
     for rule in RULES.values():
         assert re.fullmatch(r"[A-Z0-9][A-Z0-9_]*[A-Z0-9]", rule.id)
