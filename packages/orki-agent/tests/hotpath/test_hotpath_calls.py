@@ -160,7 +160,7 @@ async def test_what_happened_inside_is_told_without_a_traceback(
 
 async def test_what_cannot_be_sent_is_refused_here(either: Either) -> None:
     for wrong in (Ask(1, 2), None, "text"):
-        with pytest.raises(InvalidArgument, match="takes StringValue"):
+        with pytest.raises(InvalidArgument, match="takes google.protobuf.wrappers_pb2.StringValue, not"):
             await either.call(TEXT, wrong)
     with pytest.raises(FrameMalformed):
         await either.call(ECHO, Ask(-1, 2))
