@@ -46,7 +46,7 @@ class Served:
         self._ready.unlink(missing_ok=True)
         arguments = ["--listen", self._listen, "--ready-file", str(self._ready), "--heartbeat-interval-ms", "300"]
         self.process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", "from orki_server.cli import main; main()", "serve", *arguments),
+            *(sys.executable, "-m", "orki_server", "serve", *arguments),
             env={**os.environ, "ORKI_REDIS_URL": self._url, "ORKI_SHARDS": "4", "ORKI_DRAIN_GRACE_MS": "100"},
             stdout=asyncio.subprocess.DEVNULL,
         )
@@ -249,7 +249,7 @@ async def test_a_store_that_lost_everything_gives_no_fence_twice(
 async def test_serve_refuses_a_port_that_is_taken(served: Served, redis_url: str) -> None:
     started = time.monotonic()
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", "from orki_server.cli import main; main()", "serve", "--listen", served.address),
+        *(sys.executable, "-m", "orki_server", "serve", "--listen", served.address),
         env={**os.environ, "ORKI_REDIS_URL": redis_url, "ORKI_SHARDS": "4"},
         stderr=asyncio.subprocess.PIPE,
     )

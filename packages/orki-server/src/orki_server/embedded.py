@@ -141,7 +141,7 @@ class EmbeddedServer:
                 if "Address already in use" in text:
                     raise InvalidSetting(f"the embedded Redis cannot listen on port {self._port}: it is taken")
                 raise StoreUnavailable(f"the embedded Redis ended at once; the end of its log: {text[-500:]}")
-            if _answers(self._port):
+            if _answering_pid(self._port) == self._process.pid:
                 return
             time.sleep(_POLL_S)
         raise StoreUnavailable(f"the embedded Redis does not answer on port {self._port} after {_START_S:g} s")
@@ -182,11 +182,20 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _answers(port: int) -> bool:
-    """Whether the server answers PING; it answers with an error while it loads its data."""
+def _answering_pid(port: int) -> int:
+    """Process id of the server that answers there; 0 for none, or for one that still loads its data.
+
+    The id matters: where the port is taken, it is somebody else who answers.
+    """
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
-            connection.sendall(b"PING\r\n")
-            return connection.recv(64).startswith(b"+PONG")
+            connection.sendall(b"PING\r\nINFO server\r\n")
+            answer = b""
+            while b"process_id:" not in answer or not answer.endswith(b"\r\n"):
+                piece = connection.recv(65_536)
+                answer += piece
+                if not piece or not b"+PONG\r\n".startswith(answer[:7]):
+                    return 0
+            return int(answer.split(b"process_id:", 1)[1].split(b"\r\n", 1)[0])
     except OSError:
-        return False
+        return 0

@@ -145,7 +145,7 @@ def _observers(url: str, home: Path) -> Iterator[Part]:
 
 def _orki() -> tuple[str, ...]:
     """The command itself, in this very Python."""
-    return (sys.executable, "-c", "from orki_server.cli import main; main()")
+    return (sys.executable, "-m", "orki_server")
 
 
 def _port(wanted: int) -> int:

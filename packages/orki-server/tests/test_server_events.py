@@ -1,0 +1,153 @@
+"""What the orchestrator tells the event plane: every transition once, in spans that nest; agents; deeds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from google.protobuf.message import Message
+from redis import Redis
+
+from orki.control.v1 import task_pb2 as pb
+from orki.errors.v1.errors_pb2 import Reason
+from orki.events.v1.agent_pb2 import AgentEvent
+from orki.events.v1.audit_pb2 import AuditEvent
+from orki.events.v1.envelope_pb2 import Envelope
+from orki.events.v1.task_pb2 import TaskEvent
+from orki_contract.model import TaskMethod
+from orki_contract.trace import new_span, parse_traceparent
+from orki_control.client import Client
+from orki_control.session import ArrivedOffer
+from orki_events import connect
+from orki_server.drain import _KINDS, OutboxDrain
+from orki_server.orchestrator import Orchestrator
+from orki_server.store import Store, Submit, new_task_id
+
+DO = "servertests.v1.WorkService/Do"
+Make = Callable[..., Any]
+
+
+def read(redis_url: str, stream: str, kind: type[Message]) -> list[tuple[Envelope, Any]]:
+    with Redis.from_url(redis_url) as redis:
+        entries: Any = redis.xrange(f"orki:ev:{{{stream}}}")
+    return [(Envelope.FromString(fields[b"e"]), kind.FromString(fields[b"d"])) for _, fields in entries]
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+async def test_every_transition_is_told_in_its_span(
+    redis_url: str, orchestrator: Orchestrator, stand_in: Make, work: Make
+) -> None:
+    async def handler(offer: ArrivedOffer) -> bytes:
+        if offer.attempt.attempt == 1:
+            await asyncio.sleep(0.1)
+            await agent.cut()
+            await asyncio.sleep(60)
+        return b"response"
+
+    contract = work(heartbeat_timeout={"nanos": 500_000_000}, retry_backoff={"initial": {"nanos": 1_000_000}})
+    agent = stand_in(orchestrator.address, [contract], handler=handler)
+    await agent.ready()
+    submitter = new_span()
+    async with Client(orchestrator.address) as client:
+        submission = pb.Submission(method=DO, request=b"four", idempotency_key="k", traceparent=submitter.traceparent)
+        (task,) = await client.submit_raw([submission])
+        await agent.until(lambda: bool(agent.offers))
+        await agent.close()
+        heir = stand_in(orchestrator.address, [contract], agent_id="agent-2", handler=handler)
+        heir_news = [each async for each in client.watch(task.task_id)]
+    assert heir_news[-1].task.response == b"response"
+    await eventually(lambda: any(e.HasField("succeeded") for _, e in read(redis_url, "tasks", TaskEvent)))
+    told = read(redis_url, "tasks", TaskEvent)
+    kinds = [event.WhichOneof("event") for _, event in told]
+    assert kinds == ["submitted", "offered", "started", "attempt_ended", "offered", "started", "succeeded"]
+    assert len({envelope.event_id for envelope, _ in told}) == 7
+    assert [envelope.time_us for envelope, _ in told] == sorted(envelope.time_us for envelope, _ in told)
+    # Spans: the submitter's above the task's, the task's above each attempt's.
+    spans = [parse_traceparent(envelope.traceparent) for envelope, _ in told]
+    assert {span.trace_id for span in spans if span} == {submitter.trace_id}
+    of_task = parse_traceparent(task.traceparent)
+    offers = [parse_traceparent(each.traceparent) for each in (*agent.offers, *heir.offers)]
+    assert of_task is not None
+    ids = [span.span_id for span in (of_task, *offers) if span]
+    assert [span.span_id for span in spans if span] == [
+        ids[0], ids[1], ids[1], ids[1], ids[2], ids[2], ids[0]
+    ]  # fmt: skip
+    parents = [envelope.parent_span_id for envelope, _ in told]
+    assert parents == [submitter.span_id, *[ids[0]] * 5, submitter.span_id]
+    ended = told[3][1]
+    assert (ended.attempt_ended.reason, ended.attempt_ended.retried) == (Reason.REASON_LEASE_EXPIRED, True)
+    assert told[0][1].submitted.request_bytes == 4
+    assert [event.agent_id for _, event in told] == ["", *["agent-1"] * 3, *["agent-2"] * 3]
+
+
+async def test_deeds_are_audited(redis_url: str, orchestrator: Orchestrator, stand_in: Make, work: Make) -> None:
+    agent = stand_in(orchestrator.address, handler=None)
+    await agent.ready()
+    async with Client(orchestrator.address) as client:
+        (task,) = await client.submit_raw([pb.Submission(method=DO, request=b"q")])
+        await client.cancel(task.task_id, "enough")
+    refused = stand_in(orchestrator.address, [work(max_attempts=9)], agent_id="agent-2")
+    await refused.until(lambda: refused.closed is not None)
+    await eventually(lambda: len(read(redis_url, "audit", AuditEvent)) >= 3)
+    deeds = {event.action: event for _, event in read(redis_url, "audit", AuditEvent)}
+    assert set(deeds) == {"submit", "cancel", "refuse"}
+    assert (deeds["submit"].subject, deeds["submit"].actor, deeds["submit"].outcome) == (
+        task.task_id,
+        "anonymous",
+        "accepted",
+    )
+    assert deeds["cancel"].detail == "enough"
+    assert (deeds["refuse"].actor, deeds["refuse"].outcome) == ("agent-2", "REASON_CONTRACT_MISMATCH")
+
+
+async def test_the_lives_of_agents_are_told(redis_url: str, orchestrator: Orchestrator, stand_in: Make) -> None:
+    older = stand_in(orchestrator.address, instance_id="i1")
+    await older.ready()
+    newer = stand_in(orchestrator.address, instance_id="i2")
+    await newer.ready()
+    await newer.close()
+    await eventually(lambda: len(read(redis_url, "agents", AgentEvent)) >= 4)
+    lives = [(event.instance_id, event.WhichOneof("event")) for _, event in read(redis_url, "agents", AgentEvent)]
+    assert lives == [("i1", "connected"), ("i1", "replaced"), ("i2", "connected"), ("i2", "disconnected")]
+    replaced = read(redis_url, "agents", AgentEvent)[1][1]
+    assert replaced.replaced.successor_instance_id == "i2"
+
+
+async def test_a_crash_between_publishing_and_trimming_repeats_event_ids_and_nothing_else(
+    redis_url: str, store: Store
+) -> None:
+    method = TaskMethod(service="s.v1.S", name="Do", request="q", response="r")
+    for shard in range(3):
+        submit = Submit(
+            task_id=new_task_id(shard),
+            method=method,
+            request=b"q",
+            digest="0" * 64,
+            idempotency_key="",
+            span=new_span(),
+            actor="a",
+        )
+        await store.apply(submit)
+    async with connect(redis_url) as events:
+        drain = OutboxDrain(store, events)
+        # Published, and killed before the records were removed.
+        await drain._publish([record for shard in await store.outbox.read(10) for record in shard])
+        await drain.empty()
+    assert await store.outbox.length() == 0
+    told = Counter(envelope.event_id for envelope, _ in read(redis_url, "tasks", TaskEvent))
+    assert list(told.values()) == [2, 2, 2]
+    deeds = Counter(envelope.event_id for envelope, _ in read(redis_url, "audit", AuditEvent))
+    assert list(deeds.values()) == [2, 2, 2]
+    assert not set(told) & set(deeds)
+
+
+def test_every_kind_of_task_event_has_its_record() -> None:
+    known = {field.name for field in TaskEvent.DESCRIPTOR.oneofs_by_name["event"].fields}
+    assert set(_KINDS) == known

@@ -1,0 +1,122 @@
+"""`orki up` as a process: everything starts, answers, and ends with nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import aiohttp
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from redis import Redis
+
+from orki_contract.errors import InvalidSetting
+from orki_server.embedded import EmbeddedOptions, EmbeddedServer
+from orki_server.supervise import Part, PartEnded, Supervisor
+
+
+async def start(*arguments: str) -> tuple[asyncio.subprocess.Process, dict[str, object]]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ORKI_")}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "orki_server", "up", "--json", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        env=environment,
+    )
+    assert process.stdout is not None
+    async with asyncio.timeout(60):
+        line = await process.stdout.readline()
+    return process, json.loads(line)
+
+
+async def end(process: asyncio.subprocess.Process, number: signal.Signals) -> int:
+    process.send_signal(number)
+    async with asyncio.timeout(40):
+        code = await process.wait()
+    process._transport.close()  # type: ignore[attr-defined]
+    return code
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.timeout(120)
+async def test_up_starts_everything_and_ends_it_in_order(tmp_path: Path) -> None:
+    process, facts = await start("--listen", "127.0.0.1:0", "--directory", str(tmp_path))
+    assert set(facts) == {"address", "redis_url", "metrics", "feed", "audit", "pids"}
+    async with grpc.aio.insecure_channel(str(facts["address"])) as channel:
+        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    async with aiohttp.ClientSession() as http, http.get(str(facts["metrics"])) as page:
+        assert page.status == 200
+    with Redis.from_url(str(facts["redis_url"])) as redis:
+        assert redis.config_get("appendonly") == {"appendonly": "yes"}
+    pids = facts["pids"]
+    assert isinstance(pids, dict)
+    assert await end(process, signal.SIGINT) == 0
+    assert [name for name, pid in pids.items() if alive(pid)] == []
+    assert (tmp_path / "valkey").is_dir()
+
+
+@pytest.mark.timeout(120)
+async def test_up_ends_when_its_orchestrator_does() -> None:
+    process, facts = await start("--listen", "127.0.0.1:0", "--no-observers")
+    pids = facts["pids"]
+    assert isinstance(pids, dict)
+    os.kill(pids["serve"], signal.SIGKILL)
+    async with asyncio.timeout(40):
+        assert await process.wait() == 1
+    process._transport.close()  # type: ignore[attr-defined]
+
+
+async def test_a_part_that_ends_before_it_is_ready_is_named() -> None:
+    supervisor = Supervisor()
+    with pytest.raises(PartEnded, match="broken ended with exit code 3"):
+        await supervisor.add(Part(name="broken", argv=(sys.executable, "-c", "raise SystemExit(3)")))
+    await supervisor.stop()
+
+
+async def test_a_part_that_is_not_essential_is_started_again(tmp_path: Path) -> None:
+    marks = tmp_path / "starts"
+    script = f"open({str(marks)!r}, 'a').write('x'); print('ready', flush=True); import time; time.sleep(0.2)"
+    supervisor = Supervisor()
+    child = await supervisor.add(Part(name="brief", argv=(sys.executable, "-c", script)))
+    assert child.ready == "ready"
+    async with asyncio.timeout(40):
+        while len(marks.read_text()) < 2:
+            await asyncio.sleep(0.05)
+    await supervisor.stop()
+    assert not supervisor.failed.done()
+
+
+def test_the_embedded_server_keeps_what_is_appended_over_a_kill(tmp_path: Path) -> None:
+    with EmbeddedServer(EmbeddedOptions(directory=tmp_path, append_only=True)) as server:
+        with Redis.from_url(server.url) as redis:
+            redis.set("k", "v")
+        server.kill()
+        assert server.pid == 0
+        server.start()
+        with Redis.from_url(server.url) as redis:
+            assert redis.get("k") == b"v"
+
+
+def test_the_embedded_server_says_that_its_port_is_taken(tmp_path: Path) -> None:
+    with EmbeddedServer() as first:
+        port = int(first.url.rsplit(":", 1)[1].split("/")[0])
+        with pytest.raises(InvalidSetting, match="it is taken"):
+            EmbeddedServer(EmbeddedOptions(directory=tmp_path, port=port)).start()
+
+
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_a_port_that_is_none_is_refused(port: int) -> None:
+    with pytest.raises(InvalidSetting):
+        EmbeddedOptions(port=port)
