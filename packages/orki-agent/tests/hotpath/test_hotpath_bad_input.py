@@ -319,6 +319,19 @@ def test_a_frame_that_drips_is_ended(bridge: ToolBridge, witness: list[object], 
     assert witness == []
 
 
+def test_a_client_that_always_has_a_frame_half_sent_is_left_alone(bridge: ToolBridge) -> None:
+    """Each frame has time of its own, however long the stream goes on without a pause between frames."""
+    half = len(echo_frame(1)) // 2
+    with RawPeer(bridge) as peer:
+        peer.send(echo_frame(1)[:half])
+        start, number = time.monotonic(), 1
+        while time.monotonic() - start < 1.5:
+            peer.send(echo_frame(number)[half:] + echo_frame(number + 1)[:half])
+            assert frame_of(peer).correlation == number
+            number += 1
+            time.sleep(0.01)
+
+
 def test_an_idle_client_after_its_hello_is_left_alone(bridge: ToolBridge) -> None:
     with RawPeer(bridge) as peer:
         time.sleep(1.3)

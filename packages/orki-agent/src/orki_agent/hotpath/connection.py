@@ -121,22 +121,17 @@ class Connection:
             while fields is None:
                 if outbox.busy:
                     outbox.flush(may_block=True)
-                if decoder.filled or self._begun:
-                    self._note_progress(decoder.filled > 0)
+                if decoder.filled and not self._begun:
+                    self._begun = monotonic()
+                    self._desk.poke()
                 count = receive(decoder.writable())
                 if not count:
                     return False
                 fields = decoder.next_frame(count)
+            if self._begun:
+                self._begun = 0.0
             if not self._take(fields):
                 return True
-
-    def _note_progress(self, begun: bool) -> None:
-        """Starts or ends the clock of a frame that is here in part."""
-        if not begun:
-            self._begun = 0.0
-        elif not self._begun:
-            self._begun = monotonic()
-            self._desk.poke()
 
     def _take(self, fields: Fields) -> bool:
         """Handles a frame; False when the reading role went elsewhere meanwhile."""
