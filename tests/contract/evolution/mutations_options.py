@@ -82,7 +82,9 @@ def regroup(draft: Draft, rng: random.Random) -> bool:
 
 def resubscribe(draft: Draft, rng: random.Random) -> bool:
     """Adds a subscription, takes one away, or points one to another stream."""
-    file = draft.files["acme/reader/v1/reader.proto"]
+    file = draft.files.get("acme/reader/v1/reader.proto")
+    if file is None:
+        return False
     consumed = file.options.Extensions[draft.extension("consume")]
     choice = rng.randrange(3)
     draft.touched.add("GroupSubscription.stream")

@@ -169,15 +169,21 @@ def touch_field(draft: Draft, rng: random.Random) -> bool:
     if found is None:
         return False
     spot, field = found
-    choice = rng.choice(["json", "default", "packed", "deprecated", "utf8"])
+    choice = rng.choice(["json", "default", "packed", "deprecated", "utf8", "encoding", "presence"])
+    edition = spot.file.syntax == "editions"
     if choice == "json":
         field.json_name = rng.choice(["other", "thing", field.json_name])
     elif choice == "default" and spot.file.syntax == "proto2" and field.type == _Field.TYPE_UINT32:
         field.default_value = rng.choice(["0", "5", "6"])
-    elif choice == "packed" and field.label == _Field.LABEL_REPEATED and spot.file.syntax != "editions":
+    elif choice == "packed" and field.label == _Field.LABEL_REPEATED and not edition:
         field.options.packed = not field.options.packed
-    elif choice == "utf8" and spot.file.syntax == "editions" and field.type == _Field.TYPE_STRING:
+    elif choice == "utf8" and edition and field.type == _Field.TYPE_STRING:
         field.options.features.utf8_validation = rng.choice([FeatureSet.VERIFY, FeatureSet.NONE])
+    elif choice == "encoding" and edition and field.type == _Field.TYPE_MESSAGE:
+        field.options.features.message_encoding = rng.choice([FeatureSet.LENGTH_PREFIXED, FeatureSet.DELIMITED])
+    elif choice == "presence" and edition and field.type != _Field.TYPE_MESSAGE:
+        kinds = [FeatureSet.EXPLICIT, FeatureSet.IMPLICIT, FeatureSet.LEGACY_REQUIRED]
+        field.options.features.field_presence = rng.choice(kinds)
     else:
         field.options.deprecated = not field.options.deprecated
     draft.told.append(f"field {spot.full_name}.{field.name}: {choice}")
@@ -244,6 +250,49 @@ def edit_enum(draft: Draft, rng: random.Random) -> bool:
         draft.renamed(name, f"{name.rpartition('.')[0]}.Renamed")
     else:
         return False
+    return True
+
+
+def edit_extension(draft: Draft, rng: random.Random) -> bool:
+    """Removes, renames, renumbers or retypes an extension, or adds one."""
+    file = draft.files.get("acme/legacy/v1/legacy.proto")
+    if file is None or not len(file.extension):
+        return False
+    extension = rng.choice(list(file.extension))
+    choice = rng.choice(["remove", "rename", "renumber", "retype", "add"])
+    draft.told.append(f"extension {extension.name}: {choice}")
+    if choice == "remove":
+        file.extension.remove(extension)
+    elif choice == "rename":
+        extension.name = "other"
+    elif choice == "renumber":
+        extension.number = 150
+    elif choice == "retype":
+        extension.type = rng.choice(KINDS)
+    else:
+        added = file.extension.add()
+        added.CopyFrom(extension)
+        added.name, added.number = "fresh", 160
+    return True
+
+
+def edit_file(draft: Draft, rng: random.Random) -> bool:
+    """Changes what a whole file says of its fields and enums: its features, or its syntax."""
+    file = rng.choice(draft.own)
+    draft.told.append(f"file {file.name}: features or syntax")
+    if file.syntax == "editions":
+        features = file.options.features
+        choice = rng.randrange(3)
+        if choice == 0:
+            features.utf8_validation = FeatureSet.NONE
+        elif choice == 1:
+            features.field_presence = FeatureSet.IMPLICIT
+        else:
+            features.enum_type = FeatureSet.CLOSED
+    elif file.syntax == "proto3":
+        file.ClearField("syntax")
+    else:
+        file.syntax = "proto3"
     return True
 
 
@@ -326,4 +375,6 @@ MUTATIONS: list[tuple[int, Mutation]] = [
     (7, edit_enum),
     (3, edit_reserved),
     (6, edit_service),
+    (2, edit_extension),
+    (2, edit_file),
 ]

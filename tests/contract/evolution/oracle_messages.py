@@ -10,7 +10,7 @@ from typing import Any
 
 from google.protobuf import message_factory
 from google.protobuf.message import DecodeError
-from oracle_values import NOTHING, fill, seen
+from oracle_values import NOTHING, fill, seen, value_of
 
 from orki_contract.literals import repeats
 from orki_contract.read import ReadContract
@@ -35,6 +35,7 @@ def judge(old: ReadContract, new: ReadContract, rng: random.Random) -> Iterator[
         )
         yield from ((True, f"{name}: {each}") for each in read_alike(old, name, new, name, rng))
     yield from _enums(old, new)
+    yield from ((True, f"extension {each}") for each in _extensions(old, new))
     yield from _modules(old, new)
 
 
@@ -192,6 +193,50 @@ def _enums(old: ReadContract, new: ReadContract) -> Iterator[Break]:
                 yield False, f"enum {name}: no {value.name} to name"
             elif numbers[value.name] != value.number:
                 yield True, f"enum {name}: {value.name} is another number"
+
+
+def _extensions(old: ReadContract, new: ReadContract) -> Iterator[str]:
+    """What one side writes into its extensions of a message, the other one reads out of the field of that name."""
+    for file in old.schema.files.values():
+        for proto in file.extension:
+            name, extended = f"{file.package}.{proto.name}", proto.extendee.removeprefix(".")
+            if not file.name.startswith("acme/") or extended not in new.schema.messages:
+                continue
+            try:
+                keys = [read.schema.pool.FindExtensionByName(name) for read in (old, new)]
+            except KeyError:
+                yield f"{name} is not there"
+                continue
+            sides = [(message_class(old, extended), keys[0]), (message_class(new, extended), keys[1])]
+            for (writer, key), (reader, twin) in (sides, sides[::-1]):
+                yield from (f"{name}: {each}" for each in _extended(writer, key, reader, twin))
+
+
+def _extended(writer: Any, key: Any, reader: Any, twin: Any) -> Iterator[str]:
+    message = writer()
+    value = value_of(random.Random(3), key)
+    if repeats(key):
+        message.Extensions[key].extend([value, value])
+    else:
+        message.Extensions[key] = value
+    try:
+        read = reader.FromString(message.SerializePartialToString())
+    except DecodeError:
+        # Only required fields are missing, or else the field cannot be read.
+        read = reader()
+        try:
+            read.MergeFromString(message.SerializePartialToString())
+        except DecodeError as error:
+            yield f"not readable: {error}"
+            return
+    if repeats(key) != repeats(twin):
+        yield "repeated, or not"
+        return
+    back = read.Extensions[twin]
+    expected = [value, value] if repeats(key) else value
+    found = list(back) if repeats(key) else back
+    if found != expected or str(type(found)) != str(type(expected)):
+        yield f"{expected!r:.40} reads {found!r:.40}"
 
 
 def _modules(old: ReadContract, new: ReadContract) -> Iterator[Break]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["NOTHING", "fill", "seen"]
+__all__ = ["NOTHING", "fill", "seen", "value_of"]
 
 import random
 from typing import Any, Final

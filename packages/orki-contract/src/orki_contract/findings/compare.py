@@ -7,7 +7,7 @@ __all__ = ["CATEGORIES", "RULES", "findings", "required_bump"]
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from orki_contract.findings import enums, frames, groups, messages, rest, services, streams
+from orki_contract.findings import enums, extensions, frames, groups, messages, rest, services, streams
 from orki_contract.findings.comparison import Comparison
 from orki_contract.findings.finding import Bump, Category, Finding, Rule
 from orki_contract.read import ReadContract
@@ -42,6 +42,7 @@ def findings(old: ReadContract, new: ReadContract) -> tuple[Finding, ...]:
     frames.compare(comparison)
     services.compare(comparison)
     messages.compare(comparison)
+    extensions.compare(comparison)
     enums.compare(comparison)
     rest.compare(comparison)
     return tuple(sorted(set(comparison.found)))

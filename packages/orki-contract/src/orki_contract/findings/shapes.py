@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["FieldShape", "closed", "field_shapes", "names_by_number"]
+__all__ = ["FieldShape", "closed", "field_shapes", "names_by_number", "shape_of"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
-from google.protobuf.descriptor_pb2 import EnumDescriptorProto, FieldDescriptorProto
+from google.protobuf.descriptor_pb2 import EnumDescriptorProto, FieldDescriptorProto, FileDescriptorProto
 
 from orki_contract.descriptors import MessageNode, Schema
 from orki_contract.literals import repeats
@@ -51,22 +51,26 @@ class FieldShape:
 def field_shapes(schema: Schema, node: MessageNode) -> Mapping[int, FieldShape]:
     """The fields of a message by their numbers."""
     descriptor: Descriptor = schema.pool.FindMessageTypeByName(node.full_name)
-    found = {}
-    for index, proto in enumerate(node.proto.field):
-        field = descriptor.fields_by_number[proto.number]
-        oneof = field.containing_oneof
-        found[proto.number] = FieldShape(
-            name=field.name,
-            number=field.number,
-            json=field.json_name,
-            index=index,
-            kind=_kind(field),
-            cardinality=_cardinality(field, proto),
-            oneof="" if oneof is None or proto.proto3_optional else oneof.name,
-            default="" if field.message_type is not None or repeats(field) else repr(field.default_value),
-            checked=field.type != FieldDescriptor.TYPE_STRING or _checks_utf8(node, proto),
-        )
-    return found
+    return {
+        proto.number: shape_of(node.file, descriptor.fields_by_number[proto.number], proto, index)
+        for index, proto in enumerate(node.proto.field)
+    }
+
+
+def shape_of(file: FileDescriptorProto, field: FieldDescriptor, proto: FieldDescriptorProto, index: int) -> FieldShape:
+    """The shape of one field or extension, as the file's pool resolves it."""
+    oneof = field.containing_oneof
+    return FieldShape(
+        name=field.name,
+        number=field.number,
+        json=field.json_name,
+        index=index,
+        kind=_kind(field),
+        cardinality=_cardinality(field, proto),
+        oneof="" if oneof is None or proto.proto3_optional else oneof.name,
+        default="" if field.message_type is not None or repeats(field) else repr(field.default_value),
+        checked=field.type != FieldDescriptor.TYPE_STRING or _checks_utf8(file, proto),
+    )
 
 
 def names_by_number(proto: EnumDescriptorProto) -> Mapping[int, frozenset[str]]:
@@ -111,11 +115,11 @@ def _required(field: Any) -> bool:
         return bool(field.label == field.LABEL_REQUIRED)
 
 
-def _checks_utf8(node: MessageNode, proto: FieldDescriptorProto) -> bool:
+def _checks_utf8(file: FileDescriptorProto, proto: FieldDescriptorProto) -> bool:
     """As the field says, or else its file."""
-    if node.file.syntax != "editions":
-        return node.file.syntax == "proto3"
-    for options in (proto.options, node.file.options):
+    if file.syntax != "editions":
+        return file.syntax == "proto3"
+    for options in (proto.options, file.options):
         features = options.features
         if features.utf8_validation:
             return int(features.utf8_validation) != _NO_UTF8_CHECK
