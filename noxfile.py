@@ -19,6 +19,8 @@ nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "types", "tests", "contract", "gates", "docs", "build"]
 
 PACKAGE_TESTS = ("packages/*/tests", "examples/*/tests")
+# Twice the cores that CI has: many of these tests wait for a deadline or a process, and few of them compute.
+PACKAGE_WORKERS = 4
 
 
 def _folders(*patterns: str) -> list[str]:
@@ -57,7 +59,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The packages' tests, without buf and protoc; `-- ARGS` go to pytest."""
-    _pytest(session, ensure(session, RUN), *PACKAGE_TESTS)
+    _pytest(session, ensure(session, RUN), *PACKAGE_TESTS, workers=PACKAGE_WORKERS)
 
 
 @nox.session(default=False)
@@ -78,7 +80,7 @@ def _tests_on(session: nox.Session, wanted: tuple[str, ...]) -> None:
     for version, python in found.items():
         if python is not None:
             session.log(f"Python {version}: {python}")
-            _pytest(session, ensure(session, RUN, python), *PACKAGE_TESTS)
+            _pytest(session, ensure(session, RUN, python), *PACKAGE_TESTS, workers=PACKAGE_WORKERS)
     if absent := [version for version, python in found.items() if python is None]:
         session.warn(f"Not found on this machine, so not tested: Python {', '.join(absent)}")
 
