@@ -57,7 +57,7 @@ def server_options(max_message_bytes: int = DEFAULT_MESSAGE_BYTES) -> ChannelOpt
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.max_metadata_size", 16 * 1024),
         # Two servers on one port would share its connections without a word.
         ("grpc.so_reuseport", 0),

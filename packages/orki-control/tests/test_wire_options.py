@@ -1,0 +1,22 @@
+"""gRPC ignores an option whose name it does not know: every name that we set is one that its library holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from grpc._cython import cygrpc  # type: ignore[attr-defined]
+
+from orki_control.wire import channel_options, server_options
+
+NAMES = sorted({name for name, _ in (*channel_options(), *server_options())})
+
+
+@pytest.fixture(scope="module")
+def library() -> bytes:
+    return Path(cygrpc.__file__).read_bytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_library_knows_the_option(library: bytes, name: str) -> None:
+    assert name.encode() + b"\0" in library
