@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["RULES", "compare"]
 
+from collections.abc import Mapping
 from typing import Final
 
 from google.protobuf.descriptor_pb2 import EnumDescriptorProto
@@ -82,9 +83,10 @@ class _Enum:
                 text = f"has {value.name} = {value.number} no more{left_at(place)}"
                 self._say("ORKI_ENUM_VALUE_REMOVED", text, (place, _place(self._comparison.new, self._name)))
             elif now is None:
-                heir = min(after[value.number])
+                heir = after[value.number][0]
                 text = f"calls {value.number} {heir}, which was {value.name}"
                 self._say("ORKI_ENUM_VALUE_RENAMED", text, (place, self._value(self._comparison.new, self._is, heir)))
+        self._shown(before, after)
         self._closed([number for number in after if number not in before])
         former = {value.name for value in self._was.value}
         for value in self._is.value:
@@ -95,6 +97,18 @@ class _Enum:
         if lost is not None:
             text = f"reserves {lost} no more: values of before could be taken for something else"
             self._say("ORKI_ENUM_RESERVED_WITHDRAWN", text, self._whole())
+
+    def _shown(self, before: Mapping[int, tuple[str, ...]], after: Mapping[int, tuple[str, ...]]) -> None:
+        """Of several names of a number the first one is shown, in JSON as well."""
+        for number, names in before.items():
+            heirs = after.get(number, names)
+            if heirs[0] != names[0] and names[0] in heirs:
+                places = (
+                    self._value(self._comparison.old, self._was, names[0]),
+                    self._value(self._comparison.new, self._is, heirs[0]),
+                )
+                text = f"shows {number} as {heirs[0]}, which was shown as {names[0]}"
+                self._say("ORKI_ENUM_VALUE_RENAMED", text, places)
 
     def _closed(self, added: list[int]) -> None:
         closings = [closed(side.schema, self._name) for side in (self._comparison.old, self._comparison.new)]

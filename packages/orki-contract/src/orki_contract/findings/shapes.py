@@ -73,12 +73,12 @@ def shape_of(file: FileDescriptorProto, field: FieldDescriptor, proto: FieldDesc
     )
 
 
-def names_by_number(proto: EnumDescriptorProto) -> Mapping[int, frozenset[str]]:
-    """The names of each value of an enum."""
-    found: dict[int, set[str]] = {}
+def names_by_number(proto: EnumDescriptorProto) -> Mapping[int, tuple[str, ...]]:
+    """The names of each value of an enum; by the first one it is shown, in JSON as well."""
+    found: dict[int, tuple[str, ...]] = {}
     for value in proto.value:
-        found.setdefault(value.number, set()).add(value.name)
-    return {number: frozenset(names) for number, names in found.items()}
+        found[value.number] = (*found.get(value.number, ()), value.name)
+    return found
 
 
 def closed(schema: Schema, enum: str) -> bool:
