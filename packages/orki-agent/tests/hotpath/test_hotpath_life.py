@@ -339,12 +339,15 @@ async def test_a_forked_child_is_told_to_make_its_own_async_client(bridge: ToolB
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_child_does_not_hold_its_parents_bridge(path: str) -> None:
     ours, theirs = os.pipe()
+    heard, told = os.pipe()
     with ToolBridge(SampleTools(), path=path, token=TOKEN):
         child = os.fork()
         if child == 0:
             os.close(theirs)
+            os.write(told, b"!")
             os.read(ours, 1)
             os._exit(0)
+        assert os.read(heard, 1) == b"!", "what runs at a fork has run in the child"
     try:
         with ToolBridge(SampleTools(), path=path, token=TOKEN) as bridge:
             with SyncToolClient(bridge.path, TOKEN, name="x") as client:
@@ -352,7 +355,8 @@ def test_a_forked_child_does_not_hold_its_parents_bridge(path: str) -> None:
     finally:
         os.close(theirs)
         os.waitpid(child, 0)
-        os.close(ours)
+        for descriptor in (ours, heard, told):
+            os.close(descriptor)
 
 
 def test_no_descriptor_is_left_over_many_lives(path: str) -> None:
