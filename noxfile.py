@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
@@ -18,6 +19,14 @@ nox.needs_version = ">=2026.1"
 nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "types", "tests", "contract", "gates", "docs", "build"]
 
+# Modules that take long and say least about a Python version: searches for a history, and processes killed over and over.
+LONG_TESTS = (
+    "test_*_anything.py",
+    "test_*_interleavings.py",
+    "test_*_kills.py",
+    "test_*_laws.py",
+    "test_observer_*.py",
+)
 PACKAGE_TESTS = ("packages/*/tests", "examples/*/tests")
 # As many as CI has cores: more of them make the tests with real processes miss their deadlines.
 PACKAGE_WORKERS = 2
@@ -28,10 +37,12 @@ def _folders(*patterns: str) -> list[str]:
     return sorted(str(path) for pattern in patterns for path in Path().glob(pattern) if path.is_dir())
 
 
-def _pytest(session: nox.Session, environment: Environment, *patterns: str, workers: int = 2) -> None:
+def _pytest(
+    session: nox.Session, environment: Environment, *patterns: str, workers: int = 2, arguments: Sequence[str] = ()
+) -> None:
     """Run pytest on the folders that match; what follows `--` is added, and a path there takes the folders' place."""
     places = [] if any(Path(each.partition("::")[0]).exists() for each in session.posargs) else _folders(*patterns)
-    environment.run(session, "python", "-m", "pytest", *places, *(session.posargs or ["-n", str(workers)]))
+    environment.run(session, "python", "-m", "pytest", *places, *arguments, *(session.posargs or ["-n", str(workers)]))
 
 
 @nox.session
@@ -70,17 +81,19 @@ def tests_all(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def tests_others(session: nox.Session) -> None:
-    """As tests_all, without the Python that `tests` has already used."""
-    _tests_on(session, tuple(version for version in interpreters.SUPPORTED if version != interpreters.current()))
+    """A short form of tests_all, without the Python that `tests` has already used."""
+    others = tuple(version for version in interpreters.SUPPORTED if version != interpreters.current())
+    _tests_on(session, others, *(f"--ignore-glob=*/{name}" for name in LONG_TESTS))
 
 
-def _tests_on(session: nox.Session, wanted: tuple[str, ...]) -> None:
+def _tests_on(session: nox.Session, wanted: tuple[str, ...], *arguments: str) -> None:
     """Run the packages' tests on some Python versions, and say which of them this machine lacks."""
     found = {version: interpreters.find(version) for version in wanted}
     for version, python in found.items():
         if python is not None:
             session.log(f"Python {version}: {python}")
-            _pytest(session, ensure(session, RUN, python), *PACKAGE_TESTS, workers=PACKAGE_WORKERS)
+            environment = ensure(session, RUN, python)
+            _pytest(session, environment, *PACKAGE_TESTS, workers=PACKAGE_WORKERS, arguments=arguments)
     if absent := [version for version, python in found.items() if python is None]:
         session.warn(f"Not found on this machine, so not tested: Python {', '.join(absent)}")
 
