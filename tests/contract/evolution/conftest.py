@@ -12,5 +12,5 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds the size of the soundness run."""
-    parser.addoption("--mutants", type=int, default=1200, help="mutants of the soundness test (1200)")
+    parser.addoption("--mutants", type=int, default=1000, help="mutants of the soundness test (1000)")
     parser.addoption("--mutant-seed", type=int, default=20261101, help="seed of the soundness test")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Draft", "compilable"]
 
+import functools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Draft:
     """
 
     def __init__(self, image: bytes) -> None:
-        self.schema = Schema(image)
+        self.schema = _schema(image)
         self.files: dict[str, Any] = {}
         for name, file in self.schema.files.items():
             copy = type(file)()
@@ -106,6 +107,12 @@ class Draft:
             for name in ("input_type", "output_type"):
                 if getattr(method, name) == f".{before}":
                     setattr(method, name, f".{after}")
+
+
+@functools.lru_cache(maxsize=4)
+def _schema(image: bytes) -> Schema:
+    """Drafts copy its files, so one serves many."""
+    return Schema(image)
 
 
 def _messages(file: Any, siblings: Any, scope: str, *, maps: bool = False) -> Iterator[Spot]:
