@@ -19,7 +19,7 @@ nox.needs_version = ">=2026.1"
 nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "types", "tests", "contract", "gates", "docs", "build"]
 
-# Modules that take long and say least about a Python version: searches for a history, and processes killed over and over.
+# Modules that take long and say least about a Python version: searches for a history, processes killed over and over.
 LONG_TESTS = (
     "test_*_anything.py",
     "test_*_interleavings.py",
