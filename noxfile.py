@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from nox_sessions import interpreters, wheels
 from nox_sessions.environments import DEV, NEWEST, OLDEST, RUN, Environment, ensure, uv
 from nox_sessions.layout import distributions, source_roots
+from nox_sessions.release import session as release
 
 nox.needs_version = ">=2026.1"
 nox.options.default_venv_backend = "none"
@@ -132,6 +133,12 @@ def build(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def publish(session: nox.Session) -> None:
+    """Gate, build, check and upload: `-- --index URL [--upload URL] [--only DIST …] [--dry-run] [--json FILE]`."""
+    release.publish(session, ensure(session, DEV))
+
+
+@nox.session(default=False)
 def generate(session: nox.Session) -> None:
     """Regenerate every gen/ from proto/ and say what changed; `-- --check` only compares."""
     ensure(session, DEV).run(session, "python", "-m", "orki_codegen.generate", *session.posargs)
@@ -167,7 +174,7 @@ def pin(session: nox.Session) -> None:
     wanted.write_text("".join(f"{each.requirement}\n" for each in members), encoding="utf-8")
     command = ["pip", "compile", "--quiet", "--universal", "--upgrade", "--no-header", "--no-annotate", str(wanted)]
     command += ["--python-version", interpreters.SUPPORTED[0], "--output-file", "constraints.txt"]
-    for group in ("launcher", "test", "check", "build"):
+    for group in ("launcher", "test", "check", "build", "release"):
         command += ["--group", group]
     for each in members:
         command += ["--no-emit-package", each.name]

@@ -47,7 +47,7 @@ class Recipe:
 
 
 RUN = Recipe(name="run", groups=("test",))
-DEV = Recipe(name="dev", groups=("build", "check", "launcher", "test"), toolchain=True)
+DEV = Recipe(name="dev", groups=("build", "check", "launcher", "release", "test"), toolchain=True)
 OLDEST = Recipe(name="oldest", groups=("test",), resolution="lowest-direct")
 NEWEST = Recipe(name="newest", groups=("test",), resolution="highest")
 

@@ -1,0 +1,1 @@
+"""What stands behind `publish`, `notes` and `rehearsal`."""

@@ -1,0 +1,60 @@
+"""The session `publish`: gate, build, checks, upload; each must be green before the next begins."""
+
+from __future__ import annotations
+
+__all__ = ["publish"]
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nox
+
+from nox_sessions import wheels
+from nox_sessions.environments import Environment
+from nox_sessions.layout import distributions
+from nox_sessions.release.options import Options
+
+
+def publish(session: nox.Session, environment: Environment) -> None:
+    """Publish as the session's arguments say; ends the process with the status of the step that ended it."""
+    options = Options.parse(session.posargs)
+    verdict = Path(session.create_tmp()).absolute() / "gate.json"
+    verdict.unlink(missing_ok=True)
+    gate = [environment.python, "-m", "orki_codegen.cli", "gate", "--against", "index"]
+    gate += ["--index", options.address.simple, "--json", str(verdict)]
+    session.log("gate: do the versions promise what changed since the last release?")
+    if status := _status(environment, gate):
+        _write(options, "refused" if status == 1 else "failed", status, verdict)
+        session.warn("the gate ended with %d: nothing was built, and nothing uploaded", status)
+        sys.exit(status)
+    wheels.build(session, environment, distributions(Path.cwd()))
+    status = _status(environment, [environment.python, "-m", "nox_sessions.release.upload", *session.posargs])
+    if status:
+        sys.exit(status)
+
+
+def _status(environment: Environment, command: list[str]) -> int:
+    """Run a command in an environment and return its status, which nox would only take for good or bad."""
+    path = os.pathsep.join([str(environment.folder / "bin"), os.environ.get("PATH", os.defpath)])
+    variables = {**os.environ, "PATH": path, "VIRTUAL_ENV": str(environment.folder)}
+    return subprocess.run(command, env=variables, check=False).returncode
+
+
+def _write(options: Options, outcome: str, status: int, verdict: Path) -> None:
+    """Write what the gate found where the upload would have written its outcome."""
+    if options.json is None:
+        return
+    document: dict[str, object] = {
+        "outcome": outcome,
+        "status": status,
+        "text": "the gate did not let it through",
+        "index": options.address.simple,
+        "upload": options.address.upload,
+        "dry_run": options.dry_run,
+        "files": [],
+        "gate": json.loads(verdict.read_text(encoding="utf-8")) if verdict.is_file() else None,
+    }
+    options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
