@@ -12,6 +12,7 @@ import nox
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from nox_sessions import interpreters, wheels
+from nox_sessions import skew as skew_matrix
 from nox_sessions.environments import DEV, NEWEST, OLDEST, RUN, Environment, ensure, uv
 from nox_sessions.layout import distributions, source_roots
 from nox_sessions.release import session as release
@@ -154,6 +155,12 @@ def develop(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """A review fleet over a source tree: `-- [PATH] [--json FILE]`."""
     ensure(session, RUN).run(session, "python", "-m", "review_fleet.demo", *session.posargs)
+
+
+@nox.session(default=False)
+def skew(session: nox.Session) -> None:
+    """Old wheels meet new ones in every plane: `-- [--quick] [--json FILE] [--published COMMIT|INDEX]`."""
+    skew_matrix.skew(session, ensure(session, DEV))
 
 
 @nox.session(default=False)
