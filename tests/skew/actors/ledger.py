@@ -1,0 +1,32 @@
+"""Waits until the named groups have processed what was published, and tells the ledger either way."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from garden.v1 import garden_orki
+from orki_events import connect
+from values import asked, tell
+
+
+async def main() -> None:
+    wanted = asked()
+    deadline = time.monotonic() + wanted["patience"]
+    async with connect(wanted["redis"]) as events:
+        while True:
+            found: dict[str, Any] = {}
+            for stream, group in wanted["groups"]:
+                ledger = (await events.ledger(getattr(garden_orki, stream))).dump()
+                row = ledger["groups"].get(group, {"processed": 0})
+                found[f"{stream}/{group}"] = {"published": ledger["published"], **row}
+            settled = all(row["published"] >= wanted["least"] == row["processed"] for row in found.values())
+            if settled or time.monotonic() > deadline:
+                break
+            await asyncio.sleep(0.1)
+    tell(done=found)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

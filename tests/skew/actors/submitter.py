@@ -1,0 +1,59 @@
+"""Submits waterings once the named agents are there, and says what came back."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from garden.v1 import garden_orki, garden_pb2
+from orki_contract.errors import OrkiError
+from orki_control import Client
+from values import asked, bed, known, tell, tell_error, watering
+
+
+async def wait_for(orki: Client, agents: list[str]) -> None:
+    """Returns once all of them have a session."""
+    while not {each.agent_id for each in await orki.list_agents() if each.connected} >= set(agents):
+        await asyncio.sleep(0.05)
+
+
+async def result(handle: Any) -> dict[str, Any]:
+    """The fields of a response, defaults included."""
+    response = await handle.result()
+    return {field.name: getattr(response, field.name) for field in response.DESCRIPTOR.fields}
+
+
+async def prune(client: Any) -> Any:
+    """What the task that only v2 has gives; None where the contract here has none."""
+    if not hasattr(client, "prune"):
+        return None
+    try:
+        return (await client.prune(garden_pb2.PruneRequest(bed=bed(1)), timeout=20)).stems
+    except OrkiError as error:
+        return type(error).__name__
+
+
+async def main() -> None:
+    wanted = asked()
+    async with Client(wanted["orchestrator"]) as orki:
+        async with asyncio.timeout(30):
+            await wait_for(orki, wanted["agents"])
+        client = garden_orki.BedServiceClient(orki)
+        requests = [
+            garden_pb2.WaterRequest(**known(garden_pb2.WaterRequest, watering(number)), linger=wanted["linger"])
+            for number in range(wanted["first"], wanted["first"] + wanted["count"])
+        ]
+        try:
+            handles = await client.water.submit_many(requests)
+            tell(ready=True)
+            async with asyncio.timeout(wanted["patience"]):
+                responses = await asyncio.gather(*(result(handle) for handle in handles))
+                pruned = await prune(client) if wanted["prune"] else None
+        except (OrkiError, TimeoutError) as error:
+            tell_error("refused", error)
+        else:
+            tell(done={"responses": responses, "pruned": pruned})
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
