@@ -15,11 +15,11 @@ from nox_sessions import interpreters, wheels
 from nox_sessions import skew as skew_matrix
 from nox_sessions.environments import DEV, NEWEST, OLDEST, RUN, Environment, ensure, uv
 from nox_sessions.layout import distributions, source_roots
-from nox_sessions.release import session as release
+from nox_sessions.release import session as publishing
 
 nox.needs_version = ">=2026.1"
 nox.options.default_venv_backend = "none"
-nox.options.sessions = ["lint", "types", "tests", "contract", "gates", "docs", "build"]
+nox.options.sessions = ["lint", "types", "tests", "contract", "gates", "docs", "build", "release"]
 
 # Modules that take long and say least about a Python version: searches for a history, processes killed over and over.
 LONG_TESTS = (
@@ -133,10 +133,16 @@ def build(session: nox.Session) -> None:
     wheels.build(session, ensure(session, DEV), distributions(Path.cwd()))
 
 
+@nox.session
+def release(session: nox.Session) -> None:
+    """Publishing tried on an index of this machine: uploads, kills, what is refused; notes and workflows too."""
+    _pytest(session, ensure(session, DEV), "tests/release", workers=0)
+
+
 @nox.session(default=False)
 def publish(session: nox.Session) -> None:
     """Gate, build, check and upload: `-- --index URL [--upload URL] [--only DIST …] [--dry-run] [--json FILE]`."""
-    release.publish(session, ensure(session, DEV))
+    publishing.publish(session, ensure(session, DEV))
 
 
 @nox.session(default=False)

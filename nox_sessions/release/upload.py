@@ -10,12 +10,14 @@ from __future__ import annotations
 
 __all__ = ["main"]
 
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from nox_sessions.release.address import Address
 from nox_sessions.release.files import BuiltError, Release, releases
@@ -89,18 +91,40 @@ def _chosen(built: Sequence[Release], only: Sequence[str], report: Report) -> tu
 
 def _post(address: Address, step: Step) -> None:
     """Hand one file to uv, which finds the credentials: UV_PUBLISH_*, keyring, or those that CI lends it."""
-    uv = Path(sys.executable).parent / "uv"
-    command = [str(uv) if uv.is_file() else shutil.which("uv") or "uv", "publish", "--quiet", "--no-config"]
-    command += ["--publish-url", address.upload, str(step.file.path)]
+    beside = Path(sys.executable).parent / "uv"
+    uv = str(beside) if beside.is_file() else shutil.which("uv")
+    if uv is None:
+        raise FailedError("uv is neither beside this Python nor on the PATH: start the session with ./noxw")
+    command = [uv, "publish", "--quiet", "--no-config", "--publish-url", address.upload, str(step.file.path)]
     # No terminal: a question that nobody sees would hang, and what is missing is said instead.
     done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        command,
+        env={**os.environ, **_anonymous(address)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     if done.returncode:
+        hint = " Set UV_PUBLISH_TOKEN, or UV_PUBLISH_USERNAME and UV_PUBLISH_PASSWORD." if _asks(done.stdout) else ""
         raise FailedError(
-            f"{done.stdout.strip()}\n{step.file.name}: not uploaded to {address.upload}. What came before it is there;"
-            " the same command goes on from here"
+            f"{done.stdout.strip()}\n{step.file.name}: not uploaded to {address.upload}.{hint} What came before it is"
+            " there; the same command goes on from here"
         )
+
+
+def _asks(output: str) -> bool:
+    """Tell whether uv was turned away for want of the right credentials."""
+    return any(word in output for word in ("Missing credentials", "401", "403"))
+
+
+def _anonymous(address: Address) -> dict[str, str]:
+    """Return a name for an index on this very machine, where none is set: uv sends nothing without one."""
+    local = urlsplit(address.upload).hostname in {"127.0.0.1", "::1", "localhost"}
+    if not local or any(name.startswith("UV_PUBLISH_") for name in os.environ):
+        return {}
+    return {"UV_PUBLISH_USERNAME": "anonymous", "UV_PUBLISH_PASSWORD": "anonymous"}
 
 
 def _settled(pages: Pages, steps: Sequence[Step], seconds: float) -> None:

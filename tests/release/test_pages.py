@@ -1,0 +1,122 @@
+"""What an index may answer, and which addresses are one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from nox_sessions.release.address import Address, AddressError
+from nox_sessions.release.options import Options
+from nox_sessions.release.pages import IndexUnreadable, Pages
+from tests.release.stub_index import Answer, Request, answering
+
+DIGEST = "ab" * 32
+
+
+def digests(address: str) -> dict[str, str]:
+    return dict(Pages(Address.parse(address)).digests("orki-agent"))
+
+
+@pytest.mark.parametrize(
+    ("index", "simple", "upload"),
+    [
+        ("http://localhost:8080", "http://localhost:8080/simple/", "http://localhost:8080/"),
+        ("http://localhost:8080/", "http://localhost:8080/simple/", "http://localhost:8080/"),
+        ("http://localhost:8080/simple", "http://localhost:8080/simple/", "http://localhost:8080/"),
+        ("https://a.example/api/team/simple/", "https://a.example/api/team/simple/", "https://a.example/api/team/"),
+        ("https://a.example/root/dev/+simple/", "https://a.example/root/dev/+simple/", "https://a.example/root/dev/"),
+        ("https://a.example/simpler", "https://a.example/simpler/simple/", "https://a.example/simpler/"),
+    ],
+)
+def test_either_address_is_derived(index: str, simple: str, upload: str) -> None:
+    assert Address.parse(index) == Address(simple, upload)
+
+
+def test_an_upload_address_is_used_as_given() -> None:
+    found = Address.parse("https://read.example/simple", "https://write.example/legacy/")
+    assert found == Address("https://read.example/simple/", "https://write.example/legacy/")
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("pypi", "not an address"),
+        ("ftp://a.example/simple", "not an address"),
+        ("https:///simple", "not an address"),
+        ("https://ann:secret@a.example/simple", "UV_PUBLISH_PASSWORD"),
+        ("https://a.example/simple?x=1", "query"),
+        ("https://a.example/simple#x", "fragment"),
+    ],
+)
+def test_an_address_that_is_none_is_refused(url: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(AddressError, match=words) as caught:
+        Address.parse(url)
+    assert "secret" not in str(caught.value)
+    with pytest.raises(SystemExit) as ended:
+        Options.parse(["--index", "https://a.example/simple", "--upload", url])
+    assert ended.value.code == 2
+    assert "secret" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--index", "http://a.example", "--force"], ["--inde", "http://a.example"]])
+def test_unknown_and_missing_options_are_refused(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        Options.parse(arguments)
+    assert ended.value.code == 2
+
+
+def test_a_page_of_json() -> None:
+    files = [{"url": "../../files/orki_agent-1.0.tar.gz", "hashes": {"sha256": DIGEST}}]
+    body = json.dumps({"files": files}).encode()
+    with answering(lambda _: (200, {"Content-Type": "application/vnd.pypi.simple.v1+json"}, body)) as address:
+        assert digests(address) == {"orki_agent-1.0.tar.gz": DIGEST}
+
+
+def test_a_page_of_html() -> None:
+    body = f'<a href="/f/orki_agent-1.0%2Blocal.tar.gz#sha256={DIGEST.upper()}">x</a><a name="no-link">y</a>'.encode()
+    with answering(lambda _: (200, {"Content-Type": "text/html; charset=utf-8"}, body)) as address:
+        assert digests(address) == {"orki_agent-1.0+local.tar.gz": DIGEST}
+
+
+def test_a_redirect_to_another_host_is_no_page() -> None:
+    """There, the name may be somebody else's; on the same host a redirect is followed."""
+    body = f'<a href="orki_agent-1.0.tar.gz#sha256={DIGEST}">x</a>'.encode()
+
+    def elsewhere(_: Request) -> Answer:
+        return 200, {"Content-Type": "text/html"}, body
+
+    def here(request: Request) -> Answer:
+        return elsewhere(request) if "moved" in request.path else (302, {"Location": "/moved/orki-agent/"}, b"")
+
+    with answering(elsewhere) as other, answering(lambda _: (302, {"Location": f"{other}x/"}, b"")) as address:
+        assert digests(address) == {}
+    with answering(here) as address:
+        assert digests(address) == {"orki_agent-1.0.tar.gz": DIGEST}
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "body", "words"),
+    [
+        (500, "text/html", b"", "answers 500"),
+        (401, "text/html", b"", "netrc"),
+        (200, "image/png", b"", "no page of an index"),
+        (200, "application/vnd.pypi.simple.v1+json", b"[]", "is none"),
+        (200, "application/vnd.pypi.simple.v1+json", b"{", "is none"),
+    ],
+)
+def test_an_answer_that_is_no_page_is_no_empty_page(status: int, kind: str, body: bytes, words: str) -> None:
+    with answering(lambda _: (status, {"Content-Type": kind}, body)) as address:
+        with pytest.raises(IndexUnreadable, match=words):
+            digests(address)
+
+
+def test_an_unknown_project_has_no_files() -> None:
+    with answering(lambda _: (404, {}, b"")) as address:
+        assert digests(address) == {}
+
+
+def test_a_connection_that_breaks_off_is_no_empty_page() -> None:
+    with answering(lambda _: None) as address:
+        with pytest.raises(IndexUnreadable):
+            digests(address)
