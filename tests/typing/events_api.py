@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import aclosing
 from typing import assert_type
 
 from orki.events.v1.agent_pb2 import AgentEvent
@@ -44,7 +43,7 @@ async def use() -> None:
             async with delivery as event:
                 assert_type(event, UsageEvent)
         events.deliveries(USAGE, group="metrcis")  # type: ignore[misc]
-        async with aclosing(events.delivery_batches(USAGE, group="audit", size=10)) as batches:
+        async with events.delivery_batches(USAGE, group="audit", size=10) as batches:
             async for batch in batches:
                 async with batch as several:
                     assert_type(several, list[UsageEvent])

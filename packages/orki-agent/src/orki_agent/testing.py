@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple, TypeVar
 
 from google.protobuf.message import Message
@@ -173,16 +173,24 @@ async def start_handler(
     client: TaskChannel | None = None,
     attempt: AttemptKey = _ATTEMPT,
 ) -> AsyncIterator[RunningHandler]:
-    """Starts a handler, for tests that speak to it while it runs. It is cancelled at the end, if it still runs."""
+    """Starts a handler, for tests that speak to it while it runs. It is cancelled at the end, if it still runs.
+
+    The handler has been called when the block begins: a cancel from there is one that it sees.
+    """
     found = _find(handler)
     run = HandlerRun()
-    ended = asyncio.Event()
+    begun, ended = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     user = Mailbox(loop)
 
     def on_end(outcome: Outcome) -> None:
         user.post(_take, run, found, outcome)
+        user.post(begun.set)
         user.post(ended.set)
+
+    def call(*arguments: Any) -> Any:
+        user.post(begun.set)
+        return found.call(*arguments)
 
     services = tuple(tools) if isinstance(tools, Iterable) else (tools,)
     bench = _Bench(run, found, client, services, loop)
@@ -190,14 +198,15 @@ async def start_handler(
     crew = Crew("orki-test-handler")
     execution: Execution
     if found.is_async:
-        execution = AsyncExecution(offered, found, bench, on_end, user, 64)
+        execution = AsyncExecution(offered, replace(found, call=call), bench, on_end, user, 64)
     else:
-        execution = SyncExecution(offered, found, bench, on_end, crew, 64)
+        execution = SyncExecution(offered, replace(found, call=call), bench, on_end, crew, 64)
     bench.execution = execution
     bench.tools.start(user.post)
     running = RunningHandler(execution, run, ended, bench.tools.flush)
     try:
         execution.start()
+        await begun.wait()
         yield running
     finally:
         if not ended.is_set():

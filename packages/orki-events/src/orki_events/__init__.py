@@ -3,6 +3,7 @@
 from orki_events.dead_letters import DeadLetterEntry
 from orki_events.deliveries import Delivery, DeliveryBatch
 from orki_events.events import Events, connect
+from orki_events.intake import Deliveries
 from orki_events.ledger import GroupLedger, StreamLedger
 from orki_events.options import ConsumeOptions, EventOptions, Gap, GapKind
 from orki_events.publisher import Outgoing
@@ -14,6 +15,7 @@ __all__ = [
     "ConsumeOptions",
     "Consumer",
     "DeadLetterEntry",
+    "Deliveries",
     "Delivery",
     "DeliveryBatch",
     "EventOptions",

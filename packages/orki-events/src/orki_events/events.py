@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -26,6 +26,7 @@ from orki_events.chores import Place
 from orki_events.dead_letters import DeadLetterEntry, list_dead_letters, replay_dead_letters
 from orki_events.deliveries import Decode, Delivery, DeliveryBatch, take_batch, take_one
 from orki_events.groups import GroupKeeper
+from orki_events.intake import Deliveries
 from orki_events.ledger import StreamLedger, read_ledger
 from orki_events.options import ConsumeOptions, EventOptions, Gap
 from orki_events.publisher import Outgoing, PublishCounts, Publisher
@@ -202,18 +203,25 @@ class Events:
         """
         return await self._registry.streams(self._link_for_commands())
 
-    async def deliveries(
+    def deliveries(
         self,
         stream: EventStream[E, G],
         *,
         group: G,
         consumer: str | None = None,
         options: ConsumeOptions | None = None,
-    ) -> AsyncGenerator[Delivery[E], None]:
+    ) -> Deliveries[Delivery[E]]:
         """Events as they come, each to be settled with `async with delivery as event:`.
 
-        Leaving the loop ends the consumer in good order, as soon as Python drops the generator; where that must be
-        certain, hold it with `contextlib.aclosing`.
+        ```python
+        async with events.deliveries(USAGE, group="metrics") as deliveries:
+            async for delivery in deliveries:
+                async with delivery as event:
+                    ...
+        ```
+
+        Leaving the block ends the consumer in good order. A plain `async for` over the call does too, without waiting
+        for that end; the end of `Events` then does.
 
         Args:
             stream: Whose events.
@@ -223,13 +231,12 @@ class Events:
 
         Raises:
             UnknownGroup: The stream declares no such group.
-            OrkiError: The server refuses the consumer for good.
         """
-        async with self._subscribed(stream, group, consumer, options, 16) as subscription:
-            while (delivery := await take_one(subscription, stream.message.FromString)) is not None:
-                yield delivery
+        decode = stream.message.FromString
+        subscribe = self._subscriber(stream, group, consumer, options, 16)
+        return Deliveries(subscribe, lambda subscription: take_one(subscription, decode))
 
-    async def delivery_batches(
+    def delivery_batches(
         self,
         stream: EventStream[E, G],
         *,
@@ -237,13 +244,13 @@ class Events:
         size: int = 100,
         consumer: str | None = None,
         options: ConsumeOptions | None = None,
-    ) -> AsyncGenerator[DeliveryBatch[E], None]:
+    ) -> Deliveries[DeliveryBatch[E]]:
         """As `deliveries`, in batches of at most `size`, each of one partition: `async with batch as events:`."""
-        async with self._subscribed(stream, group, consumer, options, size) as subscription:
-            while (batch := await take_batch(subscription, stream.message.FromString, size)) is not None:
-                yield batch
+        decode = stream.message.FromString
+        subscribe = self._subscriber(stream, group, consumer, options, size)
+        return Deliveries(subscribe, lambda subscription: take_batch(subscription, decode, size))
 
-    async def raw_deliveries(
+    def raw_deliveries(
         self,
         stream: Stream,
         *,
@@ -251,11 +258,10 @@ class Events:
         size: int = 100,
         consumer: str | None = None,
         options: ConsumeOptions | None = None,
-    ) -> AsyncGenerator[DeliveryBatch[bytes], None]:
+    ) -> Deliveries[DeliveryBatch[bytes]]:
         """As `delivery_batches`, for an observer that has no code for the stream: the events stay bytes."""
-        async with self._subscribed(stream, group, consumer, options, size) as subscription:
-            while (batch := await take_batch(subscription, bytes, size)) is not None:
-                yield batch
+        subscribe = self._subscriber(stream, group, consumer, options, size)
+        return Deliveries(subscribe, lambda subscription: take_batch(subscription, bytes, size))
 
     async def tail(
         self, stream: EventStream[E, Any], *, after: str = "latest", follow: bool = True
@@ -348,8 +354,8 @@ class Events:
             subscriptions = []
             for each in consumers:
                 hand = max(each.batch, 1) * each.concurrency
-                opened = self._subscribed(each.stream, each.group, None, each.options, hand)
-                subscription = await stack.enter_async_context(opened)
+                subscription = self._subscriber(each.stream, each.group, None, each.options, hand)()
+                stack.push_async_callback(subscription.close)
                 subscriptions.append(subscription)
                 runs.append(PushRun(each, subscription, each.stream.message.FromString))
             await run_until(runs, subscriptions, stop, self.options.drain_timeout_s)
@@ -365,53 +371,51 @@ class Events:
         finally:
             await link.close()
 
-    @contextlib.asynccontextmanager
-    async def _subscribed(
+    def _subscriber(
         self,
         stream: EventStream[Any, Any] | Stream,
         group: str,
         consumer: str | None,
         options: ConsumeOptions | None,
         hand: int,
-    ) -> AsyncIterator[Subscription]:
+    ) -> Callable[[], Subscription]:
+        """What starts a consumer. Whoever calls it sees to its end; `close` does in any case."""
         contract = stream if isinstance(stream, Stream) else stream.contract
-        number = next(self._consumers)
-        name = consumer if consumer is not None else f"{self.producer}.{number}"
-        place = Place(contract, contract.group(group), name)
-        self._open()
+        declared = contract.group(group)
 
         async def prepare(link: Link) -> None:
             if isinstance(stream, EventStream):
                 await self._registry.register(link, stream, publishes=False)
 
-        wires = Wires(
-            reads=self._link(f"read.{number}"),
-            commands=self._link(f"consume.{number}"),
-            keeper=self._keeper,
-            prepare=prepare,
-            report=self._gap,
-            block_ms=self.options.block_ms,
-            dedupe_window=self.options.dedupe_window,
-        )
-        subscription = Subscription(place, wires, options or ConsumeOptions(), hand)
-        self._subscriptions.add(subscription)
-        subscription.start()
-        try:
-            yield subscription
-        finally:
-            self._subscriptions.discard(subscription)
-            await subscription.close(self.options.drain_timeout_s)
+        def subscribe() -> Subscription:
+            self._open()
+            number = next(self._consumers)
+            name = consumer if consumer is not None else f"{self.producer}.{number}"
+            wires = Wires(
+                reads=self._link(f"read.{number}"),
+                commands=self._link(f"consume.{number}"),
+                keeper=self._keeper,
+                prepare=prepare,
+                report=self._gap,
+                block_ms=self.options.block_ms,
+                dedupe_window=self.options.dedupe_window,
+                drain_timeout_s=self.options.drain_timeout_s,
+                forget=self._subscriptions.discard,
+            )
+            subscription = Subscription(Place(contract, declared, name), wires, options or ConsumeOptions(), hand)
+            self._subscriptions.add(subscription)
+            subscription.start()
+            return subscription
+
+        return subscribe
 
     async def close(self) -> None:
-        """Sends what was collected, within the drain timeout, and closes; harmless when closed."""
+        """Ends all consumers, sends what was collected, each within the drain timeout; harmless when closed."""
         publisher, self._publisher = self._publisher, None
         if publisher is None:
             return
-        for subscription in self._subscriptions:
-            subscription.end()
         try:
-            for subscription in tuple(self._subscriptions):
-                await subscription.close(self.options.drain_timeout_s)
+            await asyncio.gather(*(subscription.close() for subscription in self._subscriptions))
             await publisher.close(self.options.drain_timeout_s)
         finally:
             for link in (self._commands, self._publisher_link):

@@ -42,6 +42,8 @@ class Wires:
         report: Takes what was lost.
         block_ms: Longest time that a read waits in the server.
         dedupe_window: Event ids to remember.
+        drain_timeout_s: Longest time that its end waits for what was taken to be settled.
+        forget: Called once it has ended.
     """
 
     reads: Link
@@ -51,6 +53,8 @@ class Wires:
     report: Callable[[Gap], None]
     block_ms: int
     dedupe_window: int
+    drain_timeout_s: float
+    forget: Callable[[Subscription], None]
 
 
 @dataclass(slots=True)
@@ -113,6 +117,7 @@ class Subscription:
         self._closed = asyncio.Event()
         self._error: OrkiError | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._closing: asyncio.Task[None] | None = None
 
     @property
     def name(self) -> str:
@@ -175,12 +180,35 @@ class Subscription:
             self._release(None)
             self._tell(moves.DrainAsked())
 
-    async def close(self, timeout_s: float) -> None:
-        """Ends in good order: waits for what was taken to be settled, for at most so long, and leaves the group."""
+    async def close(self) -> None:
+        """Ends in good order: waits for what was taken to be settled, for the drain timeout at most, and leaves the
+        group. Called again, also at once, it waits for the same end; cancelled, it waits for nothing to be settled."""
+        closing = self._begin_to_close()
+        try:
+            await asyncio.wait({closing})
+        except asyncio.CancelledError:
+            closing.cancel()
+            await asyncio.wait({closing})
+            raise
+        if not closing.cancelled():
+            closing.result()
+
+    def abandon(self) -> None:
+        """Nobody takes entries any more, and nobody waits for the end either. May be called in any thread."""
+        if not self._loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # closed meanwhile
+                self._loop.call_soon_threadsafe(self._begin_to_close)
+
+    def _begin_to_close(self) -> asyncio.Task[None]:
+        if self._closing is None:
+            self._closing = self._loop.create_task(self._close(), name=f"orki-events {self.name}, its end")
+        return self._closing
+
+    async def _close(self) -> None:
         self.end()
         try:
             if self._error is None:
-                async with asyncio.timeout(timeout_s):
+                async with asyncio.timeout(self._wires.drain_timeout_s):
                     await self._drained()
                     with contextlib.suppress(OrkiError):
                         await self._wires.keeper.save(self._wires.commands, self.place.stream, self.place.group)
@@ -198,6 +226,7 @@ class Subscription:
                 await asyncio.wait(self._tasks)
             await self._wires.reads.close()
             await self._wires.commands.close()
+            self._wires.forget(self)
 
     async def _drained(self) -> None:
         while not self._closed.is_set() and self._error is None:

@@ -14,7 +14,6 @@ import hashlib
 import logging
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -113,7 +112,7 @@ class _Audit:
         observed = replace(stream, groups=groups)
         try:
             source = self._events.raw_deliveries(observed, group=_GROUP.name, size=_BATCH, consumer=self._consumer)
-            async with aclosing(source) as batches:
+            async with source as batches:
                 async for batch in batches:
                     async with batch:
                         await self._write(stream.name, batch)

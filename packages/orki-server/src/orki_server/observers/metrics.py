@@ -12,7 +12,6 @@ __all__ = ["MetricsOptions", "run_metrics"]
 import asyncio
 import logging
 import socket
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -105,7 +104,7 @@ async def _count(
     while not stopped.is_set():
         try:
             source = events.delivery_batches(stream, group=_GROUP, size=_BATCH, consumer=consumer)
-            async with aclosing(source) as batches:
+            async with source as batches:
                 async for batch in batches:
                     async with batch as found:
                         for envelope, event in zip(batch.envelopes, found, strict=True):

@@ -1,0 +1,135 @@
+"""A consumer that was left has ended when its `Events` has, whichever way its loop was left."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from orki.events.v1.usage_pb2 import UsageEvent
+from orki_contract.errors import LocalProtocolError
+from orki_events import ConsumeOptions, Events
+
+QUICK = ConsumeOptions(sweep_interval_s=0.05)
+
+
+def consumers(server: Any) -> list[Any]:
+    with server.client as client:
+        return list(client.xinfo_consumers("orki:ev:{usage-of-tests}", "work"))
+
+
+def own_tasks() -> list[str]:
+    return [task.get_name() for task in asyncio.all_tasks() if "orki-events consumer" in task.get_name()]
+
+
+async def test_a_loop_left_by_break_ends_with_its_events(opened: Callable[..., Any], usage: Any) -> None:
+    events, stream = await opened(drain_timeout_s=0.4), usage()
+    await events.publish(stream, UsageEvent())
+    async for delivery in events.deliveries(stream, group="work"):
+        assert delivery.deliveries == 1
+        break
+    assert own_tasks()
+    # Nobody settled the delivery: the end waits for the drain timeout, and leaves nothing behind it.
+    await events.close()
+    assert own_tasks() == []
+
+
+async def test_a_source_that_stays_reachable_ends_with_its_events(opened: Callable[..., Any], usage: Any) -> None:
+    events, stream = await opened(), usage()
+    await events.publish(stream, UsageEvent())
+    source = events.deliveries(stream, group="work")
+    async for delivery in source:
+        delivery.acknowledge()
+        break
+    await events.close()
+    assert own_tasks() == []
+    with pytest.raises(StopAsyncIteration):
+        await anext(source)
+
+
+async def test_a_source_in_a_cycle_ends_when_the_collector_finds_it(server: Any, events: Events, usage: Any) -> None:
+    stream = usage()
+    await events.publish(stream, UsageEvent())
+    source: Any = events.deliveries(stream, group="work")
+    async with await anext(source):
+        pass
+    cycle: list[Any] = [source]
+    cycle.append(cycle)
+    del source, cycle
+    gc.collect()
+    async with asyncio.timeout(10):
+        while own_tasks():
+            await asyncio.sleep(0.01)
+    assert consumers(server) == []
+
+
+async def test_the_end_of_the_block_is_the_end_of_the_consumer(server: Any, events: Events, usage: Any) -> None:
+    stream = usage()
+    await events.publish(stream, UsageEvent())
+    async with events.deliveries(stream, group="work", options=QUICK) as deliveries:
+        async with await anext(deliveries) as event:
+            assert event == UsageEvent()
+        assert len(consumers(server)) == 1
+    assert own_tasks() == []
+    assert consumers(server) == []
+    with pytest.raises(StopAsyncIteration):
+        await anext(deliveries)
+
+
+async def test_several_tasks_may_share_a_source_and_its_end(events: Events, usage: Any) -> None:
+    stream, got = usage(), []
+    await events.publish_many(stream, [UsageEvent(attempt=number) for number in range(20)])
+
+    async def take() -> None:
+        async for delivery in source:
+            async with delivery as event:
+                got.append(event.attempt)
+            if len(got) == 20:
+                await source.aclose()
+
+    source = events.deliveries(stream, group="work")
+    async with asyncio.timeout(20):
+        await asyncio.gather(*(take() for _ in range(3)))
+    assert sorted(got) == list(range(20))
+    assert own_tasks() == []
+
+
+async def test_a_cancelled_iteration_has_ended_its_consumer(server: Any, events: Events, usage: Any) -> None:
+    stream = usage()
+    await events.prepare(stream)
+    waiting = asyncio.ensure_future(anext(events.deliveries(stream, group="work")))
+    async with asyncio.timeout(10):
+        while not own_tasks():
+            await asyncio.sleep(0.01)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert own_tasks() == []
+    assert consumers(server) == []
+
+
+async def test_of_two_that_wait_for_an_end_one_may_give_up(opened: Callable[..., Any], usage: Any) -> None:
+    events, stream = await opened(drain_timeout_s=30), usage()
+    await events.publish(stream, UsageEvent())
+    source = events.deliveries(stream, group="work")
+    delivery = await anext(source)
+    patient, hasty = asyncio.create_task(source.aclose()), asyncio.create_task(source.aclose())
+    await asyncio.sleep(0.05)
+    hasty.cancel()
+    async with asyncio.timeout(10):
+        with pytest.raises(asyncio.CancelledError):
+            await hasty
+        await patient
+    assert own_tasks() == []
+    delivery.acknowledge()  # too late: harmless
+
+
+async def test_nothing_begins_after_the_end(opened: Callable[..., Any], usage: Any) -> None:
+    events = await opened()
+    source = events.deliveries(usage(), group="work")
+    await events.close()
+    with pytest.raises(LocalProtocolError):
+        await anext(source)
