@@ -45,7 +45,7 @@ def test_from_nothing_to_generated_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["init"]) == 0
+    assert main(["vendor"]) == 0
     assert "buf.gen.yaml written" in capsys.readouterr().out
     (tmp_path / "proto/acme/v1").mkdir(parents=True)
     (tmp_path / "proto/acme/v1/events.proto").write_text(PROTO, encoding="utf-8")
@@ -118,7 +118,7 @@ def test_two_tasks_a_stream_and_a_frame_take_less_than_eighty_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["init"]) == 0
+    assert main(["vendor"]) == 0
     (tmp_path / "proto/acme/v1").mkdir(parents=True)
     (tmp_path / "proto/acme/v1/review.proto").write_text(SHORT, encoding="utf-8")
     (tmp_path / "acme").mkdir()
@@ -128,7 +128,7 @@ def test_two_tasks_a_stream_and_a_frame_take_less_than_eighty_lines(
     assert text.count("\n") < 80
 
 
-def test_init_keeps_settings_and_renews_the_options(
+def test_vendor_keeps_settings_and_renews_the_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -136,7 +136,7 @@ def test_init_keeps_settings_and_renews_the_options(
     options.parent.mkdir(parents=True)
     options.write_text("old", encoding="utf-8")
     (tmp_path / "buf.yaml").write_text("own", encoding="utf-8")
-    assert main(["init"]) == 0
+    assert main(["vendor"]) == 0
     said = capsys.readouterr().out
     assert "buf.yaml is there already" in said
     assert "options.proto brought up to date" in said
@@ -149,7 +149,7 @@ def test_what_cannot_be_written_is_said(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "proto").write_text("a file", encoding="utf-8")
-    assert main(["init"]) == 1
+    assert main(["vendor"]) == 1
     assert "options.proto cannot be written" in capsys.readouterr().err
 
 
@@ -161,7 +161,10 @@ def test_docs_outside_a_workspace(
     assert "holds no buf.yaml" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["genrate"], ["docs"], ["init", "--force"], ["generate", "--chek"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["genrate"], ["docs"], ["init", "--force"], ["init", "a", "b"], ["vendor", "here"], ["generate", "--chek"]],
+)
 def test_unknown_arguments_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)

@@ -5,31 +5,31 @@ from __future__ import annotations
 __all__ = ["main"]
 
 import argparse
+import re
 import sys
-from collections.abc import Mapping, Sequence
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from orki_codegen import generate
 from orki_codegen.buf import Buf
+from orki_codegen.new_repository import lay_out, names_for
 from orki_codegen.reference import pages
+from orki_codegen.vendored_files import bring_up_to_date
 from orki_codegen.workspace import find_workspace
 from orki_contract.exceptions import InvalidSetting, OrkiError
 from orki_contract.read import read_image
 
-_VENDORED: Final[Mapping[str, str]] = {
-    "buf.yaml": "buf.yaml",
-    "buf.gen.yaml": "buf.gen.yaml",
-    "options.proto": "proto/orki/options/v1/options.proto",
-}
-
 _INIT: Final = """\
-Makes a repository ready for contracts: writes buf.yaml, buf.gen.yaml and proto/orki/options/v1/options.proto where they
-are missing. What is there already stays; options.proto is brought up to date, as it is vendored.
+Makes a repository of your own: a first contract (a task, a stream with a group, a tool), an agent, a consumer, their
+tests, a noxfile with its launcher, a workflow; and generates the code. What is there already stays as it is.
 
-Then write protos below proto/, name each proto package in the pyproject.toml of the distribution that carries it
-([tool.orki] contracts = ["acme.review.v1"]), and run `orki-codegen generate`.
+Its README names the two commands that come next: ./noxw -s demo and ./noxw.
+"""
+
+_VENDOR: Final = """\
+Writes buf.yaml, buf.gen.yaml and proto/orki/options/v1/options.proto where they are missing. What is there already
+stays; options.proto is brought up to date, as it is a copy of orki's.
 """
 
 
@@ -46,15 +46,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "docs", help="write the reference pages alone", description="Writes the reference pages into a folder."
     )
     documenting.add_argument("folder", metavar="FOLDER", type=Path, help="where; made if it is missing")
-    commands.add_parser("init", help="make a repository ready", description=_INIT, formatter_class=raw)
+    founding = commands.add_parser("init", help="make a repository of your own", description=_INIT, formatter_class=raw)
+    founding.add_argument("folder", metavar="FOLDER", type=Path, nargs="?", default=Path(), help="where; default: here")
+    founding.add_argument("--name", default="", help="of the distribution; default: the folder's name")
+    founding.add_argument("--package", default="", help="proto package; default: made from the name")
+    commands.add_parser(
+        "vendor", help="write or renew buf's files and the options", description=_VENDOR, formatter_class=raw
+    )
     given = parser.parse_args(arguments)
     if given.command == "generate":
         return generate.main(["--check"] if given.check else [])
     try:
         if given.command == "docs":
             _docs(given.folder)
+        elif given.command == "init":
+            return _init(given.folder, given.name, given.package)
         else:
-            _init(Path.cwd())
+            for line in bring_up_to_date(Path.cwd()):
+                print(line)
     except OrkiError as error:
         print(f"orki-codegen: {error.message}", file=sys.stderr)
         return 1
@@ -71,25 +80,24 @@ def _docs(folder: Path) -> None:
     print(f"{len(made)} pages written to {folder}")
 
 
-def _init(root: Path) -> None:
-    """Writes what is missing.
+def _init(folder: Path, name: str, package: str) -> int:
+    """Writes what is missing, and generates.
 
     Raises:
-        InvalidSetting: A file cannot be written.
+        InvalidSetting: A name cannot be used, or a file cannot be written.
     """
-    for name, place in _VENDORED.items():
-        content = (resources.files("orki_codegen") / "vendored" / name).read_bytes()
-        path = root / place
-        if path.is_file() and (path.read_bytes() == content or name != "options.proto"):
-            print(f"{place} is there already")
-            continue
-        word = "brought up to date" if path.is_file() else "written"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        except OSError as error:
-            raise InvalidSetting(f"{place} cannot be written: {error.strerror}") from error
-        print(f"{place} {word}")
+    root = folder.absolute()
+    if root.exists() and not root.is_dir():
+        raise InvalidSetting(f"{folder} is a file: name a folder, which need not be there yet")
+    names = names_for(name or re.sub(r"[-_. ]+", "-", root.resolve().name.lower()), package)
+    written, kept = lay_out(root, names)
+    for place in kept:
+        print(f"{place} is there already, and stays as it is")
+    print(f"{len(written)} files written below {folder}: distribution {names.name}, proto package {names.package}")
+    status = generate.run(root, check=False)
+    if status == 0:
+        print(f"next, in {folder}: ./noxw -s demo (what it does), ./noxw (what must be green)")
+    return status
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["HELP", "Generated", "generate", "main"]
+__all__ = ["HELP", "Generated", "generate", "main", "run"]
 
 import argparse
 import sys
@@ -54,13 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--check", action="store_true", help="write nothing, and fail if anything would change")
-    given = parser.parse_args(arguments)
-    root = Path.cwd()
+    return run(Path.cwd(), check=parser.parse_args(arguments).check)
+
+
+def run(root: Path, *, check: bool) -> int:
+    """Generates, or compares, in one repository; the exit status is that of `main`."""
     try:
         workspace = find_workspace(root)
         generated = generate(workspace, _tell)
         differences = [(tree, compare(root, tree)) for tree in generated.trees]
-        if given.check:
+        if check:
             return _report_drift(differences)
         _report_changes(workspace, generated, differences)
         for tree, found in differences:
