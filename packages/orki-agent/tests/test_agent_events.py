@@ -23,10 +23,11 @@ from orki.events.v1.usage_orki import USAGE
 from orki.events.v1.usage_pb2 import UsageEvent
 from orki_agent import Agent, ToolsAt
 from orki_agent.hotpath import ToolBridge
+from orki_agent.reporting import PlaneEvents
 from orki_agent.testing import run_handler
 from orki_contract import AsyncToolService, SyncToolService, Tool
 from orki_contract.errors import EventsUnavailable, InvalidSetting, Reason, ToolFailed
-from orki_contract.trace import parse_traceparent
+from orki_contract.trace import new_span, parse_traceparent
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +141,17 @@ async def test_everything_of_a_task_is_in_its_trace(
     assert {(event.agent_id, event.instance_id) for _, event in life} == {("a1", orchestrator.hellos[0].instance_id)}
     assert list(life[0][1].spawned.services) == ["agentwork.v1.WorkService"]
     assert life[0][1].spawned.slots == 4
+
+
+async def test_what_waits_for_the_planes_address_keeps_its_time(plane: str) -> None:
+    port, span = PlaneEvents("keeps-its-time"), new_span()
+    port.collect(USAGE, UsageEvent(model="early"), span)
+    welcomed_us = time.time_ns() // 1_000
+    await port.open(plane)
+    await port.close()
+    ((envelope, _),) = (each for each in entries(plane, "usage", UsageEvent) if each[1].model == "early")
+    # So an agent's spawn comes before its session, which it needs for knowing the address.
+    assert 0 < envelope.time_us <= welcomed_us
 
 
 async def test_sync_handlers_call_tools_and_publish(

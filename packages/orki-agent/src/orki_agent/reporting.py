@@ -85,7 +85,7 @@ class PlaneEvents:
         self._own_url = url
         self._events: Events | None = None
         self._port: NoEvents | None = None
-        self._waiting: deque[tuple[EventStream[Any, Any], Message, Span]] = deque()
+        self._waiting: deque[tuple[EventStream[Any, Any], Message, Span, int]] = deque()
         self._known = asyncio.Event()
         self._said_at = 0.0
 
@@ -104,20 +104,24 @@ class PlaneEvents:
             _log.info("there is no event plane: events are dropped")
         self._known.set()
         while self._waiting:
-            self.collect(*self._waiting.popleft())
+            self._collect(*self._waiting.popleft())
 
     def collect(self, stream: EventStream[E, Any], event: E, span: Span) -> None:
-        """Publishes soon; never raises."""
+        """Publishes soon; never raises. The event has the time of this call, however long it waits here."""
+        time_us = time.time_ns() // 1_000
         if not self._known.is_set():
-            self._waiting.append((stream, event, span))
+            self._waiting.append((stream, event, span, time_us))
             if len(self._waiting) > _WAITING:
                 self._count(self._waiting.popleft()[0].contract.name, "the event plane is not known yet")
-            return
+        else:
+            self._collect(stream, event, span, time_us)
+
+    def _collect(self, stream: EventStream[Any, Any], event: Message, span: Span, time_us: int) -> None:
         if self._events is None:
             self.lost[stream.contract.name] += 1
             return
         try:
-            self._events.collect(stream, event, span=span)
+            self._events.collect(stream, event, span=span, time_us=time_us)
         except OrkiError as error:
             self._count(stream.contract.name, error.message)
 

@@ -159,10 +159,12 @@ class Events:
         """As `publish_many`, for events that bring span, id and time of their own, such as an outbox's."""
         return await self._open().publish_all(stream, outgoing)
 
-    def collect(self, stream: EventStream[E, Any], message: E, *, span: Span | None = None) -> bytes:
+    def collect(
+        self, stream: EventStream[E, Any], message: E, *, span: Span | None = None, time_us: int | None = None
+    ) -> bytes:
         """Publishes an event some time soon; never waits, and may be called on any thread.
 
-        An event that cannot be sent in time is counted and reported as a gap.
+        An event that cannot be sent in time is counted and reported as a gap. Arguments as those of `publish`.
 
         Returns:
             The event's id.
@@ -171,7 +173,7 @@ class Events:
             EventsBufferFull: The buffer is full; nothing was taken.
             InvalidArgument, TooLarge: The event cannot be published at all.
         """
-        return self._open().submit(stream, message, span or current_span())
+        return self._open().submit(stream, message, span or current_span(), time_us=time_us)
 
     async def flush(self) -> None:
         """Waits until everything that was published or collected before was sent, refused or abandoned."""

@@ -64,12 +64,12 @@ async def test_a_trace_by_task_by_trace_and_by_prefix(
     root = await publish_story(events, user)
     await publish_story(events, user, "t4-01jcabcdefghjkmnpqrstvwxyz")
     trees = []
-    for wanted in (root.trace_id, "t3-01", root.trace_id[:12]):
+    for wanted in ("t3-01", root.trace_id[:12]):
         ended = await orki("trace", wanted, "--json", **redis_only)
         assert ended.code == 0, ended.err
         assert canary not in ended.out
         trees.append(json.loads(ended.out))
-    assert trees.count(trees[0]) == 3
+    assert trees[0] == trees[1]
     tree = trees[0]
     assert (tree["trace_id"], tree["finished"], tree["possibly_trimmed"]) == (root.trace_id, True, [])
     agent, task = tree["roots"]

@@ -100,7 +100,7 @@ async def test_no_event_is_missed_or_repeated_over_kills_and_cuts(
 ) -> None:
     seed = random.randrange(1 << 30)
     draw = random.Random(seed)
-    total = 400
+    total = 300
     process = feed(observer, valkey_url)
     async with followed(http, process.where) as stream:
         last_id = stream.last_id
@@ -117,7 +117,7 @@ async def test_no_event_is_missed_or_repeated_over_kills_and_cuts(
     seen: list[str] = []
     ends = 0
     while len(seen) < total:
-        if ends < 4 and draw.random() < 0.5:
+        if ends < 2 and draw.random() < 0.5:
             process.end(signal.SIGKILL)
             process.start()
             ends += 1

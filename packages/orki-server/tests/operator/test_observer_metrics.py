@@ -79,10 +79,10 @@ async def test_killed_at_any_instant_it_loses_nothing(
         port = probe.getsockname()[1]
     process = metrics(observer, valkey_url, port)
     counted = 0.0
-    for round_ in range(4):
+    for round_ in range(3):
         for number in range(100):
             await events.publish(USAGE, UsageEvent(model="m", input_tokens=1 + number % 3))
-        if round_ < 3:
+        if round_ < 2:
             await asyncio.sleep(draw.uniform(0, 0.2))
             process.end(signal.SIGKILL)
             process.start()
@@ -93,7 +93,7 @@ async def test_killed_at_any_instant_it_loses_nothing(
         await asyncio.sleep(0.1)
     assert (await link.one((b"XPENDING", "orki:ev:{usage}", b"metrics")))[0] == 0, f"seed {seed}"
     counted = float(re.findall(r'orki_events_total\{stream="usage"\} ([0-9.]+)', await scraped(process.where))[0])
-    assert 100 <= counted <= 400, f"seed {seed}"
+    assert 100 <= counted <= 300, f"seed {seed}"
     assert process.end() == 0
 
 

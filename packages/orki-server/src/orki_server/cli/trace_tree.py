@@ -205,7 +205,7 @@ class _Builder:
         roots.extend(self._loose)
         for root in roots:
             for node in root.walk():
-                # An agent tells of its spawn when it can, which may be after the orchestrator saw it connect.
+                # The spawn has the time of the agent's clock, the connecting that of the orchestrator's.
                 node.children.sort(key=lambda each: (each.kind != "spawned", each.start_us))
         starts = [each.start_us for each in self._tasks.values()] or [each.start_us for each in roots] or [0]
         finished = bool(self._tasks) and all(each.end_us is not None for each in self._tasks.values())
