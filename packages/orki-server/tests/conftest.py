@@ -78,8 +78,21 @@ async def store(redis_url: str) -> AsyncIterator[Store]:
 # --- a contract ---
 
 
-def build_work(service: str = SERVICE, **options: Any) -> ServedService:
-    """The contract of a service with the tasks Do (options as given) and Direct (with progress and directives)."""
+def build_work(
+    service: str = SERVICE,
+    *,
+    edit: Callable[[FileDescriptorProto], None] = lambda file: None,
+    version: str = "",
+    **options: Any,
+) -> ServedService:
+    """The contract of a service with the tasks Do (options as given) and Direct (with progress and directives).
+
+    Args:
+        service: Its full name.
+        edit: Makes another version of it: gets its file.
+        version: Of the package that would hold it.
+        options: Of its tasks.
+    """
     library = FileDescriptorSet.FromString(image_of("orki.events.v1"))
     wanted = ("google/protobuf/descriptor.proto", "google/protobuf/duration.proto", "orki/options/v1/options.proto")
     files = [file for file in library.file if file.name in wanted]
@@ -99,8 +112,9 @@ def build_work(service: str = SERVICE, **options: Any) -> ServedService:
         encoded = task_options(**values).SerializeToString()
         # (orki.options.v1.task) is field 50831 of MethodOptions, with a length.
         rpc.options.MergeFromString(_varint(50831 << 3 | 2) + _varint(len(encoded)) + encoded)
+    edit(own)
     image = FileDescriptorSet(file=[*files, own]).SerializeToString(deterministic=True)
-    return ServedService(service=service, digest=service_digest(image, service), image=image)
+    return ServedService(service=service, digest=service_digest(image, service), image=image, version=version)
 
 
 def _varint(value: int) -> bytes:

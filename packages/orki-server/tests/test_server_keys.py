@@ -26,6 +26,7 @@ TASK = "t7-01jcabcdefghjkmnpqrstvwxyz"
         (FleetKeys.LAYOUT, "orki:{of}:layout"),
         (FleetKeys.AGENTS, "orki:{of}:agents"),
         (FleetKeys.SERVICES, "orki:{of}:services"),
+        (FleetKeys.REVISIONS, "orki:{of}:revisions"),
         (FleetKeys.agent("a-1"), "orki:{of}:agent:AGENT"),
         (FleetKeys.service("a.v1.S"), "orki:{of}:service:SERVICE"),
     ],

@@ -12,7 +12,6 @@ from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import TaskState
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import (
-    ContractMismatch,
     HandlerFailed,
     HandlerRejected,
     IdempotencyConflict,
@@ -304,48 +303,6 @@ async def test_slots_bound_what_is_offered(orchestrator: Orchestrator, client: C
     assert len(agent.offers) == 2
     go.set()
     assert all([(await end_of(client, task.task_id)).state == TaskState.TASK_STATE_SUCCEEDED for task in tasks])
-
-
-async def test_another_contract_is_refused_by_name_while_the_first_is_live(
-    orchestrator: Orchestrator, stand_in: Make, work: Make
-) -> None:
-    first = stand_in(orchestrator.address)
-    await first.ready()
-    other = work(max_attempts=7)
-    second = stand_in(orchestrator.address, [other], agent_id="agent-2")
-    await second.until(lambda: second.closed is not None)
-    assert isinstance(second.closed, ContractMismatch)
-    for part in ("servertests.v1.WorkService", other.digest, work().digest, "agent-1"):
-        assert part in second.closed.message
-    await first.close()
-    async with asyncio.timeout(20):
-        third = stand_in(orchestrator.address, [other], agent_id="agent-3")
-        while not third.opened:
-            await asyncio.sleep(0.05)
-            if third.closed is not None:
-                third = stand_in(orchestrator.address, [other], agent_id="agent-3")
-
-
-async def test_an_agent_may_come_back_with_another_contract_of_its_own(
-    orchestrator: Orchestrator, client: Client, stand_in: Make, work: Make
-) -> None:
-    await stand_in(orchestrator.address).ready()
-    newer = stand_in(orchestrator.address, [work(max_attempts=7)])
-    await newer.ready()
-    (service,) = await client.list_services()
-    assert service.digest == work(max_attempts=7).digest
-
-
-async def test_unfinished_tasks_keep_a_contract_live(
-    orchestrator: Orchestrator, client: Client, stand_in: Make, work: Make
-) -> None:
-    first = stand_in(orchestrator.address, taking=False)
-    await first.ready()
-    await submit(client)
-    await first.close()
-    second = stand_in(orchestrator.address, [work(max_attempts=7)])
-    await second.until(lambda: second.closed is not None)
-    assert "1 tasks of it have not ended" in str(second.closed)
 
 
 @pytest.mark.parametrize("image", [b"", b"\xff\xff", b"\x0a\x00"])

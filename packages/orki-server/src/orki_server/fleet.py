@@ -11,12 +11,17 @@ from orki_server.rpc import Context, typed
 from orki_server.sessions.roster import Roster
 from orki_server.store import Store
 
-__all__ = ["FleetServicer"]
+__all__ = ["FleetServicer", "silence_us"]
 
 _IMAGES: Final = 2 << 20
 """Most bytes of images in one answer; services beyond come without theirs, and can be asked for by name."""
 _SILENT: Final = 3
 """Heartbeat intervals without a word after which another orchestrator's agent counts as gone."""
+
+
+def silence_us(heartbeat_interval_ms: int) -> int:
+    """Time without a heartbeat after which an agent counts as gone, in microseconds."""
+    return _SILENT * heartbeat_interval_ms * 1000 + 2_000_000
 
 
 class FleetServicer(FleetServiceServicer):
@@ -25,7 +30,7 @@ class FleetServicer(FleetServiceServicer):
     def __init__(self, store: Store, roster: Roster, heartbeat_interval_ms: int) -> None:
         self._store = store
         self._roster = roster
-        self._silent_us = _SILENT * heartbeat_interval_ms * 1000 + 2_000_000
+        self._silent_us = silence_us(heartbeat_interval_ms)
 
     @typed
     async def ListAgents(self, request: pb.ListAgentsRequest, context: Context) -> pb.ListAgentsResponse:
@@ -47,10 +52,8 @@ class FleetServicer(FleetServiceServicer):
 
     @typed
     async def ListServices(self, request: pb.ListServicesRequest, context: Context) -> pb.ListServicesResponse:
-        """Registered services by name."""
-        digests = await self._store.fleet.digests()
-        names = sorted(name for name in digests if request.service in ("", name))
-        services = await self._store.fleet.services(names)
+        """Registered services by name, each with its leading contract."""
+        services = await self._store.contracts.leading(request.service)
         agents = await self._agents()
         room = _IMAGES
         for service in services:

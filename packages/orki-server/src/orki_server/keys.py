@@ -102,7 +102,7 @@ TABLE: tuple[Key, ...] = (
     Key(
         pattern="orki:{oN}:open",
         kind="hash",
-        holds="number of unfinished tasks of each service",
+        holds="number of unfinished tasks of each service, and of each contract of it (`SERVICE@DIGEST`)",
         writer="store: submit and every end",
         ends="when it is empty",
         lua="OPEN",
@@ -140,23 +140,31 @@ TABLE: tuple[Key, ...] = (
     Key(
         pattern="orki:{of}:agent:AGENT",
         kind="hash",
-        holds="an agent: instance, session epoch, snapshot",
+        holds="an agent: instance, session epoch, snapshot, digests of the contracts that it serves",
         writer="fleet: hello, heartbeat, disconnect",
         ends="a day after its last sign of life",
     ),
     Key(
         pattern="orki:{of}:services",
         kind="hash",
-        holds="digest of each registered task service",
-        writer="fleet: hello",
+        holds="digest of the leading contract of each registered task service",
+        writer="registry: hello, apply, clean",
+        ends="never; a field, with its service",
+    ),
+    Key(
+        pattern="orki:{of}:revisions",
+        kind="hash",
+        holds="number of changes of each service's contracts",
+        writer="registry: hello, apply, clean",
         ends="never",
     ),
     Key(
         pattern="orki:{of}:service:SERVICE",
         kind="hash",
-        holds="a registered task service: digest, image, version",
-        writer="fleet: hello",
-        ends="never",
+        holds="a task service: of the leading contract digest, image, version; of each (`KIND:DIGEST`) image `i`, "
+        "version `v`, time `w`, admissions `n`, and `p` while it is applied ahead",
+        writer="registry: hello, apply, clean; fleet: hello (admissions)",
+        ends="with the last of its contracts; a contract, when it is live no more and another one is registered",
     ),
 )
 
@@ -212,6 +220,7 @@ class FleetKeys:
     LAYOUT = BASE + "layout"
     AGENTS = BASE + "agents"
     SERVICES = BASE + "services"
+    REVISIONS = BASE + "revisions"
 
     @staticmethod
     def agent(agent_id: str) -> str:

@@ -20,7 +20,7 @@ from orki_events import Events, connect
 from orki_server.announcing import Announcer
 from orki_server.dispatch import Dispatcher
 from orki_server.drain import OutboxDrain
-from orki_server.fleet import FleetServicer
+from orki_server.fleet import FleetServicer, silence_us
 from orki_server.registry import Registry
 from orki_server.requests import RequestRules
 from orki_server.sessions.greeting import Greeter
@@ -65,11 +65,11 @@ class Orchestrator:
     def _wire(self) -> None:
         options, store = self.options, self._store
         self._roster = Roster()
-        self._registry = Registry(store, self._roster.serving)
+        self._notes = FleetNotes(store)
+        self._registry = Registry(store, silence_us(options.heartbeat_interval_ms), self._notes.flush)
         self._watchers = Watchers(store)
         self._drain = OutboxDrain(store, self._events)
         self._announcer = Announcer(self._events, options.orchestrator_id)
-        self._notes = FleetNotes(store)
         self._reports = Reports(
             store=store,
             progress_kept=options.progress_kept,
@@ -174,6 +174,7 @@ class Orchestrator:
             ("sweep", self._sweeper.run()),
             ("outbox drain", self._drain.run()),
             ("fleet notes", self._notes.run()),
+            ("registry", self._registry.run()),
             ("health", self._tell_health()),
         ):
             self._spawn(name, work)

@@ -1,35 +1,32 @@
-"""Which task services the fleet serves, under which contract, and whether a newcomer's contract fits.
+"""Which task services the fleet serves, under which contracts, and whether a newcomer's contract fits.
 
-An agent's hello brings the digest of every contract that it serves. An equal digest passes, an unknown service is
-registered. A different one is refused by name while the registered one is *live*: an agent has a session under it, or
-tasks of it have not ended. Once it is not, the newcomer's takes its place.
+An agent's hello brings the digest of every contract that it serves, and its image. A registered digest passes; another
+one is judged by `orki_server.admission` against what is live, and is registered beside it where it fits. So several
+contracts of a service are in use at once during a rolling upgrade, each agent is offered the tasks of its own one, and
+tasks run by the values of `orki_server.contract_family`. What other orchestrators register is seen within a second.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
 from orki.control.v1.session_pb2 import ServedService
-from orki.control.v1.task_pb2 import ServiceSnapshot
-from orki_contract.errors import ContractMismatch, InvalidContract, UnknownMethod
-from orki_contract.images import service_digest
+from orki_contract.errors import InvalidContract, OrkiError, UnknownMethod
 from orki_contract.model import TaskMethod
-from orki_contract.read import read_image
+from orki_server.admission import Admission
+from orki_server.contract_family import Family, ServiceContract
 from orki_server.store import Store
 
 __all__ = ["Registry"]
 
 _REFRESH_S: Final = 1.0
-"""Shortest time between two looks at what other orchestrators have registered."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Service:
-    digest: str
-    methods: dict[str, TaskMethod]
+"""Time between two looks at what other orchestrators have registered."""
+_CLEAN_S: Final = 10.0
+"""Time between two looks for contracts that are not live any more, and the shortest time that they are kept."""
 
 
 class Registry:
@@ -37,15 +34,35 @@ class Registry:
 
     Args:
         store: Where they are.
-        serving: Agents with a session under a service and digest, by id; other orchestrators' agents need not be known.
+        silence_us: Time without a heartbeat after which an agent counts as gone, in microseconds.
+        settle: Writes what is known here of agents that left; called before a refusal.
     """
 
-    def __init__(self, store: Store, serving: Callable[[str, str], Iterable[str]]) -> None:
+    def __init__(self, store: Store, silence_us: int, settle: Callable[[], Awaitable[None]]) -> None:
         self._store = store
-        self._serving = serving
-        self._services: dict[str, _Service] = {}
+        self._admission = Admission(store.contracts, store.fleet, self._silent_since, settle)
+        self._families: dict[str, Family] = {}
+        self._revisions: dict[str, str] = {}
         self._registered: set[str] = set()
         self._refreshed = 0.0
+        self._looking = asyncio.Lock()
+        self._silence_us = silence_us
+        self._watching_since = time.monotonic()
+        store.on_change(self._store_changed)
+
+    async def run(self) -> None:
+        """Looks again and again what others registered, and forgets what is not live, until it is cancelled."""
+        cleaned = time.monotonic()
+        while True:
+            await asyncio.sleep(_REFRESH_S)
+            await self._store.wait_up()
+            with contextlib.suppress(OrkiError):
+                await self.refresh()
+                if time.monotonic() - cleaned >= _CLEAN_S:
+                    cleaned = time.monotonic()
+                    for service, family in list(self._families.items()):
+                        if len(family.contracts) > 1:
+                            await self._admission.clean(service, int(_CLEAN_S * 1000))
 
     async def refresh(self) -> None:
         """Reads what is registered.
@@ -53,31 +70,54 @@ class Registry:
         Raises:
             StoreUnavailable: The store is away.
         """
-        digests = await self._store.fleet.digests()
-        new = [name for name, digest in digests.items() if self._digest(name) != digest]
-        for snapshot in await self._store.fleet.services(new):
-            self._remember(snapshot)
-        self._refreshed = time.monotonic()
+        asked = time.monotonic()
+        async with self._looking:
+            if self._refreshed > asked:
+                # Somebody looked while we waited.
+                return
+            started = time.monotonic()
+            await self._look()
+            self._refreshed = started
+
+    async def _look(self) -> None:
+        revisions = await self._store.contracts.revisions()
+        new = [name for name, revision in revisions.items() if self._revisions.get(name) != revision]
+        for service, registered in (await self._store.contracts.registered(new)).items():
+            with contextlib.suppress(InvalidContract):
+                # An image that cannot be read was written by nobody of us; whoever serves it is told so at its hello.
+                if registered:
+                    self._families[service] = Family(ServiceContract.of(each) for each in registered)
+                    self._registered.add(service)
+                    self._revisions[service] = revisions[service]
+        for service in self._families.keys() - revisions.keys():
+            # Its tasks stay known: the store may have lost them, and then hellos bring them again.
+            self._registered.discard(service)
+            self._revisions.pop(service, None)
 
     def forget(self) -> None:
         """The store lost what was registered: what agents bring is registered anew. Methods stay known meanwhile."""
         self._registered.clear()
+        self._revisions.clear()
+
+    def overtaken(self, service: str) -> None:
+        """What is known of a service here is not what is registered: its contracts are looked at anew."""
+        self._registered.discard(service)
+        self._revisions.pop(service, None)
 
     async def method(self, full_name: str) -> TaskMethod:
-        """The contract of `package.Service/Method`.
+        """The task `package.Service/Method`, by the values that count now.
 
         Raises:
             UnknownMethod: Nobody has registered it.
             StoreUnavailable: It is not known here, and the store is away.
         """
         service, _, _ = full_name.partition("/")
-        known = self._services.get(service)
+        known = self._families.get(service)
         if known is None or full_name not in known.methods:
-            if time.monotonic() - self._refreshed >= _REFRESH_S:
-                await self.refresh()
-                known = self._services.get(service)
+            await self.refresh()
+            known = self._families.get(service)
             if known is None:
-                served = ", ".join(sorted(self._services)) or "none yet"
+                served = ", ".join(sorted(self._families)) or "none yet"
                 raise UnknownMethod(
                     f"no agent has registered the service {service!r} (registered: {served}); start one that serves it"
                 )
@@ -87,81 +127,45 @@ class Registry:
                 )
         return known.methods[full_name]
 
-    def methods_of(self, service: str) -> tuple[str, ...]:
-        """Full names of a registered service's tasks."""
-        known = self._services.get(service)
-        return tuple(known.methods) if known else ()
+    def leading(self, service: str) -> str:
+        """Digest of the contract under which tasks of a service are submitted now; empty for an unknown one."""
+        known = self._families.get(service)
+        return known.leading.digest if known else ""
+
+    def methods_of(self, service: str, digest: str) -> tuple[TaskMethod, ...]:
+        """A service's tasks as one of its contracts declares them; none where it is not known."""
+        known = self._families.get(service)
+        contract = known.contracts.get(digest) if known else None
+        return tuple(contract.methods.values()) if contract else ()
 
     async def admit(self, agent_id: str, services: Iterable[ServedService]) -> None:
         """Judges what an agent serves, and registers what is new.
 
         Raises:
             InvalidContract: An image is none, lacks its service, or has another digest than was said.
-            ContractMismatch: A service is live with another contract.
+            ContractMismatch: A service is live under a contract with which this one breaks.
             StoreUnavailable: The store is away.
         """
         for served in services:
-            if self._digest(served.service) == served.digest and served.service in self._registered:
+            known = self._families.get(served.service)
+            if known and served.digest in known.contracts and served.service in self._registered:
                 continue
-            methods = _judge_image(served)
-            standing = (await self._store.fleet.digests()).get(served.service, "")
-            if standing not in ("", served.digest):
-                await self._refuse_while_live(agent_id, served, standing)
-            snapshot = ServiceSnapshot(service=served.service, digest=served.digest, image=served.image)
-            stands = await self._store.fleet.register(snapshot, standing, served.version)
-            if stands != served.digest:
-                # Another orchestrator registered a third contract between our look and our write.
-                raise _mismatch(agent_id, served, stands, "an agent has just registered it")
-            self._services[served.service] = _Service(served.digest, methods)
+            contract = ServiceContract(
+                service=served.service, digest=served.digest, image=served.image, version=served.version
+            )
+            contract.check()
+            family = await self._admission.admit(contract, f"agent {agent_id} serves", agent_id=agent_id)
+            self._families[served.service] = family
             self._registered.add(served.service)
+            # The next look tells what others did meanwhile.
+            self._revisions.pop(served.service, None)
 
-    async def _refuse_while_live(self, agent_id: str, served: ServedService, standing: str) -> None:
-        agents = sorted(set(self._serving(served.service, standing)) - {agent_id})
-        agents += [
-            agent.agent_id
-            for agent in await self._store.fleet.agents()
-            if agent.connected and served.service in agent.services and agent.agent_id not in (agent_id, *agents)
-        ]
-        if agents:
-            raise _mismatch(agent_id, served, standing, f"agents {', '.join(agents[:5])} serve it")
-        unfinished = await self._store.fleet.unfinished(served.service)
-        if unfinished:
-            raise _mismatch(agent_id, served, standing, f"{unfinished} tasks of it have not ended")
+    def _store_changed(self, up: bool) -> None:
+        if up:
+            self._watching_since = time.monotonic()
 
-    def _digest(self, service: str) -> str:
-        known = self._services.get(service)
-        return known.digest if known else ""
-
-    def _remember(self, snapshot: ServiceSnapshot) -> None:
-        methods = read_image(snapshot.image).contract.tasks
-        named = {each.full_name: each for each in methods if each.service == snapshot.service}
-        self._services[snapshot.service] = _Service(snapshot.digest, named)
-        self._registered.add(snapshot.service)
-
-
-def _judge_image(served: ServedService) -> dict[str, TaskMethod]:
-    if not served.image:
-        raise InvalidContract(
-            f"the service {served.service} came without its contract's image; the agent's package lacks contract.binpb"
-        )
-    digest = service_digest(served.image, served.service)
-    if digest != served.digest:
-        raise InvalidContract(
-            f"the service {served.service}: its image has the digest {digest}, not {served.digest} as the agent said; "
-            "generate the package again"
-        )
-    methods = {
-        each.full_name: each for each in read_image(served.image).contract.tasks if each.service == served.service
-    }
-    if not methods:
-        raise InvalidContract(
-            f"the service {served.service} declares no task; a tool service is not for the orchestrator"
-        )
-    return methods
-
-
-def _mismatch(agent_id: str, served: ServedService, standing: str, why: str) -> ContractMismatch:
-    return ContractMismatch(
-        f"agent {agent_id} serves {served.service} under the contract {served.digest}, but {standing} is live: {why}. "
-        "Stop the agents of the older contract and let its tasks end, or serve the new one under another name"
-    )
+    def _silent_since(self) -> int:
+        """Who said nothing since then is gone; nobody is, while agents may not have had the chance to say anything."""
+        if (time.monotonic() - self._watching_since) * 1_000_000 < self._silence_us:
+            return 0
+        return time.time_ns() // 1000 - self._silence_us

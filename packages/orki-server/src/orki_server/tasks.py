@@ -119,6 +119,7 @@ class TaskServicer(TaskServiceServicer):
                 idempotency_key=key,
                 span=span,
                 actor=actor,
+                contract=self._registry.leading(method.service),
             )
         )
         if submitted.word == "new":
@@ -172,6 +173,10 @@ class TaskServicer(TaskServiceServicer):
             state = TaskState.Name(task.state).removeprefix("TASK_STATE_").lower()
             where = "" if session else f", and agent {task.agent_id!r} has no session here now"
             raise NotDirectable(f"task {task.task_id} is {state}{where}; a directive needs a running attempt")
+        # The agent may serve an older contract than the one that declares the directive.
+        served = self._registry.methods_of(method.service, session.digests.get(method.service, ""))
+        if any(each.full_name == task.method and not each.directive for each in served):
+            raise NotDirectable(f"agent {task.agent_id} serves {task.method} by a contract that declares no directive")
         key = AttemptKey.of(task.attempt)
         asked = await self._store.apply(Direct(key, len(request.payload), actor_of(context)))
         if asked.word != "running":

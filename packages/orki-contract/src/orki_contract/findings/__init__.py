@@ -2,5 +2,19 @@
 
 from orki_contract.findings.compare import CATEGORIES, RULES, findings, required_bump
 from orki_contract.findings.finding import Bump, Category, Finding, Plane, Rule
+from orki_contract.findings.fit import Fit, service_fit, stream_fit
 
-__all__ = ["CATEGORIES", "RULES", "Bump", "Category", "Finding", "Plane", "Rule", "findings", "required_bump"]
+__all__ = [
+    "CATEGORIES",
+    "RULES",
+    "Bump",
+    "Category",
+    "Finding",
+    "Fit",
+    "Plane",
+    "Rule",
+    "findings",
+    "required_bump",
+    "service_fit",
+    "stream_fit",
+]

@@ -17,10 +17,11 @@ from orki_server import store
 from orki_server.registry import Registry
 from orki_server.sessions.live import LiveSession
 from orki_server.sessions.roster import Roster
-from orki_server.store import Kept, Store
+from orki_server.store import Greeting, Kept, Store
 
 __all__ = ["Greeted", "Greeter"]
 
+_TRIES: Final = 20
 _CANCEL_AGAIN: Final = "the task's end was asked for"
 _log = logging.getLogger("orki.server.sessions")
 
@@ -61,7 +62,7 @@ class Greeter:
                 )
             await self._registry.admit(hello.agent_id, hello.services)
             kept = await self._attach(hello, [key for key, _ in arrived.held])
-            greeting = await self._store.fleet.greet(session.snapshot())
+            greeting = await self._enter(session, hello)
         except OrkiError as error:
             if not session.over:
                 session.refuse(error)
@@ -73,6 +74,18 @@ class Greeter:
             session.refuse(Replaced(f"instance {older.instance_id} of agent {hello.agent_id} has the session"))
             return None
         return self._welcome(session, hello, greeting.epoch, kept)
+
+    async def _enter(self, session: LiveSession, hello: Hello) -> Greeting:
+        """The agent serves from now on, for all the fleet to see, under contracts that stand at that moment."""
+        session.heard()
+        for _ in range(_TRIES):
+            greeting = await self._store.fleet.greet(session.snapshot(), session.digests)
+            if not greeting.missing:
+                return greeting
+            # Since it was judged, its contract gave way to another one, or the store lost it.
+            self._registry.overtaken(greeting.missing)
+            await self._registry.admit(hello.agent_id, hello.services)
+        raise Overloaded("the contracts of the agent's services change all the time; connect again")
 
     async def _attach(self, hello: Hello, held: Sequence[AttemptKey]) -> list[Kept]:
         shards: dict[int, list[AttemptKey]] = {}
@@ -100,9 +113,10 @@ class Greeter:
     def _welcome(self, session: LiveSession, hello: Hello, epoch: int, kept: Sequence[Kept]) -> Greeted:
         session.epoch = epoch
         session.methods = tuple(
-            method for served in hello.services for method in self._registry.methods_of(served.service)
+            method.full_name
+            for service, digest in session.digests.items()
+            for method in self._registry.methods_of(service, digest)
         )
-        session.heard()
         older = self._roster.enter(session)
         replaced = ""
         if older is not None:

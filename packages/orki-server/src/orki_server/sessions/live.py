@@ -94,10 +94,11 @@ class LiveSession:
         """Whether the stream has ended or is about to."""
         return self._over.is_set()
 
-    def serves(self, service: str, digest: str) -> bool:
-        """Whether the agent serves the service under this contract."""
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digest of the contract under which the agent serves each service."""
         hello = self.machine.hello
-        return hello is not None and any(each.service == service and each.digest == digest for each in hello.services)
+        return {each.service: each.digest for each in hello.services} if hello else {}
 
     def snapshot(self) -> AgentSnapshot:
         """The agent as it is now."""

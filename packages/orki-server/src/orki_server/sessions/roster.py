@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from orki_server.sessions.live import LiveSession
 
@@ -40,7 +40,3 @@ class Roster:
             return False
         del self._sessions[session.agent_id]
         return True
-
-    def serving(self, service: str, digest: str) -> Iterable[str]:
-        """Agents with a session that serve the service under this contract."""
-        return [each.agent_id for each in self if each.serves(service, digest)]

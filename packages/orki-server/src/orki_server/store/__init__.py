@@ -1,7 +1,8 @@
 """The store: the one place in the server that speaks to Redis."""
 
 from orki_server.store.asks import Asked, Cancel, Direct, Submit, Submitted
-from orki_server.store.fleet import Fleet, Greeting, digest_of
+from orki_server.store.contracts import Change, Contracts, Registered
+from orki_server.store.fleet import Fleet, Greeting, Serving, digest_of
 from orki_server.store.ids import new_task_id, shard_of, shard_of_key
 from orki_server.store.link import address_of, without_credentials
 from orki_server.store.looks import TERMINAL, Filter, Look, Seen
@@ -34,6 +35,8 @@ __all__ = [
     "Asker",
     "Attach",
     "Cancel",
+    "Change",
+    "Contracts",
     "Decline",
     "Direct",
     "EndCancelled",
@@ -49,8 +52,10 @@ __all__ = [
     "Outbox",
     "RaiseEpoch",
     "Record",
+    "Registered",
     "Renew",
     "Seen",
+    "Serving",
     "Store",
     "Submit",
     "Submitted",

@@ -44,6 +44,7 @@ class Submit(Transition[Submitted]):
         idempotency_key: Or empty.
         span: The task's span; its parent is the submitter's.
         actor: Who submits.
+        contract: Digest of the contract under which its service was known; empty where none is.
     """
 
     op: ClassVar[str] = "submit"
@@ -55,6 +56,7 @@ class Submit(Transition[Submitted]):
     idempotency_key: str
     span: Span
     actor: str
+    contract: str = ""
 
     def route(self) -> int:
         return shard_of(self.task_id)
@@ -72,6 +74,7 @@ class Submit(Transition[Submitted]):
             self.span.traceparent,
             self.span.parent_id,
             self.actor,
+            self.contract,
         )
 
     def outcome(self, reply: list[bytes]) -> Submitted:

@@ -1,27 +1,36 @@
-"""What the fleet's orchestrators know in common: agents, registered services, the layout of the store."""
+"""What the fleet's orchestrators know in common: agents, and the layout of the store."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from orki.control.v1.task_pb2 import AgentSnapshot, ServiceSnapshot
+from orki.control.v1.task_pb2 import AgentSnapshot
 from orki_contract.errors import InvalidSetting
-from orki_server.keys import LAYOUT_VERSION, FleetKeys, ShardKeys
+from orki_server.keys import LAYOUT_VERSION, FleetKeys
 from orki_server.store.link import Link
 
-__all__ = ["Fleet", "Greeting"]
+__all__ = ["Fleet", "Greeting", "Serving"]
 
 _AGENT_KEPT_S: Final = 86_400
 
-# agent, agents | agent id, instance, snapshot, now (ms), kept (s) -> epoch, instance before
+# agent, agents, service… | agent id, instance, snapshot, now (ms), kept (s), what it serves, digest for each service
+# -> epoch, instance before; or "" and the number (from 1) of a service whose digest is not registered
 _GREET: Final = """
+for at = 3, #KEYS do
+  if redis.call('HEXISTS', KEYS[at], 'i:' .. ARGV[at + 4]) == 0 then return { '', tostring(at - 2) } end
+end
+for at = 3, #KEYS do
+  redis.call('HINCRBY', KEYS[at], 'n:' .. ARGV[at + 4], 1)
+  redis.call('HDEL', KEYS[at], 'p:' .. ARGV[at + 4])
+end
 local before = redis.call('HGET', KEYS[1], 'i') or ''
 local epoch = redis.call('HINCRBY', KEYS[1], 'e', 1)
-redis.call('HSET', KEYS[1], 'i', ARGV[2], 's', ARGV[3])
+redis.call('HSET', KEYS[1], 'i', ARGV[2], 's', ARGV[3], 'c', ARGV[6])
 redis.call('EXPIRE', KEYS[1], ARGV[5])
 redis.call('ZADD', KEYS[2], ARGV[4], ARGV[1])
 return { tostring(epoch), before }
@@ -38,31 +47,41 @@ end
 return 1
 """
 
-# service, services | service, digest that it replaces ("" for none), digest, image, version -> digest that stands
-_REGISTER: Final = """
-local standing = redis.call('HGET', KEYS[2], ARGV[1]) or ''
-if standing ~= ARGV[2] and standing ~= ARGV[3] then return standing end
-redis.call('HSET', KEYS[2], ARGV[1], ARGV[3])
-redis.call('HSET', KEYS[1], 'digest', ARGV[3], 'image', ARGV[4], 'version', ARGV[5])
-return ARGV[3]
-"""
-
 
 @dataclass(frozen=True, slots=True)
 class Greeting:
     """What the store says to an agent's hello.
 
     Attributes:
-        epoch: Number of the session among the agent's.
+        epoch: Number of the session among the agent's; 0 where it has none, as a contract of it is not registered.
         before: The instance that had the session before; empty for none.
+        missing: The service whose contract is not registered, or not any more.
     """
 
     epoch: int
     before: str
+    missing: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """An agent, and the contracts under which it serves.
+
+    Attributes:
+        agent: As the store last heard of it.
+        digests: Digest of each service; empty where an orchestrator wrote it that did not note them.
+    """
+
+    agent: AgentSnapshot
+    digests: Mapping[str, str]
+
+    def serves(self, service: str, digest: str) -> bool:
+        """Whether it serves the service under this contract; where nobody noted the contract, it may."""
+        return service in self.agent.services and self.digests.get(service, digest) == digest
 
 
 class Fleet:
-    """Agents and services, in Redis."""
+    """Agents, in Redis."""
 
     def __init__(self, link: Link, shards: int) -> None:
         self._link = link
@@ -98,13 +117,24 @@ class Fleet:
         self._generation = generation
         return exchanged
 
-    async def greet(self, agent: AgentSnapshot) -> Greeting:
-        """An agent's hello was accepted."""
+    async def greet(self, agent: AgentSnapshot, digests: Mapping[str, str]) -> Greeting:
+        """An agent's hello was accepted: it serves from now on, if its contracts (digest by service) are registered."""
+        served = sorted(digests.items())
         reply = await self._script(
             _GREET,
-            (FleetKeys.agent(agent.agent_id), FleetKeys.AGENTS),
-            (agent.agent_id, agent.instance_id, agent.SerializeToString(), _now_ms(), _AGENT_KEPT_S),
+            (FleetKeys.agent(agent.agent_id), FleetKeys.AGENTS, *(FleetKeys.service(name) for name, _ in served)),
+            (
+                agent.agent_id,
+                agent.instance_id,
+                agent.SerializeToString(),
+                _now_ms(),
+                _AGENT_KEPT_S,
+                "\n".join(f"{name} {digest}" for name, digest in served),
+                *(digest for _, digest in served),
+            ),
         )
+        if not reply[0]:
+            return Greeting(0, "", served[int(reply[1]) - 1][0])
         return Greeting(int(reply[0]), reply[1].decode())
 
     async def tell(self, agents: list[tuple[AgentSnapshot, int]], *, alive: bool = True) -> None:
@@ -118,52 +148,30 @@ class Fleet:
 
     async def agents(self) -> list[AgentSnapshot]:
         """All agents that were heard of within a day, by id."""
+        return [each.agent for each in await self.serving()]
+
+    async def serving(self) -> list[Serving]:
+        """All agents that were heard of within a day, by id, with their contracts."""
         old = _now_ms() - _AGENT_KEPT_S * 1000
         _, names = await self._link.calls(
             [("ZREMRANGEBYSCORE", FleetKeys.AGENTS, "-inf", old), ("ZRANGE", FleetKeys.AGENTS, 0, -1)]
         )
         if not names:
             return []
-        replies = await self._link.calls([("HGET", FleetKeys.agent(name.decode()), "s") for name in sorted(names)])
-        return [AgentSnapshot.FromString(reply) for reply in replies if reply]
-
-    async def digests(self) -> dict[str, str]:
-        """Digest of each registered service."""
-        reply = await self._link.call("HGETALL", FleetKeys.SERVICES)
-        return {name.decode(): digest.decode() for name, digest in _pairs(reply)}
-
-    async def services(self, names: list[str]) -> list[ServiceSnapshot]:
-        """The registered ones among these services, with their images, in the same order."""
-        if not names:
-            return []
-        replies = await self._link.calls([("HMGET", FleetKeys.service(name), "digest", "image") for name in names])
+        commands = [("HMGET", FleetKeys.agent(name.decode()), "s", "c") for name in sorted(names)]
         return [
-            ServiceSnapshot(service=name, digest=digest.decode(), image=image)
-            for name, (digest, image) in zip(names, replies, strict=True)
-            if digest is not None
+            Serving(AgentSnapshot.FromString(snapshot), _digests(served or b""))
+            for snapshot, served in await self._link.calls(commands)
+            if snapshot
         ]
-
-    async def register(self, service: ServiceSnapshot, replaces: str, version: str) -> str:
-        """Registers a service, if the digest that stands is `replaces` ("": none); the digest that stands then."""
-        reply = await self._script(
-            _REGISTER,
-            (FleetKeys.service(service.service), FleetKeys.SERVICES),
-            (service.service, replaces, service.digest, service.image, version),
-        )
-        return bytes(reply).decode()
-
-    async def unfinished(self, service: str) -> int:
-        """Number of the service's tasks that have not ended."""
-        commands = [("HGET", ShardKeys(shard).open, service) for shard in range(self._shards)]
-        return sum(int(reply or 0) for reply in await self._link.calls(commands))
 
     async def _script(self, text: str, keys: tuple[str, ...], arguments: tuple[Any, ...]) -> Any:
         return await self._link.call("EVAL", text, len(keys), *keys, *arguments)
 
 
-def _pairs(reply: Any) -> list[tuple[bytes, bytes]]:
-    """HGETALL's reply, which redis-py may have made a dict of."""
-    return list(reply.items()) if isinstance(reply, dict) else list(zip(reply[::2], reply[1::2], strict=True))
+def _digests(text: bytes) -> dict[str, str]:
+    """As `greet` writes them: a line for each service."""
+    return dict(line.split(" ") for line in text.decode().splitlines())
 
 
 def _now_ms() -> int:

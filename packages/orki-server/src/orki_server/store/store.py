@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from orki.control.v1.task_pb2 import TaskSnapshot
 from orki_control.attempt import AttemptKey
+from orki_server.store.contracts import Contracts
 from orki_server.store.fleet import Fleet
 from orki_server.store.ids import shard_of
 from orki_server.store.lane import Lane
@@ -28,7 +29,8 @@ class Store:
 
     Attributes:
         shards: Number of shards.
-        fleet: Agents and services.
+        fleet: Agents.
+        contracts: What services are registered.
         outbox: Records that wait to become events.
     """
 
@@ -37,6 +39,7 @@ class Store:
         self._link = Link(url)
         self._lane = Lane(self._link, shard_script(retention_ms))
         self.fleet = Fleet(self._link, shards)
+        self.contracts = Contracts(self._link, shards)
         self.outbox = Outbox(self._link, shards)
         self._highest: dict[int, int] = {}
         self._lost: list[Callable[[], None]] = []

@@ -18,11 +18,12 @@ local OPS = {}
 --   s state · m method · q request · o options · su submitted, us · eu ended, us · n revision · k idempotency key's digest
 --   a attempt · f fence · g agent · i instance · c attempts that were started · d offers in a row that nobody took
 --   tp, tu traceparent of the task's span, and the span above it · ap traceparent of the attempt's span
+--   h digest of the contract under which it was submitted
 --   rf, rg fence and agent of the last accepted result · ca "1" once the agent has acknowledged a cancel · pi index of the last progress
 --   r response · xc, xm, xt final failure: reason, message, error type · e failures of earlier attempts
 --   timers, ms: lo offer · le lease · la attempt · ls stall · lt total · lr retry · lf forget
 local FIELDS = {
-  's', 'm', 'o', 'n', 'k', 'a', 'f', 'g', 'i', 'c', 'd', 'tp', 'tu', 'ap', 'rf', 'rg', 'ca', 'pi',
+  's', 'm', 'o', 'n', 'k', 'a', 'f', 'g', 'i', 'c', 'd', 'tp', 'tu', 'ap', 'rf', 'rg', 'ca', 'pi', 'h',
   'lo', 'le', 'la', 'ls', 'lt', 'lr', 'lf',
 }
 local TIMERS = { 'lo', 'le', 'la', 'ls', 'lt', 'lr', 'lf' }
@@ -77,6 +78,14 @@ end
 
 local function service(task) return string.match(task.m, '^[^/]*') end
 
+-- Counts an unfinished task of its service, and of the service's contract.
+local function count_open(task, change)
+  local name = service(task)
+  local contract = task.h ~= '' and name .. '@' .. task.h or name
+  if redis.call('HINCRBY', OPEN, name, change) <= 0 then redis.call('HDEL', OPEN, name) end
+  if contract ~= name and redis.call('HINCRBY', OPEN, contract, change) <= 0 then redis.call('HDEL', OPEN, contract) end
+end
+
 local function ended(task) return task.s == SUCCEEDED or task.s == FAILED or task.s == CANCELLED end
 
 local function no_timers(task)
@@ -90,7 +99,7 @@ local function finish(task, state)
   no_timers(task)
   task.lf = NOW + RETENTION
   if queued then redis.call('ZREM', QUEUE .. task.m, task.id) end
-  if redis.call('HINCRBY', OPEN, service(task), -1) <= 0 then redis.call('HDEL', OPEN, service(task)) end
+  count_open(task, -1)
   redis.call('HSET', TASK .. task.id, 'eu', whole(NOW_US))
   save(task, 's', 'n', 'rf', 'rg', 'lo', 'le', 'la', 'ls', 'lt', 'lr', 'lf')
   -- The sweep forgets the task at `lf`; should no orchestrator sweep, Redis does it by itself a minute later.

@@ -1,0 +1,225 @@
+"""Whether a contract of a task service may come into use: judged by findings against every one that is live.
+
+A registered contract is *live* while an agent anywhere in the fleet has a session under it, while tasks that were
+submitted under it have not ended, or while it is applied ahead. A newcomer that fits all live ones is registered beside
+them, be it older or newer; one that breaks with a live one on the wire is refused by the names of the rules. What is
+not live stands in nobody's way: it goes when something else of its service is registered, or when another one of its
+service is live and nothing has used it for a while. The last one of a service stays, so that tasks can be submitted
+while its agents are away.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from orki_contract.errors import ContractMismatch, Overloaded
+from orki_contract.findings import Fit, service_fit
+from orki_server.contract_family import Family, ServiceContract
+from orki_server.store import Change, Contracts, Fleet, Registered
+
+__all__ = ["Admission", "Liveness", "no_delay"]
+
+_TRIES: Final = 20
+_SHOWN: Final = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Liveness:
+    """Why a contract is live.
+
+    Attributes:
+        agents: Who serves it.
+        tasks: Number of its unfinished tasks.
+        ahead: Whether it is applied ahead.
+    """
+
+    agents: tuple[str, ...] = ()
+    tasks: int = 0
+    ahead: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.agents or self.tasks or self.ahead)
+
+    def __str__(self) -> str:
+        if self.agents:
+            names = ", ".join(self.agents[:_SHOWN])
+            if len(self.agents) == 1:
+                return f"agent {names} serves it"
+            more = f" and {len(self.agents) - _SHOWN} more" if len(self.agents) > _SHOWN else ""
+            return f"agents {names}{more} serve it"
+        if self.tasks:
+            return "1 task of it has not ended" if self.tasks == 1 else f"{self.tasks} tasks of it have not ended"
+        return "it was applied ahead" if self.ahead else "it is not live"
+
+
+async def no_delay() -> None:
+    """What there is to write before a refusal, for those who have nothing to write."""
+
+
+class Admission:
+    """Judges contracts of services, and changes what is registered.
+
+    Args:
+        contracts: What is registered.
+        fleet: Who serves.
+        silent_us: Tells the time of the last sign of life, in microseconds since the Unix epoch, before which an agent
+            counts as gone although nobody saw it leave.
+        settle: Writes what is known here of agents that left; called before a refusal.
+    """
+
+    def __init__(
+        self,
+        contracts: Contracts,
+        fleet: Fleet,
+        silent_us: Callable[[], int],
+        settle: Callable[[], Awaitable[None]] = no_delay,
+    ) -> None:
+        self._contracts = contracts
+        self._fleet = fleet
+        self._silent_us = silent_us
+        self._settle = settle
+
+    async def admit(self, newcomer: ServiceContract, who: str, *, agent_id: str = "", ahead: bool = False) -> Family:
+        """Registers a contract beside those that are live.
+
+        Args:
+            newcomer: The contract, checked.
+            who: Who brings it, for messages, such as `agent a-1 serves`.
+            agent_id: The agent that brings it: its own session of before does not count.
+            ahead: Whether nobody serves it yet.
+
+        Returns:
+            All contracts of the service, the newcomer among them.
+
+        Raises:
+            ContractMismatch: It breaks with one that is live.
+            InvalidContract: A registered image cannot be read.
+            Overloaded: Others changed the service's contracts all the time.
+            StoreUnavailable: The store is away.
+        """
+        settled = False
+        for _ in range(_TRIES):
+            seen = await self._seen(newcomer.service)
+            standing = {each.digest: ServiceContract.of(each) for each in seen}
+            known = next((each for each in seen if each.digest == newcomer.digest), None)
+            if known is not None and not ahead:
+                return Family(standing.values())
+            live = await self.liveness(newcomer.service, seen, agent_id)
+            conflict = self._conflict(newcomer, standing, live)
+            if conflict is not None and not settled:
+                settled = True
+                await self._settle()
+                continue
+            if conflict is not None:
+                other, fit = conflict
+                raise ContractMismatch(_refusal(newcomer, other, fit, who, live[other.digest]))
+            if known is not None and (known.ahead or live[known.digest]):
+                return Family(standing.values())
+            gone = [each for each in seen if not live[each.digest] and each.digest != newcomer.digest]
+            stays = [contract for digest, contract in standing.items() if live[digest]]
+            family = Family([*stays, newcomer])
+            added = Registered(
+                service=newcomer.service,
+                digest=newcomer.digest,
+                image=newcomer.image,
+                version=newcomer.version,
+                ahead=ahead,
+                since_ms=0,
+                admissions=0,
+            )
+            if await self._change(seen, gone, added, family):
+                return family
+        raise Overloaded(f"the contracts of {newcomer.service} change all the time; try again")
+
+    async def clean(self, service: str, spared_ms: int) -> bool:
+        """Forgets what is not live, where something else of the service is; whether anything went.
+
+        Args:
+            service: Full name.
+            spared_ms: Contracts that were registered less than this ago stay.
+
+        Raises:
+            StoreUnavailable: The store is away.
+        """
+        seen = await self._seen(service)
+        if len(seen) < 2:
+            return False
+        live = await self.liveness(service, seen)
+        recent = time.time() * 1000 - spared_ms
+        gone = [each for each in seen if not live[each.digest] and each.since_ms < recent]
+        if not gone or len(gone) == len(seen):
+            return False
+        family = Family(ServiceContract.of(each) for each in seen if each not in gone)
+        return await self._change(seen, gone, None, family)
+
+    async def withdraw(self, registered: Registered) -> bool:
+        """Forgets a contract that nobody uses; False where somebody does by now, or others changed the service's.
+
+        Raises:
+            StoreUnavailable: The store is away.
+        """
+        seen = await self._seen(registered.service)
+        live = await self.liveness(registered.service, seen)
+        at = [each for each in seen if each.digest == registered.digest]
+        if not at or live[registered.digest].agents or live[registered.digest].tasks:
+            return False
+        rest = [ServiceContract.of(each) for each in seen if each not in at]
+        return await self._change(seen, at, None, Family(rest) if rest else None)
+
+    async def liveness(self, service: str, seen: Sequence[Registered], without: str = "") -> Mapping[str, Liveness]:
+        """Why each registered contract of a service is live, by digest; one agent may be left out.
+
+        Raises:
+            StoreUnavailable: The store is away.
+        """
+        silent = self._silent_us()
+        agents = [
+            each
+            for each in await self._fleet.serving()
+            if each.agent.connected and each.agent.last_heartbeat_us >= silent and each.agent.agent_id != without
+        ]
+        tasks = await self._contracts.unfinished(service) if seen else {}
+        return {
+            each.digest: Liveness(
+                agents=tuple(other.agent.agent_id for other in agents if other.serves(service, each.digest)),
+                tasks=tasks.get(each.digest, 0) + tasks.get("", 0),
+                ahead=each.ahead,
+            )
+            for each in seen
+        }
+
+    async def _seen(self, service: str) -> list[Registered]:
+        return (await self._contracts.registered([service]))[service]
+
+    async def _change(
+        self, seen: Sequence[Registered], gone: Sequence[Registered], added: Registered | None, family: Family | None
+    ) -> bool:
+        service = (added or seen[0]).service
+        leading = family.leading.digest if family else ""
+        return await self._contracts.change(Change(service=service, seen=seen, gone=gone, added=added, leading=leading))
+
+    @staticmethod
+    def _conflict(
+        newcomer: ServiceContract, standing: Mapping[str, ServiceContract], live: Mapping[str, Liveness]
+    ) -> tuple[ServiceContract, Fit] | None:
+        for digest, other in standing.items():
+            if not live[digest] or digest == newcomer.digest:
+                continue
+            fit = service_fit(newcomer.service, other.read, newcomer.read)
+            if not fit.compatible:
+                return other, fit
+        return None
+
+
+def _refusal(newcomer: ServiceContract, other: ServiceContract, fit: Fit, who: str, live: Liveness) -> str:
+    old, new = (other, newcomer) if fit.breaks is fit.forward else (newcomer, other)
+    step = "Stop the agents of the other contract and let its tasks end, or serve the new one under another name"
+    if live.ahead and not live.agents and not live.tasks:
+        step = f"Withdraw that one (orki contract withdraw {other.service} {other.digest}), or serve what fits it"
+    return (
+        f"{who} {newcomer.service} under the contract {newcomer}, which does not fit {other}, "
+        f"and that is live: {live}. From {old} to {new}, {fit}. {step}"
+    )
