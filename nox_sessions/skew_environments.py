@@ -62,7 +62,7 @@ def environment(
         side: Whose wheels.
         name: Of its folder.
         contract: Wheel of the user's contract; None for an environment of the generator's.
-        resolution: None: the versions of constraints.txt; `lowest-direct` or `highest`: what the wheels' own ranges say.
+        resolution: None: the versions of constraints.txt; `lowest-direct` or `highest`: as the wheels ask for.
     """
     folder = (CACHE / "environments" / name).absolute()
     names = RUNTIME if contract else TOOLCHAIN

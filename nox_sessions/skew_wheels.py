@@ -1,4 +1,4 @@
-"""The wheels of the skew matrix: of a commit, of the tree as it stands, and of a user's contract in several versions."""
+"""The wheels of the skew matrix: of a commit, of the tree as it stands, and of a user's contract in its versions."""
 
 from __future__ import annotations
 

@@ -6,8 +6,9 @@ import asyncio
 import sys
 from typing import Any
 
-from values import asked, known, tell, tell_error
 from garden.v1 import garden_orki, garden_pb2
+from values import asked, known, stream, tell, tell_error
+
 from orki_agent import Agent
 from orki_contract.errors import OrkiError
 
@@ -20,7 +21,9 @@ class Beds(garden_orki.BedServiceBase):
 
     async def water(self, request: Any, ctx: Any) -> Any:
         await ctx.progress(garden_pb2.WaterProgress(fraction=0.5))
-        await ctx.publish(garden_orki.MOISTURE, garden_pb2.MoistureEvent(bed=request.bed, fraction=0.25))
+        await ctx.publish(
+            stream(garden_orki, "MoistureEvent"), garden_pb2.MoistureEvent(bed=request.bed, fraction=0.25)
+        )
         await asyncio.sleep(request.linger)
         response = {
             "bed": request.bed,

@@ -6,8 +6,9 @@ import sys
 from typing import Any
 
 from garden.v1 import garden_orki, garden_pb2
-from orki_agent.hotpath import ToolBridge
 from values import known, tell
+
+from orki_agent.hotpath import ToolBridge
 
 
 class Probe(garden_orki.ProbeToolServiceSyncBase):

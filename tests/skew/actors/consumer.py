@@ -7,15 +7,16 @@ import sys
 from typing import Any
 
 from garden.v1 import garden_orki
+from values import asked, stream, tell, tell_error
+
 from orki_contract.errors import OrkiError
 from orki_events import connect, consumer
-from values import asked, tell, tell_error
 
 
-def reader(stream: str, group: str, into: list[dict[str, Any]]) -> Any:
+def reader(message: str, group: str, into: list[dict[str, Any]]) -> Any:
     """A consumer that notes every field of what it reads, defaults included."""
 
-    @consumer(getattr(garden_orki, stream), group=group)
+    @consumer(stream(garden_orki, message), group=group)
     async def on_event(event: Any, delivery: Any) -> None:
         fields = {field.name: getattr(event, field.name) for field in event.DESCRIPTOR.fields}
         into.append({"group": group, **fields})
@@ -30,7 +31,7 @@ async def main() -> None:
     loop = asyncio.get_running_loop()
     loop.run_in_executor(None, sys.stdin.read).add_done_callback(lambda _: stop.set())
     async with connect(wanted["redis"]) as events:
-        readers = [reader(stream, group, read) for stream, group in wanted["groups"]]
+        readers = [reader(message, group, read) for message, group in wanted["groups"]]
         tell(ready=True)
         try:
             await events.run(*readers, stop=stop)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from orki_server.embedded import EmbeddedServer
 from values import tell
+
+from orki_server.embedded import EmbeddedServer
 
 
 def main() -> None:

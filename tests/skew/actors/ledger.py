@@ -7,8 +7,9 @@ import time
 from typing import Any
 
 from garden.v1 import garden_orki
+from values import asked, stream, tell
+
 from orki_events import connect
-from values import asked, tell
 
 
 async def main() -> None:
@@ -17,10 +18,10 @@ async def main() -> None:
     async with connect(wanted["redis"]) as events:
         while True:
             found: dict[str, Any] = {}
-            for stream, group in wanted["groups"]:
-                ledger = (await events.ledger(getattr(garden_orki, stream))).dump()
+            for message, group in wanted["groups"]:
+                ledger = (await events.ledger(stream(garden_orki, message))).dump()
                 row = ledger["groups"].get(group, {"processed": 0})
-                found[f"{stream}/{group}"] = {"published": ledger["published"], **row}
+                found[f"{message}/{group}"] = {"published": ledger["published"], **row}
             settled = all(row["published"] >= wanted["least"] == row["processed"] for row in found.values())
             if settled or time.monotonic() > deadline:
                 break

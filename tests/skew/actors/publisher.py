@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 
 from garden.v1 import garden_orki, garden_pb2
+from values import asked, bed, known, reading, stream, tell, tell_error
+
 from orki_contract.errors import OrkiError
 from orki_events import connect
-from values import asked, bed, known, reading, tell, tell_error
 
 
 async def main() -> None:
@@ -18,12 +19,12 @@ async def main() -> None:
         tell(ready=True)
         try:
             ids = await events.publish_many(
-                garden_orki.MOISTURE, [kind(**known(kind, reading(number))) for number in numbers]
+                stream(garden_orki, "MoistureEvent"), [kind(**known(kind, reading(number))) for number in numbers]
             )
             picked = 0
-            if hasattr(garden_orki, "HARVEST"):
+            if (harvests := stream(garden_orki, "HarvestEvent")) is not None:
                 harvest = [garden_pb2.HarvestEvent(bed=bed(number), grams=number) for number in numbers]
-                picked = len(await events.publish_many(garden_orki.HARVEST, harvest))
+                picked = len(await events.publish_many(harvests, harvest))
         except OrkiError as error:
             tell_error("refused", error)
         else:

@@ -6,9 +6,10 @@ import asyncio
 from typing import Any
 
 from garden.v1 import garden_orki, garden_pb2
+from values import asked, bed, known, tell, tell_error, watering
+
 from orki_contract.errors import OrkiError
 from orki_control import Client
-from values import asked, bed, known, tell, tell_error, watering
 
 
 async def wait_for(orki: Client, agents: list[str]) -> None:
@@ -36,8 +37,12 @@ async def prune(client: Any) -> Any:
 async def main() -> None:
     wanted = asked()
     async with Client(wanted["orchestrator"]) as orki:
-        async with asyncio.timeout(30):
-            await wait_for(orki, wanted["agents"])
+        try:
+            async with asyncio.timeout(20):
+                await wait_for(orki, wanted["agents"])
+        except TimeoutError:
+            tell(refused={"type": "TimeoutError", "message": f"{wanted['agents']} have no session after 20 s"})
+            return
         client = garden_orki.BedServiceClient(orki)
         requests = [
             garden_pb2.WaterRequest(**known(garden_pb2.WaterRequest, watering(number)), linger=wanted["linger"])

@@ -7,9 +7,10 @@ import dataclasses
 from typing import Any
 
 from garden.v1 import garden_orki, garden_pb2
+from values import asked, known, measuring, tell, tell_error
+
 from orki_agent.hotpath import AsyncToolClient, SyncToolClient
 from orki_contract.errors import OrkiError
-from values import asked, known, measuring, tell, tell_error
 
 
 def measure_request(number: int) -> Any:

@@ -20,7 +20,12 @@ def bed(number: int) -> str:
 
 def watering(number: int) -> dict[str, Any]:
     """Fields of a WaterRequest; `reason` is unknown to v1."""
-    return {"bed": bed(number), "millilitres": 1_000 + number, "asked_us": -(2**40) - number, "reason": f"dry {number} ü"}
+    return {
+        "bed": bed(number),
+        "millilitres": 1_000 + number,
+        "asked_us": -(2**40) - number,
+        "reason": f"dry {number} ü",
+    }
 
 
 def reading(number: int) -> dict[str, Any]:
@@ -36,6 +41,14 @@ def measuring(number: int) -> dict[str, Any]:
 def known(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
     """The values whose fields a message class has here."""
     return {name: value for name, value in values.items() if name in kind.DESCRIPTOR.fields_by_name}
+
+
+def stream(module: Any, message: str) -> Any:
+    """The stream of a message in a generated module, whatever its name; None where there is none."""
+    found = (
+        each for each in vars(module).values() if getattr(getattr(each, "message", None), "__name__", "") == message
+    )
+    return next(found, None)
 
 
 def tell(**facts: Any) -> None:

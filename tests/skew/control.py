@@ -1,0 +1,178 @@
+"""The control plane: submitters, orchestrators and agents of two versions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from actors.values import bed, watering
+from stage import Actor, Stage, Wrong
+
+__all__ = ["fleet", "refused", "rolling_upgrade"]
+
+TASKS = 24
+LINGER = 0.05
+PATIENCE = 60.0
+
+
+def fleet(stage: Stage, *, server: str, agents: Mapping[str, str], submitters: Sequence[str]) -> str:
+    """Agents join one after the other, submitters share them; every response, and every event of the agents."""
+    redis = stage.redis()
+    _, address = stage.server(server, redis)
+    for name, environment in agents.items():
+        start_agent(stage, address, name, environment)
+    told = []
+    asking = [
+        (environment, number * TASKS, submit(stage, environment, address, agents, first=number * TASKS))
+        for number, environment in enumerate(submitters)
+    ]
+    takers: set[str] = set()
+    for environment, first, submitter in asking:
+        done = submitter.expect("done", seconds=PATIENCE + 30)
+        takers |= check_responses(done["responses"], range(first, first + TASKS), agents, environment)
+        told.append(check_prune(done["pruned"], environment, agents))
+    if takers != {*agents}:
+        raise Wrong(f"of the agents {', '.join(agents)} only {', '.join(sorted(takers))} were given tasks")
+    published = check_events(stage, redis, TASKS * len(submitters))
+    return f"{TASKS * len(submitters)} tasks by {' and '.join(sorted(takers))}; {published}; {'; '.join(told)}"
+
+
+def refused(stage: Stage, *, server: str, standing: str, newcomer: str, rule: str) -> str:
+    """An agent whose contract does not fit what is live gets no session; the fleet goes on."""
+    redis = stage.redis()
+    _, address = stage.server(server, redis)
+    start_agent(stage, address, "standing", standing)
+    error = stage.actor(newcomer, "agent", orchestrator=address, agent_id="newcomer").expect("refused")
+    words = check_mismatch(error, rule)
+    done = submit(stage, standing, address, {"standing": standing}, first=0, count=3).expect("done")
+    check_responses(done["responses"], range(3), {"standing": standing}, standing)
+    return words
+
+
+def rolling_upgrade(stage: Stage) -> str:
+    """Old and new runtimes at once, then the orchestrator is replaced under running tasks, then the old agents go."""
+    redis = stage.redis()
+    old_server, address = stage.server("published-v1", redis)
+    first = {"old": "published-v1", "moved": "head-v1"}
+    old_agents = [start_agent(stage, address, name, environment) for name, environment in first.items()]
+    running = submit(stage, "published-v1", address, first, first=0, linger=0.4)
+    running.expect("ready")
+    old_server.terminate()
+    stage.server("head-v2", redis, listen=address)
+    start_agent(stage, address, "new", "head-v2")
+    done = running.expect("done", seconds=PATIENCE + 30)
+    everyone = {**first, "new": "head-v2"}
+    takers = check_responses(done["responses"], range(TASKS), everyone, "published-v1")
+    again = sum(response["attempt"] > 1 for response in done["responses"])
+    mixed = submit(stage, "head-v2", address, everyone, first=TASKS).expect("done", seconds=PATIENCE + 30)
+    takers |= check_responses(mixed["responses"], range(TASKS, 2 * TASKS), everyone, "head-v2")
+    for agent in old_agents:
+        agent.end()
+        agent.expect("done")
+    last = submit(stage, "head-v2", address, {"new": "head-v2"}, first=2 * TASKS).expect("done")
+    check_responses(last["responses"], range(2 * TASKS, 3 * TASKS), {"new": "head-v2"}, "head-v2")
+    if takers != {*everyone}:
+        raise Wrong(f"only {', '.join(sorted(takers))} were given tasks")
+    # An attempt whose agent was lost has published too, and is made again.
+    published = check_events(stage, redis, 3 * TASKS, attempts_may_repeat=True)
+    return f"{3 * TASKS} tasks, {again} of them attempted again; {published}"
+
+
+def start_agent(stage: Stage, address: str, name: str, environment: str) -> Actor:
+    """An agent that has a session.
+
+    Raises:
+        Wrong: It is refused, or has none in time.
+    """
+    agent = stage.actor(environment, "agent", orchestrator=address, agent_id=name)
+    try:
+        stage.settled(address, name)
+    except Wrong as late:
+        agent.end()
+        error = agent.expect("refused", "done")
+        raise Wrong(f"{late}; {name} ({environment}) says {error}") from None
+    return agent
+
+
+def submit(
+    stage: Stage,
+    environment: str,
+    address: str,
+    agents: Mapping[str, str],
+    *,
+    first: int,
+    count: int = TASKS,
+    linger: float = LINGER,
+) -> Actor:
+    """A submitter that waits for the agents and submits."""
+    wanted: dict[str, Any] = {"orchestrator": address, "agents": [*agents], "first": first, "count": count}
+    return stage.actor(environment, "submitter", **wanted, linger=linger, patience=PATIENCE, prune=True)
+
+
+def check_responses(
+    responses: Sequence[Mapping[str, Any]], numbers: range, agents: Mapping[str, str], submitter: str
+) -> set[str]:
+    """What both know arrived, what one does not know has its default; gives the agents that answered.
+
+    Raises:
+        Wrong: A value differs, or a response is missing.
+    """
+    if len(responses) != len(numbers):
+        raise Wrong(f"{len(responses)} responses to {len(numbers)} tasks")
+    for number, response in zip(numbers, responses, strict=True):
+        sent = watering(number)
+        if response["agent"] not in agents:
+            raise Wrong(f"task {number} was answered by {response['agent']!r}")
+        wanted = {"bed": sent["bed"], "poured": sent["millilitres"]}
+        if knows_v2(submitter):
+            wanted["because"] = sent["reason"] if knows_v2(agents[response["agent"]]) else ""
+        found = {name: response.get(name) for name in wanted}
+        if found != wanted or ("because" in response) != knows_v2(submitter) or response["attempt"] < 1:
+            raise Wrong(f"task {number}: sent {wanted}, got {dict(response)}")
+    return {response["agent"] for response in responses}
+
+
+def check_prune(pruned: Any, submitter: str, agents: Mapping[str, str]) -> str:
+    """The task that v2 added: done where an agent serves it, refused by name where none does."""
+    if not knows_v2(submitter):
+        wanted, words = None, "v1 submits nothing of v2"
+    elif any(knows_v2(each) for each in agents.values()):
+        wanted, words = len(bed(1)), "the added task goes to those that serve it"
+    else:
+        wanted, words = "UnknownMethod", "the added task is refused as UnknownMethod"
+    if pruned != wanted:
+        raise Wrong(f"the task that v2 added gave {pruned!r} to {submitter}, not {wanted!r}")
+    return words
+
+
+def check_events(stage: Stage, redis: str, least: int, *, attempts_may_repeat: bool = False) -> str:
+    """What the agents published is processed by both groups of v2."""
+    groups = [("MoistureEvent", "dashboard"), ("MoistureEvent", "alerts")]
+    consumer = stage.actor("head-v2", "consumer", redis=redis, groups=groups)
+    ledger = stage.actor("head-v2", "ledger", redis=redis, groups=groups, least=least, patience=30.0).expect("done")
+    consumer.end()
+    consumer.expect("done")
+    for group, row in ledger.items():
+        fits = row["published"] >= least if attempts_may_repeat else row["published"] == least
+        if not fits or row["processed"] != row["published"]:
+            raise Wrong(f"the agents published {row['published']} events of {least}: {group} {row}")
+    return f"{least} events published and processed"
+
+
+def check_mismatch(error: Mapping[str, str], rule: str) -> str:
+    """A refusal that names both versions and the rule.
+
+    Raises:
+        Wrong: It is another error, or does not say enough.
+    """
+    words = error["message"]
+    named = {*re.findall(r"sha256:[0-9a-f]{6,64}", words), *re.findall(r"\b[0-9]+\.[0-9]+(?:\.[0-9]+)?\b", words)}
+    if error["type"] != "ContractMismatch" or rule not in words or len(named) < 2:
+        raise Wrong(f"not a ContractMismatch that names both versions and {rule}: {error['type']}: {words}")
+    return f"{error['type']}: {words}"
+
+
+def knows_v2(environment: str) -> bool:
+    """Whether the contract there has what v2 added."""
+    return not environment.endswith("-v1")
