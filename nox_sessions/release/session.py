@@ -1,8 +1,8 @@
-"""The session `publish`: gate, build, checks, upload; each must be green before the next begins."""
+"""The sessions `publish` (gate, build, checks, upload; each must be green before the next begins) and `diff`."""
 
 from __future__ import annotations
 
-__all__ = ["publish"]
+__all__ = ["diff", "publish"]
 
 import json
 import os
@@ -33,6 +33,13 @@ def publish(session: nox.Session, environment: Environment) -> None:
     wheels.build(session, environment, distributions(Path.cwd()))
     status = _status(environment, [environment.python, "-m", "nox_sessions.release.upload", *session.posargs])
     if status:
+        sys.exit(status)
+
+
+def diff(session: nox.Session, environment: Environment) -> None:
+    """Tell what changed in the contract; a break (1) is no failure here, what cannot be read (2) is."""
+    status = _status(environment, [environment.python, "-m", "orki_contract.cli", "diff", *session.posargs])
+    if status not in {0, 1}:
         sys.exit(status)
 
 

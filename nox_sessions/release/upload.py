@@ -1,6 +1,6 @@
 """Upload what was built: nothing twice, nothing over another's bytes, and again where an upload was cut off.
 
-    python -m nox_sessions.release.upload --index URL [--upload URL] [--only DIST]... [--dry-run] [--json FILE]
+    python -m nox_sessions.release.upload --index URL [--upload URL] [--only DIST...] [--tag TAG] [--dry-run] [--json FILE]
 
 Exit status: 0 all of it is on the index (or would be uploaded, with `--dry-run`); 1 refused, and nothing was uploaded;
 2 it could not be done, and the same command goes on where this one ended.
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _upload(options: Options, report: Report) -> None:
     built = releases(options.folder)
-    chosen = _chosen(built, options.only, report)
+    chosen = _chosen(built, options, report)
     pages = Pages(options.address)
     own = {each.name for each in built}
     index = {name: pages.digests(name) for name in sorted(own)}
@@ -75,18 +75,20 @@ def _upload(options: Options, report: Report) -> None:
     report.end("published", f"{len(missing)} uploaded, {len(steps) - len(missing)} already there", 0)
 
 
-def _chosen(built: Sequence[Release], only: Sequence[str], report: Report) -> tuple[Release, ...]:
+def _chosen(built: Sequence[Release], options: Options, report: Report) -> tuple[Release, ...]:
     """Return the releases to upload; private ones are for no index, and asking for one is refused."""
     public = {each.name: each for each in built if not each.private}
-    for name in only:
+    for name in options.only:
         if name not in public:
             known = any(each.name == name for each in built)
             why = "is private, and for no index" if known else "is no distribution of this workspace"
-            raise RefusedError(f"--only {name}: {name} {why}; there are {', '.join(sorted(public))}")
+            raise RefusedError(f"{name} {why}; there are {', '.join(sorted(public))}")
+        if options.version not in {None, public[name].version}:
+            raise RefusedError(f"the tag says {name} {options.version}, and its pyproject.toml {public[name].version}")
     for each in built:
         if each.private:
             report.say(f"{each.name} {each.version}: private, stays here")
-    return tuple(each for each in public.values() if not only or each.name in only)
+    return tuple(each for each in public.values() if not options.only or each.name in options.only)
 
 
 def _post(address: Address, step: Step) -> None:

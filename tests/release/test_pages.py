@@ -59,11 +59,32 @@ def test_an_address_that_is_none_is_refused(url: str, words: str, capsys: pytest
     assert "secret" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["--index", "http://a.example", "--force"], ["--inde", "http://a.example"]])
-def test_unknown_and_missing_options_are_refused(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--force"],
+        ["--inde", "http://a.example"],
+        ["--tag", "orki-events"],
+        ["--tag", "orki-events-v1.2.0.x"],
+        ["--tag", "-v1.2.0"],
+        ["--tag", "orki-events-v1.2.0", "--only", "orki-events"],
+    ],
+)
+def test_unknown_and_missing_options_are_refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORKI_INDEX", "http://a.example" if arguments else "")
     with pytest.raises(SystemExit) as ended:
         Options.parse(arguments)
     assert ended.value.code == 2
+
+
+def test_the_addresses_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORKI_INDEX", "https://read.example/simple")
+    monkeypatch.setenv("ORKI_UPLOAD", "")
+    found = Options.parse(["--tag", "refs/tags/orki-events-v1.2.0"])
+    assert found.address == Address("https://read.example/simple/", "https://read.example/")
+    assert (found.only, str(found.version)) == (("orki-events",), "1.2.0")
+    assert Options.parse(["--index", "https://other.example"]).address.upload == "https://other.example/"
 
 
 def test_a_page_of_json() -> None:

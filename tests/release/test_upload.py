@@ -18,7 +18,7 @@ import pytest
 from tests.release.conftest import ROOT, LocalIndex, build, serving
 from tests.release.stub_index import Answer, Request, answering, forward
 
-CLOSED = {"UV_PUBLISH_TOKEN", "UV_PUBLISH_USERNAME", "UV_PUBLISH_PASSWORD"}
+CLOSED = {"ORKI_INDEX", "ORKI_UPLOAD", "UV_PUBLISH_TOKEN", "UV_PUBLISH_USERNAME", "UV_PUBLISH_PASSWORD"}
 COMMAND = [sys.executable, "-m", "nox_sessions.release.upload"]
 
 
@@ -163,6 +163,14 @@ def test_one_alone_needs_its_siblings_on_the_index(built: Path, index: LocalInde
 def test_what_cannot_be_published_is_not_asked_for(built: Path, index: LocalIndex, name: str, why: str) -> None:
     assert why in upload(built, index.url, "--only", name, status=1)
     assert not index.files()
+
+
+def test_a_tag_names_one_and_its_version(built: Path, index: LocalIndex) -> None:
+    output = upload(built, index.url, "--tag", "orki-contract-v9.9.9", status=1)
+    assert "the tag says orki-contract 9.9.9, and its pyproject.toml 0.1.0" in output
+    assert not index.files()
+    upload(built, index.url, "--tag", "orki-contract-v0.1.0")
+    assert index.files() == {path.name for path in built.glob("orki_contract-*")}
 
 
 def test_a_wheel_without_its_sdist_is_refused(built: Path, index: LocalIndex, tmp_path: Path) -> None:
