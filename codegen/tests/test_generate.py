@@ -181,7 +181,7 @@ def test_outside_a_workspace_the_error_says_so(command: Command, fresh: Path, mi
     ("text", "message"),
     [
         ("[tool.orki]\ncontracts = [", "packages/acme-kitchen/pyproject.toml: "),
-        ('[tool.orki]\ncontract = ["a.v1"]\n', 'has no key "contract", only "contracts"'),
+        ('[tool.orki]\ncontract = ["a.v1"]\n', 'has no key "contract", only "api" and "contracts"'),
         ('[tool.orki]\ncontracts = "a.v1"\n', '"contracts" of [tool.orki] must be a list of proto packages'),
         ("[tool.orki]\ncontracts = [1]\n", '"contracts" of [tool.orki] must be a list of proto packages'),
     ],

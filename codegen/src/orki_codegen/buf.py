@@ -11,8 +11,12 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from orki_contract.exceptions import InvalidContract, InvalidSetting
+
+_FOUND: Final = 100
+"""buf's exit status where it ran well and found something."""
 
 
 class BufFailed(InvalidContract):
@@ -49,16 +53,36 @@ class Buf:
         entries = [json.loads(line) for line in lines if line]
         return {entry["import_path"]: entry["path"] for entry in entries}
 
+    def breaking(self, before: Path, after: Path, config: str) -> list[str]:
+        """What buf's own rules say of two images; each line is a JSON object.
+
+        Args:
+            before: The old image.
+            after: The new image.
+            config: What stands for buf.yaml: that of the workspace would judge by its own modules.
+        """
+        arguments = [str(after), "--against", str(before), "--config", config, "--error-format", "json"]
+        return self._run("breaking", *arguments, also=_FOUND).decode().splitlines()
+
+    def configured_rules(self, kind: str) -> list[str]:
+        """The rules that buf.yaml switches on; each line is a JSON object.
+
+        Args:
+            kind: `breaking` or `lint`.
+        """
+        listed = self._run("config", f"ls-{kind}-rules", "--configured-only", "--format", "json")
+        return listed.decode().splitlines()
+
     def generate(self, paths: Sequence[str], out: Path) -> None:
         """Runs buf.gen.yaml on some files; the folders named in it are made below `out`."""
         chosen = [argument for path in paths for argument in ("--path", path)]
         self._run("generate", "--output", str(out), *chosen)
 
-    def _run(self, *arguments: str) -> bytes:
+    def _run(self, *arguments: str, also: int = 0) -> bytes:
         environment = {**os.environ, "PATH": self._path, "PYTHONDONTWRITEBYTECODE": "1"}
         command = [self._program, *arguments]
         ran = subprocess.run(command, cwd=self._root, env=environment, capture_output=True, check=False)
-        if ran.returncode != 0:
+        if ran.returncode not in (0, also):
             said = ran.stderr.decode(errors="replace").strip() or f"buf {arguments[0]} failed without a word"
             raise BufFailed(said)
         return ran.stdout

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from orki_codegen import generate
+from orki_codegen import gate, generate
 from orki_codegen.buf import Buf
 from orki_codegen.new_repository import lay_out, names_for
 from orki_codegen.reference import pages
@@ -53,7 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "vendor", help="write or renew buf's files and the options", description=_VENDOR, formatter_class=raw
     )
+    gate.register(commands)
     given = parser.parse_args(arguments)
+    if given.command == "gate":
+        return gate.run(given)
     if given.command == "generate":
         return generate.main(["--check"] if given.check else [])
     try:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-__all__ = ["Owner", "Workspace", "find_workspace"]
+__all__ = ["PLACES", "Owner", "Workspace", "find_workspace"]
 
 import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from orki_contract.descriptors import Location
 from orki_contract.exceptions import InvalidSetting
 
 # A distribution lies one or two folders below the root.
-_PLACES = ("*/pyproject.toml", "*/*/pyproject.toml")
+PLACES: Final = ("*/pyproject.toml", "*/*/pyproject.toml")
+# What generated code a distribution carries, and which of its modules the version gate takes for public.
+_SETTINGS: Final = frozenset({"api", "contracts"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +67,7 @@ def find_workspace(root: Path) -> Workspace:
         if not (root / name).is_file():
             raise InvalidSetting(f"{root} holds no {name}: start from the root of the repository")
     owners, former = [], []
-    files = {file for place in _PLACES for file in root.glob(place)}
+    files = {file for place in PLACES for file in root.glob(place)}
     for file in sorted(files):
         folder = file.parent.relative_to(root).as_posix()
         if any(part.startswith(".") for part in Path(folder).parts):
@@ -86,9 +88,12 @@ def _owner(root: Path, folder: str) -> Owner:
     except tomllib.TOMLDecodeError as error:
         raise InvalidSetting(f"{path}: {error}") from error
     settings = project.get("tool", {}).get("orki", {})
-    unknown = sorted(set(settings) - {"contracts"})
+    unknown = sorted(set(settings) - _SETTINGS)
     if unknown:
-        raise InvalidSetting(f'{path}: [tool.orki] has no key "{unknown[0]}", only "contracts"')
+        raise InvalidSetting(f'{path}: [tool.orki] has no key "{unknown[0]}", only "api" and "contracts"')
+    api = settings.get("api", [])
+    if not isinstance(api, list) or not all(isinstance(each, str) for each in api):
+        raise InvalidSetting(f'{path}: "api" of [tool.orki] must be a list of Python modules')
     contracts = settings.get("contracts", [])
     if not isinstance(contracts, list) or not all(isinstance(each, str) for each in contracts):
         raise InvalidSetting(f'{path}: "contracts" of [tool.orki] must be a list of proto packages')

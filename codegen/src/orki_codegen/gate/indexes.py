@@ -1,0 +1,131 @@
+"""Releases as a package index holds them (its simple API, PEP 503 and 691)."""
+
+from __future__ import annotations
+
+__all__ = ["Index", "Published", "configured_index"]
+
+import os
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+from pypi_simple import PYPI_SIMPLE_ENDPOINT, DistributionPackage, NoSuchProjectError, PyPISimple
+
+from orki_contract.exceptions import InvalidSetting
+
+_SECONDS: Final = 30.0
+_SETTINGS: Final = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL")
+_CERTIFICATES: Final = ("REQUESTS_CA_BUNDLE", "PIP_CERT", "SSL_CERT_FILE")
+_GONE: Final = (404, 410)
+
+
+def configured_index(given: str | None) -> str:
+    """The index's address: what is given, else what uv's or pip's variables say, else the public index."""
+    named = given or next((value for name in _SETTINGS if (value := os.environ.get(name))), PYPI_SIMPLE_ENDPOINT)
+    return named if named.endswith("/") else f"{named}/"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """One wheel of an index.
+
+    Attributes:
+        version: Its version.
+        file: What the index tells of it.
+        uploaded: When it came there; None where the index does not tell.
+    """
+
+    version: Version
+    file: DistributionPackage
+    uploaded: datetime | None
+
+
+class Index:
+    """One package index."""
+
+    def __init__(self, url: str) -> None:
+        """Opens it.
+
+        Args:
+            url: Of its simple API, with a slash at the end; it may hold a name and a password.
+        """
+        self._client = PyPISimple(url)
+        bundle = next((value for name in _CERTIFICATES if (value := os.environ.get(name))), None)
+        if bundle is not None:
+            self._client.s.verify = bundle
+        self._url = url
+
+    @property
+    def label(self) -> str:
+        """Its address for people, without a password."""
+        return re.sub(r"//[^/@]*@", "//", self._url)
+
+    def __enter__(self) -> Index:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._client.s.close()
+
+    def check(self) -> None:
+        """Makes sure that there is an index at all: one that is not there knows no package either.
+
+        Raises:
+            InvalidSetting: There is none.
+        """
+        try:
+            status = self._client.s.head(self._url, timeout=_SECONDS, allow_redirects=True).status_code
+        except (OSError, ValueError) as error:
+            raise self._unreadable("", error) from error
+        if status in _GONE or status >= 500:
+            raise InvalidSetting(
+                f"there is no package index at {self.label}: it answers {status}. Name the address of its simple API, "
+                "which mostly ends in /simple/"
+            )
+
+    def wheels(self, name: str) -> list[Published] | None:
+        """Every wheel of a distribution that was not withdrawn, oldest version first; None where it is not known.
+
+        Raises:
+            InvalidSetting: The index cannot be read.
+        """
+        try:
+            page = self._client.get_project_page(name, timeout=_SECONDS)
+        except NoSuchProjectError:
+            return None
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._unreadable(name, error) from error
+        found = []
+        for file in page.packages:
+            if file.package_type != "wheel" or file.is_yanked or canonicalize_name(file.project or "") != name:
+                continue
+            try:
+                version = Version(file.version or "")
+            except InvalidVersion:
+                continue
+            found.append(Published(version=version, file=file, uploaded=file.upload_time))
+        return sorted(found, key=lambda each: (each.version, each.file.filename))
+
+    def fetch(self, wheel: Published, folder: Path) -> Path:
+        """Downloads a wheel into a folder.
+
+        Raises:
+            InvalidSetting: It cannot be read, or is not what the index says.
+        """
+        path = folder / wheel.file.filename
+        try:
+            self._client.download_package(wheel.file, path, verify=bool(wheel.file.digests), timeout=_SECONDS)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._unreadable(wheel.file.filename, error) from error
+        return path
+
+    def _unreadable(self, what: str, error: Exception) -> InvalidSetting:
+        said = re.sub(r"//[^/@\s]*@", "//", str(error))
+        return InvalidSetting(
+            f"the package index {self.label} cannot be read{f' for {what}' if what else ''}: {said}. Without it "
+            "nobody knows what users have: try again, name another index with --index, or compare with a git ref"
+        )
