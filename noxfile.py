@@ -19,7 +19,18 @@ from nox_sessions.release import session as publishing
 
 nox.needs_version = ">=2026.1"
 nox.options.default_venv_backend = "none"
-nox.options.sessions = ["lint", "types", "tests", "contract", "breaking", "gates", "docs", "build", "release", "workflows"]
+nox.options.sessions = [
+    "lint",
+    "types",
+    "tests",
+    "contract",
+    "breaking",
+    "gates",
+    "docs",
+    "build",
+    "release",
+    "workflows",
+]
 
 # Modules that take long and say least about a Python version: searches for a history, processes killed over and over.
 LONG_TESTS = (
@@ -123,7 +134,7 @@ def gates(session: nox.Session) -> None:
 
 @nox.session
 def breaking(session: nox.Session) -> None:
-    """The version gate: `-- [--against index|REF|published] [--index URL] [--json FILE] [--github]`; `-- --show` plays a break."""
+    """The version gate: `-- [--against index|REF|published] [--index URL] [--json FILE] [--github]`, or `-- --show`."""
     ensure(session, DEV).run(session, "python", "-m", "orki_codegen.cli", "gate", *session.posargs)
 
 
@@ -156,6 +167,12 @@ def workflows(session: nox.Session) -> None:
 def diff(session: nox.Session) -> None:
     """What changed between two contracts: `-- OLD NEW [--github]`; tells, and leaves it to the gate to judge."""
     publishing.diff(session, ensure(session, DEV))
+
+
+@nox.session(default=False)
+def notes(session: nox.Session) -> None:
+    """Turn the fragments in a distribution's changes/ into its CHANGELOG.md: `-- DIST VERSION [--draft]`."""
+    ensure(session, DEV).run(session, "python", "-m", "nox_sessions.release.notes", *session.posargs)
 
 
 @nox.session(default=False)
