@@ -112,14 +112,15 @@ def generate(workspace: Workspace, tell: Callable[[str], None]) -> Generated:
 def _owner_tree(buf: Buf, read: ReadContract, image: bytes, places: Mapping[str, str], owner: Owner) -> Tree:
     packages = {package for package, _ in owner.packages}
     own = [places[file.path] for file in read.files if file.package in packages]
-    with tempfile.TemporaryDirectory(prefix="orki-generate-") as folder:
-        buf.generate(_fewest_paths(own, [*places.values()]), Path(folder))
-        made = Path(folder, "gen")
+    with tempfile.TemporaryDirectory(prefix="orki-generate-") as temporary:
+        buf.generate(_fewest_paths(own, [*places.values()]), Path(temporary))
+        made = Path(temporary, "gen")
         files = {path.relative_to(made).as_posix(): path.read_bytes() for path in made.rglob("*") if path.is_file()}
-    for package, content in package_images(image, packages).items():
-        home = package.replace(".", "/")
-        files[f"{home}/{IMAGE_NAME}"] = content
-        files[f"{home}/py.typed"] = b""
+    # A file without a package is plain protobuf, never a contract: it has no folder in which an image could lie.
+    for package, content in package_images(image, packages - {""}).items():
+        files[f"{package.replace('.', '/')}/{IMAGE_NAME}"] = content
+    for folder in {str(PurePosixPath(name).parent) for name in files} - {"."}:
+        files[f"{folder}/py.typed"] = b""
     return Tree(owner=owner.name, root=f"{owner.folder}/gen", files=files)
 
 
@@ -147,7 +148,7 @@ def _report_changes(workspace: Workspace, generated: Generated, differences: Seq
         found = by_root[root]
         if found.empty:
             continue
-        packages = [package for package, _ in owner.packages]
+        packages = [package for package, _ in owner.packages if package]
         told = changes(_installed(workspace.root / root), outline(generated.read, packages))
         _tell(f"{owner.name}: {found.summary()}")
         for line in told or ["contract unchanged: only comments, places or the generator changed"]:

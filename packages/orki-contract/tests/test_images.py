@@ -83,6 +83,15 @@ def test_an_image_that_lacks_an_import_says_which() -> None:
         read_image(FileDescriptorSet(file=kept).SerializeToString())
 
 
+def test_files_are_read_whichever_way_their_imports_cross() -> None:
+    """`a` imports `b` before `c`, and `c` imports `b` as well: no circle, though `b` is met twice on the way."""
+    imports = {"a.proto": ["b.proto", "c.proto"], "b.proto": ["d.proto"], "c.proto": ["b.proto"], "d.proto": []}
+    files = [FileDescriptorProto(name=name, dependency=each) for name, each in imports.items()]
+    for order in (files, files[::-1]):
+        read = read_image(FileDescriptorSet(file=order).SerializeToString())
+        assert [file.path for file in read.files] == sorted(imports)
+
+
 def test_files_that_import_each_other_are_refused() -> None:
     files = [
         FileDescriptorProto(name="a.proto", dependency=["b.proto"]),

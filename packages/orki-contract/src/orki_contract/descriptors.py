@@ -13,6 +13,7 @@ __all__ = ["OPTIONS_PACKAGE", "Location", "MessageNode", "MethodNode", "Schema",
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
 from typing import Any, Final, cast
 
 from google.protobuf import descriptor_pool, message_factory
@@ -335,29 +336,19 @@ def _messages(file: FileDescriptorProto, scope: str, proto: DescriptorProto, pat
 def _fill(pool: descriptor_pool.DescriptorPool, files: Sequence[FileDescriptorProto]) -> None:
     """Adds the files, each after those that it imports: their order in an image means nothing."""
     by_name = {file.name: file for file in files}
-    added: set[str] = set()
-    for root in sorted(by_name):
-        stack = [root]
-        while stack:
-            name = stack[-1]
-            if name in added:
-                stack.pop()
-                continue
-            waiting = [each for each in by_name[name].dependency if each not in added]
-            for missing in waiting:
-                if missing not in by_name:
-                    raise InvalidContract(f"the image lacks {missing}, which {name} imports: build it with its imports")
-                if missing in stack:
-                    raise InvalidContract(f"{name} and {missing} import each other")
-            if waiting:
-                stack.extend(waiting)
-                continue
-            try:
-                pool.AddSerializedFile(by_name[name].SerializeToString())
-            except TypeError as error:
-                raise InvalidContract(f"{name} is not valid: {error}") from error
-            added.add(name)
-            stack.pop()
+    for name, file in sorted(by_name.items()):
+        for imported in file.dependency:
+            if imported not in by_name:
+                raise InvalidContract(f"the image lacks {imported}, which {name} imports: build it with its imports")
+    try:
+        order = list(TopologicalSorter({name: file.dependency for name, file in by_name.items()}).static_order())
+    except CycleError as error:
+        raise InvalidContract(f"files import each other: {', '.join(error.args[1])}") from error
+    for name in order:
+        try:
+            pool.AddSerializedFile(by_name[name].SerializeToString())
+        except TypeError as error:
+            raise InvalidContract(f"{name} is not valid: {error}") from error
 
 
 def _with_options(pool: descriptor_pool.DescriptorPool, options: list[str], image: bytes) -> FileDescriptorSet:
