@@ -1,6 +1,6 @@
 """Upload what was built: nothing twice, nothing over another's bytes, and again where an upload was cut off.
 
-    python -m nox_sessions.release.upload --index URL [--upload URL] [--only DIST...] [--tag TAG] [--dry-run] [--json FILE]
+    python -m nox_sessions.release.upload --index URL [--upload URL] [--only DIST...] [--dry-run] [--json FILE]
 
 Exit status: 0 all of it is on the index (or would be uploaded, with `--dry-run`); 1 refused, and nothing was uploaded;
 2 it could not be done, and the same command goes on where this one ended.
