@@ -1,0 +1,105 @@
+"""Small workspaces of the tests' own, and what the gate says of two of them."""
+
+from __future__ import annotations
+
+__all__ = ["Tree", "verdict_of"]
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
+from pathlib import Path
+
+from orki_codegen.buf import Buf
+from orki_codegen.gate.accepted import parse_accepted
+from orki_codegen.gate.contracts import present
+from orki_codegen.gate.judge import Verdict, judge
+from orki_codegen.gate.members import find_members
+from orki_codegen.gate.past import Past, Release
+from orki_contract.difference.versions import version_at
+
+ROOT = Path(__file__).resolve().parents[3]
+OPTIONS = "orki/options/v1/options.proto"
+TODAY = date(2026, 11, 20)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tree:
+    """A workspace to be.
+
+    Attributes:
+        protos: Text by path below proto/; a syntax, and the import of the options, are put before it.
+        versions: The version of each distribution; it owns the proto packages that begin with its name.
+        needs: The dependencies of a distribution.
+        sources: Hand-written modules by path, such as `acme-review/src/acme_review/__init__.py`.
+    """
+
+    protos: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    needs: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def edited(self, path: str, before: str, after: str) -> Tree:
+        """The tree with one proto or module changed."""
+        for name, texts in (("protos", self.protos), ("sources", self.sources)):
+            if path in texts:
+                assert before in texts[path], f"{path} holds no {before}"
+                return replace(self, **{name: {**texts, path: texts[path].replace(before, after)}})
+        raise LookupError(path)
+
+    def promising(self, **versions: str) -> Tree:
+        """The tree with other versions; `_` in a name stands for `-`."""
+        return replace(
+            self, versions={**self.versions, **{name.replace("_", "-"): each for name, each in versions.items()}}
+        )
+
+    def lay_out(self, root: Path) -> Path:
+        """Writes it."""
+        for path, text in self.protos.items():
+            package = path.rpartition("/")[0].replace("/", ".")
+            head = f'syntax = "proto3";\npackage {package};\nimport "{OPTIONS}";\n'
+            _write(root / "proto" / path, head + text)
+        for name, version in self.versions.items():
+            prefix = name.replace("-", "/")
+            contracts = sorted(
+                {path.rpartition("/")[0].replace("/", ".") for path in self.protos if path.startswith(f"{prefix}/")}
+            )
+            table = f'[project]\nname = "{name}"\nversion = "{version}"\n'
+            table += "dependencies = [\n" + "".join(f'    "{each}",\n' for each in self.needs.get(name, ())) + "]\n"
+            table += f"[tool.orki]\ncontracts = {contracts}\n"
+            _write(root / "packages" / name / "pyproject.toml", table)
+        for path, text in self.sources.items():
+            _write(root / "packages" / path, text)
+        _write(root / "proto" / OPTIONS, (ROOT / "proto" / OPTIONS).read_text(encoding="utf-8"))
+        shutil.copy(ROOT / "buf.yaml", root)
+        return root
+
+
+def verdict_of(
+    old: Path | Sequence[Path], new: Path, *, accepted: str = "", today: date = TODAY, streams_only: Sequence[bool] = ()
+) -> Verdict:
+    """What the gate says of a workspace, with one or several others for its past (the last release first)."""
+    pasts = []
+    olds = [old] if isinstance(old, Path) else list(old)
+    for index, each in enumerate(olds):
+        releases = {
+            member.name: Release(
+                name=member.name,
+                version=member.version,
+                origin="the past",
+                packages=member.contracts,
+                imports=(each / member.folder / "src",),
+                folder=each / member.folder,
+            )
+            for member in find_members(each).values()
+        }
+        limited = index < len(streams_only) and streams_only[index]
+        pasts.append(Past(releases=releases, contract=version_at(str(each)), streams_only=limited))
+    buf = Buf(new)
+    now = present(new, find_members(new), buf)
+    return judge(pasts, now, parse_accepted(accepted), buf=buf, today=today, lenient=True)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
