@@ -1,7 +1,8 @@
 """What every generated frame class can do: be written as bytes, and be read from them.
 
 A generated class states its fields and where they lie; `frame` makes the layout and the codec of it, once. On the hot
-path one `struct` call packs or unpacks the whole block; no loop runs over the fields.
+path one `struct` call packs or unpacks the whole block, in code of the class's own (`frame_code`); what stands here
+does the same for any layout and any version, and words the errors.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from struct import error as StructError
 from typing import Any, ClassVar, Final, Self, TypeVar, dataclass_transform
 
 from orki_contract.exceptions import FrameMalformed
+from orki_contract.frame_code import UNFIT, flatten
 from orki_contract.model import Frame, FrameField, Scalar
 
 _CODES: Final = {
@@ -92,7 +94,7 @@ def frame(message: str, *, version: int, block_length: int) -> Callable[[type[_F
     """
 
     def complete(cls: type[_F]) -> type[_F]:
-        made = dataclasses.dataclass(frozen=True, slots=True)(cls)
+        made = dataclasses.dataclass(frozen=True, slots=True, init=False)(cls)
         members: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(made)  # type: ignore[arg-type]
         block = []
         behind: dataclasses.Field[Any] | None = None
@@ -111,6 +113,7 @@ def frame(message: str, *, version: int, block_length: int) -> Callable[[type[_F
             tail_text=behind is not None and isinstance(behind.default, str),
         )
         made._CODEC = _Codec(made.FRAME, tuple(each.name for each in members))
+        flatten(made, made.FRAME, members, made._CODEC.struct, FrameBase.encode, vars(FrameBase)["decode"].__func__)
         return made
 
     return complete
@@ -147,7 +150,7 @@ class FrameBase:
                 return block
             tail: bytes = codec.tail(self).encode() if codec.text else codec.tail(self)
             return block + tail
-        except (StructError, OverflowError, UnicodeEncodeError, TypeError, AttributeError) as error:
+        except UNFIT as error:
             raise FrameMalformed(codec.fault(self)) from error
 
     @classmethod
@@ -190,6 +193,7 @@ class _Codec:
         "ordered",
         "pack",
         "size",
+        "struct",
         "tail",
         "text",
         "unpack_from",
@@ -207,6 +211,7 @@ class _Codec:
         self.fields = block
         self.size = frame.block_length
         self.version = frame.version
+        self.struct = struct
         self.pack = struct.pack
         self.unpack_from = struct.unpack_from
         self.values = _getter(written)
