@@ -173,7 +173,7 @@ class TaskHandle(Protocol[R_co, P_co, D_contra]):
         ...
 
     async def result(self, timeout: float | None = None) -> R_co:
-        """The response.
+        """The response. Without a limit it waits as long as it takes, an orchestrator that is gone for good included.
 
         Args:
             timeout: Longest wait in seconds; None for no limit. The task goes on after it.
@@ -219,7 +219,7 @@ class TaskStub(Generic[Q, R, P, D]):
         self._task = task
 
     async def __call__(self, request: Q, *, idempotency_key: str = "", timeout: float | None = None) -> R:
-        """Submits and waits; errors as those of `TaskHandle.result`."""
+        """Submits and waits; limit and errors as those of `TaskHandle.result`."""
         handle = await self._channel.submit(self._task, request, idempotency_key=idempotency_key)
         return await handle.result(timeout)
 

@@ -54,7 +54,10 @@ class SubmittedTask(Generic[R, P, D]):
         return parse_traceparent(self.snapshot.traceparent)
 
     async def progress(self) -> AsyncIterator[P]:
-        """The task's news, from its beginning, until it ends; those of all its attempts."""
+        """The task's news, from its beginning, until it ends; those of all its attempts.
+
+        While the orchestrator is away it waits, as `result` does without a limit; `asyncio.timeout` bounds it.
+        """
         parse = self._task.progress
         async with aclosing(self._watch()) as news:
             async for each in news:
@@ -63,6 +66,9 @@ class SubmittedTask(Generic[R, P, D]):
 
     async def result(self, timeout: float | None = None) -> R:
         """The response.
+
+        The wait outlives lost connections: an orchestrator that restarts costs a moment. One that never comes back is
+        waited for without end, unless there is a limit; the client's patience bounds calls, not this.
 
         Args:
             timeout: Longest wait in seconds; None for no limit. The task goes on after it.
