@@ -18,11 +18,19 @@ from google.protobuf.wrappers_pb2 import StringValue
 import orki_contract as oc
 from orki.errors.v1.errors_pb2 import Reason
 from orki.hotpath.v1.frame_orki import FrameHeader
-from orki.hotpath.v1.tool_orki import CancelFrame, ErrorFrame, HelloFrame, WelcomeFrame
+from orki.hotpath.v1.tool_orki import (
+    CancelFrame,
+    ContractAnswerFrame,
+    ContractFrame,
+    ErrorFrame,
+    HelloFrame,
+    WelcomeFrame,
+)
 from orki.hotpath.v1.tool_pb2 import ControlOpcode
 from orki_agent.hotpath.frames import (
     HEADER_BYTES,
     NO_TRACE,
+    OP_CONTRACT,
     FrameDecoder,
     encode_call,
     encode_cancel,
@@ -59,7 +67,17 @@ class ReadResponse(oc.FrameBase):
 
 
 PAYLOADS: dict[str, Any] = {
-    each.FRAME.message: each for each in (HelloFrame, WelcomeFrame, ErrorFrame, CancelFrame, ReadRequest, ReadResponse)
+    each.FRAME.message: each
+    for each in (
+        HelloFrame,
+        WelcomeFrame,
+        ContractFrame,
+        ContractAnswerFrame,
+        ErrorFrame,
+        CancelFrame,
+        ReadRequest,
+        ReadResponse,
+    )
 }
 
 
@@ -72,6 +90,17 @@ def vectors() -> Iterator[tuple[str, str, str, bytes]]:
     yield "welcome", "The bridge accepts it.", "orki.hotpath.v1.WelcomeFrame", encode_welcome(welcome)
     refused = encode_error(0, PeerRefused("the token is not this bridge's"))
     yield "refusal", "The bridge refuses it: correlation 0.", "orki.hotpath.v1.ErrorFrame", refused
+    asked = ContractFrame(digest=bytes(range(32)), service="example.v1.FileToolService").encode()
+    question = encode_call(OP_CONTRACT, 32, 1, 1, 5_000_000, NO_TRACE, asked)
+    yield (
+        "contract",
+        "Before its first call of a service: which contract is it?",
+        "orki.hotpath.v1.ContractFrame",
+        question,
+    )
+    told = ContractAnswerFrame(digest=bytes(range(32)), served=True).encode()
+    answer = encode_reply(OP_CONTRACT, 40, 1, 1, told)
+    yield "agreement", "The same one, so no image follows.", "orki.hotpath.v1.ContractAnswerFrame", answer
     call = encode_call(0x0101, 24, 2, 1, 250_000, pack_span(SPAN), read.encode())
     yield "call", "A call whose request is a frame, traced, with 250 ms to go.", "example.v1.ReadRequest", call
     response = ReadResponse(length=5, content=b"hello")

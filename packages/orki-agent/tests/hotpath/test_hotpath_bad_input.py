@@ -224,7 +224,8 @@ def test_what_no_client_may_send_ends_the_connection(bridge: ToolBridge, witness
     ("sent", "expected"),
     [
         (encode_call(0x0999, 0, 0, 7, 0, NO_TRACE, b""), UnknownOpcode),
-        (encode_call(0x0005, 0, 0, 7, 0, NO_TRACE, b""), UnknownOpcode),
+        (encode_call(0x0006, 0, 0, 7, 0, NO_TRACE, b""), UnknownOpcode),
+        (encode_call(0x0005, 0, 0, 7, 0, NO_TRACE, b""), FrameMalformed),
         (encode_call(0x0101, 11, 1, 7, 0, NO_TRACE, bytes(11)), FrameMalformed),
         (encode_call(0x0104, 0, 0, 7, 0, NO_TRACE, b"\x0a\xff"), FrameMalformed),
         (encode_call(0x0104, 0, 0, 7, 0, NO_TRACE, b"\x0a\x02\xff\xff"), FrameMalformed),

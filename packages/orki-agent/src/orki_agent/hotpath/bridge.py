@@ -8,7 +8,9 @@ import time
 from types import TracebackType
 from typing import Self
 
+from orki_agent.hotpath.agreement import contract_tool
 from orki_agent.hotpath.desk import Desk
+from orki_agent.hotpath.frames import OP_CONTRACT
 from orki_agent.hotpath.greeting import TOKEN_BYTES
 from orki_agent.hotpath.handlers import HandlerLoop
 from orki_agent.hotpath.keeper import Keeper
@@ -57,7 +59,8 @@ class ToolBridge:
         """
         if token is not None and len(token) != TOKEN_BYTES:
             raise InvalidSetting(f"the token has {len(token)} bytes, it must have {TOKEN_BYTES}")
-        self._tools = served_tools(services)
+        served = served_tools(services)
+        self._tools = {OP_CONTRACT: contract_tool(served.values()), **served}
         self._wanted_path = path
         self._options = options or BridgeOptions()
         self._seam = seam

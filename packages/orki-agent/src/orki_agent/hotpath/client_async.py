@@ -67,6 +67,8 @@ class AsyncToolClient:
 
         Raises:
             ToolDeadline, ToolFailed, ToolCancelled, PeerLost, UnknownOpcode, TooManyCalls, FrameTooLarge.
+            ContractMismatch: The bridge serves the tool's service under a contract that does not fit; nothing was sent.
+            UnknownMethod: The bridge does not serve the tool's service; nothing was sent.
             InvalidArgument: The request is of another class, or the timeout out of range.
             LocalProtocolError: The client is closed, of another event loop, or of a process that forked this one.
         """
@@ -135,11 +137,7 @@ class AsyncToolClient:
         self, plan: Plan, request: Any, timeout: float | None, span: Span | None, sizes: list[int] | None
     ) -> tuple[Any, int]:
         micros = plan.timeout_us if timeout is None else plan.micros(timeout)
-        wire = self._wire
-        if wire is None or not wire.alive or asyncio.get_running_loop() is not self._loop:
-            wire = await self._connect()
-        if wire.full or self._waiters:
-            wire = await self._room(wire, micros)
+        wire = await self._ready(plan.service, micros)
         trace = self._trace
         if trace[0] is not span:
             trace = self._trace = (span, pack_span(span))
@@ -153,7 +151,7 @@ class AsyncToolClient:
             future = wire.call(plan, frame, micros)
         except PeerLost:
             # The bridge went away while the connection rested, and saw nothing of this call: try once more.
-            wire = await self._connect()
+            wire = await self._ready(plan.service, micros)
             number = wire.next_number
             future = wire.call(plan, plan.frame(request, number, micros, trace[1]), micros)
         try:
@@ -161,6 +159,18 @@ class AsyncToolClient:
         except asyncio.CancelledError:
             wire.cancel(number)
             raise
+
+    async def _ready(self, service: str, micros: int) -> LoopWire:
+        """A connection that takes a call of the service now: alive, with room, and of a contract that fits."""
+        while True:
+            wire = self._wire
+            if wire is None or not wire.alive or asyncio.get_running_loop() is not self._loop:
+                wire = await self._connect()
+            if wire.full or self._waiters:
+                wire = await self._room(wire, micros)
+            if service in wire.agreed:
+                return wire
+            await wire.agree(service)
 
     async def _connect(self) -> LoopWire:
         """A live connection; who comes while one is being opened waits for the same."""

@@ -76,6 +76,8 @@ class SyncToolClient:
 
         Raises:
             ToolDeadline, ToolFailed, ToolCancelled, PeerLost, UnknownOpcode, TooManyCalls, FrameTooLarge.
+            ContractMismatch: The bridge serves the tool's service under a contract that does not fit; nothing was sent.
+            UnknownMethod: The bridge does not serve the tool's service; nothing was sent.
             InvalidArgument: The request is of another class, or the timeout out of range.
             LocalProtocolError: The client is closed.
         """
@@ -147,6 +149,8 @@ class SyncToolClient:
         if trace[0] is not span:
             trace = self._trace = (span, pack_span(span))
         try:
+            if plan.service not in wire.agreed:
+                wire.agree(plan.service)
             response = wire.call(plan, request, micros, trace[1])
         except BaseException as error:
             if sizes is not None:

@@ -9,6 +9,7 @@ from contextvars import Context
 from typing import TYPE_CHECKING, Any, Protocol
 
 from orki_agent.hotpath.crew import Crew
+from orki_agent.hotpath.frames import FIRST_TOOL_OPCODE
 from orki_agent.hotpath.options import BridgeOptions
 from orki_agent.hotpath.served import Call, ServedTool
 
@@ -58,7 +59,11 @@ class Desk:
     @property
     def served(self) -> str:
         """The opcodes, for a message."""
-        return ", ".join(f"{opcode:#06x} ({tool.name})" for opcode, tool in sorted(self.tools.items())[:32])
+        return ", ".join(f"{opcode:#06x} ({tool.name})" for opcode, tool in self._named())
+
+    def _named(self) -> list[tuple[int, ServedTool]]:
+        """The tools that users declared, the first of them."""
+        return sorted((opcode, tool) for opcode, tool in self.tools.items() if opcode >= FIRST_TOOL_OPCODE)[:32]
 
     def poke(self) -> None:
         """Wakes the keeper."""

@@ -27,6 +27,7 @@ __all__ = [
     "MAGIC",
     "NO_TRACE",
     "OP_CANCEL",
+    "OP_CONTRACT",
     "OP_ERROR",
     "OP_HELLO",
     "OP_WELCOME",
@@ -57,6 +58,7 @@ OP_HELLO: Final = int(ControlOpcode.CONTROL_OPCODE_HELLO)
 OP_WELCOME: Final = int(ControlOpcode.CONTROL_OPCODE_WELCOME)
 OP_ERROR: Final = int(ControlOpcode.CONTROL_OPCODE_ERROR)
 OP_CANCEL: Final = int(ControlOpcode.CONTROL_OPCODE_CANCEL)
+OP_CONTRACT: Final = int(ControlOpcode.CONTROL_OPCODE_CONTRACT)
 
 NO_TRACE: Final = bytes(28)
 """What stands in the header outside a trace: flags, three reserved bytes, trace id and span id, all zero."""

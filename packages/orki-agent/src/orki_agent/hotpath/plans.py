@@ -26,6 +26,7 @@ class Plan:
         "opcode",
         "request",
         "response",
+        "service",
         "timeout_us",
         "version",
     )
@@ -34,6 +35,7 @@ class Plan:
         request, response = codec_of(tool.request), codec_of(tool.response)
         self.opcode: Final = tool.contract.opcode
         self.method: Final = tool.contract.full_name
+        self.service: Final = tool.contract.service
         self.timeout_us: Final = tool.contract.timeout_ms * 1_000
         self.request: Final = tool.request
         self.response: Final = tool.response

@@ -14,9 +14,11 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from orki.hotpath.v1.tool_orki import WelcomeFrame
+from orki_agent.hotpath.agreement import ASKING, check_answer, question
 from orki_agent.hotpath.frames import (
     FLAG_ERROR,
     FLAG_REPLY,
+    NO_TRACE,
     Fields,
     Frame,
     FrameDecoder,
@@ -27,7 +29,7 @@ from orki_agent.hotpath.greeting import read_welcome
 from orki_agent.hotpath.options import ClientOptions
 from orki_agent.hotpath.plans import Plan
 from orki_agent.hotpath.seam import NO_SIGNAL, Seam, connect_nonblocking
-from orki_contract.errors import OrkiError, PeerLost, RemoteProtocolError, ToolDeadline
+from orki_contract.errors import OrkiError, PeerLost, RemoteProtocolError, ToolDeadline, UnknownOpcode
 
 __all__ = ["LoopWire", "open_wire"]
 
@@ -52,6 +54,7 @@ class LoopWire:
     """The connection after the handshake.
 
     Attributes:
+        agreed: Services whose contracts fit.
         alive: Whether calls may be sent.
         max_frame_bytes: Longest frame that the bridge takes.
     """
@@ -61,7 +64,7 @@ class LoopWire:
         sock: socket.socket,
         decoder: FrameDecoder,
         welcome: WelcomeFrame,
-        max_calls: int,
+        options: ClientOptions,
         changed: Callable[[], None],
     ) -> None:
         """Takes the socket over.
@@ -70,17 +73,19 @@ class LoopWire:
             sock: Non-blocking, greeted.
             decoder: What has read the welcome.
             welcome: The bridge's limits.
-            max_calls: The client's own limit of calls in flight.
+            options: The client's own limits.
             changed: Called when there may be room for another call, or the connection has ended.
         """
+        self.agreed: set[str] = set()
         self.alive = True
+        self._connect_us = int(options.connect_seconds * 1_000_000)
         self.max_frame_bytes = welcome.max_frame_bytes
         self._loop = asyncio.get_running_loop()
         self._sock = sock
         self._send = sock.send
         self._receive = sock.recv_into
         self._decoder = decoder
-        self._max_calls = min(max_calls, welcome.max_calls)
+        self._max_calls = min(options.max_calls, welcome.max_calls)
         self._changed = changed
         # None stands for a call that nobody waits for any more and that the bridge still has to answer.
         self._pending: dict[int, Pending | None] = {}
@@ -117,6 +122,30 @@ class LoopWire:
         if self._timer is None or deadline < self._timer_at:
             self._set_timer(deadline)
         return future
+
+    async def agree(self, service: str) -> None:
+        """Compares contracts with the bridge, as a part of connecting. There must be room for a call.
+
+        Raises:
+            ContractMismatch, UnknownMethod, InvalidContract: As `check_answer`.
+            PeerLost: The bridge went away, or does not answer; no call was sent.
+        """
+        asked = question(service)
+        if asked is not None:
+            number = self.next_number
+            try:
+                answer, _ = await self.call(
+                    ASKING, ASKING.frame(asked, number, self._connect_us, NO_TRACE), self._connect_us
+                )
+                check_answer(service, answer)
+            except (PeerLost, ToolDeadline) as error:
+                raise PeerLost(error.message, fully_written=False) from None
+            except UnknownOpcode:
+                pass  # the bridge is older than the question, and there is nothing to compare
+            except asyncio.CancelledError:
+                self.cancel(number)
+                raise
+        self.agreed.add(service)
 
     def cancel(self, number: int) -> None:
         """Asks the bridge to end a call; its place is free once the bridge has answered."""
@@ -285,7 +314,7 @@ async def open_wire(
             raise PeerLost(f"the tool bridge at {path} did not answer in time", fully_written=False) from None
         except OSError as error:
             raise PeerLost(f"no tool bridge at {path}: {error.strerror}", fully_written=False) from None
-        return LoopWire(sock, decoder, welcome, options.max_calls, changed)
+        return LoopWire(sock, decoder, welcome, options, changed)
     except BaseException:
         sock.close()
         raise

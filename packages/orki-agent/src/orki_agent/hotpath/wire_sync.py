@@ -7,12 +7,14 @@ import socket
 from time import monotonic
 from typing import Any, Final
 
+from orki_agent.hotpath.agreement import ASKING, check_answer, question
 from orki_agent.hotpath.frames import (
     CALL_WORD,
     FLAG_ERROR,
     FLAG_REPLY,
     HEADER,
     HEADER_BYTES,
+    NO_TRACE,
     Fields,
     Frame,
     FrameDecoder,
@@ -22,7 +24,7 @@ from orki_agent.hotpath.greeting import read_welcome
 from orki_agent.hotpath.options import ClientOptions
 from orki_agent.hotpath.plans import Plan
 from orki_agent.hotpath.seam import NO_SIGNAL, Seam, set_timeout
-from orki_contract.errors import OrkiError, PeerLost, RemoteProtocolError, ToolDeadline
+from orki_contract.errors import OrkiError, PeerLost, RemoteProtocolError, ToolDeadline, UnknownOpcode
 
 __all__ = ["BlockingWire"]
 
@@ -37,6 +39,7 @@ class BlockingWire:
     The kernel keeps the deadline (SO_RCVTIMEO), since a Python timeout would cost a poll for each receive.
 
     Attributes:
+        agreed: Services whose contracts fit.
         last: Correlation of the last call.
         max_frame_bytes: Longest frame that the bridge takes.
         sent_bytes: Length of the last call's frame.
@@ -46,11 +49,13 @@ class BlockingWire:
     __slots__ = (
         "_armed_us",
         "_closed",
+        "_connect_us",
         "_decoder",
         "_owed",
         "_receive",
         "_send",
         "_sock",
+        "agreed",
         "last",
         "max_frame_bytes",
         "reply_bytes",
@@ -69,6 +74,8 @@ class BlockingWire:
         self._send = self._sock.send
         self._receive = self._sock.recv_into
         self._decoder = FrameDecoder(options.max_frame_bytes)
+        self.agreed: set[str] = set()
+        self._connect_us = int(options.connect_seconds * 1_000_000)
         self._armed_us = 0
         self._owed = 0
         self._closed = False
@@ -134,6 +141,25 @@ class BlockingWire:
         except Exception as error:
             raise plan.unreadable(error) from None
 
+    def agree(self, service: str) -> None:
+        """Compares contracts with the bridge, as a part of connecting.
+
+        Raises:
+            ContractMismatch, UnknownMethod, InvalidContract: As `check_answer`.
+            PeerLost: The bridge went away, or does not answer; no call was sent.
+        """
+        asked = question(service)
+        if asked is not None:
+            try:
+                check_answer(service, self.call(ASKING, asked, self._connect_us, NO_TRACE))
+            except (PeerLost, ToolDeadline) as error:
+                raise PeerLost(error.message, fully_written=False) from None
+            except UnknownOpcode:
+                pass  # the bridge is older than the question, and there is nothing to compare
+            finally:
+                self.sent_bytes = HEADER_BYTES
+        self.agreed.add(service)
+
     def close(self) -> None:
         """Ends the connection; the bridge then cancels a call that still runs."""
         self._closed = True
@@ -141,7 +167,7 @@ class BlockingWire:
 
     def _greet(self, path: str, hello: bytes, options: ClientOptions, seam: Seam) -> int:
         deadline = monotonic() + options.connect_seconds
-        self._arm(int(options.connect_seconds * 1_000_000))
+        self._arm(self._connect_us)
         try:
             self._sock.connect(path)
         except BlockingIOError:

@@ -46,3 +46,27 @@ class ErrorFrame(oc.FrameBase):
 @oc.frame("orki.hotpath.v1.CancelFrame", version=1, block_length=0)
 class CancelFrame(oc.FrameBase):
     """Asks for the end of a call."""
+
+
+@oc.frame("orki.hotpath.v1.ContractFrame", version=1, block_length=32)
+class ContractFrame(oc.FrameBase):
+    """Asks under which contract the bridge serves a service. A bridge that does not know this frame answers
+    REASON_UNKNOWN_OPCODE; then there is nothing to compare, and calls go on.
+    """
+
+    digest: bytes = oc.at(0, oc.Scalar.BYTES, number=1, size=32)
+    """SHA-256 of the service's contract as the client's code has it."""
+    service: str = oc.tail(default="")
+    """Full name of the service, UTF-8."""
+
+
+@oc.frame("orki.hotpath.v1.ContractAnswerFrame", version=1, block_length=40)
+class ContractAnswerFrame(oc.FrameBase):
+    """Tells under which contract the bridge serves a service; the client judges whether it fits."""
+
+    digest: bytes = oc.at(0, oc.Scalar.BYTES, number=1, size=32)
+    """SHA-256 of the service's contract as the bridge's code has it; zeros where that carries no image."""
+    served: bool = oc.at(32, oc.Scalar.BOOL, number=2)
+    """Whether the bridge serves the service at all."""
+    image: bytes = oc.tail(default=b"")
+    """The image (contract.binpb) of the bridge's contract; empty where the digests are equal."""

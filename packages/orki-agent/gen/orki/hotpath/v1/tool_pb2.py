@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aorki/hotpath/v1/tool.proto\x12\x0forki.hotpath.v1\"\x80\x01\n\nHelloFrame\x12\x14\n\x05token\x18\x01 \x01(\x0cR\x05token\x12!\n\x0cprotocol_min\x18\x02 \x01(\rR\x0bprotocolMin\x12!\n\x0cprotocol_max\x18\x03 \x01(\rR\x0bprotocolMax\x12\x16\n\x06\x63lient\x18\x04 \x01(\tR\x06\x63lient\"o\n\x0cWelcomeFrame\x12&\n\x0fmax_frame_bytes\x18\x01 \x01(\rR\rmaxFrameBytes\x12\x1b\n\tmax_calls\x18\x02 \x01(\rR\x08maxCalls\x12\x1a\n\x08protocol\x18\x03 \x01(\rR\x08protocol\"[\n\nErrorFrame\x12\x16\n\x06reason\x18\x01 \x01(\rR\x06reason\x12\x1b\n\ttool_code\x18\x02 \x01(\x05R\x08toolCode\x12\x18\n\x07message\x18\x03 \x01(\tR\x07message\"\r\n\x0b\x43\x61ncelFrame*\x9a\x01\n\rControlOpcode\x12\x1e\n\x1a\x43ONTROL_OPCODE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43ONTROL_OPCODE_HELLO\x10\x01\x12\x1a\n\x16\x43ONTROL_OPCODE_WELCOME\x10\x02\x12\x18\n\x14\x43ONTROL_OPCODE_ERROR\x10\x03\x12\x19\n\x15\x43ONTROL_OPCODE_CANCEL\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aorki/hotpath/v1/tool.proto\x12\x0forki.hotpath.v1\"\x80\x01\n\nHelloFrame\x12\x14\n\x05token\x18\x01 \x01(\x0cR\x05token\x12!\n\x0cprotocol_min\x18\x02 \x01(\rR\x0bprotocolMin\x12!\n\x0cprotocol_max\x18\x03 \x01(\rR\x0bprotocolMax\x12\x16\n\x06\x63lient\x18\x04 \x01(\tR\x06\x63lient\"o\n\x0cWelcomeFrame\x12&\n\x0fmax_frame_bytes\x18\x01 \x01(\rR\rmaxFrameBytes\x12\x1b\n\tmax_calls\x18\x02 \x01(\rR\x08maxCalls\x12\x1a\n\x08protocol\x18\x03 \x01(\rR\x08protocol\"[\n\nErrorFrame\x12\x16\n\x06reason\x18\x01 \x01(\rR\x06reason\x12\x1b\n\ttool_code\x18\x02 \x01(\x05R\x08toolCode\x12\x18\n\x07message\x18\x03 \x01(\tR\x07message\"\r\n\x0b\x43\x61ncelFrame\"A\n\rContractFrame\x12\x16\n\x06\x64igest\x18\x01 \x01(\x0cR\x06\x64igest\x12\x18\n\x07service\x18\x02 \x01(\tR\x07service\"[\n\x13\x43ontractAnswerFrame\x12\x16\n\x06\x64igest\x18\x01 \x01(\x0cR\x06\x64igest\x12\x16\n\x06served\x18\x02 \x01(\x08R\x06served\x12\x14\n\x05image\x18\x03 \x01(\x0cR\x05image*\xb7\x01\n\rControlOpcode\x12\x1e\n\x1a\x43ONTROL_OPCODE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43ONTROL_OPCODE_HELLO\x10\x01\x12\x1a\n\x16\x43ONTROL_OPCODE_WELCOME\x10\x02\x12\x18\n\x14\x43ONTROL_OPCODE_ERROR\x10\x03\x12\x19\n\x15\x43ONTROL_OPCODE_CANCEL\x10\x04\x12\x1b\n\x17\x43ONTROL_OPCODE_CONTRACT\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'orki.hotpath.v1.tool_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CONTROLOPCODE']._serialized_start=400
-  _globals['_CONTROLOPCODE']._serialized_end=554
+  _globals['_CONTROLOPCODE']._serialized_start=560
+  _globals['_CONTROLOPCODE']._serialized_end=743
   _globals['_HELLOFRAME']._serialized_start=48
   _globals['_HELLOFRAME']._serialized_end=176
   _globals['_WELCOMEFRAME']._serialized_start=178
@@ -41,4 +41,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ERRORFRAME']._serialized_end=382
   _globals['_CANCELFRAME']._serialized_start=384
   _globals['_CANCELFRAME']._serialized_end=397
+  _globals['_CONTRACTFRAME']._serialized_start=399
+  _globals['_CONTRACTFRAME']._serialized_end=464
+  _globals['_CONTRACTANSWERFRAME']._serialized_start=466
+  _globals['_CONTRACTANSWERFRAME']._serialized_end=557
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,9 @@ A client connects, sends a HelloFrame and waits for a WelcomeFrame or an ErrorFr
 correlation number of its own, and may send more before the first is answered. Every call is answered once, in any
 order: by a frame with FRAME_FLAG_REPLY and the call's opcode, or by an ErrorFrame. A CancelFrame asks for the
 end of the call whose correlation it carries; that call is still answered.
+
+Before its first call of a service on a connection, a client sends a ContractFrame, which is answered as a call is. It
+makes no call of a service whose contract at the bridge does not fit its own.
 """
 
 from google.protobuf import descriptor as descriptor
@@ -39,6 +42,8 @@ class _ControlOpcodeEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_ControlO
     """An ErrorFrame."""
     CONTROL_OPCODE_CANCEL: _ControlOpcode.ValueType  # 4
     """A CancelFrame."""
+    CONTROL_OPCODE_CONTRACT: _ControlOpcode.ValueType  # 5
+    """A ContractFrame, and the ContractAnswerFrame that replies to it."""
 
 class ControlOpcode(_ControlOpcode, metaclass=_ControlOpcodeEnumTypeWrapper):
     """Opcodes of the protocol's own frames."""
@@ -53,6 +58,8 @@ CONTROL_OPCODE_ERROR: ControlOpcode.ValueType  # 3
 """An ErrorFrame."""
 CONTROL_OPCODE_CANCEL: ControlOpcode.ValueType  # 4
 """A CancelFrame."""
+CONTROL_OPCODE_CONTRACT: ControlOpcode.ValueType  # 5
+"""A ContractFrame, and the ContractAnswerFrame that replies to it."""
 
 @typing.final
 class HelloFrame(message.Message):
@@ -154,5 +161,59 @@ class CancelFrame(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ContractFrame(message.Message):
+    """Asks under which contract the bridge serves a service. A bridge that does not know this frame answers
+    REASON_UNKNOWN_OPCODE; then there is nothing to compare, and calls go on.
+    """
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: builtins.int
+    SERVICE_FIELD_NUMBER: builtins.int
+    digest: builtins.bytes
+    """SHA-256 of the service's contract as the client's code has it."""
+    service: builtins.str
+    """Full name of the service, UTF-8."""
+    def __init__(
+        self,
+        *,
+        digest: builtins.bytes = ...,
+        service: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["digest", b"digest", "service", b"service"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ContractAnswerFrame(message.Message):
+    """Tells under which contract the bridge serves a service; the client judges whether it fits."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: builtins.int
+    SERVED_FIELD_NUMBER: builtins.int
+    IMAGE_FIELD_NUMBER: builtins.int
+    digest: builtins.bytes
+    """SHA-256 of the service's contract as the bridge's code has it; zeros where that carries no image."""
+    served: builtins.bool
+    """Whether the bridge serves the service at all."""
+    image: builtins.bytes
+    """The image (contract.binpb) of the bridge's contract; empty where the digests are equal."""
+    def __init__(
+        self,
+        *,
+        digest: builtins.bytes = ...,
+        served: builtins.bool = ...,
+        image: builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["digest", b"digest", "image", b"image", "served", b"served"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
