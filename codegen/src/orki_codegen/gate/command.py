@@ -112,6 +112,8 @@ def _gate(root: Path, given: argparse.Namespace) -> int:
         )
     shown = as_github(verdict) if given.github else as_text(verdict, now, gathered.states)
     print("\n".join(shown))
+    if quick and now.drifted:
+        print("The wheels would ship what was generated before: run `nox -s generate`", file=sys.stderr)
     if given.json is not None:
         try:
             given.json.write_text(as_json(verdict.remarks), encoding="utf-8")

@@ -103,12 +103,13 @@ def judge(
                         for each in content_remarks(now.root, member, release)
                     ]
                 bumps[name] = heavier(each.bump for each in judged) if judged else None
-                if bumps[name] is Bump.MAJOR:
+                # Before the version tells of the break, no range can.
+                if bumps[name] is Bump.MAJOR and not any(each.fails for each in judged):
                     broken[name] = release.version
             remarks += judged
     remarks += _stale(accepted, used | old, today, now.members)
     remarks += range_remarks(now.members, broken)
-    remarks += _lagging(now, fails=not lenient)
+    remarks += [] if lenient else _lagging(now)
     return Verdict(remarks=tuple(_unique(remarks)), bumps=bumps, accepted=reasons)
 
 
@@ -145,7 +146,7 @@ def _stale(
         )
 
 
-def _lagging(now: Present, fails: bool) -> Iterable[Remark]:
+def _lagging(now: Present) -> Iterable[Remark]:
     for package, path in now.drifted.items():
         yield Remark(
             rule="GENERATED_CODE_STALE",
@@ -154,7 +155,7 @@ def _lagging(now: Present, fails: bool) -> Iterable[Remark]:
             place=Location(path),
             message=f"the wheel would ship another contract of {package} than the protos say: run `nox -s generate`",
             bump=Bump.PATCH,
-            fails=fails,
+            fails=True,
         )
 
 

@@ -103,7 +103,7 @@ def _compared(root: Path, member: Member, path: str, old: Any, new: Any) -> Iter
         yield _remark(member, _ADDED, path, _place(root, after), f"{path} is new")
     else:
         yield from _broken(root, member, before, after)
-        yield from _added(root, member, path, before, after)
+        yield from _listed(root, member, path, before, after)
 
 
 def _inside(top: Any, path: str) -> Any:
@@ -151,16 +151,24 @@ def _shown(value: Any) -> str:
     return " ".join(str(each) for each in value) if isinstance(value, list) else str(value)
 
 
-def _added(root: Path, member: Member, path: str, old: Any, new: Any) -> Iterator[Remark]:
-    """What is new in a module or a class; what is new within something new is not told apart."""
-    before = _public(old)
-    for name, each in _public(new).items():
+def _listed(root: Path, member: Member, path: str, old: Any, new: Any) -> Iterator[Remark]:
+    """What is new in a module or a class; what is new within something new is not told apart.
+
+    And what is there still, and is public no more: griffe looks for names alone.
+    """
+    before, after = _public(old), _public(new)
+    for name in before:
+        if name not in after and name in new.members:
+            inner = f"{path}.{name}"
+            place = _place(root, new.members[name])
+            yield _remark(member, "API_OBJECT_REMOVED", inner, place, f"{inner} is public no more")
+    for name, each in after.items():
         inner = f"{path}.{name}"
         if name not in before:
             if name != "__init__":
                 yield _remark(member, _ADDED, inner, _place(root, each), f"{inner} is new")
         elif _holds(each) and _holds(before[name]):
-            yield from _added(root, member, inner, before[name], each)
+            yield from _listed(root, member, inner, before[name], each)
 
 
 def _public(holder: Any) -> dict[str, Any]:

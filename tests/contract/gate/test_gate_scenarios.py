@@ -1,0 +1,264 @@
+"""What a day brings, change by change, and what the gate asks for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from gate_trees import TODAY, Tree, verdict_of
+
+from orki_codegen.gate.judge import Verdict
+from orki_contract.findings import Bump
+
+pytestmark = pytest.mark.timeout(120)
+
+REVIEW = """
+// What was found.
+message Finding {
+  option (orki.options.v1.stream) = {
+    name: "findings"
+    retention: {max_entries: 1000 max_age: {seconds: 86400}}
+    groups: [{name: "index"}]
+  };
+  string path = 1;
+  uint32 line = 2;
+}
+message Header {
+  option (orki.options.v1.frame) = {version: 1 block_length: 16};
+  fixed32 magic = 1 [(orki.options.v1.offset) = 0];
+  fixed32 kind = 2 [(orki.options.v1.offset) = 4];
+}
+service Lookup {
+  rpc Find(FindRequest) returns (FindResponse);
+  rpc Forget(ForgetRequest) returns (ForgetResponse);
+}
+message FindRequest { string path = 1; }
+message FindResponse { string text = 1; }
+message ForgetRequest { string path = 1; }
+message ForgetResponse {}
+"""
+PROTO = "acme/review/v1/review.proto"
+DESK = """
+import "acme/review/v1/review.proto";
+option (orki.options.v1.consume) = {stream: "findings" group: {name: "desk"}};
+message Sheet { repeated acme.review.v1.Finding findings = 1; }
+"""
+API = "acme-review/src/acme_review/__init__.py"
+SOURCE = '''"""Reviews."""
+
+__all__ = ["LIMIT", "Reviewer", "review"]
+__version__ = "1"
+
+LIMIT = 5 * 60
+
+
+class Reviewer:
+    def look(self, path, deep=False):
+        return path
+
+    def _inner(self, path):
+        return path
+
+
+def review(path):
+    return path
+
+
+def hidden(path):
+    return path
+'''
+
+OLD = Tree(
+    protos={PROTO: REVIEW, "acme/desk/v1/desk.proto": DESK},
+    versions={"acme-review": "1.4.0", "acme-desk": "2.0.0"},
+    needs={"acme-desk": ["acme-review>=1.4,<2"]},
+    sources={API: SOURCE},
+)
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return OLD.lay_out(tmp_path_factory.mktemp("gate") / "old")
+
+
+def said(verdict: Verdict, package: str = "acme-review") -> dict[str, str]:
+    """The rules that a distribution's remarks name, each with the version that it asks for."""
+    return {each.rule: str(each.needs) for each in verdict.remarks if each.package == package}
+
+
+def reds(verdict: Verdict) -> set[str]:
+    return {each.rule for each in verdict.remarks if each.fails}
+
+
+def test_nothing_changed_needs_no_release(old: Path, tmp_path: Path) -> None:
+    """So it is when a deployment keeps more or less of a stream, or waits longer: no proto says so."""
+    verdict = verdict_of(old, OLD.lay_out(tmp_path))
+    assert verdict.bumps == {"acme-review": None, "acme-desk": None}
+    assert verdict.remarks == ()
+
+
+def test_a_field_more_is_minor_and_of_its_owner_alone(old: Path, tmp_path: Path) -> None:
+    new = OLD.edited(PROTO, "uint32 line = 2;", "uint32 line = 2;\n  string rule = 3;")
+    verdict = verdict_of(old, new.lay_out(tmp_path / "a"))
+    assert verdict.bumps == {"acme-review": Bump.MINOR, "acme-desk": None}
+    assert said(verdict) == {"ORKI_FIELD_ADDED": "1.5.0"}
+    assert verdict.red
+    (remark,) = verdict.remarks
+    assert remark.place.file == f"proto/{PROTO}"
+    assert remark.place.line
+    assert not verdict_of(old, new.promising(acme_review="1.5.0").lay_out(tmp_path / "b")).red
+    assert verdict_of(old, new.promising(acme_review="1.4.1").lay_out(tmp_path / "c")).red
+
+
+def test_a_renamed_stream_is_major_and_tells_who_is_affected(old: Path, tmp_path: Path) -> None:
+    new = OLD.edited(PROTO, 'name: "findings"', 'name: "results"')
+    verdict = verdict_of(old, new.lay_out(tmp_path / "a"))
+    assert verdict.bumps["acme-review"] is Bump.MAJOR
+    (gone,) = [each for each in verdict.remarks if each.rule == "ORKI_STREAM_REMOVED"]
+    assert str(gone.needs) == "2.0.0"
+    assert 'group "desk"' in gone.sentence or "acme.desk.v1" in gone.sentence
+    assert "acme-review 1.4.0" in gone.sentence
+
+
+def test_a_break_must_show_in_the_ranges_of_dependants(old: Path, tmp_path: Path) -> None:
+    new = OLD.edited(PROTO, 'name: "findings"', 'name: "results"').promising(acme_review="2.0.0", acme_desk="2.0.1")
+    verdict = verdict_of(old, new.lay_out(tmp_path / "a"))
+    (ranged,) = [each for each in verdict.remarks if each.fails]
+    assert (ranged.rule, ranged.package, ranged.subject) == ("SIBLING_RANGE", "acme-desk", "acme-review")
+    assert (ranged.place.file, ranged.place.line) == ("packages/acme-desk/pyproject.toml", 5)
+    for bounds, red in (("acme-review>=1.4", True), ("acme-review>=2,<3", False)):
+        moved = Tree(protos=new.protos, versions=new.versions, sources=new.sources, needs={"acme-desk": [bounds]})
+        assert verdict_of(old, moved.lay_out(tmp_path / str(red))).red is red
+
+
+def test_what_retention_promised_must_stay(old: Path, tmp_path: Path) -> None:
+    lower = OLD.edited(PROTO, "max_entries: 1000", "max_entries: 999").lay_out(tmp_path / "a")
+    assert said(verdict_of(old, lower)) == {"ORKI_STREAM_ENTRIES_LOWERED": "2.0.0"}
+    more = OLD.edited(PROTO, "max_entries: 1000", "max_entries: 1001").lay_out(tmp_path / "b")
+    assert said(verdict_of(old, more)) == {"ORKI_STREAM_RELAXED": "1.5.0"}
+
+
+def test_a_moved_frame_field_is_major(old: Path, tmp_path: Path) -> None:
+    new = OLD.edited(PROTO, "(orki.options.v1.offset) = 4]", "(orki.options.v1.offset) = 8]")
+    assert said(verdict_of(old, new.lay_out(tmp_path)))["ORKI_FRAME_FIELD_MOVED"] == "2.0.0"
+
+
+def test_a_deleted_rpc_is_major_by_both_sets_of_rules(old: Path, tmp_path: Path) -> None:
+    new = OLD.edited(PROTO, "  rpc Forget(ForgetRequest) returns (ForgetResponse);\n", "")
+    assert said(verdict_of(old, new.lay_out(tmp_path))) == {"ORKI_RPC_REMOVED": "2.0.0", "RPC_NO_DELETE": "2.0.0"}
+
+
+def test_a_comment_alone_changes_no_contract(old: Path, tmp_path: Path) -> None:
+    """What it changes in the generated code, and in the wheel, is a patch; see the tests with an index."""
+    new = OLD.edited(PROTO, "// What was found.", "// What was found, and where.")
+    assert verdict_of(old, new.lay_out(tmp_path)).remarks == ()
+
+
+def test_other_code_behind_the_same_names_is_a_patch(old: Path, tmp_path: Path) -> None:
+    new = OLD.edited(API, "return path\n\n\ndef hidden", "return path.strip()\n\n\ndef hidden")
+    verdict = verdict_of(old, new.lay_out(tmp_path))
+    assert said(verdict) == {"CONTENT_CHANGED": "1.4.1"}
+    assert not verdict.red, "what was not published may differ under its version"
+
+
+def test_changing_what_another_one_owns_is_the_owners_to_tell(old: Path, tmp_path: Path) -> None:
+    """The reader's message holds the changed one, and its image a copy of it: it needs no release."""
+    new = OLD.edited(PROTO, "uint32 line = 2;", "uint64 line = 2;").promising(acme_review="2.0.0")
+    verdict = verdict_of(old, new.lay_out(tmp_path))
+    assert verdict.bumps == {"acme-review": Bump.MAJOR, "acme-desk": None}
+    assert reds(verdict) == {"SIBLING_RANGE"}
+    (retyped,) = [each for each in verdict.remarks if each.rule == "ORKI_FIELD_RETYPED"]
+    assert "package acme.desk.v1" in retyped.affected
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "rules"),
+    [
+        ("def review(path)", "def review(path, depth)", {"API_PARAMETER_ADDED_REQUIRED": "2.0.0"}),
+        (
+            "def review(path)",
+            "def review(way)",
+            {"API_PARAMETER_ADDED_REQUIRED": "2.0.0", "API_PARAMETER_REMOVED": "2.0.0"},
+        ),
+        ('"Reviewer", "review"]', '"Reviewer"]', {"API_OBJECT_REMOVED": "2.0.0"}),
+        ("    def look(self", "    def gaze(self", {"API_OBJECT_REMOVED": "2.0.0", "API_ADDED": "1.5.0"}),
+        ("def review(path)", "def review(path, depth=1)", {"CONTENT_CHANGED": "1.4.1"}),
+        ("def hidden(path)", "def hidden()", {"CONTENT_CHANGED": "1.4.1"}),
+        ("def _inner(self, path)", "def _inner(self)", {"CONTENT_CHANGED": "1.4.1"}),
+        ('__version__ = "1"', '__version__ = "2"', {"CONTENT_CHANGED": "1.4.1"}),
+        ("LIMIT = 5 * 60", "LIMIT = 6 * 60", {"CONTENT_CHANGED": "1.4.1"}),
+        ('"Reviewer", "review"]', '"Reviewer", "hidden", "review"]', {"API_ADDED": "1.5.0"}),
+    ],
+)
+def test_the_python_api(old: Path, tmp_path: Path, before: str, after: str, rules: dict[str, str]) -> None:
+    verdict = verdict_of(old, OLD.edited(API, before, after).lay_out(tmp_path))
+    assert said(verdict) == rules
+    assert all(each.place.file == f"packages/{API}" and each.place.line for each in verdict.remarks)
+
+
+def test_before_one_a_major_change_raises_the_second_number(tmp_path: Path) -> None:
+    young = OLD.promising(acme_review="0.3.1", acme_desk="0.1.0")
+    young = Tree(protos=young.protos, versions=young.versions, needs={"acme-desk": ["acme-review>=0.3,<0.4"]})
+    old = young.lay_out(tmp_path / "old")
+    field = young.edited(PROTO, "uint32 line = 2;", "uint32 line = 2;\n  string rule = 3;")
+    assert said(verdict_of(old, field.lay_out(tmp_path / "a"))) == {"ORKI_FIELD_ADDED": "0.3.2"}
+    assert not verdict_of(old, field.promising(acme_review="0.3.2").lay_out(tmp_path / "b")).red
+    renamed = young.edited(PROTO, 'name: "findings"', 'name: "results"').promising(acme_review="0.3.2")
+    verdict = verdict_of(old, renamed.lay_out(tmp_path / "c"))
+    assert said(verdict)["ORKI_STREAM_REMOVED"] == "0.4.0"
+    assert verdict.red
+
+
+ACCEPTED = """
+[[break]]
+rule = "ORKI_STREAM_ENTRIES_LOWERED"
+subject = 'stream "findings"'
+package = "acme-review"
+reason = "nobody reads back further"
+until = {until}
+"""
+
+
+@pytest.mark.parametrize(
+    ("until", "stale"),
+    [("2026-11-20", False), ('"2026-11-20"', False), ("2026-11-19", True), ('"2.0.0"', False), ('"1.5.0"', True)],
+)
+def test_an_accepted_break_asks_for_a_minor_version_until_its_end(
+    old: Path, tmp_path: Path, until: str, stale: bool
+) -> None:
+    new = OLD.edited(PROTO, "max_entries: 1000", "max_entries: 999").promising(acme_review="1.5.0").lay_out(tmp_path)
+    verdict = verdict_of(old, new, accepted=ACCEPTED.format(until=until), today=TODAY)
+    if stale:
+        assert reds(verdict) == {"ORKI_STREAM_ENTRIES_LOWERED", "ACCEPTED_BREAK_STALE"}
+    else:
+        assert not verdict.red
+        (remark,) = verdict.remarks
+        assert (remark.bump, str(remark.needs)) == (Bump.MINOR, "1.5.0")
+        assert "nobody reads back further" in remark.message
+
+
+def test_an_accepted_break_that_nothing_needs_is_stale(old: Path, tmp_path: Path) -> None:
+    verdict = verdict_of(old, OLD.lay_out(tmp_path), accepted=ACCEPTED.format(until="2027-01-01"))
+    (stale,) = verdict.remarks
+    assert (stale.rule, stale.fails, str(stale.place)) == ("ACCEPTED_BREAK_STALE", True, "accepted-breaks.toml:2:1")
+
+
+def test_streams_are_held_against_every_version_that_may_still_lie_in_them(old: Path, tmp_path: Path) -> None:
+    """A stream left in 1.5.0, as an accepted break, and came back in 1.6.0 for another message."""
+    gap = OLD.edited(PROTO, 'name: "findings"', 'name: "other"').promising(acme_review="1.5.0")
+    middle = gap.lay_out(tmp_path / "middle")
+    back = Tree(
+        protos={
+            **gap.protos,
+            PROTO: gap.protos[PROTO]
+            + 'message Note {\n  option (orki.options.v1.stream) = {name: "findings" retention: {max_entries: 1}};\n}\n',
+        },
+        versions={"acme-review": "1.6.0", "acme-desk": "2.0.0"},
+        needs=OLD.needs,
+        sources=OLD.sources,
+    ).lay_out(tmp_path / "new")
+    assert not verdict_of(middle, back).red
+    verdict = verdict_of([middle, old], back, streams_only=[False, True])
+    moved = [each for each in verdict.remarks if each.rule == "ORKI_STREAM_MOVED"]
+    assert [(str(each.needs), each.fails) for each in moved] == [("2.0.0", True)]
+    assert "acme-review 1.4.0" in moved[0].sentence
