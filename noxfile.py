@@ -11,6 +11,7 @@ import nox
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from nox_sessions import foreign as foreign_protos
 from nox_sessions import interpreters, wheels
 from nox_sessions import skew as skew_matrix
 from nox_sessions.environments import DEV, NEWEST, OLDEST, RUN, Environment, ensure, uv
@@ -136,6 +137,20 @@ def gates(session: nox.Session) -> None:
 def breaking(session: nox.Session) -> None:
     """The version gate: `-- [--against index|REF|published] [--index URL] [--json FILE] [--github]`, or `-- --show`."""
     ensure(session, DEV).run(session, "python", "-m", "orki_codegen.cli", "gate", *session.posargs)
+
+
+@nox.session(default=False)
+def outside(session: nox.Session) -> None:
+    """A repository of a user's own, made by `orki-codegen init` from wheels: its two commands, its gate, its types."""
+    _pytest(session, ensure(session, DEV), "tests/outside", workers=0)
+
+
+@nox.session(default=False)
+def foreign(session: nox.Session) -> None:
+    """Hundreds of protos that nobody here wrote, out of packages from the index, through rules and generator."""
+    dev = ensure(session, DEV)
+    session.env["ORKI_FOREIGN"] = str(foreign_protos.packages(session, dev))
+    _pytest(session, dev, "tests/foreign")
 
 
 @nox.session

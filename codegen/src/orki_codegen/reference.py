@@ -34,11 +34,12 @@ def pages(read: ReadContract, packages: Sequence[str], places: Mapping[str, str]
 
     Args:
         read: The whole tree's contract.
-        packages: The proto packages to describe, sorted.
+        packages: The proto packages to describe, sorted. What lies in no package has no page: it holds no contract.
         places: Where each proto file lies, by the path under which it is imported.
     """
-    made = {f"{name}.md": _render("package.md.j2", page=_Page(read, name, places)) for name in packages}
-    made["README.md"] = _render("index.md.j2", pages=[_Page(read, name, places) for name in packages])
+    described = [_Page(read, name, places) for name in packages if name]
+    made = {f"{page.package}.md": _render("package.md.j2", page=page) for page in described}
+    made["README.md"] = _render("index.md.j2", pages=described)
     return made
 
 
