@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
 from google.protobuf.message import Message
 from redis import Redis
 
@@ -87,13 +88,17 @@ async def test_every_transition_is_told_in_its_span(
     assert [event.agent_id for _, event in told] == ["", *["agent-1"] * 3, *["agent-2"] * 3]
 
 
+def _retyped(file: FileDescriptorProto) -> None:
+    file.message_type[0].field[0].type = FieldDescriptorProto.TYPE_INT64
+
+
 async def test_deeds_are_audited(redis_url: str, orchestrator: Orchestrator, stand_in: Make, work: Make) -> None:
     agent = stand_in(orchestrator.address, handler=None)
     await agent.ready()
     async with Client(orchestrator.address) as client:
         (task,) = await client.submit_raw([pb.Submission(method=DO, request=b"q")])
         await client.cancel(task.task_id, "enough")
-    refused = stand_in(orchestrator.address, [work(max_attempts=9)], agent_id="agent-2")
+    refused = stand_in(orchestrator.address, [work(edit=_retyped)], agent_id="agent-2")
     await refused.until(lambda: refused.closed is not None)
     await eventually(lambda: len(read(redis_url, "audit", AuditEvent)) >= 3)
     deeds = {event.action: event for _, event in read(redis_url, "audit", AuditEvent)}

@@ -10,6 +10,7 @@ from orki.control.v1.session_pb2 import ServedService
 from orki_contract import AsyncTaskService, SyncTaskService, Task
 from orki_contract.errors import InvalidContract, InvalidSetting
 from orki_contract.images import image_of, service_digest
+from orki_contract.provenance import package_version
 
 __all__ = ["Handler", "TaskServices", "find_handlers", "served_services"]
 
@@ -65,5 +66,6 @@ def served_services(handlers: Mapping[str, Handler]) -> tuple[ServedService, ...
         if not package:
             raise InvalidContract(f"service {service} is in no proto package: give its file one")
         image = image_of(package)
-        served.append(ServedService(service=service, digest=service_digest(image, service), image=image))
+        digest = service_digest(image, service)
+        served.append(ServedService(service=service, digest=digest, image=image, version=package_version(package)))
     return tuple(served)

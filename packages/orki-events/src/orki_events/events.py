@@ -137,6 +137,7 @@ class Events:
             EventsUnavailable: The server did not answer in time; it may or may not have the event.
             EventsOutOfMemory, EventsReadOnly, EventsNotPersisting, EventsLoading: It would not take it in time.
             EventsRefused: It will not take it.
+            ContractMismatch: The stream is registered by a contract with which this one breaks on the wire.
             InvalidArgument, TooLarge: The event cannot be published at all.
         """
         publisher = self._open()
@@ -191,11 +192,12 @@ class Events:
         """Registers a stream and creates its groups, as the first publish would.
 
         Raises:
+            ContractMismatch: The stream is registered by a contract with which this one breaks on the wire.
             OrkiError: The server does not answer or refuses.
         """
         link = self._link_for_commands()
-        await self._keeper.ensure(link, stream.contract, stream.contract.groups)
         await self._registry.register(link, stream, publishes=True)
+        await self._keeper.ensure(link, stream.contract, stream.contract.groups)
 
     async def registered_streams(self) -> list[RegisteredStream]:
         """The streams that the fleet publishes and consumes, by name.

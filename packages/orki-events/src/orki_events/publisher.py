@@ -361,8 +361,9 @@ class Publisher:
         for item in batch:
             contract = item.handle.contract
             if contract.name not in self._ready:
-                newest = await self._keeper.ensure(self._link, contract, contract.groups)
+                # Judged before anything is made: who brings a contract that does not fit leaves no trace.
                 await self._registry.register(self._link, item.handle, publishes=True)
+                newest = await self._keeper.ensure(self._link, contract, contract.groups)
                 for key, last_id in newest.items():
                     self._keys.setdefault(key, _Key(last_id))
                 self._ready.add(contract.name)

@@ -1,7 +1,13 @@
-"""The streams that the fleet uses, kept on the server, so that an observer can follow those that it never heard of.
+"""The streams that the fleet uses, kept on the server: by them contracts are judged, and observers know what to follow.
 
-`orki:streams` holds for each stream its contract, its proto package and the digest of its image; `orki:images` holds
-the images (`contract.binpb`) by digest; `orki:subscriptions` holds, as `STREAM/GROUP`, groups that readers declared.
+`orki:streams` holds for each stream its contract, its proto package, the package's version and the digest of its image;
+`orki:images` holds the images (`contract.binpb`) by digest; `orki:subscriptions` holds, as `STREAM/GROUP`, groups that
+readers declared.
+
+Who publishes or consumes brings its own version of the stream's contract, and is judged by findings against the
+registered one. What breaks on the wire is refused, whoever brings it. Of two versions that fit, the evolved one stays
+registered, whether its publishers or those of the older one start first; where either may follow the other, or where
+the package's version is higher, the newcomer's stands.
 """
 
 from __future__ import annotations
@@ -11,19 +17,24 @@ __all__ = ["RegisteredStream", "Registry", "stream_from_dump"]
 import hashlib
 import json
 import logging
-from dataclasses import dataclass, field, fields
+import re
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from orki_contract.errors import InvalidContract, OrkiError
+from orki_contract.errors import ContractMismatch, EventsUnavailable, InvalidContract, OrkiError
 from orki_contract.handles import EventStream
 from orki_contract.images import image_of
-from orki_contract.model import AUDIT_GROUP, Group, Overflow, Retention, Start, Stream, dump
+from orki_contract.model import AUDIT_GROUP, Group, Stream, dump
+from orki_contract.provenance import package_version
 from orki_events.groups import pairs
-from orki_events.redis_shell import Command, Link
+from orki_events.redis_shell import Link
+from orki_events.scripts import REGISTER, run_script
+from orki_events.stream_versions import StreamVersion, group_from_dump, judge_streams, stream_from_dump
 
 _STREAMS: Final = b"orki:streams"
 _IMAGES: Final = b"orki:images"
 _SUBSCRIPTIONS: Final = b"orki:subscriptions"
+_TRIES: Final = 20
 _log = logging.getLogger("orki.events")
 
 
@@ -36,44 +47,92 @@ class RegisteredStream:
         package: Proto package of its message.
         digest: Digest of the image; empty without one.
         image: The package's `contract.binpb`, or None: without it the entries can be counted, not decoded.
+        version: Version of the distribution that holds the package; empty where nobody knows.
+        ahead: Whether it was applied, and nobody has published or consumed by it yet.
     """
 
     contract: Stream
     package: str
     digest: str
     image: bytes | None = field(repr=False)
+    version: str = ""
+    ahead: bool = False
 
 
 class Registry:
-    """Writes what this process uses, and reads what the fleet uses."""
+    """Judges and writes what this process uses, and reads what the fleet uses."""
 
     def __init__(self) -> None:
         self._images: dict[str, tuple[str, bytes] | None] = {}
 
     async def register(self, link: Link, handle: EventStream[Any, Any], *, publishes: bool) -> None:
-        """Tells the fleet of a stream.
+        """Tells the fleet of a stream, if it fits what is registered; to be called before the stream is used.
 
-        A publisher's contract replaces what was there; a consumer's fills a gap.
+        Raises:
+            ContractMismatch: It breaks with the registered contract on the wire.
+            OrkiError: The server does not answer or refuses.
+        """
+        package = handle.message.DESCRIPTOR.file.package
+        digest, image = self._image(package) or ("", None)
+        own = StreamVersion(
+            stream=handle.contract,
+            package=package,
+            digest=digest,
+            image=image,
+            version=package_version(package) if image is not None else "",
+        )
+        who = "this publisher" if publishes else "this consumer"
+        if AUDIT_GROUP.name in {group.name for group in handle.contract.groups}:
+            await self.enter(link, own, who, replaces=publishes)
+            return
+        # A reader declares a group on a stream of somebody else's, who registers the stream.
+        await self._judged(link, own, who)
+        for group in handle.contract.groups:
+            await self.subscribe(link, handle.contract, group)
+
+    async def enter(self, link: Link, own: StreamVersion, who: str, *, replaces: bool) -> StreamVersion:
+        """Registers a version of a stream, if it fits.
+
+        Args:
+            link: The server.
+            own: The version.
+            who: Who brings it, for messages.
+            replaces: Whether it takes the place of the registered one when it is the newer one; else it fills a gap.
+
+        Returns:
+            The version that is registered now.
+
+        Raises:
+            ContractMismatch: It breaks with the registered contract on the wire.
+            OrkiError: The server does not answer or refuses.
+        """
+        for _ in range(_TRIES):
+            record, standing = await self._judged(link, own, who)
+            stands = _standing(standing, own, replaces)
+            if stands.record().encode() == record:
+                return stands
+            if own.image is not None:
+                await link.one((b"HSETNX", _IMAGES, own.digest, own.image))
+            if await run_script(link, REGISTER, (_STREAMS,), own.stream.name, record, stands.record()):
+                return stands
+        raise EventsUnavailable(f'others register the stream "{own.stream.name}" all the time; try again')
+
+    async def subscribe(self, link: Link, stream: Stream, group: Group) -> None:
+        """Registers a group that a reader declares.
 
         Raises:
             OrkiError: The server does not answer or refuses.
         """
-        stream = handle.contract
-        package = handle.message.DESCRIPTOR.file.package
-        commands: list[Command] = []
-        if AUDIT_GROUP.name not in {group.name for group in stream.groups}:
-            for group in stream.groups:
-                text = json.dumps({"group": dump(group), "message": stream.message})
-                commands.append((b"HSET", _SUBSCRIPTIONS, f"{stream.name}/{group.name}", text))
-        else:
-            image = self._image(package)
-            if image is not None:
-                commands.append((b"HSETNX", _IMAGES, *image))
-            record = json.dumps({"contract": dump(stream), "package": package, "image": image[0] if image else ""})
-            commands.append((b"HSET" if publishes else b"HSETNX", _STREAMS, stream.name, record))
-        for reply in await link.ask(*commands):
-            if isinstance(reply, OrkiError):
-                raise reply
+        text = json.dumps({"group": dump(group), "message": stream.message})
+        await link.one((b"HSET", _SUBSCRIPTIONS, f"{stream.name}/{group.name}", text))
+
+    async def forget(self, link: Link, stream: str) -> bool:
+        """Withdraws a stream's registration, and nothing of its entries; whether there was one.
+
+        Raises:
+            OrkiError: The server does not answer or refuses.
+        """
+        return bool(await link.one((b"HDEL", _STREAMS, stream)))
 
     async def streams(self, link: Link) -> list[RegisteredStream]:
         """All registered streams, by name.
@@ -89,22 +148,56 @@ class Registry:
         added = _subscribed(subscriptions)
         found = []
         for name, record in sorted(records.items()):
-            try:
-                parsed = json.loads(record)
-                stream = stream_from_dump(parsed["contract"])
-                digest = str(parsed["image"])
-                package = str(parsed["package"])
-            except (ValueError, KeyError, TypeError, InvalidContract) as error:
-                _log.warning(
-                    'the record of stream "%s" in orki:streams cannot be read and is left out: %s', name, error
-                )
+            version = _parsed(name, record, images)
+            if version is None:
                 continue
+            stream = version.stream
             own = {group.name for group in stream.groups}
             extra = (group for group in added.get(name, ()) if group.name not in own)
-            merged = tuple(sorted((*stream.groups, *extra)))
-            contract = Stream(**{**_shallow(stream), "groups": merged})
-            found.append(RegisteredStream(contract, package, digest, images.get(digest)))
+            contract = replace(stream, groups=tuple(sorted((*stream.groups, *extra))))
+            row = (contract, version.package, version.digest, version.image, version.version, version.ahead)
+            found.append(RegisteredStream(*row))
         return found
+
+    async def judge(self, link: Link, own: StreamVersion, who: str) -> StreamVersion | None:
+        """Judges a version of a stream against the registered one, and writes nothing.
+
+        Returns:
+            The registered version; None where there is none.
+
+        Raises:
+            ContractMismatch: They break with each other on the wire.
+            InvalidContract: The version's own image cannot be read.
+            OrkiError: The server does not answer or refuses.
+        """
+        return (await self._judged(link, own, who))[1]
+
+    async def _judged(self, link: Link, own: StreamVersion, who: str) -> tuple[bytes, StreamVersion | None]:
+        name = own.stream.name
+        record = await link.one((b"HGET", _STREAMS, name)) or b""
+        if not record:
+            return b"", None
+        standing = _parsed(name, record, {})
+        if standing is None:
+            return record, None
+        if standing.digest:
+            image = own.image
+            if standing.digest != own.digest:
+                image = await link.one((b"HGET", _IMAGES, standing.digest))
+            standing = replace(standing, image=image)
+        _ = own.read
+        try:
+            _, why = judge_streams(standing, own)
+        except InvalidContract as error:
+            _log.warning('the registered image of "%s" cannot be read, and is not judged: %s', name, error.message)
+            return record, standing
+        if why:
+            raise ContractMismatch(
+                f'{who} has the stream "{name}" by {own}, which does not fit {standing}, and that is registered: '
+                f"{why}. Use a version that fits, or another name for the stream; where nobody uses the registered "
+                f"one any more, withdraw it: orki contract withdraw {name}"
+            )
+        return record, standing
 
     def _image(self, package: str) -> tuple[str, bytes] | None:
         if package not in self._images:
@@ -118,36 +211,39 @@ class Registry:
         return self._images[package]
 
 
-def stream_from_dump(dumped: Any) -> Stream:
-    """The stream whose `dump` this is; members that a newer version added are left out.
+def _standing(standing: StreamVersion | None, own: StreamVersion, replaces: bool) -> StreamVersion:
+    """Which of two versions that fit is to be registered."""
+    if standing is None:
+        return own
+    if standing.digest == own.digest and own.ahead:
+        return standing
+    if replaces and _follows(standing, own):
+        return own
+    # Somebody uses now what was applied ahead.
+    return replace(standing, ahead=standing.ahead and standing.digest != own.digest)
 
-    Raises:
-        InvalidContract: It is no dump of a stream.
-    """
+
+def _follows(standing: StreamVersion, own: StreamVersion) -> bool:
+    """Whether a version that fits takes the place of the registered one."""
+    fit, _ = judge_streams(standing, own)
+    if fit is None or not fit.forward:
+        return True
+    before, after = _release(standing.version), _release(own.version)
+    return before is not None and after is not None and after > before
+
+
+def _release(version: str) -> tuple[int, ...] | None:
+    """The numbers that a version begins with."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, found.group().split("."))) if found else None
+
+
+def _parsed(name: str, record: bytes, images: dict[str, bytes]) -> StreamVersion | None:
     try:
-        retention = _known(Retention, dumped["retention"])
-        retention["overflow"] = Overflow(retention.get("overflow", Overflow.DROP_OLDEST))
-        values = _known(Stream, dumped)
-        values["retention"] = Retention(**retention)
-        values["groups"] = tuple(map(_group, dumped["groups"]))
-        return Stream(**values)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InvalidContract(f"this is no dump of a stream: {error!r}") from error
-
-
-def _group(dumped: dict[str, Any]) -> Group:
-    values = _known(Group, dumped)
-    values["start"] = Start(values.get("start", Start.EARLIEST))
-    return Group(**values)
-
-
-def _known(kind: Any, dumped: dict[str, Any]) -> dict[str, Any]:
-    names = {each.name for each in fields(kind)}
-    return {name: value for name, value in dumped.items() if name in names}
-
-
-def _shallow(stream: Stream) -> dict[str, Any]:
-    return {each.name: getattr(stream, each.name) for each in fields(stream)}
+        return StreamVersion.parse(record, images)
+    except InvalidContract as error:
+        _log.warning('the record of stream "%s" in orki:streams cannot be read and is left out: %s', name, error)
+        return None
 
 
 def _subscribed(records: dict[str, bytes]) -> dict[str, list[Group]]:
@@ -155,7 +251,7 @@ def _subscribed(records: dict[str, bytes]) -> dict[str, list[Group]]:
     for name, record in sorted(records.items()):
         stream = name.rpartition("/")[0]
         try:
-            found.setdefault(stream, []).append(_group(json.loads(record)["group"]))
-        except (ValueError, KeyError, TypeError) as error:
+            found.setdefault(stream, []).append(group_from_dump(json.loads(record)["group"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             _log.warning('the record "%s" in orki:subscriptions cannot be read and is left out: %s', name, error)
     return found

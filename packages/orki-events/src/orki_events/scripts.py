@@ -1,8 +1,8 @@
-"""The Lua scripts of the event plane: what must happen in one step. Each touches the keys of one partition."""
+"""The Lua scripts of the event plane: what must happen in one step. Each touches one partition's keys, or one table."""
 
 from __future__ import annotations
 
-__all__ = ["ACKNOWLEDGE", "HOLD", "REMOVE_CONSUMER", "Script", "run_script"]
+__all__ = ["ACKNOWLEDGE", "HOLD", "REGISTER", "REMOVE_CONSUMER", "Script", "run_script"]
 
 import hashlib
 from dataclasses import dataclass, field
@@ -69,6 +69,17 @@ if #redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1, ARGV[2]) > 0 then
   return 0
 end
 redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
+return 1
+""")
+
+
+REGISTER: Final = Script("""\
+-- KEYS: the table of streams.  ARGV: stream, the record that the caller saw or "", the record to write.
+-- 1, or 0 where the record is another one by now.
+if (redis.call('HGET', KEYS[1], ARGV[1]) or '') ~= ARGV[2] then
+  return 0
+end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
 return 1
 """)
 

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from orki_contract.errors import EventsUnavailable, LocalProtocolError, OrkiError, Reason
+from orki_contract.errors import ContractMismatch, EventsUnavailable, LocalProtocolError, OrkiError, Reason
 from orki_events import delivery_moves as moves
 from orki_events.chores import Chores, Place
 from orki_events.delivery import DeliveryMachine
@@ -336,19 +336,28 @@ class Subscription:
     async def _create_groups(self, command: moves.CreateGroups) -> moves.Event:
         wires = self._wires
         try:
+            # Judged before anything is made: who brings a contract that does not fit leaves no trace.
+            await self._register()
             await wires.keeper.ensure(wires.commands, self.place.stream, (self.place.group,))
         except OrkiError as error:
             if not error.retryable:
                 raise
             return moves.Unanswered(command)
-        await self._register()
         return moves.GroupsReady(command)
 
     async def _register(self) -> None:
-        """Tells the fleet of the stream; a server that is out of memory takes no note, and can be read all the same."""
+        """Tells the fleet of the stream; a server that is out of memory takes no note, and can be read all the same.
+
+        Raises:
+            ContractMismatch: The stream's contract does not fit the registered one.
+            EventsUnavailable: The server does not answer.
+        """
         try:
             await self._wires.prepare(self._wires.commands)
             self._registered = True
+        except (ContractMismatch, EventsUnavailable):
+            self._registered = False
+            raise
         except OrkiError as error:
             self._registered = False
             _log.warning("%s could not register its stream, and will try again: %s", self.name, error.message)
@@ -387,5 +396,7 @@ class Subscription:
                     await self._chores.remove_idle(_IDLE_MS)
             except EventsUnavailable:
                 continue
+            except ContractMismatch:
+                raise
             except OrkiError as error:
                 _log.info("%s could not remember its place: %s", self.name, error)
