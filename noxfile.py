@@ -197,6 +197,14 @@ def publish(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def rehearsal(session: nox.Session) -> None:
+    """A year of releases on an index of this machine, from the last commit: `-- [--short]`."""
+    place = Path(session.cache_dir).parent / "rehearsal"
+    dev = ensure(session, DEV)
+    dev.run(session, "python", "-m", "nox_sessions.release.rehearsal", ".", str(place), *session.posargs)
+
+
+@nox.session(default=False)
 def generate(session: nox.Session) -> None:
     """Regenerate every gen/ from proto/ and say what changed; `-- --check` only compares."""
     ensure(session, DEV).run(session, "python", "-m", "orki_codegen.generate", *session.posargs)

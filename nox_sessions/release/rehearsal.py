@@ -1,0 +1,210 @@
+"""Rehearse a year of releases on this machine: publish, install, run, change, be refused, raise the version, publish.
+
+    python -m nox_sessions.release.rehearsal WORKSPACE FOLDER [--short]
+
+It plays the last commit, in FOLDER, which is emptied first. Exit status: 0 all went as it must; 1 something did not.
+"""
+
+from __future__ import annotations
+
+__all__ = ["main"]
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from nox_sessions.release.scenarios import SCENARIOS, Scenario
+from nox_sessions.release.stage import Published, Stage, clear, local_index
+
+# What an operator may set without a release: the contract gives the default, this process its bounds.
+TUNED = """
+from orki_contract.errors import InvalidSetting
+from orki_server.settings import OrchestratorOptions
+assert OrchestratorOptions(retention_ms=7_200_000).retention_ms == 7_200_000
+try:
+    OrchestratorOptions(retention_ms=0)
+except InvalidSetting:
+    print("inside its bounds, and only there")
+"""
+
+
+class WrongError(Exception):
+    """Something did not go as it must; the text says what, and holds the output."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Play it, and tell each step with its time."""
+    parser = argparse.ArgumentParser(prog="rehearsal", allow_abbrev=False)
+    parser.add_argument("workspace", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--short", action="store_true", help="the first release and one change")
+    given = parser.parse_args(arguments)
+    folder = given.folder.absolute()
+    clear(folder)
+    play = _Play()
+    try:
+        with local_index(folder / "index") as url:
+            stage = Stage(given.workspace.absolute(), folder, url)
+            play.tell(f"the commit {stage.build()[:10]} in {stage.clone}")
+            _first_release(play, stage)
+            if not given.short:
+                _install_and_run(play, stage)
+            for scenario in SCENARIOS[:1] if given.short else SCENARIOS:
+                _scenario(play, stage, scenario)
+            if not given.short:
+                _ranges_are_checked(play, stage)
+                _tuning_is_no_release(play, stage)
+    except WrongError as error:
+        print(f"rehearsal: {error}", file=sys.stderr)
+        return 1
+    play.tell("all went as it must")
+    return 0
+
+
+class _Play:
+    """Tells what happens, with the seconds since the beginning."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    def tell(self, line: str) -> None:
+        print(f"[{time.monotonic() - self._began:5.0f} s] {line}", flush=True)
+
+
+def _must(condition: bool, what: str, output: str) -> None:
+    if not condition:
+        raise WrongError(f"{what}. The output:\n{output}")
+
+
+def _first_release(play: _Play, stage: Stage) -> None:
+    """Publish all for the first time; it is killed once the index has something, and resumes."""
+    left = stage.publish_and_die()
+    log = stage.files.with_name("killed.log").read_text(encoding="utf-8", errors="replace")
+    _must(bool(left), "the first release brought nothing to the index", log)
+    done = stage.publish()
+    _must(done.status == 0, "the release that was killed does not go on", done.output)
+    # What was on its way when the kill came is whole on the index, or not there at all.
+    _must(bool(done.brought), f"it was killed too late to be told: {len(left)} files were there", log)
+    _must(not any(name.startswith("review_fleet") for name in stage.listed()), "a private one went up", done.output)
+    play.tell(f"first release: killed after {len(left)} files, went on with {len(done.brought)} more")
+    again = stage.publish()
+    _must(again.status == 0 and again.document["outcome"] == "unchanged", "the same again is no no-op", again.output)
+    play.tell("the same again: nothing to do")
+    stage.commit("first release")
+
+
+def _install_and_run(play: _Play, stage: Stage) -> None:
+    """Install from the index as a stranger would, and run the demo from wheels alone."""
+    home = stage.stranger()
+    for wheel in sorted(stage.files.glob("*.whl")):
+        if not wheel.name.startswith("orki_codegen"):
+            _must(_is_installed(wheel, home), f"{wheel.name} was not installed from this index", "")
+    play.tell("installed orki-agent and orki-server from the index, each with the bytes that were uploaded")
+    empty, told = home / "empty", home / "demo.json"
+    empty.mkdir()
+    command = [str(home / "bin/python"), "-I", "-m", "review_fleet.demo", str(stage.clone / "nox_sessions")]
+    command += ["--json", str(told)]
+    demo = subprocess.run(
+        command, cwd=empty, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, timeout=600
+    )
+    _must(demo.returncode == 0 and isinstance(json.loads(told.read_text("utf-8")), dict), "the demo fails", demo.stdout)
+    play.tell("the demo runs from installed wheels")
+
+
+def _is_installed(wheel: Path, home: Path) -> bool:
+    """Tell whether each file of a wheel is in an environment as the wheel has it, but for what installers write."""
+    (site,) = home.glob("lib/python*/site-packages")
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if not name.endswith(("/", "RECORD"))]
+        return all((site / name).is_file() and (site / name).read_bytes() == archive.read(name) for name in names)
+
+
+def _scenario(play: _Play, stage: Stage, scenario: Scenario) -> None:
+    """Make a change; without the version it is refused, with the version it goes through."""
+    for edit in scenario.edits:
+        edit.apply(stage.clone)
+    stage.generate()
+    told = stage.python("-m", "orki_contract.cli", "diff", "HEAD", ".")
+    refused = stage.publish()
+    _must_be_refused(refused, scenario)
+    for word in scenario.affected:
+        _must(word in refused.output and word in told, f"{scenario.name}: nobody says that {word} is concerned", told)
+    if scenario.affected:
+        _too_little_is_refused(stage, scenario)
+    rose = stage.versions().raise_for(scenario.owner, scenario.bump)
+    done = stage.publish()
+    _must(done.status == 0, f"{scenario.name}: refused with {', '.join(rose)} raised", done.output)
+    brought = {name.partition("-")[0].replace("_", "-") for name in done.brought}
+    wanted = {name for name in rose if name != "review-fleet"}
+    _must(brought == wanted, f"{scenario.name}: published {sorted(brought)}, not {sorted(wanted)}", done.output)
+    others = f", and the ranges of {', '.join(sorted(wanted - {scenario.owner}))}" if len(wanted) > 1 else ", it alone"
+    play.tell(
+        f"{scenario.name}: refused by {scenario.rule}, published as {scenario.owner}"
+        f" {stage.versions().of(scenario.owner)} ({scenario.bump}){others}"
+    )
+    stage.commit(scenario.name)
+
+
+def _must_be_refused(refused: Published, scenario: Scenario) -> None:
+    _must(refused.status == 1 and not refused.brought, f"{scenario.name}: not refused", refused.output)
+    gate = refused.document.get("gate") or []
+    found = [each for each in gate if each["rule"] == scenario.rule and each["package"] == scenario.owner]
+    _must(bool(found), f"{scenario.name}: {scenario.rule} of {scenario.owner} is not named", refused.output)
+    ranks = ("none", "patch", "minor", "major")
+    bump = max((each["bump"] for each in gate if each["package"] == scenario.owner), key=ranks.index)
+    _must(bump == scenario.bump, f"{scenario.name}: the gate asks for {bump}, not {scenario.bump}", refused.output)
+    public = {each["package"] for each in gate if each["package"] != "review-fleet"}
+    _must(public == {scenario.owner}, f"{scenario.name}: the gate speaks of {sorted(public)}", refused.output)
+
+
+def _too_little_is_refused(stage: Stage, scenario: Scenario) -> None:
+    """A patch is no promise of a break."""
+    versions = stage.versions()
+    before = versions.of(scenario.owner)
+    versions.raise_for(scenario.owner, "patch")
+    refused = stage.publish()
+    _must(refused.status == 1 and not refused.brought, f"{scenario.name}: a patch was enough", refused.output)
+    versions.set(scenario.owner, before)
+
+
+def _ranges_are_checked(play: _Play, stage: Stage) -> None:
+    """A version that no sibling's range admits is refused, whatever changed."""
+    versions = stage.versions()
+    before = versions.of("orki-contract")
+    versions.raise_for("orki-contract", "minor")
+    versions.set("orki-contract", type(before)(f"{before.major}.{before.minor + 1}.0"))
+    refused = stage.publish()
+    named = {each["package"] for each in refused.document.get("gate") or [] if each["rule"] == "SIBLING_RANGE"}
+    wanted = set(versions.dependants("orki-contract"))
+    _must(refused.status == 1 and named == wanted, f"g: the ranges of {sorted(named)}, not all", refused.output)
+    versions.set("orki-contract", before)
+    play.tell(
+        f"g: orki-contract {before.major}.{before.minor + 1}.0 is refused by the ranges of {len(wanted)} siblings"
+    )
+
+
+def _tuning_is_no_release(play: _Play, stage: Stage) -> None:
+    """What a deployment sets is in no distribution: the installed server takes it, and there is nothing to publish."""
+    (stage.clone / "deployment.toml").write_text("[orchestrator]\nretention_ms = 7_200_000\n", encoding="utf-8")
+    python = str(stage.files.with_name("stranger") / "bin/python")
+    tuned = subprocess.run(
+        [python, "-I", "-c", TUNED],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+        timeout=60,
+    )
+    _must(tuned.stdout.strip() == "inside its bounds, and only there", "h: the server does not take it", tuned.stdout)
+    done = stage.publish()
+    _must(done.status == 0 and done.document["outcome"] == "unchanged", "h: something was published", done.output)
+    play.tell("h: a retention is set for a deployment: no release, the same again is a no-op")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

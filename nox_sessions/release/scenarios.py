@@ -1,0 +1,132 @@
+"""The changes that the rehearsal publishes: what is edited, what the gate must say, and whose version must rise."""
+
+from __future__ import annotations
+
+__all__ = ["SCENARIOS", "Edit", "Scenario"]
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """One place of one file, and what comes there instead."""
+
+    file: str
+    before: str
+    after: str
+
+    def apply(self, root: Path) -> None:
+        """Make the edit; the place must be there, and once."""
+        path = root / self.file
+        text = path.read_text(encoding="utf-8")
+        if text.count(self.before) != 1:
+            raise SystemExit(
+                f"{self.file} holds {text.count(self.before)} times what the rehearsal edits: {self.before!r}"
+            )
+        path.write_text(text.replace(self.before, self.after), encoding="utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One change.
+
+    Attributes:
+        name: its letter and what is done.
+        edits: the change itself.
+        rule: what the gate must name.
+        owner: whose version must rise.
+        bump: by how much.
+        affected: words that must stand where it is told who is concerned.
+    """
+
+    name: str
+    edits: tuple[Edit, ...]
+    rule: str
+    owner: str
+    bump: str
+    affected: tuple[str, ...] = ()
+
+
+AGENTS = "proto/orki/events/v1/agent.proto"
+AUDIT = "proto/orki/events/v1/audit.proto"
+
+SCENARIOS = (
+    Scenario(
+        "a: a field is added",
+        (
+            Edit(
+                AUDIT,
+                "  string detail = 5 [(orki.options.v1.sensitive) = true];\n",
+                "  string detail = 5 [(orki.options.v1.sensitive) = true];\n"
+                "  // Where it was done.\n"
+                "  string place = 6;\n",
+            ),
+        ),
+        rule="ORKI_FIELD_ADDED",
+        owner="orki-events",
+        bump="minor",
+    ),
+    Scenario(
+        "b: a stream is renamed",
+        (Edit(AGENTS, 'name: "agents"', 'name: "agent-lives"'),),
+        rule="ORKI_STREAM_REMOVED",
+        owner="orki-events",
+        bump="major",
+        affected=("metrics",),
+    ),
+    Scenario(
+        "c: a retention is lowered",
+        (Edit(AGENTS, "max_entries: 100000", "max_entries: 50000"),),
+        rule="ORKI_STREAM_ENTRIES_LOWERED",
+        owner="orki-events",
+        bump="major",
+    ),
+    Scenario(
+        "d: a field of a frame is moved",
+        (
+            Edit(
+                "proto/orki/hotpath/v1/tool.proto",
+                "  uint32 max_frame_bytes = 1 [(orki.options.v1.offset) = 0];",
+                "  uint32 max_frame_bytes = 1 [(orki.options.v1.offset) = 12];",
+            ),
+        ),
+        rule="ORKI_FRAME_FIELD_MOVED",
+        owner="orki-agent",
+        bump="major",
+    ),
+    Scenario(
+        "e: an rpc is deleted",
+        (
+            Edit(
+                "proto/orki/control/v1/task.proto",
+                "  // Registered task services, with their contracts.\n"
+                "  rpc ListServices(ListServicesRequest) returns (ListServicesResponse);\n",
+                "",
+            ),
+        ),
+        rule="ORKI_RPC_REMOVED",
+        owner="orki-control",
+        bump="major",
+    ),
+    Scenario(
+        "f: a comment is changed, and nothing else",
+        (Edit(AUDIT, "// One deed.", "// One deed, by whomever."),),
+        rule="CONTENT_CHANGED",
+        owner="orki-events",
+        bump="patch",
+    ),
+    Scenario(
+        "g: a type is changed that another package owns",
+        (
+            Edit(
+                "proto/orki/errors/v1/errors.proto",
+                "  // The handler raised an error.\n  REASON_HANDLER_FAILED",
+                "  // Rehearsed.\n  REASON_REHEARSED = 99;\n  // The handler raised an error.\n  REASON_HANDLER_FAILED",
+            ),
+        ),
+        rule="ORKI_ENUM_VALUE_ADDED",
+        owner="orki-contract",
+        bump="minor",
+    ),
+)
