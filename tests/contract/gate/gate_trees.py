@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["Tree", "verdict_of"]
+__all__ = ["Tree", "generated", "verdict_of"]
 
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import cache
 from pathlib import Path
 
 from orki_codegen.buf import Buf
@@ -16,11 +17,21 @@ from orki_codegen.gate.contracts import present
 from orki_codegen.gate.judge import Verdict, judge
 from orki_codegen.gate.members import find_members
 from orki_codegen.gate.past import Past, Release
-from orki_contract.difference.versions import version_at
+from orki_contract.difference.versions import Version, version_at
+from orki_contract.images import package_images
 
 ROOT = Path(__file__).resolve().parents[3]
 OPTIONS = "orki/options/v1/options.proto"
 TODAY = date(2026, 11, 20)
+BUILD = """
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[tool.hatch.build.targets.wheel]
+only-include = ["gen", "src"]
+sources = ["gen", "src"]
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,13 +77,19 @@ class Tree:
             )
             table = f'[project]\nname = "{name}"\nversion = "{version}"\n'
             table += "dependencies = [\n" + "".join(f'    "{each}",\n' for each in self.needs.get(name, ())) + "]\n"
-            table += f"[tool.orki]\ncontracts = {contracts}\n"
+            table += f"[tool.orki]\ncontracts = {contracts}\n{BUILD}"
             _write(root / "packages" / name / "pyproject.toml", table)
         for path, text in self.sources.items():
             _write(root / "packages" / path, text)
         _write(root / "proto" / OPTIONS, (ROOT / "proto" / OPTIONS).read_text(encoding="utf-8"))
         shutil.copy(ROOT / "buf.yaml", root)
         return root
+
+
+@cache
+def contract_of(root: Path) -> Version:
+    """A workspace's contract; such a past is looked at by many tests."""
+    return version_at(str(root))
 
 
 def verdict_of(
@@ -94,10 +111,21 @@ def verdict_of(
             for member in find_members(each).values()
         }
         limited = index < len(streams_only) and streams_only[index]
-        pasts.append(Past(releases=releases, contract=version_at(str(each)), streams_only=limited))
+        pasts.append(Past(releases=releases, contract=contract_of(each), streams_only=limited))
     buf = Buf(new)
     now = present(new, find_members(new), buf)
     return judge(pasts, now, parse_accepted(accepted), buf=buf, today=today, lenient=True)
+
+
+def generated(root: Path) -> Path:
+    """Puts the images where the generator puts them; the gate reads nothing else of generated code."""
+    image = Buf(root).image()
+    for member in find_members(root).values():
+        for package, content in package_images(image, member.contracts).items():
+            home = root / member.folder / "gen" / package.replace(".", "/")
+            home.mkdir(parents=True, exist_ok=True)
+            (home / "contract.binpb").write_bytes(content)
+    return root
 
 
 def _write(path: Path, text: str) -> None:

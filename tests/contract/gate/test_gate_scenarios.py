@@ -251,7 +251,7 @@ def test_streams_are_held_against_every_version_that_may_still_lie_in_them(old: 
         protos={
             **gap.protos,
             PROTO: gap.protos[PROTO]
-            + 'message Note {\n  option (orki.options.v1.stream) = {name: "findings" retention: {max_entries: 1}};\n}\n',
+            + 'message Note { option (orki.options.v1.stream) = {name: "findings" retention: {max_entries: 1}}; }\n',
         },
         versions={"acme-review": "1.6.0", "acme-desk": "2.0.0"},
         needs=OLD.needs,

@@ -1,0 +1,254 @@
+"""The command `orki-codegen gate`, against a package index and against git."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import zipfile
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gate_shelf import Shelf
+from gate_trees import Tree, generated
+
+from orki_codegen import cli
+from orki_codegen.gate.wheels import built
+
+pytestmark = pytest.mark.timeout(180)
+
+PROTO = "acme/review/v1/review.proto"
+MODULE = "acme-review/src/acme_review/__init__.py"
+FIRST = Tree(
+    protos={
+        PROTO: """
+message Finding {
+  option (orki.options.v1.stream) = {
+    name: "findings"
+    retention: {max_entries: 1000 max_age: {seconds: 86400}}
+  };
+  string path = 1;
+}
+"""
+    },
+    versions={"acme-review": "0.1.0"},
+    sources={MODULE: '"""Reviews."""\n\n__all__ = ["review"]\n\n\ndef review():\n    return 1\n'},
+)
+RENAMED = FIRST.edited(PROTO, 'name: "findings"', 'name: "results"')
+GREEN, RED, UNREADABLE = 0, 1, 2
+
+Gate = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def shelf() -> Iterator[Shelf]:
+    with Shelf() as open_shelf:
+        yield open_shelf
+
+
+@pytest.fixture
+def empty(shelf: Shelf) -> Shelf:
+    shelf.clear()
+    return shelf
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of the first version."""
+    root = tmp_path_factory.mktemp("first")
+    return built(generated(FIRST.lay_out(root / "tree")), "packages/acme-review", root)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Gate:
+    """Runs the command in a folder."""
+
+    def run(root: Path, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.chdir(root)
+        status = cli.main(["gate", *arguments])
+        said = capfd.readouterr()
+        return status, said.out, said.err
+
+    return run
+
+
+def git(root: Path, *arguments: str) -> str:
+    identity = ("-c", "user.name=t", "-c", "user.email=t@localhost", "-c", "commit.gpgsign=false")
+    command = ["git", *identity, *arguments]
+    return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def committed(root: Path) -> str:
+    """Puts everything into a commit, and tells its id."""
+    if not (root / ".git").exists():
+        git(root, "init", "--quiet", "--initial-branch", "main")
+    git(root, "add", "--all")
+    git(root, "commit", "--quiet", "--message", "as it is")
+    return git(root, "rev-parse", "HEAD")
+
+
+def test_a_first_release_says_so(gate: Gate, empty: Shelf, tmp_path: Path) -> None:
+    status, out, _ = gate(generated(FIRST.lay_out(tmp_path)), "--index", empty.url)
+    assert status == GREEN
+    assert f"acme-review 0.1.0, first release: nothing on {empty.url} yet; nothing to compare with" in out
+
+
+def test_a_commit_stands_in_for_published(gate: Gate, empty: Shelf, tmp_path: Path) -> None:
+    commit = committed(generated(FIRST.lay_out(tmp_path)))
+    stand_in = tmp_path / "published.toml"
+    stand_in.write_text(f'commit = "{commit}"\nreason = "the first users have it"\n', encoding="utf-8")
+    assert gate(tmp_path, "--index", empty.url)[0] == GREEN
+    generated(RENAMED.lay_out(tmp_path))
+    for against in (("--index", empty.url), ("--against", "published")):
+        status, out, _ = gate(tmp_path, *against)
+        assert status == RED
+        assert "ORKI_STREAM_REMOVED" in out
+        assert "→ acme-review 0.2.0" in out
+    assert f"published.toml ({commit[:10]})" in out
+    stand_in.write_text(f'commit = "{commit}"\n', encoding="utf-8")
+    assert gate(tmp_path, "--index", empty.url)[0] == UNREADABLE
+    stand_in.unlink()
+    assert gate(tmp_path, "--against", "published")[0] == UNREADABLE
+
+
+def test_the_last_wheel_is_what_users_have(gate: Gate, empty: Shelf, first: Path, tmp_path: Path) -> None:
+    empty.put(first)
+    status, out, _ = gate(generated(FIRST.lay_out(tmp_path)), "--index", empty.url)
+    assert (status, "unchanged, no release needed" in out) == (GREEN, True)
+
+    found = tmp_path / "found.json"
+    status, out, _ = gate(generated(RENAMED.lay_out(tmp_path)), "--index", empty.url, "--json", str(found))
+    assert status == RED
+    assert "packages/acme-review/pyproject.toml:3:1: acme-review promises 0.1.0, and must promise 0.2.0" in out
+    remarks: list[dict[str, Any]] = json.loads(found.read_text(encoding="utf-8"))
+    keys = {"rule", "package", "subject", "file", "line", "message", "bump"}
+    assert all(set(each) == keys for each in remarks)
+    (gone,) = [each for each in remarks if each["rule"] == "ORKI_STREAM_REMOVED"]
+    assert (gone["package"], gone["bump"]) == ("acme-review", "major")
+    assert (gone["subject"], gone["file"]) == ('stream "findings"', f"proto/{PROTO}")
+
+    _, out, _ = gate(tmp_path, "--index", empty.url, "--github")
+    assert f"::error file=proto/{PROTO},line=" in out
+    assert gate(generated(RENAMED.promising(acme_review="0.2.0").lay_out(tmp_path)), "--index", empty.url)[0] == GREEN
+
+
+def test_other_bytes_under_a_published_version_are_refused(
+    gate: Gate, empty: Shelf, first: Path, tmp_path: Path
+) -> None:
+    empty.put(first)
+    other = FIRST.edited(MODULE, "return 1", "return 2")
+    status, out, _ = gate(generated(other.lay_out(tmp_path)), "--index", empty.url)
+    assert status == RED
+    assert "CONTENT_CHANGED" in out
+    assert "acme_review/__init__.py" in out
+    assert "→ acme-review 0.1.1" in out
+    assert gate(other.promising(acme_review="0.1.1").lay_out(tmp_path), "--index", empty.url)[0] == GREEN
+
+
+def test_generated_code_that_lags_behind_is_refused(gate: Gate, empty: Shelf, first: Path, tmp_path: Path) -> None:
+    empty.put(first)
+    generated(FIRST.lay_out(tmp_path))
+    status, out, _ = gate(RENAMED.promising(acme_review="0.2.0").lay_out(tmp_path), "--index", empty.url)
+    assert (status, "GENERATED_CODE_STALE" in out) == (RED, True)
+
+
+def test_a_private_distribution_is_never_asked_for(gate: Gate, empty: Shelf, first: Path, tmp_path: Path) -> None:
+    table = generated(FIRST.lay_out(tmp_path)) / "packages/acme-review/pyproject.toml"
+    text = table.read_text(encoding="utf-8")
+    table.write_text(
+        text.replace("[tool.orki]", 'classifiers = ["Private :: Do Not Upload"]\n[tool.orki]'), encoding="utf-8"
+    )
+    status, out, _ = gate(tmp_path, "--index", empty.url)
+    assert (status, "private; nothing to compare with" in out) == (GREEN, True)
+    assert empty.asked == ["/simple/"]
+
+
+@pytest.mark.parametrize(("days", "red"), [(None, True), (0.5, True), (2.0, False)])
+def test_older_versions_count_while_their_entries_may_lie(
+    gate: Gate, empty: Shelf, first: Path, tmp_path: Path, days: float | None, red: bool
+) -> None:
+    """0.1.0 wrote `findings`; 0.2.0 came some days ago and left it; 0.3.0 takes it for another message."""
+    uploaded = None if days is None else datetime.now(UTC) - timedelta(days=days)
+    empty.put(first, uploaded - timedelta(days=9) if uploaded else None)
+    middle = generated(RENAMED.promising(acme_review="0.2.0").lay_out(tmp_path / "middle"))
+    empty.put(built(middle, "packages/acme-review", tmp_path), uploaded)
+    text = RENAMED.protos[PROTO]
+    note = 'message Note { option (orki.options.v1.stream) = {name: "findings" retention: {max_entries: 1}}; }\n'
+    back = Tree(protos={PROTO: text + note}, versions={"acme-review": "0.2.1"}, sources=FIRST.sources)
+    status, out, _ = gate(generated(back.lay_out(tmp_path / "new")), "--index", empty.url)
+    told = [line for line in out.splitlines() if "ORKI_STREAM_MOVED" in line]
+    # That it moved since 0.1.0 asks for 0.2.0, which 0.2.1 promises: it is told, and passes.
+    assert (status, bool(told)) == (GREEN, red)
+    assert all("since acme-review 0.1.0" in line for line in told)
+
+
+def test_what_cannot_be_read_ends_with_two(gate: Gate, empty: Shelf, first: Path, tmp_path: Path) -> None:
+    root = generated(FIRST.lay_out(tmp_path / "tree"))
+    status, _, said = gate(root, "--index", "http://127.0.0.1:9/simple/")
+    assert (status, "cannot be read" in said) == (UNREADABLE, True)
+    status, _, said = gate(root, "--index", empty.url.replace("simple", "elsewhere"))
+    assert (status, "there is no package index at" in said) == (UNREADABLE, True)
+    status, _, said = gate(root, "--index", "http://me:secret@127.0.0.1:9/simple/")
+    assert (status, "secret" in said) == (UNREADABLE, False)
+    empty.put(first, content=b"no wheel")
+    status, _, said = gate(root, "--index", empty.url)
+    assert (status, "acme_review-0.1.0" in said) == (UNREADABLE, True)
+    broken = tmp_path / first.name
+    with zipfile.ZipFile(first) as source, zipfile.ZipFile(broken, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, b"\xff" if name.endswith("contract.binpb") else source.read(name))
+    empty.put(broken)
+    status, _, said = gate(root, "--index", empty.url)
+    assert (status, "image" in said) == (UNREADABLE, True)
+
+
+def test_refs_that_are_not_there_end_with_two(gate: Gate, empty: Shelf, tmp_path: Path) -> None:
+    root = generated(FIRST.lay_out(tmp_path / "tree"))
+    status, _, said = gate(root, "--against", "main")
+    assert (status, "no git repository" in said) == (UNREADABLE, True)
+    committed(root)
+    status, _, said = gate(root, "--against", "release")
+    assert (status, 'no commit "release"' in said) == (UNREADABLE, True)
+    (root / "more").touch()
+    committed(root)
+    git(tmp_path, "clone", "--quiet", "--depth", "1", root.as_uri(), "shallow")
+    status, _, said = gate(tmp_path / "shallow", "--against", "HEAD~1")
+    assert (status, "git fetch --unshallow" in said) == (UNREADABLE, True)
+    assert gate(tmp_path / "shallow", "--against", "HEAD")[0] == GREEN
+    assert gate(root, "--against", "HEAD", "--index", empty.url)[0] == UNREADABLE
+
+
+def test_the_gate_asks_that_buf_uses_every_rule(gate: Gate, tmp_path: Path) -> None:
+    config = generated(FIRST.lay_out(tmp_path)) / "buf.yaml"
+    committed(tmp_path)
+    text = config.read_text(encoding="utf-8")
+    assert gate(tmp_path, "--against", "HEAD")[0] == GREEN
+    for before, after, word in (
+        ("    - ORKI_STREAM\n", "", "ORKI_STREAM_REMOVED"),
+        ("    - FILE\n", "", "FILE"),
+        ("plugin: orki-checks", 'plugin: "false"', ""),
+    ):
+        config.write_text(text.replace(before, after), encoding="utf-8")
+        status, _, said = gate(tmp_path, "--against", "HEAD")
+        assert (status, word in said) == (UNREADABLE, True)
+
+
+def test_an_accepted_break_of_the_ref_may_match_nothing(gate: Gate, tmp_path: Path) -> None:
+    entry = (
+        '[[break]]\nrule = "ORKI_STREAM_REMOVED"\nsubject = "stream \\"findings\\""\npackage = "acme-review"\n'
+        'reason = "nobody reads it"\nuntil = 2999-01-01\n'
+    )
+    file = generated(FIRST.lay_out(tmp_path)) / "accepted-breaks.toml"
+    committed(tmp_path)
+    generated(RENAMED.promising(acme_review="0.1.1").lay_out(tmp_path))
+    assert gate(tmp_path, "--against", "HEAD")[0] == RED
+    file.write_text(entry, encoding="utf-8")
+    assert gate(tmp_path, "--against", "HEAD")[0] == GREEN
+    committed(tmp_path)
+    assert gate(tmp_path, "--against", "HEAD")[0] == GREEN
+    assert gate(tmp_path, "--against", "HEAD~1")[0] == GREEN
+    file.write_text(entry.replace("findings", "others"), encoding="utf-8")
+    status, out, _ = gate(tmp_path, "--against", "HEAD")
+    assert (status, "is stale, as nothing breaks it: take it out" in out) == (RED, True)
