@@ -21,6 +21,7 @@ from packaging.version import Version
 from orki_codegen.gate.past import Release
 from orki_contract.exceptions import InvalidContract, InvalidSetting
 from orki_contract.images import IMAGE_NAME
+from orki_contract.read import read_image
 
 Contents = Mapping[str, str]
 """A digest for each file."""
@@ -30,16 +31,19 @@ def release_of(wheel: Path, folder: Path, name: str, version: Version, origin: s
     """Unpacks a wheel into an empty folder.
 
     Raises:
-        InvalidContract: It is no wheel.
+        InvalidContract: It is no wheel, or an image in it cannot be read.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder)
-            names = archive.namelist()
+            images = [each for each in archive.namelist() if each.rpartition("/")[2] == IMAGE_NAME]
+            for each in images:
+                read_image(archive.read(each))
     except (zipfile.BadZipFile, OSError) as error:
         raise InvalidContract(f"the wheel {wheel.name} of {origin} cannot be read: {error}") from error
-    images = [each.rpartition("/")[0] for each in names if each.rpartition("/")[2] == IMAGE_NAME]
-    packages = frozenset(each.replace("/", ".") for each in images)
+    except InvalidContract as error:
+        raise InvalidContract(f"the wheel {wheel.name} of {origin} cannot be read: {error.message}") from error
+    packages = frozenset(each.rpartition("/")[0].replace("/", ".") for each in images)
     return Release(name=name, version=version, origin=origin, packages=packages, imports=(folder,), wheel=wheel)
 
 
