@@ -28,7 +28,7 @@ async def client(orchestrator: Orchestrator) -> Any:
         yield opened
 
 
-async def submit(client: Client, method: str = "Do", request: bytes = b"q") -> str:
+async def submit(client: Client, method: str = "Do", request: bytes = b"\n\x01q") -> str:
     (task,) = await client.submit_raw([Submission(method=f"{SERVICE}/{method}", request=request)])
     return task.task_id
 

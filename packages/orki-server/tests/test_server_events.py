@@ -57,7 +57,9 @@ async def test_every_transition_is_told_in_its_span(
     await agent.ready()
     submitter = new_span()
     async with Client(orchestrator.address) as client:
-        submission = pb.Submission(method=DO, request=b"four", idempotency_key="k", traceparent=submitter.traceparent)
+        submission = pb.Submission(
+            method=DO, request=b"\n\x02ok", idempotency_key="k", traceparent=submitter.traceparent
+        )
         (task,) = await client.submit_raw([submission])
         await agent.until(lambda: bool(agent.offers))
         await agent.close()
@@ -96,7 +98,7 @@ async def test_deeds_are_audited(redis_url: str, orchestrator: Orchestrator, sta
     agent = stand_in(orchestrator.address, handler=None)
     await agent.ready()
     async with Client(orchestrator.address) as client:
-        (task,) = await client.submit_raw([pb.Submission(method=DO, request=b"q")])
+        (task,) = await client.submit_raw([pb.Submission(method=DO, request=b"\n\x01q")])
         await client.cancel(task.task_id, "enough")
     refused = stand_in(orchestrator.address, [work(edit=_retyped)], agent_id="agent-2")
     await refused.until(lambda: refused.closed is not None)

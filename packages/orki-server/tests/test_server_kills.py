@@ -88,7 +88,7 @@ def ended_tasks(redis_url: str) -> Counter[str]:
 async def submit_steadily(client: Client, count: int) -> list[str]:
     acknowledged = []
     for number in range(count):
-        submission = pb.Submission(method=DO, request=b"%d" % number, idempotency_key=f"key-{number}")
+        submission = pb.Submission(method=DO, request=b"\n\x03%03d" % number, idempotency_key=f"key-{number}")
         (task,) = await client.submit_raw([submission])
         acknowledged.append(task.task_id)
         await asyncio.sleep(0.005)
@@ -121,7 +121,7 @@ async def test_kill_9_of_the_orchestrator(served: Served, redis_url: str, stand_
             await served.start()
         acknowledged = await submitting
         tasks = await all_ended(client, acknowledged)
-    assert [task.response for task in tasks] == [b"%d" % number for number in range(150)]
+    assert [task.response for task in tasks] == [b"\n\x03%03d" % number for number in range(150)]
     assert len(set(acknowledged)) == 150
     for agent in agents:
         assert len(agent.opened) >= 2
@@ -172,7 +172,7 @@ async def test_kill_9_of_the_store_with_append_only_on(
             # The sessions stayed up all the time.
             assert [len(agent.opened) for agent in agents] == [1, 1]
         await orchestrator.stop()
-        assert [task.response for task in tasks] == [b"%d" % number for number in range(100)]
+        assert [task.response for task in tasks] == [b"\n\x03%03d" % number for number in range(100)]
         assert set(ended_tasks(server.url).values()) == {1}
         assert sum(ended_tasks(server.url).values()) == 100
 
@@ -191,7 +191,7 @@ async def test_without_its_store_an_orchestrator_says_so_and_recovers(
         agent = stand_in(orchestrator.address, handler=handler)
         await agent.ready()
         async with Client(orchestrator.address, ClientOptions(patience=0.0)) as client:
-            submission = pb.Submission(method=DO, request=b"q")
+            submission = pb.Submission(method=DO, request=b"\n\x01q")
             (task,) = await client.submit_raw([submission])
             await agent.until(lambda: bool(agent.offers))
             server.kill()
@@ -227,7 +227,7 @@ async def test_a_store_that_lost_everything_gives_no_fence_twice(
         async with Client(orchestrator.address, ClientOptions(patience=60.0)) as client:
 
             async def run_one() -> int:
-                (task,) = await client.submit_raw([pb.Submission(method=DO, request=b"q")])
+                (task,) = await client.submit_raw([pb.Submission(method=DO, request=b"\n\x01q")])
                 (ended,) = await all_ended(client, [task.task_id])
                 return ended.attempt.fence
 

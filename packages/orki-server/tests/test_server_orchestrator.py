@@ -37,7 +37,7 @@ async def client(orchestrator: Orchestrator) -> AsyncIterator[Client]:
         yield opened
 
 
-async def submit(client: Client, request: bytes = b"q", method: str = DO, key: str = "") -> pb.TaskSnapshot:
+async def submit(client: Client, request: bytes = b"\n\x01q", method: str = DO, key: str = "") -> pb.TaskSnapshot:
     submission = pb.Submission(method=method, request=request, idempotency_key=key, traceparent=new_span().traceparent)
     (task,) = await client.submit_raw([submission])
     return task
@@ -55,10 +55,10 @@ async def end_of(client: Client, task_id: str) -> pb.TaskSnapshot:
 async def test_a_task_is_run_by_an_agent(orchestrator: Orchestrator, client: Client, stand_in: Make) -> None:
     agent = stand_in(orchestrator.address)
     await agent.ready()
-    task = await submit(client, b"hello")
+    task = await submit(client, b"\n\x03hey")
     assert task.state == TaskState.TASK_STATE_QUEUED
     ended = await end_of(client, task.task_id)
-    assert (ended.state, ended.response) == (TaskState.TASK_STATE_SUCCEEDED, b"hello")
+    assert (ended.state, ended.response) == (TaskState.TASK_STATE_SUCCEEDED, b"\n\x03hey")
     assert ended.traceparent == task.traceparent
     (offer,) = agent.offers
     assert offer.traceparent.split("-")[1] == task.traceparent.split("-")[1]
@@ -69,7 +69,7 @@ async def test_many_tasks_are_run_once_each(orchestrator: Orchestrator, client: 
     agents = [stand_in(orchestrator.address, agent_id=f"agent-{number}") for number in range(3)]
     for agent in agents:
         await agent.ready()
-    submissions = [pb.Submission(method=DO, request=b"%d" % number) for number in range(200)]
+    submissions = [pb.Submission(method=DO, request=b"\n\x03%03d" % number) for number in range(200)]
     tasks = await client.submit_raw(submissions)
     ended = await asyncio.gather(*(end_of(client, task.task_id) for task in tasks))
     assert [task.response for task in ended] == [each.request for each in submissions]
@@ -97,10 +97,10 @@ async def test_tasks_outlive_the_absence_of_agents(orchestrator: Orchestrator, c
     first = stand_in(orchestrator.address, slots=1)
     await first.ready()
     await first.close()
-    task = await submit(client, b"later")
+    task = await submit(client, b"\n\x05later")
     second = stand_in(orchestrator.address)
     await second.ready()
-    assert (await end_of(client, task.task_id)).response == b"later"
+    assert (await end_of(client, task.task_id)).response == b"\n\x05later"
 
 
 async def test_a_failed_attempt_is_tried_again(
@@ -135,7 +135,7 @@ async def test_the_same_key_gives_the_same_task(orchestrator: Orchestrator, clie
     first = await submit(client, key="k")
     assert (await submit(client, key="k")).task_id == first.task_id
     with pytest.raises(IdempotencyConflict):
-        await submit(client, b"other", key="k")
+        await submit(client, b"\n\x05other", key="k")
 
 
 async def test_watchers_see_progress_in_order_and_the_end_last(
@@ -190,15 +190,15 @@ async def test_directives_reach_the_running_attempt(orchestrator: Orchestrator, 
     async with asyncio.timeout(20):
         while (await client.get(task.task_id)).state != TaskState.TASK_STATE_RUNNING:
             await asyncio.sleep(0.01)
-    reference = await client.direct(task.task_id, b"left")
+    reference = await client.direct(task.task_id, b"\n\x04left")
     assert reference.attempt == 1
-    await agent.until(lambda: agent.directives == [b"left"])
+    await agent.until(lambda: agent.directives == [b"\n\x04left"])
     with pytest.raises(NotDirectable, match="declares no directive"):
-        await client.direct(plain.task_id, b"left")
+        await client.direct(plain.task_id, b"\n\x04left")
     go.set()
     await end_of(client, task.task_id)
     with pytest.raises(NotDirectable, match="succeeded"):
-        await client.direct(task.task_id, b"right")
+        await client.direct(task.task_id, b"\n\x05right")
 
 
 async def test_an_agent_that_comes_back_goes_on(orchestrator: Orchestrator, client: Client, stand_in: Make) -> None:
@@ -245,7 +245,7 @@ async def test_the_newest_instance_wins(orchestrator: Orchestrator, client: Clie
     await newer.ready()
     await older.until(lambda: older.closed is not None)
     assert isinstance(older.closed, Replaced)
-    assert (await end_of(client, (await submit(client, b"new")).task_id)).response == b"new"
+    assert (await end_of(client, (await submit(client, b"\n\x03new")).task_id)).response == b"\n\x03new"
     assert len(newer.offers) == 1
     (agent,) = await client.list_agents()
     assert (agent.connected, agent.slots) == (True, 4)

@@ -98,13 +98,15 @@ async def test_a_watch_with_a_bad_field_is_refused(
         (pb.Submission(method=DO + "x"), Reason.REASON_UNKNOWN_METHOD),
         (pb.Submission(method=DO, idempotency_key="k" * 257), Reason.REASON_INVALID_ARGUMENT),
         (pb.Submission(method=DO, request=b"x" * ((4 << 20) - 65_000)), Reason.REASON_TOO_LARGE),
+        (pb.Submission(method=DO, request=b"q"), Reason.REASON_INVALID_ARGUMENT),
+        (pb.Submission(method=DO, request=b"\n\x05four"), Reason.REASON_INVALID_ARGUMENT),
     ],
 )
 async def test_each_submission_is_judged_by_itself(
     orchestrator: Orchestrator, channel: grpc.aio.Channel, stand_in: Make, submission: pb.Submission, reason: int
 ) -> None:
     await stand_in(orchestrator.address).ready()
-    good = pb.Submission(method=DO, request=b"good", traceparent="not one")
+    good = pb.Submission(method=DO, request=b"\n\x04good", traceparent="not one")
     answer = await TaskServiceStub(channel).Submit(pb.SubmitRequest(submissions=[good, submission]))
     assert answer.outcomes[0].task.traceparent
     assert answer.outcomes[1].failure.reason == reason
@@ -209,7 +211,7 @@ async def test_reports_about_strangers_attempts_are_refused_and_change_nothing(
     holder = stand_in(orchestrator.address, handler=None)
     await holder.ready()
     async with Client(orchestrator.address) as client:
-        (task,) = await client.submit_raw([pb.Submission(method=DO, request=b"q")])
+        (task,) = await client.submit_raw([pb.Submission(method=DO, request=b"\n\x01q")])
         await holder.until(lambda: bool(holder.offers))
         ref = holder.offers[0].attempt.ref()
         stranger = SessionServiceStub(channel).Connect()
@@ -245,7 +247,7 @@ async def test_a_hello_cannot_claim_what_others_hold(
     holder = stand_in(orchestrator.address, handler=None)
     await holder.ready()
     async with Client(orchestrator.address) as client:
-        await client.submit_raw([pb.Submission(method=DO, request=b"q")])
+        await client.submit_raw([pb.Submission(method=DO, request=b"\n\x01q")])
     await holder.until(lambda: bool(holder.offers))
     ref = holder.offers[0].attempt.ref()
     held = [

@@ -22,6 +22,7 @@ from orki_contract.errors import (
 )
 from orki_contract.trace import new_span, parse_traceparent
 from orki_control.attempt import AttemptKey
+from orki_server.payloads import PayloadCheck
 from orki_server.registry import Registry
 from orki_server.requests import MOST_SUBMISSIONS, RequestRules
 from orki_server.rpc import Context, actor_of, typed, typed_stream
@@ -73,6 +74,7 @@ class TaskServicer(TaskServiceServicer):
         self._roster = roster
         self._watchers = watchers
         self._rules = rules
+        self._payloads = PayloadCheck(store, registry)
         self._queued = queued
         self._moved = moved
         self._numbers = itertools.count()
@@ -106,6 +108,7 @@ class TaskServicer(TaskServiceServicer):
     async def _submit(self, submission: pb.Submission, actor: str) -> pb.TaskSnapshot:
         self._rules.submission(submission)
         method = await self._registry.method(submission.method)
+        await self._payloads.request(method, submission.request)
         key = submission.idempotency_key
         shard = shard_of_key(key, self._store.shards) if key else next(self._numbers) % self._store.shards
         above = parse_traceparent(submission.traceparent)
@@ -168,6 +171,7 @@ class TaskServicer(TaskServiceServicer):
         method = await self._registry.method(task.method)
         if not method.directive:
             raise NotDirectable(f"{task.method} declares no directive")
+        await self._payloads.directive(method, request.payload)
         session = self._roster.get(task.agent_id)
         if task.state != TaskState.TASK_STATE_RUNNING or session is None:
             state = TaskState.Name(task.state).removeprefix("TASK_STATE_").lower()
