@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECTS = sorted(
@@ -60,8 +61,8 @@ def test_siblings_admit_the_version_in_the_tree() -> None:
         (path.parent.name, name, version)
         for path in PROJECTS
         for name, version in versions.items()
-        for requirement in table(path)["project"]["dependencies"]
-        if re.match(rf"{name}(?![\w-])", requirement) and f">={version}" not in requirement
+        for requirement in map(Requirement, table(path)["project"]["dependencies"])
+        if requirement.name == name and version not in requirement.specifier
     ]
     assert not ranges
 
