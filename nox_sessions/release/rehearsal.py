@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with local_index(folder / "index") as url:
             stage = Stage(given.workspace.absolute(), folder, url)
             play.tell(f"the commit {stage.build()[:10]} in {stage.clone}")
-            _first_release(play, stage)
+            _first_release(play, stage, short=given.short)
             if not given.short:
                 _install_and_run(play, stage)
             for scenario in SCENARIOS[:1] if given.short else SCENARIOS:
@@ -81,20 +81,24 @@ def _must(condition: bool, what: str, output: str) -> None:
         raise WrongError(f"{what}. The output:\n{output}")
 
 
-def _first_release(play: _Play, stage: Stage) -> None:
-    """Publish all for the first time; it is killed once the index has something, and resumes."""
-    left = stage.publish_and_die()
-    log = stage.files.with_name("killed.log").read_text(encoding="utf-8", errors="replace")
-    _must(bool(left), "the first release brought nothing to the index", log)
+def _first_release(play: _Play, stage: Stage, *, short: bool) -> None:
+    """Publish all for the first time; unless short, it is killed once the index has something, and goes on."""
+    left = frozenset[str]() if short else stage.publish_and_die()
+    if not short:
+        log = stage.files.with_name("killed.log").read_text(encoding="utf-8", errors="replace")
+        _must(bool(left), "the first release brought nothing to the index", log)
     done = stage.publish()
-    _must(done.status == 0, "the release that was killed does not go on", done.output)
-    # What was on its way when the kill came is whole on the index, or not there at all.
-    _must(bool(done.brought), f"it was killed too late to be told: {len(left)} files were there", log)
+    _must(done.status == 0, "the first release does not go through", done.output)
+    _must(bool(done.brought), f"it was killed too late: {len(left)} files were there", done.output)
     _must(not any(name.startswith("review_fleet") for name in stage.listed()), "a private one went up", done.output)
-    play.tell(f"first release: killed after {len(left)} files, went on with {len(done.brought)} more")
-    again = stage.publish()
-    _must(again.status == 0 and again.document["outcome"] == "unchanged", "the same again is no no-op", again.output)
-    play.tell("the same again: nothing to do")
+    killed = f"killed after {len(left)} files, then " if left else ""
+    play.tell(f"first release: {killed}{len(done.brought)} files brought to the index")
+    if not short:
+        again = stage.publish()
+        _must(
+            again.status == 0 and again.document["outcome"] == "unchanged", "the same again is no no-op", again.output
+        )
+        play.tell("the same again: nothing to do")
     stage.commit("first release")
 
 
