@@ -21,16 +21,22 @@ from nox_sessions.release.options import Options
 def publish(session: nox.Session, environment: Environment) -> None:
     """Publish as the session's arguments say; ends the process with the status of the step that ended it."""
     options = Options.parse(session.posargs)
+    if options.folder != Path("dist"):
+        session.error("--dist is for the upload alone: this session uploads what it has just built, in dist/")
     verdict = Path(session.create_tmp()).absolute() / "gate.json"
     verdict.unlink(missing_ok=True)
     gate = [environment.python, "-m", "orki_codegen.cli", "gate", "--against", "index"]
     gate += ["--index", options.address.simple, "--json", str(verdict)]
     session.log("gate: do the versions promise what changed since the last release?")
     if status := _status(environment, gate):
-        _write(options, "refused" if status == 1 else "failed", status, verdict)
+        _write(options, status, "the gate did not let it through", verdict)
         session.warn("the gate ended with %d: nothing was built, and nothing uploaded", status)
         sys.exit(status)
-    wheels.build(session, environment, distributions(Path.cwd()))
+    try:
+        wheels.build(session, environment, distributions(Path.cwd()))
+    except Exception:
+        _write(options, 1, "what was built did not pass its checks", verdict)
+        raise
     status = _status(environment, [environment.python, "-m", "nox_sessions.release.upload", *session.posargs])
     if status:
         sys.exit(status)
@@ -50,14 +56,14 @@ def _status(environment: Environment, command: list[str]) -> int:
     return subprocess.run(command, env=variables, check=False).returncode
 
 
-def _write(options: Options, outcome: str, status: int, verdict: Path) -> None:
-    """Write what the gate found where the upload would have written its outcome."""
+def _write(options: Options, status: int, text: str, verdict: Path) -> None:
+    """Write how it ended, and what the gate found, where the upload would have written its outcome."""
     if options.json is None:
         return
     document: dict[str, object] = {
-        "outcome": outcome,
+        "outcome": "refused" if status == 1 else "failed",
         "status": status,
-        "text": "the gate did not let it through",
+        "text": text,
         "index": options.address.simple,
         "upload": options.address.upload,
         "dry_run": options.dry_run,
