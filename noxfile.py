@@ -198,7 +198,7 @@ def publish(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def rehearsal(session: nox.Session) -> None:
-    """A year of releases on an index of this machine, from the last commit: `-- [--short]`."""
+    """A year of releases on an index of this machine, from the last commit: `-- [--only LETTERS]`."""
     place = Path(session.cache_dir).parent / "rehearsal"
     dev = ensure(session, DEV)
     dev.run(session, "python", "-m", "nox_sessions.release.rehearsal", ".", str(place), *session.posargs)

@@ -1,6 +1,6 @@
 """Rehearse a year of releases on this machine: publish, install, run, change, be refused, raise the version, publish.
 
-    python -m nox_sessions.release.rehearsal WORKSPACE FOLDER [--short]
+    python -m nox_sessions.release.rehearsal WORKSPACE FOLDER [--only LETTERS]
 
 It plays the last commit, in FOLDER, which is emptied first. Exit status: 0 all went as it must; 1 something did not.
 """
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rehearsal", allow_abbrev=False)
     parser.add_argument("workspace", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--short", action="store_true", help="the first release and one change")
+    parser.add_argument("--only", metavar="LETTERS", help="a plain first release, and these changes")
     given = parser.parse_args(arguments)
     folder = given.folder.absolute()
     clear(folder)
@@ -51,12 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with local_index(folder / "index") as url:
             stage = Stage(given.workspace.absolute(), folder, url)
             play.tell(f"the commit {stage.build()[:10]} in {stage.clone}")
-            _first_release(play, stage, short=given.short)
-            if not given.short:
+            whole = given.only is None
+            _first_release(play, stage, whole=whole)
+            if whole:
                 _install_and_run(play, stage)
-            for scenario in SCENARIOS[:1] if given.short else SCENARIOS:
-                _scenario(play, stage, scenario)
-            if not given.short:
+            for scenario in SCENARIOS:
+                if whole or scenario.name[0] in given.only:
+                    _scenario(play, stage, scenario)
+            if whole:
                 _ranges_are_checked(play, stage)
                 _tuning_is_no_release(play, stage)
     except WrongError as error:
@@ -81,10 +83,10 @@ def _must(condition: bool, what: str, output: str) -> None:
         raise WrongError(f"{what}. The output:\n{output}")
 
 
-def _first_release(play: _Play, stage: Stage, *, short: bool) -> None:
-    """Publish all for the first time; unless short, it is killed once the index has something, and goes on."""
-    left = frozenset[str]() if short else stage.publish_and_die()
-    if not short:
+def _first_release(play: _Play, stage: Stage, *, whole: bool) -> None:
+    """Publish all for the first time; in the whole play it is killed once the index has something, and goes on."""
+    left = stage.publish_and_die() if whole else frozenset[str]()
+    if whole:
         log = stage.files.with_name("killed.log").read_text(encoding="utf-8", errors="replace")
         _must(bool(left), "the first release brought nothing to the index", log)
     done = stage.publish()
@@ -93,7 +95,7 @@ def _first_release(play: _Play, stage: Stage, *, short: bool) -> None:
     _must(not any(name.startswith("review_fleet") for name in stage.listed()), "a private one went up", done.output)
     killed = f"killed after {len(left)} files, then " if left else ""
     play.tell(f"first release: {killed}{len(done.brought)} files brought to the index")
-    if not short:
+    if whole:
         again = stage.publish()
         _must(
             again.status == 0 and again.document["outcome"] == "unchanged", "the same again is no no-op", again.output
@@ -140,6 +142,8 @@ def _scenario(play: _Play, stage: Stage, scenario: Scenario) -> None:
         _must(word in refused.output and word in told, f"{scenario.name}: nobody says that {word} is concerned", told)
     if scenario.affected:
         _too_little_is_refused(stage, scenario)
+    for edit in scenario.follow:
+        edit.apply(stage.clone)
     rose = stage.versions().raise_for(scenario.owner, scenario.bump)
     done = stage.publish()
     _must(done.status == 0, f"{scenario.name}: refused with {', '.join(rose)} raised", done.output)

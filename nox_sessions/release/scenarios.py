@@ -38,6 +38,7 @@ class Scenario:
         owner: whose version must rise.
         bump: by how much.
         affected: words that must stand where it is told who is concerned.
+        follow: what hand-written code has to follow, once the break is meant; the build's imports would find it.
     """
 
     name: str
@@ -46,10 +47,19 @@ class Scenario:
     owner: str
     bump: str
     affected: tuple[str, ...] = ()
+    follow: tuple[Edit, ...] = ()
 
 
 AGENTS = "proto/orki/events/v1/agent.proto"
 AUDIT = "proto/orki/events/v1/audit.proto"
+
+# The constant of a stream is called as the stream is.
+_IMPORT = "from orki.events.v1.agent_orki import AGENTS\n"
+_READERS = (
+    "packages/orki-agent/src/orki_agent/runtime.py",
+    "packages/orki-server/src/orki_server/announcing.py",
+    "packages/orki-server/src/orki_server/observers/metrics.py",
+)
 
 SCENARIOS = (
     Scenario(
@@ -69,11 +79,12 @@ SCENARIOS = (
     ),
     Scenario(
         "b: a stream is renamed",
-        (Edit(AGENTS, 'name: "agents"', 'name: "agent-lives"'),),
+        (Edit(AGENTS, 'name: "agents"', 'name: "lives"'),),
         rule="ORKI_STREAM_REMOVED",
         owner="orki-events",
         bump="major",
         affected=("metrics",),
+        follow=tuple(Edit(file, _IMPORT, _IMPORT.replace("AGENTS", "LIVES as AGENTS")) for file in _READERS),
     ),
     Scenario(
         "c: a retention is lowered",

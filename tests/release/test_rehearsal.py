@@ -20,7 +20,7 @@ from tests.release.conftest import ROOT
 @pytest.mark.timeout(900)
 def test_a_first_release_and_a_change(tmp_path: Path) -> None:
     """From a clone, by the session itself: published, refused without a version, and published with it."""
-    command = [sys.executable, "-m", "nox_sessions.release.rehearsal", str(ROOT), str(tmp_path / "play"), "--short"]
+    command = [sys.executable, "-m", "nox_sessions.release.rehearsal", str(ROOT), str(tmp_path / "play"), "--only", "a"]
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -78,7 +78,10 @@ def test_each_change_of_the_rehearsal_can_still_be_made(tmp_path: Path) -> None:
     """The protos move on; a change that no longer finds its place would be found out late otherwise."""
     shutil.copytree(ROOT / "proto", tmp_path / "proto")
     for scenario in SCENARIOS:
-        for edit in scenario.edits:
+        for edit in scenario.follow:
+            (tmp_path / edit.file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / edit.file, tmp_path / edit.file)
+        for edit in (*scenario.edits, *scenario.follow):
             before = (tmp_path / edit.file).read_text(encoding="utf-8")
             edit.apply(tmp_path)
             assert (tmp_path / edit.file).read_text(encoding="utf-8") != before, scenario.name
