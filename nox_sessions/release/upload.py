@@ -124,7 +124,7 @@ def _asks(output: str) -> bool:
 def _anonymous(address: Address) -> dict[str, str]:
     """Return a name for an index on this very machine, where none is set: uv sends nothing without one."""
     local = urlsplit(address.upload).hostname in {"127.0.0.1", "::1", "localhost"}
-    if not local or any(name.startswith("UV_PUBLISH_") for name in os.environ):
+    if not local or any(os.environ.get(f"UV_PUBLISH_{name}") for name in ("TOKEN", "USERNAME", "PASSWORD")):
         return {}
     return {"UV_PUBLISH_USERNAME": "anonymous", "UV_PUBLISH_PASSWORD": "anonymous"}
 
