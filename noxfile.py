@@ -16,6 +16,7 @@ from nox_sessions import interpreters, wheels
 from nox_sessions import skew as skew_matrix
 from nox_sessions.environments import DEV, NEWEST, OLDEST, RUN, Environment, ensure, uv
 from nox_sessions.layout import distributions, source_roots
+from nox_sessions.planted import session as planted_break
 from nox_sessions.release import session as publishing
 
 nox.needs_version = ">=2026.1"
@@ -136,7 +137,11 @@ def gates(session: nox.Session) -> None:
 @nox.session
 def breaking(session: nox.Session) -> None:
     """The version gate: `-- [--against index|REF|published] [--index URL] [--json FILE] [--github]`, or `-- --show`."""
-    ensure(session, DEV).run(session, "python", "-m", "orki_codegen.cli", "gate", *session.posargs)
+    dev = ensure(session, DEV)
+    if session.posargs == ["--show"]:
+        planted_break.show(session, dev)
+    else:
+        dev.run(session, "python", "-m", "orki_codegen.cli", "gate", *session.posargs)
 
 
 @nox.session(default=False)

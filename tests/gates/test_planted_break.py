@@ -91,6 +91,15 @@ def test_a_gate_that_could_not_see_is_red(
         config.write_text(text, encoding="utf-8")
 
 
+def test_the_break_that_is_played(workspace: Path) -> None:
+    """Old and new wheels really run against a server there; the session fails if anything goes otherwise than told."""
+    done = run(workspace, "-s", "breaking", "--", "--show")
+    assert_green(done)
+    assert "5 published, old consumer read 5, new consumer read 0" in done.stdout
+    assert "5 published, old consumer read 0, new consumer read 5" in done.stdout
+    assert "orki-events promises 0.1.0, and must promise 0.2.0" in done.stdout
+
+
 def test_a_renamed_stream_is_refused_by_rule_and_version(workspace: Path, surroundings: Mapping[str, str]) -> None:
     proto = workspace / USAGE
     name = re.search(r'name: "([^"]+)"', proto.read_text(encoding="utf-8"))

@@ -1,0 +1,133 @@
+"""The skew matrix can turn red: what is wrong is told, what was planted must be seen, and a lost commit is named."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from nox_sessions.skew_wheels import resolve
+
+ROOT = Path(__file__).resolve().parents[2]
+SKEW = ROOT / "tests/skew"
+MODULES = ("stage", "control", "events", "tools", "matrix", "actors", "actors.values")
+
+
+@pytest.fixture
+def matrix(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The driver as its script loads it: its own folder is where its parts are."""
+    monkeypatch.syspath_prepend(str(SKEW))
+    for name in MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    spec = importlib.util.spec_from_file_location("matrix", SKEW / "matrix.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "matrix", module)
+    spec.loader.exec_module(module)
+    yield module
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+def judged(matrix: ModuleType, outcome: Any, planted: str = "") -> Any:
+    """The verdict on a scenario that gives this, or raises it."""
+
+    def scenario(stage: Any) -> str:
+        if isinstance(outcome, Exception):
+            raise outcome
+        return str(outcome)
+
+    return matrix.judge(matrix.Case(plane="p", pair="a x b", scenario=scenario, planted=planted), {})
+
+
+def test_what_is_wrong_is_red_and_what_was_planted_must_be_seen_as_such(matrix: ModuleType) -> None:
+    wrong = matrix.Wrong("the ledger of dashboard says 0")
+    assert judged(matrix, "fine").verdict == "ok"
+    assert judged(matrix, wrong).verdict == "FAILED"
+    assert judged(matrix, KeyError("surprise")).verdict == "FAILED"
+    assert judged(matrix, wrong, planted="the ledger of").verdict == "ok"
+    assert judged(matrix, "fine", planted="the ledger of").verdict == "FAILED"
+    # Another failure than the planted one is no proof.
+    assert judged(matrix, matrix.Wrong("a process would not start"), planted="the ledger of").verdict == "FAILED"
+
+
+def test_values_that_differ_are_seen_in_every_plane(matrix: ModuleType) -> None:
+    response = {"bed": "bed-0", "poured": 1_000, "agent": "a", "attempt": 1}
+    agents = {"a": "head-v1"}
+    assert matrix.control.check_responses([response], range(1), agents, "published-v1") == {"a"}
+    for change in ({"poured": 999}, {"bed": "bed-1"}, {"agent": "stranger"}, {"attempt": 0}, {"because": ""}):
+        with pytest.raises(matrix.Wrong):
+            matrix.control.check_responses([response | change], range(1), agents, "published-v1")
+    with pytest.raises(matrix.Wrong):
+        matrix.control.check_responses([], range(1), agents, "published-v1")
+    event = matrix.events.wanted_event(0, "published-v1", "head-v2", "dashboard")
+    assert event["sensor"] == ""
+    for events in ([event | {"fraction": 0.5}], [event], [event, event]):
+        with pytest.raises(matrix.Wrong):
+            matrix.events.check_read([events], ["published-v1"], ["head-v2"])
+    with pytest.raises(matrix.Wrong):
+        matrix.events.check_row("dashboard", {"published": 2, "processed": 1}, 2)
+    reply = {"fraction": 1 / 1_024, "depth": 1, "probe": "probe 1 ü"}
+    with pytest.raises(matrix.Wrong):
+        matrix.tools.check_measured([reply] * matrix.tools.CALLS, "head-v2", "published-v1")
+
+
+def test_a_refusal_that_does_not_name_both_and_the_rule_is_no_refusal(matrix: ModuleType) -> None:
+    whole = {"type": "ContractMismatch", "message": "3.0 (sha256:aaaaaa1), not 2.0 (sha256:bbbbbb2) [ORKI_X]"}
+    assert matrix.control.check_mismatch(whole, "ORKI_X").startswith("ContractMismatch")
+    for change in ({"type": "PeerLost"}, {"message": "3.0 does not fit [ORKI_X]"}, {"message": "3.0, not 2.0"}):
+        with pytest.raises(matrix.Wrong):
+            matrix.control.check_mismatch(whole | change, "ORKI_X")
+
+
+def test_a_process_that_dies_or_says_nothing_is_told_of(matrix: ModuleType, tmp_path: Path) -> None:
+    stage = sys.modules["stage"]
+    dies = stage.Actor("dies", [sys.executable, "-c", "raise SystemExit('for a reason')"], tmp_path)
+    with pytest.raises(matrix.Wrong, match="for a reason"):
+        dies.expect("ready")
+    dies.close()
+    mute = stage.Actor("mute", [sys.executable, "-c", "import sys; sys.stdin.read()"], tmp_path)
+    with pytest.raises(matrix.Wrong, match="said no ready within 0 s"):
+        mute.expect("ready", seconds=0.2)
+    mute.close()
+    other = stage.Actor("other", [sys.executable, "-c", "print('{\"refused\": 1}')"], tmp_path)
+    with pytest.raises(matrix.Wrong, match="refused: 1"):
+        other.expect("done")
+    other.close()
+
+
+def test_the_command_fails_when_a_pair_does(matrix: ModuleType, tmp_path: Path) -> None:
+    config = tmp_path / "matrix.json"
+    config.write_text(
+        json.dumps({"environments": {"head-v2": sys.executable}, "published": "nobody"}), encoding="utf-8"
+    )
+    verdicts = tmp_path / "verdicts.json"
+    # No environment holds the wheels: every pair must fail, and say so.
+    assert matrix.main([str(config), "--json", str(verdicts), "--only", "tools: published tool client"]) == 1
+    (pair,) = json.loads(verdicts.read_text(encoding="utf-8"))["pairs"]
+    assert pair["verdict"] == "FAILED"
+    assert matrix.main([str(config), "--only", "no pair has this name"]) == 1
+
+
+def test_a_commit_that_a_shallow_clone_lacks_is_named_with_what_to_do(tmp_path: Path) -> None:
+    first, clone = tmp_path / "first", tmp_path / "clone"
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@localhost", "-c", "commit.gpgsign=false"]
+    subprocess.run([*git, "init", "--quiet", str(first)], check=True)
+    for message in ("one", "two"):
+        command = [*git, "-C", str(first), "commit", "--quiet", "--allow-empty", "-m", message]
+        subprocess.run(command, check=True)
+    sha = resolve(first, "HEAD~1")
+    assert len(sha) == 40
+    subprocess.run([*git, "clone", "--quiet", "--depth", "1", first.as_uri(), str(clone)], check=True)
+    with pytest.raises(LookupError, match="shallow: `git fetch --unshallow`"):
+        resolve(clone, sha)
+    with pytest.raises(LookupError, match="no such commit"):
+        resolve(first, "0" * 40)
