@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-__all__ = ["Side", "environment"]
+__all__ = ["RUNTIME", "TOOLCHAIN", "Side", "environment"]
 
 import hashlib
+import re
 import shutil
 import sys
+import zipfile
 from dataclasses import dataclass
+from email.parser import BytesParser
 from pathlib import Path
 
 import nox
+from packaging.requirements import Requirement
 
 from nox_sessions.environments import Environment, uv
 from nox_sessions.skew_wheels import CACHE
+
+RUNTIME = ("orki-agent", "orki-contract", "orki-control", "orki-events", "orki-server")
+TOOLCHAIN = ("orki-codegen", "orki-contract")
+_EXTRA = "embedded"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,35 +29,16 @@ class Side:
     """Where orki's own distributions come from.
 
     Attributes:
-        name: For people, such as `published`.
-        wheels: Of orki's distributions; none where they come from an index.
-        index: Address of that index's pages.
-        version: For an index: what a new environment is made for.
+        name: For people, such as `commit 0123456789ab`.
+        wheels: Of orki's distributions.
     """
 
     name: str
-    wheels: tuple[Path, ...] = ()
-    index: str = ""
-    version: str = ""
-
-    def requirements(self, *names: str) -> list[str]:
-        """What to hand to an installer for these distributions, `orki-server` with its embedded server."""
-        extras = {"orki-server": "[embedded]"}
-        if self.index:
-            return ["--index", self.index, *(f"{name}{extras.get(name, '')}" for name in names)]
-        return [f"{name}{extras.get(name, '')} @ {self.wheel(name).as_uri()}" for name in names]
+    wheels: tuple[Path, ...]
 
     def wheel(self, name: str) -> Path:
         """The wheel of a distribution."""
         return next(each for each in self.wheels if each.name.startswith(f"{name.replace('-', '_')}-")).absolute()
-
-    def digest(self, *names: str) -> str:
-        """What tells one set of wheels from another."""
-        return self.version + "".join(_digest(self.wheel(name)) for name in names if not self.index)
-
-
-RUNTIME = ("orki-agent", "orki-contract", "orki-control", "orki-events", "orki-server")
-TOOLCHAIN = ("orki-codegen", "orki-contract")
 
 
 def environment(
@@ -65,17 +54,18 @@ def environment(
         resolution: None: the versions of constraints.txt; `lowest-direct` or `highest`: as the wheels ask for.
     """
     folder = (CACHE / "environments" / name).absolute()
-    names = RUNTIME if contract else TOOLCHAIN
-    wanted = side.requirements(*names)
-    if contract:
-        wanted.append(f"skew-garden @ {contract.absolute().as_uri()}")
+    wheels = [side.wheel(each) for each in (RUNTIME if contract else TOOLCHAIN)]
+    wheels += [contract.absolute()] if contract else []
+    wanted = [_requirement(wheel) for wheel in wheels]
+    pins = Path("constraints.txt")
     if resolution is None:
-        wanted += ["--constraints", str(Path("constraints.txt").absolute())]
+        wanted += ["--constraints", str(pins.absolute())]
     else:
-        wanted += ["--resolution", resolution]
+        # What a wheel asks for is no direct requirement to the installer, and would not be taken at its lowest.
+        wanted += ["--resolution", resolution, *_asked_for(wheels)]
     interpreter = getattr(sys, "_base_executable", sys.executable)
-    parts = [*wanted, side.digest(*names), _digest(contract) if contract else "", interpreter, sys.version]
-    parts.append(Path("constraints.txt").read_text(encoding="utf-8"))
+    digests = [hashlib.sha256(wheel.read_bytes()).hexdigest() for wheel in wheels]
+    parts = [*wanted, *digests, interpreter, sys.version, pins.read_text(encoding="utf-8")]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     stamp = folder / "made-from"
     if not (stamp.is_file() and stamp.read_text(encoding="ascii") == digest):
@@ -88,5 +78,27 @@ def environment(
     return Environment(folder)
 
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _requirement(wheel: Path) -> str:
+    """A wheel as what to install, the server with its embedded one."""
+    name = wheel.name.partition("-")[0].replace("_", "-")
+    extra = f"[{_EXTRA}]" if name == "orki-server" else ""
+    return f"{name}{extra} @ {wheel.as_uri()}"
+
+
+def _asked_for(wheels: list[Path]) -> list[str]:
+    """The ranges of others' distributions that some wheels ask for."""
+    own = {wheel.name.partition("-")[0].replace("_", "-") for wheel in wheels}
+    found = set()
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            (metadata,) = (each for each in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", each))
+            headers = BytesParser().parsebytes(archive.read(metadata), headersonly=True)
+        for line in headers.get_all("Requires-Dist", []):
+            requirement = Requirement(line)
+            if requirement.name in own or not (
+                requirement.marker is None or requirement.marker.evaluate({"extra": _EXTRA})
+            ):
+                continue
+            requirement.marker = None
+            found.add(str(requirement))
+    return sorted(found)

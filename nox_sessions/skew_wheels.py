@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CACHE", "Contract", "commit_wheels", "contract_wheel", "tree_wheels"]
+__all__ = ["CACHE", "CONTRACT", "Contract", "commit_wheels", "contract_wheel", "resolve", "tree_wheels"]
 
 import hashlib
 import os
@@ -135,14 +135,27 @@ def _build(
 
 
 def _resolved(session: nox.Session, commit: str) -> str:
-    asked = ["git", "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}"]
+    try:
+        return resolve(Path.cwd(), commit)
+    except LookupError as error:
+        session.error(str(error))
+
+
+def resolve(root: Path, commit: str) -> str:
+    """The whole id of a commit.
+
+    Raises:
+        LookupError: The repository does not have it; the text says what to do.
+    """
+    git = ["git", "-C", str(root), "rev-parse"]
+    asked = [*git, "--verify", "--quiet", f"{commit}^{{commit}}"]
     found = subprocess.run(asked, capture_output=True, text=True, check=False)
     if found.returncode:
-        shallow = subprocess.run(["git", "rev-parse", "--is-shallow-repository"], capture_output=True, text=True)
-        why = (
-            "this clone is shallow: `git fetch --unshallow` brings it" if "true" in shallow.stdout else "no such commit"
-        )
-        session.error(f"The commit {commit} is to serve as the published one and is not here; {why}.")
+        shallow = subprocess.run([*git, "--is-shallow-repository"], capture_output=True, text=True, check=False)
+        why = "no such commit"
+        if "true" in shallow.stdout:
+            why = "this clone is shallow: `git fetch --unshallow` brings it"
+        raise LookupError(f"The commit {commit} is to serve as the published one and is not here; {why}.")
     return found.stdout.strip()
 
 

@@ -166,6 +166,9 @@ def judge(case: Case, environments: Mapping[str, str]) -> Verdict:
         green = True
     except Wrong as error:
         green, seen = False, str(error)
+    except Exception as error:
+        # What nobody thought of is no reason to see nothing of the other pairs.
+        green, seen = False, f"{type(error).__name__}: {error}"
     if case.planted:
         red = not green and case.planted in seen
         green, seen = red, f"seen: {seen}" if red else f"the planted break went unseen: {seen}"
