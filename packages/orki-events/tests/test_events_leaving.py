@@ -133,3 +133,27 @@ async def test_nothing_begins_after_the_end(opened: Callable[..., Any], usage: A
     await events.close()
     with pytest.raises(LocalProtocolError):
         await anext(source)
+
+
+async def test_whoever_follows_is_let_go_by_the_end(opened: Callable[..., Any], usage: Any, server: Any) -> None:
+    events, stream = await opened(block_ms=30_000), usage()
+    await events.publish(stream, UsageEvent(attempt=1))
+    seen = []
+
+    async def follow() -> None:
+        async for entry in events.tail(stream, after="earliest"):
+            seen.append(entry.event.attempt)
+
+    following = asyncio.create_task(follow())
+    left = events.tail(stream, after="earliest")
+    assert (await anext(left)).event.attempt == 1
+    async with asyncio.timeout(10):
+        while not seen:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        # One waits in the server for half a minute, the other rests between two entries.
+        await events.close()
+        await following
+        with server.client as client:
+            assert [each["name"] for each in client.client_list() if ":tail." in each["name"]] == []
+        assert [entry async for entry in left] == []

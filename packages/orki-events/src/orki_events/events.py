@@ -88,6 +88,7 @@ class Events:
         self._publisher_link: Link | None = None
         self._publisher: Publisher | None = None
         self._subscriptions: set[Subscription] = set()
+        self._tails: set[Link] = set()
         self._consumers = itertools.count(1)
 
     async def __aenter__(self) -> Self:
@@ -270,7 +271,7 @@ class Events:
     async def tail(
         self, stream: EventStream[E, Any], *, after: str = "latest", follow: bool = True
     ) -> AsyncGenerator[TailEntry[E], None]:
-        """Follows a stream without a group.
+        """Follows a stream without a group, until it is left or the `Events` closes.
 
         Args:
             stream: Which.
@@ -369,11 +370,17 @@ class Events:
     ) -> AsyncGenerator[TailEntry[T], None]:
         self._open()
         link = self._link(f"tail.{next(self._consumers)}")
+        self._tails.add(link)
         try:
             async for entry in follow_stream(link, stream, decode, after, follow, self.options.block_ms):
                 yield entry
+        except LocalProtocolError:
+            if link in self._tails:
+                raise
+            # `close` has ended the connection, and with it this.
         finally:
-            await link.close()
+            self._tails.discard(link)
+            await link.end()
 
     def _subscriber(
         self,
@@ -414,12 +421,15 @@ class Events:
         return subscribe
 
     async def close(self) -> None:
-        """Ends all consumers, sends what was collected, each within the drain timeout; harmless when closed."""
+        """Ends consumers and followers, and sends what was collected, within the drain timeout; harmless when closed."""
         publisher, self._publisher = self._publisher, None
         if publisher is None:
             return
         try:
-            await asyncio.gather(*(subscription.close() for subscription in self._subscriptions))
+            tails, self._tails = self._tails, set()
+            await asyncio.gather(
+                *(subscription.close() for subscription in self._subscriptions), *(link.end() for link in tails)
+            )
             await publisher.close(self.options.drain_timeout_s)
         finally:
             for link in (self._commands, self._publisher_link):

@@ -21,7 +21,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, BusyLoadingError, RedisError, ResponseError
 
-from orki_contract.errors import EventsUnavailable, InvalidSetting, OrkiError
+from orki_contract.errors import EventsUnavailable, InvalidSetting, LocalProtocolError, OrkiError
 from orki_events.redis_shell_errors import refusal, unavailable
 
 Command = tuple[bytes | str | int, ...]
@@ -123,6 +123,7 @@ class Link:
         self._connection: Any = None
         self._lock = asyncio.Lock()
         self._client_id: int | None = None
+        self._ended = False
 
     @property
     def where(self) -> str:
@@ -167,6 +168,8 @@ class Link:
     async def exchange(self, packed: bytes, count: int, *, extra_s: float = 0.0) -> list[Reply]:
         """As `ask`, for commands that are packed already."""
         async with self._lock:
+            if self._ended:
+                raise LocalProtocolError(f"the connection to {self.where} was ended here")
             connection = await self._usable()
             try:
                 async with asyncio.timeout(self._answer_timeout_s + extra_s):
@@ -199,6 +202,12 @@ class Link:
         """Closes the connection; the next exchange opens another."""
         async with self._lock:
             await self._drop()
+
+    async def end(self) -> None:
+        """Closes the connection for good; an exchange that is under way fails at once, and each further one."""
+        self._ended = True
+        await self._drop()
+        await self.close()
 
     async def close(self) -> None:
         """Closes the connection and waits until it is."""
