@@ -421,7 +421,7 @@ class Events:
         return subscribe
 
     async def close(self) -> None:
-        """Ends consumers and followers, and sends what was collected, within the drain timeout; harmless when closed."""
+        """Ends consumers and followers, sends what was collected, within the drain timeout; harmless when closed."""
         publisher, self._publisher = self._publisher, None
         if publisher is None:
             return
