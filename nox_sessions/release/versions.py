@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Versions"]
+__all__ = ["Versions", "breaking", "raised"]
 
 import re
 import tomllib
