@@ -1,8 +1,8 @@
 """Does the work on a tree of protos grow with the tree, or faster: generating, checking, comparing, linting?
 
 A generated tree has files of all four kinds in packages of ten, and a distribution for every 125 files. The rows give
-the processor time for each file at 1,000 files over that at 250, measured in turns; and what orki's share is beside protoc's and
-the stub plugin's, run by buf on the same tree without orki.
+the processor time for each file at 1,000 files over that at 250, measured in turns; and what orki's share is beside
+protoc's and the stub plugin's, run by buf on the same tree without orki.
 """
 
 from __future__ import annotations
@@ -165,11 +165,11 @@ def plant(folder: Path, files: int) -> None:
         path.write_text(text, encoding="utf-8")
         owned.setdefault(index * FILES_A_PACKAGE // FILES_AN_OWNER, set()).add(package)
     for owner, packages in owned.items():
-        home = folder / "packages" / f"owner{owner}"
-        home.mkdir(parents=True)
+        carrier = folder / "packages" / f"owner{owner}"
+        carrier.mkdir(parents=True)
         contracts = ", ".join(f'"{package}"' for package in sorted(packages))
         text = f'[project]\nname = "owner{owner}"\n\n[tool.orki]\ncontracts = [{contracts}]\n'
-        (home / "pyproject.toml").write_text(text, encoding="utf-8")
+        (carrier / "pyproject.toml").write_text(text, encoding="utf-8")
 
 
 def run(folder: Path, *command: str) -> None:

@@ -116,6 +116,16 @@ def test_several_errors_are_shown_at_once_and_nothing_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_what_is_there_twice_is_told_at_each_place_with_the_other(tmp_path: Path) -> None:
+    by_name = {fragment.stem: fragment for fragment in FRAGMENTS}
+    first, second = plant(tmp_path, by_name["ORKI_STREAM_NAME_UNIQUE_2"])
+    with pytest.raises(InvalidContract) as caught:
+        generate(find_workspace(tmp_path), lambda line: None)
+    one, other, _ = caught.value.message.splitlines()
+    assert one.startswith(f'{first}: stream "events" is declared at {second} too')
+    assert other.startswith(f'{second}: stream "events" is declared at {first} too')
+
+
 def test_a_violation_names_its_place_and_says_what_to_do() -> None:
     place = Location("proto/acme/x.proto", 12, 3)
     violation = Violation(place, "ORKI_FRAME_FIELD_OVERLAP", 'frame field "flags" overlaps "kind" (bytes 2..3)')

@@ -97,8 +97,11 @@ def generate(workspace: Workspace, tell: Callable[[str], None]) -> Generated:
             lines = [*map(str, found), f"{len(found)} violations: nothing was written" if len(found) > 1 else ""]
             raise InvalidContract("\n".join(filter(None, lines)))
 
+        # A file without a package is plain protobuf, never a contract: it has no folder in which an image could lie.
+        images = package_images(image, {*workspace.declared()} - {""})
+
         def make(owner: Owner) -> Tree:
-            tree = _owner_tree(buf, read, image, places, owner)
+            tree = _owner_tree(buf, read, images, places, owner)
             tell(f"{owner.name}: {len(tree.files)} files made")
             return tree
 
@@ -109,16 +112,17 @@ def generate(workspace: Workspace, tell: Callable[[str], None]) -> Generated:
     return Generated(trees=tuple(trees), read=read)
 
 
-def _owner_tree(buf: Buf, read: ReadContract, image: bytes, places: Mapping[str, str], owner: Owner) -> Tree:
+def _owner_tree(
+    buf: Buf, read: ReadContract, images: Mapping[str, bytes], places: Mapping[str, str], owner: Owner
+) -> Tree:
     packages = {package for package, _ in owner.packages}
     own = [places[file.path] for file in read.files if file.package in packages]
     with tempfile.TemporaryDirectory(prefix="orki-generate-") as temporary:
         buf.generate(_fewest_paths(own, [*places.values()]), Path(temporary))
         made = Path(temporary, "gen")
         files = {path.relative_to(made).as_posix(): path.read_bytes() for path in made.rglob("*") if path.is_file()}
-    # A file without a package is plain protobuf, never a contract: it has no folder in which an image could lie.
-    for package, content in package_images(image, packages - {""}).items():
-        files[f"{package.replace('.', '/')}/{IMAGE_NAME}"] = content
+    for package in packages & images.keys():
+        files[f"{package.replace('.', '/')}/{IMAGE_NAME}"] = images[package]
     for folder in {str(PurePosixPath(name).parent) for name in files} - {"."}:
         files[f"{folder}/py.typed"] = b""
     return Tree(owner=owner.name, root=f"{owner.folder}/gen", files=files)

@@ -37,7 +37,7 @@ _TASK_DURATIONS: Final = (
 
 def judge(judge: Judge) -> None:
     """Judges every service that has a method with an option of orki's."""
-    opcodes: dict[int, str] = {}
+    opcodes = _opcodes(judge)
     for service in judge.schema.services.values():
         kinds = {}
         for method in service.methods:
@@ -63,6 +63,19 @@ def judge(judge: Judge) -> None:
                 judge.schema.location(service.file.name, service.path),
                 f"{service.full_name} is of several kinds ({parts}): split it into a service for each kind",
             )
+
+
+def _opcodes(judge: Judge) -> dict[int, list[tuple[str, Location]]]:
+    """Full name and place of every tool, by its opcode."""
+    found: dict[int, list[tuple[str, Location]]] = {}
+    for service in judge.schema.services.values():
+        for method in service.methods:
+            options = method.proto.options
+            tool = judge.schema.option(options, "tool")
+            if tool is not None:
+                place = judge.place(service.file.name, method.path, options, "tool", "opcode")
+                found.setdefault(tool.opcode, []).append((method.full_name, judge.shown(place)))
+    return found
 
 
 def _article(kind: str) -> str:
@@ -148,7 +161,13 @@ def _no_frame(judge: Judge, full_name: str, place: Location, subject: str) -> No
         judge.say("ORKI_TASK_FRAME", place, f"{subject} is the frame {full_name}: tasks carry plain messages only")
 
 
-def _tool(judge: Judge, service: ServiceNode, method: MethodNode, option: Any, opcodes: dict[int, str]) -> None:
+def _tool(
+    judge: Judge,
+    service: ServiceNode,
+    method: MethodNode,
+    option: Any,
+    opcodes: dict[int, list[tuple[str, Location]]],
+) -> None:
     def place(*inside: str | int) -> Location:
         return judge.place(service.file.name, method.path, method.proto.options, "tool", *inside)
 
@@ -159,10 +178,11 @@ def _tool(judge: Judge, service: ServiceNode, method: MethodNode, option: Any, o
             place("opcode"),
             f"{method.full_name} has the opcode 0x{option.opcode:04x}: give one from 0x0100 to 0xffff",
         )
-    elif option.opcode in opcodes:
+        return
+    others = [f"{name} at {spot}" for name, spot in opcodes[option.opcode] if name != method.full_name]
+    if others:
         judge.say(
             "ORKI_TOOL_OPCODE_UNIQUE",
             place("opcode"),
-            f"{method.full_name} has the opcode 0x{option.opcode:04x} of {opcodes[option.opcode]}: give it another",
+            f"{method.full_name} has the opcode 0x{option.opcode:04x} of {', '.join(others)}: give each its own",
         )
-    opcodes.setdefault(option.opcode, method.full_name)

@@ -62,9 +62,11 @@ _KEY_TYPES: Final = frozenset(
 
 def judge(judge: Judge) -> None:
     """Judges every stream and every subscription."""
-    names: dict[str, Location] = {}
+    names: dict[str, list[MessageNode]] = {}
     for node, option in judge.messages("stream"):
-        _stream(judge, node, option, names)
+        names.setdefault(option.name, []).append(node)
+    for node, option in judge.messages("stream"):
+        _stream(judge, node, option, [each for each in names[option.name] if each is not node])
     taken = {
         (stream.name, group.name): "its owner" for stream in judge.read.contract.streams for group in stream.groups
     }
@@ -72,7 +74,16 @@ def judge(judge: Judge) -> None:
         _subscription(judge, file, index, option, taken)
 
 
-def _stream(judge: Judge, node: MessageNode, option: Any, names: dict[str, Location]) -> None:
+def _stream(judge: Judge, node: MessageNode, option: Any, namesakes: list[MessageNode]) -> None:
+    """Judges one stream.
+
+    Args:
+        judge: Hears it.
+        node: The entries' message.
+        option: Its option.
+        namesakes: The messages of other streams that have the same name.
+    """
+
     def place(*inside: str | int) -> Location:
         return judge.place(node.file.name, node.path, node.proto.options, "stream", *inside)
 
@@ -81,13 +92,13 @@ def _stream(judge: Judge, node: MessageNode, option: Any, names: dict[str, Locat
         judge.say("ORKI_MESSAGE_ONE_KIND", place(), f"{node.full_name} is a stream's entry and a frame: make it one")
     if not _NAME.fullmatch(option.name):
         judge.say("ORKI_STREAM_NAME", place("name"), f'"{option.name}" is no name of a stream: {_words("STREAM_NAME")}')
-    elif option.name in names:
+    elif namesakes:
+        others = (judge.place(each.file.name, each.path, each.proto.options, "stream", "name") for each in namesakes)
         judge.say(
             "ORKI_STREAM_NAME_UNIQUE",
             place("name"),
-            f"{subject} is declared at {judge.shown(names[option.name])} already: give one of them another name",
+            f"{subject} is declared at {', '.join(map(str, map(judge.shown, others)))} too: give each its own name",
         )
-    names.setdefault(option.name, place("name"))
     if not option.HasField("retention"):
         judge.say("ORKI_STREAM_RETENTION", place(), f"{subject} keeps everything for ever: give it a retention")
     else:
