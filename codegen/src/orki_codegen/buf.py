@@ -6,6 +6,7 @@ __all__ = ["Buf", "BufFailed"]
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,12 @@ _FOUND: Final = 100
 """buf's exit status where it ran well and found something."""
 
 
+# How buf writes down what its compiler refuses, such as a wrong word or a type that is not there.
+_REFUSAL: Final = re.compile(r"^(?P<place>\S.*?:\d+:\d+): ?(?P<message>.+)$", re.MULTILINE)
+
+
 class BufFailed(InvalidContract):
-    """buf refused the protos; the message is what it said."""
+    """buf refused the protos; the message is what it said, a compiler's complaints in the form of our own."""
 
 
 class Buf:
@@ -84,5 +89,7 @@ class Buf:
         ran = subprocess.run(command, cwd=self._root, env=environment, capture_output=True, check=False)
         if ran.returncode not in (0, also):
             said = ran.stderr.decode(errors="replace").strip() or f"buf {arguments[0]} failed without a word"
-            raise BufFailed(said)
+            raise BufFailed(
+                _REFUSAL.sub(r"\g<place>: \g<message> [COMPILE]", said) if arguments[0] == "build" else said
+            )
         return ran.stdout
