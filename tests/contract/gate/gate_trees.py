@@ -14,7 +14,7 @@ from pathlib import Path
 from orki_codegen.buf import Buf
 from orki_codegen.gate.accepted import parse_accepted
 from orki_codegen.gate.contracts import present
-from orki_codegen.gate.judge import Verdict, judge
+from orki_codegen.gate.judge import Terms, Verdict, judge
 from orki_codegen.gate.members import find_members
 from orki_codegen.gate.past import Past, Release
 from orki_contract.difference.versions import Version, version_at
@@ -114,7 +114,7 @@ def verdict_of(
         pasts.append(Past(releases=releases, contract=contract_of(each), streams_only=limited))
     buf = Buf(new)
     now = present(new, find_members(new), buf)
-    return judge(pasts, now, parse_accepted(accepted), buf=buf, today=today, lenient=True)
+    return judge(pasts, now, Terms(accepted=parse_accepted(accepted), today=today, lenient=True), buf)
 
 
 def generated(root: Path) -> Path:

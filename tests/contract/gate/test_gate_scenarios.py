@@ -262,3 +262,24 @@ def test_streams_are_held_against_every_version_that_may_still_lie_in_them(old: 
     moved = [each for each in verdict.remarks if each.rule == "ORKI_STREAM_MOVED"]
     assert [(str(each.needs), each.fails) for each in moved] == [("2.0.0", True)]
     assert "acme-review 1.4.0" in moved[0].sentence
+
+
+def test_a_distribution_that_is_gone_takes_its_contracts_with_it(old: Path, tmp_path: Path) -> None:
+    new = Tree(protos={PROTO: REVIEW}, versions={"acme-review": "1.4.0"}, sources=OLD.sources)
+    (gone,) = verdict_of(old, new.lay_out(tmp_path)).remarks
+    assert (gone.rule, gone.package, gone.fails) == ("DISTRIBUTION_GONE", "acme-desk", True)
+
+
+def test_a_contract_that_another_wheel_brings_is_major(old: Path, tmp_path: Path) -> None:
+    new = OLD.lay_out(tmp_path)
+    for name, before, after in (
+        ("acme-desk", "['acme.desk.v1']", "['acme.desk.v1', 'acme.review.v1']"),
+        ("acme-review", "['acme.review.v1']", "[]"),
+    ):
+        table = new / "packages" / name / "pyproject.toml"
+        text = table.read_text(encoding="utf-8")
+        assert before in text
+        table.write_text(text.replace(before, after), encoding="utf-8")
+    verdict = verdict_of(old, new)
+    assert said(verdict) == {"CONTRACT_OWNER_CHANGED": "2.0.0"}
+    assert verdict.red

@@ -20,7 +20,7 @@ from orki_codegen.gate.configured import check_configuration
 from orki_codegen.gate.contracts import present
 from orki_codegen.gate.gather import Gathered, from_commit, from_index, stand_in
 from orki_codegen.gate.indexes import Index, configured_index
-from orki_codegen.gate.judge import judge
+from orki_codegen.gate.judge import Terms, judge
 from orki_codegen.gate.members import Member, find_members
 from orki_codegen.gate.published import FILE as PUBLISHED
 from orki_codegen.gate.published import read_stand_in
@@ -101,15 +101,13 @@ def _gate(root: Path, given: argparse.Namespace) -> int:
     quick = given.against not in _RELEASED
     with tempfile.TemporaryDirectory(prefix="orki-gate-") as folder:
         gathered = _gathered(root, given, members, Path(folder))
-        verdict = judge(
-            gathered.pasts,
-            now,
-            accepted,
-            buf=buf,
+        terms = Terms(
+            accepted=accepted,
             today=datetime.now(UTC).date(),
-            old=_accepted_before(given.against) if quick else frozenset(),
+            settled=_accepted_before(given.against) if quick else frozenset(),
             lenient=quick,
         )
+        verdict = judge(gathered.pasts, now, terms, buf)
     shown = as_github(verdict) if given.github else as_text(verdict, now, gathered.states)
     print("\n".join(shown))
     if quick and now.drifted:
