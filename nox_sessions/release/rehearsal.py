@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with local_index(folder / "index") as url:
             stage = Stage(given.workspace.absolute(), folder, url)
             play.tell(f"the commit {stage.build()[:10]} in {stage.clone}")
+            if changed := stage.git("status", "--short", cwd=stage.workspace).splitlines():
+                play.tell(f"what is not committed is not played: {len(changed)} paths")
             _first_release(play, stage, whole=given.only is None)
             letters = given.only or LETTERS
             if "h" in letters:
