@@ -153,6 +153,18 @@ async def test_a_stream_that_appears_is_followed_from_its_beginning(
     assert found == set(range(20))
 
 
+async def test_who_came_before_the_first_stream_misses_nothing_while_away(
+    observer: Start, valkey_url: str, events: Events, http: aiohttp.ClientSession
+) -> None:
+    process = feed(observer, valkey_url)
+    async with followed(http, process.where) as stream:
+        assert stream.last_id
+    await events.publish_many(USAGE, [UsageEvent(attempt=number) for number in range(1, 4)])
+    async with followed(http, process.where, stream.last_id) as stream:
+        found = [(await asyncio.wait_for(stream.event(), 20))["event"]["attempt"] for _ in range(3)]
+    assert found == [1, 2, 3]
+
+
 async def test_only_the_streams_that_were_asked_for(
     observer: Start, valkey_url: str, events: Events, http: aiohttp.ClientSession, user: Any
 ) -> None:
