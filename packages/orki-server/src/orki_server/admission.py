@@ -82,6 +82,15 @@ class Admission:
         self._silent_us = silent_us
         self._settle = settle
 
+    async def judge(self, newcomer: ServiceContract, who: str) -> None:
+        """As `admit`, and changes nothing."""
+        seen = await self._seen(newcomer.service)
+        live = await self.liveness(newcomer.service, seen)
+        conflict = self._conflict(newcomer, {each.digest: ServiceContract.of(each) for each in seen}, live)
+        if conflict is not None:
+            other, fit = conflict
+            raise ContractMismatch(_refusal(newcomer, other, fit, who, live[other.digest]))
+
     async def admit(self, newcomer: ServiceContract, who: str, *, agent_id: str = "", ahead: bool = False) -> Family:
         """Registers a contract beside those that are live.
 
@@ -168,6 +177,15 @@ class Admission:
             return False
         rest = [ServiceContract.of(each) for each in seen if each not in at]
         return await self._change(seen, at, None, Family(rest) if rest else None)
+
+    async def in_use(self, contract: ServiceContract) -> bool:
+        """Whether agents serve a contract, or tasks of it have not ended.
+
+        Raises:
+            StoreUnavailable: The store is away.
+        """
+        seen = [each for each in await self._seen(contract.service) if each.digest == contract.digest]
+        return any(each.agents or each.tasks for each in (await self.liveness(contract.service, seen)).values())
 
     async def liveness(self, service: str, seen: Sequence[Registered], without: str = "") -> Mapping[str, Liveness]:
         """Why each registered contract of a service is live, by digest; one agent may be left out.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -11,11 +13,14 @@ from typing import Any
 
 import pytest
 
-from orki_events import Events
+from orki_contract.model import Backoff
+from orki_events import ConsumeOptions, Events, connect
 from orki_events.redis_shell import Link, parse_address
 from orki_server.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.timeout(180)
+
+_AT_ONCE = ConsumeOptions(backoff=Backoff(initial_ms=1, maximum_ms=1), sweep_interval_s=0.05)
 
 
 @pytest.fixture
@@ -95,3 +100,56 @@ async def test_something_else_at_the_orchestrators_port(orki: Any, own_valkey: E
         silent.listen()
         code, checks = await doctor(orki, own_valkey.url, f"127.0.0.1:{silent.getsockname()[1]}")
     assert (code, checks["orchestrator"]["verdict"]) == (1, "bad")
+
+
+async def test_dead_letters_are_unhealthy_until_they_are_replayed(
+    orchestrator: Any, user: Any, redis_url: str, orki: Any
+) -> None:
+    """Looked at and replayed by the commands that the doctor names."""
+    async with connect(redis_url) as events:
+        await events.publish(user.stream, user.filled("r", 7))
+
+        async def fail(times: int) -> None:
+            async for delivery in events.deliveries(user.stream, group="readers", options=_AT_ONCE):
+                with contextlib.suppress(ValueError):
+                    async with delivery:
+                        raise ValueError("the printer is out of paper")
+                times -= 1
+                if not times:
+                    return
+
+        await asyncio.wait_for(fail(user.stream.contract.group("readers").max_deliveries), 60)
+        code, checks = await doctor(orki, redis_url, orchestrator.address)
+        assert code == 1
+        found = checks["events.secrets.readers.dead_letters"]
+        assert (found["verdict"], found["figure"]) == ("bad", "1 dead letter")
+        assert "events.secrets.audit.dead_letters" not in checks
+        command = "streams dead secrets readers"
+        assert f"orki {command}" in found["next_step"]
+        shown = await orki(*command.split(), "--redis", redis_url, "--json")
+        (letter,) = json.loads(shown.out)
+        assert (letter["deliveries"], letter["replayed"]) == (5, False)
+        assert "out of paper" in letter["message"]
+        table = await orki("streams", "--redis", redis_url, "dead", "secrets", "readers", COLUMNS="80")
+        assert letter["entry_id"] in table.out
+        assert "DELIVERIES_EXHAUSTED" in table.out
+        replayed = await orki(*command.split(), "--replay", "--redis", redis_url)
+        assert "1 of 1 replayed" in replayed.err
+        async with asyncio.timeout(30):
+            async for delivery in events.deliveries(user.stream, group="readers"):
+                async with delivery as event:
+                    assert event.number == 7
+                break
+    code, checks = await doctor(orki, redis_url, orchestrator.address)
+    assert "events.secrets.readers.dead_letters" not in checks
+    assert code == 0, checks
+
+
+@pytest.mark.parametrize(("stream", "group"), [("nobody", "readers"), ("secrets", "nobody")])
+async def test_dead_letters_of_nobody(
+    events: Events, user: Any, valkey_url: str, orki: Any, stream: str, group: str
+) -> None:
+    await events.prepare(user.stream)
+    ended = await orki("streams", "dead", stream, group, "--redis", valkey_url)
+    assert (ended.code, ended.out) == (1, "")
+    assert "nobody" in ended.err

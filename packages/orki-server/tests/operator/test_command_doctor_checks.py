@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orki_server.cli.doctor_checks import Verdict, check_groups, check_store, parse_info
+from orki_server.cli.doctor_checks import Verdict, check_dead_letters, check_groups, check_store, parse_info
 from orki_server.observers.stream_figures import GroupFigures
 
 HEALTHY = """# Server
@@ -80,7 +80,9 @@ def test_a_server_that_tells_nothing_is_no_crash() -> None:
     assert {check.verdict for check in check_store({})} <= set(Verdict)
 
 
-def _group(*, missing: bool = False, lag: int | None = 0, pending: int = 0, oldest_ms: int = 0) -> GroupFigures:
+def _group(
+    *, missing: bool = False, lag: int | None = 0, pending: int = 0, oldest_ms: int = 0, dead: int = 0
+) -> GroupFigures:
     return GroupFigures(
         stream="tasks",
         group="audit",
@@ -89,7 +91,7 @@ def _group(*, missing: bool = False, lag: int | None = 0, pending: int = 0, olde
         pending=pending,
         oldest_pending_ms=oldest_ms,
         consumers=1,
-        dead_letters=0,
+        dead_letters=dead,
         ack_deadline_ms=30_000,
     )
 
@@ -109,3 +111,11 @@ def test_groups(group: GroupFigures, verdict: Verdict) -> None:
     (check,) = check_groups([group])
     assert check.verdict is verdict
     assert check.name == "events.tasks.audit"
+
+
+def test_dead_letters_are_bad_and_name_the_commands() -> None:
+    assert [*check_dead_letters([_group()])] == []
+    (one,), (many,) = (list(check_dead_letters([_group(dead=count)])) for count in (1, 1_200))
+    assert (one.name, one.verdict) == ("events.tasks.audit.dead_letters", Verdict.BAD)
+    assert (one.figure, many.figure) == ("1 dead letter", "1,200 dead letters")
+    assert "orki streams dead tasks audit --replay" in one.next_step

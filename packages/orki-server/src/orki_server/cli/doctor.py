@@ -16,7 +16,7 @@ from orki_contract.errors import EventsLoading, EventsUnavailable, OrkiError
 from orki_control.wire import check_target, open_channel
 from orki_events.redis_shell import Link, parse_address
 from orki_events.registry import Registry
-from orki_server.cli.doctor_checks import Check, Verdict, check_groups, check_store, parse_info
+from orki_server.cli.doctor_checks import Check, Verdict, check_dead_letters, check_groups, check_store, parse_info
 from orki_server.cli.settings import json_option, redis_option, run, with_orchestrator
 from orki_server.cli.tables import Column, print_json, print_table
 from orki_server.observers.stream_figures import stream_figures
@@ -86,7 +86,8 @@ async def _store(link: Link, redis_url: str, timeout: float) -> list[Check]:
         found = [Check(name="store.reachable", verdict=Verdict.OK, figure=link.where)]
         found += check_store(parse_info(info.decode()))
         figures = await stream_figures(link, await Registry().streams(link))
-        found += check_groups(group for stream in figures for group in stream.groups)
+        groups = [group for stream in figures for group in stream.groups]
+        found += [*check_groups(groups), *check_dead_letters(groups)]
         if not figures:
             found.append(Check(name="events.streams", verdict=Verdict.OK, figure="none registered yet"))
         return found

@@ -5,7 +5,7 @@ Every verdict names a cause and a next step where it is not `ok`. Limits are tho
 
 from __future__ import annotations
 
-__all__ = ["Check", "Verdict", "check_groups", "check_store", "parse_info"]
+__all__ = ["Check", "Verdict", "check_dead_letters", "check_groups", "check_store", "parse_info"]
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -105,6 +105,21 @@ def check_groups(groups: Iterable[GroupFigures]) -> Iterator[Check]:
             )
         else:
             yield Check(name=name, verdict=Verdict.OK, figure=figure)
+
+
+def check_dead_letters(groups: Iterable[GroupFigures]) -> Iterator[Check]:
+    """What groups gave up: work that nobody has done. Told for each group that has some."""
+    for each in groups:
+        if each.dead_letters:
+            look = f"orki streams dead {each.stream} {each.group}"
+            count = f"{each.dead_letters:,} dead letter{'s' if each.dead_letters > 1 else ''}"
+            yield Check(
+                name=f"events.{each.stream}.{each.group}.dead_letters",
+                verdict=Verdict.BAD,
+                figure=count,
+                cause="The group's consumers failed on these entries as often as the group allows, and gave them up.",
+                next_step=f"See why with {look}; once the cause is gone, have them tried again with {look} --replay.",
+            )
 
 
 def _version(info: Mapping[str, str]) -> Check:

@@ -19,6 +19,7 @@ from orki_server.observers.redaction import safe_text
 _COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "agents": ("orki_server.cli.agents:agents", "Show the agents of the fleet."),
     "cancel": ("orki_server.cli.cancel:cancel", "Ask for the end of a task."),
+    "contract": ("orki_server.cli.contract:contract", "Show the fleet's contracts, and register new ones ahead."),
     "doctor": ("orki_server.cli.doctor:doctor", "Look for what is wrong, and say what to do about it."),
     "observe": ("orki_server.cli.observe:observe", "Run an observer: metrics, audit or feed."),
     "serve": ("orki_server.cli.serve:serve", "Run an orchestrator."),

@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from orki_events.registry import Registry
+from orki_server.cli.dead_letters import dead
 from orki_server.cli.figures import duration
 from orki_server.cli.repeat import repeated
 from orki_server.cli.settings import events_link, json_option, redis_option, run
@@ -38,6 +39,7 @@ Examples:
   orki streams --watch
   orki streams --json | jq '.[] | .groups[] | select(.lag > 1000)'
   orki streams tail tasks --limit 5
+  orki streams dead review_findings report
 """,
 )
 @click.option("--watch", is_flag=True, help="Print again every second until interrupted.")
@@ -100,6 +102,9 @@ def tail(ctx: click.Context, name: str, from_start: bool, limit: int | None, as_
                             return
 
     run(follow())
+
+
+streams.add_command(dead)
 
 
 def _rows(stream: StreamFigures) -> Iterator[tuple[str, ...]]:

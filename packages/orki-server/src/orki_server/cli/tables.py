@@ -25,6 +25,8 @@ _STYLES: Final = {
     "connected": "green",
     "running": "cyan",
     "offered": "cyan",
+    "live": "green",
+    "applied": "cyan",
     "warn": "yellow",
     "cancelling": "yellow",
     "cancelled": "yellow",

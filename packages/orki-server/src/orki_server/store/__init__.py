@@ -7,6 +7,7 @@ from orki_server.store.ids import new_task_id, shard_of, shard_of_key
 from orki_server.store.link import address_of, without_credentials
 from orki_server.store.looks import TERMINAL, Filter, Look, Seen
 from orki_server.store.offers import Asker, Expired, Offer, Offered, RaiseEpoch, Sweep, Swept
+from orki_server.store.opened import open_fleet
 from orki_server.store.outbox import Outbox, Record
 from orki_server.store.reports import (
     Accept,
@@ -67,6 +68,7 @@ __all__ = [
     "address_of",
     "digest_of",
     "new_task_id",
+    "open_fleet",
     "shard_of",
     "shard_of_key",
     "without_credentials",

@@ -117,6 +117,21 @@ class Fleet:
         self._generation = generation
         return exchanged
 
+    async def laid_out(self) -> int:
+        """Number of the store's shards, for who only looks at it; 0 where no orchestrator has used it yet.
+
+        Raises:
+            InvalidSetting: The store was laid out by another version.
+            StoreUnavailable: The store is away.
+        """
+        shards, version = await self._link.call("HMGET", FleetKeys.LAYOUT, "shards", "version")
+        if version is not None and int(version) != LAYOUT_VERSION:
+            raise InvalidSetting(
+                f"the store at {self._link.address} has layout {int(version)}, this command knows {LAYOUT_VERSION}; "
+                "use the command of the orchestrator's version"
+            )
+        return int(shards or 0)
+
     async def greet(self, agent: AgentSnapshot, digests: Mapping[str, str]) -> Greeting:
         """An agent's hello was accepted: it serves from now on, if its contracts (digest by service) are registered."""
         served = sorted(digests.items())

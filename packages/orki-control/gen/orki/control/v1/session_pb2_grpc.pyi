@@ -9,8 +9,8 @@ The laws:
     a Refused. Anything else breaks the protocol.
  2. Newest instance wins. An agent id has one session. A hello of another instance replaces it: the older is told
     Replaced and must not come back. A late end of the older stream does not touch the newer session.
- 3. Contracts are judged at the hello. A service whose contract differs from the live one of that name is refused by
-    name, before any task is offered.
+ 3. Contracts are judged at the hello. Several contracts of a service may be live at once while they fit; one that
+    breaks with a live one on the wire is refused, before any task is offered, by the rule's name and both versions.
  4. Every gRPC message is a batch of session messages, applied in their order.
  5. Slots bound work. Offered, accepted and running attempts together never exceed the slots of the hello.
  6. An offer is answered. Without Accepted or Declined within the accept timeout it is withdrawn and offered again under
