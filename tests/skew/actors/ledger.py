@@ -22,7 +22,7 @@ async def main() -> None:
                 ledger = (await events.ledger(stream(garden_orki, message))).dump()
                 row = ledger["groups"].get(group, {"processed": 0})
                 found[f"{message}/{group}"] = {"published": ledger["published"], **row}
-            settled = all(row["published"] >= wanted["least"] == row["processed"] for row in found.values())
+            settled = all(row["published"] == row["processed"] >= wanted["least"] for row in found.values())
             if settled or time.monotonic() > deadline:
                 break
             await asyncio.sleep(0.1)
