@@ -19,7 +19,8 @@ from orki_codegen.gate.commits import resolved, text_at
 from orki_codegen.gate.configured import check_configuration
 from orki_codegen.gate.contracts import present
 from orki_codegen.gate.gather import Gathered, from_commit, from_index, stand_in
-from orki_codegen.gate.indexes import Index, configured_index
+from orki_codegen.gate.index_settings import index_settings
+from orki_codegen.gate.indexes import Index
 from orki_codegen.gate.judge import Terms, judge
 from orki_codegen.gate.members import Member, find_members
 from orki_codegen.gate.published import FILE as PUBLISHED
@@ -123,7 +124,7 @@ def _gate(root: Path, given: argparse.Namespace) -> int:
 def _gathered(root: Path, given: argparse.Namespace, members: Mapping[str, Member], folder: Path) -> Gathered:
     """What the tree is held against."""
     if given.against == "index":
-        with Index(configured_index(given.index)) as index:
+        with Index(index_settings(given.index)) as index:
             return from_index(index, members, read_stand_in(root), folder, datetime.now(UTC))
     if given.index is not None:
         raise InvalidSetting("--index goes with --against index alone")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-__all__ = ["Index", "Published", "configured_index"]
+__all__ = ["Index", "Published"]
 
-import os
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,20 +13,13 @@ from typing import Final
 
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
-from pypi_simple import PYPI_SIMPLE_ENDPOINT, DistributionPackage, NoSuchProjectError, PyPISimple
+from pypi_simple import DistributionPackage, NoSuchProjectError, PyPISimple
 
+from orki_codegen.gate.index_settings import IndexSettings
 from orki_contract.exceptions import InvalidSetting
 
 _SECONDS: Final = 30.0
-_SETTINGS: Final = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL")
-_CERTIFICATES: Final = ("REQUESTS_CA_BUNDLE", "PIP_CERT", "SSL_CERT_FILE")
 _GONE: Final = (404, 410)
-
-
-def configured_index(given: str | None) -> str:
-    """The index's address: what is given, else what uv's or pip's variables say, else the public index."""
-    named = given or next((value for name in _SETTINGS if (value := os.environ.get(name))), PYPI_SIMPLE_ENDPOINT)
-    return named if named.endswith("/") else f"{named}/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,17 +40,11 @@ class Published:
 class Index:
     """One package index."""
 
-    def __init__(self, url: str) -> None:
-        """Opens it.
-
-        Args:
-            url: Of its simple API, with a slash at the end; it may hold a name and a password.
-        """
-        self._client = PyPISimple(url)
-        bundle = next((value for name in _CERTIFICATES if (value := os.environ.get(name))), None)
-        if bundle is not None:
-            self._client.s.verify = bundle
-        self._url = url
+    def __init__(self, settings: IndexSettings) -> None:
+        self._client = PyPISimple(settings.url)
+        if settings.certificates is not None:
+            self._client.s.verify = settings.certificates
+        self._url = settings.url
 
     @property
     def label(self) -> str:
