@@ -249,18 +249,22 @@ def test_a_lost_caller_cancels_its_calls() -> None:
     assert [type(error) for error in failed] == [PeerLost]
 
 
-async def test_a_handler_that_blocks_stalls_neither_its_own_connection_nor_others(bridge: ToolBridge) -> None:
-    async with AsyncToolClient(bridge.path, bridge.token, name="tester") as client:
-        start = time.monotonic()
-        sleeping = [asyncio.create_task(client.call(SLEEP, Ask(1_500, 0))) for _ in range(8)]
-        await asyncio.sleep(0)
-        for number in range(50):
-            assert await client.call(ECHO, Ask(number, 0)) == Ask(number, 0)
-        with SyncToolClient(bridge.path, bridge.token, name="other") as other:
-            assert other.call(ECHO, Ask(1, 2)) == Ask(1, 2)
-        assert time.monotonic() - start < 1.5, "the quick calls waited for the sleeping ones"
-        await asyncio.gather(*sleeping)
-        assert time.monotonic() - start < 8 * 1.5, "the sleeping calls waited for each other"
+async def test_a_handler_that_blocks_stalls_neither_its_own_connection_nor_others() -> None:
+    tools = SampleTools()
+    with ToolBridge(tools) as bridge:
+        async with AsyncToolClient(bridge.path, bridge.token, name="tester") as client:
+            # Nobody wakes them before the quick calls are done.
+            sleeping = [asyncio.create_task(client.call(SLEEP, Ask(9_000, 0))) for _ in range(8)]
+            async with asyncio.timeout(8):
+                while tools.sleeping < 8:  # all at once: none waits for another
+                    await asyncio.sleep(0.01)
+            for number in range(50):
+                assert await client.call(ECHO, Ask(number, 0)) == Ask(number, 0)
+            with SyncToolClient(bridge.path, bridge.token, name="other") as other:
+                assert other.call(ECHO, Ask(1, 2)) == Ask(1, 2)
+            assert tools.sleeping == 8
+            tools.release.set()
+            await asyncio.gather(*sleeping)
 
 
 def test_when_all_threads_block_other_connections_go_on() -> None:
@@ -341,29 +345,35 @@ async def test_records_say_what_each_call_was(either: Either, records: list[Tool
     assert (bad.request_bytes, bad.reply_bytes, bad.reason) == (0, 0, Reason.REASON_FRAME_MALFORMED)
 
 
-async def test_calls_wait_for_a_place_and_fail_when_none_comes(bridge: ToolBridge) -> None:
-    options = ClientOptions(max_calls=2, max_waiting=1)
-    async with AsyncToolClient(bridge.path, bridge.token, name="tester", options=options) as client:
-        busy = [asyncio.create_task(client.call(SLEEP, Ask(600, 0))) for _ in range(2)]
-        await asyncio.sleep(0)
-        with pytest.raises(TooManyCalls, match="nothing was sent"):
-            await client.call(ECHO, Ask(1, 2), timeout=0.02)
-        waiting = asyncio.create_task(client.call(ECHO, Ask(1, 2)))
-        await asyncio.sleep(0)
-        with pytest.raises(TooManyCalls, match="the most that may"):
-            await client.call(ECHO, Ask(1, 2))
-        assert await waiting == Ask(1, 2)
-        await asyncio.gather(*busy)
+async def test_calls_wait_for_a_place_and_fail_when_none_comes() -> None:
+    options, tools = ClientOptions(max_calls=2, max_waiting=1), SampleTools()
+    with ToolBridge(tools) as bridge:
+        async with AsyncToolClient(bridge.path, bridge.token, name="tester", options=options) as client:
+            busy = [asyncio.create_task(client.call(SLEEP, Ask(9_000, 0))) for _ in range(2)]
+            await asyncio.sleep(0)
+            with pytest.raises(TooManyCalls, match="nothing was sent"):
+                await client.call(ECHO, Ask(1, 2), timeout=0.02)
+            waiting = asyncio.create_task(client.call(ECHO, Ask(1, 2)))
+            await asyncio.sleep(0)
+            with pytest.raises(TooManyCalls, match="the most that may"):
+                await client.call(ECHO, Ask(1, 2))
+            tools.release.set()
+            assert await waiting == Ask(1, 2)
+            await asyncio.gather(*busy)
 
 
-def test_threads_wait_for_a_connection_and_fail_when_none_comes(bridge: ToolBridge) -> None:
-    options = ClientOptions(max_connections=1)
-    with SyncToolClient(bridge.path, bridge.token, name="tester", options=options) as client:
-        thread = threading.Thread(target=client.call, args=(SLEEP, Ask(500, 0)))
+def test_threads_wait_for_a_connection_and_fail_when_none_comes() -> None:
+    options, tools = ClientOptions(max_connections=1), SampleTools()
+    with (
+        ToolBridge(tools) as bridge,
+        SyncToolClient(bridge.path, bridge.token, name="tester", options=options) as client,
+    ):
+        thread = threading.Thread(target=client.call, args=(SLEEP, Ask(9_000, 0)))
         thread.start()
-        until(lambda: client._wires and not client._idle)
+        until(lambda: tools.sleeping == 1)
         with pytest.raises(TooManyCalls, match="nothing was sent"):
             client.call(ECHO, Ask(1, 2), timeout=0.02)
+        threading.Timer(0.05, tools.release.set).start()
         assert client.call(ECHO, Ask(1, 2)) == Ask(1, 2)
         thread.join()
 
