@@ -140,8 +140,8 @@ def test_a_contract_that_does_not_fit_is_refused_by_name_and_nothing_is_called(t
     assert [type(each) for each in outcomes] == [ContractMismatch] * 5
     for words in (str(each) for each in outcomes):
         assert "ORKI_FIELD_RETYPED" in words
-        assert service_digest(image, SERVICE) in words
-        assert service_digest(image_of(PACKAGE), SERVICE) in words
+        assert service_digest(image, SERVICE)[:19] in words
+        assert service_digest(image_of(PACKAGE), SERVICE)[:19] in words
 
 
 def test_a_service_that_the_bridge_does_not_have_is_not_called_by_opcode() -> None:

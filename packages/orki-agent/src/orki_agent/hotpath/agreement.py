@@ -20,6 +20,7 @@ from orki_contract import Tool
 from orki_contract.errors import ContractMismatch, InvalidContract, UnknownMethod
 from orki_contract.findings import Fit, service_fit
 from orki_contract.images import image_of, service_digest
+from orki_contract.provenance import package_version
 from orki_contract.read import read_image
 
 __all__ = ["ASKING", "check_answer", "contract_tool", "question"]
@@ -36,6 +37,7 @@ ASKING: Final = Plan(_CONTRACT)
 _PREFIX: Final = "sha256:"
 _NO_DIGEST: Final = bytes(32)
 _IMAGES: Final = 64
+_DIGITS: Final = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,11 @@ def check_answer(service: str, answer: ContractAnswerFrame) -> None:
         return
     fit = _fit(service, own.image, answer.image)
     if not fit.compatible:
+        way = "client's to the bridge's" if fit.breaks is fit.forward else "bridge's to the client's"
         raise ContractMismatch(
-            f"the tool bridge serves {service} under the contract {_named(answer.digest)}, this client was made for "
-            f"{_named(own.digest)}: {fit}. Install the package of {service} in one version at both ends"
+            f"the tool bridge serves {service} under the contract {_short(answer.digest)}, which does not fit "
+            f"{_named(service, own.digest)}, for which this client was made. From the {way}, {fit}. Install the package "
+            "of that contract in versions that fit, at both ends"
         )
 
 
@@ -110,5 +114,11 @@ def _fit(service: str, own: bytes, other: bytes) -> Fit:
     return service_fit(service, read_image(own), read)
 
 
-def _named(digest: bytes | None) -> str:
-    return f"{_PREFIX}{(digest or b'').hex()}"
+def _named(service: str, digest: bytes) -> str:
+    """A contract of this process, with the version of the distribution that brought it."""
+    version = package_version(service.rpartition(".")[0])
+    return f"{version} ({_short(digest)})" if version else _short(digest)
+
+
+def _short(digest: bytes | None) -> str:
+    return f"{_PREFIX}{(digest or b'').hex()[:_DIGITS]}"

@@ -137,7 +137,16 @@ class AsyncToolClient:
         self, plan: Plan, request: Any, timeout: float | None, span: Span | None, sizes: list[int] | None
     ) -> tuple[Any, int]:
         micros = plan.timeout_us if timeout is None else plan.micros(timeout)
-        wire = await self._ready(plan.service, micros)
+        wire = self._wire
+        if (
+            wire is None
+            or not wire.alive
+            or wire.full
+            or self._waiters
+            or plan.service not in wire.agreed
+            or asyncio.get_running_loop() is not self._loop
+        ):
+            wire = await self._ready(plan.service, micros)
         trace = self._trace
         if trace[0] is not span:
             trace = self._trace = (span, pack_span(span))
