@@ -43,6 +43,7 @@ def test_what_is_written_is_clean(tmp_path: Path, name: str, package: str) -> No
         ("ruff", "format", "--no-cache", "--check", "."),
         ("buf", "lint"),
         ("buf", "format", "--diff", "--exit-code", "proto"),
+        ("zizmor", "--offline", "--no-progress", "--persona", "pedantic", ".github/workflows"),
     ):
         assert run(folder, *command) == ""
 
