@@ -13,7 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-from orki_codegen.gate.indexes import Index, Published, configured_index
+from orki_codegen.gate.index_settings import index_settings
+from orki_codegen.gate.indexes import Index, Published
 from orki_codegen.gate.published import FILE, read_stand_in
 from orki_contract.exceptions import InvalidSetting, OrkiError
 
@@ -35,7 +36,7 @@ def main() -> int:
         found: dict[str, str] = {}
         label = ""
         if given.index or standing is None:
-            with Index(configured_index(given.index)) as index:
+            with Index(index_settings(given.index)) as index:
                 label = index.label
                 index.check()
                 listed = {name: wheels for name in given.names if (wheels := index.wheels(name))}

@@ -77,8 +77,8 @@ def check_answer(service: str, answer: ContractAnswerFrame) -> None:
         way = "client's to the bridge's" if fit.breaks is fit.forward else "bridge's to the client's"
         raise ContractMismatch(
             f"the tool bridge serves {service} under the contract {_short(answer.digest)}, which does not fit "
-            f"{_named(service, own.digest)}, for which this client was made. From the {way}, {fit}. Install the package "
-            "of that contract in versions that fit, at both ends"
+            f"{_named(service, own.digest)}, for which this client was made. From the {way}, {fit}. Install the "
+            "package of that contract in versions that fit, at both ends"
         )
 
 
