@@ -113,6 +113,25 @@ def test_a_commit_stands_in_for_published(gate: Gate, empty: Shelf, tmp_path: Pa
     assert gate(tmp_path, "--against", "published")[0] == UNREADABLE
 
 
+def test_some_are_published_and_some_are_not(gate: Gate, empty: Shelf, first: Path, tmp_path: Path) -> None:
+    """Each is held against what users have of it."""
+    both = Tree(
+        protos={**FIRST.protos, "acme/desk/v1/desk.proto": "message Sheet { string text = 1; }\n"},
+        versions={"acme-review": "0.1.0", "acme-desk": "0.3.0"},
+        sources=FIRST.sources,
+    )
+    commit = committed(generated(both.lay_out(tmp_path)))
+    (tmp_path / "published.toml").write_text(f'commit = "{commit}"\nreason = "as it was"\n', encoding="utf-8")
+    empty.put(first)
+    status, out, _ = gate(tmp_path, "--index", empty.url)
+    assert status == GREEN
+    assert f"acme-review 0.1.0, against 0.1.0 of {empty.url}: unchanged" in out
+    assert f"acme-desk 0.3.0, first release: nothing on {empty.url} yet; 0.3.0 of published.toml" in out
+    generated(both.edited("acme/desk/v1/desk.proto", "string text = 1", "bytes text = 1").lay_out(tmp_path))
+    status, out, _ = gate(tmp_path, "--index", empty.url)
+    assert (status, "→ acme-desk 0.4.0" in out, "→ acme-review" in out) == (RED, True, False)
+
+
 def test_the_last_wheel_is_what_users_have(gate: Gate, empty: Shelf, first: Path, tmp_path: Path) -> None:
     empty.put(first)
     status, out, _ = gate(generated(FIRST.lay_out(tmp_path)), "--index", empty.url)
@@ -161,7 +180,7 @@ def test_a_private_distribution_is_never_asked_for(gate: Gate, empty: Shelf, fir
         text.replace("[tool.orki]", 'classifiers = ["Private :: Do Not Upload"]\n[tool.orki]'), encoding="utf-8"
     )
     status, out, _ = gate(tmp_path, "--index", empty.url)
-    assert (status, "private; nothing to compare with" in out) == (GREEN, True)
+    assert (status, "private: held against git refs alone" in out) == (GREEN, True)
     assert empty.asked == ["/simple/"]
 
 

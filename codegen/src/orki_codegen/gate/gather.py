@@ -98,12 +98,13 @@ def from_index(
         states[name] = f"against {wheel.version} of {index.label}"
         older += _still_in_streams(index, name, wheels, wheel, folder, now)
     pasts = [Past(releases=last, contract=_together(last.values()))] if last else []
-    standing = stand_in(given, set(members) - set(last), folder / "stand-in") if len(last) < len(members) else None
-    for name in sorted(set(members) - set(last)):
-        first = "private" if members[name].private else f"first release: nothing on {index.label} yet"
+    first = {name for name in public if name not in last}
+    standing = stand_in(given, first, folder / "stand-in") if first else None
+    for name in first:
         there = standing.releases.get(name) if standing is not None else None
         rest = f"{there.version} of {there.origin} stands in for published" if there else "nothing to compare with"
-        states[name] = f"{first}; {rest}"
+        states[name] = f"first release: nothing on {index.label} yet; {rest}"
+    states |= {name: "private: held against git refs alone" for name in members if name not in public}
     if standing is not None and standing.releases:
         pasts.append(standing)
     return Gathered(pasts=(*pasts, *older), states=states)
