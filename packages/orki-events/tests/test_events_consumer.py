@@ -205,14 +205,15 @@ async def test_a_repeated_event_is_handled_once(
 
 
 async def test_a_slow_handler_keeps_its_entry(server: Any, opened: Any, usage: Any, until: Callable[..., Any]) -> None:
-    stream, calls, stop = usage(ack_deadline_ms=300), [], asyncio.Event()
+    # The deadline is long enough for a renewal in time on a busy machine, and over twice while the handler works.
+    stream, calls, stop = usage(ack_deadline_ms=1_000), [], asyncio.Event()
     one, other = await opened(), await opened()
     await one.publish(stream, UsageEvent())
 
     @consumer(stream, group="work", options=QUICK)
     async def on_usage(event: UsageEvent, delivery: Delivery[UsageEvent]) -> None:
         calls.append(delivery.deliveries)
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(2.2)
 
     running = [asyncio.create_task(each.run(on_usage, stop=stop)) for each in (one, other)]
     await until(lambda: calls)

@@ -259,7 +259,13 @@ async def test_stopping_ends_the_clients_in_good_order(
 
 
 async def test_a_client_that_takes_nothing_is_dropped_and_others_go_on(
-    valkey_url: str, events: Events, http: aiohttp.ClientSession, user: Any, capsys: pytest.CaptureFixture[str]
+    valkey_url: str,
+    events: Events,
+    http: aiohttp.ClientSession,
+    user: Any,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    until: Any,
 ) -> None:
     stopped = asyncio.Event()
     running = asyncio.create_task(run_feed(parse_address(valkey_url), FeedOptions(send_timeout_s=0.3), stopped))
@@ -277,7 +283,7 @@ async def test_a_client_that_takes_nothing_is_dropped_and_others_go_on(
         for _ in range(120):
             await events.publish(user.stream, big)
             await asyncio.wait_for(stream.event(), 20)
-    await asyncio.sleep(0.8)
+    await until(lambda: "it was dropped" in caplog.text)
     slow.settimeout(10)
     assert _received(slow) < 120 * 100_000
     slow.close()
