@@ -13,11 +13,13 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from orki_contract.errors import ContractMismatch, Overloaded
 from orki_contract.findings import Fit, service_fit
 from orki_server.contract_family import Family, ServiceContract
+from orki_server.off_loop import off_loop
 from orki_server.store import Change, Contracts, Fleet, Registered
 
 __all__ = ["Admission", "Liveness", "no_delay"]
@@ -86,7 +88,8 @@ class Admission:
         """As `admit`, and changes nothing."""
         seen = await self._seen(newcomer.service)
         live = await self.liveness(newcomer.service, seen)
-        conflict = self._conflict(newcomer, {each.digest: ServiceContract.of(each) for each in seen}, live)
+        standing = {each.digest: ServiceContract.of(each) for each in seen}
+        conflict = await off_loop(partial(_conflict, newcomer, standing, live))
         if conflict is not None:
             other, fit = conflict
             raise ContractMismatch(_refusal(newcomer, other, fit, who, live[other.digest]))
@@ -115,9 +118,9 @@ class Admission:
             standing = {each.digest: ServiceContract.of(each) for each in seen}
             known = next((each for each in seen if each.digest == newcomer.digest), None)
             if known is not None and not ahead:
-                return Family(standing.values())
+                return await off_loop(partial(Family, standing.values()))
             live = await self.liveness(newcomer.service, seen, agent_id)
-            conflict = self._conflict(newcomer, standing, live)
+            conflict = await off_loop(partial(_conflict, newcomer, standing, live))
             if conflict is not None and not settled:
                 settled = True
                 await self._settle()
@@ -126,10 +129,10 @@ class Admission:
                 other, fit = conflict
                 raise ContractMismatch(_refusal(newcomer, other, fit, who, live[other.digest]))
             if known is not None and (known.ahead or live[known.digest]):
-                return Family(standing.values())
+                return await off_loop(partial(Family, standing.values()))
             gone = [each for each in seen if not live[each.digest] and each.digest != newcomer.digest]
             stays = [contract for digest, contract in standing.items() if live[digest]]
-            family = Family([*stays, newcomer])
+            family = await off_loop(partial(Family, [*stays, newcomer]))
             added = Registered(
                 service=newcomer.service,
                 digest=newcomer.digest,
@@ -161,7 +164,8 @@ class Admission:
         gone = [each for each in seen if not live[each.digest] and each.since_ms < recent]
         if not gone or len(gone) == len(seen):
             return False
-        family = Family(ServiceContract.of(each) for each in seen if each not in gone)
+        stays = [ServiceContract.of(each) for each in seen if each not in gone]
+        family = await off_loop(partial(Family, stays))
         return await self._change(seen, gone, None, family)
 
     async def withdraw(self, registered: Registered) -> bool:
@@ -176,7 +180,7 @@ class Admission:
         if not at or live[registered.digest].agents or live[registered.digest].tasks:
             return False
         rest = [ServiceContract.of(each) for each in seen if each not in at]
-        return await self._change(seen, at, None, Family(rest) if rest else None)
+        return await self._change(seen, at, None, await off_loop(partial(Family, rest)) if rest else None)
 
     async def in_use(self, contract: ServiceContract) -> bool:
         """Whether agents serve a contract, or tasks of it have not ended.
@@ -219,17 +223,18 @@ class Admission:
         leading = family.leading.digest if family else ""
         return await self._contracts.change(Change(service=service, seen=seen, gone=gone, added=added, leading=leading))
 
-    @staticmethod
-    def _conflict(
-        newcomer: ServiceContract, standing: Mapping[str, ServiceContract], live: Mapping[str, Liveness]
-    ) -> tuple[ServiceContract, Fit] | None:
-        for digest, other in standing.items():
-            if not live[digest] or digest == newcomer.digest:
-                continue
-            fit = service_fit(newcomer.service, other.read, newcomer.read)
-            if not fit.compatible:
-                return other, fit
-        return None
+
+def _conflict(
+    newcomer: ServiceContract, standing: Mapping[str, ServiceContract], live: Mapping[str, Liveness]
+) -> tuple[ServiceContract, Fit] | None:
+    """The first live contract with which a newcomer breaks."""
+    for digest, other in standing.items():
+        if not live[digest] or digest == newcomer.digest:
+            continue
+        fit = service_fit(newcomer.service, other.read, newcomer.read)
+        if not fit.compatible:
+            return other, fit
+    return None
 
 
 def _refusal(newcomer: ServiceContract, other: ServiceContract, fit: Fit, who: str, live: Liveness) -> str:

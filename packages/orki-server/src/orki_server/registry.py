@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import Final
 
 from orki.control.v1.session_pb2 import ServedService
@@ -19,6 +20,7 @@ from orki_contract.errors import InvalidContract, OrkiError, UnknownMethod
 from orki_contract.model import TaskMethod
 from orki_server.admission import Admission
 from orki_server.contract_family import Family, ServiceContract
+from orki_server.off_loop import off_loop
 from orki_server.store import Store
 
 __all__ = ["Registry"]
@@ -86,7 +88,8 @@ class Registry:
             with contextlib.suppress(InvalidContract):
                 # An image that cannot be read was written by nobody of us; whoever serves it is told so at its hello.
                 if registered:
-                    self._families[service] = Family(ServiceContract.of(each) for each in registered)
+                    contracts = [ServiceContract.of(each) for each in registered]
+                    self._families[service] = await off_loop(partial(Family, contracts))
                     self._registered.add(service)
                     self._revisions[service] = revisions[service]
         for service in self._families.keys() - revisions.keys():
@@ -153,7 +156,7 @@ class Registry:
             contract = ServiceContract(
                 service=served.service, digest=served.digest, image=served.image, version=served.version
             )
-            contract.check()
+            await off_loop(contract.check)
             family = await self._admission.admit(contract, f"agent {agent_id} serves", agent_id=agent_id)
             self._families[served.service] = family
             self._registered.add(served.service)

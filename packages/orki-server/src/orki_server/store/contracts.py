@@ -163,6 +163,9 @@ class Contracts:
         for reply in replies:
             counts = {name.decode(): int(count) for name, count in _pairs(reply)}
             rest = counts.get(service, 0)
+            if not rest:
+                # Contracts' counts that are left were not lowered by an orchestrator that knew of none.
+                continue
             for name, count in counts.items():
                 owner, _, digest = name.partition("@")
                 if digest and owner == service:

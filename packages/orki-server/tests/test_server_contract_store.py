@@ -1,0 +1,239 @@
+"""What the store holds of services' contracts, who may change it, and what of it goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
+from redis import Redis
+
+from orki.control.v1.session_pb2 import ServedService
+from orki.control.v1.task_pb2 import AgentSnapshot
+from orki_contract.errors import ContractMismatch, InvalidContract
+from orki_contract.model import Backoff, TaskMethod
+from orki_contract.trace import new_span
+from orki_server.admission import Admission
+from orki_server.contract_family import Family, ServiceContract, most_patient
+from orki_server.store import Asker, Cancel, Change, Offer, Registered, Store, Submit, Succeed, new_task_id
+
+SERVICE = "servertests.v1.WorkService"
+Make = Callable[..., Any]
+
+
+def add_field(file: FileDescriptorProto) -> None:
+    field = file.message_type[0].field.add(name="note", number=2)
+    field.type, field.label = FieldDescriptorProto.TYPE_STRING, FieldDescriptorProto.LABEL_OPTIONAL
+
+
+def retype(file: FileDescriptorProto) -> None:
+    file.message_type[0].field[0].type = FieldDescriptorProto.TYPE_INT64
+
+
+def contract_of(served: ServedService) -> ServiceContract:
+    return ServiceContract(service=served.service, digest=served.digest, image=served.image, version=served.version)
+
+
+@pytest.fixture
+def three(work: Make) -> tuple[ServiceContract, ServiceContract, ServiceContract]:
+    """An old one, a new one that fits it, and one that fits none."""
+    made = [work(version="1.0.0"), work(version="1.1.0", edit=add_field), work(version="2.0.0", edit=retype)]
+    old, new, broken = map(contract_of, made)
+    return old, new, broken
+
+
+@pytest.fixture
+def admission(store: Store) -> Admission:
+    return Admission(store.contracts, store.fleet, lambda: time.time_ns() // 1000 - 60_000_000)
+
+
+def row(contract: ServiceContract, *, ahead: bool = False) -> Registered:
+    return Registered(
+        service=contract.service,
+        digest=contract.digest,
+        image=contract.image,
+        version=contract.version,
+        ahead=ahead,
+        since_ms=0,
+        admissions=0,
+    )
+
+
+async def digests(store: Store) -> set[str]:
+    return {each.digest for each in (await store.contracts.registered([SERVICE]))[SERVICE]}
+
+
+async def greet(store: Store, agent_id: str, contract: ServiceContract, *, connected: bool = True) -> str:
+    """An agent's session under a contract; the service that is missing, or nothing."""
+    agent = AgentSnapshot(
+        agent_id=agent_id, services=[SERVICE], connected=connected, last_heartbeat_us=time.time_ns() // 1000
+    )
+    return (await store.fleet.greet(agent, {SERVICE: contract.digest})).missing
+
+
+async def test_a_change_that_saw_another_store_does_nothing(store: Store, three: Any) -> None:
+    old, new, _ = three
+    first = Change(service=SERVICE, seen=[], gone=[], added=row(old), leading=old.digest)
+    assert await store.contracts.change(first)
+    assert not await store.contracts.change(first), "it saw an empty store"
+    (seen,) = (await store.contracts.registered([SERVICE]))[SERVICE]
+    exchange = Change(service=SERVICE, seen=[seen], gone=[seen], added=row(new), leading=new.digest)
+    assert await greet(store, "a", old) == ""
+    assert not await store.contracts.change(exchange), "what goes was used since it was seen"
+    (seen,) = (await store.contracts.registered([SERVICE]))[SERVICE]
+    assert seen.admissions == 1
+    before = await store.contracts.revisions()
+    again = Change(service=SERVICE, seen=[seen], gone=[seen], added=row(new), leading=new.digest)
+    assert await store.contracts.change(again)
+    assert await digests(store) == {new.digest}
+    assert before[SERVICE] != (await store.contracts.revisions())[SERVICE]
+    assert await greet(store, "a", old) == SERVICE, "its contract is not registered any more"
+    (service,) = await store.contracts.leading()
+    assert (service.digest, service.image) == (new.digest, new.image)
+
+
+async def test_the_last_contract_of_a_service_takes_its_keys_along(
+    store: Store, admission: Admission, three: Any, redis_url: str
+) -> None:
+    old, _, _ = three
+    await admission.admit(old, "test has")
+    (seen,) = (await store.contracts.registered([SERVICE]))[SERVICE]
+    assert await admission.withdraw(seen)
+    assert not await admission.withdraw(seen)
+    assert await store.contracts.leading() == []
+    with Redis.from_url(redis_url) as redis:
+        assert not [name for name in redis.scan_iter() if b":service:" in name]
+
+
+async def test_what_an_orchestrator_of_before_wrote_is_judged_too(
+    store: Store, admission: Admission, three: Any, redis_url: str
+) -> None:
+    """It knew one contract for each service, and noted neither what agents serve nor what tasks belong to."""
+    old, new, broken = three
+    with Redis.from_url(redis_url) as redis:
+        redis.hset("orki:{of}:services", SERVICE, old.digest)
+        redis.hset(f"orki:{{of}}:service:{SERVICE}", mapping={"digest": old.digest, "image": old.image, "version": ""})
+        redis.hset("orki:{o1}:open", SERVICE, 1)
+    with pytest.raises(ContractMismatch, match="1 task of it has not ended"):
+        await admission.admit(broken, "test has")
+    family = await admission.admit(new, "test has")
+    assert family.leading.digest == new.digest
+    assert await digests(store) == {old.digest, new.digest}
+    with Redis.from_url(redis_url) as redis:
+        redis.delete("orki:{o1}:open")
+        agent = AgentSnapshot(
+            agent_id="a", services=[SERVICE], connected=True, last_heartbeat_us=time.time_ns() // 1000
+        )
+        redis.hset("orki:{of}:agent:a", mapping={"i": "x", "s": agent.SerializeToString()})
+        redis.zadd("orki:{of}:agents", {"a": time.time() * 1000})
+    with pytest.raises(ContractMismatch, match="agent a serves it"):
+        await admission.admit(broken, "test has")
+
+
+async def test_only_what_is_not_live_is_cleaned(store: Store, admission: Admission, three: Any) -> None:
+    old, new, _ = three
+    await admission.admit(old, "test has")
+    assert not await admission.clean(SERVICE, 0), "the last one stays"
+    assert await greet(store, "a", old) == ""
+    await admission.admit(new, "test has")
+    assert await digests(store) == {old.digest, new.digest}
+    assert not await admission.clean(SERVICE, 60_000), "it may have come a moment ago"
+    assert await admission.clean(SERVICE, -1)
+    assert await digests(store) == {old.digest}
+    await admission.admit(new, "test has", ahead=True)
+    assert not await admission.clean(SERVICE, -1), "what was applied ahead waits for its agents"
+    assert await greet(store, "b", new) == ""
+    assert await greet(store, "a", old, connected=False) == ""
+    assert await admission.clean(SERVICE, -1)
+    assert await digests(store) == {new.digest}
+
+
+async def test_nothing_is_cleaned_where_nothing_is_live(store: Store, admission: Admission, three: Any) -> None:
+    """All agents may be away for a moment; which of the contracts they come back with is not known."""
+    old, new, _ = three
+    await admission.admit(old, "test has")
+    assert await greet(store, "a", old) == ""
+    await admission.admit(new, "test has")
+    await greet(store, "a", old, connected=False)
+    assert not await admission.clean(SERVICE, -1)
+    assert await digests(store) == {old.digest, new.digest}
+
+
+async def test_tasks_are_counted_by_the_contract_under_which_they_came(store: Store) -> None:
+    method = TaskMethod(service=SERVICE, name="Do", request="q", response="r")
+
+    async def submit(shard: int, contract: str) -> str:
+        task_id = new_task_id(shard)
+        await store.apply(
+            Submit(
+                task_id=task_id,
+                method=method,
+                request=b"q",
+                digest="0" * 64,
+                idempotency_key="",
+                span=new_span(),
+                actor="t",
+                contract=contract,
+            )
+        )
+        return task_id
+
+    tasks = [await submit(0, "sha256:a"), await submit(1, "sha256:a"), await submit(1, "sha256:b"), await submit(2, "")]
+    assert await store.contracts.unfinished(SERVICE) == {"sha256:a": 2, "sha256:b": 1, "": 1}
+    assert await store.contracts.unfinished("servertests.v1.Work") == {}
+    await store.apply(Cancel(tasks[0], "", "t"))
+    (offered,) = await store.offer(Offer(1, 60_000, (Asker("a", "i", 1, (method.full_name,)),)))
+    await store.apply(Succeed("a", offered.attempt, b"r"))
+    left = await store.contracts.unfinished(SERVICE)
+    assert sum(left.values()) == 2
+    assert left.get("sha256:a", 0) + left.get("sha256:b", 0) == 1
+    for task in tasks:
+        await store.apply(Cancel(task, "", "t"))
+    assert await store.contracts.unfinished(SERVICE) == {}
+
+
+# --- without a store ---
+
+
+def test_the_most_patient_values_of_all() -> None:
+    def task(**values: Any) -> TaskMethod:
+        return TaskMethod(service=SERVICE, name="Do", request="q", response="r", **values)
+
+    slow = Backoff(initial_ms=10, maximum_ms=90_000, multiplier=3.0)
+    one = task(heartbeat_timeout_ms=9_000, attempt_timeout_ms=5_000, stall_timeout_ms=0, max_attempts=2, backoff=slow)
+    two = task(
+        heartbeat_timeout_ms=8_000, attempt_timeout_ms=6_000, stall_timeout_ms=4_000, progress="p", directive="d"
+    )
+    both = most_patient([one, two])
+    assert both == most_patient([two, one])
+    assert (both.heartbeat_timeout_ms, both.attempt_timeout_ms, both.max_attempts) == (9_000, 6_000, 3)
+    assert both.stall_timeout_ms == 0, "no limit is the most patient one"
+    assert most_patient([task(total_timeout_ms=5), task(total_timeout_ms=7)]).total_timeout_ms == 7
+    assert (both.backoff, both.progress, both.directive) == (slow, "p", "d")
+    assert most_patient([one]) == one
+
+
+def test_the_one_leads_that_evolves_all_others_in_any_order(work: Make) -> None:
+    def third(file: FileDescriptorProto) -> None:
+        add_field(file)
+        rpc = file.service[0].method.add()
+        rpc.CopyFrom(file.service[0].method[0])
+        rpc.name = "Extra"
+
+    chain = [contract_of(each) for each in (work(), work(edit=add_field), work(edit=third))]
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        family = Family([chain[at] for at in order])
+        assert family.leading.digest == chain[2].digest
+        assert set(family.methods) == set(chain[2].methods)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [(b"", "lacks contract.binpb"), (b"\xff\xff", "image"), (b"\x0a\x00", "declares no task or tool service")],
+)
+def test_an_image_that_is_none_says_so(image: bytes, words: str) -> None:
+    contract = ServiceContract(service=SERVICE, digest="sha256:" + "0" * 64, image=image)
+    with pytest.raises(InvalidContract, match=words):
+        contract.check()
