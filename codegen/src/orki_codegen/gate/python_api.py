@@ -69,7 +69,16 @@ def api_remarks(root: Path, member: Member, release: Release, public: frozenset[
             old, new = _load(name, before[name]), _load(name, after[name])
             for module in _roots(old, new, public):
                 remarks += _compared(root, member, module, old, new)
-    return remarks
+    return list(_once(remarks))
+
+
+def _once(remarks: Iterable[Remark]) -> Iterable[Remark]:
+    """What is public under several names is told by the shortest."""
+    kept: dict[tuple[str, Location, str], Remark] = {}
+    for each in sorted(remarks, key=lambda each: (len(each.subject), each.subject)):
+        # Two of one rule on one line may still be two parameters.
+        kept.setdefault((each.rule, each.place, each.message.removeprefix(each.subject.rpartition(".")[0])), each)
+    return kept.values()
 
 
 def _texts(package: Path) -> dict[str, bytes]:
