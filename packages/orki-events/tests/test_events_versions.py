@@ -182,6 +182,22 @@ async def test_of_two_that_break_only_one_enters_at_once(opened: Opened, install
         assert sorted(isinstance(each, ContractMismatch) for each in settled) == [False, True], settled
 
 
+async def test_a_refused_stream_does_not_take_others_along(opened: Opened, install: Any, usage: Any) -> None:
+    """Events of both go in one batch; only the refused ones fail, each time, and a withdrawal lets them pass."""
+    first = await started(opened, install("1.0.0", build()))
+    bad, good = install("2.0.0", build(retype)), usage()
+    events = await opened()
+    for _ in range(3):
+        settled = await asyncio.gather(
+            events.publish(bad, bad.message(body=1)), events.publish(good, good.message()), return_exceptions=True
+        )
+        assert isinstance(settled[0], ContractMismatch)
+        assert isinstance(settled[1], bytes)
+    assert (events.counts.published, events.counts.refused) == (3, 3)
+    assert await first._registry.forget(first._link_for_commands(), "notes")
+    assert isinstance(await events.publish(bad, bad.message(body=1)), bytes)
+
+
 async def test_an_image_that_is_none_is_refused(opened: Opened, install: Any) -> None:
     await started(opened, install("1.0.0", build()))
     stream = install("1.0.1", build(add_field))

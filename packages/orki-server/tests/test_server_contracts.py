@@ -7,13 +7,17 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto, FileDescriptorSet
+from redis import Redis
 
 from orki.control.v1.attempt_pb2 import TaskState
 from orki.control.v1.session_pb2 import ServedService
 from orki.control.v1.task_pb2 import Submission, TaskSnapshot
+from orki.events.v1.task_orki import TASKS
 from orki_contract.errors import ContractMismatch, UnknownMethod
+from orki_contract.images import image_of
 from orki_control.client import Client
+from orki_events.stream_versions import StreamVersion
 from orki_server.orchestrator import Orchestrator
 from orki_server.store import Store
 
@@ -267,6 +271,31 @@ async def test_an_agent_elsewhere_in_the_fleet_keeps_its_contract_live(
     await stand_in(here.address, [newer(work)], agent_id="near").ready()
     async with Client(there.address) as client:
         assert (await ended(client, await submit(client, "Extra"))).agent_id == "near"
+
+
+async def test_an_orchestrator_whose_own_streams_do_not_fit_is_refused_at_its_start(
+    redis_url: str, options: Make
+) -> None:
+    image = FileDescriptorSet.FromString(image_of("orki.events.v1"))
+    (file,) = [each for each in image.file if each.name == "orki/events/v1/task.proto"]
+    (event,) = [each for each in file.message_type if each.name == "TaskEvent"]
+    event.field[0].type = FieldDescriptorProto.TYPE_FIXED64
+    event.field[0].ClearField("type_name")
+    content = image.SerializeToString()
+    other = StreamVersion(
+        stream=TASKS.contract, package="orki.events.v1", digest="sha256:other", image=content, version="9.0.0"
+    )
+    with Redis.from_url(redis_url) as redis:
+        redis.hset("orki:images", "sha256:other", content)
+        redis.hset("orki:streams", "tasks", other.record())
+    refused = Orchestrator(options(redis_url))
+    with pytest.raises(ContractMismatch, match=r"ORKI_FIELD_RETYPED.*orki contract withdraw tasks"):
+        await refused.start()
+    with Redis.from_url(redis_url) as redis:
+        assert redis.hdel("orki:streams", "tasks") == 1
+    running = Orchestrator(options(redis_url))
+    await running.start()
+    await running.stop()
 
 
 async def test_registrations_outlive_a_restart(

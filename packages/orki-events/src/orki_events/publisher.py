@@ -22,10 +22,12 @@ from typing import Any, Final, NamedTuple
 from google.protobuf.message import Message
 
 from orki_contract.errors import (
+    ContractMismatch,
     EventsBufferFull,
     EventsReadOnly,
     EventsUnavailable,
     InvalidArgument,
+    InvalidContract,
     LocalProtocolError,
     OrkiError,
     TooLarge,
@@ -310,6 +312,8 @@ class Publisher:
         while self._sending:
             try:
                 await self._prepare(self._sending)
+                if not self._sending:
+                    return
                 if doubtful:
                     self._end(await self._landed(self._sending), None)
                     self.counts.repeated += len(self._sending)
@@ -358,11 +362,20 @@ class Publisher:
             _log.warning("%s could not be trimmed by age: %s", key, error.message)
 
     async def _prepare(self, batch: Sequence[_Item]) -> None:
+        refused: set[str] = set()
         for item in batch:
             contract = item.handle.contract
+            if contract.name in refused:
+                continue
             if contract.name not in self._ready:
-                # Judged before anything is made: who brings a contract that does not fit leaves no trace.
-                await self._registry.register(self._link, item.handle, publishes=True)
+                try:
+                    # Judged before anything is made: who brings a contract that does not fit leaves no trace.
+                    await self._registry.register(self._link, item.handle, publishes=True)
+                except (ContractMismatch, InvalidContract) as error:
+                    # Other streams' events are not concerned.
+                    refused.add(contract.name)
+                    self._end([each for each in batch if each.handle.contract.name == contract.name], error)
+                    continue
                 newest = await self._keeper.ensure(self._link, contract, contract.groups)
                 for key, last_id in newest.items():
                     self._keys.setdefault(key, _Key(last_id))

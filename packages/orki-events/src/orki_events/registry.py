@@ -35,6 +35,7 @@ _STREAMS: Final = b"orki:streams"
 _IMAGES: Final = b"orki:images"
 _SUBSCRIPTIONS: Final = b"orki:subscriptions"
 _TRIES: Final = 20
+_REFUSALS: Final = 64
 _log = logging.getLogger("orki.events")
 
 
@@ -64,6 +65,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._images: dict[str, tuple[str, bytes] | None] = {}
+        self._refused: dict[tuple[str, bytes], str] = {}
 
     async def register(self, link: Link, handle: EventStream[Any, Any], *, publishes: bool) -> None:
         """Tells the fleet of a stream, if it fits what is registered; to be called before the stream is used.
@@ -177,6 +179,8 @@ class Registry:
         record = await link.one((b"HGET", _STREAMS, name)) or b""
         if not record:
             return b"", None
+        if (why := self._refused.get((own.digest, record))) is not None:
+            raise ContractMismatch(why)
         standing = _parsed(name, record, {})
         if standing is None:
             return record, None
@@ -192,11 +196,17 @@ class Registry:
             _log.warning('the registered image of "%s" cannot be read, and is not judged: %s', name, error.message)
             return record, standing
         if why:
-            raise ContractMismatch(
+            said = (
                 f'{who} has the stream "{name}" by {own}, which does not fit {standing}, and that is registered: '
                 f"{why}. Use a version that fits, or another name for the stream; where nobody uses the registered "
                 f"one any more, withdraw it: orki contract withdraw {name}"
             )
+            if own.digest:
+                # Who goes on trying does not have the same two images compared each time.
+                if len(self._refused) >= _REFUSALS:
+                    self._refused.clear()
+                self._refused[own.digest, record] = said
+            raise ContractMismatch(said)
         return record, standing
 
     def _image(self, package: str) -> tuple[str, bytes] | None:

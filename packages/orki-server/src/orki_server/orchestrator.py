@@ -13,7 +13,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[i
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from orki.control.v1 import session_pb2, session_pb2_grpc, task_pb2, task_pb2_grpc
-from orki_contract.errors import InvalidSetting, OrkiError
+from orki.events.v1.agent_orki import AGENTS
+from orki.events.v1.audit_orki import AUDIT
+from orki.events.v1.task_orki import TASKS
+from orki_contract.errors import ContractMismatch, InvalidSetting, OrkiError
 from orki_control.session import OrchestratorSessionOptions
 from orki_control.wire import server_options
 from orki_events import Events, connect
@@ -156,10 +159,12 @@ class Orchestrator:
         Raises:
             StoreUnavailable: The store does not answer.
             InvalidSetting: The port is taken, or the store was laid out otherwise.
+            ContractMismatch: A stream that it publishes is registered by a contract with which its own one breaks.
         """
         try:
             await self._store.open()
             await self._events.__aenter__()
+            await self._prepare_streams()
             await self._registry.refresh()
             self._server = self._build_server()
             self._address = self._listen(self._server)
@@ -179,6 +184,17 @@ class Orchestrator:
         ):
             self._spawn(name, work)
         _log.info("listening on %s, store at %s", self._address, self._store.address)
+
+    async def _prepare_streams(self) -> None:
+        """Registers what it publishes, so that an orchestrator whose contracts do not fit is refused at its start."""
+        try:
+            for stream in (TASKS, AGENTS, AUDIT):
+                await self._events.prepare(stream)
+        except ContractMismatch:
+            raise
+        except OrkiError as error:
+            # Tasks go on without the event plane; it is asked again with the first event.
+            _log.warning("the event plane does not take the orchestrator's streams now: %s", error.message)
 
     async def serve(self, stopped: asyncio.Event) -> None:
         """Waits until `stopped` is set.
