@@ -166,6 +166,20 @@ def test_other_bytes_under_a_published_version_are_refused(
     assert gate(other.promising(acme_review="0.1.1").lay_out(tmp_path), "--index", empty.url)[0] == GREEN
 
 
+def test_a_command_that_is_gone_is_major(gate: Gate, empty: Shelf, tmp_path: Path) -> None:
+    table = generated(FIRST.lay_out(tmp_path / "tree")) / "packages/acme-review/pyproject.toml"
+    text = table.read_text(encoding="utf-8")
+    scripts = '[project.scripts]\nReview = "acme_review:review"\n'
+    table.write_text(text.replace("[tool.orki]", f"{scripts}[tool.orki]"), encoding="utf-8")
+    empty.put(built(tmp_path / "tree", "packages/acme-review", tmp_path))
+    table.write_text(text.replace("[tool.orki]", f"{scripts.replace('Review', 'other')}[tool.orki]"), encoding="utf-8")
+    status, out, _ = gate(tmp_path / "tree", "--index", empty.url)
+    assert status == RED
+    assert "API_COMMAND_REMOVED  the command Review is gone" in out
+    assert "the command other is new" in out
+    assert "must promise 0.2.0 at the least" in out
+
+
 def test_generated_code_that_lags_behind_is_refused(gate: Gate, empty: Shelf, first: Path, tmp_path: Path) -> None:
     empty.put(first)
     generated(FIRST.lay_out(tmp_path))
@@ -214,6 +228,13 @@ def test_what_cannot_be_read_ends_with_two(gate: Gate, empty: Shelf, first: Path
     empty.put(first, content=b"no wheel")
     status, _, said = gate(root, "--index", empty.url)
     assert (status, "acme_review-0.1.0" in said) == (UNREADABLE, True)
+    empty.clear()
+    empty.put(first.with_name("acme_review-0.1.0.tar.gz"), content=b"an sdist")
+    found = tmp_path / "found.json"
+    found.write_text("[]", encoding="utf-8")
+    status, _, said = gate(root, "--index", empty.url, "--json", str(found))
+    assert "no wheel that was not withdrawn" in said, said
+    assert (status, found.exists()) == (UNREADABLE, False)
     broken = tmp_path / first.name
     with zipfile.ZipFile(first) as source, zipfile.ZipFile(broken, "w") as target:
         for name in source.namelist():

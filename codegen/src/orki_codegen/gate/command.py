@@ -85,6 +85,9 @@ def register(commands: Any) -> None:
 def run(given: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     try:
+        if given.json is not None:
+            # What an earlier run wrote must not pass for what this one finds.
+            given.json.unlink(missing_ok=True)
         return _gate(Path.cwd(), given)
     except OrkiError as error:
         print(f"orki-codegen gate: {error.message}", file=sys.stderr)

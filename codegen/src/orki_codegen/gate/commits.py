@@ -61,6 +61,7 @@ def past_at(commit: str, folder: Path, origin: str, *, stands_in: bool = False) 
             origin=origin,
             packages=member.contracts,
             imports=tuple(each for each in (root / member.folder / "src", root / member.folder) if each.is_dir()),
+            commands=member.commands,
             api=member.api or frozenset(),
             folder=root / member.folder,
         )

@@ -74,10 +74,10 @@ class Index:
             )
 
     def wheels(self, name: str) -> list[Published] | None:
-        """Every wheel of a distribution that was not withdrawn, oldest version first; None where it is not known.
+        """Every wheel of a distribution that was not withdrawn, oldest version first; None where nothing is there.
 
         Raises:
-            InvalidSetting: The index cannot be read.
+            InvalidSetting: The index cannot be read, or has releases and no wheel that could be compared.
         """
         try:
             page = self._client.get_project_page(name, timeout=_SECONDS)
@@ -94,7 +94,12 @@ class Index:
             except InvalidVersion:
                 continue
             found.append(Published(version=version, file=file, uploaded=file.upload_time))
-        return sorted(found, key=lambda each: (each.version, each.file.filename))
+        if page.packages and not found:
+            raise InvalidSetting(
+                f"{self.label} has releases of {name}, and no wheel that was not withdrawn: nobody can tell what its "
+                "users have. Publish wheels too, or compare with a git ref"
+            )
+        return sorted(found, key=lambda each: (each.version, each.file.filename)) or None
 
     def fetch(self, wheel: Published, folder: Path) -> Path:
         """Downloads a wheel into a folder.

@@ -13,6 +13,7 @@ from packaging.version import Version
 from orki_codegen.buf import Buf
 from orki_codegen.gate.accepted import Accepted
 from orki_codegen.gate.bumps import heavier, is_promised, least
+from orki_codegen.gate.console import console_remarks
 from orki_codegen.gate.contents import content_remarks
 from orki_codegen.gate.contracts import Present, contract_remarks
 from orki_codegen.gate.imports import imported_modules
@@ -109,7 +110,9 @@ class _Bench:
             self.remarks += [replace(each, fails=each.bump is Bump.MAJOR) for each in self._accept(found)]
             return
         api = api_remarks(self._now.root, member, release, self._public(member, release))
-        judged = [_measured(each, member, release) for each in self._accept([*found, *api])]
+        judged = [
+            _measured(each, member, release) for each in self._accept([*found, *console_remarks(member, release), *api])
+        ]
         if not judged:
             # Under the version of a commit other files may lie: nobody got the earlier ones from an index.
             strict = release.wheel is not None and not unpublished

@@ -46,6 +46,7 @@ class Member:
         place: Where it does.
         contracts: The proto packages that it owns.
         api: Its public modules, as `[tool.orki] api` lists them; None where it lists none, and all are public.
+        commands: The commands that it installs.
         dependencies: All of them, those of extras included.
         private: Whether it is never uploaded (classifier `Private :: Do Not Upload`).
     """
@@ -56,6 +57,7 @@ class Member:
     place: Location
     contracts: frozenset[str]
     api: frozenset[str] | None
+    commands: frozenset[str]
     dependencies: tuple[Dependency, ...]
     private: bool
 
@@ -104,6 +106,7 @@ def _member(text: str, folder: str) -> Member | None:
         place=_place(path, text, r"^version\s*="),
         contracts=frozenset(orki.get("contracts", [])),
         api=frozenset(orki["api"]) if "api" in orki else None,
+        commands=frozenset(project.get("scripts", {})),
         dependencies=tuple(_dependencies(path, text, (each for listed in lists for each in listed))),
         private=_PRIVATE in project.get("classifiers", []),
     )

@@ -23,6 +23,7 @@ class Release:
         origin: Where it comes from, for people: `the index`, or a commit.
         packages: The proto packages that it owns.
         imports: The folders from which its modules are imported.
+        commands: The commands that it installs.
         wheel: The wheel; None where it comes from a commit.
         api: The public modules that its pyproject.toml lists; a wheel does not tell.
         folder: The folder of its sources; None where it comes from a wheel.
@@ -33,6 +34,7 @@ class Release:
     origin: str
     packages: frozenset[str]
     imports: tuple[Path, ...]
+    commands: frozenset[str] = frozenset()
     wheel: Path | None = None
     api: frozenset[str] = frozenset()
     folder: Path | None = None

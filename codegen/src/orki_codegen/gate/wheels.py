@@ -18,6 +18,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.message import DecodeError
 from packaging.version import Version
 
+from orki_codegen.gate.console import installed_commands
 from orki_codegen.gate.past import Release
 from orki_contract.exceptions import InvalidContract, InvalidSetting
 from orki_contract.images import IMAGE_NAME
@@ -44,7 +45,15 @@ def release_of(wheel: Path, folder: Path, name: str, version: Version, origin: s
     except InvalidContract as error:
         raise InvalidContract(f"the wheel {wheel.name} of {origin} cannot be read: {error.message}") from error
     packages = frozenset(each.rpartition("/")[0].replace("/", ".") for each in images)
-    return Release(name=name, version=version, origin=origin, packages=packages, imports=(folder,), wheel=wheel)
+    return Release(
+        name=name,
+        version=version,
+        origin=origin,
+        packages=packages,
+        imports=(folder,),
+        commands=installed_commands(folder),
+        wheel=wheel,
+    )
 
 
 def contents_of(wheel: Path) -> Contents:
