@@ -635,9 +635,9 @@ class ServiceSnapshot(message.Message):
     service: builtins.str
     """Full name."""
     digest: builtins.str
-    """Digest of its contract."""
+    """Digest of its contract; where several are in use, of the one that evolves all others."""
     image: builtins.bytes
-    """Its contract as an image, a serialised google.protobuf.FileDescriptorSet with the options."""
+    """That contract as an image, a serialised google.protobuf.FileDescriptorSet with the options."""
     @builtins.property
     def agent_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """Agents that serve it now."""
