@@ -165,7 +165,10 @@ async def test_a_killed_bridge_ends_every_call_with_peer_lost(path: str) -> None
         thread = in_thread(client, SLEEP, Ask(20_000, 0), outcome)
         async with AsyncToolClient(path, TOKEN, name="x") as other:
             pending = [asyncio.create_task(other.call(ASYNC_SLEEP, Ask(20_000, 0), timeout=30)) for _ in range(5)]
-            await asyncio.sleep(0.2)
+            async with asyncio.timeout(20):
+                while client._idle or other._wire is None or len(other._wire._pending) < 5:
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
             process.kill()
             ended = await asyncio.gather(*pending, return_exceptions=True)
         thread.join()
