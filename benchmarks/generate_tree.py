@@ -1,4 +1,4 @@
-"""Does the work on a tree of protos grow with the tree, or faster: generating, checking, comparing, linting?
+"""Does the work on a tree of protos grow with the tree, or faster: generating, checking, linting, comparing, the gate?
 
 A generated tree has files of all four kinds in packages of ten, and a distribution for every 125 files. The rows give
 the processor time for each file at 1,000 files over that at 250, measured in turns; and what orki's share is beside
@@ -168,17 +168,17 @@ def plant(folder: Path, files: int) -> None:
         carrier = folder / "packages" / f"owner{owner}"
         carrier.mkdir(parents=True)
         contracts = ", ".join(f'"{package}"' for package in sorted(packages))
-        text = f'[project]\nname = "owner{owner}"\n\n[tool.orki]\ncontracts = [{contracts}]\n'
+        text = f'[project]\nname = "owner{owner}"\nversion = "0.1.0"\n\n[tool.orki]\ncontracts = [{contracts}]\n'
         (carrier / "pyproject.toml").write_text(text, encoding="utf-8")
 
 
-def run(folder: Path, *command: str) -> None:
-    """Runs a program of this environment, to success."""
+def run(folder: Path, *command: str, status: int = 0) -> None:
+    """Runs a program of this environment, to the exit status that it must have."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     program = shutil.which(command[0], path=path) or command[0]
     environment = {**os.environ, "PATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([program, *command[1:]], cwd=folder, env=environment, capture_output=True, check=False)
-    if done.returncode:
+    if done.returncode != status:
         raise RuntimeError(f"{' '.join(command)}: {(done.stdout + done.stderr).decode()[-2_000:]}")
 
 
@@ -208,21 +208,29 @@ def compare(folder: Path) -> None:
     run(folder, sys.executable, "-m", "orki_contract.cli", "diff", "before.binpb", "after.binpb", "--json")
 
 
+def gate(folder: Path) -> None:
+    """Likewise, against the commit of that moment: the new fields ask for versions that the tree does not promise."""
+    run(folder, sys.executable, "-m", "orki_codegen.cli", "gate", "--against", "HEAD", status=1)
+
+
 def prepare(folder: Path) -> None:
-    """What `bare` and `compare` need beside the tree."""
+    """What `bare`, `compare` and `gate` need beside the tree."""
     template = (folder / "buf.gen.yaml").read_text(encoding="utf-8")
     kept, found, _ = template.partition("  # x_orki.py")
     if not found:
         raise RuntimeError("buf.gen.yaml no longer ends with orki's plugin")
     (folder / "bare.gen.yaml").write_text(kept, encoding="utf-8")
+    texts = {path: path.read_text(encoding="utf-8") for path in (folder / "proto/tree").rglob("*.proto")}
+    for path, text in texts.items():
+        path.write_text(text.replace(LATER, "", 1), encoding="utf-8")
+    run(folder, "buf", "build", "--as-file-descriptor-set", "--output", "before.binpb")
+    git = ("git", "-c", "user.name=A", "-c", "user.email=a@example.invalid", "-c", "commit.gpgsign=false")
+    run(folder, *git, "init", "--quiet")
+    run(folder, *git, "add", "proto", "packages", "buf.yaml")
+    run(folder, *git, "commit", "--quiet", "--message", "before")
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
     run(folder, "buf", "build", "--as-file-descriptor-set", "--output", "after.binpb")
-    with tempfile.TemporaryDirectory() as copy:
-        earlier = Path(copy) / "tree"
-        shutil.copytree(folder, earlier)
-        for path in earlier.rglob("file*.proto"):
-            text = path.read_text(encoding="utf-8")
-            path.write_text(text.replace(LATER, "", 1), encoding="utf-8")
-        run(earlier, "buf", "build", "--as-file-descriptor-set", "--output", str(folder / "before.binpb"))
 
 
 WORK: Final[dict[str, Callable[[Path], None]]] = {
@@ -230,6 +238,7 @@ WORK: Final[dict[str, Callable[[Path], None]]] = {
     "generate --check": check,
     "buf lint with orki-checks": lint,
     "orki-contract diff": compare,
+    "orki-codegen gate": gate,
 }
 
 
