@@ -6,6 +6,7 @@ import json
 import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from gate_trees import Tree, generated
 from orki_codegen import cli
 from orki_codegen.gate.wheels import built
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)
 
 PROTO = "acme/review/v1/review.proto"
 MODULE = "acme-review/src/acme_review/__init__.py"
@@ -166,6 +167,16 @@ def test_other_bytes_under_a_published_version_are_refused(
     assert gate(other.promising(acme_review="0.1.1").lay_out(tmp_path), "--index", empty.url)[0] == GREEN
 
 
+def test_what_a_deployment_tunes_needs_no_release(gate: Gate, empty: Shelf, first: Path, tmp_path: Path) -> None:
+    """Settings lie beside the distributions, whatever they hold: no wheel has them."""
+    empty.put(first)
+    settings = generated(FIRST.lay_out(tmp_path)) / "deploy/production.toml"
+    settings.parent.mkdir()
+    settings.write_text("[streams.findings.retention]\nmax_entries = 500\nmax_age_s = 3600\n", encoding="utf-8")
+    status, out, _ = gate(tmp_path, "--index", empty.url)
+    assert (status, "unchanged, no release needed" in out) == (GREEN, True)
+
+
 def test_a_command_that_is_gone_is_major(gate: Gate, empty: Shelf, tmp_path: Path) -> None:
     table = generated(FIRST.lay_out(tmp_path / "tree")) / "packages/acme-review/pyproject.toml"
     text = table.read_text(encoding="utf-8")
@@ -259,6 +270,21 @@ def test_refs_that_are_not_there_end_with_two(gate: Gate, empty: Shelf, tmp_path
     assert (status, "git fetch --unshallow" in said) == (UNREADABLE, True)
     assert gate(tmp_path / "shallow", "--against", "HEAD")[0] == GREEN
     assert gate(root, "--against", "HEAD", "--index", empty.url)[0] == UNREADABLE
+
+
+def test_no_folders_name_hides_a_contract(gate: Gate, tmp_path: Path) -> None:
+    """What is left out of a commit as tests or pages is so beside the sources and protos alone."""
+    odd = Tree(
+        protos={"acme/docs/v1/page.proto": "message Page { string text = 1; }\n"},
+        versions={"acme-docs": "1.0.0"},
+        sources={"acme-docs/src/acme_docs/tests/__init__.py": "def check():\n    pass\n"},
+    )
+    odd = replace(odd, sources={**odd.sources, "acme-docs/src/acme_docs/__init__.py": ""})
+    committed(generated(odd.lay_out(tmp_path)))
+    assert gate(tmp_path, "--against", "HEAD")[0] == GREEN
+    odd.edited("acme/docs/v1/page.proto", "string text = 1", "bytes text = 1").lay_out(tmp_path)
+    status, out, _ = gate(tmp_path, "--against", "HEAD")
+    assert (status, "ORKI_FIELD_RETYPED" in out, "API_ADDED" in out) == (RED, True, False)
 
 
 def test_the_gate_asks_that_buf_uses_every_rule(gate: Gate, tmp_path: Path) -> None:

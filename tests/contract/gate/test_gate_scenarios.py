@@ -10,7 +10,7 @@ from gate_trees import TODAY, Tree, verdict_of
 from orki_codegen.gate.judge import Verdict
 from orki_contract.findings import Bump
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 REVIEW = """
 // What was found.

@@ -14,8 +14,10 @@ from orki_contract.difference.git import checked_out, commit_of
 from orki_contract.difference.versions import version_at
 from orki_contract.exceptions import InvalidSetting
 
-# What no contract and no API is read from; the rest of a commit is written out.
-_LEFT_OUT: Final = ("tests/", "docs/", "benchmarks/")
+# Where neither contracts nor modules that users import lie; the rest of a commit is written out.
+_LEFT_OUT: Final = frozenset({"benchmarks", "docs", "tests"})
+_SOURCES: Final = frozenset({"gen", "src"})
+_ALWAYS: Final = (".proto", ".binpb", ".toml", ".yaml", ".lock")
 
 
 def resolved(ref: str) -> str:
@@ -51,7 +53,7 @@ def past_at(commit: str, folder: Path, origin: str, *, stands_in: bool = False) 
         InvalidContract: git cannot read it, or its contract cannot be read.
         InvalidSetting: A pyproject.toml of it cannot be read.
     """
-    checked_out(commit, folder, lambda path: not any(f"/{path}".count(f"/{each}") for each in _LEFT_OUT))
+    checked_out(commit, folder, _wanted)
     # The workspace may be a folder of the repository.
     root = folder / (_git("rev-parse", "--show-prefix") or "")
     releases = {
@@ -68,6 +70,11 @@ def past_at(commit: str, folder: Path, origin: str, *, stands_in: bool = False) 
         for member in find_members(root).values()
     }
     return Past(releases=releases, contract=version_at(str(root)), stands_in=stands_in)
+
+
+def _wanted(path: str) -> bool:
+    folders = set(path.split("/")[:-1])
+    return path.endswith(_ALWAYS) or bool(folders & _SOURCES) or not folders & _LEFT_OUT
 
 
 def text_at(commit: str, path: str) -> str | None:
