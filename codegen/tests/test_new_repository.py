@@ -48,6 +48,16 @@ def test_what_is_written_is_clean(tmp_path: Path, name: str, package: str) -> No
         assert run(folder, *command) == ""
 
 
+def test_its_code_is_typed_and_its_tests_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["init", str(tmp_path), "--name", "acme-review"]) == 0
+    home = tmp_path / "packages/acme-review"
+    roots = [str(home / name) for name in ("gen", "src")]
+    assert run(tmp_path, sys.executable, "-m", "mypy", *roots, str(home / "tests")) == ""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(roots))
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    assert run(tmp_path, sys.executable, "-m", "pytest", "-p", "no:cacheprovider") == ""
+
+
 def test_the_name_comes_from_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
