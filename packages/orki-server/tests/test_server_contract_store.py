@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -192,6 +195,50 @@ async def test_tasks_are_counted_by_the_contract_under_which_they_came(store: St
     for task in tasks:
         await store.apply(Cancel(task, "", "t"))
     assert await store.contracts.unfinished(SERVICE) == {}
+
+
+async def test_no_two_that_break_are_ever_live_whatever_comes_and_goes_at_once(
+    redis_url: str, store: Store, three: Any
+) -> None:
+    """Agents of all versions come and go by two orchestrators at once; after each greeting all who are there fit."""
+    old, new, broken = three
+    other = Store(redis_url, shards=4)
+    await other.open()
+    doors = [(each, Admission(each.contracts, each.fleet, lambda: 0)) for each in (store, other)]
+    chance = random.Random(7)
+    entered: Counter[str] = Counter()
+    seen: list[set[str]] = []
+
+    async def live_once(number: int) -> None:
+        for _ in range(12):
+            at, admission = chance.choice(doors)
+            contract = chance.choice([old, new, broken, broken])
+            agent_id = f"a{number}"
+            try:
+                for _ in range(20):  # as a hello does, until what was judged still stands
+                    await admission.admit(contract, "test has", agent_id=agent_id)
+                    if not await greet(at, agent_id, contract):
+                        break
+                else:
+                    raise AssertionError("it was never greeted")
+            except ContractMismatch:
+                entered["refused"] += 1
+                await asyncio.sleep(chance.uniform(0, 0.02))
+                continue
+            entered[contract.version] += 1
+            agents = await at.fleet.serving()
+            seen.append({each.digests[SERVICE] for each in agents if each.agent.connected})
+            await asyncio.sleep(chance.uniform(0, 0.02))
+            gone = AgentSnapshot(agent_id=agent_id, services=[SERVICE], connected=False)
+            with Redis.from_url(redis_url) as redis:
+                redis.hset(f"orki:{{of}}:agent:{agent_id}", "s", gone.SerializeToString())
+
+    async with asyncio.timeout(90):
+        await asyncio.gather(*(live_once(number) for number in range(4)))
+    await other.close()
+    assert all(len(each) == 1 or broken.digest not in each for each in seen), seen
+    assert entered["refused"], "nobody was ever in another one's way: this proves nothing"
+    assert min(entered["2.0.0"], entered["1.0.0"] + entered["1.1.0"]) > 0
 
 
 # --- without a store ---
