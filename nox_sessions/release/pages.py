@@ -54,6 +54,7 @@ class Pages:
     def __init__(self, address: Address) -> None:
         self._address = address
         self._opener = urllib.request.build_opener(_SameHost)
+        self._places: dict[str, str] = {}
 
     def digests(self, project: str) -> Mapping[str, str]:
         """Return the SHA-256 of each file that the index has of a project; none where it does not know the project.
@@ -74,18 +75,22 @@ class Pages:
         found: dict[str, str] = {}
         for link, digest in _json_links(url, body) if kind == JSON else _html_links(url, kind, body):
             name = unquote(urlsplit(link).path.rpartition("/")[2])
-            found[name] = digest or self._digest(urljoin(base, link))
+            self._places[name] = urljoin(base, link)
+            found[name] = digest or hashlib.sha256(self.fetch(name)).hexdigest()
         return found
 
-    def _digest(self, url: str) -> str:
-        digest = hashlib.sha256()
+    def fetch(self, name: str) -> bytes:
+        """Return the bytes of a file that a page has listed.
+
+        Raises:
+            IndexUnreadable: it cannot be fetched.
+        """
+        url = self._places[name]
         try:
             with self._opened(url, "*/*") as answer:
-                while block := answer.read(1 << 16):
-                    digest.update(block)
+                return answer.read()
         except (FileNotFoundError, _ElsewhereError):
             raise IndexUnreadable(f"{url}: is listed by the index, and cannot be fetched from it") from None
-        return digest.hexdigest()
 
     @contextmanager
     def _opened(self, url: str, accept: str) -> Iterator[HTTPResponse]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["State", "Step", "conflicts", "plan", "unmet"]
+__all__ = ["State", "Step", "but_for_copies", "conflicts", "plan", "unmet"]
 
 import enum
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from packaging.utils import (
     InvalidSdistFilename,
@@ -25,6 +25,7 @@ class State(enum.Enum):
 
     MISSING = "to upload"
     SAME = "already there"
+    COPIES = "already there; only its copies of contracts that others own have changed since"
     OTHER = "there with other bytes"
 
 
@@ -54,6 +55,25 @@ def plan(releases: Iterable[Release], index: Mapping[str, Mapping[str, str]]) ->
             state = State.MISSING if there is None else State.SAME if there == file.sha256 else State.OTHER
             steps.append(Step(release, file, state, there))
     return tuple(steps)
+
+
+def but_for_copies(steps: Sequence[Step], same: Callable[[Step], bool]) -> tuple[Step, ...]:
+    """Leave alone what is published whole and brings the same, but for copies of contracts that others own.
+
+    Args:
+        steps: the plan.
+        same: tells of a step whose file is there with other bytes whether that is so.
+    """
+    found = list(steps)
+    for name in sorted({step.release.name for step in steps if step.state is State.OTHER}):
+        places = [place for place, step in enumerate(steps) if step.release.name == name]
+        others = [place for place in places if steps[place].state is State.OTHER]
+        # A half release is completed with its own bytes, or not at all.
+        whole = all(steps[place].state is not State.MISSING for place in places)
+        if whole and all(same(steps[place]) for place in others):
+            for place in others:
+                found[place] = replace(steps[place], state=State.COPIES)
+    return tuple(found)
 
 
 def conflicts(steps: Iterable[Step]) -> list[str]:

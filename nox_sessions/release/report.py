@@ -55,7 +55,7 @@ class Report:
         return status
 
     def _entry(self, step: Step) -> dict[str, str | None]:
-        states = {State.MISSING: "missing", State.SAME: "same", State.OTHER: "other"}
+        states = {State.MISSING: "missing", State.SAME: "same", State.COPIES: "copies", State.OTHER: "other"}
         return {
             "distribution": step.release.name,
             "version": str(step.release.version),

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 __all__ = ["main"]
 
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,8 +25,9 @@ from nox_sessions.release.address import Address
 from nox_sessions.release.files import BuiltError, Release, releases
 from nox_sessions.release.options import Options
 from nox_sessions.release.pages import IndexUnreadable, Pages
-from nox_sessions.release.plan import State, Step, conflicts, plan, unmet
+from nox_sessions.release.plan import State, Step, but_for_copies, conflicts, plan, unmet
 from nox_sessions.release.report import Report
+from nox_sessions.release.sameness import same_but_for_copies
 
 
 class RefusedError(Exception):
@@ -56,7 +59,7 @@ def _upload(options: Options, report: Report) -> None:
     pages = Pages(options.address)
     own = {each.name for each in built}
     index = {name: pages.digests(name) for name in sorted(own)}
-    steps = plan(chosen, index)
+    steps = but_for_copies(plan(chosen, index), partial(_same, pages))
     report.planned(steps)
     if problems := conflicts(steps) + unmet(chosen, index, own):
         raise RefusedError("\n".join(problems))
@@ -69,10 +72,25 @@ def _upload(options: Options, report: Report) -> None:
         _post(options.address, step)
         report.uploaded(step)
     if not missing:
-        report.end("unchanged", "all of it is on the index already, byte for byte: nothing to do", 0)
+        report.end("unchanged", _nothing(steps), 0)
         return
     _settled(pages, missing, options.settle)
     report.end("published", f"{len(missing)} uploaded, {len(steps) - len(missing)} already there", 0)
+
+
+def _nothing(steps: Sequence[Step]) -> str:
+    """Say why there is nothing to upload."""
+    copies = [step.release.name for step in steps if step.state is State.COPIES]
+    rest = f", but for copies of contracts that others own in {', '.join(dict.fromkeys(copies))}" if copies else ""
+    return f"all of it is on the index already, byte for byte{rest}: nothing to do"
+
+
+def _same(pages: Pages, step: Step) -> bool:
+    """Tell whether the index has the same but for copies; what it serves has to be what its page says."""
+    there = pages.fetch(step.file.name)
+    if hashlib.sha256(there).hexdigest() != step.there:
+        raise IndexUnreadable(f"{step.file.name}: the index serves other bytes than its page says")
+    return same_but_for_copies(step.file.name, step.file.path.read_bytes(), there)
 
 
 def _chosen(built: Sequence[Release], options: Options, report: Report) -> tuple[Release, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
 
 from tests.release.conftest import ROOT, LocalIndex, build, serving
 from tests.release.stub_index import Answer, Request, answering, forward
@@ -104,6 +105,39 @@ def test_other_bytes_are_refused_before_anything_goes_up(built: Path, index: Loc
         assert f"{name}: the index has it with other bytes" in output
     assert "raise the version of orki-server" in output
     assert document(tmp_path / "outcome.json")["outcome"] == "refused"
+
+
+def altered_contract(folder: Path, proto: str, out: Path) -> None:
+    """Build orki-events with one more enum in a file of its contract, its own or one that it imports."""
+    changed = folder / "orki-events"
+    shutil.copytree(ROOT / "packages/orki-events", changed)
+    shutil.copy(ROOT / ".gitignore", folder)  # an sdist brings along the one above it
+    path = changed / "gen/orki/events/v1/contract.binpb"
+    image = FileDescriptorSet.FromString(path.read_bytes())
+    (file,) = (each for each in image.file if each.name == proto)
+    file.enum_type.add(name="Altered").value.add(name="ALTERED", number=0)
+    path.write_bytes(image.SerializeToString(deterministic=True))
+    build([str(changed)], out)
+
+
+def test_a_copy_of_anothers_contract_asks_for_no_release(built: Path, index: LocalIndex, tmp_path: Path) -> None:
+    """Else a change of one contract would be a release of all who import it."""
+    upload(built, index.url, "--only", "orki-contract", "orki-events")
+    altered_contract(tmp_path, "orki/errors/v1/errors.proto", tmp_path / "other")
+    there = {path: path.read_bytes() for path in index.folder.iterdir()}
+    output = upload(tmp_path / "other", index.url, "--json", str(tmp_path / "outcome.json"))
+    assert "but for copies of contracts that others own in orki-events: nothing to do" in output
+    assert {path: path.read_bytes() for path in index.folder.iterdir()} == there
+    assert [entry["now"] for entry in document(tmp_path / "outcome.json")["files"]] == ["copies", "copies"]
+    (wheel,) = index.folder.glob("orki_events-*.whl")
+    wheel.unlink()
+    assert "there with other bytes" in upload(tmp_path / "other", index.url, status=1), "half a release needs its own"
+
+
+def test_a_contract_of_its_own_is_no_copy(built: Path, index: LocalIndex, tmp_path: Path) -> None:
+    upload(built, index.url, "--only", "orki-contract", "orki-events")
+    altered_contract(tmp_path, "orki/events/v1/tool.proto", tmp_path / "other")
+    assert "there with other bytes" in upload(tmp_path / "other", index.url, status=1)
 
 
 @pytest.mark.parametrize("taken", [1, 4, 7])
