@@ -44,7 +44,7 @@ class Outside:
 
 def run(folder: Path, *command: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Runs a command as somebody would who knows nothing of this workspace."""
-    private = ("COV", "NOX", "PYTEST", "PYTHON", "VIRTUAL_ENV", "MYPYPATH")
+    private = ("COV", "NOX", "PYTEST", "PYTHON", "VIRTUAL_ENV", "MYPYPATH", "UV_FIND_LINKS")
     variables = {name: value for name, value in os.environ.items() if not name.startswith(private)}
     variables |= {"PYTHONDONTWRITEBYTECODE": "1", **(environment or {})}
     return subprocess.run(
