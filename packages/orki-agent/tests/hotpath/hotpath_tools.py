@@ -114,16 +114,19 @@ class AsyncSampleTools(oc.AsyncToolService):
 
     Attributes:
         cancelled: Set when a handler was cancelled.
+        begun: Set when a handler naps.
     """
 
     TOOLS = (ASYNC_SLEEP, ASYNC_WHO)
 
     def __init__(self) -> None:
         self.cancelled = threading.Event()
+        self.begun = threading.Event()
 
     async def nap(self, request: Ask, call: oc.ToolCall) -> Ask:
         """Sleeps for `number` milliseconds."""
         try:
+            self.begun.set()
             await asyncio.sleep(request.number / 1_000)
         except asyncio.CancelledError:
             self.cancelled.set()
@@ -212,8 +215,18 @@ with ToolBridge(SampleTools(), AsyncSampleTools(), path=sys.argv[2], token=TOKEN
 def serving_process(path: str) -> subprocess.Popen[bytes]:
     """Another process that serves all sample tools at the path, until it is killed."""
     process = subprocess.Popen([sys.executable, "-c", _SERVE, str(Path(__file__).parent), path])
-    until(lambda: os.path.exists(path) or process.poll() is not None, what="the other process serves")
+    until(lambda: _listens(path) or process.poll() is not None, what="the other process serves")
     return process
+
+
+def _listens(path: str) -> bool:
+    """A socket's file is there before anybody listens at it."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+    return True
 
 
 def open_descriptors() -> int:

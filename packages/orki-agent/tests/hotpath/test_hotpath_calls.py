@@ -215,7 +215,9 @@ async def test_cancelling_the_task_cancels_the_call(tool: oc.Tool) -> None:  # t
     with ToolBridge(blocking, waiting) as bridge:
         async with AsyncToolClient(bridge.path, bridge.token, name="tester", on_call=records.append) as client:
             task = asyncio.create_task(client.call(tool, Ask(20_000, 0), timeout=30))
-            await asyncio.sleep(0.05)
+            async with asyncio.timeout(20):
+                while not blocking.sleeping and not waiting.begun.is_set():
+                    await asyncio.sleep(0.01)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -394,19 +396,21 @@ def _answers(client: SyncToolClient) -> bool:
         return False
 
 
-@pytest.mark.parametrize("close", [True, False])
-async def test_a_closed_client_says_so(bridge: ToolBridge, close: bool) -> None:
+@pytest.mark.parametrize("connected", [True, False])
+async def test_a_closed_client_says_so(bridge: ToolBridge, connected: bool) -> None:
     client = AsyncToolClient(bridge.path, bridge.token, name="tester")
     other = SyncToolClient(bridge.path, bridge.token, name="tester")
-    if close:
+    if connected:
         await client.connect()
         other.call(ECHO, Ask(1, 2))
     pending = asyncio.create_task(client.call(ASYNC_SLEEP, Ask(5_000, 0)))
-    await asyncio.sleep(0.02)
+    # The call is under way, or waits for the connection.
+    await asyncio.sleep(0)
     await client.close()
     other.close()
     with pytest.raises(PeerLost):
         await pending
+    assert not pending.cancelled()
     for _ in range(2):
         with pytest.raises(LocalProtocolError, match="closed"):
             await client.call(ECHO, Ask(1, 2))

@@ -290,8 +290,9 @@ async def test_a_cancelled_connection_attempt_leaves_the_client_usable(path: str
             await calls[0]
         assert not calls[1].done()
         await client.close()
-        with pytest.raises((asyncio.CancelledError, LocalProtocolError)):
+        with pytest.raises(PeerLost, match="closed") as lost:
             await calls[1]
+        assert not lost.value.fully_written
 
 
 def _forked(work: object) -> int:

@@ -191,8 +191,13 @@ class AsyncToolClient:
             raise LocalProtocolError("a tool client serves one event loop: make one for each")
         if self._opening is None:
             self._opening = loop.create_task(self._open())
-        # Shielded: one caller's cancellation is not everybody's.
-        return await asyncio.shield(self._opening)
+            self._opening.add_done_callback(_heard)
+        opening = self._opening
+        # One caller's cancellation is not everybody's; nor is the opening's, by `close`, one of its callers'.
+        await asyncio.wait((opening,))
+        if opening.cancelled():
+            raise PeerLost(self._refusal or "the connection was given up", fully_written=False)
+        return opening.result()
 
     async def _open(self) -> LoopWire:
         try:
@@ -241,6 +246,12 @@ class AsyncToolClient:
             if not waiter.done():
                 waiter.set_result(None)
                 return
+
+
+def _heard(opening: asyncio.Task[LoopWire]) -> None:
+    """Whoever waits hears how it ended; when nobody does any more, nobody needs to."""
+    if not opening.cancelled():
+        opening.exception()
 
 
 def _give_up(waiter: asyncio.Future[None]) -> None:
