@@ -27,7 +27,6 @@ from nox_sessions.release.options import Options
 from nox_sessions.release.pages import IndexUnreadable, Pages
 from nox_sessions.release.plan import State, Step, but_for_copies, conflicts, plan, unmet
 from nox_sessions.release.report import Report
-from nox_sessions.release.sameness import same_but_for_copies
 
 
 class RefusedError(Exception):
@@ -87,6 +86,9 @@ def _nothing(steps: Sequence[Step]) -> str:
 
 def _same(pages: Pages, step: Step) -> bool:
     """Tell whether the index has the same but for copies; what it serves has to be what its page says."""
+    # Here, as it brings the whole gate along, which takes seconds, and is hardly ever needed.
+    from nox_sessions.release.sameness import same_but_for_copies
+
     there = pages.fetch(step.file.name)
     if hashlib.sha256(there).hexdigest() != step.there:
         raise IndexUnreadable(f"{step.file.name}: the index serves other bytes than its page says")
