@@ -196,7 +196,7 @@ class AsyncToolClient:
         # One caller's cancellation is not everybody's; nor is the opening's, by `close`, one of its callers'.
         await asyncio.wait((opening,))
         if opening.cancelled():
-            raise PeerLost(self._refusal or "the connection was given up", fully_written=False)
+            raise PeerLost("the tool client was closed before it was connected", fully_written=False)
         return opening.result()
 
     async def _open(self) -> LoopWire:
