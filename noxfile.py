@@ -173,7 +173,8 @@ def build(session: nox.Session) -> None:
 @nox.session
 def release(session: nox.Session) -> None:
     """Publishing tried on an index of this machine: uploads, kills, what is refused; notes and workflows too."""
-    _pytest(session, ensure(session, DEV), "tests/release", workers=0)
+    # A file stays with one worker: its tests share what they build and install.
+    _pytest(session, ensure(session, DEV), "tests/release", arguments=("--dist", "loadfile"))
 
 
 @nox.session
