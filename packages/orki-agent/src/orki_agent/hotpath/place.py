@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from orki_agent.hotpath.seam import SYSTEM, Seam, check_path
-from orki_contract.errors import SocketUnsafe
+from orki_contract.errors import InvalidSetting, SocketUnsafe
 
 __all__ = ["Place", "check_folder"]
 
@@ -84,21 +84,35 @@ class Place:
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISSOCK(os.lstat(self.path).st_mode):
                 raise SocketUnsafe(f"{self.path} exists and is no socket: remove it or choose another path")
-            os.unlink(self.path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        staged = self._staged()
         try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(staged)
             # Linux gives the file the socket's own mode, so that it is never open, not even for a moment; where that is
             # not so, nobody else comes through the folder.
             with contextlib.suppress(OSError):
                 os.fchmod(listener.fileno(), 0o600)
-            listener.bind(self.path)
-            self._bound = True
-            os.chmod(self.path, 0o600)
+            listener.bind(staged)
+            os.chmod(staged, 0o600)
             listener.listen(backlog)
+            # Who sees the path finds somebody who listens.
+            os.replace(staged, self.path)
+            self._bound = True
         except BaseException:
             listener.close()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(staged)
             raise
         return listener
+
+    def _staged(self) -> str:
+        """Where the socket is bound before it listens; the path itself where a longer one is too long for a socket."""
+        staged = f"{self.path}~"
+        try:
+            return check_path(staged)
+        except InvalidSetting:
+            return self.path
 
     def release(self) -> None:
         """Removes the socket and gives the path back; harmless when done before."""
