@@ -155,7 +155,7 @@ def foreign(session: nox.Session) -> None:
     """Hundreds of protos that nobody here wrote, out of packages from the index, through rules and generator."""
     dev = ensure(session, DEV)
     session.env["ORKI_FOREIGN"] = str(foreign_protos.packages(session, dev))
-    _pytest(session, dev, "tests/foreign")
+    _pytest(session, dev, "tests/foreign", workers=0)
 
 
 @nox.session
