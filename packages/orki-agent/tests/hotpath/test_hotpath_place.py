@@ -6,8 +6,6 @@ import os
 import socket
 import stat
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -178,39 +176,20 @@ def test_a_place_that_cannot_be_bound_is_given_back(folder: Path) -> None:
     assert os.listdir(folder) == ["tools.lock"]
 
 
-def test_who_sees_the_path_is_heard(folder: Path) -> None:
-    """A bridge that serves again and again, and a watcher that connects the instant the file is there."""
-    path = str(folder / "tools")
-    refused: list[OSError] = []
-    heard: list[int] = []
-    ended = threading.Event()
+def test_who_sees_the_path_is_heard(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no instant at which the file is there and nobody listens."""
+    path = folder / "tools"
+    seen: list[bool] = []
+    listen = socket.socket.listen
 
-    def watch() -> None:
-        while not ended.is_set():
-            with socket.socket(socket.AF_UNIX) as peer:
-                try:
-                    peer.connect(path)
-                    heard.append(1)
-                except FileNotFoundError:
-                    continue
-                except OSError as error:
-                    refused.append(error)
+    def watched(self: socket.socket, backlog: int) -> None:
+        seen.append(path.exists())
+        listen(self, backlog)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        for turn in range(200):
-            place = Place(path)
-            with place.listen(1000):
-                wanted, deadline = len(heard) + 1, time.monotonic() + 10
-                while turn % 20 == 0 and len(heard) < wanted and time.monotonic() < deadline:
-                    time.sleep(0.001)
-                # The file goes before the listener does, as a bridge does it.
-                place.release()
-    finally:
-        ended.set()
-        watcher.join(timeout=10)
-    assert not watcher.is_alive()
-    assert heard
-    assert not refused
+    monkeypatch.setattr(socket.socket, "listen", watched)
+    place = Place(path)
+    with place.listen(1), socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(str(path))
+    place.release()
+    assert seen == [False]
     assert os.listdir(folder) == ["tools.lock"]
