@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SCENARIOS", "Edit", "Scenario"]
+__all__ = ["SCENARIOS", "Edit", "Rewrite", "Scenario"]
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,24 @@ class Edit:
 
 
 @dataclass(frozen=True, slots=True)
+class Rewrite:
+    """A line of hand-written modules, wherever it stands, and what comes there instead."""
+
+    before: str
+    after: str
+
+    def apply(self, root: Path) -> None:
+        """Make the edit; it must stand somewhere."""
+        places = [*root.glob("packages/*/src/**/*.py"), *root.glob("examples/*/src/**/*.py")]
+        texts = {path: path.read_text(encoding="utf-8") for path in places}
+        found = {path: text for path, text in texts.items() if self.before in text}
+        if not found:
+            raise SystemExit(f"no module holds what the rehearsal rewrites: {self.before!r}")
+        for path, text in found.items():
+            path.write_text(text.replace(self.before, self.after), encoding="utf-8")
+
+
+@dataclass(frozen=True, slots=True)
 class Scenario:
     """One change.
 
@@ -47,7 +65,7 @@ class Scenario:
     owner: str
     bump: str
     affected: tuple[str, ...] = ()
-    follow: tuple[Edit, ...] = ()
+    follow: tuple[Rewrite, ...] = ()
 
 
 AGENTS = "proto/orki/events/v1/agent.proto"
@@ -55,11 +73,6 @@ AUDIT = "proto/orki/events/v1/audit.proto"
 
 # The constant of a stream is called as the stream is.
 _IMPORT = "from orki.events.v1.agent_orki import AGENTS\n"
-_READERS = (
-    "packages/orki-agent/src/orki_agent/runtime.py",
-    "packages/orki-server/src/orki_server/announcing.py",
-    "packages/orki-server/src/orki_server/observers/metrics.py",
-)
 
 SCENARIOS = (
     Scenario(
@@ -84,7 +97,7 @@ SCENARIOS = (
         owner="orki-events",
         bump="major",
         affected=("metrics",),
-        follow=tuple(Edit(file, _IMPORT, _IMPORT.replace("AGENTS", "LIVES as AGENTS")) for file in _READERS),
+        follow=(Rewrite(_IMPORT, _IMPORT.replace("AGENTS", "LIVES as AGENTS")),),
     ),
     Scenario(
         "c: a retention is lowered",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
-from nox_sessions.release.scenarios import SCENARIOS, Edit
+from nox_sessions.release.scenarios import SCENARIOS, Edit, Rewrite
 from nox_sessions.release.versions import Versions, breaking, raised
 from tests.release.conftest import ROOT
 
@@ -77,13 +77,15 @@ def test_a_break_moves_the_ranges_of_its_siblings(versions: Versions, tmp_path: 
 def test_each_change_of_the_rehearsal_can_still_be_made(tmp_path: Path) -> None:
     """The protos move on; a change that no longer finds its place would be found out late otherwise."""
     shutil.copytree(ROOT / "proto", tmp_path / "proto")
+    shutil.copytree(ROOT / "packages", tmp_path / "packages", ignore=shutil.ignore_patterns("tests", "gen"))
     for scenario in SCENARIOS:
-        for edit in scenario.follow:
-            (tmp_path / edit.file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / edit.file, tmp_path / edit.file)
-        for edit in (*scenario.edits, *scenario.follow):
+        for follower in scenario.follow:
+            follower.apply(tmp_path)
+        for edit in scenario.edits:
             before = (tmp_path / edit.file).read_text(encoding="utf-8")
             edit.apply(tmp_path)
             assert (tmp_path / edit.file).read_text(encoding="utf-8") != before, scenario.name
+    with pytest.raises(SystemExit, match="no module holds"):
+        Rewrite("nowhere to be found", "else").apply(tmp_path)
     with pytest.raises(SystemExit, match="holds 0 times"):
         Edit(SCENARIOS[0].edits[0].file, "nowhere", "else").apply(tmp_path)
