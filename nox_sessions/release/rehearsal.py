@@ -156,8 +156,8 @@ def _scenario(play: _Play, stage: Stage, scenario: Scenario) -> None:
         _must(word in refused.output and word in told, f"{scenario.name}: nobody says that {word} is concerned", told)
     if scenario.affected:
         _too_little_is_refused(stage, scenario)
-    for edit in scenario.follow:
-        edit.apply(stage.clone)
+    for follower in scenario.follow:
+        follower.apply(stage.clone)
     rose = stage.versions().raise_for(scenario.owner, scenario.bump)
     done = stage.publish()
     _must(done.status == 0, f"{scenario.name}: refused with {', '.join(rose)} raised", done.output)
