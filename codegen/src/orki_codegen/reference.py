@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from orki_codegen.tree import MARK
 from orki_contract.descriptors import MessageNode, Path, Schema, ServiceNode, field_path, is_repeated
-from orki_contract.model import Frame, Stream, Subscription, TaskMethod, ToolMethod
+from orki_contract.model import Frame, Retention, Stream, Subscription, TaskMethod, ToolMethod
 from orki_contract.read import ReadContract
 
 REFERENCE: Final = "docs/reference"
@@ -216,4 +216,13 @@ def duration(milliseconds: int) -> str:
     return f"{milliseconds} ms"
 
 
-_ENVIRONMENT.globals.update(duration=duration)
+def tuning(retention: Retention) -> str:
+    """What a deployment may set, such as `10 to 1,000 entries and an age of 1 h to 7 days`."""
+    least, most = retention.entries_bounds
+    shortest, longest = retention.age_bounds_ms
+    words = [f"{least:,} to {most:,} entries"] if least < most else []
+    words += [f"an age of {duration(shortest)} to {duration(longest)}"] if shortest < longest else []
+    return " and ".join(words)
+
+
+_ENVIRONMENT.globals.update(duration=duration, tuning=tuning)

@@ -61,6 +61,32 @@ def tweak_group(draft: Draft, rng: random.Random) -> bool:
     return _perturb(draft, rng, group, where)
 
 
+def rebound(draft: Draft, rng: random.Random) -> bool:
+    """Moves what a stream keeps, or what a deployment may set for it, where it has bounds."""
+    kept = [
+        option.retention
+        for spot in draft.messages()
+        if (option := draft.option(spot.proto.options, "stream")) is not None and option.retention.most_entries
+    ]
+    if not kept:
+        return False
+    retention = rng.choice(kept)
+    name = rng.choice(["max", "least", "least", "most", "most"]) + rng.choice(["_entries", "_age"])
+    draft.touched.add(f"Retention.{name}")
+    if not name.startswith("max") and rng.random() < 0.2:
+        retention.ClearField(name)
+        draft.told.append(f"{name} removed")
+        return True
+    factor = rng.choice([0.5, 0.9, 1.1, 2])
+    if name.endswith("_age"):
+        age = getattr(retention, name)
+        age.seconds = max(1, int(age.seconds * factor))
+    else:
+        setattr(retention, name, max(1, int(getattr(retention, name) * factor)))
+    draft.told.append(f"{name} times {factor}")
+    return True
+
+
 def regroup(draft: Draft, rng: random.Random) -> bool:
     """Adds a group to a stream, or takes one away."""
     streams = [
@@ -224,4 +250,11 @@ def option_fields(schema: Schema) -> frozenset[str]:
 
 OPTION_FIELDS = option_fields
 Mutation = Callable[[Draft, random.Random], bool]
-MUTATIONS: list[tuple[int, Mutation]] = [(14, tweak), (8, tweak_group), (4, regroup), (3, resubscribe), (6, toggle)]
+MUTATIONS: list[tuple[int, Mutation]] = [
+    (14, tweak),
+    (8, tweak_group),
+    (3, rebound),
+    (4, regroup),
+    (3, resubscribe),
+    (6, toggle),
+]

@@ -36,6 +36,7 @@ def judge(old: ReadContract, new: ReadContract, rng: random.Random) -> Iterator[
             yield True, f"stream {stream.name}: published to by old processes, read by none"
         else:
             yield from ((True, f"stream {stream.name}: {each}") for each in _stream(old, new, stream, heir, rng))
+            yield from ((False, f"stream {stream.name}: {each}") for each in _set(stream.retention, heir.retention))
     groups = {(each.package, each.stream, each.group.name): each.group for each in new.contract.subscriptions}
     for each in old.contract.subscriptions:
         group = groups.get((each.package, each.stream, each.group.name))
@@ -98,6 +99,22 @@ def _kept(was: Retention, now: Retention) -> Iterator[str]:
         trimmed = newer >= now.max_entries or bool(now.max_age_ms and old_by >= now.max_age_ms)
         if trimmed:
             yield f"an entry with {newer} newer ones, {old_by} ms old, is trimmed"
+    # The same where a deployment has set the lowest values that each contract lets it set.
+    (few, _), (young, _) = was.entries_bounds, was.age_bounds_ms
+    fewest, youngest = now.entries_bounds[0], now.age_bounds_ms[0]
+    if few - 1 >= fewest or (young and youngest and young - 1 >= youngest):
+        yield f"an entry with {few - 1} newer ones, {young - 1} ms old, is trimmed where least is kept"
+
+
+def _set(was: Retention, now: Retention) -> Iterator[str]:
+    """A deployment's setting that the old contract takes and the new one refuses."""
+    for kind, old, new in (
+        ("entries", was.entries_bounds, now.entries_bounds),
+        ("ms", was.age_bounds_ms, now.age_bounds_ms),
+    ):
+        for value in (old[0], old[1]) if old[0] != old[1] else ():
+            if not new[0] <= value <= new[1]:
+                yield f"a setting of {value} {kind} is refused"
 
 
 def _group(stream: Stream, was: Group, now: Group) -> Iterator[str]:

@@ -13,7 +13,7 @@ from dataclasses import fields
 from orki_contract import difference
 from orki_contract.exceptions import InvalidContract, OrkiError
 from orki_contract.images import service_digest, stream_digest
-from orki_contract.model import Backoff, Contract, Frame, Group, Stream, TaskMethod, ToolMethod, dump
+from orki_contract.model import Backoff, Contract, Frame, Group, Retention, Stream, TaskMethod, ToolMethod, dump
 from orki_contract.read import ReadContract, merged, read_image
 from orki_contract.sources import images_in
 from orki_contract.validate import validate
@@ -127,8 +127,17 @@ def _stream(stream: Stream) -> Iterator[_Row]:
     split = f"; {stream.partitions} partitions by {stream.partition_key}" if stream.partitions > 1 else ""
     yield f"stream {stream.name}", stream.message
     yield "  keeps", f"{stream.retention.max_entries} entries{age}{split}"
+    if stream.retention.tunable:
+        yield "  may keep", _bounds(stream.retention)
     for group in stream.groups:
         yield f"  group {group.name}", _words(group)
+
+
+def _bounds(retention: Retention) -> str:
+    """What a deployment may set, for people: `500 to 5000 entries, 60000 to 60000 ms`."""
+    least, most = retention.entries_bounds
+    shortest, longest = retention.age_bounds_ms
+    return f"{least} to {most} entries" + (f", {shortest} to {longest} ms" if longest else "")
 
 
 def _method(method: TaskMethod | ToolMethod) -> Iterator[_Row]:

@@ -92,14 +92,39 @@ class Retention:
     """When entries may be trimmed, for each partition; limits are approximate (Redis `XADD … MAXLEN ~`).
 
     Attributes:
-        max_entries: Most entries kept.
-        max_age_ms: Longest time that an entry is kept; 0 for no limit.
+        max_entries: Most entries kept, unless a deployment sets another number.
+        max_age_ms: Longest time that an entry is kept, likewise; 0 for no limit.
         overflow: What happens when a limit is reached.
+        least_entries: Fewest entries that a deployment may set; 0: none may set fewer than `max_entries`.
+        most_entries: Most entries that a deployment may set; 0: none may set more than `max_entries`.
+        least_age_ms: Shortest age that a deployment may set; 0: none may set a shorter one than `max_age_ms`.
+        most_age_ms: Longest age that a deployment may set; 0: none may set a longer one than `max_age_ms`.
     """
 
     max_entries: int
     max_age_ms: int = 0
     overflow: Overflow = Overflow.DROP_OLDEST
+    least_entries: int = 0
+    most_entries: int = 0
+    least_age_ms: int = 0
+    most_age_ms: int = 0
+
+    @property
+    def tunable(self) -> bool:
+        """Whether a deployment may set anything at all."""
+        return self.entries_bounds[0] < self.entries_bounds[1] or self.age_bounds_ms[0] < self.age_bounds_ms[1]
+
+    @property
+    def entries_bounds(self) -> tuple[int, int]:
+        """Fewest and most entries that a deployment may set, both `max_entries` where nothing may be set."""
+        return self.least_entries or self.max_entries, self.most_entries or self.max_entries
+
+    @property
+    def age_bounds_ms(self) -> tuple[int, int]:
+        """Shortest and longest age that a deployment may set, likewise; 0 and 0 where no age limits the stream."""
+        if not self.max_age_ms:
+            return 0, 0
+        return self.least_age_ms or self.max_age_ms, self.most_age_ms or self.max_age_ms
 
 
 @dataclass(frozen=True, order=True, slots=True, kw_only=True)

@@ -199,6 +199,11 @@ def _stream(node: MessageNode, option: Any) -> Stream:
         max_entries=option.retention.max_entries,
         max_age_ms=milliseconds(_set(option.retention, "max_age")),
         overflow=Overflow.DROP_OLDEST,
+        # Images that were built with older options know no bounds.
+        least_entries=getattr(option.retention, "least_entries", 0),
+        most_entries=getattr(option.retention, "most_entries", 0),
+        least_age_ms=milliseconds(_set(option.retention, "least_age")),
+        most_age_ms=milliseconds(_set(option.retention, "most_age")),
     )
     return Stream(
         name=option.name,
@@ -291,5 +296,5 @@ def _frame(schema: Schema, node: MessageNode, option: Any) -> Frame:
 
 
 def _set(message: Any, field: str) -> Any:
-    """The value of a submessage field, or None where it is absent."""
-    return getattr(message, field) if message.HasField(field) else None
+    """The value of a submessage field, or None where it is absent, or newer than the image's options."""
+    return getattr(message, field) if field in message.DESCRIPTOR.fields_by_name and message.HasField(field) else None

@@ -10,6 +10,7 @@ from orki_events.publisher import Outgoing
 from orki_events.push import Consumer, consumer
 from orki_events.registry import RegisteredStream
 from orki_events.tail import TailEntry
+from orki_events.tuning import Tuned, Tuning
 
 __all__ = [
     "ConsumeOptions",
@@ -27,6 +28,8 @@ __all__ = [
     "RegisteredStream",
     "StreamLedger",
     "TailEntry",
+    "Tuned",
+    "Tuning",
     "connect",
     "consumer",
 ]

@@ -17,6 +17,7 @@ from orki_events.groups import groups_key, pairs
 from orki_events.redis_shell import Command, Link
 from orki_events.redis_shell_errors import GroupMissing
 from orki_events.scripts import ACKNOWLEDGE, HOLD, REMOVE_CONSUMER, run_script
+from orki_events.tuning import kept_now
 
 HANDED_BACK: Final = "handed-back"
 """Owner of pending entries that a stopped consumer left for others; never a consumer itself."""
@@ -145,7 +146,7 @@ class Chores:
     async def dead_letter(self, command: moves.DeadLetter) -> moves.DeadLettered:
         """XADD to the dead letter stream."""
         key = tagged_key("ev", self._stream.dead_letter(self._group))
-        limit = self._stream.retention.max_entries
+        limit = (await kept_now(self._commands, self._stream)).max_entries
         writes: list[Command] = []
         for letter in command.letters:
             entry_id, fields = letter.entry

@@ -18,7 +18,7 @@ from typing import Any, Self, TypeVar
 
 from google.protobuf.message import Message
 
-from orki_contract.errors import InvalidSetting, LocalProtocolError
+from orki_contract.errors import InvalidSetting, LocalProtocolError, UnknownStream
 from orki_contract.handles import EventStream
 from orki_contract.model import Stream
 from orki_contract.trace import Span, current_span
@@ -35,6 +35,7 @@ from orki_events.redis_shell import Address, Link, parse_address
 from orki_events.registry import RegisteredStream, Registry
 from orki_events.subscription import Subscription, Wires
 from orki_events.tail import TailEntry, follow_stream
+from orki_events.tuning import Tuned, Tuning, read_tunings, tune
 
 E = TypeVar("E", bound=Message)
 G = TypeVar("G", bound=str)
@@ -207,6 +208,32 @@ class Events:
             OrkiError: The server does not answer or refuses.
         """
         return await self._registry.streams(self._link_for_commands())
+
+    async def tune(self, stream: EventStream[Any, Any] | str, tuning: Tuning | None) -> Tuned:
+        """Sets how much of a registered stream the whole fleet keeps, within its contract's bounds; trims at once.
+
+        Args:
+            stream: The stream, or its name.
+            tuning: The setting, in place of an earlier one; None for what the contract says.
+
+        Raises:
+            UnknownStream: No such stream is registered.
+            InvalidSetting: A value lies outside the bounds that the contract declares.
+            OrkiError: The server does not answer or refuses.
+        """
+        name = stream if isinstance(stream, str) else stream.contract.name
+        known = {each.contract.name: each for each in await self.registered_streams()}
+        if name not in known:
+            raise UnknownStream(f'no stream "{name}" is registered (registered: {", ".join(sorted(known)) or "none"})')
+        return await tune(self._link_for_commands(), known[name], tuning)
+
+    async def tunings(self) -> dict[str, Tuning]:
+        """What deployments have set, by stream; a stream that is not there keeps what its contract says.
+
+        Raises:
+            OrkiError: The server does not answer or refuses.
+        """
+        return await read_tunings(self._link_for_commands())
 
     def deliveries(
         self,

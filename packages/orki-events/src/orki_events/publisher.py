@@ -41,9 +41,11 @@ from orki_events.landed import find_landed
 from orki_events.options import EventOptions, Gap, GapKind
 from orki_events.redis_shell import Link, pack
 from orki_events.registry import Registry
+from orki_events.tuning import Tunings
 
 _FIRST_WAIT_S: Final = 0.05
 _LONGEST_WAIT_S: Final = 0.5
+_COMMAND_BYTES: Final = 100
 _log = logging.getLogger("orki.events")
 
 
@@ -108,10 +110,21 @@ class _Item:
     handle: EventStream[Any, Any]
     key: str
     event_id: bytes
-    packed: bytes
+    envelope: bytes
+    raw: bytes
     deadline: float
     number: int
     ticket: Ticket | None
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes, on its way too."""
+        return len(self.key) + len(self.envelope) + len(self.raw) + _COMMAND_BYTES
+
+    def packed(self, limit: int) -> bytes:
+        """The command, as it travels; made late, as a deployment may change the limit until then."""
+        fields = (ENVELOPE_FIELD, self.envelope, DATA_FIELD, self.raw)
+        return pack((b"XADD", self.key, b"MAXLEN", b"~", limit, b"*", *fields))
 
 
 @dataclass(slots=True)
@@ -141,6 +154,7 @@ class Publisher:
         self._options = options
         self._keeper = keeper
         self._registry = registry
+        self._tunings = Tunings()
         self._report = report
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
@@ -204,14 +218,13 @@ class Publisher:
             envelope = encode_envelope(
                 event_id=chosen, producer=self._producer, sequence=number, time_us=moment, span=span
             )
-            limit = contract.retention.max_entries
-            packed = pack((b"XADD", key, b"MAXLEN", b"~", limit, b"*", ENVELOPE_FIELD, envelope, DATA_FIELD, raw))
             self._sequences[contract.name] = number
             self._submitted += 1
             deadline = time.monotonic() + self._options.publish_timeout_s
-            self._queue.append(_Item(handle, key, chosen, packed, deadline, self._submitted, ticket))
+            item = _Item(handle, key, chosen, envelope, raw, deadline, self._submitted, ticket)
+            self._queue.append(item)
             self._entries += 1
-            self._bytes += len(packed)
+            self._bytes += item.size
             if ticket is not None:
                 ticket.open += 1
             first = len(self._queue) == 1
@@ -297,7 +310,7 @@ class Publisher:
         size = 0
         with self._guard:
             while self._queue and len(batch) < self._options.batch_entries:
-                size += len(self._queue[0].packed)
+                size += self._queue[0].size
                 if batch and size > self._options.batch_bytes:
                     break
                 batch.append(self._queue.popleft())
@@ -341,13 +354,16 @@ class Publisher:
 
     async def _send(self, batch: list[_Item]) -> list[Any]:
         self.counts.pipelines += 1
-        replies = await self._link.exchange(b"".join([item.packed for item in batch]), len(batch))
+        contracts = {id(item.handle.contract): item.handle.contract for item in batch}
+        limits = {key: self._tunings.kept(contract).max_entries for key, contract in contracts.items()}
+        packed = b"".join([item.packed(limits[id(item.handle.contract)]) for item in batch])
+        replies = await self._link.exchange(packed, len(batch))
         newest = {item.key: (item, reply) for item, reply in zip(batch, replies, strict=True) if type(reply) is bytes}
         now = time.monotonic()
         for key, (item, entry_id) in newest.items():
             known = self._keys[key]
             known.last_id = entry_id.decode()
-            age = item.handle.contract.retention.max_age_ms
+            age = self._tunings.kept(item.handle.contract).max_age_ms
             if age and now >= known.trim_at:
                 known.trim_at = now + min(max(age / 100_000, 1.0), 60.0)
                 await self._trim(key, entry_id, age)
@@ -362,6 +378,7 @@ class Publisher:
             _log.warning("%s could not be trimmed by age: %s", key, error.message)
 
     async def _prepare(self, batch: Sequence[_Item]) -> None:
+        await self._tunings.refresh(self._link, time.monotonic())
         refused: set[str] = set()
         for item in batch:
             contract = item.handle.contract
@@ -424,7 +441,7 @@ class Publisher:
         lost: dict[str, int] = {}
         size = 0
         for item in batch:
-            size += len(item.packed)
+            size += item.size
             if item.ticket is not None:
                 item.ticket.settle(error)
             elif error is not None:

@@ -17,7 +17,14 @@ REVIEW_FINDINGS: Final[oc.EventStream[pb.FindingEvent, ReviewFindingsGroup]] = o
     oc.Stream(
         name="review_findings",
         message="sourcereview.v1.FindingEvent",
-        retention=oc.Retention(max_entries=1_000_000, max_age_ms=604_800_000),
+        retention=oc.Retention(
+            max_entries=1_000_000,
+            max_age_ms=604_800_000,
+            least_entries=1_000,
+            most_entries=10_000_000,
+            least_age_ms=3_600_000,
+            most_age_ms=2_592_000_000,
+        ),
         partitions=2,
         partition_key="path",
         groups=(oc.Group(name="audit"), oc.Group(name="report", max_deliveries=8)),

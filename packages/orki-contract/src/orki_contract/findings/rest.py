@@ -38,7 +38,9 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     ),
     "RetryBackoff": frozenset({"initial", "maximum", "multiplier"}),
     "StreamOptions": frozenset({"name", "partitions", "partition_key", "retention", "groups"}),
-    "Retention": frozenset({"max_entries", "max_age", "overflow"}),
+    "Retention": frozenset(
+        {"max_entries", "max_age", "overflow", "least_entries", "most_entries", "least_age", "most_age"}
+    ),
     "Group": frozenset({"name", "start", "max_deliveries", "ack_deadline", "dead_letter"}),
     "GroupSubscription": frozenset({"stream", "group"}),
     "FrameOptions": frozenset({"version", "block_length", "fixed"}),

@@ -9,7 +9,7 @@ from typing import Final
 
 from orki_contract.descriptors import Location
 from orki_contract.findings.comparison import Comparison, Places, Side, left_at, was
-from orki_contract.findings.finding import Category, Plane, Rule, additive, breaking
+from orki_contract.findings.finding import Category, Plane, Rule, additive, breaking, source_breaking
 from orki_contract.model import Retention, Stream
 
 _STREAM: Final = Category.STREAM
@@ -20,11 +20,13 @@ RULES: Final[tuple[Rule, ...]] = (
     breaking(_STREAM, "ORKI_STREAM_ENTRIES_LOWERED", "A stream keeps no fewer entries than before."),
     breaking(_STREAM, "ORKI_STREAM_AGE_LOWERED", "A stream keeps entries no shorter than before."),
     breaking(_STREAM, "ORKI_STREAM_LIMITS", "A stream's retention gains no limit by age, and loses none."),
+    breaking(_STREAM, "ORKI_STREAM_LEAST_LOWERED", "A deployment may not keep less of a stream than before."),
+    source_breaking(_STREAM, "ORKI_STREAM_BOUNDS_NARROWED", "What a deployment could set for a stream, it still can."),
     breaking(_STREAM, "ORKI_STREAM_OVERFLOW_CHANGED", "A full stream does what it did before."),
     breaking(_STREAM, "ORKI_STREAM_PARTITIONS_CHANGED", "A stream keeps its number of partitions."),
     breaking(_STREAM, "ORKI_STREAM_KEY_CHANGED", "A stream is partitioned by the same field."),
     additive(_STREAM, "ORKI_STREAM_ADDED", "A stream is new."),
-    additive(_STREAM, "ORKI_STREAM_RELAXED", "A stream keeps more than before."),
+    additive(_STREAM, "ORKI_STREAM_RELAXED", "A stream keeps more than before, or may be set to."),
 )
 
 _Where = Callable[..., Location]
@@ -95,6 +97,31 @@ def _retention(before: Retention, after: Retention, say: Callable[..., None]) ->
     if before.max_age_ms and after.max_age_ms > before.max_age_ms:
         text = f"keeps entries longer: {was(before.max_age_ms, after.max_age_ms, _age)}"
         say("ORKI_STREAM_RELAXED", text, "retention", "max_age")
+    _bounds(before, after, say)
+
+
+def _bounds(before: Retention, after: Retention, say: Callable[..., None]) -> None:
+    """Judges what a deployment may set. A limit by age that came or went is told by another rule."""
+    kinds = [("entries", before.entries_bounds, after.entries_bounds, before.max_entries, after.max_entries)]
+    if before.max_age_ms and after.max_age_ms:
+        kinds.append(("age", before.age_bounds_ms, after.age_bounds_ms, before.max_age_ms, after.max_age_ms))
+    for kind, old, new, was_kept, is_kept in kinds:
+        shown = f"{_range(old, kind)} → {_range(new, kind)}"
+        # A lower value of the contract's own is told already, unless a deployment may go below even that.
+        if new[0] < old[0] and (new[0] < is_kept or is_kept >= was_kept):
+            text = f"may be set to keep less: {shown}"
+            say("ORKI_STREAM_LEAST_LOWERED", text, "retention", f"least_{kind}")
+        if old[0] != old[1] and (old[0] < new[0] or new[1] < old[1]):
+            edge = "least" if old[0] < new[0] else "most"
+            text = f"may not be set to what it could be: {shown}"
+            say("ORKI_STREAM_BOUNDS_NARROWED", text, "retention", f"{edge}_{kind}")
+        if new[1] > old[1] and new[1] > is_kept:
+            say("ORKI_STREAM_RELAXED", f"may be set to keep more: {shown}", "retention", f"most_{kind}")
+
+
+def _range(bounds: tuple[int, int], kind: str) -> str:
+    least, most = (_age(each) if kind == "age" else str(each) for each in bounds)
+    return least if least == most else f"{least} to {most}"
 
 
 def _say(comparison: Comparison, rule: str, stream: Stream, text: str, places: Places) -> None:

@@ -94,13 +94,16 @@ class Judge:
         part: Path = ()
         at: Any = value
         for step in steps:
+            if isinstance(step, str) and step not in at.DESCRIPTOR.fields_by_name:
+                # Options that are older than the field.
+                break
             part += (step if isinstance(step, int) else at.DESCRIPTOR.fields_by_name[step].number,)
             at = at[step] if isinstance(step, int) else getattr(at, step)
         return self.schema.option_location(file, whole, value, part)
 
     def duration(self, place: Location, holder: Any, name: str, subject: str) -> None:
         """Judges one duration, where it is set: from 1 ms to 3,650 days."""
-        if not holder.HasField(name):
+        if name not in holder.DESCRIPTOR.fields_by_name or not holder.HasField(name):
             return
         value = getattr(holder, name)
         length = value.seconds * 1_000_000_000 + value.nanos

@@ -12,6 +12,7 @@ from typing import Any, Final
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
 
 from orki_contract.descriptors import Location, MessageNode, is_repeated
+from orki_contract.read import milliseconds
 from orki_contract.rules.judge import Judge, Rule, listed
 
 RULES: Final[dict[Rule, str]] = {
@@ -20,6 +21,8 @@ RULES: Final[dict[Rule, str]] = {
     "ORKI_MESSAGE_ONE_KIND": "A message is a stream's entry or a frame, not both.",
     "ORKI_STREAM_RETENTION": "A stream says how long entries are kept.",
     "ORKI_STREAM_MAX_ENTRIES": "A stream keeps at least one entry, and at most 2^63-1.",
+    "ORKI_STREAM_BOUNDS": "A stream's bounds enclose what it keeps without a setting.",
+    "ORKI_STREAM_BOUNDS_AGE": "Only a stream that limits the age of its entries has bounds of it.",
     "ORKI_STREAM_OVERFLOW": "A stream's overflow is a value that the generator knows.",
     "ORKI_STREAM_PARTITIONS": "A stream has 1 to 1024 partitions.",
     "ORKI_STREAM_KEY_REQUIRED": "A stream of several partitions names the field that picks one.",
@@ -108,7 +111,9 @@ def _stream(judge: Judge, node: MessageNode, option: Any, namesakes: list[Messag
                 place("retention", "max_entries"),
                 f"{subject} keeps {option.retention.max_entries} entries: give max_entries from 1 to 2^63-1",
             )
-        judge.duration(place("retention", "max_age"), option.retention, "max_age", f"the retention of {subject}")
+        for age in ("max_age", "least_age", "most_age"):
+            judge.duration(place("retention", age), option.retention, age, f"the retention of {subject}")
+        _bounds(judge, option.retention, partial(place, "retention"), subject)
         if option.retention.overflow not in _OVERFLOWS:
             judge.say(
                 "ORKI_STREAM_OVERFLOW",
@@ -125,6 +130,42 @@ def _stream(judge: Judge, node: MessageNode, option: Any, namesakes: list[Messag
                 "ORKI_GROUP_UNIQUE", where("name"), f'{subject} has the group "{group.name}" twice: remove one of them'
             )
         seen.add(group.name)
+
+
+def _bounds(judge: Judge, retention: Any, place: Callable[..., Location], subject: str) -> None:
+    """Judges what a deployment may set: the contract's own value lies between the bounds."""
+    if "least_entries" not in retention.DESCRIPTOR.fields_by_name:
+        # Options that are older than bounds.
+        return
+    for kind in ("entries", "age"):
+        least, kept, most = (_amount(retention, f"{each}_{kind}") for each in ("least", "max", "most"))
+        if kind == "age" and not retention.HasField("max_age"):
+            for name in ("least_age", "most_age"):
+                if retention.HasField(name):
+                    judge.say(
+                        "ORKI_STREAM_BOUNDS_AGE",
+                        place(name),
+                        f"{subject} has {name} and no max_age: give it a max_age, or remove {name}",
+                    )
+            continue
+        if least and least > kept:
+            judge.say(
+                "ORKI_STREAM_BOUNDS",
+                place(f"least_{kind}"),
+                f"{subject} has a least_{kind} above its max_{kind}: give one that is at most max_{kind}",
+            )
+        if most and (most < kept or (kind == "entries" and most >= 1 << 63)):
+            judge.say(
+                "ORKI_STREAM_BOUNDS",
+                place(f"most_{kind}"),
+                f"{subject} has a most_{kind} below its max_{kind} or beyond 2^63-1: give one that is neither",
+            )
+
+
+def _amount(retention: Any, name: str) -> int:
+    """Entries, or milliseconds of an age; 0 where it is left out or negative."""
+    value = getattr(retention, name)
+    return value if isinstance(value, int) else milliseconds(value)
 
 
 def _partitions(judge: Judge, node: MessageNode, option: Any, subject: str) -> None:

@@ -13,7 +13,14 @@ TOOLS: Final[oc.EventStream[pb.ToolEvent, ToolsGroup]] = oc.EventStream(
     oc.Stream(
         name="tools",
         message="orki.events.v1.ToolEvent",
-        retention=oc.Retention(max_entries=1_000_000, max_age_ms=86_400_000),
+        retention=oc.Retention(
+            max_entries=1_000_000,
+            max_age_ms=86_400_000,
+            least_entries=10_000,
+            most_entries=10_000_000,
+            least_age_ms=3_600_000,
+            most_age_ms=2_592_000_000,
+        ),
         groups=(oc.Group(name="audit"), oc.Group(name="metrics")),
     ),
 )

@@ -1,0 +1,203 @@
+"""What a deployment sets is kept, inside the contract's bounds and only there; by a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from orki.events.v1.tool_orki import TOOLS
+from orki.events.v1.tool_pb2 import ToolEvent
+from orki.events.v1.usage_pb2 import UsageEvent
+from orki_contract.errors import InvalidSetting, UnknownStream
+from orki_contract.handles import EventStream
+from orki_contract.model import Retention
+from orki_events import Events, Tuned, Tuning
+from orki_events.tuning import Tunings, kept
+
+KEY = "orki:ev:{bounded}"
+NODE = 100
+"""Entries of one node of a stream (`stream-node-max-entries`): trimming is exact to about this number."""
+BOUNDED = Retention(max_entries=2_000, least_entries=200, most_entries=6_000)
+
+Bounded = Callable[..., EventStream[UsageEvent, Any]]
+
+
+@pytest.fixture
+def bounded(usage: Callable[..., Any]) -> Bounded:
+    """Makes a stream that a deployment may tune, of this retention or another."""
+
+    def make(retention: Retention = BOUNDED, **others: Any) -> EventStream[UsageEvent, Any]:
+        made: EventStream[UsageEvent, Any] = usage("bounded", **others)
+        return replace(made, contract=replace(made.contract, retention=retention))
+
+    return make
+
+
+def length(server: Any, key: str = KEY) -> int:
+    with server.client as client:
+        return int(client.xlen(key))
+
+
+async def publish(events: Events, stream: EventStream[UsageEvent, Any], count: int) -> None:
+    await events.publish_many(stream, [UsageEvent()] * count)
+
+
+async def test_tuned_lower_trims_at_once_and_from_then_on(
+    server: Any, opened: Callable[..., Any], bounded: Bounded, until: Any
+) -> None:
+    running, operator, stream = await opened(), await opened(), bounded()
+    await publish(running, stream, 3_000)
+    assert 2_000 <= length(server) < 2_000 + 2 * NODE
+    tuned = await operator.tune("bounded", Tuning(max_entries=300))
+    assert tuned.retention.max_entries == 300
+    assert tuned.trimmed >= 2_000 - 300 - 2 * NODE
+    assert 300 <= length(server) < 300 + 2 * NODE
+    # Who publishes already hears of it within seconds; who begins now, before its first event.
+    for _ in range(100):
+        await publish(running, stream, 500)
+        if length(server) < 300 + 2 * NODE:
+            break
+        await asyncio.sleep(0.1)
+    assert 300 <= length(server) < 300 + 2 * NODE
+    await publish(await opened(), stream, 500)
+    assert 300 <= length(server) < 300 + 2 * NODE
+    assert await operator.tunings() == {"bounded": Tuning(max_entries=300)}
+
+
+async def test_tuned_higher_keeps_more(server: Any, opened: Callable[..., Any], bounded: Bounded) -> None:
+    operator, stream = await opened(), bounded()
+    await operator.prepare(stream)
+    assert await operator.tune(stream, Tuning(max_entries=5_000)) == Tuned(
+        retention=replace(BOUNDED, max_entries=5_000), trimmed=0
+    )
+    await publish(await opened(), stream, 4_000)
+    assert length(server) == 4_000
+    # The very first event of one who was not there must not trim what others keep.
+    await publish(await opened(), stream, 1)
+    assert length(server) == 4_001
+    back = await operator.tune(stream, None)
+    assert back.retention == BOUNDED
+    assert 2_000 <= length(server) < 2_000 + 2 * NODE
+    assert await operator.tunings() == {}
+
+
+async def test_an_age_is_tuned_likewise(server: Any, opened: Callable[..., Any], bounded: Bounded) -> None:
+    aged = Retention(max_entries=10_000, max_age_ms=3_600_000, least_age_ms=1, most_age_ms=7_200_000)
+    operator, stream = await opened(), bounded(aged, partitions=2)
+    await publish(operator, stream, 500)
+    await asyncio.sleep(0.05)
+    tuned = await operator.tune(stream, Tuning(max_age_ms=1))
+    assert (tuned.retention.max_age_ms, tuned.retention.max_entries) == (1, 10_000)
+    assert tuned.trimmed >= 500 - 2 * NODE
+    publisher = await opened()
+    await publish(publisher, stream, 500)
+    await asyncio.sleep(1.1)
+    await publish(publisher, stream, 1)
+    assert sum(length(server, f"orki:ev:{{bounded:{part}}}") for part in range(2)) < 300
+
+
+async def test_dead_letters_follow_the_setting(
+    server: Any, opened: Callable[..., Any], bounded: Bounded, until: Any
+) -> None:
+    events, stream = await opened(), bounded(Retention(max_entries=600, least_entries=100), max_deliveries=1)
+    await events.prepare(stream)
+    await events.tune(stream, Tuning(max_entries=100))
+    dead = "orki:ev:{bounded.work.dead}"
+    with server.client as client, client.pipeline() as pipeline:
+        for _ in range(500):
+            pipeline.xadd(dead, {"e": b"x"})
+        pipeline.execute()
+    await publish(events, stream, 1)
+    async with events.deliveries(stream, group="work") as deliveries:
+        with pytest.raises(ValueError, match="no"):
+            async with await anext(deliveries):
+                raise ValueError("no")
+        await until(lambda: length(server, dead) < 100 + 2 * NODE)
+    assert length(server, dead) >= 100
+
+
+@pytest.mark.parametrize(
+    ("tuning", "says"),
+    [
+        (Tuning(max_entries=9_999), ["max_entries of 9999", "10000 to 10000000", "least_entries and most_entries"]),
+        (Tuning(max_entries=10_000_001), ["max_entries of 10000001", "10000 to 10000000"]),
+        (Tuning(max_age_ms=3_599_999), ["max_age of 3599999 ms", "3600000 ms to 2592000000 ms"]),
+        (Tuning(max_entries=20_000, max_age_ms=2_592_000_001), ["max_age of 2592000001 ms"]),
+    ],
+)
+async def test_outside_the_bounds_is_refused_and_nothing_written(
+    server: Any, events: Events, tuning: Tuning, says: list[str]
+) -> None:
+    await events.publish(TOOLS, ToolEvent())
+    with pytest.raises(InvalidSetting) as caught:
+        await events.tune(TOOLS, tuning)
+    for each in ('stream "tools"', "orki.events.v1.ToolEvent in orki/events/v1/tool.proto", *says):
+        assert each in caught.value.message
+    assert await events.tunings() == {}
+    assert length(server, "orki:ev:{tools}") == 1
+
+
+async def test_without_bounds_nothing_can_be_set(events: Events, bounded: Bounded) -> None:
+    await events.prepare(bounded(Retention(max_entries=10)))
+    with pytest.raises(InvalidSetting, match="lets no deployment change it"):
+        await events.tune("bounded", Tuning(max_entries=11))
+    with pytest.raises(InvalidSetting, match="limits no age"):
+        await events.tune("bounded", Tuning(max_age_ms=11))
+    with pytest.raises(UnknownStream, match="registered: bounded"):
+        await events.tune("unbounded", Tuning(max_entries=11))
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, "1", None, 1 << 63])
+def test_values_that_are_none(value: Any) -> None:
+    with pytest.raises(InvalidSetting, match="max_entries is"):
+        Tuning(max_entries=value)
+    with pytest.raises(InvalidSetting, match="max_age_ms is"):
+        Tuning(max_age_ms=value)
+
+
+async def test_settings_that_cannot_be_read_or_kept_are_told(
+    server: Any, opened: Callable[..., Any], bounded: Bounded, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "orki.events")
+    with server.client as client:
+        client.hset("orki:retention", "bounded", "[]")
+        client.hset("orki:retention", "other", b"\xff")
+    await publish(await opened(), bounded(), 1)
+    assert 'setting of stream "bounded" in orki:retention cannot be read' in caplog.text
+    caplog.clear()
+    # Set by a newer contract with wider bounds: an older publisher goes as far as its own let it.
+    with server.client as client:
+        client.hset("orki:retention", "bounded", '{"max_entries": 50, "newer": 1}')
+    publisher = await opened()
+    await publish(publisher, bounded(), 1_000)
+    await publish(publisher, bounded(), 1)
+    assert 200 <= length(server) < 200 + 2 * NODE
+    assert caplog.text.count("is set to keep 50 entries") == 1
+
+
+def test_what_is_kept_lies_between_the_bounds() -> None:
+    found = kept(BOUNDED, Tuning(max_entries=1, max_age_ms=5))
+    assert (found.max_entries, found.max_age_ms) == (200, 0)
+    assert kept(BOUNDED, None) == kept(BOUNDED, Tuning()) == BOUNDED
+    assert kept(BOUNDED, Tuning(max_entries=1 << 40)).max_entries == 6_000
+    assert Tunings().kept(TOOLS.contract) == TOOLS.contract.retention
+
+
+async def test_without_memory_there_is_room_after_tuning(
+    server: Any, opened: Callable[..., Any], bounded: Bounded
+) -> None:
+    """At the moment when it is needed most, the server refuses to write anything new."""
+    events, stream = await opened(), bounded()
+    await events.publish_many(stream, [UsageEvent(model="m" * 2_000)] * 2_000)
+    with server.client as client:
+        used = client.info("memory")["used_memory"]
+        client.config_set("maxmemory", used - 1_000_000)
+    tuned = await events.tune(stream, Tuning(max_entries=200))
+    assert tuned.trimmed > 1_000
+    await events.publish(stream, UsageEvent())
+    assert (await events.tunings())["bounded"] == Tuning(max_entries=200)
