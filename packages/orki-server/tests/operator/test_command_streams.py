@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from orki.events.v1.tool_orki import TOOLS
+from orki.events.v1.tool_pb2 import ToolEvent
 from orki_events import Events
 
 pytestmark = pytest.mark.timeout(180)
@@ -56,6 +58,35 @@ async def test_tail_shows_entries_without_secrets(
     assert "registered: secrets" in unknown.err
 
 
+async def test_a_retention_is_tuned_inside_its_bounds(events: Events, orki: Any, redis_only: Any) -> None:
+    await events.publish(TOOLS, ToolEvent())
+    shown = await orki("streams", "tune", "tools", **redis_only)
+    assert shown.out.splitlines() == [
+        "contract  1,000,000 entries, none older than 24 h",
+        "kept      1,000,000 entries, none older than 24 h",
+        "bounds    10,000 to 10,000,000 entries, an age of 1 h to 30 d",
+    ]
+    done = await orki("streams", "tune", "tools", "--max-age", "3d", **redis_only)
+    assert (done.code, "kept      1,000,000 entries, none older than 3 d" in done.out) == (0, True)
+    # What is not named stays as it was set.
+    done = await orki("streams", "tune", "tools", "--max-entries", "20000", "--json", **redis_only)
+    document = json.loads(done.out)
+    assert document["kept"] == document["set"] == {"max_entries": 20_000, "max_age_ms": 259_200_000}
+    assert document["contract"] == {"max_entries": 1_000_000, "max_age_ms": 86_400_000}
+    refused = await orki("streams", "tune", "tools", "--max-entries", "9999", **redis_only)
+    assert (refused.code, refused.err.count("\n")) == (1, 1)
+    for said in ('"tools"', "9999", "10000 to 10000000", "orki/events/v1/tool.proto"):
+        assert said in refused.err
+    (stream,) = json.loads((await orki("streams", "--json", **redis_only)).out)
+    assert stream["retention"]["kept"] == {"max_entries": 20_000, "max_age_ms": 259_200_000}
+    assert "20k/3d*" in (await orki("streams", **redis_only)).out
+    back = await orki("streams", "tune", "tools", "--reset", "--json", **redis_only)
+    assert (json.loads(back.out)["set"], json.loads(back.out)["kept"]["max_entries"]) == (None, 1_000_000)
+    assert "1M/1d " in (await orki("streams", **redis_only)).out
+    unknown = await orki("streams", "tune", "nobody", "--max-entries", "5", **redis_only)
+    assert (unknown.code, "registered: tools" in unknown.err) == (1, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
@@ -69,6 +100,14 @@ async def test_tail_shows_entries_without_secrets(
         (["trace"], 2, "Missing argument"),
         (["streams", "nonsense"], 2, "No such command"),
         (["streams", "tail", "x", "--limit", "0"], 2, "range"),
+        (["streams", "tune", "x"], 1, "does not answer"),
+        (["streams", "tune"], 2, "Missing argument"),
+        (["streams", "tune", "x", "--max-entries", "0"], 2, "range"),
+        (["streams", "tune", "x", "--max-entries", "1.5"], 2, "integer"),
+        (["streams", "tune", "x", "--max-age", "3"], 2, "no length of time"),
+        (["streams", "tune", "x", "--max-age", "0d"], 2, "no length of time"),
+        (["streams", "tune", "x", "--max-bytes", "3"], 2, "No such option"),
+        (["streams", "tune", "x", "--reset", "--max-age", "3d"], 2, "alone"),
     ],
 )
 def test_bad_usage_is_told_in_one_sentence(

@@ -11,11 +11,13 @@ import click
 from click.core import ParameterSource
 
 from orki_events.registry import Registry
+from orki_events.tuning import read_tunings
 from orki_server.cli.dead_letters import dead
 from orki_server.cli.figures import duration
 from orki_server.cli.repeat import repeated
 from orki_server.cli.settings import events_link, json_option, redis_option, run
 from orki_server.cli.tables import Column, print_json, print_table
+from orki_server.cli.tune import keeps, retention_json, tune
 from orki_server.observers.merged_reader import MergedReader
 from orki_server.observers.redaction import safe_json
 from orki_server.observers.stream_figures import StreamFigures, stream_figures
@@ -24,6 +26,7 @@ _COLUMNS = (
     Column(name="STREAM"),
     Column(name="PARTS", right=True),
     Column(name="ENTRIES", right=True),
+    Column(name="KEEPS", right=True),
     Column(name="GROUP"),
     Column(name="LAG", right=True),
     Column(name="PENDING", right=True),
@@ -40,6 +43,7 @@ Examples:
   orki streams --json | jq '.[] | .groups[] | select(.lag > 1000)'
   orki streams tail tasks --limit 5
   orki streams dead review_findings report
+  orki streams tune review_findings --max-age 12h
 """,
 )
 @click.option("--watch", is_flag=True, help="Print again every second until interrupted.")
@@ -47,18 +51,23 @@ Examples:
 @redis_option
 @click.pass_context
 def streams(ctx: click.Context, watch: bool, as_json: bool, redis_url: str) -> None:
-    """Show the event streams: entries, and for each group lag, pending, age of the oldest pending, dead letters."""
+    """Show the event streams: entries, and for each group lag, pending, age of the oldest pending, dead letters.
+
+    KEEPS says how many entries are kept in each partition, and for how long; a star marks what `tune` has set.
+    """
     if ctx.invoked_subcommand is not None:
         ctx.obj = redis_url
         return
 
     async def show() -> None:
         async with events_link(redis_url) as link:
-            found = await stream_figures(link, await Registry().streams(link))
+            known = await Registry().streams(link)
+            found, tunings = await stream_figures(link, known), await read_tunings(link)
+        kept = {each.contract.name: retention_json(each, tunings.get(each.contract.name)) for each in known}
         if as_json:
-            print_json([asdict(each) for each in found])
+            print_json([{**asdict(each), "retention": kept[each.stream]} for each in found])
         else:
-            rows = [row for each in found for row in _rows(each)]
+            rows = [row for each in found for row in _rows(each, keeps(kept[each.stream]))]
             print_table(_COLUMNS, rows, empty="no streams yet: nobody has published or consumed")
 
     run(repeated(show, watch))
@@ -105,10 +114,11 @@ def tail(ctx: click.Context, name: str, from_start: bool, limit: int | None, as_
 
 
 streams.add_command(dead)
+streams.add_command(tune)
 
 
-def _rows(stream: StreamFigures) -> Iterator[tuple[str, ...]]:
-    head = (stream.stream, str(stream.partitions), f"{stream.entries:,}")
+def _rows(stream: StreamFigures, kept: str) -> Iterator[tuple[str, ...]]:
+    head = (stream.stream, str(stream.partitions), f"{stream.entries:,}", kept)
     for group in stream.groups:
         yield (
             *head,
@@ -118,4 +128,4 @@ def _rows(stream: StreamFigures) -> Iterator[tuple[str, ...]]:
             duration(group.oldest_pending_ms * 1000) if group.pending else "-",
             f"{group.dead_letters:,}" if group.dead_letters else "-",
         )
-        head = ("", "", "")
+        head = ("", "", "", "")
