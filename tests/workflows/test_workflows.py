@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.release.conftest import ROOT
-
+ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / ".github/workflows").glob("*.yml"))
 NAMES = [path.name for path in FILES]
 RUN = re.compile(r"^ +(?:- )?run: (.*)$", re.MULTILINE)
