@@ -14,8 +14,9 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 import mutations_layouts
@@ -37,6 +38,11 @@ pytestmark = pytest.mark.timeout(3600)
 
 MUTATIONS = mutations_options.MUTATIONS + mutations_shapes.MUTATIONS + mutations_layouts.MUTATIONS
 WEIGHTS = [weight for weight, _ in MUTATIONS]
+# Edits of what a long run has to have touched: every field of every option, and every kind of field.
+SWEEP = [
+    weight if edit in (*map(itemgetter(1), mutations_options.MUTATIONS), mutations_shapes.retype_field) else 0
+    for weight, edit in MUTATIONS
+]
 
 
 @dataclass
@@ -82,12 +88,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return image
 
 
-def mutant(image: bytes, rng: random.Random) -> tuple[Draft, ReadContract] | None:
+def mutant(image: bytes, rng: random.Random, weights: Sequence[int] = WEIGHTS) -> tuple[Draft, ReadContract] | None:
     """The image with one to three random edits; None where it is none that anybody could release."""
     draft = Draft(image)
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         for _ in range(20):
-            edit = rng.choices(MUTATIONS, WEIGHTS)[0][1]
+            edit = rng.choices(MUTATIONS, weights)[0][1]
             if edit(draft, rng):
                 break
     try:
@@ -135,7 +141,7 @@ def test_no_break_goes_unfound(base: bytes, request: pytest.FixtureRequest, caps
     known = {f"kind {number}" for number in mutations_shapes.KINDS} | mutations_options.option_fields(old.schema)
     # A long run goes on until every field of every option, and every kind of field, has had its turn.
     while tally.mutants < wanted or (1000 <= wanted > tally.mutants // 2 and not known <= tally.touched):
-        made = mutant(base, rng)
+        made = mutant(base, rng, WEIGHTS if tally.mutants < wanted else SWEEP)
         if made is None:
             tally.refused += 1
             continue

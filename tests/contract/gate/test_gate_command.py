@@ -167,16 +167,6 @@ def test_other_bytes_under_a_published_version_are_refused(
     assert gate(other.promising(acme_review="0.1.1").lay_out(tmp_path), "--index", empty.url)[0] == GREEN
 
 
-def test_what_a_deployment_tunes_needs_no_release(gate: Gate, empty: Shelf, first: Path, tmp_path: Path) -> None:
-    """Settings lie beside the distributions, whatever they hold: no wheel has them."""
-    empty.put(first)
-    settings = generated(FIRST.lay_out(tmp_path)) / "deploy/production.toml"
-    settings.parent.mkdir()
-    settings.write_text("[streams.findings.retention]\nmax_entries = 500\nmax_age_s = 3600\n", encoding="utf-8")
-    status, out, _ = gate(tmp_path, "--index", empty.url)
-    assert (status, "unchanged, no release needed" in out) == (GREEN, True)
-
-
 def test_a_command_that_is_gone_is_major(gate: Gate, empty: Shelf, tmp_path: Path) -> None:
     table = generated(FIRST.lay_out(tmp_path / "tree")) / "packages/acme-review/pyproject.toml"
     text = table.read_text(encoding="utf-8")
