@@ -41,7 +41,7 @@ class ScriptMissing(EventsRefused):
 _HINTS: Final[dict[str, tuple[type[OrkiError], str]]] = {
     "OOM": (
         EventsOutOfMemory,
-        "the event server is out of memory; raise maxmemory or shorten the streams' retention",
+        "the event server is out of memory; raise maxmemory or keep less (orki streams tune)",
     ),
     "READONLY": (EventsReadOnly, "the event server is a replica; point the URL at the primary"),
     "MASTERDOWN": (EventsReadOnly, "the event server is a replica that lost its primary"),

@@ -224,7 +224,7 @@ def _memory(info: Mapping[str, str]) -> Check:
         verdict=Verdict.BAD if share >= _MEMORY_BAD else Verdict.WARN,
         figure=figure,
         cause="Nearly full; when it is full, submitting and publishing fail.",
-        next_step="Raise maxmemory, shorten retention, or start the consumers that lag.",
+        next_step="Raise maxmemory, keep less (orki streams tune), or start the consumers that lag.",
     )
 
 
