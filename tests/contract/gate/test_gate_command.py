@@ -218,6 +218,25 @@ def test_older_versions_count_while_their_entries_may_lie(
     assert all("since acme-review 0.1.0" in line for line in told)
 
 
+def test_older_versions_count_for_as_long_as_a_deployment_may_keep_them(
+    gate: Gate, empty: Shelf, tmp_path: Path
+) -> None:
+    """The contract keeps entries for a day, and lets a deployment keep them for ten; the last version came five ago."""
+    tunable = FIRST.edited(PROTO, "{seconds: 86400}", "{seconds: 86400} most_age: {seconds: 864000}")
+    uploaded = datetime.now(UTC) - timedelta(days=5)
+    empty.put(built(generated(tunable.lay_out(tmp_path / "first")), "packages/acme-review", tmp_path / "one"), uploaded)
+    renamed = tunable.edited(PROTO, 'name: "findings"', 'name: "results"').promising(acme_review="0.2.0")
+    empty.put(
+        built(generated(renamed.lay_out(tmp_path / "middle")), "packages/acme-review", tmp_path / "two"), uploaded
+    )
+    note = 'message Note { option (orki.options.v1.stream) = {name: "findings" retention: {max_entries: 1}}; }\n'
+    back = replace(renamed, protos={PROTO: renamed.protos[PROTO] + note}).promising(acme_review="0.2.1")
+    status, out, _ = gate(generated(back.lay_out(tmp_path / "new")), "--index", empty.url)
+    told = [line for line in out.splitlines() if "ORKI_STREAM_MOVED" in line]
+    assert (status, len(told)) == (GREEN, 1)
+    assert "since acme-review 0.1.0" in told[0]
+
+
 def test_what_cannot_be_read_ends_with_two(gate: Gate, empty: Shelf, first: Path, tmp_path: Path) -> None:
     root = generated(FIRST.lay_out(tmp_path / "tree"))
     status, _, said = gate(root, "--index", "http://127.0.0.1:9/simple/")
