@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -219,7 +220,8 @@ def generate(session: nox.Session) -> None:
 @nox.session(default=False)
 def develop(session: nox.Session) -> None:
     """Make the environment that holds every command (orki, orki-agent, orki-contract, …), and say how to enter it."""
-    session.log(f"enter it with: source {ensure(session, DEV).folder / 'bin' / 'activate'}")
+    activate = ensure(session, DEV).folder / "bin" / "activate"
+    session.log(f"enter it with: source {shlex.quote(str(activate))}")
 
 
 @nox.session(default=False)
