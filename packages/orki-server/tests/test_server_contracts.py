@@ -165,7 +165,12 @@ async def test_versions_that_break_are_refused_either_way(
     one = stand_in(orchestrator.address, [first], agent_id="one")
     await one.ready()
     two = stand_in(orchestrator.address, [second], agent_id="two")
-    check_refusal(await refused(two), second, first, "agent one serves it")
+    message = await refused(two)
+    check_refusal(message, second, first, "agent one serves it")
+    # Told as its author made it, whichever of the two came later.
+    told = message.partition("From ")[2]
+    assert told.index(pair[0].version) < told.index(f"to {pair[1].version}")
+    assert "bytes → int64" in told
     await one.close()
     three = stand_in(orchestrator.address, [second], agent_id="three")
     await three.until(lambda: bool(three.opened or three.closed))

@@ -238,11 +238,19 @@ def _conflict(
 
 
 def _refusal(newcomer: ServiceContract, other: ServiceContract, fit: Fit, who: str, live: Liveness) -> str:
-    old, new = (other, newcomer) if fit.breaks is fit.forward else (newcomer, other)
+    forward = _follows(newcomer, other, fit)
+    old, new = (other, newcomer) if forward else (newcomer, other)
     step = "Stop the agents of the other contract and let its tasks end, or serve the new one under another name"
     if live.ahead and not live.agents and not live.tasks:
         step = f"Withdraw that one (orki contract withdraw {other.service} {other.digest}), or serve what fits it"
     return (
         f"{who} {newcomer.service} under the contract {newcomer}, which does not fit {other}, "
-        f"and that is live: {live}. From {old} to {new}, {fit}. {step}"
+        f"and that is live: {live}. From {old} to {new}, {fit.told(forward=forward)}. {step}"
     )
+
+
+def _follows(newcomer: ServiceContract, other: ServiceContract, fit: Fit) -> bool:
+    """Whether a newcomer is the later version: by the numbers, else by the direction in which less breaks."""
+    if newcomer.release != other.release and newcomer.release and other.release:
+        return newcomer.release > other.release
+    return fit.breaks is fit.forward

@@ -8,6 +8,7 @@ one of them may find less time or fewer tries than it promised. A task keeps wha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -60,6 +61,12 @@ class ServiceContract:
     def methods(self) -> Mapping[str, TaskMethod]:
         """Its tasks, by full name."""
         return {each.full_name: each for each in self.read.contract.tasks if each.service == self.service}
+
+    @property
+    def release(self) -> tuple[int, ...]:
+        """The numbers that its version begins with, such as (1, 2, 0); empty where none is known."""
+        numbers = re.match(r"\d+(?:\.\d+)*", self.version)
+        return tuple(map(int, numbers[0].split("."))) if numbers else ()
 
     def __str__(self) -> str:
         """Version, where it is known, and the digest's beginning."""

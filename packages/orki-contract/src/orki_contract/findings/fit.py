@@ -47,13 +47,18 @@ class Fit:
         """The same with the versions exchanged."""
         return Fit(self.backward, self.forward)
 
-    def __str__(self) -> str:
-        """The first breaks with their rules and subjects, or `compatible`."""
+    def told(self, *, forward: bool) -> str:
+        """The first breaks in one direction with their rules and subjects, or `compatible`."""
         if self.compatible:
             return "compatible"
-        told = [f"{each.message} [{each.rule}]" for each in self.breaks[:_SHOWN]]
-        more = len(self.breaks) - _SHOWN
+        breaks = self.forward if forward else self.backward
+        told = [f"{each.message} [{each.rule}]" for each in breaks[:_SHOWN]]
+        more = len(breaks) - _SHOWN
         return "; ".join([*told, f"and {more} more"] if more > 0 else told)
+
+    def __str__(self) -> str:
+        """The first breaks with their rules and subjects, in the direction in which less breaks, or `compatible`."""
+        return self.told(forward=self.breaks is self.forward)
 
 
 def service_fit(service: str, first: ReadContract, second: ReadContract) -> Fit:
