@@ -113,6 +113,9 @@ async def test_a_drained_agent_exits_with_0(orchestrator: Any, work: SimpleNames
     assert work.WorkResponse.FromString(result.response).text == "from another process"
     code, errors = await command.end()
     assert (code, "Traceback" in errors) == (0, False)
+    assert "agent worker-1 left" in errors
+    assert "after draining" in errors
+    assert "lost its session" not in errors
 
 
 async def test_a_second_signal_gives_work_back_at_once(orchestrator: Any, work: SimpleNamespace, start: Any) -> None:

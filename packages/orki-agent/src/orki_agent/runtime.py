@@ -86,6 +86,7 @@ class Runtime:
         )
         self._orchestrator_id = ""
         self._draining = False
+        self._drained = False
         self._early: list[Callable[[], None]] = []
         self._opening: asyncio.Task[None] | None = None
 
@@ -236,6 +237,8 @@ class Runtime:
                         self._runner.revoke(attempt, "its lease could not be renewed")
                 case session.SessionOpened():
                     self._opened(event)
+                case session.SessionLost() if self._drained:
+                    _log.info("agent %s left %s after draining", self.agent_id, self._orchestrator_id)
                 case session.SessionLost(cause=cause):
                     _log.info("agent %s lost its session with %s: %s", self.agent_id, self._orchestrator_id, cause)
                 case session.OrchestratorDraining(grace_ms=grace_ms):
@@ -243,6 +246,7 @@ class Runtime:
                 case session.SessionClosed(error=error):
                     self._closed_by = error
                 case session.DrainCompleted():
+                    self._drained = True
                     self._channel.stop()
                 case session.ResultsAcknowledged():
                     pass

@@ -44,9 +44,9 @@ class FleetServicer(FleetServiceServicer):
             session = self._roster.get(agent.agent_id)
             if session is not None:
                 agent = session.snapshot()
-            elif agent.last_heartbeat_us < silent_since:
-                # Its orchestrator may have died without a word.
-                agent.connected = False
+            elif agent.connected and agent.last_heartbeat_us < silent_since:
+                # Its orchestrator may have died without a word; whether an agent that drained got to its end, who knows.
+                agent.connected = agent.draining = False
             agents.append(agent)
         return agents
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -146,6 +147,36 @@ async def test_tables_fit_80_columns_without_colours(fleet: Any, orki: Any, at: 
     assert all(each in table for each in ids)
     (agent,) = json.loads((await orki("agents", "--json", **at)).out)
     assert (agent["agent_id"], agent["connected"], agent["services"]) == ("agent-1", True, [SERVICE])
+
+
+@pytest.mark.parametrize(("drains", "state"), [(True, "left"), (False, "lost")])
+async def test_who_drained_has_left_and_who_broke_off_is_lost(
+    orchestrator: Any,
+    fleet: Any,
+    orki: Any,
+    at: Any,
+    drains: bool,
+    state: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level("INFO", logger="orki.server.sessions")
+    if drains:
+        fleet.machine.drain(time.monotonic())
+        fleet.say()
+        async with asyncio.timeout(20):
+            while "draining" not in (await orki("agents", **at)).out:
+                await asyncio.sleep(0.1)
+    await fleet.close()
+    async with asyncio.timeout(20):
+        while state not in (await orki("agents", **at)).out.split():
+            await asyncio.sleep(0.1)
+    assert ("agent agent-1 left after draining" in caplog.text) == drains
+    (agent,) = json.loads((await orki("agents", "--json", **at)).out)
+    assert (agent["connected"], agent["draining"]) == (False, drains)
+    # As later, when it has been silent for long.
+    monkeypatch.setattr(orchestrator._fleet, "_silent_us", -60_000_000)
+    assert state in (await orki("agents", **at)).out.split()
 
 
 async def test_the_trace_of_a_real_task(fleet: Any, orki: Any, at: Any, redis_url: str) -> None:

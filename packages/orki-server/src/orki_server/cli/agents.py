@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["agents"]
 
 import time
+from typing import Final
 
 import click
 
@@ -24,6 +25,13 @@ _COLUMNS = (
     Column(name="LAG", right=True),
     Column(name="MEMORY", right=True),
 )
+_STATES: Final = {
+    (True, False): "connected",
+    (True, True): "draining",
+    (False, True): "left",
+    (False, False): "lost",
+}
+"""By whether the agent has a session, and whether it said that it drains."""
 
 
 @click.command(
@@ -37,8 +45,9 @@ Examples:
 @json_option
 @with_orchestrator
 def agents(watch: bool, as_json: bool, orchestrator: str, insecure: bool) -> None:
-    """Show the agents that have a session, or lost one not long ago.
+    """Show the agents that have a session, or had one not long ago.
 
+    STATE is connected, draining (takes no more offers), left (it drained, and stopped), or lost (its session broke).
     BUSY is attempts of slots; HEARD is the time since the last heartbeat; LAG is how late the agent's event loop was.
     """
 
@@ -54,10 +63,9 @@ def agents(watch: bool, as_json: bool, orchestrator: str, insecure: bool) -> Non
 
 
 def _row(agent: AgentSnapshot) -> tuple[str, ...]:
-    state = ("draining" if agent.draining else "connected") if agent.connected else "lost"
     return (
         agent.agent_id,
-        state,
+        _STATES[agent.connected, agent.draining],
         f"{len(agent.attempts)}/{agent.slots}",
         ", ".join(each.rpartition(".")[2] for each in agent.services),
         age(agent.last_heartbeat_us, time.time_ns() // 1000),

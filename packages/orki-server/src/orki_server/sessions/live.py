@@ -49,6 +49,7 @@ class LiveSession:
         epoch: Number of the session among the agent's; 0 before the welcome.
         methods: Full names of the tasks that the agent serves; empty before the welcome.
         cause: Why the stream ended, in words; empty while it lasts.
+        left: Whether the agent ended it after it had drained.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class LiveSession:
         self.epoch = 0
         self.methods: tuple[str, ...] = ()
         self.cause = ""
+        self.left = False
         self._orchestrator_id = options.orchestrator_id
         self._told = told
         self._loop = asyncio.get_running_loop()
@@ -117,7 +119,7 @@ class LiveSession:
             last_heartbeat_us=self._heard_us,
             loop_lag_us=beat.loop_lag_us if beat else 0,
             memory_bytes=beat.memory_bytes if beat else 0,
-            draining=machine.state is OrchestratorState.AGENT_DRAINING,
+            draining=self.left or machine.state is OrchestratorState.AGENT_DRAINING,
         )
 
     def heard(self, beat: HeartbeatArrived | None = None) -> None:
@@ -195,7 +197,16 @@ class LiveSession:
             await asyncio.gather(reader, writer, return_exceptions=True)
             self.cause = self.cause or "the stream ended"
             if self.machine.state is not OrchestratorState.ENDED:
+                self._judge_end()
                 self._tell(self.machine.connection_lost(time.monotonic()))
+
+    def _judge_end(self) -> None:
+        """Whether the agent went as it had announced: it said that it drains, and runs nothing any more."""
+        running = (AttemptState.RUNNING, AttemptState.CANCELLING)
+        if self.machine.state is OrchestratorState.AGENT_DRAINING:
+            self.left = not any(state in running for state in self.machine.attempts.values())
+        if self.left:
+            self.cause = "it left after draining"
 
     async def _read(self, context: StreamContext) -> None:
         try:

@@ -163,7 +163,10 @@ class SessionServicer(SessionServiceServicer):
             return
         self._notes.gone(session)
         self._announcer.disconnected(session)
-        _log.info("agent %s disconnected: %s", session.agent_id, session.cause)
+        if session.left:
+            _log.info("agent %s left after draining", session.agent_id)
+        else:
+            _log.info("agent %s disconnected: %s", session.agent_id, session.cause)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work, name="orki hello")
