@@ -140,7 +140,7 @@ def breaking(session: nox.Session) -> None:
     if session.posargs == ["--show"]:
         planted_break.show(session, dev)
     else:
-        dev.run(session, "python", "-m", "orki_codegen.cli", "gate", *session.posargs)
+        publishing.breaking(session, dev)
 
 
 @nox.session(default=False)

@@ -1,8 +1,8 @@
-"""The sessions `publish` (gate, build, checks, upload; each must be green before the next begins) and `diff`."""
+"""The sessions `publish` (gate, build, checks, upload; each green before the next begins), `diff` and `breaking`."""
 
 from __future__ import annotations
 
-__all__ = ["diff", "publish"]
+__all__ = ["breaking", "diff", "publish"]
 
 import json
 import os
@@ -46,6 +46,16 @@ def diff(session: nox.Session, environment: Environment) -> None:
     """Tell what changed in the contract; a break (1) is no failure here, what cannot be read (2) is."""
     status = _status(environment, [environment.python, "-m", "orki_contract.cli", "diff", *session.posargs])
     if status not in {0, 1}:
+        sys.exit(status)
+
+
+def breaking(session: nox.Session, environment: Environment) -> None:
+    """Run the gate alone: what it refuses (1) fails the session; what cannot be read (2) ends the process with 2."""
+    status = _status(environment, [environment.python, "-m", "orki_codegen.cli", "gate", *session.posargs])
+    if status == 1:
+        # nox makes a 1 of it by itself, after the sessions that follow.
+        session.error("a version promises too little, or something that was accepted is stale: see above")
+    if status:
         sys.exit(status)
 
 

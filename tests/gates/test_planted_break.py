@@ -86,7 +86,9 @@ def test_a_gate_that_could_not_see_is_red(
     assert before in rest
     config.write_text(f"{first}breaking:{rest.replace(before, after)}", encoding="utf-8")
     try:
-        assert_red(run(workspace, "-s", "breaking", **surroundings), said)
+        done = run(workspace, "-s", "breaking", **surroundings)
+        assert_red(done, said)
+        assert done.returncode == 2
     finally:
         config.write_text(text, encoding="utf-8")
 
@@ -109,3 +111,4 @@ def test_a_renamed_stream_is_refused_by_rule_and_version(workspace: Path, surrou
     assert_green(run(workspace, "-s", "generate"))
     done = run(workspace, "-s", "breaking", **surroundings)
     assert_red(done, "ORKI_STREAM_REMOVED", f'"{name[1]}"', "→ orki-events 0.2.0", "orki-events promises 0.1.0")
+    assert done.returncode == 1
