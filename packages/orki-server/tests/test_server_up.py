@@ -12,10 +12,12 @@ from pathlib import Path
 import aiohttp
 import grpc
 import pytest
+from click.testing import CliRunner
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 from redis import Redis
 
 from orki_contract.errors import InvalidSetting
+from orki_server.cli.root import root
 from orki_server.embedded import EmbeddedOptions, EmbeddedServer
 from orki_server.supervise import Part, PartEnded, Supervisor
 
@@ -76,6 +78,22 @@ async def test_up_ends_when_its_orchestrator_does() -> None:
     async with asyncio.timeout(40):
         assert await process.wait() == 1
     process._transport.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("place", "says"), [("/proc/orki-up", "cannot be made"), ("file/below", "cannot be made")])
+def test_a_folder_that_cannot_be_made_is_told_in_one_sentence(tmp_path: Path, place: str, says: str) -> None:
+    (tmp_path / "file").touch()
+    ran = CliRunner().invoke(root, ["up", "--directory", str(tmp_path / place)])
+    assert ran.exit_code == 1
+    assert ran.output.startswith("orki: --directory ")
+    assert says in ran.output
+    assert ran.output.count("\n") == 1
+
+
+def test_the_embedded_server_names_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidSetting, match="cannot keep its files in"):
+        EmbeddedServer(EmbeddedOptions(directory=tmp_path / "file/valkey")).start()
 
 
 async def test_a_part_that_ends_before_it_is_ready_is_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -88,7 +89,7 @@ class EmbeddedServer:
         """Starts it and waits until it answers; a second start goes on with the same directory and port.
 
         Raises:
-            InvalidSetting: There is no binary, or the port is taken.
+            InvalidSetting: There is no binary, the port is taken, or the folder cannot be written to.
             StoreUnavailable: It ended at once, or does not answer.
         """
         directory = self._directory()
@@ -113,7 +114,15 @@ class EmbeddedServer:
 
     def _directory(self) -> Path:
         if self._options.directory is not None:
-            self._options.directory.mkdir(parents=True, exist_ok=True)
+            try:
+                self._options.directory.mkdir(parents=True, exist_ok=True)
+                if not os.access(self._options.directory, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            except OSError as error:
+                raise InvalidSetting(
+                    f"the embedded Redis cannot keep its files in {self._options.directory}: {error.strerror}; "
+                    "give another folder"
+                ) from error
             return self._options.directory
         if self._temporary is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="orki-valkey-")

@@ -70,7 +70,12 @@ def up(**wishes: Any) -> None:
     url = asked.redis_url or os.environ.get("ORKI_REDIS_URL", "")
     with ExitStack() as stack:
         home = asked.directory or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orki-")))
-        home.mkdir(parents=True, exist_ok=True)
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidSetting(
+                f"--directory {home} cannot be made: {error.strerror}; name a folder that you may write to"
+            ) from error
         if not url:
             embedded = EmbeddedOptions(
                 directory=home / "valkey", append_only=asked.directory is not None, port=_port(_REDIS_PORT)
