@@ -122,16 +122,23 @@ def test_the_command_shows_every_setting_with_its_default_and_its_variable() -> 
         (["--listen", "0.0.0.0:1"], "only loopback"),
         (["--shards", "0"], "shards 0"),
         (["--redis", "redis://u:secret@127.0.0.1/0"], "can be read by anybody"),
-        (["--redis", "redis://127.0.0.1:1/0"], "does not answer"),
+        (
+            ["--redis", "redis://127.0.0.1:1/0"],
+            "did not start: the store at 127.0.0.1:1 does not answer",
+        ),
+        (["--redis", "redis://127.0.0.1:1/0"], "check --redis"),
         (["--config", "/nonexistent.toml"], "cannot be read"),
     ],
 )
-def test_the_command_refuses_in_one_sentence(arguments: list[str], words: str) -> None:
+def test_the_command_refuses_in_one_sentence(
+    arguments: list[str], words: str, caplog: pytest.LogCaptureFixture
+) -> None:
     ran = CliRunner().invoke(root, ["serve", *arguments])
     assert ran.exit_code == 1
     assert words in ran.output
     assert "secret" not in ran.output
     assert "Traceback" not in ran.output
+    assert "nothing new is taken" not in caplog.text
 
 
 def test_the_command_refuses_unknown_options() -> None:

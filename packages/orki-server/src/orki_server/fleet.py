@@ -45,7 +45,7 @@ class FleetServicer(FleetServiceServicer):
             if session is not None:
                 agent = session.snapshot()
             elif agent.connected and agent.last_heartbeat_us < silent_since:
-                # Its orchestrator may have died without a word; whether an agent that drained got to its end, who knows.
+                # Its orchestrator may have died without a word: nobody saw whether a drain came to its end.
                 agent.connected = agent.draining = False
             agents.append(agent)
         return agents

@@ -136,7 +136,7 @@ class Orchestrator:
         if up:
             _log.info("the store at %s is back", self._store.address)
             self._dispatcher.look_everywhere()
-        else:
+        elif self._address:  # before it listens, `start` fails and says why
             _log.error("the store at %s is away; agents go on, nothing new is taken", self._store.address)
         self._healthy.set()
 

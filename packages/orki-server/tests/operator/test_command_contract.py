@@ -297,3 +297,4 @@ async def test_a_store_that_does_not_answer(quick: Any, dead_port: int, work: Ma
         ended = await quick("contract", *arguments, "--redis", f"redis://127.0.0.1:{dead_port}/0")
         assert ended.code == 1
         assert len(ended.err.splitlines()) == 1
+        assert "check --redis" in ended.err

@@ -91,6 +91,7 @@ async def test_a_retention_is_tuned_inside_its_bounds(events: Events, orki: Any,
     ("arguments", "code", "says"),
     [
         (["streams"], 1, "does not answer"),
+        (["streams"], 1, "check --redis"),
         (["streams", "tail", "x"], 1, "does not answer"),
         (["trace", TASK], 1, "does not answer"),
         (["streams", "--redis", "http://x"], 1, "redis://"),

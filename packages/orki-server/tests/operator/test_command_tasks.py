@@ -223,6 +223,7 @@ async def test_without_an_orchestrator(orki: Any, dead_port: int, arguments: lis
     ended = await orki(*arguments, "--orchestrator", f"127.0.0.1:{dead_port}")
     assert (ended.code, ended.out) == (1, "")
     assert str(dead_port) in ended.err
+    assert all(step in ended.err for step in ("`orki serve`", "`orki up`", "--orchestrator"))
     assert ended.err.count("\n") == 1
 
 

@@ -13,7 +13,7 @@ from typing import IO, Any, Final
 
 import click
 
-from orki_contract.errors import OrkiError
+from orki_contract.errors import EventsUnavailable, OrchestratorUnavailable, OrkiError, StoreUnavailable
 from orki_server.observers.redaction import safe_text
 
 _COMMANDS: Final[dict[str, tuple[str, str]]] = {
@@ -31,6 +31,18 @@ _COMMANDS: Final[dict[str, tuple[str, str]]] = {
 }
 
 
+_REDIS_STEP: Final = "is that Redis running? check --redis and ORKI_REDIS_URL; `orki up` starts one of its own"
+_NEXT_STEPS: Final[dict[type[OrkiError], tuple[str, str]]] = {
+    OrchestratorUnavailable: (
+        "",
+        "is one running there? start one with `orki serve` or `orki up`, or check --orchestrator and ORKI_ORCHESTRATOR",
+    ),
+    StoreUnavailable: ("does not answer", _REDIS_STEP),
+    EventsUnavailable: ("does not answer", _REDIS_STEP),
+}
+"""What to do about a server that is not there; for errors that say so with these words."""
+
+
 class Refused(click.ClickException):
     """An error for people: what went wrong, where, and what to do."""
 
@@ -41,6 +53,12 @@ class Refused(click.ClickException):
         click.echo(f"orki: {safe_text(self.message)}", file=file or sys.stderr)
 
 
+def _refused(error: OrkiError) -> Refused:
+    """The error for people, with what to do next where a server is not there."""
+    words, step = _NEXT_STEPS.get(type(error), ("", ""))
+    return Refused(f"{error.message}; {step}" if step and words in error.message else error.message)
+
+
 class Typed(click.Command):
     """A command that also runs without the root, as a module: an error of orki's ends it just so."""
 
@@ -49,7 +67,7 @@ class Typed(click.Command):
         try:
             return super().invoke(ctx)
         except OrkiError as error:
-            raise Refused(error.message) from error
+            raise _refused(error) from error
 
 
 class LazyGroup(click.Group):
@@ -65,7 +83,7 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except OrkiError as error:
-            raise Refused(error.message) from error
+            raise _refused(error) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names, sorted."""

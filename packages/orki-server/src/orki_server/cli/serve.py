@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
+from orki_contract.errors import EventsUnavailable, StoreUnavailable
 from orki_server.lifetime import run_until_stopped
 from orki_server.orchestrator import Orchestrator
 from orki_server.ready import announce_ready
@@ -89,7 +90,10 @@ def serve(config: Path | None, as_json: bool, ready_file: Path | None, verbose: 
 
 async def _serve(options: OrchestratorOptions, stopped: asyncio.Event, as_json: bool, ready_file: Path | None) -> None:
     orchestrator = Orchestrator(options)
-    await orchestrator.start()
+    try:
+        await orchestrator.start()
+    except (StoreUnavailable, EventsUnavailable) as error:
+        raise type(error)(f"the orchestrator did not start: {error.message}") from error
     try:
         facts = {
             "address": orchestrator.address,
