@@ -107,6 +107,8 @@ def verdict_of(
                 packages=member.contracts,
                 imports=(each / member.folder / "src",),
                 folder=each / member.folder,
+                extras=frozenset(member.extras),
+                python=member.python,
             )
             for member in find_members(each).values()
         }

@@ -66,6 +66,8 @@ def past_at(commit: str, folder: Path, origin: str, *, stands_in: bool = False) 
             commands=member.commands,
             api=member.api or frozenset(),
             folder=root / member.folder,
+            extras=frozenset(member.extras),
+            python=member.python,
         )
         for member in find_members(root).values()
     }

@@ -18,6 +18,7 @@ from orki_codegen.gate.contents import content_remarks
 from orki_codegen.gate.contracts import Present, contract_remarks
 from orki_codegen.gate.imports import imported_modules
 from orki_codegen.gate.members import Member
+from orki_codegen.gate.metadata import metadata_remarks
 from orki_codegen.gate.owners import owner_remarks
 from orki_codegen.gate.past import Past, Release
 from orki_codegen.gate.python_api import api_remarks
@@ -110,9 +111,8 @@ class _Bench:
             self.remarks += [replace(each, fails=each.bump is Bump.MAJOR) for each in self._accept(found)]
             return
         api = api_remarks(self._now.root, member, release, self._public(member, release))
-        judged = [
-            _measured(each, member, release) for each in self._accept([*found, *console_remarks(member, release), *api])
-        ]
+        installed = [*console_remarks(member, release), *metadata_remarks(member, release)]
+        judged = [_measured(each, member, release) for each in self._accept([*found, *installed, *api])]
         if not judged:
             # Under the version of a commit other files may lie: nobody got the earlier ones from an index.
             strict = release.wheel is not None and not unpublished

@@ -6,12 +6,13 @@ __all__ = ["Dependency", "Member", "find_members"]
 
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
@@ -49,6 +50,10 @@ class Member:
         commands: The commands that it installs.
         dependencies: All of them, those of extras included.
         private: Whether it is never uploaded (classifier `Private :: Do Not Upload`).
+        extras: Where each of its extras is written, by its name in the form that indexes compare.
+        extras_place: Where all of them are, or would be.
+        python: The Pythons that it admits.
+        python_place: Where it says so, or would.
     """
 
     name: str
@@ -60,6 +65,10 @@ class Member:
     commands: frozenset[str]
     dependencies: tuple[Dependency, ...]
     private: bool
+    extras: Mapping[str, Location]
+    extras_place: Location
+    python: SpecifierSet
+    python_place: Location
 
 
 def find_members(root: Path) -> dict[str, Member]:
@@ -95,10 +104,16 @@ def _member(text: str, folder: str) -> Member | None:
         raise InvalidSetting(f"{path}: [project] must have a name and a static version, for the gate to judge it")
     try:
         version = Version(project["version"])
-    except InvalidVersion as error:
+        python = SpecifierSet(project.get("requires-python", ""))
+    except (InvalidVersion, InvalidSpecifier) as error:
         raise InvalidSetting(f"{path}: {error}") from error
     orki = table.get("tool", {}).get("orki", {})
-    lists = [project.get("dependencies", []), *project.get("optional-dependencies", {}).values()]
+    optional = project.get("optional-dependencies", {})
+    lists = [project.get("dependencies", []), *optional.values()]
+    top = _place(path, text, r"^\[project\]")
+    extras: dict[str, Location] = {
+        canonicalize_name(each): _place(path, text, rf'^"?{re.escape(each)}"?\s*=') for each in optional
+    }
     return Member(
         name=canonicalize_name(project["name"]),
         folder=folder,
@@ -109,6 +124,10 @@ def _member(text: str, folder: str) -> Member | None:
         commands=frozenset(project.get("scripts", {})),
         dependencies=tuple(_dependencies(path, text, (each for listed in lists for each in listed))),
         private=_PRIVATE in project.get("classifiers", []),
+        extras=extras,
+        extras_place=_place(path, text, r"^\[project\.optional-dependencies\]", top),
+        python=python,
+        python_place=_place(path, text, r"^requires-python\s*=", top),
     )
 
 
@@ -120,8 +139,8 @@ def _dependencies(path: str, text: str, listed: Iterable[str]) -> Iterable[Depen
             raise InvalidSetting(f'{path}: "{each}" is no requirement: {error}') from error
 
 
-def _place(path: str, text: str, pattern: str) -> Location:
+def _place(path: str, text: str, pattern: str, otherwise: Location | None = None) -> Location:
     for number, line in enumerate(text.splitlines(), 1):
         if match := re.search(pattern, line):
             return Location(path, number, match.start() + 1)
-    return Location(path)
+    return otherwise or Location(path)

@@ -5,9 +5,10 @@ from __future__ import annotations
 __all__ = ["Past", "Release"]
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from orki_contract.difference.versions import Version as ContractVersion
@@ -27,6 +28,8 @@ class Release:
         wheel: The wheel; None where it comes from a commit.
         api: The public modules that its pyproject.toml lists; a wheel does not tell.
         folder: The folder of its sources; None where it comes from a wheel.
+        extras: Its extras, in the form that indexes compare.
+        python: The Pythons that it admits.
     """
 
     name: str
@@ -38,6 +41,8 @@ class Release:
     wheel: Path | None = None
     api: frozenset[str] = frozenset()
     folder: Path | None = None
+    extras: frozenset[str] = frozenset()
+    python: SpecifierSet = field(default_factory=SpecifierSet)
 
     @property
     def label(self) -> str:

@@ -14,6 +14,8 @@ import griffe
 from orki_codegen.gate.members import Member
 from orki_codegen.gate.past import Release
 from orki_codegen.gate.remarks import Remark
+from orki_codegen.gate.signatures import RULES as SIGNATURE_RULES
+from orki_codegen.gate.signatures import signature_changes
 from orki_contract.descriptors import Location
 from orki_contract.exceptions import InvalidSetting
 from orki_contract.findings import Bump
@@ -30,13 +32,12 @@ _SENTENCES: Final[Mapping[griffe.BreakageKind, str]] = {
     griffe.BreakageKind.PARAMETER_CHANGED_REQUIRED: "asks for an argument that could be left out",
     griffe.BreakageKind.PARAMETER_MOVED: "has a parameter at another position",
     griffe.BreakageKind.PARAMETER_REMOVED: "lost a parameter",
-    griffe.BreakageKind.RETURN_CHANGED_TYPE: "returns another type",
-    griffe.BreakageKind.ATTRIBUTE_CHANGED_TYPE: "is of another type",
 }
 
 RULES: Final[Mapping[str, Bump]] = {
     _ADDED: Bump.MINOR,
     **{f"API_{kind.name}": Bump.MAJOR for kind in _SENTENCES},
+    **dict.fromkeys(SIGNATURE_RULES, Bump.MAJOR),
 }
 """What each rule asks for. A changed value is none: constants and `__version__` are no promises."""
 
@@ -113,6 +114,7 @@ def _compared(root: Path, member: Member, path: str, old: Any, new: Any) -> Iter
     else:
         yield from _broken(root, member, before, after)
         yield from _listed(root, member, path, before, after)
+        yield from _resigned(root, member, path, before, after)
 
 
 def _inside(top: Any, path: str) -> Any:
@@ -180,10 +182,23 @@ def _listed(root: Path, member: Member, path: str, old: Any, new: Any) -> Iterat
             yield from _listed(root, member, inner, before[name], each)
 
 
-def _public(holder: Any) -> dict[str, Any]:
+def _resigned(root: Path, member: Member, path: str, old: Any, new: Any) -> Iterator[Remark]:
+    """What is called or annotated otherwise, in a class what it inherits from the same distribution included."""
+    before, after = (_public(each, inherited=each.is_class) for each in (old, new))
+    for name in sorted(before.keys() & after.keys()):
+        inner = f"{path}.{name}"
+        if _holds(before[name]) and _holds(after[name]):
+            yield from _resigned(root, member, inner, before[name], after[name])
+        elif not before[name].is_alias and not after[name].is_alias:
+            place = _place(root, after[name])
+            for rule, message in signature_changes(before[name], after[name], inner):
+                yield _remark(member, rule, inner, place, message)
+
+
+def _public(holder: Any, *, inherited: bool = False) -> dict[str, Any]:
     """The public members of a module or a class; of what is imported, what it stands for."""
     found = {}
-    for name, each in holder.members.items():
+    for name, each in (holder.all_members if inherited else holder.members).items():
         if each.is_public:
             try:
                 found[name] = each.final_target if each.is_alias else each

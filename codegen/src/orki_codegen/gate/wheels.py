@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 from packaging.version import Version
 
 from orki_codegen.gate.console import installed_commands
+from orki_codegen.gate.metadata import installed_extras, installed_python
 from orki_codegen.gate.past import Release
 from orki_contract.exceptions import InvalidContract, InvalidSetting
 from orki_contract.images import IMAGE_NAME
@@ -53,6 +54,8 @@ def release_of(wheel: Path, folder: Path, name: str, version: Version, origin: s
         imports=(folder,),
         commands=installed_commands(folder),
         wheel=wheel,
+        extras=installed_extras(folder),
+        python=installed_python(folder),
     )
 
 
