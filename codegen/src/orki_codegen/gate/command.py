@@ -33,7 +33,8 @@ _HELP: Final = """\
 Holds every distribution of the workspace against what users have, and asks whether its version promises what changed:
 
   its contract     by orki's rules of change and by buf's own, image against image
-  its Python API   of the hand-written packages: gone or changed is major, new is minor
+  its Python API   of the hand-written packages: gone, called or annotated otherwise is major, new is minor
+  its metadata     a command, an extra or a Python that is admitted no more is major
   everything else  a patch, where other files would come under a version that users have
   its siblings     whether the ranges in each pyproject.toml admit what the siblings promise
 
