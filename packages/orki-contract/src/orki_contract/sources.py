@@ -4,11 +4,13 @@ from __future__ import annotations
 
 __all__ = ["Image", "images_in"]
 
+import json
 import os
 import zipfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from orki_contract.exceptions import InvalidContract
 from orki_contract.images import IMAGE_NAME, image_of
@@ -103,8 +105,20 @@ def _installed(name: str) -> dict[str, bytes]:
 
 
 def _editable(name: str) -> dict[str, bytes]:
-    """The images of a distribution that is installed from its source folder, whose metadata lists no files."""
-    url = metadata.distribution(name).read_text("direct_url.json") or ""
-    _, _, rest = url.partition('"file://')
-    folder = Path(rest.partition('"')[0])
-    return {str(each): _read(each) for each in sorted(folder.glob(f"gen/**/{IMAGE_NAME}"))} if rest else {}
+    """The images of a distribution that is installed from its source folder, whose metadata lists no files.
+
+    They lie below the folders that its `.pth` files put on the path; where those name none, below `gen` and `src` of
+    the source folder.
+    """
+    distribution = metadata.distribution(name)
+    roots: list[Path] = []
+    for file in distribution.files or []:
+        if file.suffix == ".pth":
+            lines = Path(str(distribution.locate_file(file))).read_text(encoding="utf-8").splitlines()
+            roots += [Path(line) for line in lines if line and not line.startswith(("import ", "import\t", "#"))]
+    if not roots:
+        url = json.loads(distribution.read_text("direct_url.json") or "{}").get("url", "")
+        parts = urlsplit(url)
+        folder = Path(unquote(parts.path))
+        roots = [folder / "gen", folder / "src"] if parts.scheme == "file" else []
+    return {place: content for root in roots for place, content in _in_folder(root).items()}
