@@ -48,6 +48,21 @@ def test_what_is_written_is_clean(tmp_path: Path, name: str, package: str) -> No
         assert run(folder, *command) == ""
 
 
+def test_a_reader_that_goes_away_leaves_a_whole_repository(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "orki_codegen.cli", "init", str(tmp_path / "shop")]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    reads, writes = os.pipe()
+    os.close(reads)
+    try:
+        ended = subprocess.run(
+            arguments, env={**os.environ, "PATH": path}, stdout=writes, stderr=subprocess.PIPE, check=False
+        )
+    finally:
+        os.close(writes)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert list((tmp_path / "shop/packages/shop/gen").glob("**/contract.binpb"))
+
+
 def test_its_code_is_typed_and_its_tests_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["init", str(tmp_path), "--name", "acme-review"]) == 0
     home = tmp_path / "packages/acme-review"

@@ -20,6 +20,7 @@ from orki_codegen.tree import Difference, Tree, compare, install
 from orki_codegen.workspace import Owner, Workspace, find_workspace
 from orki_contract.exceptions import InvalidContract, OrkiError
 from orki_contract.images import IMAGE_NAME, package_images
+from orki_contract.printing import say
 from orki_contract.read import ReadContract, read_image
 from orki_contract.validate import Owners, validate
 
@@ -140,7 +141,7 @@ def _report_drift(differences: Sequence[tuple[Tree, Difference]]) -> int:
     if lines:
         print("\n".join([*lines, _STALE]), file=sys.stderr)
         return 1
-    print("generated code is what the protos say")
+    say("generated code is what the protos say")
     return 0
 
 
@@ -177,7 +178,7 @@ def _installed(root: Path) -> dict[str, Subject]:
 
 
 def _tell(line: str) -> None:
-    print(line, flush=True)
+    say(line)
 
 
 if __name__ == "__main__":

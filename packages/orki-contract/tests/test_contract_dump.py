@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -72,13 +75,54 @@ def test_sources_that_hold_no_contract(
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
     code, out, err = dumped(capsys, str(path if path.parent == tmp_path else path.parent))
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert message in err
 
 
 def test_a_source_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = dumped(capsys, "nowhere-at-all")
-    assert code == 1
+    assert dumped(capsys, "nowhere-at-all")[0] == 2
+
+
+def editable(site: Path, source: Path, *, pth: bool) -> None:
+    """Lays out what an installer leaves of a distribution that stays in its source folder."""
+    home = source / "gen/orki/events/v1"
+    home.mkdir(parents=True)
+    (home / "contract.binpb").write_bytes(IMAGE)
+    listed = site / "acme_events-1.0.dist-info"
+    listed.mkdir(parents=True)
+    (listed / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-events\nVersion: 1.0\n")
+    (listed / "direct_url.json").write_text(json.dumps({"dir_info": {"editable": True}, "url": source.as_uri()}))
+    record = "acme_events-1.0.dist-info/METADATA,,\n"
+    if pth:
+        (site / "_acme.pth").write_text(f"import sys\n{source / 'gen'}\n")
+        (listed / "direct_url.json").unlink()
+        record += "_acme.pth,,\n"
+    (listed / "RECORD").write_text(record)
+
+
+@pytest.mark.parametrize("pth", [True, False])
+def test_a_distribution_that_stays_in_its_source_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, pth: bool
+) -> None:
+    editable(tmp_path / "site", tmp_path / "a folder", pth=pth)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert dumped(capsys, "acme-events", "--json") == dumped(capsys, "orki.events.v1", "--json")
+
+
+@pytest.mark.parametrize("command", [("dump",), ("dump", "--json"), ("diff", "orki.events.v1")])
+def test_a_reader_that_goes_away(command: tuple[str, ...]) -> None:
+    arguments = [sys.executable, "-m", "orki_contract.cli", *command, "orki.events.v1"]
+    reads, writes = os.pipe()
+    os.close(reads)
+    try:
+        ended = subprocess.run(arguments, stdout=writes, stderr=subprocess.PIPE, check=False, timeout=50)
+    finally:
+        os.close(writes)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_the_message_for_what_is_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, err = dumped(capsys, "nowhere-at-all")
     assert '"nowhere-at-all" is no file or folder, no installed distribution and no installed proto package' in err
 
 

@@ -14,6 +14,7 @@ from orki_contract import difference
 from orki_contract.exceptions import InvalidContract, OrkiError
 from orki_contract.images import service_digest, stream_digest
 from orki_contract.model import Backoff, Contract, Frame, Group, Retention, Stream, TaskMethod, ToolMethod, dump
+from orki_contract.printing import say
 from orki_contract.read import ReadContract, merged, read_image
 from orki_contract.sources import images_in
 from orki_contract.validate import validate
@@ -28,7 +29,7 @@ SOURCE is one of:
   orki-events          an installed distribution
   orki.events.v1       an installed proto package
 
-Exit status: 0; 1 when the source cannot be read or breaks a rule of contracts (it is shown all the same).
+Exit status: 0; 1, the source breaks a rule of contracts (it is shown all the same); 2, the source cannot be read.
 """
 
 
@@ -54,10 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _dump(given.source, as_json=given.json)
     except OrkiError as error:
         print(f"orki-contract: {error.message}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
+        return 2
 
 
 def _dump(source: str, *, as_json: bool) -> int:
@@ -76,7 +74,7 @@ def _dump(source: str, *, as_json: bool) -> int:
             digests = dict(_digests(image.content, contract))
             packages[name] = {**dump(contract), "digests": digests}
             texts.append("\n".join([name, *_table(contract, digests)]))
-    print(json.dumps(packages, indent=2) if as_json else "\n\n".join(texts))
+    say(json.dumps(packages, indent=2) if as_json else "\n\n".join(texts))
     return status
 
 

@@ -12,6 +12,7 @@ from orki_contract.difference.show import as_github, as_json, as_table
 from orki_contract.difference.versions import Version, version_at
 from orki_contract.exceptions import OrkiError
 from orki_contract.findings import Bump, Finding, findings
+from orki_contract.printing import say
 
 _DIFF = """\
 Tells what changed between two contracts: in which plane, who is concerned, and which bump it asks for.
@@ -57,7 +58,7 @@ def run(given: argparse.Namespace) -> int:
         return 2
     found = _of_packages(findings(old.read, new.read), old, new)
     show = as_json if given.json else as_github if given.github else as_table
-    print(show(found, old, new))
+    say(show(found, old, new))
     return 1 if any(finding.bump is Bump.MAJOR for finding in found) else 0
 
 
