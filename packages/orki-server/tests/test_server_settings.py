@@ -126,7 +126,7 @@ def test_the_command_shows_every_setting_with_its_default_and_its_variable() -> 
             ["--redis", "redis://127.0.0.1:1/0"],
             "did not start: the store at 127.0.0.1:1 does not answer",
         ),
-        (["--redis", "redis://127.0.0.1:1/0"], "check --redis"),
+        (["--redis", "redis://127.0.0.1:1/0"], "); is that Redis running? check --redis"),
         (["--config", "/nonexistent.toml"], "cannot be read"),
     ],
 )

@@ -56,7 +56,7 @@ class Refused(click.ClickException):
 def _refused(error: OrkiError) -> Refused:
     """The error for people, with what to do next where a server is not there."""
     words, step = _NEXT_STEPS.get(type(error), ("", ""))
-    return Refused(f"{error.message}; {step}" if step and words in error.message else error.message)
+    return Refused(f"{error.message.rstrip('.')}; {step}" if step and words in error.message else error.message)
 
 
 class Typed(click.Command):
