@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import aiohttp
@@ -134,7 +135,25 @@ def test_the_embedded_server_says_that_its_port_is_taken(tmp_path: Path) -> None
             EmbeddedServer(EmbeddedOptions(directory=tmp_path, port=port)).start()
 
 
+def test_those_who_want_the_usual_port_at_once_all_get_one() -> None:
+    with EmbeddedServer() as first:
+        usual = int(first.url.rsplit(":", 1)[1].split("/")[0])
+    servers = [EmbeddedServer(EmbeddedOptions(usual_port=usual)) for _ in range(4)]
+    try:
+        with ThreadPoolExecutor(len(servers)) as pool:
+            urls = {server.url for server in pool.map(EmbeddedServer.start, servers)}
+        assert len(urls) == len(servers)
+        for url in urls:
+            with Redis.from_url(url) as redis:
+                assert redis.ping()
+    finally:
+        for server in servers:
+            server.stop()
+
+
 @pytest.mark.parametrize("port", [-1, 65536])
 def test_a_port_that_is_none_is_refused(port: int) -> None:
     with pytest.raises(InvalidSetting):
         EmbeddedOptions(port=port)
+    with pytest.raises(InvalidSetting):
+        EmbeddedOptions(usual_port=port)

@@ -20,6 +20,7 @@ from orki_contract.errors import InvalidSetting, StoreUnavailable
 __all__ = ["EmbeddedOptions", "EmbeddedServer"]
 
 _START_S: Final = 10.0
+_PORTS: Final = 5
 _STOP_S: Final = 10.0
 _POLL_S: Final = 0.005
 
@@ -31,16 +32,23 @@ class EmbeddedOptions:
     Attributes:
         directory: Where its files lie; None: a temporary one, removed at the end.
         append_only: Whether writes go to a file first, so that they survive a kill.
-        port: Port on loopback; 0: any free one.
+        port: Port on loopback, and no other; 0: the usual one or any.
+        usual_port: Port that is taken if it is free and `port` leaves the choice; 0: any free one.
     """
 
     directory: Path | None = None
     append_only: bool = False
     port: int = 0
+    usual_port: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise InvalidSetting(f"the embedded server's port must lie between 0 and 65535, not {self.port}")
+        for port in (self.port, self.usual_port):
+            if not 0 <= port <= 65535:
+                raise InvalidSetting(f"the embedded server's port must lie between 0 and 65535, not {port}")
+
+
+class _PortTaken(InvalidSetting):
+    """Somebody else has the port."""
 
 
 def server_binary() -> Path:
@@ -93,8 +101,20 @@ class EmbeddedServer:
             StoreUnavailable: It ended at once, or does not answer.
         """
         directory = self._directory()
-        self._port = self._port or _free_port()
+        if self._port:
+            self._start_at(self._port, directory)
+            return self
+        # Between the look for a free port and the server's own, anybody may take it.
+        for usual in (self._options.usual_port, *[0] * _PORTS):
+            with contextlib.suppress(_PortTaken):
+                self._start_at(usual or _free_port(), directory)
+                return self
+        raise StoreUnavailable(f"the embedded Redis found no free port in {_PORTS} tries")
+
+    def _start_at(self, port: int, directory: Path) -> None:
+        before, self._port = self._port, port
         log = directory / "valkey.log"
+        start = log.stat().st_size if log.exists() else 0
         with open(log, "ab") as output:
             self._process = subprocess.Popen(
                 [str(server_binary()), *self._arguments(directory)],
@@ -106,11 +126,11 @@ class EmbeddedServer:
                 start_new_session=True,
             )
         try:
-            self._wait_until_ready(log)
+            self._wait_until_ready(log, start)
         except BaseException:
             self.kill()
+            self._port = before
             raise
-        return self
 
     def _directory(self) -> Path:
         if self._options.directory is not None:
@@ -141,14 +161,14 @@ class EmbeddedServer:
             *("--daemonize", "no"),
         ]
 
-    def _wait_until_ready(self, log: Path) -> None:
+    def _wait_until_ready(self, log: Path, start: int) -> None:
         assert self._process
         until = time.monotonic() + _START_S
         while time.monotonic() < until:
             if self._process.poll() is not None:
-                text = log.read_text(errors="replace")
+                text = log.read_bytes()[start:].decode(errors="replace")
                 if "Address already in use" in text:
-                    raise InvalidSetting(f"the embedded Redis cannot listen on port {self._port}: it is taken")
+                    raise _PortTaken(f"the embedded Redis cannot listen on port {self._port}: it is taken")
                 raise StoreUnavailable(f"the embedded Redis ended at once; the end of its log: {text[-500:]}")
             if _answering_pid(self._port) == self._process.pid:
                 return

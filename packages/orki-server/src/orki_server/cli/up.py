@@ -78,7 +78,7 @@ def up(**wishes: Any) -> None:
             ) from error
         if not url:
             embedded = EmbeddedOptions(
-                directory=home / "valkey", append_only=asked.directory is not None, port=_port(_REDIS_PORT)
+                directory=home / "valkey", append_only=asked.directory is not None, usual_port=_REDIS_PORT
             )
             server = stack.enter_context(EmbeddedServer(embedded))
             run_until_stopped(lambda stopped: _run(asked, server.url, home, stopped, server))
