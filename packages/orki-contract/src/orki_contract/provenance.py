@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["package_version"]
+__all__ = ["package_version", "source_folder"]
 
+import json
 import os
 from functools import cache
 from importlib import metadata, resources
@@ -28,14 +29,13 @@ def package_version(package: str) -> str:
         listed = (distribution.read_text("RECORD") or "").replace("\\", "/")
         if wanted in listed and os.path.realpath(str(distribution.locate_file(wanted[:-1]))) == place:
             return distribution.version
-        source = _source_folder(distribution)
+        source = source_folder(distribution)
         if source is not None and Path(place).is_relative_to(os.path.realpath(source)):
             return distribution.version
     return ""
 
 
-def _source_folder(distribution: metadata.Distribution) -> Path | None:
-    """Where a distribution lies that was installed from its source folder."""
-    _, _, rest = (distribution.read_text("direct_url.json") or "").partition('"file://')
-    path = unquote(urlsplit(rest.partition('"')[0]).path)
-    return Path(path) if path else None
+def source_folder(distribution: metadata.Distribution) -> Path | None:
+    """Where a distribution lies that was installed from its source folder (PEP 610); None for any other."""
+    parts = urlsplit(json.loads(distribution.read_text("direct_url.json") or "{}").get("url", ""))
+    return Path(unquote(parts.path)) if parts.scheme == "file" else None

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 __all__ = ["Image", "images_in"]
 
-import json
 import os
 import zipfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from orki_contract.exceptions import InvalidContract
 from orki_contract.images import IMAGE_NAME, image_of
+from orki_contract.provenance import source_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,8 +116,6 @@ def _editable(name: str) -> dict[str, bytes]:
             lines = Path(str(distribution.locate_file(file))).read_text(encoding="utf-8").splitlines()
             roots += [Path(line) for line in lines if line and not line.startswith(("import ", "import\t", "#"))]
     if not roots:
-        url = json.loads(distribution.read_text("direct_url.json") or "{}").get("url", "")
-        parts = urlsplit(url)
-        folder = Path(unquote(parts.path))
-        roots = [folder / "gen", folder / "src"] if parts.scheme == "file" else []
+        folder = source_folder(distribution)
+        roots = [folder / "gen", folder / "src"] if folder is not None else []
     return {place: content for root in roots for place, content in _in_folder(root).items()}
