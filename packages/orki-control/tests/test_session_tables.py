@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from orki_contract.errors import LocalProtocolError, OrkiError, RemoteProtocolError
+from orki_contract.transitions import Transitions
 from orki_control.attempt import ATTEMPT
 from orki_control.diagram import control_states
 from orki_control.session import AGENT, ORCHESTRATOR
-from orki_control.table import Transitions
 
 ATTEMPT_PAIRS = """
 OFFERED    Accepted            RUNNING

@@ -23,7 +23,7 @@ from orki.control.v1.session_pb2 import (
     Result,
     ResultAcknowledged,
 )
-from orki_control.table import Transitions
+from orki_contract.transitions import Transitions
 
 __all__ = [
     "ATTEMPT",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from orki_contract.transitions import Transitions
 from orki_control.attempt import ATTEMPT
 from orki_control.session.states import AGENT, ORCHESTRATOR
-from orki_control.table import Transitions
 
 __all__ = ["control_states"]
 

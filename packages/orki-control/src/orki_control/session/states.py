@@ -28,7 +28,7 @@ from orki.control.v1.session_pb2 import (
     ResultAcknowledged,
     Welcome,
 )
-from orki_control.table import Transitions
+from orki_contract.transitions import Transitions
 
 __all__ = [
     "AGENT",
