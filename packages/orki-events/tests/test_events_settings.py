@@ -18,7 +18,6 @@ from orki_contract.images import image_of, message_class
 from orki_contract.model import AUDIT_GROUP, Backoff, Group, Retention, Start, Stream, dump
 from orki_events import ConsumeOptions, EventOptions, Events, connect
 from orki_events.groups import Mark, StreamState, place_group
-from orki_events.redis_shell import parse_address
 from orki_events.registry import stream_from_dump
 from orki_events.seen import SeenEvents
 
@@ -76,35 +75,6 @@ def test_settings_that_nobody_knows_are_refused() -> None:
         EventOptions(bloc_ms=5)  # type: ignore[call-arg]
     with pytest.raises(AttributeError):
         EventOptions().block_ms = 5  # type: ignore[misc]
-
-
-@pytest.mark.parametrize(
-    ("url", "complaint"),
-    [
-        ("127.0.0.1:6379", "must begin with redis://"),
-        ("http://127.0.0.1", "must begin with redis://"),
-        ("", "must begin with redis://"),
-        ("redis://127.0.0.1:port", "cannot be read"),
-        ("redis://127.0.0.1:70000", "cannot be read"),
-        ("redis://[::1", "cannot be read"),
-        ("redis://127.0.0.1/seven", "only the number of a database"),
-        ("redis://127.0.0.1/0?socket_timeout=1", 'unknown option "socket_timeout"'),
-        ("redis://127.0.0.1/0?retry_on_timeout=yes", 'unknown option "retry_on_timeout"'),
-        ("redis://127.0.0.1?db=x", "must be a number"),
-    ],
-)
-def test_urls_that_cannot_be_used_are_refused(url: str, complaint: str) -> None:
-    with pytest.raises(InvalidSetting, match=complaint):
-        connect(url)
-
-
-def test_addresses_show_no_secret() -> None:
-    address = parse_address("redis://alice:s3cret@example.test:7000/2")
-    assert address.shown == "the event server at example.test:7000"
-    assert "s3cret" not in repr(address)
-    assert parse_address("unix:///run/valkey.sock").shown == "the event server at /run/valkey.sock"
-    given_apart = parse_address("redis://example.test", "alice", "s3cret")
-    assert (given_apart.settings["username"], given_apart.settings["password"]) == ("alice", "s3cret")
 
 
 @pytest.mark.parametrize("producer", ["", "two words", "ü", "x" * 201, "line\n"])

@@ -12,10 +12,9 @@ from orki.events.v1.envelope_pb2 import DeadLetter as DeadLetterRecord
 from orki_contract.errors import EventsReadOnly, OrkiError
 from orki_contract.model import Group, Stream
 from orki_events import delivery_moves as moves
+from orki_events.connection import Command, Connection, GroupMissing
 from orki_events.envelope import REASON_FIELD, stream_keys, tagged_key
 from orki_events.groups import groups_key, pairs
-from orki_events.redis_shell import Command, Link
-from orki_events.redis_shell_errors import GroupMissing
 from orki_events.scripts import ACKNOWLEDGE, HOLD, REMOVE_CONSUMER, run_script
 from orki_events.tuning import kept_now
 
@@ -44,7 +43,7 @@ class Place:
 class Chores:
     """Speaks for one consumer."""
 
-    def __init__(self, place: Place, reads: Link, commands: Link, block_ms: int) -> None:
+    def __init__(self, place: Place, reads: Connection, commands: Connection, block_ms: int) -> None:
         """Args: reads: a connection for reads that wait; commands: one for everything else."""
         self._stream = place.stream
         self._group = place.group
@@ -87,11 +86,13 @@ class Chores:
 
     async def read(self, command: moves.Read) -> moves.EntriesRead:
         """XREADGROUP; blocks for new entries only."""
-        asked: Command = (b"XREADGROUP", b"GROUP", self._group.name, self._consumer, b"COUNT", command.count)
+        asked: list[bytes | str | int] = [b"XREADGROUP", b"GROUP", self._group.name, self._consumer]
+        asked += [b"COUNT", command.count]
         if not command.history:
-            asked += (b"BLOCK", self._block_ms)
-        asked += (b"STREAMS", *(key for key, _ in command.places), *(place for _, place in command.places))
-        reply = await self._reads.one(asked, extra_s=0.0 if command.history else self._block_ms / 1_000)
+            asked += [b"BLOCK", self._block_ms]
+        asked += [b"STREAMS", *(key for key, _ in command.places), *(place for _, place in command.places)]
+        blocks = 0.0 if command.history else self._block_ms / 1_000
+        reply = await self._reads.execute(asked, timeout=self._reads.answer_timeout + blocks)
         entries = {self._keys[key]: found for key, found in reply or ()}
         deliveries: dict[str, Mapping[bytes, int]] = {}
         if command.history:
@@ -102,7 +103,7 @@ class Chores:
 
     async def claim(self, command: moves.Claim) -> moves.EntriesClaimed:
         """XAUTOCLAIM."""
-        reply = await self._commands.one(
+        reply = await self._commands.execute(
             (
                 b"XAUTOCLAIM",
                 command.key,
@@ -160,7 +161,7 @@ class Chores:
                 message=letter.message[:_LONGEST_MESSAGE],
             ).SerializeToString()
             writes.append((b"XADD", key, b"MAXLEN", b"~", limit, b"*", *fields, REASON_FIELD, record))
-        for reply in await self._commands.ask(*writes):
+        for reply in await self._commands.pipeline(*writes):
             if isinstance(reply, OrkiError):
                 raise reply
         return moves.DeadLettered(command)
@@ -168,7 +169,7 @@ class Chores:
     async def unblock(self) -> None:
         """Ends a read that waits; the server answers it as if its time were over."""
         if (client := self._reads.known_client_id) is not None:
-            await self._commands.one((b"CLIENT", b"UNBLOCK", client))
+            await self._commands.execute((b"CLIENT", b"UNBLOCK", client))
 
     async def learn_client_id(self) -> None:
         """Asks for the number that `unblock` needs."""
@@ -184,7 +185,7 @@ class Chores:
         """Removes consumers that were silent for so long and hold nothing; returns how many."""
         removed = 0
         for key in self._keys:
-            for each in map(pairs, await self._commands.one((b"XINFO", b"CONSUMERS", key, self._group.name))):
+            for each in map(pairs, await self._commands.execute((b"XINFO", b"CONSUMERS", key, self._group.name))):
                 name = each["name"].decode()
                 if each["idle"] >= idle_ms and not each["pending"] and name not in (self._consumer, HANDED_BACK):
                     removed += await run_script(self._commands, REMOVE_CONSUMER, (key,), self._group.name, name)
@@ -200,9 +201,11 @@ class Chores:
 
     async def _trimmed(self, key: str) -> list[moves.Entry]:
         """What we hold although it was trimmed: before Redis 7, a claim gives such an entry as a nil without its id."""
-        pending = await self._commands.one((b"XPENDING", key, self._group.name, b"-", b"+", _MOST_IDS, self._consumer))
+        pending = await self._commands.execute(
+            (b"XPENDING", key, self._group.name, b"-", b"+", _MOST_IDS, self._consumer)
+        )
         ids = [each[0] for each in pending]
-        found = await self._commands.ask(*((b"XRANGE", key, entry_id, entry_id) for entry_id in ids))
+        found = await self._commands.pipeline(*((b"XRANGE", key, entry_id, entry_id) for entry_id in ids))
         return [[entry_id, None] for entry_id, entry in zip(ids, found, strict=True) if entry == []]
 
     async def _deliveries(self, key: str, entries: list[Any]) -> dict[bytes, int]:
@@ -210,7 +213,7 @@ class Chores:
         found: dict[bytes, int] = {}
         start, last = entries[0][0], entries[-1][0]
         while True:
-            reply = await self._commands.one(
+            reply = await self._commands.execute(
                 (b"XPENDING", key, self._group.name, start, last, _MOST_IDS, self._consumer)
             )
             found.update((entry_id, made) for entry_id, _, _, made in reply)

@@ -14,9 +14,9 @@ from orki.events.v1.envelope_pb2 import DeadLetter
 from orki_contract.errors import OrkiError
 from orki_contract.model import Group, Stream
 from orki_events.chores import HANDED_BACK
+from orki_events.connection import Connection
 from orki_events.envelope import DATA_FIELD, ENVELOPE_FIELD, REASON_FIELD, tagged_key
 from orki_events.groups import groups_key
-from orki_events.redis_shell import Link
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ def _key(stream: Stream, group: Group) -> str:
 
 
 async def list_dead_letters(
-    link: Link, stream: Stream, group: Group, decode: Callable[[bytes], T], count: int, after: str
+    link: Connection, stream: Stream, group: Group, decode: Callable[[bytes], T], count: int, after: str
 ) -> list[DeadLetterEntry[T]]:
     """A group's dead letters, oldest first.
 
@@ -61,7 +61,7 @@ async def list_dead_letters(
         OrkiError: The server does not answer or refuses.
     """
     found = []
-    for letter_id, fields in await link.one((b"XRANGE", _key(stream, group), f"({after}", b"+", b"COUNT", count)):
+    for letter_id, fields in await link.execute((b"XRANGE", _key(stream, group), f"({after}", b"+", b"COUNT", count)):
         values = dict(zip(fields[::2], fields[1::2], strict=True))
         reason = _reason(values.get(REASON_FIELD, b""))
         if reason.group != group.name or reason.stream != stream.name:
@@ -79,7 +79,7 @@ async def list_dead_letters(
 
 
 async def replay_dead_letters(
-    link: Link, stream: Stream, group: Group, letters: Iterable[DeadLetterEntry[Any]]
+    link: Connection, stream: Stream, group: Group, letters: Iterable[DeadLetterEntry[Any]]
 ) -> list[str]:
     """Makes the group take entries once more, from its own stream; other groups see nothing of it.
 
@@ -95,14 +95,14 @@ async def replay_dead_letters(
     replayed = []
     for letter in letters:
         key = letter.reason.key
-        claimed = await link.one(
+        claimed = await link.execute(
             (
                 *(b"XCLAIM", key, group.name, HANDED_BACK, 0, letter.reason.entry_id),
                 *(b"IDLE", group.ack_deadline_ms, b"RETRYCOUNT", 0, b"FORCE", b"JUSTID"),
             )
         )
         if claimed:
-            for reply in await link.ask(
+            for reply in await link.pipeline(
                 (b"HINCRBY", groups_key(key), f"dead_lettered:{group.name}", -1),
                 (b"XDEL", _key(stream, group), letter.letter_id),
             ):

@@ -23,6 +23,7 @@ from orki_contract.handles import EventStream
 from orki_contract.model import Stream
 from orki_contract.trace import Span, current_span
 from orki_events.chores import Place
+from orki_events.connection import Address, Connection, parse_address
 from orki_events.dead_letters import DeadLetterEntry, list_dead_letters, replay_dead_letters
 from orki_events.deliveries import Decode, Delivery, DeliveryBatch, take_batch, take_one
 from orki_events.groups import GroupKeeper
@@ -31,7 +32,6 @@ from orki_events.ledger import StreamLedger, read_ledger
 from orki_events.options import ConsumeOptions, EventOptions, Gap
 from orki_events.publisher import Outgoing, PublishCounts, Publisher
 from orki_events.push import Consumer, PushRun, run_until
-from orki_events.redis_shell import Address, Link, parse_address
 from orki_events.registry import RegisteredStream, Registry
 from orki_events.subscription import Subscription, Wires
 from orki_events.tail import TailEntry, follow_stream
@@ -63,7 +63,7 @@ def connect(
     Raises:
         InvalidSetting: The URL or the producer's name cannot be used.
     """
-    address = parse_address(url, username, password)
+    address = parse_address(url, username=username, password=password)
     name = producer if producer is not None else f"{socket.gethostname()}-{os.getpid()}@{os.urandom(4).hex()}"
     if not re.fullmatch(r"[!-~]{1,200}", name):
         raise InvalidSetting(f"the producer's name is {name!r}; it must be 1 to 200 printable ASCII letters, no spaces")
@@ -85,11 +85,11 @@ class Events:
         self._address = address
         self._keeper = GroupKeeper(self._gap)
         self._registry = Registry()
-        self._commands: Link | None = None
-        self._publisher_link: Link | None = None
+        self._commands: Connection | None = None
+        self._publisher_link: Connection | None = None
         self._publisher: Publisher | None = None
         self._subscriptions: set[Subscription] = set()
-        self._tails: set[Link] = set()
+        self._tails: set[Connection] = set()
         self._consumers = itertools.count(1)
 
     async def __aenter__(self) -> Self:
@@ -188,7 +188,7 @@ class Events:
         Raises:
             OrkiError: It is not, or refuses us, for the reason that the class says.
         """
-        await self._link_for_commands().one((b"PING",))
+        await self._link_for_commands().execute((b"PING",))
 
     async def prepare(self, stream: EventStream[Any, Any]) -> None:
         """Registers a stream and creates its groups, as the first publish would.
@@ -421,7 +421,7 @@ class Events:
         contract = stream if isinstance(stream, Stream) else stream.contract
         declared = contract.group(group)
 
-        async def prepare(link: Link) -> None:
+        async def prepare(link: Connection) -> None:
             if isinstance(stream, EventStream):
                 await self._registry.register(link, stream, publishes=False)
 
@@ -470,17 +470,17 @@ class Events:
             raise LocalProtocolError("the event plane is not open: use `async with connect(...) as events`")
         return self._publisher
 
-    def _link_for_commands(self) -> Link:
+    def _link_for_commands(self) -> Connection:
         self._open()
         assert self._commands is not None
         return self._commands
 
-    def _link(self, role: str) -> Link:
-        return Link(
+    def _link(self, role: str) -> Connection:
+        return Connection(
             self._address,
             name=f"orki:{self.producer}:{role}",
-            connect_timeout_s=self.options.connect_timeout_s,
-            answer_timeout_s=self.options.answer_timeout_s,
+            connect_timeout=self.options.connect_timeout_s,
+            answer_timeout=self.options.answer_timeout_s,
         )
 
     def _gap(self, gap: Gap) -> None:

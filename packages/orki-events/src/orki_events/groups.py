@@ -16,11 +16,10 @@ from typing import Any
 
 from orki_contract.errors import OrkiError
 from orki_contract.model import Group, Start, Stream
+from orki_events.connection import Connection, GroupExists, Reply
 from orki_events.entry_ids import ZERO_ID, parse_id, predecessor
 from orki_events.envelope import stream_keys
 from orki_events.options import Gap, GapKind
-from orki_events.redis_shell import Link, Reply
-from orki_events.redis_shell_errors import GroupExists
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +120,7 @@ class GroupKeeper:
         self._report = report
         self._marks: dict[tuple[str, str], Mark] = {}
 
-    async def ensure(self, link: Link, stream: Stream, groups: Iterable[Group]) -> dict[str, str]:
+    async def ensure(self, link: Connection, stream: Stream, groups: Iterable[Group]) -> dict[str, str]:
         """Creates the groups that are missing, on every partition.
 
         Returns:
@@ -133,7 +132,7 @@ class GroupKeeper:
         newest = {}
         wanted = tuple(groups)
         for key in stream_keys(stream):
-            kind, info, present, records = await link.ask(
+            kind, info, present, records = await link.pipeline(
                 (b"TYPE", key), (b"XINFO", b"STREAM", key), (b"XINFO", b"GROUPS", key), (b"HGETALL", groups_key(key))
             )
             exists = _checked(kind) != b"none"
@@ -148,7 +147,7 @@ class GroupKeeper:
                     self._marks.setdefault((key, group.name), mark)
         return newest
 
-    async def save(self, link: Link, stream: Stream, group: Group) -> None:
+    async def save(self, link: Connection, stream: Stream, group: Group) -> None:
         """Remembers, on the server and here, up to where the group has settled everything.
 
         Raises:
@@ -163,12 +162,12 @@ class GroupKeeper:
             settled = predecessor(parse_id(oldest)) if oldest else parse_id(places[group.name])
             mark = Mark(str(settled), read_state(_checked(info)).added)
             if self._marks.get((key, group.name)) != mark:
-                await link.one((b"HSET", groups_key(key), f"cursor:{group.name}", mark.text()))
+                await link.execute((b"HSET", groups_key(key), f"cursor:{group.name}", mark.text()))
                 self._marks[key, group.name] = mark
 
     async def _create(
         self,
-        link: Link,
+        link: Connection,
         stream: Stream,
         key: str,
         group: Group,
@@ -180,7 +179,7 @@ class GroupKeeper:
         forgotten = recorded is None and remembered is not None
         start, loss = place_group(group, state, recorded or remembered, forgotten)
         try:
-            await link.one((b"XGROUP", b"CREATE", key, group.name, start, b"MKSTREAM"))
+            await link.execute((b"XGROUP", b"CREATE", key, group.name, start, b"MKSTREAM"))
         except GroupExists:
             return
         mark = Mark(start, state.added if state else 0)
@@ -192,7 +191,7 @@ class GroupKeeper:
         unseen = 0 if state is None else state.added if start != ZERO_ID else state.added - state.length
         changes.append((b"HSETNX", groups_key(key), f"start:{group.name}", Mark(start, unseen).text()))
         changes.append((b"HSET", groups_key(key), f"cursor:{group.name}", mark.text()))
-        for reply in await link.ask(*changes):
+        for reply in await link.pipeline(*changes):
             _checked(reply)
         self._marks[key, group.name] = mark
         if loss is not None:

@@ -7,14 +7,14 @@ __all__ = ["find_landed"]
 from typing import Final
 
 from orki_contract.errors import EventUndecodable
+from orki_events.connection import Connection
 from orki_events.envelope import ENVELOPE_FIELD, event_id_of
-from orki_events.redis_shell import Link
 
 _PAGE: Final = 1_000
 _PAGES: Final = 200
 
 
-async def find_landed(link: Link, key: str, behind: str, wanted: set[bytes]) -> set[bytes]:
+async def find_landed(link: Connection, key: str, behind: str, wanted: set[bytes]) -> set[bytes]:
     """Searches the entries behind one for event ids.
 
     Args:
@@ -33,7 +33,7 @@ async def find_landed(link: Link, key: str, behind: str, wanted: set[bytes]) -> 
     found: set[bytes] = set()
     start = behind
     for _ in range(_PAGES):
-        entries = await link.one((b"XRANGE", key, f"({start}", b"+", b"COUNT", _PAGE))
+        entries = await link.execute((b"XRANGE", key, f"({start}", b"+", b"COUNT", _PAGE))
         for _, values in entries:
             raw = dict(zip(values[::2], values[1::2], strict=True)).get(ENVELOPE_FIELD, b"")
             try:

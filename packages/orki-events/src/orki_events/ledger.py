@@ -32,10 +32,10 @@ from google.protobuf.message import DecodeError
 from orki.events.v1.envelope_pb2 import DeadLetter
 from orki_contract.errors import EventUndecodable, OrkiError
 from orki_contract.model import Group, Stream
+from orki_events.connection import Connection
 from orki_events.entry_ids import ZERO_ID, EntryId, parse_id
 from orki_events.envelope import REASON_FIELD, decode_envelope, split_entry, stream_keys, tagged_key
 from orki_events.groups import Mark, groups_key, pairs, read_state
-from orki_events.redis_shell import Link
 
 _PAGE: Final = 1_000
 
@@ -111,7 +111,7 @@ class _GroupPlace:
 _RANK: Final = ("dead_lettered", "processed", "pending", "unread", "before_start")
 
 
-async def read_ledger(link: Link, stream: Stream) -> StreamLedger:
+async def read_ledger(link: Connection, stream: Stream) -> StreamLedger:
     """Reads the ledger of a stream.
 
     Raises:
@@ -139,7 +139,7 @@ async def read_ledger(link: Link, stream: Stream) -> StreamLedger:
     )
 
 
-async def _scan(link: Link, key: str, sequences: dict[str, set[int]]) -> _Scan:
+async def _scan(link: Connection, key: str, sequences: dict[str, set[int]]) -> _Scan:
     scan = _Scan(key)
     async for entry_id, fields in _entries(link, key):
         try:
@@ -150,16 +150,16 @@ async def _scan(link: Link, key: str, sequences: dict[str, set[int]]) -> _Scan:
             continue
         scan.ids.append((parse_id(entry_id), envelope.event_id))
         sequences.setdefault(envelope.producer, set()).add(envelope.sequence)
-    if await link.one((b"EXISTS", key)):
-        state = read_state(await link.one((b"XINFO", b"STREAM", key)))
+    if await link.execute((b"EXISTS", key)):
+        state = read_state(await link.execute((b"XINFO", b"STREAM", key)))
         scan.trimmed = state.added - state.length
     return scan
 
 
-async def _entries(link: Link, key: str) -> Any:
+async def _entries(link: Connection, key: str) -> Any:
     start = b"-"
     while True:
-        page = await link.one((b"XRANGE", key, start, b"+", b"COUNT", _PAGE))
+        page = await link.execute((b"XRANGE", key, start, b"+", b"COUNT", _PAGE))
         for entry_id, fields in page:
             yield entry_id, fields
         if len(page) < _PAGE:
@@ -167,13 +167,13 @@ async def _entries(link: Link, key: str) -> Any:
         start = b"(" + page[-1][0]
 
 
-async def _group_names(link: Link, key: str) -> list[str]:
-    if not await link.one((b"EXISTS", key)):
+async def _group_names(link: Connection, key: str) -> list[str]:
+    if not await link.execute((b"EXISTS", key)):
         return []
-    return [pairs(each)["name"].decode() for each in await link.one((b"XINFO", b"GROUPS", key))]
+    return [pairs(each)["name"].decode() for each in await link.execute((b"XINFO", b"GROUPS", key))]
 
 
-async def _group(link: Link, stream: Stream, group: Group, scans: list[_Scan]) -> GroupLedger:
+async def _group(link: Connection, stream: Stream, group: Group, scans: list[_Scan]) -> GroupLedger:
     dead = await _dead(link, stream, group)
     ranks: dict[bytes, int] = {}
     gone = dict.fromkeys(("processed", "dead_lettered", "declared_lost", "before_start", "pending"), 0)
@@ -232,26 +232,26 @@ def _add_trimmed(
     gone["declared_lost"] += left
 
 
-async def _place(link: Link, key: str, group: str) -> _GroupPlace:
-    known = pairs(await link.one((b"HGETALL", groups_key(key))))
+async def _place(link: Connection, key: str, group: str) -> _GroupPlace:
+    known = pairs(await link.execute((b"HGETALL", groups_key(key))))
     counted = {name: int(known.get(f"{name}:{group}", 0)) for name in ("processed", "dead_lettered", "declared_lost")}
     start = Mark.parse(known.get(f"start:{group}")) or Mark(ZERO_ID, 0)
     place = _GroupPlace(start, parse_id(ZERO_ID), set(), counted)
     if group not in await _group_names(link, key):
         return place
-    for each in map(pairs, await link.one((b"XINFO", b"GROUPS", key))):
+    for each in map(pairs, await link.execute((b"XINFO", b"GROUPS", key))):
         if each["name"].decode() == group:
             place.delivered = parse_id(each["last-delivered-id"])
     first = b"-"
     while True:
-        page = await link.one((b"XPENDING", key, group, first, b"+", _PAGE))
+        page = await link.execute((b"XPENDING", key, group, first, b"+", _PAGE))
         place.pending.update(parse_id(entry_id) for entry_id, _, _, _ in page)
         if len(page) < _PAGE:
             return place
         first = b"(" + page[-1][0]
 
 
-async def _dead(link: Link, stream: Stream, group: Group) -> dict[str, set[EntryId]]:
+async def _dead(link: Connection, stream: Stream, group: Group) -> dict[str, set[EntryId]]:
     """Entries that the group's dead letters name, by partition."""
     found: dict[str, set[EntryId]] = {}
     async for _, fields in _entries(link, tagged_key("ev", stream.dead_letter(group))):

@@ -34,12 +34,12 @@ from orki_contract.errors import (
 )
 from orki_contract.handles import EventStream
 from orki_contract.trace import Span
+from orki_events.connection import Connection, pack
 from orki_events.entry_ids import parse_id
 from orki_events.envelope import DATA_FIELD, ENVELOPE_FIELD, encode_envelope, new_event_id, stream_key
 from orki_events.groups import GroupKeeper
 from orki_events.landed import find_landed
 from orki_events.options import EventOptions, Gap, GapKind
-from orki_events.redis_shell import Link, pack
 from orki_events.registry import Registry
 from orki_events.tuning import Tunings
 
@@ -140,7 +140,7 @@ class Publisher:
 
     def __init__(
         self,
-        link: Link,
+        link: Connection,
         producer: str,
         options: EventOptions,
         keeper: GroupKeeper,
@@ -211,7 +211,7 @@ class Publisher:
                 raise LocalProtocolError("the publisher is closed; publish while its `async with` block runs")
             if self._entries >= self._options.buffer_entries or self._bytes >= self._options.buffer_bytes:
                 raise EventsBufferFull(
-                    f"{self._entries} events ({self._bytes} bytes) wait for {self._link.where}; "
+                    f"{self._entries} events ({self._bytes} bytes) wait for {self._link.address.shown}; "
                     "wait with flush(), or raise buffer_entries"
                 )
             number = self._sequences.get(contract.name, 0) + 1
@@ -275,13 +275,16 @@ class Publisher:
             async with asyncio.timeout(timeout_s):
                 await self.flush()
         except TimeoutError:
-            _log.warning("%s did not take all events within %g s", self._link.where, timeout_s)
+            _log.warning("%s did not take all events within %g s", self._link.address.shown, timeout_s)
         finally:
             self._task.cancel()
             await asyncio.wait([self._task])
             left = [*self._sending, *self._queue]
             self._queue.clear()
-            self._end(left, EventsUnavailable(f"{self._link.where} did not take the event before the publisher closed"))
+            self._end(
+                left,
+                EventsUnavailable(f"{self._link.address.shown} did not take the event before the publisher closed"),
+            )
 
     def _call(self, function: Callable[[], None]) -> None:
         if threading.get_ident() == self._thread:
@@ -373,7 +376,7 @@ class Publisher:
         """Trims by age. The server's clock made the newest id: ours may differ."""
         oldest = max(parse_id(newest).milliseconds - age_ms, 0)
         try:
-            await self._link.one((b"XTRIM", key, b"MINID", b"~", oldest))
+            await self._link.execute((b"XTRIM", key, b"MINID", b"~", oldest))
         except OrkiError as error:
             _log.warning("%s could not be trimmed by age: %s", key, error.message)
 

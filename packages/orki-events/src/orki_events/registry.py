@@ -26,8 +26,8 @@ from orki_contract.handles import EventStream
 from orki_contract.images import image_of
 from orki_contract.model import AUDIT_GROUP, Group, Stream, dump
 from orki_contract.provenance import package_version
+from orki_events.connection import Connection
 from orki_events.groups import pairs
-from orki_events.redis_shell import Link
 from orki_events.scripts import REGISTER, run_script
 from orki_events.stream_versions import StreamVersion, group_from_dump, judge_streams, stream_from_dump
 
@@ -67,7 +67,7 @@ class Registry:
         self._images: dict[str, tuple[str, bytes] | None] = {}
         self._refused: dict[tuple[str, bytes], str] = {}
 
-    async def register(self, link: Link, handle: EventStream[Any, Any], *, publishes: bool) -> None:
+    async def register(self, link: Connection, handle: EventStream[Any, Any], *, publishes: bool) -> None:
         """Tells the fleet of a stream, if it fits what is registered; to be called before the stream is used.
 
         Raises:
@@ -92,7 +92,7 @@ class Registry:
         for group in handle.contract.groups:
             await self.subscribe(link, handle.contract, group)
 
-    async def enter(self, link: Link, own: StreamVersion, who: str, *, replaces: bool) -> StreamVersion:
+    async def enter(self, link: Connection, own: StreamVersion, who: str, *, replaces: bool) -> StreamVersion:
         """Registers a version of a stream, if it fits.
 
         Args:
@@ -114,35 +114,35 @@ class Registry:
             if stands.record().encode() == record:
                 return stands
             if own.image is not None:
-                await link.one((b"HSETNX", _IMAGES, own.digest, own.image))
+                await link.execute((b"HSETNX", _IMAGES, own.digest, own.image))
             if await run_script(link, REGISTER, (_STREAMS,), own.stream.name, record, stands.record()):
                 return stands
         raise EventsUnavailable(f'others register the stream "{own.stream.name}" all the time; try again')
 
-    async def subscribe(self, link: Link, stream: Stream, group: Group) -> None:
+    async def subscribe(self, link: Connection, stream: Stream, group: Group) -> None:
         """Registers a group that a reader declares.
 
         Raises:
             OrkiError: The server does not answer or refuses.
         """
         text = json.dumps({"group": dump(group), "message": stream.message})
-        await link.one((b"HSET", _SUBSCRIPTIONS, f"{stream.name}/{group.name}", text))
+        await link.execute((b"HSET", _SUBSCRIPTIONS, f"{stream.name}/{group.name}", text))
 
-    async def forget(self, link: Link, stream: str) -> bool:
+    async def forget(self, link: Connection, stream: str) -> bool:
         """Withdraws a stream's registration, and nothing of its entries; whether there was one.
 
         Raises:
             OrkiError: The server does not answer or refuses.
         """
-        return bool(await link.one((b"HDEL", _STREAMS, stream)))
+        return bool(await link.execute((b"HDEL", _STREAMS, stream)))
 
-    async def streams(self, link: Link) -> list[RegisteredStream]:
+    async def streams(self, link: Connection) -> list[RegisteredStream]:
         """All registered streams, by name.
 
         Raises:
             OrkiError: The server does not answer or refuses.
         """
-        replies = await link.ask((b"HGETALL", _STREAMS), (b"HGETALL", _IMAGES), (b"HGETALL", _SUBSCRIPTIONS))
+        replies = await link.pipeline((b"HGETALL", _STREAMS), (b"HGETALL", _IMAGES), (b"HGETALL", _SUBSCRIPTIONS))
         for reply in replies:
             if isinstance(reply, OrkiError):
                 raise reply
@@ -161,7 +161,7 @@ class Registry:
             found.append(RegisteredStream(*row))
         return found
 
-    async def judge(self, link: Link, own: StreamVersion, who: str) -> StreamVersion | None:
+    async def judge(self, link: Connection, own: StreamVersion, who: str) -> StreamVersion | None:
         """Judges a version of a stream against the registered one, and writes nothing.
 
         Returns:
@@ -174,9 +174,9 @@ class Registry:
         """
         return (await self._judged(link, own, who))[1]
 
-    async def _judged(self, link: Link, own: StreamVersion, who: str) -> tuple[bytes, StreamVersion | None]:
+    async def _judged(self, link: Connection, own: StreamVersion, who: str) -> tuple[bytes, StreamVersion | None]:
         name = own.stream.name
-        record = await link.one((b"HGET", _STREAMS, name)) or b""
+        record = await link.execute((b"HGET", _STREAMS, name)) or b""
         if not record:
             return b"", None
         if (why := self._refused.get((own.digest, record))) is not None:
@@ -187,7 +187,7 @@ class Registry:
         if standing.digest:
             image = own.image
             if standing.digest != own.digest:
-                image = await link.one((b"HGET", _IMAGES, standing.digest))
+                image = await link.execute((b"HGET", _IMAGES, standing.digest))
             standing = replace(standing, image=image)
         _ = own.read
         try:

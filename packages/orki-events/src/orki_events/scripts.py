@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from orki_contract.errors import OrkiError
-from orki_events.redis_shell import Link, Reply
-from orki_events.redis_shell_errors import ScriptMissing
+from orki_events.connection import Connection, Reply, ScriptMissing
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +83,17 @@ return 1
 """)
 
 
-async def run_script(link: Link, script: Script, keys: tuple[bytes, ...], *arguments: bytes | str | int) -> Reply:
+async def run_script(link: Connection, script: Script, keys: tuple[bytes, ...], *arguments: bytes | str | int) -> Reply:
     """Runs a script, bringing it to the server where the server does not have it.
 
     Raises:
-        OrkiError: As `Link.one`.
+        OrkiError: As `Connection.one`.
     """
     try:
-        return await link.one((b"EVALSHA", script.digest, len(keys), *keys, *arguments))
+        return await link.execute((b"EVALSHA", script.digest, len(keys), *keys, *arguments))
     except ScriptMissing:
         try:
-            await link.one((b"SCRIPT", b"LOAD", script.text))
+            await link.execute((b"SCRIPT", b"LOAD", script.text))
         except OrkiError as error:
             raise type(error)(f"{error.message}; an operator must load the package's scripts for this role") from error
-        return await link.one((b"EVALSHA", script.digest, len(keys), *keys, *arguments))
+        return await link.execute((b"EVALSHA", script.digest, len(keys), *keys, *arguments))

@@ -16,12 +16,12 @@ from typing import Final
 from orki_contract.errors import ContractMismatch, EventsUnavailable, LocalProtocolError, OrkiError, Reason
 from orki_events import delivery_moves as moves
 from orki_events.chores import Chores, Place
+from orki_events.connection import Connection
 from orki_events.delivery import DeliveryMachine
 from orki_events.delivery_states import State
 from orki_events.envelope import stream_keys
 from orki_events.groups import GroupKeeper
 from orki_events.options import ConsumeOptions, Gap, GapKind
-from orki_events.redis_shell import Link
 from orki_events.seen import SeenEvents
 
 _SAVE_S: Final = 2.0
@@ -46,10 +46,10 @@ class Wires:
         forget: Called once it has ended.
     """
 
-    reads: Link
-    commands: Link
+    reads: Connection
+    commands: Connection
     keeper: GroupKeeper
-    prepare: Callable[[Link], Awaitable[None]]
+    prepare: Callable[[Connection], Awaitable[None]]
     report: Callable[[Gap], None]
     block_ms: int
     dedupe_window: int

@@ -15,10 +15,10 @@ from orki.events.v1.envelope_pb2 import Envelope
 from orki_contract.errors import EventUndecodable, OrkiError
 from orki_contract.model import Stream
 from orki_contract.trace import Span
+from orki_events.connection import Connection
 from orki_events.deliveries import Decode
 from orki_events.entry_ids import ZERO_ID, format_cursor, parse_cursor
 from orki_events.envelope import decode_envelope, envelope_span, event_id_of, split_entry, stream_keys
-from orki_events.redis_shell import Link
 
 T = TypeVar("T")
 _PAGE: Final = 500
@@ -79,7 +79,7 @@ class TailEntry(Generic[T]):
 
 
 async def follow_stream(
-    link: Link, stream: Stream, decode: Decode[T], after: str, follow: bool, block_ms: int
+    link: Connection, stream: Stream, decode: Decode[T], after: str, follow: bool, block_ms: int
 ) -> AsyncIterator[TailEntry[T]]:
     """The entries behind a cursor.
 
@@ -120,16 +120,17 @@ async def follow_stream(
             return
 
 
-async def _newest(link: Link, keys: tuple[str, ...]) -> list[str]:
+async def _newest(link: Connection, keys: tuple[str, ...]) -> list[str]:
     places = []
-    for reply in await link.ask(*((b"XREVRANGE", key, b"+", b"-", b"COUNT", 1) for key in keys)):
+    for reply in await link.pipeline(*((b"XREVRANGE", key, b"+", b"-", b"COUNT", 1) for key in keys)):
         if isinstance(reply, OrkiError):
             raise reply
         places.append(reply[0][0].decode() if reply else ZERO_ID)
     return places
 
 
-async def _read(link: Link, keys: tuple[str, ...], places: list[str], block_ms: int) -> list[Any]:
+async def _read(link: Connection, keys: tuple[str, ...], places: list[str], block_ms: int) -> list[Any]:
     waiting = (b"BLOCK", block_ms) if block_ms else ()
-    reply = await link.one((b"XREAD", b"COUNT", _PAGE, *waiting, b"STREAMS", *keys, *places), extra_s=block_ms / 1_000)
+    command = (b"XREAD", b"COUNT", _PAGE, *waiting, b"STREAMS", *keys, *places)
+    reply = await link.execute(command, timeout=link.answer_timeout + block_ms / 1_000)
     return reply or []

@@ -19,9 +19,9 @@ from typing import Any, Final
 from orki_contract.errors import InvalidContract, InvalidSetting, OrkiError
 from orki_contract.model import Retention, Stream
 from orki_contract.read import read_image
+from orki_events.connection import Command, Connection
 from orki_events.envelope import stream_keys
 from orki_events.groups import pairs
-from orki_events.redis_shell import Command, Link
 from orki_events.registry import RegisteredStream
 
 REFRESH_S: Final = 2.0
@@ -81,30 +81,30 @@ def kept(retention: Retention, tuning: Tuning | None) -> Retention:
     )
 
 
-async def read_tunings(link: Link) -> dict[str, Tuning]:
+async def read_tunings(link: Connection) -> dict[str, Tuning]:
     """All settings by stream; what cannot be read is told and left out.
 
     Raises:
         OrkiError: The server does not answer or refuses.
     """
     found = {}
-    for name, record in pairs(await link.one((b"HGETALL", _KEY))).items():
+    for name, record in pairs(await link.execute((b"HGETALL", _KEY))).items():
         if (tuning := _parsed(name, record)) is not None:
             found[name] = tuning
     return found
 
 
-async def kept_now(link: Link, stream: Stream) -> Retention:
+async def kept_now(link: Connection, stream: Stream) -> Retention:
     """What is kept of one stream at this moment.
 
     Raises:
         OrkiError: The server does not answer or refuses.
     """
-    record = await link.one((b"HGET", _KEY, stream.name))
+    record = await link.execute((b"HGET", _KEY, stream.name))
     return kept(stream.retention, _parsed(stream.name, record) if record else None)
 
 
-async def tune(link: Link, registered: RegisteredStream, tuning: Tuning | None) -> Tuned:
+async def tune(link: Connection, registered: RegisteredStream, tuning: Tuning | None) -> Tuned:
     """Sets how much of a stream the fleet keeps, and trims what is too much at once.
 
     Args:
@@ -120,12 +120,12 @@ async def tune(link: Link, registered: RegisteredStream, tuning: Tuning | None) 
     if tuning is not None:
         _judge(registered, tuning)
     if tuning in (None, Tuning()):
-        await link.one((b"HDEL", _KEY, stream.name))
+        await link.execute((b"HDEL", _KEY, stream.name))
         return Tuned(retention=stream.retention, trimmed=await _trim(link, stream, stream.retention))
     retention = kept(stream.retention, tuning)
     # Trimmed first: a server without memory refuses the setting, and may take it once there is room.
     trimmed = await _trim(link, stream, retention)
-    await link.one((b"HSET", _KEY, stream.name, json.dumps(asdict(tuning))))
+    await link.execute((b"HSET", _KEY, stream.name, json.dumps(asdict(tuning))))
     return Tuned(retention=retention, trimmed=trimmed)
 
 
@@ -137,7 +137,7 @@ class Tunings:
         self._read_at: float | None = None
         self._told: set[tuple[str, Tuning]] = set()
 
-    async def refresh(self, link: Link, now: float) -> None:
+    async def refresh(self, link: Connection, now: float) -> None:
         """Reads the settings where they were not read lately. `now` is monotonic, in seconds.
 
         Raises:
@@ -196,8 +196,8 @@ def _declared(registered: RegisteredStream) -> str:
     return f"{where}, version {registered.version}" if registered.version else where
 
 
-async def _trim(link: Link, stream: Stream, retention: Retention) -> int:
-    (clock,) = await link.ask((b"TIME",))
+async def _trim(link: Connection, stream: Stream, retention: Retention) -> int:
+    (clock,) = await link.pipeline((b"TIME",))
     if isinstance(clock, OrkiError):
         raise clock
     oldest = int(clock[0]) * 1_000 + int(clock[1]) // 1_000 - retention.max_age_ms
@@ -207,7 +207,7 @@ async def _trim(link: Link, stream: Stream, retention: Retention) -> int:
         if retention.max_age_ms:
             commands.append((b"XTRIM", key, b"MINID", b"~", max(oldest, 0)))
     trimmed = 0
-    for reply in await link.ask(*commands):
+    for reply in await link.pipeline(*commands):
         if isinstance(reply, OrkiError):
             raise reply
         trimmed += reply

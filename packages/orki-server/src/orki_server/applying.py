@@ -23,8 +23,8 @@ from orki_contract.provenance import package_version
 from orki_contract.read import ReadContract, read_image
 from orki_contract.sources import Image, images_in
 from orki_contract.validate import validate
+from orki_events.connection import Connection as EventConnection
 from orki_events.groups import GroupKeeper
-from orki_events.redis_shell import Link as EventLink
 from orki_events.registry import Registry
 from orki_events.stream_versions import StreamVersion
 from orki_server.admission import Admission
@@ -120,7 +120,7 @@ def read_declared(source: str, version: str = "") -> Declared:
     return Declared(services=tuple(services), streams=tuple(streams), subscriptions=tuple(subscriptions))
 
 
-async def judge(declared: Declared, admission: Admission, registry: Registry, link: EventLink) -> list[str]:
+async def judge(declared: Declared, admission: Admission, registry: Registry, link: EventConnection) -> list[str]:
     """Why declarations do not fit what is live or registered, each in words; empty where all fit.
 
     Raises:
@@ -140,7 +140,7 @@ async def judge(declared: Declared, admission: Admission, registry: Registry, li
     return list(dict.fromkeys(refusals))
 
 
-async def apply(declared: Declared, admission: Admission, registry: Registry, link: EventLink) -> list[Applied]:
+async def apply(declared: Declared, admission: Admission, registry: Registry, link: EventConnection) -> list[Applied]:
     """Registers declarations that were judged, and creates the groups.
 
     Raises:

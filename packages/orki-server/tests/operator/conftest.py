@@ -22,7 +22,7 @@ from orki_contract.handles import EventStream
 from orki_contract.images import image_of
 from orki_contract.model import AUDIT_GROUP, Group, Retention, Stream
 from orki_events import Events, connect
-from orki_events.redis_shell import Link, parse_address
+from orki_events.connection import Connection, parse_address
 from orki_server.embedded import EmbeddedServer
 
 CANARY = "xyzzy-canary-7731"
@@ -101,8 +101,8 @@ def valkey_url(shared_valkey: EmbeddedServer) -> str:
     """URL of the session's server, emptied."""
 
     async def empty() -> None:
-        link = Link(parse_address(shared_valkey.url), name="tests", connect_timeout_s=10, answer_timeout_s=10)
-        await link.one((b"FLUSHALL",))
+        link = Connection(parse_address(shared_valkey.url), name="tests", connect_timeout=10, answer_timeout=10)
+        await link.execute((b"FLUSHALL",))
         await link.close()
 
     asyncio.run(empty())
@@ -110,9 +110,9 @@ def valkey_url(shared_valkey: EmbeddedServer) -> str:
 
 
 @pytest.fixture
-async def link(valkey_url: str) -> AsyncIterator[Link]:
+async def link(valkey_url: str) -> AsyncIterator[Connection]:
     """A connection of the test's own."""
-    opened = Link(parse_address(valkey_url), name="tests", connect_timeout_s=10, answer_timeout_s=10)
+    opened = Connection(parse_address(valkey_url), name="tests", connect_timeout=10, answer_timeout=10)
     yield opened
     await opened.close()
 

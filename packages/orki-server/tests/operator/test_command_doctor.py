@@ -15,7 +15,7 @@ import pytest
 
 from orki_contract.model import Backoff
 from orki_events import ConsumeOptions, Events, connect
-from orki_events.redis_shell import Link, parse_address
+from orki_events.connection import Connection, parse_address
 from orki_server.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.timeout(180)
@@ -55,12 +55,12 @@ async def test_a_store_that_may_evict_and_lost_a_group(
     own_valkey: EmbeddedServer, link: Any, events: Events, user: Any, valkey_url: str, orki: Any, dead_port: int
 ) -> None:
     await events.publish(user.stream, user.filled("r"))
-    await link.one((b"XGROUP", b"DESTROY", "orki:ev:{secrets:0}", b"readers"))
-    await link.one((b"CONFIG", b"SET", b"maxmemory-policy", b"allkeys-lru"))
+    await link.execute((b"XGROUP", b"DESTROY", "orki:ev:{secrets:0}", b"readers"))
+    await link.execute((b"CONFIG", b"SET", b"maxmemory-policy", b"allkeys-lru"))
     try:
         code, checks = await doctor(orki, valkey_url, f"127.0.0.1:{dead_port}")
     finally:
-        await link.one((b"CONFIG", b"SET", b"maxmemory-policy", b"noeviction"))
+        await link.execute((b"CONFIG", b"SET", b"maxmemory-policy", b"noeviction"))
     assert code == 1
     assert checks["store.eviction"]["verdict"] == "bad"
     assert checks["events.secrets.readers"]["figure"] == "missing"
@@ -82,8 +82,8 @@ async def test_a_store_that_is_hung_is_told_from_one_that_is_away(
 
 
 async def test_a_store_that_wants_a_password(own_valkey: EmbeddedServer, orki: Any, dead_port: int) -> None:
-    own = Link(parse_address(own_valkey.url), name="t", connect_timeout_s=5, answer_timeout_s=5)
-    await own.one((b"CONFIG", b"SET", b"requirepass", b"opensesame"))
+    own = Connection(parse_address(own_valkey.url), name="t", connect_timeout=5, answer_timeout=5)
+    await own.execute((b"CONFIG", b"SET", b"requirepass", b"opensesame"))
     await own.close()
     code, checks = await doctor(orki, own_valkey.url, f"127.0.0.1:{dead_port}")
     assert (code, checks["store.reachable"]["verdict"]) == (1, "bad")

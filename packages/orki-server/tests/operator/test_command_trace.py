@@ -103,7 +103,7 @@ async def test_trimmed_entries_are_told(events: Events, user: Any, orki: Any, re
     await publish_story(events, user)
     for _ in range(3):
         await events.publish(USAGE, UsageEvent(model="later"))
-    await link.one((b"XTRIM", "orki:ev:{usage}", b"MAXLEN", 1))
+    await link.execute((b"XTRIM", "orki:ev:{usage}", b"MAXLEN", 1))
     ended = await orki("trace", TASK, **redis_only)
     assert ended.code == 0
     assert "may have been trimmed from: usage" in " ".join(ended.err.split())

@@ -93,7 +93,7 @@ async def test_each_event_once_over_kills_at_any_instant(
     found = ids(file)
     assert found == Counter(each.hex() for each in published), f"seed {seed}"
     for key in ("orki:ev:{usage}", "orki:ev:{secrets:0}", "orki:ev:{secrets:1}"):
-        assert (await link.one((b"XPENDING", key, b"audit")))[0] == 0, f"seed {seed}"
+        assert (await link.execute((b"XPENDING", key, b"audit")))[0] == 0, f"seed {seed}"
 
 
 async def test_entries_that_cannot_be_read_are_told_and_not_shown(
@@ -101,9 +101,9 @@ async def test_entries_that_cannot_be_read_are_told_and_not_shown(
 ) -> None:
     file = tmp_path / "audit.jsonl"
     await events.publish(USAGE, UsageEvent(model="m"))
-    ((_, flat),) = await link.one((b"XRANGE", "orki:ev:{usage}", b"-", b"+"))
+    ((_, flat),) = await link.execute((b"XRANGE", "orki:ev:{usage}", b"-", b"+"))
     broken = flat[1].replace(flat[1][2:18], b"0123456789abcdef")
-    await link.one((b"XADD", "orki:ev:{usage}", b"*", b"e", broken, b"d", b"\xff" + canary.encode()))
+    await link.execute((b"XADD", "orki:ev:{usage}", b"*", b"e", broken, b"d", b"\xff" + canary.encode()))
     audit(observer, valkey_url, file)
     await until(lambda: len(lines(file)) == 2)
     line = lines(file)[1]
@@ -129,7 +129,7 @@ async def test_a_full_disk_is_waited_for_and_nothing_is_lost(
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
     await until(lambda: len(lines(file)) == 6)
     assert process.end() == 0
-    assert await link.one((b"EXISTS", "orki:ev:{usage.audit.dead}")) == 0
+    assert await link.execute((b"EXISTS", "orki:ev:{usage.audit.dead}")) == 0
 
 
 def test_it_waits_for_an_event_server_that_is_away(dead_port: int, tmp_path: Path) -> None:

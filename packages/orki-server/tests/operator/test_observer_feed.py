@@ -18,7 +18,7 @@ import pytest
 from orki.events.v1.usage_orki import USAGE
 from orki.events.v1.usage_pb2 import UsageEvent
 from orki_events import Events
-from orki_events.redis_shell import parse_address
+from orki_events.connection import parse_address
 from orki_server.observers.feed import FeedOptions, run_feed
 
 Start = Callable[..., Any]
@@ -188,7 +188,7 @@ async def test_trimmed_entries_are_told_as_a_gap(
         last_id = stream.last_id
     for _ in range(5):
         await events.publish(USAGE, UsageEvent(model="unseen"))
-    await link.one((b"XTRIM", "orki:ev:{usage}", b"MAXLEN", 2))
+    await link.execute((b"XTRIM", "orki:ev:{usage}", b"MAXLEN", 2))
     async with followed(http, process.where, last_id) as stream:
         gap = await stream.block()
         assert gap["event"] == "gap"

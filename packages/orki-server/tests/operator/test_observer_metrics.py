@@ -88,10 +88,10 @@ async def test_killed_at_any_instant_it_loses_nothing(
             process.start()
     await shown(process.where, 'orki_group_lag_entries{group="metrics",stream="usage"} 0.0')
     for _ in range(300):
-        if (await link.one((b"XPENDING", "orki:ev:{usage}", b"metrics")))[0] == 0:
+        if (await link.execute((b"XPENDING", "orki:ev:{usage}", b"metrics")))[0] == 0:
             break
         await asyncio.sleep(0.1)
-    assert (await link.one((b"XPENDING", "orki:ev:{usage}", b"metrics")))[0] == 0, f"seed {seed}"
+    assert (await link.execute((b"XPENDING", "orki:ev:{usage}", b"metrics")))[0] == 0, f"seed {seed}"
     counted = float(re.findall(r'orki_events_total\{stream="usage"\} ([0-9.]+)', await scraped(process.where))[0])
     assert 100 <= counted <= 300, f"seed {seed}"
     assert process.end() == 0

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from orki_events.redis_shell import Link
+from orki_events.connection import Connection
 from orki_events.registry import RegisteredStream, Registry
 from orki_server.admission import Admission, Liveness
 from orki_server.contract_family import ServiceContract
@@ -63,7 +63,7 @@ class ContractRow:
         return ", ".join(told) or "-"
 
 
-async def registered_rows(admission: Admission, contracts: Contracts, link: Link) -> list[ContractRow]:
+async def registered_rows(admission: Admission, contracts: Contracts, link: Connection) -> list[ContractRow]:
     """All registered versions: services, then streams, by name.
 
     Raises:

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-un
 
 from orki_contract.errors import EventsLoading, EventsUnavailable, OrkiError
 from orki_control.wire import check_target, open_channel
-from orki_events.redis_shell import Link, parse_address
+from orki_events.connection import Connection, parse_address
 from orki_events.registry import Registry
 from orki_server.cli.doctor_checks import Check, Verdict, check_dead_letters, check_groups, check_store, parse_info
 from orki_server.cli.settings import json_option, redis_option, run, with_orchestrator
@@ -54,7 +54,7 @@ def doctor(timeout: float, as_json: bool, redis_url: str, orchestrator: str, ins
     Each check is ok, warn or bad, with a figure; what is not ok also has a cause and a next step. The exit code is 1
     when anything is bad.
     """
-    link = Link(parse_address(redis_url), name="orki:doctor", connect_timeout_s=timeout, answer_timeout_s=timeout)
+    link = Connection(parse_address(redis_url), name="orki:doctor", connect_timeout=timeout, answer_timeout=timeout)
     target = check_target(orchestrator, insecure=insecure)
     checks = run(_look(link, redis_url, target, timeout))
     healthy = all(check.verdict is not Verdict.BAD for check in checks)
@@ -70,20 +70,20 @@ def doctor(timeout: float, as_json: bool, redis_url: str, orchestrator: str, ins
         click.get_current_context().exit(1)
 
 
-async def _look(link: Link, redis_url: str, target: str, timeout: float) -> list[Check]:
+async def _look(link: Connection, redis_url: str, target: str, timeout: float) -> list[Check]:
     store, orchestrator = await asyncio.gather(_store(link, redis_url, timeout), _orchestrator(target, timeout))
     return [*store, orchestrator]
 
 
-async def _store(link: Link, redis_url: str, timeout: float) -> list[Check]:
+async def _store(link: Connection, redis_url: str, timeout: float) -> list[Check]:
     try:
-        pong, info = await link.ask((b"PING",), (b"INFO",))
+        pong, info = await link.pipeline((b"PING",), (b"INFO",))
         if isinstance(pong, EventsLoading) and not isinstance(info, OrkiError):
             return [*check_store(parse_info(info.decode()))]
         for reply in (pong, info):
             if isinstance(reply, OrkiError):
                 raise reply
-        found = [Check(name="store.reachable", verdict=Verdict.OK, figure=link.where)]
+        found = [Check(name="store.reachable", verdict=Verdict.OK, figure=link.address.shown)]
         found += check_store(parse_info(info.decode()))
         figures = await stream_figures(link, await Registry().streams(link))
         groups = [group for stream in figures for group in stream.groups]
@@ -97,13 +97,13 @@ async def _store(link: Link, redis_url: str, timeout: float) -> list[Check]:
         await link.close()
 
 
-async def _unreachable(link: Link, redis_url: str, error: OrkiError, timeout: float) -> Check:
+async def _unreachable(link: Connection, redis_url: str, error: OrkiError, timeout: float) -> Check:
     name = "store.reachable"
     if not isinstance(error, EventsUnavailable):
         return Check(
             name=name,
             verdict=Verdict.BAD,
-            figure=f"{link.where} refuses",
+            figure=f"{link.address.shown} refuses",
             cause=f"{error.message}.",
             next_step="Do what the cause says; user and password belong into ORKI_REDIS_URL.",
         )
@@ -111,14 +111,14 @@ async def _unreachable(link: Link, redis_url: str, error: OrkiError, timeout: fl
         return Check(
             name=name,
             verdict=Verdict.BAD,
-            figure=f"hung: {link.where} accepts connections, and has not answered within {timeout:g} s",
+            figure=f"hung: {link.address.shown} accepts connections, and has not answered within {timeout:g} s",
             cause="The server is stopped, runs a long command, or waits for its disk.",
             next_step="Look at its process and its log, and restart it if nothing else helps.",
         )
     return Check(
         name=name,
         verdict=Verdict.BAD,
-        figure=f"unreachable: {link.where}",
+        figure=f"unreachable: {link.address.shown}",
         cause=f"{error.message}.",
         next_step="Start the server, or give another URL with --redis.",
     )

@@ -71,7 +71,7 @@ def feed(host: str, port: int, redis_url: str) -> None:
     A client that comes back with Last-Event-ID goes on exactly where it was. No consumer group is used, so a closed
     browser holds nothing up.
     """
-    from orki_events.redis_shell import parse_address
+    from orki_events.connection import parse_address
     from orki_server.observers.feed import FeedOptions, run_feed
 
     _log_to_stderr()

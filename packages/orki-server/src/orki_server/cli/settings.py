@@ -14,7 +14,7 @@ import click
 if TYPE_CHECKING:
     # Imported where they are used: a command that needs no gRPC, or no Redis, starts without it.
     from orki_control.client import Client
-    from orki_events.redis_shell import Link
+    from orki_events.connection import Connection
 
 A = TypeVar("A")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -63,15 +63,17 @@ def open_client(orchestrator: str, insecure: bool, *, patience: float = _PATIENC
 
 
 @asynccontextmanager
-async def events_link(redis_url: str) -> AsyncIterator[Link]:
+async def events_link(redis_url: str) -> AsyncIterator[Connection]:
     """A connection to the event server.
 
     Raises:
         InvalidSetting: The URL cannot be used.
     """
-    from orki_events.redis_shell import Link, parse_address
+    from orki_events.connection import Connection, parse_address
 
-    link = Link(parse_address(redis_url), name="orki:command", connect_timeout_s=_ANSWER_S, answer_timeout_s=_ANSWER_S)
+    link = Connection(
+        parse_address(redis_url), name="orki:command", connect_timeout=_ANSWER_S, answer_timeout=_ANSWER_S
+    )
     try:
         yield link
     finally:

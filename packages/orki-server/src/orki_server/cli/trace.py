@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from orki_contract.errors import OrkiError, UnknownStream, UnknownTask
 from orki_contract.trace import parse_traceparent
-from orki_events.redis_shell import Link
+from orki_events.connection import Connection
 from orki_events.registry import Registry
 from orki_server.cli.settings import events_link, json_option, open_client, redis_option, run, with_orchestrator
 from orki_server.cli.tables import print_json, stderr_console, stdout_console
@@ -89,7 +89,7 @@ async def _ask_orchestrator(wanted: str, orchestrator: str, insecure: bool) -> F
     return Found(trace_id=span.trace_id, bounds=task_bounds(task.submitted_us, task.ended_us))
 
 
-async def _look(link: Link, found: Found, progress: ScanProgress) -> tuple[Trace, list[str]]:
+async def _look(link: Connection, found: Found, progress: ScanProgress) -> tuple[Trace, list[str]]:
     # Streams that were registered meanwhile belong to the trace too.
     streams = await Registry().streams(link)
     records, trimmed = await scan_trace(link, streams, found, progress)
@@ -98,7 +98,7 @@ async def _look(link: Link, found: Found, progress: ScanProgress) -> tuple[Trace
     return build_trace(found.trace_id, records), trimmed
 
 
-async def _follow(link: Link, found: Found, tree: Trace, as_json: bool) -> tuple[Trace, list[str]]:
+async def _follow(link: Connection, found: Found, tree: Trace, as_json: bool) -> tuple[Trace, list[str]]:
     """Looks again and again until the trace has ended, and a little longer for what comes late."""
     open_end = Found(trace_id=found.trace_id, bounds=task_bounds((found.bounds.start_ms + 1000) * 1000, 0))
     console = Console(quiet=True) if as_json else stdout_console()

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from orki_contract.errors import InvalidArgument, UnknownTask
+from orki_events.connection import Connection
 from orki_events.entry_ids import parse_id
 from orki_events.envelope import stream_keys
 from orki_events.groups import read_state
-from orki_events.redis_shell import Link
 from orki_events.registry import RegisteredStream
 from orki_server.cli.trace_tree import TASK_EVENT, TraceRecord
 from orki_server.observers.entry_view import EntryView, Readers
@@ -76,7 +76,9 @@ def check_id(wanted: str) -> None:
         raise InvalidArgument(f'"{wanted}" is no task id (such as t3-01jc…) and no trace id (32 hex digits)')
 
 
-async def find_trace(link: Link, streams: Sequence[RegisteredStream], wanted: str, progress: ScanProgress) -> Found:
+async def find_trace(
+    link: Connection, streams: Sequence[RegisteredStream], wanted: str, progress: ScanProgress
+) -> Found:
     """The trace whose id, or one of whose tasks' ids, begins with `wanted`, from the tasks' own events.
 
     Raises:
@@ -108,7 +110,7 @@ def task_bounds(submitted_us: int, ended_us: int) -> Bounds:
 
 
 async def scan_trace(
-    link: Link, streams: Sequence[RegisteredStream], found: Found, progress: ScanProgress
+    link: Connection, streams: Sequence[RegisteredStream], found: Found, progress: ScanProgress
 ) -> tuple[list[TraceRecord], list[str]]:
     """All entries of the trace, and the lives of the agents that took part.
 
@@ -137,7 +139,7 @@ async def scan_trace(
 
 
 async def scan(
-    link: Link, stream: RegisteredStream, start: str, end: str, progress: ScanProgress, needle: bytes
+    link: Connection, stream: RegisteredStream, start: str, end: str, progress: ScanProgress, needle: bytes
 ) -> AsyncIterator[EntryView]:
     """Yields the entries between two ids whose envelope holds `needle`, page by page."""
     reader = _READERS.of(stream)
@@ -145,7 +147,7 @@ async def scan(
     for key in stream_keys(stream.contract):
         low, first, last = start, 0, 0
         while True:
-            page = await link.one((b"XRANGE", key, low, end, b"COUNT", _PAGE))
+            page = await link.execute((b"XRANGE", key, low, end, b"COUNT", _PAGE))
             for entry_id, flat in page:
                 fields = dict(zip(flat[::2], flat[1::2], strict=True))
                 raw = fields.get(b"e", b"")
@@ -195,19 +197,19 @@ def _relevant(records: list[TraceRecord], bounds: Bounds) -> list[TraceRecord]:
     return kept
 
 
-async def _trimmed_since(link: Link, stream: RegisteredStream, start_ms: int) -> bool:
+async def _trimmed_since(link: Connection, stream: RegisteredStream, start_ms: int) -> bool:
     for key in stream_keys(stream.contract):
-        kind = await link.one((b"TYPE", key))
+        kind = await link.execute((b"TYPE", key))
         if kind != b"stream":
             continue
-        state = read_state(await link.one((b"XINFO", b"STREAM", key)))
+        state = read_state(await link.execute((b"XINFO", b"STREAM", key)))
         if state.added > state.length and (not state.first_id or parse_id(state.first_id).milliseconds > start_ms):
             return True
     return False
 
 
-async def _last_ms(link: Link, key: str) -> int:
-    last = await link.one((b"XREVRANGE", key, b"+", b"-", b"COUNT", 1))
+async def _last_ms(link: Connection, key: str) -> int:
+    last = await link.execute((b"XREVRANGE", key, b"+", b"-", b"COUNT", 1))
     return parse_id(last[0][0]).milliseconds if last else 0
 
 

@@ -21,7 +21,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from orki_contract.errors import InvalidArgument, InvalidSetting, OrkiError, UnknownStream
-from orki_events.redis_shell import Address, Link
+from orki_events.connection import Address, Connection
 from orki_server.observers.entry_view import EntryView
 from orki_server.observers.feed_cursor import parse_feed_cursor
 from orki_server.observers.http_server import serve_http
@@ -120,7 +120,7 @@ class _Feed:
             return _refusal(503, "the feed is stopping")
         self._clients += 1
         self._empty.clear()
-        link = Link(self._address, name="orki:feed", connect_timeout_s=5.0, answer_timeout_s=10.0)
+        link = Connection(self._address, name="orki:feed", connect_timeout=5.0, answer_timeout=10.0)
         try:
             return await self._follow(request, link)
         finally:
@@ -129,7 +129,7 @@ class _Feed:
                 self._empty.set()
             await link.close()
 
-    async def _follow(self, request: web.Request, link: Link) -> web.StreamResponse:
+    async def _follow(self, request: web.Request, link: Connection) -> web.StreamResponse:
         try:
             reader = _reader(request, link)
             gaps = await reader.start()
@@ -214,7 +214,7 @@ class _Client:
             self._request.transport.abort()
 
 
-def _reader(request: web.Request, link: Link) -> MergedReader:
+def _reader(request: web.Request, link: Connection) -> MergedReader:
     if unknown := sorted(set(request.query) - {"stream"}):
         raise InvalidArgument(f'unknown parameter "{unknown[0]}" (known: stream, which may be repeated)')
     names = request.query.getall("stream", [])

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from orki_contract.errors import OrkiError, UnknownStream
+from orki_events.connection import Connection
 from orki_events.entry_ids import ZERO_ID, format_cursor, parse_cursor, parse_id
 from orki_events.envelope import stream_keys
 from orki_events.groups import read_state
-from orki_events.redis_shell import Link
 from orki_events.registry import RegisteredStream, Registry
 from orki_server.observers.entry_view import EntryView, Readers
 from orki_server.observers.feed_cursor import format_feed_cursor
@@ -47,7 +47,12 @@ class MergedReader:
     """Reads all streams, or some, from where a reader stands. One reader for each client."""
 
     def __init__(
-        self, link: Link, *, names: Collection[str] = (), cursors: Mapping[str, str] | None = None, block_ms: int = 1000
+        self,
+        link: Connection,
+        *,
+        names: Collection[str] = (),
+        cursors: Mapping[str, str] | None = None,
+        block_ms: int = 1000,
     ) -> None:
         """Reads nothing yet.
 
@@ -123,7 +128,8 @@ class MergedReader:
             return await self._wait()
         command = (b"XREAD", b"COUNT", _COUNT, b"BLOCK", self._block_ms, b"STREAMS")
         keys, ids = zip(*places, strict=True)
-        reply = await self._link.one((*command, *keys, *ids), extra_s=self._block_ms / 1000)
+        timeout = self._link.answer_timeout + self._block_ms / 1000
+        reply = await self._link.execute((*command, *keys, *ids), timeout=timeout)
         views = [self._view(key.decode(), entry) for key, entries in reply or () for entry in entries]
         return [(self._pass(view), view) for view in sorted(views, key=lambda each: parse_id(each.entry_id))]
 
@@ -137,7 +143,10 @@ class MergedReader:
 
     async def _wait(self) -> list[tuple[str, EntryView]]:
         # Blocks in the server, so that a server that went away is noticed.
-        await self._link.one((b"BLPOP", b"orki:nothing-is-here", b"%.3f" % (self._block_ms / 1000)), extra_s=1.0)
+        await self._link.execute(
+            (b"BLPOP", b"orki:nothing-is-here", b"%.3f" % (self._block_ms / 1000)),
+            timeout=self._link.answer_timeout + 1.0,
+        )
         return []
 
     def _view(self, key: str, entry: Any) -> EntryView:
@@ -162,7 +171,7 @@ class MergedReader:
 
     async def _newest(self, registered: list[RegisteredStream]) -> dict[str, str]:
         keys = [key for each in registered for key in stream_keys(each.contract)]
-        replies = await self._link.ask(*((b"XREVRANGE", key, b"+", b"-", b"COUNT", 1) for key in keys))
+        replies = await self._link.pipeline(*((b"XREVRANGE", key, b"+", b"-", b"COUNT", 1) for key in keys))
         return {
             key: _checked(reply)[0][0].decode() for key, reply in zip(keys, replies, strict=True) if _checked(reply)
         }
@@ -171,9 +180,9 @@ class MergedReader:
         keys = [key for key, place in self._places.items() if place != ZERO_ID]
         if not keys:
             return []
-        types = await self._link.ask(*((b"TYPE", key) for key in keys))
+        types = await self._link.pipeline(*((b"TYPE", key) for key in keys))
         there = [key for key, reply in zip(keys, types, strict=True) if _checked(reply) == b"stream"]
-        states = await self._link.ask(*((b"XINFO", b"STREAM", key) for key in there)) if there else []
+        states = await self._link.pipeline(*((b"XINFO", b"STREAM", key) for key in there)) if there else []
         gaps = []
         for key, reply in zip(there, states, strict=True):
             state = read_state(_checked(reply))

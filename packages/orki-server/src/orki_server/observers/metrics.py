@@ -25,7 +25,7 @@ from orki.events.v1.usage_orki import USAGE
 from orki_contract.errors import InvalidSetting, OrkiError, UnknownStream
 from orki_contract.handles import EventStream
 from orki_events import EventOptions, Events, RegisteredStream, connect
-from orki_events.redis_shell import Link, parse_address
+from orki_events.connection import Connection, parse_address
 from orki_server.observers.http_server import serve_http
 from orki_server.observers.merged_reader import MergedReader
 from orki_server.observers.metrics_book import MetricsBook
@@ -65,8 +65,8 @@ async def run_metrics(redis_url: str, options: MetricsOptions, stopped: asyncio.
     port = options.server.port
     consumer = f"metrics.{socket.gethostname()}.{port}" if port else None
     events = connect(redis_url, options=EventOptions(dedupe_window=0))
-    link = Link(parse_address(redis_url), name="orki:metrics", connect_timeout_s=5.0, answer_timeout_s=10.0)
-    agents = Link(parse_address(redis_url), name="orki:metrics:agents", connect_timeout_s=5.0, answer_timeout_s=10.0)
+    link = Connection(parse_address(redis_url), name="orki:metrics", connect_timeout=5.0, answer_timeout=10.0)
+    agents = Connection(parse_address(redis_url), name="orki:metrics:agents", connect_timeout=5.0, answer_timeout=10.0)
     app = web.Application()
     app.router.add_get("/metrics", _exposition(book))
     async with serve_http(app, options.server) as url, events:
@@ -116,7 +116,7 @@ async def _count(
             await asyncio.sleep(_AGAIN_S)
 
 
-async def _follow_agents(link: Link, book: MetricsBook) -> None:
+async def _follow_agents(link: Connection, book: MetricsBook) -> None:
     reader = None
     while True:
         try:

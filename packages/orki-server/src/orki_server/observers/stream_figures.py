@@ -10,9 +10,9 @@ from typing import Any
 
 from orki_contract.errors import OrkiError
 from orki_contract.model import Group, Stream
+from orki_events.connection import Command, Connection
 from orki_events.envelope import stream_keys, tagged_key
 from orki_events.groups import pairs
-from orki_events.redis_shell import Command, Link
 from orki_events.registry import RegisteredStream
 
 
@@ -62,7 +62,7 @@ class StreamFigures:
     groups: tuple[GroupFigures, ...]
 
 
-async def stream_figures(link: Link, streams: Sequence[RegisteredStream]) -> list[StreamFigures]:
+async def stream_figures(link: Connection, streams: Sequence[RegisteredStream]) -> list[StreamFigures]:
     """Figures of these streams, in their order. Few round trips, whatever the number of streams.
 
     Raises:
@@ -72,7 +72,7 @@ async def stream_figures(link: Link, streams: Sequence[RegisteredStream]) -> lis
     keys = [key for each in contracts for key in stream_keys(each)]
     if not keys:
         return []
-    (clock, *types) = await link.ask((b"TIME",), *((b"TYPE", key) for key in keys))
+    (clock, *types) = await link.pipeline((b"TIME",), *((b"TYPE", key) for key in keys))
     seconds, micros = _checked(clock)
     now_ms = int(seconds) * 1000 + int(micros) // 1000
     there = [key for key, kind in zip(keys, types, strict=True) if _checked(kind) == b"stream"]
@@ -91,7 +91,7 @@ class _Look:
         self._oldest: dict[tuple[str, str], int] = {}
         self._dead: dict[str, int] = {}
 
-    async def at_keys(self, link: Link, keys: list[str]) -> None:
+    async def at_keys(self, link: Connection, keys: list[str]) -> None:
         commands: list[Command] = [command for key in keys for command in ((b"XLEN", key), (b"XINFO", b"GROUPS", key))]
         replies = iter(await _asked(link, commands))
         for key in keys:
@@ -99,7 +99,7 @@ class _Look:
             for found in map(pairs, next(replies)):
                 self._groups[key, found["name"].decode()] = found
 
-    async def at_pending(self, link: Link, contracts: list[Stream]) -> None:
+    async def at_pending(self, link: Connection, contracts: list[Stream]) -> None:
         wanted = [
             (key, group.name)
             for each in contracts
@@ -112,7 +112,7 @@ class _Look:
             if reply[1]:
                 self._oldest[place] = max(0, self._now_ms - int(reply[1].partition(b"-")[0]))
 
-    async def at_dead(self, link: Link, contracts: list[Stream]) -> None:
+    async def at_dead(self, link: Connection, contracts: list[Stream]) -> None:
         names = sorted({each.dead_letter(group) for each in contracts for group in each.groups})
         replies = await _asked(link, [(b"XLEN", tagged_key("ev", name)) for name in names])
         self._dead = dict(zip(names, replies, strict=True))
@@ -144,8 +144,8 @@ class _Look:
         )
 
 
-async def _asked(link: Link, commands: list[Command]) -> list[Any]:
-    return [_checked(reply) for reply in await link.ask(*commands)] if commands else []
+async def _asked(link: Connection, commands: list[Command]) -> list[Any]:
+    return [_checked(reply) for reply in await link.pipeline(*commands)] if commands else []
 
 
 def _checked(reply: Any) -> Any:

@@ -1,0 +1,252 @@
+"""Reading Redis URLs, and the one table that classifies Redis errors by their code."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any, Final, Literal
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+
+from orki_contract.errors import (
+    EventsLoading,
+    EventsNotPersisting,
+    EventsOutOfMemory,
+    EventsReadOnly,
+    EventsRefused,
+    EventsUnavailable,
+    InvalidSetting,
+    LocalProtocolError,
+    OrkiError,
+    StoreUnavailable,
+)
+
+Role = Literal["event server", "store"]
+"""Whose connection it is; decides the words and the classes of errors."""
+
+_DEFAULT_PORT: Final = 6379
+_CERT_REQS: Final = ("none", "optional", "required")
+_BOOLEANS: Final = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_OPTIONS: Final = ("db", "ssl_ca_certs", "ssl_cert_reqs", "ssl_certfile", "ssl_check_hostname", "ssl_keyfile")
+
+
+class GroupMissing(EventsRefused):
+    """The stream or its group does not exist: never created, flushed, rolled back, evicted or destroyed."""
+
+
+class GroupExists(EventsRefused):
+    """The group exists already."""
+
+
+class ScriptMissing(LocalProtocolError):
+    """The server does not have the script in its cache."""
+
+
+class _Condition(Enum):
+    UNAVAILABLE = auto()
+    OUT_OF_MEMORY = auto()
+    READ_ONLY = auto()
+    NOT_PERSISTING = auto()
+    LOADING = auto()
+    FORBIDDEN = auto()
+    WRONG_COMMAND = auto()
+    SCRIPT_MISSING = auto()
+    GROUP_MISSING = auto()
+    GROUP_EXISTS = auto()
+
+
+_EVENT_ERRORS: Final[dict[_Condition, type[OrkiError]]] = {
+    _Condition.UNAVAILABLE: EventsUnavailable,
+    _Condition.OUT_OF_MEMORY: EventsOutOfMemory,
+    _Condition.READ_ONLY: EventsReadOnly,
+    _Condition.NOT_PERSISTING: EventsNotPersisting,
+    _Condition.LOADING: EventsLoading,
+    _Condition.FORBIDDEN: EventsRefused,
+    _Condition.WRONG_COMMAND: EventsRefused,
+    _Condition.SCRIPT_MISSING: ScriptMissing,
+    _Condition.GROUP_MISSING: GroupMissing,
+    _Condition.GROUP_EXISTS: GroupExists,
+}
+_STORE_ERRORS: Final[dict[_Condition, type[OrkiError]]] = {
+    **dict.fromkeys(_EVENT_ERRORS, StoreUnavailable),
+    _Condition.WRONG_COMMAND: LocalProtocolError,
+    _Condition.SCRIPT_MISSING: ScriptMissing,
+    _Condition.GROUP_MISSING: GroupMissing,
+    _Condition.GROUP_EXISTS: GroupExists,
+}
+_ERRORS: Final[dict[Role, dict[_Condition, type[OrkiError]]]] = {
+    "event server": _EVENT_ERRORS,
+    "store": _STORE_ERRORS,
+}
+_KEEP_LESS: Final[dict[Role, str]] = {
+    "event server": "keep fewer events (orki streams tune)",
+    "store": "shorten the retention of finished tasks",
+}
+
+# Error codes of Redis; `{less}` is the role's way to need less memory.
+_CODES: Final[dict[str, tuple[_Condition, str]]] = {
+    "OOM": (_Condition.OUT_OF_MEMORY, "is out of memory; raise maxmemory, or {less}"),
+    "READONLY": (_Condition.READ_ONLY, "is a replica and takes no writes; use the URL of the primary"),
+    "MASTERDOWN": (_Condition.READ_ONLY, "is a replica that lost its primary"),
+    "NOREPLICAS": (_Condition.READ_ONLY, "has fewer replicas than min-replicas-to-write requires"),
+    "MISCONF": (_Condition.NOT_PERSISTING, "cannot write to its disk; check its log and the free space"),
+    "LOADING": (_Condition.LOADING, "is still loading its data; wait"),
+    "CLUSTERDOWN": (_Condition.UNAVAILABLE, "is part of a cluster that does not serve this key's slot"),
+    "TRYAGAIN": (_Condition.UNAVAILABLE, "is moving this key's slot; wait"),
+    "BUSY": (_Condition.UNAVAILABLE, "is running a long script; wait, or stop it with SCRIPT KILL"),
+    "NOAUTH": (_Condition.FORBIDDEN, "requires a password"),
+    "WRONGPASS": (_Condition.FORBIDDEN, "rejects this user and password"),
+    "NOPERM": (_Condition.FORBIDDEN, "denies this user the command or the key; extend the user's ACL"),
+    "NOGROUP": (_Condition.GROUP_MISSING, "does not have the stream or its group"),
+    "UNBLOCKED": (_Condition.GROUP_MISSING, "lost the stream while a read waited on it"),
+    "BUSYGROUP": (_Condition.GROUP_EXISTS, "has this group already"),
+    "NOSCRIPT": (_Condition.SCRIPT_MISSING, "does not have the script"),
+    "WRONGTYPE": (
+        _Condition.WRONG_COMMAND,
+        "holds a value of another type under this key; use another database or delete the key",
+    ),
+    "MOVED": (_Condition.WRONG_COMMAND, "is part of a cluster; redirections are not supported"),
+    "ASK": (_Condition.WRONG_COMMAND, "is part of a cluster; redirections are not supported"),
+    "CROSSSLOT": (_Condition.WRONG_COMMAND, "is part of a cluster and has the command's keys in different slots"),
+}
+# Before Redis 7, an error inside a script is an ERR reply that quotes the error of the failed command.
+_IN_SCRIPT: Final = re.compile(r"@user_script: ?\d+: -?([A-Z]+) ")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A Redis server and the credentials to use.
+
+    Attributes:
+        role: What orki uses the server for.
+        location: `HOST:PORT`, or the path of the Unix socket.
+        url: The URL without user, password and TLS options.
+        settings: Arguments for redis-py's connection; hidden from `repr` since they hold the password.
+        tls: Whether the connection is encrypted.
+    """
+
+    role: Role
+    location: str
+    url: str
+    settings: dict[str, Any] = field(repr=False)
+    tls: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The server for messages, such as `the store at 127.0.0.1:6379`."""
+        return f"the {self.role} at {self.location}"
+
+    def error(self, text: str) -> OrkiError:
+        """Classify an error reply.
+
+        Args:
+            text: The reply with its code, such as `OOM command not allowed …`. A script may have returned it as data.
+        """
+        inside = _IN_SCRIPT.search(text)
+        code = inside[1] if inside else text.partition(" ")[0]
+        if code not in _CODES and "max number of clients" in text:
+            return self.unavailable("it has no free connection (maxclients)")
+        condition, sentence = _CODES.get(code, (_Condition.WRONG_COMMAND, "refused a command"))
+        message = f"{self.shown} {sentence.format(less=_KEEP_LESS[self.role])} ({text.strip()})"
+        return _ERRORS[self.role][condition](message)
+
+    def unavailable(self, cause: str) -> OrkiError:
+        """Return the error for a connection that cannot be opened, broke or timed out."""
+        return _ERRORS[self.role][_Condition.UNAVAILABLE](f"{self.shown} does not answer: {cause}")
+
+
+def parse_address(
+    url: str, *, role: Role = "event server", username: str | None = None, password: str | None = None
+) -> Address:
+    """Read `redis://[USER:PASSWORD@]HOST[:PORT][/DB]`, `rediss://…` (TLS) or `unix://[USER:PASSWORD@]/PATH`.
+
+    Options after `?`: `db`, and with `rediss://` `ssl_ca_certs`, `ssl_certfile`, `ssl_keyfile` (paths),
+    `ssl_cert_reqs` (none, optional or required) and `ssl_check_hostname` (true or false).
+
+    Args:
+        url: The URL. Error messages do not repeat it, because a malformed one may expose its password.
+        role: What orki uses the server for.
+        username: The user, if the URL must not contain it.
+        password: The password, likewise.
+
+    Raises:
+        InvalidSetting: The URL is malformed or has an unknown option.
+    """
+    subject = f"the {role}'s URL"
+    if not url.startswith(("redis://", "rediss://", "unix://")):
+        raise InvalidSetting(
+            f"{subject} must begin with redis://, rediss:// or unix:// (as in redis://127.0.0.1:6379/0)"
+        )
+    if re.search(r"[\x00-\x20\x7f]", url):
+        raise InvalidSetting(f"{subject} contains a space or a control character; percent-encode it")
+    try:
+        split = urlsplit(url)
+        host, port = unquote(split.hostname or ""), split.port
+        pairs = parse_qsl(split.query, keep_blank_values=True)
+        host.encode("idna")
+    except ValueError:
+        # `from None`: the message of urllib quotes the part of the URL that may be a password.
+        raise InvalidSetting(
+            f"{subject} cannot be read: the host or the port is invalid, or a special character in the user or "
+            "password is not percent-encoded"
+        ) from None
+    if split.fragment or port == 0 or re.search(r"[\x00-\x20\x7f/]", host):
+        raise InvalidSetting(f"{subject} cannot be read: it has a fragment (#…), port 0 or an invalid host")
+    query = dict(pairs)
+    if len(query) < len(pairs):
+        raise InvalidSetting(f"{subject} has an option twice")
+    settings = _options(subject, split.scheme, query)
+    if split.scheme == "unix":
+        location = unquote(split.path)
+        if host or port or len(location) < 2 or "\0" in location:
+            raise InvalidSetting(f"{subject} must have the form unix:///PATH")
+        settings["path"] = location
+    else:
+        _read_database(subject, split, settings)
+        settings["host"], settings["port"] = host or "localhost", port or _DEFAULT_PORT
+        location = f"[{host}]:{settings['port']}" if ":" in host else f"{settings['host']}:{settings['port']}"
+    settings["username"] = username if username is not None else unquote(split.username or "") or None
+    settings["password"] = password if password is not None else unquote(split.password or "") or None
+    database = f"/{settings['db']}" if "db" in settings and split.scheme != "unix" else ""
+    return Address(role, location, f"{split.scheme}://{location}{database}", settings, split.scheme == "rediss")
+
+
+def _options(subject: str, scheme: str, query: dict[str, str]) -> dict[str, Any]:
+    """Validate the options of a URL and convert them for redis-py."""
+    settings: dict[str, Any] = {}
+    for name, value in query.items():
+        if name not in _OPTIONS:
+            raise InvalidSetting(f'{subject} has an unknown option "{name}" (known: {", ".join(_OPTIONS)})')
+        if name.startswith("ssl_") and scheme != "rediss":
+            raise InvalidSetting(f"{subject} has the option {name}, which requires rediss://")
+        if name == "db":
+            settings["db"] = _database(subject, value)
+        elif name == "ssl_check_hostname":
+            if value.lower() not in _BOOLEANS:
+                raise InvalidSetting(f'{subject} has ssl_check_hostname="{value}"; it must be true or false')
+            settings[name] = _BOOLEANS[value.lower()]
+        elif name == "ssl_cert_reqs":
+            if value not in _CERT_REQS:
+                raise InvalidSetting(
+                    f'{subject} has ssl_cert_reqs="{value}"; it must be one of {", ".join(_CERT_REQS)}'
+                )
+            settings[name] = value
+        elif not value or "\0" in value:
+            raise InvalidSetting(f"{subject} has the option {name} without a path")
+        else:
+            settings[name] = value
+    return settings
+
+
+def _read_database(subject: str, split: SplitResult, settings: dict[str, Any]) -> None:
+    path = unquote(split.path).strip("/")
+    if path:
+        database = _database(subject, path)
+        if settings.setdefault("db", database) != database:
+            raise InvalidSetting(f"{subject} names two databases")
+
+
+def _database(subject: str, value: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", value):
+        raise InvalidSetting(f"{subject} must end in the number of a database, as in redis://127.0.0.1:6379/0")
+    return int(value)

@@ -1,0 +1,182 @@
+"""Connections to Redis, shared by the event plane and the server's store.
+
+`parse_address` reads a URL. `Connection` sends commands in one pipeline and returns their replies. redis-py connects,
+authenticates and parses; its retries and timeouts are off, because only the caller knows whether a command whose
+outcome is unknown may be repeated. Every error that leaves this module is an `OrkiError`, classified in one table:
+
+| condition | event server | store |
+|---|---|---|
+| no connection, no reply, busy, slot not served | `EventsUnavailable` | `StoreUnavailable` |
+| out of memory, read-only, not persisting, loading | `EventsOutOfMemory`, `EventsReadOnly`, … | `StoreUnavailable` |
+| credentials or permissions refused | `EventsRefused` | `StoreUnavailable` |
+| the command is wrong | `EventsRefused` | `LocalProtocolError` |
+| the script is not loaded | `ScriptMissing` | `ScriptMissing` |
+| the stream or its group is missing, or exists | `GroupMissing`, `GroupExists` | the same |
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "Address",
+    "Command",
+    "Connection",
+    "GroupExists",
+    "GroupMissing",
+    "Reply",
+    "Role",
+    "ScriptMissing",
+    "pack",
+    "parse_address",
+]
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import hiredis
+
+from orki_contract.errors import LocalProtocolError, OrkiError
+from orki_events._address import Address, GroupExists, GroupMissing, Role, ScriptMissing, parse_address
+
+if TYPE_CHECKING:
+    from orki_events._redis_py import Channel
+
+Command = Sequence[bytes | str | int]
+"""Name and arguments of one command."""
+Reply = Any
+"""A reply as RESP2 delivers it: bytes, int, list or None; an OrkiError in place of an error reply."""
+_pack: Callable[[tuple[bytes | str | int, ...]], bytes] = cast(Any, hiredis).pack_command
+
+
+def pack(command: Command) -> bytes:
+    """Encode one command (RESP)."""
+    return _pack(tuple(command))
+
+
+class Connection:
+    """One connection. It opens on first use and again after a failure; exchanges run one after another.
+
+    Attributes:
+        address: The server.
+        answer_timeout: Default time limit of one exchange.
+        opened: Number of times that a connection was opened; a change means that the server sees a new client.
+    """
+
+    def __init__(self, address: Address, *, name: str, connect_timeout: float, answer_timeout: float) -> None:
+        """Create the connection without opening it.
+
+        Args:
+            address: The server.
+            name: The client name in `CLIENT LIST`.
+            connect_timeout: Time limit for opening.
+            answer_timeout: Time limit for the replies of one exchange.
+        """
+        self.address = address
+        self.answer_timeout = answer_timeout
+        self.opened = 0
+        self._name = "".join(letter if "!" <= letter <= "~" else "-" for letter in name)
+        self._connect_timeout = connect_timeout
+        self._channel: Channel | None = None
+        self._lock = asyncio.Lock()
+        self._client_id: int | None = None
+        self._ended = False
+
+    async def pipeline(self, *commands: Command, timeout: float | None = None) -> list[Reply]:
+        """Send commands in one pipeline.
+
+        Args:
+            commands: The commands, in their order.
+            timeout: Time limit for all replies; the default is `answer_timeout`.
+
+        Returns:
+            One reply for each command; an error reply is an OrkiError in its position.
+
+        Raises:
+            EventsUnavailable, StoreUnavailable: There is no connection, or it failed. The outcome of the commands is
+                unknown.
+            OrkiError: The server refused the connection.
+        """
+        return await self.exchange(b"".join(map(pack, commands)), len(commands), timeout=timeout)
+
+    async def execute(self, command: Command, *, timeout: float | None = None) -> Reply:
+        """Send one command and raise an error reply. Otherwise as `pipeline`."""
+        (reply,) = await self.pipeline(command, timeout=timeout)
+        if isinstance(reply, OrkiError):
+            raise reply
+        return reply
+
+    async def transaction(self, *commands: Command) -> list[Reply]:
+        """Send commands as one transaction (MULTI). Otherwise as `pipeline`.
+
+        Raises:
+            OrkiError: The server refused the whole transaction.
+        """
+        replies = await self.pipeline((b"MULTI",), *commands, (b"EXEC",))
+        for reply in replies:
+            if isinstance(reply, OrkiError):
+                raise reply
+        from orki_events._redis_py import error_text
+
+        return [self.address.error(error_text(each)) if isinstance(each, Exception) else each for each in replies[-1]]
+
+    async def exchange(self, packed: bytes, count: int, *, timeout: float | None = None) -> list[Reply]:
+        """As `pipeline`, for `count` commands that are encoded already."""
+        limit = self.answer_timeout if timeout is None else timeout
+        async with self._lock:
+            if self._ended:
+                raise LocalProtocolError(f"the connection to {self.address.shown} was ended by this process")
+            channel = await self._usable()
+            try:
+                async with asyncio.timeout(limit):
+                    return await channel.exchange(packed, count)
+            except TimeoutError as error:
+                raise self.address.unavailable(f"no reply within {limit:g} s") from error
+            finally:
+                # After an incomplete exchange, the remaining replies would answer the next one.
+                if not channel.in_step:
+                    await self._drop()
+
+    async def client_id(self) -> int:
+        """Return the server's number for this connection, for `CLIENT UNBLOCK`."""
+        if self._client_id is None:
+            self._client_id = int(await self.execute((b"CLIENT", b"ID")))
+        return self._client_id
+
+    @property
+    def known_client_id(self) -> int | None:
+        """The number, if `client_id` was called since the connection was opened."""
+        return self._client_id
+
+    async def drop(self) -> None:
+        """Close the connection; the next exchange opens another."""
+        async with self._lock:
+            await self._drop()
+
+    async def end(self) -> None:
+        """Close the connection for good: the current exchange and all later ones fail."""
+        self._ended = True
+        await self._drop()
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection and wait until it is closed."""
+        async with self._lock:
+            await self._drop(wait=True)
+
+    async def _usable(self) -> Channel:
+        if self._channel is not None:
+            if await self._channel.is_quiet():
+                return self._channel
+            await self._drop()
+        # Imports redis-py, which takes longer than all of orki_events.
+        from orki_events._redis_py import Channel
+
+        self._channel = await Channel.open(self.address, self._name, self._connect_timeout)
+        self._client_id = None
+        self.opened += 1
+        return self._channel
+
+    async def _drop(self, *, wait: bool = False) -> None:
+        channel, self._channel, self._client_id = self._channel, None, None
+        if channel is not None:
+            await channel.close(wait=wait)
