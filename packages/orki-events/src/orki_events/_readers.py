@@ -143,8 +143,8 @@ async def _read(link: Connection, keys: tuple[str, ...], places: list[str], bloc
     return reply or []
 
 
-_PAGE: Final = 1_000
-_PAGES: Final = 200
+_SEARCH_PAGE: Final = 1_000
+_SEARCH_PAGES: Final = 200
 
 
 async def find_published(link: Connection, key: str, behind: str, wanted: set[bytes]) -> set[bytes]:
@@ -165,8 +165,8 @@ async def find_published(link: Connection, key: str, behind: str, wanted: set[by
     """
     found: set[bytes] = set()
     start = behind
-    for _ in range(_PAGES):
-        entries = await link.execute((b"XRANGE", key, f"({start}", b"+", b"COUNT", _PAGE))
+    for _ in range(_SEARCH_PAGES):
+        entries = await link.execute((b"XRANGE", key, f"({start}", b"+", b"COUNT", _SEARCH_PAGE))
         for _, values in entries:
             raw = dict(zip(values[::2], values[1::2], strict=True)).get(ENVELOPE_FIELD, b"")
             try:
@@ -175,7 +175,7 @@ async def find_published(link: Connection, key: str, behind: str, wanted: set[by
                 continue
             if event_id in wanted:
                 found.add(event_id)
-        if len(entries) < _PAGE or found == wanted:
+        if len(entries) < _SEARCH_PAGE or found == wanted:
             break
         start = entries[-1][0].decode()
     return found
