@@ -24,7 +24,7 @@ from orki.events.v1.usage_pb2 import UsageEvent
 from orki_contract.handles import EventStream
 from orki_contract.model import AUDIT_GROUP, Group, Retention, Stream
 from orki_contract.trace import new_span
-from orki_events.envelope import encode_envelope, new_event_id, stream_keys
+from orki_events.entries import encode_envelope, new_event_id, stream_keys
 
 SAMPLE = UsageEvent(
     agent_id="reviewer-1",

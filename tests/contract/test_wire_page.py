@@ -30,7 +30,7 @@ from orki.errors.v1.errors_pb2 import Reason
 from orki.events.v1.envelope_pb2 import DeadLetter, Envelope
 from orki.events.v1.task_pb2 import TaskEvent, TaskStarted
 from orki_contract.model import Retention, Stream
-from orki_events.envelope import decode_envelope, split_entry, stream_keys
+from orki_events.entries import decode_envelope, split_entry, stream_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 WIRE = Path(__file__).with_name("wire")

@@ -9,8 +9,9 @@ import pytest
 
 from orki_contract.errors import LocalProtocolError, Reason, RemoteProtocolError
 from orki_contract.model import Backoff
-from orki_events.delivery import DeliveryMachine
-from orki_events.delivery_moves import (
+from orki_events._delivery import DeliveryMachine
+from orki_events._delivery_table import (
+    TRANSITIONS,
     Ack,
     Acked,
     Claim,
@@ -33,11 +34,11 @@ from orki_events.delivery_moves import (
     Renew,
     Renewed,
     Returned,
+    State,
     Succeeded,
     Unanswered,
     Wanted,
 )
-from orki_events.delivery_states import TRANSITIONS, State
 
 # Written by hand: what may happen while a consumer is in each state.
 _ANSWERS = "EntriesRead EntriesClaimed Acked DeadLettered Renewed Unanswered GroupMissing"

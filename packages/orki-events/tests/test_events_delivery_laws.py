@@ -20,8 +20,8 @@ from hypothesis.stateful import (
 
 from orki_contract.errors import Reason
 from orki_contract.model import Backoff
-from orki_events.delivery import DeliveryMachine
-from orki_events.delivery_moves import (
+from orki_events._delivery import DeliveryMachine
+from orki_events._delivery_table import (
     Ack,
     Acked,
     Claim,
@@ -44,11 +44,11 @@ from orki_events.delivery_moves import (
     Renew,
     Renewed,
     Returned,
+    State,
     Succeeded,
     Unanswered,
     Wanted,
 )
-from orki_events.delivery_states import State
 
 KEYS = ("a", "b")
 LIMITS = DeliverySettings(

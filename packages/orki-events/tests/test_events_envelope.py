@@ -13,15 +13,19 @@ from orki.events.v1.usage_pb2 import UsageEvent
 from orki_contract.errors import EventUndecodable, InvalidArgument
 from orki_contract.model import Retention, Stream
 from orki_contract.trace import Span, new_span
-from orki_events.entry_ids import EntryId, format_cursor, parse_cursor, parse_id, predecessor
-from orki_events.envelope import (
+from orki_events.entries import (
+    EntryId,
     decode_envelope,
     decode_event,
     encode_envelope,
     envelope_span,
     event_id_of,
+    format_cursor,
     new_event_id,
+    parse_cursor,
+    parse_id,
     partition_of,
+    predecessor,
     split_entry,
     stream_key,
     stream_keys,

@@ -17,7 +17,7 @@ from orki_contract.errors import InvalidSetting, UnknownStream
 from orki_contract.handles import EventStream
 from orki_contract.model import Retention
 from orki_events import Events, Tuned, Tuning
-from orki_events.tuning import Tunings, kept
+from orki_events.tuning import TuningCache, effective_retention
 
 KEY = "orki:ev:{bounded}"
 NODE = 100
@@ -181,11 +181,11 @@ async def test_settings_that_cannot_be_read_or_kept_are_told(
 
 
 def test_what_is_kept_lies_between_the_bounds() -> None:
-    found = kept(BOUNDED, Tuning(max_entries=1, max_age_ms=5))
+    found = effective_retention(BOUNDED, Tuning(max_entries=1, max_age_ms=5))
     assert (found.max_entries, found.max_age_ms) == (200, 0)
-    assert kept(BOUNDED, None) == kept(BOUNDED, Tuning()) == BOUNDED
-    assert kept(BOUNDED, Tuning(max_entries=1 << 40)).max_entries == 6_000
-    assert Tunings().kept(TOOLS.contract) == TOOLS.contract.retention
+    assert effective_retention(BOUNDED, None) == effective_retention(BOUNDED, Tuning()) == BOUNDED
+    assert effective_retention(BOUNDED, Tuning(max_entries=1 << 40)).max_entries == 6_000
+    assert TuningCache().retention(TOOLS.contract) == TOOLS.contract.retention
 
 
 async def test_without_memory_there_is_room_after_tuning(

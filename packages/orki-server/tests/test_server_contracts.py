@@ -17,7 +17,7 @@ from orki.events.v1.task_orki import TASKS
 from orki_contract.errors import ContractMismatch, UnknownMethod
 from orki_contract.images import image_of
 from orki_control.client import Client
-from orki_events.stream_versions import StreamVersion
+from orki_events.registry import StreamVersion
 from orki_server._orchestrator import Orchestrator
 from orki_server._store.store import Store
 

@@ -17,10 +17,10 @@ from orki_contract.errors import OrkiError
 from orki_contract.literals import repeats
 from orki_contract.model import Backoff, Group, Retention, Stream, TaskMethod, ToolMethod
 from orki_contract.read import ReadContract
-from orki_events import delivery_moves as moves
-from orki_events.delivery import DeliveryMachine
-from orki_events.envelope import stream_key, stream_keys
-from orki_events.groups import StreamState, place_group
+from orki_events import _delivery_table as moves
+from orki_events._delivery import DeliveryMachine
+from orki_events.entries import stream_key, stream_keys
+from orki_events.groups import StreamState, group_start
 from orki_server.observers.redaction import Redaction, safe_json
 
 Break = tuple[bool, str]
@@ -119,7 +119,7 @@ def _set(was: Retention, now: Retention) -> Iterator[str]:
 
 def _group(stream: Stream, was: Group, now: Group) -> Iterator[str]:
     state = StreamState(length=5, added=9, last_id="9-0", first_id="5-0")
-    if place_group(was, state, None, False) != place_group(now, state, None, False):
+    if group_start(was, state, None, False) != group_start(now, state, None, False):
         yield f"group {was.name} begins elsewhere"
     if stream.dead_letter(was) != stream.dead_letter(now):
         yield f"dead letters of {was.name} lie where nobody looks for them"

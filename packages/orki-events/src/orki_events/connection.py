@@ -24,13 +24,16 @@ __all__ = [
     "GroupMissing",
     "Reply",
     "Role",
+    "Script",
     "ScriptMissing",
     "pack",
     "parse_address",
 ]
 
 import asyncio
+import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import hiredis
@@ -51,6 +54,18 @@ _pack: Callable[[tuple[bytes | str | int, ...]], bytes] = cast(Any, hiredis).pac
 def pack(command: Command) -> bytes:
     """Encode one command (RESP)."""
     return _pack(tuple(command))
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A Lua script. It is called by its digest, so that a user without EVAL can run what an operator has loaded."""
+
+    text: str
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Redis chose SHA-1; nothing is secured by it.
+        object.__setattr__(self, "digest", hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest())
 
 
 class Connection:
@@ -118,6 +133,20 @@ class Connection:
         from orki_events._redis_py import error_text
 
         return [self.address.error(error_text(each)) if isinstance(each, Exception) else each for each in replies[-1]]
+
+    async def run_script(self, script: Script, keys: Sequence[bytes], *arguments: bytes | str | int) -> Reply:
+        """Run a script, loading it if the server does not have it. Raises as `execute`."""
+        command = (b"EVALSHA", script.digest, len(keys), *keys, *arguments)
+        try:
+            return await self.execute(command)
+        except ScriptMissing:
+            pass
+        try:
+            await self.execute((b"SCRIPT", b"LOAD", script.text))
+        except OrkiError as error:
+            hint = "an operator must load the package's scripts for this user"
+            raise type(error)(f"{error.message}; {hint}") from error
+        return await self.execute(command)
 
     async def exchange(self, packed: bytes, count: int, *, timeout: float | None = None) -> list[Reply]:
         """As `pipeline`, for `count` commands that are encoded already."""

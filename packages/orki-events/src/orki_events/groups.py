@@ -8,7 +8,15 @@ Every process also remembers the cursor that it saw last, so that a flush, which
 
 from __future__ import annotations
 
-__all__ = ["GroupKeeper", "Mark", "StreamState", "groups_key", "pairs", "place_group", "read_state"]
+__all__ = [
+    "ConsumerGroups",
+    "Mark",
+    "StreamState",
+    "group_start",
+    "groups_key",
+    "pairs",
+    "parse_stream_state",
+]
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,10 +24,9 @@ from typing import Any
 
 from orki_contract.errors import OrkiError
 from orki_contract.model import Group, Start, Stream
+from orki_events._options import Gap, GapKind
 from orki_events.connection import Connection, GroupExists, Reply
-from orki_events.entry_ids import ZERO_ID, parse_id, predecessor
-from orki_events.envelope import stream_keys
-from orki_events.options import Gap, GapKind
+from orki_events.entries import ZERO_ID, parse_id, predecessor, stream_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +71,7 @@ class StreamState:
     first_id: str = ""
 
 
-def place_group(group: Group, state: StreamState | None, mark: Mark | None, forgotten: bool) -> tuple[str, str | None]:
+def group_start(group: Group, state: StreamState | None, mark: Mark | None, forgotten: bool) -> tuple[str, str | None]:
     """Where a group that is not there begins.
 
     Args:
@@ -100,7 +107,7 @@ def pairs(reply: list[Any]) -> dict[str, Any]:
     return {name.decode(): value for name, value in zip(reply[::2], reply[1::2], strict=True)}
 
 
-def read_state(reply: list[Any]) -> StreamState:
+def parse_stream_state(reply: list[Any]) -> StreamState:
     """The answer to XINFO STREAM."""
     found = pairs(reply)
     first = found.get("first-entry")
@@ -112,7 +119,7 @@ def read_state(reply: list[Any]) -> StreamState:
     )
 
 
-class GroupKeeper:
+class ConsumerGroups:
     """Creates groups, remembers their places, and tells of what was lost."""
 
     def __init__(self, report: Callable[[Gap], None]) -> None:
@@ -136,7 +143,7 @@ class GroupKeeper:
                 (b"TYPE", key), (b"XINFO", b"STREAM", key), (b"XINFO", b"GROUPS", key), (b"HGETALL", groups_key(key))
             )
             exists = _checked(kind) != b"none"
-            state = read_state(_checked(info)) if exists else None
+            state = parse_stream_state(_checked(info)) if exists else None
             names = {pairs(each)["name"].decode() for each in _checked(present)} if exists else set()
             known = pairs(_checked(records))
             newest[key] = state.last_id if state else ZERO_ID
@@ -160,7 +167,7 @@ class GroupKeeper:
             places = {each["name"].decode(): each["last-delivered-id"] for each in map(pairs, _checked(present))}
             oldest = _checked(pending)[1]
             settled = predecessor(parse_id(oldest)) if oldest else parse_id(places[group.name])
-            mark = Mark(str(settled), read_state(_checked(info)).added)
+            mark = Mark(str(settled), parse_stream_state(_checked(info)).added)
             if self._marks.get((key, group.name)) != mark:
                 await link.execute((b"HSET", groups_key(key), f"cursor:{group.name}", mark.text()))
                 self._marks[key, group.name] = mark
@@ -177,7 +184,7 @@ class GroupKeeper:
         recorded = Mark.parse(known.get(f"cursor:{group.name}"))
         remembered = self._marks.get((key, group.name))
         forgotten = recorded is None and remembered is not None
-        start, loss = place_group(group, state, recorded or remembered, forgotten)
+        start, loss = group_start(group, state, recorded or remembered, forgotten)
         try:
             await link.execute((b"XGROUP", b"CREATE", key, group.name, start, b"MKSTREAM"))
         except GroupExists:

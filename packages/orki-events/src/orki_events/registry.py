@@ -12,25 +12,41 @@ the package's version is higher, the newcomer's stands.
 
 from __future__ import annotations
 
-__all__ = ["RegisteredStream", "Registry", "stream_from_dump"]
+__all__ = [
+    "RegisteredStream",
+    "StreamRegistry",
+    "StreamVersion",
+    "compare_streams",
+    "stream_from_dump",
+]
 
 import hashlib
 import json
 import logging
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Final
 
 from orki_contract.errors import ContractMismatch, EventsUnavailable, InvalidContract, OrkiError
+from orki_contract.findings import Fit, stream_fit
 from orki_contract.handles import EventStream
 from orki_contract.images import image_of
-from orki_contract.model import AUDIT_GROUP, Group, Stream, dump
+from orki_contract.model import AUDIT_GROUP, Group, Overflow, Retention, Start, Stream, dump
 from orki_contract.provenance import package_version
-from orki_events.connection import Connection
+from orki_contract.read import ReadContract, read_image
+from orki_events.connection import Connection, Script
 from orki_events.groups import pairs
-from orki_events.scripts import REGISTER, run_script
-from orki_events.stream_versions import StreamVersion, group_from_dump, judge_streams, stream_from_dump
 
+_REGISTER: Final = Script("""\
+-- KEYS: the table of streams.  ARGV: stream, the record that the caller saw or "", the record to write.
+-- 1, or 0 where the record is another one by now.
+if (redis.call('HGET', KEYS[1], ARGV[1]) or '') ~= ARGV[2] then
+  return 0
+end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
+return 1
+""")
 _STREAMS: Final = b"orki:streams"
 _IMAGES: Final = b"orki:images"
 _SUBSCRIPTIONS: Final = b"orki:subscriptions"
@@ -60,7 +76,7 @@ class RegisteredStream:
     ahead: bool = False
 
 
-class Registry:
+class StreamRegistry:
     """Judges and writes what this process uses, and reads what the fleet uses."""
 
     def __init__(self) -> None:
@@ -115,7 +131,7 @@ class Registry:
                 return stands
             if own.image is not None:
                 await link.execute((b"HSETNX", _IMAGES, own.digest, own.image))
-            if await run_script(link, REGISTER, (_STREAMS,), own.stream.name, record, stands.record()):
+            if await link.run_script(_REGISTER, (_STREAMS,), own.stream.name, record, stands.record()):
                 return stands
         raise EventsUnavailable(f'others register the stream "{own.stream.name}" all the time; try again')
 
@@ -191,7 +207,7 @@ class Registry:
             standing = replace(standing, image=image)
         _ = own.read
         try:
-            _, why = judge_streams(standing, own)
+            _, why = compare_streams(standing, own)
         except InvalidContract as error:
             _log.warning('the registered image of "%s" cannot be read, and is not judged: %s', name, error.message)
             return record, standing
@@ -235,7 +251,7 @@ def _standing(standing: StreamVersion | None, own: StreamVersion, replaces: bool
 
 def _follows(standing: StreamVersion, own: StreamVersion) -> bool:
     """Whether a version that fits takes the place of the registered one."""
-    fit, _ = judge_streams(standing, own)
+    fit, _ = compare_streams(standing, own)
     if fit is None or not fit.forward:
         return True
     before, after = _release(standing.version), _release(own.version)
@@ -265,3 +281,129 @@ def _subscribed(records: dict[str, bytes]) -> dict[str, list[Group]]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             _log.warning('the record "%s" in orki:subscriptions cannot be read and is left out: %s', name, error)
     return found
+
+
+_DIGITS: Final = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamVersion:
+    """One version of a stream.
+
+    Attributes:
+        stream: The stream, with its owner's groups.
+        package: Proto package of its message.
+        digest: Digest of the image; empty without one.
+        image: The package's `contract.binpb`; None where nobody has it.
+        version: Version of the distribution that holds the package; empty where nobody knows.
+        ahead: Whether it was applied, and nobody has published or consumed by it yet.
+    """
+
+    stream: Stream
+    package: str
+    digest: str
+    image: bytes | None = field(repr=False)
+    version: str = ""
+    ahead: bool = False
+
+    @cached_property
+    def read(self) -> ReadContract | None:
+        """The image's contract, if it declares this stream; raises InvalidContract where the image is none."""
+        if self.image is None:
+            return None
+        read = read_image(self.image)
+        return read if any(each.name == self.stream.name for each in read.contract.streams) else None
+
+    def __str__(self) -> str:
+        """Version and the beginning of the image's digest, as far as they are known."""
+        short = self.digest[: len("sha256:") + _DIGITS] or "a contract without an image"
+        return f"{self.version} ({short})" if self.version else short
+
+    def record(self) -> str:
+        """As it lies in the registry; the image lies beside it."""
+        written: dict[str, Any] = {"contract": dump(self.stream), "package": self.package, "image": self.digest}
+        if self.version:
+            written["version"] = self.version
+        if self.ahead:
+            written["ahead"] = True
+        return json.dumps(written)
+
+    @classmethod
+    def parse(cls, record: bytes | str, images: dict[str, bytes]) -> StreamVersion:
+        """Reads what `record` wrote, by this version or another.
+
+        Raises:
+            InvalidContract: It is no record of a stream.
+        """
+        try:
+            parsed = json.loads(record)
+            digest = str(parsed["image"])
+            return cls(
+                stream=_stream(parsed["contract"]),
+                package=str(parsed["package"]),
+                digest=digest,
+                image=images.get(digest),
+                version=str(parsed.get("version", "")),
+                ahead=bool(parsed.get("ahead", False)),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidContract(f"this is no record of a stream: {error!r}") from error
+
+
+def compare_streams(standing: StreamVersion, newcomer: StreamVersion) -> tuple[Fit | None, str]:
+    """How a newcomer stands to what is registered.
+
+    Returns:
+        The fit, or None where an image is missing, or does not declare the stream: then only what decides where
+        entries lie is compared. And why they do not fit, in words with the rules; empty where they fit.
+    """
+    if standing.digest and standing.digest == newcomer.digest:
+        return Fit((), ()), ""
+    one, other = standing.read, newcomer.read
+    if one is not None and other is not None:
+        fit = stream_fit(newcomer.stream.name, one, other)
+        return fit, "" if fit.compatible else str(fit)
+    before, after = standing.stream, newcomer.stream
+    told = [
+        f'stream "{after.name}" has another {name}: {old or "none"} → {new or "none"} [{rule}]'
+        for name, rule, old, new in (
+            ("message", "ORKI_STREAM_MOVED", before.message, after.message),
+            ("number of partitions", "ORKI_STREAM_PARTITIONS_CHANGED", before.partitions, after.partitions),
+            ("partition key", "ORKI_STREAM_KEY_CHANGED", before.partition_key, after.partition_key),
+        )
+        if old != new
+    ]
+    return None, "; ".join(told)
+
+
+def _stream(dumped: Any) -> Stream:
+    retention = _known(Retention, dumped["retention"])
+    retention["overflow"] = Overflow(retention.get("overflow", Overflow.DROP_OLDEST))
+    values = _known(Stream, dumped)
+    values["retention"] = Retention(**retention)
+    values["groups"] = tuple(map(group_from_dump, dumped["groups"]))
+    return Stream(**values)
+
+
+def group_from_dump(dumped: dict[str, Any]) -> Group:
+    """The group whose `dump` this is; raises what a wrong shape raises."""
+    values = _known(Group, dumped)
+    values["start"] = Start(values.get("start", Start.EARLIEST))
+    return Group(**values)
+
+
+def stream_from_dump(dumped: Any) -> Stream:
+    """The stream whose `dump` this is; members that a newer version added are left out.
+
+    Raises:
+        InvalidContract: It is no dump of a stream.
+    """
+    try:
+        return _stream(dumped)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidContract(f"this is no dump of a stream: {error!r}") from error
+
+
+def _known(kind: Any, dumped: dict[str, Any]) -> dict[str, Any]:
+    names = {each.name for each in fields(kind)}
+    return {name: value for name, value in dumped.items() if name in names}

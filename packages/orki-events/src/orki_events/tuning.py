@@ -8,7 +8,15 @@ contract has narrower bounds, as it may during a rolling upgrade, keeps to the n
 
 from __future__ import annotations
 
-__all__ = ["Tuned", "Tuning", "Tunings", "kept", "kept_now", "read_tunings", "tune"]
+__all__ = [
+    "Tuned",
+    "Tuning",
+    "TuningCache",
+    "effective_retention",
+    "read_retention",
+    "read_tunings",
+    "tune",
+]
 
 import json
 import logging
@@ -20,7 +28,7 @@ from orki_contract.errors import InvalidContract, InvalidSetting, OrkiError
 from orki_contract.model import Retention, Stream
 from orki_contract.read import read_image
 from orki_events.connection import Command, Connection
-from orki_events.envelope import stream_keys
+from orki_events.entries import stream_keys
 from orki_events.groups import pairs
 from orki_events.registry import RegisteredStream
 
@@ -68,7 +76,7 @@ class Tuned:
     trimmed: int
 
 
-def kept(retention: Retention, tuning: Tuning | None) -> Retention:
+def effective_retention(retention: Retention, tuning: Tuning | None) -> Retention:
     """What is kept under a setting; where the setting lies outside the contract's bounds, the nearest of them."""
     if tuning is None:
         return retention
@@ -94,14 +102,14 @@ async def read_tunings(link: Connection) -> dict[str, Tuning]:
     return found
 
 
-async def kept_now(link: Connection, stream: Stream) -> Retention:
+async def read_retention(link: Connection, stream: Stream) -> Retention:
     """What is kept of one stream at this moment.
 
     Raises:
         OrkiError: The server does not answer or refuses.
     """
     record = await link.execute((b"HGET", _KEY, stream.name))
-    return kept(stream.retention, _parsed(stream.name, record) if record else None)
+    return effective_retention(stream.retention, _parsed(stream.name, record) if record else None)
 
 
 async def tune(link: Connection, registered: RegisteredStream, tuning: Tuning | None) -> Tuned:
@@ -122,14 +130,14 @@ async def tune(link: Connection, registered: RegisteredStream, tuning: Tuning | 
     if tuning in (None, Tuning()):
         await link.execute((b"HDEL", _KEY, stream.name))
         return Tuned(retention=stream.retention, trimmed=await _trim(link, stream, stream.retention))
-    retention = kept(stream.retention, tuning)
+    retention = effective_retention(stream.retention, tuning)
     # Trimmed first: a server without memory refuses the setting, and may take it once there is room.
     trimmed = await _trim(link, stream, retention)
     await link.execute((b"HSET", _KEY, stream.name, json.dumps(asdict(tuning))))
     return Tuned(retention=retention, trimmed=trimmed)
 
 
-class Tunings:
+class TuningCache:
     """The settings as one publisher knows them."""
 
     def __init__(self) -> None:
@@ -147,12 +155,12 @@ class Tunings:
             self._found = await read_tunings(link)
             self._read_at = now
 
-    def kept(self, stream: Stream) -> Retention:
+    def retention(self, stream: Stream) -> Retention:
         """What is kept of a stream."""
         tuning = self._found.get(stream.name)
         if tuning is None:
             return stream.retention
-        found = kept(stream.retention, tuning)
+        found = effective_retention(stream.retention, tuning)
         wanted = (tuning.max_entries or found.max_entries, tuning.max_age_ms or found.max_age_ms)
         if wanted != (found.max_entries, found.max_age_ms) and (stream.name, tuning) not in self._told:
             self._told.add((stream.name, tuning))

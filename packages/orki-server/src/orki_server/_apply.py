@@ -24,9 +24,8 @@ from orki_contract.read import ReadContract, read_image
 from orki_contract.sources import Image, images_in
 from orki_contract.validate import validate
 from orki_events.connection import Connection as EventConnection
-from orki_events.groups import GroupKeeper
-from orki_events.registry import Registry
-from orki_events.stream_versions import StreamVersion
+from orki_events.groups import ConsumerGroups
+from orki_events.registry import StreamRegistry, StreamVersion
 from orki_server._admission import Admission, ServiceContract
 from orki_server._store.contracts import Contracts
 from orki_server._store.fleet import Fleet
@@ -119,7 +118,7 @@ def read_declared(source: str, version: str = "") -> Declared:
     return Declared(services=tuple(services), streams=tuple(streams), subscriptions=tuple(subscriptions))
 
 
-async def judge(declared: Declared, admission: Admission, registry: Registry, link: EventConnection) -> list[str]:
+async def judge(declared: Declared, admission: Admission, registry: StreamRegistry, link: EventConnection) -> list[str]:
     """Why declarations do not fit what is live or registered, each in words; empty where all fit.
 
     Raises:
@@ -139,14 +138,16 @@ async def judge(declared: Declared, admission: Admission, registry: Registry, li
     return list(dict.fromkeys(refusals))
 
 
-async def apply(declared: Declared, admission: Admission, registry: Registry, link: EventConnection) -> list[Applied]:
+async def apply(
+    declared: Declared, admission: Admission, registry: StreamRegistry, link: EventConnection
+) -> list[Applied]:
     """Registers declarations that were judged, and creates the groups.
 
     Raises:
         ContractMismatch: Something that does not fit came in between.
         OrkiError: A server does not answer or refuses. What was written stays; applying again does the rest.
     """
-    keeper = GroupKeeper(lambda gap: None)
+    keeper = ConsumerGroups(lambda gap: None)
     done: list[Applied] = []
     for service in declared.services:
         family = await admission.admit(service, f"{_WHO} has", ahead=True)

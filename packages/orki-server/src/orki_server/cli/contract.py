@@ -9,7 +9,7 @@ from dataclasses import asdict
 import click
 
 from orki_contract.errors import InvalidContract, OrkiError
-from orki_events.registry import Registry
+from orki_events.registry import StreamRegistry
 from orki_server._apply import Applied, Declared, apply, judge, open_admission, read_declared
 from orki_server.cli.contract_rows import ContractRow, registered_rows
 from orki_server.cli.root import LazyGroup, Refused
@@ -118,7 +118,7 @@ def apply_command(
 
 
 async def _apply(declared: Declared, redis_url: str, events_url: str, check: bool) -> tuple[list[Applied], list[str]]:
-    registry = Registry()
+    registry = StreamRegistry()
     async with open_admission(redis_url) as (admission, _, _), events_link(events_url or redis_url) as link:
         refusals = await judge(declared, admission, registry, link)
         if refusals or check:
@@ -189,7 +189,7 @@ async def _withdraw(name: str, digest: str, redis_url: str, events_url: str) -> 
             if not await admission.withdraw(found[0]):
                 raise OrkiError(f"{name} is used under {found[0].digest[:19]}: stop its agents and let its tasks end")
             return f"service {name}: {found[0].digest[:19]} is withdrawn"
-        if not digest and await Registry().forget(link, name):
+        if not digest and await StreamRegistry().forget(link, name):
             return f"stream {name}: its registration is withdrawn; entries and groups stay"
     which = " with that digest" if digest else ""
     raise OrkiError(f"no service or stream {name!r} is registered{which}; see: orki contract list")

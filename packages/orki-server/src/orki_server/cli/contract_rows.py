@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from orki_events.connection import Connection
-from orki_events.registry import RegisteredStream, Registry
+from orki_events.registry import RegisteredStream, StreamRegistry
 from orki_server._admission import Admission, Liveness, ServiceContract
 from orki_server._store.contracts import Contracts, RegisteredContract
 from orki_server.observers.stream_figures import StreamFigures, stream_figures
@@ -73,7 +73,7 @@ async def registered_rows(admission: Admission, contracts: Contracts, link: Conn
     for name, seen in sorted((await contracts.registered(sorted(leading))).items()):
         live = await admission.liveness(name, seen)
         rows += [_service(each, live[each.digest], leading[name]) for each in seen]
-    streams = await Registry().streams(link)
+    streams = await StreamRegistry().streams(link)
     figures = await stream_figures(link, streams)
     rows += [_stream(each, shown) for each, shown in zip(streams, figures, strict=True)]
     return rows

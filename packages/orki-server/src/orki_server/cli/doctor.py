@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-un
 from orki_contract.errors import EventsLoading, EventsUnavailable, OrkiError
 from orki_control.wire import check_target, open_channel
 from orki_events.connection import Connection, parse_address
-from orki_events.registry import Registry
+from orki_events.registry import StreamRegistry
 from orki_server.cli.doctor_checks import Check, Verdict, check_dead_letters, check_groups, check_store, parse_info
 from orki_server.cli.settings import json_option, redis_option, run, with_orchestrator
 from orki_server.cli.tables import Column, print_json, print_table
@@ -85,7 +85,7 @@ async def _store(link: Connection, redis_url: str, timeout: float) -> list[Check
                 raise reply
         found = [Check(name="store.reachable", verdict=Verdict.OK, figure=link.address.shown)]
         found += check_store(parse_info(info.decode()))
-        figures = await stream_figures(link, await Registry().streams(link))
+        figures = await stream_figures(link, await StreamRegistry().streams(link))
         groups = [group for stream in figures for group in stream.groups]
         found += [*check_groups(groups), *check_dead_letters(groups)]
         if not figures:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 import click
 from click.core import ParameterSource
 
-from orki_events.registry import Registry
+from orki_events.registry import StreamRegistry
 from orki_events.tuning import read_tunings
 from orki_server.cli.dead_letters import dead
 from orki_server.cli.figures import duration
@@ -61,7 +61,7 @@ def streams(ctx: click.Context, watch: bool, as_json: bool, redis_url: str) -> N
 
     async def show() -> None:
         async with events_link(redis_url) as link:
-            known = await Registry().streams(link)
+            known = await StreamRegistry().streams(link)
             found, tunings = await stream_figures(link, known), await read_tunings(link)
         kept = {each.contract.name: retention_json(each, tunings.get(each.contract.name)) for each in known}
         if as_json:

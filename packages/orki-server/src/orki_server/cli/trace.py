@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from orki_contract.errors import OrkiError, UnknownStream, UnknownTask
 from orki_contract.trace import parse_traceparent
 from orki_events.connection import Connection
-from orki_events.registry import Registry
+from orki_events.registry import StreamRegistry
 from orki_server.cli.settings import events_link, json_option, open_client, redis_option, run, with_orchestrator
 from orki_server.cli.tables import print_json, stderr_console, stdout_console
 from orki_server.cli.trace_scan import Found, ScanProgress, check_id, find_trace, scan_trace, task_bounds
@@ -57,7 +57,7 @@ def trace(wanted: str, follow: bool, as_json: bool, redis_url: str, orchestrator
 async def _trace(wanted: str, follow: bool, as_json: bool, redis_url: str, client: tuple[str, bool]) -> None:
     async with events_link(redis_url) as link:
         with _progress() as progress:
-            streams = await Registry().streams(link)
+            streams = await StreamRegistry().streams(link)
             if not streams:
                 raise UnknownStream("no streams yet: nobody has published, so there is nothing to trace")
             found = await _ask_orchestrator(wanted, *client) or await find_trace(link, streams, wanted, progress)
@@ -91,7 +91,7 @@ async def _ask_orchestrator(wanted: str, orchestrator: str, insecure: bool) -> F
 
 async def _look(link: Connection, found: Found, progress: ScanProgress) -> tuple[Trace, list[str]]:
     # Streams that were registered meanwhile belong to the trace too.
-    streams = await Registry().streams(link)
+    streams = await StreamRegistry().streams(link)
     records, trimmed = await scan_trace(link, streams, found, progress)
     if not records:
         raise UnknownTask(f"no event of trace {found.trace_id} is left in the streams: they were trimmed since")

@@ -15,9 +15,8 @@ from typing import Final
 
 from orki_contract.errors import InvalidArgument, UnknownTask
 from orki_events.connection import Connection
-from orki_events.entry_ids import parse_id
-from orki_events.envelope import stream_keys
-from orki_events.groups import read_state
+from orki_events.entries import parse_id, stream_keys
+from orki_events.groups import parse_stream_state
 from orki_events.registry import RegisteredStream
 from orki_server.cli.trace_tree import TASK_EVENT, TraceRecord
 from orki_server.observers.entry_view import EntryView, Readers
@@ -202,7 +201,7 @@ async def _trimmed_since(link: Connection, stream: RegisteredStream, start_ms: i
         kind = await link.execute((b"TYPE", key))
         if kind != b"stream":
             continue
-        state = read_state(await link.execute((b"XINFO", b"STREAM", key)))
+        state = parse_stream_state(await link.execute((b"XINFO", b"STREAM", key)))
         if state.added > state.length and (not state.first_id or parse_id(state.first_id).milliseconds > start_ms):
             return True
     return False

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from orki_contract.errors import UnknownStream
 from orki_events import RegisteredStream, Tuned, Tuning, connect
-from orki_events.tuning import kept
+from orki_events.tuning import effective_retention
 from orki_server.cli.figures import duration
 from orki_server.cli.settings import json_option, redis_option, run
 from orki_server.cli.tables import print_json
@@ -86,7 +86,7 @@ def tune(
 def retention_json(registered: RegisteredStream, tuning: Tuning | None) -> dict[str, Any]:
     """What the contract says, what it lets a deployment set, what is set (None: nothing), and what is kept."""
     retention = registered.contract.retention
-    now = kept(retention, tuning)
+    now = effective_retention(retention, tuning)
     return {
         "contract": {"max_entries": retention.max_entries, "max_age_ms": retention.max_age_ms},
         "bounds": {"entries": [*retention.entries_bounds], "age_ms": [*retention.age_bounds_ms]},

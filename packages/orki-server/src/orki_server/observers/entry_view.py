@@ -19,7 +19,7 @@ from orki_contract.errors import EventUndecodable, InvalidContract
 from orki_contract.images import message_class
 from orki_contract.read import read_image
 from orki_contract.trace import Span
-from orki_events.envelope import decode_envelope, envelope_span
+from orki_events.entries import decode_envelope, envelope_span
 from orki_events.registry import RegisteredStream
 from orki_server.observers.redaction import Redaction
 from orki_server.observers.timestamps import time_text

@@ -15,10 +15,9 @@ from typing import Any, Final
 
 from orki_contract.errors import OrkiError, UnknownStream
 from orki_events.connection import Connection
-from orki_events.entry_ids import ZERO_ID, format_cursor, parse_cursor, parse_id
-from orki_events.envelope import stream_keys
-from orki_events.groups import read_state
-from orki_events.registry import RegisteredStream, Registry
+from orki_events.entries import ZERO_ID, format_cursor, parse_cursor, parse_id, stream_keys
+from orki_events.groups import parse_stream_state
+from orki_events.registry import RegisteredStream, StreamRegistry
 from orki_server.observers.entry_view import EntryView, Readers
 from orki_server.observers.feed_cursor import format_feed_cursor
 
@@ -67,7 +66,7 @@ class MergedReader:
         self._names = frozenset(names)
         self._given = None if cursors is None else dict(cursors)
         self._block_ms = block_ms
-        self._registry = Registry()
+        self._registry = StreamRegistry()
         self._readers = Readers()
         self._streams: dict[str, RegisteredStream] = {}
         self._owner: dict[str, str] = {}
@@ -185,7 +184,7 @@ class MergedReader:
         states = await self._link.pipeline(*((b"XINFO", b"STREAM", key) for key in there)) if there else []
         gaps = []
         for key, reply in zip(there, states, strict=True):
-            state = read_state(_checked(reply))
+            state = parse_stream_state(_checked(reply))
             if state.added > state.length and state.first_id and parse_id(state.first_id) > parse_id(self._places[key]):
                 gap = PossibleGap(stream=self._owner[key], key=key, after=self._places[key], first=state.first_id)
                 gaps.append(gap)

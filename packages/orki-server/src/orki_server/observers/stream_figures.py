@@ -11,7 +11,7 @@ from typing import Any
 from orki_contract.errors import OrkiError
 from orki_contract.model import Group, Stream
 from orki_events.connection import Command, Connection
-from orki_events.envelope import stream_keys, tagged_key
+from orki_events.entries import stream_keys, tagged_key
 from orki_events.groups import pairs
 from orki_events.registry import RegisteredStream
 

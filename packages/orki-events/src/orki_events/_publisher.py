@@ -7,8 +7,6 @@ entries are searched for the event's id, and only what is not there is sent agai
 
 from __future__ import annotations
 
-__all__ = ["Outgoing", "PublishCounts", "Publisher"]
-
 import asyncio
 import logging
 import random
@@ -34,14 +32,13 @@ from orki_contract.errors import (
 )
 from orki_contract.handles import EventStream
 from orki_contract.trace import Span
+from orki_events._options import EventOptions, Gap, GapKind
+from orki_events._readers import find_published
 from orki_events.connection import Connection, pack
-from orki_events.entry_ids import parse_id
-from orki_events.envelope import DATA_FIELD, ENVELOPE_FIELD, encode_envelope, new_event_id, stream_key
-from orki_events.groups import GroupKeeper
-from orki_events.landed import find_landed
-from orki_events.options import EventOptions, Gap, GapKind
-from orki_events.registry import Registry
-from orki_events.tuning import Tunings
+from orki_events.entries import DATA_FIELD, ENVELOPE_FIELD, encode_envelope, new_event_id, parse_id, stream_key
+from orki_events.groups import ConsumerGroups
+from orki_events.registry import StreamRegistry
+from orki_events.tuning import TuningCache
 
 _FIRST_WAIT_S: Final = 0.05
 _LONGEST_WAIT_S: Final = 0.5
@@ -143,8 +140,8 @@ class Publisher:
         link: Connection,
         producer: str,
         options: EventOptions,
-        keeper: GroupKeeper,
-        registry: Registry,
+        keeper: ConsumerGroups,
+        registry: StreamRegistry,
         report: Callable[[Gap], None],
     ) -> None:
         """Must be made on the event loop that will run it."""
@@ -154,7 +151,7 @@ class Publisher:
         self._options = options
         self._keeper = keeper
         self._registry = registry
-        self._tunings = Tunings()
+        self._tunings = TuningCache()
         self._report = report
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
@@ -358,7 +355,7 @@ class Publisher:
     async def _send(self, batch: list[_Item]) -> list[Any]:
         self.counts.pipelines += 1
         contracts = {id(item.handle.contract): item.handle.contract for item in batch}
-        limits = {key: self._tunings.kept(contract).max_entries for key, contract in contracts.items()}
+        limits = {key: self._tunings.retention(contract).max_entries for key, contract in contracts.items()}
         packed = b"".join([item.packed(limits[id(item.handle.contract)]) for item in batch])
         replies = await self._link.exchange(packed, len(batch))
         newest = {item.key: (item, reply) for item, reply in zip(batch, replies, strict=True) if type(reply) is bytes}
@@ -366,7 +363,7 @@ class Publisher:
         for key, (item, entry_id) in newest.items():
             known = self._keys[key]
             known.last_id = entry_id.decode()
-            age = self._tunings.kept(item.handle.contract).max_age_ms
+            age = self._tunings.retention(item.handle.contract).max_age_ms
             if age and now >= known.trim_at:
                 known.trim_at = now + min(max(age / 100_000, 1.0), 60.0)
                 await self._trim(key, entry_id, age)
@@ -408,7 +405,7 @@ class Publisher:
             doubtful.setdefault(item.key, set()).add(item.event_id)
         found: set[bytes] = set()
         for key, identities in doubtful.items():
-            found |= await find_landed(self._link, key, self._keys[key].last_id, identities)
+            found |= await find_published(self._link, key, self._keys[key].last_id, identities)
         landed = [item for item in batch if item.event_id in found]
         self.counts.landed += len(landed)
         return landed

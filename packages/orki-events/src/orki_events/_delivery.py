@@ -12,8 +12,6 @@ Laws:
 
 from __future__ import annotations
 
-__all__ = ["DeliveryMachine"]
-
 import heapq
 import itertools
 from collections import deque
@@ -21,7 +19,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from orki_contract.errors import LocalProtocolError, Reason, RemoteProtocolError
-from orki_events.delivery_moves import (
+from orki_events._delivery_partition import START, Partition
+from orki_events._delivery_table import (
+    TRANSITIONS,
     Ack,
     Acked,
     Claim,
@@ -48,12 +48,11 @@ from orki_events.delivery_moves import (
     Renew,
     Renewed,
     Returned,
+    State,
     Succeeded,
     Unanswered,
     Wanted,
 )
-from orki_events.delivery_partition import START, Partition
-from orki_events.delivery_states import TRANSITIONS, State
 
 _WAIT_S: Final = 0.05
 _LONGEST_WAIT_S: Final = 1.0

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["Delivery", "DeliveryBatch", "take_batch", "take_one"]
-
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Generic
+from typing import TYPE_CHECKING, Any, Final, Generic, Self
 
 from google.protobuf.message import DecodeError
 
 from orki.events.v1.envelope_pb2 import Envelope
 from orki_contract.errors import EventUndecodable, HandlerRejected, OrkiError
 from orki_contract.trace import Span
-from orki_events.delivery_moves import Dispatch, Entry
-from orki_events.envelope import decode_envelope, envelope_span, event_id_of, split_entry
-from orki_events.subscription import Subscription
+from orki_events._delivery_table import Dispatch, Entry
+from orki_events._group_reader import GroupReader
+from orki_events.entries import decode_envelope, envelope_span, event_id_of, split_entry
 
 if TYPE_CHECKING:
     # PEP 696: a handler writes `Delivery` and need not repeat the event's class. Type checkers bring this module along.
@@ -42,7 +40,7 @@ class Delivery(Generic[T]):
 
     __slots__ = ("_entry", "_envelope", "_key", "_open", "_raw", "_subscription", "deliveries", "event", "event_id")
 
-    def __init__(self, subscription: Subscription, key: str, entry: Entry, event: T, deliveries: int) -> None:
+    def __init__(self, subscription: GroupReader, key: str, entry: Entry, event: T, deliveries: int) -> None:
         """Made by the runtime."""
         self._subscription = subscription
         self._key = key
@@ -126,7 +124,7 @@ class DeliveryBatch(Generic[T]):
 
     __slots__ = ("_dispatch", "_entries", "_failed", "_open", "_subscription", "events")
 
-    def __init__(self, subscription: Subscription, dispatch: Dispatch, entries: list[Entry], events: list[T]) -> None:
+    def __init__(self, subscription: GroupReader, dispatch: Dispatch, entries: list[Entry], events: list[T]) -> None:
         """Made by the runtime."""
         self._subscription = subscription
         self._dispatch = dispatch
@@ -215,7 +213,7 @@ class DeliveryBatch(Generic[T]):
             self.give_back()
 
 
-async def take_one(subscription: Subscription, decode: Decode[T]) -> Delivery[T] | None:
+async def take_one(subscription: GroupReader, decode: Decode[T]) -> Delivery[T] | None:
     """The next delivery; None once the consumer ends. What cannot be decoded goes to the dead letters.
 
     Raises:
@@ -237,7 +235,7 @@ async def take_one(subscription: Subscription, decode: Decode[T]) -> Delivery[T]
     return None
 
 
-async def take_batch(subscription: Subscription, decode: Decode[T], size: int) -> DeliveryBatch[T] | None:
+async def take_batch(subscription: GroupReader, decode: Decode[T], size: int) -> DeliveryBatch[T] | None:
     """The next deliveries, at least one and at most so many; otherwise as `take_one`."""
     while (dispatch := await subscription.take(size)) is not None:
         entries = dispatch.entries
@@ -266,7 +264,7 @@ def _decoded(decode: Decode[T], entry: Entry) -> T:
 
 
 def _sorted_out(
-    subscription: Subscription, decode: Decode[T], dispatch: Dispatch
+    subscription: GroupReader, decode: Decode[T], dispatch: Dispatch
 ) -> tuple[list[Any], list[bytes], list[T]]:
     """The entries that can be decoded; the others go to the dead letters."""
     entries, identities, events = [], [], []
@@ -281,3 +279,76 @@ def _sorted_out(
             identities.append(identity)
             events.append(event)
     return entries, identities, events
+
+
+D = TypeVar("D")
+
+
+class Subscription(AsyncIterator[D], Generic[D]):
+    """Deliveries as they come, until the `Events` they came from closes. Made by `Events.deliveries` and its kin.
+
+    No generator: one that is left by `break` ends whenever Python gets round to it, which is after its event loop as
+    often as before. This ends with its `async with` block or by `aclose`; when an iteration is cancelled or fails;
+    when nobody holds it any more; and at the latest with its `Events`, whose end waits for it in any case.
+    """
+
+    __slots__ = ("_ended", "_subscribe", "_subscription", "_take")
+
+    def __init__(
+        self, subscribe: Callable[[], GroupReader], take: Callable[[GroupReader], Awaitable[D | None]]
+    ) -> None:
+        """Args: subscribe: starts the consumer; take: the next delivery, None once the consumer ends."""
+        self._subscription: GroupReader | None = None
+        self._ended = False
+        self._subscribe = subscribe
+        self._take = take
+
+    async def __aenter__(self) -> Self:
+        """Starts the consumer; without it, the first iteration does."""
+        self._started()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """As `aclose`."""
+        await self.aclose()
+
+    def __aiter__(self) -> Self:
+        """Itself."""
+        return self
+
+    async def __anext__(self) -> D:
+        """The next delivery; the wait for it may be shared by several tasks.
+
+        Raises:
+            StopAsyncIteration: The consumer has ended.
+            OrkiError: The server refuses the consumer for good.
+        """
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            taken = await self._take(self._started())
+        except BaseException:
+            await self.aclose()
+            raise
+        if taken is None:
+            await self.aclose()
+            raise StopAsyncIteration
+        return taken
+
+    async def aclose(self) -> None:
+        """Ends the consumer in good order: waits for what was taken to be settled, for the drain timeout at most."""
+        self._ended = True
+        if self._subscription is not None:
+            await self._subscription.close()
+
+    def _started(self) -> GroupReader:
+        if self._subscription is None:
+            self._subscription = self._subscribe()
+        return self._subscription
+
+    def __del__(self) -> None:
+        """Nobody can iterate any more."""
+        if not self._ended and self._subscription is not None:
+            self._subscription.abandon()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["DeadLetterEntry", "list_dead_letters", "replay_dead_letters"]
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -13,9 +11,9 @@ from google.protobuf.message import DecodeError
 from orki.events.v1.envelope_pb2 import DeadLetter
 from orki_contract.errors import OrkiError
 from orki_contract.model import Group, Stream
-from orki_events.chores import HANDED_BACK
+from orki_events._commands import HANDED_BACK
 from orki_events.connection import Connection
-from orki_events.envelope import DATA_FIELD, ENVELOPE_FIELD, REASON_FIELD, tagged_key
+from orki_events.entries import DATA_FIELD, ENVELOPE_FIELD, REASON_FIELD, tagged_key
 from orki_events.groups import groups_key
 
 T = TypeVar("T")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Events", "connect"]
-
 import asyncio
 import contextlib
 import itertools
@@ -22,19 +20,18 @@ from orki_contract.errors import InvalidSetting, LocalProtocolError, UnknownStre
 from orki_contract.handles import EventStream
 from orki_contract.model import Stream
 from orki_contract.trace import Span, current_span
-from orki_events.chores import Place
+from orki_events._commands import GroupMember
+from orki_events._dead_letters import DeadLetterEntry, list_dead_letters, replay_dead_letters
+from orki_events._deliveries import Decode, Delivery, DeliveryBatch, Subscription, take_batch, take_one
+from orki_events._group_reader import GroupReader, ReaderServices
+from orki_events._ledger import StreamLedger, read_ledger
+from orki_events._options import ConsumeOptions, EventOptions, Gap
+from orki_events._publisher import Outgoing, PublishCounts, Publisher
+from orki_events._push import Consumer, PushRun, run_until
+from orki_events._readers import TailEntry, follow_stream
 from orki_events.connection import Address, Connection, parse_address
-from orki_events.dead_letters import DeadLetterEntry, list_dead_letters, replay_dead_letters
-from orki_events.deliveries import Decode, Delivery, DeliveryBatch, take_batch, take_one
-from orki_events.groups import GroupKeeper
-from orki_events.intake import Deliveries
-from orki_events.ledger import StreamLedger, read_ledger
-from orki_events.options import ConsumeOptions, EventOptions, Gap
-from orki_events.publisher import Outgoing, PublishCounts, Publisher
-from orki_events.push import Consumer, PushRun, run_until
-from orki_events.registry import RegisteredStream, Registry
-from orki_events.subscription import Subscription, Wires
-from orki_events.tail import TailEntry, follow_stream
+from orki_events.groups import ConsumerGroups
+from orki_events.registry import RegisteredStream, StreamRegistry
 from orki_events.tuning import Tuned, Tuning, read_tunings, tune
 
 E = TypeVar("E", bound=Message)
@@ -83,12 +80,12 @@ class Events:
         self.producer = producer
         self.options = options
         self._address = address
-        self._keeper = GroupKeeper(self._gap)
-        self._registry = Registry()
+        self._keeper = ConsumerGroups(self._gap)
+        self._registry = StreamRegistry()
         self._commands: Connection | None = None
         self._publisher_link: Connection | None = None
         self._publisher: Publisher | None = None
-        self._subscriptions: set[Subscription] = set()
+        self._subscriptions: set[GroupReader] = set()
         self._tails: set[Connection] = set()
         self._consumers = itertools.count(1)
 
@@ -242,7 +239,7 @@ class Events:
         group: G,
         consumer: str | None = None,
         options: ConsumeOptions | None = None,
-    ) -> Deliveries[Delivery[E]]:
+    ) -> Subscription[Delivery[E]]:
         """Events as they come, each to be settled with `async with delivery as event:`.
 
         ```python
@@ -266,7 +263,7 @@ class Events:
         """
         decode = stream.message.FromString
         subscribe = self._subscriber(stream, group, consumer, options, 16)
-        return Deliveries(subscribe, lambda subscription: take_one(subscription, decode))
+        return Subscription(subscribe, lambda subscription: take_one(subscription, decode))
 
     def delivery_batches(
         self,
@@ -276,11 +273,11 @@ class Events:
         size: int = 100,
         consumer: str | None = None,
         options: ConsumeOptions | None = None,
-    ) -> Deliveries[DeliveryBatch[E]]:
+    ) -> Subscription[DeliveryBatch[E]]:
         """As `deliveries`, in batches of at most `size`, each of one partition: `async with batch as events:`."""
         decode = stream.message.FromString
         subscribe = self._subscriber(stream, group, consumer, options, size)
-        return Deliveries(subscribe, lambda subscription: take_batch(subscription, decode, size))
+        return Subscription(subscribe, lambda subscription: take_batch(subscription, decode, size))
 
     def raw_deliveries(
         self,
@@ -290,10 +287,10 @@ class Events:
         size: int = 100,
         consumer: str | None = None,
         options: ConsumeOptions | None = None,
-    ) -> Deliveries[DeliveryBatch[bytes]]:
+    ) -> Subscription[DeliveryBatch[bytes]]:
         """As `delivery_batches`, for an observer that has no code for the stream: the events stay bytes."""
         subscribe = self._subscriber(stream, group, consumer, options, size)
-        return Deliveries(subscribe, lambda subscription: take_batch(subscription, bytes, size))
+        return Subscription(subscribe, lambda subscription: take_batch(subscription, bytes, size))
 
     async def tail(
         self, stream: EventStream[E, Any], *, after: str = "latest", follow: bool = True
@@ -416,7 +413,7 @@ class Events:
         consumer: str | None,
         options: ConsumeOptions | None,
         hand: int,
-    ) -> Callable[[], Subscription]:
+    ) -> Callable[[], GroupReader]:
         """What starts a consumer. Whoever calls it sees to its end; `close` does in any case."""
         contract = stream if isinstance(stream, Stream) else stream.contract
         declared = contract.group(group)
@@ -425,11 +422,11 @@ class Events:
             if isinstance(stream, EventStream):
                 await self._registry.register(link, stream, publishes=False)
 
-        def subscribe() -> Subscription:
+        def subscribe() -> GroupReader:
             self._open()
             number = next(self._consumers)
             name = consumer if consumer is not None else f"{self.producer}.{number}"
-            wires = Wires(
+            wires = ReaderServices(
                 reads=self._link(f"read.{number}"),
                 commands=self._link(f"consume.{number}"),
                 keeper=self._keeper,
@@ -440,7 +437,7 @@ class Events:
                 drain_timeout_s=self.options.drain_timeout_s,
                 forget=self._subscriptions.discard,
             )
-            subscription = Subscription(Place(contract, declared, name), wires, options or ConsumeOptions(), hand)
+            subscription = GroupReader(GroupMember(contract, declared, name), wires, options or ConsumeOptions(), hand)
             self._subscriptions.add(subscription)
             subscription.start()
             return subscription

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-__all__ = ["Subscription", "SubscriptionCounts", "Wires"]
-
 import asyncio
 import contextlib
 import logging
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from orki_contract.errors import ContractMismatch, EventsUnavailable, LocalProtocolError, OrkiError, Reason
-from orki_events import delivery_moves as moves
-from orki_events.chores import Chores, Place
+from orki_events import _delivery_table as moves
+from orki_events._commands import CommandExecutor, GroupMember
+from orki_events._delivery import DeliveryMachine
+from orki_events._delivery_table import State
+from orki_events._options import ConsumeOptions, Gap, GapKind
 from orki_events.connection import Connection
-from orki_events.delivery import DeliveryMachine
-from orki_events.delivery_states import State
-from orki_events.envelope import stream_keys
-from orki_events.groups import GroupKeeper
-from orki_events.options import ConsumeOptions, Gap, GapKind
-from orki_events.seen import SeenEvents
+from orki_events.entries import stream_keys
+from orki_events.groups import ConsumerGroups
 
 _SAVE_S: Final = 2.0
 _UNBLOCK_S: Final = 0.05
@@ -31,7 +28,7 @@ _log = logging.getLogger("orki.events")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wires:
+class ReaderServices:
     """What a subscription needs of its surroundings.
 
     Attributes:
@@ -48,17 +45,17 @@ class Wires:
 
     reads: Connection
     commands: Connection
-    keeper: GroupKeeper
+    keeper: ConsumerGroups
     prepare: Callable[[Connection], Awaitable[None]]
     report: Callable[[Gap], None]
     block_ms: int
     dedupe_window: int
     drain_timeout_s: float
-    forget: Callable[[Subscription], None]
+    forget: Callable[[GroupReader], None]
 
 
 @dataclass(slots=True)
-class SubscriptionCounts:
+class ConsumerCounts:
     """What a consumer did since it began.
 
     Attributes:
@@ -78,16 +75,16 @@ class SubscriptionCounts:
     lost: int = 0
 
 
-class Subscription:
+class GroupReader:
     """A consumer of one group, from `start` to `close`."""
 
-    def __init__(self, place: Place, wires: Wires, options: ConsumeOptions, hand: int) -> None:
+    def __init__(self, place: GroupMember, wires: ReaderServices, options: ConsumeOptions, hand: int) -> None:
         """Args: place: whose; wires: its surroundings; options: its settings; hand: entries that it can use at once."""
         self.place = place
-        self.counts = SubscriptionCounts()
+        self.counts = ConsumerCounts()
         self.seen = SeenEvents(wires.dedupe_window)
         self._wires = wires
-        self._chores = Chores(place, wires.reads, wires.commands, wires.block_ms)
+        self._chores = CommandExecutor(place, wires.reads, wires.commands, wires.block_ms)
         keys = stream_keys(place.stream)
         deadline = place.group.ack_deadline_ms / 1_000
         sweep = options.sweep_interval_s or min(deadline / 3, 5.0)
@@ -400,3 +397,43 @@ class Subscription:
                 raise
             except OrkiError as error:
                 _log.info("%s could not remember its place: %s", self.name, error)
+
+
+class SeenEvents:
+    """A bounded set in two generations: the older one is dropped whole when the younger is full.
+
+    It remembers at least the last `window` ids. An id is added when its event is handed out and taken out when that
+    fails, so an event counts as seen only while another copy of it is, or was, handled.
+    """
+
+    __slots__ = ("_old", "_window", "_young")
+
+    def __init__(self, window: int) -> None:
+        """Args: window: ids to remember; 0 remembers none."""
+        self._window = window
+        self._young: dict[bytes, None] = {}
+        self._old: dict[bytes, None] = {}
+
+    def add(self, event_ids: Sequence[bytes]) -> list[int]:
+        """Remembers ids; returns the places of those that were known before, or stand twice in the sequence."""
+        if not self._window:
+            return []
+        repeated = []
+        fresh = dict.fromkeys(event_ids)
+        if len(fresh) == len(event_ids) and self._young.keys().isdisjoint(fresh) and self._old.keys().isdisjoint(fresh):
+            self._young.update(fresh)
+        else:
+            for place, event_id in enumerate(event_ids):
+                if event_id in self._young or event_id in self._old:
+                    repeated.append(place)
+                else:
+                    self._young[event_id] = None
+        if len(self._young) >= self._window:
+            self._old, self._young = self._young, {}
+        return repeated
+
+    def discard(self, event_ids: Iterable[bytes]) -> None:
+        """Forgets ids."""
+        for event_id in event_ids:
+            self._young.pop(event_id, None)
+            self._old.pop(event_id, None)

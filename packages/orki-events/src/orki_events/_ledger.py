@@ -21,8 +21,6 @@ stream ever had, so there the ledger knows nothing of what was trimmed.
 
 from __future__ import annotations
 
-__all__ = ["GroupLedger", "StreamLedger", "read_ledger"]
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -33,9 +31,17 @@ from orki.events.v1.envelope_pb2 import DeadLetter
 from orki_contract.errors import EventUndecodable, OrkiError
 from orki_contract.model import Group, Stream
 from orki_events.connection import Connection
-from orki_events.entry_ids import ZERO_ID, EntryId, parse_id
-from orki_events.envelope import REASON_FIELD, decode_envelope, split_entry, stream_keys, tagged_key
-from orki_events.groups import Mark, groups_key, pairs, read_state
+from orki_events.entries import (
+    REASON_FIELD,
+    ZERO_ID,
+    EntryId,
+    decode_envelope,
+    parse_id,
+    split_entry,
+    stream_keys,
+    tagged_key,
+)
+from orki_events.groups import Mark, groups_key, pairs, parse_stream_state
 
 _PAGE: Final = 1_000
 
@@ -151,7 +157,7 @@ async def _scan(link: Connection, key: str, sequences: dict[str, set[int]]) -> _
         scan.ids.append((parse_id(entry_id), envelope.event_id))
         sequences.setdefault(envelope.producer, set()).add(envelope.sequence)
     if await link.execute((b"EXISTS", key)):
-        state = read_state(await link.execute((b"XINFO", b"STREAM", key)))
+        state = parse_stream_state(await link.execute((b"XINFO", b"STREAM", key)))
         scan.trimmed = state.added - state.length
     return scan
 

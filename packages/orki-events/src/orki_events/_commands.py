@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["HANDED_BACK", "Chores", "Place"]
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,12 +9,11 @@ from typing import Any, Final
 from orki.events.v1.envelope_pb2 import DeadLetter as DeadLetterRecord
 from orki_contract.errors import EventsReadOnly, OrkiError
 from orki_contract.model import Group, Stream
-from orki_events import delivery_moves as moves
-from orki_events.connection import Command, Connection, GroupMissing
-from orki_events.envelope import REASON_FIELD, stream_keys, tagged_key
+from orki_events import _delivery_table as moves
+from orki_events.connection import Command, Connection, GroupMissing, Script
+from orki_events.entries import REASON_FIELD, stream_keys, tagged_key
 from orki_events.groups import groups_key, pairs
-from orki_events.scripts import ACKNOWLEDGE, HOLD, REMOVE_CONSUMER, run_script
-from orki_events.tuning import kept_now
+from orki_events.tuning import read_retention
 
 HANDED_BACK: Final = "handed-back"
 """Owner of pending entries that a stopped consumer left for others; never a consumer itself."""
@@ -26,7 +23,7 @@ _LONGEST_MESSAGE: Final = 1_000
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class GroupMember:
     """Whose consumer it is.
 
     Attributes:
@@ -40,10 +37,10 @@ class Place:
     consumer: str
 
 
-class Chores:
+class CommandExecutor:
     """Speaks for one consumer."""
 
-    def __init__(self, place: Place, reads: Connection, commands: Connection, block_ms: int) -> None:
+    def __init__(self, place: GroupMember, reads: Connection, commands: Connection, block_ms: int) -> None:
         """Args: reads: a connection for reads that wait; commands: one for everything else."""
         self._stream = place.stream
         self._group = place.group
@@ -125,8 +122,8 @@ class Chores:
         """XACK, and the group's counter."""
         counter = f"{command.outcome.value}:{self._group.name}"
         keys = (command.key.encode(), groups_key(command.key))
-        count = await run_script(
-            self._commands, ACKNOWLEDGE, keys, self._group.name, counter, command.extra, *command.entry_ids
+        count = await self._commands.run_script(
+            ACKNOWLEDGE, keys, self._group.name, counter, command.extra, *command.entry_ids
         )
         return moves.Acked(command, count)
 
@@ -147,7 +144,7 @@ class Chores:
     async def dead_letter(self, command: moves.DeadLetter) -> moves.DeadLettered:
         """XADD to the dead letter stream."""
         key = tagged_key("ev", self._stream.dead_letter(self._group))
-        limit = (await kept_now(self._commands, self._stream)).max_entries
+        limit = (await read_retention(self._commands, self._stream)).max_entries
         writes: list[Command] = []
         for letter in command.letters:
             entry_id, fields = letter.entry
@@ -179,7 +176,7 @@ class Chores:
     async def leave(self) -> None:
         """Removes this consumer from the group where it holds nothing."""
         for key in self._keys:
-            await run_script(self._commands, REMOVE_CONSUMER, (key,), self._group.name, self._consumer)
+            await self._commands.run_script(REMOVE_CONSUMER, (key,), self._group.name, self._consumer)
 
     async def remove_idle(self, idle_ms: int) -> int:
         """Removes consumers that were silent for so long and hold nothing; returns how many."""
@@ -188,7 +185,7 @@ class Chores:
             for each in map(pairs, await self._commands.execute((b"XINFO", b"CONSUMERS", key, self._group.name))):
                 name = each["name"].decode()
                 if each["idle"] >= idle_ms and not each["pending"] and name not in (self._consumer, HANDED_BACK):
-                    removed += await run_script(self._commands, REMOVE_CONSUMER, (key,), self._group.name, name)
+                    removed += await self._commands.run_script(REMOVE_CONSUMER, (key,), self._group.name, name)
         return removed
 
     async def _hold(self, key: str, entry_ids: list[bytes], owner: str, idle_ms: int, deliveries: int) -> list[bytes]:
@@ -196,7 +193,7 @@ class Chores:
         for start in range(0, len(entry_ids), _MOST_IDS):
             chosen = entry_ids[start : start + _MOST_IDS]
             whose = (self._group.name, self._consumer, owner)
-            gone += await run_script(self._commands, HOLD, (key.encode(),), *whose, idle_ms, deliveries, *chosen)
+            gone += await self._commands.run_script(HOLD, (key.encode(),), *whose, idle_ms, deliveries, *chosen)
         return gone
 
     async def _trimmed(self, key: str) -> list[moves.Entry]:
@@ -220,3 +217,50 @@ class Chores:
             if len(reply) < _MOST_IDS:
                 return found
             start = b"(" + reply[-1][0]
+
+
+ACKNOWLEDGE: Final = Script("""\
+-- KEYS: stream, counters.  ARGV: group, counter, entries lost without an id, entry ids ...
+local acknowledged = 0
+if #ARGV > 3 then
+  acknowledged = redis.call('XACK', KEYS[1], ARGV[1], unpack(ARGV, 4))
+end
+-- Counting needs memory and acknowledging does not: out of memory, the second must go on without the first.
+redis.pcall('HINCRBY', KEYS[2], ARGV[2], acknowledged + tonumber(ARGV[3]))
+return acknowledged
+""")
+
+HOLD: Final = Script("""\
+-- KEYS: stream.  ARGV: group, consumer, new consumer, idle milliseconds, deliveries or -1, entry ids ...
+-- Touches or hands on what the consumer still holds, and returns what it does not: XCLAIM alone would take that from
+-- its new owner.
+local held, gone = {}, {}
+for place = 6, #ARGV do
+  local pending = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[place], ARGV[place], 1)
+  if pending[1] and pending[1][2] == ARGV[2] then
+    held[#held + 1] = ARGV[place]
+  else
+    gone[#gone + 1] = ARGV[place]
+  end
+end
+if #held > 0 then
+  held[#held + 1] = 'IDLE'
+  held[#held + 1] = ARGV[4]
+  if ARGV[5] ~= '-1' then
+    held[#held + 1] = 'RETRYCOUNT'
+    held[#held + 1] = ARGV[5]
+  end
+  held[#held + 1] = 'JUSTID'
+  redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[3], 0, unpack(held))
+end
+return gone
+""")
+
+REMOVE_CONSUMER: Final = Script("""\
+-- KEYS: stream.  ARGV: group, consumer.  Deleting a consumer drops what it holds, so only one with empty hands goes.
+if #redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1, ARGV[2]) > 0 then
+  return 0
+end
+redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
+return 1
+""")

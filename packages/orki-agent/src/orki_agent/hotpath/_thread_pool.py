@@ -8,12 +8,10 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Final
 
-__all__ = ["Crew"]
-
 _KEEP_SECONDS: Final = 10.0
 
 
-class Crew:
+class ThreadPool:
     """Starts jobs at once, on a thread that rests or on a new one; who starts jobs bounds their number.
 
     The threads are daemons, so that a handler that never returns does not keep the process alive.
@@ -48,7 +46,7 @@ class Crew:
             raise
 
     def close(self, seconds: float) -> bool:
-        """Sends the resting threads home and waits for the others; True when all have ended."""
+        """Stop idle threads and wait for the others; return whether all have ended."""
         deadline = time.monotonic() + seconds
         with self._lock:
             self._closed = True

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Consumer", "PushRun", "consumer", "run_until"]
-
 import asyncio
 import inspect
 import logging
@@ -16,9 +14,9 @@ from google.protobuf.message import Message
 from orki_contract.errors import HandlerFailed, InvalidSetting
 from orki_contract.handles import EventStream
 from orki_contract.trace import use_span
-from orki_events.deliveries import Decode, Delivery, DeliveryBatch, take_batch, take_one
-from orki_events.options import ConsumeOptions
-from orki_events.subscription import Subscription
+from orki_events._deliveries import Decode, Delivery, DeliveryBatch, take_batch, take_one
+from orki_events._group_reader import GroupReader
+from orki_events._options import ConsumeOptions
 
 E = TypeVar("E", bound=Message)
 G = TypeVar("G", bound=str)
@@ -121,7 +119,7 @@ def consumer(
 class PushRun:
     """One push consumer while it runs: so many workers that take, call and settle."""
 
-    def __init__(self, declared: Consumer[Any], subscription: Subscription, decode: Decode[Any]) -> None:
+    def __init__(self, declared: Consumer[Any], subscription: GroupReader, decode: Decode[Any]) -> None:
         """Args: declared: the consumer; subscription: its source of entries, started; decode: for the events."""
         self._declared = declared
         self._subscription = subscription
@@ -185,7 +183,7 @@ class PushRun:
 
 
 async def run_until(
-    runs: list[PushRun], subscriptions: list[Subscription], stop: asyncio.Event | None, drain_timeout_s: float
+    runs: list[PushRun], subscriptions: list[GroupReader], stop: asyncio.Event | None, drain_timeout_s: float
 ) -> None:
     """Works until one consumer is refused or `stop` is set; then lets handlers finish, for at most so long.
 

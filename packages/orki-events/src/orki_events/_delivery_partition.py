@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["START", "Partition"]
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from orki_events.delivery_moves import Ack, Entry, Outcome
+from orki_events._delivery_table import Ack, Entry, Outcome
 
 START: Final = b"0-0"
 """Before every entry; as a claim's cursor: the sweep is complete."""

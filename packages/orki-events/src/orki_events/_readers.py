@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["TailEntry", "follow_stream"]
-
 import asyncio
 import logging
 from collections.abc import AsyncIterator
@@ -15,10 +13,19 @@ from orki.events.v1.envelope_pb2 import Envelope
 from orki_contract.errors import EventUndecodable, OrkiError
 from orki_contract.model import Stream
 from orki_contract.trace import Span
+from orki_events._deliveries import Decode
 from orki_events.connection import Connection
-from orki_events.deliveries import Decode
-from orki_events.entry_ids import ZERO_ID, format_cursor, parse_cursor
-from orki_events.envelope import decode_envelope, envelope_span, event_id_of, split_entry, stream_keys
+from orki_events.entries import (
+    ENVELOPE_FIELD,
+    ZERO_ID,
+    decode_envelope,
+    envelope_span,
+    event_id_of,
+    format_cursor,
+    parse_cursor,
+    split_entry,
+    stream_keys,
+)
 
 T = TypeVar("T")
 _PAGE: Final = 500
@@ -134,3 +141,41 @@ async def _read(link: Connection, keys: tuple[str, ...], places: list[str], bloc
     command = (b"XREAD", b"COUNT", _PAGE, *waiting, b"STREAMS", *keys, *places)
     reply = await link.execute(command, timeout=link.answer_timeout + block_ms / 1_000)
     return reply or []
+
+
+_SEARCH_PAGE: Final = 1_000
+_SEARCH_PAGES: Final = 200
+
+
+async def find_published(link: Connection, key: str, behind: str, wanted: set[bytes]) -> set[bytes]:
+    """Searches the entries behind one for event ids.
+
+    Args:
+        link: To the server.
+        key: The stream's key.
+        behind: Entry id that the publisher knows to be older than what it searches.
+        wanted: Event ids.
+
+    Returns:
+        Those that are there. At most 200,000 entries are looked at: what other writers put behind those is too much to
+        wait for, and readers drop a repeated event by its id.
+
+    Raises:
+        OrkiError: The server does not answer or refuses.
+    """
+    found: set[bytes] = set()
+    start = behind
+    for _ in range(_SEARCH_PAGES):
+        entries = await link.execute((b"XRANGE", key, f"({start}", b"+", b"COUNT", _SEARCH_PAGE))
+        for _, values in entries:
+            raw = dict(zip(values[::2], values[1::2], strict=True)).get(ENVELOPE_FIELD, b"")
+            try:
+                event_id = event_id_of(raw)
+            except EventUndecodable:
+                continue
+            if event_id in wanted:
+                found.add(event_id)
+        if len(entries) < _SEARCH_PAGE or found == wanted:
+            break
+        start = entries[-1][0].decode()
+    return found

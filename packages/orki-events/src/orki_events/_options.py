@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["ConsumeOptions", "EventOptions", "Gap", "GapKind"]
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum

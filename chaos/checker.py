@@ -1,0 +1,153 @@
+"""Checks histories. It reads records alone and shares no code with the product.
+
+Each function returns violations as sentences; an empty list means that the run kept its promises.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from chaos.history import Record
+
+_TERMINAL = ("SUCCEEDED", "FAILED", "CANCELLED")
+
+
+@dataclass
+class Report:
+    """The outcome of a check.
+
+    Attributes:
+        published: Acknowledged submissions or distinct acknowledged events.
+        processed: Tasks with an accepted result, or deliveries by group and distinct event.
+        dead_lettered: Failed tasks, or distinct dead-lettered events.
+        declared_lost: Losses that the product declared.
+        violations: Broken promises.
+    """
+
+    published: int = 0
+    processed: int = 0
+    dead_lettered: int = 0
+    declared_lost: int = 0
+    violations: list[str] = field(default_factory=list)
+
+
+def _by_event(history: Iterable[Record]) -> dict[str, list[Record]]:
+    found: dict[str, list[Record]] = defaultdict(list)
+    for record in history:
+        found[record["event"]].append(record)
+    return found
+
+
+def check_control(history: list[Record]) -> Report:
+    """Check tasks: nothing acknowledged is lost, one result is accepted, fences rise, every error is typed.
+
+    Records: `submitted` (key, task, expect), `started` and `finished` (task, attempt, fence), `result` (task, state,
+    attempt, fence, lines), `final` (task, orchestrator, state, attempt, fence, lines), `error` (type, typed).
+    """
+    events = _by_event(history)
+    report = Report()
+    bad = report.violations
+    tasks: dict[str, Record] = {}
+    keys: dict[str, str] = {}
+    for record in events["submitted"]:
+        tasks[record["task"]] = record
+        if keys.setdefault(record["key"], record["task"]) != record["task"]:
+            bad.append(f"idempotency key {record['key']} gave two tasks: {keys[record['key']]} and {record['task']}")
+    report.published = len(tasks)
+    bad += [f"untyped error at a submitter: {each['type']}" for each in events["error"] if not each["typed"]]
+    bad += _check_fences(events["started"])
+    finished = {(each["task"], each["attempt"], each["fence"]) for each in events["finished"]}
+    outcomes: dict[str, set[tuple[str, int, int, int]]] = defaultdict(set)
+    observed: dict[str, set[str]] = defaultdict(set)
+    for record in events["result"] + events["final"]:
+        outcomes[record["task"]].add((record["state"], record["attempt"], record["fence"], record["lines"]))
+    for record in events["final"]:
+        observed[record["task"]].add(record["orchestrator"])
+    orchestrators = {name for names in observed.values() for name in names}
+    for task, submission in tasks.items():
+        seen = outcomes[task]
+        if observed[task] != orchestrators or not orchestrators:
+            bad.append(f"task {task} was acknowledged and is unknown to {sorted(orchestrators - observed[task])}")
+        if len(seen) > 1:
+            bad.append(f"task {task} has more than one outcome: {sorted(seen)}")
+        for state, attempt, fence, lines in seen:
+            if state not in _TERMINAL:
+                bad.append(f"task {task} never ended: {state}")
+            elif state != submission["expect"]:
+                bad.append(f"task {task} ended as {state}, not as {submission['expect']}")
+            elif state == "SUCCEEDED":
+                if (task, attempt, fence) not in finished:
+                    bad.append(f"the result of task {task} (fence {fence}) comes from no execution")
+                if lines != submission["lines"]:
+                    bad.append(f"the result of task {task} is {lines}, not {submission['lines']}")
+        states = {state for state, *_ in seen}
+        report.processed += "SUCCEEDED" in states
+        report.dead_lettered += "FAILED" in states
+    return report
+
+
+def _check_fences(started: list[Record]) -> list[str]:
+    bad = []
+    used: set[tuple[str, int]] = set()
+    attempts: dict[str, dict[int, int]] = defaultdict(dict)
+    for record in started:
+        task, attempt, fence = record["task"], record["attempt"], record["fence"]
+        if (task, fence) in used:
+            bad.append(f"fence {fence} of task {task} was used by two executions")
+        used.add((task, fence))
+        attempts[task][attempt] = fence
+    for task, fences in attempts.items():
+        ordered = [fence for _, fence in sorted(fences.items())]
+        if any(later <= earlier for earlier, later in pairwise(ordered)):
+            bad.append(f"fences of task {task} do not rise: {ordered}")
+    return bad
+
+
+def check_events(history: list[Record]) -> Report:
+    """Check events: each acknowledged event is handled by every group, dead-lettered, or declared lost.
+
+    Records: `publishing` (number), `published` (number), `handled` (group, number), `letter` (group, number), `gap`
+    (group, count, possible), `groups` (names), `ledger` (published, groups), `error` (type, typed).
+    """
+    events = _by_event(history)
+    report = Report()
+    bad = report.violations
+    tried = {each["number"] for each in events["publishing"]}
+    published = {each["number"] for each in events["published"]}
+    poisoned = {each["number"] for each in events["publishing"] if each["poison"]}
+    report.published = len(published)
+    bad += [f"untyped error: {each['type']}" for each in events["error"] if not each["typed"]]
+    for group in events["groups"][0]["names"]:
+        handled = {each["number"] for each in events["handled"] if each["group"] == group}
+        letters = {each["number"] for each in events["letter"] if each["group"] == group}
+        lost = sum(each["count"] or 0 for each in events["gap"] if each["group"] == group and not each["possible"])
+        report.processed += len(handled)
+        report.dead_lettered += len(letters)
+        report.declared_lost += lost
+        missing = published - handled - letters
+        if len(missing) > lost:
+            bad.append(
+                f"group {group}: {len(missing)} acknowledged events are neither handled nor dead-lettered, {lost} are "
+                f"declared lost; first missing: {sorted(missing)[:5]}"
+            )
+        if invented := (handled | letters) - tried:
+            bad.append(f"group {group}: received events that nobody published: {sorted(invented)[:5]}")
+        if wrong := letters - poisoned:
+            bad.append(f"group {group}: dead-lettered events that never failed: {sorted(wrong)[:5]}")
+    for ledger in events["ledger"]:
+        bad += _check_ledger(ledger, len(published), len(tried))
+    return report
+
+
+def _check_ledger(ledger: Record, published: int, tried: int) -> list[str]:
+    bad = []
+    if not published <= ledger["published"] <= tried:
+        bad.append(f"the product's ledger has {ledger['published']} events; acknowledged {published}, tried {tried}")
+    for name, group in ledger["groups"].items():
+        total = group["processed"] + group["dead_lettered"] + group["declared_lost"]
+        if total != ledger["published"]:
+            bad.append(f"the product's ledger of group {name} adds up to {total}, not to {ledger['published']}")
+    return bad

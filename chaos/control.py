@@ -1,0 +1,187 @@
+"""The control suite: two orchestrators, three agents and two submitters on one Redis server, under faults.
+
+The server writes its append-only file before it answers, so each acknowledged task must survive. Faults last less than
+a lease, apart from killed agents, whose tasks another agent takes over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import time
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sourcereview.v1.review_pb2 import ReviewFileResponse
+
+from chaos.checker import Report, check_control
+from chaos.history import History, read_history
+from chaos.proxy import FaultProxy
+from chaos.rig import RedisServer, Rig, free_port
+from chaos.schedule import Fault, Kind
+from orki.control.v1.attempt_pb2 import TaskState
+from orki_contract.errors import OrkiError
+from orki_control import Client, ClientOptions
+
+_AGENTS = ("agent-1", "agent-2", "agent-3")
+_ORCHESTRATORS = ("orchestrator-1", "orchestrator-2")
+_SUBMITTERS = ("submitter-1", "submitter-2")
+_INTERVAL = 0.05
+_TERMINAL = (TaskState.TASK_STATE_SUCCEEDED, TaskState.TASK_STATE_FAILED, TaskState.TASK_STATE_CANCELLED)
+
+KINDS = {
+    "kill_agent": Kind(_AGENTS, 0.2, 1.0, 2),
+    "pause_agent": Kind(_AGENTS, 0.3, 1.5),
+    "kill_orchestrator": Kind(_ORCHESTRATORS, 0.1, 0.8, 2),
+    "pause_orchestrator": Kind(_ORCHESTRATORS, 0.2, 1.0),
+    "kill_redis": Kind(("redis",), 0.1, 0.5, 2),
+    "pause_redis": Kind(("redis",), 0.2, 1.0),
+    "cut": Kind(("agents", "submitters", "store-1", "store-2"), weight=3),
+    "stall": Kind(("agents", "submitters", "store-1", "store-2"), 0.2, 1.0),
+    "delay": Kind(("agents", "submitters", "store-1", "store-2"), 0.5, 1.5),
+    "lose_replies": Kind(("store-1", "store-2"), 0.1, 0.4, 2),
+}
+
+
+class ControlSuite:
+    """One run of the suite.
+
+    Attributes:
+        history_path: File that all actors append to.
+    """
+
+    name = "control"
+    kinds = KINDS
+    spacing = 0.6
+
+    def __init__(self, folder: Path, seed: int, length: float) -> None:
+        """Start nothing yet.
+
+        Args:
+            folder: Directory for logs and the history.
+            seed: Seed of the submitters' choices.
+            length: Seconds that the load must last.
+        """
+        self.history_path = folder / "history.jsonl"
+        self._seed = seed
+        self._tasks = int((length + 2) / _INTERVAL)
+        self._rig = Rig(folder)
+        self._stack = AsyncExitStack()
+        self._proxies: dict[str, FaultProxy] = {}
+        self._history = History(self.history_path, "driver")
+        self._targets: dict[str, str] = {}
+
+    async def __aenter__(self) -> ControlSuite:
+        self._stack.callback(self._history.close)
+        await self._stack.enter_async_context(self._rig)
+        self._redis: RedisServer = await asyncio.to_thread(self._rig.redis)
+        for number, name in enumerate(_ORCHESTRATORS, 1):
+            store = await self._proxy(f"store-{number}", self._redis.port)
+            listen = f"127.0.0.1:{free_port()}"
+            self._targets[name] = listen
+            self._rig.python(
+                name,
+                *("orki_server", "serve", "--listen", listen),
+                ORKI_REDIS_URL=f"redis://127.0.0.1:{store.port}/0",
+                ORKI_SHARDS="4",
+            )
+        for name in _ORCHESTRATORS:
+            await self._rig.until(partial(self._answers, name), f"{name} is ready", 40)
+        ports = [int(target.rpartition(":")[2]) for target in self._targets.values()]
+        agents, submitters = await self._proxy("agents", ports[0]), await self._proxy("submitters", ports[1])
+        through_proxy = f"127.0.0.1:{agents.port}"
+        for name, target in zip(_AGENTS, (through_proxy, self._targets["orchestrator-2"], through_proxy), strict=True):
+            self._actor("agent", name, target=target)
+        await self._rig.until(self._all_agents, "all agents have a session", 40)
+        routes = (self._targets["orchestrator-1"], f"127.0.0.1:{submitters.port}")
+        for name, target in zip(_SUBMITTERS, routes, strict=True):
+            more = {"seed": self._seed, "count": self._tasks, "interval": _INTERVAL, "patience": 90.0}
+            self._actor("submitter", name, ends=True, target=target, **more)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def _proxy(self, name: str, port: int) -> FaultProxy:
+        self._proxies[name] = await self._stack.enter_async_context(FaultProxy(port))
+        return self._proxies[name]
+
+    def _actor(self, role: str, name: str, *, ends: bool = False, **settings: Any) -> None:
+        settings = {"name": name, "history": str(self.history_path), **settings}
+        self._rig.python(name, "chaos.actors", role, json.dumps(settings), ends=ends)
+
+    async def _answers(self, name: str) -> bool:
+        with contextlib.suppress(OrkiError):
+            async with Client(self._targets[name], ClientOptions(patience=0.0, call_timeout=2.0)) as orki:
+                await orki.list_agents()
+                return True
+        return False
+
+    async def _all_agents(self) -> bool:
+        async with Client(self._targets["orchestrator-1"]) as orki:
+            return {each.agent_id for each in await orki.list_agents() if each.connected} >= set(_AGENTS)
+
+    async def inject(self, fault: Fault) -> None:
+        """Inject one fault, keep it for its duration, and heal it."""
+        proxy, process = self._proxies.get(fault.target), self._rig.processes.get(fault.target)
+        if fault.kind.startswith("kill_") and process is not None:
+            await asyncio.to_thread(process.kill)
+            await asyncio.sleep(fault.duration)
+            await asyncio.to_thread(self._redis.start if fault.target == "redis" else process.start)
+        elif fault.kind.startswith("pause_") and process is not None:
+            process.signal(signal.SIGSTOP)
+            await asyncio.sleep(fault.duration)
+            process.signal(signal.SIGCONT)
+        elif proxy is not None:
+            await disturb(proxy, fault)
+        self._rig.check()
+
+    async def settle(self) -> None:
+        """Wait for the submitters, then read every acknowledged task through every orchestrator."""
+        for proxy in self._proxies.values():
+            proxy.heal()
+        submitters = [self._rig.processes[name] for name in _SUBMITTERS]
+
+        async def ended() -> bool:
+            return not any(each.running for each in submitters)
+
+        await self._rig.until(ended, "the submitters ended", 150)
+        tasks = [each["task"] for each in read_history(self.history_path) if each["event"] == "submitted"]
+        for name, target in self._targets.items():
+            async with Client(target, ClientOptions(patience=60.0)) as orki:
+                for task in tasks:
+                    await self._record_final(orki, name, task)
+
+    async def _record_final(self, orki: Client, orchestrator: str, task: str) -> None:
+        limit = time.monotonic() + 30
+        while (snapshot := await orki.get(task)).state not in _TERMINAL and time.monotonic() < limit:
+            await asyncio.sleep(0.1)
+        response = ReviewFileResponse.FromString(snapshot.response)
+        outcome = {"attempt": response.attempt, "fence": response.fence, "lines": response.lines}
+        state = TaskState.Name(snapshot.state).removeprefix("TASK_STATE_")
+        self._history.add("final", task=task, orchestrator=orchestrator, state=state, **outcome)
+
+    def check(self) -> Report:
+        """Check the history."""
+        return check_control(read_history(self.history_path))
+
+
+async def disturb(proxy: FaultProxy, fault: Fault) -> None:
+    """Inject a fault of a proxy, keep it for its duration, and heal it."""
+    match fault.kind:
+        case "cut":
+            proxy.cut()
+        case "stall":
+            proxy.stall()
+        case "delay":
+            proxy.delay = 0.02
+        case "lose_replies":
+            proxy.lose_replies = True
+        case _:
+            raise ValueError(f"a proxy has no fault {fault.kind!r}")
+    await asyncio.sleep(fault.duration)
+    proxy.heal()

@@ -1,0 +1,125 @@
+"""The checker finds each kind of planted violation in an otherwise clean history."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from chaos.checker import check_control, check_events
+from chaos.history import Record
+
+Plant = Callable[[list[Record]], None]
+
+
+def record(event: str, **fields: Any) -> Record:
+    return {"t": 0, "actor": "test", "event": event, **fields}
+
+
+def control_history() -> list[Record]:
+    """One task that succeeds at its second attempt and one that fails."""
+    history = [
+        record("submitted", key="a", task="t-a", expect="SUCCEEDED", lines=7),
+        record("submitted", key="b", task="t-b", expect="FAILED", lines=8),
+        record("started", task="t-a", attempt=1, fence=10),
+        record("started", task="t-a", attempt=2, fence=11),
+        record("started", task="t-b", attempt=1, fence=12),
+        record("finished", task="t-a", attempt=2, fence=11),
+        record("result", task="t-a", state="SUCCEEDED", attempt=2, fence=11, lines=7),
+        record("error", type="HandlerFailed", typed=True),
+    ]
+    for orchestrator in ("one", "two"):
+        outcome = {"orchestrator": orchestrator, "attempt": 2, "fence": 11, "lines": 7}
+        history.append(record("final", task="t-a", state="SUCCEEDED", **outcome))
+        outcome |= {"attempt": 0, "fence": 0, "lines": 0}
+        history.append(record("final", task="t-b", state="FAILED", **outcome))
+    return history
+
+
+def last_final(history: list[Record], task: str) -> Record:
+    return [each for each in history if each["event"] == "final" and each["task"] == task][-1]
+
+
+CONTROL_PLANTS: dict[str, Plant] = {
+    "is unknown to": lambda history: history.remove(last_final(history, "t-a")),
+    "more than one outcome": lambda history: last_final(history, "t-a").update(fence=10),
+    "never ended": lambda history: last_final(history, "t-b").update(state="RUNNING"),
+    "not as SUCCEEDED": lambda history: last_final(history, "t-a").update(state="FAILED"),
+    "comes from no execution": lambda history: history.remove(next(e for e in history if e["event"] == "finished")),
+    "is 9, not 7": lambda history: last_final(history, "t-a").update(lines=9),
+    "used by two executions": lambda history: history.append(record("started", task="t-a", attempt=2, fence=11)),
+    "do not rise": lambda history: history.append(record("started", task="t-a", attempt=3, fence=9)),
+    "gave two tasks": lambda history: history.append(
+        record("submitted", key="a", task="t-c", expect="SUCCEEDED", lines=7)
+    ),
+    "untyped error": lambda history: history.append(record("error", type="KeyError()", typed=False)),
+}
+
+
+def test_a_clean_control_history_has_no_violation() -> None:
+    report = check_control(control_history())
+    assert report.violations == []
+    assert (report.published, report.processed, report.dead_lettered) == (2, 1, 1)
+
+
+@pytest.mark.parametrize("sentence", CONTROL_PLANTS)
+def test_a_planted_control_violation_is_found(sentence: str) -> None:
+    history = control_history()
+    CONTROL_PLANTS[sentence](history)
+    assert any(sentence in violation for violation in check_control(history).violations)
+
+
+def events_history() -> list[Record]:
+    """Ten events, one of them poison, read by two groups; one more was tried and not acknowledged."""
+    history = [record("groups", names=["audit", "report"])]
+    history += [record("publishing", number=number, poison=number == 7) for number in range(11)]
+    history += [record("published", number=number) for number in range(10)]
+    groups = {}
+    for group in ("audit", "report"):
+        history += [record("handled", group=group, number=number) for number in range(10) if number != 7]
+        history.append(record("letter", group=group, number=7))
+        groups[group] = {"processed": 9, "dead_lettered": 1, "declared_lost": 0}
+    history.append(record("ledger", published=10, groups=groups))
+    return history
+
+
+def drop(event: str, **fields: Any) -> Plant:
+    def plant(history: list[Record]) -> None:
+        history[:] = [each for each in history if not (each["event"] == event and fields.items() <= each.items())]
+
+    return plant
+
+
+EVENTS_PLANTS: dict[str, Plant] = {
+    "group audit: 1 acknowledged events are neither handled": drop("handled", group="audit", number=3),
+    "group report: 1 acknowledged events are neither handled": drop("letter", group="report"),
+    "received events that nobody published": lambda h: h.append(record("handled", group="audit", number=99)),
+    "dead-lettered events that never failed": lambda h: h.append(record("letter", group="audit", number=3)),
+    "untyped error": lambda h: h.append(record("error", type="KeyError()", typed=False)),
+    "the product's ledger has 12 events": lambda h: h[-1].update(published=12),
+    "adds up to 9": lambda h: h[-1]["groups"]["audit"].update(processed=8),
+}
+
+
+def test_a_clean_events_history_has_no_violation() -> None:
+    report = check_events(events_history())
+    assert report.violations == []
+    assert (report.published, report.processed, report.dead_lettered, report.declared_lost) == (10, 18, 2, 0)
+
+
+def test_a_declared_loss_is_no_violation_and_a_possible_loss_declares_nothing() -> None:
+    history = events_history()
+    drop("handled", group="audit", number=3)(history)
+    declared = [*history, record("gap", group="audit", count=1, possible=False)]
+    assert check_events(declared).violations == []
+    assert check_events(declared).declared_lost == 1
+    assert check_events([*history, record("gap", group="audit", count=1, possible=True)]).violations
+    assert check_events([*history, record("gap", group="report", count=1, possible=False)]).violations
+
+
+@pytest.mark.parametrize("sentence", EVENTS_PLANTS)
+def test_a_planted_events_violation_is_found(sentence: str) -> None:
+    history = events_history()
+    EVENTS_PLANTS[sentence](history)
+    assert any(sentence in violation for violation in check_events(history).violations)
