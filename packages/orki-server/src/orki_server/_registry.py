@@ -3,7 +3,7 @@
 An agent's hello brings the digest of every contract that it serves, and its image. A registered digest passes; another
 one is judged by `orki_server._admission` against what is live, and is registered beside it where it fits. So several
 contracts of a service are in use at once during a rolling upgrade, each agent is offered the tasks of its own one, and
-tasks run by the values of `orki_server._admission.ContractSet`. What other orchestrators register is seen within a second.
+tasks run by the values of `ContractSet`. What other orchestrators register is seen within a second.
 """
 
 from __future__ import annotations
