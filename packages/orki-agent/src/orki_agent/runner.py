@@ -17,7 +17,7 @@ from orki_agent.async_handlers import AsyncExecution
 from orki_agent.catalog import Handler
 from orki_agent.crossing import Mailbox
 from orki_agent.execution import Execution
-from orki_agent.hotpath.crew import Crew
+from orki_agent.hotpath._thread_pool import ThreadPool
 from orki_agent.outcomes import cancelled_outcome
 from orki_agent.surroundings import Offered, Surroundings
 from orki_agent.sync_handlers import SyncExecution
@@ -74,7 +74,7 @@ class Runner:
         self._io = io
         self._window = window
         self._changed = changed
-        self._crew = Crew("orki-handler")
+        self._crew = ThreadPool("orki-handler")
         self._running: dict[AttemptKey, _Running] = {}
         self._one_less = asyncio.Event()
         self._on_their_way: Counter[AttemptKey] = Counter()

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from orki_agent.catalog import Handler
 from orki_agent.execution import Execution, HandlerContext
-from orki_agent.hotpath.crew import Crew
+from orki_agent.hotpath._thread_pool import ThreadPool
 from orki_agent.outcomes import decode
 from orki_agent.surroundings import CURRENT_ATTEMPT, Offered, Surroundings
 from orki_contract import EventStream, SyncToolChannel
@@ -44,7 +44,7 @@ class SyncExecution(Execution):
         handler: Handler,
         surroundings: Surroundings,
         on_end: Callable[[Outcome], None],
-        crew: Crew,
+        crew: ThreadPool,
         window: int,
     ) -> None:
         super().__init__(offered, handler, surroundings, on_end)

@@ -27,7 +27,7 @@ from orki_agent.async_handlers import AsyncExecution
 from orki_agent.catalog import Handler, find_handlers
 from orki_agent.crossing import Mailbox
 from orki_agent.execution import Execution
-from orki_agent.hotpath.crew import Crew
+from orki_agent.hotpath._thread_pool import ThreadPool
 from orki_agent.outcomes import decode
 from orki_agent.surroundings import Offered
 from orki_agent.sync_handlers import SyncExecution
@@ -195,7 +195,7 @@ async def start_handler(
     services = tuple(tools) if isinstance(tools, Iterable) else (tools,)
     bench = _Bench(run, found, client, services, loop)
     offered = Offered(attempt, request.SerializeToString(), new_span())
-    crew = Crew("orki-test-handler")
+    crew = ThreadPool("orki-test-handler")
     execution: Execution
     if found.is_async:
         execution = AsyncExecution(offered, replace(found, call=call), bench, on_end, user, 64)

@@ -62,7 +62,7 @@ EVERY_KIND = {
 
 @pytest.fixture
 def bridge() -> Iterator[ToolBridge]:
-    options = BridgeOptions(handshake_seconds=1.0, frame_seconds=0.5)
+    options = BridgeOptions(handshake_timeout=1.0, frame_timeout=0.5)
     with ToolBridge(SampleTools(), options=options) as running:
         yield running
 
@@ -265,7 +265,7 @@ def test_a_cancel_of_nothing_is_harmless_and_a_cancelled_call_is_answered(bridge
 
 
 def test_calls_beyond_the_limit_and_beyond_their_time_are_answered() -> None:
-    with ToolBridge(SampleTools(), options=BridgeOptions(max_calls=2, call_seconds=0.1)) as bridge:
+    with ToolBridge(SampleTools(), options=BridgeOptions(max_calls=2, call_timeout=0.1)) as bridge:
         with RawPeer(bridge) as peer:
             peer.send(sleep_frame(1, 20_000, timeout_us=4_000_000_000) + sleep_frame(2, 20_000, timeout_us=30_000))
             peer.send(echo_frame(3))

@@ -28,7 +28,7 @@ from hotpath_tools import (
 
 import orki_contract as oc
 from orki.errors.v1.errors_pb2 import Reason
-from orki_agent.hotpath import AsyncToolClient, BridgeOptions, ClientOptions, SyncToolClient, ToolBridge, ToolRecord
+from orki_agent.hotpath import AsyncToolClient, BridgeOptions, SyncToolClient, ToolBridge, ToolClientOptions, ToolRecord
 from orki_contract.errors import (
     FrameMalformed,
     FrameTooLarge,
@@ -316,7 +316,7 @@ async def test_replies_find_their_calls_in_any_order(bridge: ToolBridge) -> None
 
 
 def test_threads_share_a_client(bridge: ToolBridge) -> None:
-    options = ClientOptions(max_connections=3)
+    options = ToolClientOptions(max_connections=3)
     with SyncToolClient(bridge.path, bridge.token, name="tester", options=options) as client:
         wrong: list[object] = []
 
@@ -348,7 +348,7 @@ async def test_records_say_what_each_call_was(either: Either, records: list[Tool
 
 
 async def test_calls_wait_for_a_place_and_fail_when_none_comes() -> None:
-    options, tools = ClientOptions(max_calls=2, max_waiting=1), SampleTools()
+    options, tools = ToolClientOptions(max_calls=2, max_waiting=1), SampleTools()
     with ToolBridge(tools) as bridge:
         async with AsyncToolClient(bridge.path, bridge.token, name="tester", options=options) as client:
             busy = [asyncio.create_task(client.call(SLEEP, Ask(9_000, 0))) for _ in range(2)]
@@ -365,7 +365,7 @@ async def test_calls_wait_for_a_place_and_fail_when_none_comes() -> None:
 
 
 def test_threads_wait_for_a_connection_and_fail_when_none_comes() -> None:
-    options, tools = ClientOptions(max_connections=1), SampleTools()
+    options, tools = ToolClientOptions(max_connections=1), SampleTools()
     with (
         ToolBridge(tools) as bridge,
         SyncToolClient(bridge.path, bridge.token, name="tester", options=options) as client,

@@ -14,7 +14,11 @@ import orki_contract as oc
 from orki_agent.hotpath import AsyncToolClient, SyncToolClient
 from orki_agent.hotpath.served import Call
 
-MODULES = [f"orki_agent.hotpath.{each.name}" for each in pkgutil.iter_modules(orki_agent.hotpath.__path__)]
+MODULES = [
+    f"orki_agent.hotpath.{each.name}"
+    for each in pkgutil.iter_modules(orki_agent.hotpath.__path__)
+    if not each.name.startswith("_")
+]
 
 
 def test_the_public_names_are_these() -> None:
@@ -22,9 +26,9 @@ def test_the_public_names_are_these() -> None:
         "AsyncToolClient",
         "BridgeOptions",
         "CallHook",
-        "ClientOptions",
         "SyncToolClient",
         "ToolBridge",
+        "ToolClientOptions",
         "ToolRecord",
     ]
 

@@ -30,7 +30,7 @@ from hotpath_tools import (
 )
 
 import orki_contract as oc
-from orki_agent.hotpath import AsyncToolClient, BridgeOptions, ClientOptions, SyncToolClient, ToolBridge
+from orki_agent.hotpath import AsyncToolClient, BridgeOptions, SyncToolClient, ToolBridge, ToolClientOptions
 from orki_agent.hotpath.frames import FrameDecoder, decode_error, encode_welcome
 from orki_contract.errors import (
     Draining,
@@ -92,7 +92,7 @@ def test_a_stopping_bridge_lets_calls_end_and_takes_no_new_ones(tool: oc.Tool) -
 @pytest.mark.parametrize("tool", [SLEEP, ASYNC_SLEEP])
 def test_calls_that_outlive_the_stop_are_cancelled(tool: oc.Tool) -> None:  # type: ignore[type-arg]
     blocking, waiting = SampleTools(), AsyncSampleTools()
-    bridge = ToolBridge(blocking, waiting, options=BridgeOptions(stop_seconds=0.1)).start()
+    bridge = ToolBridge(blocking, waiting, options=BridgeOptions(stop_timeout=0.1)).start()
     outcome: list[object] = []
     with SyncToolClient(bridge.path, bridge.token, name="x") as client:
         thread = in_thread(client, tool, Ask(20_000, 0), outcome)
@@ -114,7 +114,7 @@ def test_a_handler_that_never_returns_does_not_keep_the_bridge_alive() -> None:
             return request
 
     tools = Stubborn()
-    bridge = ToolBridge(tools, options=BridgeOptions(stop_seconds=0.05)).start()
+    bridge = ToolBridge(tools, options=BridgeOptions(stop_timeout=0.05)).start()
     with SyncToolClient(bridge.path, bridge.token, name="x") as client:
         with pytest.raises(ToolDeadline):
             client.call(SLEEP, Ask(1, 0), timeout=0.05)
@@ -254,7 +254,7 @@ async def test_a_bridge_that_does_not_read_costs_the_deadline_and_no_more(path: 
 
 
 async def test_nobody_at_the_path_and_nobody_who_answers(path: str) -> None:
-    options = ClientOptions(connect_seconds=0.2)
+    options = ToolClientOptions(connect_timeout=0.2)
     for _ in range(2):
         with SyncToolClient(path, TOKEN, name="x", options=options) as client, pytest.raises(PeerLost, match="no tool"):
             client.call(ECHO, Ask(1, 2))

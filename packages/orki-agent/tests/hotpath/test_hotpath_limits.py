@@ -14,7 +14,7 @@ import pytest
 from hotpath_tools import ECHO, Ask, RawPeer, SampleTools, echo_frame, until
 
 import orki_contract as oc
-from orki_agent.hotpath import BridgeOptions, ClientOptions, SyncToolClient, ToolBridge
+from orki_agent.hotpath import BridgeOptions, SyncToolClient, ToolBridge, ToolClientOptions
 from orki_agent.hotpath.seam import Seam
 from orki_contract.errors import InvalidSetting, OrkiError, Overloaded, PeerLost
 
@@ -126,10 +126,10 @@ def test_a_process_really_out_of_descriptors_recovers() -> None:
         {"max_frame_bytes": 1 << 32},
         {"max_calls": 0},
         {"max_blocked": 0},
-        {"handshake_seconds": 0},
-        {"frame_seconds": -1},
-        {"call_seconds": 5_000},
-        {"stop_seconds": float("nan")},
+        {"handshake_timeout": 0},
+        {"frame_timeout": -1},
+        {"call_timeout": 5_000},
+        {"stop_timeout": float("nan")},
         {"allowed_uids": (-1,)},
         {"max_calls": True},
         {"max_calls": "many"},
@@ -148,16 +148,16 @@ def test_limits_of_a_bridge_outside_their_range_are_refused(options: dict[str, o
         {"max_calls": 0},
         {"max_waiting": -1},
         {"max_frame_bytes": 1},
-        {"connect_seconds": 0},
+        {"connect_timeout": 0},
         {"bridge_uids": (1 << 32,)},
     ],
 )
 def test_limits_of_a_client_outside_their_range_are_refused(options: dict[str, object]) -> None:
     [name] = options
     with pytest.raises(InvalidSetting, match=name):
-        ClientOptions(**options)  # type: ignore[arg-type]
+        ToolClientOptions(**options)  # type: ignore[arg-type]
     with pytest.raises(TypeError):
-        ClientOptions(unknown=1)  # type: ignore[call-arg]
+        ToolClientOptions(unknown=1)  # type: ignore[call-arg]
 
 
 def test_what_cannot_be_served_is_refused() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hotpath_tools import ECHO, Ask, RawPeer, SampleTools, echo_frame
 
-from orki_agent.hotpath import AsyncToolClient, BridgeOptions, ClientOptions, SyncToolClient, ToolBridge
+from orki_agent.hotpath import AsyncToolClient, BridgeOptions, SyncToolClient, ToolBridge, ToolClientOptions
 from orki_agent.hotpath.frames import decode_error
 from orki_agent.hotpath.seam import SYSTEM, Seam, uid_from_xucred
 from orki_contract.errors import InvalidSetting, PeerRefused
@@ -22,7 +22,7 @@ from orki_contract.errors import InvalidSetting, PeerRefused
 STRANGER = 54_321
 
 
-def calls(bridge: ToolBridge, token: bytes, options: ClientOptions | None = None, seam: Seam = SYSTEM) -> None:
+def calls(bridge: ToolBridge, token: bytes, options: ToolClientOptions | None = None, seam: Seam = SYSTEM) -> None:
     """One call through each client; both fail in the same way or not at all."""
 
     async def call() -> None:
@@ -45,7 +45,7 @@ def calls(bridge: ToolBridge, token: bytes, options: ClientOptions | None = None
         raise last
 
 
-def _call(bridge: ToolBridge, token: bytes, options: ClientOptions | None, seam: Seam) -> None:
+def _call(bridge: ToolBridge, token: bytes, options: ToolClientOptions | None, seam: Seam) -> None:
     with SyncToolClient(bridge.path, token, name="x", options=options, seam=seam) as client:
         assert client.call(ECHO, Ask(1, 2)) == Ask(1, 2)
 
@@ -90,7 +90,7 @@ def test_a_bridge_of_another_user_is_not_told_the_token(bridge: ToolBridge) -> N
     stranger = Seam(peer_uid=lambda sock: STRANGER)
     with pytest.raises(PeerRefused, match=f"the bridge is user {STRANGER}"):
         calls(bridge, bridge.token, seam=stranger)
-    calls(bridge, bridge.token, ClientOptions(bridge_uids=(STRANGER,)), stranger)
+    calls(bridge, bridge.token, ToolClientOptions(bridge_uids=(STRANGER,)), stranger)
 
 
 def test_where_the_system_does_not_say_who_the_peer_is_nobody_is_let_in() -> None:

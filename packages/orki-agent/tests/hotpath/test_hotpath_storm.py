@@ -80,7 +80,7 @@ class Storm:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_every_call_is_answered_exactly_once(seed: int) -> None:
-    options = BridgeOptions(max_blocked=6, frame_seconds=30)
+    options = BridgeOptions(max_blocked=6, frame_timeout=30)
     with ToolBridge(SampleTools(), AsyncSampleTools(), options=options) as bridge:
         storms = [Storm(bridge, 10 * seed + number) for number in range(4)]
         for storm in storms:

@@ -3,15 +3,15 @@
 from orki_agent.hotpath.bridge import ToolBridge
 from orki_agent.hotpath.client_async import AsyncToolClient
 from orki_agent.hotpath.client_sync import SyncToolClient
-from orki_agent.hotpath.options import BridgeOptions, ClientOptions
+from orki_agent.hotpath.options import BridgeOptions, ToolClientOptions
 from orki_agent.hotpath.records import CallHook, ToolRecord
 
 __all__ = [
     "AsyncToolClient",
     "BridgeOptions",
     "CallHook",
-    "ClientOptions",
     "SyncToolClient",
     "ToolBridge",
+    "ToolClientOptions",
     "ToolRecord",
 ]

@@ -102,7 +102,7 @@ class ToolBridge:
         return self
 
     def stop(self) -> None:
-        """Takes no more calls, lets those that run end within `stop_seconds`, cancels the rest, closes; idempotent."""
+        """Takes no more calls, lets those that run end within `stop_timeout`, cancels the rest, closes; idempotent."""
         running, self._running = self._running, None
         if running is not None:
             running.stop()
@@ -144,7 +144,7 @@ class _Running:
         desk.poke()
         for connection in desk.connections.copy():
             connection.drain()
-        deadline = time.monotonic() + desk.options.stop_seconds
+        deadline = time.monotonic() + desk.options.stop_timeout
         while any(connection.in_use for connection in desk.connections.copy()) and time.monotonic() < deadline:
             time.sleep(0.005)
         for connection in desk.connections.copy():

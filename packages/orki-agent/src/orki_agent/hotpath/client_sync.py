@@ -9,7 +9,7 @@ from typing import Any, Self, TypeVar
 
 from orki_agent.hotpath.frames import HEADER_BYTES, NO_TRACE
 from orki_agent.hotpath.greeting import hello_frame
-from orki_agent.hotpath.options import ClientOptions
+from orki_agent.hotpath.options import ToolClientOptions
 from orki_agent.hotpath.plans import Plan
 from orki_agent.hotpath.records import CallHook, ToolRecord
 from orki_agent.hotpath.seam import SYSTEM, Seam, after_fork, check_path
@@ -38,7 +38,7 @@ class SyncToolClient:
         token: bytes,
         *,
         name: str,
-        options: ClientOptions | None = None,
+        options: ToolClientOptions | None = None,
         on_call: CallHook | None = None,
         seam: Seam = SYSTEM,
     ) -> None:
@@ -57,7 +57,7 @@ class SyncToolClient:
         """
         self._path = check_path(path)
         self._hello = hello_frame(token, name)
-        self._options = options or ClientOptions()
+        self._options = options or ToolClientOptions()
         self._on_call = on_call
         self._seam = seam
         self._plans: dict[Tool[Any, Any], Plan] = {}

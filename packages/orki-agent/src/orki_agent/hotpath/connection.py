@@ -80,7 +80,7 @@ class Connection:
         self._sock = sock
         self._receive = sock.recv_into
         self._decoder = FrameDecoder(min(desk.options.max_frame_bytes, HELLO_BYTES))
-        self._outbox = Outbox(sock, desk.crew, desk.options.frame_seconds)
+        self._outbox = Outbox(sock, desk.crew, desk.options.frame_timeout)
         self._here: set[Call] = set()
         self._inline: Call | None = None
         self._seen_inline: Call | None = None
@@ -301,9 +301,9 @@ class Connection:
         options = self._desk.options
         again = inf
         if not self._welcomed:
-            again = self._watch(now, self._opened + options.handshake_seconds, HelloTimeout, "no hello came")
+            again = self._watch(now, self._opened + options.handshake_timeout, HelloTimeout, "no hello came")
         if begun := self._begun:
-            limit = begun + options.frame_seconds
+            limit = begun + options.frame_timeout
             again = min(again, self._watch(now, limit, FrameMalformed, "a frame was not finished"))
         inline = self._inline
         if inline is not None and self._here:

@@ -8,7 +8,7 @@ import threading
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, Protocol
 
-from orki_agent.hotpath.crew import Crew
+from orki_agent.hotpath._thread_pool import ThreadPool
 from orki_agent.hotpath.frames import FIRST_TOOL_OPCODE
 from orki_agent.hotpath.options import BridgeOptions
 from orki_agent.hotpath.served import Call, ServedTool
@@ -44,10 +44,10 @@ class Desk:
         self.options = options
         self.token = token
         self.tools = tools
-        self.crew = Crew("orki-tools")
+        self.crew = ThreadPool("orki-tools")
         self.connections: set[Connection] = set()
         self.draining = False
-        self.longest_us = int(options.call_seconds * 1_000_000)
+        self.longest_us = int(options.call_timeout * 1_000_000)
         self.asleep = False
         self.async_handlers: AsyncHandlers | None = None
         self.bell, self._button = socket.socketpair()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from orki_agent.hotpath.frames import HEADER_BYTES
 from orki_contract.errors import InvalidSetting
 
-__all__ = ["BridgeOptions", "ClientOptions"]
+__all__ = ["BridgeOptions", "ToolClientOptions"]
 
 _MIB = 1 << 20
 _U32 = (1 << 32) - 1
@@ -24,10 +24,10 @@ class BridgeOptions:
         max_calls: Calls in flight on one connection; further ones are answered with `TooManyCalls`.
         max_blocked: Handlers that may block in a thread of their own at once, over all connections; while so many do,
             a connection is not read on until its own handler returns.
-        handshake_seconds: From the connection to its hello.
-        frame_seconds: From a frame's first byte to its last, in either direction.
-        call_seconds: Longest time that a caller may ask for.
-        stop_seconds: Time that running calls have to end when the bridge stops.
+        handshake_timeout: From the connection to its hello.
+        frame_timeout: From a frame's first byte to its last, in either direction.
+        call_timeout: Longest time that a caller may ask for.
+        stop_timeout: Time that running calls have to end when the bridge stops.
         allowed_uids: Users that may connect; empty for the bridge's own alone.
     """
 
@@ -36,10 +36,10 @@ class BridgeOptions:
     max_frame_bytes: int = 16 * _MIB
     max_calls: int = 128
     max_blocked: int = 32
-    handshake_seconds: float = 5.0
-    frame_seconds: float = 5.0
-    call_seconds: float = 3_600.0
-    stop_seconds: float = 5.0
+    handshake_timeout: float = 5.0
+    frame_timeout: float = 5.0
+    call_timeout: float = 3_600.0
+    stop_timeout: float = 5.0
     allowed_uids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -48,16 +48,16 @@ class BridgeOptions:
         _check_range("max_frame_bytes", self.max_frame_bytes, HEADER_BYTES + 1_024, 1_024 * _MIB)
         _check_range("max_calls", self.max_calls, 1, 65_536)
         _check_range("max_blocked", self.max_blocked, 1, 1_024)
-        _check_range("handshake_seconds", self.handshake_seconds, 0.01, 60)
-        _check_range("frame_seconds", self.frame_seconds, 0.01, 600)
-        _check_range("call_seconds", self.call_seconds, 0.001, 4_294)
-        _check_range("stop_seconds", self.stop_seconds, 0, 600)
+        _check_range("handshake_timeout", self.handshake_timeout, 0.01, 60)
+        _check_range("frame_timeout", self.frame_timeout, 0.01, 600)
+        _check_range("call_timeout", self.call_timeout, 0.001, 4_294)
+        _check_range("stop_timeout", self.stop_timeout, 0, 600)
         for uid in self.allowed_uids:
             _check_range("allowed_uids", uid, 0, _U32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClientOptions:
+class ToolClientOptions:
     """Limits of a tool client.
 
     Attributes:
@@ -65,7 +65,7 @@ class ClientOptions:
         max_calls: Async client: calls in flight; the bridge's own limit holds where it is lower.
         max_waiting: Calls that may wait for a free place; further ones fail with `TooManyCalls`.
         max_frame_bytes: Longest frame that is taken, header included.
-        connect_seconds: From the connection's begin to the bridge's welcome.
+        connect_timeout: From the connection's begin to the bridge's welcome.
         bridge_uids: Users whose bridge is trusted with the token; empty for the client's own alone.
     """
 
@@ -73,7 +73,7 @@ class ClientOptions:
     max_calls: int = 64
     max_waiting: int = 1_024
     max_frame_bytes: int = 16 * _MIB
-    connect_seconds: float = 5.0
+    connect_timeout: float = 5.0
     bridge_uids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class ClientOptions:
         _check_range("max_calls", self.max_calls, 1, 65_536)
         _check_range("max_waiting", self.max_waiting, 0, 1_048_576)
         _check_range("max_frame_bytes", self.max_frame_bytes, HEADER_BYTES + 1_024, 1_024 * _MIB)
-        _check_range("connect_seconds", self.connect_seconds, 0.01, 600)
+        _check_range("connect_timeout", self.connect_timeout, 0.01, 600)
         for uid in self.bridge_uids:
             _check_range("bridge_uids", uid, 0, _U32)
 

@@ -9,7 +9,7 @@ from collections import deque
 from functools import partial
 from time import monotonic
 
-from orki_agent.hotpath.crew import Crew
+from orki_agent.hotpath._thread_pool import ThreadPool
 from orki_agent.hotpath.seam import NO_SIGNAL, set_timeout
 
 __all__ = ["Outbox"]
@@ -22,23 +22,23 @@ class Outbox:
         busy: Whether an answer waits here or is just leaving.
     """
 
-    def __init__(self, sock: socket.socket, crew: Crew, frame_seconds: float) -> None:
+    def __init__(self, sock: socket.socket, crew: ThreadPool, frame_timeout: float) -> None:
         """Wraps the connection's socket; it is closed by `close`.
 
         Args:
             sock: Blocking.
             crew: For what has to wait until the peer reads.
-            frame_seconds: Longest time in which a peer takes nothing, or not the whole of an answer.
+            frame_timeout: Longest time in which a peer takes nothing, or not the whole of an answer.
         """
         self.busy = False
         self._sock = sock
         self._send = sock.send
         self._crew = crew
-        self._frame_seconds = frame_seconds
+        self._frame_seconds = frame_timeout
         self._answers: deque[bytes] = deque()
         self._writing = threading.Lock()
         self._closed = False
-        set_timeout(sock, socket.SO_SNDTIMEO, frame_seconds)
+        set_timeout(sock, socket.SO_SNDTIMEO, frame_timeout)
 
     def put(self, answer: bytes, *, may_block: bool) -> None:
         """Sends an answer; where it would block and must not, another thread sends it."""
@@ -117,7 +117,7 @@ class Outbox:
         return False
 
     def _send_rest(self, rest: memoryview) -> None:
-        """Goes on with an answer that did not leave in one piece; the kernel waits `frame_seconds` for each piece.
+        """Goes on with an answer that did not leave in one piece; the kernel waits `frame_timeout` for each piece.
 
         Raises:
             OSError: It did not leave in time, or the peer is gone.

@@ -26,7 +26,7 @@ from orki_agent.hotpath.frames import (
     encode_cancel,
 )
 from orki_agent.hotpath.greeting import read_welcome
-from orki_agent.hotpath.options import ClientOptions
+from orki_agent.hotpath.options import ToolClientOptions
 from orki_agent.hotpath.plans import Plan
 from orki_agent.hotpath.seam import NO_SIGNAL, Seam, connect_nonblocking
 from orki_contract.errors import OrkiError, PeerLost, RemoteProtocolError, ToolDeadline, UnknownOpcode
@@ -64,7 +64,7 @@ class LoopWire:
         sock: socket.socket,
         decoder: FrameDecoder,
         welcome: WelcomeFrame,
-        options: ClientOptions,
+        options: ToolClientOptions,
         changed: Callable[[], None],
     ) -> None:
         """Takes the socket over.
@@ -78,7 +78,7 @@ class LoopWire:
         """
         self.agreed: set[str] = set()
         self.alive = True
-        self._connect_us = int(options.connect_seconds * 1_000_000)
+        self._connect_us = int(options.connect_timeout * 1_000_000)
         self.max_frame_bytes = welcome.max_frame_bytes
         self._loop = asyncio.get_running_loop()
         self._sock = sock
@@ -289,7 +289,7 @@ class LoopWire:
 
 
 async def open_wire(
-    path: str, hello: bytes, options: ClientOptions, seam: Seam, changed: Callable[[], None]
+    path: str, hello: bytes, options: ToolClientOptions, seam: Seam, changed: Callable[[], None]
 ) -> LoopWire:
     """Connects and shakes hands.
 
@@ -303,7 +303,7 @@ async def open_wire(
         sock.setblocking(False)
         decoder = FrameDecoder(options.max_frame_bytes)
         try:
-            async with asyncio.timeout(options.connect_seconds):
+            async with asyncio.timeout(options.connect_timeout):
                 while not connect_nonblocking(sock, path):  # noqa: ASYNC110 - nothing tells when there is room
                     await asyncio.sleep(_CONNECT_AGAIN_SECONDS)
                 seam.check_peer(sock, options.bridge_uids, "bridge")

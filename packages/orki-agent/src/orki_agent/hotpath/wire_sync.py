@@ -21,7 +21,7 @@ from orki_agent.hotpath.frames import (
     decode_error,
 )
 from orki_agent.hotpath.greeting import read_welcome
-from orki_agent.hotpath.options import ClientOptions
+from orki_agent.hotpath.options import ToolClientOptions
 from orki_agent.hotpath.plans import Plan
 from orki_agent.hotpath.seam import NO_SIGNAL, Seam, set_timeout
 from orki_contract.errors import OrkiError, PeerLost, RemoteProtocolError, ToolDeadline, UnknownOpcode
@@ -62,7 +62,7 @@ class BlockingWire:
         "sent_bytes",
     )
 
-    def __init__(self, path: str, hello: bytes, options: ClientOptions, seam: Seam) -> None:
+    def __init__(self, path: str, hello: bytes, options: ToolClientOptions, seam: Seam) -> None:
         """Connects and shakes hands.
 
         Raises:
@@ -75,7 +75,7 @@ class BlockingWire:
         self._receive = self._sock.recv_into
         self._decoder = FrameDecoder(options.max_frame_bytes)
         self.agreed: set[str] = set()
-        self._connect_us = int(options.connect_seconds * 1_000_000)
+        self._connect_us = int(options.connect_timeout * 1_000_000)
         self._armed_us = 0
         self._owed = 0
         self._closed = False
@@ -165,8 +165,8 @@ class BlockingWire:
         self._closed = True
         self._sock.close()
 
-    def _greet(self, path: str, hello: bytes, options: ClientOptions, seam: Seam) -> int:
-        deadline = monotonic() + options.connect_seconds
+    def _greet(self, path: str, hello: bytes, options: ToolClientOptions, seam: Seam) -> int:
+        deadline = monotonic() + options.connect_timeout
         self._arm(self._connect_us)
         try:
             self._sock.connect(path)

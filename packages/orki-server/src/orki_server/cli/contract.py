@@ -10,7 +10,7 @@ import click
 
 from orki_contract.errors import InvalidContract, OrkiError
 from orki_events.registry import StreamRegistry
-from orki_server.applying import Applied, Declared, apply, judge, open_admission, read_declared
+from orki_server._apply import Applied, Declared, apply, judge, open_admission, read_declared
 from orki_server.cli.contract_rows import ContractRow, registered_rows
 from orki_server.cli.root import LazyGroup, Refused
 from orki_server.cli.settings import events_link, json_option, redis_option, run
