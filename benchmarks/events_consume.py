@@ -139,7 +139,7 @@ async def measure(report: Report, port: int, quick: bool) -> None:
     count = 10_000 if quick else 50_000
     client = redis.Redis(port=port)
     url = f"redis://127.0.0.1:{port}"
-    async with connect(url, options=EventOptions(block_ms=1_000)) as events, connect(url) as reader:
+    async with connect(url, options=EventOptions(block_timeout=1.0)) as events, connect(url) as reader:
         await fill(client, count)
         for row, batch in (("batches of 500, decoded and acknowledged", BATCH), ("single events, 16 at once", 0)):
             ours, theirs = await report.turns(

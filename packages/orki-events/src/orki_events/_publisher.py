@@ -426,7 +426,7 @@ class Publisher:
         now = time.monotonic()
         late = [item for item in self._sending if item.deadline <= now]
         if late:
-            doubt = "; the server may have it" if doubtful else ""
+            doubt = "; it is unknown whether the server has it" if doubtful else ""
             waited = f"not published within {self._options.publish_timeout:g} s"
             self._end(late, type(error)(f"{waited}{doubt}: {error.message}"))
 

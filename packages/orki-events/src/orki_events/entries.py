@@ -147,7 +147,7 @@ def decode_event(message: type[E], raw: bytes) -> E:
         return message.FromString(raw)
     except DecodeError as error:
         name = message.DESCRIPTOR.full_name
-        raise EventUndecodable(f"field d ({len(raw)} bytes) is not a {name}: {error}") from error
+        raise EventUndecodable(f"field d ({len(raw)} bytes) is not a valid {name}: {error}") from error
 
 
 def event_id_of(raw: bytes) -> bytes:

@@ -87,7 +87,7 @@ def group_start(group: Group, state: StreamState | None, mark: Mark | None, forg
     if mark is None:
         return (ZERO_ID if group.start is Start.EARLIEST else state.last_id), None
     if forgotten:
-        return ZERO_ID, "the server lost the stream's records, as after a flush or a restart without its data"
+        return ZERO_ID, "the server forgot the stream's records, as after a flush or a restart without its data"
     if parse_id(state.last_id) < parse_id(mark.entry_id) or state.added < mark.added:
         return ZERO_ID, "the server's stream is older than the group's position, so entries were lost"
     if state.added > state.length and state.first_id and parse_id(state.first_id) > parse_id(mark.entry_id):
