@@ -160,7 +160,7 @@ async def apply(
         outcome = "older" if stands.digest != version.digest else "applied" if stands.ahead else "in use"
         done.append(_applied("stream", version.stream.name, version.version, version.digest, outcome))
     for subscription, version in declared.subscriptions:
-        await registry.subscribe(link, version.stream, subscription.group)
+        await registry.declare_group(link, version.stream, subscription.group)
         await keeper.ensure(link, version.stream, (subscription.group,))
         name = f"{subscription.stream}/{subscription.group.name}"
         done.append(_applied("group", name, version.version, version.digest, "applied"))
