@@ -37,11 +37,11 @@ from orki_control.session import (
     SessionOpened,
 )
 from orki_control.wire import open_channel
-from orki_server import keys
+from orki_server import _keys as keys
+from orki_server._orchestrator import Orchestrator
+from orki_server._settings import OrchestratorOptions
+from orki_server._store.store import Store
 from orki_server.embedded import EmbeddedServer
-from orki_server.orchestrator import Orchestrator
-from orki_server.settings import OrchestratorOptions
-from orki_server.store import Store
 
 SERVICE = "servertests.v1.WorkService"
 

@@ -18,9 +18,11 @@ from orki.control.v1.task_pb2 import AgentSnapshot
 from orki_contract.errors import ContractMismatch, InvalidContract
 from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import new_span
-from orki_server.admission import Admission
-from orki_server.contract_family import Family, ServiceContract, most_patient
-from orki_server.store import Asker, Cancel, Change, Offer, Registered, Store, Submit, Succeed, new_task_id
+from orki_server._admission import Admission, ContractSet, ServiceContract, most_patient
+from orki_server._store.contracts import ContractChange, RegisteredContract
+from orki_server._store.ids import new_task_id
+from orki_server._store.operations import Cancel, Offer, Recipient, Submit, Succeed
+from orki_server._store.store import Store
 
 SERVICE = "servertests.v1.WorkService"
 Make = Callable[..., Any]
@@ -52,8 +54,8 @@ def admission(store: Store) -> Admission:
     return Admission(store.contracts, store.fleet, lambda: time.time_ns() // 1000 - 60_000_000)
 
 
-def row(contract: ServiceContract, *, ahead: bool = False) -> Registered:
-    return Registered(
+def row(contract: ServiceContract, *, ahead: bool = False) -> RegisteredContract:
+    return RegisteredContract(
         service=contract.service,
         digest=contract.digest,
         image=contract.image,
@@ -78,17 +80,17 @@ async def greet(store: Store, agent_id: str, contract: ServiceContract, *, conne
 
 async def test_a_change_that_saw_another_store_does_nothing(store: Store, three: Any) -> None:
     old, new, _ = three
-    first = Change(service=SERVICE, seen=[], gone=[], added=row(old), leading=old.digest)
+    first = ContractChange(service=SERVICE, seen=[], gone=[], added=row(old), leading=old.digest)
     assert await store.contracts.change(first)
     assert not await store.contracts.change(first), "it saw an empty store"
     (seen,) = (await store.contracts.registered([SERVICE]))[SERVICE]
-    exchange = Change(service=SERVICE, seen=[seen], gone=[seen], added=row(new), leading=new.digest)
+    exchange = ContractChange(service=SERVICE, seen=[seen], gone=[seen], added=row(new), leading=new.digest)
     assert await greet(store, "a", old) == ""
     assert not await store.contracts.change(exchange), "what goes was used since it was seen"
     (seen,) = (await store.contracts.registered([SERVICE]))[SERVICE]
     assert seen.admissions == 1
     before = await store.contracts.revisions()
-    again = Change(service=SERVICE, seen=[seen], gone=[seen], added=row(new), leading=new.digest)
+    again = ContractChange(service=SERVICE, seen=[seen], gone=[seen], added=row(new), leading=new.digest)
     assert await store.contracts.change(again)
     assert await digests(store) == {new.digest}
     assert before[SERVICE] != (await store.contracts.revisions())[SERVICE]
@@ -187,7 +189,7 @@ async def test_tasks_are_counted_by_the_contract_under_which_they_came(store: St
     assert await store.contracts.unfinished(SERVICE) == {"sha256:a": 2, "sha256:b": 1, "": 1}
     assert await store.contracts.unfinished("servertests.v1.Work") == {}
     await store.apply(Cancel(tasks[0], "", "t"))
-    (offered,) = await store.offer(Offer(1, 60_000, (Asker("a", "i", 1, (method.full_name,)),)))
+    (offered,) = await store.offer(Offer(1, 60_000, (Recipient("a", "i", 1, (method.full_name,)),)))
     await store.apply(Succeed("a", offered.attempt, b"r"))
     left = await store.contracts.unfinished(SERVICE)
     assert sum(left.values()) == 2
@@ -271,7 +273,7 @@ def test_the_one_leads_that_evolves_all_others_in_any_order(work: Make) -> None:
 
     chain = [contract_of(each) for each in (work(), work(edit=add_field), work(edit=third))]
     for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
-        family = Family([chain[at] for at in order])
+        family = ContractSet([chain[at] for at in order])
         assert family.leading.digest == chain[2].digest
         assert set(family.methods) == set(chain[2].methods)
 

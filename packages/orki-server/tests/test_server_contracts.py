@@ -18,8 +18,8 @@ from orki_contract.errors import ContractMismatch, UnknownMethod
 from orki_contract.images import image_of
 from orki_control.client import Client
 from orki_events.registry import StreamVersion
-from orki_server.orchestrator import Orchestrator
-from orki_server.store import Store
+from orki_server._orchestrator import Orchestrator
+from orki_server._store.store import Store
 
 SERVICE = "servertests.v1.WorkService"
 Make = Callable[..., Any]

@@ -22,9 +22,11 @@ from orki_contract.trace import new_span, parse_traceparent
 from orki_control.client import Client
 from orki_control.session import ArrivedOffer
 from orki_events import connect
-from orki_server.drain import _KINDS, OutboxDrain
-from orki_server.orchestrator import Orchestrator
-from orki_server.store import Store, Submit, new_task_id
+from orki_server._events import _KINDS, OutboxPublisher
+from orki_server._orchestrator import Orchestrator
+from orki_server._store.ids import new_task_id
+from orki_server._store.operations import Submit
+from orki_server._store.store import Store
 
 DO = "servertests.v1.WorkService/Do"
 Make = Callable[..., Any]
@@ -143,7 +145,7 @@ async def test_a_crash_between_publishing_and_trimming_repeats_event_ids_and_not
         )
         await store.apply(submit)
     async with connect(redis_url) as events:
-        drain = OutboxDrain(store, events)
+        drain = OutboxPublisher(store, events)
         # Published, and killed before the records were removed.
         await drain._publish([record for shard in await store.outbox.read(10) for record in shard])
         await drain.empty()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from orki_server import keys
-from orki_server.keys import FleetKeys, ShardKeys
+from orki_server import _keys as keys
+from orki_server._keys import FleetKeys, ShardKeys
 
 PAGE = Path(__file__).parents[3] / "docs" / "keys.md"
 SHARD = ShardKeys(7)

@@ -23,7 +23,7 @@ from orki_contract.errors import (
 from orki_contract.trace import new_span
 from orki_control.client import Client
 from orki_control.session import ArrivedOffer
-from orki_server.orchestrator import Orchestrator
+from orki_server._orchestrator import Orchestrator
 
 DO = "servertests.v1.WorkService/Do"
 DIRECT = "servertests.v1.WorkService/Direct"

@@ -15,10 +15,9 @@ from orki_contract.errors import InvalidArgument
 from orki_contract.model import TaskMethod
 from orki_control.client import Client
 from orki_control.session import ArrivedOffer
-from orki_server.orchestrator import Orchestrator
-from orki_server.payloads import PayloadCheck
-from orki_server.registry import Registry
-from orki_server.store import Store
+from orki_server._orchestrator import Orchestrator
+from orki_server._registry import ContractRegistry, PayloadCheck
+from orki_server._store.store import Store
 
 DO = "servertests.v1.WorkService/Do"
 DIRECT = "servertests.v1.WorkService/Direct"
@@ -112,7 +111,7 @@ async def test_without_a_contract_at_hand_the_agent_judges(store: Store) -> None
     async def settle() -> None:
         """Nobody left."""
 
-    check = PayloadCheck(store, Registry(store, 1_000_000, settle))
+    check = PayloadCheck(store, ContractRegistry(store, 1_000_000, settle))
     method = TaskMethod(service="s.v1.S", name="Do", request="s.v1.Q", response="s.v1.R")
     await check.request(method, b"\xff")
     assert await store.contracts.registered(["s.v1.S"]) == {"s.v1.S": []}

@@ -19,8 +19,8 @@ from orki.control.v1.session_pb2_grpc import SessionServiceStub
 from orki.control.v1.task_pb2_grpc import TaskServiceStub
 from orki.errors.v1.errors_pb2 import Reason
 from orki_control.client import Client
-from orki_server.orchestrator import SERVICES, Orchestrator
-from orki_server.store import new_task_id
+from orki_server._orchestrator import SERVICES, Orchestrator
+from orki_server._store.ids import new_task_id
 
 DO = "servertests.v1.WorkService/Do"
 Make = Callable[..., Any]

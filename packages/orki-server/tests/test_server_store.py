@@ -12,33 +12,30 @@ from orki_contract.errors import InvalidArgument, InvalidSetting, StoreUnavailab
 from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import Span, new_span
 from orki_control.attempt import AttemptKey
-from orki_server.store import (
+from orki_server._store.fleet import submission_digest
+from orki_server._store.ids import new_task_id, shard_of
+from orki_server._store.operations import (
     Accept,
     AcknowledgeCancel,
-    Advance,
-    Asker,
-    Attach,
     Cancel,
+    ConfirmCancelled,
     Decline,
     Direct,
-    EndCancelled,
     Fail,
-    Filter,
-    Look,
     Offer,
-    Offered,
+    OfferedAttempt,
+    Recipient,
     Renew,
-    Seen,
-    Store,
+    ReportProgress,
+    ReportStatus,
+    Resume,
     Submit,
     Submitted,
     Succeed,
     Sweep,
-    Verdict,
-    digest_of,
-    new_task_id,
-    shard_of,
 )
+from orki_server._store.queries import ReadTask, TaskFilter, TaskView
+from orki_server._store.store import Store
 
 METHOD = TaskMethod(
     service="acme.v1.WorkService",
@@ -59,7 +56,7 @@ async def submit(
             task_id=new_task_id(SHARD),
             method=method,
             request=request,
-            digest=digest_of(method.full_name, request),
+            digest=submission_digest(method.full_name, request),
             idempotency_key=key,
             span=span or new_span(),
             actor="tester",
@@ -67,8 +64,8 @@ async def submit(
     )
 
 
-async def take(store: Store, agent: str = "a1", wants: int = 1, accept_timeout_ms: int = 2_000) -> list[Offered]:
-    asker = Asker(agent, f"{agent}-1", wants, (METHOD.full_name,))
+async def take(store: Store, agent: str = "a1", wants: int = 1, accept_timeout_ms: int = 2_000) -> list[OfferedAttempt]:
+    asker = Recipient(agent, f"{agent}-1", wants, (METHOD.full_name,))
     return await store.offer(Offer(SHARD, accept_timeout_ms, (asker,)))
 
 
@@ -76,12 +73,12 @@ async def started(store: Store, agent: str = "a1", method: TaskMethod = METHOD) 
     await submit(store, method=method)
     (offered,) = await take(store, agent)
     answer = await store.apply(Accept(agent, offered.attempt))
-    assert answer.verdict is Verdict.ACCEPTED
+    assert answer.verdict is ReportStatus.ACCEPTED
     return offered.attempt
 
 
-async def look(store: Store, task_id: str, limit: int = 0, after: str = "") -> Seen:
-    seen = await store.apply(Look(task_id, limit, after))
+async def look(store: Store, task_id: str, limit: int = 0, after: str = "") -> TaskView:
+    seen = await store.apply(ReadTask(task_id, limit, after))
     assert seen is not None
     return seen
 
@@ -105,7 +102,7 @@ async def test_a_task_goes_from_submission_to_its_response(store: Store) -> None
     accepted = await store.apply(Accept("a1", offered.attempt))
     assert accepted.state == TaskState.TASK_STATE_RUNNING
     result = await store.apply(Succeed("a1", offered.attempt, b"\x00response"))
-    assert (result.verdict, result.state) == (Verdict.ACCEPTED, TaskState.TASK_STATE_SUCCEEDED)
+    assert (result.verdict, result.state) == (ReportStatus.ACCEPTED, TaskState.TASK_STATE_SUCCEEDED)
     seen = (await look(store, submitted.task_id)).task
     assert seen.response == b"\x00response"
     assert seen.submitted_us == submitted.submitted_us < seen.ended_us
@@ -136,7 +133,7 @@ async def test_a_submission_that_is_sent_twice_is_one_task(store: Store) -> None
         task_id=new_task_id(SHARD),
         method=METHOD,
         request=b"q",
-        digest=digest_of(METHOD.full_name, b"q"),
+        digest=submission_digest(METHOD.full_name, b"q"),
         idempotency_key="",
         span=span,
         actor="",
@@ -155,37 +152,37 @@ async def test_reports_of_strangers_and_of_old_fences_change_nothing(store: Stor
         reports = (
             Accept(agent, key),
             Decline(agent, key, Reason.REASON_DRAINING, "", True),
-            Advance(agent, key, 10, 1, b""),
+            ReportProgress(agent, key, 10, 1, b""),
             Succeed(agent, key, b""),
             Fail(agent, key, Reason.REASON_HANDLER_FAILED, "", "", True),
-            EndCancelled(agent, key, Reason.REASON_CANCELLED),
+            ConfirmCancelled(agent, key, Reason.REASON_CANCELLED),
             AcknowledgeCancel(agent, key),
         )
         answers = await asyncio.gather(*(store.apply(report) for report in reports))
-        assert {answer.verdict for answer in answers} == {Verdict.STALE}
+        assert {answer.verdict for answer in answers} == {ReportStatus.STALE}
         assert {answer.state for answer in answers} == {TaskState.TASK_STATE_UNSPECIFIED}
         assert await store.apply(Renew(SHARD, agent, (key,))) == [key]
-        assert await store.apply(Attach(SHARD, agent, (key,))) == []
+        assert await store.apply(Resume(SHARD, agent, (key,))) == []
     assert await look(store, attempt.task_id) == before
 
 
 async def test_a_result_is_accepted_once_and_acknowledged_again(store: Store) -> None:
     attempt = await started(store)
-    assert (await store.apply(Succeed("a1", attempt, b"one"))).verdict is Verdict.ACCEPTED
-    assert (await store.apply(Succeed("a1", attempt, b"two"))).verdict is Verdict.REPEATED
-    assert (await store.apply(Succeed("a2", attempt, b"two"))).verdict is Verdict.STALE
+    assert (await store.apply(Succeed("a1", attempt, b"one"))).verdict is ReportStatus.ACCEPTED
+    assert (await store.apply(Succeed("a1", attempt, b"two"))).verdict is ReportStatus.REPEATED
+    assert (await store.apply(Succeed("a2", attempt, b"two"))).verdict is ReportStatus.STALE
     assert (await look(store, attempt.task_id)).task.response == b"one"
-    (kept,) = await store.apply(Attach(SHARD, "a1", (attempt,)))
+    (kept,) = await store.apply(Resume(SHARD, "a1", (attempt,)))
     assert kept.state == TaskState.TASK_STATE_SUCCEEDED
 
 
 async def test_a_failed_attempt_is_followed_by_another_under_a_higher_fence(store: Store) -> None:
     first = await started(store)
     failed = await store.apply(Fail("a1", first, Reason.REASON_HANDLER_FAILED, "it broke", "ValueError", True))
-    assert (failed.verdict, failed.state, failed.retry_ms) == (Verdict.ACCEPTED, TaskState.TASK_STATE_QUEUED, 1)
+    assert (failed.verdict, failed.state, failed.retry_ms) == (ReportStatus.ACCEPTED, TaskState.TASK_STATE_QUEUED, 1)
     assert (
         await store.apply(Fail("a1", first, Reason.REASON_HANDLER_FAILED, "", "", True))
-    ).verdict is Verdict.REPEATED
+    ).verdict is ReportStatus.REPEATED
     await asyncio.sleep(0.005)
     swept = await store.apply(Sweep(SHARD, 10))
     assert [each.what for each in swept.expired] == ["retry"]
@@ -193,7 +190,7 @@ async def test_a_failed_attempt_is_followed_by_another_under_a_higher_fence(stor
     assert (second.attempt.attempt, second.attempt.task_id) == (2, first.task_id)
     assert second.attempt.fence > first.fence
     # The first attempt's result, a failure, was accepted: whatever else is said under its fence changes nothing.
-    assert (await store.apply(Succeed("a1", first, b""))).verdict is Verdict.REPEATED
+    assert (await store.apply(Succeed("a1", first, b""))).verdict is ReportStatus.REPEATED
     seen = (await look(store, first.task_id)).task
     assert seen.state == TaskState.TASK_STATE_OFFERED
     assert [(each.message, each.error_type) for each in seen.earlier_failures] == [("it broke", "ValueError")]
@@ -219,7 +216,7 @@ async def test_attempts_run_out(store: Store) -> None:
         answer = await store.apply(Fail("a1", offered.attempt, Reason.REASON_HANDLER_FAILED, f"{number}", "", True))
         states.append(answer.state)
     assert states == [TaskState.TASK_STATE_QUEUED, TaskState.TASK_STATE_QUEUED, TaskState.TASK_STATE_FAILED]
-    (task,), _ = await store.page(Filter(), 10, "")
+    (task,), _ = await store.page(TaskFilter(), 10, "")
     seen = (await look(store, task.task_id)).task
     assert [each.message for each in seen.earlier_failures] == ["1", "2"]
     assert seen.failure.message == "3"
@@ -245,12 +242,14 @@ async def test_declining_gives_the_task_to_others(store: Store) -> None:
     await submit(store)
     (offered,) = await take(store)
     answer = await store.apply(Decline("a1", offered.attempt, Reason.REASON_DRAINING, "bye", True))
-    assert (answer.verdict, answer.retry_ms) == (Verdict.ACCEPTED, 0)
+    assert (answer.verdict, answer.retry_ms) == (ReportStatus.ACCEPTED, 0)
     (again,) = await take(store, "a2")
     assert again.attempt.attempt == 2
     accepted = await store.apply(Accept("a2", again.attempt))
-    assert accepted.verdict is Verdict.ACCEPTED
-    assert (await store.apply(Decline("a2", again.attempt, Reason.REASON_DRAINING, "", True))).verdict is Verdict.STALE
+    assert accepted.verdict is ReportStatus.ACCEPTED
+    assert (
+        await store.apply(Decline("a2", again.attempt, Reason.REASON_DRAINING, "", True))
+    ).verdict is ReportStatus.STALE
 
 
 async def test_a_cancel_before_the_start_ends_the_task(store: Store) -> None:
@@ -268,11 +267,11 @@ async def test_a_cancel_of_a_running_task_is_asked_acknowledged_and_ends(store: 
     asked = await store.apply(Cancel(attempt.task_id, "stop", "me"))
     assert (asked.word, asked.agent_id, asked.attempt, asked.grace_ms) == ("asked", "a1", attempt, 5_000)
     assert (await store.apply(Cancel(attempt.task_id, "stop", "me"))).word == "again"
-    assert (await store.apply(AcknowledgeCancel("a1", attempt))).verdict is Verdict.ACCEPTED
-    assert (await store.apply(AcknowledgeCancel("a1", attempt))).verdict is Verdict.REPEATED
-    ended = await store.apply(EndCancelled("a1", attempt, Reason.REASON_CANCELLED))
+    assert (await store.apply(AcknowledgeCancel("a1", attempt))).verdict is ReportStatus.ACCEPTED
+    assert (await store.apply(AcknowledgeCancel("a1", attempt))).verdict is ReportStatus.REPEATED
+    ended = await store.apply(ConfirmCancelled("a1", attempt, Reason.REASON_CANCELLED))
     assert ended.state == TaskState.TASK_STATE_CANCELLED
-    assert (await store.apply(Succeed("a1", attempt, b""))).verdict is Verdict.REPEATED
+    assert (await store.apply(Succeed("a1", attempt, b""))).verdict is ReportStatus.REPEATED
     assert await kinds(store, attempt.task_id) == [
         "submitted",
         "offered",
@@ -300,7 +299,7 @@ async def test_a_cancelled_attempt_that_fails_is_not_tried_again(store: Store) -
 async def test_progress_is_told_once_in_order_and_bounded(store: Store) -> None:
     attempt = await started(store)
     for index in (1, 2, 2, 1, 3):
-        await store.apply(Advance("a1", attempt, 1000, index, b"p%d" % index))
+        await store.apply(ReportProgress("a1", attempt, 1000, index, b"p%d" % index))
     seen = await look(store, attempt.task_id, 100)
     assert [(each.index, each.payload, each.attempt) for each in seen.progress] == [
         (1, b"p1", 1),
@@ -340,7 +339,7 @@ async def test_each_clock_ends_the_attempt_in_its_own_name(
     assert (expired.what, expired.agent_id, expired.attempt) == ("attempt", "a1", attempt)
     seen = (await look(store, attempt.task_id)).task
     assert (seen.state, seen.earlier_failures[0].reason) == (TaskState.TASK_STATE_QUEUED, reason)
-    assert (await store.apply(Succeed("a1", attempt, b""))).verdict is Verdict.STALE
+    assert (await store.apply(Succeed("a1", attempt, b""))).verdict is ReportStatus.STALE
 
 
 async def test_the_total_timeout_ends_the_task_wherever_it_is(store: Store) -> None:
@@ -363,7 +362,7 @@ async def test_a_lease_is_renewed_by_heartbeats_and_by_coming_back(store: Store)
         await asyncio.sleep(0.15)
         assert await store.apply(Renew(SHARD, "a1", (attempt,))) == []
         assert (await store.apply(Sweep(SHARD, 10))).expired == ()
-    (kept,) = await store.apply(Attach(SHARD, "a1", (attempt,)))
+    (kept,) = await store.apply(Resume(SHARD, "a1", (attempt,)))
     assert (kept.attempt, kept.state) == (attempt, TaskState.TASK_STATE_RUNNING)
     assert kept.traceparent
 
@@ -373,19 +372,19 @@ async def test_finished_tasks_are_forgotten_with_all_that_belongs_to_them(redis_
     await store.open()
     submitted = await submit(store, key="k")
     (offered,) = await take(store)
-    await store.apply(Advance("a1", offered.attempt, 10, 1, b""))
+    await store.apply(ReportProgress("a1", offered.attempt, 10, 1, b""))
     await store.apply(Succeed("a1", offered.attempt, b""))
     await asyncio.sleep(0.01)
     await store.apply(Sweep(SHARD, 10))
-    assert await store.apply(Look(submitted.task_id)) is None
-    assert await store.page(Filter(), 10, "") == ([], "")
+    assert await store.apply(ReadTask(submitted.task_id)) is None
+    assert await store.page(TaskFilter(), 10, "") == ([], "")
     assert (await submit(store, key="k")).word == "new"
     await store.close()
 
 
 async def test_tasks_go_to_askers_in_turn_and_the_oldest_first(store: Store) -> None:
     ids = [(await submit(store)).task_id for _ in range(5)]
-    askers = tuple(Asker(name, f"{name}-1", 2, (METHOD.full_name,)) for name in ("a", "b"))
+    askers = tuple(Recipient(name, f"{name}-1", 2, (METHOD.full_name,)) for name in ("a", "b"))
     offered = await store.offer(Offer(SHARD, 1000, askers))
     assert [(each.asker, each.attempt.task_id) for each in offered] == [
         (0, ids[0]),
@@ -393,7 +392,7 @@ async def test_tasks_go_to_askers_in_turn_and_the_oldest_first(store: Store) -> 
         (0, ids[2]),
         (1, ids[3]),
     ]
-    assert await store.offer(Offer(SHARD, 1000, (Asker("c", "c-1", 9, ("other.v1.Service/Do",)),))) == []
+    assert await store.offer(Offer(SHARD, 1000, (Recipient("c", "c-1", 9, ("other.v1.Service/Do",)),))) == []
 
 
 async def test_lists_are_paged_newest_first_and_filtered(store: Store) -> None:
@@ -415,22 +414,22 @@ async def test_lists_are_paged_newest_first_and_filtered(store: Store) -> None:
     found: list[str] = []
     token = ""
     for _ in range(10):
-        page, token = await store.page(Filter(), 3, token)
+        page, token = await store.page(TaskFilter(), 3, token)
         found += [task.task_id for task in page]
         if not token:
             break
     assert found == ids[::-1]
     await store.apply(Cancel(ids[0], "", ""))
-    only = await store.page(Filter(states=frozenset({TaskState.TASK_STATE_CANCELLED})), 3, "")
+    only = await store.page(TaskFilter(states=frozenset({TaskState.TASK_STATE_CANCELLED})), 3, "")
     assert [task.task_id for task in only[0]] == [ids[0]]
-    assert (await store.page(Filter(method="x/y"), 3, ""))[0] == []
-    assert (await store.page(Filter(agent_id="x"), 3, ""))[0] == []
+    assert (await store.page(TaskFilter(method="x/y"), 3, ""))[0] == []
+    assert (await store.page(TaskFilter(agent_id="x"), 3, ""))[0] == []
 
 
 @pytest.mark.parametrize("token", ["!", "bm9wZQ==", "MTIzIG5vcGU=", "é"])
 async def test_a_page_token_of_no_list_is_refused(store: Store, token: str) -> None:
     with pytest.raises(InvalidArgument, match="page_token"):
-        await store.page(Filter(), 3, token)
+        await store.page(TaskFilter(), 3, token)
 
 
 @pytest.mark.parametrize("task_id", ["", "t1", "t1-xyz", "x1-" + "0" * 26, "t01-" + "0" * 26, "t1-" + "U" * 26])

@@ -27,10 +27,32 @@ from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import new_span
 from orki_control.attempt import AttemptKey
-from orki_server import keys, store
+from orki_server import _keys as keys
+from orki_server._keys import ShardKeys
+from orki_server._store.fleet import submission_digest
+from orki_server._store.ids import new_task_id, shard_of, shard_of_key
+from orki_server._store.operations import (
+    Accept,
+    AcknowledgeCancel,
+    Cancel,
+    ConfirmCancelled,
+    Decline,
+    Direct,
+    Fail,
+    Offer,
+    Operation,
+    Recipient,
+    Renew,
+    ReportProgress,
+    ReportStatus,
+    Resume,
+    Submit,
+    Succeed,
+    Sweep,
+)
+from orki_server._store.queries import ReadTask
+from orki_server._store.store import Store
 from orki_server.embedded import EmbeddedServer
-from orki_server.keys import ShardKeys
-from orki_server.store import Store, Verdict
 
 METHOD = TaskMethod(
     service="acme.v1.WorkService",
@@ -103,11 +125,11 @@ class Model:
         else:
             self.end("failed")
 
-    def report(self, agent: str, key: AttemptKey) -> Verdict:
+    def report(self, agent: str, key: AttemptKey) -> ReportStatus:
         """The verdict on a result, before it is applied."""
         if self.taken == (key.fence, agent):
-            return Verdict.REPEATED
-        return Verdict.ACCEPTED if self.holds(agent, key) else Verdict.STALE
+            return ReportStatus.REPEATED
+        return ReportStatus.ACCEPTED if self.holds(agent, key) else ReportStatus.STALE
 
 
 class StoreLaws(RuleBasedStateMachine):
@@ -131,7 +153,7 @@ class StoreLaws(RuleBasedStateMachine):
     def run(self, work: Any) -> Any:
         return self.runner.run(work)
 
-    def apply(self, transition: store.Transition[Any]) -> Any:
+    def apply(self, transition: Operation[Any]) -> Any:
         return self.run(self.store.apply(transition))
 
     def teardown(self) -> None:
@@ -142,7 +164,7 @@ class StoreLaws(RuleBasedStateMachine):
     @initialize(target=attempts)
     def nobody(self) -> Held:
         """An attempt that never was."""
-        return AttemptKey(store.new_task_id(0), 1, 1), "a"
+        return AttemptKey(new_task_id(0), 1, 1), "a"
 
     # --- submitters ---
 
@@ -154,14 +176,14 @@ class StoreLaws(RuleBasedStateMachine):
         most=st.integers(1, 2),
     )
     def submit(self, key: str, request: bytes, most: int) -> str:
-        shard = store.shard_of_key(key, SHARDS) if key else len(self.models) % SHARDS
-        task_id = store.new_task_id(shard)
+        shard = shard_of_key(key, SHARDS) if key else len(self.models) % SHARDS
+        task_id = new_task_id(shard)
         submitted = self.apply(
-            store.Submit(
+            Submit(
                 task_id=task_id,
                 method=replace(METHOD, max_attempts=most),
                 request=request,
-                digest=store.digest_of(METHOD.full_name, request),
+                digest=submission_digest(METHOD.full_name, request),
                 idempotency_key=key,
                 span=new_span(),
                 actor="t",
@@ -179,7 +201,7 @@ class StoreLaws(RuleBasedStateMachine):
 
     @rule(task_id=tasks)
     def cancel(self, task_id: str) -> None:
-        asked, model = self.apply(store.Cancel(task_id, "why", "t")), self.models[task_id]
+        asked, model = self.apply(Cancel(task_id, "why", "t")), self.models[task_id]
         if model.state in TERMINAL:
             assert asked.word == "ended"
         elif model.state == CANCELLING:
@@ -196,7 +218,7 @@ class StoreLaws(RuleBasedStateMachine):
     @rule(held=attempts)
     def direct(self, held: Held) -> None:
         key, _ = held
-        asked, model = self.apply(store.Direct(key, 3, "t")), self.models.get(key.task_id)
+        asked, model = self.apply(Direct(key, 3, "t")), self.models.get(key.task_id)
         if model is None:
             assert asked.word == "unknown"
         elif model.state in TERMINAL:
@@ -211,12 +233,12 @@ class StoreLaws(RuleBasedStateMachine):
 
     @rule(target=attempts, shard=st.integers(0, SHARDS - 1), agent=st.sampled_from(AGENTS))
     def offer(self, shard: int, agent: str) -> Any:
-        asker = store.Asker(agent, agent + "-1", 1, (METHOD.full_name,))
-        offered = self.run(self.store.offer(store.Offer(shard, 60_000, (asker,))))
+        asker = Recipient(agent, agent + "-1", 1, (METHOD.full_name,))
+        offered = self.run(self.store.offer(Offer(shard, 60_000, (asker,))))
         queued = [
             each
             for each in self.models.values()
-            if store.shard_of(each.task_id) == shard and each.state == QUEUED and not each.waiting
+            if shard_of(each.task_id) == shard and each.state == QUEUED and not each.waiting
         ]
         assert len(offered) == min(1, len(queued))
         if not offered:
@@ -237,20 +259,20 @@ class StoreLaws(RuleBasedStateMachine):
     @rule(held=attempts, stranger=STRANGER)
     def accept(self, held: Held, stranger: bool) -> None:
         key, agent = named(held, stranger)
-        answer, model = self.apply(store.Accept(agent, key)), self.models.get(key.task_id)
+        answer, model = self.apply(Accept(agent, key)), self.models.get(key.task_id)
         if model is None or not model.holds(agent, key):
-            assert answer.verdict is Verdict.STALE
+            assert answer.verdict is ReportStatus.STALE
             return
-        assert answer.verdict is (Verdict.ACCEPTED if model.unanswered else Verdict.REPEATED)
+        assert answer.verdict is (ReportStatus.ACCEPTED if model.unanswered else ReportStatus.REPEATED)
         model.start()
 
     @rule(held=attempts, stranger=STRANGER)
     def decline(self, held: Held, stranger: bool) -> None:
         key, agent = named(held, stranger)
-        answer = self.apply(store.Decline(agent, key, Reason.REASON_DRAINING, "no", True))
+        answer = self.apply(Decline(agent, key, Reason.REASON_DRAINING, "no", True))
         model = self.models.get(key.task_id)
         if model is None or not model.holds(agent, key) or not model.unanswered:
-            assert answer.verdict is Verdict.STALE
+            assert answer.verdict is ReportStatus.STALE
         elif model.state == CANCELLING:
             model.end("cancelled")
         else:
@@ -259,24 +281,24 @@ class StoreLaws(RuleBasedStateMachine):
     @rule(held=attempts, stranger=STRANGER, index=st.integers(1, 3))
     def progress(self, held: Held, stranger: bool, index: int) -> None:
         key, agent = named(held, stranger)
-        answer, model = self.apply(store.Advance(agent, key, 100, index, b"p")), self.models.get(key.task_id)
+        answer, model = self.apply(ReportProgress(agent, key, 100, index, b"p")), self.models.get(key.task_id)
         if model is None or not model.holds(agent, key):
-            assert answer.verdict is Verdict.STALE
+            assert answer.verdict is ReportStatus.STALE
         elif index <= model.told:
-            assert answer.verdict is Verdict.REPEATED
+            assert answer.verdict is ReportStatus.REPEATED
         else:
-            assert answer.verdict is Verdict.ACCEPTED
+            assert answer.verdict is ReportStatus.ACCEPTED
             model.start()
             model.told = index
 
     @rule(held=attempts, stranger=STRANGER)
     def acknowledge_cancel(self, held: Held, stranger: bool) -> None:
         key, agent = named(held, stranger)
-        answer, model = self.apply(store.AcknowledgeCancel(agent, key)), self.models.get(key.task_id)
+        answer, model = self.apply(AcknowledgeCancel(agent, key)), self.models.get(key.task_id)
         if model is None or not model.holds(agent, key) or model.state != CANCELLING:
-            assert answer.verdict is Verdict.STALE
+            assert answer.verdict is ReportStatus.STALE
         elif model.acknowledged:
-            assert answer.verdict is Verdict.REPEATED
+            assert answer.verdict is ReportStatus.REPEATED
         else:
             model.acknowledged = True
             model.kinds.append("cancel_acknowledged")
@@ -288,18 +310,18 @@ class StoreLaws(RuleBasedStateMachine):
     )
     def result(self, held: Held, stranger: bool, outcome: str) -> None:
         key, agent = named(held, stranger)
-        transition: store.Transition[Any]
+        transition: Operation[Any]
         if outcome == "response":
-            transition = store.Succeed(agent, key, b"r%d" % key.fence)
+            transition = Succeed(agent, key, b"r%d" % key.fence)
         elif outcome == "cancelled":
-            transition = store.EndCancelled(agent, key, Reason.REASON_CANCELLED)
+            transition = ConfirmCancelled(agent, key, Reason.REASON_CANCELLED)
         else:
-            transition = store.Fail(agent, key, Reason.REASON_HANDLER_FAILED, "m", "E", outcome == "failure")
+            transition = Fail(agent, key, Reason.REASON_HANDLER_FAILED, "m", "E", outcome == "failure")
         model = self.models.get(key.task_id)
-        expected = model.report(agent, key) if model else Verdict.STALE
+        expected = model.report(agent, key) if model else ReportStatus.STALE
         answer = self.apply(transition)
         assert answer.verdict is expected
-        if model is None or expected is not Verdict.ACCEPTED:
+        if model is None or expected is not ReportStatus.ACCEPTED:
             return
         model.taken = (key.fence, agent)
         if outcome == "cancelled":
@@ -314,14 +336,14 @@ class StoreLaws(RuleBasedStateMachine):
     @rule(held=attempts, stranger=STRANGER)
     def renew(self, held: Held, stranger: bool) -> None:
         key, agent = named(held, stranger)
-        stale = self.apply(store.Renew(store.shard_of(key.task_id), agent, (key,)))
+        stale = self.apply(Renew(shard_of(key.task_id), agent, (key,)))
         model = self.models.get(key.task_id)
         assert stale == ([] if model is not None and model.holds(agent, key) else [key])
 
     @rule(held=attempts, stranger=STRANGER)
     def come_back(self, held: Held, stranger: bool) -> None:
         key, agent = named(held, stranger)
-        kept = self.apply(store.Attach(store.shard_of(key.task_id), agent, (key,)))
+        kept = self.apply(Resume(shard_of(key.task_id), agent, (key,)))
         model = self.models.get(key.task_id)
         if model is not None and model.holds(agent, key):
             model.start()
@@ -335,13 +357,13 @@ class StoreLaws(RuleBasedStateMachine):
     @rule(task_id=tasks)
     def time_is_up(self, task_id: str) -> None:
         """Whatever the task waits for is due now."""
-        names, model = ShardKeys(store.shard_of(task_id)), self.models[task_id]
+        names, model = ShardKeys(shard_of(task_id)), self.models[task_id]
         if model.state in TERMINAL or (model.state == QUEUED and not model.waiting):
             return
         timer = "lr" if model.waiting else "lo" if model.unanswered else "le"
         self.redis.hset(names.task(task_id), timer, "1")
         self.redis.zadd(f"{names.base}due", {task_id: 1})
-        swept = self.apply(store.Sweep(store.shard_of(task_id), 100))
+        swept = self.apply(Sweep(shard_of(task_id), 100))
         (expired,) = [each for each in swept.expired if each.attempt.task_id == task_id]
         if timer == "lr":
             assert expired.what == "retry"
@@ -366,7 +388,7 @@ class StoreLaws(RuleBasedStateMachine):
             by_task.setdefault(record.task_id, []).append(record.kind)
             assert record.revision == len(by_task[record.task_id])
         for task_id, model in self.models.items():
-            task = self.apply(store.Look(task_id)).task
+            task = self.apply(ReadTask(task_id)).task
             assert (task.state, task.revision) == (model.state, len(model.kinds))
             assert (task.attempt.attempt, task.attempt.fence, task.agent_id) == (
                 model.attempt,
@@ -383,9 +405,7 @@ class StoreLaws(RuleBasedStateMachine):
     def the_keys_are_those_of_the_table(self) -> None:
         names = [name.decode() for name in self.redis.scan_iter(count=1000)]
         assert [name for name in names if keys.match(name) is None] == []
-        unfinished = Counter(
-            store.shard_of(each.task_id) for each in self.models.values() if each.state not in TERMINAL
-        )
+        unfinished = Counter(shard_of(each.task_id) for each in self.models.values() if each.state not in TERMINAL)
         for shard in range(SHARDS):
             assert int(self.redis.hget(ShardKeys(shard).open, METHOD.service) or 0) == unfinished[shard]
 

@@ -10,10 +10,9 @@ from typing import Any, Final
 
 from orki_events.connection import Connection
 from orki_events.registry import RegisteredStream, StreamRegistry
-from orki_server.admission import Admission, Liveness
-from orki_server.contract_family import ServiceContract
+from orki_server._admission import Admission, Liveness, ServiceContract
+from orki_server._store.contracts import Contracts, RegisteredContract
 from orki_server.observers.stream_figures import StreamFigures, stream_figures
-from orki_server.store import Contracts, Registered
 
 _DIGITS: Final = 19
 
@@ -80,7 +79,7 @@ async def registered_rows(admission: Admission, contracts: Contracts, link: Conn
     return rows
 
 
-def _service(registered: Registered, live: Liveness, leading: str) -> ContractRow:
+def _service(registered: RegisteredContract, live: Liveness, leading: str) -> ContractRow:
     contract = ServiceContract.of(registered)
     return ContractRow(
         kind="service",

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 import click
 
+from orki_server._process import run_until_stopped
 from orki_server.cli.root import LazyGroup, Typed
 from orki_server.cli.settings import redis_option
-from orki_server.lifetime import run_until_stopped
 from orki_server.observers.audit_log import AuditLogSettings, Fsync
 from orki_server.observers.process import LOOPBACK, ServerOptions
 

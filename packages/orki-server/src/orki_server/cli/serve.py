@@ -14,11 +14,10 @@ from typing import Any, TypeVar
 import click
 
 from orki_contract.errors import EventsUnavailable, StoreUnavailable
-from orki_server.lifetime import run_until_stopped
-from orki_server.orchestrator import Orchestrator
-from orki_server.ready import announce_ready
-from orki_server.settings import OrchestratorOptions, load_options
-from orki_server.store import without_credentials
+from orki_server._orchestrator import Orchestrator
+from orki_server._process import print_ready, run_until_stopped
+from orki_server._settings import OrchestratorOptions, load_options
+from orki_server._store.connection import without_credentials
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -101,7 +100,7 @@ async def _serve(options: OrchestratorOptions, stopped: asyncio.Event, as_json: 
             "orchestrator_id": options.orchestrator_id,
             "pid": os.getpid(),
         }
-        announce_ready("serve", f"{facts['address']} (store: {facts['redis_url']})", facts, as_json, ready_file)
+        print_ready("serve", f"{facts['address']} (store: {facts['redis_url']})", facts, as_json, ready_file)
         await orchestrator.serve(stopped)
     finally:
         await orchestrator.stop()

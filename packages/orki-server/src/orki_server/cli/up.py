@@ -19,10 +19,8 @@ from typing import Any, Final
 import click
 
 from orki_contract.errors import InvalidSetting
+from orki_server._process import Part, PartEnded, Supervisor, print_ready, run_until_stopped
 from orki_server.embedded import EmbeddedOptions, EmbeddedServer
-from orki_server.lifetime import run_until_stopped
-from orki_server.ready import announce_ready
-from orki_server.supervise import Part, PartEnded, Supervisor
 
 _LOOK_S: Final = 0.5
 _REDIS_PORT: Final = 6379
@@ -96,7 +94,7 @@ async def _run(asked: _Wishes, url: str, home: Path, stopped: asyncio.Event, emb
         # An observer's line reads `orki NAME ready: WHERE`.
         facts |= {child.part.name: child.ready.partition(": ")[2] for child in children[1:]}
         facts["pids"] = {child.part.name: child.pid for child in children}
-        announce_ready("up", _words(facts), facts, asked.as_json, asked.ready_file)
+        print_ready("up", _words(facts), facts, asked.as_json, asked.ready_file)
         waiting = asyncio.create_task(stopped.wait())
         watching = asyncio.create_task(_until_ended(embedded))
         await asyncio.wait((waiting, watching, supervisor.failed), return_when=asyncio.FIRST_COMPLETED)

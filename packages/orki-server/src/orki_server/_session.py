@@ -1,0 +1,297 @@
+"""One agent's session: its stream, its state machine, and the registry of sessions."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, TypeAlias
+
+import grpc
+
+from orki.control.v1.attempt_pb2 import AttemptRef
+from orki.control.v1.session_pb2 import ConnectRequest, ConnectResponse
+from orki.control.v1.task_pb2 import AgentSnapshot
+from orki_contract.errors import OrkiError, Overloaded, RemoteProtocolError
+from orki_control.attempt import AttemptKey, AttemptState
+from orki_control.session import (
+    HeartbeatArrived,
+    OrchestratorEvent,
+    OrchestratorSession,
+    OrchestratorSessionOptions,
+    OrchestratorState,
+)
+
+_log = logging.getLogger("orki.server.sessions")
+
+
+class SessionRegistry:
+    """Sessions by agent id."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[str, AgentSession] = {}
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __iter__(self) -> Iterator[AgentSession]:
+        return iter(list(self._sessions.values()))
+
+    def get(self, agent_id: str) -> AgentSession | None:
+        """The agent's session."""
+        return self._sessions.get(agent_id)
+
+    def enter(self, session: AgentSession) -> AgentSession | None:
+        """Takes in a welcomed session; the one that it replaces, if any.
+
+        The caller has made sure that no newer one is here.
+        """
+        older = self._sessions.get(session.agent_id)
+        self._sessions[session.agent_id] = session
+        return older
+
+    def leave(self, session: AgentSession) -> bool:
+        """Removes the session if it is still the agent's; a late end of an older one does not touch the newer."""
+        if self._sessions.get(session.agent_id) is not session:
+            return False
+        del self._sessions[session.agent_id]
+        return True
+
+
+StreamContext: TypeAlias = grpc.aio.ServicerContext[ConnectRequest, ConnectResponse]
+
+_LAST_WORDS_S: Final = 2.0
+"""Longest time for what is left to be said when a stream ends."""
+_WRITE_S: Final = 20.0
+"""Longest time for one write: an agent that does not read must not fill our memory."""
+_DIRECTIVES: Final = 1_000
+"""Most directives that wait to be written."""
+
+
+class AgentSession:
+    """One stream of one agent.
+
+    Attributes:
+        machine: The session's machine.
+        epoch: Number of the session among the agent's; 0 before the welcome.
+        methods: Full names of the tasks that the agent serves; empty before the welcome.
+        cause: Why the stream ended, in words; empty while it lasts.
+        left: Whether the agent ended it after it had drained.
+    """
+
+    def __init__(
+        self,
+        options: OrchestratorSessionOptions,
+        told: Callable[[AgentSession, Sequence[OrchestratorEvent]], None],
+    ) -> None:
+        self.machine = OrchestratorSession(options, time.monotonic())
+        self.epoch = 0
+        self.methods: tuple[str, ...] = ()
+        self.cause = ""
+        self.left = False
+        self._orchestrator_id = options.orchestrator_id
+        self._told = told
+        self._loop = asyncio.get_running_loop()
+        self._over = asyncio.Event()
+        self._words = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._due: float | None = None
+        self._heartbeat: HeartbeatArrived | None = None
+        self._heard_us = 0
+        self._directives = 0
+        self.changed()
+
+    # --- what others ask ---
+
+    @property
+    def agent_id(self) -> str:
+        """The agent; empty before its hello."""
+        return self.machine.hello.agent_id if self.machine.hello else ""
+
+    @property
+    def instance_id(self) -> str:
+        """The agent's process; empty before its hello."""
+        return self.machine.hello.instance_id if self.machine.hello else ""
+
+    @property
+    def free_slots(self) -> int:
+        """Offers that it takes now."""
+        return self.machine.free_slots
+
+    @property
+    def over(self) -> bool:
+        """Whether the stream has ended or is about to."""
+        return self._over.is_set()
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digest of the contract under which the agent serves each service."""
+        hello = self.machine.hello
+        return {each.service: each.digest for each in hello.services} if hello else {}
+
+    def snapshot(self) -> AgentSnapshot:
+        """The agent as it is now."""
+        hello, machine = self.machine.hello, self.machine
+        assert hello is not None
+        beat = self._heartbeat
+        held = (key for key, state in machine.attempts.items() if state is not AttemptState.REPORTED)
+        return AgentSnapshot(
+            agent_id=hello.agent_id,
+            instance_id=hello.instance_id,
+            connected=not self.over and machine.state is not OrchestratorState.ENDED,
+            orchestrator_id=self._orchestrator_id,
+            slots=hello.slots,
+            attempts=[AttemptRef(task_id=key.task_id, attempt=key.attempt, fence=key.fence) for key in held],
+            services=sorted(each.service for each in hello.services),
+            last_heartbeat_us=self._heard_us,
+            loop_lag_us=beat.loop_lag_us if beat else 0,
+            memory_bytes=beat.memory_bytes if beat else 0,
+            draining=self.left or machine.state is OrchestratorState.AGENT_DRAINING,
+        )
+
+    def heard(self, beat: HeartbeatArrived | None = None) -> None:
+        """Notes a sign of life."""
+        self._heard_us = time.time_ns() // 1000
+        self._heartbeat = beat or self._heartbeat
+
+    # --- what others do ---
+
+    def changed(self) -> None:
+        """Somebody called into the machine: its words go out, its timer is armed anew."""
+        self._words.set()
+        due = self.machine.next_timer()
+        if due == self._due:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due = due
+        # The loop's clock and the machine's are the same monotonic one.
+        self._timer = None if due is None or self.over else self._loop.call_at(due, self._time)
+
+    def direct(self, attempt: AttemptKey, payload: bytes) -> bool:
+        """Pushes a directive to a running attempt; False when this session does not hold it.
+
+        Raises:
+            Overloaded: The agent does not keep up with its directives.
+            LocalProtocolError: The attempt is not accepted yet.
+            TooLarge: The agent takes no message of that size.
+        """
+        if self._directives >= _DIRECTIVES:
+            raise Overloaded(
+                f"{_DIRECTIVES} directives wait for agent {self.agent_id}; send more once it has read them"
+            )
+        passed = self.machine.direct(attempt, payload)
+        self._directives += passed
+        self.changed()
+        return passed
+
+    def refuse(self, error: OrkiError) -> None:
+        """Refuses the session, and ends the stream."""
+        if self.machine.state in (OrchestratorState.AWAITING_HELLO, OrchestratorState.JUDGING):
+            self.machine.refuse_session(error)
+        self.end(error.message)
+
+    def replace(self, successor_instance_id: str) -> None:
+        """A newer session took this one's place. The instance is told, unless it did so itself."""
+        if successor_instance_id == self.instance_id:
+            self._tell(self.machine.connection_lost(time.monotonic()))
+        else:
+            self._tell(self.machine.replace(successor_instance_id))
+        self.end(f"instance {successor_instance_id} has the session")
+
+    def end(self, cause: str) -> None:
+        """Ends the stream once what is left was said."""
+        self.cause = self.cause or cause
+        self._over.set()
+        self.changed()
+
+    # --- the stream ---
+
+    async def run(self, context: StreamContext) -> None:
+        """Serves the stream to its end; returns when it is over, and raises when gRPC cancels it."""
+        reader = asyncio.create_task(self._read(context), name="orki session reader")
+        writer = asyncio.create_task(self._write(context), name="orki session writer")
+        try:
+            await self._over.wait()
+            self._words.set()
+            await asyncio.wait([writer], timeout=_LAST_WORDS_S)
+        finally:
+            self._over.set()
+            if self._timer is not None:
+                self._timer.cancel()
+            reader.cancel()
+            writer.cancel()
+            await asyncio.gather(reader, writer, return_exceptions=True)
+            self.cause = self.cause or "the stream ended"
+            if self.machine.state is not OrchestratorState.ENDED:
+                self._judge_end()
+                self._tell(self.machine.connection_lost(time.monotonic()))
+
+    def _judge_end(self) -> None:
+        """Whether the agent went as it had announced: it said that it drains, and runs nothing any more."""
+        running = (AttemptState.RUNNING, AttemptState.CANCELLING)
+        if self.machine.state is OrchestratorState.AGENT_DRAINING:
+            self.left = not any(state in running for state in self.machine.attempts.values())
+        if self.left:
+            self.cause = "it left after draining"
+
+    async def _read(self, context: StreamContext) -> None:
+        try:
+            while not self.over:
+                request: Any = await context.read()
+                if request is grpc.aio.EOF:
+                    self.end("the agent ended the stream")
+                    return
+                self._receive(request)
+        except (grpc.RpcError, grpc.aio.BaseError) as error:
+            self.end(f"the stream broke: {error}")
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            _log.exception("agent %s: a defect while its messages were handled", self.agent_id)
+            self.end("a defect of the orchestrator")
+
+    def _receive(self, request: ConnectRequest) -> None:
+        try:
+            events = self.machine.receive_batch(request.messages, time.monotonic())
+        except RemoteProtocolError as error:
+            _log.warning("agent %s broke the session's protocol: %s", self.agent_id or "(unknown)", error.message)
+            self.end(error.message)
+            return
+        self._tell(events)
+        self.changed()
+
+    async def _write(self, context: StreamContext) -> None:
+        """Each write carries all that has gathered since the one before."""
+        try:
+            while True:
+                batch = self.machine.messages_to_send()
+                if batch is None:
+                    self._directives = 0
+                    if self.over:
+                        return
+                    self._words.clear()
+                    await self._words.wait()
+                    continue
+                stuck = self._loop.call_later(_WRITE_S, self._stuck)
+                try:
+                    await context.write(batch)
+                finally:
+                    stuck.cancel()
+        except (grpc.RpcError, grpc.aio.BaseError) as error:
+            self.end(f"the stream broke: {error}")
+
+    def _stuck(self) -> None:
+        error = Overloaded(f"agent {self.agent_id} has not read for {_WRITE_S:g} s")
+        _log.warning("%s; its stream is ended", error.message)
+        self.end(error.message)
+
+    def _time(self) -> None:
+        self._due = None
+        self._tell(self.machine.handle_timer(time.monotonic()))
+        self.changed()
+
+    def _tell(self, events: Sequence[OrchestratorEvent]) -> None:
+        if events:
+            self._told(self, events)

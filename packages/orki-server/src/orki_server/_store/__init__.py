@@ -1,0 +1,1 @@
+"""The store: tasks, agents and contracts in Redis."""
