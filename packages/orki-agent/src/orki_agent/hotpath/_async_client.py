@@ -12,7 +12,7 @@ from orki_agent.hotpath._async_transport import AsyncTransport, open_transport
 from orki_agent.hotpath._handshake import hello_frame
 from orki_agent.hotpath._options import CallHook, ToolClientOptions, ToolRecord
 from orki_agent.hotpath._platform import SYSTEM, Platform, after_fork, check_path
-from orki_agent.hotpath._remote_tool import RemoteTool
+from orki_agent.hotpath._tool_codec import RemoteTool
 from orki_agent.hotpath.frames import HEADER_BYTES, NO_TRACE, pack_span
 from orki_contract import Payload, Tool
 from orki_contract.errors import LocalProtocolError, OrkiError, PeerLost, ToolCancelled, ToolFailed, TooManyCalls

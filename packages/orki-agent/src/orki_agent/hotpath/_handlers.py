@@ -11,7 +11,8 @@ from contextvars import Context
 from typing import Any, Final
 
 from orki_agent.hotpath._machine import BRIDGE_CALL, BridgeCall
-from orki_agent.hotpath.frames import PayloadCodec, codec_of, encode_error, encode_reply
+from orki_agent.hotpath._tool_codec import PayloadCodec, codec_of
+from orki_agent.hotpath.frames import encode_error, encode_reply
 from orki_contract import AsyncToolService, SyncToolService, Tool
 from orki_contract.errors import (
     FrameTooLarge,

@@ -17,7 +17,7 @@ from orki.hotpath.v1.tool_orki import ContractAnswerFrame, ContractFrame, ErrorF
 from orki_agent.hotpath._handlers import ToolHandler
 from orki_agent.hotpath._machine import ClientMachine, ReplyReceived
 from orki_agent.hotpath._options import BridgeOptions
-from orki_agent.hotpath._remote_tool import RemoteTool
+from orki_agent.hotpath._tool_codec import RemoteTool
 from orki_agent.hotpath.frames import (
     HEADER_BYTES,
     OP_CONTRACT,

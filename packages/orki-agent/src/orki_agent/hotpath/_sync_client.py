@@ -10,8 +10,8 @@ from typing import Any, Self, TypeVar
 from orki_agent.hotpath._handshake import hello_frame
 from orki_agent.hotpath._options import CallHook, ToolClientOptions, ToolRecord
 from orki_agent.hotpath._platform import SYSTEM, Platform, after_fork, check_path
-from orki_agent.hotpath._remote_tool import RemoteTool
 from orki_agent.hotpath._sync_transport import SyncTransport
+from orki_agent.hotpath._tool_codec import RemoteTool
 from orki_agent.hotpath.frames import (
     HEADER_BYTES,
     NO_TRACE,

@@ -22,7 +22,7 @@ from orki_agent.hotpath._machine import (
 )
 from orki_agent.hotpath._options import ToolClientOptions
 from orki_agent.hotpath._platform import NO_SIGNAL, Platform, set_timeout
-from orki_agent.hotpath._remote_tool import RemoteTool
+from orki_agent.hotpath._tool_codec import RemoteTool
 from orki_agent.hotpath.frames import (
     CALL_PREFIX,
     FLAG_ERROR,

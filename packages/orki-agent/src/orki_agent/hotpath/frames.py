@@ -1,4 +1,4 @@
-"""The codec of the hot path: bytes to frames, frames to bytes, and payloads to frame bodies. It does no I/O.
+"""The codec of the hot path: bytes to frames and frames to bytes. It does no I/O.
 
 `proto/orki/hotpath/v1/frame.proto` defines the layout. One `struct.Struct` reads and writes the header, because both
 ends do so for every call; a test compares it with the generated `FrameHeader.FRAME`.
@@ -6,17 +6,14 @@ ends do so for every call; a test compares it with the generated `FrameHeader.FR
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from struct import Struct
-from typing import Any, Final, NamedTuple
-
-from google.protobuf.message import DecodeError, Message
+from typing import Final, NamedTuple
 
 from orki.hotpath.v1.frame_pb2 import FrameFlag
 from orki.hotpath.v1.tool_orki import CancelFrame, ErrorFrame, HelloFrame, WelcomeFrame
 from orki.hotpath.v1.tool_pb2 import ControlOpcode
-from orki_contract import FrameBase, FrameType
+from orki_contract import FrameType
 from orki_contract.errors import FrameMalformed, FrameTooLarge, FrameVersion, OrkiError, Reason, ToolFailed, error_for
 from orki_contract.trace import Span
 
@@ -40,8 +37,6 @@ __all__ = [
     "Fields",
     "Frame",
     "FrameDecoder",
-    "PayloadCodec",
-    "codec_of",
     "decode_error",
     "encode_call",
     "encode_cancel",
@@ -351,51 +346,3 @@ def unpack_span(trace: bytes) -> Span | None:
     if not any(trace_id) or not any(span_id):
         return None
     return Span(trace_id.hex(), span_id.hex(), "", trace[0])
-
-
-@dataclass(frozen=True, slots=True)
-class PayloadCodec:
-    """Encodes and decodes one class of request or response.
-
-    A generated frame becomes block and tail; a protobuf message becomes the tail.
-
-    Attributes:
-        kind: The class.
-        block_length: Length of its block in bytes; 0 for a message.
-        version: Version of its layout; 0 for a message.
-        encode: Returns block and tail of a payload.
-        decode: Returns the payload for block and tail, the received block's length and its version; raises
-            `FrameMalformed`.
-    """
-
-    kind: type[Any]
-    block_length: int
-    version: int
-    encode: Callable[[Any], bytes]
-    decode: Callable[[memoryview, int, int], Any]
-
-
-def codec_of(kind: type[Any]) -> PayloadCodec:
-    """Return the codec of a class of payload."""
-    if not issubclass(kind, Message):
-        return _frame_codec(kind)
-    name, parse = kind.DESCRIPTOR.full_name, kind.FromString
-
-    def decode(body: memoryview, block_length: int, version: int) -> Message:
-        try:
-            return parse(bytes(body[block_length:]))
-        except DecodeError:
-            raise FrameMalformed(f"the tail of {len(body) - block_length} bytes is no {name}") from None
-
-    return PayloadCodec(kind, 0, 0, kind.SerializeToString, decode)
-
-
-def _frame_codec(kind: type[Any]) -> PayloadCodec:
-    if issubclass(kind, FrameBase):
-        return PayloadCodec(kind, kind.FRAME.block_length, kind.FRAME.version, kind.encode, kind.decode)
-
-    # A class that only implements `FrameType` does not take the version.
-    def decode(body: memoryview, block_length: int, version: int) -> Any:
-        return kind.decode(body, block_length)
-
-    return PayloadCodec(kind, kind.FRAME.block_length, kind.FRAME.version, kind.encode, decode)

@@ -1,15 +1,67 @@
-"""A tool as its client calls it."""
+"""Codecs of requests and responses, and a tool as its client calls it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
-from orki_agent.hotpath.frames import codec_of, encode_call
-from orki_contract import Tool
+from google.protobuf.message import DecodeError, Message
+
+from orki_agent.hotpath.frames import encode_call
+from orki_contract import FrameBase, Tool
 from orki_contract.errors import FrameMalformed, FrameTooLarge, InvalidArgument, OrkiError
 
 MAX_TIMEOUT: Final = 4_294.0
 """Longest timeout in seconds that the header can hold: microseconds in 32 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class PayloadCodec:
+    """Encodes and decodes one class of request or response.
+
+    A generated frame becomes block and tail; a protobuf message becomes the tail.
+
+    Attributes:
+        kind: The class.
+        block_length: Length of its block in bytes; 0 for a message.
+        version: Version of its layout; 0 for a message.
+        encode: Returns block and tail of a payload.
+        decode: Returns the payload for block and tail, the received block's length and its version; raises
+            `FrameMalformed`.
+    """
+
+    kind: type[Any]
+    block_length: int
+    version: int
+    encode: Callable[[Any], bytes]
+    decode: Callable[[memoryview, int, int], Any]
+
+
+def codec_of(kind: type[Any]) -> PayloadCodec:
+    """Return the codec of a class of payload."""
+    if not issubclass(kind, Message):
+        return _frame_codec(kind)
+    name, parse = kind.DESCRIPTOR.full_name, kind.FromString
+
+    def decode(body: memoryview, block_length: int, version: int) -> Message:
+        try:
+            return parse(bytes(body[block_length:]))
+        except DecodeError:
+            raise FrameMalformed(f"the tail of {len(body) - block_length} bytes is no {name}") from None
+
+    return PayloadCodec(kind, 0, 0, kind.SerializeToString, decode)
+
+
+def _frame_codec(kind: type[Any]) -> PayloadCodec:
+    if issubclass(kind, FrameBase):
+        return PayloadCodec(kind, kind.FRAME.block_length, kind.FRAME.version, kind.encode, kind.decode)
+
+    # A class that only implements `FrameType` does not take the version.
+    def decode(body: memoryview, block_length: int, version: int) -> Any:
+        return kind.decode(body, block_length)
+
+    return PayloadCodec(kind, kind.FRAME.block_length, kind.FRAME.version, kind.encode, decode)
 
 
 class RemoteTool:
