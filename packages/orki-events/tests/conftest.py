@@ -180,7 +180,7 @@ async def opened(server: Server, gaps: list[Gap]) -> AsyncIterator[Callable[...,
     async with contextlib.AsyncExitStack() as stack:
 
         async def open_events(at: Server | Proxy = server, producer: str | None = None, **options: Any) -> Events:
-            chosen = EventOptions(**{"on_gap": gaps.append, "block_ms": 200, **options})
+            chosen = EventOptions(**{"on_gap": gaps.append, "block_timeout": 0.2, **options})
             return await stack.enter_async_context(connect(at.url, producer=producer, options=chosen))
 
         yield open_events

@@ -17,7 +17,7 @@ from orki_contract.trace import current_span, new_span
 from orki_events import ConsumeOptions, Delivery, DeliveryBatch, Events, Gap, GapKind, consumer
 
 KEY = "orki:ev:{usage-of-tests}"
-QUICK = ConsumeOptions(backoff=Backoff(initial_ms=10, maximum_ms=50), sweep_interval_s=0.1)
+QUICK = ConsumeOptions(backoff=Backoff(initial_ms=10, maximum_ms=50), sweep_interval=0.1)
 
 
 def numbered(count: int, start: int = 0) -> list[UsageEvent]:
@@ -226,7 +226,7 @@ async def test_a_slow_handler_keeps_its_entry(server: Any, opened: Any, usage: A
 async def test_a_handler_that_hangs_is_cancelled_and_retried(events: Events, usage: Any) -> None:
     stream, tries, stop = usage(), [], asyncio.Event()
     await events.publish(stream, UsageEvent())
-    options = ConsumeOptions(backoff=Backoff(initial_ms=10), handler_timeout_s=0.1)
+    options = ConsumeOptions(backoff=Backoff(initial_ms=10), handler_timeout=0.1)
 
     @consumer(stream, group="work", options=options)
     async def on_usage(event: UsageEvent, delivery: Delivery[UsageEvent]) -> None:

@@ -30,7 +30,7 @@ from orki_events._delivery_table import (
     DeadLettered,
     DeliverySettings,
     Dispatch,
-    DrainAsked,
+    DrainRequested,
     EntriesClaimed,
     EntriesRead,
     Failed,
@@ -43,20 +43,20 @@ from orki_events._delivery_table import (
     Read,
     Renew,
     Renewed,
+    Requested,
     Returned,
     State,
     Succeeded,
-    Unanswered,
-    Wanted,
+    no_reply,
 )
 
 KEYS = ("a", "b")
 LIMITS = DeliverySettings(
     prefetch=8,
     max_deliveries=3,
-    ack_deadline_s=10.0,
-    sweep_interval_s=3.0,
-    hold_limit_s=100_000.0,
+    ack_deadline=10.0,
+    sweep_interval=3.0,
+    hold_limit=100_000.0,
     backoff=Backoff(initial_ms=500, maximum_ms=2_000),
 )
 US, THEM, NOBODY = "us", "them", "nobody"
@@ -111,7 +111,7 @@ class Server:
                         default=partition.newest,
                     )
             return GroupsReady(command)
-        keys = [key for key, _ in command.places] if isinstance(command, Read) else [command.key]
+        keys = [key for key, _ in command.positions] if isinstance(command, Read) else [command.key]
         if not all(self.partitions[key].group for key in keys) and not isinstance(command, Ack | DeadLetter):
             return GroupMissing(command)
         match command:
@@ -128,14 +128,14 @@ class Server:
                 return Renewed(command, self.touch(command.key, command.entry_ids, US, command.deliveries, self.now))
             case HandBack():
                 for entry_id, made in command.deliveries.items():
-                    self.touch(command.key, [entry_id], NOBODY, made, self.now - LIMITS.ack_deadline_s)
+                    self.touch(command.key, [entry_id], NOBODY, made, self.now - LIMITS.ack_deadline)
                 return HandedBack(command)
         raise AssertionError(command)
 
     def read(self, command: Read) -> EntriesRead:
         found: dict[str, list[Any]] = {}
         deliveries: dict[str, dict[bytes, int]] = {}
-        for key, place in command.places:
+        for key, place in command.positions:
             partition = self.partitions[key]
             if command.history:
                 mine = [n for n, each in sorted(partition.pending.items()) if each.owner == US]
@@ -157,7 +157,7 @@ class Server:
         idle = [
             number
             for number, each in sorted(partition.pending.items())
-            if number > number_of(command.cursor) and self.now - each.since >= LIMITS.ack_deadline_s
+            if number > number_of(command.cursor) and self.now - each.since >= LIMITS.ack_deadline
         ]
         chosen, rest = idle[: command.count], idle[command.count :]
         deleted = [number for number in chosen if number not in partition.entries]
@@ -270,7 +270,7 @@ class Laws(RuleBasedStateMachine):
     @rule(count=st.integers(1, 5))
     def want(self, count: int) -> None:
         self.wanted += 1
-        self.tell(Wanted(count))
+        self.tell(Requested(count))
 
     @precondition(lambda self: self.at_work)
     @rule(data=st.data(), how=st.sampled_from(["succeed", "succeed", "fail", "fail", "fail", "reject", "give back"]))
@@ -298,8 +298,8 @@ class Laws(RuleBasedStateMachine):
         self.perform(command, fate)
 
     def perform(self, command: Any, fate: str) -> None:
-        answer = Unanswered(command) if fate == "lost on its way" else self.server.run(command)
-        self.tell(Unanswered(command) if fate == "answer lost" else answer)
+        answer = no_reply(command) if fate == "lost on its way" else self.server.run(command)
+        self.tell(no_reply(command) if fate == "answer lost" else answer)
 
     @rule(seconds=st.sampled_from([0.01, 0.3, 1.0, 1.0, 4.0, 20.0]))
     def wait(self, seconds: float) -> None:
@@ -316,7 +316,7 @@ class Laws(RuleBasedStateMachine):
     def another_consumer_claims(self, key: str, acknowledges: bool) -> None:
         partition = self.server.partitions[key]
         for number, held in list(partition.pending.items()):
-            if self.server.now - held.since >= LIMITS.ack_deadline_s and number in partition.entries:
+            if self.server.now - held.since >= LIMITS.ack_deadline and number in partition.entries:
                 if acknowledges:
                     del partition.pending[number]
                     partition.settled.setdefault(number, "processed")
@@ -334,7 +334,7 @@ class Laws(RuleBasedStateMachine):
     @rule()
     def drain(self) -> None:
         self.draining = True
-        self.tell(DrainAsked())
+        self.tell(DrainRequested())
         self.wanted = 0
 
     @invariant()

@@ -114,7 +114,7 @@ def test_what_is_no_envelope_is_refused(raw: bytes) -> None:
 
 
 def test_what_is_no_event_or_no_entry_is_refused() -> None:
-    with pytest.raises(EventUndecodable, match=r"holds no orki\.events\.v1\.UsageEvent"):
+    with pytest.raises(EventUndecodable, match=r"is not a valid orki\.events\.v1\.UsageEvent"):
         decode_event(UsageEvent, b"\xff")
     with pytest.raises(InvalidArgument, match="16 bytes, not 3"):
         encode_envelope(event_id=b"abc", producer="", sequence=1, time_us=0, span=None)

@@ -22,7 +22,7 @@ from orki_contract.model import Backoff
 from orki_events import ConsumeOptions, Delivery, Events, Gap, GapKind, GroupLedger, consumer
 
 KEY = "orki:ev:{usage-of-tests}"
-QUICK = ConsumeOptions(backoff=Backoff(initial_ms=10, maximum_ms=50), sweep_interval_s=0.1)
+QUICK = ConsumeOptions(backoff=Backoff(initial_ms=10, maximum_ms=50), sweep_interval=0.1)
 
 
 def numbered(count: int, start: int = 0) -> list[UsageEvent]:
@@ -267,14 +267,14 @@ async def test_a_hung_server_is_noticed_and_nothing_is_lost(
 ) -> None:
     server = own_server()
     stream = usage()
-    events = await opened(at=server, answer_timeout_s=0.5, publish_timeout_s=1.0)
+    events = await opened(at=server, answer_timeout=0.5, publish_timeout=1.0)
     reader = Reader(events, stream)
     await events.publish_many(stream, numbered(10))
     await until(lambda: len(reader.numbers) == 10)
     assert server.process is not None
     os.kill(server.process.pid, signal.SIGSTOP)
     try:
-        with pytest.raises(EventsUnavailable, match="whether the server has it is not known"):
+        with pytest.raises(EventsUnavailable, match="it is unknown whether the server has it"):
             await events.publish(stream, UsageEvent(attempt=10))
     finally:
         os.kill(server.process.pid, signal.SIGCONT)
@@ -288,7 +288,7 @@ async def test_a_hung_server_is_noticed_and_nothing_is_lost(
 async def test_out_of_memory_consumers_go_on(own_server: Any, opened: Any, usage: Any, until: Any) -> None:
     server = own_server()
     stream = usage()
-    events = await opened(at=server, publish_timeout_s=0.3)
+    events = await opened(at=server, publish_timeout=0.3)
     await events.publish_many(stream, numbered(500))
     with server.client as client:
         client.config_set("maxmemory", 1)

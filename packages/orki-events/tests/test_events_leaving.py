@@ -13,7 +13,7 @@ from orki.events.v1.usage_pb2 import UsageEvent
 from orki_contract.errors import LocalProtocolError
 from orki_events import ConsumeOptions, Events
 
-QUICK = ConsumeOptions(sweep_interval_s=0.05)
+QUICK = ConsumeOptions(sweep_interval=0.05)
 
 
 def consumers(server: Any) -> list[Any]:
@@ -26,7 +26,7 @@ def own_tasks() -> list[str]:
 
 
 async def test_a_loop_left_by_break_ends_with_its_events(opened: Callable[..., Any], usage: Any) -> None:
-    events, stream = await opened(drain_timeout_s=0.4), usage()
+    events, stream = await opened(drain_timeout=0.4), usage()
     await events.publish(stream, UsageEvent())
     async for delivery in events.deliveries(stream, group="work"):
         assert delivery.deliveries == 1
@@ -112,7 +112,7 @@ async def test_a_cancelled_iteration_has_ended_its_consumer(server: Any, events:
 
 
 async def test_of_two_that_wait_for_an_end_one_may_give_up(opened: Callable[..., Any], usage: Any) -> None:
-    events, stream = await opened(drain_timeout_s=30), usage()
+    events, stream = await opened(drain_timeout=30), usage()
     await events.publish(stream, UsageEvent())
     source = events.deliveries(stream, group="work")
     delivery = await anext(source)
@@ -136,7 +136,7 @@ async def test_nothing_begins_after_the_end(opened: Callable[..., Any], usage: A
 
 
 async def test_whoever_follows_is_let_go_by_the_end(opened: Callable[..., Any], usage: Any, server: Any) -> None:
-    events, stream = await opened(block_ms=30_000), usage()
+    events, stream = await opened(block_timeout=30), usage()
     await events.publish(stream, UsageEvent(attempt=1))
     seen = []
 

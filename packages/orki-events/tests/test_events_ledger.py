@@ -14,7 +14,7 @@ from orki_contract.model import Backoff, Group, Start
 from orki_events import ConsumeOptions, Delivery, Events, GroupLedger, consumer
 
 KEY = "orki:ev:{usage-of-tests}"
-QUICK = ConsumeOptions(backoff=Backoff(initial_ms=10, maximum_ms=50), sweep_interval_s=0.1)
+QUICK = ConsumeOptions(backoff=Backoff(initial_ms=10, maximum_ms=50), sweep_interval=0.1)
 
 
 def numbered(count: int, start: int = 0) -> list[UsageEvent]:

@@ -177,8 +177,8 @@ async def test_a_server_that_takes_nothing_now_is_waited_for(
 ) -> None:
     server = own_server()
     stream = usage()
-    hasty = await opened(at=server, publish_timeout_s=0.3)
-    patient = await opened(at=server, publish_timeout_s=30)
+    hasty = await opened(at=server, publish_timeout=0.3)
+    patient = await opened(at=server, publish_timeout=30)
     await hasty.publish(stream, UsageEvent())
     with server.client as client:
         client.execute_command(*spoil)
@@ -197,7 +197,7 @@ async def test_a_server_that_is_away_is_told_and_reported(
 ) -> None:
     server = own_server()
     server.kill()
-    events = await opened(at=server, publish_timeout_s=0.2)
+    events = await opened(at=server, publish_timeout=0.2)
     events.collect(usage(), UsageEvent())
     with pytest.raises(EventsUnavailable, match="does not answer"):
         await events.publish(usage(), UsageEvent())
@@ -242,4 +242,4 @@ async def test_events_whose_answers_were_lost_are_found_and_not_repeated(
     proxy.lose_answers = False
     await asyncio.wait_for(publishing, 20)
     assert [event.attempt for _, event in entries(server, "orki:ev:{usage-of-tests}")] == list(range(50))
-    assert (events.counts.published, events.counts.landed, events.counts.repeated) == (50, 49, 0)
+    assert (events.counts.published, events.counts.found, events.counts.repeated) == (50, 49, 0)

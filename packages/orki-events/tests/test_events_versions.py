@@ -194,7 +194,7 @@ async def test_a_refused_stream_does_not_take_others_along(opened: Opened, insta
         assert isinstance(settled[0], ContractMismatch)
         assert isinstance(settled[1], bytes)
     assert (events.counts.published, events.counts.refused) == (3, 3)
-    assert await first._registry.forget(first._link_for_commands(), "notes")
+    assert await first._registry.withdraw(first._command_connection(), "notes")
     assert isinstance(await events.publish(bad, bad.message(body=1)), bytes)
 
 
@@ -208,7 +208,7 @@ async def test_an_image_that_is_none_is_refused(opened: Opened, install: Any) ->
 
 async def test_a_withdrawn_stream_may_be_registered_anew(opened: Opened, install: Any) -> None:
     events = await started(opened, install("1.0.0", build()))
-    registry, link = events._registry, events._link_for_commands()
-    assert await registry.forget(link, "notes")
-    assert not await registry.forget(link, "notes")
+    registry, link = events._registry, events._command_connection()
+    assert await registry.withdraw(link, "notes")
+    assert not await registry.withdraw(link, "notes")
     await started(opened, install("2.0.0", build(retype)))

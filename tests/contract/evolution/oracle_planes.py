@@ -136,14 +136,14 @@ def _deliveries(limit: int) -> int:
     settings = moves.DeliverySettings(
         prefetch=1,
         max_deliveries=limit,
-        ack_deadline_s=1e6,
-        sweep_interval_s=1e6,
-        hold_limit_s=1e9,
+        ack_deadline=1e6,
+        sweep_interval=1e6,
+        hold_limit=1e9,
         backoff=Backoff(initial_ms=1, maximum_ms=1, multiplier=1.0),
     )
     machine = DeliveryMachine(["key"], settings)
     now, handed, given = 0.0, 0, False
-    commands = machine.receive(moves.Opened(), now) + machine.receive(moves.Wanted(1), now)
+    commands = machine.receive(moves.Opened(), now) + machine.receive(moves.Requested(1), now)
     for _ in range(20_000):
         if not commands:
             now = max(now, machine.next_timer() or now)
@@ -165,7 +165,7 @@ def _deliveries(limit: int) -> int:
         elif isinstance(command, moves.Dispatch):
             handed += len(command.entries)
             commands += machine.receive(moves.Failed("key", command.entries, 0, "no"), now)
-            commands += machine.receive(moves.Wanted(1), now)
+            commands += machine.receive(moves.Requested(1), now)
     raise AssertionError("the delivery machine does not come to an end")
 
 

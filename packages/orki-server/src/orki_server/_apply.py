@@ -132,7 +132,7 @@ async def judge(declared: Declared, admission: Admission, registry: StreamRegist
             refusals.append(error.message)
     for version in [*declared.streams, *(stream for _, stream in declared.subscriptions)]:
         try:
-            await registry.judge(link, version, _WHO)
+            await registry.check(link, version, _WHO)
         except ContractMismatch as error:
             refusals.append(error.message)
     return list(dict.fromkeys(refusals))
@@ -155,12 +155,12 @@ async def apply(
         outcome = "in use" if live else "applied" if family.leading.digest == service.digest else "older"
         done.append(_applied("service", service.service, service.version, service.digest, outcome))
     for version in declared.streams:
-        stands = await registry.enter(link, version, _WHO, replaces=True)
+        stands = await registry.register_version(link, version, _WHO, replaces=True)
         await keeper.ensure(link, version.stream, version.stream.groups)
         outcome = "older" if stands.digest != version.digest else "applied" if stands.ahead else "in use"
         done.append(_applied("stream", version.stream.name, version.version, version.digest, outcome))
     for subscription, version in declared.subscriptions:
-        await registry.subscribe(link, version.stream, subscription.group)
+        await registry.declare_group(link, version.stream, subscription.group)
         await keeper.ensure(link, version.stream, (subscription.group,))
         name = f"{subscription.stream}/{subscription.group.name}"
         done.append(_applied("group", name, version.version, version.digest, "applied"))
