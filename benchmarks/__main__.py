@@ -74,7 +74,10 @@ def _child(name: str, options: argparse.Namespace) -> int:
 def _run(name: str, options: argparse.Namespace, file: Path) -> tuple[list[dict[str, Any]], bool]:
     """Run one benchmark in a process of its own; return its rows and whether it came to its end."""
     command = [sys.executable, "-m", "benchmarks", "--child", name, "--json", str(file)]
-    process = subprocess.Popen([*command, *(["--quick"] if options.quick else [])], preexec_fn=die_with_parent)
+    # Children are started by fork and exec while gRPC runs, which needs none of its fork handlers.
+    environment = {**os.environ, "GRPC_ENABLE_FORK_SUPPORT": "0"}
+    command += ["--quick"] if options.quick else []
+    process = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
     try:
         code = process.wait(_LIMIT[options.quick])
     except subprocess.TimeoutExpired:

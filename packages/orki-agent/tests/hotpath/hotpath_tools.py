@@ -18,8 +18,8 @@ from google.protobuf.wrappers_pb2 import StringValue
 
 import orki_contract as oc
 from orki_agent.hotpath import ToolBridge
+from orki_agent.hotpath._handshake import hello_frame
 from orki_agent.hotpath.frames import NO_TRACE, Frame, FrameDecoder, encode_call
-from orki_agent.hotpath.greeting import hello_frame
 from orki_contract.errors import InvalidArgument, PeerLost, ToolFailed
 from orki_contract.trace import current_span
 

@@ -1,13 +1,14 @@
-"""The limits of both ends, each with its number."""
+"""Limits of both ends, and the records of finished calls."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from orki_agent.hotpath.frames import HEADER_BYTES
 from orki_contract.errors import InvalidSetting
-
-__all__ = ["BridgeOptions", "ToolClientOptions"]
+from orki_contract.trace import Span
 
 _MIB = 1 << 20
 _U32 = (1 << 32) - 1
@@ -15,20 +16,20 @@ _U32 = (1 << 32) - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BridgeOptions:
-    """Limits of a tool bridge.
+    """Limits of a tool bridge. Times are in seconds.
 
     Attributes:
         max_connections: Connections at once; further ones wait in the kernel's queue.
         max_connections_per_uid: Connections of one user at once; further ones are refused with `Overloaded`.
-        max_frame_bytes: Longest frame that is taken or sent, header included.
+        max_frame_bytes: Longest frame in either direction, header included.
         max_calls: Calls in flight on one connection; further ones are answered with `TooManyCalls`.
-        max_blocked: Handlers that may block in a thread of their own at once, over all connections; while so many do,
-            a connection is not read on until its own handler returns.
-        handshake_timeout: From the connection to its hello.
-        frame_timeout: From a frame's first byte to its last, in either direction.
-        call_timeout: Longest time that a caller may ask for.
+        max_blocked: Blocking handlers that run in threads of their own at once, over all connections. Beyond it, a
+            connection is not read until its blocking handler returns.
+        handshake_timeout: Time from accepting a connection to its hello.
+        frame_timeout: Time from a frame's first byte to its last, in either direction.
+        call_timeout: Longest timeout that a caller may ask for.
         stop_timeout: Time that running calls have to end when the bridge stops.
-        allowed_uids: Users that may connect; empty for the bridge's own alone.
+        allowed_uids: Users that may connect; empty for the bridge's own user only.
     """
 
     max_connections: int = 64
@@ -61,12 +62,12 @@ class ToolClientOptions:
     """Limits of a tool client.
 
     Attributes:
-        max_connections: Sync client: connections at once, so many threads may call at the same time.
-        max_calls: Async client: calls in flight; the bridge's own limit holds where it is lower.
-        max_waiting: Calls that may wait for a free place; further ones fail with `TooManyCalls`.
-        max_frame_bytes: Longest frame that is taken, header included.
-        connect_timeout: From the connection's begin to the bridge's welcome.
-        bridge_uids: Users whose bridge is trusted with the token; empty for the client's own alone.
+        max_connections: Sync client: connections, and so calls, at once.
+        max_calls: Async client: calls in flight; the bridge's limit applies if it is lower.
+        max_waiting: Calls that may wait for another to end; further ones fail with `TooManyCalls`.
+        max_frame_bytes: Longest accepted frame, header included.
+        connect_timeout: Seconds from connecting to the bridge's welcome.
+        bridge_uids: Users whose bridge may receive the token; empty for the client's own user only.
     """
 
     max_connections: int = 8
@@ -87,6 +88,32 @@ class ToolClientOptions:
 
 
 def _check_range(option: str, value: float, low: float, high: float) -> None:
-    known: object = value  # whatever the type checker was told
+    known: object = value  # callers may not run a type checker
     if isinstance(known, bool) or not isinstance(known, int | float) or not low <= known <= high:
         raise InvalidSetting(f"{option} is {value!r}, it must be a number from {low} to {high}")
+
+
+class ToolRecord(NamedTuple):
+    """A finished call as the client saw it.
+
+    Attributes:
+        method: The tool as `package.Service/Method`.
+        duration_ns: Duration in nanoseconds.
+        request_bytes: Length of block and tail of the request.
+        reply_bytes: Length of block and tail of the reply; 0 without a reply.
+        reason: Number of the error's `orki.errors.v1.Reason`; 0 if the call succeeded.
+        tool_code: The tool's own error code; 0 without one.
+        span: The caller's span.
+    """
+
+    method: str
+    duration_ns: int
+    request_bytes: int
+    reply_bytes: int
+    reason: int
+    tool_code: int
+    span: Span | None
+
+
+CallHook = Callable[[ToolRecord], object]
+"""Called after each call in the caller's thread or loop. It must be quick (a deque's `append`) and must not raise."""
