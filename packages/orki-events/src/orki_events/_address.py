@@ -58,7 +58,8 @@ class _Condition(Enum):
 
     def error(self, role: Role, message: str) -> OrkiError:
         events, store = self.value
-        return events(message) if role == "event server" else store(message)
+        kind: type[OrkiError] = events if role == "event server" else store
+        return kind(message)
 
 
 _KEEP_LESS: Final[dict[Role, str]] = {
