@@ -18,7 +18,7 @@ from orki_contract.model import AUDIT_GROUP, Backoff, Group, Retention, Start, S
 from orki_events import ConsumeOptions, EventOptions, Events, connect
 from orki_events._group_reader import SeenEvents
 from orki_events.groups import Mark, StreamState, group_start
-from orki_events.registry import stream_from_dump
+from orki_events.registry import StreamVersion
 
 
 @pytest.mark.parametrize(
@@ -134,11 +134,16 @@ def test_streams_come_back_from_their_dump_and_ignore_what_is_new() -> None:
         groups=(AUDIT_GROUP, Group(name="late", start=Start.LATEST)),
     )
     dumped = dump(stream)
-    assert stream_from_dump(dumped) == stream
-    assert stream_from_dump(dumped | {"colour": "blue"}) == stream
+
+    def parsed(contract: Any) -> Stream:
+        record = json.dumps({"contract": contract, "package": "a", "image": ""})
+        return StreamVersion.parse(record, {}).stream
+
+    assert parsed(dumped) == stream
+    assert parsed(dumped | {"colour": "blue"}) == stream
     for broken in ({}, {"name": "s"}, dumped | {"groups": [{}]}, dumped | {"retention": None}, [], "s"):
         with pytest.raises(InvalidContract):
-            stream_from_dump(broken)
+            parsed(broken)
 
 
 EARLY, LATE = Group(name="g"), Group(name="g", start=Start.LATEST)

@@ -20,7 +20,7 @@ from orki_codegen.gate.published import FILE, StandIn
 from orki_codegen.gate.wheels import release_of
 from orki_contract.difference.versions import Version as ContractVersion
 from orki_contract.difference.versions import version_at
-from orki_contract.exceptions import InvalidContract
+from orki_contract.errors import InvalidContract
 from orki_contract.read import read_image
 
 _SHORT: Final = 10

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 
 from orki_contract import difference
-from orki_contract.exceptions import InvalidContract, OrkiError
+from orki_contract.errors import InvalidContract, OrkiError
 from orki_contract.images import service_digest, stream_digest
 from orki_contract.model import Backoff, Contract, Frame, Group, Retention, Stream, TaskMethod, ToolMethod, dump
 from orki_contract.printing import say

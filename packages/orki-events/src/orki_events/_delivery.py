@@ -99,7 +99,7 @@ class DeliveryMachine:
             self._plan(now, commands)
         return commands
 
-    def _due(self, now: float) -> Iterator[table.Timer]:
+    def _due(self, now: float) -> Iterator[table.Event]:
         """Yield timers; each condition is evaluated after the earlier ones were processed."""
         if self._repeats and self._repeats[0][0] <= now:
             yield table.RepeatDue()
@@ -112,7 +112,7 @@ class DeliveryMachine:
         if self.state is State.READING and any(self._sweeps_due(now)):
             yield table.SweepDue()
 
-    def _apply(self, event: table.Event | table.Recovered | table.Drained, now: float, commands: list[Command]) -> None:
+    def _apply(self, event: table.Event, now: float, commands: list[Command]) -> None:
         kind = type(event)
         following = TRANSITIONS.next(self.state, kind, LocalProtocolError)
         # The handler sees the state in which the event arrived.
@@ -301,7 +301,7 @@ class DeliveryMachine:
     def _on_read_due(self, event: table.ReadDue, now: float, commands: list[Command]) -> None:
         self._read_at = None
 
-    def _on_conclusion(self, event: table.Recovered | table.Drained, now: float, commands: list[Command]) -> None:
+    def _on_conclusion(self, event: table.Event, now: float, commands: list[Command]) -> None:
         pass
 
     # Consequences.

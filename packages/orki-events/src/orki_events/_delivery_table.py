@@ -162,18 +162,24 @@ ServerCommand = Read | Ack | Claim | DeadLetter | Renew | HandBack
 Command = CreateGroups | Dispatch | ServerCommand
 
 
+class Event:
+    """Base of all events."""
+
+    __slots__ = ()
+
+
 # Events: replies of the server.
 
 
 @dataclass(frozen=True, slots=True)
-class GroupsReady:
+class GroupsReady(Event):
     """The group exists on every partition."""
 
     command: CreateGroups
 
 
 @dataclass(frozen=True, slots=True)
-class EntriesRead:
+class EntriesRead(Event):
     """The result of a read.
 
     Attributes:
@@ -188,7 +194,7 @@ class EntriesRead:
 
 
 @dataclass(frozen=True, slots=True)
-class EntriesClaimed:
+class EntriesClaimed(Event):
     """The result of a claim.
 
     Attributes:
@@ -207,7 +213,7 @@ class EntriesClaimed:
 
 
 @dataclass(frozen=True, slots=True)
-class Acked:
+class Acked(Event):
     """The server has the acknowledgements.
 
     Attributes:
@@ -220,14 +226,14 @@ class Acked:
 
 
 @dataclass(frozen=True, slots=True)
-class DeadLettered:
+class DeadLettered(Event):
     """The dead letter stream has the entries."""
 
     command: DeadLetter
 
 
 @dataclass(frozen=True, slots=True)
-class Renewed:
+class Renewed(Event):
     """Entries were renewed.
 
     Attributes:
@@ -240,28 +246,28 @@ class Renewed:
 
 
 @dataclass(frozen=True, slots=True)
-class HandedBack:
+class HandedBack(Event):
     """Other consumers can claim the entries."""
 
     command: HandBack
 
 
 @dataclass(frozen=True, slots=True)
-class Unanswered:
+class Unanswered(Event):
     """No reply came: the outcome of the command is unknown."""
 
     command: CreateGroups | Ack | DeadLetter | Renew | HandBack
 
 
 @dataclass(frozen=True, slots=True)
-class EntriesUnknown:
+class EntriesUnknown(Event):
     """A read or a claim got no reply: the server may have given entries to this consumer."""
 
     command: Read | Claim
 
 
 @dataclass(frozen=True, slots=True)
-class GroupMissing:
+class GroupMissing(Event):
     """The stream or the group does not exist on the server."""
 
     command: CreateGroups | ServerCommand
@@ -271,19 +277,19 @@ class GroupMissing:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(Event):
     """The consumer starts."""
 
 
 @dataclass(frozen=True, slots=True)
-class Requested:
+class Requested(Event):
     """The consumer's code can handle entries: one Dispatch of at most `count` is due."""
 
     count: int
 
 
 @dataclass(frozen=True, slots=True)
-class Returned:
+class Returned(Event):
     """Dispatched entries whose handling did not begin; they are dispatched next."""
 
     key: str
@@ -291,7 +297,7 @@ class Returned:
 
 
 @dataclass(frozen=True, slots=True)
-class Succeeded:
+class Succeeded(Event):
     """The handlers returned, or the entries need no handling."""
 
     key: str
@@ -299,7 +305,7 @@ class Succeeded:
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(Event):
     """The handlers raised an error.
 
     Attributes:
@@ -318,7 +324,7 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
-class DrainRequested:
+class DrainRequested(Event):
     """The consumer must stop in an orderly way."""
 
 
@@ -326,27 +332,27 @@ class DrainRequested:
 
 
 @dataclass(frozen=True, slots=True)
-class RepeatDue:
+class RepeatDue(Event):
     """The wait before repeating unanswered commands is over."""
 
 
 @dataclass(frozen=True, slots=True)
-class RetryDue:
+class RetryDue(Event):
     """The wait before dispatching failed entries again is over."""
 
 
 @dataclass(frozen=True, slots=True)
-class RenewalDue:
+class RenewalDue(Event):
     """Held entries must be renewed."""
 
 
 @dataclass(frozen=True, slots=True)
-class SweepDue:
+class SweepDue(Event):
     """It is time to claim entries that other consumers abandoned."""
 
 
 @dataclass(frozen=True, slots=True)
-class ReadDue:
+class ReadDue(Event):
     """The wait after an unanswered read is over."""
 
 
@@ -354,35 +360,13 @@ class ReadDue:
 
 
 @dataclass(frozen=True, slots=True)
-class Recovered:
+class Recovered(Event):
     """Every entry that the consumer was given before has been read again."""
 
 
 @dataclass(frozen=True, slots=True)
-class Drained:
+class Drained(Event):
     """The consumer holds nothing and waits for no reply."""
-
-
-Timer = RepeatDue | RetryDue | RenewalDue | SweepDue | ReadDue
-Event = (
-    Opened
-    | GroupsReady
-    | EntriesRead
-    | EntriesClaimed
-    | Acked
-    | DeadLettered
-    | Renewed
-    | HandedBack
-    | Unanswered
-    | EntriesUnknown
-    | GroupMissing
-    | Requested
-    | Returned
-    | Succeeded
-    | Failed
-    | DrainRequested
-    | Timer
-)
 
 
 def no_reply(command: CreateGroups | ServerCommand) -> Unanswered | EntriesUnknown:
