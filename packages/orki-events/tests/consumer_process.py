@@ -1,4 +1,4 @@
-"""A consumer in a process of its own, for tests that kill it: `consumer_process.py URL FILE STALL`.
+"""A consumer in its own process, for tests that kill it: `consumer_process.py URL FILE STALL`.
 
 Writes a line to FILE when it begins an event and another when it is done; on event number STALL it never ends.
 """

@@ -1,4 +1,4 @@
-"""What a deployment sets is kept, inside the contract's bounds and only there; by a real server."""
+"""A deployment's retention settings, within the contract's bounds, on a real server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Bounded = Callable[..., EventStream[UsageEvent, Any]]
 
 @pytest.fixture
 def bounded(usage: Callable[..., Any]) -> Bounded:
-    """Makes a stream that a deployment may tune, of this retention or another."""
+    """Create a stream that a deployment may tune."""
 
     def make(retention: Retention = BOUNDED, **others: Any) -> EventStream[UsageEvent, Any]:
         made: EventStream[UsageEvent, Any] = usage("bounded", **others)
@@ -47,7 +47,7 @@ async def publish(events: Events, stream: EventStream[UsageEvent, Any], count: i
     await events.publish_many(stream, [UsageEvent()] * count)
 
 
-async def test_tuned_lower_trims_at_once_and_from_then_on(
+async def test_a_lower_retention_trims_at_once_and_afterwards(
     server: Any, opened: Callable[..., Any], bounded: Bounded, until: Any
 ) -> None:
     running, operator, stream = await opened(), await opened(), bounded()
@@ -57,7 +57,7 @@ async def test_tuned_lower_trims_at_once_and_from_then_on(
     assert tuned.retention.max_entries == 300
     assert tuned.trimmed >= 2_000 - 300 - 2 * NODE
     assert 300 <= length(server) < 300 + 2 * NODE
-    # Who publishes already hears of it within seconds; who begins now, before its first event.
+    # A running publisher reads the setting within seconds, a new one before its first event.
     for _ in range(100):
         await publish(running, stream, 500)
         if length(server) < 300 + 2 * NODE:
@@ -69,7 +69,7 @@ async def test_tuned_lower_trims_at_once_and_from_then_on(
     assert await operator.tunings() == {"bounded": Tuning(max_entries=300)}
 
 
-async def test_tuned_higher_keeps_more(server: Any, opened: Callable[..., Any], bounded: Bounded) -> None:
+async def test_a_higher_retention_keeps_more(server: Any, opened: Callable[..., Any], bounded: Bounded) -> None:
     operator, stream = await opened(), bounded()
     await operator.prepare(stream)
     assert await operator.tune(stream, Tuning(max_entries=5_000)) == Tuned(
@@ -77,7 +77,7 @@ async def test_tuned_higher_keeps_more(server: Any, opened: Callable[..., Any], 
     )
     await publish(await opened(), stream, 4_000)
     assert length(server) == 4_000
-    # The very first event of one who was not there must not trim what others keep.
+    # The first event of a new publisher must not trim entries that others keep.
     await publish(await opened(), stream, 1)
     assert length(server) == 4_001
     back = await operator.tune(stream, None)
@@ -86,7 +86,7 @@ async def test_tuned_higher_keeps_more(server: Any, opened: Callable[..., Any], 
     assert await operator.tunings() == {}
 
 
-async def test_an_age_is_tuned_likewise(server: Any, opened: Callable[..., Any], bounded: Bounded) -> None:
+async def test_the_maximum_age_can_be_tuned(server: Any, opened: Callable[..., Any], bounded: Bounded) -> None:
     aged = Retention(max_entries=10_000, max_age=3600.0, least_age=0.001, most_age=7200.0)
     operator, stream = await opened(), bounded(aged, partitions=2)
     await publish(operator, stream, 500)
@@ -130,7 +130,7 @@ async def test_dead_letters_follow_the_setting(
         (Tuning(max_entries=20_000, max_age=2592000.001), ["max_age of 2592000001 ms"]),
     ],
 )
-async def test_outside_the_bounds_is_refused_and_nothing_written(
+async def test_values_outside_the_bounds_are_refused_and_not_stored(
     server: Any, events: Events, tuning: Tuning, says: list[str]
 ) -> None:
     await events.publish(TOOLS, ToolEvent())
@@ -142,7 +142,7 @@ async def test_outside_the_bounds_is_refused_and_nothing_written(
     assert length(server, "orki:ev:{tools}") == 1
 
 
-async def test_without_bounds_nothing_can_be_set(events: Events, bounded: Bounded) -> None:
+async def test_a_stream_without_bounds_cannot_be_tuned(events: Events, bounded: Bounded) -> None:
     await events.prepare(bounded(Retention(max_entries=10)))
     with pytest.raises(InvalidSetting, match="its contract fixes it at"):
         await events.tune("bounded", Tuning(max_entries=11))
@@ -164,7 +164,7 @@ def test_an_invalid_age_is_refused(value: Any) -> None:
         Tuning(max_age=value)
 
 
-async def test_settings_that_cannot_be_read_or_kept_are_told(
+async def test_unreadable_and_out_of_bounds_settings_are_logged(
     server: Any, opened: Callable[..., Any], bounded: Bounded, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "orki.events")
@@ -174,7 +174,7 @@ async def test_settings_that_cannot_be_read_or_kept_are_told(
     await publish(await opened(), bounded(), 1)
     assert 'setting of stream "bounded" in orki:retention cannot be read' in caplog.text
     caplog.clear()
-    # Set by a newer contract with wider bounds: an older publisher goes as far as its own let it.
+    # Set under a newer contract with wider bounds: an older publisher uses its own nearest bound.
     with server.client as client:
         client.hset("orki:retention", "bounded", '{"max_entries": 50, "newer": 1}')
     publisher = await opened()
@@ -184,7 +184,7 @@ async def test_settings_that_cannot_be_read_or_kept_are_told(
     assert caplog.text.count("is set to keep 50 entries") == 1
 
 
-def test_what_is_kept_lies_between_the_bounds() -> None:
+def test_the_effective_retention_is_within_the_bounds() -> None:
     found = effective_retention(BOUNDED, Tuning(max_entries=1, max_age=0.005))
     assert (found.max_entries, found.max_age) == (200, 0)
     assert effective_retention(BOUNDED, None) == effective_retention(BOUNDED, Tuning()) == BOUNDED
@@ -192,10 +192,8 @@ def test_what_is_kept_lies_between_the_bounds() -> None:
     assert TuningCache().retention(TOOLS.contract) == TOOLS.contract.retention
 
 
-async def test_without_memory_there_is_room_after_tuning(
-    server: Any, opened: Callable[..., Any], bounded: Bounded
-) -> None:
-    """At the moment when it is needed most, the server refuses to write anything new."""
+async def test_tuning_frees_memory_on_a_full_server(server: Any, opened: Callable[..., Any], bounded: Bounded) -> None:
+    """A full server refuses the setting at first; trimming makes room for it."""
     events, stream = await opened(), bounded()
     await events.publish_many(stream, [UsageEvent(model="m" * 2_000)] * 2_000)
     with server.client as client:

@@ -99,18 +99,9 @@ class CommandExecutor:
         return table.EntriesRead(command, entries, deliveries)
 
     async def _claim(self, command: table.Claim) -> table.EntriesClaimed:
-        reply = await self._commands.execute(
-            (
-                b"XAUTOCLAIM",
-                command.key,
-                self._group.name,
-                self._consumer,
-                milliseconds(self._group.ack_deadline),
-                command.cursor,
-                b"COUNT",
-                command.count,
-            )
-        )
+        key, deadline = command.key, milliseconds(self._group.ack_deadline)
+        claim = (b"XAUTOCLAIM", key, self._group.name, self._consumer, deadline, command.cursor)
+        reply = await self._commands.execute((*claim, b"COUNT", command.count))
         entries = [entry for entry in reply[1] if entry is not None]
         deliveries = await self._deliveries(command.key, entries) if entries else {}
         if len(entries) < len(reply[1]):
@@ -161,13 +152,8 @@ class CommandExecutor:
 
     async def unblock(self) -> None:
         """End a blocking read; the server replies as if its time were over."""
-        if (client := self._reads.known_client_id) is not None:
-            await self._commands.execute((b"CLIENT", b"UNBLOCK", client))
-
-    async def learn_client_id(self) -> None:
-        """Fetch the client number that `unblock` needs."""
-        if self._reads.known_client_id is None:
-            await self._reads.client_id()
+        if self._reads.client_id is not None:
+            await self._commands.execute((b"CLIENT", b"UNBLOCK", self._reads.client_id))
 
     async def leave(self) -> None:
         """Remove this consumer from the group on each partition where it holds nothing."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import threading
 import time
 from collections import deque
@@ -19,6 +18,7 @@ from typing import Any, Final, NamedTuple
 
 from google.protobuf.message import Message
 
+from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import (
     ContractMismatch,
     EventsBufferFull,
@@ -41,8 +41,7 @@ from orki_events.groups import ConsumerGroups
 from orki_events.registry import StreamRegistry
 from orki_events.tuning import TuningCache
 
-_FIRST_WAIT: Final = 0.05
-_MAX_WAIT: Final = 0.5
+_RETRY: Final = JitterOptions(initial=0.05, maximum=0.5, spread=0.5)
 _COMMAND_OVERHEAD: Final = 100
 _log = logging.getLogger("orki.events")
 
@@ -318,7 +317,7 @@ class Publisher:
 
     async def _deliver(self) -> None:
         """Send the batch until each event is accepted, refused or out of time."""
-        failures = 0
+        backoff = Jitter(_RETRY)
         doubtful = False
         while self._sending:
             try:
@@ -347,8 +346,7 @@ class Publisher:
                     # After a failover, the name may resolve to another server.
                     await self._connection.drop()
             self._expire(failure, doubtful)
-            await asyncio.sleep(_wait(failures))
-            failures += 1
+            await asyncio.sleep(backoff.failed())
 
     async def _send(self, batch: list[_Item]) -> list[Any]:
         self.counts.pipelines += 1
@@ -461,9 +459,3 @@ class Publisher:
 def _abandoned(stream: str, count: int, error: OrkiError) -> Gap:
     message = f'{count} collected events of stream "{stream}" were not published: {error.message}'
     return Gap(kind=GapKind.PUBLISH_ABANDONED, stream=stream, group="", count=count, possible=False, message=message)
-
-
-def _wait(failures: int) -> float:
-    """Return the wait before the next try: it grows, with jitter, so that a fleet does not retry at once."""
-    longest = min(_FIRST_WAIT * 2.0 ** min(failures, 10), _MAX_WAIT)
-    return random.uniform(longest / 2, longest)

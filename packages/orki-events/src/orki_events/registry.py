@@ -17,7 +17,6 @@ __all__ = [
     "StreamRegistry",
     "StreamVersion",
     "compare_streams",
-    "stream_from_dump",
 ]
 
 import hashlib
@@ -366,18 +365,6 @@ def group_from_dump(dumped: dict[str, Any]) -> Group:
     values = _known(Group, dumped)
     values["start"] = Start(values.get("start", Start.EARLIEST))
     return Group(**values)
-
-
-def stream_from_dump(dumped: Any) -> Stream:
-    """Return the stream of a `dump`, without members that a newer version added.
-
-    Raises:
-        InvalidContract: It is not a dump of a stream.
-    """
-    try:
-        return _stream(dumped)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InvalidContract(f"this is not a dump of a stream: {error!r}") from error
 
 
 def _known(kind: Any, dumped: dict[str, Any]) -> dict[str, Any]:
