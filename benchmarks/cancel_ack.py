@@ -2,49 +2,43 @@
 
 One attempt blocks its agent, in a thread or in the user's event loop, by sleeping or by spinning in pure Python. The
 orchestrator's end cancels it again and again at random moments, and measures from each cancel to its acknowledgement.
-The baseline is the same with a handler that blocks nothing. Agent and orchestrator are processes of their own.
+The baseline is a handler that blocks nothing. Agent and orchestrator are processes of their own.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import itertools
-import json
 import random
-import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import grpc
-from google.protobuf.wrappers_pb2 import StringValue
+from sourcereview.v1.review_orki import SourceReviewServiceBase, SourceReviewServiceSyncBase
+from sourcereview.v1.review_pb2 import ReviewFileRequest, ReviewFileResponse
 
+from benchmarks.report import Report, worst_percent
+from benchmarks.sides import python, side
 from orki.control.v1 import session_pb2 as pb
 from orki.control.v1.session_pb2_grpc import SessionServiceServicer, add_SessionServiceServicer_to_server
-from orki_agent.catalog import find_handlers
-from orki_agent.runtime import Runtime
-from orki_agent.settings import RunSettings
-from orki_contract import AsyncTaskService, SyncTaskService, Task
+from orki_agent import Agent
 from orki_control import session
 from orki_control.attempt import AttemptKey
 from orki_control.wire import server_options
 
-BENCH = "cancel_ack"
 HEARTBEAT = 2.0
-REACH_MS = 20.0
+METHOD = "sourcereview.v1.SourceReviewService/ReviewFile"
 ROWS = {
-    "handler awaits": ("bench.v1.LoopService/Block", "await"),
-    "thread sleeps": ("bench.v1.ThreadService/Block", "sleep"),
-    "thread spins": ("bench.v1.ThreadService/Block", "spin"),
-    "user's loop sleeps": ("bench.v1.LoopService/Block", "sleep"),
-    "user's loop spins": ("bench.v1.LoopService/Block", "spin"),
+    "handler awaits": ("loop", "await"),
+    "thread sleeps": ("thread", "sleep"),
+    "thread spins": ("thread", "spin"),
+    "user's loop sleeps": ("loop", "sleep"),
+    "user's loop spins": ("loop", "spin"),
 }
 
 
 def block(how: str, seconds: float) -> None:
-    """Blocks its thread."""
+    """Block the calling thread."""
     if how == "sleep":
         time.sleep(seconds)
         return
@@ -53,43 +47,30 @@ def block(how: str, seconds: float) -> None:
         pass
 
 
-class ThreadService(SyncTaskService):
+class ThreadHandler(SourceReviewServiceSyncBase):
     """Blocks in a thread."""
 
-    TASKS = (Task.declare("bench.v1.ThreadService/Block", request=StringValue, response=StringValue),)
-
-    def block(self, request: StringValue, ctx: Any) -> StringValue:
-        """Until the time in the request is over."""
-        how, seconds = request.value.split()
+    def review_file(self, request: Any, ctx: Any) -> ReviewFileResponse:
+        how, seconds = request.path.decode().split()
         block(how, float(seconds))
-        return StringValue()
+        return ReviewFileResponse()
 
 
-class LoopService(AsyncTaskService):
-    """Blocks the user's loop, or only waits in it."""
+class LoopHandler(SourceReviewServiceBase):
+    """Blocks the user's loop, or waits in it."""
 
-    TASKS = (Task.declare("bench.v1.LoopService/Block", request=StringValue, response=StringValue),)
-
-    async def block(self, request: StringValue, ctx: Any) -> StringValue:
-        """Until the time in the request is over."""
-        how, seconds = request.value.split()
-        if how == "await":
-            until = time.monotonic() + float(seconds)
-            while time.monotonic() < until:
-                try:
-                    await asyncio.sleep(until - time.monotonic())
-                except asyncio.CancelledError:
-                    continue
-        else:
+    async def review_file(self, request: Any, ctx: Any) -> ReviewFileResponse:
+        how, seconds = request.path.decode().split()
+        if how != "await":
             block(how, float(seconds))
-        return StringValue()
-
-
-def agent(target: str) -> None:
-    """The agent's process."""
-    settings = RunSettings(orchestrator=target, agent_id="bench")
-    runtime = Runtime(settings, find_handlers((ThreadService(), LoopService())), (), (), lambda error: None)
-    asyncio.run(runtime.run())
+            return ReviewFileResponse()
+        until = time.monotonic() + float(seconds)
+        while time.monotonic() < until:
+            try:
+                await asyncio.sleep(until - time.monotonic())
+            except asyncio.CancelledError:
+                continue
+        return ReviewFileResponse()
 
 
 class Orchestrator(SessionServiceServicer):
@@ -99,7 +80,6 @@ class Orchestrator(SessionServiceServicer):
         self.opened = asyncio.Event()
         self.free = asyncio.Event()
         self.acknowledged: asyncio.Queue[float] = asyncio.Queue()
-        self.heartbeats: list[float] = []
         self._words = asyncio.Event()
 
     async def Connect(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
@@ -134,17 +114,15 @@ class Orchestrator(SessionServiceServicer):
                         self.machine.acknowledge(result.attempt)
                     self.free.set()
                 case session.HeartbeatArrived(number=number):
-                    self.heartbeats.append(time.monotonic())
                     self.machine.echo(number)
 
-    async def measure(self, number: int, method: str, how: str, cancels: int) -> tuple[list[float], float]:
-        """Milliseconds to each acknowledgement, and the longest pause between two heartbeats in seconds."""
+    async def measure(self, number: int, how: str, cancels: int) -> list[float]:
+        """Return the milliseconds to each acknowledgement."""
         seconds = cancels * 0.03 + 2.0
         key = AttemptKey(f"t{number}", 1, number)
-        request = StringValue(value=f"{how} {seconds}").SerializeToString()
-        offer = pb.Offer(attempt=key.ref(), method=method, request=request, lease_ms=60_000, accept_timeout_ms=10_000)
+        request = ReviewFileRequest(path=f"{how} {seconds}".encode()).SerializeToString()
+        offer = pb.Offer(attempt=key.ref(), method=METHOD, request=request, lease_ms=60_000, accept_timeout_ms=10_000)
         self.free.clear()
-        self.heartbeats.clear()
         self.machine.offer(offer, "", time.monotonic())
         self._words.set()
         await asyncio.sleep(0.5)
@@ -156,69 +134,34 @@ class Orchestrator(SessionServiceServicer):
             self._words.set()
             taken.append((await self.acknowledged.get() - began) * 1000)
         await self.free.wait()
-        beats = self.heartbeats
-        pauses = [later - earlier for earlier, later in itertools.pairwise(beats)]
-        return taken, max(pauses, default=0.0)
+        return taken
 
 
-async def run(cancels: int) -> list[dict[str, Any]]:
-    """All rows."""
-    server = grpc.aio.server(options=server_options())
-    orchestrator = Orchestrator()
-    add_SessionServiceServicer_to_server(orchestrator, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    child = await asyncio.create_subprocess_exec(sys.executable, __file__, "--agent", f"127.0.0.1:{port}")
-    rows: list[dict[str, Any]] = []
-    try:
-        await asyncio.wait_for(orchestrator.opened.wait(), 60)
-        baseline = 0.0
-        for number, (row, (method, how)) in enumerate(ROWS.items(), 1):
-            taken, pause = await orchestrator.measure(number, method, how, cancels)
-            median, p99 = statistics.median(taken), statistics.quantiles(taken, n=100)[98]
-            baseline = baseline or median
-            rows.append(
-                {
-                    "bench": BENCH,
-                    "row": f"{row}: cancel acknowledged, p99",
-                    "unit": "ms",
-                    "median": median,
-                    "p99": p99,
-                    "baseline": "handler awaits, median",
-                    "baseline_median": baseline,
-                    "ratio": median / baseline,
-                    "reach": {"op": "<", "value": REACH_MS},
-                    "met": p99 < REACH_MS,
-                }
-            )
-            print(
-                f"{row:20} median {median:7.2f} ms, p99 {p99:7.2f} ms (wanted < {REACH_MS:.0f}: "
-                f"{'met' if p99 < REACH_MS else 'not met'}); median ÷ baseline {median / baseline:5.2f}; "
-                f"longest pause between heartbeats {pause:.2f} s of {HEARTBEAT:.0f} s",
-                flush=True,
-            )
-    finally:
-        child.terminate()
-        await child.wait()
-        await server.stop(None)
-    return rows
-
-
-def main() -> int:
-    """Runs and reports; gives 0 also where the reach is not met."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", metavar="FILE", help="write the rows there")
-    parser.add_argument("--quick", action="store_true", help="fewer cancels, for a look")
-    parser.add_argument("--agent", metavar="HOST:PORT", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.agent:
-        agent(options.agent)
-        return 0
-    rows = asyncio.run(run(100 if options.quick else 1_000))
-    if options.json:
-        Path(options.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    return 0
+async def measure(report: Report) -> None:
+    """Measure all rows."""
+    cancels = 60 if report.quick else 1_000
+    baseline: list[float] = []
+    for kind in ("loop", "thread"):
+        server = grpc.aio.server(options=server_options())
+        orchestrator = Orchestrator()
+        add_SessionServiceServicer_to_server(orchestrator, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        try:
+            async with side("agent", *python("benchmarks.cancel_ack", kind, f"127.0.0.1:{port}"), ready=False):
+                async with asyncio.timeout(60):
+                    await orchestrator.opened.wait()
+                rows = [(row, how) for row, (which, how) in ROWS.items() if which == kind]
+                for number, (row, how) in enumerate(rows, 1):
+                    taken = await orchestrator.measure(number, how, cancels)
+                    baseline = baseline or taken
+                    name = f"{row}: cancel acknowledged"
+                    report.add(name, "ms", taken, baseline="handler awaits", against=baseline)
+                    report.add(f"{name}, p99", "ms", [worst_percent(taken, "ms")], reach=("<", 20.0))
+        finally:
+            await server.stop(None)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    handler = LoopHandler() if sys.argv[1] == "loop" else ThreadHandler()
+    asyncio.run(Agent("bench", handler).run(sys.argv[2], agent_id="bench", drain_grace=0.0))

@@ -1,102 +1,44 @@
-"""What does a typed, batched publish cost beside a hand-written redis-py pipeline of the same bytes?"""
+"""What does a typed publish cost beside XADD commands packed by hand on one connection?"""
 
 from __future__ import annotations
 
-import asyncio
-import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
-import redis.asyncio as redis
-from events_server import KEY, SAMPLE, STREAM, Report, entry_fields, main
+from benchmarks.report import Report
+from benchmarks.sides import Side, cpu_per_operation, in_turns, python, redis_server, side
 
-from orki_contract.trace import new_span, use_span
-from orki_events import Events, connect
-
-BATCH = 500
-PIPELINE = "redis-py pipeline of 500 XADD"
+HAND = "RESP packed by hand, one connection, same bytes"
+_SIDES = "benchmarks.events_sides"
 
 
-async def pipelines(client: redis.Redis, count: int) -> list[float]:
-    """Events a second by hand."""
-    fields = entry_fields()
-    begun = time.perf_counter()
-    for _ in range(count // BATCH):
-        pipeline = client.pipeline(transaction=False)
-        for _ in range(BATCH):
-            pipeline.xadd(KEY, fields, maxlen=1_000_000, approximate=True)
-        await pipeline.execute()
-    return [count / (time.perf_counter() - begun)]
+@asynccontextmanager
+async def both_sides() -> AsyncIterator[tuple[Side, Side, list[tuple[str, int]]]]:
+    """Run a server, the typed program and the hand-written one; give both, and the processes whose CPU counts."""
+    with redis_server() as (port, redis_pid):
+        async with (
+            side("typed", *python(_SIDES, "typed", str(port))) as typed,
+            side("hand", *python(_SIDES, "hand", str(port))) as hand,
+        ):
+            yield typed, hand, [("program", typed.pid), ("redis", redis_pid)]
 
 
-async def typed_batches(events: Events, count: int) -> list[float]:
-    """Events a second by publish_many."""
-    begun = time.perf_counter()
-    for _ in range(count // BATCH):
-        await events.publish_many(STREAM, [SAMPLE] * BATCH)
-    return [count / (time.perf_counter() - begun)]
-
-
-async def typed_crowd(events: Events, count: int) -> list[float]:
-    """Events a second by 500 tasks that publish one event each."""
-    begun = time.perf_counter()
-    for _ in range(count // BATCH):
-        await asyncio.gather(*(events.publish(STREAM, SAMPLE) for _ in range(BATCH)))
-    return [count / (time.perf_counter() - begun)]
-
-
-async def collected(events: Events, count: int) -> list[float]:
-    """Events a second by collect, flushed at the end."""
-    begun = time.perf_counter()
-    for place in range(count):
-        events.collect(STREAM, SAMPLE)
-        if place % 5_000 == 4_999:
-            await events.flush()
-    await events.flush()
-    return [count / (time.perf_counter() - begun)]
-
-
-async def one_by_one(events: Events, count: int) -> list[float]:
-    """Microseconds of a lone publish."""
-    taken = []
-    for _ in range(count):
-        begun = time.perf_counter()
-        await events.publish(STREAM, SAMPLE)
-        taken.append((time.perf_counter() - begun) * 1e6)
-    return taken
-
-
-async def one_by_one_by_hand(client: redis.Redis, count: int) -> list[float]:
-    """Microseconds of a lone XADD."""
-    fields = entry_fields()
-    taken = []
-    for _ in range(count):
-        begun = time.perf_counter()
-        await client.xadd(KEY, fields, maxlen=1_000_000, approximate=True)
-        taken.append((time.perf_counter() - begun) * 1e6)
-    return taken
-
-
-async def measure(report: Report, port: int, quick: bool) -> None:
-    """All rows."""
-    count = 5_000 if quick else 20_000
-    client = redis.Redis(port=port)
-    async with connect(f"redis://127.0.0.1:{port}") as events:
-        with use_span(new_span().child()):
-            rows = {
-                "publish_many, 500 typed events": typed_batches,
-                "publish, 500 tasks at once": typed_crowd,
-                "collect and flush": collected,
-            }
-            for row, side in rows.items():
-                ours, theirs = await report.turns(
-                    lambda side=side: side(events, count), lambda: pipelines(client, count)
-                )
-                report.add(row, "events/s", ours, PIPELINE, theirs, ">=", 0.8)
-            ours, theirs = await report.turns(
-                lambda: one_by_one(events, count // 20), lambda: one_by_one_by_hand(client, count // 20)
+async def measure(report: Report) -> None:
+    """Measure all rows."""
+    rounds, count = (2, 5_000) if report.quick else (9, 20_000)
+    rows = (
+        ("publish_many, 500 typed events a call", "publish", 0.95),
+        ("publish, 500 concurrent tasks", "publish_tasks", 0.8),
+        ("collect and flush", "collect", 0.8),
+    )
+    async with both_sides() as (typed, hand, processes):
+        for row, name, reach in rows:
+            command = f"{name} {count}"
+            ours, theirs = await in_turns(
+                rounds, lambda command=command: typed.ask(command), lambda command=command: hand.ask(command)
             )
-            report.add("publish, one at a time", "us", ours, "redis-py XADD", theirs, "<=", 1.3)
-    await client.aclose()
-
-
-if __name__ == "__main__":
-    main("events_publish", measure)
+            cpu = await cpu_per_operation(count, processes, lambda command=command: typed.ask(command))
+            report.add(row, "events/s", ours, baseline=HAND, against=theirs, reach=(">=", reach), cpu_us=cpu)
+        command = f"publish_one {count // 20}"
+        ours, theirs = await in_turns(rounds, lambda: typed.ask(command), lambda: hand.ask(command))
+        report.add("publish, one at a time", "us", ours, baseline=HAND, against=theirs, reach=("<=", 1.3))

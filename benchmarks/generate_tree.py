@@ -1,34 +1,31 @@
-"""Does the work on a tree of protos grow with the tree, or faster: generating, checking, linting, comparing, the gate?
+"""Does the CPU time of generating, checking, linting, comparing and gating grow linearly with the tree of protos?
 
-A generated tree has files of all four kinds in packages of ten, and a distribution for every 125 files. The rows give
-the processor time for each file at 1,000 files over that at 250, measured in turns; and what orki's share is beside
-protoc's and the stub plugin's, run by buf on the same tree without orki.
+A generated tree has files of all four kinds in packages of ten, and a distribution for every 125 files. Each row gives
+the CPU time of a file in a large tree over that in a tree of a quarter of its size, measured in turns. The last row
+gives the CPU time of `generate` over that of buf with protoc and the stub plugin alone.
 """
 
 from __future__ import annotations
 
-import argparse
+import asyncio
 import contextlib
-import json
 import os
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-BENCH: Final = "generate_tree"
-SMALL: Final = 250
-LARGE: Final = 1000
+from benchmarks.report import Report
+
 FILES_A_PACKAGE: Final = 10
 FILES_AN_OWNER: Final = 125
 GROWTH_REACH: Final = 1.25
 SHARE_REACH: Final = 4.0
-"""Validation, images, pages, orki's own modules, and a run of buf for each distribution come on top of the bare run."""
+"""The bare run lacks validation, images, pages, orki's own modules, and a run of buf for each distribution."""
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 VENDORED: Final = ROOT / "codegen/src/orki_codegen/vendored"
@@ -141,11 +138,11 @@ message Happened{number}Event {{
 
 
 LATER: Final = "  // How long.\n  google.protobuf.Duration patience = 2;\n"
-"""What the earlier tree lacks in each file."""
+"""The part of each file that the earlier tree lacks."""
 
 
 def plant(folder: Path, files: int) -> None:
-    """Lays a workspace of so many proto files out; each file imports the one before it in its package."""
+    """Write a workspace of proto files; each file imports the one before it in its package."""
     for name in ("buf.yaml", "buf.gen.yaml"):
         shutil.copy(VENDORED / name, folder)
     options = folder / "proto/orki/options/v1"
@@ -174,7 +171,7 @@ def plant(folder: Path, files: int) -> None:
 
 
 def run(folder: Path, *command: str, status: int = 0) -> None:
-    """Runs a program of this environment, to the exit status that it must have."""
+    """Run a program of this environment and check its exit status."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     program = shutil.which(command[0], path=path) or command[0]
     environment = {**os.environ, "PATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
@@ -184,7 +181,7 @@ def run(folder: Path, *command: str, status: int = 0) -> None:
 
 
 def generate(folder: Path) -> None:
-    """From nothing: what was generated before is thrown away."""
+    """Generate everything anew."""
     for made in [*folder.glob("packages/*/gen"), *folder.glob("docs")]:
         shutil.rmtree(made)
     run(folder, sys.executable, "-m", "orki_codegen.generate")
@@ -199,23 +196,23 @@ def lint(folder: Path) -> None:
 
 
 def bare(folder: Path) -> None:
-    """buf with protoc and the stub plugin alone, all files in one run."""
+    """Run buf with protoc and the stub plugin alone, all files in one run."""
     with tempfile.TemporaryDirectory() as out:
         run(folder, "buf", "generate", "--template", "bare.gen.yaml", "--output", out)
 
 
 def compare(folder: Path) -> None:
-    """The tree against one that lacks a field in each file."""
+    """Compare the tree with one that lacks a field in each file."""
     run(folder, sys.executable, "-m", "orki_contract.cli", "diff", "before.binpb", "after.binpb", "--json")
 
 
 def gate(folder: Path) -> None:
-    """Likewise, against the commit of that moment: the new fields ask for versions that the tree does not promise."""
+    """Run the gate against the commit without those fields; the versions do not promise them, so it exits with 1."""
     run(folder, sys.executable, "-m", "orki_codegen.cli", "gate", "--against", "HEAD", status=1)
 
 
 def prepare(folder: Path) -> None:
-    """What `bare`, `compare` and `gate` need beside the tree."""
+    """Write what `bare`, `compare` and `gate` need beside the tree."""
     template = (folder / "buf.gen.yaml").read_text(encoding="utf-8")
     kept, found, _ = template.partition("  # x_orki.py")
     if not found:
@@ -244,17 +241,17 @@ WORK: Final[dict[str, Callable[[Path], None]]] = {
 
 
 def used() -> float:
-    """Processor seconds of all programs that have been run: what else the machine does weighs little in them."""
+    """Return the CPU seconds of all programs run so far; other load on the machine hardly changes them."""
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     return spent.ru_utime + spent.ru_stime
 
 
 @contextlib.contextmanager
-def trees() -> Iterator[dict[int, Path]]:
-    """The trees of both sizes."""
+def trees(small: int, large: int) -> Iterator[dict[int, Path]]:
+    """Write the trees of both sizes."""
     with tempfile.TemporaryDirectory(prefix="orki-tree-") as top:
         found = {}
-        for files in (SMALL, LARGE):
+        for files in (small, large):
             found[files] = Path(top) / str(files)
             found[files].mkdir()
             plant(found[files], files)
@@ -262,12 +259,12 @@ def trees() -> Iterator[dict[int, Path]]:
         yield found
 
 
-def measure(rounds: int) -> dict[tuple[str, int], list[float]]:
-    """Processor seconds of each work, and of the baseline, on each tree; in turns."""
+def _taken(rounds: int, small: int, large: int) -> dict[tuple[str, int], list[float]]:
+    """Return the CPU seconds of each work, and of the baseline, on each tree; in turns."""
     taken: dict[tuple[str, int], list[float]] = {}
-    with trees() as planted:
+    with trees(small, large) as planted:
         for number in range(rounds):
-            sizes = (SMALL, LARGE) if number % 2 else (LARGE, SMALL)
+            sizes = (small, large) if number % 2 else (large, small)
             for name, work in {**WORK, "bare": bare}.items():
                 for files in sizes:
                     begun = used()
@@ -276,61 +273,25 @@ def measure(rounds: int) -> dict[tuple[str, int], list[float]]:
     return taken
 
 
-def rows(taken: dict[tuple[str, int], list[float]]) -> list[dict[str, Any]]:
-    """The figures in the form that all benchmarks share."""
-    middle = {key: statistics.median(values) for key, values in taken.items()}
-    found = []
+async def measure(report: Report) -> None:
+    """Measure all rows."""
+    small, large = (60, 240) if report.quick else (250, 1_000)
+    taken = await asyncio.to_thread(_taken, 1 if report.quick else 3, small, large)
     for name in WORK:
-        small, large = middle[name, SMALL] / SMALL * 1000, middle[name, LARGE] / LARGE * 1000
-        ratio = large / small
-        found.append(
-            {
-                "bench": BENCH,
-                "row": f"{name}: time a file in a tree of {LARGE}",
-                "unit": "CPU ms",
-                "median": round(large, 3),
-                "p99": round(max(taken[name, LARGE]) / LARGE * 1000, 3),
-                "baseline": f"a file in a tree of {SMALL}",
-                "baseline_median": round(small, 3),
-                "ratio": round(ratio, 3),
-                "reach": {"op": "<=", "value": GROWTH_REACH},
-                "met": ratio <= GROWTH_REACH,
-            }
+        each = {files: [1000 * seconds / files for seconds in taken[name, files]] for files in (small, large)}
+        report.add(
+            f"{name}: a file in a tree of {large}",
+            "CPU ms",
+            each[large],
+            baseline=f"a file in a tree of {small}",
+            against=each[small],
+            reach=("<=", GROWTH_REACH),
         )
-    whole, alone = middle["generate", LARGE], middle["bare", LARGE]
-    found.append(
-        {
-            "bench": BENCH,
-            "row": f"generate: {LARGE} files",
-            "unit": "CPU s",
-            "median": round(whole, 3),
-            "p99": round(max(taken["generate", LARGE]), 3),
-            "baseline": "buf generate without orki",
-            "baseline_median": round(alone, 3),
-            "ratio": round(whole / alone, 3),
-            "reach": {"op": "<=", "value": SHARE_REACH},
-            "met": whole / alone <= SHARE_REACH,
-        }
+    report.add(
+        f"generate: {large} files",
+        "CPU s",
+        taken["generate", large],
+        baseline="buf generate without orki",
+        against=taken["bare", large],
+        reach=("<=", SHARE_REACH),
     )
-    return found
-
-
-def main() -> None:
-    """`--quick`, `--json FILE`."""
-    parser = argparse.ArgumentParser(description=BENCH)
-    parser.add_argument("--quick", action="store_true", help="one round")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    arguments = parser.parse_args()
-    found = rows(measure(1 if arguments.quick else 3))
-    for row in found:
-        met = "met" if row["met"] else "NOT met"
-        print(
-            f"{row['row']}: {row['median']:g} {row['unit']} beside {row['baseline_median']:g} "
-            f"({row['baseline']}), ratio {row['ratio']:.2f}: {met}"
-        )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,235 +1,124 @@
-"""What does a typed call cost beside the bare echo of the same bytes?
+"""What does a typed tool call cost beside a bare echo of the same bytes?
 
-Each row measures a call and its baseline in turns (ABAB…), both ends pinned to one core, and prints medians, 99th
-percentiles and the ratio of the medians.
+Client and server are programs started apart and pinned, all to one core, or the two ends to two cores.
 """
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import json
 import os
-import socket
-import statistics
-import sys
+import shutil
+import subprocess
 import tempfile
-import time
-from collections import deque
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from time import perf_counter_ns
-from typing import Any
 
-from hotpath_baselines import asyncio_echo_server, c_rounds, echo_server, in_child, loop_echo_rounds, raw_echo_rounds
+from benchmarks.report import Report
+from benchmarks.sides import Side, cpu_per_operation, in_turns, python, side
 
-import orki_contract as oc
-from orki_agent.hotpath import AsyncToolClient, SyncToolClient, ToolBridge
-from orki_contract.trace import new_span, use_span
-
-BENCH = "hotpath_call"
-HEADER_BYTES = 56
-BLOCK_BYTES = 16
-TOKEN = bytes(range(32))
+_HEADER_BYTES = 56
+_SIDES = "benchmarks.hotpath_sides"
+RAW = "blocking Python echo of the same bytes"
 
 
-@oc.frame("bench.v1.Read", version=1, block_length=BLOCK_BYTES)
-class Read(oc.FrameBase):
-    """A request of a usual shape: two numbers and some bytes."""
-
-    offset: int = oc.at(0, oc.Scalar.U64, number=1)
-    length: int = oc.at(8, oc.Scalar.U32, number=2)
-    body: bytes = oc.tail(default=b"")
+def cores() -> tuple[int, int]:
+    """Return two cores that this process may use; the same one twice where there is one alone."""
+    allowed = sorted(os.sched_getaffinity(0))
+    return allowed[0], allowed[-1]
 
 
-READ = oc.Tool.declare("bench.v1.BenchToolService/Read", opcode=0x0101, request=Read, response=Read)
+@asynccontextmanager
+async def pair(
+    name: str, server: tuple[str, ...], client: tuple[str, ...], size: int, placement: tuple[int, int]
+) -> AsyncIterator[tuple[Side, Side]]:
+    """Run a server and a client on a socket of their own; give both.
 
-
-class BenchTools(oc.SyncToolService):
-    """Answers with as many bytes as it got."""
-
-    TOOLS = (READ,)
-
-    def read(self, request: Read, call: oc.ToolCall) -> Read:
-        """One call."""
-        return Read(request.offset, request.length, request.body)
-
-
-def serve(path: str) -> None:
-    """The bridge's process."""
-    with ToolBridge(BenchTools(), path=path, token=TOKEN):
-        time.sleep(3_600)
-
-
-def in_turns(rounds: int, each: int, *sides: Callable[[int], list[int]]) -> list[list[int]]:
-    """Runs the sides in turns; gives the nanoseconds of each side."""
-    taken: list[list[int]] = [[] for _ in sides]
-    for number in range(rounds + 1):
-        for side, sink in zip(sides, taken, strict=True):
-            measured = side(each)
-            if number:  # the first round warms up
-                sink.extend(measured)
-    return taken
-
-
-def percentile(values: list[int], part: float) -> float:
-    """A percentile in microseconds."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * part))] / 1_000
-
-
-def row(name: str, measured: list[int], baseline: str, base: list[int], reach: float) -> dict[str, Any]:
-    """One row of the report."""
-    median, base_median = statistics.median(measured) / 1_000, statistics.median(base) / 1_000
-    ratio = median / base_median
-    return {
-        "bench": BENCH,
-        "row": name,
-        "unit": "us",
-        "median": round(median, 2),
-        "p99": round(percentile(measured, 0.99), 2),
-        "baseline": baseline,
-        "baseline_median": round(base_median, 2),
-        "baseline_p99": round(percentile(base, 0.99), 2),
-        "ratio": round(ratio, 3),
-        "reach": {"op": "<=", "value": reach},
-        "met": ratio <= reach,
-    }
-
-
-def rate_row(name: str, measured: float, base: float, reach: float) -> dict[str, Any]:
-    """A row of rates, where more is better."""
-    ratio = measured / base
-    return {
-        "bench": BENCH,
-        "row": name,
-        "unit": "calls/s",
-        "median": round(measured),
-        "p99": None,
-        "baseline": "the same client, one call at a time",
-        "baseline_median": round(base),
-        "ratio": round(ratio, 3),
-        "reach": {"op": ">=", "value": reach},
-        "met": ratio >= reach,
-    }
-
-
-def sync_rounds(client: SyncToolClient, size: int) -> Callable[[int], list[int]]:
-    """Typed calls, one at a time."""
-    request = Read(7, 9, bytes(size - BLOCK_BYTES))
-
-    def rounds(count: int) -> list[int]:
-        taken = []
-        for _ in range(count):
-            start = perf_counter_ns()
-            client.call(READ, request)
-            taken.append(perf_counter_ns() - start)
-        return taken
-
-    return rounds
-
-
-def measure_sync(path: str, size: int, rounds: int, each: int) -> list[dict[str, Any]]:
-    """Sync client: plain, and traced with records, against a raw echo and C."""
-    wire = HEADER_BYTES + size
-    records: deque[object] = deque(maxlen=1_024)
-    ours, theirs = socket.socketpair()
-    with ExitStack() as stack:
-        stack.enter_context(in_child(lambda: echo_server(theirs, wire)))
-        theirs.close()
-        stack.enter_context(ours)
-        plain = stack.enter_context(SyncToolClient(path, TOKEN, name="bench"))
-        watched = stack.enter_context(SyncToolClient(path, TOKEN, name="bench", on_call=records.append))
-        native = stack.enter_context(c_rounds(wire))
-        full = sync_rounds(watched, size)
-
-        def traced(count: int) -> list[int]:
-            with use_span(new_span()):
-                return full(count)
-
-        sides = [sync_rounds(plain, size), traced, raw_echo_rounds(ours, wire), *([native] if native else [])]
-        call, call_traced, raw, *floor = in_turns(rounds, each, *sides)
-    echo = "raw Python echo"
-    rows = [
-        row(f"sync call, {size} B", call, echo, raw, 1.5),
-        row(f"sync call, {size} B, traced and recorded", call_traced, echo, raw, 1.5),
-    ]
-    return rows + [row(f"sync call, {size} B, beside C", call, "C ping-pong", native, 2.5) for native in floor]
-
-
-async def measure_async(path: str, size: int, rounds: int, each: int) -> list[dict[str, Any]]:
-    """Async client, traced and recorded as inside an agent, against a raw asyncio echo; then 32 calls in flight."""
-    wire = HEADER_BYTES + size
-    records: deque[object] = deque(maxlen=1_024)
-    request = Read(7, 9, bytes(size - BLOCK_BYTES))
-    ours, theirs = socket.socketpair()
-    with in_child(lambda: asyncio_echo_server(theirs)):
-        theirs.close()
-        base_rounds = await loop_echo_rounds(ours, wire)
-        async with AsyncToolClient(path, TOKEN, name="bench", on_call=records.append) as client:
-            measured: list[int] = []
-            base: list[int] = []
-            with use_span(new_span()):
-                for number in range(rounds + 1):
-                    taken = []
-                    for _ in range(each):
-                        start = perf_counter_ns()
-                        await client.call(READ, request)
-                        taken.append(perf_counter_ns() - start)
-                    echoed: list[int] = await base_rounds(each)  # type: ignore[misc]
-                    if number:
-                        measured += taken
-                        base += echoed
-                one = await paced(client, request, each, 1)
-                many = await paced(client, request, each, 32)
-    return [
-        row(f"async call, {size} B, traced and recorded", measured, "raw asyncio Protocol echo", base, 1.5),
-        rate_row(f"async calls, {size} B, 32 in flight", many, one, 3.0),
-    ]
-
-
-async def paced(client: AsyncToolClient, request: Read, each: int, depth: int) -> float:
-    """Calls a second with so many in flight."""
-
-    async def caller() -> None:
-        for _ in range(each // depth):
-            await client.call(READ, request)
-
-    start = time.perf_counter()
-    await asyncio.gather(*(caller() for _ in range(depth)))
-    return each // depth * depth / (time.perf_counter() - start)
-
-
-def main() -> int:
-    """Runs and reports; gives 0 also where a reach is not met."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", metavar="FILE", help="write the rows there")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, for a look")
-    parser.add_argument("--core", type=int, default=min(os.sched_getaffinity(0)), help="core for both ends")
-    options = parser.parse_args()
-    rounds, each = (4, 500) if options.quick else (20, 2_000)
-    os.sched_setaffinity(0, {options.core})
-    rows = []
+    Args:
+        name: For messages and for the CPU figures.
+        server: Command of the server, without path and size.
+        client: Command of the client, likewise.
+        size: Bytes of a request.
+        placement: Core of the client and core of the server.
+    """
     with tempfile.TemporaryDirectory(prefix="orki-bench-") as folder:
-        path = str(Path(folder) / "tools")
-        with in_child(lambda: serve(path)):
-            while not os.path.exists(path):
-                time.sleep(0.01)
-            for size in (64, 1_024):
-                rows += measure_sync(path, size, rounds, each)
-            rows += asyncio.run(measure_async(path, 64, rounds, max(200, each // 4)))
-    for each_row in rows:
-        p99 = f"{each_row['p99']:9.2f}" if each_row["p99"] is not None else " " * 9
-        print(
-            f"{each_row['row']:45} {each_row['median']:9.2f} {p99} {each_row['unit']:8} ÷ "
-            f"{each_row['baseline_median']:9.2f} ({each_row['baseline']}) = {each_row['ratio']:6.3f}, "
-            f"wanted {each_row['reach']['op']} {each_row['reach']['value']}: {'met' if each_row['met'] else 'not met'}"
+        ends = (str(Path(folder) / "socket"), str(size))
+        async with side(f"{name} server", *server, *ends, core=placement[1]) as served:
+            async with side(f"{name} client", *client, *ends, core=placement[0]) as calling:
+                yield calling, served
+
+
+def ours(client: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the commands of the bridge and of one of our clients."""
+    return python(_SIDES, "bridge"), python(_SIDES, client)
+
+
+def compiled(folder: str) -> str | None:
+    """Compile the C program and return its path; None without a compiler."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        return None
+    program = str(Path(folder) / "pingpong")
+    source = str(Path(__file__).with_name("hotpath_pingpong.c"))
+    subprocess.run([compiler, "-O2", "-o", program, source], check=True)
+    return program
+
+
+async def measure(report: Report) -> None:
+    """Measure all rows."""
+    one, other = cores()
+    await _measure_sync(report, 64, (one, one), "one core")
+    if not report.quick:
+        await _measure_sync(report, 1_024, (one, one), "one core")
+        await _measure_sync(report, 64, (one, other), "two cores")
+    await _measure_async(report, 64, (one, one))
+
+
+async def _measure_sync(report: Report, size: int, placement: tuple[int, int], where: str) -> None:
+    rounds, count = (4, 1_000) if report.quick else (20, 2_000)
+    command = f"one {count}"
+    raw = (python(_SIDES, "echo"), python(_SIDES, "raw"))
+    with tempfile.TemporaryDirectory(prefix="orki-bench-") as folder:
+        async with AsyncExitStack() as stack:
+            enter = stack.enter_async_context
+            plain, served = await enter(pair("call", *ours("call"), size, placement))
+            traced, _ = await enter(pair("traced call", *ours("call_traced"), size, placement))
+            echo, _ = await enter(pair("raw", *raw, size, placement))
+            sides = [plain, traced, echo]
+            if program := compiled(folder):
+                c_pair = ((program, "serve"), (program, "call"))
+                native, _ = await enter(pair("C", *c_pair, size + _HEADER_BYTES, placement))
+                sides.append(native)
+            taken = await in_turns(rounds, *[lambda each=each: each.ask(command) for each in sides])
+            processes = [("client", plain.pid), ("bridge", served.pid)]
+            cpu = await cpu_per_operation(count * 10, processes, lambda: plain.ask(f"one {count * 10}"))
+    row = f"sync call, {size} B, {where}"
+    report.add(row, "us", taken[0], baseline=RAW, against=taken[2], reach=("<=", 1.5), cpu_us=cpu)
+    report.add(f"{row}, traced and recorded", "us", taken[1], baseline=RAW, against=taken[2], reach=("<=", 1.5))
+    for native_values in taken[3:]:
+        report.add(row, "us", taken[0], baseline="C ping-pong", against=native_values, reach=("<=", 2.5))
+
+
+async def _measure_async(report: Report, size: int, placement: tuple[int, int]) -> None:
+    rounds, count = (4, 500) if report.quick else (20, 1_000)
+    raw = (python(_SIDES, "asyncio_echo"), python(_SIDES, "asyncio_raw"))
+    async with (
+        pair("async call", *ours("call_async"), size, placement) as (client, served),
+        pair("asyncio", *raw, size, placement) as (echo, _),
+    ):
+        command = f"one {count}"
+        taken, base = await in_turns(rounds, lambda: client.ask(command), lambda: echo.ask(command))
+        processes = [("client", client.pid), ("bridge", served.pid)]
+        cpu = await cpu_per_operation(count * 10, processes, lambda: client.ask(f"one {count * 10}"))
+        row = f"async call, {size} B, one core, traced and recorded"
+        report.add(row, "us", taken, baseline="bare asyncio.Protocol echo", against=base, reach=("<=", 1.5), cpu_us=cpu)
+        deep, flat = await in_turns(
+            rounds, lambda: client.ask(f"many 32 {count * 4}"), lambda: client.ask(f"many 1 {count}")
         )
-    if options.json:
-        Path(options.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        report.add(
+            f"async calls, {size} B, 32 in flight",
+            "calls/s",
+            deep,
+            baseline="one call at a time",
+            against=flat,
+            reach=(">=", 3.0),
+        )

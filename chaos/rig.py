@@ -26,7 +26,8 @@ _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent ends; run it in the child, before exec."""
     if _libc is not None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -73,7 +74,7 @@ class Process:
                 stdout=log,
                 stderr=log,
                 env=self._environment,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         self._killed = False
 

@@ -38,8 +38,8 @@ from orki_agent.hotpath.frames import (
     encode_hello,
     encode_reply,
     encode_welcome,
+    pack_span,
 )
-from orki_agent.hotpath.traces import pack_span
 from orki_contract.errors import PeerRefused, ToolFailed
 from orki_contract.trace import Span
 

@@ -1,8 +1,9 @@
-"""The delivery machine: its table, its laws under arbitrary interleavings, and the cases worth a name."""
+"""The delivery machine: its transition table and its behaviour in single cases."""
 
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +21,11 @@ from orki_events._delivery_table import (
     DeadLettered,
     DeliverySettings,
     Dispatch,
-    DrainAsked,
+    Drained,
+    DrainRequested,
     EntriesClaimed,
     EntriesRead,
+    EntriesUnknown,
     Failed,
     GroupMissing,
     GroupsReady,
@@ -31,33 +34,63 @@ from orki_events._delivery_table import (
     Opened,
     Outcome,
     Read,
+    ReadDue,
+    Recovered,
     Renew,
+    RenewalDue,
     Renewed,
+    RepeatDue,
+    Requested,
+    RetryDue,
     Returned,
     State,
     Succeeded,
+    SweepDue,
     Unanswered,
-    Wanted,
 )
 
-# Written by hand: what may happen while a consumer is in each state.
-_ANSWERS = "EntriesRead EntriesClaimed Acked DeadLettered Renewed Unanswered GroupMissing"
-_HANDLERS = "Returned Succeeded Failed"
+# Written by hand: the legal events of each state, by the next state.
+REPLIES = "EntriesRead EntriesClaimed Acked DeadLettered Renewed Unanswered"
+CALLS = "Returned Succeeded Failed"
 LEGAL = {
-    "new": "Opened DrainAsked",
-    "creating groups": f"GroupsReady {_ANSWERS} Wanted {_HANDLERS} DrainAsked",
-    "recovering": f"{_ANSWERS} Wanted {_HANDLERS} DrainAsked",
-    "reading": f"{_ANSWERS} Wanted {_HANDLERS} DrainAsked",
-    "draining": f"GroupsReady {_ANSWERS} HandedBack {_HANDLERS} DrainAsked",
-    "closed": "DrainAsked",
+    "NEW": {"CREATING": "Opened", "CLOSED": "DrainRequested"},
+    "CREATING": {
+        "RECOVERING": "GroupsReady",
+        "CREATING": f"{REPLIES} EntriesUnknown GroupMissing Requested {CALLS} RepeatDue RetryDue RenewalDue ReadDue",
+        "DRAINING": "DrainRequested",
+    },
+    "RECOVERING": {
+        "RECOVERING": f"{REPLIES} EntriesUnknown Requested {CALLS} RepeatDue RetryDue RenewalDue ReadDue",
+        "CREATING": "GroupMissing",
+        "READING": "Recovered",
+        "DRAINING": "DrainRequested",
+    },
+    "READING": {
+        "READING": f"{REPLIES} Requested {CALLS} RepeatDue RetryDue RenewalDue SweepDue",
+        "RECOVERING": "EntriesUnknown",
+        "CREATING": "GroupMissing",
+        "DRAINING": "DrainRequested",
+    },
+    "DRAINING": {
+        "DRAINING": f"GroupsReady {REPLIES} HandedBack EntriesUnknown GroupMissing {CALLS} RepeatDue RenewalDue ReadDue"
+        " DrainRequested",
+        "CLOSED": "Drained",
+    },
+    "CLOSED": {"CLOSED": "DrainRequested"},
+}
+NEXT = {
+    (state, event): following
+    for state, row in LEGAL.items()
+    for following, events in row.items()
+    for event in events.split()
 }
 SETTINGS = DeliverySettings(
     prefetch=10,
     max_deliveries=3,
-    ack_deadline_s=30.0,
-    sweep_interval_s=10.0,
-    hold_limit_s=300.0,
-    backoff=Backoff(initial_ms=1_000, maximum_ms=8_000),
+    ack_deadline=30.0,
+    sweep_interval=10.0,
+    hold_limit=300.0,
+    backoff=Backoff(initial=1.0, maximum=8.0),
 )
 KEY = "orki:ev:{s}"
 
@@ -67,7 +100,7 @@ def entry(number: int) -> list[Any]:
 
 
 class Bench:
-    """A machine and what it asked for."""
+    """A machine and its last commands."""
 
     def __init__(self, settings: DeliverySettings = SETTINGS, keys: tuple[str, ...] = (KEY,)) -> None:
         self.machine = DeliveryMachine(keys, settings)
@@ -88,7 +121,7 @@ class Bench:
         return found
 
     def reading(self) -> Any:
-        """Up to the first read of new entries, which it returns; the sweep that goes on beside it is answered."""
+        """Advance to the first read of new entries and return it; the concurrent sweep is answered."""
         self.tell(Opened())
         self.tell(GroupsReady(self.one(CreateGroups)))
         self.tell(EntriesRead(self.one(Read), {}, {}))
@@ -98,13 +131,13 @@ class Bench:
         return read
 
     def holding(self, count: int) -> list[Any]:
-        """Up to a dispatch of so many entries, which it returns."""
+        """Advance to a dispatch of `count` entries and return them."""
         self.tell(EntriesRead(self.reading(), {KEY: [entry(number) for number in range(1, count + 1)]}, {}))
-        self.tell(Wanted(count))
+        self.tell(Requested(count))
         return self.one(Dispatch).entries
 
     def drained(self) -> None:
-        self.tell(DrainAsked())
+        self.tell(DrainRequested())
 
 
 def in_state(state: State) -> Bench:
@@ -137,100 +170,123 @@ SAMPLES: dict[str, Any] = {
     "Renewed": Renewed(Renew(KEY, []), ()),
     "HandedBack": HandedBack(HandBack(KEY, {})),
     "Unanswered": Unanswered(CreateGroups()),
-    "GroupMissing": GroupMissing(CreateGroups()),
-    "Wanted": Wanted(1),
+    "EntriesUnknown": EntriesUnknown(Claim(KEY, b"0-0", 1)),
+    "GroupMissing": GroupMissing(Renew(KEY, [])),
+    "Requested": Requested(1),
     "Returned": Returned(KEY, [entry(1)]),
     "Succeeded": Succeeded(KEY, [b"1-0"]),
     "Failed": Failed(KEY, [entry(1)], Reason.REASON_HANDLER_FAILED, "no"),
-    "DrainAsked": DrainAsked(),
+    "DrainRequested": DrainRequested(),
+    "RepeatDue": RepeatDue(),
+    "RetryDue": RetryDue(),
+    "RenewalDue": RenewalDue(),
+    "SweepDue": SweepDue(),
+    "ReadDue": ReadDue(),
+    "Recovered": Recovered(),
+    "Drained": Drained(),
 }
 
 
-def test_the_legal_pairs_are_those_written_by_hand() -> None:
-    assert {(state.value, event.__name__) for state, event in TRANSITIONS} == {
-        (state, event) for state, events in LEGAL.items() for event in events.split()
+def test_the_table_lists_the_transitions_written_by_hand() -> None:
+    listed = {
+        (state.name, event.__name__): following.name
+        for state, row in TRANSITIONS.rows.items()
+        for event, following in row.items()
     }
+    assert listed == NEXT
+    assert {event.__name__ for event in TRANSITIONS.events()} == SAMPLES.keys()
 
 
+@pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize("state", State)
-def test_every_other_pair_is_our_own_protocol_error(state: State) -> None:
-    legal = LEGAL[state.value].split()
-    for name, event in SAMPLES.items():
-        bench = in_state(state)
-        if name not in legal:
-            with pytest.raises(LocalProtocolError, match=f"{name} is not possible while {state.value}"):
-                bench.tell(event)
-            assert bench.machine.state is state
+def test_each_event_moves_as_listed_or_is_refused(state: State, name: str) -> None:
+    bench = in_state(state)
+    event = SAMPLES[name]
+    if (command := getattr(event, "command", None)) is not None:
+        bench.machine._open.add(command)
+    bench.machine._partitions[KEY].held[b"1-0"] = bench.now
+    if (state.name, name) in NEXT:
+        bench.tell(event)
+        assert bench.machine.state.name == NEXT[state.name, name]
+    else:
+        with pytest.raises(LocalProtocolError, match=f"delivery: {name} is illegal in state {state.name}"):
+            bench.tell(event)
+        assert bench.machine.state is state
+
+
+def test_the_diagram_in_the_docs_shows_the_table() -> None:
+    page = Path(__file__).parents[3] / "docs" / "delivery-states.md"
+    assert TRANSITIONS.mermaid() in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
     "name", ["GroupsReady", "EntriesRead", "EntriesClaimed", "Acked", "DeadLettered", "Renewed", "Unanswered"]
 )
-def test_an_answer_to_what_was_not_asked_is_our_own_protocol_error(name: str) -> None:
+def test_a_reply_to_an_unknown_command_is_a_local_error(name: str) -> None:
     bench = in_state(State.CREATING)
-    with pytest.raises(LocalProtocolError, match="answered twice, or never issued"):
+    with pytest.raises(LocalProtocolError, match="answered twice or never issued"):
         bench.tell(SAMPLES[name])
 
 
-def test_a_settlement_of_what_is_not_held_is_our_own_protocol_error() -> None:
+def test_settling_an_entry_that_is_not_held_is_a_local_error() -> None:
     bench = Bench()
     bench.holding(1)
     with pytest.raises(LocalProtocolError, match=r"9-0 of .* is not held"):
         bench.tell(Succeeded(KEY, [b"9-0"]))
-    with pytest.raises(LocalProtocolError, match="no partition"):
+    with pytest.raises(LocalProtocolError, match="not a partition"):
         bench.tell(Succeeded("elsewhere", [b"1-0"]))
-    with pytest.raises(LocalProtocolError, match="0 entries wanted"):
-        bench.tell(Wanted(0))
+    with pytest.raises(LocalProtocolError, match="0 entries requested"):
+        bench.tell(Requested(0))
 
 
-def test_entries_of_a_key_that_was_not_read_are_the_servers_protocol_error() -> None:
+def test_entries_of_a_key_that_was_not_read_are_a_remote_error() -> None:
     bench = Bench()
     read = bench.reading()
     with pytest.raises(RemoteProtocolError, match="which was not read"):
         bench.tell(EntriesRead(read, {"orki:ev:{other}": [entry(1)]}, {}))
 
 
-def test_its_own_pending_entries_come_before_new_ones() -> None:
+def test_pending_entries_are_read_before_new_ones() -> None:
     bench = Bench()
     bench.tell(Opened())
     bench.tell(GroupsReady(bench.one(CreateGroups)))
     first = bench.one(Read)
-    assert (first.places, first.history) == (((KEY, b"0-0"),), True)
+    assert (first.positions, first.history) == (((KEY, b"0-0"),), True)
     bench.tell(EntriesRead(first, {KEY: [entry(1), entry(2)]}, {KEY: {b"1-0": 2}}))
     second = bench.one(Read)
-    assert (second.places, second.history) == (((KEY, b"2-0"),), True)
+    assert (second.positions, second.history) == (((KEY, b"2-0"),), True)
     bench.tell(EntriesRead(second, {}, {}))
     assert bench.one(Read).history is False
-    bench.tell(Wanted(5))
+    bench.tell(Requested(5))
     assert bench.one(Dispatch).deliveries == {b"1-0": 2}
 
 
-def test_a_read_that_broke_is_followed_by_reading_what_it_may_have_brought() -> None:
+def test_pending_entries_are_read_again_after_an_unanswered_read() -> None:
     bench = Bench()
-    bench.tell(Unanswered(bench.reading()))
+    bench.tell(EntriesUnknown(bench.reading()))
     assert bench.machine.state is State.RECOVERING
     assert bench.asked == []
     bench.later(1.0)
     read = bench.one(Read)
-    assert (read.places, read.history) == (((KEY, b"0-0"),), True)
+    assert (read.positions, read.history) == (((KEY, b"0-0"),), True)
 
 
-def test_reading_again_what_is_in_hand_does_not_count_as_a_delivery() -> None:
+def test_reading_held_entries_again_does_not_count_as_a_delivery() -> None:
     bench = Bench()
     bench.tell(EntriesRead(bench.reading(), {KEY: [entry(1), entry(2)]}, {}))
     waiting = bench.one(Read)
     bench.later(10)
-    bench.tell(Unanswered(bench.one(Claim)))
-    bench.tell(Wanted(2))
+    bench.tell(EntriesUnknown(bench.one(Claim)))
+    bench.tell(Requested(2))
     bench.tell(EntriesRead(waiting, {}, {}))
     bench.tell(EntriesRead(bench.one(Read), {KEY: [entry(1), entry(2), entry(3)]}, {KEY: {b"1-0": 2, b"2-0": 2}}))
     renew = bench.one(Renew)
     assert (renew.entry_ids, renew.deliveries) == ([b"1-0", b"2-0"], 1)
-    bench.tell(Wanted(9))
+    bench.tell(Requested(9))
     assert [each[0] for each in bench.one(Dispatch).entries] == [b"3-0"]
 
 
-def test_success_is_acknowledged_in_batches_while_another_acknowledgement_is_under_way() -> None:
+def test_acknowledgements_are_batched_while_another_one_is_in_progress() -> None:
     bench = Bench()
     bench.holding(4)
     bench.tell(Succeeded(KEY, [b"1-0"]))
@@ -242,7 +298,7 @@ def test_success_is_acknowledged_in_batches_while_another_acknowledgement_is_und
     assert bench.one(Ack).entry_ids == [b"2-0", b"3-0", b"4-0"]
 
 
-def test_failure_is_retried_with_growing_waits_and_then_dead_lettered() -> None:
+def test_a_failed_entry_is_retried_with_growing_waits_and_then_dead_lettered() -> None:
     bench = Bench()
     (poison,) = bench.holding(1)
     waits = []
@@ -252,7 +308,7 @@ def test_failure_is_retried_with_growing_waits_and_then_dead_lettered() -> None:
         waits.append(due - bench.now)
         bench.later(due - bench.now)
         assert bench.one(Renew).deliveries == delivery
-        bench.tell(Wanted(1))
+        bench.tell(Requested(1))
         assert bench.one(Dispatch).deliveries == {b"1-0": delivery}
     assert waits == [1.0, 2.0]
     bench.tell(Failed(KEY, [poison], Reason.REASON_HANDLER_FAILED, "boom"))
@@ -264,14 +320,14 @@ def test_failure_is_retried_with_growing_waits_and_then_dead_lettered() -> None:
     assert (bench.one(Ack).entry_ids, bench.one(Ack).outcome) == ([b"1-0"], Outcome.DEAD_LETTERED)
 
 
-def test_what_no_delivery_can_mend_is_dead_lettered_at_once() -> None:
+def test_a_final_failure_is_dead_lettered_at_once() -> None:
     bench = Bench()
     (bad,) = bench.holding(1)
     bench.tell(Failed(KEY, [bad], Reason.REASON_EVENT_UNDECODABLE, "no event", final=True))
     assert bench.one(DeadLetter).letters[0].reason == Reason.REASON_EVENT_UNDECODABLE
 
 
-def test_an_entry_that_killed_its_consumers_is_not_dispatched_once_more() -> None:
+def test_an_entry_that_killed_its_consumers_is_not_dispatched_again() -> None:
     bench = Bench()
     bench.reading()
     bench.later(10)
@@ -279,11 +335,11 @@ def test_an_entry_that_killed_its_consumers_is_not_dispatched_once_more() -> Non
     bench.tell(EntriesClaimed(claim, b"0-0", [entry(1), entry(2)], {b"1-0": 4, b"2-0": 3}, ()))
     (letter,) = bench.one(DeadLetter).letters
     assert (letter.entry[0], letter.deliveries, letter.reason) == (b"1-0", 3, Reason.REASON_DELIVERIES_EXHAUSTED)
-    bench.tell(Wanted(5))
+    bench.tell(Requested(5))
     assert [each[0] for each in bench.one(Dispatch).entries] == [b"2-0"]
 
 
-def test_the_claim_cursor_is_kept_and_the_sweep_goes_on_at_once_until_its_end() -> None:
+def test_a_sweep_continues_from_its_cursor_without_a_pause() -> None:
     bench = Bench()
     bench.reading()
     bench.later(10)
@@ -297,7 +353,7 @@ def test_the_claim_cursor_is_kept_and_the_sweep_goes_on_at_once_until_its_end() 
     assert bench.one(Claim).cursor == b"0-0"
 
 
-def test_every_partition_is_swept_however_little_is_free() -> None:
+def test_every_partition_is_swept_even_if_little_prefetch_is_free() -> None:
     bench = Bench(keys=("a", "b", "c"))
     bench.tell(Opened())
     bench.tell(GroupsReady(bench.one(CreateGroups)))
@@ -309,7 +365,7 @@ def test_every_partition_is_swept_however_little_is_free() -> None:
     assert [(claim.key, claim.count) for claim in claims] == [("a", 1), ("b", 1), ("c", 1)]
 
 
-def test_what_is_held_is_renewed_well_before_others_may_claim_it() -> None:
+def test_held_entries_are_renewed_before_others_may_claim_them() -> None:
     bench = Bench()
     bench.holding(2)
     renewed_at = [bench.now]
@@ -324,12 +380,12 @@ def test_what_is_held_is_renewed_well_before_others_may_claim_it() -> None:
             elif isinstance(command, Claim):
                 bench.machine.receive(EntriesClaimed(command, b"0-0", [], {}, ()), bench.now)
     gaps = [later - earlier for earlier, later in itertools.pairwise(renewed_at)]
-    assert max(gaps) < SETTINGS.ack_deadline_s
-    # The hold limit of 300 s ends it.
+    assert max(gaps) < SETTINGS.ack_deadline
+    # The hold limit of 300 s ends the renewals.
     assert 100 + 250 < renewed_at[-1] <= 100 + 300
 
 
-def test_what_others_took_is_neither_renewed_nor_retried() -> None:
+def test_entries_that_others_claimed_are_neither_renewed_nor_retried() -> None:
     bench = Bench()
     first, _ = bench.holding(2)
     bench.later(20)
@@ -350,7 +406,7 @@ def test_entries_trimmed_while_pending_are_acknowledged_and_counted_as_lost() ->
     assert (ack.entry_ids, ack.outcome, ack.extra) == ([b"1-0"], Outcome.DECLARED_LOST, 2)
 
 
-def test_a_missing_group_is_created_once_and_reading_starts_over() -> None:
+def test_a_missing_group_is_created_once_and_recovery_restarts() -> None:
     bench = Bench()
     read = bench.reading()
     bench.later(10)
@@ -365,26 +421,26 @@ def test_a_missing_group_is_created_once_and_reading_starts_over() -> None:
     assert bench.one(Read).history is True
 
 
-def test_the_hand_is_bounded_and_refilled_when_half_empty() -> None:
+def test_prefetch_is_bounded_and_refilled_when_half_empty() -> None:
     bench = Bench()
     read = bench.reading()
     assert read.count == 10
     bench.tell(EntriesRead(read, {KEY: [entry(number) for number in range(1, 11)]}, {}))
     assert bench.asked == []
-    bench.tell(Wanted(10))
+    bench.tell(Requested(10))
     bench.tell(Succeeded(KEY, [b"%d-0" % number for number in range(1, 5)]))
     assert not any(isinstance(each, Read) for each in bench.asked)
     bench.tell(Succeeded(KEY, [b"5-0"]))
     assert bench.one(Read).count == 5
 
 
-def test_a_drain_hands_back_what_was_not_begun_and_waits_for_the_rest() -> None:
+def test_a_drain_hands_back_unbegun_entries_and_waits_for_the_others() -> None:
     bench = Bench()
     bench.tell(EntriesRead(bench.reading(), {KEY: [entry(number) for number in range(1, 5)]}, {}))
     read = bench.one(Read) if any(isinstance(each, Read) for each in bench.asked) else None
-    bench.tell(Wanted(2))
+    bench.tell(Requested(2))
     running = bench.one(Dispatch).entries
-    back = [command for command in bench.tell(DrainAsked()) if isinstance(command, HandBack)]
+    back = [command for command in bench.tell(DrainRequested()) if isinstance(command, HandBack)]
     assert [dict(command.deliveries) for command in back] == [{b"3-0": 0, b"4-0": 0}]
     for command in back:
         bench.tell(HandedBack(command))
@@ -401,11 +457,11 @@ def test_a_drain_hands_back_what_was_not_begun_and_waits_for_the_rest() -> None:
     assert bench.machine.next_timer() is None
 
 
-def test_a_drain_whose_last_read_broke_looks_for_what_it_may_have_brought() -> None:
+def test_a_drain_reads_pending_entries_after_an_unanswered_read() -> None:
     bench = Bench()
     read = bench.reading()
     bench.drained()
-    bench.tell(Unanswered(read))
+    bench.tell(EntriesUnknown(read))
     bench.later(2)
     history = bench.one(Read)
     assert history.history

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from redis import Redis
 
+from orki.control.v1.attempt_pb2 import TaskState
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import new_span
@@ -33,9 +34,7 @@ from orki_server._store.script import Operation, shard_script
 from orki_server._store.store import Store
 from orki_server._store.tasks import Cancel, Direct, ReadTask, Submit
 
-METHOD = TaskMethod(
-    service="acme.v1.WorkService", name="Do", request="q", response="r", backoff=Backoff(initial_ms=60_000)
-)
+METHOD = TaskMethod(service="acme.v1.WorkService", name="Do", request="q", response="r", backoff=Backoff(initial=60.0))
 KEYS = ShardKeys(0)
 EVENTS = sorted(TASK_LIFE.events(), key=lambda event: event.__name__)
 
@@ -200,17 +199,14 @@ def _lua() -> str:
     return "\n".join(line.partition("--")[0] for line in text.splitlines())
 
 
-async def test_submitters_see_a_task_state_for_each_state(subject: Subject) -> None:
-    assert set(VISIBLE) == set(Life)
-    for state in set(Life) - {Life.ABSENT}:
-        one = Subject(subject.store, subject.redis)
-        await one.bring_to(state)
-        view = await subject.store.apply(ReadTask(one.task_id))
-        assert view is not None
-        assert view.task.state == VISIBLE[state]
+@pytest.mark.parametrize("state", VISIBLE, ids=lambda state: state.name)
+async def test_submitters_see_a_task_state_for_each_state(subject: Subject, state: Life) -> None:
+    await subject.bring_to(state)
+    view = await subject.store.apply(ReadTask(subject.task_id))
+    assert (view.task.state if view else TaskState.TASK_STATE_UNSPECIFIED) == VISIBLE[state]
 
 
 def test_every_state_is_reached_and_left() -> None:
-    assert set(TASK_LIFE.rows) == set(Life)
+    assert set(TASK_LIFE.rows) == set(VISIBLE) == set(Life)
     assert {following for row in TASK_LIFE.rows.values() for following in row.values()} == set(Life)
     assert set(TIMERS.values()) < TASK_LIFE.events()

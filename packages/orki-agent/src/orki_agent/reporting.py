@@ -26,7 +26,7 @@ E = TypeVar("E", bound=Message)
 _log = logging.getLogger("orki.agent.events")
 _WAITING: Final = 4096
 _SAY_EVERY: Final = 10.0
-_OPTIONS: Final = EventOptions(drain_timeout_s=5.0)
+_OPTIONS: Final = EventOptions(drain_timeout=5.0)
 
 
 class EventPort(Protocol):

@@ -384,5 +384,5 @@ def test_a_thousand_connections_that_break_leave_nothing(bridge: ToolBridge) -> 
             peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     running = bridge._running
     assert running is not None
-    until(lambda: not running._desk.connections, what="the bridge let go of all")
+    until(lambda: not running.monitor.connections, what="the bridge let go of all")
     assert FrameMalformed.reason == Reason.REASON_FRAME_MALFORMED

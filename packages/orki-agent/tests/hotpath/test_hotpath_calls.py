@@ -167,7 +167,7 @@ async def test_what_cannot_be_sent_is_refused_here(either: Either) -> None:
     for timeout in (0, -1, 5_000, float("nan"), float("inf")):
         with pytest.raises(InvalidArgument, match="timeout"):
             await either.call(ECHO, Ask(1, 2), timeout=timeout)
-    with pytest.raises(FrameTooLarge, match="the bridge takes"):
+    with pytest.raises(FrameTooLarge, match="the maximum is"):
         await either.call(ECHO, Ask(1, 2, bytes(17 << 20)))
     with pytest.raises(FrameTooLarge, match="the reply of"):
         await either.call(GROW, Ask(17 << 20, 0))
@@ -243,8 +243,8 @@ def test_a_lost_caller_cancels_its_calls() -> None:
         thread = threading.Thread(target=call)
         thread.start()
         until(lambda: tools.sleeping == 1)
-        for wire in tuple(client._wires):
-            wire._sock.shutdown(2)
+        for transport in tuple(client._transports):
+            transport._sock.shutdown(2)
         thread.join()
         client.close()
         assert tools.cancelled.wait(10)
@@ -294,10 +294,10 @@ def test_when_all_threads_block_other_connections_go_on() -> None:
 def test_a_tool_that_blocked_once_is_served_as_before_when_it_is_quick_again(bridge: ToolBridge) -> None:
     with SyncToolClient(bridge.path, bridge.token, name="tester") as client:
         assert bridge._running is not None
-        tool = bridge._running._desk.tools[SLEEP.contract.opcode]
+        tool = bridge._running.state.tools[SLEEP.contract.opcode]
         client.call(SLEEP, Ask(100, 0))
-        assert tool.apart
-        until(lambda: client.call(SLEEP, Ask(0, 0)) == Ask(0, 0) and not tool.apart)
+        assert tool.detached
+        until(lambda: client.call(SLEEP, Ask(0, 0)) == Ask(0, 0) and not tool.detached)
         assert client.call(SLEEP, Ask(0, 0)) == Ask(0, 0)
 
 
@@ -331,7 +331,7 @@ def test_threads_share_a_client(bridge: ToolBridge) -> None:
         for thread in threads:
             thread.join()
         assert wrong == []
-        assert len(client._wires) <= 3
+        assert len(client._transports) <= 3
 
 
 async def test_records_say_what_each_call_was(either: Either, records: list[ToolRecord]) -> None:
@@ -357,7 +357,7 @@ async def test_calls_wait_for_a_place_and_fail_when_none_comes() -> None:
                 await client.call(ECHO, Ask(1, 2), timeout=0.02)
             waiting = asyncio.create_task(client.call(ECHO, Ask(1, 2)))
             await asyncio.sleep(0)
-            with pytest.raises(TooManyCalls, match="the most that may"):
+            with pytest.raises(TooManyCalls, match="which is the maximum"):
                 await client.call(ECHO, Ask(1, 2))
             tools.release.set()
             assert await waiting == Ask(1, 2)

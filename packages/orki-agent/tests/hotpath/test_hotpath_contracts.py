@@ -24,7 +24,7 @@ from sourcereview.v1.tools_pb2 import ReadFileRequest, ReadFileResponse
 
 from orki.hotpath.v1.tool_orki import ContractAnswerFrame
 from orki_agent.hotpath import AsyncToolClient, SyncToolClient, ToolBridge
-from orki_agent.hotpath.agreement import check_answer
+from orki_agent.hotpath._handshake import check_contract
 from orki_agent.hotpath.frames import OP_CONTRACT
 from orki_contract import ToolCall
 from orki_contract.errors import ContractMismatch, InvalidContract, OrkiError, UnknownMethod
@@ -162,8 +162,8 @@ def test_a_bridge_older_than_the_question_is_called_all_the_same() -> None:
 def test_an_answer_without_a_contract_in_it_is_refused(image: bytes) -> None:
     answer = ContractAnswerFrame(digest=bytes(31) + b"\1", served=True, image=image)
     with pytest.raises(InvalidContract):
-        check_answer(SERVICE, answer)
+        check_contract(SERVICE, answer)
 
 
 def test_a_bridge_whose_code_has_no_image_has_nothing_to_compare() -> None:
-    assert check_answer(SERVICE, ContractAnswerFrame(digest=bytes(32), served=True)) is None
+    assert check_contract(SERVICE, ContractAnswerFrame(digest=bytes(32), served=True)) is None

@@ -12,7 +12,7 @@ import pytest
 import orki_agent.hotpath
 import orki_contract as oc
 from orki_agent.hotpath import AsyncToolClient, SyncToolClient
-from orki_agent.hotpath.served import Call
+from orki_agent.hotpath._handlers import Call
 
 MODULES = [
     f"orki_agent.hotpath.{each.name}"

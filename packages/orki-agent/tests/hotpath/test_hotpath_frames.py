@@ -30,8 +30,9 @@ from orki_agent.hotpath.frames import (
     encode_hello,
     encode_reply,
     encode_welcome,
+    pack_span,
+    unpack_span,
 )
-from orki_agent.hotpath.traces import pack_span, unpack_span
 from orki_contract.errors import (
     FrameMalformed,
     FrameTooLarge,

@@ -73,10 +73,15 @@ def test_a_stopping_bridge_lets_calls_end_and_takes_no_new_ones(tool: oc.Tool) -
         thread = in_thread(client, tool, Ask(500, 9), outcome)
         running = bridge._running
         assert running is not None
-        until(lambda: any(connection.calls for connection in running._desk.connections))
+        until(lambda: any(connection.machine.calls for connection in running.monitor.connections))
         stopping = threading.Thread(target=bridge.stop)
         stopping.start()
-        until(lambda: running._desk.draining and not any(each._room for each in running._desk.connections))
+        until(
+            lambda: (
+                running.state.draining
+                and all(each.machine.state.name == "DRAINING" for each in running.monitor.connections)
+            )
+        )
         peer.send(echo_frame(1))
         refused = peer.frame()
         assert refused is not None
@@ -98,7 +103,7 @@ def test_calls_that_outlive_the_stop_are_cancelled(tool: oc.Tool) -> None:  # ty
         thread = in_thread(client, tool, Ask(20_000, 0), outcome)
         running = bridge._running
         assert running is not None
-        until(lambda: any(connection.calls for connection in running._desk.connections))
+        until(lambda: any(connection.machine.calls for connection in running.monitor.connections))
         start = time.monotonic()
         bridge.stop()
         assert time.monotonic() - start < 10
@@ -166,7 +171,7 @@ async def test_a_killed_bridge_ends_every_call_with_peer_lost(path: str) -> None
         async with AsyncToolClient(path, TOKEN, name="x") as other:
             pending = [asyncio.create_task(other.call(ASYNC_SLEEP, Ask(20_000, 0), timeout=30)) for _ in range(5)]
             async with asyncio.timeout(20):
-                while client._idle or other._wire is None or len(other._wire._pending) < 5:
+                while client._idle or other._transport is None or len(other._transport.machine.calls) < 5:
                     await asyncio.sleep(0.01)
             await asyncio.sleep(0.1)
             process.kill()
@@ -311,17 +316,17 @@ def _forked(work: object) -> int:
 def test_a_forked_child_uses_connections_of_its_own(bridge: ToolBridge) -> None:
     with SyncToolClient(bridge.path, bridge.token, name="x") as client:
         assert client.call(ECHO, Ask(1, 2)) == Ask(1, 2)
-        [wire] = client._wires
+        [transport] = client._transports
 
         def child() -> int:
             assert client._idle == []
-            assert not wire.usable
+            assert not transport.usable
             assert client.call(ECHO, Ask(3, 4)) == Ask(3, 4)
             return 0
 
         assert _forked(child) == 0
         assert client.call(ECHO, Ask(1, 2)) == Ask(1, 2)
-        assert list(client._wires) == [wire]
+        assert list(client._transports) == [transport]
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -333,7 +338,7 @@ async def test_a_forked_child_is_told_to_make_its_own_async_client(bridge: ToolB
             try:
                 client.call(ECHO, Ask(1, 2)).send(None)
             except LocalProtocolError as error:
-                return 0 if "forked" in str(error) else 1
+                return 0 if "before a fork" in str(error) else 1
             return 2
 
         assert _forked(child) == 0

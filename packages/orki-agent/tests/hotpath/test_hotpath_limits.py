@@ -15,7 +15,7 @@ from hotpath_tools import ECHO, Ask, RawPeer, SampleTools, echo_frame, until
 
 import orki_contract as oc
 from orki_agent.hotpath import BridgeOptions, SyncToolClient, ToolBridge, ToolClientOptions
-from orki_agent.hotpath.seam import Seam
+from orki_agent.hotpath._platform import Platform
 from orki_contract.errors import InvalidSetting, OrkiError, Overloaded, PeerLost
 
 
@@ -64,7 +64,7 @@ def test_a_bridge_out_of_descriptors_serves_on_and_recovers(caplog: pytest.LogCa
             raise OSError(errno.EMFILE, "Too many open files")
         return listener.accept()
 
-    with ToolBridge(SampleTools(), seam=Seam(accept=accept)) as bridge:
+    with ToolBridge(SampleTools(), platform=Platform(accept=accept)) as bridge:
         with SyncToolClient(bridge.path, bridge.token, name="x") as client, RawPeer(bridge) as early:
             client.call(ECHO, Ask(1, 2))
             exhausted.set()

@@ -15,25 +15,27 @@ import pytest
 from hotpath_tools import ECHO, Ask, RawPeer, SampleTools, echo_frame
 
 from orki_agent.hotpath import AsyncToolClient, BridgeOptions, SyncToolClient, ToolBridge, ToolClientOptions
+from orki_agent.hotpath._platform import SYSTEM, Platform, uid_from_xucred
 from orki_agent.hotpath.frames import decode_error
-from orki_agent.hotpath.seam import SYSTEM, Seam, uid_from_xucred
 from orki_contract.errors import InvalidSetting, PeerRefused
 
 STRANGER = 54_321
 
 
-def calls(bridge: ToolBridge, token: bytes, options: ToolClientOptions | None = None, seam: Seam = SYSTEM) -> None:
+def calls(
+    bridge: ToolBridge, token: bytes, options: ToolClientOptions | None = None, platform: Platform = SYSTEM
+) -> None:
     """One call through each client; both fail in the same way or not at all."""
 
     async def call() -> None:
-        client = AsyncToolClient(bridge.path, token, name="x", options=options, seam=seam)
+        client = AsyncToolClient(bridge.path, token, name="x", options=options, platform=platform)
         try:
             assert await client.call(ECHO, Ask(1, 2)) == Ask(1, 2)
         finally:
             await client.close()
 
     failed: list[type[BaseException] | None] = []
-    for run in (lambda: asyncio.run(call()), lambda: _call(bridge, token, options, seam)):
+    for run in (lambda: asyncio.run(call()), lambda: _call(bridge, token, options, platform)):
         try:
             run()
             failed.append(None)
@@ -45,8 +47,8 @@ def calls(bridge: ToolBridge, token: bytes, options: ToolClientOptions | None = 
         raise last
 
 
-def _call(bridge: ToolBridge, token: bytes, options: ToolClientOptions | None, seam: Seam) -> None:
-    with SyncToolClient(bridge.path, token, name="x", options=options, seam=seam) as client:
+def _call(bridge: ToolBridge, token: bytes, options: ToolClientOptions | None, platform: Platform) -> None:
+    with SyncToolClient(bridge.path, token, name="x", options=options, platform=platform) as client:
         assert client.call(ECHO, Ask(1, 2)) == Ask(1, 2)
 
 
@@ -75,11 +77,11 @@ def test_a_name_that_cannot_be_sent_is_refused(name: str) -> None:
 
 
 def test_another_user_is_refused_by_the_bridge() -> None:
-    stranger = Seam(peer_uid=lambda sock: STRANGER)
-    with ToolBridge(SampleTools(), seam=stranger) as bridge:
+    stranger = Platform(peer_uid=lambda sock: STRANGER)
+    with ToolBridge(SampleTools(), platform=stranger) as bridge:
         with pytest.raises(PeerRefused, match=f"client is user {STRANGER}, allowed are \\[{os.geteuid()}\\]"):
             calls(bridge, bridge.token)
-    with ToolBridge(SampleTools(), seam=stranger, options=BridgeOptions(allowed_uids=(STRANGER,))) as bridge:
+    with ToolBridge(SampleTools(), platform=stranger, options=BridgeOptions(allowed_uids=(STRANGER,))) as bridge:
         calls(bridge, bridge.token)
     with ToolBridge(SampleTools(), options=BridgeOptions(allowed_uids=(STRANGER,))) as bridge:
         with pytest.raises(PeerRefused, match=f"allowed are \\[{STRANGER}\\]"):
@@ -87,9 +89,9 @@ def test_another_user_is_refused_by_the_bridge() -> None:
 
 
 def test_a_bridge_of_another_user_is_not_told_the_token(bridge: ToolBridge) -> None:
-    stranger = Seam(peer_uid=lambda sock: STRANGER)
+    stranger = Platform(peer_uid=lambda sock: STRANGER)
     with pytest.raises(PeerRefused, match=f"the bridge is user {STRANGER}"):
-        calls(bridge, bridge.token, seam=stranger)
+        calls(bridge, bridge.token, platform=stranger)
     calls(bridge, bridge.token, ToolClientOptions(bridge_uids=(STRANGER,)), stranger)
 
 
@@ -97,8 +99,8 @@ def test_where_the_system_does_not_say_who_the_peer_is_nobody_is_let_in() -> Non
     def silent(sock: socket.socket) -> int:
         raise OSError(95, "Operation not supported")
 
-    with ToolBridge(SampleTools(), seam=Seam(peer_uid=silent)) as bridge:
-        with pytest.raises(PeerRefused, match="does not say"):
+    with ToolBridge(SampleTools(), platform=Platform(peer_uid=silent)) as bridge:
+        with pytest.raises(PeerRefused, match="does not report"):
             calls(bridge, bridge.token)
 
 

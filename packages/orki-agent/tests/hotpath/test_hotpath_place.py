@@ -13,8 +13,7 @@ import pytest
 from hotpath_tools import ECHO, TOKEN, Ask, SampleTools, serving_process
 
 from orki_agent.hotpath import SyncToolClient, ToolBridge
-from orki_agent.hotpath.place import Place, check_folder
-from orki_agent.hotpath.seam import MAX_PATH_BYTES, Seam, check_path
+from orki_agent.hotpath._platform import MAX_PATH_BYTES, Platform, SocketPath, check_folder, check_path
 from orki_contract.errors import InvalidSetting, LocalProtocolError, SocketUnsafe
 
 
@@ -37,7 +36,7 @@ def test_a_bridge_without_a_path_lies_in_a_folder_of_its_own_and_takes_it_away()
         assert len(bridge.token) == 32
         assert bridge.token != ToolBridge(SampleTools()).token
     assert not folder.exists()
-    with pytest.raises(LocalProtocolError, match="does not run"):
+    with pytest.raises(LocalProtocolError, match="not running"):
         _ = bridge.path
 
 
@@ -55,7 +54,7 @@ def test_a_bridge_can_be_started_again_and_not_twice(folder: Path) -> None:
     bridge = ToolBridge(SampleTools(), path=folder / "tools")
     for _ in range(3):
         with bridge:
-            with pytest.raises(LocalProtocolError, match="runs already"):
+            with pytest.raises(LocalProtocolError, match="already running"):
                 bridge.start()
             with SyncToolClient(bridge.path, bridge.token, name="x") as client:
                 assert client.call(ECHO, Ask(1, 2)) == Ask(1, 2)
@@ -65,7 +64,7 @@ def test_a_bridge_can_be_started_again_and_not_twice(folder: Path) -> None:
 @pytest.mark.parametrize("mode", [0o750, 0o701, 0o777, 0o1777])
 def test_a_folder_that_is_open_to_others_is_refused(folder: Path, mode: int) -> None:
     folder.chmod(mode)
-    with pytest.raises(SocketUnsafe, match="open to others"):
+    with pytest.raises(SocketUnsafe, match="accessible to other users"):
         ToolBridge(SampleTools(), path=folder / "tools").start()
     assert list(folder.iterdir()) == []
     folder.chmod(0o700)
@@ -81,7 +80,7 @@ def test_a_symbolic_link_to_a_folder_is_refused(folder: Path) -> None:
 
 def test_a_file_in_the_folders_place_is_refused(folder: Path) -> None:
     (folder / "file").touch()
-    with pytest.raises(SocketUnsafe, match="cannot be made"):
+    with pytest.raises(SocketUnsafe, match="cannot be created"):
         ToolBridge(SampleTools(), path=folder / "file" / "tools").start()
     with pytest.raises(SocketUnsafe, match="no folder"):
         check_folder(str(folder / "file"), os.geteuid())
@@ -90,9 +89,9 @@ def test_a_file_in_the_folders_place_is_refused(folder: Path) -> None:
 
 
 def test_somebody_elses_folder_is_refused(folder: Path) -> None:
-    stranger = Seam(own_uid=lambda: os.geteuid() + 1)
+    stranger = Platform(own_uid=lambda: os.geteuid() + 1)
     with pytest.raises(SocketUnsafe, match=f"belongs to user {os.geteuid()}"):
-        Place(folder / "tools", seam=stranger)
+        SocketPath(folder / "tools", platform=stranger)
     assert list(folder.iterdir()) == []
 
 
@@ -145,7 +144,7 @@ def test_a_path_that_is_too_long_says_what_to_do(folder: Path) -> None:
     assert check_path(longest) == longest
     with ToolBridge(SampleTools(), path=longest) as bridge:
         assert bridge.path == longest
-    for make in (lambda: Place(longest + "n"), lambda: SyncToolClient(longest + "n", TOKEN, name="x")):
+    for make in (lambda: SocketPath(longest + "n"), lambda: SyncToolClient(longest + "n", TOKEN, name="x")):
         with pytest.raises(InvalidSetting, match=f"{MAX_PATH_BYTES + 1} bytes.*shorter folder"):
             make()
 
@@ -164,7 +163,7 @@ def test_a_relative_path_is_made_absolute(folder: Path, monkeypatch: pytest.Monk
 
 
 def test_a_place_that_cannot_be_bound_is_given_back(folder: Path) -> None:
-    place = Place(folder / "tools")
+    place = SocketPath(folder / "tools")
     (folder / "tools").mkdir()
     with pytest.raises(SocketUnsafe):
         place.listen(1)
@@ -187,7 +186,7 @@ def test_who_sees_the_path_is_heard(folder: Path, monkeypatch: pytest.MonkeyPatc
         listen(self, backlog)
 
     monkeypatch.setattr(socket.socket, "listen", watched)
-    place = Place(path)
+    place = SocketPath(path)
     with place.listen(1), socket.socket(socket.AF_UNIX) as peer:
         peer.connect(str(path))
     place.release()

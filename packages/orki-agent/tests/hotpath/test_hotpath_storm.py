@@ -89,6 +89,6 @@ def test_every_call_is_answered_exactly_once(seed: int) -> None:
             storm.check()
         running = bridge._running
         assert running is not None
-        until(lambda: not running._desk.connections)
-        until(lambda: running._desk._blocked == 0, what="every place for blocking handlers is free again")
-        assert running._desk._blocked == 0
+        until(lambda: not running.monitor.connections)
+        until(lambda: running.state.blocked == 0, what="every place for blocking handlers is free again")
+        assert running.state.blocked == 0

@@ -1,6 +1,6 @@
 """The control plane: its contract, the session machine, and the client for whoever submits tasks."""
 
-from orki_control.backoff import JitterOptions
+from orki_contract.backoff import JitterOptions
 from orki_control.client import Client, ClientOptions
 from orki_control.handle import SubmittedTask
 

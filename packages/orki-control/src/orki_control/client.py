@@ -20,6 +20,7 @@ from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import AttemptRef, TaskState
 from orki.control.v1.task_pb2_grpc import FleetServiceStub, TaskServiceStub
 from orki_contract import Task, TaskHandle
+from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import (
     InvalidArgument,
     InvalidSetting,
@@ -30,7 +31,6 @@ from orki_contract.errors import (
     error_for,
 )
 from orki_contract.trace import current_span, new_span
-from orki_control.backoff import Jitter, JitterOptions
 from orki_control.handle import SubmittedTask
 from orki_control.session.options import DEFAULT_MESSAGE_BYTES
 from orki_control.statuses import typed_errors

@@ -11,8 +11,8 @@ import grpc
 
 from orki.control.v1.attempt_pb2 import TaskState
 from orki.control.v1.task_pb2 import WatchRequest, WatchResponse
+from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import OrchestratorUnavailable, OrkiError
-from orki_control.backoff import Jitter, JitterOptions
 from orki_control.statuses import typed_errors
 
 if TYPE_CHECKING:

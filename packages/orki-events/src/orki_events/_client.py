@@ -1,4 +1,4 @@
-"""The door to the event plane: `connect` gives an `Events`, which publishes, consumes, follows and tells."""
+"""`connect` returns an `Events`: one process's access to the event plane."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ def connect(
     username: str | None = None,
     password: str | None = None,
 ) -> Events:
-    """The event plane behind a Redis URL; use it in `async with`. Nothing is sent before the first use.
+    """Return the event plane at a Redis URL, for use in `async with`. Nothing is sent before the first use.
 
     Args:
-        url: `redis://HOST:PORT/DB`, `rediss://…` or `unix://PATH`.
-        producer: Name of this process and its run, unique to the run; made from host and process id unless given.
+        url: `redis://HOST:PORT/DB`, `rediss://…` or `unix:///PATH`.
+        producer: Name of this process, unique to each run; the default is made of host name and process id.
         options: Settings.
-        username: User, so that the URL need not hold it.
-        password: Password, likewise.
+        username: The user, if the URL must not contain it.
+        password: The password, likewise.
 
     Raises:
-        InvalidSetting: The URL or the producer's name cannot be used.
+        InvalidSetting: The URL or the producer's name is invalid.
     """
     address = parse_address(url, username=username, password=password)
     name = producer if producer is not None else f"{socket.gethostname()}-{os.getpid()}@{os.urandom(4).hex()}"
@@ -68,48 +68,49 @@ def connect(
 
 
 class Events:
-    """One process's part of the event plane. Made by `connect`.
+    """One process's access to the event plane. Use `connect` to create it.
+
+    Methods that talk to the server raise an OrkiError if it does not answer or refuses; the class tells the reason.
 
     Attributes:
         producer: Name under which this process publishes.
-        options: Its settings.
+        options: The settings.
     """
 
     def __init__(self, address: Address, producer: str, options: EventOptions) -> None:
-        """Use `connect`."""
         self.producer = producer
         self.options = options
         self._address = address
-        self._keeper = ConsumerGroups(self._gap)
+        self._groups = ConsumerGroups(self._report)
         self._registry = StreamRegistry()
         self._commands: Connection | None = None
-        self._publisher_link: Connection | None = None
+        self._publish_connection: Connection | None = None
         self._publisher: Publisher | None = None
-        self._subscriptions: set[GroupReader] = set()
+        self._readers: set[GroupReader] = set()
         self._tails: set[Connection] = set()
-        self._consumers = itertools.count(1)
+        self._numbers = itertools.count(1)
 
     async def __aenter__(self) -> Self:
-        """Starts the publisher; connections open when they are needed."""
+        """Start the publisher; connections open when they are needed."""
         if self._publisher is not None:
-            raise LocalProtocolError("this Events is in use already; call connect() again for another")
-        self._commands = self._link("commands")
-        self._publisher_link = self._link("publish")
+            raise LocalProtocolError("this Events is already in use; call connect() again for another")
+        self._commands = self._connection("commands")
+        self._publish_connection = self._connection("publish")
         self._publisher = Publisher(
-            self._publisher_link, self.producer, self.options, self._keeper, self._registry, self._gap
+            self._publish_connection, self.producer, self.options, self._groups, self._registry, self._report
         )
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Sends what was collected, and closes."""
+        """Close; see `close`."""
         await self.close()
 
     @property
     def counts(self) -> PublishCounts:
-        """What was published, refused and abandoned so far."""
-        return self._open().counts
+        """Numbers of events published, refused and abandoned."""
+        return self._opened().counts
 
     async def publish(
         self,
@@ -120,26 +121,23 @@ class Events:
         event_id: bytes | None = None,
         time_us: int | None = None,
     ) -> bytes:
-        """Publishes an event; returns once the server has it. Waits while the buffer is full.
+        """Publish an event and return its id once the server has it. Waits while the buffer is full.
 
         Args:
-            stream: Where to.
+            stream: The stream.
             message: The event.
-            span: Span in which it happened; the current one unless given.
-            event_id: Its identity, 16 bytes, where the caller has one: readers drop what they have seen.
-            time_us: When it happened, in microseconds since the Unix epoch; now unless given.
-
-        Returns:
-            The event's id.
+            span: Span in which the event happened; the default is the current one.
+            event_id: Its identity (16 bytes); readers drop an id that they have seen. The default is a new one.
+            time_us: Time of the event in microseconds since the Unix epoch; the default is now.
 
         Raises:
             EventsUnavailable: The server did not answer in time; it may or may not have the event.
-            EventsOutOfMemory, EventsReadOnly, EventsNotPersisting, EventsLoading: It would not take it in time.
-            EventsRefused: It will not take it.
-            ContractMismatch: The stream is registered by a contract with which this one breaks on the wire.
-            InvalidArgument, TooLarge: The event cannot be published at all.
+            EventsOutOfMemory, EventsReadOnly, EventsNotPersisting, EventsLoading: It did not accept the event in time.
+            EventsRefused: It refuses the event.
+            ContractMismatch: The stream's contract is incompatible with the registered one.
+            InvalidArgument, TooLarge: The event cannot be published.
         """
-        publisher = self._open()
+        publisher = self._opened()
         outgoing = Outgoing(message, span or current_span(), event_id, time_us)
         (identity,) = await publisher.publish_all(stream, (outgoing,))
         return identity
@@ -147,90 +145,73 @@ class Events:
     async def publish_many(
         self, stream: EventStream[E, Any], messages: Iterable[E], *, span: Span | None = None
     ) -> list[bytes]:
-        """Publishes events in few calls; returns their ids, in their order, once the server has them all.
+        """Publish events in few calls and return their ids, in order, once the server has them all.
 
         Raises:
-            OrkiError: As `publish`; the first error among them. The others may have been published.
+            OrkiError: As `publish`; the first error. The other events may have been published.
         """
-        where = span or current_span()
-        return await self._open().publish_all(stream, [Outgoing(message, where) for message in messages])
+        parent = span or current_span()
+        return await self._opened().publish_all(stream, [Outgoing(message, parent) for message in messages])
 
     async def publish_outgoing(self, stream: EventStream[E, Any], outgoing: Iterable[Outgoing]) -> list[bytes]:
-        """As `publish_many`, for events that bring span, id and time of their own, such as an outbox's."""
-        return await self._open().publish_all(stream, outgoing)
+        """As `publish_many`, for events with a span, id and time of their own, such as those of an outbox."""
+        return await self._opened().publish_all(stream, outgoing)
 
     def collect(
         self, stream: EventStream[E, Any], message: E, *, span: Span | None = None, time_us: int | None = None
     ) -> bytes:
-        """Publishes an event some time soon; never waits, and may be called on any thread.
+        """Buffer an event for publishing and return its id at once. May be called on any thread.
 
-        An event that cannot be sent in time is counted and reported as a gap. Arguments as those of `publish`.
-
-        Returns:
-            The event's id.
+        An event that cannot be sent in time is counted and reported as a gap. The arguments are those of `publish`.
 
         Raises:
-            EventsBufferFull: The buffer is full; nothing was taken.
-            InvalidArgument, TooLarge: The event cannot be published at all.
+            EventsBufferFull: The buffer is full; the event was not buffered.
+            InvalidArgument, TooLarge: The event cannot be published.
         """
-        return self._open().submit(stream, message, span or current_span(), time_us=time_us)
+        return self._opened().submit(stream, message, span or current_span(), time_us=time_us)
 
     async def flush(self) -> None:
-        """Waits until everything that was published or collected before was sent, refused or abandoned."""
-        await self._open().flush()
+        """Wait until all earlier events were sent, refused or abandoned."""
+        await self._opened().flush()
 
     async def ping(self) -> None:
-        """Asks the server whether it is there.
-
-        Raises:
-            OrkiError: It is not, or refuses us, for the reason that the class says.
-        """
-        await self._link_for_commands().execute((b"PING",))
+        """Check that the server answers."""
+        await self._command_connection().execute((b"PING",))
 
     async def prepare(self, stream: EventStream[Any, Any]) -> None:
-        """Registers a stream and creates its groups, as the first publish would.
+        """Register a stream and create its groups, as the first publish would.
 
         Raises:
-            ContractMismatch: The stream is registered by a contract with which this one breaks on the wire.
-            OrkiError: The server does not answer or refuses.
+            ContractMismatch: The stream's contract is incompatible with the registered one.
         """
-        link = self._link_for_commands()
-        await self._registry.register(link, stream, publishes=True)
-        await self._keeper.ensure(link, stream.contract, stream.contract.groups)
+        connection = self._command_connection()
+        await self._registry.register(connection, stream, publishes=True)
+        await self._groups.ensure(connection, stream.contract, stream.contract.groups)
 
     async def registered_streams(self) -> list[RegisteredStream]:
-        """The streams that the fleet publishes and consumes, by name.
-
-        Raises:
-            OrkiError: The server does not answer or refuses.
-        """
-        return await self._registry.streams(self._link_for_commands())
+        """Return the streams that the fleet publishes and consumes, by name."""
+        return await self._registry.streams(self._command_connection())
 
     async def tune(self, stream: EventStream[Any, Any] | str, tuning: Tuning | None) -> Tuned:
-        """Sets how much of a registered stream the whole fleet keeps, within its contract's bounds; trims at once.
+        """Set the retention of a registered stream for the whole fleet, within its contract's bounds, and trim it.
 
         Args:
             stream: The stream, or its name.
-            tuning: The setting, in place of an earlier one; None for what the contract says.
+            tuning: The setting, which replaces an earlier one; None restores the contract's retention.
 
         Raises:
             UnknownStream: No such stream is registered.
-            InvalidSetting: A value lies outside the bounds that the contract declares.
-            OrkiError: The server does not answer or refuses.
+            InvalidSetting: A value is outside the bounds that the contract declares.
         """
         name = stream if isinstance(stream, str) else stream.contract.name
         known = {each.contract.name: each for each in await self.registered_streams()}
         if name not in known:
             raise UnknownStream(f'no stream "{name}" is registered (registered: {", ".join(sorted(known)) or "none"})')
-        return await tune(self._link_for_commands(), known[name], tuning)
+        return await tune(self._command_connection(), known[name], tuning)
 
     async def tunings(self) -> dict[str, Tuning]:
-        """What deployments have set, by stream; a stream that is not there keeps what its contract says.
-
-        Raises:
-            OrkiError: The server does not answer or refuses.
-        """
-        return await read_tunings(self._link_for_commands())
+        """Return the retention settings of deployments by stream; other streams follow their contract."""
+        return await read_tunings(self._command_connection())
 
     def deliveries(
         self,
@@ -240,7 +221,7 @@ class Events:
         consumer: str | None = None,
         options: ConsumeOptions | None = None,
     ) -> Subscription[Delivery[E]]:
-        """Events as they come, each to be settled with `async with delivery as event:`.
+        """Return an iterator over deliveries, each to be settled with `async with delivery as event:`.
 
         ```python
         async with events.deliveries(USAGE, group="metrics") as deliveries:
@@ -249,21 +230,20 @@ class Events:
                     ...
         ```
 
-        Leaving the block ends the consumer in good order. A plain `async for` over the call does too, without waiting
-        for that end; the end of `Events` then does.
+        The end of the block ends the consumer in an orderly way. A plain `async for` does too, without waiting for it.
 
         Args:
-            stream: Whose events.
+            stream: The stream.
             group: One of the groups that the stream declares.
-            consumer: Name of this consumer, unique in its group; made from the producer's unless given.
-            options: Settings; of them, `prefetch` is how many deliveries may be open at once.
+            consumer: Name of this consumer, unique in its group; the default derives from the producer's name.
+            options: Settings; `prefetch` limits the number of open deliveries.
 
         Raises:
             UnknownGroup: The stream declares no such group.
         """
         decode = stream.message.FromString
-        subscribe = self._subscriber(stream, group, consumer, options, 16)
-        return Subscription(subscribe, lambda subscription: take_one(subscription, decode))
+        start = self._reader_factory(stream, group, consumer, options, 16)
+        return Subscription(start, lambda reader: take_one(reader, decode))
 
     def delivery_batches(
         self,
@@ -276,8 +256,8 @@ class Events:
     ) -> Subscription[DeliveryBatch[E]]:
         """As `deliveries`, in batches of at most `size`, each of one partition: `async with batch as events:`."""
         decode = stream.message.FromString
-        subscribe = self._subscriber(stream, group, consumer, options, size)
-        return Subscription(subscribe, lambda subscription: take_batch(subscription, decode, size))
+        start = self._reader_factory(stream, group, consumer, options, size)
+        return Subscription(start, lambda reader: take_batch(reader, decode, size))
 
     def raw_deliveries(
         self,
@@ -288,23 +268,23 @@ class Events:
         consumer: str | None = None,
         options: ConsumeOptions | None = None,
     ) -> Subscription[DeliveryBatch[bytes]]:
-        """As `delivery_batches`, for an observer that has no code for the stream: the events stay bytes."""
-        subscribe = self._subscriber(stream, group, consumer, options, size)
-        return Subscription(subscribe, lambda subscription: take_batch(subscription, bytes, size))
+        """As `delivery_batches`, without the stream's generated code: the events are undecoded bytes."""
+        start = self._reader_factory(stream, group, consumer, options, size)
+        return Subscription(start, lambda reader: take_batch(reader, bytes, size))
 
     async def tail(
         self, stream: EventStream[E, Any], *, after: str = "latest", follow: bool = True
     ) -> AsyncGenerator[TailEntry[E], None]:
-        """Follows a stream without a group, until it is left or the `Events` closes.
+        """Read a stream without a group, until the caller stops or the `Events` closes.
 
         Args:
-            stream: Which.
-            after: Where to begin: `earliest`, `latest`, or the `cursor` of an entry seen earlier.
-            follow: Whether to wait for more at the end; otherwise the iteration ends there.
+            stream: The stream.
+            after: The start: `earliest`, `latest`, or the `cursor` of an earlier entry.
+            follow: Whether to wait for more entries at the end of the stream.
 
         Raises:
-            InvalidArgument: `after` is no cursor of this stream.
-            OrkiError: The server refuses; where it does not answer, following goes on, and reading to the end fails.
+            InvalidArgument: `after` is not a cursor of this stream.
+            OrkiError: The server refuses. If it does not answer, `follow` retries; otherwise the error is raised.
         """
         async with contextlib.aclosing(
             self._tail(stream.contract, stream.message.FromString, after, follow)
@@ -315,7 +295,7 @@ class Events:
     async def raw_tail(
         self, stream: Stream, *, after: str = "latest", follow: bool = True
     ) -> AsyncGenerator[TailEntry[bytes], None]:
-        """As `tail`, for an observer that has no code for the stream: the events stay bytes."""
+        """As `tail`, without the stream's generated code: the events are undecoded bytes."""
         async with contextlib.aclosing(self._tail(stream, bytes, after, follow)) as entries:
             async for entry in entries:
                 yield entry
@@ -323,164 +303,153 @@ class Events:
     async def dead_letters(
         self, stream: EventStream[E, G], *, group: G, count: int = 100, after: str = "0-0"
     ) -> list[DeadLetterEntry[E]]:
-        """A group's dead letters, oldest first: at most `count`, behind the letter id `after`.
+        """Return at most `count` dead letters of a group, oldest first, after the letter id `after`.
 
         Raises:
             UnknownGroup: The stream declares no such group.
-            OrkiError: The server does not answer or refuses.
         """
-        contract, link = stream.contract, self._link_for_commands()
+        contract, connection = stream.contract, self._command_connection()
         decode = stream.message.FromString
-        return await list_dead_letters(link, contract, contract.group(group), decode, count, after)
+        return await list_dead_letters(connection, contract, contract.group(group), decode, count, after)
 
     async def raw_dead_letters(
         self, stream: Stream, *, group: str, count: int = 100, after: str = "0-0"
     ) -> list[DeadLetterEntry[bytes]]:
-        """As `dead_letters`, without the stream's code."""
-        return await list_dead_letters(self._link_for_commands(), stream, stream.group(group), bytes, count, after)
+        """As `dead_letters`, without the stream's generated code."""
+        connection = self._command_connection()
+        return await list_dead_letters(connection, stream, stream.group(group), bytes, count, after)
 
     async def replay(
         self, stream: EventStream[Any, Any] | Stream, *, group: str, letters: Iterable[DeadLetterEntry[Any]]
     ) -> list[str]:
-        """Makes a group, and no other, take dead-lettered events once more.
+        """Deliver dead-lettered events again to their group, and to no other.
 
         Returns:
-            Ids of the letters that were replayed; the entry of any other was trimmed meanwhile, and its letter stays.
+            Ids of the replayed letters. A letter whose entry was trimmed meanwhile is not replayed and is kept.
 
         Raises:
             UnknownGroup: The stream declares no such group.
-            OrkiError: The server does not answer or refuses.
         """
         contract = stream if isinstance(stream, Stream) else stream.contract
-        return await replay_dead_letters(self._link_for_commands(), contract, contract.group(group), letters)
+        return await replay_dead_letters(self._command_connection(), contract, contract.group(group), letters)
 
     async def ledger(self, stream: EventStream[Any, Any] | Stream) -> StreamLedger:
-        """What was published to a stream, and what became of it in each group. Reads the whole stream.
-
-        Raises:
-            OrkiError: The server does not answer or refuses.
-        """
+        """Count the events of a stream and their outcome in each group. Reads the whole stream."""
         contract = stream if isinstance(stream, Stream) else stream.contract
-        link = self._link_for_commands()
+        connection = self._command_connection()
         declared = {group.name: group for group in contract.groups}
-        for registered in await self._registry.streams(link):
+        for registered in await self._registry.streams(connection):
             if registered.contract.name == contract.name:
                 declared = {group.name: group for group in registered.contract.groups} | declared
-        return await read_ledger(link, replace(contract, groups=tuple(sorted(declared.values()))))
+        return await read_ledger(connection, replace(contract, groups=tuple(sorted(declared.values()))))
 
     async def run(self, *consumers: Consumer[Any], stop: asyncio.Event | None = None) -> None:
-        """Runs push consumers until `stop` is set, or until cancelled; then ends them in good order.
-
-        Args:
-            consumers: Functions decorated by `@consumer`.
-            stop: Set it to end.
+        """Run push consumers until cancelled or until `stop` is set; then end them in an orderly way.
 
         Raises:
-            OrkiError: The server refuses a consumer for good.
+            OrkiError: The server refuses a consumer, and a repetition cannot succeed.
         """
         async with contextlib.AsyncExitStack() as stack:
             runs = []
-            subscriptions = []
             for each in consumers:
-                hand = max(each.batch, 1) * each.concurrency
-                subscription = self._subscriber(each.stream, each.group, None, each.options, hand)()
-                stack.push_async_callback(subscription.close)
-                subscriptions.append(subscription)
-                runs.append(PushRun(each, subscription, each.stream.message.FromString))
-            await run_until(runs, subscriptions, stop, self.options.drain_timeout_s)
-
-    async def _tail(
-        self, stream: Stream, decode: Decode[T], after: str, follow: bool
-    ) -> AsyncGenerator[TailEntry[T], None]:
-        self._open()
-        link = self._link(f"tail.{next(self._consumers)}")
-        self._tails.add(link)
-        try:
-            async for entry in follow_stream(link, stream, decode, after, follow, self.options.block_ms):
-                yield entry
-        except LocalProtocolError:
-            if link in self._tails:
-                raise
-            # `close` has ended the connection, and with it this.
-        finally:
-            self._tails.discard(link)
-            await link.end()
-
-    def _subscriber(
-        self,
-        stream: EventStream[Any, Any] | Stream,
-        group: str,
-        consumer: str | None,
-        options: ConsumeOptions | None,
-        hand: int,
-    ) -> Callable[[], GroupReader]:
-        """What starts a consumer. Whoever calls it sees to its end; `close` does in any case."""
-        contract = stream if isinstance(stream, Stream) else stream.contract
-        declared = contract.group(group)
-
-        async def prepare(link: Connection) -> None:
-            if isinstance(stream, EventStream):
-                await self._registry.register(link, stream, publishes=False)
-
-        def subscribe() -> GroupReader:
-            self._open()
-            number = next(self._consumers)
-            name = consumer if consumer is not None else f"{self.producer}.{number}"
-            wires = ReaderServices(
-                reads=self._link(f"read.{number}"),
-                commands=self._link(f"consume.{number}"),
-                keeper=self._keeper,
-                prepare=prepare,
-                report=self._gap,
-                block_ms=self.options.block_ms,
-                dedupe_window=self.options.dedupe_window,
-                drain_timeout_s=self.options.drain_timeout_s,
-                forget=self._subscriptions.discard,
-            )
-            subscription = GroupReader(GroupMember(contract, declared, name), wires, options or ConsumeOptions(), hand)
-            self._subscriptions.add(subscription)
-            subscription.start()
-            return subscription
-
-        return subscribe
+                concurrency = max(each.batch, 1) * each.concurrency
+                reader = self._reader_factory(each.stream, each.group, None, each.options, concurrency)()
+                stack.push_async_callback(reader.close)
+                runs.append(PushRun(each, reader))
+            await run_until(runs, stop, self.options.drain_timeout)
 
     async def close(self) -> None:
-        """Ends consumers and followers, sends what was collected, within the drain timeout; harmless when closed."""
+        """End consumers and tails, and send buffered events, within the drain timeout. Does nothing if closed."""
         publisher, self._publisher = self._publisher, None
         if publisher is None:
             return
         try:
             tails, self._tails = self._tails, set()
             await asyncio.gather(
-                *(subscription.close() for subscription in self._subscriptions), *(link.end() for link in tails)
+                *(reader.close() for reader in self._readers), *(connection.end() for connection in tails)
             )
-            await publisher.close(self.options.drain_timeout_s)
+            await publisher.close(self.options.drain_timeout)
         finally:
-            for link in (self._commands, self._publisher_link):
-                if link is not None:
-                    await link.close()
-            # One turn of the loop, in which closed sockets leave it.
+            for connection in (self._commands, self._publish_connection):
+                if connection is not None:
+                    await connection.close()
+            # One turn of the event loop, in which it releases the closed sockets.
             await asyncio.sleep(0)
 
-    def _open(self) -> Publisher:
+    async def _tail(
+        self, stream: Stream, decode: Decode[T], after: str, follow: bool
+    ) -> AsyncGenerator[TailEntry[T], None]:
+        self._opened()
+        connection = self._connection(f"tail.{next(self._numbers)}")
+        self._tails.add(connection)
+        try:
+            async for entry in follow_stream(connection, stream, decode, after, follow, self.options.block_timeout):
+                yield entry
+        except LocalProtocolError:
+            if connection in self._tails:
+                raise
+            # `close` has ended the connection.
+        finally:
+            self._tails.discard(connection)
+            await connection.end()
+
+    def _reader_factory(
+        self,
+        stream: EventStream[Any, Any] | Stream,
+        group: str,
+        consumer: str | None,
+        options: ConsumeOptions | None,
+        concurrency: int,
+    ) -> Callable[[], GroupReader]:
+        """Return a function that starts a consumer. The caller must close it; `close` does in any case."""
+        contract = stream if isinstance(stream, Stream) else stream.contract
+        declared = contract.group(group)
+
+        async def register(connection: Connection) -> None:
+            if isinstance(stream, EventStream):
+                await self._registry.register(connection, stream, publishes=False)
+
+        def start() -> GroupReader:
+            self._opened()
+            number = next(self._numbers)
+            name = consumer if consumer is not None else f"{self.producer}.{number}"
+            services = ReaderServices(
+                reads=self._connection(f"read.{number}"),
+                commands=self._connection(f"consume.{number}"),
+                groups=self._groups,
+                register=register,
+                report=self._report,
+                closed=self._readers.discard,
+                options=self.options,
+            )
+            reader = GroupReader(
+                GroupMember(contract, declared, name), services, options or ConsumeOptions(), concurrency
+            )
+            self._readers.add(reader)
+            reader.start()
+            return reader
+
+        return start
+
+    def _opened(self) -> Publisher:
         if self._publisher is None:
             raise LocalProtocolError("the event plane is not open: use `async with connect(...) as events`")
         return self._publisher
 
-    def _link_for_commands(self) -> Connection:
-        self._open()
+    def _command_connection(self) -> Connection:
+        self._opened()
         assert self._commands is not None
         return self._commands
 
-    def _link(self, role: str) -> Connection:
+    def _connection(self, purpose: str) -> Connection:
         return Connection(
             self._address,
-            name=f"orki:{self.producer}:{role}",
-            connect_timeout=self.options.connect_timeout_s,
-            answer_timeout=self.options.answer_timeout_s,
+            name=f"orki:{self.producer}:{purpose}",
+            connect_timeout=self.options.connect_timeout,
+            answer_timeout=self.options.answer_timeout,
         )
 
-    def _gap(self, gap: Gap) -> None:
+    def _report(self, gap: Gap) -> None:
         _log.warning("%s", gap.message)
         if self.options.on_gap is not None:
             self.options.on_gap(gap)

@@ -1,4 +1,4 @@
-"""What a consumer knows of one partition: what it holds, what it has settled, where it looks next."""
+"""The state that a consumer keeps of one partition: held entries, settled entries and positions. No I/O."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Final
 from orki_events._delivery_table import Ack, Entry, Outcome
 
 START: Final = b"0-0"
-"""Before every entry; as a claim's cursor: the sweep is complete."""
+"""The position before every entry; as a claim's cursor, the end of a sweep."""
 
-_MOST_ACKED: Final = 2_000  # A Lua script unpacks no more than some 8,000 values.
+_MAX_ACKED: Final = 2_000  # A Lua script cannot unpack more than some 8,000 values.
 
 
 def _no_outcomes() -> dict[Outcome, list[bytes]]:
@@ -24,19 +24,19 @@ class Partition:
 
     Attributes:
         key: Its Redis key.
-        place: Id behind which the consumer's own pending entries are read again; None when that is done.
-        held: When each entry in hand came, by id.
-        deliveries: How often entries in hand were delivered, where it is more than once.
-        foreign: Entries in hand that others have claimed.
-        settled: Entries that wait for their acknowledgement to be sent or answered.
-        lost_unnamed: Entries trimmed while pending that the server has dropped itself.
-        cursor: Where the next claim goes on.
-        sweep_at: When it is due.
-        sweeping, renewing, acking: Whether such a command is under way.
+        recovery: Id after which the consumer's own pending entries must be read again; None when that is done.
+        held: Time at which each held entry came, by id.
+        deliveries: Deliveries of held entries that were delivered more than once, by id.
+        foreign: Held entries that other consumers have claimed.
+        settled: Entries whose acknowledgement is not confirmed yet.
+        lost_unnamed: Number of pending entries that were trimmed and that the server has removed itself.
+        cursor: Cursor of the next claim.
+        sweep_at: Time of the next claim.
+        sweeping, renewing, acking: Whether such a command is in progress.
     """
 
     key: str
-    place: bytes | None = START
+    recovery: bytes | None = START
     held: dict[bytes, float] = field(default_factory=dict)
     deliveries: dict[bytes, int] = field(default_factory=dict)
     foreign: set[bytes] = field(default_factory=set)
@@ -51,11 +51,11 @@ class Partition:
 
     @property
     def unfinished(self) -> bool:
-        """Whether anything is left to read again or to acknowledge."""
-        return self.place is not None or bool(self.settled) or bool(self.lost_unnamed)
+        """Whether entries remain to be read again or acknowledged."""
+        return self.recovery is not None or bool(self.settled) or bool(self.lost_unnamed)
 
     def admit(self, entries: list[Entry], deliveries: Mapping[bytes, int], now: float) -> list[Entry]:
-        """Takes entries in hand; returns those to dispatch: neither known already, nor trimmed."""
+        """Hold entries and return those to dispatch: neither known already nor trimmed."""
         ids = [entry[0] for entry in entries]
         if not (self.held.keys().isdisjoint(ids) and self.settled.keys().isdisjoint(ids)):
             self.foreign.difference_update(ids)
@@ -72,7 +72,7 @@ class Partition:
         return entries
 
     def held_by_count(self, entries: list[Entry]) -> dict[int, list[bytes]]:
-        """The ids among these that are in hand already, by the number of their deliveries."""
+        """Return the ids among `entries` that are held already, by their number of deliveries."""
         found: dict[int, list[bytes]] = {}
         if self.held and not self.held.keys().isdisjoint([entry[0] for entry in entries]):
             for entry in entries:
@@ -81,13 +81,13 @@ class Partition:
         return found
 
     def settle(self, entry_ids: Sequence[bytes], outcome: Outcome) -> None:
-        """Lets entries go, and remembers to acknowledge them."""
+        """Stop holding entries and queue their acknowledgement."""
         self.forget(entry_ids)
         self.settled.update(dict.fromkeys(entry_ids))
         self._waiting[outcome].extend(entry_ids)
 
     def forget(self, entry_ids: Sequence[bytes]) -> None:
-        """Lets entries go."""
+        """Stop holding entries."""
         for entry_id in entry_ids:
             self.held.pop(entry_id, None)
         if self.deliveries:
@@ -96,21 +96,21 @@ class Partition:
         self.foreign.difference_update(entry_ids)
 
     def next_ack(self) -> Ack | None:
-        """The next acknowledgement to send; None while one is under way, or when there is none."""
+        """Return the next acknowledgement to send; None while one is in progress or if there is none."""
         if self.acking:
             return None
         for outcome, waiting in self._waiting.items():
             if waiting or (outcome is Outcome.DECLARED_LOST and self.lost_unnamed):
-                extra, self.lost_unnamed = (
-                    (self.lost_unnamed, 0) if outcome is Outcome.DECLARED_LOST else (0, self.lost_unnamed)
-                )
-                self._waiting[outcome] = waiting[_MOST_ACKED:]
+                extra = 0
+                if outcome is Outcome.DECLARED_LOST:
+                    extra, self.lost_unnamed = self.lost_unnamed, 0
+                self._waiting[outcome] = waiting[_MAX_ACKED:]
                 self.acking = True
-                return Ack(self.key, waiting[:_MOST_ACKED], outcome, extra)
+                return Ack(self.key, waiting[:_MAX_ACKED], outcome, extra)
         return None
 
     def due_for_renewal(self, now: float, interval: float, limit: float) -> list[bytes]:
-        """What is in hand for longer than half an interval and shorter than the limit, and still ours."""
+        """Return entries held for longer than half an interval and shorter than the limit that are still ours."""
         return [
             entry_id
             for entry_id, since in self.held.items()

@@ -1,4 +1,7 @@
-"""What the delivery machine is told, and what it asks for, in batches: one object for a read of 500 entries."""
+"""The delivery machine's commands, events, states and transition table.
+
+Commands and events carry batches: a read of 500 entries is one object. No I/O.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,14 @@ from typing import Any, Final
 
 from orki_contract.errors import Reason
 from orki_contract.model import Backoff
+from orki_contract.transitions import Transitions
 
 Entry = list[Any]
-"""As the server sends it: the id, and the flat list of fields, or None where the entry was trimmed."""
+"""An entry as the server sends it: the id, and the flat list of fields, or None if the entry was trimmed."""
 
 
 class Outcome(StrEnum):
-    """As what an acknowledged entry counts."""
+    """How an acknowledged entry is counted."""
 
     PROCESSED = "processed"
     DEAD_LETTERED = "dead_lettered"
@@ -24,56 +28,50 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliverySettings:
-    """Limits of one consumer.
+    """Limits of one consumer. Durations are in seconds.
 
     Attributes:
-        prefetch: Most entries held.
+        prefetch: Maximum number of entries held.
         max_deliveries: Deliveries of one entry before it is dead-lettered.
-        ack_deadline_s: Others may claim an entry that was not renewed for so long.
-        sweep_interval_s: Time between two looks for entries that others left behind.
-        hold_limit_s: Longest time that an entry is renewed.
+        ack_deadline: Other consumers may claim an entry that was not renewed for this long.
+        sweep_interval: Time between two claims of entries that other consumers abandoned.
+        hold_limit: Maximum time for which an entry is renewed.
         backoff: Wait before a failed entry is dispatched again.
     """
 
     prefetch: int
     max_deliveries: int
-    ack_deadline_s: float
-    sweep_interval_s: float
-    hold_limit_s: float
+    ack_deadline: float
+    sweep_interval: float
+    hold_limit: float
     backoff: Backoff
 
 
-# Commands. They are told apart by identity: an answer names the command that it answers.
+# Commands. They compare by identity: a reply names the command that it answers.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CreateGroups:
-    """Create the group on every partition, at its remembered place. Answer: GroupsReady."""
+    """Create the group on every partition, at its saved position. Reply: GroupsReady."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Read:
-    """Read new entries (`history` false), or those that the consumer was given before. Answer: EntriesRead.
+    """Read new entries, or with `history` the consumer's own pending entries. Reply: EntriesRead.
 
-    Attributes:
-        places: Key, and the id to read behind; `>` for new entries.
-        count: Most entries of each key.
-        history: Whether it reads the consumer's own pending entries.
+    `positions` are pairs of key and id to read after (`>` for new entries). `count` applies to each key.
     """
 
-    places: tuple[tuple[str, bytes], ...]
+    positions: tuple[tuple[str, bytes], ...]
     count: int
     history: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dispatch:
-    """Hand entries to whoever wanted some first. Answers: Succeeded, Failed, Returned, in any portions.
+    """Pass entries to the oldest request. Replies: Succeeded, Failed and Returned, for any part of the entries.
 
-    Attributes:
-        key: Their partition.
-        entries: At least one, at most as many as were wanted.
-        deliveries: How often each was delivered, this time included, by id; once where it is not named.
+    `deliveries` are those of each entry by id, this one included (1 if absent).
     """
 
     key: str
@@ -83,13 +81,9 @@ class Dispatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ack:
-    """Acknowledge and count. Answer: Acked.
+    """Acknowledge and count entries. Reply: Acked.
 
-    Attributes:
-        key: Their partition.
-        entry_ids: What to acknowledge; may be empty.
-        outcome: As what it counts.
-        extra: Entries to count besides, which the server has already dropped from the pending ones.
+    `extra` further entries are counted, which the server has already removed from the pending ones.
     """
 
     key: str
@@ -100,7 +94,7 @@ class Ack:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Claim:
-    """Take over entries that were not renewed in time. Answer: EntriesClaimed."""
+    """Take over entries that were not renewed in time. Reply: EntriesClaimed."""
 
     key: str
     cursor: bytes
@@ -109,7 +103,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Letter:
-    """An entry for the dead letter stream, and why."""
+    """An entry for the dead letter stream, with the reason."""
 
     entry: Entry
     deliveries: int
@@ -119,7 +113,7 @@ class Letter:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeadLetter:
-    """Write entries to the dead letter stream; they are acknowledged after it. Answer: DeadLettered."""
+    """Write entries to the dead letter stream; they are acknowledged afterwards. Reply: DeadLettered."""
 
     key: str
     letters: tuple[Letter, ...]
@@ -127,13 +121,7 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Renew:
-    """Renew what is held. Answer: Renewed.
-
-    Attributes:
-        key: Their partition.
-        entry_ids: What to renew.
-        deliveries: Number of deliveries to write down for them; 0 leaves it.
-    """
+    """Renew entries and store their number of deliveries, unless it is 0. Reply: Renewed."""
 
     key: str
     entry_ids: list[bytes]
@@ -142,46 +130,36 @@ class Renew:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HandBack:
-    """Let others claim these at once. Answer: HandedBack.
-
-    Attributes:
-        key: Their partition.
-        deliveries: How often each was delivered to a handler, by id.
-    """
+    """Let other consumers claim entries, given with their deliveries to handlers, at once. Reply: HandedBack."""
 
     key: str
     deliveries: Mapping[bytes, int]
 
 
 ServerCommand = Read | Ack | Claim | DeadLetter | Renew | HandBack
-"""What Redis commands answer."""
+"""Commands that one or more Redis commands carry out."""
 Command = CreateGroups | Dispatch | ServerCommand
 
 
-# Events.
+class Event:
+    """Base of all events."""
+
+    __slots__ = ()
+
+
+# Events: replies of the server.
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """The consumer begins."""
-
-
-@dataclass(frozen=True, slots=True)
-class GroupsReady:
-    """The groups are there."""
+class GroupsReady(Event):
+    """The group exists on every partition."""
 
     command: CreateGroups
 
 
 @dataclass(frozen=True, slots=True)
-class EntriesRead:
-    """What a read brought.
-
-    Attributes:
-        command: The read.
-        entries: By key; a key that brought nothing may be left out.
-        deliveries: How often each was delivered, by key and id; once where it is not named.
-    """
+class EntriesRead(Event):
+    """Entries that were read, by key, and the deliveries of each entry, by key and id (1 if absent)."""
 
     command: Read
     entries: Mapping[str, list[Entry]]
@@ -189,15 +167,11 @@ class EntriesRead:
 
 
 @dataclass(frozen=True, slots=True)
-class EntriesClaimed:
-    """What a claim brought.
+class EntriesClaimed(Event):
+    """Entries that belong to this consumer now, and their deliveries by id, this one included.
 
-    Attributes:
-        command: The claim.
-        cursor: Where the next claim goes on; `0-0` at the end.
-        entries: Now the consumer's.
-        deliveries: How often each was delivered, this time included, by id.
-        deleted: Pending entries that were trimmed, and which the server has dropped.
+    `cursor` is that of the next claim, `0-0` at the end. `deleted` are pending entries that were trimmed and that the
+    server has removed.
     """
 
     command: Claim
@@ -208,93 +182,90 @@ class EntriesClaimed:
 
 
 @dataclass(frozen=True, slots=True)
-class Acked:
-    """The server has the acknowledgements.
-
-    Attributes:
-        command: The acknowledgement.
-        count: How many entries were pending until now.
-    """
+class Acked(Event):
+    """The server has the acknowledgements; `count` entries were pending until now."""
 
     command: Ack
     count: int
 
 
 @dataclass(frozen=True, slots=True)
-class DeadLettered:
+class DeadLettered(Event):
     """The dead letter stream has the entries."""
 
     command: DeadLetter
 
 
 @dataclass(frozen=True, slots=True)
-class Renewed:
-    """What is held was renewed.
-
-    Attributes:
-        command: The renewal.
-        gone: Ids that are no longer this consumer's.
-    """
+class Renewed(Event):
+    """Entries were renewed, except for the ids in `gone`, which belong to other consumers now."""
 
     command: Renew
     gone: Sequence[bytes]
 
 
 @dataclass(frozen=True, slots=True)
-class HandedBack:
-    """Others can claim what was handed back."""
+class HandedBack(Event):
+    """Other consumers can claim the entries."""
 
     command: HandBack
 
 
 @dataclass(frozen=True, slots=True)
-class Unanswered:
-    """No answer came: what the server did is not known."""
+class Unanswered(Event):
+    """No reply came: the outcome of the command is unknown."""
+
+    command: CreateGroups | Ack | DeadLetter | Renew | HandBack
+
+
+@dataclass(frozen=True, slots=True)
+class EntriesUnknown(Event):
+    """A read or a claim got no reply: the server may have given entries to this consumer."""
+
+    command: Read | Claim
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMissing(Event):
+    """The stream or the group does not exist on the server."""
 
     command: CreateGroups | ServerCommand
 
 
-@dataclass(frozen=True, slots=True)
-class GroupMissing:
-    """The server says that the stream or the group is not there."""
-
-    command: CreateGroups | ServerCommand
+# Events: calls by the consumer's code.
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """Somebody can handle entries: one Dispatch of at most so many is due."""
+class Opened(Event):
+    """The consumer starts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Requested(Event):
+    """The consumer's code can handle entries: one Dispatch of at most `count` is due."""
 
     count: int
 
 
 @dataclass(frozen=True, slots=True)
-class Returned:
-    """Dispatched entries whose handling did not begin; next in turn."""
+class Returned(Event):
+    """Dispatched entries whose handling did not begin; they are dispatched next."""
 
     key: str
     entries: list[Entry]
 
 
 @dataclass(frozen=True, slots=True)
-class Succeeded:
-    """Handlers returned, or the entries need none."""
+class Succeeded(Event):
+    """The handlers returned, or the entries need no handling."""
 
     key: str
     entry_ids: Sequence[bytes]
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
-    """Handlers raised.
-
-    Attributes:
-        key: Partition of the entries.
-        entries: As dispatched.
-        reason: For the dead letter, where `final`.
-        message: The error in words.
-        final: Whether no further delivery can mend it.
-    """
+class Failed(Event):
+    """The handlers raised an error. If `final`, another delivery cannot succeed, and `reason` is the dead letter's."""
 
     key: str
     entries: Sequence[Entry]
@@ -304,31 +275,60 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
-class DrainAsked:
-    """The consumer shall end in good order."""
+class DrainRequested(Event):
+    """The consumer must stop in an orderly way."""
 
 
-Event = (
-    Opened
-    | GroupsReady
-    | EntriesRead
-    | EntriesClaimed
-    | Acked
-    | DeadLettered
-    | Renewed
-    | HandedBack
-    | Unanswered
-    | GroupMissing
-    | Wanted
-    | Returned
-    | Succeeded
-    | Failed
-    | DrainAsked
-)
+# Events: timers.
+
+
+@dataclass(frozen=True, slots=True)
+class RepeatDue(Event):
+    """The wait before repeating unanswered commands is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetryDue(Event):
+    """The wait before dispatching failed entries again is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class RenewalDue(Event):
+    """Held entries must be renewed."""
+
+
+@dataclass(frozen=True, slots=True)
+class SweepDue(Event):
+    """It is time to claim entries that other consumers abandoned."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadDue(Event):
+    """The wait after an unanswered read is over."""
+
+
+# Events: conclusions of the machine itself.
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered(Event):
+    """Every entry that the consumer was given before has been read again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drained(Event):
+    """The consumer holds nothing and waits for no reply."""
+
+
+def no_reply(command: CreateGroups | ServerCommand) -> Unanswered | EntriesUnknown:
+    """Return the event for a command without a reply."""
+    if isinstance(command, Read | Claim):
+        return EntriesUnknown(command)
+    return Unanswered(command)
 
 
 class State(StrEnum):
-    """Where a consumer is in its life."""
+    """Stages of a consumer's life."""
 
     NEW = "new"
     CREATING = "creating groups"
@@ -338,62 +338,97 @@ class State(StrEnum):
     CLOSED = "closed"
 
 
-_NEW, _CREATING, _RECOVERING = State.NEW, State.CREATING, State.RECOVERING
-_READING, _DRAINING, _CLOSED = State.READING, State.DRAINING, State.CLOSED
-
-TRANSITIONS: Final[dict[tuple[State, type[Event]], tuple[State, ...]]] = {
-    (_NEW, Opened): (_CREATING,),
-    (_NEW, DrainAsked): (_CLOSED,),
-    (_CREATING, GroupsReady): (_RECOVERING,),
-    (_CREATING, EntriesRead): (_CREATING,),
-    (_CREATING, EntriesClaimed): (_CREATING,),
-    (_CREATING, Acked): (_CREATING,),
-    (_CREATING, DeadLettered): (_CREATING,),
-    (_CREATING, Renewed): (_CREATING,),
-    (_CREATING, Unanswered): (_CREATING,),
-    (_CREATING, GroupMissing): (_CREATING,),
-    (_CREATING, Wanted): (_CREATING,),
-    (_CREATING, Returned): (_CREATING,),
-    (_CREATING, Succeeded): (_CREATING,),
-    (_CREATING, Failed): (_CREATING,),
-    (_CREATING, DrainAsked): (_DRAINING, _CLOSED),
-    (_RECOVERING, EntriesRead): (_RECOVERING, _READING),
-    (_RECOVERING, EntriesClaimed): (_RECOVERING,),
-    (_RECOVERING, Acked): (_RECOVERING,),
-    (_RECOVERING, DeadLettered): (_RECOVERING,),
-    (_RECOVERING, Renewed): (_RECOVERING,),
-    (_RECOVERING, Unanswered): (_RECOVERING,),
-    (_RECOVERING, GroupMissing): (_CREATING,),
-    (_RECOVERING, Wanted): (_RECOVERING,),
-    (_RECOVERING, Returned): (_RECOVERING,),
-    (_RECOVERING, Succeeded): (_RECOVERING,),
-    (_RECOVERING, Failed): (_RECOVERING,),
-    (_RECOVERING, DrainAsked): (_DRAINING, _CLOSED),
-    (_READING, EntriesRead): (_READING,),
-    (_READING, EntriesClaimed): (_READING,),
-    (_READING, Acked): (_READING,),
-    (_READING, DeadLettered): (_READING,),
-    (_READING, Renewed): (_READING,),
-    (_READING, Unanswered): (_READING, _RECOVERING),
-    (_READING, GroupMissing): (_CREATING,),
-    (_READING, Wanted): (_READING,),
-    (_READING, Returned): (_READING,),
-    (_READING, Succeeded): (_READING,),
-    (_READING, Failed): (_READING,),
-    (_READING, DrainAsked): (_DRAINING, _CLOSED),
-    (_DRAINING, GroupsReady): (_DRAINING, _CLOSED),
-    (_DRAINING, EntriesRead): (_DRAINING, _CLOSED),
-    (_DRAINING, EntriesClaimed): (_DRAINING, _CLOSED),
-    (_DRAINING, Acked): (_DRAINING, _CLOSED),
-    (_DRAINING, DeadLettered): (_DRAINING,),
-    (_DRAINING, Renewed): (_DRAINING, _CLOSED),
-    (_DRAINING, HandedBack): (_DRAINING, _CLOSED),
-    (_DRAINING, Unanswered): (_DRAINING, _CLOSED),
-    (_DRAINING, GroupMissing): (_DRAINING, _CLOSED),
-    (_DRAINING, Returned): (_DRAINING,),
-    (_DRAINING, Succeeded): (_DRAINING,),
-    (_DRAINING, Failed): (_DRAINING, _CLOSED),
-    (_DRAINING, DrainAsked): (_DRAINING,),
-    (_CLOSED, DrainAsked): (_CLOSED,),
-}
-"""Each legal pair of state and event, and the states that may follow. Every other pair is a LocalProtocolError."""
+TRANSITIONS: Final = Transitions(
+    "delivery",
+    State.NEW,
+    {
+        State.NEW: {
+            Opened: State.CREATING,
+            DrainRequested: State.CLOSED,
+        },
+        State.CREATING: {
+            GroupsReady: State.RECOVERING,
+            EntriesRead: State.CREATING,
+            EntriesClaimed: State.CREATING,
+            Acked: State.CREATING,
+            DeadLettered: State.CREATING,
+            Renewed: State.CREATING,
+            Unanswered: State.CREATING,
+            EntriesUnknown: State.CREATING,
+            GroupMissing: State.CREATING,
+            Requested: State.CREATING,
+            Returned: State.CREATING,
+            Succeeded: State.CREATING,
+            Failed: State.CREATING,
+            RepeatDue: State.CREATING,
+            RetryDue: State.CREATING,
+            RenewalDue: State.CREATING,
+            ReadDue: State.CREATING,
+            DrainRequested: State.DRAINING,
+        },
+        State.RECOVERING: {
+            EntriesRead: State.RECOVERING,
+            EntriesClaimed: State.RECOVERING,
+            Acked: State.RECOVERING,
+            DeadLettered: State.RECOVERING,
+            Renewed: State.RECOVERING,
+            Unanswered: State.RECOVERING,
+            EntriesUnknown: State.RECOVERING,
+            GroupMissing: State.CREATING,
+            Requested: State.RECOVERING,
+            Returned: State.RECOVERING,
+            Succeeded: State.RECOVERING,
+            Failed: State.RECOVERING,
+            RepeatDue: State.RECOVERING,
+            RetryDue: State.RECOVERING,
+            RenewalDue: State.RECOVERING,
+            ReadDue: State.RECOVERING,
+            Recovered: State.READING,
+            DrainRequested: State.DRAINING,
+        },
+        State.READING: {
+            EntriesRead: State.READING,
+            EntriesClaimed: State.READING,
+            Acked: State.READING,
+            DeadLettered: State.READING,
+            Renewed: State.READING,
+            Unanswered: State.READING,
+            EntriesUnknown: State.RECOVERING,
+            GroupMissing: State.CREATING,
+            Requested: State.READING,
+            Returned: State.READING,
+            Succeeded: State.READING,
+            Failed: State.READING,
+            RepeatDue: State.READING,
+            RetryDue: State.READING,
+            RenewalDue: State.READING,
+            # Not before: what is claimed while the own pending entries are read would be delivered twice.
+            SweepDue: State.READING,
+            DrainRequested: State.DRAINING,
+        },
+        State.DRAINING: {
+            GroupsReady: State.DRAINING,
+            EntriesRead: State.DRAINING,
+            EntriesClaimed: State.DRAINING,
+            Acked: State.DRAINING,
+            DeadLettered: State.DRAINING,
+            Renewed: State.DRAINING,
+            HandedBack: State.DRAINING,
+            Unanswered: State.DRAINING,
+            EntriesUnknown: State.DRAINING,
+            GroupMissing: State.DRAINING,
+            Returned: State.DRAINING,
+            Succeeded: State.DRAINING,
+            Failed: State.DRAINING,
+            RepeatDue: State.DRAINING,
+            RenewalDue: State.DRAINING,
+            ReadDue: State.DRAINING,
+            DrainRequested: State.DRAINING,
+            Drained: State.CLOSED,
+        },
+        State.CLOSED: {
+            DrainRequested: State.CLOSED,
+        },
+    },
+)
+"""Each state, its legal events and the next state. Any other pair is a LocalProtocolError."""

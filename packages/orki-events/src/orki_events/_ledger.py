@@ -1,27 +1,25 @@
-"""The ledger: what was published, and what became of it in each group.
+"""The ledger of a stream: how many events were published, and their outcome in each group.
 
-Definition. `published` is the number of distinct event ids in the stream, plus the entries that were trimmed from it
-(`entries-added` less its length), each of which counts as one. For a group, each published event is exactly one of:
+`published` is the number of distinct event ids in the stream, plus the number of trimmed entries (`entries-added` less
+the stream's length), each counted as one event. For a group, each published event is exactly one of:
 
 * `before_start`: it was in the stream before the group began;
-* `unread`: no consumer of the group was given it;
-* `pending`: it was given out, and is not acknowledged;
+* `unread`: no consumer of the group has received it;
+* `pending`: a consumer received it and has not acknowledged it;
 * `dead_lettered`: the group's dead letter stream names one of its entries;
 * `declared_lost`: it was trimmed before the group had settled it;
-* `processed`: it was acknowledged, and is none of these.
+* `processed`: it was acknowledged, and is none of the above.
 
-So `published` is their sum, always; where publishers have stopped and the group has drained, `unread` and `pending` are
-0. While nothing was trimmed (`exact`), all of it is read off the stream itself, entry by entry, and nothing is assumed
-of counters. Of trimmed entries the stream says no more: those that the group's counters claim are processed or
-dead-lettered, and what no counter claims is declared lost.
+`published` always equals their sum. Once publishers have stopped and the group has drained, `unread` and `pending` are
+0. If nothing was trimmed (`exact`), every figure is read from the stream's entries. For trimmed entries, the group's
+counters tell how many were processed or dead-lettered; the rest is declared lost.
 
-A repeated event (the same id in several entries) counts once. Before Redis 7 the server does not say how many entries a
-stream ever had, so there the ledger knows nothing of what was trimmed.
+A repeated event (the same id in several entries) counts once. Before Redis 7, the server does not know how many entries
+a stream ever had, so the ledger cannot count trimmed entries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -30,6 +28,7 @@ from google.protobuf.message import DecodeError
 from orki.events.v1.envelope_pb2 import DeadLetter
 from orki_contract.errors import EventUndecodable, OrkiError
 from orki_contract.model import Group, Stream
+from orki_events._readers import read_entries
 from orki_events.connection import Connection
 from orki_events.entries import (
     REASON_FIELD,
@@ -48,7 +47,7 @@ _PAGE: Final = 1_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupLedger:
-    """What became of the published events in one group; see the module for the terms."""
+    """Outcome of the published events in one group; the module defines the terms."""
 
     processed: int
     dead_lettered: int
@@ -58,7 +57,7 @@ class GroupLedger:
     unread: int = 0
 
     def dump(self) -> dict[str, int]:
-        """For JSON; the last three only where they are not 0."""
+        """Return the figures for JSON; the last three only if they are not 0."""
         shown = {name: getattr(self, name) for name in ("processed", "dead_lettered", "declared_lost")}
         rest = {name: getattr(self, name) for name in ("before_start", "pending", "unread")}
         return shown | {name: value for name, value in rest.items() if value}
@@ -70,12 +69,12 @@ class StreamLedger:
 
     Attributes:
         stream: Its name.
-        published: Distinct events.
-        repeated: Entries beyond the first of an event: repetitions that readers drop.
-        missing: Numbers absent from producers' sequences: events that were refused, given up or lost by the server.
-            Only told where nothing was trimmed.
-        trimmed: Entries that are no longer there.
-        groups: By name.
+        published: Number of distinct events.
+        repeated: Number of entries beyond the first one of an event; readers drop these repetitions.
+        missing: Numbers absent from producers' sequences: events that were refused, abandoned or lost by the server.
+            0 if entries were trimmed.
+        trimmed: Number of entries that the stream does not have any more.
+        groups: Ledgers of the groups, by name.
     """
 
     stream: str
@@ -87,17 +86,17 @@ class StreamLedger:
 
     @property
     def exact(self) -> bool:
-        """Whether every figure was read off the entries themselves."""
+        """Whether every figure was read from the entries."""
         return self.trimmed == 0
 
     def dump(self) -> dict[str, Any]:
-        """For JSON: `published` and the groups."""
+        """Return `published` and the groups for JSON."""
         return {"published": self.published, "groups": {name: each.dump() for name, each in self.groups.items()}}
 
 
 @dataclass(slots=True)
 class _Scan:
-    """Entries of one partition, in order, with their events' ids."""
+    """Entries of one partition, in order, with the ids of their events."""
 
     key: str
     ids: list[tuple[EntryId, bytes]] = field(default_factory=list)
@@ -105,8 +104,8 @@ class _Scan:
 
 
 @dataclass(slots=True)
-class _GroupPlace:
-    """Where a group is in one partition."""
+class _GroupProgress:
+    """A group's state in one partition."""
 
     start: Mark
     delivered: EntryId
@@ -117,83 +116,67 @@ class _GroupPlace:
 _RANK: Final = ("dead_lettered", "processed", "pending", "unread", "before_start")
 
 
-async def read_ledger(link: Connection, stream: Stream) -> StreamLedger:
-    """Reads the ledger of a stream.
-
-    Raises:
-        OrkiError: The server does not answer or refuses.
-    """
+async def read_ledger(connection: Connection, stream: Stream) -> StreamLedger:
+    """Read the ledger of a stream."""
     sequences: dict[str, set[int]] = {}
-    scans = [await _scan(link, key, sequences) for key in stream_keys(stream)]
+    scans = [await _scan(connection, key, sequences) for key in stream_keys(stream)]
     seen = {event_id for scan in scans for _, event_id in scan.ids}
     trimmed = sum(scan.trimmed for scan in scans)
     entries = sum(len(scan.ids) for scan in scans)
-    names = {group.name: group for group in stream.groups}
+    declared = {group.name: group for group in stream.groups}
     for scan in scans:
-        for name in await _group_names(link, scan.key):
-            names.setdefault(name, Group(name=name))
-    groups = {}
-    for name, group in sorted(names.items()):
-        groups[name] = await _group(link, stream, group, scans)
+        for name in await _groups(connection, scan.key):
+            declared.setdefault(name, Group(name=name))
     return StreamLedger(
         stream=stream.name,
         published=len(seen) + trimmed,
         repeated=entries - len(seen),
         missing=0 if trimmed else sum(max(numbers) - len(numbers) for numbers in sequences.values()),
         trimmed=trimmed,
-        groups=groups,
+        groups={name: await _group(connection, stream, group, scans) for name, group in sorted(declared.items())},
     )
 
 
-async def _scan(link: Connection, key: str, sequences: dict[str, set[int]]) -> _Scan:
+async def _scan(connection: Connection, key: str, sequences: dict[str, set[int]]) -> _Scan:
     scan = _Scan(key)
-    async for entry_id, fields in _entries(link, key):
+    async for entry_id, fields in read_entries(connection, key):
         try:
             envelope = decode_envelope(split_entry(fields)[0])
         except EventUndecodable:
-            # It has no identity but its place.
+            # Without an envelope, its position identifies it.
             scan.ids.append((parse_id(entry_id), key.encode() + entry_id))
             continue
         scan.ids.append((parse_id(entry_id), envelope.event_id))
         sequences.setdefault(envelope.producer, set()).add(envelope.sequence)
-    if await link.execute((b"EXISTS", key)):
-        state = parse_stream_state(await link.execute((b"XINFO", b"STREAM", key)))
+    if await connection.execute((b"EXISTS", key)):
+        state = parse_stream_state(await connection.execute((b"XINFO", b"STREAM", key)))
         scan.trimmed = state.added - state.length
     return scan
 
 
-async def _entries(link: Connection, key: str) -> Any:
-    start = b"-"
-    while True:
-        page = await link.execute((b"XRANGE", key, start, b"+", b"COUNT", _PAGE))
-        for entry_id, fields in page:
-            yield entry_id, fields
-        if len(page) < _PAGE:
-            return
-        start = b"(" + page[-1][0]
+async def _groups(connection: Connection, key: str) -> dict[str, EntryId]:
+    """Return the last id that each group was given, by the group's name."""
+    if not await connection.execute((b"EXISTS", key)):
+        return {}
+    found = map(pairs, await connection.execute((b"XINFO", b"GROUPS", key)))
+    return {each["name"].decode(): parse_id(each["last-delivered-id"]) for each in found}
 
 
-async def _group_names(link: Connection, key: str) -> list[str]:
-    if not await link.execute((b"EXISTS", key)):
-        return []
-    return [pairs(each)["name"].decode() for each in await link.execute((b"XINFO", b"GROUPS", key))]
-
-
-async def _group(link: Connection, stream: Stream, group: Group, scans: list[_Scan]) -> GroupLedger:
-    dead = await _dead(link, stream, group)
+async def _group(connection: Connection, stream: Stream, group: Group, scans: list[_Scan]) -> GroupLedger:
+    dead = await _dead(connection, stream, group)
     ranks: dict[bytes, int] = {}
     gone = dict.fromkeys(("processed", "dead_lettered", "declared_lost", "before_start", "pending"), 0)
     for scan in scans:
-        place = await _place(link, scan.key, group.name)
+        progress = await _progress(connection, scan.key, group.name)
         letters = dead.get(scan.key, set())
-        start = parse_id(place.start.entry_id)
+        start = parse_id(progress.start.entry_id)
         in_stream = dict.fromkeys(_RANK, 0)
         for entry_id, event_id in scan.ids:
             if entry_id in letters:
                 rank = "dead_lettered"
-            elif entry_id in place.pending:
+            elif entry_id in progress.pending:
                 rank = "pending"
-            elif entry_id > place.delivered:
+            elif entry_id > progress.delivered:
                 rank = "unread"
             elif entry_id <= start:
                 rank = "before_start"
@@ -203,7 +186,7 @@ async def _group(link: Connection, stream: Stream, group: Group, scans: list[_Sc
             ranks[event_id] = min(ranks.get(event_id, len(_RANK)), _RANK.index(rank))
         if scan.trimmed:
             present = {entry_id for entry_id, _ in scan.ids}
-            _add_trimmed(gone, scan.trimmed, place, in_stream, (letters - present, place.pending - present))
+            _add_trimmed(gone, scan.trimmed, progress, in_stream, (letters - present, progress.pending - present))
     totals = {name: sum(1 for rank in ranks.values() if _RANK[rank] == name) for name in _RANK}
     return GroupLedger(
         processed=totals["processed"] + gone["processed"],
@@ -218,17 +201,17 @@ async def _group(link: Connection, stream: Stream, group: Group, scans: list[_Sc
 def _add_trimmed(
     gone: dict[str, int],
     trimmed: int,
-    place: _GroupPlace,
+    progress: _GroupProgress,
     in_stream: dict[str, int],
     absent: tuple[set[EntryId], set[EntryId]],
 ) -> None:
-    """Shares out the entries of a partition that the stream no longer has; what nothing claims is lost."""
+    """Distribute the trimmed entries of a partition by the group's counters; the rest is lost."""
     letters, pending = absent
     claims = {
-        "before_start": place.start.added - in_stream["before_start"],
+        "before_start": progress.start.added - in_stream["before_start"],
         "pending": len(pending),
         "dead_lettered": len(letters),
-        "processed": place.counted["processed"] - in_stream["processed"],
+        "processed": progress.counted["processed"] - in_stream["processed"],
     }
     left = trimmed
     for name, claim in claims.items():
@@ -238,30 +221,28 @@ def _add_trimmed(
     gone["declared_lost"] += left
 
 
-async def _place(link: Connection, key: str, group: str) -> _GroupPlace:
-    known = pairs(await link.execute((b"HGETALL", groups_key(key))))
+async def _progress(connection: Connection, key: str, group: str) -> _GroupProgress:
+    known = pairs(await connection.execute((b"HGETALL", groups_key(key))))
     counted = {name: int(known.get(f"{name}:{group}", 0)) for name in ("processed", "dead_lettered", "declared_lost")}
     start = Mark.parse(known.get(f"start:{group}")) or Mark(ZERO_ID, 0)
-    place = _GroupPlace(start, parse_id(ZERO_ID), set(), counted)
-    if group not in await _group_names(link, key):
-        return place
-    for each in map(pairs, await link.execute((b"XINFO", b"GROUPS", key))):
-        if each["name"].decode() == group:
-            place.delivered = parse_id(each["last-delivered-id"])
+    delivered = (await _groups(connection, key)).get(group)
+    progress = _GroupProgress(start, delivered or parse_id(ZERO_ID), set(), counted)
+    if delivered is None:
+        return progress
     first = b"-"
     while True:
-        page = await link.execute((b"XPENDING", key, group, first, b"+", _PAGE))
-        place.pending.update(parse_id(entry_id) for entry_id, _, _, _ in page)
+        page = await connection.execute((b"XPENDING", key, group, first, b"+", _PAGE))
+        progress.pending.update(parse_id(entry_id) for entry_id, _, _, _ in page)
         if len(page) < _PAGE:
-            return place
+            return progress
         first = b"(" + page[-1][0]
 
 
-async def _dead(link: Connection, stream: Stream, group: Group) -> dict[str, set[EntryId]]:
-    """Entries that the group's dead letters name, by partition."""
+async def _dead(connection: Connection, stream: Stream, group: Group) -> dict[str, set[EntryId]]:
+    """Return the entries that the group's dead letters name, by partition."""
     found: dict[str, set[EntryId]] = {}
-    async for _, fields in _entries(link, tagged_key("ev", stream.dead_letter(group))):
-        for name, value in _field_pairs(fields):
+    async for _, fields in read_entries(connection, tagged_key("ev", stream.dead_letter(group))):
+        for name, value in zip(fields[::2], fields[1::2], strict=False):
             if name == REASON_FIELD:
                 try:
                     letter = DeadLetter.FromString(value)
@@ -270,7 +251,3 @@ async def _dead(link: Connection, stream: Stream, group: Group) -> dict[str, set
                 except (DecodeError, OrkiError):
                     continue
     return found
-
-
-def _field_pairs(fields: list[bytes]) -> Iterable[tuple[bytes, bytes]]:
-    return zip(fields[::2], fields[1::2], strict=False)

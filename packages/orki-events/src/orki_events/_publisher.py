@@ -1,15 +1,14 @@
-"""The publisher: what gathers while one pipeline is on its way leaves with the next.
+"""The publisher: events that arrive while one pipeline is in flight leave with the next.
 
-Retries are decided here, never by the client library. An error reply says that an entry was not taken: it is sent
-again, or its error is told. After a broken connection nobody knows; so before anything is repeated, the stream's newest
-entries are searched for the event's id, and only what is not there is sent again.
+The publisher decides about retries, never redis-py. An error reply means that the server does not have the entry: it is
+sent again, or its caller gets the error. After a broken connection the outcome is unknown; so the publisher searches
+the stream's newest entries for the event's id, and sends again only the events that it does not find.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import threading
 import time
 from collections import deque
@@ -19,6 +18,7 @@ from typing import Any, Final, NamedTuple
 
 from google.protobuf.message import Message
 
+from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import (
     ContractMismatch,
     EventsBufferFull,
@@ -31,6 +31,7 @@ from orki_contract.errors import (
     TooLarge,
 )
 from orki_contract.handles import EventStream
+from orki_contract.model import milliseconds
 from orki_contract.trace import Span
 from orki_events._options import EventOptions, Gap, GapKind
 from orki_events._readers import find_published
@@ -40,22 +41,21 @@ from orki_events.groups import ConsumerGroups
 from orki_events.registry import StreamRegistry
 from orki_events.tuning import TuningCache
 
-_FIRST_WAIT_S: Final = 0.05
-_LONGEST_WAIT_S: Final = 0.5
-_COMMAND_BYTES: Final = 100
+_RETRY: Final = JitterOptions(initial=0.05, maximum=0.5, spread=0.5)
+_COMMAND_OVERHEAD: Final = 100
 _log = logging.getLogger("orki.events")
 
 
 @dataclass(slots=True)
 class PublishCounts:
-    """What a publisher did since it began.
+    """Counters of a publisher since its start.
 
     Attributes:
         published: Events that the server has.
-        refused: Events whose caller was told an error.
+        refused: Events whose caller got an error.
         abandoned: Events of `collect` that could not be sent in time.
         repeated: Events that were sent again after a broken connection.
-        landed: Events that were found in the stream after a broken connection, and so were not sent again.
+        found: Events that were found in the stream after a broken connection, and therefore not sent again.
         pipelines: Pipelines sent.
     """
 
@@ -63,18 +63,18 @@ class PublishCounts:
     refused: int = 0
     abandoned: int = 0
     repeated: int = 0
-    landed: int = 0
+    found: int = 0
     pipelines: int = 0
 
 
 class Outgoing(NamedTuple):
-    """An event on its way out.
+    """An event to publish.
 
     Attributes:
         message: The event.
         span: Span in which it happened.
-        event_id: Its identity, 16 bytes; a new one unless given.
-        time_us: When it happened, in microseconds since the Unix epoch; now unless given.
+        event_id: Its identity (16 bytes); the default is a new one.
+        time_us: Time of the event in microseconds since the Unix epoch; the default is now.
     """
 
     message: Message
@@ -84,15 +84,14 @@ class Outgoing(NamedTuple):
 
 
 @dataclass(slots=True)
-class Ticket:
-    """What a caller waits on: one or more events."""
+class _Ticket:
+    """The outcome of one or more events, for which a caller waits."""
 
     future: asyncio.Future[None]
     open: int = 0
     error: OrkiError | None = None
 
     def settle(self, error: OrkiError | None) -> None:
-        """One event more is sent, or is not."""
         self.open -= 1
         self.error = self.error or error
         if self.open == 0 and not self.future.done():
@@ -111,45 +110,44 @@ class _Item:
     raw: bytes
     deadline: float
     number: int
-    ticket: Ticket | None
+    ticket: _Ticket | None
 
     @property
     def size(self) -> int:
-        """Bytes that it takes, on its way too."""
-        return len(self.key) + len(self.envelope) + len(self.raw) + _COMMAND_BYTES
+        return len(self.key) + len(self.envelope) + len(self.raw) + _COMMAND_OVERHEAD
 
     def packed(self, limit: int) -> bytes:
-        """The command, as it travels; made late, as a deployment may change the limit until then."""
+        """Encode the command. This happens late, because a deployment may change the limit meanwhile."""
         fields = (ENVELOPE_FIELD, self.envelope, DATA_FIELD, self.raw)
         return pack((b"XADD", self.key, b"MAXLEN", b"~", limit, b"*", *fields))
 
 
 @dataclass(slots=True)
 class _Key:
-    """What is known of one Redis key: the newest entry of ours, and when to trim by age again."""
+    """A Redis key: the newest known entry, and the time of the next trimming by age."""
 
     last_id: str
     trim_at: float = 0.0
 
 
 class Publisher:
-    """Gathers events and sends them in pipelines, in the order in which they came."""
+    """Buffers events and sends them in pipelines, in order."""
 
     def __init__(
         self,
-        link: Connection,
+        connection: Connection,
         producer: str,
         options: EventOptions,
-        keeper: ConsumerGroups,
+        groups: ConsumerGroups,
         registry: StreamRegistry,
         report: Callable[[Gap], None],
     ) -> None:
-        """Must be made on the event loop that will run it."""
+        """Start the publisher on the running event loop."""
         self.counts = PublishCounts()
-        self._link = link
+        self._connection = connection
         self._producer = producer
         self._options = options
-        self._keeper = keeper
+        self._groups = groups
         self._registry = registry
         self._tunings = TuningCache()
         self._report = report
@@ -175,19 +173,16 @@ class Publisher:
         handle: EventStream[Any, Any],
         message: Message,
         span: Span | None,
-        ticket: Ticket | None = None,
+        ticket: _Ticket | None = None,
         event_id: bytes | None = None,
         time_us: int | None = None,
     ) -> bytes:
-        """Puts one event into the buffer; safe on any thread where there is no ticket.
-
-        Returns:
-            The event's id.
+        """Buffer one event and return its id. Without a ticket, safe on any thread.
 
         Raises:
-            EventsBufferFull: The buffer is full; nothing was taken.
-            InvalidArgument: The message is of another class than the stream's.
-            TooLarge: The event is larger than an event may be.
+            EventsBufferFull: The buffer is full; the event was not buffered.
+            InvalidArgument: The message is not of the stream's class.
+            TooLarge: The event is larger than `max_event_bytes`.
             LocalProtocolError: The publisher is closed.
         """
         contract = handle.contract
@@ -208,8 +203,8 @@ class Publisher:
                 raise LocalProtocolError("the publisher is closed; publish while its `async with` block runs")
             if self._entries >= self._options.buffer_entries or self._bytes >= self._options.buffer_bytes:
                 raise EventsBufferFull(
-                    f"{self._entries} events ({self._bytes} bytes) wait for {self._link.address.shown}; "
-                    "wait with flush(), or raise buffer_entries"
+                    f"{self._entries} events ({self._bytes} bytes) wait for {self._connection.address.shown}; "
+                    "wait with flush() or raise buffer_entries"
                 )
             number = self._sequences.get(contract.name, 0) + 1
             envelope = encode_envelope(
@@ -217,7 +212,7 @@ class Publisher:
             )
             self._sequences[contract.name] = number
             self._submitted += 1
-            deadline = time.monotonic() + self._options.publish_timeout_s
+            deadline = time.monotonic() + self._options.publish_timeout
             item = _Item(handle, key, chosen, envelope, raw, deadline, self._submitted, ticket)
             self._queue.append(item)
             self._entries += 1
@@ -234,13 +229,13 @@ class Publisher:
         handle: EventStream[Any, Any],
         outgoing: Iterable[Outgoing],
     ) -> list[bytes]:
-        """Puts events into the buffer, waits for room where there is none, and until the server has them all.
+        """Buffer events, waiting for room if necessary, and return their ids once the server has them all.
 
         Raises:
-            OrkiError: The first error among them; the others were, or were not, published.
+            OrkiError: The first error; the other events may have been published.
         """
-        ticket = Ticket(self._loop.create_future())
-        # One for ourselves: the ticket must not be settled before the last event is in the buffer.
+        ticket = _Ticket(self._loop.create_future())
+        # One more than the events, so that the ticket is not settled before the last event is buffered.
         ticket.open = 1
         identities = []
         try:
@@ -259,20 +254,20 @@ class Publisher:
         return identities
 
     async def flush(self) -> None:
-        """Waits until everything that is in the buffer now was sent, refused or abandoned."""
+        """Wait until all events that are buffered now were sent, refused or abandoned."""
         last = self._submitted
         while self._settled < last and not self._task.done():
             await self._wait_progress()
 
-    async def close(self, timeout_s: float) -> None:
-        """Sends what is in the buffer, for at most this long, and abandons the rest."""
+    async def close(self, timeout: float) -> None:
+        """Send buffered events within the timeout, and abandon the rest."""
         with self._guard:
             self._closing = True
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout):
                 await self.flush()
         except TimeoutError:
-            _log.warning("%s did not take all events within %g s", self._link.address.shown, timeout_s)
+            _log.warning("%s did not accept all events within %g s", self._connection.address.shown, timeout)
         finally:
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -280,7 +275,9 @@ class Publisher:
             self._queue.clear()
             self._end(
                 left,
-                EventsUnavailable(f"{self._link.address.shown} did not take the event before the publisher closed"),
+                EventsUnavailable(
+                    f"{self._connection.address.shown} did not accept the event before the publisher closed"
+                ),
             )
 
     def _call(self, function: Callable[[], None]) -> None:
@@ -296,16 +293,16 @@ class Publisher:
     async def _run(self) -> None:
         while True:
             await self._wake.wait()
-            if self._options.linger_ms and len(self._queue) < self._options.batch_entries and not self._closing:
-                await asyncio.sleep(self._options.linger_ms / 1_000)
-            self._sending = self._gather()
+            if self._options.linger and len(self._queue) < self._options.batch_entries and not self._closing:
+                await asyncio.sleep(self._options.linger)
+            self._sending = self._next_batch()
             try:
                 await self._deliver()
             except Exception as error:
-                _log.exception("a defect in the publisher")
-                self._end(self._sending, LocalProtocolError(f"a defect in the publisher: {error!r}"))
+                _log.exception("internal error in the publisher")
+                self._end(self._sending, LocalProtocolError(f"internal error in the publisher: {error!r}"))
 
-    def _gather(self) -> list[_Item]:
+    def _next_batch(self) -> list[_Item]:
         batch: list[_Item] = []
         size = 0
         with self._guard:
@@ -319,8 +316,8 @@ class Publisher:
         return batch
 
     async def _deliver(self) -> None:
-        """Sends what was gathered until each event is taken, refused or out of time."""
-        failures = 0
+        """Send the batch until each event is accepted, refused or out of time."""
+        backoff = Jitter(_RETRY)
         doubtful = False
         while self._sending:
             try:
@@ -328,7 +325,7 @@ class Publisher:
                 if not self._sending:
                     return
                 if doubtful:
-                    self._end(await self._landed(self._sending), None)
+                    self._end(await self._find_published(self._sending), None)
                     self.counts.repeated += len(self._sending)
                     doubtful = False
                     continue
@@ -341,44 +338,43 @@ class Publisher:
                 doubtful = doubtful or isinstance(error, EventsUnavailable)
                 self._ready.clear()
             else:
-                told = self._settle(self._sending, replies)
-                if told is None:
+                retryable = self._settle(self._sending, replies)
+                if retryable is None:
                     return
-                failure = told
+                failure = retryable
                 if isinstance(failure, EventsReadOnly):
-                    # Another server may be behind the name by now.
-                    await self._link.drop()
+                    # After a failover, the name may resolve to another server.
+                    await self._connection.drop()
             self._expire(failure, doubtful)
-            await asyncio.sleep(_wait(failures))
-            failures += 1
+            await asyncio.sleep(backoff.failed())
 
     async def _send(self, batch: list[_Item]) -> list[Any]:
         self.counts.pipelines += 1
         contracts = {id(item.handle.contract): item.handle.contract for item in batch}
         limits = {key: self._tunings.retention(contract).max_entries for key, contract in contracts.items()}
         packed = b"".join([item.packed(limits[id(item.handle.contract)]) for item in batch])
-        replies = await self._link.exchange(packed, len(batch))
+        replies = await self._connection.exchange(packed, len(batch))
         newest = {item.key: (item, reply) for item, reply in zip(batch, replies, strict=True) if type(reply) is bytes}
         now = time.monotonic()
         for key, (item, entry_id) in newest.items():
             known = self._keys[key]
             known.last_id = entry_id.decode()
-            age = self._tunings.retention(item.handle.contract).max_age_ms
+            age = self._tunings.retention(item.handle.contract).max_age
             if age and now >= known.trim_at:
-                known.trim_at = now + min(max(age / 100_000, 1.0), 60.0)
+                known.trim_at = now + min(max(age / 100, 1.0), 60.0)
                 await self._trim(key, entry_id, age)
         return replies
 
-    async def _trim(self, key: str, newest: bytes, age_ms: int) -> None:
-        """Trims by age. The server's clock made the newest id: ours may differ."""
-        oldest = max(parse_id(newest).milliseconds - age_ms, 0)
+    async def _trim(self, key: str, newest: bytes, age: float) -> None:
+        """Trim by age. The newest id carries the server's time, which may differ from this process's."""
+        oldest = max(parse_id(newest).milliseconds - milliseconds(age), 0)
         try:
-            await self._link.execute((b"XTRIM", key, b"MINID", b"~", oldest))
+            await self._connection.execute((b"XTRIM", key, b"MINID", b"~", oldest))
         except OrkiError as error:
             _log.warning("%s could not be trimmed by age: %s", key, error.message)
 
     async def _prepare(self, batch: Sequence[_Item]) -> None:
-        await self._tunings.refresh(self._link, time.monotonic())
+        await self._tunings.refresh(self._connection, time.monotonic())
         refused: set[str] = set()
         for item in batch:
             contract = item.handle.contract
@@ -386,56 +382,55 @@ class Publisher:
                 continue
             if contract.name not in self._ready:
                 try:
-                    # Judged before anything is made: who brings a contract that does not fit leaves no trace.
-                    await self._registry.register(self._link, item.handle, publishes=True)
+                    # First, so that a contract that does not fit leaves no trace on the server.
+                    await self._registry.register(self._connection, item.handle, publishes=True)
                 except (ContractMismatch, InvalidContract) as error:
-                    # Other streams' events are not concerned.
                     refused.add(contract.name)
                     self._end([each for each in batch if each.handle.contract.name == contract.name], error)
                     continue
-                newest = await self._keeper.ensure(self._link, contract, contract.groups)
+                newest = await self._groups.ensure(self._connection, contract, contract.groups)
                 for key, last_id in newest.items():
                     self._keys.setdefault(key, _Key(last_id))
                 self._ready.add(contract.name)
 
-    async def _landed(self, batch: Sequence[_Item]) -> list[_Item]:
-        """Those whose entry is in the stream although the answer never came."""
+    async def _find_published(self, batch: Sequence[_Item]) -> list[_Item]:
+        """Return the events that are in the stream although no reply came."""
         doubtful: dict[str, set[bytes]] = {}
         for item in batch:
             doubtful.setdefault(item.key, set()).add(item.event_id)
         found: set[bytes] = set()
         for key, identities in doubtful.items():
-            found |= await find_published(self._link, key, self._keys[key].last_id, identities)
-        landed = [item for item in batch if item.event_id in found]
-        self.counts.landed += len(landed)
-        return landed
+            found |= await find_published(self._connection, key, self._keys[key].last_id, identities)
+        published = [item for item in batch if item.event_id in found]
+        self.counts.found += len(published)
+        return published
 
     def _settle(self, batch: list[_Item], replies: list[Any]) -> OrkiError | None:
-        """Ends those that were taken or refused; why the rest is to be sent again, or None where nothing is."""
-        refused = {place: reply for place, reply in enumerate(replies) if isinstance(reply, OrkiError)}
+        """Settle events that were accepted or refused. Return the error after which the rest is sent again, if any."""
+        refused = {index: reply for index, reply in enumerate(replies) if isinstance(reply, OrkiError)}
         if not refused:
             self._end(batch, None)
             return None
-        told = None
-        self._end([item for place, item in enumerate(batch) if place not in refused], None)
-        for place, reply in refused.items():
+        retryable = None
+        self._end([item for index, item in enumerate(batch) if index not in refused], None)
+        for index, reply in refused.items():
             if reply.retryable:
-                told = reply
+                retryable = reply
             else:
-                self._end([batch[place]], reply)
-        return told
+                self._end([batch[index]], reply)
+        return retryable
 
     def _expire(self, error: OrkiError, doubtful: bool) -> None:
-        """Gives up those that waited as long as they may."""
+        """Give up events that have waited for `publish_timeout`."""
         now = time.monotonic()
         late = [item for item in self._sending if item.deadline <= now]
         if late:
-            doubt = "; whether the server has it is not known" if doubtful else ""
-            waited = f"not published within {self._options.publish_timeout_s:g} s"
+            doubt = "; it is unknown whether the server has it" if doubtful else ""
+            waited = f"not published within {self._options.publish_timeout:g} s"
             self._end(late, type(error)(f"{waited}{doubt}: {error.message}"))
 
     def _end(self, batch: Sequence[_Item], error: OrkiError | None) -> None:
-        """Settles events, once each, and makes room for others."""
+        """Settle events and make room for others."""
         ended = {item.number for item in batch}
         self._sending = [item for item in self._sending if item.number not in ended]
         lost: dict[str, int] = {}
@@ -462,11 +457,5 @@ class Publisher:
 
 
 def _abandoned(stream: str, count: int, error: OrkiError) -> Gap:
-    said = f'{count} collected events of stream "{stream}" were not published: {error.message}'
-    return Gap(kind=GapKind.PUBLISH_ABANDONED, stream=stream, group="", count=count, possible=False, message=said)
-
-
-def _wait(failures: int) -> float:
-    """Time in seconds before the next try: growing, and spread, so that a fleet does not return as one."""
-    longest = min(_FIRST_WAIT_S * 2.0 ** min(failures, 10), _LONGEST_WAIT_S)
-    return random.uniform(longest / 2, longest)
+    message = f'{count} collected events of stream "{stream}" were not published: {error.message}'
+    return Gap(kind=GapKind.PUBLISH_ABANDONED, stream=stream, group="", count=count, possible=False, message=message)

@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from orki_contract.errors import HandlerFailed, InvalidSetting
 from orki_contract.handles import EventStream
 from orki_contract.trace import use_span
-from orki_events._deliveries import Decode, Delivery, DeliveryBatch, take_batch, take_one
+from orki_events._deliveries import Delivery, DeliveryBatch, take_batch, take_one
 from orki_events._group_reader import GroupReader
 from orki_events._options import ConsumeOptions
 
@@ -29,15 +29,19 @@ Batched = Callable[[list[E], DeliveryBatch[E]], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Consumer(Generic[P]):
-    """A handler and what it handles; call it as the plain function that it decorates.
+    """A handler with its stream and group, made by `@consumer`. Call it like the function that it decorates.
 
     Attributes:
-        stream: Whose events.
-        group: The group, one that the stream declares.
-        handler: Called with the event, or a list of events, and their delivery.
-        concurrency: Calls at once.
-        batch: Most events in one call; 0 calls with single events.
-        options: More settings.
+        stream: The stream.
+        group: One of the groups that the stream declares.
+        handler: Called with the event, or a list of events, and the delivery.
+        concurrency: Number of concurrent calls.
+        batch: Maximum number of events in one call; 0 for calls with single events.
+        options: Further settings.
+
+    Raises:
+        UnknownGroup: The stream declares no such group.
+        InvalidSetting: The handler is not a coroutine function, or a number is out of its range.
     """
 
     stream: EventStream[Any, Any]
@@ -48,12 +52,6 @@ class Consumer(Generic[P]):
     options: ConsumeOptions = field(default_factory=ConsumeOptions)
 
     def __post_init__(self) -> None:
-        """Validates.
-
-        Raises:
-            UnknownGroup: The stream declares no such group.
-            InvalidSetting: The handler is no coroutine function, or a number is out of its range.
-        """
         self.stream.contract.group(self.group)
         if not inspect.iscoroutinefunction(self.handler):
             raise InvalidSetting(f"the consumer {self.handler!r} must be an `async def`")
@@ -63,7 +61,7 @@ class Consumer(Generic[P]):
             raise InvalidSetting(f"batch is {self.batch}; it must be from 1 to 10000")
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Awaitable[None]:
-        """Calls the handler, as a test does."""
+        """Call the handler directly, as a test does."""
         return self.handler(*args, **kwargs)
 
 
@@ -87,17 +85,17 @@ def consumer(
     concurrency: int | None = None,
     options: ConsumeOptions | None = None,
 ) -> Callable[[Callable[..., Awaitable[None]]], Consumer[Any]]:
-    """Declares an `async def` as a consumer: when it returns, the event is acknowledged; when it raises, retried.
+    """Declare an `async def` as a consumer: if it returns, the event is acknowledged; if it raises, it is retried.
 
     Args:
-        stream: Whose events.
+        stream: The stream.
         group: One of the groups that the stream declares.
-        batch: Hand over up to so many events of one partition at once, as a list; single events unless given.
-        concurrency: Calls at once, 16 unless given; of a batch consumer 1.
-        options: More settings.
+        batch: Pass up to this many events of one partition at once, as a list; the default is single events.
+        concurrency: Number of concurrent calls; the default is 16, or 1 with `batch`.
+        options: Further settings.
 
     Raises:
-        UnknownGroup: The stream declares no such group; the message lists those that are.
+        UnknownGroup: The stream declares no such group; the message lists the declared ones.
         InvalidSetting: A number is out of its range.
     """
     if batch is not None and batch < 1:
@@ -117,55 +115,39 @@ def consumer(
 
 
 class PushRun:
-    """One push consumer while it runs: so many workers that take, call and settle."""
+    """A running push consumer: `concurrency` workers that take, call and settle."""
 
-    def __init__(self, declared: Consumer[Any], subscription: GroupReader, decode: Decode[Any]) -> None:
-        """Args: declared: the consumer; subscription: its source of entries, started; decode: for the events."""
+    def __init__(self, declared: Consumer[Any], reader: GroupReader) -> None:
+        self.reader = reader
         self._declared = declared
-        self._subscription = subscription
-        self._decode = decode
+        self._decode = declared.stream.message.FromString
 
     async def work(self) -> None:
-        """Runs until the subscription ends.
-
-        Raises:
-            OrkiError: The server refuses the consumer for good.
-        """
-        worker = self._batches if self._declared.batch else self._singles
+        """Run the workers until the reader ends or the server refuses it."""
         async with asyncio.TaskGroup() as group:
             for _ in range(self._declared.concurrency):
-                group.create_task(worker())
+                group.create_task(self._batches() if self._declared.batch else self._singles())
 
     async def _singles(self) -> None:
-        while (delivery := await take_one(self._subscription, self._decode)) is not None:
+        while (delivery := await take_one(self.reader, self._decode)) is not None:
             try:
-                span = delivery.span
-                with use_span(span.child() if span is not None else None):
-                    await self._call(delivery.event, delivery)
+                async with delivery as event:
+                    span = delivery.span
+                    with use_span(span.child() if span is not None else None):
+                        await self._call(event, delivery)
             except Exception as error:
-                self._complain(error, delivery.entry_id)
-                delivery.retry(error)
-            except BaseException:
-                delivery.give_back()
-                raise
-            else:
-                delivery.acknowledge()
+                self._log_failure(error, delivery.entry_id)
 
     async def _batches(self) -> None:
-        while (batch := await take_batch(self._subscription, self._decode, self._declared.batch)) is not None:
+        while (batch := await take_batch(self.reader, self._decode, self._declared.batch)) is not None:
             try:
-                await self._call(batch.events, batch)
+                async with batch as events:
+                    await self._call(events, batch)
             except Exception as error:
-                self._complain(error, f"{batch.entry_ids[0]} and {len(batch) - 1} more")
-                batch.retry(error)
-            except BaseException:
-                batch.give_back()
-                raise
-            else:
-                batch.acknowledge()
+                self._log_failure(error, f"{batch.entry_ids[0]} and {len(batch) - 1} more")
 
     async def _call(self, *arguments: Any) -> None:
-        limit = self._declared.options.handler_timeout_s
+        limit = self._declared.options.handler_timeout
         if not limit:
             await self._declared.handler(*arguments)
             return
@@ -178,38 +160,28 @@ class PushRun:
                 raise HandlerFailed(f"the handler took more than {limit:g} s") from error
             raise
 
-    def _complain(self, error: Exception, what: str) -> None:
-        _log.warning("%s failed on entry %s", self._subscription.name, what, exc_info=error)
+    def _log_failure(self, error: Exception, entries: str) -> None:
+        _log.warning("%s failed on entry %s", self.reader.name, entries, exc_info=error)
 
 
-async def run_until(
-    runs: list[PushRun], subscriptions: list[GroupReader], stop: asyncio.Event | None, drain_timeout_s: float
-) -> None:
-    """Works until one consumer is refused or `stop` is set; then lets handlers finish, for at most so long.
-
-    Raises:
-        OrkiError: The server refuses a consumer for good.
-    """
+async def run_until(runs: list[PushRun], stop: asyncio.Event | None, drain_timeout: float) -> None:
+    """Run consumers until the server refuses one or `stop` is set; then wait for handlers, at most `drain_timeout`."""
     workers = [asyncio.create_task(run.work()) for run in runs]
     stopping = asyncio.create_task((stop or asyncio.Event()).wait())
     try:
         await asyncio.wait([*workers, stopping], return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for subscription in subscriptions:
-            subscription.end()
+        for run in runs:
+            run.reader.end()
         stopping.cancel()
-        _, late = await asyncio.wait([*workers, stopping], timeout=drain_timeout_s)
+        _, late = await asyncio.wait([*workers, stopping], timeout=drain_timeout)
         for worker in late:
             worker.cancel()
         if late:
             await asyncio.wait(late)
     for worker in workers:
         if not worker.cancelled() and (error := worker.exception()) is not None:
-            raise _first(error)
-
-
-def _first(error: BaseException) -> BaseException:
-    """The error inside the group that several workers made of it."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+            # Several workers may have failed; the first error stands for all.
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            raise error

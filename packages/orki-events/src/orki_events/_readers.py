@@ -1,10 +1,11 @@
-"""Following a stream without a group: a plain cursor in the hands of a reader, who holds nothing when he goes away."""
+"""Reads streams without a group: follows one from a cursor, pages through one, and finds published events."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, Final, Generic, TypeVar
 
 from google.protobuf.message import DecodeError
@@ -13,7 +14,6 @@ from orki.events.v1.envelope_pb2 import Envelope
 from orki_contract.errors import EventUndecodable, OrkiError
 from orki_contract.model import Stream
 from orki_contract.trace import Span
-from orki_events._deliveries import Decode
 from orki_events.connection import Connection
 from orki_events.entries import (
     ENVELOPE_FIELD,
@@ -28,24 +28,25 @@ from orki_events.entries import (
 )
 
 T = TypeVar("T")
-_PAGE: Final = 500
-_WAIT_S: Final = 0.5
+_BATCH: Final = 500
+_PAGE: Final = 1_000
+_MAX_SEARCHED: Final = 200_000
+_RETRY_WAIT: Final = 0.5
 _log = logging.getLogger("orki.events")
 
 
 class TailEntry(Generic[T]):
-    """An entry that a reader came by.
+    """An entry of a stream, read without a group.
 
     Attributes:
-        cursor: Where to go on behind this entry: hand it to `tail(after=…)`.
+        cursor: Position after this entry, for `tail(after=…)`.
         key: Redis key of its partition.
-        entry_id: Its id there.
+        entry_id: Its id in the partition.
     """
 
     __slots__ = ("_decode", "_fields", "cursor", "entry_id", "key")
 
-    def __init__(self, key: str, entry: list[Any], cursor: str, decode: Decode[T]) -> None:
-        """Made by the runtime."""
+    def __init__(self, key: str, entry: list[Any], cursor: str, decode: Callable[[bytes], T]) -> None:
         self.key = key
         self.entry_id = str(entry[0], "ascii")
         self.cursor = cursor
@@ -54,128 +55,114 @@ class TailEntry(Generic[T]):
 
     @property
     def envelope(self) -> Envelope:
-        """Who published it, when, in which trace.
+        """The envelope: producer, time and trace of the event.
 
         Raises:
-            EventUndecodable: The entry holds no envelope.
+            EventUndecodable: The entry has no envelope.
         """
         return decode_envelope(split_entry(self._fields)[0])
 
     @property
     def event_id(self) -> bytes:
-        """Identity of the event, 16 bytes. Errors as those of `envelope`."""
+        """Identity of the event (16 bytes). Raises as `envelope`."""
         return event_id_of(split_entry(self._fields)[0])
 
     @property
     def span(self) -> Span | None:
-        """Span in which the event happened; None outside a trace. Errors as those of `envelope`."""
+        """Span in which the event happened; None outside a trace. Raises as `envelope`."""
         return envelope_span(self.envelope)
 
     @property
     def event(self) -> T:
-        """The event; its undecoded bytes for a reader of raw entries.
+        """The event; undecoded bytes for a reader of raw entries.
 
         Raises:
-            EventUndecodable: The entry does not hold what the stream's contract says.
+            EventUndecodable: The entry does not contain the message of the stream's contract.
         """
         raw = split_entry(self._fields)[1]
         try:
             return self._decode(raw)
         except DecodeError as error:
-            raise EventUndecodable(f"entry {self.entry_id} of {self.key} is not what the contract says") from error
+            raise EventUndecodable(f"entry {self.entry_id} of {self.key} does not fit the contract") from error
 
 
 async def follow_stream(
-    link: Connection, stream: Stream, decode: Decode[T], after: str, follow: bool, block_ms: int
+    connection: Connection,
+    stream: Stream,
+    decode: Callable[[bytes], T],
+    after: str,
+    follow: bool,
+    block_timeout: float,
 ) -> AsyncIterator[TailEntry[T]]:
-    """The entries behind a cursor.
-
-    Args:
-        link: A connection of the reader's own.
-        stream: The stream.
-        decode: For the field `d`.
-        after: A cursor, `earliest` or `latest`.
-        follow: Whether to wait for more at the end.
-        block_ms: Longest wait in the server.
-
-    Raises:
-        InvalidArgument: `after` is no cursor of this stream.
-        OrkiError: The server refuses; where it does not answer, following goes on, and reading to the end fails.
-    """
+    """Yield the entries after a cursor; see `Events.tail`. The connection must not be shared."""
     keys = stream_keys(stream)
     named = after in ("earliest", "latest")
-    places = [ZERO_ID] * len(keys) if named else parse_cursor(after, len(keys))
+    positions = [ZERO_ID] * len(keys) if named else parse_cursor(after, len(keys))
     resolved = after != "latest"
     while True:
         try:
             if not resolved:
-                places = await _newest(link, keys)
+                positions = await _newest(connection, keys)
                 resolved = True
-            found = await _read(link, keys, places, block_ms if follow else 0)
+            found = await _read(connection, keys, positions, block_timeout if follow else 0.0)
         except OrkiError as error:
             if not (follow and error.retryable):
                 raise
             _log.warning('following stream "%s": %s', stream.name, error.message)
-            await asyncio.sleep(_WAIT_S)
+            await asyncio.sleep(_RETRY_WAIT)
             continue
         for key, entries in found:
             partition = keys.index(key.decode())
             for entry in entries:
-                places[partition] = entry[0].decode()
-                yield TailEntry(keys[partition], entry, format_cursor(places), decode)
+                positions[partition] = entry[0].decode()
+                yield TailEntry(keys[partition], entry, format_cursor(positions), decode)
         if not follow and not found:
             return
 
 
-async def _newest(link: Connection, keys: tuple[str, ...]) -> list[str]:
-    places = []
-    for reply in await link.pipeline(*((b"XREVRANGE", key, b"+", b"-", b"COUNT", 1) for key in keys)):
+async def _newest(connection: Connection, keys: tuple[str, ...]) -> list[str]:
+    positions = []
+    for reply in await connection.pipeline(*((b"XREVRANGE", key, b"+", b"-", b"COUNT", 1) for key in keys)):
         if isinstance(reply, OrkiError):
             raise reply
-        places.append(reply[0][0].decode() if reply else ZERO_ID)
-    return places
+        positions.append(reply[0][0].decode() if reply else ZERO_ID)
+    return positions
 
 
-async def _read(link: Connection, keys: tuple[str, ...], places: list[str], block_ms: int) -> list[Any]:
-    waiting = (b"BLOCK", block_ms) if block_ms else ()
-    command = (b"XREAD", b"COUNT", _PAGE, *waiting, b"STREAMS", *keys, *places)
-    reply = await link.execute(command, timeout=link.answer_timeout + block_ms / 1_000)
-    return reply or []
+async def _read(connection: Connection, keys: tuple[str, ...], positions: list[str], block: float) -> list[Any]:
+    waiting = (b"BLOCK", round(block * 1_000)) if block else ()
+    command = (b"XREAD", b"COUNT", _BATCH, *waiting, b"STREAMS", *keys, *positions)
+    return await connection.execute(command, timeout=connection.answer_timeout + block) or []
 
 
-_SEARCH_PAGE: Final = 1_000
-_SEARCH_PAGES: Final = 200
+async def read_entries(
+    connection: Connection, key: str, after: str | None = None
+) -> AsyncGenerator[tuple[bytes, Any], None]:
+    """Yield the ids and fields of a partition's entries, oldest first."""
+    start: str | bytes = b"-" if after is None else f"({after}"
+    while True:
+        page = await connection.execute((b"XRANGE", key, start, b"+", b"COUNT", _PAGE))
+        for entry_id, fields in page:
+            yield entry_id, fields
+        if len(page) < _PAGE:
+            return
+        start = b"(" + page[-1][0]
 
 
-async def find_published(link: Connection, key: str, behind: str, wanted: set[bytes]) -> set[bytes]:
-    """Searches the entries behind one for event ids.
+async def find_published(connection: Connection, key: str, after: str, wanted: set[bytes]) -> set[bytes]:
+    """Return the event ids among `wanted` that are in a partition after the entry `after`.
 
-    Args:
-        link: To the server.
-        key: The stream's key.
-        behind: Entry id that the publisher knows to be older than what it searches.
-        wanted: Event ids.
-
-    Returns:
-        Those that are there. At most 200,000 entries are looked at: what other writers put behind those is too much to
-        wait for, and readers drop a repeated event by its id.
-
-    Raises:
-        OrkiError: The server does not answer or refuses.
+    The search ends after 200,000 entries. A publisher then repeats the event, and readers drop it by its id.
     """
     found: set[bytes] = set()
-    start = behind
-    for _ in range(_SEARCH_PAGES):
-        entries = await link.execute((b"XRANGE", key, f"({start}", b"+", b"COUNT", _SEARCH_PAGE))
-        for _, values in entries:
-            raw = dict(zip(values[::2], values[1::2], strict=True)).get(ENVELOPE_FIELD, b"")
-            try:
-                event_id = event_id_of(raw)
-            except EventUndecodable:
-                continue
-            if event_id in wanted:
-                found.add(event_id)
-        if len(entries) < _SEARCH_PAGE or found == wanted:
-            break
-        start = entries[-1][0].decode()
+    searched = 0
+    async with contextlib.aclosing(read_entries(connection, key, after)) as entries:
+        async for _, fields in entries:
+            searched += 1
+            raw = dict(zip(fields[::2], fields[1::2], strict=True)).get(ENVELOPE_FIELD, b"")
+            with contextlib.suppress(EventUndecodable):
+                if (event_id := event_id_of(raw)) in wanted:
+                    found.add(event_id)
+            if found == wanted or searched >= _MAX_SEARCHED:
+                break
     return found

@@ -1,7 +1,7 @@
-"""How an entry lies in a stream: its key, its partition, and the fields `e` and `d`. No I/O and no clock.
+"""The layout of stream entries: keys, partitions, ids, and the fields `e` and `d`. No I/O and no clock.
 
-The layout is the contract's (`orki/events/v1/envelope.proto`): whoever writes entries by other means, such as a store
-inside its own transaction, takes the keys and the envelope from here.
+`orki/events/v1/envelope.proto` specifies the layout. Code that writes entries by other means, such as a store inside
+its own transaction, takes keys and envelopes from here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ __all__ = [
     "ZERO_ID",
     "EntryId",
     "decode_envelope",
-    "decode_event",
     "encode_envelope",
     "envelope_span",
     "event_id_of",
@@ -34,7 +33,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterable
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple
 
 from google.protobuf.message import DecodeError, Message
 
@@ -50,34 +49,36 @@ DATA_FIELD: Final = b"d"
 REASON_FIELD: Final = b"x"
 """Field of a dead letter that holds the DeadLetter."""
 EVENT_ID_BYTES: Final = 16
+ZERO_ID: Final = "0-0"
+"""The id before every entry."""
 
 # The first bytes of an encoded envelope: field 1, length-delimited, 16 bytes.
 _EVENT_ID_PREFIX: Final = b"\x0a\x10"
-
-E = TypeVar("E", bound=Message)
+_MAX_PART: Final = 2**64 - 1
+_ID: Final = re.compile(r"([0-9]{1,20})-([0-9]{1,20})")
 
 
 def new_event_id() -> bytes:
-    """An identity for an event: 16 random bytes."""
+    """Return a new identity for an event: 16 random bytes."""
     return os.urandom(EVENT_ID_BYTES)
 
 
 def tagged_key(kind: str, name: str, partition: int | None = None) -> str:
-    """A Redis key whose hash tag is the stream's partition, so that all keys of a partition share a cluster slot."""
+    """Return a Redis key whose hash tag is the partition, so that a partition's keys share a cluster slot."""
     return f"orki:{kind}:{{{name}}}" if partition is None else f"orki:{kind}:{{{name}:{partition}}}"
 
 
 def stream_keys(stream: Stream, kind: str = "ev") -> tuple[str, ...]:
-    """The Redis keys of a stream's partitions, in the order of their numbers."""
+    """Return the Redis keys of a stream's partitions, by partition number."""
     if stream.partitions == 1:
         return (tagged_key(kind, stream.name),)
     return tuple(tagged_key(kind, stream.name, partition) for partition in range(stream.partitions))
 
 
 def partition_of(value: str | int | bytes, partitions: int) -> int:
-    """The partition that a key value belongs to: CRC-32 (IEEE) of its bytes modulo the number of partitions.
+    """Return the partition of a key value: CRC-32 (IEEE) of its bytes modulo the number of partitions.
 
-    Strings count as UTF-8, integers and enum values as decimal digits, booleans as 0 or 1.
+    Strings are encoded as UTF-8, integers and enum values as decimal digits, booleans as 0 or 1.
     """
     if isinstance(value, str):
         raw = value.encode()
@@ -89,7 +90,7 @@ def partition_of(value: str | int | bytes, partitions: int) -> int:
 
 
 def stream_key(stream: Stream, message: Message) -> str:
-    """The Redis key that takes this message."""
+    """Return the Redis key for a message."""
     if stream.partitions == 1:
         return tagged_key("ev", stream.name)
     value = getattr(message, stream.partition_key)
@@ -97,13 +98,13 @@ def stream_key(stream: Stream, message: Message) -> str:
 
 
 def encode_envelope(*, event_id: bytes, producer: str, sequence: int, time_us: int, span: Span | None) -> bytes:
-    """The bytes of the field `e`.
+    """Encode the field `e`.
 
     Args:
         event_id: 16 bytes.
-        producer: Name of the writing process and its run.
-        sequence: Number of the event among those of its producer on this stream, from 1.
-        time_us: When it happened, in microseconds since the Unix epoch.
+        producer: Name of the publishing process, unique to its run.
+        sequence: Number of the event among its producer's events on this stream, from 1.
+        time_us: Time of the event in microseconds since the Unix epoch.
         span: Span in which it happened.
 
     Raises:
@@ -111,53 +112,33 @@ def encode_envelope(*, event_id: bytes, producer: str, sequence: int, time_us: i
     """
     if len(event_id) != EVENT_ID_BYTES:
         raise InvalidArgument(f"an event id has {EVENT_ID_BYTES} bytes, not {len(event_id)}")
-    if span is None:
-        envelope = Envelope(event_id=event_id, producer=producer, sequence=sequence, time_us=time_us)
-    else:
-        envelope = Envelope(
-            event_id=event_id,
-            producer=producer,
-            sequence=sequence,
-            time_us=time_us,
-            traceparent=span.traceparent,
-            parent_span_id=span.parent_id,
-        )
+    envelope = Envelope(event_id=event_id, producer=producer, sequence=sequence, time_us=time_us)
+    if span is not None:
+        envelope.traceparent = span.traceparent
+        envelope.parent_span_id = span.parent_id
     return envelope.SerializeToString()
 
 
 def decode_envelope(raw: bytes) -> Envelope:
-    """The envelope in the field `e`.
+    """Decode the field `e`.
 
     Raises:
-        EventUndecodable: The bytes are no envelope, or one without an event id.
+        EventUndecodable: The bytes are not an envelope with an event id.
     """
     try:
         envelope = Envelope.FromString(raw)
     except DecodeError as error:
-        raise EventUndecodable(f"field e ({len(raw)} bytes) holds no envelope: {error}") from error
+        raise EventUndecodable(f"field e ({len(raw)} bytes) is not an envelope: {error}") from error
     if len(envelope.event_id) != EVENT_ID_BYTES:
         raise EventUndecodable(f"the envelope's event id has {len(envelope.event_id)} bytes, not {EVENT_ID_BYTES}")
     return envelope
 
 
-def decode_event(message: type[E], raw: bytes) -> E:
-    """The event in the field `d`.
-
-    Raises:
-        EventUndecodable: The bytes are no such message.
-    """
-    try:
-        return message.FromString(raw)
-    except DecodeError as error:
-        name = message.DESCRIPTOR.full_name
-        raise EventUndecodable(f"field d ({len(raw)} bytes) holds no {name}: {error}") from error
-
-
 def event_id_of(raw: bytes) -> bytes:
-    """The event id in the field `e`, without decoding the rest where the id comes first, as our own writers put it.
+    """Return the event id in the field `e`. An id that comes first, as orki writes it, is read without decoding.
 
     Raises:
-        EventUndecodable: The bytes are no envelope, or one without an event id.
+        EventUndecodable: The bytes are not an envelope with an event id.
     """
     if raw[:2] == _EVENT_ID_PREFIX and len(raw) >= EVENT_ID_BYTES + 2:
         return raw[2 : EVENT_ID_BYTES + 2]
@@ -165,7 +146,7 @@ def event_id_of(raw: bytes) -> bytes:
 
 
 def split_entry(fields: list[bytes]) -> tuple[bytes, bytes]:
-    """The fields `e` and `d` of an entry, whatever stands beside them.
+    """Return the fields `e` and `d` of an entry; other fields are ignored.
 
     Raises:
         EventUndecodable: One of them is missing.
@@ -180,22 +161,15 @@ def split_entry(fields: list[bytes]) -> tuple[bytes, bytes]:
 
 
 def envelope_span(envelope: Envelope) -> Span | None:
-    """The span in which the event happened; None outside a trace."""
+    """Return the span in which the event happened; None outside a trace."""
     span = parse_traceparent(envelope.traceparent)
     if span is None or not envelope.parent_span_id:
         return span
     return Span(span.trace_id, span.span_id, envelope.parent_span_id, span.flags)
 
 
-ZERO_ID: Final = "0-0"
-"""Before every entry."""
-
-_LARGEST: Final = 2**64 - 1
-_ID: Final = re.compile(r"([0-9]{1,20})-([0-9]{1,20})")
-
-
 class EntryId(NamedTuple):
-    """An entry id, ordered as the server orders it."""
+    """An entry id (`MILLISECONDS-SEQUENCE`), ordered as the server orders it."""
 
     milliseconds: int
     sequence: int
@@ -205,40 +179,40 @@ class EntryId(NamedTuple):
 
 
 def parse_id(value: str | bytes) -> EntryId:
-    """The id in its parts.
+    """Parse an entry id.
 
     Raises:
-        InvalidArgument: It is no entry id.
+        InvalidArgument: It is not an entry id.
     """
     text = value.decode("ascii", "replace") if isinstance(value, bytes) else value
     match = _ID.fullmatch(text)
     if match is None:
-        raise InvalidArgument(f'"{text}" is no entry id (expected MILLISECONDS-SEQUENCE)')
+        raise InvalidArgument(f'"{text}" is not an entry id (expected MILLISECONDS-SEQUENCE)')
     found = EntryId(int(match[1]), int(match[2]))
-    if max(found) > _LARGEST:
-        raise InvalidArgument(f'"{text}" is no entry id: its parts have 64 bits')
+    if max(found) > _MAX_PART:
+        raise InvalidArgument(f'"{text}" is not an entry id: each part has 64 bits')
     return found
 
 
 def predecessor(value: EntryId) -> EntryId:
-    """The largest id below this one; that of 0-0 is itself."""
+    """Return the largest smaller id; for 0-0, the id itself."""
     if value.sequence > 0:
         return EntryId(value.milliseconds, value.sequence - 1)
     if value.milliseconds > 0:
-        return EntryId(value.milliseconds - 1, _LARGEST)
+        return EntryId(value.milliseconds - 1, _MAX_PART)
     return value
 
 
 def format_cursor(positions: Iterable[str]) -> str:
-    """A reader's place in a stream as one word: the last id read of each partition, in their order."""
+    """Return a reader's position as one word: the last id read of each partition, by partition number."""
     return "_".join(positions)
 
 
 def parse_cursor(cursor: str, partitions: int) -> list[str]:
-    """The last id read of each partition.
+    """Return the last id read of each partition.
 
     Raises:
-        InvalidArgument: It is no cursor, or one of a stream with another number of partitions.
+        InvalidArgument: It is not a cursor of a stream with this number of partitions.
     """
     positions = cursor.split("_")
     if len(positions) != partitions:

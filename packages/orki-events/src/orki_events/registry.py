@@ -1,13 +1,13 @@
-"""The streams that the fleet uses, kept on the server: by them contracts are judged, and observers know what to follow.
+"""The registry of streams on the server: which contracts the fleet uses, and whether a new version fits them.
 
-`orki:streams` holds for each stream its contract, its proto package, the package's version and the digest of its image;
-`orki:images` holds the images (`contract.binpb`) by digest; `orki:subscriptions` holds, as `STREAM/GROUP`, groups that
-readers declared.
+`orki:streams` stores for each stream its contract, its proto package, the package's version and the digest of its
+image; `orki:images` stores the images (`contract.binpb`) by digest; `orki:subscriptions` stores, as `STREAM/GROUP`, the
+groups that readers declare.
 
-Who publishes or consumes brings its own version of the stream's contract, and is judged by findings against the
-registered one. What breaks on the wire is refused, whoever brings it. Of two versions that fit, the evolved one stays
-registered, whether its publishers or those of the older one start first; where either may follow the other, or where
-the package's version is higher, the newcomer's stands.
+Each publisher and consumer brings its own version of the stream's contract, which is compared with the registered one.
+A version that breaks on the wire is refused. Of two compatible versions, the newer one stays registered, in whatever
+order their users start. If either may follow the other, or if the new version's number is higher, the new one replaces
+the registered one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ __all__ = [
     "StreamRegistry",
     "StreamVersion",
     "compare_streams",
-    "stream_from_dump",
 ]
 
 import hashlib
@@ -39,8 +38,8 @@ from orki_events.connection import Connection, Script
 from orki_events.groups import pairs
 
 _REGISTER: Final = Script("""\
--- KEYS: the table of streams.  ARGV: stream, the record that the caller saw or "", the record to write.
--- 1, or 0 where the record is another one by now.
+-- KEYS: the table of streams.  ARGV: stream, the record that the caller read or "", the record to write.
+-- Returns 1, or 0 if the record has changed meanwhile.
 if (redis.call('HGET', KEYS[1], ARGV[1]) or '') ~= ARGV[2] then
   return 0
 end
@@ -50,22 +49,22 @@ return 1
 _STREAMS: Final = b"orki:streams"
 _IMAGES: Final = b"orki:images"
 _SUBSCRIPTIONS: Final = b"orki:subscriptions"
-_TRIES: Final = 20
-_REFUSALS: Final = 64
+_MAX_TRIES: Final = 20
+_MAX_REFUSALS: Final = 64
 _log = logging.getLogger("orki.events")
 
 
 @dataclass(frozen=True, slots=True)
 class RegisteredStream:
-    """A stream that somebody publishes or consumes.
+    """A registered stream.
 
     Attributes:
-        contract: The stream, with the groups that its owner declares and those that readers declared.
+        contract: The stream, with the groups of its owner and those that readers declared.
         package: Proto package of its message.
         digest: Digest of the image; empty without one.
-        image: The package's `contract.binpb`, or None: without it the entries can be counted, not decoded.
-        version: Version of the distribution that holds the package; empty where nobody knows.
-        ahead: Whether it was applied, and nobody has published or consumed by it yet.
+        image: The package's `contract.binpb`; None if missing: then entries can be counted but not decoded.
+        version: Version of the package's distribution; empty if unknown.
+        ahead: Whether it was applied before any publisher or consumer used it.
     """
 
     contract: Stream
@@ -77,18 +76,20 @@ class RegisteredStream:
 
 
 class StreamRegistry:
-    """Judges and writes what this process uses, and reads what the fleet uses."""
+    """Registers the streams that this process uses, and lists those that the fleet uses.
+
+    Methods raise an OrkiError if the server does not answer or refuses.
+    """
 
     def __init__(self) -> None:
         self._images: dict[str, tuple[str, bytes] | None] = {}
         self._refused: dict[tuple[str, bytes], str] = {}
 
-    async def register(self, link: Connection, handle: EventStream[Any, Any], *, publishes: bool) -> None:
-        """Tells the fleet of a stream, if it fits what is registered; to be called before the stream is used.
+    async def register(self, connection: Connection, handle: EventStream[Any, Any], *, publishes: bool) -> None:
+        """Register a stream before its first use.
 
         Raises:
-            ContractMismatch: It breaks with the registered contract on the wire.
-            OrkiError: The server does not answer or refuses.
+            ContractMismatch: The contract is incompatible with the registered one.
         """
         package = handle.message.DESCRIPTOR.file.package
         digest, image = self._image(package) or ("", None)
@@ -101,69 +102,55 @@ class StreamRegistry:
         )
         who = "this publisher" if publishes else "this consumer"
         if AUDIT_GROUP.name in {group.name for group in handle.contract.groups}:
-            await self.enter(link, own, who, replaces=publishes)
+            await self.register_version(connection, own, who, replaces=publishes)
             return
-        # A reader declares a group on a stream of somebody else's, who registers the stream.
-        await self._judged(link, own, who)
+        # A reader's group on another owner's stream; the owner registers the stream.
+        await self._compare(connection, own, who)
         for group in handle.contract.groups:
-            await self.subscribe(link, handle.contract, group)
+            await self.declare_group(connection, handle.contract, group)
 
-    async def enter(self, link: Connection, own: StreamVersion, who: str, *, replaces: bool) -> StreamVersion:
-        """Registers a version of a stream, if it fits.
+    async def register_version(
+        self, connection: Connection, own: StreamVersion, who: str, *, replaces: bool
+    ) -> StreamVersion:
+        """Register a version of a stream, and return the version that is registered now.
 
         Args:
-            link: The server.
+            connection: The server.
             own: The version.
-            who: Who brings it, for messages.
-            replaces: Whether it takes the place of the registered one when it is the newer one; else it fills a gap.
-
-        Returns:
-            The version that is registered now.
+            who: Its user, for messages.
+            replaces: Whether it replaces an older registered version; otherwise it is registered only if none is.
 
         Raises:
-            ContractMismatch: It breaks with the registered contract on the wire.
-            OrkiError: The server does not answer or refuses.
+            ContractMismatch: The contract is incompatible with the registered one.
         """
-        for _ in range(_TRIES):
-            record, standing = await self._judged(link, own, who)
-            stands = _standing(standing, own, replaces)
-            if stands.record().encode() == record:
-                return stands
+        for _ in range(_MAX_TRIES):
+            record, registered = await self._compare(connection, own, who)
+            chosen = _choose(registered, own, replaces)
+            if chosen.record().encode() == record:
+                return chosen
             if own.image is not None:
-                await link.execute((b"HSETNX", _IMAGES, own.digest, own.image))
-            if await link.run_script(_REGISTER, (_STREAMS,), own.stream.name, record, stands.record()):
-                return stands
-        raise EventsUnavailable(f'others register the stream "{own.stream.name}" all the time; try again')
+                await connection.execute((b"HSETNX", _IMAGES, own.digest, own.image))
+            if await connection.run_script(_REGISTER, (_STREAMS,), own.stream.name, record, chosen.record()):
+                return chosen
+        raise EventsUnavailable(f'other processes keep changing the registration of "{own.stream.name}"; try again')
 
-    async def subscribe(self, link: Connection, stream: Stream, group: Group) -> None:
-        """Registers a group that a reader declares.
-
-        Raises:
-            OrkiError: The server does not answer or refuses.
-        """
+    async def declare_group(self, connection: Connection, stream: Stream, group: Group) -> None:
+        """Register a group that a reader declares."""
         text = json.dumps({"group": dump(group), "message": stream.message})
-        await link.execute((b"HSET", _SUBSCRIPTIONS, f"{stream.name}/{group.name}", text))
+        await connection.execute((b"HSET", _SUBSCRIPTIONS, f"{stream.name}/{group.name}", text))
 
-    async def forget(self, link: Connection, stream: str) -> bool:
-        """Withdraws a stream's registration, and nothing of its entries; whether there was one.
+    async def withdraw(self, connection: Connection, stream: str) -> bool:
+        """Remove a stream's registration, but not its entries. Return whether it was registered."""
+        return bool(await connection.execute((b"HDEL", _STREAMS, stream)))
 
-        Raises:
-            OrkiError: The server does not answer or refuses.
-        """
-        return bool(await link.execute((b"HDEL", _STREAMS, stream)))
-
-    async def streams(self, link: Connection) -> list[RegisteredStream]:
-        """All registered streams, by name.
-
-        Raises:
-            OrkiError: The server does not answer or refuses.
-        """
-        replies = await link.pipeline((b"HGETALL", _STREAMS), (b"HGETALL", _IMAGES), (b"HGETALL", _SUBSCRIPTIONS))
+    async def streams(self, connection: Connection) -> list[RegisteredStream]:
+        """Return all registered streams, by name."""
+        replies = await connection.pipeline((b"HGETALL", _STREAMS), (b"HGETALL", _IMAGES), (b"HGETALL", _SUBSCRIPTIONS))
         for reply in replies:
             if isinstance(reply, OrkiError):
                 raise reply
         records, images, subscriptions = map(pairs, replies)
-        added = _subscribed(subscriptions)
+        declared = _declared_groups(subscriptions)
         found = []
         for name, record in sorted(records.items()):
             version = _parsed(name, record, images)
@@ -171,59 +158,57 @@ class StreamRegistry:
                 continue
             stream = version.stream
             own = {group.name for group in stream.groups}
-            extra = (group for group in added.get(name, ()) if group.name not in own)
+            extra = (group for group in declared.get(name, ()) if group.name not in own)
             contract = replace(stream, groups=tuple(sorted((*stream.groups, *extra))))
             row = (contract, version.package, version.digest, version.image, version.version, version.ahead)
             found.append(RegisteredStream(*row))
         return found
 
-    async def judge(self, link: Connection, own: StreamVersion, who: str) -> StreamVersion | None:
-        """Judges a version of a stream against the registered one, and writes nothing.
-
-        Returns:
-            The registered version; None where there is none.
+    async def check(self, connection: Connection, own: StreamVersion, who: str) -> StreamVersion | None:
+        """Compare a version with the registered one without writing, and return the registered one, if any.
 
         Raises:
-            ContractMismatch: They break with each other on the wire.
+            ContractMismatch: The contract is incompatible with the registered one.
             InvalidContract: The version's own image cannot be read.
-            OrkiError: The server does not answer or refuses.
         """
-        return (await self._judged(link, own, who))[1]
+        return (await self._compare(connection, own, who))[1]
 
-    async def _judged(self, link: Connection, own: StreamVersion, who: str) -> tuple[bytes, StreamVersion | None]:
+    async def _compare(
+        self, connection: Connection, own: StreamVersion, who: str
+    ) -> tuple[bytes, StreamVersion | None]:
         name = own.stream.name
-        record = await link.execute((b"HGET", _STREAMS, name)) or b""
+        record = await connection.execute((b"HGET", _STREAMS, name)) or b""
         if not record:
             return b"", None
         if (why := self._refused.get((own.digest, record))) is not None:
             raise ContractMismatch(why)
-        standing = _parsed(name, record, {})
-        if standing is None:
+        registered = _parsed(name, record, {})
+        if registered is None:
             return record, None
-        if standing.digest:
+        if registered.digest:
             image = own.image
-            if standing.digest != own.digest:
-                image = await link.execute((b"HGET", _IMAGES, standing.digest))
-            standing = replace(standing, image=image)
+            if registered.digest != own.digest:
+                image = await connection.execute((b"HGET", _IMAGES, registered.digest))
+            registered = replace(registered, image=image)
         _ = own.read
         try:
-            _, why = compare_streams(standing, own)
+            _, why = compare_streams(registered, own)
         except InvalidContract as error:
-            _log.warning('the registered image of "%s" cannot be read, and is not judged: %s', name, error.message)
-            return record, standing
+            _log.warning('the registered image of "%s" cannot be read; it is not compared: %s', name, error.message)
+            return record, registered
         if why:
-            said = (
-                f'{who} has the stream "{name}" by {own}, which does not fit {standing}, and that is registered: '
-                f"{why}. Use a version that fits, or another name for the stream; where nobody uses the registered "
-                f"one any more, withdraw it: orki contract withdraw {name}"
+            message = (
+                f'{who} uses the stream "{name}" by {own}, which is incompatible with the registered {registered}: '
+                f"{why}. Use a compatible version, or another name for the stream. If the registered version is not "
+                f"used any more, withdraw it: orki contract withdraw {name}"
             )
             if own.digest:
-                # Who goes on trying does not have the same two images compared each time.
-                if len(self._refused) >= _REFUSALS:
+                # Repeated attempts must not compare the same two images each time.
+                if len(self._refused) >= _MAX_REFUSALS:
                     self._refused.clear()
-                self._refused[own.digest, record] = said
-            raise ContractMismatch(said)
-        return record, standing
+                self._refused[own.digest, record] = message
+            raise ContractMismatch(message)
+        return record, registered
 
     def _image(self, package: str) -> tuple[str, bytes] | None:
         if package not in self._images:
@@ -237,29 +222,28 @@ class StreamRegistry:
         return self._images[package]
 
 
-def _standing(standing: StreamVersion | None, own: StreamVersion, replaces: bool) -> StreamVersion:
-    """Which of two versions that fit is to be registered."""
-    if standing is None:
+def _choose(registered: StreamVersion | None, own: StreamVersion, replaces: bool) -> StreamVersion:
+    """Return which of two compatible versions to register."""
+    if registered is None:
         return own
-    if standing.digest == own.digest and own.ahead:
-        return standing
-    if replaces and _follows(standing, own):
+    if registered.digest == own.digest and own.ahead:
+        return registered
+    if replaces and _follows(registered, own):
         return own
-    # Somebody uses now what was applied ahead.
-    return replace(standing, ahead=standing.ahead and standing.digest != own.digest)
+    # Using a version that was applied ahead ends that state.
+    return replace(registered, ahead=registered.ahead and registered.digest != own.digest)
 
 
-def _follows(standing: StreamVersion, own: StreamVersion) -> bool:
-    """Whether a version that fits takes the place of the registered one."""
-    fit, _ = compare_streams(standing, own)
+def _follows(registered: StreamVersion, own: StreamVersion) -> bool:
+    """Whether a compatible version replaces the registered one."""
+    fit, _ = compare_streams(registered, own)
     if fit is None or not fit.forward:
         return True
-    before, after = _release(standing.version), _release(own.version)
+    before, after = _release(registered.version), _release(own.version)
     return before is not None and after is not None and after > before
 
 
 def _release(version: str) -> tuple[int, ...] | None:
-    """The numbers that a version begins with."""
     found = re.match(r"\d+(\.\d+)*", version)
     return tuple(map(int, found.group().split("."))) if found else None
 
@@ -272,7 +256,7 @@ def _parsed(name: str, record: bytes, images: dict[str, bytes]) -> StreamVersion
         return None
 
 
-def _subscribed(records: dict[str, bytes]) -> dict[str, list[Group]]:
+def _declared_groups(records: dict[str, bytes]) -> dict[str, list[Group]]:
     found: dict[str, list[Group]] = {}
     for name, record in sorted(records.items()):
         stream = name.rpartition("/")[0]
@@ -288,16 +272,7 @@ _DIGITS: Final = 12
 
 @dataclass(frozen=True, kw_only=True)
 class StreamVersion:
-    """One version of a stream.
-
-    Attributes:
-        stream: The stream, with its owner's groups.
-        package: Proto package of its message.
-        digest: Digest of the image; empty without one.
-        image: The package's `contract.binpb`; None where nobody has it.
-        version: Version of the distribution that holds the package; empty where nobody knows.
-        ahead: Whether it was applied, and nobody has published or consumed by it yet.
-    """
+    """One version of a stream's contract, with its owner's groups; otherwise as `RegisteredStream`."""
 
     stream: Stream
     package: str
@@ -308,19 +283,19 @@ class StreamVersion:
 
     @cached_property
     def read(self) -> ReadContract | None:
-        """The image's contract, if it declares this stream; raises InvalidContract where the image is none."""
+        """The image's contract, if it declares this stream; raises InvalidContract if the image is invalid."""
         if self.image is None:
             return None
         read = read_image(self.image)
         return read if any(each.name == self.stream.name for each in read.contract.streams) else None
 
     def __str__(self) -> str:
-        """Version and the beginning of the image's digest, as far as they are known."""
+        """Return the version and the beginning of the image's digest, if known."""
         short = self.digest[: len("sha256:") + _DIGITS] or "a contract without an image"
         return f"{self.version} ({short})" if self.version else short
 
     def record(self) -> str:
-        """As it lies in the registry; the image lies beside it."""
+        """Return the registry's record, which does not contain the image."""
         written: dict[str, Any] = {"contract": dump(self.stream), "package": self.package, "image": self.digest}
         if self.version:
             written["version"] = self.version
@@ -330,10 +305,10 @@ class StreamVersion:
 
     @classmethod
     def parse(cls, record: bytes | str, images: dict[str, bytes]) -> StreamVersion:
-        """Reads what `record` wrote, by this version or another.
+        """Read a record that this or another version of orki wrote.
 
         Raises:
-            InvalidContract: It is no record of a stream.
+            InvalidContract: It is not a record of a stream.
         """
         try:
             parsed = json.loads(record)
@@ -347,24 +322,24 @@ class StreamVersion:
                 ahead=bool(parsed.get("ahead", False)),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InvalidContract(f"this is no record of a stream: {error!r}") from error
+            raise InvalidContract(f"this is not a record of a stream: {error!r}") from error
 
 
-def compare_streams(standing: StreamVersion, newcomer: StreamVersion) -> tuple[Fit | None, str]:
-    """How a newcomer stands to what is registered.
+def compare_streams(registered: StreamVersion, own: StreamVersion) -> tuple[Fit | None, str]:
+    """Compare a version with the registered one.
 
     Returns:
-        The fit, or None where an image is missing, or does not declare the stream: then only what decides where
-        entries lie is compared. And why they do not fit, in words with the rules; empty where they fit.
+        The fit, and a description of the incompatibilities with their rules, empty if there are none. The fit is None
+        if an image is missing or does not declare the stream; then only the placement of entries is compared.
     """
-    if standing.digest and standing.digest == newcomer.digest:
+    if registered.digest and registered.digest == own.digest:
         return Fit((), ()), ""
-    one, other = standing.read, newcomer.read
+    one, other = registered.read, own.read
     if one is not None and other is not None:
-        fit = stream_fit(newcomer.stream.name, one, other)
+        fit = stream_fit(own.stream.name, one, other)
         return fit, "" if fit.compatible else str(fit)
-    before, after = standing.stream, newcomer.stream
-    told = [
+    before, after = registered.stream, own.stream
+    differences = [
         f'stream "{after.name}" has another {name}: {old or "none"} → {new or "none"} [{rule}]'
         for name, rule, old, new in (
             ("message", "ORKI_STREAM_MOVED", before.message, after.message),
@@ -373,7 +348,7 @@ def compare_streams(standing: StreamVersion, newcomer: StreamVersion) -> tuple[F
         )
         if old != new
     ]
-    return None, "; ".join(told)
+    return None, "; ".join(differences)
 
 
 def _stream(dumped: Any) -> Stream:
@@ -386,22 +361,10 @@ def _stream(dumped: Any) -> Stream:
 
 
 def group_from_dump(dumped: dict[str, Any]) -> Group:
-    """The group whose `dump` this is; raises what a wrong shape raises."""
+    """Return the group of a `dump`; a wrong shape raises KeyError, TypeError or ValueError."""
     values = _known(Group, dumped)
     values["start"] = Start(values.get("start", Start.EARLIEST))
     return Group(**values)
-
-
-def stream_from_dump(dumped: Any) -> Stream:
-    """The stream whose `dump` this is; members that a newer version added are left out.
-
-    Raises:
-        InvalidContract: It is no dump of a stream.
-    """
-    try:
-        return _stream(dumped)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InvalidContract(f"this is no dump of a stream: {error!r}") from error
 
 
 def _known(kind: Any, dumped: dict[str, Any]) -> dict[str, Any]:

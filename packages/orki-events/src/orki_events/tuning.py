@@ -1,9 +1,9 @@
-"""How much of a stream a deployment keeps: a setting within the contract's bounds, for the whole fleet.
+"""Retention settings of a deployment: how much of a stream the whole fleet keeps, within the contract's bounds.
 
-The setting lies beside the registry, in `orki:retention`, and not with each process: whoever publishes trims, so one
-publisher that was started without the setting would trim everybody's entries to the contract's own number. Publishers
-read it before their first event and every few seconds from then on. It is judged when it is set. A process whose own
-contract has narrower bounds, as it may during a rolling upgrade, keeps to the nearest of them and says so.
+The settings are stored in `orki:retention` on the server and not in each process: every publisher trims, so a publisher
+that was started without the setting would trim all streams to the contract's retention. Publishers read the settings
+before their first event and every few seconds afterwards. A setting is validated when it is made. A process whose own
+contract has narrower bounds, as it may during a rolling upgrade, uses the nearest bound and logs a warning.
 """
 
 from __future__ import annotations
@@ -21,55 +21,55 @@ __all__ = [
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from orki_contract.errors import InvalidContract, InvalidSetting, OrkiError
-from orki_contract.model import Retention, Stream
+from orki_contract.model import Retention, Stream, duration_text, milliseconds
 from orki_contract.read import read_image
 from orki_events.connection import Command, Connection
 from orki_events.entries import stream_keys
 from orki_events.groups import pairs
 from orki_events.registry import RegisteredStream
 
-REFRESH_S: Final = 2.0
-"""Longest time that a publisher goes by settings that it has read, in seconds."""
-
+_REFRESH_INTERVAL: Final = 2.0
 _KEY: Final = b"orki:retention"
-_MOST: Final = (1 << 63) - 1
+_MAX: Final = (1 << 63) - 1
+_MAX_AGE: Final = (1 << 53) // 1_000
 _log = logging.getLogger("orki.events")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """A deployment's setting for one stream; it applies to each partition, and to dead letters likewise.
+    """A deployment's retention of one stream. It applies to each partition and to dead letters.
 
     Attributes:
-        max_entries: Most entries kept; 0 for as many as the contract says.
-        max_age_ms: Longest time in milliseconds that an entry is kept; 0 for as long as the contract says.
+        max_entries: Maximum number of entries; 0 for the contract's.
+        max_age: Maximum age of an entry in seconds, to the millisecond; 0 for the contract's.
+
+    Raises:
+        InvalidSetting: A value is not a number, negative, or too large.
     """
 
     max_entries: int = 0
-    max_age_ms: int = 0
+    max_age: float = 0.0
 
     def __post_init__(self) -> None:
-        """Validates what can be judged without a stream.
-
-        Raises:
-            InvalidSetting: A value is no whole number from 0 to 2^63-1.
-        """
-        for name, value in asdict(self).items():
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST:
-                raise InvalidSetting(f"Tuning.{name} is {value!r}; it must be a whole number from 0 to 2^63-1")
+        entries: Any = self.max_entries
+        age: Any = self.max_age
+        if isinstance(entries, bool) or not isinstance(entries, int) or not 0 <= entries <= _MAX:
+            raise InvalidSetting(f"Tuning.max_entries is {entries!r}; it must be a whole number from 0 to 2^63-1")
+        if isinstance(age, bool) or not isinstance(age, int | float) or not 0 <= age <= _MAX_AGE:
+            raise InvalidSetting(f"Tuning.max_age is {age!r}; it must be a number of seconds from 0 to {_MAX_AGE}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned:
-    """What a setting did.
+    """The result of a setting.
 
     Attributes:
-        retention: What is kept from now on.
-        trimmed: Entries that went at once, over all partitions.
+        retention: The retention from now on.
+        trimmed: Number of entries that were trimmed at once, over all partitions.
     """
 
     retention: Retention
@@ -77,121 +77,110 @@ class Tuned:
 
 
 def effective_retention(retention: Retention, tuning: Tuning | None) -> Retention:
-    """What is kept under a setting; where the setting lies outside the contract's bounds, the nearest of them."""
+    """Return the retention under a setting; a value outside the contract's bounds is replaced by the nearest bound."""
     if tuning is None:
         return retention
     least, most = retention.entries_bounds
-    shortest, longest = retention.age_bounds_ms
+    shortest, longest = retention.age_bounds
     return replace(
         retention,
         max_entries=min(max(tuning.max_entries or retention.max_entries, least), most),
-        max_age_ms=min(max(tuning.max_age_ms or retention.max_age_ms, shortest), longest),
+        max_age=min(max(tuning.max_age or retention.max_age, shortest), longest),
     )
 
 
-async def read_tunings(link: Connection) -> dict[str, Tuning]:
-    """All settings by stream; what cannot be read is told and left out.
-
-    Raises:
-        OrkiError: The server does not answer or refuses.
-    """
+async def read_tunings(connection: Connection) -> dict[str, Tuning]:
+    """Return all settings by stream. Unreadable ones are logged and left out."""
     found = {}
-    for name, record in pairs(await link.execute((b"HGETALL", _KEY))).items():
+    for name, record in pairs(await connection.execute((b"HGETALL", _KEY))).items():
         if (tuning := _parsed(name, record)) is not None:
             found[name] = tuning
     return found
 
 
-async def read_retention(link: Connection, stream: Stream) -> Retention:
-    """What is kept of one stream at this moment.
-
-    Raises:
-        OrkiError: The server does not answer or refuses.
-    """
-    record = await link.execute((b"HGET", _KEY, stream.name))
+async def read_retention(connection: Connection, stream: Stream) -> Retention:
+    """Return the current retention of one stream."""
+    record = await connection.execute((b"HGET", _KEY, stream.name))
     return effective_retention(stream.retention, _parsed(stream.name, record) if record else None)
 
 
-async def tune(link: Connection, registered: RegisteredStream, tuning: Tuning | None) -> Tuned:
-    """Sets how much of a stream the fleet keeps, and trims what is too much at once.
+async def tune(connection: Connection, registered: RegisteredStream, tuning: Tuning | None) -> Tuned:
+    """Set how much of a stream the fleet keeps, and trim the stream.
 
     Args:
-        link: The event server.
-        registered: The stream, as its registered contract has it.
-        tuning: The setting; it replaces an earlier one. None takes it back: then the contract's own values stand.
+        connection: The server.
+        registered: The stream, by its registered contract.
+        tuning: The setting, which replaces an earlier one; None restores the contract's retention.
 
     Raises:
-        InvalidSetting: A value lies outside the bounds that the contract declares, or it declares none.
-        OrkiError: The server does not answer or refuses.
+        InvalidSetting: A value is outside the bounds that the contract declares, or it declares none.
     """
     stream = registered.contract
     if tuning is not None:
-        _judge(registered, tuning)
+        _validate(registered, tuning)
     if tuning in (None, Tuning()):
-        await link.execute((b"HDEL", _KEY, stream.name))
-        return Tuned(retention=stream.retention, trimmed=await _trim(link, stream, stream.retention))
+        await connection.execute((b"HDEL", _KEY, stream.name))
+        return Tuned(retention=stream.retention, trimmed=await _trim(connection, stream, stream.retention))
     retention = effective_retention(stream.retention, tuning)
-    # Trimmed first: a server without memory refuses the setting, and may take it once there is room.
-    trimmed = await _trim(link, stream, retention)
-    await link.execute((b"HSET", _KEY, stream.name, json.dumps(asdict(tuning))))
+    # Trim first: a server that is out of memory may accept the setting once entries are trimmed.
+    trimmed = await _trim(connection, stream, retention)
+    await connection.execute((b"HSET", _KEY, stream.name, json.dumps(_record(tuning))))
     return Tuned(retention=retention, trimmed=trimmed)
 
 
 class TuningCache:
-    """The settings as one publisher knows them."""
+    """The settings, as one publisher last read them."""
 
     def __init__(self) -> None:
         self._found: Mapping[str, Tuning] = {}
         self._read_at: float | None = None
-        self._told: set[tuple[str, Tuning]] = set()
+        self._warned: set[tuple[str, Tuning]] = set()
 
-    async def refresh(self, link: Connection, now: float) -> None:
-        """Reads the settings where they were not read lately. `now` is monotonic, in seconds.
-
-        Raises:
-            OrkiError: The server does not answer or refuses.
-        """
-        if self._read_at is None or now >= self._read_at + REFRESH_S:
-            self._found = await read_tunings(link)
+    async def refresh(self, connection: Connection, now: float) -> None:
+        """Read the settings if they are older than two seconds. `now` is in seconds on a monotonic clock."""
+        if self._read_at is None or now >= self._read_at + _REFRESH_INTERVAL:
+            self._found = await read_tunings(connection)
             self._read_at = now
 
     def retention(self, stream: Stream) -> Retention:
-        """What is kept of a stream."""
+        """Return the retention of a stream."""
         tuning = self._found.get(stream.name)
         if tuning is None:
             return stream.retention
         found = effective_retention(stream.retention, tuning)
-        wanted = (tuning.max_entries or found.max_entries, tuning.max_age_ms or found.max_age_ms)
-        if wanted != (found.max_entries, found.max_age_ms) and (stream.name, tuning) not in self._told:
-            self._told.add((stream.name, tuning))
+        wanted = (tuning.max_entries or found.max_entries, tuning.max_age or found.max_age)
+        if wanted != (found.max_entries, found.max_age) and (stream.name, tuning) not in self._warned:
+            self._warned.add((stream.name, tuning))
             _log.warning(
-                'stream "%s" is set to keep %d entries, %d ms; this contract bounds that to %d entries, %d ms',
-                *(stream.name, *wanted, found.max_entries, found.max_age_ms),
+                'stream "%s" is set to keep %d entries, %s; this contract limits that to %d entries, %s',
+                *(stream.name, wanted[0], duration_text(wanted[1])),
+                *(found.max_entries, duration_text(found.max_age)),
             )
         return found
 
 
-def _judge(registered: RegisteredStream, tuning: Tuning) -> None:
+def _validate(registered: RegisteredStream, tuning: Tuning) -> None:
     retention = registered.contract.retention
+    ages = tuple(map(milliseconds, retention.age_bounds))
     for value, kind, (least, most), unit in (
         (tuning.max_entries, "entries", retention.entries_bounds, ""),
-        (tuning.max_age_ms, "age", retention.age_bounds_ms, " ms"),
+        (milliseconds(tuning.max_age), "age", ages, " ms"),
     ):
         if value and not least <= value <= most:
             allows = f"its contract allows {least}{unit} to {most}{unit}"
             if least == most:
-                allows = f"its contract keeps {least}{unit} and lets no deployment change it"
+                allows = f"its contract fixes it at {least}{unit}"
             if not most:
-                allows = "its contract limits no age"
+                allows = "its contract does not limit the age"
             raise InvalidSetting(
                 f'stream "{registered.contract.name}" cannot be set to a max_{kind} of {value}{unit}: {allows} '
-                f"(least_{kind} and most_{kind} of the retention {_declared(registered)}); choose what it allows, or "
+                f"(least_{kind} and most_{kind} of the retention {_declared(registered)}); choose an allowed value, or "
                 "release a contract with wider bounds"
             )
 
 
 def _declared(registered: RegisteredStream) -> str:
-    """Where the bounds are declared, as far as the registered contract tells."""
+    """Describe the declaration of the bounds, as far as the registered contract shows it."""
     message = registered.contract.message
     where = f"on {message}"
     if registered.image is not None:
@@ -204,28 +193,32 @@ def _declared(registered: RegisteredStream) -> str:
     return f"{where}, version {registered.version}" if registered.version else where
 
 
-async def _trim(link: Connection, stream: Stream, retention: Retention) -> int:
-    (clock,) = await link.pipeline((b"TIME",))
+async def _trim(connection: Connection, stream: Stream, retention: Retention) -> int:
+    (clock,) = await connection.pipeline((b"TIME",))
     if isinstance(clock, OrkiError):
         raise clock
-    oldest = int(clock[0]) * 1_000 + int(clock[1]) // 1_000 - retention.max_age_ms
+    oldest = int(clock[0]) * 1_000 + int(clock[1]) // 1_000 - milliseconds(retention.max_age)
     commands: list[Command] = []
     for key in stream_keys(stream):
         commands.append((b"XTRIM", key, b"MAXLEN", b"~", retention.max_entries))
-        if retention.max_age_ms:
+        if retention.max_age:
             commands.append((b"XTRIM", key, b"MINID", b"~", max(oldest, 0)))
     trimmed = 0
-    for reply in await link.pipeline(*commands):
+    for reply in await connection.pipeline(*commands):
         if isinstance(reply, OrkiError):
             raise reply
         trimmed += reply
     return trimmed
 
 
+def _record(tuning: Tuning) -> dict[str, int]:
+    return {"max_entries": tuning.max_entries, "max_age_ms": milliseconds(tuning.max_age)}
+
+
 def _parsed(name: str, record: bytes) -> Tuning | None:
     try:
         written: Any = json.loads(record)
-        return Tuning(max_entries=written.get("max_entries", 0), max_age_ms=written.get("max_age_ms", 0))
-    except (ValueError, AttributeError, InvalidSetting) as error:
-        _log.warning('the setting of stream "%s" in orki:retention cannot be read and is left out: %s', name, error)
+        return Tuning(max_entries=written.get("max_entries", 0), max_age=written.get("max_age_ms", 0) / 1_000)
+    except (ValueError, TypeError, AttributeError, InvalidSetting) as error:
+        _log.warning('the setting of stream "%s" in orki:retention cannot be read and is ignored: %s', name, error)
         return None

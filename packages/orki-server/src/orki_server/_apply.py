@@ -17,7 +17,7 @@ from typing import Final
 
 from orki_contract.errors import ContractMismatch, InvalidContract
 from orki_contract.images import package_images, service_digest
-from orki_contract.model import Stream, Subscription
+from orki_contract.model import ExternalGroup, Stream
 from orki_contract.provenance import package_version
 from orki_contract.read import ReadContract, read_image
 from orki_contract.sources import Image, images_in
@@ -46,7 +46,7 @@ class Declared:
 
     services: tuple[ServiceContract, ...]
     streams: tuple[StreamVersion, ...]
-    subscriptions: tuple[tuple[Subscription, StreamVersion], ...]
+    subscriptions: tuple[tuple[ExternalGroup, StreamVersion], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +92,7 @@ def read_declared(source: str, version: str = "") -> Declared:
     """
     services: list[ServiceContract] = []
     streams: list[StreamVersion] = []
-    subscriptions: list[tuple[Subscription, StreamVersion]] = []
+    subscriptions: list[tuple[ExternalGroup, StreamVersion]] = []
     for image in images_in(source):
         for package, content in _packages(image):
             release = version or _version(source, package)
@@ -111,7 +111,7 @@ def read_declared(source: str, version: str = "") -> Declared:
             ]
             for file in own:
                 subscriptions += [
-                    (each, _stream_of(read, each, content, release)) for each in file.contract.subscriptions
+                    (each, _stream_of(read, each, content, release)) for each in file.contract.external_groups
                 ]
     if not services and not streams and not subscriptions:
         raise InvalidContract(f"{source} declares no task service, no stream and no reader's group; nothing to apply")
@@ -134,7 +134,7 @@ async def check_declared(
             refusals.append(error.message)
     for version in [*declared.streams, *(stream for _, stream in declared.subscriptions)]:
         try:
-            await registry.judge(connection, version, _SUBJECT)
+            await registry.check(connection, version, _SUBJECT)
         except ContractMismatch as error:
             refusals.append(error.message)
     return list(dict.fromkeys(refusals))
@@ -157,12 +157,12 @@ async def apply(
         outcome = "in use" if live else "applied" if family.leading.digest == service.digest else "older"
         done.append(_applied("service", service.service, service.version, service.digest, outcome))
     for version in declared.streams:
-        registered = await registry.enter(connection, version, _SUBJECT, replaces=True)
+        registered = await registry.register_version(connection, version, _SUBJECT, replaces=True)
         await groups.ensure(connection, version.stream, version.stream.groups)
         outcome = "older" if registered.digest != version.digest else "applied" if registered.ahead else "in use"
         done.append(_applied("stream", version.stream.name, version.version, version.digest, outcome))
     for subscription, version in declared.subscriptions:
-        await registry.subscribe(connection, version.stream, subscription.group)
+        await registry.declare_group(connection, version.stream, subscription.group)
         await groups.ensure(connection, version.stream, (subscription.group,))
         name = f"{subscription.stream}/{subscription.group.name}"
         done.append(_applied("group", name, version.version, version.digest, "applied"))
@@ -204,7 +204,7 @@ def _read(place: str, content: bytes, package: str) -> ReadContract:
     return read
 
 
-def _stream_of(read: ReadContract, subscription: Subscription, content: bytes, version: str) -> StreamVersion:
+def _stream_of(read: ReadContract, subscription: ExternalGroup, content: bytes, version: str) -> StreamVersion:
     """Return the stream that a reader subscribes to, in the version of the reader's image."""
     stream: Stream | None = next((each for each in read.contract.streams if each.name == subscription.stream), None)
     if stream is None:

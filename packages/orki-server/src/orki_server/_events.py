@@ -28,10 +28,10 @@ from orki.events.v1.agent_pb2 import AgentConnected, AgentDisconnected, AgentEve
 from orki.events.v1.audit_orki import AUDIT
 from orki.events.v1.audit_pb2 import AuditEvent
 from orki.events.v1.task_orki import TASKS
+from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import OrkiError
 from orki_contract.handles import EventStream
 from orki_contract.trace import Span
-from orki_control.backoff import Jitter, JitterOptions
 from orki_events import Events, Outgoing
 from orki_server._keys import ShardKeys
 from orki_server._session import AgentSession
@@ -159,7 +159,7 @@ class OutboxPublisher:
             await self._store.connection.wait_up()
             try:
                 await self.publish_all()
-                jitter = Jitter(_RETRIES)
+                jitter.reset()
             except OrkiError as error:
                 _log.warning("events of tasks are delayed: %s", error.message)
                 await asyncio.sleep(jitter.failed())

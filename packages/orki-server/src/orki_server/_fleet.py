@@ -114,8 +114,8 @@ class Handshake:
                     self._store.connection.address.shown,
                     shard,
                 )
-            operation = Resume(shard, hello.agent_id, tuple(keys))
-            resumed += await self._store.apply(operation)
+            still_held = await self._store.apply(Resume(shard, hello.agent_id, tuple(keys)))
+            resumed += still_held
         return resumed
 
     def _welcome(self, session: AgentSession, epoch: int, resumed: Sequence[ResumedAttempt]) -> Welcomed:

@@ -1,10 +1,9 @@
 """The hot path: typed tool calls over Unix sockets."""
 
-from orki_agent.hotpath.bridge import ToolBridge
-from orki_agent.hotpath.client_async import AsyncToolClient
-from orki_agent.hotpath.client_sync import SyncToolClient
-from orki_agent.hotpath.options import BridgeOptions, ToolClientOptions
-from orki_agent.hotpath.records import CallHook, ToolRecord
+from orki_agent.hotpath._async_client import AsyncToolClient
+from orki_agent.hotpath._bridge import ToolBridge
+from orki_agent.hotpath._options import BridgeOptions, CallHook, ToolClientOptions, ToolRecord
+from orki_agent.hotpath._sync_client import SyncToolClient
 
 __all__ = [
     "AsyncToolClient",

@@ -1,4 +1,4 @@
-"""Threads that are kept for the next job: a connection's reader, or a handler that blocks."""
+"""A pool of daemon threads without an upper limit."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Final
 
-_KEEP_SECONDS: Final = 10.0
+_KEEP_ALIVE: Final = 10.0
 
 
 class ThreadPool:
-    """Starts jobs at once, on a thread that rests or on a new one; who starts jobs bounds their number.
+    """Starts each job at once, on an idle thread or on a new one. The caller limits the number of jobs.
 
-    The threads are daemons, so that a handler that never returns does not keep the process alive.
+    The threads are daemons, so a handler that never returns does not keep the process alive.
     """
 
     def __init__(self, name: str) -> None:
@@ -22,18 +22,18 @@ class ThreadPool:
         self._lock = threading.Lock()
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._threads: set[threading.Thread] = set()
-        self._resting = 0
+        self._idle = 0
         self._closed = False
 
     def start(self, job: Callable[[], None]) -> None:
-        """Runs `job`, which must not raise.
+        """Run `job`, which must not raise.
 
         Raises:
-            RuntimeError: The system gives no further thread.
+            RuntimeError: The system cannot start another thread.
         """
         with self._lock:
-            if self._resting:
-                self._resting -= 1
+            if self._idle:
+                self._idle -= 1
                 self._jobs.put(job)
                 return
             thread = threading.Thread(target=self._work, args=(job,), name=self._name, daemon=True)
@@ -45,14 +45,14 @@ class ThreadPool:
                 self._threads.discard(thread)
             raise
 
-    def close(self, seconds: float) -> bool:
+    def close(self, timeout: float) -> bool:
         """Stop idle threads and wait for the others; return whether all have ended."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + timeout
         with self._lock:
             self._closed = True
-            for _ in range(self._resting):
+            for _ in range(self._idle):
                 self._jobs.put(None)
-            self._resting = 0
+            self._idle = 0
             threads = list(self._threads)
         for thread in threads:
             if thread is not threading.current_thread():
@@ -62,21 +62,21 @@ class ThreadPool:
     def _work(self, job: Callable[[], None] | None) -> None:
         while job is not None:
             job()
-            job = self._rest()
+            job = self._next_job()
         with self._lock:
             self._threads.discard(threading.current_thread())
 
-    def _rest(self) -> Callable[[], None] | None:
+    def _next_job(self) -> Callable[[], None] | None:
         with self._lock:
             if self._closed:
                 return None
-            self._resting += 1
+            self._idle += 1
         try:
-            return self._jobs.get(timeout=_KEEP_SECONDS)
+            return self._jobs.get(timeout=_KEEP_ALIVE)
         except Empty:
             with self._lock:
-                if self._resting:
-                    self._resting -= 1
+                if self._idle:
+                    self._idle -= 1
                     return None
-        # Somebody counted on this thread while it was about to go: the job is on its way.
+        # `start` counted on this thread just before the timeout: its job is in the queue.
         return self._jobs.get()

@@ -1,7 +1,7 @@
-"""The codec of the hot path: bytes to frames and frames to bytes. It knows no socket and no clock.
+"""The codec of the hot path: bytes to frames and frames to bytes. It does no I/O.
 
-The layout is `proto/orki/hotpath/v1/frame.proto`. The header is read and written with one `struct.Struct` of its own,
-because both ends do it for every call; a test holds it to the generated `FrameHeader.FRAME`.
+`proto/orki/hotpath/v1/frame.proto` defines the layout. One `struct.Struct` reads and writes the header, because both
+ends do so for every call; a test compares it with the generated `FrameHeader.FRAME`.
 """
 
 from __future__ import annotations
@@ -15,25 +15,12 @@ from orki.hotpath.v1.tool_orki import CancelFrame, ErrorFrame, HelloFrame, Welco
 from orki.hotpath.v1.tool_pb2 import ControlOpcode
 from orki_contract import FrameType
 from orki_contract.errors import FrameMalformed, FrameTooLarge, FrameVersion, OrkiError, Reason, ToolFailed, error_for
+from orki_contract.trace import Span
 
 __all__ = [
-    "BUFFER_BYTES",
-    "CALL_WORD",
-    "FIRST_TOOL_OPCODE",
-    "FLAG_ERROR",
-    "FLAG_REPLY",
-    "HEADER",
     "HEADER_BYTES",
-    "MAGIC",
     "NO_TRACE",
-    "OP_CANCEL",
     "OP_CONTRACT",
-    "OP_ERROR",
-    "OP_HELLO",
-    "OP_WELCOME",
-    "PROTOCOL",
-    "REPLY_WORD",
-    "Fields",
     "Frame",
     "FrameDecoder",
     "decode_error",
@@ -43,6 +30,8 @@ __all__ = [
     "encode_hello",
     "encode_reply",
     "encode_welcome",
+    "pack_span",
+    "unpack_span",
 ]
 
 MAGIC: Final = 0x4BF7
@@ -50,7 +39,7 @@ PROTOCOL: Final = 1
 HEADER_BYTES: Final = 56
 BUFFER_BYTES: Final = 65_536
 FIRST_TOOL_OPCODE: Final = 0x0100
-"""Lower opcodes are the protocol's own (`ControlOpcode`)."""
+"""Lower opcodes belong to the protocol (`ControlOpcode`)."""
 
 FLAG_REPLY: Final = int(FrameFlag.FRAME_FLAG_REPLY)
 FLAG_ERROR: Final = int(FrameFlag.FRAME_FLAG_ERROR)
@@ -61,35 +50,35 @@ OP_CANCEL: Final = int(ControlOpcode.CONTROL_OPCODE_CANCEL)
 OP_CONTRACT: Final = int(ControlOpcode.CONTROL_OPCODE_CONTRACT)
 
 NO_TRACE: Final = bytes(28)
-"""What stands in the header outside a trace: flags, three reserved bytes, trace id and span id, all zero."""
+"""Header bytes of a call outside a trace: flags, three reserved bytes, trace id and span id, all zero."""
 
 MAX_MESSAGE_CHARS: Final = 1_000
 _STEP_BYTES: Final = 1 << 20
 
 # magic, protocol and flags as one word | opcode, block length | total length, block version | correlation | timeout |
-# trace flags, reserved bytes, trace id and span id as one string of 28 bytes
+# trace flags, reserved bytes, trace id and span id as 28 bytes
 HEADER: Final = Struct("<IHHIH2xQI28s")
 _pack: Final = HEADER.pack
 _unpack_from: Final = HEADER.unpack_from
 
-CALL_WORD: Final = MAGIC | PROTOCOL << 16
+CALL_PREFIX: Final = MAGIC | PROTOCOL << 16
 _MAGIC_BYTES: Final = MAGIC.to_bytes(2, "little")
-REPLY_WORD: Final = CALL_WORD | FLAG_REPLY << 24
-_ERROR_WORD: Final = CALL_WORD | (FLAG_REPLY | FLAG_ERROR) << 24
+REPLY_PREFIX: Final = CALL_PREFIX | FLAG_REPLY << 24
+_ERROR_PREFIX: Final = CALL_PREFIX | (FLAG_REPLY | FLAG_ERROR) << 24
 
 
 class Frame(NamedTuple):
-    """One frame as it lies on the wire.
+    """A decoded frame.
 
     Attributes:
         flags: Bit set of `FrameFlag`.
-        opcode: Tool's opcode, or one of `ControlOpcode`.
+        opcode: The tool's opcode, or one of `ControlOpcode`.
         block_length: Length of the block at the start of `body`, in bytes.
         version: Version of the block's layout.
-        correlation: Number of the call; 0 in the handshake.
-        timeout_us: Time that the caller gives the call, in microseconds; 0 for none.
+        correlation: Number of the call; 0 in the handshake and in an error that ends the connection.
+        timeout_us: The caller's timeout in microseconds; 0 for none.
         trace: 28 bytes: trace flags, three reserved bytes, trace id, span id.
-        body: Block and tail. A view of the decoder's buffer: valid until the decoder is touched again.
+        body: Block and tail: a view of the decoder's buffer, valid until the decoder is used again.
     """
 
     flags: int
@@ -103,27 +92,27 @@ class Frame(NamedTuple):
 
 
 Fields = tuple[int, int, int, int, int, int, bytes, memoryview]
-"""A frame as a bare tuple, in the order of `Frame`: naming its fields would cost more than reading it."""
+"""A frame as a plain tuple in the order of `Frame`, which costs less to make than a `Frame`."""
 
 
 class FrameDecoder:
-    """Cuts a stream of bytes into frames, whatever pieces it comes in.
+    """Splits a stream of bytes into frames.
 
-    Bytes go in by `writable` and the argument of `next_frame` (so that a socket can receive straight into the buffer),
-    or by `feed`; frames come out of `next_frame` or `feed`. Each check is made as soon as the bytes that it needs are
-    there, in the order in which they lie, so that the outcome does not depend on how the stream was split. A frame
-    longer than `max_frame_bytes` is refused before a byte is allocated for it. After an error the decoder is poisoned:
-    it raises the same error again, since nobody knows where the next frame begins.
+    Bytes enter through `writable` and the argument of `next_frame`, so that a socket can receive into the buffer, or
+    through `feed`. Frames leave through `next_frame` or `feed`. Each check is made as soon as its bytes have arrived
+    and in their order, so the outcome does not depend on how the stream was split. A frame longer than
+    `max_frame_bytes` is refused before memory is allocated for it. After an error the decoder raises the same error
+    again, because the start of the next frame is unknown.
 
     Attributes:
-        max_frame_bytes: Longest frame that is taken, header included; may be changed between frames.
-        filled: How far the buffer is in use; 0 when every byte that came has left in a frame.
+        max_frame_bytes: Longest accepted frame, header included; may change between frames.
+        filled: End of the used part of the buffer; 0 if no byte of an incomplete frame is held.
     """
 
     __slots__ = ("_buffer", "_failure", "_small", "_start", "_view", "filled", "max_frame_bytes")
 
     def __init__(self, max_frame_bytes: int) -> None:
-        """Prepares a decoder for frames of at most so many bytes."""
+        """Make a decoder for frames of at most `max_frame_bytes`."""
         self.max_frame_bytes = max_frame_bytes
         self.filled = 0
         self._small = bytearray(BUFFER_BYTES)
@@ -134,11 +123,11 @@ class FrameDecoder:
 
     @property
     def broken(self) -> bool:
-        """Whether an error has poisoned the decoder."""
+        """Whether an earlier error makes the decoder unusable."""
         return self._failure is not None
 
     def writable(self) -> memoryview:
-        """Where the next bytes belong, once `next_frame` has given None; tell it then how many were put there."""
+        """Return the buffer for the next bytes. Use it after `next_frame` returned None, and pass it their number."""
         if not self.filled:
             return self._view
         if self.filled == len(self._buffer):
@@ -146,34 +135,34 @@ class FrameDecoder:
         return self._view[self.filled :]
 
     def next_frame(self, received: int = 0) -> Fields | None:
-        """The fields of the next whole frame, or None when more bytes are needed.
+        """Return the next complete frame, or None if more bytes are needed.
 
         Args:
-            received: How many bytes were put at the start of what `writable` gave.
+            received: Number of bytes written to the start of `writable()`.
 
         Raises:
-            FrameMalformed: The bytes are not a frame of this protocol.
-            FrameVersion: The frame is of another version of the protocol.
+            FrameMalformed: The bytes are no frame of this protocol.
+            FrameVersion: The frame has another protocol version.
             FrameTooLarge: The frame is longer than `max_frame_bytes`.
         """
         if received and not self.filled:
-            # By far the most frequent: what came is one frame, no more and no less.
-            word, opcode, block_length, total, version, correlation, timeout_us, trace = _unpack_from(self._small)
+            # Fast path for the usual case: the bytes are exactly one frame.
+            prefix, opcode, block_length, total, version, correlation, timeout_us, trace = _unpack_from(self._small)
             if (
                 total == received
-                and word & 0xFFFFFF == CALL_WORD
+                and prefix & 0xFFFFFF == CALL_PREFIX
                 and HEADER_BYTES + block_length <= total <= self.max_frame_bytes
             ):
                 body = self._view[HEADER_BYTES:total]
-                return word >> 24, opcode, block_length, version, correlation, timeout_us, trace, body
+                return prefix >> 24, opcode, block_length, version, correlation, timeout_us, trace, body
         start = self._start
         self.filled = filled = self.filled + received
         have = filled - start
         if have < HEADER_BYTES:
             self._wait_for_header(have)
             return None
-        word, opcode, block_length, total, version, correlation, timeout_us, trace = _unpack_from(self._buffer, start)
-        if word & 0xFFFFFF != CALL_WORD or not HEADER_BYTES + block_length <= total <= self.max_frame_bytes:
+        prefix, opcode, block_length, total, version, correlation, timeout_us, trace = _unpack_from(self._buffer, start)
+        if prefix & 0xFFFFFF != CALL_PREFIX or not HEADER_BYTES + block_length <= total <= self.max_frame_bytes:
             self._check(have)
         if have < total:
             self._wait_for(total)
@@ -185,13 +174,13 @@ class FrameDecoder:
                 self._use(self._small)
         else:
             self._start = start + total
-        return word >> 24, opcode, block_length, version, correlation, timeout_us, trace, body
+        return prefix >> 24, opcode, block_length, version, correlation, timeout_us, trace, body
 
     def feed(self, chunk: bytes | bytearray | memoryview) -> Iterator[Frame]:
-        """Puts bytes in and gives the frames that are now whole; to be iterated to its end.
+        """Add bytes and yield the frames that are complete. Iterate to the end.
 
         Raises:
-            FrameMalformed, FrameVersion, FrameTooLarge: as `next_frame`, after the frames before the bad one.
+            FrameMalformed, FrameVersion, FrameTooLarge: As `next_frame`, after the frames before the bad one.
         """
         rest = memoryview(chunk)
         received = 0
@@ -207,10 +196,10 @@ class FrameDecoder:
             rest = rest[received:]
 
     def finish(self) -> None:
-        """Says that the stream has ended.
+        """Check that the stream did not end inside a frame.
 
         Raises:
-            FrameMalformed: It ended in the middle of a frame.
+            FrameMalformed: It did.
         """
         if self._failure is None and self.filled:
             self._fail(FrameMalformed(f"the stream ended {self.filled - self._start} bytes into a frame"))
@@ -221,9 +210,10 @@ class FrameDecoder:
             self._wait_for(HEADER_BYTES)
 
     def _wait_for(self, total: int) -> None:
-        """Makes room for a frame of `total` bytes that lies in the buffer in part.
+        """Make room for a frame of `total` bytes, the first of which are in the buffer.
 
-        A length is only a promise: memory is taken as the bytes come, a mebibyte or four times what is here.
+        The peer may never send that many, so memory grows with the bytes that arrive: to one mebibyte or four times
+        the bytes held.
         """
         if self._start + total <= len(self._buffer):
             return
@@ -245,58 +235,61 @@ class FrameDecoder:
         self._view = memoryview(buffer)
 
     def _check(self, have: int) -> None:
-        """Looks at what is there of a header, first byte first."""
+        """Check the part of a header that has arrived, in the order of its bytes."""
         if self._failure is not None:
             raise self._failure
         head = bytes(self._buffer[self._start : self._start + min(have, HEADER_BYTES)])
         if not _MAGIC_BYTES.startswith(head[:2]):
-            self._fail(FrameMalformed(f"a frame starts with the bytes f7 4b, this began with {head[:2].hex(' ')}"))
+            self._fail(FrameMalformed(f"a frame starts with the bytes f7 4b, this one with {head[:2].hex(' ')}"))
         if have > 2 and head[2] != PROTOCOL:
-            self._fail(FrameVersion(f"frame of protocol version {head[2]}, this side speaks version {PROTOCOL}"))
+            self._fail(FrameVersion(f"the frame has protocol version {head[2]}, this side uses version {PROTOCOL}"))
         if have < 12:
             return
         block_length, total = int.from_bytes(head[6:8], "little"), int.from_bytes(head[8:12], "little")
         if total > self.max_frame_bytes:
-            self._fail(FrameTooLarge(f"frame of {total} bytes, at most {self.max_frame_bytes} are taken here"))
+            self._fail(FrameTooLarge(f"the frame has {total} bytes, the maximum is {self.max_frame_bytes}"))
         if total < HEADER_BYTES + block_length:
             self._fail(
                 FrameMalformed(
-                    f"frame of {total} bytes cannot hold {HEADER_BYTES} of header and {block_length} of block"
+                    f"a frame of {total} bytes cannot hold a header of {HEADER_BYTES} and a block of {block_length}"
                 )
             )
 
     def _fail(self, error: OrkiError) -> None:
         self._failure = error
-        self.max_frame_bytes = -1  # so that every later frame comes by `_check`, without a look at `_failure` for each
+        self.max_frame_bytes = -1  # So every later frame goes through `_check`, which raises again.
         raise error
 
 
 def encode_call(
     opcode: int, block_length: int, version: int, correlation: int, timeout_us: int, trace: bytes, body: bytes
 ) -> bytes:
-    """A call's frame; `body` is block and tail, `trace` is as in `Frame`."""
+    """Encode a call; `body` is block and tail, `trace` is as in `Frame`."""
     return (
-        _pack(CALL_WORD, opcode, block_length, HEADER_BYTES + len(body), version, correlation, timeout_us, trace) + body
+        _pack(CALL_PREFIX, opcode, block_length, HEADER_BYTES + len(body), version, correlation, timeout_us, trace)
+        + body
     )
 
 
 def encode_reply(opcode: int, block_length: int, version: int, correlation: int, body: bytes) -> bytes:
-    """The frame that answers a call."""
-    return _pack(REPLY_WORD, opcode, block_length, HEADER_BYTES + len(body), version, correlation, 0, NO_TRACE) + body
+    """Encode the reply to a call."""
+    return _pack(REPLY_PREFIX, opcode, block_length, HEADER_BYTES + len(body), version, correlation, 0, NO_TRACE) + body
 
 
 def encode_error(correlation: int, error: OrkiError) -> bytes:
-    """The ErrorFrame that answers a call, or with correlation 0 ends a connection. Long messages are cut."""
+    """Encode the ErrorFrame that answers a call or, with correlation 0, ends a connection. Long messages are cut."""
     code = error.code if isinstance(error, ToolFailed) else 0
     message = error.message.encode(errors="replace").decode()[:MAX_MESSAGE_CHARS]
-    return _encode(_ERROR_WORD, OP_ERROR, correlation, ErrorFrame(reason=error.reason, tool_code=code, message=message))
+    return _encode(
+        _ERROR_PREFIX, OP_ERROR, correlation, ErrorFrame(reason=error.reason, tool_code=code, message=message)
+    )
 
 
 def decode_error(frame: Frame) -> OrkiError:
-    """The typed error that an ErrorFrame stands for.
+    """Return the typed error of an ErrorFrame.
 
     Raises:
-        FrameMalformed: It is not an ErrorFrame.
+        FrameMalformed: The frame is no ErrorFrame.
     """
     answer = ErrorFrame.decode(frame.body, frame.block_length, frame.version)
     error = error_for(Reason.ValueType(answer.reason), answer.message)
@@ -306,21 +299,36 @@ def decode_error(frame: Frame) -> OrkiError:
 
 
 def encode_hello(hello: HelloFrame) -> bytes:
-    """The frame that opens a connection."""
-    return _encode(CALL_WORD, OP_HELLO, 0, hello)
+    """Encode the frame that opens a connection."""
+    return _encode(CALL_PREFIX, OP_HELLO, 0, hello)
 
 
 def encode_welcome(welcome: WelcomeFrame) -> bytes:
-    """The frame that accepts a connection."""
-    return _encode(REPLY_WORD, OP_WELCOME, 0, welcome)
+    """Encode the frame that accepts a connection."""
+    return _encode(REPLY_PREFIX, OP_WELCOME, 0, welcome)
 
 
 def encode_cancel(correlation: int) -> bytes:
-    """The frame that asks for the end of a call."""
-    return _encode(CALL_WORD, OP_CANCEL, correlation, CancelFrame())
+    """Encode the frame that cancels a call."""
+    return _encode(CALL_PREFIX, OP_CANCEL, correlation, CancelFrame())
 
 
-def _encode(word: int, opcode: int, correlation: int, payload: FrameType) -> bytes:
+def _encode(prefix: int, opcode: int, correlation: int, payload: FrameType) -> bytes:
     body, layout = payload.encode(), payload.FRAME
     total = HEADER_BYTES + len(body)
-    return _pack(word, opcode, layout.block_length, total, layout.version, correlation, 0, NO_TRACE) + body
+    return _pack(prefix, opcode, layout.block_length, total, layout.version, correlation, 0, NO_TRACE) + body
+
+
+def pack_span(span: Span | None) -> bytes:
+    """Return the header's 28 trace bytes for a span, or for none."""
+    if span is None:
+        return NO_TRACE
+    return b"%c\0\0\0%b%b" % (span.flags, bytes.fromhex(span.trace_id), bytes.fromhex(span.span_id))
+
+
+def unpack_span(trace: bytes) -> Span | None:
+    """Return the span of the header's trace bytes, or None if either id is zero (invalid in W3C Trace Context)."""
+    trace_id, span_id = trace[4:20], trace[20:28]
+    if not any(trace_id) or not any(span_id):
+        return None
+    return Span(trace_id.hex(), span_id.hex(), "", trace[0])

@@ -189,7 +189,7 @@ async def _withdraw(name: str, digest: str, redis_url: str, events_url: str) -> 
             if not await admission.withdraw(found[0]):
                 raise OrkiError(f"{name} is used under {found[0].digest[:19]}: stop its agents and let its tasks end")
             return f"service {name}: {found[0].digest[:19]} is withdrawn"
-        if not digest and await StreamRegistry().forget(link, name):
+        if not digest and await StreamRegistry().withdraw(link, name):
             return f"stream {name}: its registration is withdrawn; entries and groups stay"
     which = " with that digest" if digest else ""
     raise OrkiError(f"no service or stream {name!r} is registered{which}; see: orki contract list")

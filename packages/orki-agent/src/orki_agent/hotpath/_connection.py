@@ -1,0 +1,445 @@
+"""A bridge's end of one connection.
+
+One thread at a time reads a connection. It reads a frame, runs a quick sync handler itself (one system call in, one
+out) and reads on. If the handler blocks, the monitor detaches the call: another thread reads on, and the first sends
+the answer and ends. A lock serialises the machine, so exactly one thread answers each call.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from contextvars import Context, copy_context
+from math import inf
+from time import monotonic
+from typing import Any, Final
+
+from orki.hotpath.v1.tool_orki import CancelFrame, HelloFrame
+from orki_agent.hotpath._bridge_state import BridgeState
+from orki_agent.hotpath._frame_writer import FrameWriter
+from orki_agent.hotpath._handlers import Call, Origin, ToolHandler, error_frame, reply_frame
+from orki_agent.hotpath._handshake import HELLO_BYTES, accept_hello
+from orki_agent.hotpath._machine import (
+    BRIDGE_CALL,
+    BridgeCallState,
+    BridgeConnectionState,
+    BridgeMachine,
+    BridgeStopped,
+    CallDeadline,
+    CallReceived,
+    ConnectionLost,
+    DrainStarted,
+    FrameDeadline,
+    HandlerReturned,
+    HelloDeadline,
+    ReplyReceived,
+    ThreadsExhausted,
+    UnnumberedFrame,
+)
+from orki_agent.hotpath.frames import (
+    FIRST_TOOL_OPCODE,
+    FLAG_REPLY,
+    OP_CANCEL,
+    OP_HELLO,
+    Fields,
+    Frame,
+    FrameDecoder,
+    encode_error,
+    unpack_span,
+)
+from orki_contract.errors import (
+    FrameMalformed,
+    HelloTimeout,
+    LocalProtocolError,
+    OrkiError,
+    Overloaded,
+    ToolCancelled,
+    ToolDeadline,
+    UnknownOpcode,
+)
+from orki_contract.trace import Span, use_span
+
+BLOCKING_AFTER: Final = 0.002
+"""Seconds after which a handler on the reading thread counts as blocking."""
+_CLOSE_AGAIN: Final = 0.02
+"""Seconds between attempts to shut down a connection on which another thread is writing."""
+_MAX_LISTED: Final = 32
+
+_OPEN: Final = BridgeConnectionState.OPEN
+_INLINE: Final = BridgeCallState.INLINE
+_RETURNED: Final = BRIDGE_CALL.next(_INLINE, HandlerReturned, LocalProtocolError)
+"""The step of a call that the monitor does not detach, looked up once: it is part of every quick call."""
+
+_log = logging.getLogger("orki_agent.hotpath")
+
+
+def _context_in(span: Span | None) -> Context:
+    """Return a context that holds the span and nothing else; each call runs in a copy of it."""
+
+    def capture() -> Context:
+        with use_span(span):
+            return copy_context()
+
+    return Context().run(capture)
+
+
+class Connection:
+    """A connection from its acceptance to its end.
+
+    Attributes:
+        uid: The user at the other end.
+        machine: States of the connection and its calls.
+    """
+
+    def __init__(
+        self, sock: socket.socket, uid: int, bridge: BridgeState, closed: Callable[[Connection], None]
+    ) -> None:
+        """Wrap an accepted socket; `run` reads it.
+
+        Args:
+            sock: Blocking; owned by the connection.
+            uid: The user at the other end.
+            bridge: Shared state.
+            closed: Called at the end.
+        """
+        self.uid = uid
+        self.machine: BridgeMachine[Call] = BridgeMachine(bridge.options.max_calls)
+        self._lock = threading.Lock()
+        self._bridge = bridge
+        self._tools = bridge.tools
+        self._max_calls = bridge.options.max_calls
+        self._max_frame_bytes = bridge.options.max_frame_bytes
+        self._closed = closed
+        self._sock = sock
+        self._receive = sock.recv_into
+        self._decoder = FrameDecoder(min(self._max_frame_bytes, HELLO_BYTES))
+        self._writer = FrameWriter(sock, bridge.pool, bridge.options.frame_timeout)
+        self._put_now = self._writer.put_now
+        self._client = ""
+        self._opened = monotonic()
+        self._frame_begun = 0.0
+        self._seen_inline: Call | None = None
+        self._trace = b""
+        self._origin: Origin = ("", None)
+        self._context = _context_in(None)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Read until the connection ends or another thread reads it."""
+        try:
+            handed_over = self._read()
+        except OrkiError as error:
+            self._writer.put(encode_error(0, error), may_block=True)
+        except OSError:
+            pass  # The peer has closed the connection.
+        except Exception:
+            _log.exception("a defect ended a connection of a tool bridge")
+        else:
+            if handed_over:
+                return
+        self._close()
+
+    def _read(self) -> bool:
+        """Read frames; return True if another thread reads now, False at the end of the stream."""
+        decoder, receive, writer = self._decoder, self._receive, self._writer
+        waiting = writer.waiting
+        while True:
+            fields = decoder.next_frame() if decoder.filled else None
+            while fields is None:
+                if waiting:
+                    writer.flush(may_block=True)
+                if decoder.filled and not self._frame_begun:
+                    self._frame_begun = monotonic()
+                    self._bridge.wake_monitor()
+                count = receive(decoder.writable())
+                if not count:
+                    return False
+                fields = decoder.next_frame(count)
+            if self._frame_begun:
+                self._frame_begun = 0.0
+            if not self._take(fields):
+                return True
+
+    def _take(self, fields: Fields) -> bool:
+        """Handle a frame; return False if another thread reads now."""
+        flags, opcode, block_length, version, correlation, timeout_us, trace, body = fields
+        machine = self.machine
+        calls = machine.calls
+        tool = self._tools.get(opcode)
+        if (
+            tool is None
+            or machine.state is not _OPEN
+            or flags
+            or not correlation
+            or (calls and (correlation in calls or len(calls) >= self._max_calls))
+        ):
+            handled = self._take_other(Frame(*fields))
+            if handled or tool is None:
+                return True
+        try:
+            request = tool.decode(body, block_length, version)
+        except Exception as error:
+            self._writer.put(encode_error(correlation, _malformed(tool, error)), may_block=True)
+            return True
+        if trace != self._trace:
+            span = unpack_span(trace)
+            self._trace, self._origin, self._context = trace, (self._client, span), _context_in(span)
+        call = Call(self._origin, tool, correlation, timeout_us)
+        if tool.detached:
+            return self._run_detached(call, request)
+        return self._run_inline(call, request)
+
+    def _run_inline(self, call: Call, request: Any) -> bool:
+        """Run a handler on the reading thread; return False if another thread reads now."""
+        bridge, machine = self._bridge, self.machine
+        machine.inline = call
+        # After the assignment: otherwise the monitor could find no call and go to sleep.
+        if bridge.monitor_asleep:
+            bridge.wake_monitor()
+        try:
+            reply = self._context.copy().run(call.tool.handler, request, call)
+        except BaseException as error:
+            answer = error_frame(call, error)
+        else:
+            answer = reply_frame(call, reply, self._max_frame_bytes)
+        lock = self._lock
+        lock.acquire()  # Not `with`, which takes twice as long. Nothing in between can raise.
+        inline = call.state is _INLINE
+        if inline:
+            call.state = _RETURNED
+        lock.release()
+        if not inline:
+            self._finish(call, answer, may_block=True)
+            bridge.release_thread()
+            return False
+        if self._decoder.filled:
+            self._writer.waiting.append(answer)  # More frames have arrived: one write will send their answers.
+        else:
+            self._put_now(answer)
+        if bridge.draining:
+            bridge.notify()
+        return True
+
+    def _run_detached(self, call: Call, request: Any) -> bool:
+        """Run a handler off the reading thread; return False if this thread ran it and another reads now."""
+        bridge, context = self._bridge, self._context.copy()
+        if call.tool.is_async:
+            self._detach(call)
+            assert bridge.handler_loop is not None, "a bridge with async tools has a loop"
+            bridge.handler_loop.start(call, request, context, self._finish_async)
+            return True
+        if not bridge.acquire_thread():
+            return self._run_inline(call, request)
+        self._detach(call)
+        if self._writer.waiting:
+            self._writer.flush(may_block=True)
+        try:
+            bridge.pool.start(self.run)
+            handed_over = True
+        except RuntimeError:
+            handed_over = False  # No thread is left: the connection is read on after the handler.
+        try:
+            reply = context.run(call.tool.handler, request, call)
+        except BaseException as error:
+            answer = error_frame(call, error)
+        else:
+            answer = reply_frame(call, reply, self._max_frame_bytes)
+        call.tool.ran_detached(monotonic() - call.started, BLOCKING_AFTER / 4)
+        self._finish(call, answer, may_block=True)
+        bridge.release_thread()
+        return not handed_over
+
+    def _detach(self, call: Call) -> None:
+        """Detach a call before its handler starts, and start its timeout."""
+        call.start_clock(monotonic(), self._bridge.max_timeout_us)
+        with self._lock:
+            self.machine.detach(call)
+        if self._bridge.monitor_asleep:
+            self._bridge.wake_monitor()
+
+    def _take_other(self, frame: Frame) -> bool:
+        """Handle a frame that may not be a call to run; return False if it is one after all.
+
+        Raises:
+            RemoteProtocolError, PeerRefused, FrameVersion, FrameMalformed, InvalidArgument: The connection must end.
+        """
+        event, correlation = _event_of(frame), frame.correlation
+        if event is HelloFrame and self.machine.state is BridgeConnectionState.HANDSHAKE:
+            self._welcome(frame)
+            return True
+        with self._lock:
+            self.machine.receive(event)
+            if not self.machine.reading:
+                return True
+            refusal = self.machine.refusal(correlation) if event is CallReceived else None
+        if event is CancelFrame:
+            self._abandon(correlation, CancelFrame, ToolCancelled("the caller cancelled the call"))
+            return True
+        if frame.opcode not in self._tools:
+            refusal = UnknownOpcode(f"opcode {frame.opcode:#06x} is not served here; served are {self._served()}")
+        if refusal is None:
+            return False  # Another thread has just answered the call that was in the way.
+        self._writer.put(encode_error(correlation, refusal), may_block=True)
+        return True
+
+    def _welcome(self, frame: Frame) -> None:
+        self._client, welcome = accept_hello(frame, self._bridge.token, self._bridge.options)
+        with self._lock:
+            self.machine.receive(HelloFrame)
+            if self._bridge.draining and self.machine.reading:
+                self.machine.apply(DrainStarted)
+        self._decoder.max_frame_bytes = self._max_frame_bytes
+        self._writer.put(welcome, may_block=True)
+
+    def _served(self) -> str:
+        """List the first opcodes that users declared, for a message."""
+        served = sorted((opcode, tool) for opcode, tool in self._tools.items() if opcode >= FIRST_TOOL_OPCODE)
+        return ", ".join(f"{opcode:#06x} ({tool.name})" for opcode, tool in served[:_MAX_LISTED])
+
+    # -- answering and ending -----------------------------------------------------------------------------------------
+
+    def end_calls(self, error: OrkiError) -> None:
+        """Answer every detached call with an error because the bridge stops, and tell the handler that runs inline."""
+        for correlation in tuple(self.machine.calls.copy()):
+            self._abandon(correlation, BridgeStopped, error)
+        with self._lock:
+            call = self.machine.stop_inline()
+        if call is not None:
+            call.tell_cancelled()
+
+    def drain(self) -> None:
+        """Refuse new calls from now on."""
+        with self._lock:
+            if self.machine.reading and self.machine.state is not BridgeConnectionState.DRAINING:
+                self.machine.apply(DrainStarted)
+
+    def expel(self, event: type, error: OrkiError | None = None) -> None:
+        """End the connection because of `event`, and send the error if there is one. Does not block."""
+        with self._lock:
+            first = self.machine.reading
+            if event is HelloDeadline and self.machine.state is not BridgeConnectionState.HANDSHAKE:
+                return  # The hello has just arrived.
+            if first:
+                self.machine.apply(event)
+        if first and error is not None:
+            self._writer.put(encode_error(0, error), may_block=False)
+        self._writer.shut_down()
+
+    def close_descriptor(self) -> None:
+        """Close the descriptor only, as a forked child must."""
+        self._sock.close()
+
+    def _finish_async(self, call: Call, answer: bytes) -> None:
+        self._finish(call, answer, may_block=False)
+
+    def _finish(self, call: Call, answer: bytes, *, may_block: bool) -> None:
+        """Send the answer of a detached call, unless it was answered before."""
+        with self._lock:
+            due = self.machine.finish(call)
+        if due:
+            self._writer.put(answer, may_block=may_block)
+        if self._bridge.draining:
+            self._bridge.notify()
+
+    def _abandon(self, correlation: int, event: type, error: OrkiError) -> None:
+        """Answer a detached call with an error and tell its handler; does nothing if it was answered before."""
+        with self._lock:
+            call = self.machine.abandon(correlation, event)
+        if call is not None:
+            self._writer.put(encode_error(correlation, error), may_block=False)
+            call.tell_cancelled()
+
+    def _close(self) -> None:
+        self._writer.close()
+        with self._lock:
+            self.machine.apply(ConnectionLost)
+            lost = self.machine.abandon_all(ConnectionLost)
+        for call in lost:
+            call.tell_cancelled()
+        self._closed(self)
+
+    # -- called by the monitor ----------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> float:
+        """Apply the timers that are due; return the time of the next tick. Does not block."""
+        machine = self.machine
+        again = self._watch_stream(now) if machine.reading else now + _CLOSE_AGAIN
+        if machine.state is BridgeConnectionState.CLOSING:
+            self._writer.shut_down()  # A shutdown does nothing while another thread is writing.
+        inline = machine.inline
+        if inline is not None and inline.state is _INLINE:
+            again = min(again, self._watch_inline(now, inline))
+        for call in machine.calls.copy().values():
+            if now >= call.deadline:
+                limit = call.deadline - call.started
+                error = ToolDeadline(f"{call.tool.name} did not end within {limit:.3f} s")
+                self._abandon(call.correlation, CallDeadline, error)
+            else:
+                again = min(again, call.deadline)
+        return again
+
+    def was_busy(self) -> bool:
+        """Return whether a handler ran on the reading thread since the last time."""
+        inline = self.machine.inline
+        busy = inline is not self._seen_inline
+        self._seen_inline = inline
+        return busy
+
+    def _watch_stream(self, now: float) -> float:
+        """Apply the deadlines of the hello and of an unfinished frame."""
+        options, again = self._bridge.options, inf
+        if self.machine.state is BridgeConnectionState.HANDSHAKE:
+            again = self._opened + options.handshake_timeout
+            if now >= again:
+                self.expel(HelloDeadline, HelloTimeout("no hello arrived in time"))
+                return now + _CLOSE_AGAIN
+        if begun := self._frame_begun:
+            limit = begun + options.frame_timeout
+            if now >= limit:
+                self.expel(FrameDeadline, FrameMalformed("a frame was not finished in time"))
+                return now + _CLOSE_AGAIN
+            again = min(again, limit)
+        return again
+
+    def _watch_inline(self, now: float, call: Call) -> float:
+        """Detach a call whose handler blocks the reading thread.
+
+        Its clock starts when the monitor first sees it, so quick calls need no clock.
+        """
+        if not call.deadline:
+            call.start_clock(now, self._bridge.max_timeout_us)
+        limit = min(call.started + BLOCKING_AFTER, call.deadline)
+        if now < limit:
+            return limit
+        call.tool.detached = True
+        if self._writer.waiting:
+            self._writer.flush(may_block=False)
+        if not self._bridge.acquire_thread():
+            return now + BLOCKING_AFTER
+        with self._lock:
+            detached = self.machine.detach(call)
+        if not detached:
+            self._bridge.release_thread()
+            return now + BLOCKING_AFTER
+        try:
+            self._bridge.pool.start(self.run)
+        except RuntimeError:
+            self.expel(ThreadsExhausted, Overloaded("the bridge has no thread left to read the connection"))
+        return now + BLOCKING_AFTER
+
+
+def _event_of(frame: Frame) -> type:
+    """Return the machine's event for a frame of a client."""
+    if frame.flags & FLAG_REPLY:
+        return ReplyReceived
+    if not frame.correlation:
+        return HelloFrame if frame.opcode == OP_HELLO else UnnumberedFrame
+    return CancelFrame if frame.opcode == OP_CANCEL else CallReceived
+
+
+def _malformed(tool: ToolHandler, error: Exception) -> OrkiError:
+    reason = error.message if isinstance(error, OrkiError) else f"{type(error).__name__}: {error}"
+    return FrameMalformed(f"the request is no {tool.request.kind.__name__} of {tool.name}: {reason}")
