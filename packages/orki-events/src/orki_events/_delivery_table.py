@@ -57,12 +57,9 @@ class CreateGroups:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Read:
-    """Read new entries, or with `history` those that the consumer was given before. Reply: EntriesRead.
+    """Read new entries, or with `history` the consumer's own pending entries. Reply: EntriesRead.
 
-    Attributes:
-        positions: Key, and the id to read after; `>` for new entries.
-        count: Maximum number of entries of each key.
-        history: Whether to read the consumer's own pending entries.
+    `positions` are pairs of key and id to read after (`>` for new entries). `count` applies to each key.
     """
 
     positions: tuple[tuple[str, bytes], ...]
@@ -74,10 +71,7 @@ class Read:
 class Dispatch:
     """Pass entries to the oldest request. Replies: Succeeded, Failed and Returned, for any part of the entries.
 
-    Attributes:
-        key: Their partition.
-        entries: At least one, and at most as many as were requested.
-        deliveries: Deliveries of each entry by id, this one included; 1 if an id is absent.
+    `deliveries` are those of each entry by id, this one included (1 if absent).
     """
 
     key: str
@@ -89,11 +83,7 @@ class Dispatch:
 class Ack:
     """Acknowledge and count entries. Reply: Acked.
 
-    Attributes:
-        key: Their partition.
-        entry_ids: The entries; may be empty.
-        outcome: How they are counted.
-        extra: Number of further entries to count, which the server has already removed from the pending ones.
+    `extra` further entries are counted, which the server has already removed from the pending ones.
     """
 
     key: str
@@ -131,13 +121,7 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Renew:
-    """Renew entries that the consumer holds. Reply: Renewed.
-
-    Attributes:
-        key: Their partition.
-        entry_ids: The entries.
-        deliveries: Number of deliveries to store for them; 0 leaves it unchanged.
-    """
+    """Renew entries and store their number of deliveries, unless it is 0. Reply: Renewed."""
 
     key: str
     entry_ids: list[bytes]
@@ -146,12 +130,7 @@ class Renew:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HandBack:
-    """Let other consumers claim entries at once. Reply: HandedBack.
-
-    Attributes:
-        key: Their partition.
-        deliveries: Deliveries of each entry to a handler, by id.
-    """
+    """Let other consumers claim entries, given with their deliveries to handlers, at once. Reply: HandedBack."""
 
     key: str
     deliveries: Mapping[bytes, int]
@@ -180,13 +159,7 @@ class GroupsReady(Event):
 
 @dataclass(frozen=True, slots=True)
 class EntriesRead(Event):
-    """The result of a read.
-
-    Attributes:
-        command: The read.
-        entries: Entries by key; a key without entries may be absent.
-        deliveries: Deliveries of each entry, by key and id; 1 if an id is absent.
-    """
+    """Entries that were read, by key, and the deliveries of each entry, by key and id (1 if absent)."""
 
     command: Read
     entries: Mapping[str, list[Entry]]
@@ -195,14 +168,10 @@ class EntriesRead(Event):
 
 @dataclass(frozen=True, slots=True)
 class EntriesClaimed(Event):
-    """The result of a claim.
+    """Entries that belong to this consumer now, and their deliveries by id, this one included.
 
-    Attributes:
-        command: The claim.
-        cursor: Cursor of the next claim; `0-0` at the end.
-        entries: Entries that belong to this consumer now.
-        deliveries: Deliveries of each entry by id, this one included.
-        deleted: Pending entries that were trimmed and that the server has removed.
+    `cursor` is that of the next claim, `0-0` at the end. `deleted` are pending entries that were trimmed and that the
+    server has removed.
     """
 
     command: Claim
@@ -214,12 +183,7 @@ class EntriesClaimed(Event):
 
 @dataclass(frozen=True, slots=True)
 class Acked(Event):
-    """The server has the acknowledgements.
-
-    Attributes:
-        command: The acknowledgement.
-        count: Number of entries that were pending until now.
-    """
+    """The server has the acknowledgements; `count` entries were pending until now."""
 
     command: Ack
     count: int
@@ -234,12 +198,7 @@ class DeadLettered(Event):
 
 @dataclass(frozen=True, slots=True)
 class Renewed(Event):
-    """Entries were renewed.
-
-    Attributes:
-        command: The renewal.
-        gone: Ids that do not belong to this consumer any more.
-    """
+    """Entries were renewed, except for the ids in `gone`, which belong to other consumers now."""
 
     command: Renew
     gone: Sequence[bytes]
@@ -306,15 +265,7 @@ class Succeeded(Event):
 
 @dataclass(frozen=True, slots=True)
 class Failed(Event):
-    """The handlers raised an error.
-
-    Attributes:
-        key: Partition of the entries.
-        entries: The entries, as dispatched.
-        reason: Reason for the dead letter if `final`.
-        message: The error in words.
-        final: Whether another delivery cannot succeed.
-    """
+    """The handlers raised an error. If `final`, another delivery cannot succeed, and `reason` is the dead letter's."""
 
     key: str
     entries: Sequence[Entry]

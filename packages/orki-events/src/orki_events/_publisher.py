@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import threading
 import time
 from collections import deque
@@ -19,6 +18,7 @@ from typing import Any, Final, NamedTuple
 
 from google.protobuf.message import Message
 
+from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import (
     ContractMismatch,
     EventsBufferFull,
@@ -31,6 +31,7 @@ from orki_contract.errors import (
     TooLarge,
 )
 from orki_contract.handles import EventStream
+from orki_contract.model import milliseconds
 from orki_contract.trace import Span
 from orki_events._options import EventOptions, Gap, GapKind
 from orki_events._readers import find_published
@@ -40,8 +41,7 @@ from orki_events.groups import ConsumerGroups
 from orki_events.registry import StreamRegistry
 from orki_events.tuning import TuningCache
 
-_FIRST_WAIT: Final = 0.05
-_MAX_WAIT: Final = 0.5
+_RETRY: Final = JitterOptions(initial=0.05, maximum=0.5, spread=0.5)
 _COMMAND_OVERHEAD: Final = 100
 _log = logging.getLogger("orki.events")
 
@@ -317,7 +317,7 @@ class Publisher:
 
     async def _deliver(self) -> None:
         """Send the batch until each event is accepted, refused or out of time."""
-        failures = 0
+        backoff = Jitter(_RETRY)
         doubtful = False
         while self._sending:
             try:
@@ -346,8 +346,7 @@ class Publisher:
                     # After a failover, the name may resolve to another server.
                     await self._connection.drop()
             self._expire(failure, doubtful)
-            await asyncio.sleep(_wait(failures))
-            failures += 1
+            await asyncio.sleep(backoff.failed())
 
     async def _send(self, batch: list[_Item]) -> list[Any]:
         self.counts.pipelines += 1
@@ -360,15 +359,15 @@ class Publisher:
         for key, (item, entry_id) in newest.items():
             known = self._keys[key]
             known.last_id = entry_id.decode()
-            age = self._tunings.retention(item.handle.contract).max_age_ms
+            age = self._tunings.retention(item.handle.contract).max_age
             if age and now >= known.trim_at:
-                known.trim_at = now + min(max(age / 100_000, 1.0), 60.0)
+                known.trim_at = now + min(max(age / 100, 1.0), 60.0)
                 await self._trim(key, entry_id, age)
         return replies
 
-    async def _trim(self, key: str, newest: bytes, age_ms: int) -> None:
+    async def _trim(self, key: str, newest: bytes, age: float) -> None:
         """Trim by age. The newest id carries the server's time, which may differ from this process's."""
-        oldest = max(parse_id(newest).milliseconds - age_ms, 0)
+        oldest = max(parse_id(newest).milliseconds - milliseconds(age), 0)
         try:
             await self._connection.execute((b"XTRIM", key, b"MINID", b"~", oldest))
         except OrkiError as error:
@@ -460,9 +459,3 @@ class Publisher:
 def _abandoned(stream: str, count: int, error: OrkiError) -> Gap:
     message = f'{count} collected events of stream "{stream}" were not published: {error.message}'
     return Gap(kind=GapKind.PUBLISH_ABANDONED, stream=stream, group="", count=count, possible=False, message=message)
-
-
-def _wait(failures: int) -> float:
-    """Return the wait before the next try: it grows, with jitter, so that a fleet does not retry at once."""
-    longest = min(_FIRST_WAIT * 2.0 ** min(failures, 10), _MAX_WAIT)
-    return random.uniform(longest / 2, longest)
