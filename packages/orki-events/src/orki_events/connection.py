@@ -161,7 +161,7 @@ class Connection:
                 raise self.address.unavailable(f"no reply within {limit:g} s") from error
             finally:
                 # After an incomplete exchange, the remaining replies would answer the next one.
-                if not channel.in_step:
+                if not channel.synchronized:
                     await self._drop()
 
     async def learn_client_id(self) -> None:
@@ -187,7 +187,7 @@ class Connection:
 
     async def _usable(self) -> Channel:
         if self._channel is not None:
-            if await self._channel.is_quiet():
+            if await self._channel.is_usable():
                 return self._channel
             await self._drop()
         # Imports redis-py, which takes longer than all of orki_events.
