@@ -70,7 +70,7 @@ def connect(
 class Events:
     """One process's access to the event plane. Use `connect` to create it.
 
-    Methods that talk to the server raise an OrkiError if it does not answer or refuses; the class tells the reason.
+    Methods that talk to the server raise an OrkiError if it does not answer or refuses; its class gives the reason.
 
     Attributes:
         producer: Name under which this process publishes.

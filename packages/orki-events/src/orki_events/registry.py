@@ -330,7 +330,7 @@ def compare_streams(registered: StreamVersion, own: StreamVersion) -> tuple[Fit 
 
     Returns:
         The fit, and a description of the incompatibilities with their rules, empty if there are none. The fit is None
-        if an image is missing or does not declare the stream; then only the placement of entries is compared.
+        if an image is missing or does not declare the stream; then only message and partitioning are compared.
     """
     if registered.digest and registered.digest == own.digest:
         return Fit((), ()), ""
