@@ -201,17 +201,17 @@ def usage() -> Callable[..., EventStream[UsageEvent, Any]]:
         name: str = "usage-of-tests",
         partitions: int = 1,
         max_entries: int = 100_000,
-        max_age_ms: int = 0,
+        max_age: float = 0.0,
         start: Start = Start.EARLIEST,
         **group: Any,
     ) -> EventStream[UsageEvent, Any]:
-        work = Group(name="work", start=start, **{"ack_deadline_ms": 1_000, "max_deliveries": 3, **group})
+        work = Group(name="work", start=start, **{"ack_deadline": 1.0, "max_deliveries": 3, **group})
         return EventStream(
             UsageEvent,
             Stream(
                 name=name,
                 message="orki.events.v1.UsageEvent",
-                retention=Retention(max_entries=max_entries, max_age_ms=max_age_ms),
+                retention=Retention(max_entries=max_entries, max_age=max_age),
                 partitions=partitions,
                 partition_key="agent_id" if partitions > 1 else "",
                 groups=(AUDIT_GROUP, work),

@@ -20,7 +20,7 @@ STREAM: EventStream[UsageEvent, str] = EventStream(
         name="usage-of-tests",
         message="orki.events.v1.UsageEvent",
         retention=Retention(max_entries=100_000),
-        groups=(AUDIT_GROUP, Group(name="work", ack_deadline_ms=1_000, max_deliveries=3)),
+        groups=(AUDIT_GROUP, Group(name="work", ack_deadline=1.0, max_deliveries=3)),
     ),
 )
 

@@ -17,7 +17,7 @@ from orki_contract.trace import current_span, new_span
 from orki_events import ConsumeOptions, Delivery, DeliveryBatch, Events, Gap, GapKind, consumer
 
 KEY = "orki:ev:{usage-of-tests}"
-QUICK = ConsumeOptions(backoff=Backoff(initial_ms=10, maximum_ms=50), sweep_interval=0.1)
+QUICK = ConsumeOptions(backoff=Backoff(initial=0.01, maximum=0.05), sweep_interval=0.1)
 
 
 def numbered(count: int, start: int = 0) -> list[UsageEvent]:
@@ -206,7 +206,7 @@ async def test_a_repeated_event_is_handled_once(
 
 async def test_a_slow_handler_keeps_its_entry(server: Any, opened: Any, usage: Any, until: Callable[..., Any]) -> None:
     # The deadline leaves time for a renewal on a busy machine, and passes twice while the handler works.
-    stream, calls, stop = usage(ack_deadline_ms=1_000), [], asyncio.Event()
+    stream, calls, stop = usage(ack_deadline=1.0), [], asyncio.Event()
     one, other = await opened(), await opened()
     await one.publish(stream, UsageEvent())
 
@@ -226,7 +226,7 @@ async def test_a_slow_handler_keeps_its_entry(server: Any, opened: Any, usage: A
 async def test_a_handler_that_hangs_is_cancelled_and_retried(events: Events, usage: Any) -> None:
     stream, tries, stop = usage(), [], asyncio.Event()
     await events.publish(stream, UsageEvent())
-    options = ConsumeOptions(backoff=Backoff(initial_ms=10), handler_timeout=0.1)
+    options = ConsumeOptions(backoff=Backoff(initial=0.01), handler_timeout=0.1)
 
     @consumer(stream, group="work", options=options)
     async def on_usage(event: UsageEvent, delivery: Delivery[UsageEvent]) -> None:
@@ -242,7 +242,7 @@ async def test_a_handler_that_hangs_is_cancelled_and_retried(events: Events, usa
 async def test_events_that_a_stopped_consumer_did_not_begin_go_to_another_at_once(
     server: Any, opened: Any, usage: Any, until: Callable[..., Any]
 ) -> None:
-    stream, begun, stop, go = usage(ack_deadline_ms=600_000), [], asyncio.Event(), asyncio.Event()
+    stream, begun, stop, go = usage(ack_deadline=600.0), [], asyncio.Event(), asyncio.Event()
     one, other = await opened(), await opened()
     await one.publish_many(stream, numbered(10))
 
@@ -296,7 +296,7 @@ async def test_all_partitions_are_read(events: Events, usage: Any) -> None:
 async def test_a_group_that_starts_at_the_latest_sees_only_later_events(events: Events, usage: Any) -> None:
     early = usage()
     await events.publish(early, UsageEvent(attempt=1))
-    late = early.subscribed(Group(name="latecomer", start=Start.LATEST))
+    late = early.with_groups(Group(name="latecomer", start=Start.LATEST))
     got = []
 
     async def follow() -> None:
@@ -331,7 +331,7 @@ async def test_observers_read_raw_entries_without_the_streams_code(events: Event
 async def test_trimmed_entries_are_acknowledged_and_reported(
     server: Any, events: Events, usage: Any, gaps: list[Gap], until: Callable[..., Any]
 ) -> None:
-    stream, stop = usage(ack_deadline_ms=100), asyncio.Event()
+    stream, stop = usage(ack_deadline=0.1), asyncio.Event()
     await events.publish_many(stream, numbered(5))
     with server.client as client:
         client.xreadgroup("work", "dead-one", {KEY: ">"})

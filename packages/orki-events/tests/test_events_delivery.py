@@ -90,7 +90,7 @@ SETTINGS = DeliverySettings(
     ack_deadline=30.0,
     sweep_interval=10.0,
     hold_limit=300.0,
-    backoff=Backoff(initial_ms=1_000, maximum_ms=8_000),
+    backoff=Backoff(initial=1.0, maximum=8.0),
 )
 KEY = "orki:ev:{s}"
 

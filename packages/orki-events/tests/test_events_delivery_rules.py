@@ -57,7 +57,7 @@ LIMITS = DeliverySettings(
     ack_deadline=10.0,
     sweep_interval=3.0,
     hold_limit=100_000.0,
-    backoff=Backoff(initial_ms=500, maximum_ms=2_000),
+    backoff=Backoff(initial=0.5, maximum=2.0),
 )
 US, THEM, NOBODY = "us", "them", "nobody"
 

@@ -21,7 +21,7 @@ from orki_contract.model import Backoff
 from orki_events import ConsumeOptions, Delivery, Events, Gap, GapKind, GroupLedger, consumer
 
 KEY = "orki:ev:{usage-of-tests}"
-QUICK = ConsumeOptions(backoff=Backoff(initial_ms=10, maximum_ms=50), sweep_interval=0.1)
+QUICK = ConsumeOptions(backoff=Backoff(initial=0.01, maximum=0.05), sweep_interval=0.1)
 
 
 def numbered(count: int, start: int = 0) -> list[UsageEvent]:
@@ -248,7 +248,7 @@ async def test_a_destroyed_group_continues_at_its_saved_position(
 async def test_entries_of_a_lost_reply_are_read_again(
     server: Any, proxy: Any, opened: Any, usage: Any, until: Any
 ) -> None:
-    stream = usage(ack_deadline_ms=600_000)
+    stream = usage(ack_deadline=600.0)
     publisher, reading = await opened(), await opened(at=proxy)
     reader = Reader(reading, stream)
     await publisher.publish_many(stream, numbered(10))

@@ -14,7 +14,7 @@ from orki_contract.model import Backoff, Group, Start
 from orki_events import ConsumeOptions, Delivery, Events, GroupLedger, consumer
 
 KEY = "orki:ev:{usage-of-tests}"
-QUICK = ConsumeOptions(backoff=Backoff(initial_ms=10, maximum_ms=50), sweep_interval=0.1)
+QUICK = ConsumeOptions(backoff=Backoff(initial=0.01, maximum=0.05), sweep_interval=0.1)
 
 
 def numbered(count: int, start: int = 0) -> list[UsageEvent]:
@@ -62,7 +62,7 @@ async def test_every_event_is_in_the_ledger_once(server: Any, events: Events, us
 async def test_a_late_group_counts_earlier_events_as_before_start(events: Events, usage: Any, until: Any) -> None:
     stream = usage()
     await events.publish_many(stream, numbered(10))
-    late = stream.subscribed(Group(name="late", start=Start.LATEST))
+    late = stream.with_groups(Group(name="late", start=Start.LATEST))
     await events.prepare(late)
     await events.publish_many(stream, numbered(5, start=10))
     assert sorted(await consume(events, late, "late", until)) == list(range(10, 15))

@@ -146,7 +146,7 @@ async def test_entries_are_trimmed_by_number_and_by_age(
 ) -> None:
     events = await opened()
     await events.publish_many(usage("many", max_entries=100), [UsageEvent()] * 5_000)
-    old = usage("old", max_age_ms=1)
+    old = usage("old", max_age=0.001)
     await events.publish_many(old, [UsageEvent()] * 500)
     await asyncio.sleep(1.1)
     await events.publish(old, UsageEvent())

@@ -93,7 +93,7 @@ async def test_a_shipped_stream_is_registered_with_its_image(events: Events) -> 
 
 
 async def test_groups_that_readers_declare_are_registered_apart_from_the_owner(events: Events) -> None:
-    mine = USAGE.subscribed(Group(name="billing", max_deliveries=9, dead_letter="billing.dead"))
+    mine = USAGE.with_groups(Group(name="billing", max_deliveries=9, dead_letter="billing.dead"))
     await events.prepare(mine)
     assert await events.registered_streams() == []
     await events.prepare(USAGE)
@@ -128,7 +128,7 @@ def test_streams_are_read_from_their_dump_and_unknown_members_are_ignored() -> N
     stream = Stream(
         name="s",
         message="a.B",
-        retention=Retention(max_entries=5, max_age_ms=7),
+        retention=Retention(max_entries=5, max_age=0.007),
         partitions=2,
         partition_key="k",
         groups=(AUDIT_GROUP, Group(name="late", start=Start.LATEST)),
@@ -210,10 +210,10 @@ def test_the_last_window_of_ids_is_remembered_and_memory_is_bounded(numbers: lis
 
 
 def test_backoff_waits_grow_to_their_limit() -> None:
-    assert [Backoff(initial_ms=500, maximum_ms=3_000).wait_ms(failed) for failed in (1, 2, 3, 4, 50)] == [
-        500,
-        1_000,
-        2_000,
-        3_000,
-        3_000,
+    assert [Backoff(initial=0.5, maximum=3.0).delay(failed) for failed in (1, 2, 3, 4, 50)] == [
+        0.5,
+        1.0,
+        2.0,
+        3.0,
+        3.0,
     ]

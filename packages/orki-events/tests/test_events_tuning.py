@@ -87,12 +87,12 @@ async def test_a_higher_retention_keeps_more(server: Any, opened: Callable[..., 
 
 
 async def test_the_maximum_age_can_be_tuned(server: Any, opened: Callable[..., Any], bounded: Bounded) -> None:
-    aged = Retention(max_entries=10_000, max_age_ms=3_600_000, least_age_ms=1, most_age_ms=7_200_000)
+    aged = Retention(max_entries=10_000, max_age=3600.0, least_age=0.001, most_age=7200.0)
     operator, stream = await opened(), bounded(aged, partitions=2)
     await publish(operator, stream, 500)
     await asyncio.sleep(0.05)
-    tuned = await operator.tune(stream, Tuning(max_age_ms=1))
-    assert (tuned.retention.max_age_ms, tuned.retention.max_entries) == (1, 10_000)
+    tuned = await operator.tune(stream, Tuning(max_age=0.001))
+    assert (tuned.retention.max_age, tuned.retention.max_entries) == (0.001, 10_000)
     assert tuned.trimmed >= 500 - 2 * NODE
     publisher = await opened()
     await publish(publisher, stream, 500)
@@ -126,8 +126,8 @@ async def test_dead_letters_follow_the_setting(
     [
         (Tuning(max_entries=9_999), ["max_entries of 9999", "10000 to 10000000", "least_entries and most_entries"]),
         (Tuning(max_entries=10_000_001), ["max_entries of 10000001", "10000 to 10000000"]),
-        (Tuning(max_age_ms=3_599_999), ["max_age of 3599999 ms", "3600000 ms to 2592000000 ms"]),
-        (Tuning(max_entries=20_000, max_age_ms=2_592_000_001), ["max_age of 2592000001 ms"]),
+        (Tuning(max_age=3599.999), ["max_age of 3599999 ms", "3600000 ms to 2592000000 ms"]),
+        (Tuning(max_entries=20_000, max_age=2592000.001), ["max_age of 2592000001 ms"]),
     ],
 )
 async def test_values_outside_the_bounds_are_refused_and_not_stored(
@@ -147,17 +147,21 @@ async def test_a_stream_without_bounds_cannot_be_tuned(events: Events, bounded: 
     with pytest.raises(InvalidSetting, match="its contract fixes it at"):
         await events.tune("bounded", Tuning(max_entries=11))
     with pytest.raises(InvalidSetting, match="does not limit the age"):
-        await events.tune("bounded", Tuning(max_age_ms=11))
+        await events.tune("bounded", Tuning(max_age=0.011))
     with pytest.raises(UnknownStream, match="registered: bounded"):
         await events.tune("unbounded", Tuning(max_entries=11))
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "1", None, 1 << 63])
-def test_invalid_values_are_refused(value: Any) -> None:
+def test_an_invalid_number_of_entries_is_refused(value: Any) -> None:
     with pytest.raises(InvalidSetting, match="max_entries is"):
         Tuning(max_entries=value)
-    with pytest.raises(InvalidSetting, match="max_age_ms is"):
-        Tuning(max_age_ms=value)
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), True, "1", None, 1 << 63])
+def test_an_invalid_age_is_refused(value: Any) -> None:
+    with pytest.raises(InvalidSetting, match="max_age is"):
+        Tuning(max_age=value)
 
 
 async def test_unreadable_and_out_of_bounds_settings_are_logged(
@@ -181,8 +185,8 @@ async def test_unreadable_and_out_of_bounds_settings_are_logged(
 
 
 def test_the_effective_retention_is_within_the_bounds() -> None:
-    found = effective_retention(BOUNDED, Tuning(max_entries=1, max_age_ms=5))
-    assert (found.max_entries, found.max_age_ms) == (200, 0)
+    found = effective_retention(BOUNDED, Tuning(max_entries=1, max_age=0.005))
+    assert (found.max_entries, found.max_age) == (200, 0)
     assert effective_retention(BOUNDED, None) == effective_retention(BOUNDED, Tuning()) == BOUNDED
     assert effective_retention(BOUNDED, Tuning(max_entries=1 << 40)).max_entries == 6_000
     assert TuningCache().retention(TOOLS.contract) == TOOLS.contract.retention

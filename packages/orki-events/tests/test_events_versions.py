@@ -126,7 +126,7 @@ async def test_an_incompatible_version_is_refused_at_its_start(
     async def use() -> None:
         if role == "publisher":
             await events.publish(bad, bad.message(body=7))
-        stream = bad if role == "consumer" else bad.subscribed(Group(name="more"))
+        stream = bad if role == "consumer" else bad.with_groups(Group(name="more"))
         async for _ in events.deliveries(stream, group="more"):
             raise AssertionError("it was given an event")
 

@@ -137,7 +137,7 @@ class Runner:
         _log.warning("%s is stopped: %s", attempt, why)
         running.given_up = True
         running.execution.cancel()
-        grace = running.execution.handler.task.contract.cancel_grace_ms / 1000
+        grace = running.execution.handler.task.contract.cancel_grace
         running.timers.append(asyncio.get_running_loop().call_later(grace, running.execution.cancel))
 
     def abandon(self, why: str) -> None:

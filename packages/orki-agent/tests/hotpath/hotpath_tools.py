@@ -37,11 +37,11 @@ class Ask(oc.FrameBase):
 
 
 _SERVICE = "test.hotpath.v1.SampleToolService"
-ECHO = oc.Tool.declare(f"{_SERVICE}/Echo", opcode=0x0101, request=Ask, response=Ask, timeout_ms=10_000)
-SLEEP = oc.Tool.declare(f"{_SERVICE}/Sleep", opcode=0x0102, request=Ask, response=Ask, timeout_ms=10_000)
+ECHO = oc.Tool.declare(f"{_SERVICE}/Echo", opcode=0x0101, request=Ask, response=Ask, timeout=10.0)
+SLEEP = oc.Tool.declare(f"{_SERVICE}/Sleep", opcode=0x0102, request=Ask, response=Ask, timeout=10.0)
 FAIL = oc.Tool.declare(f"{_SERVICE}/Fail", opcode=0x0103, request=StringValue, response=StringValue)
 TEXT = oc.Tool.declare(f"{_SERVICE}/Text", opcode=0x0104, request=StringValue, response=StringValue)
-GROW = oc.Tool.declare(f"{_SERVICE}/Grow", opcode=0x0105, request=Ask, response=Ask, timeout_ms=20_000)
+GROW = oc.Tool.declare(f"{_SERVICE}/Grow", opcode=0x0105, request=Ask, response=Ask, timeout=20.0)
 WHO = oc.Tool.declare(f"{_SERVICE}/Who", opcode=0x0106, request=StringValue, response=StringValue)
 ASYNC_SLEEP = oc.Tool.declare("test.hotpath.v1.AsyncToolService/Nap", opcode=0x0201, request=Ask, response=Ask)
 ASYNC_WHO = oc.Tool.declare(

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from orki.events.v1.envelope_pb2 import DeadLetter as DeadLetterRecord
 from orki_contract.errors import EventsReadOnly, OrkiError
-from orki_contract.model import Group, Stream
+from orki_contract.model import Group, Stream, milliseconds
 from orki_events import _delivery_table as table
 from orki_events.connection import Command, Connection, GroupMissing, Script
 from orki_events.entries import REASON_FIELD, stream_keys, tagged_key
@@ -99,7 +99,7 @@ class CommandExecutor:
         return table.EntriesRead(command, entries, deliveries)
 
     async def _claim(self, command: table.Claim) -> table.EntriesClaimed:
-        key, deadline = command.key, self._group.ack_deadline_ms
+        key, deadline = command.key, milliseconds(self._group.ack_deadline)
         claim = (b"XAUTOCLAIM", key, self._group.name, self._consumer, deadline, command.cursor)
         reply = await self._commands.execute((*claim, b"COUNT", command.count))
         entries = [entry for entry in reply[1] if entry is not None]
@@ -126,7 +126,7 @@ class CommandExecutor:
         for entry_id, made in command.deliveries.items():
             by_count.setdefault(made, []).append(entry_id)
         for made, entry_ids in by_count.items():
-            await self._hold(command.key, entry_ids, HANDED_BACK, self._group.ack_deadline_ms, made)
+            await self._hold(command.key, entry_ids, HANDED_BACK, milliseconds(self._group.ack_deadline), made)
         return table.HandedBack(command)
 
     async def _dead_letter(self, command: table.DeadLetter) -> table.DeadLettered:

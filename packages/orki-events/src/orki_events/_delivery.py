@@ -245,7 +245,7 @@ class DeliveryMachine:
                 back[entry_id] = made
                 partition.forget([entry_id])
             else:
-                due = now + self.settings.backoff.wait_ms(made) / 1_000
+                due = now + self.settings.backoff.delay(made)
                 heapq.heappush(self._retries, (due, next(self._order), partition, entry))
         if letters:
             self._issue(table.DeadLetter(partition.key, tuple(letters)), commands)

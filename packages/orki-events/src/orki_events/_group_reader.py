@@ -366,7 +366,7 @@ class GroupReader:
 
 def _machine(member: GroupMember, options: ConsumeOptions, concurrency: int) -> DeliveryMachine:
     keys = stream_keys(member.stream)
-    ack_deadline = member.group.ack_deadline_ms / 1_000
+    ack_deadline = member.group.ack_deadline
     sweep_interval = options.sweep_interval or min(ack_deadline / 3, 5.0)
     settings = table.DeliverySettings(
         prefetch=max(options.prefetch or 4 * concurrency, len(keys), concurrency),

@@ -31,6 +31,7 @@ from orki_contract.errors import (
     TooLarge,
 )
 from orki_contract.handles import EventStream
+from orki_contract.model import milliseconds
 from orki_contract.trace import Span
 from orki_events._options import EventOptions, Gap, GapKind
 from orki_events._readers import find_published
@@ -342,15 +343,15 @@ class Publisher:
         for key, (item, entry_id) in newest.items():
             known = self._keys[key]
             known.last_id = entry_id.decode()
-            age = self._tunings.retention(item.handle.contract).max_age_ms
+            age = self._tunings.retention(item.handle.contract).max_age
             if age and now >= known.trim_at:
-                known.trim_at = now + min(max(age / 100_000, 1.0), 60.0)
+                known.trim_at = now + min(max(age / 100, 1.0), 60.0)
                 await self._trim(key, entry_id, age)
         return replies
 
-    async def _trim(self, key: str, newest: bytes, age_ms: int) -> None:
+    async def _trim(self, key: str, newest: bytes, age: float) -> None:
         """Trim by age. The newest id carries the server's time, which may differ from this process's."""
-        oldest = max(parse_id(newest).milliseconds - age_ms, 0)
+        oldest = max(parse_id(newest).milliseconds - milliseconds(age), 0)
         try:
             await self._connection.execute((b"XTRIM", key, b"MINID", b"~", oldest))
         except OrkiError as error:

@@ -76,7 +76,7 @@ class ToolHandler:
         self.request: Final[PayloadCodec] = codec_of(tool.request)
         self.decode: Final = self.request.decode
         self.response: Final[PayloadCodec] = codec_of(tool.response)
-        self.timeout: Final = tool.contract.timeout_ms / 1_000
+        self.timeout: Final = tool.contract.timeout
         self.detached = is_async
         self.quick_runs = 0
 
