@@ -246,12 +246,12 @@ async def test_an_exchange_ends_at_its_time_limit_and_the_next_one_uses_a_new_co
     server: Any, opened_connection: Any
 ) -> None:
     connection = opened_connection(server.url, "store")
-    await connection.learn_client_id()
+    await connection.fetch_client_id()
     first = connection.client_id
     with pytest.raises(StoreUnavailable, match=r"does not answer: no reply within 0\.05 s"):
         await connection.execute((b"BLPOP", "nothing", 5), timeout=0.05)
     assert await connection.execute((b"ECHO", "again")) == b"again"
-    await connection.learn_client_id()
+    await connection.fetch_client_id()
     assert connection.client_id != first
 
 

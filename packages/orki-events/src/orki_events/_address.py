@@ -22,7 +22,7 @@ from orki_contract.errors import (
 )
 
 Role = Literal["event server", "store"]
-"""Whose connection it is; decides the words and the classes of errors."""
+"""What orki uses a server for; decides the wording and the classes of errors."""
 
 _DEFAULT_PORT: Final = 6379
 _CERT_REQS: Final = ("none", "optional", "required")

@@ -181,7 +181,7 @@ async def run_until(runs: list[PushRun], stop: asyncio.Event | None, drain_timeo
             await asyncio.wait(late)
     for worker in workers:
         if not worker.cancelled() and (error := worker.exception()) is not None:
-            # Several workers may have failed; the first error stands for all.
+            # Several workers may have failed; the first error is raised.
             while isinstance(error, BaseExceptionGroup):
                 error = error.exceptions[0]
             raise error
