@@ -22,7 +22,7 @@ from orki_contract.errors import (
     error_for,
 )
 from orki_control import session as machine
-from orki_control.attempt import AttemptKey
+from orki_control.session import AttemptKey
 from orki_control.session import (
     AgentDraining,
     ArrivedProgress,
@@ -40,7 +40,7 @@ from orki_control.session import (
     ResultsArrived,
     SessionEnded,
 )
-from orki_control.statuses import abort
+from orki_control.transport import abort
 from orki_server._events import AgentEvents
 from orki_server._fleet import FleetUpdates, Handshake
 from orki_server._session import AgentSession, SessionRegistry, StreamContext

@@ -12,7 +12,7 @@ from orki.control.v1.attempt_pb2 import TaskState
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.model import TaskMethod
 from orki_contract.trace import Span
-from orki_control.attempt import AttemptKey
+from orki_control.session import AttemptKey
 from orki_server._keys import idempotency_digest
 from orki_server._store.ids import shard_of
 

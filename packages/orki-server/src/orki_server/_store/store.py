@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from orki.control.v1.task_pb2 import TaskSnapshot
-from orki_control.attempt import AttemptKey
+from orki_control.session import AttemptKey
 from orki_server._store.connection import Batcher, StoreConnection
 from orki_server._store.contracts import Contracts
 from orki_server._store.fleet import Fleet
