@@ -109,7 +109,7 @@ class Typed:
 
     async def _consume(self, count: int, batch: int) -> list[float]:
         name = f"typed-{next(_numbers)}"
-        stream = STREAM.subscribed(Group(name=name))
+        stream = STREAM.with_groups(Group(name=name))
         stop = asyncio.Event()
         got = 0
 
@@ -137,7 +137,7 @@ class Typed:
     async def latency(self, count: int) -> list[float]:
         """Measure from publish to handler at light load."""
         name = f"late-{next(_numbers)}"
-        stream = STREAM.subscribed(Group(name=name, start=Start.LATEST))
+        stream = STREAM.with_groups(Group(name=name, start=Start.LATEST))
         taken: list[float] = []
         stop, arrived = asyncio.Event(), asyncio.Event()
         sent = 0.0

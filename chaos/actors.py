@@ -138,7 +138,7 @@ async def consume(settings: Settings, history: History) -> None:
         history.add("gap", group=gap.group, count=gap.count, possible=gap.possible, kind=gap.kind.value)
 
     # Eight deliveries of an event that fails take about a second.
-    options = ConsumeOptions(backoff=Backoff(initial_ms=20, maximum_ms=200))
+    options = ConsumeOptions(backoff=Backoff(initial=0.02, maximum=0.2))
 
     @consumer(REVIEW_FINDINGS, group=group, concurrency=8, options=options)
     async def on_finding(event: FindingEvent, delivery: Delivery[FindingEvent]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from orki_codegen.gate.index_settings import index_settings
 from orki_codegen.gate.indexes import Index, Published
 from orki_codegen.gate.published import FILE, read_stand_in
-from orki_contract.exceptions import InvalidSetting, OrkiError
+from orki_contract.errors import InvalidSetting, OrkiError
 
 
 def last(wheels: list[Published]) -> Published:

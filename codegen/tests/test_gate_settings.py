@@ -13,7 +13,7 @@ from orki_codegen.gate.bumps import heavier, is_promised, least
 from orki_codegen.gate.index_settings import index_settings
 from orki_codegen.gate.members import find_members
 from orki_codegen.gate.published import read_stand_in
-from orki_contract.exceptions import InvalidSetting
+from orki_contract.errors import InvalidSetting
 from orki_contract.findings import Bump
 
 COMMIT = "0123456789" * 4

@@ -12,7 +12,7 @@ import pytest
 
 from orki_codegen.generate import main
 from orki_codegen.workspace import find_workspace
-from orki_contract.exceptions import InvalidSetting
+from orki_contract.errors import InvalidSetting
 
 GEN = Path("packages/acme-kitchen/gen")
 SINK = Path("proto/kitchen/v1/sink.proto")

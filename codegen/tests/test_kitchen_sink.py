@@ -127,7 +127,7 @@ assert {each.contract for each in values if isinstance(each, Task)} == set(contr
 assert {each.contract for each in values if isinstance(each, Tool)} == set(contract.tools)
 classes = {each for each in values if isinstance(each, type) and issubclass(each, FrameBase)}
 assert {each.FRAME for each in classes} == set(contract.frames)
-assert set(sink_orki.OTHER_EVENTS.contract.groups) == {each.group for each in contract.subscriptions}
+assert set(sink_orki.OTHER_EVENTS.contract.groups) == {each.group for each in contract.external_groups}
 print(len(contract.streams), len(contract.tasks), len(contract.tools), len(contract.frames))
 """
     assert assert_runs(kitchen, program) == "5 4 4 5\n"

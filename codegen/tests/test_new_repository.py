@@ -13,7 +13,7 @@ import pytest
 
 from orki_codegen.cli import main
 from orki_codegen.new_repository import RELEASED, lay_out, names_for
-from orki_contract.exceptions import InvalidSetting
+from orki_contract.errors import InvalidSetting
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = ROOT / "codegen/src/orki_codegen/templates/repository"

@@ -20,7 +20,7 @@ import pytest
 from orki_codegen.generate import generate, main
 from orki_codegen.workspace import find_workspace
 from orki_contract.descriptors import Location
-from orki_contract.exceptions import InvalidContract
+from orki_contract.errors import InvalidContract
 from orki_contract.rules.judge import Violation
 from orki_contract.validate import RULES
 

@@ -97,8 +97,8 @@ def page() -> str:
         "# State machines",
         "",
         "`tests/docs/test_states.py` draws this page from the transition tables and compares the two. Events are",
-        "protocol messages, timers and calls. A move that a table does not list is illegal: a `LocalProtocolError` when",
-        "orki made it, a `RemoteProtocolError` when the peer did.",
+        "protocol messages, timers and calls. A move that a table does not list is illegal: a `LocalProtocolError` if",
+        "orki made it, a `RemoteProtocolError` if the peer did.",
     ]
     for title, text, machine in MACHINES:
         parts += ["", f"## {title}", "", text, "", "```mermaid", machine.mermaid().rstrip(), "```"]

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from orki_contract.exceptions import InvalidContract, InvalidSetting
+from orki_contract.errors import InvalidContract, InvalidSetting
 
 _FOUND: Final = 100
 """buf's exit status where it ran well and found something."""

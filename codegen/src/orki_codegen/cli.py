@@ -17,7 +17,7 @@ from orki_codegen.new_repository import lay_out, names_for
 from orki_codegen.reference import pages
 from orki_codegen.vendored_files import bring_up_to_date
 from orki_codegen.workspace import find_workspace
-from orki_contract.exceptions import InvalidSetting, OrkiError
+from orki_contract.errors import InvalidSetting, OrkiError
 from orki_contract.printing import say
 from orki_contract.read import read_image
 

@@ -79,7 +79,7 @@ def expression(value: Any, vocabulary: str) -> Code:
         return Raw(f"{vocabulary}.{type(value).__name__}.{value.name}")
     if isinstance(value, str):
         return Raw(quote(value))
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool):
         return Raw(f"{value:_}")
     return Raw(repr(value))
 

@@ -18,7 +18,7 @@ from orki_codegen.outline import Subject, changes, outline
 from orki_codegen.reference import REFERENCE, pages
 from orki_codegen.tree import Difference, Tree, compare, install
 from orki_codegen.workspace import Owner, Workspace, find_workspace
-from orki_contract.exceptions import InvalidContract, OrkiError
+from orki_contract.errors import InvalidContract, OrkiError
 from orki_contract.images import IMAGE_NAME, package_images
 from orki_contract.printing import say
 from orki_contract.read import ReadContract, read_image

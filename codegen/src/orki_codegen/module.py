@@ -153,9 +153,9 @@ class _Builder:
         """Every name that the protos give to something in the module, on whatever level."""
         contract = self.file.contract
         names = {constant_name(each.name) for each in contract.streams}
-        names |= {constant_name(each.stream) for each in contract.subscriptions}
+        names |= {constant_name(each.stream) for each in contract.external_groups}
         names |= {f"{class_name(each.name)}Group" for each in contract.streams}
-        names |= {f"{class_name(each.stream)}Group" for each in contract.subscriptions}
+        names |= {f"{class_name(each.stream)}Group" for each in contract.external_groups}
         for frame in contract.frames:
             names.add(frame_class(frame.message, self.file.package))
             names |= {field.name for field in frame.fields} | {frame.tail}
@@ -197,7 +197,7 @@ class _Builder:
 
     def _subscriptions(self) -> list[StreamConstant]:
         found = []
-        subscriptions = self.file.contract.subscriptions
+        subscriptions = self.file.contract.external_groups
         for name in sorted({each.stream for each in subscriptions}):
             own = [each for each in subscriptions if each.stream == name]
             owner = self.schema.messages[own[0].message].file.name
@@ -208,7 +208,7 @@ class _Builder:
                     groups_alias=f"{class_name(name)}Group",
                     groups=self._literal([each.group.name for each in own]),
                     annotation=self._stream_type(self._message(own[0].message), name),
-                    value=Call(f"{source}.subscribed", tuple(expression(each.group, self.names.oc) for each in own)),
+                    value=Call(f"{source}.with_groups", tuple(expression(each.group, self.names.oc) for each in own)),
                     comment="",
                 )
             )

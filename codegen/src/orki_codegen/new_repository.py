@@ -16,7 +16,7 @@ from typing import Final
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from orki_codegen.vendored_files import VENDORED
-from orki_contract.exceptions import InvalidSetting
+from orki_contract.errors import InvalidSetting
 from orki_contract.naming import constant_name
 
 RELEASED: Final[Mapping[str, str]] = {

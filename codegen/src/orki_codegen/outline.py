@@ -46,7 +46,7 @@ def outline(read: ReadContract, packages: Collection[str]) -> Outline:
                 found[name] = _subject("", stream, "name", "groups")
                 for group in stream.groups:
                     found[f'group "{group.name}" of {name}'] = _subject(name, group, "name")
-            for subscription in contract.subscriptions:
+            for subscription in contract.external_groups:
                 name = f'group "{subscription.group.name}" on stream "{subscription.stream}"'
                 found[name] = _subject("", subscription.group, "name")
             for method in contract.tasks:

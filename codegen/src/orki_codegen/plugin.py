@@ -13,7 +13,7 @@ from google.protobuf.descriptor_pb2 import Edition
 from orki_codegen.module import build
 from orki_codegen.render import render
 from orki_contract.descriptors import Schema
-from orki_contract.exceptions import OrkiError
+from orki_contract.errors import OrkiError
 from orki_contract.read import ReadContract, read_schema
 from orki_contract.validate import check
 

@@ -23,7 +23,7 @@ from google.protobuf.message import Message
 from grpc_tools import protoc
 
 from orki_contract.descriptors import OPTIONS_PACKAGE, Schema
-from orki_contract.exceptions import OrkiError
+from orki_contract.errors import OrkiError
 from orki_contract.read import read_schema
 
 _SERVICE: Final = 6  # field number of FileDescriptorProto.service, with which source paths begin

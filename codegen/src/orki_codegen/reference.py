@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from orki_codegen.tree import MARK
 from orki_contract.descriptors import MessageNode, Path, Schema, ServiceNode, field_path, is_repeated
-from orki_contract.model import Frame, Retention, Stream, Subscription, TaskMethod, ToolMethod
+from orki_contract.model import ExternalGroup, Frame, Retention, Stream, TaskMethod, ToolMethod, duration_text
 from orki_contract.read import ReadContract
 
 REFERENCE: Final = "docs/reference"
@@ -70,7 +70,7 @@ class _Page:
         self._files = [each for each in read.files if each.package == package]
         self.sources = [places.get(each.path, each.path) for each in self._files]
         self.streams = [stream for each in self._files for stream in each.contract.streams]
-        self.subscriptions = [one for each in self._files for one in each.contract.subscriptions]
+        self.subscriptions = [one for each in self._files for one in each.contract.external_groups]
         self.tasks = [task for each in self._files for task in each.contract.tasks]
         self.tools = [tool for each in self._files for tool in each.contract.tools]
         self.frames = [frame for each in self._files for frame in each.contract.frames]
@@ -110,9 +110,9 @@ class _Page:
                 path = method.path
         return _line(self._schema.comment(service.file.name, path))
 
-    def readers(self, stream: Stream) -> list[Subscription]:
+    def readers(self, stream: Stream) -> list[ExternalGroup]:
         """The groups that other packages declare on a stream."""
-        return [each for each in self._read.contract.subscriptions if each.stream == stream.name]
+        return [each for each in self._read.contract.external_groups if each.stream == stream.name]
 
     def rows(self, frame: Frame) -> Iterator[_Row]:
         """The bytes of a frame's block in order, reserved ones too, and the tail."""
@@ -206,23 +206,13 @@ def _bytes(first: int, end: int) -> str:
     return f"{first}" if end == first + 1 else f"{first}–{end - 1}"
 
 
-def duration(milliseconds: int) -> str:
-    """A duration in the largest unit that gives a whole number; 0 is no limit."""
-    if not milliseconds:
-        return "no limit"
-    for unit, length in (("d", 86_400_000), ("h", 3_600_000), ("min", 60_000), ("s", 1_000)):
-        if milliseconds % length == 0:
-            return f"{milliseconds // length} {unit}"
-    return f"{milliseconds} ms"
-
-
 def tuning(retention: Retention) -> str:
     """What a deployment may set, such as `10 to 1,000 entries and an age of 1 h to 7 days`."""
     least, most = retention.entries_bounds
-    shortest, longest = retention.age_bounds_ms
+    shortest, longest = retention.age_bounds
     words = [f"{least:,} to {most:,} entries"] if least < most else []
-    words += [f"an age of {duration(shortest)} to {duration(longest)}"] if shortest < longest else []
+    words += [f"an age of {duration_text(shortest)} to {duration_text(longest)}"] if shortest < longest else []
     return " and ".join(words)
 
 
-_ENVIRONMENT.globals.update(duration=duration, tuning=tuning)
+_ENVIRONMENT.globals.update(duration=duration_text, tuning=tuning)

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Final
 
-from orki_contract.exceptions import InvalidSetting
+from orki_contract.errors import InvalidSetting
 
 VENDORED: Final[Mapping[str, str]] = {
     "buf.yaml": "buf.yaml",

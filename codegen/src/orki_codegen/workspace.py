@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from orki_contract.descriptors import Location
-from orki_contract.exceptions import InvalidSetting
+from orki_contract.errors import InvalidSetting
 
 # A distribution lies one or two folders below the root.
 PLACES: Final = ("*/pyproject.toml", "*/*/pyproject.toml")

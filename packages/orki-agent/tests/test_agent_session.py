@@ -105,9 +105,9 @@ async def test_directives_reach_the_handler_while_it_runs(orchestrator: Any, wor
     ("raised", "reason", "error_type"),
     [
         (ValueError("odd"), Reason.REASON_HANDLER_FAILED, "ValueError"),
-        (HandlerRejected("never"), Reason.REASON_HANDLER_REJECTED, "orki_contract.exceptions.HandlerRejected"),
+        (HandlerRejected("never"), Reason.REASON_HANDLER_REJECTED, "orki_contract.errors.HandlerRejected"),
         (asyncio.CancelledError(), Reason.REASON_HANDLER_FAILED, "asyncio.exceptions.CancelledError"),
-        (SystemExit(3), Reason.REASON_HANDLER_FAILED, "orki_contract.exceptions.HandlerFailed"),
+        (SystemExit(3), Reason.REASON_HANDLER_FAILED, "orki_contract.errors.HandlerFailed"),
     ],
 )
 async def test_errors_of_handlers_become_failures(

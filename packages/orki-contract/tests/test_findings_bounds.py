@@ -50,21 +50,19 @@ def seconds(count: int) -> dict[str, int]:
 
 
 def test_bounds_that_are_left_out_are_the_contracts_own_values() -> None:
-    plain = Retention(max_entries=10, max_age_ms=20)
-    assert (plain.entries_bounds, plain.age_bounds_ms, plain.tunable) == ((10, 10), (20, 20), False)
+    plain = Retention(max_entries=10, max_age=0.02)
+    assert (plain.entries_bounds, plain.age_bounds, plain.tunable) == ((10, 10), (0.02, 0.02), False)
     lower = Retention(max_entries=10, least_entries=5)
-    assert (lower.entries_bounds, lower.age_bounds_ms, lower.tunable) == ((5, 10), (0, 0), True)
-    longer = Retention(max_entries=10, max_age_ms=20, most_age_ms=30)
-    assert (longer.entries_bounds, longer.age_bounds_ms, longer.tunable) == ((10, 10), (20, 30), True)
+    assert (lower.entries_bounds, lower.age_bounds, lower.tunable) == ((5, 10), (0, 0), True)
+    longer = Retention(max_entries=10, max_age=0.02, most_age=0.03)
+    assert (longer.entries_bounds, longer.age_bounds, longer.tunable) == ((10, 10), (0.02, 0.03), True)
 
 
 def test_bounds_are_read() -> None:
     read = build(max_entries=10, max_age=seconds(9), least_entries=5, most_entries=20, least_age=seconds(8))
     (stream,) = read.contract.streams
     assert validate(read) == ()
-    assert stream.retention == Retention(
-        max_entries=10, max_age_ms=9_000, least_entries=5, most_entries=20, least_age_ms=8_000
-    )
+    assert stream.retention == Retention(max_entries=10, max_age=9.0, least_entries=5, most_entries=20, least_age=8.0)
 
 
 @pytest.mark.parametrize(

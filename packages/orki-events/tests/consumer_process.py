@@ -1,4 +1,4 @@
-"""A consumer in a process of its own, for tests that kill it: `consumer_process.py URL FILE STALL`.
+"""A consumer in its own process, for tests that kill it: `consumer_process.py URL FILE STALL`.
 
 Writes a line to FILE when it begins an event and another when it is done; on event number STALL it never ends.
 """
@@ -20,7 +20,7 @@ STREAM: EventStream[UsageEvent, str] = EventStream(
         name="usage-of-tests",
         message="orki.events.v1.UsageEvent",
         retention=Retention(max_entries=100_000),
-        groups=(AUDIT_GROUP, Group(name="work", ack_deadline_ms=1_000, max_deliveries=3)),
+        groups=(AUDIT_GROUP, Group(name="work", ack_deadline=1.0, max_deliveries=3)),
     ),
 )
 

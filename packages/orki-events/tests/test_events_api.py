@@ -55,7 +55,6 @@ EXPORTS = {
         "REASON_FIELD",
         "ZERO_ID",
         "decode_envelope",
-        "decode_event",
         "encode_envelope",
         "envelope_span",
         "event_id_of",
@@ -84,7 +83,6 @@ EXPORTS = {
         "StreamRegistry",
         "StreamVersion",
         "compare_streams",
-        "stream_from_dump",
     },
     "orki_events.tuning": {
         "Tuned",

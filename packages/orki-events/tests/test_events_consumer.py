@@ -1,4 +1,4 @@
-"""Consuming: both forms, groups, retries, dead letters, drains; on a real server."""
+"""Push and pull consumers on a real server: groups, retries, dead letters and drains."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orki_contract.trace import current_span, new_span
 from orki_events import ConsumeOptions, Delivery, DeliveryBatch, Events, Gap, GapKind, consumer
 
 KEY = "orki:ev:{usage-of-tests}"
-QUICK = ConsumeOptions(backoff=Backoff(initial_ms=10, maximum_ms=50), sweep_interval=0.1)
+QUICK = ConsumeOptions(backoff=Backoff(initial=0.01, maximum=0.05), sweep_interval=0.1)
 
 
 def numbered(count: int, start: int = 0) -> list[UsageEvent]:
@@ -35,7 +35,7 @@ def dead(server: Any, key: str = "orki:ev:{usage-of-tests.work.dead}") -> list[t
     return [(fields.get(b"d", b""), DeadLetter.FromString(fields[b"x"])) for _, fields in raw]
 
 
-async def test_push_handles_every_event_and_acknowledges_it(
+async def test_a_push_consumer_handles_and_acknowledges_every_event(
     server: Any, events: Events, usage: Any, until: Callable[..., Any]
 ) -> None:
     stream, got, stop = usage(), [], asyncio.Event()
@@ -55,7 +55,7 @@ async def test_push_handles_every_event_and_acknowledges_it(
         assert client.xinfo_consumers(KEY, "work") == []
 
 
-async def test_pull_acknowledges_at_the_end_of_the_block_and_ends_with_the_loop(
+async def test_a_pulled_delivery_is_acknowledged_at_the_end_of_its_block(
     server: Any, events: Events, usage: Any, until: Callable[..., Any]
 ) -> None:
     stream, got = usage(), []
@@ -69,7 +69,7 @@ async def test_pull_acknowledges_at_the_end_of_the_block_and_ends_with_the_loop(
     await until(lambda: pending(server) == 0)
 
 
-async def test_a_block_that_raises_leaves_the_event_for_another_delivery(events: Events, usage: Any) -> None:
+async def test_an_error_in_the_block_causes_another_delivery(events: Events, usage: Any) -> None:
     stream, tries = usage(), []
     await events.publish(stream, UsageEvent(attempt=7))
     source = events.deliveries(stream, group="work", options=QUICK)
@@ -85,7 +85,7 @@ async def test_a_block_that_raises_leaves_the_event_for_another_delivery(events:
     assert tries == [1, 2]
 
 
-async def test_batches_come_as_lists_and_may_fail_in_part(server: Any, events: Events, usage: Any) -> None:
+async def test_a_batch_is_a_list_and_can_fail_in_part(server: Any, events: Events, usage: Any) -> None:
     stream, sizes, got, stop = usage(), [], [], asyncio.Event()
     await events.publish_many(stream, numbered(250))
 
@@ -125,7 +125,7 @@ async def test_two_groups_are_independent(events: Events, usage: Any) -> None:
     }
 
 
-async def test_poison_is_retried_and_dead_lettered_with_its_reason(
+async def test_a_failing_event_is_retried_and_dead_lettered_with_its_reason(
     server: Any, events: Events, usage: Any, until: Callable[..., Any]
 ) -> None:
     stream, tries, stop = usage(), [], asyncio.Event()
@@ -155,7 +155,7 @@ async def test_poison_is_retried_and_dead_lettered_with_its_reason(
 
 
 @pytest.mark.parametrize("batch", [0, 10])
-async def test_entries_that_are_no_events_are_dead_lettered_and_harm_nobody(
+async def test_undecodable_entries_are_dead_lettered_and_others_are_handled(
     batch: int, server: Any, events: Events, usage: Any, until: Callable[..., Any]
 ) -> None:
     stream, got, stop = usage(), [], asyncio.Event()
@@ -205,8 +205,8 @@ async def test_a_repeated_event_is_handled_once(
 
 
 async def test_a_slow_handler_keeps_its_entry(server: Any, opened: Any, usage: Any, until: Callable[..., Any]) -> None:
-    # The deadline is long enough for a renewal in time on a busy machine, and over twice while the handler works.
-    stream, calls, stop = usage(ack_deadline_ms=1_000), [], asyncio.Event()
+    # The deadline leaves time for a renewal on a busy machine, and passes twice while the handler works.
+    stream, calls, stop = usage(ack_deadline=1.0), [], asyncio.Event()
     one, other = await opened(), await opened()
     await one.publish(stream, UsageEvent())
 
@@ -226,7 +226,7 @@ async def test_a_slow_handler_keeps_its_entry(server: Any, opened: Any, usage: A
 async def test_a_handler_that_hangs_is_cancelled_and_retried(events: Events, usage: Any) -> None:
     stream, tries, stop = usage(), [], asyncio.Event()
     await events.publish(stream, UsageEvent())
-    options = ConsumeOptions(backoff=Backoff(initial_ms=10), handler_timeout=0.1)
+    options = ConsumeOptions(backoff=Backoff(initial=0.01), handler_timeout=0.1)
 
     @consumer(stream, group="work", options=options)
     async def on_usage(event: UsageEvent, delivery: Delivery[UsageEvent]) -> None:
@@ -239,10 +239,10 @@ async def test_a_handler_that_hangs_is_cancelled_and_retried(events: Events, usa
     assert tries == [1, 2]
 
 
-async def test_what_a_stopped_consumer_did_not_begin_goes_to_another_at_once(
+async def test_events_that_a_stopped_consumer_did_not_begin_go_to_another_at_once(
     server: Any, opened: Any, usage: Any, until: Callable[..., Any]
 ) -> None:
-    stream, begun, stop, go = usage(ack_deadline_ms=600_000), [], asyncio.Event(), asyncio.Event()
+    stream, begun, stop, go = usage(ack_deadline=600.0), [], asyncio.Event(), asyncio.Event()
     one, other = await opened(), await opened()
     await one.publish_many(stream, numbered(10))
 
@@ -282,7 +282,7 @@ async def test_a_handler_runs_in_a_child_of_the_events_span(events: Events, usag
     assert published == span
 
 
-async def test_partitions_are_all_read(events: Events, usage: Any) -> None:
+async def test_all_partitions_are_read(events: Events, usage: Any) -> None:
     stream, got = usage(partitions=4), []
     await events.publish_many(stream, [UsageEvent(agent_id=f"agent-{number}") for number in range(100)])
     async for batch in events.delivery_batches(stream, group="work", size=10):
@@ -293,10 +293,10 @@ async def test_partitions_are_all_read(events: Events, usage: Any) -> None:
     assert sorted(got) == sorted(f"agent-{number}" for number in range(100))
 
 
-async def test_a_group_that_starts_at_the_latest_sees_what_comes_after_it(events: Events, usage: Any) -> None:
+async def test_a_group_that_starts_at_the_latest_sees_only_later_events(events: Events, usage: Any) -> None:
     early = usage()
     await events.publish(early, UsageEvent(attempt=1))
-    late = early.subscribed(Group(name="latecomer", start=Start.LATEST))
+    late = early.with_groups(Group(name="latecomer", start=Start.LATEST))
     got = []
 
     async def follow() -> None:
@@ -328,10 +328,10 @@ async def test_observers_read_raw_entries_without_the_streams_code(events: Event
         break
 
 
-async def test_trimmed_entries_are_acknowledged_and_told(
+async def test_trimmed_entries_are_acknowledged_and_reported(
     server: Any, events: Events, usage: Any, gaps: list[Gap], until: Callable[..., Any]
 ) -> None:
-    stream, stop = usage(ack_deadline_ms=100), asyncio.Event()
+    stream, stop = usage(ack_deadline=0.1), asyncio.Event()
     await events.publish_many(stream, numbered(5))
     with server.client as client:
         client.xreadgroup("work", "dead-one", {KEY: ">"})
@@ -351,7 +351,7 @@ async def test_trimmed_entries_are_acknowledged_and_told(
         assert client.hget("orki:groups:{usage-of-tests}", "declared_lost:work") == b"5"
 
 
-async def test_unknown_groups_and_unfit_consumers_are_refused(events: Events, usage: Any) -> None:
+async def test_unknown_groups_and_invalid_consumers_are_refused(events: Events, usage: Any) -> None:
     stream = usage()
     with pytest.raises(UnknownGroup, match=r'no group "wrok" \(declared: audit, work\)'):
 
@@ -375,7 +375,7 @@ async def on_nothing(event: UsageEvent, delivery: Delivery[UsageEvent]) -> None:
     """A handler."""
 
 
-async def test_a_decorated_handler_can_be_called_as_it_is(usage: Any) -> None:
+async def test_a_decorated_handler_can_be_called_directly(usage: Any) -> None:
     seen = []
 
     @consumer(usage(), group="work")

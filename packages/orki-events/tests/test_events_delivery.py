@@ -1,4 +1,4 @@
-"""The delivery machine: its table, its laws under arbitrary interleavings, and the cases worth a name."""
+"""The delivery machine: its transition table and its behaviour in single cases."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ SETTINGS = DeliverySettings(
     ack_deadline=30.0,
     sweep_interval=10.0,
     hold_limit=300.0,
-    backoff=Backoff(initial_ms=1_000, maximum_ms=8_000),
+    backoff=Backoff(initial=1.0, maximum=8.0),
 )
 KEY = "orki:ev:{s}"
 
@@ -100,7 +100,7 @@ def entry(number: int) -> list[Any]:
 
 
 class Bench:
-    """A machine and what it asked for."""
+    """A machine and its last commands."""
 
     def __init__(self, settings: DeliverySettings = SETTINGS, keys: tuple[str, ...] = (KEY,)) -> None:
         self.machine = DeliveryMachine(keys, settings)
@@ -121,7 +121,7 @@ class Bench:
         return found
 
     def reading(self) -> Any:
-        """Up to the first read of new entries, which it returns; the sweep that goes on beside it is answered."""
+        """Advance to the first read of new entries and return it; the concurrent sweep is answered."""
         self.tell(Opened())
         self.tell(GroupsReady(self.one(CreateGroups)))
         self.tell(EntriesRead(self.one(Read), {}, {}))
@@ -131,7 +131,7 @@ class Bench:
         return read
 
     def holding(self, count: int) -> list[Any]:
-        """Up to a dispatch of so many entries, which it returns."""
+        """Advance to a dispatch of `count` entries and return them."""
         self.tell(EntriesRead(self.reading(), {KEY: [entry(number) for number in range(1, count + 1)]}, {}))
         self.tell(Requested(count))
         return self.one(Dispatch).entries
@@ -222,13 +222,13 @@ def test_the_diagram_in_the_docs_shows_the_table() -> None:
 @pytest.mark.parametrize(
     "name", ["GroupsReady", "EntriesRead", "EntriesClaimed", "Acked", "DeadLettered", "Renewed", "Unanswered"]
 )
-def test_an_answer_to_what_was_not_asked_is_our_own_protocol_error(name: str) -> None:
+def test_a_reply_to_an_unknown_command_is_a_local_error(name: str) -> None:
     bench = in_state(State.CREATING)
     with pytest.raises(LocalProtocolError, match="answered twice or never issued"):
         bench.tell(SAMPLES[name])
 
 
-def test_a_settlement_of_what_is_not_held_is_our_own_protocol_error() -> None:
+def test_settling_an_entry_that_is_not_held_is_a_local_error() -> None:
     bench = Bench()
     bench.holding(1)
     with pytest.raises(LocalProtocolError, match=r"9-0 of .* is not held"):
@@ -239,14 +239,14 @@ def test_a_settlement_of_what_is_not_held_is_our_own_protocol_error() -> None:
         bench.tell(Requested(0))
 
 
-def test_entries_of_a_key_that_was_not_read_are_the_servers_protocol_error() -> None:
+def test_entries_of_a_key_that_was_not_read_are_a_remote_error() -> None:
     bench = Bench()
     read = bench.reading()
     with pytest.raises(RemoteProtocolError, match="which was not read"):
         bench.tell(EntriesRead(read, {"orki:ev:{other}": [entry(1)]}, {}))
 
 
-def test_its_own_pending_entries_come_before_new_ones() -> None:
+def test_pending_entries_are_read_before_new_ones() -> None:
     bench = Bench()
     bench.tell(Opened())
     bench.tell(GroupsReady(bench.one(CreateGroups)))
@@ -261,7 +261,7 @@ def test_its_own_pending_entries_come_before_new_ones() -> None:
     assert bench.one(Dispatch).deliveries == {b"1-0": 2}
 
 
-def test_a_read_that_broke_is_followed_by_reading_what_it_may_have_brought() -> None:
+def test_pending_entries_are_read_again_after_an_unanswered_read() -> None:
     bench = Bench()
     bench.tell(EntriesUnknown(bench.reading()))
     assert bench.machine.state is State.RECOVERING
@@ -271,7 +271,7 @@ def test_a_read_that_broke_is_followed_by_reading_what_it_may_have_brought() -> 
     assert (read.positions, read.history) == (((KEY, b"0-0"),), True)
 
 
-def test_reading_again_what_is_in_hand_does_not_count_as_a_delivery() -> None:
+def test_reading_held_entries_again_does_not_count_as_a_delivery() -> None:
     bench = Bench()
     bench.tell(EntriesRead(bench.reading(), {KEY: [entry(1), entry(2)]}, {}))
     waiting = bench.one(Read)
@@ -286,7 +286,7 @@ def test_reading_again_what_is_in_hand_does_not_count_as_a_delivery() -> None:
     assert [each[0] for each in bench.one(Dispatch).entries] == [b"3-0"]
 
 
-def test_success_is_acknowledged_in_batches_while_another_acknowledgement_is_under_way() -> None:
+def test_acknowledgements_are_batched_while_another_one_is_in_progress() -> None:
     bench = Bench()
     bench.holding(4)
     bench.tell(Succeeded(KEY, [b"1-0"]))
@@ -298,7 +298,7 @@ def test_success_is_acknowledged_in_batches_while_another_acknowledgement_is_und
     assert bench.one(Ack).entry_ids == [b"2-0", b"3-0", b"4-0"]
 
 
-def test_failure_is_retried_with_growing_waits_and_then_dead_lettered() -> None:
+def test_a_failed_entry_is_retried_with_growing_waits_and_then_dead_lettered() -> None:
     bench = Bench()
     (poison,) = bench.holding(1)
     waits = []
@@ -320,14 +320,14 @@ def test_failure_is_retried_with_growing_waits_and_then_dead_lettered() -> None:
     assert (bench.one(Ack).entry_ids, bench.one(Ack).outcome) == ([b"1-0"], Outcome.DEAD_LETTERED)
 
 
-def test_what_no_delivery_can_mend_is_dead_lettered_at_once() -> None:
+def test_a_final_failure_is_dead_lettered_at_once() -> None:
     bench = Bench()
     (bad,) = bench.holding(1)
     bench.tell(Failed(KEY, [bad], Reason.REASON_EVENT_UNDECODABLE, "no event", final=True))
     assert bench.one(DeadLetter).letters[0].reason == Reason.REASON_EVENT_UNDECODABLE
 
 
-def test_an_entry_that_killed_its_consumers_is_not_dispatched_once_more() -> None:
+def test_an_entry_that_killed_its_consumers_is_not_dispatched_again() -> None:
     bench = Bench()
     bench.reading()
     bench.later(10)
@@ -339,7 +339,7 @@ def test_an_entry_that_killed_its_consumers_is_not_dispatched_once_more() -> Non
     assert [each[0] for each in bench.one(Dispatch).entries] == [b"2-0"]
 
 
-def test_the_claim_cursor_is_kept_and_the_sweep_goes_on_at_once_until_its_end() -> None:
+def test_a_sweep_continues_from_its_cursor_without_a_pause() -> None:
     bench = Bench()
     bench.reading()
     bench.later(10)
@@ -353,7 +353,7 @@ def test_the_claim_cursor_is_kept_and_the_sweep_goes_on_at_once_until_its_end() 
     assert bench.one(Claim).cursor == b"0-0"
 
 
-def test_every_partition_is_swept_however_little_is_free() -> None:
+def test_every_partition_is_swept_even_if_little_prefetch_is_free() -> None:
     bench = Bench(keys=("a", "b", "c"))
     bench.tell(Opened())
     bench.tell(GroupsReady(bench.one(CreateGroups)))
@@ -365,7 +365,7 @@ def test_every_partition_is_swept_however_little_is_free() -> None:
     assert [(claim.key, claim.count) for claim in claims] == [("a", 1), ("b", 1), ("c", 1)]
 
 
-def test_what_is_held_is_renewed_well_before_others_may_claim_it() -> None:
+def test_held_entries_are_renewed_before_others_may_claim_them() -> None:
     bench = Bench()
     bench.holding(2)
     renewed_at = [bench.now]
@@ -381,11 +381,11 @@ def test_what_is_held_is_renewed_well_before_others_may_claim_it() -> None:
                 bench.machine.receive(EntriesClaimed(command, b"0-0", [], {}, ()), bench.now)
     gaps = [later - earlier for earlier, later in itertools.pairwise(renewed_at)]
     assert max(gaps) < SETTINGS.ack_deadline
-    # The hold limit of 300 s ends it.
+    # The hold limit of 300 s ends the renewals.
     assert 100 + 250 < renewed_at[-1] <= 100 + 300
 
 
-def test_what_others_took_is_neither_renewed_nor_retried() -> None:
+def test_entries_that_others_claimed_are_neither_renewed_nor_retried() -> None:
     bench = Bench()
     first, _ = bench.holding(2)
     bench.later(20)
@@ -406,7 +406,7 @@ def test_entries_trimmed_while_pending_are_acknowledged_and_counted_as_lost() ->
     assert (ack.entry_ids, ack.outcome, ack.extra) == ([b"1-0"], Outcome.DECLARED_LOST, 2)
 
 
-def test_a_missing_group_is_created_once_and_reading_starts_over() -> None:
+def test_a_missing_group_is_created_once_and_recovery_restarts() -> None:
     bench = Bench()
     read = bench.reading()
     bench.later(10)
@@ -421,7 +421,7 @@ def test_a_missing_group_is_created_once_and_reading_starts_over() -> None:
     assert bench.one(Read).history is True
 
 
-def test_the_hand_is_bounded_and_refilled_when_half_empty() -> None:
+def test_prefetch_is_bounded_and_refilled_when_half_empty() -> None:
     bench = Bench()
     read = bench.reading()
     assert read.count == 10
@@ -434,7 +434,7 @@ def test_the_hand_is_bounded_and_refilled_when_half_empty() -> None:
     assert bench.one(Read).count == 5
 
 
-def test_a_drain_hands_back_what_was_not_begun_and_waits_for_the_rest() -> None:
+def test_a_drain_hands_back_unbegun_entries_and_waits_for_the_others() -> None:
     bench = Bench()
     bench.tell(EntriesRead(bench.reading(), {KEY: [entry(number) for number in range(1, 5)]}, {}))
     read = bench.one(Read) if any(isinstance(each, Read) for each in bench.asked) else None
@@ -457,7 +457,7 @@ def test_a_drain_hands_back_what_was_not_begun_and_waits_for_the_rest() -> None:
     assert bench.machine.next_timer() is None
 
 
-def test_a_drain_whose_last_read_broke_looks_for_what_it_may_have_brought() -> None:
+def test_a_drain_reads_pending_entries_after_an_unanswered_read() -> None:
     bench = Bench()
     read = bench.reading()
     bench.drained()

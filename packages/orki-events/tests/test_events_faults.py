@@ -1,5 +1,4 @@
-"""What goes wrong in earnest: killed consumers, killed, hung, flushed and full servers, lost answers. Nothing is lost
-in silence: each test ends with the ledger."""
+"""Killed consumers; killed, hung, flushed and full servers; lost replies. Each test ends with the ledger."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from orki_contract.model import Backoff
 from orki_events import ConsumeOptions, Delivery, Events, Gap, GapKind, GroupLedger, consumer
 
 KEY = "orki:ev:{usage-of-tests}"
-QUICK = ConsumeOptions(backoff=Backoff(initial_ms=10, maximum_ms=50), sweep_interval=0.1)
+QUICK = ConsumeOptions(backoff=Backoff(initial=0.01, maximum=0.05), sweep_interval=0.1)
 
 
 def numbered(count: int, start: int = 0) -> list[UsageEvent]:
@@ -30,7 +29,7 @@ def numbered(count: int, start: int = 0) -> list[UsageEvent]:
 
 
 class Reader:
-    """A push consumer of the group `work` that notes what it handled, by event id."""
+    """A push consumer of the group `work` that counts the events that it handled."""
 
     def __init__(self, events: Events, stream: Any, **options: Any) -> None:
         self.got: Counter[bytes] = Counter()
@@ -54,7 +53,7 @@ class Reader:
 
 
 async def drained(events: Events, stream: Any, limit_s: float = 40.0) -> GroupLedger:
-    """Waits until the group `work` has settled everything, and returns its part of the ledger."""
+    """Wait until the group `work` has settled everything, and return its ledger."""
     end = time.monotonic() + limit_s
     while True:
         ledger = await events.ledger(stream)
@@ -69,7 +68,7 @@ async def drained(events: Events, stream: Any, limit_s: float = 40.0) -> GroupLe
 
 @pytest.fixture
 def process(tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Starts consumer processes; what is left of them ends with the test."""
+    """Start consumer processes, which end with the test."""
     started = []
 
     def start(url: str, stall: int = -1) -> tuple[subprocess.Popen[bytes], Callable[[], list[str]]]:
@@ -104,7 +103,7 @@ async def test_the_events_of_a_killed_consumer_go_to_another(
     assert work == GroupLedger(processed=50, dead_lettered=0, declared_lost=0)
 
 
-async def test_an_event_that_kills_every_consumer_ends_among_the_dead_letters(
+async def test_an_event_that_kills_every_consumer_is_dead_lettered(
     server: Any, events: Events, usage: Any, process: Any, until: Any
 ) -> None:
     stream = usage()
@@ -123,7 +122,7 @@ async def test_an_event_that_kills_every_consumer_ends_among_the_dead_letters(
     assert (letter.reason.deliveries, letter.event) == (3, UsageEvent(attempt=1))
 
 
-async def test_a_consumer_that_was_frozen_does_not_rob_its_successor(
+async def test_a_frozen_consumer_does_not_take_entries_from_its_successor(
     server: Any, events: Events, usage: Any, process: Any, until: Any
 ) -> None:
     stream = usage()
@@ -141,8 +140,10 @@ async def test_a_consumer_that_was_frozen_does_not_rob_its_successor(
     await reader.end()
 
 
-async def test_a_killed_server_with_its_log_loses_nothing(own_server: Any, opened: Any, usage: Any, gaps: Any) -> None:
-    # With `everysec` the server answers before it writes while the disk is still busy with the flush before.
+async def test_a_killed_server_with_an_append_only_file_loses_nothing(
+    own_server: Any, opened: Any, usage: Any, gaps: Any
+) -> None:
+    # With `everysec`, the server may reply before it writes, while the disk is busy with the previous flush.
     server = own_server("--appendonly", "yes", "--appendfsync", "always")
     stream = usage()
     publisher, reading = await opened(at=server), await opened(at=server)
@@ -180,7 +181,7 @@ async def test_a_killed_server_with_its_log_loses_nothing(own_server: Any, opene
     assert [gap for gap in gaps if gap.count != 0] == []
 
 
-async def test_a_server_that_comes_back_empty_is_reported(
+async def test_a_server_that_restarts_empty_is_reported(
     own_server: Any, opened: Any, usage: Any, gaps: list[Gap]
 ) -> None:
     server = own_server()
@@ -199,9 +200,9 @@ async def test_a_server_that_comes_back_empty_is_reported(
     await reader.end()
     assert work == GroupLedger(processed=100, dead_lettered=0, declared_lost=0)
     assert set(range(100)) | set(range(150, 250)) <= reader.numbers.keys()
-    # The publisher, or the consumer, made the groups anew: whoever did told of the loss.
+    # The publisher or the consumer recreated the groups and reported the loss.
     assert {(gap.kind, gap.group, gap.possible) for gap in gaps} >= {(GapKind.GROUP_RECREATED, "work", True)}
-    # And the hole is in the numbers of the producer.
+    # The gap also shows in the producer's sequence numbers.
     assert (await events.ledger(stream)).missing == 150
 
 
@@ -224,14 +225,14 @@ async def test_a_flush_is_survived_and_reported(
     assert "forgot" in gap.message
 
 
-async def test_a_destroyed_group_goes_on_where_it_was(
+async def test_a_destroyed_group_continues_at_its_saved_position(
     server: Any, events: Events, usage: Any, gaps: list[Gap], until: Any
 ) -> None:
     stream = usage()
     reader = Reader(events, stream)
     await events.publish_many(stream, numbered(100))
     await drained(events, stream)
-    # Longer than the time between two notes of the group's place.
+    # Longer than the interval at which the group's position is saved.
     await asyncio.sleep(3.0)
     with server.client as client:
         client.xgroup_destroy(KEY, "work")
@@ -244,10 +245,10 @@ async def test_a_destroyed_group_goes_on_where_it_was(
     assert [(gap.kind, gap.possible, gap.count) for gap in gaps] == [(GapKind.GROUP_RECREATED, False, 0)]
 
 
-async def test_a_read_whose_answer_was_lost_is_read_again(
+async def test_entries_of_a_lost_reply_are_read_again(
     server: Any, proxy: Any, opened: Any, usage: Any, until: Any
 ) -> None:
-    stream = usage(ack_deadline_ms=600_000)
+    stream = usage(ack_deadline=600.0)
     publisher, reading = await opened(), await opened(at=proxy)
     reader = Reader(reading, stream)
     await publisher.publish_many(stream, numbered(10))
@@ -262,7 +263,7 @@ async def test_a_read_whose_answer_was_lost_is_read_again(
     assert work == GroupLedger(processed=20, dead_lettered=0, declared_lost=0)
 
 
-async def test_a_hung_server_is_noticed_and_nothing_is_lost(
+async def test_a_hung_server_times_out_and_nothing_is_lost(
     own_server: Any, opened: Any, usage: Any, until: Any
 ) -> None:
     server = own_server()
@@ -285,7 +286,9 @@ async def test_a_hung_server_is_noticed_and_nothing_is_lost(
     assert work.processed in (20, 21)
 
 
-async def test_out_of_memory_consumers_go_on(own_server: Any, opened: Any, usage: Any, until: Any) -> None:
+async def test_consumers_continue_on_a_server_without_memory(
+    own_server: Any, opened: Any, usage: Any, until: Any
+) -> None:
     server = own_server()
     stream = usage()
     events = await opened(at=server, publish_timeout=0.3)
@@ -301,7 +304,7 @@ async def test_out_of_memory_consumers_go_on(own_server: Any, opened: Any, usage
     assert work == GroupLedger(processed=500, dead_lettered=0, declared_lost=0)
 
 
-async def test_a_server_that_turns_replica_and_back_is_waited_for(
+async def test_publishing_waits_while_the_server_is_a_replica(
     own_server: Any, opened: Any, usage: Any, until: Any
 ) -> None:
     server = own_server()
@@ -322,7 +325,7 @@ async def test_a_server_that_turns_replica_and_back_is_waited_for(
     await reader.end()
 
 
-async def test_a_user_without_permission_is_told_at_once(own_server: Any, opened: Any, usage: Any) -> None:
+async def test_a_missing_permission_fails_at_once(own_server: Any, opened: Any, usage: Any) -> None:
     server = own_server()
     events = await opened(at=server)
     stream = usage()

@@ -1,4 +1,4 @@
-"""The ledger, dead letters and their replay, and following without a group."""
+"""The ledger, dead letters and their replay, and tails."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orki_contract.model import Backoff, Group, Start
 from orki_events import ConsumeOptions, Delivery, Events, GroupLedger, consumer
 
 KEY = "orki:ev:{usage-of-tests}"
-QUICK = ConsumeOptions(backoff=Backoff(initial_ms=10, maximum_ms=50), sweep_interval=0.1)
+QUICK = ConsumeOptions(backoff=Backoff(initial=0.01, maximum=0.05), sweep_interval=0.1)
 
 
 def numbered(count: int, start: int = 0) -> list[UsageEvent]:
@@ -22,7 +22,7 @@ def numbered(count: int, start: int = 0) -> list[UsageEvent]:
 
 
 async def consume(events: Events, stream: Any, group: str, until: Any, bad: tuple[int, ...] = ()) -> list[int]:
-    """Consumes until nothing is left; `bad` events are refused."""
+    """Consume until nothing is left; `bad` events are rejected."""
     got: list[int] = []
     stop = asyncio.Event()
 
@@ -59,10 +59,10 @@ async def test_every_event_is_in_the_ledger_once(server: Any, events: Events, us
     assert ledger.groups["audit"] == GroupLedger(processed=0, dead_lettered=0, declared_lost=0, unread=101)
 
 
-async def test_the_late_group_counts_what_was_there_before_it(events: Events, usage: Any, until: Any) -> None:
+async def test_a_late_group_counts_earlier_events_as_before_start(events: Events, usage: Any, until: Any) -> None:
     stream = usage()
     await events.publish_many(stream, numbered(10))
-    late = stream.subscribed(Group(name="late", start=Start.LATEST))
+    late = stream.with_groups(Group(name="late", start=Start.LATEST))
     await events.prepare(late)
     await events.publish_many(stream, numbered(5, start=10))
     assert sorted(await consume(events, late, "late", until)) == list(range(10, 15))
@@ -76,7 +76,9 @@ async def test_the_late_group_counts_what_was_there_before_it(events: Events, us
     }
 
 
-async def test_what_was_trimmed_unread_is_declared_lost(server: Any, events: Events, usage: Any, until: Any) -> None:
+async def test_entries_trimmed_before_they_were_read_are_declared_lost(
+    server: Any, events: Events, usage: Any, until: Any
+) -> None:
     stream = usage()
     await events.publish_many(stream, numbered(10))
     assert len(await consume(events, stream, "audit", until)) == 10
@@ -91,13 +93,13 @@ async def test_what_was_trimmed_unread_is_declared_lost(server: Any, events: Eve
     assert ledger.groups["audit"] == GroupLedger(processed=14, dead_lettered=0, declared_lost=6)
 
 
-async def test_an_event_that_a_producer_never_got_through_is_missing(events: Events, server: Any, usage: Any) -> None:
+async def test_an_event_that_never_arrived_is_missing(events: Events, server: Any, usage: Any) -> None:
     stream = usage()
     await events.publish_many(stream, numbered(3))
     with server.client as client:
         ids = [entry_id for entry_id, _ in client.xrange(KEY)]
         client.execute_command("XDEL", KEY, ids[1])
-        # As if it had never come: the server's own count of deleted entries is not at hand after a rollback.
+        # As if it had never arrived: after a rollback, the server's count of deleted entries is not available.
         client.execute_command("XSETID", KEY, ids[2], "ENTRIESADDED", 2, "MAXDELETEDID", "0-0")
     ledger = await events.ledger(stream)
     assert (ledger.published, ledger.missing) == (2, 1)
@@ -119,7 +121,7 @@ async def test_dead_letters_are_listed_and_replayed_to_their_group_alone(
     assert [letter.event for letter in raw] == [UsageEvent(attempt=4).SerializeToString()]
     assert await events.replay(stream, group="work", letters=letters) == [letter.letter_id for letter in letters]
     assert await events.dead_letters(stream, group="work") == []
-    # The same process remembers the ids of what it processed, not of what it gave up.
+    # A process remembers the ids of processed events, not of failed ones.
     assert sorted(await consume(events, stream, "work", until)) == [2, 4]
     ledger = await events.ledger(stream)
     assert ledger.groups["work"] == ledger.groups["audit"] == GroupLedger(processed=6, dead_lettered=0, declared_lost=0)
@@ -127,7 +129,9 @@ async def test_dead_letters_are_listed_and_replayed_to_their_group_alone(
         await events.dead_letters(stream, group="nobody")
 
 
-async def test_a_dead_letter_whose_entry_was_trimmed_stays(server: Any, events: Events, usage: Any, until: Any) -> None:
+async def test_a_dead_letter_whose_entry_was_trimmed_is_kept(
+    server: Any, events: Events, usage: Any, until: Any
+) -> None:
     stream = usage()
     await events.publish_many(stream, numbered(1))
     await consume(events, stream, "work", until, bad=(0,))
@@ -140,7 +144,7 @@ async def test_a_dead_letter_whose_entry_was_trimmed_stays(server: Any, events: 
 
 
 @pytest.mark.parametrize("partitions", [1, 3])
-async def test_a_tail_goes_on_behind_a_cursor(partitions: int, events: Events, usage: Any) -> None:
+async def test_a_tail_continues_after_a_cursor(partitions: int, events: Events, usage: Any) -> None:
     stream = usage(partitions=partitions)
     await events.publish_many(stream, [UsageEvent(agent_id=str(number), attempt=number) for number in range(20)])
     seen = []
@@ -155,7 +159,7 @@ async def test_a_tail_goes_on_behind_a_cursor(partitions: int, events: Events, u
     assert sorted(seen) == list(range(20))
 
 
-async def test_a_tail_from_the_latest_waits_for_what_comes(events: Events, usage: Any) -> None:
+async def test_a_tail_from_the_latest_waits_for_new_events(events: Events, usage: Any) -> None:
     stream = usage()
     await events.publish(stream, UsageEvent(attempt=1))
     got = []
@@ -178,7 +182,7 @@ async def test_a_tail_from_the_latest_waits_for_what_comes(events: Events, usage
     assert length == 16
 
 
-async def test_a_tail_survives_what_it_cannot_decode_and_refuses_what_is_no_cursor(
+async def test_a_tail_survives_undecodable_entries_and_refuses_invalid_cursors(
     server: Any, events: Events, usage: Any
 ) -> None:
     stream = usage()

@@ -1,4 +1,4 @@
-"""Publishing: what the server gets, in which order, and what happens when it refuses or is away."""
+"""Publishing: content and order of the entries, and servers that refuse or do not answer."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ def entries(server: Any, key: str) -> list[tuple[Envelope, UsageEvent]]:
     return [(Envelope.FromString(fields[b"e"]), UsageEvent.FromString(fields[b"d"])) for _, fields in raw]
 
 
-async def test_an_event_lies_in_its_stream_with_its_envelope(
-    server: Any, events: Events, usage: Callable[..., Any]
-) -> None:
+async def test_an_event_is_stored_with_its_envelope(server: Any, events: Events, usage: Callable[..., Any]) -> None:
     span = new_span()
     before = time.time_ns() // 1_000
     with use_span(span):
@@ -58,14 +56,14 @@ async def test_many_events_keep_their_order_and_share_pipelines(
     assert events.counts.pipelines < 10
 
 
-async def test_single_publishes_at_once_are_batched(events: Events, usage: Callable[..., Any]) -> None:
+async def test_concurrent_single_publishes_are_batched(events: Events, usage: Callable[..., Any]) -> None:
     stream = usage()
     await asyncio.gather(*(events.publish(stream, UsageEvent(attempt=number)) for number in range(400)))
     assert events.counts.published == 400
     assert events.counts.pipelines <= 4
 
 
-async def test_groups_and_registration_come_before_the_first_event(
+async def test_groups_and_registration_precede_the_first_event(
     server: Any, events: Events, usage: Callable[..., Any]
 ) -> None:
     await events.publish(usage(), UsageEvent())
@@ -78,7 +76,7 @@ async def test_groups_and_registration_come_before_the_first_event(
     assert registered.package == "orki.events.v1"
 
 
-async def test_partitions_take_what_their_hash_says(server: Any, events: Events, usage: Callable[..., Any]) -> None:
+async def test_events_go_to_the_partition_of_their_hash(server: Any, events: Events, usage: Callable[..., Any]) -> None:
     stream = usage(partitions=4)
     agents = [f"agent-{number}" for number in range(40)]
     await events.publish_many(stream, [UsageEvent(agent_id=agent) for agent in agents])
@@ -121,9 +119,7 @@ async def test_a_full_buffer_refuses_to_collect_and_makes_publish_wait(
     assert events.counts.published == 60
 
 
-async def test_what_cannot_be_an_event_is_refused_at_once(
-    opened: Callable[..., Any], usage: Callable[..., Any]
-) -> None:
+async def test_invalid_events_are_refused_at_once(opened: Callable[..., Any], usage: Callable[..., Any]) -> None:
     events = await opened(max_event_bytes=100)
     with pytest.raises(InvalidArgument, match=r"takes orki\.events\.v1\.UsageEvent, not Envelope"):
         await events.publish(usage(), Envelope())  # type: ignore[type-var]
@@ -134,7 +130,7 @@ async def test_what_cannot_be_an_event_is_refused_at_once(
     assert events.counts.published == 0
 
 
-async def test_a_closed_publisher_says_so(server: Any, usage: Callable[..., Any]) -> None:
+async def test_a_closed_publisher_refuses_events(server: Any, usage: Callable[..., Any]) -> None:
     async with connect(server.url) as events:
         events.collect(usage(), UsageEvent())
     with server.client as client:
@@ -150,7 +146,7 @@ async def test_entries_are_trimmed_by_number_and_by_age(
 ) -> None:
     events = await opened()
     await events.publish_many(usage("many", max_entries=100), [UsageEvent()] * 5_000)
-    old = usage("old", max_age_ms=1)
+    old = usage("old", max_age=0.001)
     await events.publish_many(old, [UsageEvent()] * 500)
     await asyncio.sleep(1.1)
     await events.publish(old, UsageEvent())
@@ -172,7 +168,7 @@ async def test_entries_are_trimmed_by_number_and_by_age(
     ],
     ids=["out of memory", "read only", "no replicas"],
 )
-async def test_a_server_that_takes_nothing_now_is_waited_for(
+async def test_publishing_waits_for_a_server_that_accepts_no_writes(
     spoil: tuple[str, ...], mend: tuple[str, ...], error: type[OrkiError], own_server: Any, opened: Any, usage: Any
 ) -> None:
     server = own_server()
@@ -192,7 +188,7 @@ async def test_a_server_that_takes_nothing_now_is_waited_for(
     assert [event.attempt for _, event in entries(server, "orki:ev:{usage-of-tests}")] == [0, 2]
 
 
-async def test_a_server_that_is_away_is_told_and_reported(
+async def test_an_unreachable_server_raises_and_is_reported(
     gaps: list[Gap], opened: Any, own_server: Any, usage: Any
 ) -> None:
     server = own_server()
@@ -206,7 +202,7 @@ async def test_a_server_that_is_away_is_told_and_reported(
     assert [(gap.kind, gap.count) for gap in gaps] == [(GapKind.PUBLISH_ABANDONED, 1)]
 
 
-async def test_a_key_of_another_type_is_refused_for_good(
+async def test_a_key_of_another_type_fails_without_retries(
     server: Any, events: Events, usage: Callable[..., Any]
 ) -> None:
     with server.client as client:
@@ -216,7 +212,7 @@ async def test_a_key_of_another_type_is_refused_for_good(
     assert events.counts.refused == 1
 
 
-async def test_a_wrong_password_is_told_at_once_and_not_shown(own_server: Any, usage: Callable[..., Any]) -> None:
+async def test_a_wrong_password_fails_at_once_and_is_not_shown(own_server: Any, usage: Callable[..., Any]) -> None:
     server = own_server()
     with server.client as client:
         client.config_set("requirepass", "right")
@@ -228,7 +224,7 @@ async def test_a_wrong_password_is_told_at_once_and_not_shown(own_server: Any, u
         assert await events.publish(usage(), UsageEvent())
 
 
-async def test_events_whose_answers_were_lost_are_found_and_not_repeated(
+async def test_events_whose_replies_were_lost_are_found_and_not_repeated(
     server: Any, proxy: Any, opened: Any, usage: Callable[..., Any], until: Callable[..., Any]
 ) -> None:
     stream = usage()

@@ -1,4 +1,4 @@
-"""Settings, addresses, the registry, where groups begin, and what the package exports."""
+"""Settings, the registry, group starts and seen events."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from orki.events.v1.usage_orki import USAGE
 from orki.events.v1.usage_pb2 import UsageEvent
 from orki_contract.errors import InvalidContract, InvalidSetting
 from orki_contract.images import image_of, message_class
-from orki_contract.model import AUDIT_GROUP, Backoff, Group, Retention, Start, Stream, dump
+from orki_contract.model import AUDIT_GROUP, Backoff, Group, Retention, Start, Stream
 from orki_events import ConsumeOptions, EventOptions, Events, connect
 from orki_events._group_reader import SeenEvents
 from orki_events.groups import Mark, StreamState, group_start
-from orki_events.registry import stream_from_dump
+from orki_events.registry import StreamVersion
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_settings_of_a_consumer_out_of_range_are_refused_by_name(name: str, valu
         ConsumeOptions(**{name: value})
 
 
-def test_settings_that_nobody_knows_are_refused() -> None:
+def test_unknown_settings_are_refused() -> None:
     with pytest.raises(TypeError, match="block_timout"):
         EventOptions(block_timout=5)  # type: ignore[call-arg]
     with pytest.raises(AttributeError):
@@ -70,12 +70,12 @@ def test_settings_that_nobody_knows_are_refused() -> None:
 
 
 @pytest.mark.parametrize("producer", ["", "two words", "ü", "x" * 201, "line\n"])
-def test_producers_have_plain_names(producer: str) -> None:
+def test_invalid_producer_names_are_refused(producer: str) -> None:
     with pytest.raises(InvalidSetting, match="producer"):
         connect("redis://127.0.0.1", producer=producer)
 
 
-def test_producers_without_a_name_get_one_of_their_own() -> None:
+def test_default_producer_names_are_unique() -> None:
     names = {connect("redis://127.0.0.1").producer for _ in range(10)}
     assert len(names) == 10
 
@@ -92,8 +92,8 @@ async def test_a_shipped_stream_is_registered_with_its_image(events: Events) -> 
     assert decoded.model == "m"
 
 
-async def test_what_readers_declare_is_registered_beside_the_owner(events: Events) -> None:
-    mine = USAGE.subscribed(Group(name="billing", max_deliveries=9, dead_letter="billing.dead"))
+async def test_groups_that_readers_declare_are_registered_apart_from_the_owner(events: Events) -> None:
+    mine = USAGE.with_groups(Group(name="billing", max_deliveries=9, dead_letter="billing.dead"))
     await events.prepare(mine)
     assert await events.registered_streams() == []
     await events.prepare(USAGE)
@@ -102,7 +102,7 @@ async def test_what_readers_declare_is_registered_beside_the_owner(events: Event
     assert {group.name for group in registered.contract.groups} == {"audit", "billing", "metrics"}
 
 
-async def test_a_consumer_does_not_overrule_the_publisher_in_the_registry(
+async def test_a_consumer_does_not_replace_the_publishers_registration(
     server: Any, opened: Callable[..., Any], usage: Callable[..., Any]
 ) -> None:
     new, old = usage(max_entries=2_000), usage(max_entries=1_000)
@@ -115,7 +115,7 @@ async def test_a_consumer_does_not_overrule_the_publisher_in_the_registry(
     assert registered.contract.retention.max_entries == 2_000
 
 
-async def test_records_that_cannot_be_read_are_left_out(server: Any, events: Events, usage: Any) -> None:
+async def test_unreadable_records_are_left_out(server: Any, events: Events, usage: Any) -> None:
     await events.prepare(usage())
     with server.client as client:
         client.hset("orki:streams", "broken", "{not json")
@@ -124,21 +124,27 @@ async def test_records_that_cannot_be_read_are_left_out(server: Any, events: Eve
     assert [each.contract.name for each in await events.registered_streams()] == ["usage-of-tests"]
 
 
-def test_streams_come_back_from_their_dump_and_ignore_what_is_new() -> None:
+def test_records_keep_streams_in_milliseconds_and_ignore_unknown_members() -> None:
     stream = Stream(
         name="s",
         message="a.B",
-        retention=Retention(max_entries=5, max_age_ms=7),
+        retention=Retention(max_entries=5, max_age=7.5),
         partitions=2,
         partition_key="k",
         groups=(AUDIT_GROUP, Group(name="late", start=Start.LATEST)),
     )
-    dumped = dump(stream)
-    assert stream_from_dump(dumped) == stream
-    assert stream_from_dump(dumped | {"colour": "blue"}) == stream
+    record = StreamVersion(stream=stream, package="a", digest="", image=None).record()
+    dumped = json.loads(record)["contract"]
+    assert (dumped["retention"]["max_age_ms"], dumped["groups"][1]["ack_deadline_ms"]) == (7_500, 30_000)
+
+    def parsed(contract: Any) -> Stream:
+        return StreamVersion.parse(json.dumps({"contract": contract, "package": "a", "image": ""}), {}).stream
+
+    assert parsed(dumped) == stream
+    assert parsed(dumped | {"colour": "blue"}) == stream
     for broken in ({}, {"name": "s"}, dumped | {"groups": [{}]}, dumped | {"retention": None}, [], "s"):
         with pytest.raises(InvalidContract):
-            stream_from_dump(broken)
+            parsed(broken)
 
 
 EARLY, LATE = Group(name="g"), Group(name="g", start=Start.LATEST)
@@ -168,7 +174,7 @@ HERE = StreamState(length=10, added=10, last_id="100-0", first_id="91-0")
         ),
     ],
 )
-def test_a_group_begins_where_nothing_is_missed(
+def test_a_group_begins_where_it_misses_nothing(
     group: Group, state: StreamState | None, mark: Mark | None, forgotten: bool, start: str, loss: str | None
 ) -> None:
     found, told = group_start(group, state, mark, forgotten)
@@ -176,12 +182,12 @@ def test_a_group_begins_where_nothing_is_missed(
     assert (told is None) if loss is None else told is not None and loss in told and bool(loss) == bool(told)
 
 
-def test_marks_come_back_as_they_went() -> None:
+def test_marks_survive_formatting_and_parsing() -> None:
     assert Mark.parse(Mark("5-1", 7).text().encode()) == Mark("5-1", 7)
     assert Mark.parse(None) is Mark.parse(b"") is None
 
 
-def test_seen_events_are_known_until_they_are_forgotten() -> None:
+def test_seen_events_are_known_until_they_are_discarded() -> None:
     seen = SeenEvents(100)
     assert seen.add([b"a", b"b"]) == []
     assert seen.add([b"c", b"a", b"c"]) == [1, 2]
@@ -205,10 +211,10 @@ def test_the_last_window_of_ids_is_remembered_and_memory_is_bounded(numbers: lis
 
 
 def test_backoff_waits_grow_to_their_limit() -> None:
-    assert [Backoff(initial_ms=500, maximum_ms=3_000).wait_ms(failed) for failed in (1, 2, 3, 4, 50)] == [
-        500,
-        1_000,
-        2_000,
-        3_000,
-        3_000,
+    assert [Backoff(initial=0.5, maximum=3.0).delay(failed) for failed in (1, 2, 3, 4, 50)] == [
+        0.5,
+        1.0,
+        2.0,
+        3.0,
+        3.0,
     ]

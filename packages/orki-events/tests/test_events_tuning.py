@@ -1,4 +1,4 @@
-"""What a deployment sets is kept, inside the contract's bounds and only there; by a real server."""
+"""A deployment's retention settings, within the contract's bounds, on a real server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Bounded = Callable[..., EventStream[UsageEvent, Any]]
 
 @pytest.fixture
 def bounded(usage: Callable[..., Any]) -> Bounded:
-    """Makes a stream that a deployment may tune, of this retention or another."""
+    """Create a stream that a deployment may tune."""
 
     def make(retention: Retention = BOUNDED, **others: Any) -> EventStream[UsageEvent, Any]:
         made: EventStream[UsageEvent, Any] = usage("bounded", **others)
@@ -47,7 +47,7 @@ async def publish(events: Events, stream: EventStream[UsageEvent, Any], count: i
     await events.publish_many(stream, [UsageEvent()] * count)
 
 
-async def test_tuned_lower_trims_at_once_and_from_then_on(
+async def test_a_lower_retention_trims_at_once_and_afterwards(
     server: Any, opened: Callable[..., Any], bounded: Bounded, until: Any
 ) -> None:
     running, operator, stream = await opened(), await opened(), bounded()
@@ -57,7 +57,7 @@ async def test_tuned_lower_trims_at_once_and_from_then_on(
     assert tuned.retention.max_entries == 300
     assert tuned.trimmed >= 2_000 - 300 - 2 * NODE
     assert 300 <= length(server) < 300 + 2 * NODE
-    # Who publishes already hears of it within seconds; who begins now, before its first event.
+    # A running publisher reads the setting within seconds, a new one before its first event.
     for _ in range(100):
         await publish(running, stream, 500)
         if length(server) < 300 + 2 * NODE:
@@ -69,7 +69,7 @@ async def test_tuned_lower_trims_at_once_and_from_then_on(
     assert await operator.tunings() == {"bounded": Tuning(max_entries=300)}
 
 
-async def test_tuned_higher_keeps_more(server: Any, opened: Callable[..., Any], bounded: Bounded) -> None:
+async def test_a_higher_retention_keeps_more(server: Any, opened: Callable[..., Any], bounded: Bounded) -> None:
     operator, stream = await opened(), bounded()
     await operator.prepare(stream)
     assert await operator.tune(stream, Tuning(max_entries=5_000)) == Tuned(
@@ -77,7 +77,7 @@ async def test_tuned_higher_keeps_more(server: Any, opened: Callable[..., Any], 
     )
     await publish(await opened(), stream, 4_000)
     assert length(server) == 4_000
-    # The very first event of one who was not there must not trim what others keep.
+    # The first event of a new publisher must not trim entries that others keep.
     await publish(await opened(), stream, 1)
     assert length(server) == 4_001
     back = await operator.tune(stream, None)
@@ -86,13 +86,13 @@ async def test_tuned_higher_keeps_more(server: Any, opened: Callable[..., Any], 
     assert await operator.tunings() == {}
 
 
-async def test_an_age_is_tuned_likewise(server: Any, opened: Callable[..., Any], bounded: Bounded) -> None:
-    aged = Retention(max_entries=10_000, max_age_ms=3_600_000, least_age_ms=1, most_age_ms=7_200_000)
+async def test_the_maximum_age_can_be_tuned(server: Any, opened: Callable[..., Any], bounded: Bounded) -> None:
+    aged = Retention(max_entries=10_000, max_age=3600.0, least_age=0.001, most_age=7200.0)
     operator, stream = await opened(), bounded(aged, partitions=2)
     await publish(operator, stream, 500)
     await asyncio.sleep(0.05)
-    tuned = await operator.tune(stream, Tuning(max_age_ms=1))
-    assert (tuned.retention.max_age_ms, tuned.retention.max_entries) == (1, 10_000)
+    tuned = await operator.tune(stream, Tuning(max_age=0.001))
+    assert (tuned.retention.max_age, tuned.retention.max_entries) == (0.001, 10_000)
     assert tuned.trimmed >= 500 - 2 * NODE
     publisher = await opened()
     await publish(publisher, stream, 500)
@@ -126,11 +126,11 @@ async def test_dead_letters_follow_the_setting(
     [
         (Tuning(max_entries=9_999), ["max_entries of 9999", "10000 to 10000000", "least_entries and most_entries"]),
         (Tuning(max_entries=10_000_001), ["max_entries of 10000001", "10000 to 10000000"]),
-        (Tuning(max_age_ms=3_599_999), ["max_age of 3599999 ms", "3600000 ms to 2592000000 ms"]),
-        (Tuning(max_entries=20_000, max_age_ms=2_592_000_001), ["max_age of 2592000001 ms"]),
+        (Tuning(max_age=3599.999), ["max_age of 3599999 ms", "3600000 ms to 2592000000 ms"]),
+        (Tuning(max_entries=20_000, max_age=2592000.001), ["max_age of 2592000001 ms"]),
     ],
 )
-async def test_outside_the_bounds_is_refused_and_nothing_written(
+async def test_values_outside_the_bounds_are_refused_and_not_stored(
     server: Any, events: Events, tuning: Tuning, says: list[str]
 ) -> None:
     await events.publish(TOOLS, ToolEvent())
@@ -142,25 +142,29 @@ async def test_outside_the_bounds_is_refused_and_nothing_written(
     assert length(server, "orki:ev:{tools}") == 1
 
 
-async def test_without_bounds_nothing_can_be_set(events: Events, bounded: Bounded) -> None:
+async def test_a_stream_without_bounds_cannot_be_tuned(events: Events, bounded: Bounded) -> None:
     await events.prepare(bounded(Retention(max_entries=10)))
     with pytest.raises(InvalidSetting, match="its contract fixes it at"):
         await events.tune("bounded", Tuning(max_entries=11))
     with pytest.raises(InvalidSetting, match="does not limit the age"):
-        await events.tune("bounded", Tuning(max_age_ms=11))
+        await events.tune("bounded", Tuning(max_age=0.011))
     with pytest.raises(UnknownStream, match="registered: bounded"):
         await events.tune("unbounded", Tuning(max_entries=11))
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "1", None, 1 << 63])
-def test_values_that_are_none(value: Any) -> None:
+def test_an_invalid_number_of_entries_is_refused(value: Any) -> None:
     with pytest.raises(InvalidSetting, match="max_entries is"):
         Tuning(max_entries=value)
-    with pytest.raises(InvalidSetting, match="max_age_ms is"):
-        Tuning(max_age_ms=value)
 
 
-async def test_settings_that_cannot_be_read_or_kept_are_told(
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), True, "1", None, 1 << 63])
+def test_an_invalid_age_is_refused(value: Any) -> None:
+    with pytest.raises(InvalidSetting, match="max_age is"):
+        Tuning(max_age=value)
+
+
+async def test_unreadable_and_out_of_bounds_settings_are_logged(
     server: Any, opened: Callable[..., Any], bounded: Bounded, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "orki.events")
@@ -170,7 +174,7 @@ async def test_settings_that_cannot_be_read_or_kept_are_told(
     await publish(await opened(), bounded(), 1)
     assert 'setting of stream "bounded" in orki:retention cannot be read' in caplog.text
     caplog.clear()
-    # Set by a newer contract with wider bounds: an older publisher goes as far as its own let it.
+    # Set under a newer contract with wider bounds: an older publisher uses its own nearest bound.
     with server.client as client:
         client.hset("orki:retention", "bounded", '{"max_entries": 50, "newer": 1}')
     publisher = await opened()
@@ -180,18 +184,16 @@ async def test_settings_that_cannot_be_read_or_kept_are_told(
     assert caplog.text.count("is set to keep 50 entries") == 1
 
 
-def test_what_is_kept_lies_between_the_bounds() -> None:
-    found = effective_retention(BOUNDED, Tuning(max_entries=1, max_age_ms=5))
-    assert (found.max_entries, found.max_age_ms) == (200, 0)
+def test_the_effective_retention_is_within_the_bounds() -> None:
+    found = effective_retention(BOUNDED, Tuning(max_entries=1, max_age=0.005))
+    assert (found.max_entries, found.max_age) == (200, 0)
     assert effective_retention(BOUNDED, None) == effective_retention(BOUNDED, Tuning()) == BOUNDED
     assert effective_retention(BOUNDED, Tuning(max_entries=1 << 40)).max_entries == 6_000
     assert TuningCache().retention(TOOLS.contract) == TOOLS.contract.retention
 
 
-async def test_without_memory_there_is_room_after_tuning(
-    server: Any, opened: Callable[..., Any], bounded: Bounded
-) -> None:
-    """At the moment when it is needed most, the server refuses to write anything new."""
+async def test_tuning_frees_memory_on_a_full_server(server: Any, opened: Callable[..., Any], bounded: Bounded) -> None:
+    """A full server refuses the setting at first; trimming makes room for it."""
     events, stream = await opened(), bounded()
     await events.publish_many(stream, [UsageEvent(model="m" * 2_000)] * 2_000)
     with server.client as client:

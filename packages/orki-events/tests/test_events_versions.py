@@ -1,4 +1,4 @@
-"""Versions of a stream's contract meet in the registry: what fits passes, what breaks is refused at the start."""
+"""Versions of a stream's contract in the registry: compatible ones pass, incompatible ones are refused at the start."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def retype(file: FileDescriptorProto) -> None:
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., EventStream[Any, Any]]:
-    """Installs a version of the contract as a wheel would; the handle that its generated code would export."""
+    """Install a version of the contract like a wheel, and return the handle that its generated code would export."""
     site = tmp_path / "site"
     monkeypatch.syspath_prepend(str(site))
 
@@ -85,13 +85,13 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ev
 
 
 async def started(opened: Opened, stream: EventStream[Any, Any]) -> Events:
-    """A publisher, as a new process would be."""
+    """A publisher like one in a new process."""
     events: Events = await opened()
     await events.publish(stream, stream.message())
     return events
 
 
-async def test_versions_that_fit_pass_in_any_order_and_the_evolved_one_stays(opened: Opened, install: Any) -> None:
+async def test_compatible_versions_pass_in_any_order_and_the_newer_one_stays(opened: Opened, install: Any) -> None:
     old, new = build(), build(add_field, retention={"max_entries": 5_000})
     await started(opened, install("1.0.0", old))
     await started(opened, install("1.1.0", new))
@@ -106,8 +106,8 @@ async def test_versions_that_fit_pass_in_any_order_and_the_evolved_one_stays(ope
     assert registered.contract.retention.max_entries == 5_000
 
 
-async def test_a_release_that_keeps_less_takes_the_place_of_the_one_before(opened: Opened, install: Any) -> None:
-    """By findings it looks like the older one; its version tells."""
+async def test_a_release_that_keeps_less_replaces_the_earlier_one(opened: Opened, install: Any) -> None:
+    """The findings alone make it look older; its version number decides."""
     await started(opened, install("1.9.0", build()))
     events = await started(opened, install("1.10.0", build(retention={"max_entries": 500})))
     (registered,) = await events.registered_streams()
@@ -115,7 +115,7 @@ async def test_a_release_that_keeps_less_takes_the_place_of_the_one_before(opene
 
 
 @pytest.mark.parametrize("role", ["publisher", "consumer", "reader of another package"])
-async def test_a_version_that_breaks_is_refused_at_its_start(
+async def test_an_incompatible_version_is_refused_at_its_start(
     opened: Opened, install: Any, server: Any, role: str
 ) -> None:
     good = install("1.0.0", build())
@@ -126,7 +126,7 @@ async def test_a_version_that_breaks_is_refused_at_its_start(
     async def use() -> None:
         if role == "publisher":
             await events.publish(bad, bad.message(body=7))
-        stream = bad if role == "consumer" else bad.subscribed(Group(name="more"))
+        stream = bad if role == "consumer" else bad.with_groups(Group(name="more"))
         async for _ in events.deliveries(stream, group="more"):
             raise AssertionError("it was given an event")
 
@@ -158,7 +158,7 @@ async def test_a_version_that_breaks_is_refused_at_its_start(
         ({"groups": [{"name": "readers", "start": 1, "dead_letter": "elsewhere"}]}, "ORKI_GROUP_DEAD_LETTER_CHANGED"),
     ],
 )
-async def test_a_stream_that_is_declared_otherwise_is_refused(
+async def test_a_differently_declared_stream_is_refused(
     opened: Opened, install: Any, change: dict[str, Any], rule: str
 ) -> None:
     await started(opened, install("1.0.0", build()))
@@ -166,7 +166,7 @@ async def test_a_stream_that_is_declared_otherwise_is_refused(
         await started(opened, install("2.0.0", build(**change)))
 
 
-async def test_of_two_that_break_only_one_enters_at_once(opened: Opened, install: Any, server: Any) -> None:
+async def test_only_one_of_two_incompatible_versions_is_registered(opened: Opened, install: Any, server: Any) -> None:
     for turn in range(5):
         with server.client as client:
             client.flushall()
@@ -174,7 +174,7 @@ async def test_of_two_that_break_only_one_enters_at_once(opened: Opened, install
         for version, image in (("1.0.0", build()), ("2.0.0", build(retype))):
             stream = install(version, image)
             events = await opened()
-            # The image is read at the first use: use it for another stream, so that both are ready.
+            # The image is read at the first use; use it for another stream first, so that both are ready.
             events._registry._image(PACKAGE)
             pair.append((events, stream))
         waits = [events.prepare(stream) for events, stream in (pair if turn % 2 else pair[::-1])]
@@ -182,8 +182,8 @@ async def test_of_two_that_break_only_one_enters_at_once(opened: Opened, install
         assert sorted(isinstance(each, ContractMismatch) for each in settled) == [False, True], settled
 
 
-async def test_a_refused_stream_does_not_take_others_along(opened: Opened, install: Any, usage: Any) -> None:
-    """Events of both go in one batch; only the refused ones fail, each time, and a withdrawal lets them pass."""
+async def test_a_refused_stream_does_not_affect_others(opened: Opened, install: Any, usage: Any) -> None:
+    """Events of both are in one batch; only the refused ones fail, until the registration is withdrawn."""
     first = await started(opened, install("1.0.0", build()))
     bad, good = install("2.0.0", build(retype)), usage()
     events = await opened()
@@ -198,7 +198,7 @@ async def test_a_refused_stream_does_not_take_others_along(opened: Opened, insta
     assert isinstance(await events.publish(bad, bad.message(body=1)), bytes)
 
 
-async def test_an_image_that_is_none_is_refused(opened: Opened, install: Any) -> None:
+async def test_an_invalid_image_is_refused(opened: Opened, install: Any) -> None:
     await started(opened, install("1.0.0", build()))
     stream = install("1.0.1", build(add_field))
     (Path(sys.path[0]) / "acmeversions/v1/contract.binpb").write_bytes(b"\xff\xff")
@@ -206,7 +206,7 @@ async def test_an_image_that_is_none_is_refused(opened: Opened, install: Any) ->
         await started(opened, stream)
 
 
-async def test_a_withdrawn_stream_may_be_registered_anew(opened: Opened, install: Any) -> None:
+async def test_a_withdrawn_stream_can_be_registered_again(opened: Opened, install: Any) -> None:
     events = await started(opened, install("1.0.0", build()))
     registry, link = events._registry, events._command_connection()
     assert await registry.withdraw(link, "notes")

@@ -250,16 +250,14 @@ def test_the_most_patient_values_of_all() -> None:
     def task(**values: Any) -> TaskMethod:
         return TaskMethod(service=SERVICE, name="Do", request="q", response="r", **values)
 
-    slow = Backoff(initial_ms=10, maximum_ms=90_000, multiplier=3.0)
-    one = task(heartbeat_timeout_ms=9_000, attempt_timeout_ms=5_000, stall_timeout_ms=0, max_attempts=2, backoff=slow)
-    two = task(
-        heartbeat_timeout_ms=8_000, attempt_timeout_ms=6_000, stall_timeout_ms=4_000, progress="p", directive="d"
-    )
+    slow = Backoff(initial=0.01, maximum=90.0, multiplier=3.0)
+    one = task(heartbeat_timeout=9.0, attempt_timeout=5.0, stall_timeout=0.0, max_attempts=2, backoff=slow)
+    two = task(heartbeat_timeout=8.0, attempt_timeout=6.0, stall_timeout=4.0, progress="p", directive="d")
     both = most_patient([one, two])
     assert both == most_patient([two, one])
-    assert (both.heartbeat_timeout_ms, both.attempt_timeout_ms, both.max_attempts) == (9_000, 6_000, 3)
-    assert both.stall_timeout_ms == 0, "no limit is the most patient one"
-    assert most_patient([task(total_timeout_ms=5), task(total_timeout_ms=7)]).total_timeout_ms == 7
+    assert (both.heartbeat_timeout, both.attempt_timeout, both.max_attempts) == (9.0, 6.0, 3)
+    assert both.stall_timeout == 0, "no limit is the most patient one"
+    assert most_patient([task(total_timeout=0.005), task(total_timeout=0.007)]).total_timeout == 0.007
     assert (both.backoff, both.progress, both.directive) == (slow, "p", "d")
     assert most_patient([one]) == one
 

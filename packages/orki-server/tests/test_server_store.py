@@ -42,8 +42,8 @@ METHOD = TaskMethod(
     name="Do",
     request="acme.v1.DoRequest",
     response="acme.v1.DoResponse",
-    heartbeat_timeout_ms=5_000,
-    backoff=Backoff(initial_ms=1),
+    heartbeat_timeout=5.0,
+    backoff=Backoff(initial=0.001),
 )
 SHARD = 1
 
@@ -323,16 +323,16 @@ async def test_directives_go_to_the_attempt_that_runs(store: Store) -> None:
 @pytest.mark.parametrize(
     ("timers", "reason"),
     [
-        ({"heartbeat_timeout_ms": 1}, Reason.REASON_LEASE_EXPIRED),
-        ({"attempt_timeout_ms": 1}, Reason.REASON_ATTEMPT_TIMEOUT),
-        ({"stall_timeout_ms": 1}, Reason.REASON_STALLED),
+        ({"heartbeat_timeout": 0.001}, Reason.REASON_LEASE_EXPIRED),
+        ({"attempt_timeout": 0.001}, Reason.REASON_ATTEMPT_TIMEOUT),
+        ({"stall_timeout": 0.001}, Reason.REASON_STALLED),
     ],
 )
 async def test_each_clock_ends_the_attempt_in_its_own_name(
     store: Store, timers: dict[str, int], reason: Reason.ValueType
 ) -> None:
     values = {"service": METHOD.service, "name": "Do", "request": "q", "response": "r"}
-    method = TaskMethod(**values, **timers, backoff=Backoff(initial_ms=1))  # type: ignore[arg-type]
+    method = TaskMethod(**values, **timers, backoff=Backoff(initial=0.001))  # type: ignore[arg-type]
     attempt = await started(store, method=method)
     await asyncio.sleep(0.01)
     (expired,) = (await store.apply(Sweep(SHARD, 10))).expired
@@ -343,7 +343,7 @@ async def test_each_clock_ends_the_attempt_in_its_own_name(
 
 
 async def test_the_total_timeout_ends_the_task_wherever_it_is(store: Store) -> None:
-    method = TaskMethod(service=METHOD.service, name="Do", request="q", response="r", total_timeout_ms=1)
+    method = TaskMethod(service=METHOD.service, name="Do", request="q", response="r", total_timeout=0.001)
     waiting = (await submit(store, method=method)).task_id
     await asyncio.sleep(0.01)
     (expired,) = (await store.apply(Sweep(SHARD, 10))).expired
@@ -355,7 +355,7 @@ async def test_the_total_timeout_ends_the_task_wherever_it_is(store: Store) -> N
 
 async def test_a_lease_is_renewed_by_heartbeats_and_by_coming_back(store: Store) -> None:
     method = TaskMethod(
-        service=METHOD.service, name="Do", request="q", response="r", heartbeat_timeout_ms=400, backoff=METHOD.backoff
+        service=METHOD.service, name="Do", request="q", response="r", heartbeat_timeout=0.4, backoff=METHOD.backoff
     )
     attempt = await started(store, method=method)
     for _ in range(4):

@@ -59,7 +59,7 @@ METHOD = TaskMethod(
     name="Do",
     request="q",
     response="r",
-    backoff=Backoff(initial_ms=60_000),
+    backoff=Backoff(initial=60.0),
 )
 AGENTS = ("a", "b")
 STRANGER = st.sampled_from([False] * 5 + [True])

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from orki_contract.exceptions import FrameMalformed
+from orki_contract.errors import FrameMalformed
 from orki_contract.frames import FrameBase, at, frame, tail
 from orki_contract.model import Frame, Scalar
 from orki_contract.read import ReadContract

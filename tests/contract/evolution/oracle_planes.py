@@ -15,7 +15,7 @@ from oracle_messages import message_class, read_alike
 
 from orki_contract.errors import OrkiError
 from orki_contract.literals import repeats
-from orki_contract.model import Backoff, Group, Retention, Stream, TaskMethod, ToolMethod
+from orki_contract.model import Backoff, Group, Retention, Stream, TaskMethod, ToolMethod, milliseconds
 from orki_contract.read import ReadContract
 from orki_events import _delivery_table as moves
 from orki_events._delivery import DeliveryMachine
@@ -37,8 +37,8 @@ def judge(old: ReadContract, new: ReadContract, rng: random.Random) -> Iterator[
         else:
             yield from ((True, f"stream {stream.name}: {each}") for each in _stream(old, new, stream, heir, rng))
             yield from ((False, f"stream {stream.name}: {each}") for each in _set(stream.retention, heir.retention))
-    groups = {(each.package, each.stream, each.group.name): each.group for each in new.contract.subscriptions}
-    for each in old.contract.subscriptions:
+    groups = {(each.package, each.stream, each.group.name): each.group for each in new.contract.external_groups}
+    for each in old.contract.external_groups:
         group = groups.get((each.package, each.stream, each.group.name))
         what = f"group {each.group.name} of {each.stream}"
         if group is None:
@@ -94,14 +94,14 @@ def _set_key(message: Any, name: str, number: int) -> None:
 
 def _kept(was: Retention, now: Retention) -> Iterator[str]:
     """An entry that the old promise still holds: the last but one by number, and just not too old."""
-    age = was.max_age_ms - 1 if was.max_age_ms else _YEARS
+    age = milliseconds(was.max_age) - 1 if was.max_age else _YEARS
     for newer, old_by in ((was.max_entries - 1, 0), (0, age), (was.max_entries - 1, age)):
-        trimmed = newer >= now.max_entries or bool(now.max_age_ms and old_by >= now.max_age_ms)
+        trimmed = newer >= now.max_entries or bool(now.max_age and old_by >= milliseconds(now.max_age))
         if trimmed:
             yield f"an entry with {newer} newer ones, {old_by} ms old, is trimmed"
     # The same where a deployment has set the lowest values that each contract lets it set.
-    (few, _), (young, _) = was.entries_bounds, was.age_bounds_ms
-    fewest, youngest = now.entries_bounds[0], now.age_bounds_ms[0]
+    few, young = was.entries_bounds[0], milliseconds(was.age_bounds[0])
+    fewest, youngest = now.entries_bounds[0], milliseconds(now.age_bounds[0])
     if few - 1 >= fewest or (young and youngest and young - 1 >= youngest):
         yield f"an entry with {few - 1} newer ones, {young - 1} ms old, is trimmed where least is kept"
 
@@ -110,7 +110,7 @@ def _set(was: Retention, now: Retention) -> Iterator[str]:
     """A deployment's setting that the old contract takes and the new one refuses."""
     for kind, old, new in (
         ("entries", was.entries_bounds, now.entries_bounds),
-        ("ms", was.age_bounds_ms, now.age_bounds_ms),
+        ("seconds", was.age_bounds, now.age_bounds),
     ):
         for value in (old[0], old[1]) if old[0] != old[1] else ():
             if not new[0] <= value <= new[1]:
@@ -126,7 +126,7 @@ def _group(stream: Stream, was: Group, now: Group) -> Iterator[str]:
     if _deliveries(now.max_deliveries) < was.max_deliveries:
         yield f"group {was.name} gives up before delivery {was.max_deliveries}"
     # The entry is a consumer's own for as long as the contract says, renewed or not.
-    if was.ack_deadline_ms - 1 >= now.ack_deadline_ms:
+    if was.ack_deadline > now.ack_deadline:
         yield f"group {was.name} takes entries away that their consumer still works on"
 
 
@@ -139,7 +139,7 @@ def _deliveries(limit: int) -> int:
         ack_deadline=1e6,
         sweep_interval=1e6,
         hold_limit=1e9,
-        backoff=Backoff(initial_ms=1, maximum_ms=1, multiplier=1.0),
+        backoff=Backoff(initial=0.001, maximum=0.001, multiplier=1.0),
     )
     machine = DeliveryMachine(["key"], settings)
     now, handed, given = 0.0, 0, False
@@ -185,17 +185,18 @@ def _tasks(old: ReadContract, new: ReadContract) -> Iterator[Break]:
 
 def _attempt(was: TaskMethod, now: TaskMethod) -> Iterator[str]:
     """An attempt that uses all that the old contract gives it, under the rules of the new one."""
-    silent = was.heartbeat_timeout_ms - 1
-    if silent >= now.heartbeat_timeout_ms:
+    silent = milliseconds(was.heartbeat_timeout) - 1
+    if silent >= milliseconds(now.heartbeat_timeout):
         yield f"an agent that is silent for {silent} ms is given up"
-    long = was.attempt_timeout_ms - 1
-    if long >= now.attempt_timeout_ms:
+    long = milliseconds(was.attempt_timeout) - 1
+    if long >= milliseconds(now.attempt_timeout):
         yield f"an attempt of {long} ms is ended"
-    for name in ("stall_timeout_ms", "total_timeout_ms"):
-        allowed = getattr(was, name) - 1 if getattr(was, name) else _YEARS
-        if getattr(now, name) and allowed >= getattr(now, name):
+    for name in ("stall_timeout", "total_timeout"):
+        allowed, limit = (milliseconds(getattr(each, name)) for each in (was, now))
+        allowed = allowed - 1 if allowed else _YEARS
+        if limit and allowed >= limit:
             yield f"{allowed} ms are too long for {name}"
-    if was.cancel_grace_ms - 1 >= now.cancel_grace_ms:
+    if was.cancel_grace > now.cancel_grace:
         yield "a cancelled handler is not waited for"
     if was.max_attempts > now.max_attempts:
         yield f"attempt {was.max_attempts} never comes"
@@ -235,8 +236,8 @@ def _tool(old: ReadContract, new: ReadContract, was: ToolMethod, now: ToolMethod
             body = frame_class(layouts[0])(**values).encode()
             if frame_class(layouts[1]).decode(body, layouts[0].block_length) != frame_class(layouts[0])(**values):
                 yield f"its {name} is read otherwise"
-    if was.timeout_ms - 1 >= now.timeout_ms:
-        yield f"a call of {was.timeout_ms - 1} ms is given up"
+    if was.timeout > now.timeout:
+        yield f"a call of {milliseconds(was.timeout) - 1} ms is given up"
     # A call whose fate is not known: the caller repeats it if its contract lets it, whatever the other side's says.
     for caller, tool in ((was, now), (now, was)):
         if caller.idempotent and not tool.idempotent:

@@ -29,7 +29,7 @@ import pytest
 from drafts import Draft, compilable
 from evolution_pairs import OPTIONS
 
-from orki_contract.exceptions import InvalidContract
+from orki_contract.errors import InvalidContract
 from orki_contract.findings import Bump, findings
 from orki_contract.read import ReadContract, read_image
 from orki_contract.validate import validate

@@ -17,7 +17,7 @@ from orki_codegen.gate.past import Release
 from orki_codegen.gate.python_api import api_remarks
 from orki_codegen.gate.remarks import Remark
 from orki_codegen.gate.wheels import built, release_of
-from orki_contract.exceptions import InvalidContract, InvalidSetting
+from orki_contract.errors import InvalidContract, InvalidSetting
 from orki_contract.findings import Bump
 
 INIT = "acme-review/src/acme_review/__init__.py"

@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from orki_codegen.checks.check import Refused, check
 from orki_codegen.checks.rulebook import BREAKING, CATEGORIES, LINT, category_of
 from orki_codegen.checks.wire import CHECK, RPC, Wire
-from orki_contract.exceptions import InvalidContract
+from orki_contract.errors import InvalidContract
 
 _LINT_TYPE, _BREAKING_TYPE = 1, 2
 _INVALID_ARGUMENT: Final = 3

@@ -16,7 +16,7 @@ from packaging.version import InvalidVersion, Version
 
 from orki_codegen.gate.members import Member
 from orki_contract.descriptors import Location
-from orki_contract.exceptions import InvalidSetting
+from orki_contract.errors import InvalidSetting
 
 FILE: Final = "accepted-breaks.toml"
 _KEYS: Final = ("rule", "subject", "package", "reason", "until")

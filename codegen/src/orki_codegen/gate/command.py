@@ -27,7 +27,7 @@ from orki_codegen.gate.published import FILE as PUBLISHED
 from orki_codegen.gate.published import read_stand_in
 from orki_codegen.gate.remarks import as_json
 from orki_codegen.gate.report import as_github, as_text
-from orki_contract.exceptions import InvalidSetting, OrkiError
+from orki_contract.errors import InvalidSetting, OrkiError
 
 _HELP: Final = """\
 Holds every distribution of the workspace against what users have, and asks whether its version promises what changed:

@@ -10,7 +10,7 @@ from typing import Final
 
 from orki_codegen.buf import Buf
 from orki_codegen.checks.rulebook import BREAKING
-from orki_contract.exceptions import InvalidSetting
+from orki_contract.errors import InvalidSetting
 
 _BUF_RULES: Final = "FILE"
 

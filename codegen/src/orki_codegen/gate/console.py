@@ -11,7 +11,7 @@ from pathlib import Path
 from orki_codegen.gate.members import Member
 from orki_codegen.gate.past import Release
 from orki_codegen.gate.remarks import Remark
-from orki_contract.exceptions import InvalidContract
+from orki_contract.errors import InvalidContract
 from orki_contract.findings import Bump
 
 

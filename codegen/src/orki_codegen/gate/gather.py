@@ -20,7 +20,7 @@ from orki_codegen.gate.published import FILE, StandIn
 from orki_codegen.gate.wheels import release_of
 from orki_contract.difference.versions import Version as ContractVersion
 from orki_contract.difference.versions import version_at
-from orki_contract.exceptions import InvalidContract
+from orki_contract.errors import InvalidContract
 from orki_contract.read import read_image
 
 _SHORT: Final = 10
@@ -153,11 +153,11 @@ def _still_in_streams(
         streams = contract.read.contract.streams
         own = [each for each in streams if each.message.rpartition(".")[0] in release.packages]
         # A deployment may keep them for longer than the contract does.
-        ages = [each.retention.age_bounds_ms[1] for each in own]
+        ages = [each.retention.age_bounds[1] for each in own]
         if not ages:
             continue
         if successor.uploaded is not None and all(ages):
-            longest = timedelta(milliseconds=max(each for each in ages if each))
+            longest = timedelta(seconds=max(each for each in ages if each))
             if successor.uploaded + longest < now:
                 continue
         yield Past(releases={name: release}, contract=contract, streams_only=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from orki_codegen.gate.members import Member
-from orki_contract.exceptions import InvalidSetting
+from orki_contract.errors import InvalidSetting
 
 
 def imported_modules(root: Path, members: Mapping[str, Member]) -> frozenset[str]:

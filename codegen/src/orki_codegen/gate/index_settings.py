@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from pypi_simple import PYPI_SIMPLE_ENDPOINT
 
-from orki_contract.exceptions import InvalidSetting
+from orki_contract.errors import InvalidSetting
 
 _ADDRESSES: Final = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL")
 _CERTIFICATES: Final = ("REQUESTS_CA_BUNDLE", "PIP_CERT", "SSL_CERT_FILE")

@@ -16,7 +16,7 @@ from packaging.version import InvalidVersion, Version
 from pypi_simple import DistributionPackage, NoSuchProjectError, PyPISimple
 
 from orki_codegen.gate.index_settings import IndexSettings
-from orki_contract.exceptions import InvalidSetting
+from orki_contract.errors import InvalidSetting
 
 _SECONDS: Final = 30.0
 _GONE: Final = (404, 410)

@@ -18,7 +18,7 @@ from packaging.version import InvalidVersion, Version
 
 from orki_codegen.workspace import PLACES
 from orki_contract.descriptors import Location
-from orki_contract.exceptions import InvalidSetting
+from orki_contract.errors import InvalidSetting
 
 _PRIVATE: Final = "Private :: Do Not Upload"
 

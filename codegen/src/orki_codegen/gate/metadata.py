@@ -17,7 +17,7 @@ from orki_codegen.gate.members import Member
 from orki_codegen.gate.past import Release
 from orki_codegen.gate.remarks import Remark
 from orki_contract.descriptors import Location
-from orki_contract.exceptions import InvalidContract
+from orki_contract.errors import InvalidContract
 from orki_contract.findings import Bump
 
 # A range is judged by whom it admits: Pythons that were, are and may come, of the one major version that counts.

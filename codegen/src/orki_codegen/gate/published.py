@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from orki_contract.exceptions import InvalidSetting
+from orki_contract.errors import InvalidSetting
 
 FILE: Final = "published.toml"
 _KEYS: Final = {"commit", "reason"}

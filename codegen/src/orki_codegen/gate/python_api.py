@@ -17,7 +17,7 @@ from orki_codegen.gate.remarks import Remark
 from orki_codegen.gate.signatures import RULES as SIGNATURE_RULES
 from orki_codegen.gate.signatures import signature_changes
 from orki_contract.descriptors import Location
-from orki_contract.exceptions import InvalidSetting
+from orki_contract.errors import InvalidSetting
 from orki_contract.findings import Bump
 
 _ADDED: Final = "API_ADDED"

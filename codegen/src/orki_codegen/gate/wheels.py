@@ -21,7 +21,7 @@ from packaging.version import Version
 from orki_codegen.gate.console import installed_commands
 from orki_codegen.gate.metadata import installed_extras, installed_python
 from orki_codegen.gate.past import Release
-from orki_contract.exceptions import InvalidContract, InvalidSetting
+from orki_contract.errors import InvalidContract, InvalidSetting
 from orki_contract.images import IMAGE_NAME
 from orki_contract.read import read_image
 

@@ -16,11 +16,10 @@ import grpc
 from orki.control.v1.session_pb2 import ConnectRequest, ConnectResponse
 from orki.control.v1.session_pb2_grpc import SessionServiceStub
 from orki_agent.settings import RunSettings
+from orki_contract.backoff import Jitter
 from orki_contract.errors import OrkiError, RemoteProtocolError
-from orki_control.backoff import Jitter
 from orki_control.session import AgentEvent, AgentSession, AgentState, SessionClosed, SessionLost
-from orki_control.transport import error_from
-from orki_control.transport import open_channel
+from orki_control.transport import error_from, open_channel
 
 __all__ = ["SessionChannel"]
 

@@ -23,9 +23,7 @@ from orki_agent.surroundings import Offered, Surroundings
 from orki_agent.sync_handlers import SyncExecution
 from orki_contract.errors import OrkiError, Overloaded, Reason, UnknownMethod
 from orki_contract.trace import new_span, parse_traceparent
-from orki_control.session import AttemptKey
-from orki_control.session import AgentSession, ArrivedCancel, ArrivedDirective, ArrivedOffer
-from orki_control.session import Outcome
+from orki_control.session import AgentSession, ArrivedCancel, ArrivedDirective, ArrivedOffer, AttemptKey, Outcome
 
 __all__ = ["Runner"]
 
@@ -137,7 +135,7 @@ class Runner:
         _log.warning("%s is stopped: %s", attempt, why)
         running.given_up = True
         running.execution.cancel()
-        grace = running.execution.handler.task.contract.cancel_grace_ms / 1000
+        grace = running.execution.handler.task.contract.cancel_grace
         running.timers.append(asyncio.get_running_loop().call_later(grace, running.execution.cancel))
 
     def abandon(self, why: str) -> None:

@@ -11,9 +11,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 
 from orki_contract import difference
-from orki_contract.exceptions import InvalidContract, OrkiError
+from orki_contract.errors import InvalidContract, OrkiError
 from orki_contract.images import service_digest, stream_digest
-from orki_contract.model import Backoff, Contract, Frame, Group, Retention, Stream, TaskMethod, ToolMethod, dump
+from orki_contract.model import (
+    Backoff,
+    Contract,
+    Frame,
+    Group,
+    Retention,
+    Stream,
+    TaskMethod,
+    ToolMethod,
+    dump,
+    duration_text,
+)
 from orki_contract.printing import say
 from orki_contract.read import ReadContract, merged, read_image
 from orki_contract.sources import images_in
@@ -106,7 +117,10 @@ _Row = tuple[str, str]
 def _table(contract: Contract, digests: Mapping[str, str]) -> Iterator[str]:
     rows = [
         *(row for stream in contract.streams for row in _stream(stream)),
-        *((f"group {each.group.name} on stream {each.stream}", _words(each.group)) for each in contract.subscriptions),
+        *(
+            (f"group {each.group.name} on stream {each.stream}", _words(each.group))
+            for each in contract.external_groups
+        ),
         *(row for method in contract.tasks + contract.tools for row in _method(method)),
         *(row for frame in contract.frames for row in _frame(frame)),
         *((f"sensitive {each.message}.{each.field}", "") for each in contract.sensitive),
@@ -121,7 +135,7 @@ def _table(contract: Contract, digests: Mapping[str, str]) -> Iterator[str]:
 
 
 def _stream(stream: Stream) -> Iterator[_Row]:
-    age = f", {stream.retention.max_age_ms} ms" if stream.retention.max_age_ms else ""
+    age = f", {duration_text(stream.retention.max_age)}" if stream.retention.max_age else ""
     split = f"; {stream.partitions} partitions by {stream.partition_key}" if stream.partitions > 1 else ""
     yield f"stream {stream.name}", stream.message
     yield "  keeps", f"{stream.retention.max_entries} entries{age}{split}"
@@ -132,10 +146,12 @@ def _stream(stream: Stream) -> Iterator[_Row]:
 
 
 def _bounds(retention: Retention) -> str:
-    """What a deployment may set, for people: `500 to 5000 entries, 60000 to 60000 ms`."""
+    """What a deployment may set, for people: `500 to 5000 entries, 1 min to 1 h`."""
     least, most = retention.entries_bounds
-    shortest, longest = retention.age_bounds_ms
-    return f"{least} to {most} entries" + (f", {shortest} to {longest} ms" if longest else "")
+    shortest, longest = retention.age_bounds
+    return f"{least} to {most} entries" + (
+        f", {duration_text(shortest)} to {duration_text(longest)}" if longest else ""
+    )
 
 
 def _method(method: TaskMethod | ToolMethod) -> Iterator[_Row]:

@@ -29,7 +29,7 @@ from google.protobuf.descriptor_pb2 import (
 )
 from google.protobuf.message import DecodeError, Message
 
-from orki_contract.exceptions import InvalidContract
+from orki_contract.errors import InvalidContract
 from orki_contract.literals import literal_places, repeats
 
 OPTIONS_PACKAGE: Final = "orki.options.v1"

@@ -16,7 +16,7 @@ from struct import Struct
 from struct import error as StructError
 from typing import Any, ClassVar, Final, Self, TypeVar, dataclass_transform
 
-from orki_contract.exceptions import FrameMalformed
+from orki_contract.errors import FrameMalformed
 from orki_contract.frame_code import UNFIT, flatten
 from orki_contract.model import Frame, FrameField, Scalar
 

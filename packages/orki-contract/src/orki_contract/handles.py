@@ -64,7 +64,7 @@ class EventStream(Generic[E, G]):
     message: type[E]
     contract: Stream
 
-    def subscribed(self, *groups: Group) -> EventStream[E, Any]:
+    def with_groups(self, *groups: Group) -> EventStream[E, Any]:
         """The same stream with the groups that another package declares, and only those."""
         return EventStream(self.message, replace(self.contract, groups=tuple(sorted(groups))))
 
@@ -72,19 +72,19 @@ class EventStream(Generic[E, G]):
 class TaskSettings(TypedDict, total=False):
     """The settings of a `TaskMethod`; what is left out has its default."""
 
-    heartbeat_timeout_ms: int
-    attempt_timeout_ms: int
-    stall_timeout_ms: int
-    total_timeout_ms: int
+    heartbeat_timeout: float
+    attempt_timeout: float
+    stall_timeout: float
+    total_timeout: float
     max_attempts: int
     backoff: Backoff
-    cancel_grace_ms: int
+    cancel_grace: float
 
 
 class ToolSettings(TypedDict, total=False):
     """The settings of a `ToolMethod`; what is left out has its default."""
 
-    timeout_ms: int
+    timeout: float
     idempotent: bool
 
 

@@ -29,7 +29,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSe
 from google.protobuf.message import Message
 
 from orki_contract.descriptors import MessageNode, Schema, reachable
-from orki_contract.exceptions import InvalidContract
+from orki_contract.errors import InvalidContract
 from orki_contract.model import Stream, TaskMethod, ToolMethod, dump
 from orki_contract.read import read_schema
 

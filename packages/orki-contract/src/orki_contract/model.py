@@ -1,8 +1,8 @@
 """The contract as plain values: what streams, groups, tasks, tools and frames are.
 
 The generator renders these classes, generated code instantiates them, and the runtimes read them: there is no second
-model. All are frozen, totally ordered among their own kind, and turned into JSON by `dump`. Durations are whole
-milliseconds, sizes are bytes; 0 in a duration that may be absent means "no limit".
+model. All are frozen, totally ordered among their own kind, and turned into JSON by `dump`. Durations are
+seconds, sizes are bytes; 0 in a duration that may be absent means "no limit".
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ __all__ = [
     "AUDIT_GROUP",
     "Backoff",
     "Contract",
+    "ExternalGroup",
     "Frame",
     "FrameField",
     "Group",
@@ -26,10 +27,11 @@ __all__ = [
     "SensitiveField",
     "Start",
     "Stream",
-    "Subscription",
     "TaskMethod",
     "ToolMethod",
     "dump",
+    "duration_text",
+    "milliseconds",
     "to_json",
 ]
 
@@ -72,14 +74,14 @@ class Group:
         name: Unique on its stream.
         start: Where the group begins when it is created.
         max_deliveries: Deliveries of one entry before it is dead-lettered.
-        ack_deadline_ms: A delivered entry neither acknowledged nor renewed for this long is claimed by others.
+        ack_deadline: A delivered entry neither acknowledged nor renewed for this long is claimed by others.
         dead_letter: Stream for what could not be processed; empty means `STREAM.GROUP.dead`.
     """
 
     name: str
     start: Start = Start.EARLIEST
     max_deliveries: int = 5
-    ack_deadline_ms: int = 30_000
+    ack_deadline: float = 30.0
     dead_letter: str = ""
 
 
@@ -93,26 +95,26 @@ class Retention:
 
     Attributes:
         max_entries: Most entries kept, unless a deployment sets another number.
-        max_age_ms: Longest time that an entry is kept, likewise; 0 for no limit.
+        max_age: Longest time that an entry is kept, likewise; 0 for no limit.
         overflow: What happens when a limit is reached.
         least_entries: Fewest entries that a deployment may set; 0: none may set fewer than `max_entries`.
         most_entries: Most entries that a deployment may set; 0: none may set more than `max_entries`.
-        least_age_ms: Shortest age that a deployment may set; 0: none may set a shorter one than `max_age_ms`.
-        most_age_ms: Longest age that a deployment may set; 0: none may set a longer one than `max_age_ms`.
+        least_age: Shortest age that a deployment may set; 0: none may set a shorter one than `max_age`.
+        most_age: Longest age that a deployment may set; 0: none may set a longer one than `max_age`.
     """
 
     max_entries: int
-    max_age_ms: int = 0
+    max_age: float = 0.0
     overflow: Overflow = Overflow.DROP_OLDEST
     least_entries: int = 0
     most_entries: int = 0
-    least_age_ms: int = 0
-    most_age_ms: int = 0
+    least_age: float = 0.0
+    most_age: float = 0.0
 
     @property
     def tunable(self) -> bool:
         """Whether a deployment may set anything at all."""
-        return self.entries_bounds[0] < self.entries_bounds[1] or self.age_bounds_ms[0] < self.age_bounds_ms[1]
+        return self.entries_bounds[0] < self.entries_bounds[1] or self.age_bounds[0] < self.age_bounds[1]
 
     @property
     def entries_bounds(self) -> tuple[int, int]:
@@ -120,11 +122,11 @@ class Retention:
         return self.least_entries or self.max_entries, self.most_entries or self.max_entries
 
     @property
-    def age_bounds_ms(self) -> tuple[int, int]:
+    def age_bounds(self) -> tuple[float, float]:
         """Shortest and longest age that a deployment may set, likewise; 0 and 0 where no age limits the stream."""
-        if not self.max_age_ms:
-            return 0, 0
-        return self.least_age_ms or self.max_age_ms, self.most_age_ms or self.max_age_ms
+        if not self.max_age:
+            return 0.0, 0.0
+        return self.least_age or self.max_age, self.most_age or self.max_age
 
 
 @dataclass(frozen=True, order=True, slots=True, kw_only=True)
@@ -167,7 +169,7 @@ class Stream:
 
 
 @dataclass(frozen=True, order=True, slots=True, kw_only=True)
-class Subscription:
+class ExternalGroup:
     """A group that a reader's package declares on a stream of somebody else.
 
     Attributes:
@@ -185,19 +187,19 @@ class Subscription:
 
 @dataclass(frozen=True, order=True, slots=True, kw_only=True)
 class Backoff:
-    """Wait before attempt n+1: `min(initial_ms * multiplier ** (n - 1), maximum_ms)`."""
+    """Wait before attempt n+1: `min(initial * multiplier ** (n - 1), maximum)`."""
 
-    initial_ms: int = 1_000
-    maximum_ms: int = 60_000
+    initial: float = 1.0
+    maximum: float = 60.0
     multiplier: float = 2.0
 
-    def wait_ms(self, failed_attempts: int) -> int:
-        """Wait in milliseconds after `failed_attempts` (at least 1) attempts have failed."""
+    def delay(self, failed_attempts: int) -> float:
+        """Delay in seconds after `failed_attempts` (at least 1) attempts have failed."""
         try:
-            grown = self.initial_ms * self.multiplier ** (failed_attempts - 1)
+            grown = self.initial * self.multiplier ** (failed_attempts - 1)
         except OverflowError:
-            return self.maximum_ms
-        return int(min(grown, self.maximum_ms))
+            return self.maximum
+        return min(grown, self.maximum)
 
 
 @dataclass(frozen=True, order=True, slots=True, kw_only=True)
@@ -211,13 +213,13 @@ class TaskMethod:
         response: Response message.
         progress: Progress message.
         directive: Directive message.
-        heartbeat_timeout_ms: Lease of an attempt.
-        attempt_timeout_ms: Longest time of one attempt.
-        stall_timeout_ms: Longest time without progress; 0 for no limit.
-        total_timeout_ms: Longest time over all attempts; 0 for no limit.
+        heartbeat_timeout: Lease of an attempt.
+        attempt_timeout: Longest time of one attempt.
+        stall_timeout: Longest time without progress; 0 for no limit.
+        total_timeout: Longest time over all attempts; 0 for no limit.
         max_attempts: Attempts before the task fails for good.
         backoff: Wait between attempts.
-        cancel_grace_ms: Time that a cancelled handler has to end by itself.
+        cancel_grace: Time that a cancelled handler has to end by itself.
     """
 
     service: str
@@ -226,13 +228,13 @@ class TaskMethod:
     response: str
     progress: str = ""
     directive: str = ""
-    heartbeat_timeout_ms: int = 10_000
-    attempt_timeout_ms: int = 600_000
-    stall_timeout_ms: int = 0
-    total_timeout_ms: int = 0
+    heartbeat_timeout: float = 10.0
+    attempt_timeout: float = 600.0
+    stall_timeout: float = 0.0
+    total_timeout: float = 0.0
     max_attempts: int = 3
     backoff: Backoff = Backoff()
-    cancel_grace_ms: int = 5_000
+    cancel_grace: float = 5.0
 
     @property
     def full_name(self) -> str:
@@ -250,7 +252,7 @@ class ToolMethod:
         opcode: Number of the call, 0x0100 to 0xffff.
         request: Full name of the request: a frame, or a message that travels in a frame's tail.
         response: Full name of the response, likewise.
-        timeout_ms: Longest time for one call.
+        timeout: Longest time for one call.
         idempotent: Whether a call of unknown fate may be repeated.
     """
 
@@ -259,7 +261,7 @@ class ToolMethod:
     opcode: int
     request: str
     response: str
-    timeout_ms: int = 1_000
+    timeout: float = 1.0
     idempotent: bool = False
 
     @property
@@ -325,11 +327,27 @@ class Contract:
     """All that a set of proto files declares, each part sorted."""
 
     streams: tuple[Stream, ...] = ()
-    subscriptions: tuple[Subscription, ...] = ()
+    external_groups: tuple[ExternalGroup, ...] = ()
     tasks: tuple[TaskMethod, ...] = ()
     tools: tuple[ToolMethod, ...] = ()
     frames: tuple[Frame, ...] = ()
     sensitive: tuple[SensitiveField, ...] = field(default=())
+
+
+def milliseconds(seconds: float) -> int:
+    """Convert a duration to whole milliseconds, as they travel on the wire and in Redis."""
+    return round(seconds * 1_000)
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration in the largest unit that gives a whole number, such as `7 d` or `250 ms`; 0 is `no limit`."""
+    total = milliseconds(seconds)
+    if not total:
+        return "no limit"
+    for unit, length in (("d", 86_400_000), ("h", 3_600_000), ("min", 60_000), ("s", 1_000)):
+        if total % length == 0:
+            return f"{total // length} {unit}"
+    return f"{total} ms"
 
 
 def dump(value: Any) -> Any:

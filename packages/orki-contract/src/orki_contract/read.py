@@ -6,7 +6,7 @@ what is wrong. Whoever reads an image that others built validates it first.
 
 from __future__ import annotations
 
-__all__ = ["FileContract", "ReadContract", "merged", "milliseconds", "read_image", "read_schema", "resolve"]
+__all__ = ["FileContract", "ReadContract", "merged", "read_image", "read_schema", "resolve", "seconds_of"]
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from orki_contract.model import (
     AUDIT_GROUP,
     Backoff,
     Contract,
+    ExternalGroup,
     Frame,
     FrameField,
     Group,
@@ -29,7 +30,6 @@ from orki_contract.model import (
     SensitiveField,
     Start,
     Stream,
-    Subscription,
     TaskMethod,
     ToolMethod,
 )
@@ -78,7 +78,7 @@ class FileContract:
     def empty(self) -> bool:
         """Whether the file declares nothing for which code is generated."""
         parts = self.contract
-        return not (parts.streams or parts.subscriptions or parts.tasks or parts.tools or parts.frames)
+        return not (parts.streams or parts.external_groups or parts.tasks or parts.tools or parts.frames)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +89,7 @@ class ReadContract:
         contract: All files together, each part sorted.
         files: Each file, by path.
         locations: Where each subject is declared. Subjects: full names of messages (streams, frames), `Service/Method`
-            (tasks, tools), `package:stream/group` (subscriptions).
+            (tasks, tools), `package:stream/group` (external groups).
         schema: The descriptors that it was read from.
     """
 
@@ -125,7 +125,7 @@ def merged(parts: Iterable[Contract]) -> Contract:
     every = list(parts)
     return Contract(
         streams=tuple(sorted(each for part in every for each in part.streams)),
-        subscriptions=tuple(sorted(each for part in every for each in part.subscriptions)),
+        external_groups=tuple(sorted(each for part in every for each in part.external_groups)),
         tasks=tuple(sorted(each for part in every for each in part.tasks)),
         tools=tuple(sorted(each for part in every for each in part.tools)),
         frames=tuple(sorted(each for part in every for each in part.frames)),
@@ -133,11 +133,11 @@ def merged(parts: Iterable[Contract]) -> Contract:
     )
 
 
-def milliseconds(duration: Any, default: int = 0) -> int:
-    """A `google.protobuf.Duration` in whole milliseconds, rounded down; the default where it is None."""
+def seconds_of(duration: Any, default: float = 0.0) -> float:
+    """Return a `google.protobuf.Duration` in seconds, rounded down to milliseconds; `default` if it is None."""
     if duration is None:
         return default
-    return int(duration.seconds * 1_000 + duration.nanos // 1_000_000)
+    return float(duration.seconds * 1_000 + duration.nanos // 1_000_000) / 1_000
 
 
 def resolve(package: str, name: str) -> str:
@@ -171,10 +171,10 @@ def _file(schema: Schema, file: FileDescriptorProto, locations: dict[str, Locati
             locations[method.full_name] = schema.location(file.name, method.path)
         if mark == len(tasks) + len(tools):
             plain.append(service.full_name)
-    subscriptions = list(_subscriptions(schema, file, locations))
+    external_groups = list(_external_groups(schema, file, locations))
     contract = Contract(
         streams=tuple(sorted(streams)),
-        subscriptions=tuple(sorted(subscriptions)),
+        external_groups=tuple(sorted(external_groups)),
         tasks=tuple(sorted(tasks)),
         tools=tuple(sorted(tools)),
         frames=tuple(sorted(frames)),
@@ -188,7 +188,7 @@ def _group(option: Any) -> Group:
         name=option.name,
         start=Start.LATEST if option.start == 2 else Start.EARLIEST,
         max_deliveries=option.max_deliveries or Group(name="").max_deliveries,
-        ack_deadline_ms=milliseconds(_set(option, "ack_deadline"), Group(name="").ack_deadline_ms),
+        ack_deadline=seconds_of(_set(option, "ack_deadline"), Group(name="").ack_deadline),
         dead_letter=option.dead_letter,
     )
 
@@ -197,13 +197,13 @@ def _stream(node: MessageNode, option: Any) -> Stream:
     groups = {group.name: group for group in (AUDIT_GROUP, *map(_group, option.groups))}
     retention = Retention(
         max_entries=option.retention.max_entries,
-        max_age_ms=milliseconds(_set(option.retention, "max_age")),
+        max_age=seconds_of(_set(option.retention, "max_age")),
         overflow=Overflow.DROP_OLDEST,
         # Images that were built with older options know no bounds.
         least_entries=getattr(option.retention, "least_entries", 0),
         most_entries=getattr(option.retention, "most_entries", 0),
-        least_age_ms=milliseconds(_set(option.retention, "least_age")),
-        most_age_ms=milliseconds(_set(option.retention, "most_age")),
+        least_age=seconds_of(_set(option.retention, "least_age")),
+        most_age=seconds_of(_set(option.retention, "most_age")),
     )
     return Stream(
         name=option.name,
@@ -215,13 +215,15 @@ def _stream(node: MessageNode, option: Any) -> Stream:
     )
 
 
-def _subscriptions(schema: Schema, file: FileDescriptorProto, locations: dict[str, Location]) -> Iterator[Subscription]:
+def _external_groups(
+    schema: Schema, file: FileDescriptorProto, locations: dict[str, Location]
+) -> Iterator[ExternalGroup]:
     for index, option in enumerate(schema.option(file.options, "consume") or ()):
         group = _group(option.group)
         path: Path = (8, schema.option_number("consume"), index)
         locations[f"{file.package}:{option.stream}/{group.name}"] = schema.location(file.name, path)
         message = schema.stream_messages.get(option.stream, "")
-        yield Subscription(package=file.package, stream=option.stream, message=message, group=group)
+        yield ExternalGroup(package=file.package, stream=option.stream, message=message, group=group)
 
 
 def _task(schema: Schema, file: FileDescriptorProto, method: MethodNode, option: Any) -> TaskMethod:
@@ -234,17 +236,17 @@ def _task(schema: Schema, file: FileDescriptorProto, method: MethodNode, option:
         response=method.proto.output_type.removeprefix("."),
         progress=resolve(file.package, option.progress),
         directive=resolve(file.package, option.directive),
-        heartbeat_timeout_ms=milliseconds(_set(option, "heartbeat_timeout"), default.heartbeat_timeout_ms),
-        attempt_timeout_ms=milliseconds(_set(option, "attempt_timeout"), default.attempt_timeout_ms),
-        stall_timeout_ms=milliseconds(_set(option, "stall_timeout")),
-        total_timeout_ms=milliseconds(_set(option, "total_timeout")),
+        heartbeat_timeout=seconds_of(_set(option, "heartbeat_timeout"), default.heartbeat_timeout),
+        attempt_timeout=seconds_of(_set(option, "attempt_timeout"), default.attempt_timeout),
+        stall_timeout=seconds_of(_set(option, "stall_timeout")),
+        total_timeout=seconds_of(_set(option, "total_timeout")),
         max_attempts=option.max_attempts or default.max_attempts,
         backoff=Backoff(
-            initial_ms=milliseconds(_set(backoff, "initial"), default.backoff.initial_ms),
-            maximum_ms=milliseconds(_set(backoff, "maximum"), default.backoff.maximum_ms),
+            initial=seconds_of(_set(backoff, "initial"), default.backoff.initial),
+            maximum=seconds_of(_set(backoff, "maximum"), default.backoff.maximum),
             multiplier=backoff.multiplier or default.backoff.multiplier,
         ),
-        cancel_grace_ms=milliseconds(_set(option, "cancel_grace"), default.cancel_grace_ms),
+        cancel_grace=seconds_of(_set(option, "cancel_grace"), default.cancel_grace),
     )
 
 
@@ -256,7 +258,7 @@ def _tool(method: MethodNode, option: Any) -> ToolMethod:
         opcode=option.opcode,
         request=method.proto.input_type.removeprefix("."),
         response=method.proto.output_type.removeprefix("."),
-        timeout_ms=milliseconds(_set(option, "timeout"), default.timeout_ms),
+        timeout=seconds_of(_set(option, "timeout"), default.timeout),
         idempotent=option.idempotent,
     )
 

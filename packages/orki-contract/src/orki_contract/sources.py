@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from orki_contract.exceptions import InvalidContract
+from orki_contract.errors import InvalidContract
 from orki_contract.images import IMAGE_NAME, image_of
 from orki_contract.provenance import source_folder
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from orki_contract.descriptors import Location
-from orki_contract.exceptions import InvalidContract
+from orki_contract.errors import InvalidContract
 from orki_contract.read import ReadContract
 from orki_contract.rules import frames, names, owners, services, streams
 from orki_contract.rules.judge import Judge, Violation

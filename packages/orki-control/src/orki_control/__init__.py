@@ -19,8 +19,8 @@ async with Client("127.0.0.1:50051") as orki:
 settings and the mapping of errors that both ends share.
 """
 
+from orki_contract.backoff import JitterOptions
 from orki_control._client import Client, ClientOptions
 from orki_control._task_handle import SubmittedTask, error_of
-from orki_control.backoff import JitterOptions
 
 __all__ = ["Client", "ClientOptions", "JitterOptions", "SubmittedTask", "error_of"]

@@ -18,6 +18,7 @@ from google.protobuf.message import Message
 from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import AttemptRef, TaskState
 from orki_contract import Task, TaskHandle
+from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import (
     InvalidArgument,
     InvalidSetting,
@@ -29,7 +30,6 @@ from orki_contract.errors import (
 )
 from orki_contract.trace import current_span, new_span
 from orki_control._task_handle import SubmittedTask, watch_task
-from orki_control.backoff import Jitter, JitterOptions
 from orki_control.session._options import DEFAULT_MESSAGE_BYTES
 from orki_control.transport import check_target, open_channel, typed_errors
 

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError, Message
 from orki.control.v1.attempt_pb2 import AttemptRef, Failure, TaskState
 from orki.control.v1.task_pb2 import TaskSnapshot, WatchRequest, WatchResponse
 from orki_contract import Task
+from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import (
     Cancelled,
     InvalidResponse,
@@ -23,7 +24,6 @@ from orki_contract.errors import (
     error_for,
 )
 from orki_contract.trace import Span, parse_traceparent
-from orki_control.backoff import Jitter, JitterOptions
 from orki_control.transport import typed_errors
 
 if TYPE_CHECKING:

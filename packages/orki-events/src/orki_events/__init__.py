@@ -1,4 +1,18 @@
-"""orki's event plane: typed events over Redis Streams."""
+"""Typed events over Redis Streams: at-least-once delivery to declared groups, with retries and dead letters.
+
+A contract declares each stream with its message, groups and retention; a generated module provides its handle, such as
+`USAGE`. `connect` opens the event plane:
+
+```python
+async with connect("redis://127.0.0.1:6379/0") as events:
+    await events.publish(USAGE, UsageEvent(model="m"))
+    async with events.deliveries(USAGE, group="metrics") as deliveries:
+        async for delivery in deliveries:
+            async with delivery as event:
+                print(event.model)
+            break
+```
+"""
 
 from orki_events._client import Events, connect
 from orki_events._dead_letters import DeadLetterEntry

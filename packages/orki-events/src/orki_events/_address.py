@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from enum import Enum, auto
+from enum import Enum
 from typing import Any, Final, Literal
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
@@ -22,7 +22,7 @@ from orki_contract.errors import (
 )
 
 Role = Literal["event server", "store"]
-"""Whose connection it is; decides the words and the classes of errors."""
+"""What orki uses a server for; decides the wording and the classes of errors."""
 
 _DEFAULT_PORT: Final = 6379
 _CERT_REQS: Final = ("none", "optional", "required")
@@ -43,41 +43,25 @@ class ScriptMissing(LocalProtocolError):
 
 
 class _Condition(Enum):
-    UNAVAILABLE = auto()
-    OUT_OF_MEMORY = auto()
-    READ_ONLY = auto()
-    NOT_PERSISTING = auto()
-    LOADING = auto()
-    FORBIDDEN = auto()
-    WRONG_COMMAND = auto()
-    SCRIPT_MISSING = auto()
-    GROUP_MISSING = auto()
-    GROUP_EXISTS = auto()
+    """A kind of error; its value is the class for an event server and the class for a store."""
+
+    UNAVAILABLE = EventsUnavailable, StoreUnavailable
+    OUT_OF_MEMORY = EventsOutOfMemory, StoreUnavailable
+    READ_ONLY = EventsReadOnly, StoreUnavailable
+    NOT_PERSISTING = EventsNotPersisting, StoreUnavailable
+    LOADING = EventsLoading, StoreUnavailable
+    FORBIDDEN = EventsRefused, StoreUnavailable
+    WRONG_COMMAND = EventsRefused, LocalProtocolError
+    SCRIPT_MISSING = ScriptMissing, ScriptMissing
+    GROUP_MISSING = GroupMissing, GroupMissing
+    GROUP_EXISTS = GroupExists, GroupExists
+
+    def error(self, role: Role, message: str) -> OrkiError:
+        events, store = self.value
+        kind: type[OrkiError] = events if role == "event server" else store
+        return kind(message)
 
 
-_EVENT_ERRORS: Final[dict[_Condition, type[OrkiError]]] = {
-    _Condition.UNAVAILABLE: EventsUnavailable,
-    _Condition.OUT_OF_MEMORY: EventsOutOfMemory,
-    _Condition.READ_ONLY: EventsReadOnly,
-    _Condition.NOT_PERSISTING: EventsNotPersisting,
-    _Condition.LOADING: EventsLoading,
-    _Condition.FORBIDDEN: EventsRefused,
-    _Condition.WRONG_COMMAND: EventsRefused,
-    _Condition.SCRIPT_MISSING: ScriptMissing,
-    _Condition.GROUP_MISSING: GroupMissing,
-    _Condition.GROUP_EXISTS: GroupExists,
-}
-_STORE_ERRORS: Final[dict[_Condition, type[OrkiError]]] = {
-    **dict.fromkeys(_EVENT_ERRORS, StoreUnavailable),
-    _Condition.WRONG_COMMAND: LocalProtocolError,
-    _Condition.SCRIPT_MISSING: ScriptMissing,
-    _Condition.GROUP_MISSING: GroupMissing,
-    _Condition.GROUP_EXISTS: GroupExists,
-}
-_ERRORS: Final[dict[Role, dict[_Condition, type[OrkiError]]]] = {
-    "event server": _EVENT_ERRORS,
-    "store": _STORE_ERRORS,
-}
 _KEEP_LESS: Final[dict[Role, str]] = {
     "event server": "keep fewer events (orki streams tune)",
     "store": "shorten the retention of finished tasks",
@@ -148,11 +132,11 @@ class Address:
             return self.unavailable("it has no free connection (maxclients)")
         condition, sentence = _CODES.get(code, (_Condition.WRONG_COMMAND, "refused a command"))
         message = f"{self.shown} {sentence.format(less=_KEEP_LESS[self.role])} ({text.strip()})"
-        return _ERRORS[self.role][condition](message)
+        return condition.error(self.role, message)
 
     def unavailable(self, cause: str) -> OrkiError:
         """Return the error for a connection that cannot be opened, broke or timed out."""
-        return _ERRORS[self.role][_Condition.UNAVAILABLE](f"{self.shown} does not answer: {cause}")
+        return _Condition.UNAVAILABLE.error(self.role, f"{self.shown} does not answer: {cause}")
 
 
 def parse_address(

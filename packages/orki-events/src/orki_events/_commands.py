@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from orki.events.v1.envelope_pb2 import DeadLetter as DeadLetterRecord
 from orki_contract.errors import EventsReadOnly, OrkiError
-from orki_contract.model import Group, Stream
+from orki_contract.model import Group, Stream, milliseconds
 from orki_events import _delivery_table as table
 from orki_events.connection import Command, Connection, GroupMissing, Script
 from orki_events.entries import REASON_FIELD, stream_keys, tagged_key
@@ -99,18 +99,9 @@ class CommandExecutor:
         return table.EntriesRead(command, entries, deliveries)
 
     async def _claim(self, command: table.Claim) -> table.EntriesClaimed:
-        reply = await self._commands.execute(
-            (
-                b"XAUTOCLAIM",
-                command.key,
-                self._group.name,
-                self._consumer,
-                self._group.ack_deadline_ms,
-                command.cursor,
-                b"COUNT",
-                command.count,
-            )
-        )
+        key, deadline = command.key, milliseconds(self._group.ack_deadline)
+        claim = (b"XAUTOCLAIM", key, self._group.name, self._consumer, deadline, command.cursor)
+        reply = await self._commands.execute((*claim, b"COUNT", command.count))
         entries = [entry for entry in reply[1] if entry is not None]
         deliveries = await self._deliveries(command.key, entries) if entries else {}
         if len(entries) < len(reply[1]):
@@ -126,16 +117,16 @@ class CommandExecutor:
         return table.Acked(command, count)
 
     async def _renew(self, command: table.Renew) -> table.Renewed:
-        gone = await self._hold(command.key, command.entry_ids, self._consumer, 0, command.deliveries or -1)
-        return table.Renewed(command, gone)
+        lost = await self._hold(command.key, command.entry_ids, self._consumer, 0, command.deliveries or -1)
+        return table.Renewed(command, lost)
 
     async def _hand_back(self, command: table.HandBack) -> table.HandedBack:
-        """Give entries to nobody, with an idle time that lets the next sweep of any consumer claim them."""
+        """Give entries to no process, with an idle time that lets the next sweep of any consumer claim them."""
         by_count: dict[int, list[bytes]] = {}
         for entry_id, made in command.deliveries.items():
             by_count.setdefault(made, []).append(entry_id)
         for made, entry_ids in by_count.items():
-            await self._hold(command.key, entry_ids, HANDED_BACK, self._group.ack_deadline_ms, made)
+            await self._hold(command.key, entry_ids, HANDED_BACK, milliseconds(self._group.ack_deadline), made)
         return table.HandedBack(command)
 
     async def _dead_letter(self, command: table.DeadLetter) -> table.DeadLettered:
@@ -161,13 +152,8 @@ class CommandExecutor:
 
     async def unblock(self) -> None:
         """End a blocking read; the server replies as if its time were over."""
-        if (client := self._reads.known_client_id) is not None:
-            await self._commands.execute((b"CLIENT", b"UNBLOCK", client))
-
-    async def learn_client_id(self) -> None:
-        """Fetch the client number that `unblock` needs."""
-        if self._reads.known_client_id is None:
-            await self._reads.client_id()
+        if self._reads.client_id is not None:
+            await self._commands.execute((b"CLIENT", b"UNBLOCK", self._reads.client_id))
 
     async def leave(self) -> None:
         """Remove this consumer from the group on each partition where it holds nothing."""
@@ -184,12 +170,12 @@ class CommandExecutor:
                     await self._commands.run_script(REMOVE_CONSUMER, (key,), self._group.name, name)
 
     async def _hold(self, key: str, entry_ids: list[bytes], owner: str, idle_ms: int, deliveries: int) -> list[bytes]:
-        gone: list[bytes] = []
+        lost: list[bytes] = []
         for start in range(0, len(entry_ids), _MAX_IDS):
             chosen = entry_ids[start : start + _MAX_IDS]
-            whose = (self._group.name, self._consumer, owner)
-            gone += await self._commands.run_script(HOLD, (key.encode(),), *whose, idle_ms, deliveries, *chosen)
-        return gone
+            identity = (self._group.name, self._consumer, owner)
+            lost += await self._commands.run_script(HOLD, (key.encode(),), *identity, idle_ms, deliveries, *chosen)
+        return lost
 
     async def _trimmed(self, key: str) -> list[table.Entry]:
         """Return held entries that were trimmed: before Redis 7, a claim returns them as nil, without their ids."""
@@ -229,13 +215,13 @@ HOLD: Final = Script("""\
 -- KEYS: stream.  ARGV: group, consumer, new consumer, idle milliseconds, deliveries or -1, entry ids ...
 -- Renews or transfers the entries that the consumer still holds, and returns the others. XCLAIM alone would take
 -- those from their new owner.
-local held, gone = {}, {}
+local held, lost = {}, {}
 for index = 6, #ARGV do
   local pending = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[index], ARGV[index], 1)
   if pending[1] and pending[1][2] == ARGV[2] then
     held[#held + 1] = ARGV[index]
   else
-    gone[#gone + 1] = ARGV[index]
+    lost[#lost + 1] = ARGV[index]
   end
 end
 if #held > 0 then
@@ -248,7 +234,7 @@ if #held > 0 then
   held[#held + 1] = 'JUSTID'
   redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[3], 0, unpack(held))
 end
-return gone
+return lost
 """)
 
 REMOVE_CONSUMER: Final = Script("""\

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 
 from orki.events.v1.envelope_pb2 import DeadLetter
 from orki_contract.errors import OrkiError
-from orki_contract.model import Group, Stream
+from orki_contract.model import Group, Stream, milliseconds
 from orki_events._commands import HANDED_BACK
 from orki_events.connection import Connection
 from orki_events.entries import DATA_FIELD, ENVELOPE_FIELD, REASON_FIELD, tagged_key
@@ -75,7 +75,7 @@ async def replay_dead_letters(
         claimed = await connection.execute(
             (
                 *(b"XCLAIM", key, group.name, HANDED_BACK, 0, letter.reason.entry_id),
-                *(b"IDLE", group.ack_deadline_ms, b"RETRYCOUNT", 0, b"FORCE", b"JUSTID"),
+                *(b"IDLE", milliseconds(group.ack_deadline), b"RETRYCOUNT", 0, b"FORCE", b"JUSTID"),
             )
         )
         if claimed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, Self
 
@@ -29,26 +29,44 @@ Decode = Callable[[bytes], T]
 _PERMANENT: Final = (HandlerRejected, EventUndecodable)
 
 
-class _Settlement:
-    """Settles entries once: at the end of an `async with` block, or by the first call of a settling method."""
+class _Settleable:
+    """Entries of one partition, settled by `async with` or by the first call of a settling method."""
 
-    __slots__ = ("_open", "_reader")
+    __slots__ = ("_entries", "_key", "_open", "_reader")
 
-    def __init__(self, reader: GroupReader) -> None:
+    def __init__(self, reader: GroupReader, key: str, entries: Sequence[Entry]) -> None:
         self._reader = reader
+        self._key = key
+        self._entries = entries
         self._open = True
+
+    @property
+    def key(self) -> str:
+        """Redis key of the partition."""
+        return self._key
 
     def acknowledge(self) -> None:
         """Acknowledge. Only the first settlement counts, including the one at the end of `async with`."""
-        raise NotImplementedError
+        if self._close():
+            self._succeed()
 
     def retry(self, error: Exception) -> None:
         """Report a failure: delivered again, or dead-lettered at once for a HandlerRejected."""
-        raise NotImplementedError
+        if self._close():
+            self._fail(self._entries, error)
 
     def give_back(self) -> None:
-        """Return what was not begun, or was interrupted: delivered again without counting this delivery."""
+        """Return what was not begun, or was interrupted: delivered again, and this delivery does not count."""
+        if self._close():
+            self._reader.seen.discard(map(_event_id, self._entries))
+            self._reader.give_back(self._key, list(self._entries))
+
+    def _succeed(self) -> None:
         raise NotImplementedError
+
+    def _fail(self, entries: Sequence[Entry], error: Exception) -> None:
+        self._reader.seen.discard(map(_event_id, entries))
+        self._reader.failed(self._key, entries, error, isinstance(error, _PERMANENT))
 
     def _close(self) -> bool:
         was_open, self._open = self._open, False
@@ -65,7 +83,7 @@ class _Settlement:
             self.give_back()
 
 
-class Delivery(_Settlement, Generic[T]):
+class Delivery(_Settleable, Generic[T]):
     """One event, delivered to one group. `async with delivery as event:` settles it.
 
     If the block ends without an error, the event is acknowledged. If it raises one, the event is delivered again, and
@@ -77,27 +95,19 @@ class Delivery(_Settlement, Generic[T]):
         deliveries: Number of deliveries to this group, this one included.
     """
 
-    __slots__ = ("_entry", "_envelope", "_key", "_raw", "deliveries", "event", "event_id")
+    __slots__ = ("_envelope", "deliveries", "event", "event_id")
 
-    def __init__(self, reader: GroupReader, key: str, entry: Entry, event: T, deliveries: int) -> None:
-        super().__init__(reader)
-        self._key = key
-        self._entry = entry
-        self._raw = split_entry(entry[1])[0]
+    def __init__(self, reader: GroupReader, dispatch: Dispatch, event: T) -> None:
+        super().__init__(reader, dispatch.key, dispatch.entries)
         self._envelope: Envelope | None = None
         self.event = event
-        self.event_id = event_id_of(self._raw)
-        self.deliveries = deliveries
+        self.event_id = _event_id(dispatch.entries[0])
+        self.deliveries = dispatch.deliveries.get(dispatch.entries[0][0], 1)
 
     @property
     def entry_id(self) -> str:
         """Id of the entry in its partition."""
-        return str(self._entry[0], "ascii")
-
-    @property
-    def key(self) -> str:
-        """Redis key of the entry's partition."""
-        return self._key
+        return str(self._entries[0][0], "ascii")
 
     @property
     def envelope(self) -> Envelope:
@@ -107,7 +117,7 @@ class Delivery(_Settlement, Generic[T]):
             EventUndecodable: The entry has no envelope.
         """
         if self._envelope is None:
-            self._envelope = decode_envelope(self._raw)
+            self._envelope = decode_envelope(split_entry(self._entries[0][1])[0])
         return self._envelope
 
     @property
@@ -115,51 +125,31 @@ class Delivery(_Settlement, Generic[T]):
         """Span in which the event happened; None outside a trace."""
         return envelope_span(self.envelope)
 
-    def acknowledge(self) -> None:
-        """Acknowledge the event. Only the first settlement counts, including the one at the end of `async with`."""
-        if self._close():
-            self._reader.succeeded(self._key, self._entry[0])
-
-    def retry(self, error: Exception) -> None:
-        """Report a failure: the event is delivered again, or dead-lettered at once for a HandlerRejected."""
-        if self._close():
-            self._reader.seen.discard((self.event_id,))
-            self._reader.failed(self._key, (self._entry,), error, isinstance(error, _PERMANENT))
-
-    def give_back(self) -> None:
-        """Return an event that was not begun, or interrupted: delivered again without counting this delivery."""
-        if self._close():
-            self._reader.seen.discard((self.event_id,))
-            self._reader.give_back(self._key, [self._entry])
+    def _succeed(self) -> None:
+        self._reader.succeeded(self._key, self._entries[0][0])
 
     async def __aenter__(self) -> T:
         """Return the event."""
         return self.event
 
 
-class DeliveryBatch(_Settlement, Generic[T]):
+class DeliveryBatch(_Settleable, Generic[T]):
     """Events of one partition, settled together with `async with batch as events:`. Otherwise as `Delivery`.
 
     Attributes:
         events: The events, in the order of the partition.
     """
 
-    __slots__ = ("_dispatch", "_entries", "_failed", "events")
+    __slots__ = ("_counts", "_rejected", "events")
 
-    def __init__(self, reader: GroupReader, dispatch: Dispatch, entries: list[Entry], events: list[T]) -> None:
-        super().__init__(reader)
-        self._dispatch = dispatch
-        self._entries = entries
-        self._failed: dict[int, Exception] = {}
+    def __init__(self, reader: GroupReader, dispatch: Dispatch, entries: Sequence[Entry], events: list[T]) -> None:
+        super().__init__(reader, dispatch.key, entries)
+        self._rejected: dict[int, Exception] = {}
         self.events = events
+        self._counts = dispatch.deliveries
 
     def __len__(self) -> int:
         return len(self.events)
-
-    @property
-    def key(self) -> str:
-        """Redis key of the partition."""
-        return self._dispatch.key
 
     @property
     def entry_ids(self) -> list[str]:
@@ -169,7 +159,7 @@ class DeliveryBatch(_Settlement, Generic[T]):
     @property
     def event_ids(self) -> list[bytes]:
         """Identities of the events."""
-        return [event_id_of(split_entry(entry[1])[0]) for entry in self._entries]
+        return list(map(_event_id, self._entries))
 
     @property
     def envelopes(self) -> list[Envelope]:
@@ -179,35 +169,17 @@ class DeliveryBatch(_Settlement, Generic[T]):
     @property
     def deliveries(self) -> list[int]:
         """Number of deliveries of each event to this group, this one included."""
-        return [self._dispatch.deliveries.get(entry[0], 1) for entry in self._entries]
+        return [self._counts.get(entry[0], 1) for entry in self._entries]
 
     def reject(self, index: int, error: Exception) -> None:
         """Mark one event as failed; the end of the block still acknowledges the others."""
-        self._failed[range(len(self._entries))[index]] = error
+        self._rejected[range(len(self._entries))[index]] = error
 
-    def acknowledge(self) -> None:
-        """Acknowledge all events but the rejected ones. Only the first settlement counts."""
-        if not self._close():
-            return
-        key = self._dispatch.key
-        good = [entry[0] for index, entry in enumerate(self._entries) if index not in self._failed]
-        self._reader.succeeded_all(key, good)
-        identities = self.event_ids if self._failed else []
-        for index, error in self._failed.items():
-            self._reader.seen.discard((identities[index],))
-            self._reader.failed(key, (self._entries[index],), error, isinstance(error, _PERMANENT))
-
-    def retry(self, error: Exception) -> None:
-        """Report that all events failed."""
-        if self._close():
-            self._reader.seen.discard(self.event_ids)
-            self._reader.failed(self._dispatch.key, self._entries, error, isinstance(error, _PERMANENT))
-
-    def give_back(self) -> None:
-        """Return events that were not begun, or interrupted."""
-        if self._close():
-            self._reader.seen.discard(self.event_ids)
-            self._reader.give_back(self._dispatch.key, self._entries)
+    def _succeed(self) -> None:
+        good = [entry[0] for index, entry in enumerate(self._entries) if index not in self._rejected]
+        self._reader.succeeded_all(self._key, good)
+        for index, error in self._rejected.items():
+            self._fail((self._entries[index],), error)
 
     async def __aenter__(self) -> list[T]:
         """Return the events."""
@@ -283,13 +255,11 @@ async def take_one(reader: GroupReader, decode: Decode[T]) -> Delivery[T] | None
     while (dispatch := await reader.take(1)) is not None:
         (entry,) = dispatch.entries
         try:
-            event = _decoded(decode, entry)
-            delivery = Delivery(reader, dispatch.key, entry, event, dispatch.deliveries.get(entry[0], 1))
+            delivery = Delivery(reader, dispatch, _decoded(decode, entry))
         except EventUndecodable as error:
             reader.failed(dispatch.key, (entry,), error, final=True)
             continue
         if reader.seen.add((delivery.event_id,)):
-            reader.counts.repeated += 1
             delivery.acknowledge()
             continue
         return delivery
@@ -307,13 +277,16 @@ async def take_batch(reader: GroupReader, decode: Decode[T], size: int) -> Deliv
         except (DecodeError, EventUndecodable):
             entries, identities, events = _decodable(reader, decode, dispatch)
         if repeated := set(reader.seen.add(identities)):
-            reader.counts.repeated += len(repeated)
             reader.succeeded_all(dispatch.key, [entries[index][0] for index in repeated])
             entries = [entry for index, entry in enumerate(entries) if index not in repeated]
             events = [event for index, event in enumerate(events) if index not in repeated]
         if entries:
             return DeliveryBatch(reader, dispatch, entries, events)
     return None
+
+
+def _event_id(entry: Entry) -> bytes:
+    return event_id_of(split_entry(entry[1])[0])
 
 
 def _decoded(decode: Decode[T], entry: Entry) -> T:
@@ -330,7 +303,7 @@ def _decodable(reader: GroupReader, decode: Decode[T], dispatch: Dispatch) -> tu
     for entry in dispatch.entries:
         try:
             event = _decoded(decode, entry)
-            identity = event_id_of(split_entry(entry[1])[0])
+            identity = _event_id(entry)
         except OrkiError as error:
             reader.failed(dispatch.key, (entry,), error, final=True)
         else:

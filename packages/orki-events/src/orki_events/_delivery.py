@@ -19,13 +19,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import LocalProtocolError, Reason, RemoteProtocolError
 from orki_events import _delivery_table as table
 from orki_events._delivery_partition import START, Partition
 from orki_events._delivery_table import TRANSITIONS, Command, CreateGroups, Entry, Outcome, State
 
-_FIRST_WAIT: Final = 0.05
-_MAX_WAIT: Final = 1.0
+_WAIT: Final = JitterOptions(initial=0.05, maximum=1.0, spread=0.0)
 _MAX_CLAIMED: Final = 100
 
 
@@ -52,7 +52,7 @@ class DeliveryMachine:
         self._claiming = 0
         self._read_at: float | None = None
         self._renew_at = 0.0
-        self._failures = 0
+        self._backoff = Jitter(_WAIT)
         self._order = itertools.count()
         self._retries: list[tuple[float, int, Partition, Entry]] = []
         self._repeats: list[tuple[float, int, Command]] = []
@@ -99,7 +99,7 @@ class DeliveryMachine:
             self._plan(now, commands)
         return commands
 
-    def _due(self, now: float) -> Iterator[table.Timer]:
+    def _due(self, now: float) -> Iterator[table.Event]:
         """Yield timers; each condition is evaluated after the earlier ones were processed."""
         if self._repeats and self._repeats[0][0] <= now:
             yield table.RepeatDue()
@@ -112,7 +112,7 @@ class DeliveryMachine:
         if self.state is State.READING and any(self._sweeps_due(now)):
             yield table.SweepDue()
 
-    def _apply(self, event: table.Event | table.Recovered | table.Drained, now: float, commands: list[Command]) -> None:
+    def _apply(self, event: table.Event, now: float, commands: list[Command]) -> None:
         kind = type(event)
         following = TRANSITIONS.next(self.state, kind, LocalProtocolError)
         # The handler sees the state in which the event arrived.
@@ -168,7 +168,7 @@ class DeliveryMachine:
     def _on_renewed(self, event: table.Renewed, now: float, commands: list[Command]) -> None:
         self._answered(event.command)
         partition = self._partitions[event.command.key]
-        partition.foreign.update(entry_id for entry_id in event.gone if entry_id in partition.held)
+        partition.foreign.update(entry_id for entry_id in event.lost if entry_id in partition.held)
 
     def _on_handed_back(self, event: table.HandedBack, now: float, commands: list[Command]) -> None:
         self._answered(event.command)
@@ -176,7 +176,7 @@ class DeliveryMachine:
     def _on_unanswered(self, event: table.Unanswered, now: float, commands: list[Command]) -> None:
         command = event.command
         self._close(command)
-        due = now + self._next_wait()
+        due = now + self._backoff.failed()
         if isinstance(command, table.Renew):
             self._renew_at = min(self._renew_at, due)
         elif not (isinstance(command, CreateGroups) and self.state is State.DRAINING):
@@ -185,7 +185,7 @@ class DeliveryMachine:
     def _on_entries_unknown(self, event: table.EntriesUnknown, now: float, commands: list[Command]) -> None:
         command = event.command
         self._close(command)
-        due = now + self._next_wait()
+        due = now + self._backoff.failed()
         if isinstance(command, table.Read):
             self._read_at = due
             self._recover(key for key, _ in command.positions)
@@ -211,7 +211,7 @@ class DeliveryMachine:
         creating = any(isinstance(each, CreateGroups) for each in (*self._open, *(each[2] for each in self._repeats)))
         if self.state is not State.DRAINING and not creating:
             # With a wait, so that a group that is destroyed again and again is not created in a busy loop.
-            heapq.heappush(self._repeats, (now + _FIRST_WAIT, next(self._order), CreateGroups()))
+            heapq.heappush(self._repeats, (now + _WAIT.initial, next(self._order), CreateGroups()))
 
     def _on_requested(self, event: table.Requested, now: float, commands: list[Command]) -> None:
         if event.count < 1:
@@ -245,7 +245,7 @@ class DeliveryMachine:
                 back[entry_id] = made
                 partition.forget([entry_id])
             else:
-                due = now + self.settings.backoff.wait_ms(made) / 1_000
+                due = now + self.settings.backoff.delay(made)
                 heapq.heappush(self._retries, (due, next(self._order), partition, entry))
         if letters:
             self._issue(table.DeadLetter(partition.key, tuple(letters)), commands)
@@ -301,7 +301,7 @@ class DeliveryMachine:
     def _on_read_due(self, event: table.ReadDue, now: float, commands: list[Command]) -> None:
         self._read_at = None
 
-    def _on_conclusion(self, event: table.Recovered | table.Drained, now: float, commands: list[Command]) -> None:
+    def _on_conclusion(self, event: table.Event, now: float, commands: list[Command]) -> None:
         pass
 
     # Consequences.
@@ -319,11 +319,6 @@ class DeliveryMachine:
             self._read(commands)
         if self.state is State.DRAINING and not (self._open or self._repeats or self.held or self._unfinished()):
             self._apply(table.Drained(), now, commands)
-
-    def _next_wait(self) -> float:
-        wait = min(_FIRST_WAIT * 2.0**self._failures, _MAX_WAIT)
-        self._failures = min(self._failures + 1, 10)
-        return wait
 
     def _sweeps_due(self, now: float) -> Iterator[Partition]:
         return (each for each in self._partitions.values() if not each.sweeping and each.sweep_at <= now)
@@ -443,7 +438,7 @@ class DeliveryMachine:
 
     def _answered(self, command: Command) -> None:
         self._close(command)
-        self._failures = 0
+        self._backoff.reset()
 
     def _close(self, command: Command) -> None:
         if command not in self._open:

@@ -57,12 +57,9 @@ class CreateGroups:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Read:
-    """Read new entries, or with `history` those that the consumer was given before. Reply: EntriesRead.
+    """Read new entries, or with `history` the consumer's own pending entries. Reply: EntriesRead.
 
-    Attributes:
-        positions: Key, and the id to read after; `>` for new entries.
-        count: Maximum number of entries of each key.
-        history: Whether to read the consumer's own pending entries.
+    `positions` are pairs of key and id to read after (`>` for new entries). `count` applies to each key.
     """
 
     positions: tuple[tuple[str, bytes], ...]
@@ -74,10 +71,7 @@ class Read:
 class Dispatch:
     """Pass entries to the oldest request. Replies: Succeeded, Failed and Returned, for any part of the entries.
 
-    Attributes:
-        key: Their partition.
-        entries: At least one, and at most as many as were requested.
-        deliveries: Deliveries of each entry by id, this one included; 1 if an id is absent.
+    `deliveries` are those of each entry by id, this one included (1 if absent).
     """
 
     key: str
@@ -89,11 +83,7 @@ class Dispatch:
 class Ack:
     """Acknowledge and count entries. Reply: Acked.
 
-    Attributes:
-        key: Their partition.
-        entry_ids: The entries; may be empty.
-        outcome: How they are counted.
-        extra: Number of further entries to count, which the server has already removed from the pending ones.
+    `extra` further entries are counted, which the server has already removed from the pending ones.
     """
 
     key: str
@@ -131,13 +121,7 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Renew:
-    """Renew entries that the consumer holds. Reply: Renewed.
-
-    Attributes:
-        key: Their partition.
-        entry_ids: The entries.
-        deliveries: Number of deliveries to store for them; 0 leaves it unchanged.
-    """
+    """Renew entries and store their number of deliveries, unless it is 0. Reply: Renewed."""
 
     key: str
     entry_ids: list[bytes]
@@ -146,12 +130,7 @@ class Renew:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HandBack:
-    """Let other consumers claim entries at once. Reply: HandedBack.
-
-    Attributes:
-        key: Their partition.
-        deliveries: Deliveries of each entry to a handler, by id.
-    """
+    """Let other consumers claim entries, given with their deliveries to handlers, at once. Reply: HandedBack."""
 
     key: str
     deliveries: Mapping[bytes, int]
@@ -162,25 +141,25 @@ ServerCommand = Read | Ack | Claim | DeadLetter | Renew | HandBack
 Command = CreateGroups | Dispatch | ServerCommand
 
 
+class Event:
+    """Base of all events."""
+
+    __slots__ = ()
+
+
 # Events: replies of the server.
 
 
 @dataclass(frozen=True, slots=True)
-class GroupsReady:
+class GroupsReady(Event):
     """The group exists on every partition."""
 
     command: CreateGroups
 
 
 @dataclass(frozen=True, slots=True)
-class EntriesRead:
-    """The result of a read.
-
-    Attributes:
-        command: The read.
-        entries: Entries by key; a key without entries may be absent.
-        deliveries: Deliveries of each entry, by key and id; 1 if an id is absent.
-    """
+class EntriesRead(Event):
+    """Entries that were read, by key, and the deliveries of each entry, by key and id (1 if absent)."""
 
     command: Read
     entries: Mapping[str, list[Entry]]
@@ -188,15 +167,11 @@ class EntriesRead:
 
 
 @dataclass(frozen=True, slots=True)
-class EntriesClaimed:
-    """The result of a claim.
+class EntriesClaimed(Event):
+    """Entries that belong to this consumer now, and their deliveries by id, this one included.
 
-    Attributes:
-        command: The claim.
-        cursor: Cursor of the next claim; `0-0` at the end.
-        entries: Entries that belong to this consumer now.
-        deliveries: Deliveries of each entry by id, this one included.
-        deleted: Pending entries that were trimmed and that the server has removed.
+    `cursor` is that of the next claim, `0-0` at the end. `deleted` are pending entries that were trimmed and that the
+    server has removed.
     """
 
     command: Claim
@@ -207,61 +182,51 @@ class EntriesClaimed:
 
 
 @dataclass(frozen=True, slots=True)
-class Acked:
-    """The server has the acknowledgements.
-
-    Attributes:
-        command: The acknowledgement.
-        count: Number of entries that were pending until now.
-    """
+class Acked(Event):
+    """The server has the acknowledgements; `count` entries were pending until now."""
 
     command: Ack
     count: int
 
 
 @dataclass(frozen=True, slots=True)
-class DeadLettered:
+class DeadLettered(Event):
     """The dead letter stream has the entries."""
 
     command: DeadLetter
 
 
 @dataclass(frozen=True, slots=True)
-class Renewed:
-    """Entries were renewed.
-
-    Attributes:
-        command: The renewal.
-        gone: Ids that do not belong to this consumer any more.
-    """
+class Renewed(Event):
+    """Entries were renewed, except for the ids in `lost`, which belong to other consumers now."""
 
     command: Renew
-    gone: Sequence[bytes]
+    lost: Sequence[bytes]
 
 
 @dataclass(frozen=True, slots=True)
-class HandedBack:
+class HandedBack(Event):
     """Other consumers can claim the entries."""
 
     command: HandBack
 
 
 @dataclass(frozen=True, slots=True)
-class Unanswered:
+class Unanswered(Event):
     """No reply came: the outcome of the command is unknown."""
 
     command: CreateGroups | Ack | DeadLetter | Renew | HandBack
 
 
 @dataclass(frozen=True, slots=True)
-class EntriesUnknown:
+class EntriesUnknown(Event):
     """A read or a claim got no reply: the server may have given entries to this consumer."""
 
     command: Read | Claim
 
 
 @dataclass(frozen=True, slots=True)
-class GroupMissing:
+class GroupMissing(Event):
     """The stream or the group does not exist on the server."""
 
     command: CreateGroups | ServerCommand
@@ -271,19 +236,19 @@ class GroupMissing:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(Event):
     """The consumer starts."""
 
 
 @dataclass(frozen=True, slots=True)
-class Requested:
+class Requested(Event):
     """The consumer's code can handle entries: one Dispatch of at most `count` is due."""
 
     count: int
 
 
 @dataclass(frozen=True, slots=True)
-class Returned:
+class Returned(Event):
     """Dispatched entries whose handling did not begin; they are dispatched next."""
 
     key: str
@@ -291,7 +256,7 @@ class Returned:
 
 
 @dataclass(frozen=True, slots=True)
-class Succeeded:
+class Succeeded(Event):
     """The handlers returned, or the entries need no handling."""
 
     key: str
@@ -299,16 +264,8 @@ class Succeeded:
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
-    """The handlers raised an error.
-
-    Attributes:
-        key: Partition of the entries.
-        entries: The entries, as dispatched.
-        reason: Reason for the dead letter if `final`.
-        message: The error in words.
-        final: Whether another delivery cannot succeed.
-    """
+class Failed(Event):
+    """The handlers raised an error. If `final`, another delivery cannot succeed, and `reason` is the dead letter's."""
 
     key: str
     entries: Sequence[Entry]
@@ -318,7 +275,7 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
-class DrainRequested:
+class DrainRequested(Event):
     """The consumer must stop in an orderly way."""
 
 
@@ -326,27 +283,27 @@ class DrainRequested:
 
 
 @dataclass(frozen=True, slots=True)
-class RepeatDue:
+class RepeatDue(Event):
     """The wait before repeating unanswered commands is over."""
 
 
 @dataclass(frozen=True, slots=True)
-class RetryDue:
+class RetryDue(Event):
     """The wait before dispatching failed entries again is over."""
 
 
 @dataclass(frozen=True, slots=True)
-class RenewalDue:
+class RenewalDue(Event):
     """Held entries must be renewed."""
 
 
 @dataclass(frozen=True, slots=True)
-class SweepDue:
+class SweepDue(Event):
     """It is time to claim entries that other consumers abandoned."""
 
 
 @dataclass(frozen=True, slots=True)
-class ReadDue:
+class ReadDue(Event):
     """The wait after an unanswered read is over."""
 
 
@@ -354,35 +311,13 @@ class ReadDue:
 
 
 @dataclass(frozen=True, slots=True)
-class Recovered:
+class Recovered(Event):
     """Every entry that the consumer was given before has been read again."""
 
 
 @dataclass(frozen=True, slots=True)
-class Drained:
+class Drained(Event):
     """The consumer holds nothing and waits for no reply."""
-
-
-Timer = RepeatDue | RetryDue | RenewalDue | SweepDue | ReadDue
-Event = (
-    Opened
-    | GroupsReady
-    | EntriesRead
-    | EntriesClaimed
-    | Acked
-    | DeadLettered
-    | Renewed
-    | HandedBack
-    | Unanswered
-    | EntriesUnknown
-    | GroupMissing
-    | Requested
-    | Returned
-    | Succeeded
-    | Failed
-    | DrainRequested
-    | Timer
-)
 
 
 def no_reply(command: CreateGroups | ServerCommand) -> Unanswered | EntriesUnknown:

@@ -49,27 +49,6 @@ class ReaderServices:
     options: EventOptions
 
 
-@dataclass(slots=True)
-class ConsumerCounts:
-    """Counters of a consumer since its start.
-
-    Attributes:
-        acknowledged: Entries that were pending until this consumer acknowledged them.
-        late: Acknowledgements of entries that other consumers had already claimed and settled.
-        dead_lettered: Entries written to the dead letter stream.
-        failed: Calls of a handler that raised an error.
-        repeated: Entries dropped because their event was seen before.
-        lost: Entries that were trimmed before they were settled.
-    """
-
-    acknowledged: int = 0
-    late: int = 0
-    dead_lettered: int = 0
-    failed: int = 0
-    repeated: int = 0
-    lost: int = 0
-
-
 class GroupReader:
     """A consumer of one group, from `start` to `close`."""
 
@@ -85,7 +64,6 @@ class GroupReader:
             concurrency: Number of entries that the handlers can process at once.
         """
         self.member = member
-        self.counts = ConsumerCounts()
         self.seen = SeenEvents(services.options.dedupe_window)
         self._services = services
         self._executor = CommandExecutor(member, services.reads, services.commands, services.options.block_timeout)
@@ -151,7 +129,6 @@ class GroupReader:
 
     def failed(self, key: str, entries: Sequence[table.Entry], error: BaseException, final: bool = False) -> None:
         """Report entries whose handling failed; `final` sends them to the dead letters at once."""
-        self.counts.failed += 1
         reason = error.reason if isinstance(error, OrkiError) else Reason.REASON_HANDLER_FAILED
         message = error.message if isinstance(error, OrkiError) else f"{type(error).__name__}: {error}"
         self._receive(table.Failed(key, entries, reason, message, final))
@@ -310,7 +287,7 @@ class GroupReader:
         while True:
             command = await self._read_queue.get()
             with contextlib.suppress(OrkiError):
-                await self._executor.learn_client_id()
+                await self._services.reads.fetch_client_id()
             self._receive(await self._executor.run(command))
 
     async def _command_loop(self) -> None:
@@ -320,7 +297,7 @@ class GroupReader:
                 event = await self._create_groups(command)
             else:
                 event = await self._executor.run(command)
-            self._count(event)
+            self._log_losses(event)
             self._receive(event)
 
     async def _create_groups(self, command: table.CreateGroups) -> table.Event:
@@ -352,25 +329,19 @@ class GroupReader:
             self._registered = False
             _log.warning("%s could not register its stream and will try again: %s", self.name, error.message)
 
-    def _count(self, event: table.Event) -> None:
+    def _log_losses(self, event: table.Event) -> None:
         if isinstance(event, table.DeadLettered):
-            self.counts.dead_lettered += len(event.command.letters)
             for letter in event.command.letters:
                 values = (self.name, letter.entry[0].decode(), letter.deliveries, letter.message)
                 _log.error("%s dead-lettered entry %s after %d deliveries: %s", *values)
-        elif isinstance(event, table.Acked):
-            self.counts.acknowledged += event.count
-            self.counts.late += len(event.command.entry_ids) - event.count
+        elif isinstance(event, table.Acked) and event.command.outcome is table.Outcome.DECLARED_LOST:
             lost = event.count + event.command.extra
-            if event.command.outcome is table.Outcome.DECLARED_LOST and lost:
-                self.counts.lost += lost
-                self._services.report(self._trimmed(lost))
-
-    def _trimmed(self, count: int) -> Gap:
-        stream, group = self.member.stream.name, self.member.group.name
-        message = f'{count} entries of stream "{stream}" were trimmed before group "{group}" had settled them'
-        kind = GapKind.TRIMMED_WHILE_PENDING
-        return Gap(kind=kind, stream=stream, group=group, count=count, possible=False, message=message)
+            if lost:
+                stream, group = self.member.stream.name, self.member.group.name
+                message = f'{lost} entries of stream "{stream}" were trimmed before group "{group}" had settled them'
+                kind = GapKind.TRIMMED_WHILE_PENDING
+                gap = Gap(kind=kind, stream=stream, group=group, count=lost, possible=False, message=message)
+                self._services.report(gap)
 
     async def _maintenance_loop(self) -> None:
         """Save the group's position, and remove stopped consumers that hold nothing."""
@@ -395,7 +366,7 @@ class GroupReader:
 
 def _machine(member: GroupMember, options: ConsumeOptions, concurrency: int) -> DeliveryMachine:
     keys = stream_keys(member.stream)
-    ack_deadline = member.group.ack_deadline_ms / 1_000
+    ack_deadline = member.group.ack_deadline
     sweep_interval = options.sweep_interval or min(ack_deadline / 3, 5.0)
     settings = table.DeliverySettings(
         prefetch=max(options.prefetch or 4 * concurrency, len(keys), concurrency),

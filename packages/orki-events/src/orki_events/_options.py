@@ -111,7 +111,7 @@ class ConsumeOptions:
     """
 
     prefetch: int = 0
-    backoff: Backoff = field(default=Backoff(initial_ms=500, maximum_ms=30_000))
+    backoff: Backoff = field(default=Backoff(initial=0.5, maximum=30.0))
     handler_timeout: float = 0.0
     hold_limit: float = 3_600.0
     sweep_interval: float = 0.0

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import threading
 import time
 from collections import deque
@@ -19,6 +18,7 @@ from typing import Any, Final, NamedTuple
 
 from google.protobuf.message import Message
 
+from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import (
     ContractMismatch,
     EventsBufferFull,
@@ -31,6 +31,7 @@ from orki_contract.errors import (
     TooLarge,
 )
 from orki_contract.handles import EventStream
+from orki_contract.model import milliseconds
 from orki_contract.trace import Span
 from orki_events._options import EventOptions, Gap, GapKind
 from orki_events._readers import find_published
@@ -40,8 +41,7 @@ from orki_events.groups import ConsumerGroups
 from orki_events.registry import StreamRegistry
 from orki_events.tuning import TuningCache
 
-_FIRST_WAIT: Final = 0.05
-_MAX_WAIT: Final = 0.5
+_RETRY: Final = JitterOptions(initial=0.05, maximum=0.5, spread=0.5)
 _COMMAND_OVERHEAD: Final = 100
 _log = logging.getLogger("orki.events")
 
@@ -168,15 +168,7 @@ class Publisher:
         self._closing = False
         self._task = asyncio.create_task(self._run(), name="orki-events-publisher")
 
-    def submit(
-        self,
-        handle: EventStream[Any, Any],
-        message: Message,
-        span: Span | None,
-        ticket: _Ticket | None = None,
-        event_id: bytes | None = None,
-        time_us: int | None = None,
-    ) -> bytes:
+    def submit(self, handle: EventStream[Any, Any], event: Outgoing, ticket: _Ticket | None = None) -> bytes:
         """Buffer one event and return its id. Without a ticket, safe on any thread.
 
         Raises:
@@ -185,7 +177,7 @@ class Publisher:
             TooLarge: The event is larger than `max_event_bytes`.
             LocalProtocolError: The publisher is closed.
         """
-        contract = handle.contract
+        contract, message = handle.contract, event.message
         if not isinstance(message, handle.message):
             raise InvalidArgument(
                 f'stream "{contract.name}" takes {handle.message.DESCRIPTOR.full_name}, not {type(message).__name__}'
@@ -196,8 +188,8 @@ class Publisher:
                 f'an event for stream "{contract.name}" has {len(raw)} bytes, more than {self._options.max_event_bytes}'
             )
         key = stream_key(contract, message)
-        chosen = event_id if event_id is not None else new_event_id()
-        moment = time_us if time_us is not None else time.time_ns() // 1_000
+        event_id = event.event_id if event.event_id is not None else new_event_id()
+        time_us = event.time_us if event.time_us is not None else time.time_ns() // 1_000
         with self._guard:
             if self._closing:
                 raise LocalProtocolError("the publisher is closed; publish while its `async with` block runs")
@@ -208,12 +200,12 @@ class Publisher:
                 )
             number = self._sequences.get(contract.name, 0) + 1
             envelope = encode_envelope(
-                event_id=chosen, producer=self._producer, sequence=number, time_us=moment, span=span
+                event_id=event_id, producer=self._producer, sequence=number, time_us=time_us, span=event.span
             )
             self._sequences[contract.name] = number
             self._submitted += 1
             deadline = time.monotonic() + self._options.publish_timeout
-            item = _Item(handle, key, chosen, envelope, raw, deadline, self._submitted, ticket)
+            item = _Item(handle, key, event_id, envelope, raw, deadline, self._submitted, ticket)
             self._queue.append(item)
             self._entries += 1
             self._bytes += item.size
@@ -222,13 +214,9 @@ class Publisher:
             first = len(self._queue) == 1
         if first:
             self._call(self._wake.set)
-        return chosen
+        return event_id
 
-    async def publish_all(
-        self,
-        handle: EventStream[Any, Any],
-        outgoing: Iterable[Outgoing],
-    ) -> list[bytes]:
+    async def publish_all(self, handle: EventStream[Any, Any], events: Iterable[Outgoing]) -> list[bytes]:
         """Buffer events, waiting for room if necessary, and return their ids once the server has them all.
 
         Raises:
@@ -239,10 +227,10 @@ class Publisher:
         ticket.open = 1
         identities = []
         try:
-            for message, span, event_id, time_us in outgoing:
+            for event in events:
                 while True:
                     try:
-                        identities.append(self.submit(handle, message, span, ticket, event_id, time_us))
+                        identities.append(self.submit(handle, event, ticket))
                         break
                     except EventsBufferFull:
                         await self._wait_progress()
@@ -273,12 +261,8 @@ class Publisher:
             await asyncio.wait([self._task])
             left = [*self._sending, *self._queue]
             self._queue.clear()
-            self._end(
-                left,
-                EventsUnavailable(
-                    f"{self._connection.address.shown} did not accept the event before the publisher closed"
-                ),
-            )
+            server = self._connection.address.shown
+            self._end(left, EventsUnavailable(f"{server} did not accept the event before the publisher closed"))
 
     def _call(self, function: Callable[[], None]) -> None:
         if threading.get_ident() == self._thread:
@@ -317,7 +301,7 @@ class Publisher:
 
     async def _deliver(self) -> None:
         """Send the batch until each event is accepted, refused or out of time."""
-        failures = 0
+        backoff = Jitter(_RETRY)
         doubtful = False
         while self._sending:
             try:
@@ -346,8 +330,7 @@ class Publisher:
                     # After a failover, the name may resolve to another server.
                     await self._connection.drop()
             self._expire(failure, doubtful)
-            await asyncio.sleep(_wait(failures))
-            failures += 1
+            await asyncio.sleep(backoff.failed())
 
     async def _send(self, batch: list[_Item]) -> list[Any]:
         self.counts.pipelines += 1
@@ -360,15 +343,15 @@ class Publisher:
         for key, (item, entry_id) in newest.items():
             known = self._keys[key]
             known.last_id = entry_id.decode()
-            age = self._tunings.retention(item.handle.contract).max_age_ms
+            age = self._tunings.retention(item.handle.contract).max_age
             if age and now >= known.trim_at:
-                known.trim_at = now + min(max(age / 100_000, 1.0), 60.0)
+                known.trim_at = now + min(max(age / 100, 1.0), 60.0)
                 await self._trim(key, entry_id, age)
         return replies
 
-    async def _trim(self, key: str, newest: bytes, age_ms: int) -> None:
+    async def _trim(self, key: str, newest: bytes, age: float) -> None:
         """Trim by age. The newest id carries the server's time, which may differ from this process's."""
-        oldest = max(parse_id(newest).milliseconds - age_ms, 0)
+        oldest = max(parse_id(newest).milliseconds - milliseconds(age), 0)
         try:
             await self._connection.execute((b"XTRIM", key, b"MINID", b"~", oldest))
         except OrkiError as error:
@@ -460,9 +443,3 @@ class Publisher:
 def _abandoned(stream: str, count: int, error: OrkiError) -> Gap:
     message = f'{count} collected events of stream "{stream}" were not published: {error.message}'
     return Gap(kind=GapKind.PUBLISH_ABANDONED, stream=stream, group="", count=count, possible=False, message=message)
-
-
-def _wait(failures: int) -> float:
-    """Return the wait before the next try: it grows, with jitter, so that a fleet does not retry at once."""
-    longest = min(_FIRST_WAIT * 2.0 ** min(failures, 10), _MAX_WAIT)
-    return random.uniform(longest / 2, longest)

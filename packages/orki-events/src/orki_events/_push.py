@@ -124,38 +124,27 @@ class PushRun:
 
     async def work(self) -> None:
         """Run the workers until the reader ends or the server refuses it."""
-        worker = self._batches if self._declared.batch else self._singles
         async with asyncio.TaskGroup() as group:
             for _ in range(self._declared.concurrency):
-                group.create_task(worker())
+                group.create_task(self._batches() if self._declared.batch else self._singles())
 
     async def _singles(self) -> None:
         while (delivery := await take_one(self.reader, self._decode)) is not None:
             try:
-                span = delivery.span
-                with use_span(span.child() if span is not None else None):
-                    await self._call(delivery.event, delivery)
+                async with delivery as event:
+                    span = delivery.span
+                    with use_span(span.child() if span is not None else None):
+                        await self._call(event, delivery)
             except Exception as error:
                 self._log_failure(error, delivery.entry_id)
-                delivery.retry(error)
-            except BaseException:
-                delivery.give_back()
-                raise
-            else:
-                delivery.acknowledge()
 
     async def _batches(self) -> None:
         while (batch := await take_batch(self.reader, self._decode, self._declared.batch)) is not None:
             try:
-                await self._call(batch.events, batch)
+                async with batch as events:
+                    await self._call(events, batch)
             except Exception as error:
                 self._log_failure(error, f"{batch.entry_ids[0]} and {len(batch) - 1} more")
-                batch.retry(error)
-            except BaseException:
-                batch.give_back()
-                raise
-            else:
-                batch.acknowledge()
 
     async def _call(self, *arguments: Any) -> None:
         limit = self._declared.options.handler_timeout
@@ -192,7 +181,7 @@ async def run_until(runs: list[PushRun], stop: asyncio.Event | None, drain_timeo
             await asyncio.wait(late)
     for worker in workers:
         if not worker.cancelled() and (error := worker.exception()) is not None:
-            # Several workers may have failed; the first error stands for all.
+            # Several workers may have failed; the first error is raised.
             while isinstance(error, BaseExceptionGroup):
                 error = error.exceptions[0]
             raise error

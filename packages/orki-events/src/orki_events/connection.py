@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 Command = Sequence[bytes | str | int]
 """Name and arguments of one command."""
 Reply = Any
-"""A reply as RESP2 delivers it: bytes, int, list or None; an OrkiError in place of an error reply."""
+"""A reply as RESP2 delivers it: bytes, int, list or None; an OrkiError instead of an error reply."""
 _pack: Callable[[tuple[bytes | str | int, ...]], bytes] = cast(Any, hiredis).pack_command
 
 
@@ -74,7 +74,7 @@ class Connection:
     Attributes:
         address: The server.
         answer_timeout: Default time limit of one exchange.
-        opened: Number of times that a connection was opened; a change means that the server sees a new client.
+        client_id: The server's number for this connection, for `CLIENT UNBLOCK`; None until `fetch_client_id`.
     """
 
     def __init__(self, address: Address, *, name: str, connect_timeout: float, answer_timeout: float) -> None:
@@ -88,12 +88,11 @@ class Connection:
         """
         self.address = address
         self.answer_timeout = answer_timeout
-        self.opened = 0
         self._name = "".join(letter if "!" <= letter <= "~" else "-" for letter in name)
         self._connect_timeout = connect_timeout
         self._channel: Channel | None = None
         self._lock = asyncio.Lock()
-        self._client_id: int | None = None
+        self.client_id: int | None = None
         self._ended = False
 
     async def pipeline(self, *commands: Command, timeout: float | None = None) -> list[Reply]:
@@ -162,19 +161,13 @@ class Connection:
                 raise self.address.unavailable(f"no reply within {limit:g} s") from error
             finally:
                 # After an incomplete exchange, the remaining replies would answer the next one.
-                if not channel.in_step:
+                if not channel.synchronized:
                     await self._drop()
 
-    async def client_id(self) -> int:
-        """Return the server's number for this connection, for `CLIENT UNBLOCK`."""
-        if self._client_id is None:
-            self._client_id = int(await self.execute((b"CLIENT", b"ID")))
-        return self._client_id
-
-    @property
-    def known_client_id(self) -> int | None:
-        """The number, if `client_id` was called since the connection was opened."""
-        return self._client_id
+    async def fetch_client_id(self) -> None:
+        """Set `client_id`, unless it is known."""
+        if self.client_id is None:
+            self.client_id = int(await self.execute((b"CLIENT", b"ID")))
 
     async def drop(self) -> None:
         """Close the connection; the next exchange opens another."""
@@ -194,18 +187,16 @@ class Connection:
 
     async def _usable(self) -> Channel:
         if self._channel is not None:
-            if await self._channel.is_quiet():
+            if await self._channel.is_usable():
                 return self._channel
             await self._drop()
         # Imports redis-py, which takes longer than all of orki_events.
         from orki_events._redis_py import Channel
 
         self._channel = await Channel.open(self.address, self._name, self._connect_timeout)
-        self._client_id = None
-        self.opened += 1
         return self._channel
 
     async def _drop(self, *, wait: bool = False) -> None:
-        channel, self._channel, self._client_id = self._channel, None, None
+        channel, self._channel, self.client_id = self._channel, None, None
         if channel is not None:
             await channel.close(wait=wait)

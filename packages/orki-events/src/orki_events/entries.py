@@ -14,7 +14,6 @@ __all__ = [
     "ZERO_ID",
     "EntryId",
     "decode_envelope",
-    "decode_event",
     "encode_envelope",
     "envelope_span",
     "event_id_of",
@@ -34,7 +33,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterable
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple
 
 from google.protobuf.message import DecodeError, Message
 
@@ -57,8 +56,6 @@ ZERO_ID: Final = "0-0"
 _EVENT_ID_PREFIX: Final = b"\x0a\x10"
 _MAX_PART: Final = 2**64 - 1
 _ID: Final = re.compile(r"([0-9]{1,20})-([0-9]{1,20})")
-
-E = TypeVar("E", bound=Message)
 
 
 def new_event_id() -> bytes:
@@ -135,19 +132,6 @@ def decode_envelope(raw: bytes) -> Envelope:
     if len(envelope.event_id) != EVENT_ID_BYTES:
         raise EventUndecodable(f"the envelope's event id has {len(envelope.event_id)} bytes, not {EVENT_ID_BYTES}")
     return envelope
-
-
-def decode_event(message: type[E], raw: bytes) -> E:
-    """Decode the field `d`.
-
-    Raises:
-        EventUndecodable: The bytes are not such a message.
-    """
-    try:
-        return message.FromString(raw)
-    except DecodeError as error:
-        name = message.DESCRIPTOR.full_name
-        raise EventUndecodable(f"field d ({len(raw)} bytes) is not a valid {name}: {error}") from error
 
 
 def event_id_of(raw: bytes) -> bytes:

@@ -21,11 +21,11 @@ __all__ = [
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from orki_contract.errors import InvalidContract, InvalidSetting, OrkiError
-from orki_contract.model import Retention, Stream
+from orki_contract.model import Retention, Stream, duration_text, milliseconds
 from orki_contract.read import read_image
 from orki_events.connection import Command, Connection
 from orki_events.entries import stream_keys
@@ -35,6 +35,7 @@ from orki_events.registry import RegisteredStream
 _REFRESH_INTERVAL: Final = 2.0
 _KEY: Final = b"orki:retention"
 _MAX: Final = (1 << 63) - 1
+_MAX_AGE: Final = (1 << 53) // 1_000
 _log = logging.getLogger("orki.events")
 
 
@@ -44,19 +45,22 @@ class Tuning:
 
     Attributes:
         max_entries: Maximum number of entries; 0 for the contract's.
-        max_age_ms: Maximum age of an entry in milliseconds; 0 for the contract's.
+        max_age: Maximum age of an entry in seconds, to the millisecond; 0 for the contract's.
 
     Raises:
-        InvalidSetting: A value is not a whole number from 0 to 2^63-1.
+        InvalidSetting: A value is not a number, negative, or too large.
     """
 
     max_entries: int = 0
-    max_age_ms: int = 0
+    max_age: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX:
-                raise InvalidSetting(f"Tuning.{name} is {value!r}; it must be a whole number from 0 to 2^63-1")
+        entries: Any = self.max_entries
+        age: Any = self.max_age
+        if isinstance(entries, bool) or not isinstance(entries, int) or not 0 <= entries <= _MAX:
+            raise InvalidSetting(f"Tuning.max_entries is {entries!r}; it must be a whole number from 0 to 2^63-1")
+        if isinstance(age, bool) or not isinstance(age, int | float) or not 0 <= age <= _MAX_AGE:
+            raise InvalidSetting(f"Tuning.max_age is {age!r}; it must be a number of seconds from 0 to {_MAX_AGE}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,11 +81,11 @@ def effective_retention(retention: Retention, tuning: Tuning | None) -> Retentio
     if tuning is None:
         return retention
     least, most = retention.entries_bounds
-    shortest, longest = retention.age_bounds_ms
+    shortest, longest = retention.age_bounds
     return replace(
         retention,
         max_entries=min(max(tuning.max_entries or retention.max_entries, least), most),
-        max_age_ms=min(max(tuning.max_age_ms or retention.max_age_ms, shortest), longest),
+        max_age=min(max(tuning.max_age or retention.max_age, shortest), longest),
     )
 
 
@@ -120,7 +124,7 @@ async def tune(connection: Connection, registered: RegisteredStream, tuning: Tun
     retention = effective_retention(stream.retention, tuning)
     # Trim first: a server that is out of memory may accept the setting once entries are trimmed.
     trimmed = await _trim(connection, stream, retention)
-    await connection.execute((b"HSET", _KEY, stream.name, json.dumps(asdict(tuning))))
+    await connection.execute((b"HSET", _KEY, stream.name, json.dumps(_record(tuning))))
     return Tuned(retention=retention, trimmed=trimmed)
 
 
@@ -144,21 +148,23 @@ class TuningCache:
         if tuning is None:
             return stream.retention
         found = effective_retention(stream.retention, tuning)
-        wanted = (tuning.max_entries or found.max_entries, tuning.max_age_ms or found.max_age_ms)
-        if wanted != (found.max_entries, found.max_age_ms) and (stream.name, tuning) not in self._warned:
+        wanted = (tuning.max_entries or found.max_entries, tuning.max_age or found.max_age)
+        if wanted != (found.max_entries, found.max_age) and (stream.name, tuning) not in self._warned:
             self._warned.add((stream.name, tuning))
             _log.warning(
-                'stream "%s" is set to keep %d entries, %d ms; this contract limits that to %d entries, %d ms',
-                *(stream.name, *wanted, found.max_entries, found.max_age_ms),
+                'stream "%s" is set to keep %d entries, %s; this contract limits that to %d entries, %s',
+                *(stream.name, wanted[0], duration_text(wanted[1])),
+                *(found.max_entries, duration_text(found.max_age)),
             )
         return found
 
 
 def _validate(registered: RegisteredStream, tuning: Tuning) -> None:
     retention = registered.contract.retention
+    ages = tuple(map(milliseconds, retention.age_bounds))
     for value, kind, (least, most), unit in (
         (tuning.max_entries, "entries", retention.entries_bounds, ""),
-        (tuning.max_age_ms, "age", retention.age_bounds_ms, " ms"),
+        (milliseconds(tuning.max_age), "age", ages, " ms"),
     ):
         if value and not least <= value <= most:
             allows = f"its contract allows {least}{unit} to {most}{unit}"
@@ -191,11 +197,11 @@ async def _trim(connection: Connection, stream: Stream, retention: Retention) ->
     (clock,) = await connection.pipeline((b"TIME",))
     if isinstance(clock, OrkiError):
         raise clock
-    oldest = int(clock[0]) * 1_000 + int(clock[1]) // 1_000 - retention.max_age_ms
+    oldest = int(clock[0]) * 1_000 + int(clock[1]) // 1_000 - milliseconds(retention.max_age)
     commands: list[Command] = []
     for key in stream_keys(stream):
         commands.append((b"XTRIM", key, b"MAXLEN", b"~", retention.max_entries))
-        if retention.max_age_ms:
+        if retention.max_age:
             commands.append((b"XTRIM", key, b"MINID", b"~", max(oldest, 0)))
     trimmed = 0
     for reply in await connection.pipeline(*commands):
@@ -205,10 +211,14 @@ async def _trim(connection: Connection, stream: Stream, retention: Retention) ->
     return trimmed
 
 
+def _record(tuning: Tuning) -> dict[str, int]:
+    return {"max_entries": tuning.max_entries, "max_age_ms": milliseconds(tuning.max_age)}
+
+
 def _parsed(name: str, record: bytes) -> Tuning | None:
     try:
         written: Any = json.loads(record)
-        return Tuning(max_entries=written.get("max_entries", 0), max_age_ms=written.get("max_age_ms", 0))
-    except (ValueError, AttributeError, InvalidSetting) as error:
+        return Tuning(max_entries=written.get("max_entries", 0), max_age=written.get("max_age_ms", 0) / 1_000)
+    except (ValueError, TypeError, AttributeError, InvalidSetting) as error:
         _log.warning('the setting of stream "%s" in orki:retention cannot be read and is ignored: %s', name, error)
         return None

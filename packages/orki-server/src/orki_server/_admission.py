@@ -369,22 +369,22 @@ def most_patient(methods: Sequence[TaskMethod]) -> TaskMethod:
         methods: At least one, all of one name; 0 as a stall or total timeout is no limit, and so the most patient.
     """
 
-    def limit(values: Iterable[int]) -> int:
+    def limit(values: Iterable[float]) -> float:
         found = list(values)
         return 0 if 0 in found else max(found)
 
-    backoff = max((each.backoff for each in methods), key=lambda each: (each.maximum_ms, each))
+    backoff = max((each.backoff for each in methods), key=lambda each: (each.maximum, each))
     return replace(
         methods[0],
         progress=max(each.progress for each in methods),
         directive=max(each.directive for each in methods),
-        heartbeat_timeout_ms=max(each.heartbeat_timeout_ms for each in methods),
-        attempt_timeout_ms=max(each.attempt_timeout_ms for each in methods),
-        stall_timeout_ms=limit(each.stall_timeout_ms for each in methods),
-        total_timeout_ms=limit(each.total_timeout_ms for each in methods),
+        heartbeat_timeout=max(each.heartbeat_timeout for each in methods),
+        attempt_timeout=max(each.attempt_timeout for each in methods),
+        stall_timeout=limit(each.stall_timeout for each in methods),
+        total_timeout=limit(each.total_timeout for each in methods),
         max_attempts=max(each.max_attempts for each in methods),
         backoff=backoff,
-        cancel_grace_ms=max(each.cancel_grace_ms for each in methods),
+        cancel_grace=max(each.cancel_grace for each in methods),
     )
 
 

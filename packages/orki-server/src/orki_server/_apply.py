@@ -18,7 +18,7 @@ from typing import Final
 
 from orki_contract.errors import ContractMismatch, InvalidContract
 from orki_contract.images import package_images, service_digest
-from orki_contract.model import Stream, Subscription
+from orki_contract.model import ExternalGroup, Stream
 from orki_contract.provenance import package_version
 from orki_contract.read import ReadContract, read_image
 from orki_contract.sources import Image, images_in
@@ -48,7 +48,7 @@ class Declared:
 
     services: tuple[ServiceContract, ...]
     streams: tuple[StreamVersion, ...]
-    subscriptions: tuple[tuple[Subscription, StreamVersion], ...]
+    subscriptions: tuple[tuple[ExternalGroup, StreamVersion], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +94,7 @@ def read_declared(source: str, version: str = "") -> Declared:
     """
     services: list[ServiceContract] = []
     streams: list[StreamVersion] = []
-    subscriptions: list[tuple[Subscription, StreamVersion]] = []
+    subscriptions: list[tuple[ExternalGroup, StreamVersion]] = []
     for image in images_in(source):
         for package, content in _packages(image):
             told = version or _version(source, package)
@@ -112,7 +112,9 @@ def read_declared(source: str, version: str = "") -> Declared:
                 for stream in file.contract.streams
             ]
             for file in own:
-                subscriptions += [(each, _stream_of(read, each, content, told)) for each in file.contract.subscriptions]
+                subscriptions += [
+                    (each, _stream_of(read, each, content, told)) for each in file.contract.external_groups
+                ]
     if not services and not streams and not subscriptions:
         raise InvalidContract(f"{source} declares no task service, no stream and no reader's group: nothing to apply")
     return Declared(services=tuple(services), streams=tuple(streams), subscriptions=tuple(subscriptions))
@@ -202,7 +204,7 @@ def _read(place: str, content: bytes, package: str) -> ReadContract:
     return read
 
 
-def _stream_of(read: ReadContract, subscription: Subscription, content: bytes, version: str) -> StreamVersion:
+def _stream_of(read: ReadContract, subscription: ExternalGroup, content: bytes, version: str) -> StreamVersion:
     """The stream that a reader subscribes to, as the reader's image knows it."""
     stream: Stream | None = next((each for each in read.contract.streams if each.name == subscription.stream), None)
     if stream is None:

@@ -14,8 +14,9 @@ from orki.control.v1.attempt_pb2 import AttemptRef
 from orki.control.v1.session_pb2 import ConnectRequest, ConnectResponse
 from orki.control.v1.task_pb2 import AgentSnapshot
 from orki_contract.errors import OrkiError, Overloaded, RemoteProtocolError
-from orki_control.session import AttemptKey, AttemptState
 from orki_control.session import (
+    AttemptKey,
+    AttemptState,
     HeartbeatArrived,
     OrchestratorEvent,
     OrchestratorSession,

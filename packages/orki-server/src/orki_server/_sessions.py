@@ -22,11 +22,11 @@ from orki_contract.errors import (
     error_for,
 )
 from orki_control import session as machine
-from orki_control.session import AttemptKey
 from orki_control.session import (
     AgentDraining,
     ArrivedProgress,
     ArrivedResult,
+    AttemptKey,
     CancelsAcknowledged,
     HeartbeatArrived,
     HelloArrived,

@@ -186,7 +186,7 @@ async def test_applied_groups_read_what_was_published_before_any_consumer(
     (contract,) = read.contract.streams
     note: Any = classes["acmenotes.v1.Note"]
     handle: EventStream[Any, Any] = EventStream(note, contract)
-    reader = handle.subscribed(*(each.group for each in read.contract.subscriptions))
+    reader = handle.with_groups(*(each.group for each in read.contract.external_groups))
     async with connect(valkey_url) as events:
         await events.publish_many(handle, [note(body=str(number)) for number in range(3)])
         for stream, group in ((reader, "late"), (reader, "early"), (handle, "readers")):

@@ -20,7 +20,7 @@ from orki_server.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.timeout(180)
 
-_AT_ONCE = ConsumeOptions(backoff=Backoff(initial_ms=1, maximum_ms=1), sweep_interval=0.05)
+_AT_ONCE = ConsumeOptions(backoff=Backoff(initial=0.001, maximum=0.001), sweep_interval=0.05)
 
 
 @pytest.fixture

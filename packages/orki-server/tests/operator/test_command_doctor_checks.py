@@ -92,7 +92,7 @@ def _group(
         oldest_pending_ms=oldest_ms,
         consumers=1,
         dead_letters=dead,
-        ack_deadline_ms=30_000,
+        ack_deadline=30.0,
     )
 
 

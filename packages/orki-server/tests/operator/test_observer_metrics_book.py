@@ -106,7 +106,7 @@ def _figures(group: str, lag: int | None) -> StreamFigures:
         oldest_pending_ms=1500,
         consumers=1,
         dead_letters=4,
-        ack_deadline_ms=30_000,
+        ack_deadline=30.0,
     )
     return StreamFigures(stream="s", message="acme.v1.E", partitions=1, entries=9, groups=(state,))
 

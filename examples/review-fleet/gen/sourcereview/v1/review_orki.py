@@ -19,11 +19,11 @@ REVIEW_FINDINGS: Final[oc.EventStream[pb.FindingEvent, ReviewFindingsGroup]] = o
         message="sourcereview.v1.FindingEvent",
         retention=oc.Retention(
             max_entries=1_000_000,
-            max_age_ms=604_800_000,
+            max_age=604_800.0,
             least_entries=1_000,
             most_entries=10_000_000,
-            least_age_ms=3_600_000,
-            most_age_ms=2_592_000_000,
+            least_age=3_600.0,
+            most_age=2_592_000.0,
         ),
         partitions=2,
         partition_key="path",
@@ -37,10 +37,10 @@ REVIEW_FILE: Final = oc.Task.declare(
     request=pb.ReviewFileRequest,
     response=pb.ReviewFileResponse,
     progress=pb.ReviewProgress,
-    heartbeat_timeout_ms=3_000,
-    attempt_timeout_ms=60_000,
+    heartbeat_timeout=3.0,
+    attempt_timeout=60.0,
     max_attempts=5,
-    backoff=oc.Backoff(initial_ms=100, maximum_ms=2_000),
+    backoff=oc.Backoff(initial=0.1, maximum=2.0),
 )
 
 

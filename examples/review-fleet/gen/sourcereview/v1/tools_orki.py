@@ -35,7 +35,7 @@ MEASURE_FILE: Final = oc.Tool.declare(
     opcode=0x2101,
     request=MeasureFileRequest,
     response=MeasureFileResponse,
-    timeout_ms=10_000,
+    timeout=10.0,
     idempotent=True,
 )
 READ_FILE: Final = oc.Tool.declare(
@@ -43,7 +43,7 @@ READ_FILE: Final = oc.Tool.declare(
     opcode=0x2102,
     request=pb.ReadFileRequest,
     response=pb.ReadFileResponse,
-    timeout_ms=10_000,
+    timeout=10.0,
     idempotent=True,
 )
 

@@ -136,8 +136,7 @@ class AsyncToolClient:
         transport = self._transport
         if (
             transport is None
-            or not transport.alive
-            or transport.full
+            or not transport.ready
             or self._waiters
             or tool.service not in transport.checked
             or asyncio.get_running_loop() is not self._loop

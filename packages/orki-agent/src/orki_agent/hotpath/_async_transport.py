@@ -132,6 +132,12 @@ class AsyncTransport:
         return len(self.machine.calls) >= self._max_calls or bool(self._unsent)
 
     @property
+    def ready(self) -> bool:
+        """Whether the connection is open and not full."""
+        machine = self.machine
+        return machine.state is _OPEN and len(machine.calls) < self._max_calls and not self._unsent
+
+    @property
     def next_number(self) -> int:
         """Correlation of the next call."""
         return self._last + 1
@@ -273,20 +279,19 @@ class AsyncTransport:
         Returns:
             Whether the whole frame was sent.
         """
-        rest = memoryview(frame)
+        sent = 0
         if not self._unsent:
             try:
                 sent = self._send(frame, NO_SIGNAL)
             except BlockingIOError:
-                sent = 0
+                pass
             except OSError as error:
                 self._lose(error.strerror or "broken pipe")
                 return False
             if sent == len(frame):
                 return True
             self._loop.add_writer(self._sock, self._writable)
-            rest = rest[sent:]
-        self._unsent.append((number, rest))
+        self._unsent.append((number, memoryview(frame)[sent:]))
         return False
 
     def _writable(self) -> None:

@@ -15,7 +15,8 @@ from math import inf
 from types import TracebackType
 from typing import Final, Self
 
-from orki_agent.hotpath._connection import BridgeState, Connection
+from orki_agent.hotpath._bridge_state import BridgeState
+from orki_agent.hotpath._connection import Connection
 from orki_agent.hotpath._handlers import HandlerLoop, handlers_of
 from orki_agent.hotpath._handshake import TOKEN_BYTES, contract_handler
 from orki_agent.hotpath._machine import BridgeStopped, ThreadsExhausted

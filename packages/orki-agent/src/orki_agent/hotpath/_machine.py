@@ -255,6 +255,29 @@ CLIENT_CALL: Final = Transitions(
 )
 
 
+_SENT: Final = ClientCallState.SENT
+
+S = TypeVar("S", bound=_State)
+
+
+class _ConnectionMachine(Generic[S]):
+    """The state of a connection at one end."""
+
+    __slots__ = ("_table", "state")
+
+    def __init__(self, table: Transitions[S]) -> None:
+        self._table = table
+        self.state = table.initial
+
+    def receive(self, event: type) -> None:
+        """Apply a frame of the peer; raise `RemoteProtocolError` if it is illegal in this state."""
+        self.state = self._table.next(self.state, event, RemoteProtocolError)
+
+    def apply(self, event: type) -> None:
+        """Apply an event of this end or a timer; raise `LocalProtocolError` if it is illegal in this state."""
+        self.state = self._table.next(self.state, event, LocalProtocolError)
+
+
 class BridgeCall:
     """A call as the bridge's machine knows it."""
 
@@ -267,19 +290,18 @@ class BridgeCall:
 B = TypeVar("B", bound=BridgeCall)
 
 
-class BridgeMachine(Generic[B]):
+class BridgeMachine(_ConnectionMachine[BridgeConnectionState], Generic[B]):
     """The bridge's end of a connection and its calls.
 
     Attributes:
-        state: State of the connection.
         inline: The last call that ran on the reading thread; it still does while its state is INLINE.
         calls: Detached calls by correlation.
     """
 
-    __slots__ = ("_max_calls", "calls", "inline", "state")
+    __slots__ = ("_max_calls", "calls", "inline")
 
     def __init__(self, max_calls: int) -> None:
-        self.state = BRIDGE_CONNECTION.initial
+        super().__init__(BRIDGE_CONNECTION)
         self.inline: B | None = None
         self.calls: dict[int, B] = {}
         self._max_calls = max_calls
@@ -294,22 +316,6 @@ class BridgeMachine(Generic[B]):
     def reading(self) -> bool:
         """Whether frames are taken from the peer."""
         return self.state is not BridgeConnectionState.CLOSING and self.state is not BridgeConnectionState.CLOSED
-
-    def receive(self, event: type) -> None:
-        """Apply a frame of the client.
-
-        Raises:
-            RemoteProtocolError: The frame is illegal in this state.
-        """
-        self.state = BRIDGE_CONNECTION.next(self.state, event, RemoteProtocolError)
-
-    def apply(self, event: type) -> None:
-        """Apply an event of the bridge or a timer.
-
-        Raises:
-            LocalProtocolError: The event is illegal in this state.
-        """
-        self.state = BRIDGE_CONNECTION.next(self.state, event, LocalProtocolError)
 
     def refusal(self, correlation: int) -> OrkiError | None:
         """Return why a received call must not run; None if it may.
@@ -373,35 +379,18 @@ class ClientCall:
 C = TypeVar("C", bound=ClientCall)
 
 
-class ClientMachine(Generic[C]):
+class ClientMachine(_ConnectionMachine[ClientConnectionState], Generic[C]):
     """The client's end of a connection and its calls.
 
     Attributes:
-        state: State of the connection.
         calls: Calls to which the bridge owes a reply, by correlation.
     """
 
-    __slots__ = ("calls", "state")
+    __slots__ = ("calls",)
 
     def __init__(self) -> None:
-        self.state = CLIENT_CONNECTION.initial
+        super().__init__(CLIENT_CONNECTION)
         self.calls: dict[int, C] = {}
-
-    def receive(self, event: type) -> None:
-        """Apply a frame of the bridge.
-
-        Raises:
-            RemoteProtocolError: The frame is illegal in this state.
-        """
-        self.state = CLIENT_CONNECTION.next(self.state, event, RemoteProtocolError)
-
-    def apply(self, event: type) -> None:
-        """Apply an event of the client or a timer.
-
-        Raises:
-            LocalProtocolError: The event is illegal in this state.
-        """
-        self.state = CLIENT_CONNECTION.next(self.state, event, LocalProtocolError)
 
     def receive_reply(self, correlation: int) -> C | None:
         """End the call that a reply belongs to; return None if its caller does not wait any more.
@@ -415,7 +404,7 @@ class ClientMachine(Generic[C]):
         before = call.state
         call.state = CLIENT_CALL.next(before, ReplyReceived, RemoteProtocolError)
         del self.calls[correlation]
-        return None if before is ClientCallState.ABANDONED else call
+        return call if before is _SENT else None
 
     def written(self, correlation: int) -> None:
         """Note that the frame of a call was written."""

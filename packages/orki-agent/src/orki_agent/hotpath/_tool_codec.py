@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError, Message
 from orki_agent.hotpath.frames import encode_call
 from orki_contract import FrameBase, Tool
 from orki_contract.errors import FrameMalformed, FrameTooLarge, InvalidArgument, OrkiError
+from orki_contract.model import milliseconds
 
 MAX_TIMEOUT: Final = 4_294.0
 """Longest timeout in seconds that the header can hold: microseconds in 32 bits."""
@@ -85,7 +86,7 @@ class RemoteTool:
         self.opcode: Final = tool.contract.opcode
         self.method: Final = tool.contract.full_name
         self.service: Final = tool.contract.service
-        self.timeout_us: Final = tool.contract.timeout_ms * 1_000
+        self.timeout_us: Final = milliseconds(tool.contract.timeout) * 1_000
         self.request: Final = tool.request
         self.response: Final = tool.response
         self.block_length: Final = request.block_length

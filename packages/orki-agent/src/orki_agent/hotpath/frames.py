@@ -18,23 +18,9 @@ from orki_contract.errors import FrameMalformed, FrameTooLarge, FrameVersion, Or
 from orki_contract.trace import Span
 
 __all__ = [
-    "BUFFER_BYTES",
-    "CALL_PREFIX",
-    "FIRST_TOOL_OPCODE",
-    "FLAG_ERROR",
-    "FLAG_REPLY",
-    "HEADER",
     "HEADER_BYTES",
-    "MAGIC",
     "NO_TRACE",
-    "OP_CANCEL",
     "OP_CONTRACT",
-    "OP_ERROR",
-    "OP_HELLO",
-    "OP_WELCOME",
-    "PROTOCOL",
-    "REPLY_PREFIX",
-    "Fields",
     "Frame",
     "FrameDecoder",
     "decode_error",

@@ -10,7 +10,7 @@ from typing import Any
 
 from orki_contract.difference.show import as_github, as_json, as_table
 from orki_contract.difference.versions import Version, version_at
-from orki_contract.exceptions import OrkiError
+from orki_contract.errors import OrkiError
 from orki_contract.findings import Bump, Finding, findings
 from orki_contract.printing import say
 

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from orki_contract.exceptions import InvalidContract
+from orki_contract.errors import InvalidContract
 
 
 def commit_of(ref: str) -> str | None:

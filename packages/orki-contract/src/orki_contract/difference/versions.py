@@ -18,7 +18,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.message import DecodeError
 
 from orki_contract.difference.git import checked_out, commit_of
-from orki_contract.exceptions import InvalidContract, InvalidSetting
+from orki_contract.errors import InvalidContract, InvalidSetting
 from orki_contract.images import IMAGE_NAME
 from orki_contract.read import ReadContract, read_image
 from orki_contract.sources import Image, images_in

@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from orki_contract.descriptors import OPTIONS_PACKAGE, Location, MessageNode, MethodNode, Path
 from orki_contract.findings.finding import Finding, Plane, Rule
 from orki_contract.findings.reach import Reach
-from orki_contract.model import Frame, Stream, Subscription, TaskMethod, ToolMethod
+from orki_contract.model import ExternalGroup, Frame, Stream, TaskMethod, ToolMethod
 from orki_contract.read import ReadContract
 from orki_contract.rules.judge import Judge
 
@@ -44,14 +44,14 @@ class Side:
         return _first((each.name, each) for each in self.read.contract.streams)
 
     @cached_property
-    def subscriptions(self) -> Mapping[tuple[str, str, str], Subscription]:
+    def external_groups(self) -> Mapping[tuple[str, str, str], ExternalGroup]:
         """By package, stream and group."""
-        found = self.read.contract.subscriptions
+        found = self.read.contract.external_groups
         return _first(((each.package, each.stream, each.group.name), each) for each in found)
 
     @cached_property
     def consumed(self) -> Mapping[tuple[str, str], Sequence[tuple[FileDescriptorProto, int, Any]]]:
-        """Where each package declares groups on each stream: file, index among its subscriptions, and the option."""
+        """Where each package declares groups on each stream: file, index among its external groups, and the option."""
         found: dict[tuple[str, str], list[tuple[FileDescriptorProto, int, Any]]] = {}
         for file in self.schema.files.values():
             for index, option in enumerate(self.schema.option(file.options, "consume") or ()):

@@ -13,7 +13,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from orki_contract.descriptors import Location
 from orki_contract.findings.comparison import Comparison, Places, Side, left_at, was
 from orki_contract.findings.finding import Category, Plane, Rule, additive, breaking
-from orki_contract.model import Group, Stream
+from orki_contract.model import Group, Stream, duration_text
 
 _STREAM: Final = Category.STREAM
 
@@ -54,7 +54,7 @@ def compare(comparison: Comparison) -> None:
             written = new.schema.option(new.schema.messages[after.message].proto.options, "stream").groups
             rest = new.message_place(after.message, "stream", *(("groups", 0) if written else ()))
             _each(comparison, name, dict(_owned(old, before)), dict(_owned(new, after)), rest)
-    streams = {(each.package, each.stream) for side in (old, new) for each in side.subscriptions.values()}
+    streams = {(each.package, each.stream) for side in (old, new) for each in side.external_groups.values()}
     for package, stream in sorted(streams):
         _each(comparison, stream, dict(_read(old, package, stream)), dict(_read(new, package, stream)), None)
 
@@ -94,10 +94,10 @@ def _pair(comparison: Comparison, stream: str, old: _Declared, new: _Declared) -
         say("ORKI_GROUP_DELIVERIES_LOWERED", f"gives up sooner: {deliveries} deliveries", "max_deliveries")
     elif after.max_deliveries > before.max_deliveries:
         say("ORKI_GROUP_RELAXED", f"gives up later: {deliveries} deliveries", "max_deliveries")
-    deadlines = was(before.ack_deadline_ms, after.ack_deadline_ms, "{} ms".format)
-    if after.ack_deadline_ms < before.ack_deadline_ms:
+    deadlines = was(before.ack_deadline, after.ack_deadline, duration_text)
+    if after.ack_deadline < before.ack_deadline:
         say("ORKI_GROUP_DEADLINE_LOWERED", f"takes entries away sooner: {deadlines}", "ack_deadline")
-    elif after.ack_deadline_ms > before.ack_deadline_ms:
+    elif after.ack_deadline > before.ack_deadline:
         say("ORKI_GROUP_RELAXED", f"takes entries away later: {deadlines}", "ack_deadline")
     letters = [each.dead_letter or f"{stream}.{each.name}.dead" for each in (before, after)]
     if letters[0] != letters[1]:
@@ -147,7 +147,7 @@ def _read(side: Side, package: str, stream: str) -> Iterator[tuple[str, _Declare
         def place(*inside: str | int, _file: FileDescriptorProto = file, _index: int = index) -> Location:
             return side.place(_file.name, (), _file.options, "consume", _index, "group", *inside)
 
-        group = side.subscriptions[package, stream, option.group.name].group
+        group = side.external_groups[package, stream, option.group.name].group
         yield group.name, _Declared(group=group, option=option.group, package=package, place=place)
 
 

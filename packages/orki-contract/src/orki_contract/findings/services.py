@@ -10,7 +10,7 @@ from typing import Any, Final
 from orki_contract.descriptors import Location
 from orki_contract.findings.comparison import Comparison, Places, Side, left_at, was
 from orki_contract.findings.finding import Category, Plane, Rule, additive, breaking
-from orki_contract.model import Backoff, TaskMethod, ToolMethod
+from orki_contract.model import Backoff, TaskMethod, ToolMethod, duration_text
 
 _TASK, _TOOL, _SERVICE = Category.TASK, Category.TOOL, Category.SERVICE
 
@@ -191,8 +191,8 @@ def _plain(comparison: Comparison, name: str) -> None:
 
 def _time(before: Any, after: Any, name: str, shorter: str, longer: str, say: Callable[..., None]) -> None:
     """Judges one duration of a method; 0 is no limit."""
-    one, other = getattr(before, f"{name}_ms"), getattr(after, f"{name}_ms")
-    text = was(one, other, lambda value: f"{value} ms" if value else "no limit")
+    one, other = getattr(before, name), getattr(after, name)
+    text = was(one, other, duration_text)
     if other and (not one or other < one):
         say(shorter, f"has a shorter {name}: {text}", name)
     elif one != other:
@@ -205,7 +205,7 @@ def _places(comparison: Comparison, name: str, option: str, *inside: str) -> tup
 
 
 def _backoff(value: Backoff) -> str:
-    return f"{value.initial_ms} ms, times {value.multiplier:g}, up to {value.maximum_ms} ms"
+    return f"{duration_text(value.initial)}, times {value.multiplier:g}, up to {duration_text(value.maximum)}"
 
 
 def _streaming(value: tuple[bool, bool]) -> str:

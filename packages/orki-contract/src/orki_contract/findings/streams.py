@@ -10,7 +10,7 @@ from typing import Final
 from orki_contract.descriptors import Location
 from orki_contract.findings.comparison import Comparison, Places, Side, left_at, was
 from orki_contract.findings.finding import Category, Plane, Rule, additive, breaking, source_breaking
-from orki_contract.model import Retention, Stream
+from orki_contract.model import Retention, Stream, duration_text
 
 _STREAM: Final = Category.STREAM
 
@@ -85,26 +85,28 @@ def _retention(before: Retention, after: Retention, say: Callable[..., None]) ->
     if after.max_entries < before.max_entries:
         text = f"keeps fewer entries: {was(before.max_entries, after.max_entries)}"
         say("ORKI_STREAM_ENTRIES_LOWERED", text, "retention", "max_entries")
-    if bool(before.max_age_ms) != bool(after.max_age_ms):
-        ages = was(before.max_age_ms, after.max_age_ms, _age)
+    if bool(before.max_age) != bool(after.max_age):
+        ages = was(before.max_age, after.max_age, duration_text)
         say("ORKI_STREAM_LIMITS", f"is limited by age otherwise: {ages}", "retention", "max_age")
-    elif after.max_age_ms < before.max_age_ms:
-        text = f"keeps entries shorter: {was(before.max_age_ms, after.max_age_ms, _age)}"
+    elif after.max_age < before.max_age:
+        text = f"keeps entries shorter: {was(before.max_age, after.max_age, duration_text)}"
         say("ORKI_STREAM_AGE_LOWERED", text, "retention", "max_age")
     if after.max_entries > before.max_entries:
         text = f"keeps more entries: {was(before.max_entries, after.max_entries)}"
         say("ORKI_STREAM_RELAXED", text, "retention", "max_entries")
-    if before.max_age_ms and after.max_age_ms > before.max_age_ms:
-        text = f"keeps entries longer: {was(before.max_age_ms, after.max_age_ms, _age)}"
+    if before.max_age and after.max_age > before.max_age:
+        text = f"keeps entries longer: {was(before.max_age, after.max_age, duration_text)}"
         say("ORKI_STREAM_RELAXED", text, "retention", "max_age")
     _bounds(before, after, say)
 
 
 def _bounds(before: Retention, after: Retention, say: Callable[..., None]) -> None:
     """Judges what a deployment may set. A limit by age that came or went is told by another rule."""
-    kinds = [("entries", before.entries_bounds, after.entries_bounds, before.max_entries, after.max_entries)]
-    if before.max_age_ms and after.max_age_ms:
-        kinds.append(("age", before.age_bounds_ms, after.age_bounds_ms, before.max_age_ms, after.max_age_ms))
+    kinds: list[tuple[str, tuple[float, float], tuple[float, float], float, float]] = [
+        ("entries", before.entries_bounds, after.entries_bounds, before.max_entries, after.max_entries)
+    ]
+    if before.max_age and after.max_age:
+        kinds.append(("age", before.age_bounds, after.age_bounds, before.max_age, after.max_age))
     for kind, old, new, was_kept, is_kept in kinds:
         shown = f"{_range(old, kind)} → {_range(new, kind)}"
         # A lower value of the contract's own is told already, unless a deployment may go below even that.
@@ -119,8 +121,8 @@ def _bounds(before: Retention, after: Retention, say: Callable[..., None]) -> No
             say("ORKI_STREAM_RELAXED", f"may be set to keep more: {shown}", "retention", f"most_{kind}")
 
 
-def _range(bounds: tuple[int, int], kind: str) -> str:
-    least, most = (_age(each) if kind == "age" else str(each) for each in bounds)
+def _range(bounds: tuple[float, float], kind: str) -> str:
+    least, most = (duration_text(each) if kind == "age" else str(each) for each in bounds)
     return least if least == most else f"{least} to {most}"
 
 
@@ -144,7 +146,7 @@ def _readers(comparison: Comparison, stream: Stream) -> Iterator[str]:
         known = side.streams.get(stream.name)
         for group in known.groups if known is not None else ():
             yield f'group "{group.name}"'
-        for subscription in side.subscriptions.values():
+        for subscription in side.external_groups.values():
             if subscription.stream == stream.name:
                 yield f'group "{subscription.group.name}"'
                 yield f"package {subscription.package}"
@@ -171,7 +173,3 @@ def _key(side: Side, stream: Stream) -> int:
 
 def _shown_key(value: str) -> str:
     return value or "not at all"
-
-
-def _age(value: int) -> str:
-    return f"{value} ms" if value else "no limit"

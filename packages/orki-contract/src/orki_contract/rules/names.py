@@ -100,7 +100,7 @@ def _declared(judge: Judge, file: FileContract) -> Iterator[tuple[str, str, Loca
     for stream in contract.streams:
         for name in (constant_name(stream.name), f"{class_name(stream.name)}Group"):
             yield name, f'stream "{stream.name}"', places[stream.message]
-    subscribed = {each.stream: each for each in contract.subscriptions}
+    subscribed = {each.stream: each for each in contract.external_groups}
     for subscription in subscribed.values():
         place = places[f"{file.package}:{subscription.stream}/{subscription.group.name}"]
         for name in (constant_name(subscription.stream), f"{class_name(subscription.stream)}Group"):

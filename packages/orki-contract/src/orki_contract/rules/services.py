@@ -8,8 +8,8 @@ import math
 from typing import Any, Final
 
 from orki_contract.descriptors import Location, MethodNode, ServiceNode
-from orki_contract.model import Backoff
-from orki_contract.read import milliseconds, resolve
+from orki_contract.model import Backoff, duration_text
+from orki_contract.read import resolve, seconds_of
 from orki_contract.rules.judge import Judge, Rule
 
 RULES: Final[dict[Rule, str]] = {
@@ -123,14 +123,14 @@ def _backoff(judge: Judge, option: Any, whole: Location, place: Any, subject: st
             f"the wait of {subject} is multiplied by {backoff.multiplier:g}: give a multiplier of at least 1",
         )
     default = Backoff()
-    first = milliseconds(backoff.initial if backoff.HasField("initial") else None, default.initial_ms)
-    longest = milliseconds(backoff.maximum if backoff.HasField("maximum") else None, default.maximum_ms)
+    first = seconds_of(backoff.initial if backoff.HasField("initial") else None, default.initial)
+    longest = seconds_of(backoff.maximum if backoff.HasField("maximum") else None, default.maximum)
     if first > longest:
         judge.say(
             "ORKI_TASK_BACKOFF_ORDER",
             whole,
-            f"the first wait of {subject} ({first} ms) is longer than the longest ({longest} ms): "
-            "lower initial or raise maximum",
+            f"the initial retry delay of {subject} ({duration_text(first)}) exceeds the maximum "
+            f"({duration_text(longest)}): lower initial or raise maximum",
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
 
 from orki_contract.descriptors import Location, MessageNode, is_repeated
-from orki_contract.read import milliseconds
+from orki_contract.read import seconds_of
 from orki_contract.rules.judge import Judge, Rule, listed
 
 RULES: Final[dict[Rule, str]] = {
@@ -73,8 +73,8 @@ def judge(judge: Judge) -> None:
     taken = {
         (stream.name, group.name): "its owner" for stream in judge.read.contract.streams for group in stream.groups
     }
-    for file, index, option in _subscriptions(judge):
-        _subscription(judge, file, index, option, taken)
+    for file, index, option in _external_groups(judge):
+        _external_group(judge, file, index, option, taken)
 
 
 def _stream(judge: Judge, node: MessageNode, option: Any, namesakes: list[MessageNode]) -> None:
@@ -162,10 +162,10 @@ def _bounds(judge: Judge, retention: Any, place: Callable[..., Location], subjec
             )
 
 
-def _amount(retention: Any, name: str) -> int:
-    """Entries, or milliseconds of an age; 0 where it is left out or negative."""
+def _amount(retention: Any, name: str) -> float:
+    """Entries, or seconds of an age; 0 where it is left out or negative."""
     value = getattr(retention, name)
-    return value if isinstance(value, int) else milliseconds(value)
+    return value if isinstance(value, int) else seconds_of(value)
 
 
 def _partitions(judge: Judge, node: MessageNode, option: Any, subject: str) -> None:
@@ -248,13 +248,13 @@ def _group(judge: Judge, group: Any, place: Callable[..., Location], stream: str
         )
 
 
-def _subscriptions(judge: Judge) -> Iterator[tuple[FileDescriptorProto, int, Any]]:
+def _external_groups(judge: Judge) -> Iterator[tuple[FileDescriptorProto, int, Any]]:
     for file in judge.schema.files.values():
         for index, option in enumerate(judge.schema.option(file.options, "consume") or ()):
             yield file, index, option
 
 
-def _subscription(
+def _external_group(
     judge: Judge, file: FileDescriptorProto, index: int, option: Any, taken: dict[tuple[str, str], str]
 ) -> None:
     def place(*inside: str | int) -> Location:

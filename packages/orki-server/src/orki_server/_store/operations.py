@@ -10,7 +10,7 @@ from typing import ClassVar, Generic, TypeAlias, TypeVar
 
 from orki.control.v1.attempt_pb2 import TaskState
 from orki.errors.v1.errors_pb2 import Reason
-from orki_contract.model import TaskMethod
+from orki_contract.model import TaskMethod, milliseconds
 from orki_contract.trace import Span
 from orki_control.session import AttemptKey
 from orki_server._keys import idempotency_digest
@@ -113,15 +113,15 @@ class Submit(Operation[Submitted]):
 def _options(method: TaskMethod) -> str:
     backoff = method.backoff
     numbers = (
-        method.heartbeat_timeout_ms,
-        method.attempt_timeout_ms,
-        method.stall_timeout_ms,
-        method.total_timeout_ms,
+        milliseconds(method.heartbeat_timeout),
+        milliseconds(method.attempt_timeout),
+        milliseconds(method.stall_timeout),
+        milliseconds(method.total_timeout),
         method.max_attempts,
-        backoff.initial_ms,
-        backoff.maximum_ms,
+        milliseconds(backoff.initial),
+        milliseconds(backoff.maximum),
         f"{backoff.multiplier:f}",
-        method.cancel_grace_ms,
+        milliseconds(method.cancel_grace),
     )
     return ",".join(map(str, numbers))
 

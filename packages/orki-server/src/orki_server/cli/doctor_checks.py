@@ -87,7 +87,7 @@ def check_groups(groups: Iterable[GroupFigures]) -> Iterator[Check]:
                 cause="The stream's contract declares the group, but the server does not have it.",
                 next_step="Start its consumer, or publish once: both create declared groups.",
             )
-        elif each.oldest_pending_ms > 2 * each.ack_deadline_ms:
+        elif each.oldest_pending_ms > 2_000 * each.ack_deadline:
             yield Check(
                 name=name,
                 verdict=Verdict.WARN,

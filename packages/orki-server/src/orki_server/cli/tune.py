@@ -5,13 +5,14 @@ from __future__ import annotations
 __all__ = ["keeps", "retention_json", "tune"]
 
 import re
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any, Final
 
 import click
 from click.core import ParameterSource
 
 from orki_contract.errors import UnknownStream
+from orki_contract.model import milliseconds
 from orki_events import RegisteredStream, Tuned, Tuning, connect
 from orki_events.tuning import effective_retention
 from orki_server.cli.figures import duration
@@ -69,7 +70,7 @@ def tune(
         raise click.UsageError("--reset takes every setting back: give it alone")
     if ctx.get_parameter_source("redis_url") is ParameterSource.DEFAULT and isinstance(ctx.obj, str):
         redis_url = ctx.obj
-    changes = {"max_entries": max_entries, "max_age_ms": max_age}
+    changes = {"max_entries": max_entries, "max_age": max_age and max_age / 1_000}
     wanted = {key: value for key, value in changes.items() if value is not None}
     stream, tuning, tuned = run(_tune(redis_url, name, wanted, reset))
     shown = retention_json(stream, tuning)
@@ -88,10 +89,13 @@ def retention_json(registered: RegisteredStream, tuning: Tuning | None) -> dict[
     retention = registered.contract.retention
     now = effective_retention(retention, tuning)
     return {
-        "contract": {"max_entries": retention.max_entries, "max_age_ms": retention.max_age_ms},
-        "bounds": {"entries": [*retention.entries_bounds], "age_ms": [*retention.age_bounds_ms]},
-        "set": asdict(tuning) if tuning is not None else None,
-        "kept": {"max_entries": now.max_entries, "max_age_ms": now.max_age_ms},
+        "contract": {"max_entries": retention.max_entries, "max_age_ms": milliseconds(retention.max_age)},
+        "bounds": {
+            "entries": [*retention.entries_bounds],
+            "age_ms": [milliseconds(each) for each in retention.age_bounds],
+        },
+        "set": _set(tuning),
+        "kept": {"max_entries": now.max_entries, "max_age_ms": milliseconds(now.max_age)},
     }
 
 
@@ -111,7 +115,7 @@ def keeps(shown: dict[str, Any]) -> str:
 
 
 async def _tune(
-    redis_url: str, name: str, wanted: dict[str, int], reset: bool
+    redis_url: str, name: str, wanted: dict[str, Any], reset: bool
 ) -> tuple[RegisteredStream, Tuning | None, Tuned | None]:
     async with connect(redis_url) as events:
         known = {each.contract.name: each for each in await events.registered_streams()}
@@ -122,8 +126,14 @@ async def _tune(
             return known[name], None, await events.tune(name, None)
         if not wanted:
             return known[name], tuning, None
-        tuning = Tuning(**((asdict(tuning) if tuning is not None else {}) | wanted))
+        tuning = replace(tuning or Tuning(), **wanted)
         return known[name], tuning, await events.tune(name, tuning)
+
+
+def _set(tuning: Tuning | None) -> dict[str, int] | None:
+    if tuning is None:
+        return None
+    return {"max_entries": tuning.max_entries, "max_age_ms": milliseconds(tuning.max_age)}
 
 
 def _words(entries: int, age_ms: int) -> str:

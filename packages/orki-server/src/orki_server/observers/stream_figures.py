@@ -29,7 +29,7 @@ class GroupFigures:
         oldest_pending_ms: Age of the oldest of those; 0 for none.
         consumers: Consumers that the server knows.
         dead_letters: Entries in the group's dead letter stream.
-        ack_deadline_ms: After which others may claim what is pending.
+        ack_deadline: After which others may claim what is pending.
     """
 
     stream: str
@@ -40,7 +40,7 @@ class GroupFigures:
     oldest_pending_ms: int
     consumers: int
     dead_letters: int
-    ack_deadline_ms: int
+    ack_deadline: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +140,7 @@ class _Look:
             oldest_pending_ms=max((self._oldest.get((key, group.name), 0) for key in keys), default=0),
             consumers=sum(each["consumers"] for each in found),
             dead_letters=self._dead.get(contract.dead_letter(group), 0),
-            ack_deadline_ms=group.ack_deadline_ms,
+            ack_deadline=group.ack_deadline,
         )
 
 

@@ -13,7 +13,7 @@ AGENTS: Final[oc.EventStream[pb.AgentEvent, AgentsGroup]] = oc.EventStream(
     oc.Stream(
         name="agents",
         message="orki.events.v1.AgentEvent",
-        retention=oc.Retention(max_entries=100_000, max_age_ms=604_800_000),
+        retention=oc.Retention(max_entries=100_000, max_age=604_800.0),
         groups=(oc.Group(name="audit"), oc.Group(name="metrics")),
     ),
 )

@@ -13,7 +13,7 @@ AUDIT: Final[oc.EventStream[pb.AuditEvent, AuditGroup]] = oc.EventStream(
     oc.Stream(
         name="audit",
         message="orki.events.v1.AuditEvent",
-        retention=oc.Retention(max_entries=1_000_000, max_age_ms=2_592_000_000),
+        retention=oc.Retention(max_entries=1_000_000, max_age=2_592_000.0),
     ),
 )
 """One deed."""

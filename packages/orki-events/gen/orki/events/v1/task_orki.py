@@ -13,7 +13,7 @@ TASKS: Final[oc.EventStream[pb.TaskEvent, TasksGroup]] = oc.EventStream(
     oc.Stream(
         name="tasks",
         message="orki.events.v1.TaskEvent",
-        retention=oc.Retention(max_entries=1_000_000, max_age_ms=604_800_000),
+        retention=oc.Retention(max_entries=1_000_000, max_age=604_800.0),
         groups=(oc.Group(name="audit"), oc.Group(name="metrics")),
     ),
 )

@@ -13,7 +13,7 @@ USAGE: Final[oc.EventStream[pb.UsageEvent, UsageGroup]] = oc.EventStream(
     oc.Stream(
         name="usage",
         message="orki.events.v1.UsageEvent",
-        retention=oc.Retention(max_entries=1_000_000, max_age_ms=604_800_000),
+        retention=oc.Retention(max_entries=1_000_000, max_age=604_800.0),
         groups=(oc.Group(name="audit"), oc.Group(name="metrics")),
     ),
 )

@@ -1,4 +1,4 @@
-"""The layout of an entry: keys, partitions, envelopes, and what is refused."""
+"""The layout of entries: keys, partitions, envelopes, ids and cursors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from orki_contract.trace import Span, new_span
 from orki_events.entries import (
     EntryId,
     decode_envelope,
-    decode_event,
     encode_envelope,
     envelope_span,
     event_id_of,
@@ -45,7 +44,7 @@ def stream(partitions: int, key: str = "agent_id") -> Stream:
     )
 
 
-def test_keys_carry_the_partition_as_their_hash_tag() -> None:
+def test_the_hash_tag_of_a_key_is_its_partition() -> None:
     assert stream_keys(stream(1)) == ("orki:ev:{usage}",)
     assert stream_keys(stream(3)) == ("orki:ev:{usage:0}", "orki:ev:{usage:1}", "orki:ev:{usage:2}")
     assert stream_keys(stream(1), "groups") == ("orki:groups:{usage}",)
@@ -63,18 +62,18 @@ def test_keys_carry_the_partition_as_their_hash_tag() -> None:
         (b"\x00\xff", b"\x00\xff", 2),
     ],
 )
-def test_the_partition_is_the_crc_of_the_values_bytes(value: str | int | bytes, raw: bytes, partition: int) -> None:
+def test_the_partition_is_the_crc_of_the_key_value(value: str | int | bytes, raw: bytes, partition: int) -> None:
     assert partition_of(value, 8) == zlib.crc32(raw) % 8 == partition
 
 
 def test_known_partitions_never_change() -> None:
-    """These numbers are on disks: a change of the hash would split every key over two partitions."""
+    """Servers store these numbers: another hash would split every key over two partitions."""
     assert [partition_of(f"agent-{number}", 8) for number in range(8)] == [7, 1, 3, 5, 6, 0, 2, 4]
-    # The check value of CRC-32 in every catalogue of CRCs.
+    # The standard check value of CRC-32.
     assert partition_of("123456789", 2**32) == 0xCBF43926
 
 
-def test_a_messages_key_field_picks_its_partition() -> None:
+def test_the_partition_key_field_selects_the_partition() -> None:
     assert stream_key(stream(1), UsageEvent(agent_id="a")) == "orki:ev:{usage}"
     for field, message in (("agent_id", UsageEvent(agent_id="a")), ("attempt", UsageEvent(attempt=12))):
         value = getattr(message, field)
@@ -88,7 +87,7 @@ def test_a_messages_key_field_picks_its_partition() -> None:
     st.integers(-(2**62), 2**62),
     st.booleans(),
 )
-def test_an_envelope_comes_back_as_it_went(
+def test_an_envelope_survives_encoding_and_decoding(
     event_id: bytes, producer: str, sequence: int, time_us: int, traced: bool
 ) -> None:
     span = new_span().child() if traced else None
@@ -100,22 +99,20 @@ def test_an_envelope_comes_back_as_it_went(
     assert event_id_of(raw) == event_id
 
 
-def test_the_event_id_is_found_wherever_it_stands() -> None:
+def test_the_event_id_is_found_in_any_field_order() -> None:
     tail_first = Envelope(producer="p").SerializeToString() + Envelope(event_id=ID).SerializeToString()
     assert event_id_of(tail_first) == ID
 
 
 @pytest.mark.parametrize("raw", [b"", b"\xff", b"\x0a\x10short", Envelope(event_id=b"x").SerializeToString()])
-def test_what_is_no_envelope_is_refused(raw: bytes) -> None:
+def test_invalid_envelopes_are_refused(raw: bytes) -> None:
     with pytest.raises(EventUndecodable):
         decode_envelope(raw)
     with pytest.raises(EventUndecodable):
         event_id_of(raw)
 
 
-def test_what_is_no_event_or_no_entry_is_refused() -> None:
-    with pytest.raises(EventUndecodable, match=r"is not a valid orki\.events\.v1\.UsageEvent"):
-        decode_event(UsageEvent, b"\xff")
+def test_invalid_event_ids_and_entries_are_refused() -> None:
     with pytest.raises(InvalidArgument, match="16 bytes, not 3"):
         encode_envelope(event_id=b"abc", producer="", sequence=1, time_us=0, span=None)
     for fields in ([], [b"e"], [b"e", b"x"], [b"d", b"x", b"f", b"y"]):
@@ -123,20 +120,20 @@ def test_what_is_no_event_or_no_entry_is_refused() -> None:
             split_entry(fields)
 
 
-def test_fields_are_found_in_any_order_and_company() -> None:
+def test_fields_are_found_in_any_order_and_among_others() -> None:
     assert split_entry([b"e", b"1", b"d", b"2"]) == (b"1", b"2")
     assert split_entry([b"e", b"1", b"d", b"2", b"x", b"3"]) == (b"1", b"2")
     assert split_entry([b"new", b"0", b"d", b"2", b"e", b"1"]) == (b"1", b"2")
 
 
-def test_a_span_without_a_parent_or_of_nonsense() -> None:
+def test_a_missing_parent_or_an_invalid_traceparent_is_accepted() -> None:
     assert envelope_span(Envelope(traceparent="nonsense")) is None
     assert envelope_span(Envelope()) is None
     root = Span("a" * 32, "b" * 16)
     assert envelope_span(Envelope(traceparent=root.traceparent)) == root
 
 
-def test_event_ids_differ() -> None:
+def test_event_ids_are_unique() -> None:
     assert len({new_event_id() for _ in range(1_000)}) == 1_000
 
 
@@ -151,7 +148,7 @@ def test_entry_ids_are_ordered_and_have_predecessors() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)), min_size=1, max_size=5))
-def test_a_cursor_comes_back_as_it_went(places: list[tuple[int, int]]) -> None:
+def test_a_cursor_survives_formatting_and_parsing(places: list[tuple[int, int]]) -> None:
     words = [f"{ms}-{sequence}" for ms, sequence in places]
     assert parse_cursor(format_cursor(words), len(words)) == words
     with pytest.raises(InvalidArgument, match="partitions"):

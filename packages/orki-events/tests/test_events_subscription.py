@@ -1,4 +1,4 @@
-"""A consumer that was left has ended when its `Events` has, whichever way its loop was left."""
+"""Subscriptions end at the latest with their `Events`, however their loop was left."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ async def test_a_loop_left_by_break_ends_with_its_events(opened: Callable[..., A
         assert delivery.deliveries == 1
         break
     assert own_tasks()
-    # Nobody settled the delivery: the end waits for the drain timeout, and leaves nothing behind it.
+    # The delivery was not settled: the end waits for the drain timeout and leaves nothing running.
     await events.close()
     assert own_tasks() == []
 
 
-async def test_a_source_that_stays_reachable_ends_with_its_events(opened: Callable[..., Any], usage: Any) -> None:
+async def test_a_referenced_subscription_ends_with_its_events(opened: Callable[..., Any], usage: Any) -> None:
     events, stream = await opened(), usage()
     await events.publish(stream, UsageEvent())
     source = events.deliveries(stream, group="work")
@@ -50,7 +50,9 @@ async def test_a_source_that_stays_reachable_ends_with_its_events(opened: Callab
         await anext(source)
 
 
-async def test_a_source_in_a_cycle_ends_when_the_collector_finds_it(server: Any, events: Events, usage: Any) -> None:
+async def test_a_subscription_in_a_reference_cycle_ends_when_it_is_collected(
+    server: Any, events: Events, usage: Any
+) -> None:
     stream = usage()
     await events.publish(stream, UsageEvent())
     source: Any = events.deliveries(stream, group="work")
@@ -66,7 +68,7 @@ async def test_a_source_in_a_cycle_ends_when_the_collector_finds_it(server: Any,
     assert consumers(server) == []
 
 
-async def test_the_end_of_the_block_is_the_end_of_the_consumer(server: Any, events: Events, usage: Any) -> None:
+async def test_the_end_of_the_block_ends_the_consumer(server: Any, events: Events, usage: Any) -> None:
     stream = usage()
     await events.publish(stream, UsageEvent())
     async with events.deliveries(stream, group="work", options=QUICK) as deliveries:
@@ -79,7 +81,7 @@ async def test_the_end_of_the_block_is_the_end_of_the_consumer(server: Any, even
         await anext(deliveries)
 
 
-async def test_several_tasks_may_share_a_source_and_its_end(events: Events, usage: Any) -> None:
+async def test_several_tasks_can_share_a_subscription(events: Events, usage: Any) -> None:
     stream, got = usage(), []
     await events.publish_many(stream, [UsageEvent(attempt=number) for number in range(20)])
 
@@ -97,7 +99,7 @@ async def test_several_tasks_may_share_a_source_and_its_end(events: Events, usag
     assert own_tasks() == []
 
 
-async def test_a_cancelled_iteration_has_ended_its_consumer(server: Any, events: Events, usage: Any) -> None:
+async def test_a_cancelled_iteration_ends_its_consumer(server: Any, events: Events, usage: Any) -> None:
     stream = usage()
     await events.prepare(stream)
     waiting = asyncio.ensure_future(anext(events.deliveries(stream, group="work")))
@@ -111,7 +113,7 @@ async def test_a_cancelled_iteration_has_ended_its_consumer(server: Any, events:
     assert consumers(server) == []
 
 
-async def test_of_two_that_wait_for_an_end_one_may_give_up(opened: Callable[..., Any], usage: Any) -> None:
+async def test_one_of_two_waiting_closers_can_be_cancelled(opened: Callable[..., Any], usage: Any) -> None:
     events, stream = await opened(drain_timeout=30), usage()
     await events.publish(stream, UsageEvent())
     source = events.deliveries(stream, group="work")
@@ -127,7 +129,7 @@ async def test_of_two_that_wait_for_an_end_one_may_give_up(opened: Callable[...,
     delivery.acknowledge()  # too late: harmless
 
 
-async def test_nothing_begins_after_the_end(opened: Callable[..., Any], usage: Any) -> None:
+async def test_nothing_starts_after_the_end(opened: Callable[..., Any], usage: Any) -> None:
     events = await opened()
     source = events.deliveries(usage(), group="work")
     await events.close()
@@ -135,7 +137,7 @@ async def test_nothing_begins_after_the_end(opened: Callable[..., Any], usage: A
         await anext(source)
 
 
-async def test_whoever_follows_is_let_go_by_the_end(opened: Callable[..., Any], usage: Any, server: Any) -> None:
+async def test_closing_ends_tails(opened: Callable[..., Any], usage: Any, server: Any) -> None:
     events, stream = await opened(block_timeout=30), usage()
     await events.publish(stream, UsageEvent(attempt=1))
     seen = []
@@ -151,7 +153,7 @@ async def test_whoever_follows_is_let_go_by_the_end(opened: Callable[..., Any], 
         while not seen:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
-        # One waits in the server for half a minute, the other rests between two entries.
+        # One tail waits in the server for half a minute, the other one pauses between two entries.
         await events.close()
         await following
         with server.client as client:

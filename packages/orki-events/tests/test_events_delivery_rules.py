@@ -1,4 +1,4 @@
-"""The delivery machine's laws under any interleaving: against a model of a server, other consumers and handlers."""
+"""The delivery machine's rules under any interleaving, against a model of the server, other consumers and handlers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ LIMITS = DeliverySettings(
     ack_deadline=10.0,
     sweep_interval=3.0,
     hold_limit=100_000.0,
-    backoff=Backoff(initial_ms=500, maximum_ms=2_000),
+    backoff=Backoff(initial=0.5, maximum=2.0),
 )
 US, THEM, NOBODY = "us", "them", "nobody"
 
@@ -90,7 +90,7 @@ def number_of(entry_id: bytes) -> int:
 
 
 class Server:
-    """Does what the commands say, and answers as Redis does."""
+    """Executes commands and replies like Redis."""
 
     def __init__(self) -> None:
         self.partitions = {key: Partition() for key in KEYS}
@@ -104,7 +104,7 @@ class Server:
         if isinstance(command, CreateGroups):
             for partition in self.partitions.values():
                 if not partition.group:
-                    # The durable cursor: everything up to it is settled.
+                    # The saved position: everything up to it is settled.
                     partition.group = True
                     partition.delivered = min(
                         (number - 1 for number in range(1, partition.newest + 1) if number not in partition.settled),
@@ -195,8 +195,8 @@ class Server:
         return gone
 
 
-class Laws(RuleBasedStateMachine):
-    """Anything in any order; the laws hold all the while, and at the end everything is settled."""
+class Interleavings(RuleBasedStateMachine):
+    """Any events in any order: the rules always hold, and everything is settled in the end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,22 +230,22 @@ class Laws(RuleBasedStateMachine):
                 if isinstance(command, Ack):
                     self.check_ack(command)
                 elif isinstance(command, Read) and not command.history:
-                    self.check_nothing_is_ours_unknowingly()
+                    self.check_pending_entries_are_known()
                 self.open.append(command)
 
     def check_ack(self, command: Ack) -> None:
-        """Law 1."""
+        """Rule 1."""
         for entry_id in command.entry_ids:
-            place = (command.key, number_of(entry_id))
+            position = (command.key, number_of(entry_id))
             if command.outcome is Outcome.PROCESSED:
-                assert place in self.succeeded
+                assert position in self.succeeded
             elif command.outcome is Outcome.DEAD_LETTERED:
-                assert place in self.server.letters
+                assert position in self.server.letters
             else:
                 assert number_of(entry_id) not in self.server.partitions[command.key].entries
 
-    def check_nothing_is_ours_unknowingly(self) -> None:
-        """Law 2."""
+    def check_pending_entries_are_known(self) -> None:
+        """Rule 2."""
         for key, partition in self.server.partitions.items():
             known = self.machine._partitions[key]
             for number, held in partition.pending.items():
@@ -338,19 +338,19 @@ class Laws(RuleBasedStateMachine):
         self.wanted = 0
 
     @invariant()
-    def the_hand_is_bounded(self) -> None:
-        """Law 3: reading and claiming fill one hand each, and a draining consumer one entry more of each partition."""
+    def held_entries_are_bounded(self) -> None:
+        """Rule 3: reading and claiming each fill `prefetch`, and draining one more entry of each partition."""
         assert self.machine.held <= 2 * LIMITS.prefetch + len(KEYS) * 2
 
     @invariant()
-    def a_closed_machine_asks_for_nothing(self) -> None:
+    def a_closed_machine_issues_nothing(self) -> None:
         if self.machine.state is State.CLOSED:
             assert self.open == []
             assert self.machine.held == 0
             assert self.machine.next_timer() is None
 
     def teardown(self) -> None:
-        """From here on all goes well: the machine must settle everything, and drain clean."""
+        """Without further faults, the machine must settle everything and drain."""
         self.quiet()
         if not self.draining:
             for key, partition in self.server.partitions.items():
@@ -361,7 +361,7 @@ class Laws(RuleBasedStateMachine):
             self.quiet()
         assert self.machine.state is State.CLOSED
         for partition in self.server.partitions.values():
-            # Law 5.
+            # Rule 5.
             assert not any(held.owner == US for held in partition.pending.values()) or not partition.group
 
     def quiet(self) -> None:
@@ -381,7 +381,7 @@ class Laws(RuleBasedStateMachine):
         raise AssertionError((self.machine.state, self.machine.held, self.open, self.server.partitions))
 
     def idle(self) -> bool:
-        """Nothing is left that could be done for any entry."""
+        """Whether nothing remains to be done for any entry."""
         return (
             not self.at_work
             and self.machine.held == 0
@@ -395,9 +395,9 @@ class Laws(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(400)
-def test_the_laws_hold_under_any_interleaving() -> None:
+def test_the_rules_hold_under_any_interleaving() -> None:
     run_state_machine_as_test(
-        Laws,
+        Interleavings,
         settings=settings(
             max_examples=150,
             stateful_step_count=60,
@@ -408,51 +408,51 @@ def test_the_laws_hold_under_any_interleaving() -> None:
 
 
 def check_walk(seed: int, steps: int) -> None:
-    """One long life with the odds of a bad day: deeper than a search that tries everything equally often."""
+    """Run one long random sequence with realistic odds; it goes deeper than hypothesis does."""
     try:
         walk(seed, steps)
     except AssertionError as error:
-        raise AssertionError(f"walk({seed}, {steps}) breaks a law: {error}") from error
+        raise AssertionError(f"walk({seed}, {steps}) breaks a rule: {error}") from error
 
 
 def walk(seed: int, steps: int) -> None:
     dice = random.Random(seed)
-    laws = Laws()
-    laws.begin()
+    run = Interleavings()
+    run.begin()
     fates = ["answered"] * 8 + ["lost on its way", "answer lost"]
     hows = ["succeed"] * 4 + ["fail"] * 4 + ["reject", "give back"]
     for _ in range(steps):
         key = dice.choice(KEYS)
         match dice.choices(range(8), [4, 12, 4, 4, 3, 1, 1, 1])[0]:
             case 0:
-                laws.publish(key, dice.randint(1, 12))
-            case 1 if laws.open:
-                command = laws.open.pop(dice.randrange(len(laws.open)))
-                laws.perform(command, dice.choice(fates))
-            case 2 if laws.wanted < 3:
-                laws.want(dice.randint(1, 5))
-            case 3 if laws.at_work:
-                place, entries = laws.at_work.pop(dice.randrange(len(laws.at_work)))
+                run.publish(key, dice.randint(1, 12))
+            case 1 if run.open:
+                command = run.open.pop(dice.randrange(len(run.open)))
+                run.perform(command, dice.choice(fates))
+            case 2 if run.wanted < 3:
+                run.want(dice.randint(1, 5))
+            case 3 if run.at_work:
+                place, entries = run.at_work.pop(dice.randrange(len(run.at_work)))
                 cut = dice.randint(1, len(entries))
                 if cut < len(entries):
-                    laws.at_work.append((place, entries[cut:]))
-                laws.settle(place, entries[:cut], dice.choice(hows))
+                    run.at_work.append((place, entries[cut:]))
+                run.settle(place, entries[:cut], dice.choice(hows))
             case 4:
-                laws.wait(dice.choice([0.01, 0.3, 1.0, 2.5, 4.0, 12.0]))
+                run.wait(dice.choice([0.01, 0.3, 1.0, 2.5, 4.0, 12.0]))
             case 5:
-                laws.another_consumer_claims(key, dice.random() < 0.5)
+                run.another_consumer_claims(key, dice.random() < 0.5)
             case 6:
-                laws.trim(key, dice.randint(1, 4))
+                run.trim(key, dice.randint(1, 4))
             case 7:
-                laws.group_destroyed(key, dice.randint(1, 6))
-        laws.the_hand_is_bounded()
+                run.group_destroyed(key, dice.randint(1, 6))
+        run.held_entries_are_bounded()
     if seed % 2:
-        laws.drain()
-    laws.teardown()
+        run.drain()
+    run.teardown()
 
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("batch", range(8))
-def test_the_laws_hold_on_long_walks(batch: int) -> None:
+def test_the_rules_hold_on_long_random_walks(batch: int) -> None:
     for seed in range(batch * 50, batch * 50 + 50):
         check_walk(seed, 200)
