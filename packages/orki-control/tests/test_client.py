@@ -377,7 +377,7 @@ async def test_wrong_use_is_named(server: Orchestrator, client: Client) -> None:
     closed = Client(server.target)
     with pytest.raises(OrchestratorUnavailable, match="async with"):
         await closed.get("t1")
-    with pytest.raises(InvalidSetting, match="entered already"):
+    with pytest.raises(InvalidSetting, match="is open already"):
         await client.__aenter__()
 
 

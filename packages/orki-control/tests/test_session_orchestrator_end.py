@@ -328,5 +328,5 @@ def test_oversize_is_refused_where_it_is_made() -> None:
     session.receive_message(pb.AgentMessage(accepted=pb.Accepted(attempt=KEY.ref())), 0.0)
     with pytest.raises(TooLarge):
         session.direct(KEY, b"x" * (1 << 20))
-    with pytest.raises(LocalProtocolError, match="never came"):
+    with pytest.raises(LocalProtocolError, match="did not arrive"):
         session.echo(1)
