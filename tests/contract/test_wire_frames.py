@@ -1,7 +1,7 @@
-"""The golden frames in `wire/frame/`: bytes of every kind of frame, kept for ever, each byte named.
+"""The golden frames in `wire/frame/`: every kind of frame, with a name for each byte.
 
-A vector may be added, never changed: what an old peer wrote must be read by every later one. After an addition, run
-this file as a script to write the missing ones.
+Vectors may be added but never changed, because later versions must read the frames of older peers. After adding one,
+run this file as a script to write it.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ PAYLOADS: dict[str, Any] = {
 
 
 def vectors() -> Iterator[tuple[str, str, str, bytes]]:
-    """Name, what it shows, full name of the payload, bytes."""
+    """Yield the name, description, payload's full name and bytes of each vector."""
     read = ReadRequest(offset=1 << 40, delta=-2, whole=True, path="src/ä.py", scale=0.5)
     hello = HelloFrame(token=bytes(range(32)), protocol_min=1, protocol_max=1, client="reviewer-1")
     welcome = WelcomeFrame(max_frame_bytes=16 << 20, max_calls=128, protocol=1)
@@ -90,16 +90,16 @@ def vectors() -> Iterator[tuple[str, str, str, bytes]]:
     yield "welcome", "The bridge accepts it.", "orki.hotpath.v1.WelcomeFrame", encode_welcome(welcome)
     refused = encode_error(0, PeerRefused("the token is not this bridge's"))
     yield "refusal", "The bridge refuses it: correlation 0.", "orki.hotpath.v1.ErrorFrame", refused
-    asked = ContractFrame(digest=bytes(range(32)), service="example.v1.FileToolService").encode()
-    question = encode_call(OP_CONTRACT, 32, 1, 1, 5_000_000, NO_TRACE, asked)
+    request = ContractFrame(digest=bytes(range(32)), service="example.v1.FileToolService").encode()
+    contract = encode_call(OP_CONTRACT, 32, 1, 1, 5_000_000, NO_TRACE, request)
     yield (
         "contract",
         "Before its first call of a service: which contract is it?",
         "orki.hotpath.v1.ContractFrame",
-        question,
+        contract,
     )
-    told = ContractAnswerFrame(digest=bytes(range(32)), served=True).encode()
-    answer = encode_reply(OP_CONTRACT, 40, 1, 1, told)
+    contract_answer = ContractAnswerFrame(digest=bytes(range(32)), served=True).encode()
+    answer = encode_reply(OP_CONTRACT, 40, 1, 1, contract_answer)
     yield "agreement", "The same one, so no image follows.", "orki.hotpath.v1.ContractAnswerFrame", answer
     call = encode_call(0x0101, 24, 2, 1, 250_000, pack_span(SPAN), read.encode())
     yield "call", "A call whose request is a frame, traced, with 250 ms to go.", "example.v1.ReadRequest", call
@@ -116,12 +116,12 @@ def vectors() -> Iterator[tuple[str, str, str, bytes]]:
     yield "call-message", "A call whose request is a protobuf message.", "google.protobuf.StringValue", message
 
 
-def shown(value: object) -> object:
+def as_json(value: object) -> object:
     return value.hex() if isinstance(value, bytes) else value
 
 
 def parts(kind: str, whole: bytes) -> list[dict[str, object]]:
-    """Every byte of a frame under its name: header, block, tail."""
+    """Return the named parts of a frame: header, block and tail, without gaps."""
     header = FrameHeader.decode(whole[:HEADER_BYTES], HEADER_BYTES)
     found = named("header", FrameHeader.FRAME, header, whole[:HEADER_BYTES], 0, HEADER_BYTES)
     block = header.block_length
@@ -138,30 +138,26 @@ def parts(kind: str, whole: bytes) -> list[dict[str, object]]:
     return found
 
 
-def named(
-    where: str, layout: oc.Frame, values: object, lies: bytes, start: int, length: int
-) -> list[dict[str, object]]:
+def named(where: str, layout: oc.Frame, values: object, raw: bytes, start: int, length: int) -> list[dict[str, object]]:
     found, at = [], 0
     for field in layout.fields:
         if field.offset + field.size > length:
             break
         if field.offset > at:
-            found.append(part(where, "(reserved)", start + at, lies[at : field.offset], None))
+            found.append(part(where, "(reserved)", start + at, raw[at : field.offset], None))
         at = field.offset + field.size
-        found.append(
-            part(where, field.name, start + field.offset, lies[field.offset : at], getattr(values, field.name))
-        )
+        found.append(part(where, field.name, start + field.offset, raw[field.offset : at], getattr(values, field.name)))
     if at < length:
-        found.append(part(where, "(reserved)", start + at, lies[at:length], None))
+        found.append(part(where, "(reserved)", start + at, raw[at:length], None))
     return found
 
 
-def part(where: str, name: str, offset: int, lies: bytes, value: object) -> dict[str, object]:
-    return {"where": where, "name": name, "offset": offset, "size": len(lies), "hex": lies.hex(), "value": shown(value)}
+def part(where: str, name: str, offset: int, raw: bytes, value: object) -> dict[str, object]:
+    return {"where": where, "name": name, "offset": offset, "size": len(raw), "hex": raw.hex(), "value": as_json(value)}
 
 
 def rendered() -> list[dict[str, object]]:
-    """All vectors as they stand in the file."""
+    """Return all vectors in the form of the file."""
     return [
         {
             "name": name,
@@ -180,12 +176,12 @@ def golden() -> list[dict[str, Any]]:
     return stored
 
 
-def test_the_stored_vectors_are_what_is_written_today() -> None:
+def test_the_encoder_still_writes_the_stored_vectors() -> None:
     assert golden() == rendered()
 
 
 @pytest.mark.parametrize("vector", golden() if GOLDEN.exists() else [], ids=lambda vector: vector["name"])
-def test_a_stored_vector_is_read_and_every_byte_of_it_named(vector: dict[str, Any]) -> None:
+def test_a_stored_vector_is_decoded_and_each_byte_has_a_name(vector: dict[str, Any]) -> None:
     whole = bytes.fromhex(vector["hex"])
     assert len(whole) == vector["bytes"]
     assert whole[0] == 0xF7

@@ -14,7 +14,7 @@ from orki.events.v1.usage_orki import USAGE
 from orki.events.v1.usage_pb2 import UsageEvent
 from orki_contract.errors import InvalidContract, InvalidSetting
 from orki_contract.images import image_of, message_class
-from orki_contract.model import AUDIT_GROUP, Backoff, Group, Retention, Start, Stream, dump
+from orki_contract.model import AUDIT_GROUP, Backoff, Group, Retention, Start, Stream
 from orki_events import ConsumeOptions, EventOptions, Events, connect
 from orki_events._group_reader import SeenEvents
 from orki_events.groups import Mark, StreamState, group_start
@@ -124,20 +124,21 @@ async def test_unreadable_records_are_left_out(server: Any, events: Events, usag
     assert [each.contract.name for each in await events.registered_streams()] == ["usage-of-tests"]
 
 
-def test_streams_are_read_from_their_dump_and_unknown_members_are_ignored() -> None:
+def test_records_keep_streams_in_milliseconds_and_ignore_unknown_members() -> None:
     stream = Stream(
         name="s",
         message="a.B",
-        retention=Retention(max_entries=5, max_age=0.007),
+        retention=Retention(max_entries=5, max_age=7.5),
         partitions=2,
         partition_key="k",
         groups=(AUDIT_GROUP, Group(name="late", start=Start.LATEST)),
     )
-    dumped = dump(stream)
+    record = StreamVersion(stream=stream, package="a", digest="", image=None).record()
+    dumped = json.loads(record)["contract"]
+    assert (dumped["retention"]["max_age_ms"], dumped["groups"][1]["ack_deadline_ms"]) == (7_500, 30_000)
 
     def parsed(contract: Any) -> Stream:
-        record = json.dumps({"contract": contract, "package": "a", "image": ""})
-        return StreamVersion.parse(record, {}).stream
+        return StreamVersion.parse(json.dumps({"contract": contract, "package": "a", "image": ""}), {}).stream
 
     assert parsed(dumped) == stream
     assert parsed(dumped | {"colour": "blue"}) == stream

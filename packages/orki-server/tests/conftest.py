@@ -21,12 +21,12 @@ from orki.control.v1.session_pb2_grpc import SessionServiceStub
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import OrkiError
 from orki_contract.images import image_of, service_digest
-from orki_control.attempt import AttemptKey
 from orki_control.session import (
     AgentEvent,
     AgentSession,
     AgentSessionOptions,
     ArrivedOffer,
+    AttemptKey,
     AttemptsRevoked,
     CancelsArrived,
     DirectivesArrived,
@@ -36,7 +36,7 @@ from orki_control.session import (
     SessionLost,
     SessionOpened,
 )
-from orki_control.wire import open_channel
+from orki_control.transport import open_channel
 from orki_server import _keys as keys
 from orki_server._orchestrator import Orchestrator
 from orki_server._settings import OrchestratorOptions
@@ -69,7 +69,7 @@ def redis_url(valkey: EmbeddedServer) -> Iterator[str]:
 @pytest.fixture
 async def store(redis_url: str) -> AsyncIterator[Store]:
     """A store of four shards on the empty server."""
-    opened = Store(redis_url, shards=4, retention_ms=60_000)
+    opened = Store(redis_url, shards=4, retention=60.0)
     await opened.open()
     yield opened
     await opened.close()
@@ -340,10 +340,10 @@ def options_for(redis_url: str, **more: Any) -> OrchestratorOptions:
         "redis_url": redis_url,
         "orchestrator_id": "o1",
         "shards": 4,
-        "heartbeat_interval_ms": 200,
-        "accept_timeout_ms": 1_000,
-        "drain_grace_ms": 200,
-        "sweep_interval_ms": 20,
+        "heartbeat_interval": 0.2,
+        "accept_timeout": 1.0,
+        "drain_grace": 0.2,
+        "sweep_interval": 0.02,
     }
     return OrchestratorOptions(**(values | more))
 

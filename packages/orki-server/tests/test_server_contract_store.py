@@ -15,14 +15,16 @@ from redis import Redis
 
 from orki.control.v1.session_pb2 import ServedService
 from orki.control.v1.task_pb2 import AgentSnapshot
-from orki_contract.errors import ContractMismatch, InvalidContract
+from orki_contract.errors import ContractMismatch, InvalidContract, InvalidSetting
 from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import new_span
 from orki_server._admission import Admission, ContractSet, ServiceContract, most_patient
-from orki_server._store.contracts import ContractChange, RegisteredContract
-from orki_server._store.ids import new_task_id
-from orki_server._store.operations import Cancel, Offer, Recipient, Submit, Succeed
+from orki_server._keys import new_task_id
+from orki_server._store.contracts import ContractChange, Contracts, RegisteredContract
+from orki_server._store.fleet import Fleet, open_fleet
+from orki_server._store.operations import Offer, Recipient, Succeed
 from orki_server._store.store import Store
+from orki_server._store.tasks import Cancel, Submit
 
 SERVICE = "servertests.v1.WorkService"
 Make = Callable[..., Any]
@@ -51,7 +53,7 @@ def three(work: Make) -> tuple[ServiceContract, ServiceContract, ServiceContract
 
 @pytest.fixture
 def admission(store: Store) -> Admission:
-    return Admission(store.contracts, store.fleet, lambda: time.time_ns() // 1000 - 60_000_000)
+    return Admission(Contracts(store.connection, store.shards), Fleet(store.connection), lambda: time.time() - 60)
 
 
 def row(contract: ServiceContract, *, ahead: bool = False) -> RegisteredContract:
@@ -61,13 +63,13 @@ def row(contract: ServiceContract, *, ahead: bool = False) -> RegisteredContract
         image=contract.image,
         version=contract.version,
         ahead=ahead,
-        since_ms=0,
+        registered=0.0,
         admissions=0,
     )
 
 
 async def digests(store: Store) -> set[str]:
-    return {each.digest for each in (await store.contracts.registered([SERVICE]))[SERVICE]}
+    return {each.digest for each in (await Contracts(store.connection, store.shards).registered([SERVICE]))[SERVICE]}
 
 
 async def greet(store: Store, agent_id: str, contract: ServiceContract, *, connected: bool = True) -> str:
@@ -75,27 +77,27 @@ async def greet(store: Store, agent_id: str, contract: ServiceContract, *, conne
     agent = AgentSnapshot(
         agent_id=agent_id, services=[SERVICE], connected=connected, last_heartbeat_us=time.time_ns() // 1000
     )
-    return (await store.fleet.greet(agent, {SERVICE: contract.digest})).missing
+    return (await Fleet(store.connection).open_session(agent, {SERVICE: contract.digest})).missing
 
 
 async def test_a_change_that_saw_another_store_does_nothing(store: Store, three: Any) -> None:
     old, new, _ = three
-    first = ContractChange(service=SERVICE, seen=[], gone=[], added=row(old), leading=old.digest)
-    assert await store.contracts.change(first)
-    assert not await store.contracts.change(first), "it saw an empty store"
-    (seen,) = (await store.contracts.registered([SERVICE]))[SERVICE]
-    exchange = ContractChange(service=SERVICE, seen=[seen], gone=[seen], added=row(new), leading=new.digest)
+    first = ContractChange(service=SERVICE, seen=[], removed=[], added=row(old), leading=old.digest)
+    assert await Contracts(store.connection, store.shards).change(first)
+    assert not await Contracts(store.connection, store.shards).change(first), "it saw an empty store"
+    (seen,) = (await Contracts(store.connection, store.shards).registered([SERVICE]))[SERVICE]
+    exchange = ContractChange(service=SERVICE, seen=[seen], removed=[seen], added=row(new), leading=new.digest)
     assert await greet(store, "a", old) == ""
-    assert not await store.contracts.change(exchange), "what goes was used since it was seen"
-    (seen,) = (await store.contracts.registered([SERVICE]))[SERVICE]
+    assert not await Contracts(store.connection, store.shards).change(exchange), "what goes was used since it was seen"
+    (seen,) = (await Contracts(store.connection, store.shards).registered([SERVICE]))[SERVICE]
     assert seen.admissions == 1
-    before = await store.contracts.revisions()
-    again = ContractChange(service=SERVICE, seen=[seen], gone=[seen], added=row(new), leading=new.digest)
-    assert await store.contracts.change(again)
+    before = await Contracts(store.connection, store.shards).revisions()
+    again = ContractChange(service=SERVICE, seen=[seen], removed=[seen], added=row(new), leading=new.digest)
+    assert await Contracts(store.connection, store.shards).change(again)
     assert await digests(store) == {new.digest}
-    assert before[SERVICE] != (await store.contracts.revisions())[SERVICE]
+    assert before[SERVICE] != (await Contracts(store.connection, store.shards).revisions())[SERVICE]
     assert await greet(store, "a", old) == SERVICE, "its contract is not registered any more"
-    (service,) = await store.contracts.leading()
+    (service,) = await Contracts(store.connection, store.shards).leading()
     assert (service.digest, service.image) == (new.digest, new.image)
 
 
@@ -104,37 +106,47 @@ async def test_the_last_contract_of_a_service_takes_its_keys_along(
 ) -> None:
     old, _, _ = three
     await admission.admit(old, "test has")
-    (seen,) = (await store.contracts.registered([SERVICE]))[SERVICE]
+    (seen,) = (await Contracts(store.connection, store.shards).registered([SERVICE]))[SERVICE]
     assert await admission.withdraw(seen)
     assert not await admission.withdraw(seen)
-    assert await store.contracts.leading() == []
+    assert await Contracts(store.connection, store.shards).leading() == []
     with Redis.from_url(redis_url) as redis:
         assert not [name for name in redis.scan_iter() if b":service:" in name]
 
 
-async def test_what_an_orchestrator_of_before_wrote_is_judged_too(
-    store: Store, admission: Admission, three: Any, redis_url: str
-) -> None:
-    """It knew one contract for each service, and noted neither what agents serve nor what tasks belong to."""
+async def test_tasks_without_a_digest_keep_every_contract_live(store: Store, admission: Admission, three: Any) -> None:
     old, new, broken = three
-    with Redis.from_url(redis_url) as redis:
-        redis.hset("orki:{of}:services", SERVICE, old.digest)
-        redis.hset(f"orki:{{of}}:service:{SERVICE}", mapping={"digest": old.digest, "image": old.image, "version": ""})
-        redis.hset("orki:{o1}:open", SERVICE, 1)
+    await admission.admit(old, "test has")
+    submit = Submit(
+        task_id=new_task_id(1),
+        method=TaskMethod(service=SERVICE, name="Do", request="q", response="r"),
+        request=b"q",
+        digest="0" * 64,
+        idempotency_key="",
+        span=new_span(),
+        actor="t",
+    )
+    await store.apply(submit)
     with pytest.raises(ContractMismatch, match="1 task of it has not ended"):
         await admission.admit(broken, "test has")
-    family = await admission.admit(new, "test has")
-    assert family.leading.digest == new.digest
+    assert (await admission.admit(new, "test has")).leading.digest == new.digest
     assert await digests(store) == {old.digest, new.digest}
+    await store.apply(Cancel(submit.task_id, "", "t"))
+    assert (await admission.admit(broken, "test has")).leading.digest == broken.digest
+
+
+async def test_a_store_of_an_earlier_layout_is_refused(redis_url: str) -> None:
     with Redis.from_url(redis_url) as redis:
-        redis.delete("orki:{o1}:open")
-        agent = AgentSnapshot(
-            agent_id="a", services=[SERVICE], connected=True, last_heartbeat_us=time.time_ns() // 1000
-        )
-        redis.hset("orki:{of}:agent:a", mapping={"i": "x", "s": agent.SerializeToString()})
-        redis.zadd("orki:{of}:agents", {"a": time.time() * 1000})
-    with pytest.raises(ContractMismatch, match="agent a serves it"):
-        await admission.admit(broken, "test has")
+        redis.hset("orki:{of}:layout", mapping={"shards": 4, "version": 1, "generation": "x"})
+    store = Store(redis_url, shards=4)
+    with pytest.raises(
+        InvalidSetting, match="has layout 1, this orchestrator writes 2; use orchestrators of one version"
+    ):
+        await store.open()
+    await store.close()
+    with pytest.raises(InvalidSetting, match="has layout 1, this command knows 2"):
+        async with open_fleet(redis_url):
+            pass
 
 
 async def test_only_what_is_not_live_is_cleaned(store: Store, admission: Admission, three: Any) -> None:
@@ -144,7 +156,7 @@ async def test_only_what_is_not_live_is_cleaned(store: Store, admission: Admissi
     assert await greet(store, "a", old) == ""
     await admission.admit(new, "test has")
     assert await digests(store) == {old.digest, new.digest}
-    assert not await admission.clean(SERVICE, 60_000), "it may have come a moment ago"
+    assert not await admission.clean(SERVICE, 60.0), "it may have come a moment ago"
     assert await admission.clean(SERVICE, -1)
     assert await digests(store) == {old.digest}
     await admission.admit(new, "test has", ahead=True)
@@ -186,17 +198,17 @@ async def test_tasks_are_counted_by_the_contract_under_which_they_came(store: St
         return task_id
 
     tasks = [await submit(0, "sha256:a"), await submit(1, "sha256:a"), await submit(1, "sha256:b"), await submit(2, "")]
-    assert await store.contracts.unfinished(SERVICE) == {"sha256:a": 2, "sha256:b": 1, "": 1}
-    assert await store.contracts.unfinished("servertests.v1.Work") == {}
+    assert await Contracts(store.connection, store.shards).unfinished(SERVICE) == {"sha256:a": 2, "sha256:b": 1, "": 1}
+    assert await Contracts(store.connection, store.shards).unfinished("servertests.v1.Work") == {}
     await store.apply(Cancel(tasks[0], "", "t"))
-    (offered,) = await store.offer(Offer(1, 60_000, (Recipient("a", "i", 1, (method.full_name,)),)))
+    (offered,) = await store.offer(Offer(1, 60.0, (Recipient("a", "i", 1, (method.full_name,)),)))
     await store.apply(Succeed("a", offered.attempt, b"r"))
-    left = await store.contracts.unfinished(SERVICE)
+    left = await Contracts(store.connection, store.shards).unfinished(SERVICE)
     assert sum(left.values()) == 2
     assert left.get("sha256:a", 0) + left.get("sha256:b", 0) == 1
     for task in tasks:
         await store.apply(Cancel(task, "", "t"))
-    assert await store.contracts.unfinished(SERVICE) == {}
+    assert await Contracts(store.connection, store.shards).unfinished(SERVICE) == {}
 
 
 async def test_no_two_that_break_are_ever_live_whatever_comes_and_goes_at_once(
@@ -206,7 +218,10 @@ async def test_no_two_that_break_are_ever_live_whatever_comes_and_goes_at_once(
     old, new, broken = three
     other = Store(redis_url, shards=4)
     await other.open()
-    doors = [(each, Admission(each.contracts, each.fleet, lambda: 0)) for each in (store, other)]
+    doors = [
+        (each, Admission(Contracts(each.connection, each.shards), Fleet(each.connection), lambda: 0.0))
+        for each in (store, other)
+    ]
     chance = random.Random(7)
     entered: Counter[str] = Counter()
     seen: list[set[str]] = []
@@ -228,12 +243,12 @@ async def test_no_two_that_break_are_ever_live_whatever_comes_and_goes_at_once(
                 await asyncio.sleep(chance.uniform(0, 0.02))
                 continue
             entered[contract.version] += 1
-            agents = await at.fleet.serving()
+            agents = await Fleet(at.connection).agents()
             seen.append({each.digests[SERVICE] for each in agents if each.agent.connected})
             await asyncio.sleep(chance.uniform(0, 0.02))
             gone = AgentSnapshot(agent_id=agent_id, services=[SERVICE], connected=False)
             with Redis.from_url(redis_url) as redis:
-                redis.hset(f"orki:{{of}}:agent:{agent_id}", "s", gone.SerializeToString())
+                redis.hset(f"orki:{{of}}:agent:{agent_id}", "snapshot", gone.SerializeToString())
 
     async with asyncio.timeout(90):
         await asyncio.gather(*(live_once(number) for number in range(4)))
@@ -278,7 +293,7 @@ def test_the_one_leads_that_evolves_all_others_in_any_order(work: Make) -> None:
 
 @pytest.mark.parametrize(
     ("image", "words"),
-    [(b"", "lacks contract.binpb"), (b"\xff\xff", "image"), (b"\x0a\x00", "declares no task or tool service")],
+    [(b"", "has no contract.binpb"), (b"\xff\xff", "image"), (b"\x0a\x00", "declares no task or tool service")],
 )
 def test_an_image_that_is_none_says_so(image: bytes, words: str) -> None:
     contract = ServiceContract(service=SERVICE, digest="sha256:" + "0" * 64, image=image)

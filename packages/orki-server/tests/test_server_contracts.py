@@ -16,9 +16,10 @@ from orki.control.v1.task_pb2 import Submission, TaskSnapshot
 from orki.events.v1.task_orki import TASKS
 from orki_contract.errors import ContractMismatch, UnknownMethod
 from orki_contract.images import image_of
-from orki_control.client import Client
+from orki_control import Client
 from orki_events.registry import StreamVersion
 from orki_server._orchestrator import Orchestrator
+from orki_server._store.contracts import Contracts
 from orki_server._store.store import Store
 
 SERVICE = "servertests.v1.WorkService"
@@ -338,11 +339,11 @@ async def test_a_rolling_upgrade_and_the_way_back(
             tasks += [await submit(client) for _ in range(3)]
     states = {(await ended(client, each)).state for each in tasks}
     assert states == {TaskState.TASK_STATE_SUCCEEDED}
-    registered = (await store.contracts.registered([SERVICE]))[SERVICE]
+    registered = (await Contracts(store.connection, store.shards).registered([SERVICE]))[SERVICE]
     assert {each.digest for each in registered} == {older(work).digest, newer(work).digest}
     # Nobody serves the newer one any more: it is in nobody's way, and goes.
     await agents["a"].close()
     away = stand_in(orchestrator.address, [work(max_attempts=9)], agent_id="a")
     await away.ready()
-    registered = (await store.contracts.registered([SERVICE]))[SERVICE]
+    registered = (await Contracts(store.connection, store.shards).registered([SERVICE]))[SERVICE]
     assert newer(work).digest not in {each.digest for each in registered}

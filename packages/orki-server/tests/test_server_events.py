@@ -19,14 +19,14 @@ from orki.events.v1.envelope_pb2 import Envelope
 from orki.events.v1.task_pb2 import TaskEvent
 from orki_contract.model import TaskMethod
 from orki_contract.trace import new_span, parse_traceparent
-from orki_control.client import Client
+from orki_control import Client
 from orki_control.session import ArrivedOffer
 from orki_events import connect
-from orki_server._events import _KINDS, OutboxPublisher
+from orki_server._events import _KINDS, Outbox, OutboxPublisher
+from orki_server._keys import new_task_id
 from orki_server._orchestrator import Orchestrator
-from orki_server._store.ids import new_task_id
-from orki_server._store.operations import Submit
 from orki_server._store.store import Store
+from orki_server._store.tasks import Submit
 
 DO = "servertests.v1.WorkService/Do"
 Make = Callable[..., Any]
@@ -145,11 +145,11 @@ async def test_a_crash_between_publishing_and_trimming_repeats_event_ids_and_not
         )
         await store.apply(submit)
     async with connect(redis_url) as events:
-        drain = OutboxPublisher(store, events)
+        publisher = OutboxPublisher(store, events)
         # Published, and killed before the records were removed.
-        await drain._publish([record for shard in await store.outbox.read(10) for record in shard])
-        await drain.empty()
-    assert await store.outbox.length() == 0
+        await publisher._publish([record for shard in await Outbox(store).read(10) for record in shard])
+        await publisher.publish_all()
+    assert await Outbox(store).length() == 0
     told = Counter(envelope.event_id for envelope, _ in read(redis_url, "tasks", TaskEvent))
     assert list(told.values()) == [2, 2, 2]
     deeds = Counter(envelope.event_id for envelope, _ in read(redis_url, "audit", AuditEvent))

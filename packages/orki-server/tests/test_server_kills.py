@@ -18,13 +18,14 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 from redis import Redis
+from redis.exceptions import ResponseError
 
 from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import TaskState
 from orki.events.v1.envelope_pb2 import Envelope
 from orki.events.v1.task_pb2 import TaskEvent
 from orki_contract.errors import OrkiError, StoreUnavailable
-from orki_control.client import Client, ClientOptions
+from orki_control import Client, ClientOptions
 from orki_control.session import ArrivedOffer
 from orki_server.embedded import EmbeddedOptions, EmbeddedServer
 
@@ -215,6 +216,41 @@ async def test_without_its_store_an_orchestrator_says_so_and_recovers(
             assert (seen.response, seen.attempt.attempt) == (b"done meanwhile", 1)
             await agent.until(lambda: not agent.machine.attempts)
         await orchestrator.stop()
+
+
+async def test_a_client_waits_while_the_store_is_busy(
+    tmp_path: Path, options: Make, launch: Make, stand_in: Make
+) -> None:
+    with EmbeddedServer(EmbeddedOptions(directory=tmp_path)) as server, Redis.from_url(server.url) as redis:
+        redis.config_set("busy-reply-threshold", 100)
+        orchestrator = await launch(options(server.url))
+        await stand_in(orchestrator.address).ready()
+        _, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rpartition(":")[2].partition("/")[0]))
+        writer.write(b'EVAL "while true do end" 0\r\n')
+        async with Client(orchestrator.address, ClientOptions(patience=15.0)) as client:
+            async with asyncio.timeout(20):
+                while not _is_busy(redis):
+                    await asyncio.sleep(0.02)
+            submitting = asyncio.create_task(client.submit_raw([pb.Submission(method=DO, request=b"\n\x01q")]))
+            await asyncio.sleep(1.0)
+            assert not submitting.done(), "a busy store is retryable"
+            async with Client(orchestrator.address, ClientOptions(patience=0.0)) as impatient:
+                with pytest.raises(StoreUnavailable, match="is running a long script"):
+                    await impatient.submit_raw([pb.Submission(method=DO, request=b"\n\x01q")])
+            redis.script_kill()
+            (task,) = await submitting
+            assert [each async for each in client.watch(task.task_id)][-1].task.response == b"\n\x01q"
+        writer.close()
+        await writer.wait_closed()
+        await orchestrator.stop()
+
+
+def _is_busy(redis: Redis) -> bool:
+    try:
+        redis.set("orki:busy", "1", ex=1)
+    except ResponseError as error:
+        return "BUSY" in str(error).upper()
+    return False
 
 
 async def test_a_store_that_lost_everything_gives_no_fence_twice(

@@ -21,7 +21,7 @@ from orki_contract.errors import (
     UnknownMethod,
 )
 from orki_contract.trace import new_span
-from orki_control.client import Client
+from orki_control import Client
 from orki_control.session import ArrivedOffer
 from orki_server._orchestrator import Orchestrator
 
@@ -328,7 +328,7 @@ async def test_a_digest_that_is_not_the_image_s_is_refused(
 
 
 async def test_drain_comes_before_the_stop(redis_url: str, options: Make, launch: Make, stand_in: Make) -> None:
-    orchestrator = await launch(options(redis_url, drain_grace_ms=5_000))
+    orchestrator = await launch(options(redis_url, drain_grace=5.0))
 
     async def handler(offer: ArrivedOffer) -> bytes:
         await asyncio.sleep(0.3)

@@ -13,10 +13,12 @@ from orki.control.v1.attempt_pb2 import TaskState
 from orki.control.v1.task_pb2 import Submission, TaskSnapshot
 from orki_contract.errors import InvalidArgument
 from orki_contract.model import TaskMethod
-from orki_control.client import Client
+from orki_control import Client
 from orki_control.session import ArrivedOffer
 from orki_server._orchestrator import Orchestrator
 from orki_server._registry import ContractRegistry, PayloadCheck
+from orki_server._store.contracts import Contracts
+from orki_server._store.fleet import Fleet
 from orki_server._store.store import Store
 
 DO = "servertests.v1.WorkService/Do"
@@ -48,7 +50,7 @@ async def test_a_request_that_is_no_message_is_refused(
     with pytest.raises(InvalidArgument) as caught:
         await submit(client, request_bytes, key="k")
     said = caught.value.message
-    assert f"request: {len(request_bytes)} bytes that are no servertests.v1.DoRequest, which {DO} takes" in said
+    assert f"request: {len(request_bytes)} bytes that are not a servertests.v1.DoRequest, which {DO} takes" in said
     assert "s3cret" not in said
     # Nothing came of it: no task, no attempt, and the key is free.
     assert [task async for task in client.list_tasks()] == []
@@ -83,7 +85,7 @@ async def test_a_directive_that_is_no_message_is_refused(
     async with asyncio.timeout(20):
         while (await client.get(task.task_id)).state != TaskState.TASK_STATE_RUNNING:
             await asyncio.sleep(0.01)
-    with pytest.raises(InvalidArgument, match=r"payload: 4 bytes that are no servertests\.v1\.Order"):
+    with pytest.raises(InvalidArgument, match=r"payload: 4 bytes that are not a servertests\.v1\.Order"):
         await client.direct(task.task_id, b"left")
     await client.direct(task.task_id, b"\n\x04left")
     await agent.until(lambda: agent.directives == [b"\n\x04left"])
@@ -103,15 +105,17 @@ async def test_the_contract_that_leads_judges(
     task = await submit(client, no_utf8)
     assert [each async for each in client.watch(task.task_id)][-1].task.response == no_utf8
     await stand_in(orchestrator.address, [work(version="1.1.0", edit=edit)], agent_id="newer").ready()
-    with pytest.raises(InvalidArgument, match="3 bytes that are no"):
+    with pytest.raises(InvalidArgument, match="3 bytes that are not a"):
         await submit(client, no_utf8)
 
 
-async def test_without_a_contract_at_hand_the_agent_judges(store: Store) -> None:
-    async def settle() -> None:
-        """Nobody left."""
+async def test_without_a_contract_the_agent_checks_the_payload(store: Store) -> None:
+    async def flush() -> None:
+        pass
 
-    check = PayloadCheck(store, ContractRegistry(store, 1_000_000, settle))
+    contracts = Contracts(store.connection, store.shards)
+    registry = ContractRegistry(store.connection, contracts, Fleet(store.connection), 1.0, flush)
+    check = PayloadCheck(contracts, registry)
     method = TaskMethod(service="s.v1.S", name="Do", request="s.v1.Q", response="s.v1.R")
     await check.request(method, b"\xff")
-    assert await store.contracts.registered(["s.v1.S"]) == {"s.v1.S": []}
+    assert await contracts.registered(["s.v1.S"]) == {"s.v1.S": []}

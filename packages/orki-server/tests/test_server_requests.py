@@ -18,9 +18,9 @@ from orki.control.v1.attempt_pb2 import AttemptRef
 from orki.control.v1.session_pb2_grpc import SessionServiceStub
 from orki.control.v1.task_pb2_grpc import TaskServiceStub
 from orki.errors.v1.errors_pb2 import Reason
-from orki_control.client import Client
+from orki_control import Client
+from orki_server._keys import new_task_id
 from orki_server._orchestrator import SERVICES, Orchestrator
-from orki_server._store.ids import new_task_id
 
 DO = "servertests.v1.WorkService/Do"
 Make = Callable[..., Any]
@@ -199,7 +199,7 @@ async def test_a_broken_law_ends_the_session_with_its_reason(
 
 
 async def test_who_does_not_say_hello_is_told_so(redis_url: str, options: Make, launch: Make) -> None:
-    orchestrator = await launch(options(redis_url, hello_timeout_ms=100))
+    orchestrator = await launch(options(redis_url, hello_timeout=0.1))
     async with grpc.aio.insecure_channel(orchestrator.address) as channel:
         (word,) = await last_words(channel)
     assert word.refused.failure.reason == Reason.REASON_HELLO_TIMEOUT

@@ -23,8 +23,8 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_file(tmp_path: Path)
     file = written(tmp_path, '[orchestrator]\nshards = 2\nretention_ms = 5\nlisten = "127.0.0.1:1"\n')
     environment = {"ORKI_RETENTION_MS": "6", "ORKI_LISTEN": "127.0.0.1:2", "ORKI_OTHER": "x"}
     options = load_options({"listen": "127.0.0.1:3", "shards": None}, environment, file)
-    assert (options.shards, options.retention_ms, options.listen) == (2, 6, "127.0.0.1:3")
-    assert options.accept_timeout_ms == OrchestratorOptions().accept_timeout_ms
+    assert (options.shards, options.retention, options.listen) == (2, 0.006, "127.0.0.1:3")
+    assert options.accept_timeout == OrchestratorOptions().accept_timeout
 
 
 def test_a_secret_comes_by_environment_or_file_and_not_by_flag(tmp_path: Path) -> None:
@@ -87,9 +87,9 @@ def test_an_unknown_flag_is_refused() -> None:
         ("orchestrator_id", ""),
         ("orchestrator_id", "a b"),
         ("shards", 0),
-        ("heartbeat_interval_ms", 1),
+        ("heartbeat_interval", 0.001),
         ("max_message_bytes", 1),
-        ("retention_ms", 0),
+        ("retention", 0),
         ("max_sessions", 0),
     ],
 )
@@ -117,28 +117,49 @@ def test_the_command_shows_every_setting_with_its_default_and_its_variable() -> 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "code", "words"),
     [
-        (["--listen", "0.0.0.0:1"], "only loopback"),
-        (["--shards", "0"], "shards 0"),
-        (["--redis", "redis://u:secret@127.0.0.1/0"], "can be read by anybody"),
+        (["--listen", "0.0.0.0:1"], 2, "only loopback"),
+        (["--shards", "0"], 2, "shards 0"),
+        (["--redis", "redis://u:secret@127.0.0.1/0"], 2, "is visible to all users"),
+        (["--redis", "redis://[::1/0"], 2, "the store's URL cannot be read"),
+        (["--redis", "redis://u:secret@[::1/0"], 2, "the store's URL cannot be read"),
+        (["--redis", "redis://127.0.0.1:1/fleet"], 2, "the store's URL must end in the number of a database"),
+        (["--redis", "redis://127.0.0.1:1/0?health_check_interval=5"], 2, 'unknown option "health_check_interval"'),
+        (["--redis", "redis://127.0.0.1:1/0?client_name=x"], 2, 'unknown option "client_name"'),
+        (["--events", "redis://[::1/0"], 2, "the event server's URL cannot be read"),
+        (["--config", "/nonexistent.toml"], 2, "cannot be read"),
         (
             ["--redis", "redis://127.0.0.1:1/0"],
+            1,
             "did not start: the store at 127.0.0.1:1 does not answer",
         ),
-        (["--redis", "redis://127.0.0.1:1/0"], "); is that Redis running? check --redis"),
-        (["--config", "/nonexistent.toml"], "cannot be read"),
+        (["--redis", "redis://127.0.0.1:1/0"], 1, "; is that Redis running? check --redis"),
     ],
 )
 def test_the_command_refuses_in_one_sentence(
-    arguments: list[str], words: str, caplog: pytest.LogCaptureFixture
+    arguments: list[str], code: int, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     ran = CliRunner().invoke(root, ["serve", *arguments])
-    assert ran.exit_code == 1
+    assert ran.exit_code == code
     assert words in ran.output
+    assert len(ran.output.splitlines()) == 1
     assert "secret" not in ran.output
     assert "Traceback" not in ran.output
-    assert "nothing new is taken" not in caplog.text
+    assert isinstance(ran.exception, SystemExit)
+    assert "new requests are refused" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://[::1/0", "redis://h/fleet", "redis://h/0?health_check_interval=5", "redis://h/0?client_name=x"]
+)
+def test_the_store_and_the_event_plane_refuse_the_same_urls(url: str) -> None:
+    messages = []
+    for field in ("redis_url", "events_url"):
+        with pytest.raises(InvalidSetting) as caught:
+            OrchestratorOptions(**{field: url})  # type: ignore[arg-type]
+        messages.append(caught.value.message.partition("'s URL ")[2])
+    assert messages[0] == messages[1]
 
 
 def test_the_command_refuses_unknown_options() -> None:

@@ -11,16 +11,14 @@ from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import InvalidArgument, InvalidSetting, StoreUnavailable, UnknownTask
 from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import Span, new_span
-from orki_control.attempt import AttemptKey
-from orki_server._store.fleet import submission_digest
-from orki_server._store.ids import new_task_id, shard_of
+from orki_control.session import AttemptKey
+from orki_server._events import Outbox
+from orki_server._keys import new_task_id, shard_of
 from orki_server._store.operations import (
     Accept,
     AcknowledgeCancel,
-    Cancel,
     ConfirmCancelled,
     Decline,
-    Direct,
     Fail,
     Offer,
     OfferedAttempt,
@@ -29,13 +27,21 @@ from orki_server._store.operations import (
     ReportProgress,
     ReportStatus,
     Resume,
-    Submit,
-    Submitted,
     Succeed,
     Sweep,
 )
-from orki_server._store.queries import ReadTask, TaskFilter, TaskView
 from orki_server._store.store import Store
+from orki_server._store.tasks import (
+    Cancel,
+    Direct,
+    ReadTask,
+    Submit,
+    Submitted,
+    TaskFilter,
+    TaskView,
+    list_tasks,
+    submission_digest,
+)
 
 METHOD = TaskMethod(
     service="acme.v1.WorkService",
@@ -64,16 +70,16 @@ async def submit(
     )
 
 
-async def take(store: Store, agent: str = "a1", wants: int = 1, accept_timeout_ms: int = 2_000) -> list[OfferedAttempt]:
-    asker = Recipient(agent, f"{agent}-1", wants, (METHOD.full_name,))
-    return await store.offer(Offer(SHARD, accept_timeout_ms, (asker,)))
+async def take(store: Store, agent: str = "a1", slots: int = 1, accept_timeout: float = 2.0) -> list[OfferedAttempt]:
+    recipient = Recipient(agent, f"{agent}-1", slots, (METHOD.full_name,))
+    return await store.offer(Offer(SHARD, accept_timeout, (recipient,)))
 
 
 async def started(store: Store, agent: str = "a1", method: TaskMethod = METHOD) -> AttemptKey:
     await submit(store, method=method)
     (offered,) = await take(store, agent)
     answer = await store.apply(Accept(agent, offered.attempt))
-    assert answer.verdict is ReportStatus.ACCEPTED
+    assert answer.status is ReportStatus.ACCEPTED
     return offered.attempt
 
 
@@ -84,7 +90,7 @@ async def look(store: Store, task_id: str, limit: int = 0, after: str = "") -> T
 
 
 async def kinds(store: Store, task_id: str) -> list[str]:
-    records = [record for shard in await store.outbox.read(1000) for record in shard if record.task_id == task_id]
+    records = [record for shard in await Outbox(store).read(1000) for record in shard if record.task_id == task_id]
     assert [record.revision for record in records] == list(range(1, len(records) + 1))
     assert (await look(store, task_id)).task.revision == len(records)
     return [record.kind for record in records]
@@ -93,16 +99,16 @@ async def kinds(store: Store, task_id: str) -> list[str]:
 async def test_a_task_goes_from_submission_to_its_response(store: Store) -> None:
     parent = new_span()
     submitted = await submit(store, request=b"\x00\xffrequest", span=parent.child())
-    assert submitted.word == "new"
+    assert submitted.status == "new"
     (offered,) = await take(store)
-    assert (offered.attempt.attempt, offered.request, offered.lease_ms) == (1, b"\x00\xffrequest", 5_000)
+    assert (offered.attempt.attempt, offered.request, offered.lease) == (1, b"\x00\xffrequest", 5.0)
     assert offered.attempt.task_id == submitted.task_id
     assert offered.attempt.fence >> 44 == 1
     assert (await look(store, submitted.task_id)).task.state == TaskState.TASK_STATE_OFFERED
     accepted = await store.apply(Accept("a1", offered.attempt))
     assert accepted.state == TaskState.TASK_STATE_RUNNING
     result = await store.apply(Succeed("a1", offered.attempt, b"\x00response"))
-    assert (result.verdict, result.state) == (ReportStatus.ACCEPTED, TaskState.TASK_STATE_SUCCEEDED)
+    assert (result.status, result.state) == (ReportStatus.ACCEPTED, TaskState.TASK_STATE_SUCCEEDED)
     seen = (await look(store, submitted.task_id)).task
     assert seen.response == b"\x00response"
     assert seen.submitted_us == submitted.submitted_us < seen.ended_us
@@ -115,7 +121,7 @@ async def test_the_spans_of_task_and_attempt_nest(store: Store) -> None:
     await submit(store, span=span)
     (offered,) = await take(store)
     assert offered.traceparent.split("-")[1] == parent.trace_id
-    submitted, handed = next(records for records in await store.outbox.read(10) if records)
+    submitted, handed = next(records for records in await Outbox(store).read(10) if records)
     assert (submitted.traceparent, submitted.parent_id) == (span.traceparent, parent.span_id)
     assert (handed.traceparent, handed.parent_id) == (offered.traceparent, span.span_id)
 
@@ -123,8 +129,8 @@ async def test_the_spans_of_task_and_attempt_nest(store: Store) -> None:
 async def test_the_same_key_and_request_give_the_same_task_and_another_request_a_conflict(store: Store) -> None:
     first = await submit(store, key="k")
     assert await submit(store, key="k") == Submitted("same", first.task_id, 0)
-    assert (await submit(store, key="k", request=b"other")).word == "conflict"
-    assert (await submit(store, key="another")).word == "new"
+    assert (await submit(store, key="k", request=b"other")).status == "conflict"
+    assert (await submit(store, key="another")).status == "new"
 
 
 async def test_a_submission_that_is_sent_twice_is_one_task(store: Store) -> None:
@@ -141,7 +147,7 @@ async def test_a_submission_that_is_sent_twice_is_one_task(store: Store) -> None
     first = await store.apply(submission)
     assert await store.apply(submission) == first
     assert await kinds(store, first.task_id) == ["submitted"]
-    assert len(await take(store, wants=5)) == 1
+    assert len(await take(store, slots=5)) == 1
 
 
 async def test_reports_of_strangers_and_of_old_fences_change_nothing(store: Store) -> None:
@@ -159,7 +165,7 @@ async def test_reports_of_strangers_and_of_old_fences_change_nothing(store: Stor
             AcknowledgeCancel(agent, key),
         )
         answers = await asyncio.gather(*(store.apply(report) for report in reports))
-        assert {answer.verdict for answer in answers} == {ReportStatus.STALE}
+        assert {answer.status for answer in answers} == {ReportStatus.STALE}
         assert {answer.state for answer in answers} == {TaskState.TASK_STATE_UNSPECIFIED}
         assert await store.apply(Renew(SHARD, agent, (key,))) == [key]
         assert await store.apply(Resume(SHARD, agent, (key,))) == []
@@ -168,9 +174,9 @@ async def test_reports_of_strangers_and_of_old_fences_change_nothing(store: Stor
 
 async def test_a_result_is_accepted_once_and_acknowledged_again(store: Store) -> None:
     attempt = await started(store)
-    assert (await store.apply(Succeed("a1", attempt, b"one"))).verdict is ReportStatus.ACCEPTED
-    assert (await store.apply(Succeed("a1", attempt, b"two"))).verdict is ReportStatus.REPEATED
-    assert (await store.apply(Succeed("a2", attempt, b"two"))).verdict is ReportStatus.STALE
+    assert (await store.apply(Succeed("a1", attempt, b"one"))).status is ReportStatus.ACCEPTED
+    assert (await store.apply(Succeed("a1", attempt, b"two"))).status is ReportStatus.REPEATED
+    assert (await store.apply(Succeed("a2", attempt, b"two"))).status is ReportStatus.STALE
     assert (await look(store, attempt.task_id)).task.response == b"one"
     (kept,) = await store.apply(Resume(SHARD, "a1", (attempt,)))
     assert kept.state == TaskState.TASK_STATE_SUCCEEDED
@@ -179,18 +185,22 @@ async def test_a_result_is_accepted_once_and_acknowledged_again(store: Store) ->
 async def test_a_failed_attempt_is_followed_by_another_under_a_higher_fence(store: Store) -> None:
     first = await started(store)
     failed = await store.apply(Fail("a1", first, Reason.REASON_HANDLER_FAILED, "it broke", "ValueError", True))
-    assert (failed.verdict, failed.state, failed.retry_ms) == (ReportStatus.ACCEPTED, TaskState.TASK_STATE_QUEUED, 1)
+    assert (failed.status, failed.state, failed.retry_after) == (
+        ReportStatus.ACCEPTED,
+        TaskState.TASK_STATE_QUEUED,
+        0.001,
+    )
     assert (
         await store.apply(Fail("a1", first, Reason.REASON_HANDLER_FAILED, "", "", True))
-    ).verdict is ReportStatus.REPEATED
+    ).status is ReportStatus.REPEATED
     await asyncio.sleep(0.005)
     swept = await store.apply(Sweep(SHARD, 10))
-    assert [each.what for each in swept.expired] == ["retry"]
+    assert [each.kind for each in swept.expired] == ["retry"]
     (second,) = await take(store, "a2")
     assert (second.attempt.attempt, second.attempt.task_id) == (2, first.task_id)
     assert second.attempt.fence > first.fence
     # The first attempt's result, a failure, was accepted: whatever else is said under its fence changes nothing.
-    assert (await store.apply(Succeed("a1", first, b""))).verdict is ReportStatus.REPEATED
+    assert (await store.apply(Succeed("a1", first, b""))).status is ReportStatus.REPEATED
     seen = (await look(store, first.task_id)).task
     assert seen.state == TaskState.TASK_STATE_OFFERED
     assert [(each.message, each.error_type) for each in seen.earlier_failures] == [("it broke", "ValueError")]
@@ -199,7 +209,7 @@ async def test_a_failed_attempt_is_followed_by_another_under_a_higher_fence(stor
 async def test_the_last_attempt_s_failure_is_the_task_s(store: Store) -> None:
     attempt = await started(store)
     rejected = await store.apply(Fail("a1", attempt, Reason.REASON_HANDLER_REJECTED, "never", "E", False))
-    assert (rejected.state, rejected.retry_ms) == (TaskState.TASK_STATE_FAILED, -1)
+    assert (rejected.state, rejected.retry_after) == (TaskState.TASK_STATE_FAILED, None)
     seen = (await look(store, attempt.task_id)).task
     assert (seen.failure.reason, seen.failure.message) == (Reason.REASON_HANDLER_REJECTED, "never")
     assert await kinds(store, attempt.task_id) == ["submitted", "offered", "started", "failed"]
@@ -216,7 +226,7 @@ async def test_attempts_run_out(store: Store) -> None:
         answer = await store.apply(Fail("a1", offered.attempt, Reason.REASON_HANDLER_FAILED, f"{number}", "", True))
         states.append(answer.state)
     assert states == [TaskState.TASK_STATE_QUEUED, TaskState.TASK_STATE_QUEUED, TaskState.TASK_STATE_FAILED]
-    (task,), _ = await store.page(TaskFilter(), 10, "")
+    (task,), _ = await list_tasks(store, TaskFilter(), 10, "")
     seen = (await look(store, task.task_id)).task
     assert [each.message for each in seen.earlier_failures] == ["1", "2"]
     assert seen.failure.message == "3"
@@ -224,38 +234,38 @@ async def test_attempts_run_out(store: Store) -> None:
 
 async def test_an_offer_that_nobody_answers_costs_no_attempt(store: Store) -> None:
     await submit(store)
-    fences, next_ms = [], []
+    fences, next_timers = [], []
     for _ in range(4):
-        (offered,) = await take(store, accept_timeout_ms=0)
+        (offered,) = await take(store, accept_timeout=0)
         fences.append(offered.attempt.fence)
         await asyncio.sleep(0.002)
         swept = await store.apply(Sweep(SHARD, 10))
-        assert [each.what for each in swept.expired] == ["offer"]
-        next_ms.append(swept.next_ms)
+        assert [each.kind for each in swept.expired] == ["offer"]
+        next_timers.append(swept.next_timer)
     assert fences == sorted(set(fences))
     # The fourth in a row waits a little, so that nobody spins.
     assert await take(store) == []
-    assert 0 < next_ms[-1] <= 800
+    assert 0 < next_timers[-1] <= 0.8
 
 
 async def test_declining_gives_the_task_to_others(store: Store) -> None:
     await submit(store)
     (offered,) = await take(store)
     answer = await store.apply(Decline("a1", offered.attempt, Reason.REASON_DRAINING, "bye", True))
-    assert (answer.verdict, answer.retry_ms) == (ReportStatus.ACCEPTED, 0)
+    assert (answer.status, answer.retry_after) == (ReportStatus.ACCEPTED, 0)
     (again,) = await take(store, "a2")
     assert again.attempt.attempt == 2
     accepted = await store.apply(Accept("a2", again.attempt))
-    assert accepted.verdict is ReportStatus.ACCEPTED
+    assert accepted.status is ReportStatus.ACCEPTED
     assert (
         await store.apply(Decline("a2", again.attempt, Reason.REASON_DRAINING, "", True))
-    ).verdict is ReportStatus.STALE
+    ).status is ReportStatus.STALE
 
 
 async def test_a_cancel_before_the_start_ends_the_task(store: Store) -> None:
     submitted = await submit(store)
-    assert (await store.apply(Cancel(submitted.task_id, "no need", "me"))).word == "done"
-    assert (await store.apply(Cancel(submitted.task_id, "again", "me"))).word == "ended"
+    assert (await store.apply(Cancel(submitted.task_id, "no need", "me"))).status == "done"
+    assert (await store.apply(Cancel(submitted.task_id, "again", "me"))).status == "ended"
     assert await take(store) == []
     seen = (await look(store, submitted.task_id)).task
     assert (seen.state, seen.failure.message) == (TaskState.TASK_STATE_CANCELLED, "no need")
@@ -265,13 +275,13 @@ async def test_a_cancel_before_the_start_ends_the_task(store: Store) -> None:
 async def test_a_cancel_of_a_running_task_is_asked_acknowledged_and_ends(store: Store) -> None:
     attempt = await started(store)
     asked = await store.apply(Cancel(attempt.task_id, "stop", "me"))
-    assert (asked.word, asked.agent_id, asked.attempt, asked.grace_ms) == ("asked", "a1", attempt, 5_000)
-    assert (await store.apply(Cancel(attempt.task_id, "stop", "me"))).word == "again"
-    assert (await store.apply(AcknowledgeCancel("a1", attempt))).verdict is ReportStatus.ACCEPTED
-    assert (await store.apply(AcknowledgeCancel("a1", attempt))).verdict is ReportStatus.REPEATED
+    assert (asked.status, asked.agent_id, asked.attempt, asked.cancel_grace) == ("requested", "a1", attempt, 5.0)
+    assert (await store.apply(Cancel(attempt.task_id, "stop", "me"))).status == "repeated"
+    assert (await store.apply(AcknowledgeCancel("a1", attempt))).status is ReportStatus.ACCEPTED
+    assert (await store.apply(AcknowledgeCancel("a1", attempt))).status is ReportStatus.REPEATED
     ended = await store.apply(ConfirmCancelled("a1", attempt, Reason.REASON_CANCELLED))
     assert ended.state == TaskState.TASK_STATE_CANCELLED
-    assert (await store.apply(Succeed("a1", attempt, b""))).verdict is ReportStatus.REPEATED
+    assert (await store.apply(Succeed("a1", attempt, b""))).status is ReportStatus.REPEATED
     assert await kinds(store, attempt.task_id) == [
         "submitted",
         "offered",
@@ -286,14 +296,14 @@ async def test_a_result_that_meets_a_cancel_wins(store: Store) -> None:
     attempt = await started(store)
     await store.apply(Cancel(attempt.task_id, "", "me"))
     assert (await store.apply(Succeed("a1", attempt, b"r"))).state == TaskState.TASK_STATE_SUCCEEDED
-    assert (await store.apply(Cancel(attempt.task_id, "", "me"))).word == "ended"
+    assert (await store.apply(Cancel(attempt.task_id, "", "me"))).status == "ended"
 
 
 async def test_a_cancelled_attempt_that_fails_is_not_tried_again(store: Store) -> None:
     attempt = await started(store)
     await store.apply(Cancel(attempt.task_id, "", "me"))
     answer = await store.apply(Fail("a1", attempt, Reason.REASON_HANDLER_FAILED, "broke", "", True))
-    assert (answer.state, answer.retry_ms) == (TaskState.TASK_STATE_CANCELLED, -1)
+    assert (answer.state, answer.retry_after) == (TaskState.TASK_STATE_CANCELLED, None)
 
 
 async def test_progress_is_told_once_in_order_and_bounded(store: Store) -> None:
@@ -313,11 +323,11 @@ async def test_progress_is_told_once_in_order_and_bounded(store: Store) -> None:
 
 async def test_directives_go_to_the_attempt_that_runs(store: Store) -> None:
     attempt = await started(store)
-    assert (await store.apply(Direct(attempt, 7, "me"))).word == "running"
-    assert (await store.apply(Direct(attempt._replace(fence=1), 7, "me"))).word == "idle"
+    assert (await store.apply(Direct(attempt, 7, "me"))).status == "running"
+    assert (await store.apply(Direct(attempt._replace(fence=1), 7, "me"))).status == "idle"
     await store.apply(Succeed("a1", attempt, b""))
-    assert (await store.apply(Direct(attempt, 7, "me"))).word == "ended"
-    assert (await store.apply(Direct(attempt._replace(task_id=new_task_id(SHARD)), 7, "me"))).word == "unknown"
+    assert (await store.apply(Direct(attempt, 7, "me"))).status == "ended"
+    assert (await store.apply(Direct(attempt._replace(task_id=new_task_id(SHARD)), 7, "me"))).status == "unknown"
 
 
 @pytest.mark.parametrize(
@@ -336,10 +346,10 @@ async def test_each_clock_ends_the_attempt_in_its_own_name(
     attempt = await started(store, method=method)
     await asyncio.sleep(0.01)
     (expired,) = (await store.apply(Sweep(SHARD, 10))).expired
-    assert (expired.what, expired.agent_id, expired.attempt) == ("attempt", "a1", attempt)
+    assert (expired.kind, expired.agent_id, expired.attempt) == ("attempt", "a1", attempt)
     seen = (await look(store, attempt.task_id)).task
     assert (seen.state, seen.earlier_failures[0].reason) == (TaskState.TASK_STATE_QUEUED, reason)
-    assert (await store.apply(Succeed("a1", attempt, b""))).verdict is ReportStatus.STALE
+    assert (await store.apply(Succeed("a1", attempt, b""))).status is ReportStatus.STALE
 
 
 async def test_the_total_timeout_ends_the_task_wherever_it_is(store: Store) -> None:
@@ -347,7 +357,7 @@ async def test_the_total_timeout_ends_the_task_wherever_it_is(store: Store) -> N
     waiting = (await submit(store, method=method)).task_id
     await asyncio.sleep(0.01)
     (expired,) = (await store.apply(Sweep(SHARD, 10))).expired
-    assert expired.what == "task"
+    assert expired.kind == "task"
     seen = (await look(store, waiting)).task
     assert (seen.state, seen.failure.reason) == (TaskState.TASK_STATE_FAILED, Reason.REASON_TOTAL_TIMEOUT)
     assert await take(store) == []
@@ -368,7 +378,7 @@ async def test_a_lease_is_renewed_by_heartbeats_and_by_coming_back(store: Store)
 
 
 async def test_finished_tasks_are_forgotten_with_all_that_belongs_to_them(redis_url: str) -> None:
-    store = Store(redis_url, shards=4, retention_ms=1)
+    store = Store(redis_url, shards=4, retention=0.001)
     await store.open()
     submitted = await submit(store, key="k")
     (offered,) = await take(store)
@@ -377,22 +387,22 @@ async def test_finished_tasks_are_forgotten_with_all_that_belongs_to_them(redis_
     await asyncio.sleep(0.01)
     await store.apply(Sweep(SHARD, 10))
     assert await store.apply(ReadTask(submitted.task_id)) is None
-    assert await store.page(TaskFilter(), 10, "") == ([], "")
-    assert (await submit(store, key="k")).word == "new"
+    assert await list_tasks(store, TaskFilter(), 10, "") == ([], "")
+    assert (await submit(store, key="k")).status == "new"
     await store.close()
 
 
-async def test_tasks_go_to_askers_in_turn_and_the_oldest_first(store: Store) -> None:
+async def test_tasks_go_to_recipients_in_turn_and_the_oldest_first(store: Store) -> None:
     ids = [(await submit(store)).task_id for _ in range(5)]
-    askers = tuple(Recipient(name, f"{name}-1", 2, (METHOD.full_name,)) for name in ("a", "b"))
-    offered = await store.offer(Offer(SHARD, 1000, askers))
-    assert [(each.asker, each.attempt.task_id) for each in offered] == [
+    recipients = tuple(Recipient(name, f"{name}-1", 2, (METHOD.full_name,)) for name in ("a", "b"))
+    offered = await store.offer(Offer(SHARD, 1.0, recipients))
+    assert [(each.recipient, each.attempt.task_id) for each in offered] == [
         (0, ids[0]),
         (1, ids[1]),
         (0, ids[2]),
         (1, ids[3]),
     ]
-    assert await store.offer(Offer(SHARD, 1000, (Recipient("c", "c-1", 9, ("other.v1.Service/Do",)),))) == []
+    assert await store.offer(Offer(SHARD, 1.0, (Recipient("c", "c-1", 9, ("other.v1.Service/Do",)),))) == []
 
 
 async def test_lists_are_paged_newest_first_and_filtered(store: Store) -> None:
@@ -414,22 +424,22 @@ async def test_lists_are_paged_newest_first_and_filtered(store: Store) -> None:
     found: list[str] = []
     token = ""
     for _ in range(10):
-        page, token = await store.page(TaskFilter(), 3, token)
+        page, token = await list_tasks(store, TaskFilter(), 3, token)
         found += [task.task_id for task in page]
         if not token:
             break
     assert found == ids[::-1]
     await store.apply(Cancel(ids[0], "", ""))
-    only = await store.page(TaskFilter(states=frozenset({TaskState.TASK_STATE_CANCELLED})), 3, "")
+    only = await list_tasks(store, TaskFilter(states=frozenset({TaskState.TASK_STATE_CANCELLED})), 3, "")
     assert [task.task_id for task in only[0]] == [ids[0]]
-    assert (await store.page(TaskFilter(method="x/y"), 3, ""))[0] == []
-    assert (await store.page(TaskFilter(agent_id="x"), 3, ""))[0] == []
+    assert (await list_tasks(store, TaskFilter(method="x/y"), 3, ""))[0] == []
+    assert (await list_tasks(store, TaskFilter(agent_id="x"), 3, ""))[0] == []
 
 
 @pytest.mark.parametrize("token", ["!", "bm9wZQ==", "MTIzIG5vcGU=", "é"])
 async def test_a_page_token_of_no_list_is_refused(store: Store, token: str) -> None:
     with pytest.raises(InvalidArgument, match="page_token"):
-        await store.page(TaskFilter(), 3, token)
+        await list_tasks(store, TaskFilter(), 3, token)
 
 
 @pytest.mark.parametrize("task_id", ["", "t1", "t1-xyz", "x1-" + "0" * 26, "t01-" + "0" * 26, "t1-" + "U" * 26])
@@ -440,9 +450,9 @@ def test_what_is_no_task_id_names_no_shard(task_id: str) -> None:
 
 async def test_a_fence_that_the_store_does_not_know_raises_its_epoch(store: Store) -> None:
     attempt = await started(store)
-    assert not await store.witness(attempt)
+    assert not await store.check_fence(attempt)
     lost = attempt._replace(fence=attempt.fence + 1000)
-    assert await store.witness(lost)
+    assert await store.check_fence(lost)
     await submit(store)
     (offered,) = await take(store)
     assert offered.attempt.fence > lost.fence

@@ -26,32 +26,28 @@ from orki.control.v1.attempt_pb2 import TaskState
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import new_span
-from orki_control.attempt import AttemptKey
+from orki_control.session import AttemptKey
 from orki_server import _keys as keys
-from orki_server._keys import ShardKeys
-from orki_server._store.fleet import submission_digest
-from orki_server._store.ids import new_task_id, shard_of, shard_of_key
+from orki_server._events import Outbox
+from orki_server._keys import ShardKeys, new_task_id, shard_of, shard_of_key
 from orki_server._store.operations import (
     Accept,
     AcknowledgeCancel,
-    Cancel,
     ConfirmCancelled,
     Decline,
-    Direct,
     Fail,
     Offer,
-    Operation,
     Recipient,
     Renew,
     ReportProgress,
     ReportStatus,
     Resume,
-    Submit,
     Succeed,
     Sweep,
 )
-from orki_server._store.queries import ReadTask
+from orki_server._store.script import Operation
 from orki_server._store.store import Store
+from orki_server._store.tasks import Cancel, Direct, ReadTask, Submit, submission_digest
 from orki_server.embedded import EmbeddedServer
 
 METHOD = TaskMethod(
@@ -192,9 +188,9 @@ class StoreLaws(RuleBasedStateMachine):
         if key in self.by_key and key:
             known, known_request = self.by_key[key]
             assert submitted.task_id == known
-            assert submitted.word == ("same" if request == known_request else "conflict")
+            assert submitted.status == ("same" if request == known_request else "conflict")
             return known
-        assert (submitted.word, submitted.task_id) == ("new", task_id)
+        assert (submitted.status, submitted.task_id) == ("new", task_id)
         self.by_key[key] = (task_id, request)
         self.models[task_id] = Model(task_id, most)
         return task_id
@@ -203,16 +199,16 @@ class StoreLaws(RuleBasedStateMachine):
     def cancel(self, task_id: str) -> None:
         asked, model = self.apply(Cancel(task_id, "why", "t")), self.models[task_id]
         if model.state in TERMINAL:
-            assert asked.word == "ended"
+            assert asked.status == "ended"
         elif model.state == CANCELLING:
-            assert asked.word == "again"
+            assert asked.status == "repeated"
         else:
             model.kinds.append("cancel_requested")
             if model.state == QUEUED:
-                assert asked.word == "done"
+                assert asked.status == "done"
                 model.end("cancelled")
             else:
-                assert (asked.word, asked.agent_id, asked.attempt.fence) == ("asked", model.agent, model.fence)
+                assert (asked.status, asked.agent_id, asked.attempt.fence) == ("requested", model.agent, model.fence)
                 model.state = CANCELLING
 
     @rule(held=attempts)
@@ -220,21 +216,21 @@ class StoreLaws(RuleBasedStateMachine):
         key, _ = held
         asked, model = self.apply(Direct(key, 3, "t")), self.models.get(key.task_id)
         if model is None:
-            assert asked.word == "unknown"
+            assert asked.status == "unknown"
         elif model.state in TERMINAL:
-            assert asked.word == "ended"
+            assert asked.status == "ended"
         elif model.state == RUNNING and model.fence == key.fence:
-            assert asked.word == "running"
+            assert asked.status == "running"
             model.kinds.append("directed")
         else:
-            assert asked.word == "idle"
+            assert asked.status == "idle"
 
     # --- dispatch ---
 
     @rule(target=attempts, shard=st.integers(0, SHARDS - 1), agent=st.sampled_from(AGENTS))
     def offer(self, shard: int, agent: str) -> Any:
-        asker = Recipient(agent, agent + "-1", 1, (METHOD.full_name,))
-        offered = self.run(self.store.offer(Offer(shard, 60_000, (asker,))))
+        recipient = Recipient(agent, agent + "-1", 1, (METHOD.full_name,))
+        offered = self.run(self.store.offer(Offer(shard, 60.0, (recipient,))))
         queued = [
             each
             for each in self.models.values()
@@ -261,9 +257,9 @@ class StoreLaws(RuleBasedStateMachine):
         key, agent = named(held, stranger)
         answer, model = self.apply(Accept(agent, key)), self.models.get(key.task_id)
         if model is None or not model.holds(agent, key):
-            assert answer.verdict is ReportStatus.STALE
+            assert answer.status is ReportStatus.STALE
             return
-        assert answer.verdict is (ReportStatus.ACCEPTED if model.unanswered else ReportStatus.REPEATED)
+        assert answer.status is (ReportStatus.ACCEPTED if model.unanswered else ReportStatus.REPEATED)
         model.start()
 
     @rule(held=attempts, stranger=STRANGER)
@@ -272,22 +268,22 @@ class StoreLaws(RuleBasedStateMachine):
         answer = self.apply(Decline(agent, key, Reason.REASON_DRAINING, "no", True))
         model = self.models.get(key.task_id)
         if model is None or not model.holds(agent, key) or not model.unanswered:
-            assert answer.verdict is ReportStatus.STALE
+            assert answer.status is ReportStatus.STALE
         elif model.state == CANCELLING:
             model.end("cancelled")
         else:
-            model.again(waiting=answer.retry_ms > 0)
+            model.again(waiting=answer.retry_after > 0)
 
     @rule(held=attempts, stranger=STRANGER, index=st.integers(1, 3))
     def progress(self, held: Held, stranger: bool, index: int) -> None:
         key, agent = named(held, stranger)
         answer, model = self.apply(ReportProgress(agent, key, 100, index, b"p")), self.models.get(key.task_id)
         if model is None or not model.holds(agent, key):
-            assert answer.verdict is ReportStatus.STALE
+            assert answer.status is ReportStatus.STALE
         elif index <= model.told:
-            assert answer.verdict is ReportStatus.REPEATED
+            assert answer.status is ReportStatus.REPEATED
         else:
-            assert answer.verdict is ReportStatus.ACCEPTED
+            assert answer.status is ReportStatus.ACCEPTED
             model.start()
             model.told = index
 
@@ -296,9 +292,9 @@ class StoreLaws(RuleBasedStateMachine):
         key, agent = named(held, stranger)
         answer, model = self.apply(AcknowledgeCancel(agent, key)), self.models.get(key.task_id)
         if model is None or not model.holds(agent, key) or model.state != CANCELLING:
-            assert answer.verdict is ReportStatus.STALE
+            assert answer.status is ReportStatus.STALE
         elif model.acknowledged:
-            assert answer.verdict is ReportStatus.REPEATED
+            assert answer.status is ReportStatus.REPEATED
         else:
             model.acknowledged = True
             model.kinds.append("cancel_acknowledged")
@@ -320,7 +316,7 @@ class StoreLaws(RuleBasedStateMachine):
         model = self.models.get(key.task_id)
         expected = model.report(agent, key) if model else ReportStatus.STALE
         answer = self.apply(transition)
-        assert answer.verdict is expected
+        assert answer.status is expected
         if model is None or expected is not ReportStatus.ACCEPTED:
             return
         model.taken = (key.fence, agent)
@@ -360,29 +356,29 @@ class StoreLaws(RuleBasedStateMachine):
         names, model = ShardKeys(shard_of(task_id)), self.models[task_id]
         if model.state in TERMINAL or (model.state == QUEUED and not model.waiting):
             return
-        timer = "lr" if model.waiting else "lo" if model.unanswered else "le"
+        timer = "retry_due" if model.waiting else "offer_due" if model.unanswered else "lease_due"
         self.redis.hset(names.task(task_id), timer, "1")
-        self.redis.zadd(f"{names.base}due", {task_id: 1})
+        self.redis.zadd(f"{names.base}timers", {task_id: 1})
         swept = self.apply(Sweep(shard_of(task_id), 100))
         (expired,) = [each for each in swept.expired if each.attempt.task_id == task_id]
-        if timer == "lr":
-            assert expired.what == "retry"
+        if timer == "retry_due":
+            assert expired.kind == "retry"
             model.waiting = False
-        elif timer == "lo":
-            assert expired.what == "offer"
+        elif timer == "offer_due":
+            assert expired.kind == "offer"
             if model.state == CANCELLING:
                 model.end("cancelled")
             else:
-                model.again(waiting=bool(self.redis.hget(names.task(task_id), "lr") != b"0"))
+                model.again(waiting=int(self.redis.hget(names.task(task_id), "retry_due") or 0) > 0)
         else:
-            assert expired.what == "attempt"
+            assert expired.kind == "attempt"
             model.attempt_failed(True)
 
     # --- what always holds ---
 
     @invariant()
     def the_store_is_as_the_model_says(self) -> None:
-        records = [record for shard in self.run(self.store.outbox.read(10_000)) for record in shard]
+        records = [record for shard in self.run(Outbox(self.store).read(10_000)) for record in shard]
         by_task: dict[str, list[str]] = {}
         for record in records:
             by_task.setdefault(record.task_id, []).append(record.kind)

@@ -1,4 +1,4 @@
-"""For tests of the hot path: real bridges on real sockets."""
+"""Fixtures of the hot path tests: bridges on real sockets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# What several test modules share lies beside them.
+# For `hotpath_tools`, which the test modules share.
 sys.path.insert(0, str(Path(__file__).parent))
 
 from hotpath_tools import AsyncSampleTools, SampleTools
@@ -18,13 +18,13 @@ from orki_agent.hotpath import SyncToolClient, ToolBridge
 
 @pytest.fixture
 def bridge() -> Iterator[ToolBridge]:
-    """A bridge with all sample tools."""
+    """A running bridge with all sample tools."""
     with ToolBridge(SampleTools(), AsyncSampleTools()) as running:
         yield running
 
 
 @pytest.fixture
 def client(bridge: ToolBridge) -> Iterator[SyncToolClient]:
-    """A blocking client of it."""
+    """A sync client of `bridge`."""
     with SyncToolClient(bridge.path, bridge.token, name="tester") as made:
         yield made

@@ -1,4 +1,4 @@
-"""Sample tools, a peer that speaks bytes, and a look at what a process holds."""
+"""Sample tools, a raw client, a bridge in another process, and waiting."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class SampleTools(oc.SyncToolService):
     """Blocking handlers.
 
     Attributes:
-        cancelled: Set when a sleeping handler saw that nobody waits for it.
+        cancelled: Set when a sleeping handler saw `call.cancelled`.
         release: Sleeping handlers end when this is set.
     """
 
@@ -66,14 +66,14 @@ class SampleTools(oc.SyncToolService):
         self.sleeping = 0
 
     def echo(self, request: Ask, call: oc.ToolCall) -> Ask:
-        """The request again."""
+        """Return the request."""
         return Ask(request.number, request.code, request.body)
 
     def sleep(self, request: Ask, call: oc.ToolCall) -> Ask:
-        """Sleeps for `number` milliseconds, or until it is cancelled or released."""
+        """Sleep for `number` milliseconds, or until cancelled or released."""
         self.sleeping += 1
-        until_time = time.monotonic() + request.number / 1_000
-        while time.monotonic() < until_time and not self.release.is_set():
+        end = time.monotonic() + request.number / 1_000
+        while time.monotonic() < end and not self.release.is_set():
             if call.cancelled:
                 self.cancelled.set()
                 break
@@ -82,7 +82,7 @@ class SampleTools(oc.SyncToolService):
         return request
 
     def fail(self, request: StringValue, call: oc.ToolCall) -> StringValue:
-        """Fails in the way that it is asked to."""
+        """Fail in the requested way."""
         ways: dict[str, BaseException] = {
             "code": ToolFailed("no such file", code=-7),
             "argument": InvalidArgument("path is empty"),
@@ -97,24 +97,24 @@ class SampleTools(oc.SyncToolService):
         return Ask(1, 2)  # type: ignore[return-value]
 
     def text(self, request: StringValue, call: oc.ToolCall) -> StringValue:
-        """The text again."""
+        """Return the text."""
         return StringValue(value=request.value)
 
     def grow(self, request: Ask, call: oc.ToolCall) -> Ask:
-        """As many bytes as asked for."""
+        """Return `number` bytes."""
         return Ask(request.number, 0, b"g" * request.number)
 
     def who(self, request: StringValue, call: oc.ToolCall) -> StringValue:
-        """Who calls, in which span, and in which span the handler itself runs."""
+        """Return the caller's name and span, and the span in which the handler runs."""
         return _who(call)
 
 
 class AsyncSampleTools(oc.AsyncToolService):
-    """Handlers that are coroutines.
+    """Async handlers.
 
     Attributes:
         cancelled: Set when a handler was cancelled.
-        begun: Set when a handler naps.
+        begun: Set when a handler sleeps.
     """
 
     TOOLS = (ASYNC_SLEEP, ASYNC_WHO)
@@ -124,7 +124,7 @@ class AsyncSampleTools(oc.AsyncToolService):
         self.begun = threading.Event()
 
     async def nap(self, request: Ask, call: oc.ToolCall) -> Ask:
-        """Sleeps for `number` milliseconds."""
+        """Sleep for `number` milliseconds."""
         try:
             self.begun.set()
             await asyncio.sleep(request.number / 1_000)
@@ -134,7 +134,7 @@ class AsyncSampleTools(oc.AsyncToolService):
         return request
 
     async def who(self, request: StringValue, call: oc.ToolCall) -> StringValue:
-        """As the blocking one."""
+        """As `SampleTools.who`."""
         return _who(call)
 
 
@@ -146,14 +146,14 @@ def _who(call: oc.ToolCall) -> StringValue:
 
 
 class RawPeer:
-    """A client that sends whatever bytes it is told to."""
+    """A client that sends arbitrary bytes."""
 
-    def __init__(self, bridge: ToolBridge, *, greet: bool = True) -> None:
+    def __init__(self, bridge: ToolBridge, *, hello: bool = True) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(WAIT_SECONDS)
         self.sock.connect(bridge.path)
         self._decoder = FrameDecoder(1 << 26)
-        if greet:
+        if hello:
             self.send(hello_frame(bridge.token, "raw"))
             assert self.frame() is not None
 
@@ -161,7 +161,7 @@ class RawPeer:
         self.sock.sendall(sent)
 
     def frame(self) -> Frame | None:
-        """The next frame, its body copied; None at the end of the stream."""
+        """Return the next frame with a copied body; None at the end of the stream."""
         count = 0
         while (fields := self._decoder.next_frame(count)) is None:
             try:
@@ -174,7 +174,7 @@ class RawPeer:
         return frame._replace(body=memoryview(bytes(frame.body)))
 
     def frames(self) -> list[Frame]:
-        """All that come until the bridge closes the connection."""
+        """Return all frames until the bridge closes the connection."""
         found = []
         while (frame := self.frame()) is not None:
             found.append(frame)
@@ -193,12 +193,12 @@ class RawPeer:
 
 
 def echo_frame(correlation: int, body: bytes = b"hello", *, timeout_us: int = 0) -> bytes:
-    """A call of `ECHO`."""
+    """Return a call of `ECHO`."""
     return encode_call(0x0101, 16, 1, correlation, timeout_us, NO_TRACE, Ask(1, 2, body).encode())
 
 
 def sleep_frame(correlation: int, millis: int, *, timeout_us: int = 0) -> bytes:
-    """A call of `SLEEP`."""
+    """Return a call of `SLEEP`."""
     return encode_call(0x0102, 16, 1, correlation, timeout_us, NO_TRACE, Ask(millis, 0).encode())
 
 
@@ -213,14 +213,14 @@ with ToolBridge(SampleTools(), AsyncSampleTools(), path=sys.argv[2], token=TOKEN
 
 
 def serving_process(path: str) -> subprocess.Popen[bytes]:
-    """Another process that serves all sample tools at the path, until it is killed."""
+    """Start a process that serves all sample tools at the path until it is killed."""
     process = subprocess.Popen([sys.executable, "-c", _SERVE, str(Path(__file__).parent), path])
     until(lambda: _listens(path) or process.poll() is not None, what="the other process serves")
     return process
 
 
 def _listens(path: str) -> bool:
-    """A socket's file is there before anybody listens at it."""
+    """Return whether a client can connect to the path."""
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(path)
@@ -230,13 +230,13 @@ def _listens(path: str) -> bool:
 
 
 def open_descriptors() -> int:
-    """How many file descriptors this process holds."""
+    """Return the number of open file descriptors of this process."""
     return len(os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"))
 
 
-def until(condition: Callable[[], bool], *, what: str = "it happened") -> None:
-    """Waits for something that happens soon."""
+def until(condition: Callable[[], bool], *, what: str = "condition") -> None:
+    """Wait for a condition."""
     deadline = time.monotonic() + WAIT_SECONDS
     while not condition():
-        assert time.monotonic() < deadline, f"not in {WAIT_SECONDS:.0f} s: {what}"
+        assert time.monotonic() < deadline, f"not within {WAIT_SECONDS:.0f} s: {what}"
         time.sleep(0.002)

@@ -1,4 +1,4 @@
-"""Bad input against a live bridge: each ends in a typed error for its sender, and another client never notices."""
+"""Bad input to a running bridge gives its sender a typed error and does not disturb another client."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def bridge() -> Iterator[ToolBridge]:
 
 
 @pytest.fixture
-def witness(bridge: ToolBridge) -> Iterator[list[object]]:
-    """Another client that calls all the while; every one of its calls must succeed."""
+def other_client(bridge: ToolBridge) -> Iterator[list[object]]:
+    """A second client that keeps calling; each of its calls must succeed."""
     stop, failed = threading.Event(), list[object]()
 
     def call() -> None:
-        with SyncToolClient(bridge.path, bridge.token, name="witness") as client:
+        with SyncToolClient(bridge.path, bridge.token, name="other") as client:
             while not stop.is_set():
                 try:
                     assert client.call(ECHO, Ask(5, 6, b"w")) == Ask(5, 6, b"w")
@@ -89,35 +89,35 @@ def witness(bridge: ToolBridge) -> Iterator[list[object]]:
     assert failed == []
 
 
-def word_of(peer: RawPeer) -> OrkiError:
-    """The typed error with which the bridge ends the connection."""
+def error_of(peer: RawPeer) -> OrkiError:
+    """Return the error with which the bridge ends the connection."""
     last = peer.frames()[-1]
     assert last.correlation == 0
     return decode_error(last)
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_every_kind_of_frame_cut_off_at_every_byte(bridge: ToolBridge, witness: list[object], kind: str) -> None:
+def test_a_frame_cut_off_at_any_byte_gets_no_answer(bridge: ToolBridge, other_client: list[object], kind: str) -> None:
     whole = EVERY_KIND[kind]
     for end in range(len(whole)):
         with RawPeer(bridge) as peer:
             peer.send(whole[:end])
             peer.sock.shutdown(socket.SHUT_WR)
             assert peer.frames() == []
-    assert witness == []
+    assert other_client == []
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_every_kind_of_frame_cut_off_at_every_byte_before_the_hello(bridge: ToolBridge, kind: str) -> None:
+def test_a_frame_cut_off_at_any_byte_before_the_hello_gets_no_answer(bridge: ToolBridge, kind: str) -> None:
     whole = EVERY_KIND[kind]
     for end in range(len(whole)):
-        with RawPeer(bridge, greet=False) as peer:
+        with RawPeer(bridge, hello=False) as peer:
             peer.send(whole[:end])
             peer.sock.shutdown(socket.SHUT_WR)
             assert peer.frames() == []
 
 
-@pytest.mark.parametrize("greet", [True, False])
+@pytest.mark.parametrize("hello", [True, False])
 @pytest.mark.parametrize(
     ("sent", "expected"),
     [
@@ -132,19 +132,19 @@ def test_every_kind_of_frame_cut_off_at_every_byte_before_the_hello(bridge: Tool
         (HEADER.pack(MAGIC | PROTOCOL << 16, 0x0101, 0, (1 << 32) - 1, 1, 1, 0, NO_TRACE), FrameTooLarge),
     ],
 )
-def test_what_is_no_frame_gets_a_typed_error(
-    bridge: ToolBridge, witness: list[object], sent: bytes, expected: type[OrkiError], greet: bool
+def test_bytes_that_are_no_frame_get_a_typed_error(
+    bridge: ToolBridge, other_client: list[object], sent: bytes, expected: type[OrkiError], hello: bool
 ) -> None:
-    with RawPeer(bridge, greet=greet) as peer:
+    with RawPeer(bridge, hello=hello) as peer:
         peer.send(sent)
-        assert type(word_of(peer)) is expected
-    assert witness == []
+        assert type(error_of(peer)) is expected
+    assert other_client == []
 
 
-def test_random_garbage_never_harms_another(bridge: ToolBridge, witness: list[object]) -> None:
+def test_random_garbage_does_not_disturb_another_client(bridge: ToolBridge, other_client: list[object]) -> None:
     chosen = random.Random(20)
     for _ in range(100):
-        with RawPeer(bridge, greet=chosen.random() < 0.8) as peer:
+        with RawPeer(bridge, hello=chosen.random() < 0.8) as peer:
             sent = bytearray(echo_frame(chosen.randrange(1, 9), chosen.randbytes(chosen.randrange(200))))
             for _ in range(chosen.randrange(1, 4)):
                 sent[chosen.randrange(HEADER_BYTES)] = chosen.randrange(256)
@@ -152,13 +152,13 @@ def test_random_garbage_never_harms_another(bridge: ToolBridge, witness: list[ob
             peer.sock.shutdown(socket.SHUT_WR)
             for frame in peer.frames():
                 assert frame.flags & FLAG_REPLY
-    assert witness == []
+    assert other_client == []
 
 
-def test_before_the_hello_only_small_frames_are_taken(bridge: ToolBridge) -> None:
-    with RawPeer(bridge, greet=False) as peer:
+def test_a_long_frame_before_the_hello_is_refused(bridge: ToolBridge) -> None:
+    with RawPeer(bridge, hello=False) as peer:
         peer.send(HEADER.pack(MAGIC | PROTOCOL << 16, 1, 40, 2_000, 1, 0, 0, NO_TRACE))
-        assert type(word_of(peer)) is FrameTooLarge
+        assert type(error_of(peer)) is FrameTooLarge
 
 
 @pytest.mark.parametrize(
@@ -174,10 +174,12 @@ def test_before_the_hello_only_small_frames_are_taken(bridge: ToolBridge) -> Non
         (encode_call(1, 8, 1, 0, 0, NO_TRACE, bytes(40)), FrameMalformed),
     ],
 )
-def test_a_connection_begins_with_the_right_hello(bridge: ToolBridge, sent: bytes, expected: type[OrkiError]) -> None:
-    with RawPeer(bridge, greet=False) as peer:
+def test_a_connection_without_a_valid_hello_is_refused(
+    bridge: ToolBridge, sent: bytes, expected: type[OrkiError]
+) -> None:
+    with RawPeer(bridge, hello=False) as peer:
         peer.send(sent)
-        error = word_of(peer)
+        error = error_of(peer)
     assert type(error) is expected
     assert bridge.token.hex() not in str(error)
     assert repr(bridge.token) not in str(error)
@@ -192,13 +194,13 @@ def test_a_connection_begins_with_the_right_hello(bridge: ToolBridge, sent: byte
         (1, 1, "n" * 257, InvalidArgument),
     ],
 )
-def test_a_hello_with_the_token_is_looked_at_all_the_same(
+def test_a_hello_with_the_token_is_still_validated(
     bridge: ToolBridge, low: int, high: int, name: str, expected: type[OrkiError]
 ) -> None:
     hello = HelloFrame(token=bridge.token, protocol_min=low, protocol_max=high, client=name)
-    with RawPeer(bridge, greet=False) as peer:
+    with RawPeer(bridge, hello=False) as peer:
         peer.send(encode_hello(hello))
-        assert type(word_of(peer)) is expected
+        assert type(error_of(peer)) is expected
 
 
 @pytest.mark.parametrize(
@@ -213,11 +215,11 @@ def test_a_hello_with_the_token_is_looked_at_all_the_same(
         sleep_frame(4, 500) + echo_frame(4),
     ],
 )
-def test_what_no_client_may_send_ends_the_connection(bridge: ToolBridge, witness: list[object], sent: bytes) -> None:
+def test_an_illegal_frame_ends_the_connection(bridge: ToolBridge, other_client: list[object], sent: bytes) -> None:
     with RawPeer(bridge) as peer:
         peer.send(sent)
-        assert type(word_of(peer)) is RemoteProtocolError
-    assert witness == []
+        assert type(error_of(peer)) is RemoteProtocolError
+    assert other_client == []
 
 
 @pytest.mark.parametrize(
@@ -231,7 +233,7 @@ def test_what_no_client_may_send_ends_the_connection(bridge: ToolBridge, witness
         (encode_call(0x0104, 0, 0, 7, 0, NO_TRACE, b"\x0a\x02\xff\xff"), FrameMalformed),
     ],
 )
-def test_a_bad_call_is_answered_and_the_connection_goes_on(
+def test_a_bad_call_is_answered_and_the_connection_stays_open(
     bridge: ToolBridge, sent: bytes, expected: type[OrkiError]
 ) -> None:
     with RawPeer(bridge) as peer:
@@ -247,14 +249,14 @@ def frame_of(peer: RawPeer) -> Frame:
     return frame
 
 
-def test_a_longer_block_of_a_newer_client_is_read(bridge: ToolBridge) -> None:
+def test_a_longer_block_of_a_newer_client_is_decoded(bridge: ToolBridge) -> None:
     body = Ask(1, 2).encode() + b"newer   " + b"tail"
     with RawPeer(bridge) as peer:
         peer.send(encode_call(0x0101, 24, 2, 1, 0, NO_TRACE, body))
         assert Ask.decode(frame_of(peer).body, 16) == Ask(1, 2, b"tail")
 
 
-def test_a_cancel_of_nothing_is_harmless_and_a_cancelled_call_is_answered(bridge: ToolBridge) -> None:
+def test_a_cancelled_call_is_answered_and_an_unknown_cancel_is_ignored(bridge: ToolBridge) -> None:
     with RawPeer(bridge) as peer:
         peer.send(encode_cancel(99) + sleep_frame(1, 20_000))
         time.sleep(0.05)
@@ -264,7 +266,7 @@ def test_a_cancel_of_nothing_is_harmless_and_a_cancelled_call_is_answered(bridge
     assert second.correlation == 2
 
 
-def test_calls_beyond_the_limit_and_beyond_their_time_are_answered() -> None:
+def test_calls_beyond_the_limit_or_their_deadline_are_answered() -> None:
     with ToolBridge(SampleTools(), options=BridgeOptions(max_calls=2, call_timeout=0.1)) as bridge:
         with RawPeer(bridge) as peer:
             peer.send(sleep_frame(1, 20_000, timeout_us=4_000_000_000) + sleep_frame(2, 20_000, timeout_us=30_000))
@@ -274,7 +276,7 @@ def test_calls_beyond_the_limit_and_beyond_their_time_are_answered() -> None:
     assert kinds == {1: ToolDeadline, 2: ToolDeadline, 3: TooManyCalls}
 
 
-def test_a_length_costs_no_memory_until_its_bytes_come() -> None:
+def test_a_length_allocates_no_memory_before_its_bytes_arrive() -> None:
     big = 512 << 20
     before = resident_bytes()
     with ToolBridge(SampleTools(), options=BridgeOptions(max_frame_bytes=big)) as bridge:
@@ -283,7 +285,7 @@ def test_a_length_costs_no_memory_until_its_bytes_come() -> None:
                 peer.send(HEADER.pack(MAGIC | PROTOCOL << 16, 0x0101, 0, big, 1, 1, 0, NO_TRACE) + b"x" * 1_000)
             with RawPeer(bridge) as third:
                 third.send(HEADER.pack(MAGIC | PROTOCOL << 16, 0x0101, 0, big + 1, 1, 1, 0, NO_TRACE))
-                assert type(word_of(third)) is FrameTooLarge
+                assert type(error_of(third)) is FrameTooLarge
             assert resident_bytes() - before < 64 << 20
 
 
@@ -294,18 +296,20 @@ def resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def test_a_silent_connection_is_ended(bridge: ToolBridge, witness: list[object]) -> None:
+def test_a_connection_without_a_hello_is_closed(bridge: ToolBridge, other_client: list[object]) -> None:
     start = time.monotonic()
-    with RawPeer(bridge, greet=False) as peer:
-        assert type(word_of(peer)) is HelloTimeout
+    with RawPeer(bridge, hello=False) as peer:
+        assert type(error_of(peer)) is HelloTimeout
     assert time.monotonic() - start < 10
-    assert witness == []
+    assert other_client == []
 
 
-@pytest.mark.parametrize("greet", [True, False])
-def test_a_frame_that_drips_is_ended(bridge: ToolBridge, witness: list[object], greet: bool) -> None:
+@pytest.mark.parametrize("hello", [True, False])
+def test_a_frame_that_arrives_too_slowly_ends_the_connection(
+    bridge: ToolBridge, other_client: list[object], hello: bool
+) -> None:
     start = time.monotonic()
-    with RawPeer(bridge, greet=greet) as peer:
+    with RawPeer(bridge, hello=hello) as peer:
         gone = False
         for byte in echo_frame(1):
             try:
@@ -315,13 +319,13 @@ def test_a_frame_that_drips_is_ended(bridge: ToolBridge, witness: list[object], 
                 break
             time.sleep(0.05)
         assert gone
-        assert type(word_of(peer)) is FrameMalformed
+        assert type(error_of(peer)) is FrameMalformed
     assert time.monotonic() - start < 10
-    assert witness == []
+    assert other_client == []
 
 
-def test_a_client_that_always_has_a_frame_half_sent_is_left_alone(bridge: ToolBridge) -> None:
-    """Each frame has time of its own, however long the stream goes on without a pause between frames."""
+def test_the_frame_deadline_restarts_with_each_frame(bridge: ToolBridge) -> None:
+    """A stream may go on without a pause between frames for longer than `frame_timeout`."""
     half = len(echo_frame(1)) // 2
     with RawPeer(bridge) as peer:
         peer.send(echo_frame(1)[:half])
@@ -333,20 +337,22 @@ def test_a_client_that_always_has_a_frame_half_sent_is_left_alone(bridge: ToolBr
             time.sleep(0.01)
 
 
-def test_an_idle_client_after_its_hello_is_left_alone(bridge: ToolBridge) -> None:
+def test_an_idle_client_stays_connected_after_its_hello(bridge: ToolBridge) -> None:
     with RawPeer(bridge) as peer:
         time.sleep(1.3)
         peer.send(echo_frame(1))
         assert frame_of(peer).correlation == 1
 
 
-def test_a_client_that_does_not_read_is_ended_and_holds_nobody_up(bridge: ToolBridge, witness: list[object]) -> None:
+def test_a_client_that_does_not_read_is_closed_and_delays_nobody(
+    bridge: ToolBridge, other_client: list[object]
+) -> None:
     with RawPeer(bridge) as peer:
         grow = Ask(4 << 20, 0).encode()
         for number in range(1, 9):
             peer.send(encode_call(0x0105, 16, 1, number, 20_000_000, NO_TRACE, grow))
         time.sleep(2)
-        assert witness == []
+        assert other_client == []
         received = 0
         until(lambda: not takes(peer), what="the bridge ended the connection")
         peer.sock.settimeout(5)
@@ -366,23 +372,23 @@ def takes(peer: RawPeer) -> bool:
     return True
 
 
-def test_descriptors_that_nobody_asked_for_are_closed(bridge: ToolBridge) -> None:
+def test_unexpected_file_descriptors_are_closed(bridge: ToolBridge) -> None:
     before = len(os.listdir("/proc/self/fd"))
     with RawPeer(bridge) as peer, socket.socket(socket.AF_UNIX) as smuggled:
         frame = echo_frame(1)
         socket.send_fds(peer.sock, [frame], [smuggled.fileno()] * 100)
         assert frame_of(peer).correlation == 1
-        # Ours: the peer's two ends and the smuggled socket.
+        # The peer's two ends and the sent socket belong to this test.
         assert len(os.listdir("/proc/self/fd")) <= before + 3
 
 
-def test_a_thousand_connections_that_break_leave_nothing(bridge: ToolBridge) -> None:
+def test_broken_connections_leave_no_state(bridge: ToolBridge) -> None:
     for number in range(300):
-        with RawPeer(bridge, greet=number % 3 == 0) as peer:
+        with RawPeer(bridge, hello=number % 3 == 0) as peer:
             if number % 2:
                 peer.send(echo_frame(1)[: number % 60])
             peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     running = bridge._running
     assert running is not None
-    until(lambda: not running.monitor.connections, what="the bridge let go of all")
+    until(lambda: not running.monitor.connections, what="the bridge has closed all connections")
     assert FrameMalformed.reason == Reason.REASON_FRAME_MALFORMED

@@ -1,4 +1,4 @@
-"""Calls through both clients: what comes back, in what order, in which trace, and how they fail."""
+"""Calls through both clients: results, order, traces, records and errors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from orki_contract.trace import new_span, use_span
 
 
 class Either:
-    """One of the two clients, called in the same way."""
+    """The sync or the async client behind one interface."""
 
     def __init__(self, bridge: ToolBridge, kind: str, records: list[ToolRecord]) -> None:
         self.kind = kind
@@ -76,11 +76,11 @@ async def either(
     made = Either(bridge, request.param, records)
     yield made
     await made.close()
-    # The executor of `asyncio.to_thread` is this loop's.
+    # `asyncio.to_thread` uses this loop's executor.
     await asyncio.get_running_loop().shutdown_default_executor()
 
 
-async def test_a_frame_and_a_message_come_back(either: Either) -> None:
+async def test_frames_and_messages_are_returned(either: Either) -> None:
     assert await either.call(ECHO, Ask(7, -9, b"\0\xff")) == Ask(7, -9, b"\0\xff")
     assert await either.call(TEXT, StringValue(value="grüße")) == StringValue(value="grüße")
     assert await either.call(ASYNC_SLEEP, Ask(1, 2, b"x")) == Ask(1, 2, b"x")
@@ -88,13 +88,13 @@ async def test_a_frame_and_a_message_come_back(either: Either) -> None:
 
 
 @pytest.mark.parametrize("size", [65_536 - 72 - 1, 65_536 - 72, 65_536 - 72 + 1, 200_000, 5_000_000])
-async def test_large_frames_pass_whole(either: Either, size: int) -> None:
+async def test_large_frames_are_returned_complete(either: Either, size: int) -> None:
     body = bytes(range(256)) * (size // 256) + bytes(size % 256)
     assert await either.call(ECHO, Ask(1, 2, body)) == Ask(1, 2, body)
     assert await either.call(GROW, Ask(size, 0)) == Ask(size, 0, b"g" * size)
 
 
-async def test_the_handler_runs_in_the_callers_span_and_no_other(either: Either) -> None:
+async def test_a_handler_runs_in_the_callers_span(either: Either) -> None:
     span = new_span()
     for tool in (WHO, ASYNC_WHO):
         with use_span(span):
@@ -103,7 +103,7 @@ async def test_the_handler_runs_in_the_callers_span_and_no_other(either: Either)
         assert await either.call(tool, StringValue()) == StringValue(value="tester||")
 
 
-async def test_failures_are_typed_and_carry_the_tools_code(
+async def test_errors_are_typed_and_carry_the_tools_code(
     either: Either, caplog: pytest.LogCaptureFixture, records: list[ToolRecord]
 ) -> None:
     with pytest.raises(ToolFailed, match="no such file") as failed:
@@ -147,7 +147,7 @@ def bridge() -> object:
 
 
 @pytest.mark.parametrize("way", ["bug", "exit", "nested"])
-async def test_what_happened_inside_is_told_without_a_traceback(
+async def test_an_unexpected_error_is_sent_without_a_traceback(
     either: Either, caplog: pytest.LogCaptureFixture, way: str
 ) -> None:
     with caplog.at_level(logging.ERROR, "orki_agent.hotpath"), pytest.raises(ToolFailed) as failed:
@@ -158,7 +158,7 @@ async def test_what_happened_inside_is_told_without_a_traceback(
     assert [bool(record.exc_info) for record in caplog.records] == [True]
 
 
-async def test_what_cannot_be_sent_is_refused_here(either: Either) -> None:
+async def test_an_invalid_request_is_refused_by_the_client(either: Either) -> None:
     for wrong in (Ask(1, 2), None, "text"):
         with pytest.raises(InvalidArgument, match="takes google.protobuf.wrappers_pb2.StringValue, not"):
             await either.call(TEXT, wrong)
@@ -175,7 +175,7 @@ async def test_what_cannot_be_sent_is_refused_here(either: Either) -> None:
 
 
 @pytest.mark.parametrize("tool", [SLEEP, ASYNC_SLEEP])
-async def test_a_deadline_ends_the_call_and_tells_the_handler(tool: oc.Tool, records: list[ToolRecord]) -> None:  # type: ignore[type-arg]
+async def test_a_deadline_ends_the_call_and_cancels_the_handler(tool: oc.Tool, records: list[ToolRecord]) -> None:  # type: ignore[type-arg]
     blocking, waiting = SampleTools(), AsyncSampleTools()
     with ToolBridge(blocking, waiting) as bridge:
         for kind in ("sync", "async"):
@@ -194,14 +194,14 @@ async def test_a_deadline_ends_the_call_and_tells_the_handler(tool: oc.Tool, rec
     await asyncio.get_running_loop().shutdown_default_executor()
 
 
-async def test_the_contracts_timeout_holds_where_the_caller_names_none(either: Either) -> None:
+async def test_the_contracts_timeout_is_the_default(either: Either) -> None:
     start = time.monotonic()
     with pytest.raises(ToolDeadline):
         await either.call(ASYNC_SLEEP, Ask(20_000, 0))
     assert 0.9 < time.monotonic() - start < 10
 
 
-async def test_many_replies_that_come_too_late_do_no_harm(either: Either) -> None:
+async def test_late_replies_are_dropped(either: Either) -> None:
     for _ in range(12):
         with pytest.raises(ToolDeadline):
             await either.call(SLEEP, Ask(30, 0), timeout=0.002)
@@ -228,7 +228,7 @@ async def test_cancelling_the_task_cancels_the_call(tool: oc.Tool) -> None:  # t
     await asyncio.get_running_loop().shutdown_default_executor()
 
 
-def test_a_lost_caller_cancels_its_calls() -> None:
+def test_losing_the_caller_cancels_its_calls() -> None:
     tools = SampleTools()
     with ToolBridge(tools) as bridge:
         client = SyncToolClient(bridge.path, bridge.token, name="tester")
@@ -251,14 +251,14 @@ def test_a_lost_caller_cancels_its_calls() -> None:
     assert [type(error) for error in failed] == [PeerLost]
 
 
-async def test_a_handler_that_blocks_stalls_neither_its_own_connection_nor_others() -> None:
+async def test_a_blocking_handler_delays_no_other_call() -> None:
     tools = SampleTools()
     with ToolBridge(tools) as bridge:
         async with AsyncToolClient(bridge.path, bridge.token, name="tester") as client:
-            # Nobody wakes them before the quick calls are done.
+            # The handlers sleep until the quick calls are done.
             sleeping = [asyncio.create_task(client.call(SLEEP, Ask(9_000, 0))) for _ in range(8)]
             async with asyncio.timeout(8):
-                while tools.sleeping < 8:  # all at once: none waits for another
+                while tools.sleeping < 8:  # all at the same time
                     await asyncio.sleep(0.01)
             for number in range(50):
                 assert await client.call(ECHO, Ask(number, 0)) == Ask(number, 0)
@@ -269,8 +269,8 @@ async def test_a_handler_that_blocks_stalls_neither_its_own_connection_nor_other
             await asyncio.gather(*sleeping)
 
 
-def test_when_all_threads_block_other_connections_go_on() -> None:
-    """Beyond `max_blocked` a connection waits for its own handler, and only that one."""
+def test_other_connections_work_while_all_threads_block() -> None:
+    """Beyond `max_blocked`, only the connection of the blocking handler waits."""
     tools = SampleTools()
     with ToolBridge(tools, options=BridgeOptions(max_blocked=1)) as bridge:
         clients = [SyncToolClient(bridge.path, bridge.token, name=str(number)) for number in range(3)]
@@ -291,7 +291,7 @@ def test_when_all_threads_block_other_connections_go_on() -> None:
             client.close()
 
 
-def test_a_tool_that_blocked_once_is_served_as_before_when_it_is_quick_again(bridge: ToolBridge) -> None:
+def test_a_tool_that_is_quick_again_runs_inline_again(bridge: ToolBridge) -> None:
     with SyncToolClient(bridge.path, bridge.token, name="tester") as client:
         assert bridge._running is not None
         tool = bridge._running.state.tools[SLEEP.contract.opcode]
@@ -301,7 +301,7 @@ def test_a_tool_that_blocked_once_is_served_as_before_when_it_is_quick_again(bri
         assert client.call(SLEEP, Ask(0, 0)) == Ask(0, 0)
 
 
-async def test_replies_find_their_calls_in_any_order(bridge: ToolBridge) -> None:
+async def test_replies_may_arrive_in_any_order(bridge: ToolBridge) -> None:
     async with AsyncToolClient(bridge.path, bridge.token, name="tester") as client:
         order: list[int] = []
 
@@ -315,7 +315,7 @@ async def test_replies_find_their_calls_in_any_order(bridge: ToolBridge) -> None
         assert [each.number for each in many] == list(range(1_000))
 
 
-def test_threads_share_a_client(bridge: ToolBridge) -> None:
+def test_threads_may_share_a_client(bridge: ToolBridge) -> None:
     options = ToolClientOptions(max_connections=3)
     with SyncToolClient(bridge.path, bridge.token, name="tester", options=options) as client:
         wrong: list[object] = []
@@ -334,7 +334,7 @@ def test_threads_share_a_client(bridge: ToolBridge) -> None:
         assert len(client._transports) <= 3
 
 
-async def test_records_say_what_each_call_was(either: Either, records: list[ToolRecord]) -> None:
+async def test_records_describe_each_call(either: Either, records: list[ToolRecord]) -> None:
     span = new_span()
     with use_span(span):
         await either.call(ECHO, Ask(1, 2, b"abc"))
@@ -347,7 +347,7 @@ async def test_records_say_what_each_call_was(either: Either, records: list[Tool
     assert (bad.request_bytes, bad.reply_bytes, bad.reason) == (0, 0, Reason.REASON_FRAME_MALFORMED)
 
 
-async def test_calls_wait_for_a_place_and_fail_when_none_comes() -> None:
+async def test_async_calls_beyond_the_limit_wait_and_fail_at_their_deadline() -> None:
     options, tools = ToolClientOptions(max_calls=2, max_waiting=1), SampleTools()
     with ToolBridge(tools) as bridge:
         async with AsyncToolClient(bridge.path, bridge.token, name="tester", options=options) as client:
@@ -364,7 +364,7 @@ async def test_calls_wait_for_a_place_and_fail_when_none_comes() -> None:
             await asyncio.gather(*busy)
 
 
-def test_threads_wait_for_a_connection_and_fail_when_none_comes() -> None:
+def test_sync_calls_beyond_the_limit_wait_and_fail_at_their_deadline() -> None:
     options, tools = ToolClientOptions(max_connections=1), SampleTools()
     with (
         ToolBridge(tools) as bridge,
@@ -380,7 +380,7 @@ def test_threads_wait_for_a_connection_and_fail_when_none_comes() -> None:
         thread.join()
 
 
-def test_the_bridge_answers_what_is_too_much_for_a_connection() -> None:
+def test_the_bridge_refuses_calls_beyond_its_limit() -> None:
     with ToolBridge(SampleTools(), options=BridgeOptions(max_calls=1)) as bridge:
         with SyncToolClient(bridge.path, bridge.token, name="tester") as client:
             assert client.call(ECHO, Ask(1, 2)) == Ask(1, 2)
@@ -397,14 +397,14 @@ def _answers(client: SyncToolClient) -> bool:
 
 
 @pytest.mark.parametrize("connected", [True, False])
-async def test_a_closed_client_says_so(bridge: ToolBridge, connected: bool) -> None:
+async def test_a_closed_client_refuses_calls(bridge: ToolBridge, connected: bool) -> None:
     client = AsyncToolClient(bridge.path, bridge.token, name="tester")
     other = SyncToolClient(bridge.path, bridge.token, name="tester")
     if connected:
         await client.connect()
         other.call(ECHO, Ask(1, 2))
     pending = asyncio.create_task(client.call(ASYNC_SLEEP, Ask(5_000, 0)))
-    # The call is under way, or waits for the connection.
+    # The call is in progress or waits for the connection.
     await asyncio.sleep(0)
     await client.close()
     other.close()
@@ -420,7 +420,7 @@ async def test_a_closed_client_says_so(bridge: ToolBridge, connected: bool) -> N
         other.close()
 
 
-def test_a_client_serves_one_loop(bridge: ToolBridge) -> None:
+def test_an_async_client_serves_one_event_loop(bridge: ToolBridge) -> None:
     async def call(client: AsyncToolClient) -> object:
         return await client.call(ECHO, Ask(1, 2))
 

@@ -1,4 +1,4 @@
-"""A client and a bridge that were made for different contracts: what fits is served, what does not is never misread."""
+"""Clients and bridges of different contracts: compatible ones work, others are refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PACKAGE = "sourcereview.v1"
 
 
 class Source(SourceToolServiceSyncBase):
-    """Counts its calls."""
+    """Tools that count their calls."""
 
     calls = 0
 
@@ -49,7 +49,7 @@ class Source(SourceToolServiceSyncBase):
 
 
 def edited(edit: Callable[[DescriptorProto], None]) -> bytes:
-    """The image of the tools with an edited ReadFileRequest."""
+    """Return the image of the tools with an edited ReadFileRequest."""
     image = FileDescriptorSet.FromString(image_of(PACKAGE))
     (message,) = (each for file in image.file for each in file.message_type if each.name == "ReadFileRequest")
     edit(message)
@@ -57,24 +57,24 @@ def edited(edit: Callable[[DescriptorProto], None]) -> bytes:
 
 
 def grown(message: DescriptorProto) -> None:
-    """A field more."""
+    """Add a field."""
     kind = FieldDescriptorProto
     message.field.add(name="follow", number=9, type=kind.TYPE_BOOL, label=kind.LABEL_OPTIONAL, json_name="follow")
 
 
 def retyped(message: DescriptorProto) -> None:
-    """A field of another type."""
+    """Change the type of a field."""
     (field,) = (each for each in message.field if each.name == "length")
     field.type = FieldDescriptorProto.TYPE_STRING
 
 
 @contextmanager
 def serving(folder: Path, image: bytes) -> Iterator[tuple[str, bytes, subprocess.Popen[str]]]:
-    """A bridge in a process whose package of generated code carries another image."""
+    """Run a bridge in a process whose generated package has another image."""
     home = folder.joinpath(*PACKAGE.split("."))
     home.mkdir(parents=True)
     (home / "contract.binpb").write_bytes(image)
-    # Both folders are parts of one namespace package; the one that comes first holds the image.
+    # Both folders are parts of one namespace package; the image is in the first.
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(folder)!r})\n{_BRIDGE}", str(Path(__file__))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -101,7 +101,7 @@ print(served.Source.calls, flush=True)
 
 
 def both(path: str, token: bytes) -> list[Any]:
-    """What a call gives by each kind of client, be it an error."""
+    """Return the results or errors of calls through each client."""
     request = MeasureFileRequest(path=b"four")
 
     async def call() -> Any:
@@ -123,7 +123,7 @@ def both(path: str, token: bytes) -> list[Any]:
     return [*outcomes, *asyncio.run(call())]
 
 
-def test_the_same_contract_and_one_with_a_field_more_are_served(tmp_path: Path) -> None:
+def test_equal_and_compatible_contracts_are_served(tmp_path: Path) -> None:
     for name, image in (("same", image_of(PACKAGE)), ("grown", edited(grown))):
         with serving(tmp_path / name, image) as (path, token, process):
             assert both(path, token) == [MeasureFileResponse(size=4, newlines=0)] * 5
@@ -131,7 +131,7 @@ def test_the_same_contract_and_one_with_a_field_more_are_served(tmp_path: Path) 
         assert out == "5\n"
 
 
-def test_a_contract_that_does_not_fit_is_refused_by_name_and_nothing_is_called(tmp_path: Path) -> None:
+def test_an_incompatible_contract_is_refused_before_any_call(tmp_path: Path) -> None:
     image = edited(retyped)
     with serving(tmp_path, image) as (path, token, process):
         outcomes = both(path, token)
@@ -144,14 +144,14 @@ def test_a_contract_that_does_not_fit_is_refused_by_name_and_nothing_is_called(t
         assert service_digest(image_of(PACKAGE), SERVICE)[:19] in words
 
 
-def test_a_service_that_the_bridge_does_not_have_is_not_called_by_opcode() -> None:
+def test_a_service_that_the_bridge_lacks_is_not_called() -> None:
     with ToolBridge(SampleTools()) as bridge:
         outcomes = both(bridge.path, bridge.token)
     assert [type(each) for each in outcomes] == [UnknownMethod] * 5
     assert SERVICE in str(outcomes[0])
 
 
-def test_a_bridge_older_than_the_question_is_called_all_the_same() -> None:
+def test_a_bridge_without_the_contract_check_is_called() -> None:
     bridge = ToolBridge(Source())
     del bridge._tools[OP_CONTRACT]
     with bridge:
@@ -159,11 +159,11 @@ def test_a_bridge_older_than_the_question_is_called_all_the_same() -> None:
 
 
 @pytest.mark.parametrize("image", [b"", b"\xff\xff", image_of("orki.hotpath.v1")])
-def test_an_answer_without_a_contract_in_it_is_refused(image: bytes) -> None:
+def test_an_answer_without_a_contract_is_refused(image: bytes) -> None:
     answer = ContractAnswerFrame(digest=bytes(31) + b"\1", served=True, image=image)
     with pytest.raises(InvalidContract):
         check_contract(SERVICE, answer)
 
 
-def test_a_bridge_whose_code_has_no_image_has_nothing_to_compare() -> None:
+def test_code_without_an_image_is_not_checked() -> None:
     assert check_contract(SERVICE, ContractAnswerFrame(digest=bytes(32), served=True)) is None

@@ -1,4 +1,4 @@
-"""The frame codec: any split gives the same frames, and what is no frame is refused before it costs anything."""
+"""The frame codec: any split gives the same frames, and invalid bytes are refused before memory is allocated."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def pieces(whole: bytes, cuts: list[int]) -> list[bytes]:
 
 
 def decode(chunks: list[bytes], cap: int = CAP) -> Outcome:
-    """All frames, with their bodies copied, and the error that ended them."""
+    """Return all frames with copied bodies, and the error that ended the stream."""
     decoder = FrameDecoder(cap)
     found: list[tuple[object, ...]] = []
     try:
@@ -87,8 +87,8 @@ def decode(chunks: list[bytes], cap: int = CAP) -> Outcome:
     return found, None
 
 
-def test_the_header_is_the_contracts() -> None:
-    """The one struct of the hot path says what `frame.proto` says."""
+def test_the_header_matches_the_contract() -> None:
+    """The struct of the hot path equals the layout of `frame.proto`."""
     span = new_span()
     body = b"block and tail"
     generated = FrameHeader(
@@ -115,7 +115,7 @@ def test_the_header_is_the_contracts() -> None:
 
 
 @given(st.lists(frames(), max_size=4), st.lists(st.integers(0, 1 << 30), max_size=12))
-def test_any_split_gives_the_same_frames(whole: list[bytes], cuts: list[int]) -> None:
+def test_any_split_of_a_stream_gives_the_same_frames(whole: list[bytes], cuts: list[int]) -> None:
     stream = b"".join(whole)
     expected, error = decode([stream])
     assert error is None
@@ -126,7 +126,7 @@ def test_any_split_gives_the_same_frames(whole: list[bytes], cuts: list[int]) ->
 @given(
     st.lists(frames(), min_size=1, max_size=2), st.integers(0, 1 << 30), st.integers(0, 255), st.integers(0, 1 << 30)
 )
-def test_a_changed_byte_has_one_outcome_however_it_is_split(whole: list[bytes], at: int, by: int, cut: int) -> None:
+def test_a_changed_byte_has_the_same_outcome_for_any_split(whole: list[bytes], at: int, by: int, cut: int) -> None:
     stream = bytearray(b"".join(whole))
     stream[at % min(len(stream), 2 * HEADER_BYTES)] ^= by
     once = decode([bytes(stream)])
@@ -144,14 +144,14 @@ def test_garbage_is_no_frame(garbage: bytes) -> None:
             list(FrameDecoder(CAP).feed(garbage[:1]))
 
 
-def test_a_stream_that_ends_in_the_middle_is_malformed_at_every_offset() -> None:
+def test_a_stream_that_ends_inside_a_frame_is_malformed() -> None:
     whole = encode_call(0x0101, 4, 1, 9, 0, NO_TRACE, b"blocktail")
     assert decode([whole]) != ([], None)
     for end in range(1, len(whole)):
         assert decode([whole[:end]]) == ([], FrameMalformed)
 
 
-def test_good_frames_before_a_bad_one_come_out_and_nothing_after_it() -> None:
+def test_a_bad_frame_ends_the_stream_after_the_good_ones() -> None:
     good = encode_call(0x0101, 0, 0, 1, 0, NO_TRACE, b"")
     decoder = FrameDecoder(CAP)
     found = decoder.feed(good + b"\0" + good)
@@ -165,7 +165,7 @@ def test_good_frames_before_a_bad_one_come_out_and_nothing_after_it() -> None:
         decoder.next_frame()
 
 
-def test_another_protocol_version_is_named() -> None:
+def test_another_protocol_version_is_reported() -> None:
     frame = bytearray(encode_cancel(1))
     frame[2] = 9
     with pytest.raises(FrameVersion, match="version 9"):
@@ -182,7 +182,7 @@ def test_lengths_that_contradict_each_other_are_malformed(total: int, block: int
 
 
 @pytest.mark.parametrize("total", [CAP + 1, 1 << 31, (1 << 32) - 1])
-def test_a_length_over_the_cap_is_refused_before_a_byte_is_allocated(total: int) -> None:
+def test_a_length_over_the_maximum_is_refused_before_memory_is_allocated(total: int) -> None:
     head = HEADER.pack(MAGIC | PROTOCOL << 16, 0x0101, 0, total, 1, 1, 0, NO_TRACE)
     decoder = FrameDecoder(CAP)
     tracemalloc.start()
@@ -194,7 +194,7 @@ def test_a_length_over_the_cap_is_refused_before_a_byte_is_allocated(total: int)
         tracemalloc.stop()
 
 
-def test_a_length_at_the_cap_is_taken_and_the_memory_given_back() -> None:
+def test_a_frame_of_maximum_length_is_accepted_and_its_memory_freed() -> None:
     body = bytes(CAP - HEADER_BYTES)
     decoder = FrameDecoder(CAP)
     [frame] = decoder.feed(encode_reply(0x0101, 0, 0, 1, body))
@@ -202,7 +202,7 @@ def test_a_length_at_the_cap_is_taken_and_the_memory_given_back() -> None:
     assert len(decoder.writable()) == BUFFER_BYTES
 
 
-def test_memory_is_taken_as_the_bytes_come() -> None:
+def test_memory_grows_with_the_bytes_that_arrive() -> None:
     body = bytes(range(256)) * (HUGE // 256)
     whole = encode_reply(0x0101, 0, 0, 1, body)
     decoder = FrameDecoder(len(whole))
@@ -232,7 +232,7 @@ def test_unknown_flags_and_reserved_bytes_are_ignored() -> None:
 
 
 @given(st.text(max_size=2_000), st.integers(-(1 << 31), (1 << 31) - 1), u64)
-def test_errors_come_out_as_they_went_in(message: str, code: int, correlation: int) -> None:
+def test_errors_are_decoded_as_encoded(message: str, code: int, correlation: int) -> None:
     [frame] = FrameDecoder(CAP).feed(encode_error(correlation, ToolFailed(message, code=code)))
     error = decode_error(frame)
     assert isinstance(error, ToolFailed)
@@ -240,13 +240,13 @@ def test_errors_come_out_as_they_went_in(message: str, code: int, correlation: i
     assert error.message == message[:1_000]
 
 
-def test_every_error_of_another_kind_has_no_code() -> None:
+def test_errors_other_than_tool_failures_have_no_code() -> None:
     for error in (UnknownOpcode("0x0101"), PeerRefused("no")):
         [frame] = FrameDecoder(CAP).feed(encode_error(0, error))
         assert type(decode_error(frame)) is type(error)
 
 
-def test_a_reason_of_a_newer_peer_is_an_error_all_the_same() -> None:
+def test_an_unknown_reason_is_still_an_error() -> None:
     [frame] = FrameDecoder(CAP).feed(encode_error(1, PeerRefused("no")))
     body = bytearray(frame.body)
     body[:4] = (9_999).to_bytes(4, "little")
@@ -263,7 +263,7 @@ def test_a_broken_error_frame_is_malformed() -> None:
         decode_error(frame._replace(body=memoryview(bytes(frame.body) + b"\xff")))
 
 
-def test_handshake_frames_are_the_contracts() -> None:
+def test_handshake_frames_match_the_contract() -> None:
     hello = HelloFrame(token=bytes(32), protocol_min=1, protocol_max=2, client="ä")
     welcome = WelcomeFrame(max_frame_bytes=1, max_calls=2, protocol=1)
     first, second = FrameDecoder(CAP).feed(encode_hello(hello) + encode_welcome(welcome))
@@ -274,6 +274,6 @@ def test_handshake_frames_are_the_contracts() -> None:
 
 
 @pytest.mark.parametrize("span", [Span("0" * 32, "1" * 16), Span("1" * 32, "0" * 16)])
-def test_a_trace_of_zeros_is_none(span: Span) -> None:
+def test_a_trace_with_a_zero_id_is_none(span: Span) -> None:
     assert unpack_span(pack_span(span)) is None
     assert pack_span(None) == NO_TRACE

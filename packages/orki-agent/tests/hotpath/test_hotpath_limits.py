@@ -1,4 +1,4 @@
-"""The limits and their numbers: connections, users, descriptors, and options outside their range."""
+"""Limits: connections, users, descriptors, and options out of range."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from orki_agent.hotpath._platform import Platform
 from orki_contract.errors import InvalidSetting, OrkiError, Overloaded, PeerLost
 
 
-def test_further_connections_wait_until_there_is_room() -> None:
+def test_connections_beyond_the_limit_wait() -> None:
     with ToolBridge(SampleTools(), options=BridgeOptions(max_connections=2)) as bridge:
         with RawPeer(bridge) as first, RawPeer(bridge) as second:
-            third = RawPeer(bridge, greet=False)
+            third = RawPeer(bridge, hello=False)
             third.send(echo_frame(1))
             third.sock.settimeout(0.2)
             with pytest.raises(TimeoutError):
@@ -36,7 +36,7 @@ def test_further_connections_wait_until_there_is_room() -> None:
             third.close()
 
 
-def test_one_user_has_only_so_many_connections() -> None:
+def test_connections_of_one_user_are_limited() -> None:
     with ToolBridge(SampleTools(), options=BridgeOptions(max_connections_per_uid=2)) as bridge:
         with RawPeer(bridge), RawPeer(bridge):
             with (
@@ -55,7 +55,7 @@ def _works(client: SyncToolClient) -> bool:
         return False
 
 
-def test_a_bridge_out_of_descriptors_serves_on_and_recovers(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bridge_without_free_descriptors_keeps_serving_and_recovers(caplog: pytest.LogCaptureFixture) -> None:
     exhausted, attempts = threading.Event(), []
 
     def accept(listener: socket.socket) -> tuple[socket.socket, object]:
@@ -72,7 +72,7 @@ def test_a_bridge_out_of_descriptors_serves_on_and_recovers(caplog: pytest.LogCa
                 with SyncToolClient(bridge.path, bridge.token, name="late") as late, pytest.raises(PeerLost):
                     late.call(ECHO, Ask(1, 2))
                 assert client.call(ECHO, Ask(1, 2)) == Ask(1, 2)
-            assert len(attempts) <= 4, "it spun"
+            assert len(attempts) <= 4, "the monitor spins"
             exhausted.clear()
             early.send(echo_frame(1))
             assert early.frame() is not None
@@ -111,7 +111,7 @@ print("recovered")
 """
 
 
-def test_a_process_really_out_of_descriptors_recovers() -> None:
+def test_a_process_without_free_descriptors_recovers() -> None:
     folder = str(Path(__file__).parent)
     ran = subprocess.run([sys.executable, "-c", EXHAUSTED, folder], capture_output=True, text=True, timeout=50)
     assert (ran.returncode, ran.stdout.strip()) == (0, "recovered"), ran.stderr
@@ -135,7 +135,7 @@ def test_a_process_really_out_of_descriptors_recovers() -> None:
         {"max_calls": "many"},
     ],
 )
-def test_limits_of_a_bridge_outside_their_range_are_refused(options: dict[str, object]) -> None:
+def test_bridge_options_out_of_range_are_refused(options: dict[str, object]) -> None:
     [name] = options
     with pytest.raises(InvalidSetting, match=name):
         BridgeOptions(**options)  # type: ignore[arg-type]
@@ -152,7 +152,7 @@ def test_limits_of_a_bridge_outside_their_range_are_refused(options: dict[str, o
         {"bridge_uids": (1 << 32,)},
     ],
 )
-def test_limits_of_a_client_outside_their_range_are_refused(options: dict[str, object]) -> None:
+def test_client_options_out_of_range_are_refused(options: dict[str, object]) -> None:
     [name] = options
     with pytest.raises(InvalidSetting, match=name):
         ToolClientOptions(**options)  # type: ignore[arg-type]
@@ -160,7 +160,7 @@ def test_limits_of_a_client_outside_their_range_are_refused(options: dict[str, o
         ToolClientOptions(unknown=1)  # type: ignore[call-arg]
 
 
-def test_what_cannot_be_served_is_refused() -> None:
+def test_invalid_services_are_refused() -> None:
     class Nothing(oc.SyncToolService):
         TOOLS = ()
 

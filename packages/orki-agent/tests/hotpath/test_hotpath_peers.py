@@ -1,4 +1,4 @@
-"""Who may connect: the user by the kernel's word, and the token; and whom a client trusts with its token."""
+"""Checks of the peer at both ends: user and token."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STRANGER = 54_321
 def calls(
     bridge: ToolBridge, token: bytes, options: ToolClientOptions | None = None, platform: Platform = SYSTEM
 ) -> None:
-    """One call through each client; both fail in the same way or not at all."""
+    """Make one call through each client; both must fail in the same way or succeed."""
 
     async def call() -> None:
         client = AsyncToolClient(bridge.path, token, name="x", options=options, platform=platform)
@@ -52,7 +52,7 @@ def _call(bridge: ToolBridge, token: bytes, options: ToolClientOptions | None, p
         assert client.call(ECHO, Ask(1, 2)) == Ask(1, 2)
 
 
-def test_the_right_token_is_taken_and_every_other_refused(bridge: ToolBridge) -> None:
+def test_only_the_right_token_is_accepted(bridge: ToolBridge) -> None:
     calls(bridge, bridge.token)
     for wrong in (bytes(32), bridge.token[:-1] + bytes([bridge.token[-1] ^ 1]), bridge.token[::-1]):
         with pytest.raises(PeerRefused, match="token") as refused:
@@ -61,7 +61,7 @@ def test_the_right_token_is_taken_and_every_other_refused(bridge: ToolBridge) ->
 
 
 @pytest.mark.parametrize("token", [b"", bytes(31), bytes(33)])
-def test_a_token_of_another_length_is_refused_before_anything_is_sent(token: bytes) -> None:
+def test_a_token_of_the_wrong_length_is_refused_before_connecting(token: bytes) -> None:
     with pytest.raises(InvalidSetting, match="32 bytes"):
         SyncToolClient("/nowhere", token, name="x")
     with pytest.raises(InvalidSetting, match="32 bytes"):
@@ -71,12 +71,12 @@ def test_a_token_of_another_length_is_refused_before_anything_is_sent(token: byt
 
 
 @pytest.mark.parametrize("name", ["", "n" * 257, "ä" * 129])
-def test_a_name_that_cannot_be_sent_is_refused(name: str) -> None:
+def test_a_name_of_the_wrong_length_is_refused(name: str) -> None:
     with pytest.raises(InvalidSetting, match="name"):
         SyncToolClient("/nowhere", bytes(32), name=name)
 
 
-def test_another_user_is_refused_by_the_bridge() -> None:
+def test_the_bridge_refuses_another_user() -> None:
     stranger = Platform(peer_uid=lambda sock: STRANGER)
     with ToolBridge(SampleTools(), platform=stranger) as bridge:
         with pytest.raises(PeerRefused, match=f"client is user {STRANGER}, allowed are \\[{os.geteuid()}\\]"):
@@ -88,14 +88,14 @@ def test_another_user_is_refused_by_the_bridge() -> None:
             calls(bridge, bridge.token)
 
 
-def test_a_bridge_of_another_user_is_not_told_the_token(bridge: ToolBridge) -> None:
+def test_the_client_sends_no_token_to_another_users_bridge(bridge: ToolBridge) -> None:
     stranger = Platform(peer_uid=lambda sock: STRANGER)
     with pytest.raises(PeerRefused, match=f"the bridge is user {STRANGER}"):
         calls(bridge, bridge.token, platform=stranger)
     calls(bridge, bridge.token, ToolClientOptions(bridge_uids=(STRANGER,)), stranger)
 
 
-def test_where_the_system_does_not_say_who_the_peer_is_nobody_is_let_in() -> None:
+def test_a_peer_of_unknown_user_is_refused() -> None:
     def silent(sock: socket.socket) -> int:
         raise OSError(95, "Operation not supported")
 
@@ -104,14 +104,14 @@ def test_where_the_system_does_not_say_who_the_peer_is_nobody_is_let_in() -> Non
             calls(bridge, bridge.token)
 
 
-def test_the_form_in_which_other_systems_name_the_peer() -> None:
+def test_the_peer_credentials_of_other_systems_are_decoded() -> None:
     answer = struct.pack("IIh2x16I", 0, STRANGER, 1, *([20] + [0] * 15))
     assert uid_from_xucred(answer) == STRANGER
     with pytest.raises(PeerRefused, match="version 7"):
         uid_from_xucred(struct.pack("II", 7, 0))
 
 
-def test_where_the_socket_option_is_missing_the_other_one_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fallback_for_systems_without_so_peercred(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     class Foreign(socket.socket):
@@ -140,18 +140,18 @@ with socket.socket(socket.AF_UNIX) as sock:
 
 
 def as_another_user(path: str) -> tuple[str, bytes]:
-    """What comes of a connection by another user: how it went, and what the bridge said."""
+    """Connect as another user; return the outcome and the bytes that the bridge sent."""
     command = [sys.executable, "-c", CONNECT_AS, str(STRANGER), path]
-    # Another user may have no access to this folder, and Python looks at it when it starts.
+    # The other user may have no access to the current folder, which Python reads at its start.
     told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=50, cwd="/")
     outcome, _, said = told.stdout.partition(" ")
     return outcome, bytes.fromhex(said)
 
 
-def test_a_real_other_user_meets_the_folder_then_the_socket_then_the_bridge() -> None:
-    """Each keeps a stranger out by itself. Who is not root cannot become one, and gets the same by the seam."""
+def test_folder_socket_and_bridge_each_refuse_a_real_other_user() -> None:
+    """Without root this process cannot change its user, so it replaces the system call instead."""
     if os.geteuid() != 0:
-        test_another_user_is_refused_by_the_bridge()
+        test_the_bridge_refuses_another_user()
         return
     with tempfile.TemporaryDirectory(prefix="orki-test-") as made:
         folder = Path(made)

@@ -70,7 +70,7 @@ def connect(
 class Events:
     """One process's access to the event plane. Use `connect` to create it.
 
-    Methods that talk to the server raise an OrkiError if it does not answer or refuses; the class tells the reason.
+    Methods that talk to the server raise an OrkiError if it does not answer or refuses; its class gives the reason.
 
     Attributes:
         producer: Name under which this process publishes.
@@ -168,7 +168,7 @@ class Events:
             EventsBufferFull: The buffer is full; the event was not buffered.
             InvalidArgument, TooLarge: The event cannot be published.
         """
-        return self._opened().submit(stream, message, span or current_span(), time_us=time_us)
+        return self._opened().submit(stream, Outgoing(message, span or current_span(), time_us=time_us))
 
     async def flush(self) -> None:
         """Wait until all earlier events were sent, refused or abandoned."""

@@ -117,11 +117,11 @@ class CommandExecutor:
         return table.Acked(command, count)
 
     async def _renew(self, command: table.Renew) -> table.Renewed:
-        gone = await self._hold(command.key, command.entry_ids, self._consumer, 0, command.deliveries or -1)
-        return table.Renewed(command, gone)
+        lost = await self._hold(command.key, command.entry_ids, self._consumer, 0, command.deliveries or -1)
+        return table.Renewed(command, lost)
 
     async def _hand_back(self, command: table.HandBack) -> table.HandedBack:
-        """Give entries to nobody, with an idle time that lets the next sweep of any consumer claim them."""
+        """Give entries to no process, with an idle time that lets the next sweep of any consumer claim them."""
         by_count: dict[int, list[bytes]] = {}
         for entry_id, made in command.deliveries.items():
             by_count.setdefault(made, []).append(entry_id)
@@ -170,12 +170,12 @@ class CommandExecutor:
                     await self._commands.run_script(REMOVE_CONSUMER, (key,), self._group.name, name)
 
     async def _hold(self, key: str, entry_ids: list[bytes], owner: str, idle_ms: int, deliveries: int) -> list[bytes]:
-        gone: list[bytes] = []
+        lost: list[bytes] = []
         for start in range(0, len(entry_ids), _MAX_IDS):
             chosen = entry_ids[start : start + _MAX_IDS]
-            whose = (self._group.name, self._consumer, owner)
-            gone += await self._commands.run_script(HOLD, (key.encode(),), *whose, idle_ms, deliveries, *chosen)
-        return gone
+            identity = (self._group.name, self._consumer, owner)
+            lost += await self._commands.run_script(HOLD, (key.encode(),), *identity, idle_ms, deliveries, *chosen)
+        return lost
 
     async def _trimmed(self, key: str) -> list[table.Entry]:
         """Return held entries that were trimmed: before Redis 7, a claim returns them as nil, without their ids."""
@@ -215,13 +215,13 @@ HOLD: Final = Script("""\
 -- KEYS: stream.  ARGV: group, consumer, new consumer, idle milliseconds, deliveries or -1, entry ids ...
 -- Renews or transfers the entries that the consumer still holds, and returns the others. XCLAIM alone would take
 -- those from their new owner.
-local held, gone = {}, {}
+local held, lost = {}, {}
 for index = 6, #ARGV do
   local pending = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[index], ARGV[index], 1)
   if pending[1] and pending[1][2] == ARGV[2] then
     held[#held + 1] = ARGV[index]
   else
-    gone[#gone + 1] = ARGV[index]
+    lost[#lost + 1] = ARGV[index]
   end
 end
 if #held > 0 then
@@ -234,7 +234,7 @@ if #held > 0 then
   held[#held + 1] = 'JUSTID'
   redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[3], 0, unpack(held))
 end
-return gone
+return lost
 """)
 
 REMOVE_CONSUMER: Final = Script("""\

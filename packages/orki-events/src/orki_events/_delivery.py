@@ -168,7 +168,7 @@ class DeliveryMachine:
     def _on_renewed(self, event: table.Renewed, now: float, commands: list[Command]) -> None:
         self._answered(event.command)
         partition = self._partitions[event.command.key]
-        partition.foreign.update(entry_id for entry_id in event.gone if entry_id in partition.held)
+        partition.foreign.update(entry_id for entry_id in event.lost if entry_id in partition.held)
 
     def _on_handed_back(self, event: table.HandedBack, now: float, commands: list[Command]) -> None:
         self._answered(event.command)

@@ -198,10 +198,10 @@ class DeadLettered(Event):
 
 @dataclass(frozen=True, slots=True)
 class Renewed(Event):
-    """Entries were renewed, except for the ids in `gone`, which belong to other consumers now."""
+    """Entries were renewed, except for the ids in `lost`, which belong to other consumers now."""
 
     command: Renew
-    gone: Sequence[bytes]
+    lost: Sequence[bytes]
 
 
 @dataclass(frozen=True, slots=True)

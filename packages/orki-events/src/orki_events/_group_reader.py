@@ -287,7 +287,7 @@ class GroupReader:
         while True:
             command = await self._read_queue.get()
             with contextlib.suppress(OrkiError):
-                await self._services.reads.learn_client_id()
+                await self._services.reads.fetch_client_id()
             self._receive(await self._executor.run(command))
 
     async def _command_loop(self) -> None:

@@ -165,7 +165,7 @@ async def _groups(connection: Connection, key: str) -> dict[str, EntryId]:
 async def _group(connection: Connection, stream: Stream, group: Group, scans: list[_Scan]) -> GroupLedger:
     dead = await _dead(connection, stream, group)
     ranks: dict[bytes, int] = {}
-    gone = dict.fromkeys(("processed", "dead_lettered", "declared_lost", "before_start", "pending"), 0)
+    trimmed_by_outcome = dict.fromkeys(("processed", "dead_lettered", "declared_lost", "before_start", "pending"), 0)
     for scan in scans:
         progress = await _progress(connection, scan.key, group.name)
         letters = dead.get(scan.key, set())
@@ -186,20 +186,22 @@ async def _group(connection: Connection, stream: Stream, group: Group, scans: li
             ranks[event_id] = min(ranks.get(event_id, len(_RANK)), _RANK.index(rank))
         if scan.trimmed:
             present = {entry_id for entry_id, _ in scan.ids}
-            _add_trimmed(gone, scan.trimmed, progress, in_stream, (letters - present, progress.pending - present))
+            _add_trimmed(
+                trimmed_by_outcome, scan.trimmed, progress, in_stream, (letters - present, progress.pending - present)
+            )
     totals = {name: sum(1 for rank in ranks.values() if _RANK[rank] == name) for name in _RANK}
     return GroupLedger(
-        processed=totals["processed"] + gone["processed"],
-        dead_lettered=totals["dead_lettered"] + gone["dead_lettered"],
-        declared_lost=gone["declared_lost"],
-        before_start=totals["before_start"] + gone["before_start"],
-        pending=totals["pending"] + gone["pending"],
+        processed=totals["processed"] + trimmed_by_outcome["processed"],
+        dead_lettered=totals["dead_lettered"] + trimmed_by_outcome["dead_lettered"],
+        declared_lost=trimmed_by_outcome["declared_lost"],
+        before_start=totals["before_start"] + trimmed_by_outcome["before_start"],
+        pending=totals["pending"] + trimmed_by_outcome["pending"],
         unread=totals["unread"],
     )
 
 
 def _add_trimmed(
-    gone: dict[str, int],
+    trimmed_by_outcome: dict[str, int],
     trimmed: int,
     progress: _GroupProgress,
     in_stream: dict[str, int],
@@ -216,9 +218,9 @@ def _add_trimmed(
     left = trimmed
     for name, claim in claims.items():
         share = min(max(claim, 0), left)
-        gone[name] += share
+        trimmed_by_outcome[name] += share
         left -= share
-    gone["declared_lost"] += left
+    trimmed_by_outcome["declared_lost"] += left
 
 
 async def _progress(connection: Connection, key: str, group: str) -> _GroupProgress:

@@ -168,15 +168,7 @@ class Publisher:
         self._closing = False
         self._task = asyncio.create_task(self._run(), name="orki-events-publisher")
 
-    def submit(
-        self,
-        handle: EventStream[Any, Any],
-        message: Message,
-        span: Span | None,
-        ticket: _Ticket | None = None,
-        event_id: bytes | None = None,
-        time_us: int | None = None,
-    ) -> bytes:
+    def submit(self, handle: EventStream[Any, Any], event: Outgoing, ticket: _Ticket | None = None) -> bytes:
         """Buffer one event and return its id. Without a ticket, safe on any thread.
 
         Raises:
@@ -185,7 +177,7 @@ class Publisher:
             TooLarge: The event is larger than `max_event_bytes`.
             LocalProtocolError: The publisher is closed.
         """
-        contract = handle.contract
+        contract, message = handle.contract, event.message
         if not isinstance(message, handle.message):
             raise InvalidArgument(
                 f'stream "{contract.name}" takes {handle.message.DESCRIPTOR.full_name}, not {type(message).__name__}'
@@ -196,8 +188,8 @@ class Publisher:
                 f'an event for stream "{contract.name}" has {len(raw)} bytes, more than {self._options.max_event_bytes}'
             )
         key = stream_key(contract, message)
-        chosen = event_id if event_id is not None else new_event_id()
-        moment = time_us if time_us is not None else time.time_ns() // 1_000
+        event_id = event.event_id if event.event_id is not None else new_event_id()
+        time_us = event.time_us if event.time_us is not None else time.time_ns() // 1_000
         with self._guard:
             if self._closing:
                 raise LocalProtocolError("the publisher is closed; publish while its `async with` block runs")
@@ -208,12 +200,12 @@ class Publisher:
                 )
             number = self._sequences.get(contract.name, 0) + 1
             envelope = encode_envelope(
-                event_id=chosen, producer=self._producer, sequence=number, time_us=moment, span=span
+                event_id=event_id, producer=self._producer, sequence=number, time_us=time_us, span=event.span
             )
             self._sequences[contract.name] = number
             self._submitted += 1
             deadline = time.monotonic() + self._options.publish_timeout
-            item = _Item(handle, key, chosen, envelope, raw, deadline, self._submitted, ticket)
+            item = _Item(handle, key, event_id, envelope, raw, deadline, self._submitted, ticket)
             self._queue.append(item)
             self._entries += 1
             self._bytes += item.size
@@ -222,13 +214,9 @@ class Publisher:
             first = len(self._queue) == 1
         if first:
             self._call(self._wake.set)
-        return chosen
+        return event_id
 
-    async def publish_all(
-        self,
-        handle: EventStream[Any, Any],
-        outgoing: Iterable[Outgoing],
-    ) -> list[bytes]:
+    async def publish_all(self, handle: EventStream[Any, Any], events: Iterable[Outgoing]) -> list[bytes]:
         """Buffer events, waiting for room if necessary, and return their ids once the server has them all.
 
         Raises:
@@ -239,10 +227,10 @@ class Publisher:
         ticket.open = 1
         identities = []
         try:
-            for message, span, event_id, time_us in outgoing:
+            for event in events:
                 while True:
                     try:
-                        identities.append(self.submit(handle, message, span, ticket, event_id, time_us))
+                        identities.append(self.submit(handle, event, ticket))
                         break
                     except EventsBufferFull:
                         await self._wait_progress()
@@ -273,12 +261,8 @@ class Publisher:
             await asyncio.wait([self._task])
             left = [*self._sending, *self._queue]
             self._queue.clear()
-            self._end(
-                left,
-                EventsUnavailable(
-                    f"{self._connection.address.shown} did not accept the event before the publisher closed"
-                ),
-            )
+            server = self._connection.address.shown
+            self._end(left, EventsUnavailable(f"{server} did not accept the event before the publisher closed"))
 
     def _call(self, function: Callable[[], None]) -> None:
         if threading.get_ident() == self._thread:

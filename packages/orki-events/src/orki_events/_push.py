@@ -130,13 +130,19 @@ class PushRun:
 
     async def _singles(self) -> None:
         while (delivery := await take_one(self.reader, self._decode)) is not None:
+            # Without `async with`, which costs two coroutine calls for each event.
             try:
-                async with delivery as event:
-                    span = delivery.span
-                    with use_span(span.child() if span is not None else None):
-                        await self._call(event, delivery)
+                span = delivery.span
+                with use_span(span.child() if span is not None else None):
+                    await self._call(delivery.event, delivery)
             except Exception as error:
                 self._log_failure(error, delivery.entry_id)
+                delivery.retry(error)
+            except BaseException:
+                delivery.give_back()
+                raise
+            else:
+                delivery.acknowledge()
 
     async def _batches(self) -> None:
         while (batch := await take_batch(self.reader, self._decode, self._declared.batch)) is not None:
@@ -181,7 +187,7 @@ async def run_until(runs: list[PushRun], stop: asyncio.Event | None, drain_timeo
             await asyncio.wait(late)
     for worker in workers:
         if not worker.cancelled() and (error := worker.exception()) is not None:
-            # Several workers may have failed; the first error stands for all.
+            # Several workers may have failed; the first error is raised.
             while isinstance(error, BaseExceptionGroup):
                 error = error.exceptions[0]
             raise error

@@ -37,11 +37,11 @@ class Channel:
     """An open connection of redis-py, with redis-py's retries and timeouts off.
 
     Attributes:
-        in_step: Whether every command that was sent has been answered.
+        synchronized: Whether every command that was sent has been answered.
     """
 
     def __init__(self, address: Address, connection: Any) -> None:
-        self.in_step = True
+        self.synchronized = True
         self._address = address
         self._connection = connection
 
@@ -89,9 +89,9 @@ class Channel:
         """Send encoded commands and read their replies.
 
         Raises:
-            OrkiError: The connection failed; `in_step` is then false, as it is after a cancellation.
+            OrkiError: The connection failed; `synchronized` is then false, as it is after a cancellation.
         """
-        self.in_step = False
+        self.synchronized = False
         replies: list[Any] = []
         try:
             await self._connection.send_packed_command([packed], check_health=False)
@@ -105,10 +105,10 @@ class Channel:
                     replies.append(self._address.error(error_text(error)))
         except (RedisError, OSError) as error:
             raise self._address.unavailable(str(error) or type(error).__name__) from error
-        self.in_step = True
+        self.synchronized = True
         return replies
 
-    async def is_quiet(self) -> bool:
+    async def is_usable(self) -> bool:
         """Whether the connection is open and nothing arrived: between exchanges, only its end can arrive."""
         try:
             return not await self._connection.can_read()

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 Command = Sequence[bytes | str | int]
 """Name and arguments of one command."""
 Reply = Any
-"""A reply as RESP2 delivers it: bytes, int, list or None; an OrkiError in place of an error reply."""
+"""A reply as RESP2 delivers it: bytes, int, list or None; an OrkiError instead of an error reply."""
 _pack: Callable[[tuple[bytes | str | int, ...]], bytes] = cast(Any, hiredis).pack_command
 
 
@@ -74,7 +74,7 @@ class Connection:
     Attributes:
         address: The server.
         answer_timeout: Default time limit of one exchange.
-        client_id: The server's number for this connection, for `CLIENT UNBLOCK`; None until `learn_client_id`.
+        client_id: The server's number for this connection, for `CLIENT UNBLOCK`; None until `fetch_client_id`.
     """
 
     def __init__(self, address: Address, *, name: str, connect_timeout: float, answer_timeout: float) -> None:
@@ -161,10 +161,10 @@ class Connection:
                 raise self.address.unavailable(f"no reply within {limit:g} s") from error
             finally:
                 # After an incomplete exchange, the remaining replies would answer the next one.
-                if not channel.in_step:
+                if not channel.synchronized:
                     await self._drop()
 
-    async def learn_client_id(self) -> None:
+    async def fetch_client_id(self) -> None:
         """Set `client_id`, unless it is known."""
         if self.client_id is None:
             self.client_id = int(await self.execute((b"CLIENT", b"ID")))
@@ -187,7 +187,7 @@ class Connection:
 
     async def _usable(self) -> Channel:
         if self._channel is not None:
-            if await self._channel.is_quiet():
+            if await self._channel.is_usable():
                 return self._channel
             await self._drop()
         # Imports redis-py, which takes longer than all of orki_events.

@@ -31,7 +31,7 @@ from orki_contract import EventStream
 from orki_contract.errors import ContractMismatch, EventsUnavailable, InvalidContract, OrkiError
 from orki_contract.findings import Fit, stream_fit
 from orki_contract.images import image_of, package_version
-from orki_contract.model import AUDIT_GROUP, Group, Overflow, Retention, Start, Stream, dump
+from orki_contract.model import AUDIT_GROUP, Group, Overflow, Retention, Start, Stream, dump, milliseconds
 from orki_contract.read import ReadContract, read_image
 from orki_events.connection import Connection, Script
 from orki_events.groups import pairs
@@ -48,6 +48,7 @@ return 1
 _STREAMS: Final = b"orki:streams"
 _IMAGES: Final = b"orki:images"
 _SUBSCRIPTIONS: Final = b"orki:subscriptions"
+_DURATIONS: Final = frozenset({"ack_deadline", "least_age", "max_age", "most_age"})
 _MAX_TRIES: Final = 20
 _MAX_REFUSALS: Final = 64
 _log = logging.getLogger("orki.events")
@@ -135,7 +136,7 @@ class StreamRegistry:
 
     async def declare_group(self, connection: Connection, stream: Stream, group: Group) -> None:
         """Register a group that a reader declares."""
-        text = json.dumps({"group": dump(group), "message": stream.message})
+        text = json.dumps({"group": _stored(dump(group)), "message": stream.message})
         await connection.execute((b"HSET", _SUBSCRIPTIONS, f"{stream.name}/{group.name}", text))
 
     async def withdraw(self, connection: Connection, stream: str) -> bool:
@@ -260,7 +261,7 @@ def _declared_groups(records: dict[str, bytes]) -> dict[str, list[Group]]:
     for name, record in sorted(records.items()):
         stream = name.rpartition("/")[0]
         try:
-            found.setdefault(stream, []).append(group_from_dump(json.loads(record)["group"]))
+            found.setdefault(stream, []).append(_group(json.loads(record)["group"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             _log.warning('the record "%s" in orki:subscriptions cannot be read and is left out: %s', name, error)
     return found
@@ -295,7 +296,11 @@ class StreamVersion:
 
     def record(self) -> str:
         """Return the registry's record, which does not contain the image."""
-        written: dict[str, Any] = {"contract": dump(self.stream), "package": self.package, "image": self.digest}
+        written: dict[str, Any] = {
+            "contract": _stored(dump(self.stream)),
+            "package": self.package,
+            "image": self.digest,
+        }
         if self.version:
             written["version"] = self.version
         if self.ahead:
@@ -329,7 +334,7 @@ def compare_streams(registered: StreamVersion, own: StreamVersion) -> tuple[Fit 
 
     Returns:
         The fit, and a description of the incompatibilities with their rules, empty if there are none. The fit is None
-        if an image is missing or does not declare the stream; then only the placement of entries is compared.
+        if an image is missing or does not declare the stream; then only message and partitioning are compared.
     """
     if registered.digest and registered.digest == own.digest:
         return Fit((), ()), ""
@@ -355,17 +360,34 @@ def _stream(dumped: Any) -> Stream:
     retention["overflow"] = Overflow(retention.get("overflow", Overflow.DROP_OLDEST))
     values = _known(Stream, dumped)
     values["retention"] = Retention(**retention)
-    values["groups"] = tuple(map(group_from_dump, dumped["groups"]))
+    values["groups"] = tuple(map(_group, dumped["groups"]))
     return Stream(**values)
 
 
-def group_from_dump(dumped: dict[str, Any]) -> Group:
-    """Return the group of a `dump`; a wrong shape raises KeyError, TypeError or ValueError."""
+def _group(dumped: dict[str, Any]) -> Group:
     values = _known(Group, dumped)
     values["start"] = Start(values.get("start", Start.EARLIEST))
     return Group(**values)
 
 
-def _known(kind: Any, dumped: dict[str, Any]) -> dict[str, Any]:
-    names = {each.name for each in fields(kind)}
-    return {name: value for name, value in dumped.items() if name in names}
+def _known(kind: Any, stored: dict[str, Any]) -> dict[str, Any]:
+    """Return the stored values of a class's fields; members that a newer version added are ignored."""
+    values = {}
+    for each in fields(kind):
+        if each.name in _DURATIONS and f"{each.name}_ms" in stored:
+            values[each.name] = stored[f"{each.name}_ms"] / 1_000
+        elif each.name in stored:
+            values[each.name] = stored[each.name]
+    return values
+
+
+def _stored(dumped: Any) -> Any:
+    """Convert a dump for Redis, where durations are whole milliseconds."""
+    if isinstance(dumped, list):
+        return [_stored(each) for each in dumped]
+    if not isinstance(dumped, dict):
+        return dumped
+    return {
+        f"{name}_ms" if name in _DURATIONS else name: milliseconds(value) if name in _DURATIONS else _stored(value)
+        for name, value in dumped.items()
+    }

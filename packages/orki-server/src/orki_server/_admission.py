@@ -1,11 +1,14 @@
-"""Whether a contract of a task service may come into use: judged by findings against every one that is live.
+"""Contracts of a task service: those in use together, and whether a new one may be added.
 
-A registered contract is *live* while an agent anywhere in the fleet has a session under it, while tasks that were
-submitted under it have not ended, or while it is applied ahead. A newcomer that fits all live ones is registered beside
-them, be it older or newer; one that breaks with a live one on the wire is refused by the names of the rules. What is
-not live stands in nobody's way: it goes when something else of its service is registered, or when another one of its
-service is live and nothing has used it for a while. The last one of a service stays, so that tasks can be submitted
-while its agents are away.
+A registered contract is *live* while an agent of the fleet has a session under it, while tasks that were submitted
+under it have not ended, or while it is applied ahead. A new contract that is compatible with all live ones, older or
+newer, is registered beside them; an incompatible one is refused with the names of the violated rules. A contract that
+is not live is removed when another one of its service is registered, or after a while if another one is live. The last
+contract of a service stays, so that tasks can be submitted while its agents are disconnected.
+
+Of two contracts in use, one is a compatible evolution of the other, so one is an evolution of all: it leads and has
+every task of the others. While several are in use, each timeout, number of attempts, grace and back-off of a task is
+the most patient that any of them declares. A task keeps the values of its submission.
 """
 
 from __future__ import annotations
@@ -27,249 +30,11 @@ from orki_contract.read import ReadContract, read_image
 from orki_server._store.contracts import ContractChange, Contracts, RegisteredContract
 from orki_server._store.fleet import Fleet
 
+T = TypeVar("T")
+
 _TRIES: Final = 20
-_SHOWN: Final = 5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Liveness:
-    """Why a contract is live.
-
-    Attributes:
-        agents: Who serves it.
-        tasks: Number of its unfinished tasks.
-        ahead: Whether it is applied ahead.
-    """
-
-    agents: tuple[str, ...] = ()
-    tasks: int = 0
-    ahead: bool = False
-
-    def __bool__(self) -> bool:
-        return bool(self.agents or self.tasks or self.ahead)
-
-    def __str__(self) -> str:
-        if self.agents:
-            names = ", ".join(self.agents[:_SHOWN])
-            if len(self.agents) == 1:
-                return f"agent {names} serves it"
-            more = f" and {len(self.agents) - _SHOWN} more" if len(self.agents) > _SHOWN else ""
-            return f"agents {names}{more} serve it"
-        if self.tasks:
-            return "1 task of it has not ended" if self.tasks == 1 else f"{self.tasks} tasks of it have not ended"
-        return "it was applied ahead" if self.ahead else "it is not live"
-
-
-async def no_delay() -> None:
-    """What there is to write before a refusal, for those who have nothing to write."""
-
-
-class Admission:
-    """Judges contracts of services, and changes what is registered.
-
-    Args:
-        contracts: What is registered.
-        fleet: Who serves.
-        silent_us: Tells the time of the last sign of life, in microseconds since the Unix epoch, before which an agent
-            counts as gone although nobody saw it leave.
-        settle: Writes what is known here of agents that left; called before a refusal.
-    """
-
-    def __init__(
-        self,
-        contracts: Contracts,
-        fleet: Fleet,
-        silent_us: Callable[[], int],
-        settle: Callable[[], Awaitable[None]] = no_delay,
-    ) -> None:
-        self._contracts = contracts
-        self._fleet = fleet
-        self._silent_us = silent_us
-        self._settle = settle
-
-    async def judge(self, newcomer: ServiceContract, who: str) -> None:
-        """As `admit`, and changes nothing."""
-        seen = await self._seen(newcomer.service)
-        live = await self.liveness(newcomer.service, seen)
-        standing = {each.digest: ServiceContract.of(each) for each in seen}
-        conflict = await off_loop(partial(_conflict, newcomer, standing, live))
-        if conflict is not None:
-            other, fit = conflict
-            raise ContractMismatch(_refusal(newcomer, other, fit, who, live[other.digest]))
-
-    async def admit(
-        self, newcomer: ServiceContract, who: str, *, agent_id: str = "", ahead: bool = False
-    ) -> ContractSet:
-        """Registers a contract beside those that are live.
-
-        Args:
-            newcomer: The contract, checked.
-            who: Who brings it, for messages, such as `agent a-1 serves`.
-            agent_id: The agent that brings it: its own session of before does not count.
-            ahead: Whether nobody serves it yet.
-
-        Returns:
-            All contracts of the service, the newcomer among them.
-
-        Raises:
-            ContractMismatch: It breaks with one that is live.
-            InvalidContract: A registered image cannot be read.
-            Overloaded: Others changed the service's contracts all the time.
-            StoreUnavailable: The store is away.
-        """
-        settled = False
-        for _ in range(_TRIES):
-            seen = await self._seen(newcomer.service)
-            standing = {each.digest: ServiceContract.of(each) for each in seen}
-            known = next((each for each in seen if each.digest == newcomer.digest), None)
-            if known is not None and not ahead:
-                return await off_loop(partial(ContractSet, standing.values()))
-            live = await self.liveness(newcomer.service, seen, agent_id)
-            conflict = await off_loop(partial(_conflict, newcomer, standing, live))
-            if conflict is not None and not settled:
-                settled = True
-                await self._settle()
-                continue
-            if conflict is not None:
-                other, fit = conflict
-                raise ContractMismatch(_refusal(newcomer, other, fit, who, live[other.digest]))
-            if known is not None and (known.ahead or live[known.digest]):
-                return await off_loop(partial(ContractSet, standing.values()))
-            gone = [each for each in seen if not live[each.digest] and each.digest != newcomer.digest]
-            stays = [contract for digest, contract in standing.items() if live[digest]]
-            family = await off_loop(partial(ContractSet, [*stays, newcomer]))
-            added = RegisteredContract(
-                service=newcomer.service,
-                digest=newcomer.digest,
-                image=newcomer.image,
-                version=newcomer.version,
-                ahead=ahead,
-                since_ms=0,
-                admissions=0,
-            )
-            if await self._change(seen, gone, added, family):
-                return family
-        raise Overloaded(f"the contracts of {newcomer.service} change all the time; try again")
-
-    async def clean(self, service: str, spared_ms: int) -> bool:
-        """Forgets what is not live, where something else of the service is; whether anything went.
-
-        Args:
-            service: Full name.
-            spared_ms: Contracts that were registered less than this ago stay.
-
-        Raises:
-            StoreUnavailable: The store is away.
-        """
-        seen = await self._seen(service)
-        if len(seen) < 2:
-            return False
-        live = await self.liveness(service, seen)
-        recent = time.time() * 1000 - spared_ms
-        gone = [each for each in seen if not live[each.digest] and each.since_ms < recent]
-        if not gone or len(gone) == len(seen):
-            return False
-        stays = [ServiceContract.of(each) for each in seen if each not in gone]
-        family = await off_loop(partial(ContractSet, stays))
-        return await self._change(seen, gone, None, family)
-
-    async def withdraw(self, registered: RegisteredContract) -> bool:
-        """Forgets a contract that nobody uses; False where somebody does by now, or others changed the service's.
-
-        Raises:
-            StoreUnavailable: The store is away.
-        """
-        seen = await self._seen(registered.service)
-        live = await self.liveness(registered.service, seen)
-        at = [each for each in seen if each.digest == registered.digest]
-        if not at or live[registered.digest].agents or live[registered.digest].tasks:
-            return False
-        rest = [ServiceContract.of(each) for each in seen if each not in at]
-        return await self._change(seen, at, None, await off_loop(partial(ContractSet, rest)) if rest else None)
-
-    async def in_use(self, contract: ServiceContract) -> bool:
-        """Whether agents serve a contract, or tasks of it have not ended.
-
-        Raises:
-            StoreUnavailable: The store is away.
-        """
-        seen = [each for each in await self._seen(contract.service) if each.digest == contract.digest]
-        return any(each.agents or each.tasks for each in (await self.liveness(contract.service, seen)).values())
-
-    async def liveness(
-        self, service: str, seen: Sequence[RegisteredContract], without: str = ""
-    ) -> Mapping[str, Liveness]:
-        """Why each registered contract of a service is live, by digest; one agent may be left out.
-
-        Raises:
-            StoreUnavailable: The store is away.
-        """
-        silent = self._silent_us()
-        agents = [
-            each
-            for each in await self._fleet.serving()
-            if each.agent.connected and each.agent.last_heartbeat_us >= silent and each.agent.agent_id != without
-        ]
-        tasks = await self._contracts.unfinished(service) if seen else {}
-        return {
-            each.digest: Liveness(
-                agents=tuple(other.agent.agent_id for other in agents if other.serves(service, each.digest)),
-                tasks=tasks.get(each.digest, 0) + tasks.get("", 0),
-                ahead=each.ahead,
-            )
-            for each in seen
-        }
-
-    async def _seen(self, service: str) -> list[RegisteredContract]:
-        return (await self._contracts.registered([service]))[service]
-
-    async def _change(
-        self,
-        seen: Sequence[RegisteredContract],
-        gone: Sequence[RegisteredContract],
-        added: RegisteredContract | None,
-        family: ContractSet | None,
-    ) -> bool:
-        service = (added or seen[0]).service
-        leading = family.leading.digest if family else ""
-        return await self._contracts.change(
-            ContractChange(service=service, seen=seen, gone=gone, added=added, leading=leading)
-        )
-
-
-def _conflict(
-    newcomer: ServiceContract, standing: Mapping[str, ServiceContract], live: Mapping[str, Liveness]
-) -> tuple[ServiceContract, Fit] | None:
-    """The first live contract with which a newcomer breaks."""
-    for digest, other in standing.items():
-        if not live[digest] or digest == newcomer.digest:
-            continue
-        fit = service_fit(newcomer.service, other.read, newcomer.read)
-        if not fit.compatible:
-            return other, fit
-    return None
-
-
-def _refusal(newcomer: ServiceContract, other: ServiceContract, fit: Fit, who: str, live: Liveness) -> str:
-    forward = _follows(newcomer, other, fit)
-    old, new = (other, newcomer) if forward else (newcomer, other)
-    step = "Stop the agents of the other contract and let its tasks end, or serve the new one under another name"
-    if live.ahead and not live.agents and not live.tasks:
-        step = f"Withdraw that one (orki contract withdraw {other.service} {other.digest}), or serve what fits it"
-    return (
-        f"{who} {newcomer.service} under the contract {newcomer}, which does not fit {other}, "
-        f"and that is live: {live}. From {old} to {new}, {fit.told(forward=forward)}. {step}"
-    )
-
-
-def _follows(newcomer: ServiceContract, other: ServiceContract, fit: Fit) -> bool:
-    """Whether a newcomer is the later version: by the numbers, else by the direction in which less breaks."""
-    if newcomer.release != other.release and newcomer.release and other.release:
-        return newcomer.release > other.release
-    return fit.breaks is fit.forward
-
-
-_DIGITS: Final = 12
+_SHOWN_AGENTS: Final = 5
+_SHOWN_DIGITS: Final = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,9 +43,9 @@ class ServiceContract:
 
     Attributes:
         service: Full name of the service.
-        digest: Of the contract: `sha256:` and 64 hex digits.
+        digest: Digest of the contract: `sha256:` and 64 hex digits.
         image: The contract.
-        version: Version of the package that holds it; empty where nobody knows.
+        version: Version of its package; empty if unknown.
     """
 
     service: str
@@ -290,7 +55,7 @@ class ServiceContract:
 
     @classmethod
     def of(cls, registered: RegisteredContract) -> ServiceContract:
-        """One that is registered."""
+        """Return the contract of a registration."""
         return cls(
             service=registered.service,
             digest=registered.digest,
@@ -300,7 +65,7 @@ class ServiceContract:
 
     @cached_property
     def read(self) -> ReadContract:
-        """The contract; raises InvalidContract where the image is none."""
+        """The model of the contract; raises InvalidContract if the image is malformed."""
         return read_image(self.image)
 
     @cached_property
@@ -310,49 +75,49 @@ class ServiceContract:
 
     @property
     def release(self) -> tuple[int, ...]:
-        """The numbers that its version begins with, such as (1, 2, 0); empty where none is known."""
+        """The numbers at the beginning of its version, such as (1, 2, 0); empty if unknown."""
         numbers = re.match(r"\d+(?:\.\d+)*", self.version)
         return tuple(map(int, numbers[0].split("."))) if numbers else ()
 
     def __str__(self) -> str:
-        """Version, where it is known, and the digest's beginning."""
-        short = self.digest[: len("sha256:") + _DIGITS]
+        """Return the version, if known, and the beginning of the digest."""
+        short = self.digest[: len("sha256:") + _SHOWN_DIGITS]
         return f"{self.version} ({short})" if self.version else short
 
     def check(self) -> None:
-        """Judges what an agent or an operator brings.
+        """Check the contract that an agent or an operator brings.
 
         Raises:
-            InvalidContract: The image is none, lacks the service or its tasks, or has another digest than was said.
+            InvalidContract: The image is missing or malformed, lacks the service or its tasks, or has another digest
+                than declared.
         """
         if not self.image:
             raise InvalidContract(
-                f"the service {self.service} came without its contract's image; the package that declares it lacks "
-                "contract.binpb"
+                f"the service {self.service} came without the image of its contract; its package has no contract.binpb"
             )
         digest = service_digest(self.image, self.service)
         if digest != self.digest:
             raise InvalidContract(
-                f"the service {self.service}: its image has the digest {digest}, not {self.digest} as was said; "
+                f"the service {self.service}: its image has the digest {digest}, not {self.digest} as declared; "
                 "generate the package again"
             )
         if not self.methods:
             raise InvalidContract(
-                f"the service {self.service} declares no task; a tool service is not for the orchestrator"
+                f"the service {self.service} declares no task; agents serve tool services without the orchestrator"
             )
 
 
 class ContractSet:
-    """Contracts of one service.
+    """The contracts of one service that are in use together.
 
     Attributes:
-        contracts: By digest.
-        leading: The one that leads.
-        methods: Tasks by full name, with the values that count.
+        contracts: The contracts, by digest.
+        leading: The leading contract.
+        methods: Tasks by full name, with the values that apply.
     """
 
     def __init__(self, contracts: Iterable[ServiceContract]) -> None:
-        """Args: contracts: at least one."""
+        """Create the set of at least one contract."""
         self.contracts = {each.digest: each for each in contracts}
         self.leading = _leading(list(self.contracts.values()))
         named: dict[str, list[TaskMethod]] = {}
@@ -363,10 +128,10 @@ class ContractSet:
 
 
 def most_patient(methods: Sequence[TaskMethod]) -> TaskMethod:
-    """One task out of several versions of it: every value as the most patient has it, and news and directives if any.
+    """Merge versions of one task: the most patient of each value, with progress and directives if any version has them.
 
     Args:
-        methods: At least one, all of one name; 0 as a stall or total timeout is no limit, and so the most patient.
+        methods: At least one version. A stall or total timeout of 0 means no limit, which is the most patient.
     """
 
     def limit(values: Iterable[float]) -> float:
@@ -389,27 +154,254 @@ def most_patient(methods: Sequence[TaskMethod]) -> TaskMethod:
 
 
 def _leading(contracts: list[ServiceContract]) -> ServiceContract:
-    """The one that evolves most of the others; of equals the one with the highest digest, so that all agree."""
+    """Return the contract that evolves most of the others; of equal ones, the one with the highest digest."""
 
     def evolved(each: ServiceContract) -> tuple[int, str]:
         others = [other for other in contracts if other.digest != each.digest]
-        return sum(not _fit(other, each).forward for other in others), each.digest
+        return sum(not service_fit(each.service, other.read, each.read).forward for other in others), each.digest
 
     return max(contracts, key=evolved) if len(contracts) > 1 else contracts[0]
 
 
-def _fit(first: ServiceContract, second: ServiceContract) -> Fit:
-    return service_fit(first.service, first.read, second.read)
-
-
-T = TypeVar("T")
-
-
-async def off_loop(work: Callable[[], T]) -> T:
-    """Runs `work` while the event loop goes on; reading and comparing large contracts takes a second and more.
+async def run_in_thread(work: Callable[[], T]) -> T:
+    """Run `work` in a thread of its own: reading and comparing large contracts takes up to seconds.
 
     Raises:
-        Exception: What `work` raises.
+        Exception: Any exception of `work`.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="orki off loop") as pool:
+    with ThreadPoolExecutor(1, thread_name_prefix="orki contracts") as pool:
         return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Liveness:
+    """Why a contract is live.
+
+    Attributes:
+        agents: Agents that serve it.
+        tasks: Number of its unfinished tasks.
+        ahead: Whether it is applied ahead.
+    """
+
+    agents: tuple[str, ...] = ()
+    tasks: int = 0
+    ahead: bool = False
+
+    @property
+    def used(self) -> bool:
+        """Whether agents or tasks use it."""
+        return bool(self.agents or self.tasks)
+
+    def __bool__(self) -> bool:
+        return self.used or self.ahead
+
+    def __str__(self) -> str:
+        if self.agents:
+            names = ", ".join(self.agents[:_SHOWN_AGENTS])
+            if len(self.agents) == 1:
+                return f"agent {names} serves it"
+            more = f" and {len(self.agents) - _SHOWN_AGENTS} more" if len(self.agents) > _SHOWN_AGENTS else ""
+            return f"agents {names}{more} serve it"
+        if self.tasks:
+            return "1 task of it has not ended" if self.tasks == 1 else f"{self.tasks} tasks of it have not ended"
+        return "it was applied ahead" if self.ahead else "it is not live"
+
+
+async def _nothing() -> None:
+    pass
+
+
+class Admission:
+    """Checks contracts of services, and changes the registered ones. All methods raise StoreUnavailable."""
+
+    def __init__(
+        self,
+        contracts: Contracts,
+        fleet: Fleet,
+        silent_since: Callable[[], float],
+        flush: Callable[[], Awaitable[None]] = _nothing,
+    ) -> None:
+        """Create the admission.
+
+        Args:
+            contracts: The registered contracts.
+            fleet: The agents.
+            silent_since: Returns the time, in seconds since the Unix epoch, before which a last heartbeat means that
+                the agent is gone.
+            flush: Writes the snapshots of agents that left; called before a contract is refused.
+        """
+        self._contracts = contracts
+        self._fleet = fleet
+        self._silent_since = silent_since
+        self._flush = flush
+
+    async def check(self, contract: ServiceContract, subject: str) -> None:
+        """Check a contract as `admit` does, without changes. `subject` begins the message of a refusal.
+
+        Raises:
+            ContractMismatch: A live contract is incompatible.
+        """
+        seen = await self._registered(contract.service)
+        live = await self.liveness(contract.service, seen)
+        known = {each.digest: ServiceContract.of(each) for each in seen}
+        if (conflict := await run_in_thread(partial(_conflict, contract, known, live))) is not None:
+            raise _refusal(contract, *conflict, subject, live)
+
+    async def admit(
+        self, contract: ServiceContract, subject: str, *, agent_id: str = "", ahead: bool = False
+    ) -> ContractSet:
+        """Register a contract beside those that are live.
+
+        Args:
+            contract: The contract, checked.
+            subject: Begins the message of a refusal, such as `agent a-1 serves`.
+            agent_id: The agent that serves it; its own earlier session does not count.
+            ahead: Whether no agent serves it yet.
+
+        Returns:
+            All contracts of the service, including this one.
+
+        Raises:
+            ContractMismatch: A live contract is incompatible.
+            InvalidContract: A registered image is malformed.
+            Overloaded: Others keep changing the service's contracts.
+        """
+        flushed = False
+        for _ in range(_TRIES):
+            seen = await self._registered(contract.service)
+            known = {each.digest: ServiceContract.of(each) for each in seen}
+            registered = next((each for each in seen if each.digest == contract.digest), None)
+            if registered is not None and not ahead:
+                return await run_in_thread(partial(ContractSet, known.values()))
+            live = await self.liveness(contract.service, seen, agent_id)
+            conflict = await run_in_thread(partial(_conflict, contract, known, live))
+            if conflict is not None and not flushed:
+                flushed = True
+                await self._flush()
+                continue
+            if conflict is not None:
+                raise _refusal(contract, *conflict, subject, live)
+            if registered is not None and (registered.ahead or live[registered.digest]):
+                return await run_in_thread(partial(ContractSet, known.values()))
+            removed = [each for each in seen if not live[each.digest] and each.digest != contract.digest]
+            kept = [each for digest, each in known.items() if live[digest]]
+            contracts = await run_in_thread(partial(ContractSet, [*kept, contract]))
+            added = RegisteredContract(
+                service=contract.service,
+                digest=contract.digest,
+                image=contract.image,
+                version=contract.version,
+                ahead=ahead,
+                registered=0.0,
+                admissions=0,
+            )
+            if await self._change(contract.service, seen, removed, added, contracts):
+                return contracts
+        raise Overloaded(f"the contracts of {contract.service} keep changing; try again")
+
+    async def clean(self, service: str, min_age: float) -> bool:
+        """Remove contracts that are not live if another one of the service is. Returns whether any was removed.
+
+        Args:
+            service: Full name of the service.
+            min_age: Contracts that were registered less than this time ago stay.
+        """
+        seen = await self._registered(service)
+        if len(seen) < 2:
+            return False
+        live = await self.liveness(service, seen)
+        recent = time.time() - min_age
+        removed = [each for each in seen if not live[each.digest] and each.registered < recent]
+        if not removed or len(removed) == len(seen):
+            return False
+        kept = [ServiceContract.of(each) for each in seen if each not in removed]
+        return await self._change(service, seen, removed, None, await run_in_thread(partial(ContractSet, kept)))
+
+    async def withdraw(self, contract: RegisteredContract) -> bool:
+        """Remove an unused contract. Returns False if it is used by now, or the service's contracts changed."""
+        seen = await self._registered(contract.service)
+        live = await self.liveness(contract.service, seen)
+        removed = [each for each in seen if each.digest == contract.digest]
+        if not removed or live[contract.digest].used:
+            return False
+        kept = [ServiceContract.of(each) for each in seen if each not in removed]
+        contracts = await run_in_thread(partial(ContractSet, kept)) if kept else None
+        return await self._change(contract.service, seen, removed, None, contracts)
+
+    async def in_use(self, contract: ServiceContract) -> bool:
+        """Whether agents serve a contract, or it has unfinished tasks."""
+        seen = [each for each in await self._registered(contract.service) if each.digest == contract.digest]
+        return any(each.used for each in (await self.liveness(contract.service, seen)).values())
+
+    async def liveness(
+        self, service: str, seen: Sequence[RegisteredContract], without: str = ""
+    ) -> Mapping[str, Liveness]:
+        """Return why each registered contract of a service is live, by digest. The agent `without` does not count."""
+        silent_since_us = self._silent_since() * 1_000_000
+        agents = [
+            each
+            for each in await self._fleet.agents()
+            if each.agent.connected
+            and each.agent.last_heartbeat_us >= silent_since_us
+            and each.agent.agent_id != without
+        ]
+        tasks = await self._contracts.unfinished(service) if seen else {}
+        return {
+            each.digest: Liveness(
+                agents=tuple(other.agent.agent_id for other in agents if other.serves(service, each.digest)),
+                tasks=tasks.get(each.digest, 0) + tasks.get("", 0),
+                ahead=each.ahead,
+            )
+            for each in seen
+        }
+
+    async def _registered(self, service: str) -> list[RegisteredContract]:
+        return (await self._contracts.registered([service]))[service]
+
+    async def _change(
+        self,
+        service: str,
+        seen: Sequence[RegisteredContract],
+        removed: Sequence[RegisteredContract],
+        added: RegisteredContract | None,
+        contracts: ContractSet | None,
+    ) -> bool:
+        leading = contracts.leading.digest if contracts else ""
+        return await self._contracts.change(
+            ContractChange(service=service, seen=seen, removed=removed, added=added, leading=leading)
+        )
+
+
+def _conflict(
+    contract: ServiceContract, known: Mapping[str, ServiceContract], live: Mapping[str, Liveness]
+) -> tuple[ServiceContract, Fit] | None:
+    """Return the first live contract that is incompatible with a new one."""
+    for digest, other in known.items():
+        if not live[digest] or digest == contract.digest:
+            continue
+        fit = service_fit(contract.service, other.read, contract.read)
+        if not fit.compatible:
+            return other, fit
+    return None
+
+
+def _refusal(
+    contract: ServiceContract, other: ServiceContract, fit: Fit, subject: str, live: Mapping[str, Liveness]
+) -> ContractMismatch:
+    liveness = live[other.digest]
+    forward = _follows(contract, other, fit)
+    old, new = (other, contract) if forward else (contract, other)
+    step = "Stop the agents of the other contract and let its tasks end, or serve the new one under another name"
+    if not liveness.used:
+        step = f"Withdraw that one (orki contract withdraw {other.service} {other.digest}), or serve a compatible one"
+    return ContractMismatch(
+        f"{subject} {contract.service} under the contract {contract}, which is incompatible with {other}, "
+        f"and that is live: {liveness}. From {old} to {new}, {fit.told(forward=forward)}. {step}"
+    )
+
+
+def _follows(contract: ServiceContract, other: ServiceContract, fit: Fit) -> bool:
+    """Whether a new contract is the later version: by the numbers, else by the direction that breaks less."""
+    if contract.release != other.release and contract.release and other.release:
+        return contract.release > other.release
+    return fit.breaks is fit.forward

@@ -1,8 +1,7 @@
-"""Contracts registered ahead of those who use them: task services for agents, streams and groups for the event plane.
+"""Registers contracts ahead of their use: task services, streams, and the consumer groups of readers.
 
-Everything that a source declares is judged first; where anything does not fit, nothing is written. Then the services
-are registered, the streams and the groups that readers declare likewise, and the groups are created: what is
-published from now on waits for its consumers, whenever they come.
+All declarations of a source are checked first; if one is incompatible, nothing is written. Then services, streams and
+groups are registered and the groups are created, so that they receive events published before any consumer runs.
 """
 
 from __future__ import annotations
@@ -26,22 +25,21 @@ from orki_events.groups import ConsumerGroups
 from orki_events.registry import StreamRegistry, StreamVersion
 from orki_server._admission import Admission, ServiceContract
 from orki_server._store.contracts import Contracts
-from orki_server._store.fleet import Fleet
-from orki_server._store.store import open_fleet
+from orki_server._store.fleet import Fleet, open_fleet
 
-_SILENT_S: Final = 60
-"""Time without a heartbeat after which an agent counts as gone, whatever interval its orchestrator has."""
-_WHO: Final = "the given contract"
+_SILENCE_TIMEOUT: Final = 60.0
+"""Time without a heartbeat after which an agent counts as gone, for any interval of its orchestrator."""
+_SUBJECT: Final = "the given contract"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Declared:
-    """What a source declares that can be registered.
+    """The declarations of a source that can be registered.
 
     Attributes:
         services: Task services.
         streams: Streams, with their owners' groups.
-        subscriptions: Groups that readers declare on streams of others, each with the stream as they know it.
+        subscriptions: Groups that a reader declares on another package's stream, with its version of the stream.
     """
 
     services: tuple[ServiceContract, ...]
@@ -51,14 +49,14 @@ class Declared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Applied:
-    """What became of one declaration.
+    """The outcome of one declaration.
 
     Attributes:
         kind: `service`, `stream` or `group`.
-        name: Of the service or stream; `STREAM/GROUP` of a group.
-        version: Version of its package; empty where nobody knows.
-        digest: Of the contract.
-        outcome: `applied`, `in use` (it is registered, and used already) or `older` (what is registered evolves it).
+        name: Name of the service or stream; `STREAM/GROUP` for a group.
+        version: Version of its package; empty if unknown.
+        digest: Digest of the contract.
+        outcome: `applied`, `in use` (registered and used already) or `older` (a registered contract evolves it).
     """
 
     kind: str
@@ -70,98 +68,100 @@ class Applied:
 
 @asynccontextmanager
 async def open_admission(redis_url: str) -> AsyncIterator[tuple[Admission, Contracts, Fleet]]:
-    """The store of a fleet, for an operator's command.
+    """Open the contracts of an existing store for a command.
 
     Raises:
-        InvalidSetting: The URL cannot be used, or the store was laid out by another version.
-        StoreUnavailable: The store is away.
+        InvalidSetting: The URL is malformed, or the store has the layout of another version.
+        StoreUnavailable: The store is down.
     """
     async with open_fleet(redis_url) as (contracts, fleet):
-        yield Admission(contracts, fleet, _silent_since), contracts, fleet
+        yield Admission(contracts, fleet, lambda: time.time() - _SILENCE_TIMEOUT), contracts, fleet
 
 
 def read_declared(source: str, version: str = "") -> Declared:
-    """Reads a source.
+    """Read the declarations of a source.
 
     Args:
         source: Path of an image, a wheel or a folder; or an installed distribution or proto package.
-        version: Version of its packages; found out where it is empty, if the source tells.
+        version: Version of its packages; if empty, it is taken from the source where possible.
 
     Raises:
-        InvalidContract: There is no such source, it cannot be read, breaks a rule, or declares nothing to register.
+        InvalidContract: The source does not exist, cannot be read, breaks a rule, or declares nothing to register.
     """
     services: list[ServiceContract] = []
     streams: list[StreamVersion] = []
     subscriptions: list[tuple[ExternalGroup, StreamVersion]] = []
     for image in images_in(source):
         for package, content in _packages(image):
-            told = version or _version(source, package)
+            release = version or _version(source, package)
             read = _read(image.place, content, package)
             own = [file for file in read.files if file.package == package]
             names = sorted({task.service for file in own for task in file.contract.tasks})
             services += [
-                ServiceContract(service=name, digest=service_digest(content, name), image=content, version=told)
+                ServiceContract(service=name, digest=service_digest(content, name), image=content, version=release)
                 for name in names
             ]
             digest = f"sha256:{sha256(content).hexdigest()}"
             streams += [
-                StreamVersion(stream=stream, package=package, digest=digest, image=content, version=told, ahead=True)
+                StreamVersion(stream=stream, package=package, digest=digest, image=content, version=release, ahead=True)
                 for file in own
                 for stream in file.contract.streams
             ]
             for file in own:
                 subscriptions += [
-                    (each, _stream_of(read, each, content, told)) for each in file.contract.external_groups
+                    (each, _stream_of(read, each, content, release)) for each in file.contract.external_groups
                 ]
     if not services and not streams and not subscriptions:
-        raise InvalidContract(f"{source} declares no task service, no stream and no reader's group: nothing to apply")
+        raise InvalidContract(f"{source} declares no task service, no stream and no reader's group; nothing to apply")
     return Declared(services=tuple(services), streams=tuple(streams), subscriptions=tuple(subscriptions))
 
 
-async def judge(declared: Declared, admission: Admission, registry: StreamRegistry, link: EventConnection) -> list[str]:
-    """Why declarations do not fit what is live or registered, each in words; empty where all fit.
+async def check_declared(
+    declared: Declared, admission: Admission, registry: StreamRegistry, connection: EventConnection
+) -> list[str]:
+    """Return the reason of each declaration that is incompatible with a live or registered contract.
 
     Raises:
-        OrkiError: A server does not answer or refuses.
+        OrkiError: A server does not answer or refuses the request.
     """
     refusals = []
     for service in declared.services:
         try:
-            await admission.judge(service, f"{_WHO} has")
+            await admission.check(service, f"{_SUBJECT} has")
         except ContractMismatch as error:
             refusals.append(error.message)
     for version in [*declared.streams, *(stream for _, stream in declared.subscriptions)]:
         try:
-            await registry.check(link, version, _WHO)
+            await registry.check(connection, version, _SUBJECT)
         except ContractMismatch as error:
             refusals.append(error.message)
     return list(dict.fromkeys(refusals))
 
 
 async def apply(
-    declared: Declared, admission: Admission, registry: StreamRegistry, link: EventConnection
+    declared: Declared, admission: Admission, registry: StreamRegistry, connection: EventConnection
 ) -> list[Applied]:
-    """Registers declarations that were judged, and creates the groups.
+    """Register checked declarations and create the groups.
 
     Raises:
-        ContractMismatch: Something that does not fit came in between.
-        OrkiError: A server does not answer or refuses. What was written stays; applying again does the rest.
+        ContractMismatch: An incompatible contract was registered meanwhile.
+        OrkiError: A server does not answer or refuses the request. Written declarations stay; apply again to finish.
     """
-    keeper = ConsumerGroups(lambda gap: None)
+    groups = ConsumerGroups(lambda gap: None)
     done: list[Applied] = []
     for service in declared.services:
-        family = await admission.admit(service, f"{_WHO} has", ahead=True)
+        family = await admission.admit(service, f"{_SUBJECT} has", ahead=True)
         live = await admission.in_use(service)
         outcome = "in use" if live else "applied" if family.leading.digest == service.digest else "older"
         done.append(_applied("service", service.service, service.version, service.digest, outcome))
     for version in declared.streams:
-        stands = await registry.register_version(link, version, _WHO, replaces=True)
-        await keeper.ensure(link, version.stream, version.stream.groups)
-        outcome = "older" if stands.digest != version.digest else "applied" if stands.ahead else "in use"
+        registered = await registry.register_version(connection, version, _SUBJECT, replaces=True)
+        await groups.ensure(connection, version.stream, version.stream.groups)
+        outcome = "older" if registered.digest != version.digest else "applied" if registered.ahead else "in use"
         done.append(_applied("stream", version.stream.name, version.version, version.digest, outcome))
     for subscription, version in declared.subscriptions:
-        await registry.declare_group(link, version.stream, subscription.group)
-        await keeper.ensure(link, version.stream, (subscription.group,))
+        await registry.declare_group(connection, version.stream, subscription.group)
+        await groups.ensure(connection, version.stream, (subscription.group,))
         name = f"{subscription.stream}/{subscription.group.name}"
         done.append(_applied("group", name, version.version, version.digest, "applied"))
     return done
@@ -172,7 +172,7 @@ def _applied(kind: str, name: str, version: str, digest: str, outcome: str) -> A
 
 
 def _packages(image: Image) -> Iterator[tuple[str, bytes]]:
-    """The proto packages that an image speaks for, each with its own image."""
+    """Yield the proto packages that an image declares, each with its own image."""
     try:
         schema = read_image(image.content).schema
     except InvalidContract as error:
@@ -203,7 +203,7 @@ def _read(place: str, content: bytes, package: str) -> ReadContract:
 
 
 def _stream_of(read: ReadContract, subscription: ExternalGroup, content: bytes, version: str) -> StreamVersion:
-    """The stream that a reader subscribes to, as the reader's image knows it."""
+    """Return the stream that a reader subscribes to, in the version of the reader's image."""
     stream: Stream | None = next((each for each in read.contract.streams if each.name == subscription.stream), None)
     if stream is None:
         raise InvalidContract(
@@ -215,10 +215,10 @@ def _stream_of(read: ReadContract, subscription: ExternalGroup, content: bytes, 
 
 
 def _version(source: str, package: str) -> str:
-    """Version of a source's packages, where its name tells, or who installed it."""
+    """Return the version of a source's packages, from its name or its installation; empty if unknown."""
     path = Path(source)
     if path.suffix == ".whl":
-        # The name of a wheel: distribution, version, and tags.
+        # A wheel's name consists of distribution, version and tags.
         return path.name.split("-")[1] if path.name.count("-") >= 4 else ""
     if path.exists():
         return ""
@@ -226,7 +226,3 @@ def _version(source: str, package: str) -> str:
         return metadata.version(source)
     except (metadata.PackageNotFoundError, ValueError):
         return package_version(package)
-
-
-def _silent_since() -> int:
-    return time.time_ns() // 1000 - _SILENT_S * 1_000_000

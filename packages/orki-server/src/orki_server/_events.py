@@ -1,11 +1,13 @@
-"""The outbox is drained: records of transitions become events.
+"""Publishes events: tasks' transitions from the outbox, agents' sessions, and refusals.
 
-A record is removed once its events are on the event plane. A crash in between publishes them again, under the same
-event ids, which are made of task and revision; readers drop what they have seen.
+Transitions are written to the outbox together with the task, and cannot be lost. A record is removed once its events
+are published. After a crash in between they are published again under the same event ids, which consist of task and
+revision; readers ignore ids that they have seen. Events of agents are only collected in memory: the fleet's table
+shows the same.
 
-How spans nest: the submitter's span holds the task's span, that one span for each attempt, and the handler's own spans
-lie below their attempt's. The events `offered`, `started` and `attempt_ended` lie in the attempt's span, all others in
-the task's. The attempt's span id is made of task and attempt, so that everybody who needs it can make it.
+Spans nest as follows: the submitter's span contains the task's span, which contains one span for each attempt, which
+contains the handler's spans. `offered`, `started` and `attempt_ended` belong to the attempt's span, all other events to
+the task's. The id of an attempt's span is derived from task and attempt.
 """
 
 from __future__ import annotations
@@ -14,9 +16,8 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-import random
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from google.protobuf.message import Message
 
@@ -28,96 +29,179 @@ from orki.events.v1.audit_orki import AUDIT
 from orki.events.v1.audit_pb2 import AuditEvent
 from orki.events.v1.task_orki import TASKS
 from orki_contract import EventStream
+from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import OrkiError
 from orki_contract.trace import Span
 from orki_events import Events, Outgoing
+from orki_server._keys import ShardKeys
 from orki_server._session import AgentSession
-from orki_server._store.queries import OutboxRecord
 from orki_server._store.store import Store
 
+E = TypeVar("E", bound=Message)
+
 _BATCH: Final = 250
-"""Most records of a shard at once."""
-_GATHER_S: Final = 0.01
-"""How long records gather before they are read."""
-_POLL_S: Final = 0.5
-"""Longest time between two looks: another orchestrator may have left records behind."""
+"""Maximum number of records read from a shard at once."""
+_COLLECT: Final = 0.01
+"""Time for which records are collected before they are read."""
+_POLL: Final = 0.5
+"""Maximum time between two reads: another orchestrator may have left records behind."""
+_RETRIES: Final = JitterOptions(initial=0.1, maximum=2.0)
 _AUDITED: Final = {"submitted": "submit", "cancel_requested": "cancel", "directed": "direct"}
-_log = logging.getLogger("orki.server.drain")
+_log = logging.getLogger("orki.server.events")
+
+
+class OutboxRecord(NamedTuple):
+    """One transition of one task; `orki_server._keys.RECORD_FIELDS` describes the fields after the first.
+
+    Attributes:
+        entry: Id of the entry in the outbox.
+    """
+
+    entry: str
+    task_id: str
+    revision: int
+    kind: str
+    method: str
+    attempt: int
+    fence: int
+    agent_id: str
+    instance_id: str
+    traceparent: str
+    parent_id: str
+    time_us: int
+    reason: int
+    text: str
+    number: int
+    actor: str
+
+
+def _record(entry: bytes, fields: list[bytes]) -> OutboxRecord:
+    (task, revision, kind, method, attempt, fence, agent, instance, span, parent, when, reason, text, number, actor) = (
+        fields[1::2]
+    )
+    return OutboxRecord(
+        entry.decode(),
+        task.decode(),
+        int(revision),
+        kind.decode(),
+        method.decode(),
+        int(attempt),
+        int(fence),
+        agent.decode(),
+        instance.decode(),
+        span.decode(),
+        parent.decode(),
+        int(when),
+        int(reason),
+        text.decode(errors="replace"),
+        int(number),
+        actor.decode(),
+    )
+
+
+class Outbox:
+    """The outboxes of all shards. All methods raise StoreUnavailable while the store is down."""
+
+    def __init__(self, store: Store) -> None:
+        self._connection = store.connection
+        self._keys = [ShardKeys(shard).outbox for shard in range(store.shards)]
+
+    async def read(self, limit: int) -> list[list[OutboxRecord]]:
+        """Return the oldest records of each shard, at most `limit` of each."""
+        replies = await self._connection.calls([("XRANGE", key, "-", "+", "COUNT", limit) for key in self._keys])
+        return [[_record(entry, fields) for entry, fields in reply] for reply in replies]
+
+    async def trim(self, published: list[list[OutboxRecord]]) -> None:
+        """Remove published records: of each shard, everything up to the last of these.
+
+        Another orchestrator may have published and removed the same records.
+        """
+        commands = [
+            ("XTRIM", key, "MINID", "=", _next_id(records[-1].entry))
+            for key, records in zip(self._keys, published, strict=True)
+            if records
+        ]
+        if commands:
+            await self._connection.calls(commands)
+
+    async def length(self) -> int:
+        """Return the number of records in all shards."""
+        return sum(await self._connection.calls([("XLEN", key) for key in self._keys]))
+
+
+def _next_id(entry: str) -> str:
+    milliseconds, _, number = entry.partition("-")
+    return f"{milliseconds}-{int(number) + 1}"
 
 
 class OutboxPublisher:
-    """Drains the outboxes of all shards."""
+    """Publishes the outboxes of all shards."""
 
     def __init__(self, store: Store, events: Events) -> None:
+        self.outbox = Outbox(store)
         self._store = store
         self._events = events
         self._wake = asyncio.Event()
         self.published = 0
 
     def wake(self) -> None:
-        """There are records."""
+        """The outbox has records."""
         self._wake.set()
 
     async def run(self) -> None:
-        """Drains until it is cancelled."""
-        failures = 0
+        """Publish until cancelled."""
+        jitter = Jitter(_RETRIES)
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_POLL_S):
+                async with asyncio.timeout(_POLL):
                     await self._wake.wait()
-            await asyncio.sleep(_GATHER_S)
-            await self._store.wait_up()
+            await asyncio.sleep(_COLLECT)
+            await self._store.connection.wait_up()
             try:
-                await self.empty()
-                failures = 0
+                await self.publish_all()
+                jitter.reset()
             except OrkiError as error:
-                failures += 1
-                _log.warning("events of tasks are late: %s", error.message)
-                await asyncio.sleep(random.uniform(0, min(0.05 * 2.0 ** min(failures, 10), 2.0)))
+                _log.warning("events of tasks are delayed: %s", error.message)
+                await asyncio.sleep(jitter.failed())
 
-    async def empty(self) -> None:
-        """Drains what is there now.
+    async def publish_all(self) -> None:
+        """Publish and remove all records.
 
         Raises:
-            OrkiError: Store or event plane are away; nothing is lost.
+            OrkiError: The store or the event plane is down; no record is lost.
         """
         while True:
             self._wake.clear()
-            shards = await self._store.outbox.read(_BATCH)
+            shards = await self.outbox.read(_BATCH)
             records = [record for shard in shards for record in shard]
             if not records:
                 return
             await self._publish(records)
-            await self._store.outbox.trim(shards)
+            await self.outbox.trim(shards)
             self.published += len(records)
             if all(len(shard) < _BATCH for shard in shards):
                 return
 
     async def _publish(self, records: list[OutboxRecord]) -> None:
-        tasks, deeds = [], []
+        tasks, audits = [], []
         for record in records:
-            span = _span(record)
+            _, trace_id, span_id, flags = record.traceparent.split("-")
+            span = Span(trace_id, span_id, record.parent_id, int(flags, 16))
             tasks.append(Outgoing(task_event(record), span, event_id(record), record.time_us))
             if record.kind in _AUDITED:
-                deeds.append(Outgoing(audit_event(record), span, event_id(record, "audit"), record.time_us))
+                audits.append(Outgoing(audit_event(record), span, event_id(record, "audit"), record.time_us))
         await self._events.publish_outgoing(TASKS, tasks)
-        if deeds:
-            await self._events.publish_outgoing(AUDIT, deeds)
-
-
-def _span(record: OutboxRecord) -> Span:
-    # The store's own traceparent: version, trace, span and flags lie where the standard puts them.
-    _, trace_id, span_id, flags = record.traceparent.split("-")
-    return Span(trace_id, span_id, record.parent_id, int(flags, 16))
+        if audits:
+            await self._events.publish_outgoing(AUDIT, audits)
 
 
 def event_id(record: OutboxRecord, part: str = "task") -> bytes:
-    """The identity of a record's event: the same record gives the same, whoever publishes it."""
+    """Return the id of a record's event, the same for every publisher."""
     return hashlib.sha256(f"{part} {record.task_id}/{record.revision}".encode()).digest()[:16]
 
 
 def task_event(record: OutboxRecord) -> pb.TaskEvent:
-    """The event that a record stands for."""
+    """Return the event of a record."""
     return pb.TaskEvent(
         task_id=record.task_id,
         method=record.method,
@@ -150,7 +234,7 @@ def _reason(record: OutboxRecord) -> Reason.ValueType:
 
 
 def audit_event(record: OutboxRecord) -> AuditEvent:
-    """The audit entry of a record that somebody asked for."""
+    """Return the audit entry of a record that a submitter caused."""
     return AuditEvent(
         actor=record.actor,
         action=_AUDITED[record.kind],
@@ -160,12 +244,8 @@ def audit_event(record: OutboxRecord) -> AuditEvent:
     )
 
 
-E = TypeVar("E", bound=Message)
-_log = logging.getLogger("orki.server")
-
-
 class AgentEvents:
-    """Publishes what happened here."""
+    """Publishes events of agents' sessions, and refusals."""
 
     def __init__(self, events: Events, orchestrator_id: str) -> None:
         self._events = events
@@ -179,20 +259,20 @@ class AgentEvents:
         self._agent(session, AgentEvent(connected=event))
 
     def disconnected(self, session: AgentSession) -> None:
-        """An agent's stream was lost."""
+        """An agent's stream ended."""
         event = AgentDisconnected(
             orchestrator_id=self._orchestrator_id, session_epoch=session.epoch, cause=session.cause[:1000]
         )
         self._agent(session, AgentEvent(disconnected=event))
 
     def replaced(self, session: AgentSession, older_instance_id: str) -> None:
-        """A newer instance, that of `session`, took the session from an older one."""
+        """The instance of `session` replaced an older one."""
         event = AgentEvent(replaced=AgentReplaced(successor_instance_id=session.instance_id))
         event.agent_id, event.instance_id = session.agent_id, older_instance_id
         self._collect(AGENTS, event)
 
     def refused(self, actor: str, subject: str, error: OrkiError) -> None:
-        """Somebody was refused something."""
+        """A request was refused."""
         event = AuditEvent(
             actor=actor,
             action="refuse",
@@ -210,4 +290,4 @@ class AgentEvents:
         try:
             self._events.collect(stream, event)
         except OrkiError as error:
-            _log.warning("an event for stream %s was not taken: %s", stream.contract.name, error.message)
+            _log.warning("an event for stream %s was not accepted: %s", stream.contract.name, error.message)

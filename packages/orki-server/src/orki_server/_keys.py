@@ -1,32 +1,37 @@
-"""The schema of every Redis key that the server writes: pattern, kind, writer, slot, end of life.
+"""The schema of the store: Redis keys, their fields, and task ids.
 
-All names are built here, for Python and for the store's Lua alike; nothing else in the server spells a key. The keys
-of a shard share the hash tag `{oN}`, so that each transition touches one slot; the fleet's own keys share `{of}`. Keys
-which do not begin with `orki:{` belong to the event plane, and are no part of this table.
+Every key and field name is defined here once, for Python, for the Lua scripts and for `docs/keys.md`. The keys of one
+shard share the hash tag `{oN}`, so that an operation touches one slot; the fleet's keys share `{of}`. Keys that do not
+begin with `orki:{` belong to the event plane and are not part of this table.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Iterator
+import time
+import zlib
 from dataclasses import dataclass
+from typing import Final
 
-LAYOUT_VERSION = 1
-"""Rises when a key or a field changes its meaning; a store of another version is refused at start."""
+from orki_contract.errors import UnknownTask
+
+LAYOUT_VERSION: Final = 2
+"""Increases when a key or a field changes its meaning. An orchestrator refuses a store of another version."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """One row of the table.
+    """One row of the key table.
 
     Attributes:
-        pattern: The name; words in capitals stand for what varies.
+        pattern: The key; capital letters mark the variable part.
         kind: Redis type.
-        holds: What is in it.
-        writer: Which part of the server writes it.
-        ends: When it goes.
-        lua: Name of the suffix (what follows the hash tag's colon) in the store's scripts; empty when they have none.
+        holds: The content.
+        writer: The part of the server that writes it.
+        ends: When it is removed.
+        lua: Name of its suffix (after the hash tag's colon) in the scripts; empty if no script uses it.
     """
 
     pattern: str
@@ -38,138 +43,213 @@ class Key:
 
     @property
     def suffix(self) -> str:
-        """What follows `orki:{TAG}:`, up to the part that varies."""
+        """The part after `orki:{TAG}:`, up to the variable part."""
         return re.split(r"[A-Z]", self.pattern.split("}:", 1)[1], maxsplit=1)[0]
 
     @property
     def expression(self) -> re.Pattern[str]:
-        """Matches exactly the names of this row."""
+        """Matches exactly the keys of this row."""
         escaped = re.escape(self.pattern).replace(r"\{oN\}", r"\{o\d{1,4}\}")
         return re.compile(re.sub(r"[A-Z][A-Z0-9]+$", ".+", escaped))
 
 
-TABLE: tuple[Key, ...] = (
+TABLE: Final = (
     Key(
-        pattern="orki:{oN}:t:TASK",
+        pattern="orki:{oN}:task:TASK",
         kind="hash",
-        holds="one task: request, state, attempt, timers, response",
-        writer="store: every transition",
+        holds="one task; see the fields below",
+        writer="every operation",
         ends="retention after the task's end",
         lua="TASK",
     ),
     Key(
-        pattern="orki:{oN}:p:TASK",
+        pattern="orki:{oN}:progress:TASK",
         kind="stream",
-        holds="the task's progress, bounded",
-        writer="store: progress",
+        holds="progress of the task, bounded: `attempt`, `index`, `payload`",
+        writer="progress",
         ends="with its task",
         lua="PROGRESS",
     ),
     Key(
-        pattern="orki:{oN}:k:DIGEST",
+        pattern="orki:{oN}:idempotency:DIGEST",
         kind="string",
-        holds="an idempotency key's request digest and task",
-        writer="store: submit",
+        holds="digest of the request and id of the task that an idempotency key belongs to",
+        writer="submit",
         ends="with its task",
         lua="IDEMPOTENCY",
     ),
     Key(
-        pattern="orki:{oN}:q:METHOD",
+        pattern="orki:{oN}:queue:METHOD",
         kind="sorted set",
-        holds="queued tasks of one method, by the time they were queued",
-        writer="store: submit, offer, cancel, reports, sweep",
-        ends="when it is empty",
+        holds="queued tasks of one method by queueing time, in microseconds",
+        writer="submit, offer, cancel, reports, sweep",
+        ends="when empty",
         lua="QUEUE",
     ),
     Key(
-        pattern="orki:{oN}:due",
+        pattern="orki:{oN}:timers",
         kind="sorted set",
-        holds="tasks by the time of their next timer, in milliseconds",
-        writer="store: every transition",
-        ends="when it is empty",
-        lua="DUE",
+        holds="tasks by their next timer, in milliseconds",
+        writer="every operation",
+        ends="when empty",
+        lua="NEXT_TIMERS",
     ),
     Key(
-        pattern="orki:{oN}:ix",
+        pattern="orki:{oN}:index",
         kind="sorted set",
-        holds="all tasks by the time of their submission, in microseconds",
-        writer="store: submit, sweep",
-        ends="when it is empty",
+        holds="all tasks by submission time, in microseconds",
+        writer="submit, sweep",
+        ends="when empty",
         lua="INDEX",
     ),
     Key(
         pattern="orki:{oN}:open",
         kind="hash",
-        holds="number of unfinished tasks of each service, and of each contract of it (`SERVICE@DIGEST`)",
-        writer="store: submit and every end",
-        ends="when it is empty",
+        holds="number of unfinished tasks of each service and of each of its contracts (`SERVICE@DIGEST`)",
+        writer="submit and every end of a task",
+        ends="when empty",
         lua="OPEN",
     ),
     Key(
         pattern="orki:{oN}:fence",
         kind="string",
         holds="the last fence: store epoch in the high 20 bits, counter in the low 44",
-        writer="store: offer, epoch",
+        writer="offer, raise_epoch",
         ends="never",
         lua="FENCE",
     ),
     Key(
-        pattern="orki:{oN}:out",
+        pattern="orki:{oN}:outbox",
         kind="stream",
-        holds="the outbox: one record for each transition",
-        writer="store: every transition; outbox drain trims",
-        ends="never; its entries, once they are published",
-        lua="OUT",
+        holds="the outbox: one record for each transition; see the fields below",
+        writer="every transition; the outbox publisher trims",
+        ends="never; an entry, when it is published",
+        lua="OUTBOX",
     ),
     Key(
         pattern="orki:{of}:layout",
         kind="hash",
-        holds="layout version, number of shards, and a name for this filling of the store",
-        writer="store: first start",
+        holds="`version` of the layout, number of `shards`, and `generation`, a random name of this store's content",
+        writer="first start",
         ends="never",
     ),
     Key(
         pattern="orki:{of}:agents",
         kind="sorted set",
-        holds="agents by their last sign of life, in milliseconds",
-        writer="fleet: hello, heartbeat, disconnect",
-        ends="when it is empty; a member, a day after its last sign of life",
+        holds="agents by the time of their last message, in milliseconds",
+        writer="hello, heartbeat, disconnect",
+        ends="when empty; a member, a day after its last message",
     ),
     Key(
         pattern="orki:{of}:agent:AGENT",
         kind="hash",
-        holds="an agent: instance, session epoch, snapshot, digests of the contracts that it serves",
-        writer="fleet: hello, heartbeat, disconnect",
-        ends="a day after its last sign of life",
+        holds="an agent: `instance_id`, `session_epoch`, `snapshot`, and `contracts`, the digest of each served one",
+        writer="hello, heartbeat, disconnect",
+        ends="a day after its last message",
     ),
     Key(
         pattern="orki:{of}:services",
         kind="hash",
         holds="digest of the leading contract of each registered task service",
-        writer="registry: hello, apply, clean",
+        writer="hello, `orki contract apply`, clean-up of unused contracts",
         ends="never; a field, with its service",
     ),
     Key(
         pattern="orki:{of}:revisions",
         kind="hash",
         holds="number of changes of each service's contracts",
-        writer="registry: hello, apply, clean",
+        writer="hello, `orki contract apply`, clean-up of unused contracts",
         ends="never",
     ),
     Key(
         pattern="orki:{of}:service:SERVICE",
         kind="hash",
-        holds="a task service: of the leading contract digest, image, version; of each (`KIND:DIGEST`) image `i`, "
-        "version `v`, time `w`, admissions `n`, and `p` while it is applied ahead",
-        writer="registry: hello, apply, clean; fleet: hello (admissions)",
-        ends="with the last of its contracts; a contract, when it is live no more and another one is registered",
+        holds="contracts of a task service, each as `image:DIGEST`, `version:DIGEST`, `registered_ms:DIGEST`, "
+        "`admissions:DIGEST`, and `ahead:DIGEST` until an agent serves it",
+        writer="hello, `orki contract apply`, clean-up of unused contracts",
+        ends="with its last contract; a contract, when it is no longer live and another one is registered",
     ),
 )
+
+TASK_FIELDS: Final[dict[str, str]] = {
+    "state": "state of the task's life",
+    "method": "`package.Service/Method`",
+    "request": "the request message, serialized",
+    "response": "the response message, serialized",
+    "options": "timeouts, attempts and back-off of the method at submission",
+    "contract": "digest of the contract at submission",
+    "idempotency": "SHA-256 of the idempotency key; empty without one",
+    "submitted_us": "time of submission, microseconds",
+    "ended_us": "time of the end, microseconds",
+    "revision": "number of transitions",
+    "traceparent": "the task's span",
+    "parent_id": "the span above the task's",
+    "attempt": "number of the current or last attempt",
+    "fence": "fence of that attempt",
+    "agent_id": "agent of that attempt",
+    "instance_id": "process of that agent",
+    "attempt_traceparent": "span of that attempt",
+    "progress_index": "index of the attempt's last progress",
+    "cancel_acknowledged": "`1` when the agent has acknowledged the cancel",
+    "started": "number of attempts that were started",
+    "refused_offers": "number of offers in a row that no agent accepted",
+    "result_fence": "fence of the last accepted result",
+    "result_agent": "agent of the last accepted result",
+    "failure_reason": "reason of the final failure, a number of `orki.errors.v1.Reason`",
+    "failure_message": "message of the final failure",
+    "failure_type": "error type of the final failure",
+    "earlier_failures": "failures of earlier attempts: reason, type, message, separated by US and RS",
+    "offer_due": "time when the offer expires, milliseconds",
+    "lease_due": "time when the lease expires, milliseconds",
+    "attempt_due": "time when the attempt times out, milliseconds",
+    "stall_due": "time when the attempt counts as stalled, milliseconds",
+    "total_due": "time when the task times out, milliseconds",
+    "retry_due": "time when a waiting task is queued again, milliseconds",
+    "forget_due": "time when a finished task is removed, milliseconds",
+}
+"""Fields of a task's hash. A missing field is empty or 0."""
+
+NUMBERS: Final = (
+    *("revision", "attempt", "progress_index", "started", "refused_offers"),
+    *("offer_due", "lease_due", "attempt_due", "stall_due", "total_due", "retry_due", "forget_due"),
+)
+"""The fields that the scripts load as numbers. Fences exceed Lua's exact integers and stay strings."""
+
+NOT_LOADED: Final = (
+    *("request", "response", "submitted_us", "ended_us"),
+    *("failure_reason", "failure_message", "failure_type", "earlier_failures"),
+)
+"""The fields that a transition does not read."""
+
+SNAPSHOT: Final = (
+    *("state", "method", "attempt", "fence", "agent_id", "submitted_us", "ended_us", "traceparent", "revision"),
+    *("failure_reason", "failure_message", "failure_type", "earlier_failures", "response"),
+)
+"""The fields of a task's snapshot, in the order in which `read` returns them."""
+
+RECORD_FIELDS: Final[dict[str, str]] = {
+    "task_id": "the task",
+    "revision": "number of the transition among the task's, from 1",
+    "kind": "kind of the `TaskEvent`",
+    "method": "`package.Service/Method`",
+    "attempt": "number of the attempt; 0 before the first",
+    "fence": "fence of the attempt; 0 before the first",
+    "agent_id": "agent of the attempt",
+    "instance_id": "process of that agent",
+    "traceparent": "span of the transition: the attempt's for events of an attempt, else the task's",
+    "parent_id": "the span above",
+    "time_us": "time of the transition, microseconds",
+    "reason": "a number of `orki.errors.v1.Reason`, or 0",
+    "text": "message, depending on the kind",
+    "number": "size in bytes or time in milliseconds, depending on the kind",
+    "actor": "requester of the transition, if there is one",
+}
+"""Fields of an outbox record, in the order in which they are written."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardKeys:
-    """The names of one shard's keys.
+    """The keys of one shard.
 
     Attributes:
         shard: Number of the shard, from 0.
@@ -179,31 +259,31 @@ class ShardKeys:
 
     @property
     def base(self) -> str:
-        """What all of the shard's keys begin with; scripts get it as their one key, which also routes them."""
+        """The common prefix. Scripts get it as their only key, which routes them to the shard's slot."""
         return f"orki:{{o{self.shard}}}:"
 
     def task(self, task_id: str) -> str:
-        """The task's hash."""
-        return f"{self.base}t:{task_id}"
+        """The hash of a task."""
+        return f"{self.base}task:{task_id}"
 
     def progress(self, task_id: str) -> str:
-        """The task's progress."""
-        return f"{self.base}p:{task_id}"
+        """The progress of a task."""
+        return f"{self.base}progress:{task_id}"
 
     @property
     def index(self) -> str:
         """All tasks of the shard."""
-        return f"{self.base}ix"
+        return f"{self.base}index"
 
     @property
     def open(self) -> str:
-        """Unfinished tasks of each service."""
+        """Numbers of unfinished tasks."""
         return f"{self.base}open"
 
     @property
-    def out(self) -> str:
+    def outbox(self) -> str:
         """The outbox."""
-        return f"{self.base}out"
+        return f"{self.base}outbox"
 
     @property
     def fence(self) -> str:
@@ -212,7 +292,7 @@ class ShardKeys:
 
 
 class FleetKeys:
-    """The names of the fleet's own keys."""
+    """The keys of the fleet."""
 
     BASE = "orki:{of}:"
     LAYOUT = BASE + "layout"
@@ -222,31 +302,77 @@ class FleetKeys:
 
     @staticmethod
     def agent(agent_id: str) -> str:
-        """An agent's hash."""
+        """The hash of an agent."""
         return f"{FleetKeys.BASE}agent:{agent_id}"
 
     @staticmethod
     def service(name: str) -> str:
-        """A registered service's hash."""
+        """The hash of a registered service."""
         return f"{FleetKeys.BASE}service:{name}"
 
 
 def idempotency_digest(key: str) -> str:
-    """What stands for an idempotency key in a key's name: SHA-256, 64 hex digits."""
+    """Return the part of a key's name that represents an idempotency key: SHA-256, 64 hex digits."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def lua_names() -> Iterator[tuple[str, str]]:
-    """Names of the suffixes in the store's scripts, with their values; a script puts its `BASE` before them."""
-    return ((row.lua, row.suffix) for row in TABLE if row.lua)
-
-
 def match(name: str) -> Key | None:
-    """The row that a key's name belongs to, or None when the table knows no such key."""
+    """Return the row that a key belongs to, or None if the table has none."""
     return next((row for row in TABLE if row.expression.fullmatch(name)), None)
 
 
+def lua_names() -> str:
+    """Return the Lua source that defines the names of this module for the scripts."""
+
+    def array(names: tuple[str, ...] | dict[str, str]) -> str:
+        return "{ " + ", ".join(f"'{name}'" for name in names) + " }"
+
+    lines = [f"local {row.lua} = KEYS[1] .. '{row.suffix}'" for row in TABLE if row.lua]
+    lines.append(f"local FIELDS = {array(tuple(name for name in TASK_FIELDS if name not in NOT_LOADED))}")
+    lines.append(f"local NUMBERS = {array(NUMBERS)}")
+    lines.append(f"local SNAPSHOT = {array(SNAPSHOT)}")
+    lines.append(f"local RECORD_FIELDS = {array(RECORD_FIELDS)}")
+    return "\n".join(lines) + "\n"
+
+
 def table_markdown() -> str:
-    """The table for `docs/keys.md`."""
+    """Return the key table for `docs/keys.md`."""
     rows = [f"| `{row.pattern}` | {row.kind} | {row.holds} | {row.writer} | {row.ends} |" for row in TABLE]
-    return "\n".join(["| Key | Kind | Holds | Written by | Ends |", "|---|---|---|---|---|", *rows]) + "\n"
+    return "\n".join(["| Key | Kind | Content | Written by | Removed |", "|---|---|---|---|---|", *rows]) + "\n"
+
+
+def fields_markdown(fields: dict[str, str]) -> str:
+    """Return a table of fields for `docs/keys.md`."""
+    rows = [f"| `{name}` | {holds} |" for name, holds in fields.items()]
+    return "\n".join(["| Field | Content |", "|---|---|", *rows]) + "\n"
+
+
+# Crockford's base 32 in lower case: no letter can be taken for a digit.
+_DIGITS: Final = "0123456789abcdefghjkmnpqrstvwxyz"
+_TASK_ID: Final = re.compile(rf"t(0|[1-9][0-9]{{0,3}})-[{_DIGITS}]{{26}}")
+
+
+def new_task_id(shard: int) -> str:
+    """Return a new id for a task of a shard.
+
+    The id is `t<shard>-` and 26 characters that sort by time: 48 bits of milliseconds, then 80 random bits.
+    """
+    number = int(time.time() * 1000) << 80 | int.from_bytes(os.urandom(10))
+    return f"t{shard}-" + "".join(_DIGITS[number >> shift & 31] for shift in range(125, -1, -5))
+
+
+def shard_of(task_id: str) -> int:
+    """Return the shard that a task id names.
+
+    Raises:
+        UnknownTask: The text is not a task id.
+    """
+    matched = _TASK_ID.fullmatch(task_id)
+    if not matched:
+        raise UnknownTask(f"there is no task {task_id[:64]!r}")
+    return int(matched[1])
+
+
+def shard_of_key(idempotency_key: str, shards: int) -> int:
+    """Return the shard of an idempotency key, which is also the shard of its task."""
+    return zlib.crc32(idempotency_key.encode()) % shards

@@ -1,4 +1,4 @@
-"""The orchestrator: the parts, wired; their start, their end in good order, and what happens when one fails."""
+"""The orchestrator: connects its parts, starts and stops them, and ends when one of them fails."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from orki.events.v1.audit_orki import AUDIT
 from orki.events.v1.task_orki import TASKS
 from orki_contract.errors import ContractMismatch, InvalidSetting, OrkiError
 from orki_control.session import OrchestratorSessionOptions
-from orki_control.wire import server_options
+from orki_control.transport import server_options
 from orki_events import Events, connect
 from orki_server._dispatch import Dispatcher, Sweeper
 from orki_server._events import AgentEvents, OutboxPublisher
-from orki_server._fleet import FleetServicer, FleetUpdates, Handshake, silence_us
-from orki_server._registry import ContractRegistry
+from orki_server._fleet import FleetServicer, FleetUpdates, Handshake
+from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._requests import RequestRules
 from orki_server._session import SessionRegistry
 from orki_server._sessions import Reports, SessionServicer
 from orki_server._settings import OrchestratorOptions, parse_listen
-from orki_server._store.connection import without_credentials
+from orki_server._store.contracts import Contracts
+from orki_server._store.fleet import Fleet
 from orki_server._store.store import Store
 from orki_server._tasks import TaskServicer, Watchers
 
@@ -37,122 +38,122 @@ SERVICES: Final = tuple(
     for file in (session_pb2.DESCRIPTOR, task_pb2.DESCRIPTOR)
     for name in sorted(file.services_by_name)
 )
-"""Full names of the services that an orchestrator offers."""
+"""Full names of the orchestrator's gRPC services."""
 
-_STOP_S: Final = 1.0
+_STOP_TIMEOUT: Final = 1.0
 _STREAMS_PER_CONNECTION: Final = 1_000
 _log = logging.getLogger("orki.server")
 
 
 class Orchestrator:
-    """One orchestrator in this event loop: `start()`, then `serve()` or one's own work, then `stop()`."""
+    """One orchestrator in this event loop: call `start()`, then `serve()` or other work, then `stop()`.
+
+    Attributes:
+        options: Its options.
+        address: HOST:PORT, once it has started.
+    """
 
     def __init__(self, options: OrchestratorOptions) -> None:
         self.options = options
-        self._address = ""
-        self._store = Store(options.redis_url, shards=options.shards, retention_ms=options.retention_ms)
+        self.address = ""
+        self._store = Store(options.redis_url, shards=options.shards, retention=options.retention)
         self._events: Events = connect(options.events_at, producer=options.orchestrator_id)
         self._tasks: list[asyncio.Task[None]] = []
         self._failed = asyncio.Event()
         self._health = health.aio.HealthServicer()
-        self._healthy = asyncio.Event()
-        self._wire()
+        self._health_changed = asyncio.Event()
+        self._connect_parts()
 
-    def _wire(self) -> None:
+    def _connect_parts(self) -> None:
         options, store = self.options, self._store
-        self._roster = SessionRegistry()
-        self._notes = FleetUpdates(store)
-        self._registry = ContractRegistry(store, silence_us(options.heartbeat_interval_ms), self._notes.flush)
+        fleet, contracts = Fleet(store.connection), Contracts(store.connection, store.shards)
+        # A silent agent's orchestrator may need a moment to store its last heartbeat.
+        silence_timeout = 3 * options.heartbeat_interval + 2.0
+        sessions = SessionRegistry()
+        self._updates = FleetUpdates(store, fleet)
+        self._registry = ContractRegistry(store.connection, contracts, fleet, silence_timeout, self._updates.flush)
         self._watchers = Watchers(store)
-        self._drain = OutboxPublisher(store, self._events)
-        self._announcer = AgentEvents(self._events, options.orchestrator_id)
-        self._reports = Reports(
+        self._outbox = OutboxPublisher(store, self._events)
+        agent_events = AgentEvents(self._events, options.orchestrator_id)
+        reports = Reports(
             store=store,
             progress_kept=options.progress_kept,
-            moved=self._moved,
-            queued=self._queued,
-            refused=self._announcer.refused,
+            on_change=self._task_changed,
+            on_queued=self._task_queued,
+            on_refused=agent_events.refused,
         )
-        self._dispatcher = Dispatcher(store, self._roster, self._reports, options.accept_timeout_ms, self._moved)
+        self._dispatcher = Dispatcher(store, sessions, reports, options.accept_timeout, self._task_changed)
         self._sweeper = Sweeper(
             store,
-            self._roster,
-            interval_s=options.sweep_interval_ms / 1000,
-            grace_s=2 * options.heartbeat_interval_ms / 1000,
-            queued=self._dispatcher.queued,
-            moved=self._moved,
+            sessions,
+            interval=options.sweep_interval,
+            pause=2 * options.heartbeat_interval,
+            on_queued=self._dispatcher.queued,
+            on_change=self._task_changed,
         )
         session_options = OrchestratorSessionOptions(
             orchestrator_id=options.orchestrator_id,
-            heartbeat_interval=options.heartbeat_interval_ms / 1000,
-            hello_timeout=options.hello_timeout_ms / 1000,
+            heartbeat_interval=options.heartbeat_interval,
+            hello_timeout=options.hello_timeout,
             max_message_bytes=options.max_message_bytes,
-            events_url=without_credentials(options.events_at),
+            events_url=options.events_address.url,
         )
-        greeter = Handshake(store, self._registry, self._roster, options.max_sessions)
+        handshake = Handshake(store, fleet, self._registry, sessions, options.max_sessions)
         self._sessions = SessionServicer(
-            session_options,
-            self._roster,
-            greeter,
-            self._reports,
-            self._notes,
-            self._announcer,
-            self._slots_changed,
+            session_options, sessions, handshake, reports, self._updates, agent_events, self._slots_changed
         )
-        rules = RequestRules(options.max_payload_bytes, options.shards)
         self._submitters = TaskServicer(
-            store, self._registry, self._roster, self._watchers, rules, self._dispatcher.queued, self._moved
+            store,
+            self._registry,
+            PayloadCheck(contracts, self._registry),
+            sessions,
+            self._watchers,
+            RequestRules(options.max_payload_bytes, options.shards),
+            self._dispatcher.queued,
+            self._task_changed,
         )
-        self._fleet = FleetServicer(store, self._roster, options.heartbeat_interval_ms)
-        store.on_change(self._store_changed)
+        self._fleet = FleetServicer(fleet, contracts, sessions, silence_timeout)
+        store.connection.on_change(self._store_changed)
         store.on_loss(self._store_lost)
 
-    # --- what parts tell each other ---
+    def _task_changed(self, task_id: str, ended: bool) -> None:
+        self._watchers.changed(task_id, ended)
+        self._outbox.wake()
 
-    def _moved(self, task_id: str, ended: bool) -> None:
-        self._watchers.moved(task_id, ended)
-        self._drain.wake()
-
-    def _queued(self, shard: int, wait_ms: int) -> None:
-        if wait_ms > 0:
-            self._sweeper.wake_in(wait_ms)
+    def _task_queued(self, shard: int, wait: float) -> None:
+        if wait > 0:
+            self._sweeper.wake_in(wait)
         else:
             self._dispatcher.queued(shard)
 
     def _slots_changed(self, new_methods: bool) -> None:
         if new_methods:
-            self._dispatcher.look_everywhere()
+            self._dispatcher.mark_all()
         else:
             self._dispatcher.slots_changed()
 
     def _store_changed(self, up: bool) -> None:
+        shown = self._store.connection.address.shown
         if up:
-            _log.info("the store at %s is back", self._store.address)
-            self._dispatcher.look_everywhere()
-        elif self._address:  # before it listens, `start` fails and says why
-            _log.error("the store at %s is away; agents go on, nothing new is taken", self._store.address)
-        self._healthy.set()
+            _log.info("%s is up again", shown)
+            self._dispatcher.mark_all()
+        elif self.address:  # before it listens, `start` raises the error
+            _log.error("%s is down; agents continue, new requests are refused", shown)
+        self._health_changed.set()
 
     def _store_lost(self) -> None:
-        """The store came back without what it had. Hellos bring it again: services, agents, attempts that are held."""
-        _log.error("the store at %s has lost data; all agents are asked to connect again", self._store.address)
-        self._registry.forget()
+        """Ask all agents to connect again: their hellos restore services, agents and held attempts."""
+        _log.error("%s has lost data; all agents connect again", self._store.connection.address.shown)
+        self._registry.invalidate_all()
         self._sessions.end_all("the store lost data")
 
-    # --- life ---
-
-    @property
-    def address(self) -> str:
-        """HOST:PORT, once it has started."""
-        return self._address
-
     async def start(self) -> None:
-        """Connects to the store and begins to listen.
+        """Connect to the store and start to listen.
 
         Raises:
-            StoreUnavailable: The store does not answer.
-            InvalidSetting: The port is taken, or the store was laid out otherwise.
-            ContractMismatch: A stream that it publishes is registered by a contract with which its own one breaks.
+            StoreUnavailable: The store is down.
+            InvalidSetting: The port is taken, or the store has another layout.
+            ContractMismatch: A stream that it publishes is registered by an incompatible contract.
         """
         try:
             await self._store.open()
@@ -160,40 +161,40 @@ class Orchestrator:
             await self._prepare_streams()
             await self._registry.refresh()
             self._server = self._build_server()
-            self._address = self._listen(self._server)
+            self.address = self._listen(self._server)
         except BaseException:
-            await self._close_stores()
+            await self._close_connections()
             raise
         await self._server.start()
-        self._healthy.set()
-        self._dispatcher.look_everywhere()
+        self._health_changed.set()
+        self._dispatcher.mark_all()
         for name, work in (
-            ("dispatch", self._dispatcher.run()),
-            ("sweep", self._sweeper.run()),
-            ("outbox drain", self._drain.run()),
-            ("fleet notes", self._notes.run()),
-            ("registry", self._registry.run()),
-            ("health", self._tell_health()),
+            ("dispatcher", self._dispatcher.run()),
+            ("sweeper", self._sweeper.run()),
+            ("outbox publisher", self._outbox.run()),
+            ("fleet updates", self._updates.run()),
+            ("contract registry", self._registry.run()),
+            ("health", self._report_health()),
         ):
             self._spawn(name, work)
-        _log.info("listening on %s, store at %s", self._address, self._store.address)
+        _log.info("listening on %s, %s", self.address, self._store.connection.address.shown)
 
     async def _prepare_streams(self) -> None:
-        """Registers what it publishes, so that an orchestrator whose contracts do not fit is refused at its start."""
+        """Register the streams that it publishes, so that an incompatible orchestrator does not start."""
         try:
             for stream in (TASKS, AGENTS, AUDIT):
                 await self._events.prepare(stream)
         except ContractMismatch:
             raise
         except OrkiError as error:
-            # Tasks go on without the event plane; it is asked again with the first event.
-            _log.warning("the event plane does not take the orchestrator's streams now: %s", error.message)
+            # Tasks work without the event plane. Its streams are registered with the first event.
+            _log.warning("the streams of the orchestrator cannot be registered now: %s", error.message)
 
     async def serve(self, stopped: asyncio.Event) -> None:
-        """Waits until `stopped` is set.
+        """Wait until `stopped` is set.
 
         Raises:
-            LocalProtocolError: A part of the orchestrator failed: a defect.
+            Exception: A part of the orchestrator failed: a defect.
         """
         waits = [asyncio.create_task(each.wait()) for each in (stopped, self._failed)]
         try:
@@ -207,27 +208,27 @@ class Orchestrator:
                 raise error
 
     async def stop(self) -> None:
-        """Says Drain, waits for what runs as long as the grace allows, and ends; leases go on in the store.
+        """Drain the agents and stop. Attempts that do not end in time keep their leases.
 
-        Harmless when it has not started, or has stopped.
+        Does nothing if it has not started or has stopped.
         """
         if not self._tasks:
             return
         self._submitters.draining = True
         await self._health.enter_graceful_shutdown()
-        await self._sessions.drain(self.options.drain_grace_ms)
+        await self._sessions.drain(self.options.drain_grace)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
         if self._store.up:
             with contextlib.suppress(OrkiError):
-                await self._notes.flush()
-                await self._drain.empty()
-        await self._server.stop(_STOP_S)
-        await self._close_stores()
+                await self._updates.flush()
+                await self._outbox.publish_all()
+        await self._server.stop(_STOP_TIMEOUT)
+        await self._close_connections()
 
-    async def _close_stores(self) -> None:
+    async def _close_connections(self) -> None:
         await self._events.close()
         await self._store.close()
 
@@ -240,8 +241,6 @@ class Orchestrator:
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.critical("%s failed: a defect; the orchestrator stops", task.get_name(), exc_info=error)
             self._failed.set()
-
-    # --- gRPC ---
 
     def _build_server(self) -> grpc.aio.Server:
         options = [
@@ -267,12 +266,12 @@ class Orchestrator:
             ) from error
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    async def _tell_health(self) -> None:
-        """Keeps `grpc.health.v1` true: NOT_SERVING while the store is away."""
+    async def _report_health(self) -> None:
+        """Keep `grpc.health.v1` up to date: NOT_SERVING while the store is down."""
         status = health_pb2.HealthCheckResponse
         while True:
-            await self._healthy.wait()
-            self._healthy.clear()
+            await self._health_changed.wait()
+            self._health_changed.clear()
             state = status.SERVING if self._store.up else status.NOT_SERVING
             for service in ("", *SERVICES):
                 await self._health.set(service, state)

@@ -1,4 +1,4 @@
-"""Child processes that are started together, watched, and ended in order."""
+"""Processes: child processes that are started, watched and stopped together; readiness lines; signals."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 
 from orki_contract.errors import InvalidSetting, OrkiError
 
-_READY_S = 30.0
-_STOP_S = 10.0
-_RESTART_S = 1.0
+_READY_TIMEOUT = 30.0
+_STOP_TIMEOUT = 10.0
+_RESTART_DELAY = 1.0
 
 
 class PartEnded(OrkiError):
-    """A part that the others need has ended."""
+    """An essential process has ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +29,10 @@ class Part:
     """One process to run.
 
     Attributes:
-        name: For people.
-        argv: Its command line; its first line of standard output says that it is ready.
-        environment: What it gets beside our own environment.
-        essential: Whether everything ends when it does; else it is started again.
+        name: Its name in messages.
+        argv: Its command line. Its first line of standard output reports that it is ready.
+        environment: Variables added to this process's environment.
+        essential: Whether its end stops all parts; otherwise it is restarted.
     """
 
     name: str
@@ -45,8 +45,8 @@ class Child:
     """One running part.
 
     Attributes:
-        part: What it runs.
-        ready: Its first line of standard output; empty before.
+        part: The part.
+        ready: Its first line of standard output; empty until then.
     """
 
     def __init__(self, part: Part) -> None:
@@ -57,30 +57,30 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Its process id; 0 when it does not run."""
+        """Its process id; 0 while it does not run."""
         return self._process.pid if self._process else 0
 
     async def start(self) -> str:
-        """Starts it, and waits for its first line.
+        """Start it, and return its first line of output.
 
         Raises:
-            PartEnded: It ended, or said nothing, within a generous time.
+            PartEnded: It ended first, or printed nothing in time.
         """
         self._process = await asyncio.create_subprocess_exec(
             *self.part.argv,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             env={**os.environ, **self.part.environment},
-            # Ctrl-C in a terminal goes to the whole group; the end comes from us, in order.
+            # Ctrl-C in a terminal reaches the whole process group; the supervisor stops the parts in order instead.
             start_new_session=True,
         )
         assert self._process.stdout is not None
         try:
-            async with asyncio.timeout(_READY_S):
+            async with asyncio.timeout(_READY_TIMEOUT):
                 self.ready = (await self._process.stdout.readline()).decode(errors="replace").strip()
         except TimeoutError:
             await self.stop()
-            raise PartEnded(f"{self.part.name} was not ready within {_READY_S:g} s") from None
+            raise PartEnded(f"{self.part.name} was not ready within {_READY_TIMEOUT:g} s") from None
         if not self.ready:
             code = await self._process.wait()
             raise PartEnded(f"{self.part.name} ended with exit code {code} before it was ready; see above")
@@ -88,19 +88,19 @@ class Child:
         return self.ready
 
     async def wait(self) -> int:
-        """Waits for its end; its exit code."""
+        """Wait for its end and return its exit code."""
         assert self._process is not None
         return await self._process.wait()
 
     async def stop(self) -> None:
-        """Ends it in good order, or by force when that takes too long; harmless when it has ended."""
+        """Terminate it, and kill it if that takes too long. Does nothing if it has ended."""
         process = self._process
         if process is None:
             return
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGTERM)
         try:
-            async with asyncio.timeout(_STOP_S):
+            async with asyncio.timeout(_STOP_TIMEOUT):
                 await process.wait()
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
@@ -108,7 +108,7 @@ class Child:
             await process.wait()
         if self._reader is not None:
             await self._reader
-        # asyncio leaves the pipe's transport to the garbage collector otherwise.
+        # Otherwise asyncio leaves the pipe's transport to the garbage collector.
         process._transport.close()  # type: ignore[attr-defined]
         self._process = None
 
@@ -118,30 +118,28 @@ class Child:
 
 
 class Supervisor:
-    """Parts in the order in which they are to be ended."""
+    """Parts in the order in which they are stopped."""
 
     def __init__(self) -> None:
         self._children: list[Child] = []
         self._watchers: list[asyncio.Task[None]] = []
-        self._stopping = False
         self.failed: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
     async def add(self, part: Part) -> Child:
-        """Starts a part and waits until it is ready.
+        """Start a part and wait until it is ready.
 
         Raises:
-            PartEnded: It ended before.
+            PartEnded: It ended first.
         """
         child = Child(part)
-        # Its place among those that are to be ended is taken at once, however long it takes to be ready.
+        # Added before it is ready, so that `stop` ends it in any case.
         self._children.append(child)
         await child.start()
         self._watchers.append(asyncio.create_task(self._watch(child), name=f"orki watch {part.name}"))
         return child
 
     async def stop(self) -> None:
-        """Ends all parts, in the order in which they were added."""
-        self._stopping = True
+        """Stop all parts, in the order in which they were added."""
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
@@ -156,20 +154,20 @@ class Supervisor:
             what = f"{child.part.name} ended with exit code {code}"
             if child.part.essential:
                 if not self.failed.done():
-                    self.failed.set_exception(PartEnded(f"{what}; everything is stopped"))
+                    self.failed.set_exception(PartEnded(f"{what}; all parts are stopped"))
                 return
-            print(f"orki: {what}; it is started again", file=sys.stderr, flush=True)
-            await asyncio.sleep(_RESTART_S)
+            print(f"orki: {what}; it is restarted", file=sys.stderr, flush=True)
+            await asyncio.sleep(_RESTART_DELAY)
             await child.stop()
             try:
                 await child.start()
             except PartEnded as error:
-                print(f"orki: {error.message}; it is left alone", file=sys.stderr, flush=True)
+                print(f"orki: {error.message}; it is not restarted", file=sys.stderr, flush=True)
                 return
 
 
 def run_until_stopped(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
-    """Runs `main` on an event loop; SIGTERM and SIGINT set its event, upon which it ends by itself."""
+    """Run `main` on an event loop. The first SIGTERM or SIGINT sets its event, which stops it; the second kills it."""
     asyncio.run(_run(main))
 
 
@@ -183,7 +181,7 @@ async def _run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
         for number in signals:
             loop.remove_signal_handler(number)
         if received is signal.SIGINT:
-            print("stopping; once more to stop at once", file=sys.stderr, flush=True)
+            print("stopping; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
 
     for number in signals:
         loop.add_signal_handler(number, stop, number)
@@ -194,19 +192,19 @@ async def _run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
             loop.remove_signal_handler(number)
 
 
-def print_ready(command: str, words: str, facts: dict[str, Any], as_json: bool, ready_file: Path | None) -> None:
-    """Prints the one line of standard output that says that a command is ready, and writes it to a file.
+def print_ready(command: str, summary: str, facts: dict[str, Any], as_json: bool, ready_file: Path | None) -> None:
+    """Print the line of standard output that reports that a command is ready, and write it to a file.
 
     Raises:
         InvalidSetting: The file cannot be written.
     """
     text = json.dumps(facts)
     if ready_file is not None:
-        # Whoever waits for the file must not read half of it.
+        # A reader that waits for the file must not see half of it.
         partial = ready_file.with_name(ready_file.name + ".partial")
         try:
             partial.write_text(text + "\n", encoding="utf-8")
             partial.replace(ready_file)
         except OSError as error:
             raise InvalidSetting(f"--ready-file {ready_file}: {error.strerror}") from error
-    print(text if as_json else f"orki {command} ready: {words}", flush=True)
+    print(text if as_json else f"orki {command} ready: {summary}", flush=True)

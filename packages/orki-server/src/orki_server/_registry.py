@@ -1,9 +1,9 @@
-"""Which task services the fleet serves, under which contracts, and whether a newcomer's contract fits.
+"""The registered task services, and the check that a payload is the message that its method takes.
 
-An agent's hello brings the digest of every contract that it serves, and its image. A registered digest passes; another
-one is judged by `orki_server._admission` against what is live, and is registered beside it where it fits. So several
-contracts of a service are in use at once during a rolling upgrade, each agent is offered the tasks of its own one, and
-tasks run by the values of `ContractSet`. What other orchestrators register is seen within a second.
+A hello brings the digest and the image of every contract that the agent serves. A registered digest passes; another
+one is checked against the contracts that are live, and is registered if it fits. So several contracts of a service are
+in use during a rolling upgrade: each agent is offered the tasks of its own contract, and tasks run with the values of
+the `ContractSet`. Contracts that other orchestrators register are seen within a second.
 """
 
 from __future__ import annotations
@@ -22,107 +22,121 @@ from orki.control.v1.session_pb2 import ServedService
 from orki_contract.errors import InvalidArgument, InvalidContract, OrkiError, UnknownMethod
 from orki_contract.images import message_class
 from orki_contract.model import TaskMethod
-from orki_server._admission import Admission, ContractSet, ServiceContract, off_loop
-from orki_server._store.store import Store
+from orki_server._admission import Admission, ContractSet, ServiceContract, run_in_thread
+from orki_server._store.contracts import Contracts
+from orki_server._store.fleet import Fleet
+from orki_server._store.store import StoreConnection
 
-_REFRESH_S: Final = 1.0
-"""Time between two looks at what other orchestrators have registered."""
-_CLEAN_S: Final = 10.0
-"""Time between two looks for contracts that are not live any more, and the shortest time that they are kept."""
+_REFRESH_INTERVAL: Final = 1.0
+"""Time between two reads of the contracts that other orchestrators registered."""
+_CLEAN_INTERVAL: Final = 10.0
+"""Time between two removals of contracts that are no longer live, and the minimum age of a removed contract."""
+_MAX_CLASSES: Final = 256
+"""Maximum number of cached message classes; building one takes milliseconds."""
 
 
 class ContractRegistry:
-    """RegisteredContract services, remembered from the store.
+    """Registered services, cached from the store."""
 
-    Args:
-        store: Where they are.
-        silence_us: Time without a heartbeat after which an agent counts as gone, in microseconds.
-        settle: Writes what is known here of agents that left; called before a refusal.
-    """
+    def __init__(
+        self,
+        connection: StoreConnection,
+        contracts: Contracts,
+        fleet: Fleet,
+        silence_timeout: float,
+        flush: Callable[[], Awaitable[None]],
+    ) -> None:
+        """Create the registry.
 
-    def __init__(self, store: Store, silence_us: int, settle: Callable[[], Awaitable[None]]) -> None:
-        self._store = store
-        self._admission = Admission(store.contracts, store.fleet, self._silent_since, settle)
-        self._families: dict[str, ContractSet] = {}
+        Args:
+            connection: The store's connection.
+            contracts: The registered contracts.
+            fleet: The agents.
+            silence_timeout: Time without a heartbeat after which an agent counts as gone.
+            flush: Writes the snapshots of agents that left; called before a contract is refused.
+        """
+        self._connection = connection
+        self._contracts = contracts
+        self._admission = Admission(contracts, fleet, self._silent_since, flush)
+        self._services: dict[str, ContractSet] = {}
         self._revisions: dict[str, str] = {}
         self._registered: set[str] = set()
         self._refreshed = 0.0
-        self._looking = asyncio.Lock()
-        self._silence_us = silence_us
-        self._watching_since = time.monotonic()
-        store.on_change(self._store_changed)
+        self._refreshing = asyncio.Lock()
+        self._silence_timeout = silence_timeout
+        self._up_since = time.monotonic()
+        connection.on_change(self._store_changed)
 
     async def run(self) -> None:
-        """Looks again and again what others registered, and forgets what is not live, until it is cancelled."""
+        """Refresh the cache and remove contracts that are no longer live, until cancelled."""
         cleaned = time.monotonic()
         while True:
-            await asyncio.sleep(_REFRESH_S)
-            await self._store.wait_up()
+            await asyncio.sleep(_REFRESH_INTERVAL)
+            await self._connection.wait_up()
             with contextlib.suppress(OrkiError):
                 await self.refresh()
-                if time.monotonic() - cleaned >= _CLEAN_S:
+                if time.monotonic() - cleaned >= _CLEAN_INTERVAL:
                     cleaned = time.monotonic()
-                    for service, family in list(self._families.items()):
-                        if len(family.contracts) > 1:
-                            await self._admission.clean(service, int(_CLEAN_S * 1000))
+                    for service, contracts in list(self._services.items()):
+                        if len(contracts.contracts) > 1:
+                            await self._admission.clean(service, _CLEAN_INTERVAL)
 
     async def refresh(self) -> None:
-        """Reads what is registered.
+        """Read the registered contracts.
 
         Raises:
-            StoreUnavailable: The store is away.
+            StoreUnavailable: The store is down.
         """
-        asked = time.monotonic()
-        async with self._looking:
-            if self._refreshed > asked:
-                # Somebody looked while we waited.
-                return
-            started = time.monotonic()
-            await self._look()
-            self._refreshed = started
+        requested = time.monotonic()
+        async with self._refreshing:
+            # A refresh that began while this call waited is recent enough.
+            if self._refreshed <= requested:
+                started = time.monotonic()
+                await self._read()
+                self._refreshed = started
 
-    async def _look(self) -> None:
-        revisions = await self._store.contracts.revisions()
-        new = [name for name, revision in revisions.items() if self._revisions.get(name) != revision]
-        for service, registered in (await self._store.contracts.registered(new)).items():
+    async def _read(self) -> None:
+        revisions = await self._contracts.revisions()
+        changed = [name for name, revision in revisions.items() if self._revisions.get(name) != revision]
+        for service, registered in (await self._contracts.registered(changed)).items():
+            # No orchestrator writes an unreadable image; an agent that serves it is refused with the details.
             with contextlib.suppress(InvalidContract):
-                # An image that cannot be read was written by nobody of us; whoever serves it is told so at its hello.
                 if registered:
                     contracts = [ServiceContract.of(each) for each in registered]
-                    self._families[service] = await off_loop(partial(ContractSet, contracts))
+                    self._services[service] = await run_in_thread(partial(ContractSet, contracts))
                     self._registered.add(service)
                     self._revisions[service] = revisions[service]
-        for service in self._families.keys() - revisions.keys():
-            # Its tasks stay known: the store may have lost them, and then hellos bring them again.
-            self._registered.discard(service)
-            self._revisions.pop(service, None)
+        for service in self._services.keys() - revisions.keys():
+            # Its methods stay known: the store may have lost the service, and hellos register it again.
+            self.invalidate(service)
 
-    def forget(self) -> None:
-        """The store lost what was registered: what agents bring is registered anew. Methods stay known meanwhile."""
+    def invalidate_all(self) -> None:
+        """The store lost the registered services: hellos register them again. Their methods stay known."""
         self._registered.clear()
         self._revisions.clear()
 
-    def overtaken(self, service: str) -> None:
-        """What is known of a service here is not what is registered: its contracts are looked at anew."""
+    def invalidate(self, service: str) -> None:
+        """Read the contracts of a service again, because the cache is out of date."""
         self._registered.discard(service)
         self._revisions.pop(service, None)
 
     async def method(self, full_name: str) -> TaskMethod:
-        """The task `package.Service/Method`, by the values that count now.
+        """Return the task `package.Service/Method` with the values that apply now.
 
         Raises:
-            UnknownMethod: Nobody has registered it.
-            StoreUnavailable: It is not known here, and the store is away.
+            UnknownMethod: The method is not registered.
+            StoreUnavailable: The method is not cached, and the store is down.
         """
         service, _, _ = full_name.partition("/")
-        known = self._families.get(service)
+        known = self._services.get(service)
         if known is None or full_name not in known.methods:
             await self.refresh()
-            known = self._families.get(service)
+            known = self._services.get(service)
             if known is None:
-                served = ", ".join(sorted(self._families)) or "none yet"
+                served = ", ".join(sorted(self._services)) or "none yet"
                 raise UnknownMethod(
-                    f"no agent has registered the service {service!r} (registered: {served}); start one that serves it"
+                    f"no agent has registered the service {service!r} (registered: {served}); "
+                    "start an agent that serves it"
                 )
             if full_name not in known.methods:
                 raise UnknownMethod(
@@ -131,78 +145,74 @@ class ContractRegistry:
         return known.methods[full_name]
 
     def leading(self, service: str) -> str:
-        """Digest of the contract under which tasks of a service are submitted now; empty for an unknown one."""
-        known = self._families.get(service)
+        """Return the digest of the contract under which tasks of a service are submitted; empty if it is unknown."""
+        known = self._services.get(service)
         return known.leading.digest if known else ""
 
     def methods_of(self, service: str, digest: str) -> tuple[TaskMethod, ...]:
-        """A service's tasks as one of its contracts declares them; none where it is not known."""
-        known = self._families.get(service)
+        """Return a service's tasks as one of its contracts declares them; none for an unknown contract."""
+        known = self._services.get(service)
         contract = known.contracts.get(digest) if known else None
         return tuple(contract.methods.values()) if contract else ()
 
     async def admit(self, agent_id: str, services: Iterable[ServedService]) -> None:
-        """Judges what an agent serves, and registers what is new.
+        """Check the services of an agent, and register new contracts.
 
         Raises:
-            InvalidContract: An image is none, lacks its service, or has another digest than was said.
-            ContractMismatch: A service is live under a contract with which this one breaks.
-            StoreUnavailable: The store is away.
+            InvalidContract: An image is malformed, lacks its service, or has another digest than declared.
+            ContractMismatch: A live contract of a service is incompatible with this one.
+            StoreUnavailable: The store is down.
         """
         for served in services:
-            known = self._families.get(served.service)
+            known = self._services.get(served.service)
             if known and served.digest in known.contracts and served.service in self._registered:
                 continue
             contract = ServiceContract(
                 service=served.service, digest=served.digest, image=served.image, version=served.version
             )
-            await off_loop(contract.check)
-            family = await self._admission.admit(contract, f"agent {agent_id} serves", agent_id=agent_id)
-            self._families[served.service] = family
+            await run_in_thread(contract.check)
+            self._services[served.service] = await self._admission.admit(
+                contract, f"agent {agent_id} serves", agent_id=agent_id
+            )
             self._registered.add(served.service)
-            # The next look tells what others did meanwhile.
+            # The next refresh reads the changes that others made meanwhile.
             self._revisions.pop(served.service, None)
 
     def _store_changed(self, up: bool) -> None:
         if up:
-            self._watching_since = time.monotonic()
+            self._up_since = time.monotonic()
 
-    def _silent_since(self) -> int:
-        """Who said nothing since then is gone; nobody is, while agents may not have had the chance to say anything."""
-        if (time.monotonic() - self._watching_since) * 1_000_000 < self._silence_us:
-            return 0
-        return time.time_ns() // 1000 - self._silence_us
-
-
-_MOST_CLASSES: Final = 256
-"""Message classes that are kept: each costs milliseconds to build, and some memory."""
+    def _silent_since(self) -> float:
+        """Return the time before which a last heartbeat means that the agent is gone; 0 while agents had no chance."""
+        if time.monotonic() - self._up_since < self._silence_timeout:
+            return 0.0
+        return time.time() - self._silence_timeout
 
 
 class PayloadCheck:
-    """Parses payloads by the contract that leads: whatever fits one of a service's live contracts fits that one.
+    """Checks that payloads are messages of the declared class, before an agent spends an attempt on them.
 
-    Args:
-        store: Has the contracts' images.
-        registry: Knows which contract leads.
+    Payloads are bytes, and a caller without generated code may send anything. They are parsed by the leading contract:
+    a payload that fits any live contract of a service fits that one.
     """
 
-    def __init__(self, store: Store, registry: ContractRegistry) -> None:
-        self._store = store
+    def __init__(self, contracts: Contracts, registry: ContractRegistry) -> None:
+        self._contracts = contracts
         self._registry = registry
-        self._looking = asyncio.Lock()
+        self._building = asyncio.Lock()
         self._classes: OrderedDict[tuple[str, str], type[Message] | None] = OrderedDict()
 
     async def request(self, method: TaskMethod, payload: bytes) -> None:
-        """Checks a request.
+        """Check a request.
 
         Raises:
-            InvalidArgument: It is no message of the method's class.
-            StoreUnavailable: The contract is not known here yet, and the store is away.
+            InvalidArgument: It is not a message of the method's class.
+            StoreUnavailable: The contract is not cached, and the store is down.
         """
         await self._check("request", method, method.request, payload)
 
     async def directive(self, method: TaskMethod, payload: bytes) -> None:
-        """Checks a directive; otherwise as `request`."""
+        """Check a directive. Raises as `request`."""
         await self._check("payload", method, method.directive, payload)
 
     async def _check(self, field: str, method: TaskMethod, name: str, payload: bytes) -> None:
@@ -212,33 +222,33 @@ class PayloadCheck:
         try:
             kind.FromString(payload)
         except DecodeError:
-            # The bytes may be secret: their number is all that is shown.
+            # The bytes may be secret, so the message shows only their number.
             raise InvalidArgument(
-                f"{field}: {len(payload)} bytes that are no {name}, which {method.full_name} takes; "
-                "serialise that message, as protobuf's binary format"
+                f"{field}: {len(payload)} bytes that are not a {name}, which {method.full_name} takes; "
+                "serialize that message in protobuf's binary format"
             ) from None
 
     async def _class(self, service: str, name: str) -> type[Message] | None:
-        """The class of a message; None where no image is at hand, and the agent has to judge."""
+        """Return the class of a message; None if no image is available, and the agent has to check."""
         key = (self._registry.leading(service), name)
         if key not in self._classes:
-            # A call may bring a thousand submissions: one of them looks, the others wait.
-            async with self._looking:
-                return self._classes[key] if key in self._classes else await self._look(service, *key)
+            # A call may have a thousand submissions: one of them builds the class, the others wait.
+            async with self._building:
+                return self._classes[key] if key in self._classes else await self._build(service, *key)
         self._classes.move_to_end(key)
         return self._classes[key]
 
-    async def _look(self, service: str, digest: str, name: str) -> type[Message] | None:
-        contracts = (await self._store.contracts.registered([service])).get(service, [])
+    async def _build(self, service: str, digest: str, name: str) -> type[Message] | None:
+        contracts = (await self._contracts.registered([service])).get(service, [])
         image = next((each.image for each in contracts if each.digest == digest), b"")
         if not image:
-            # Another orchestrator has just changed what leads, or the store has lost it: the next call looks again.
+            # Another orchestrator just changed the leading contract, or the store lost it: the next call tries again.
             return None
         try:
             kind = message_class(image, name)
         except InvalidContract:
             kind = None
         self._classes[digest, name] = kind
-        if len(self._classes) > _MOST_CLASSES:
+        if len(self._classes) > _MAX_CLASSES:
             self._classes.popitem(last=False)
         return kind

@@ -1,4 +1,8 @@
-"""One agent's session: its stream, its state machine, and the registry of sessions."""
+"""One agent's session: its gRPC stream, its state machine and its timer; and the registry of all sessions.
+
+Events of the machine go to a callback. Code that calls the machine from outside calls `changed` afterwards. The stream
+has one reader and one writer for its whole life: gRPC ends the call when one of them is cancelled.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,9 @@ from orki.control.v1.attempt_pb2 import AttemptRef
 from orki.control.v1.session_pb2 import ConnectRequest, ConnectResponse
 from orki.control.v1.task_pb2 import AgentSnapshot
 from orki_contract.errors import OrkiError, Overloaded, RemoteProtocolError
-from orki_control.attempt import AttemptKey, AttemptState
 from orki_control.session import (
+    AttemptKey,
+    AttemptState,
     HeartbeatArrived,
     OrchestratorEvent,
     OrchestratorSession,
@@ -23,86 +28,55 @@ from orki_control.session import (
     OrchestratorState,
 )
 
-_log = logging.getLogger("orki.server.sessions")
-
-
-class SessionRegistry:
-    """Sessions by agent id."""
-
-    def __init__(self) -> None:
-        self._sessions: dict[str, AgentSession] = {}
-
-    def __len__(self) -> int:
-        return len(self._sessions)
-
-    def __iter__(self) -> Iterator[AgentSession]:
-        return iter(list(self._sessions.values()))
-
-    def get(self, agent_id: str) -> AgentSession | None:
-        """The agent's session."""
-        return self._sessions.get(agent_id)
-
-    def enter(self, session: AgentSession) -> AgentSession | None:
-        """Takes in a welcomed session; the one that it replaces, if any.
-
-        The caller has made sure that no newer one is here.
-        """
-        older = self._sessions.get(session.agent_id)
-        self._sessions[session.agent_id] = session
-        return older
-
-    def leave(self, session: AgentSession) -> bool:
-        """Removes the session if it is still the agent's; a late end of an older one does not touch the newer."""
-        if self._sessions.get(session.agent_id) is not session:
-            return False
-        del self._sessions[session.agent_id]
-        return True
-
-
 StreamContext: TypeAlias = grpc.aio.ServicerContext[ConnectRequest, ConnectResponse]
 
-_LAST_WORDS_S: Final = 2.0
-"""Longest time for what is left to be said when a stream ends."""
-_WRITE_S: Final = 20.0
-"""Longest time for one write: an agent that does not read must not fill our memory."""
+_FLUSH_TIMEOUT: Final = 2.0
+"""Maximum time for writing the remaining messages when a stream ends."""
+_WRITE_TIMEOUT: Final = 20.0
+"""Maximum time for one write: an agent that does not read must not fill the memory."""
 _DIRECTIVES: Final = 1_000
-"""Most directives that wait to be written."""
+"""Maximum number of directives that wait to be written."""
+_log = logging.getLogger("orki.server.sessions")
 
 
 class AgentSession:
     """One stream of one agent.
 
     Attributes:
-        machine: The session's machine.
+        machine: The session's state machine.
         epoch: Number of the session among the agent's; 0 before the welcome.
         methods: Full names of the tasks that the agent serves; empty before the welcome.
-        cause: Why the stream ended, in words; empty while it lasts.
+        cause: Why the stream ended; empty while it is open.
         left: Whether the agent ended it after it had drained.
     """
 
     def __init__(
         self,
         options: OrchestratorSessionOptions,
-        told: Callable[[AgentSession, Sequence[OrchestratorEvent]], None],
+        handle: Callable[[AgentSession, Sequence[OrchestratorEvent]], None],
     ) -> None:
+        """Create the session of a new stream.
+
+        Args:
+            options: Options of the machine.
+            handle: Receives the machine's events.
+        """
         self.machine = OrchestratorSession(options, time.monotonic())
         self.epoch = 0
         self.methods: tuple[str, ...] = ()
         self.cause = ""
         self.left = False
         self._orchestrator_id = options.orchestrator_id
-        self._told = told
+        self._handle = handle
         self._loop = asyncio.get_running_loop()
         self._over = asyncio.Event()
-        self._words = asyncio.Event()
+        self._writable = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._due: float | None = None
         self._heartbeat: HeartbeatArrived | None = None
-        self._heard_us = 0
+        self._last_heartbeat_us = 0
         self._directives = 0
         self.changed()
-
-    # --- what others ask ---
 
     @property
     def agent_id(self) -> str:
@@ -116,12 +90,12 @@ class AgentSession:
 
     @property
     def free_slots(self) -> int:
-        """Offers that it takes now."""
+        """Number of offers that it takes now."""
         return self.machine.free_slots
 
     @property
     def over(self) -> bool:
-        """Whether the stream has ended or is about to."""
+        """Whether the stream has ended or is about to end."""
         return self._over.is_set()
 
     @property
@@ -131,7 +105,7 @@ class AgentSession:
         return {each.service: each.digest for each in hello.services} if hello else {}
 
     def snapshot(self) -> AgentSnapshot:
-        """The agent as it is now."""
+        """Return the current state of the agent."""
         hello, machine = self.machine.hello, self.machine
         assert hello is not None
         beat = self._heartbeat
@@ -144,36 +118,34 @@ class AgentSession:
             slots=hello.slots,
             attempts=[AttemptRef(task_id=key.task_id, attempt=key.attempt, fence=key.fence) for key in held],
             services=sorted(each.service for each in hello.services),
-            last_heartbeat_us=self._heard_us,
+            last_heartbeat_us=self._last_heartbeat_us,
             loop_lag_us=beat.loop_lag_us if beat else 0,
             memory_bytes=beat.memory_bytes if beat else 0,
             draining=self.left or machine.state is OrchestratorState.AGENT_DRAINING,
         )
 
-    def heard(self, beat: HeartbeatArrived | None = None) -> None:
-        """Notes a sign of life."""
-        self._heard_us = time.time_ns() // 1000
-        self._heartbeat = beat or self._heartbeat
-
-    # --- what others do ---
+    def record_heartbeat(self, heartbeat: HeartbeatArrived | None = None) -> None:
+        """Record that the agent is alive."""
+        self._last_heartbeat_us = time.time_ns() // 1000
+        self._heartbeat = heartbeat or self._heartbeat
 
     def changed(self) -> None:
-        """Somebody called into the machine: its words go out, its timer is armed anew."""
-        self._words.set()
+        """Send the machine's new messages and arm its timer; called after each call of the machine."""
+        self._writable.set()
         due = self.machine.next_timer()
         if due == self._due:
             return
         if self._timer is not None:
             self._timer.cancel()
         self._due = due
-        # The loop's clock and the machine's are the same monotonic one.
-        self._timer = None if due is None or self.over else self._loop.call_at(due, self._time)
+        # The loop's clock and the machine's are the same monotonic clock.
+        self._timer = None if due is None or self.over else self._loop.call_at(due, self._timer_fired)
 
     def direct(self, attempt: AttemptKey, payload: bytes) -> bool:
-        """Pushes a directive to a running attempt; False when this session does not hold it.
+        """Send a directive to a running attempt. Returns False if this session does not hold the attempt.
 
         Raises:
-            Overloaded: The agent does not keep up with its directives.
+            Overloaded: The agent does not read its directives fast enough.
             LocalProtocolError: The attempt is not accepted yet.
             TooLarge: The agent takes no message of that size.
         """
@@ -181,41 +153,39 @@ class AgentSession:
             raise Overloaded(
                 f"{_DIRECTIVES} directives wait for agent {self.agent_id}; send more once it has read them"
             )
-        passed = self.machine.direct(attempt, payload)
-        self._directives += passed
+        sent = self.machine.direct(attempt, payload)
+        self._directives += sent
         self.changed()
-        return passed
+        return sent
 
     def refuse(self, error: OrkiError) -> None:
-        """Refuses the session, and ends the stream."""
-        if self.machine.state in (OrchestratorState.AWAITING_HELLO, OrchestratorState.JUDGING):
+        """Refuse the session and end the stream."""
+        if self.machine.state in (OrchestratorState.AWAITING_HELLO, OrchestratorState.CHECKING_HELLO):
             self.machine.refuse_session(error)
         self.end(error.message)
 
     def replace(self, successor_instance_id: str) -> None:
-        """A newer session took this one's place. The instance is told, unless it did so itself."""
+        """End the session because a newer one began. Another instance is notified, the same one needs no message."""
         if successor_instance_id == self.instance_id:
-            self._tell(self.machine.connection_lost(time.monotonic()))
+            self._emit(self.machine.connection_lost(time.monotonic()))
         else:
-            self._tell(self.machine.replace(successor_instance_id))
+            self._emit(self.machine.replace(successor_instance_id))
         self.end(f"instance {successor_instance_id} has the session")
 
     def end(self, cause: str) -> None:
-        """Ends the stream once what is left was said."""
+        """End the stream after the remaining messages are written."""
         self.cause = self.cause or cause
         self._over.set()
         self.changed()
 
-    # --- the stream ---
-
     async def run(self, context: StreamContext) -> None:
-        """Serves the stream to its end; returns when it is over, and raises when gRPC cancels it."""
+        """Serve the stream until it ends."""
         reader = asyncio.create_task(self._read(context), name="orki session reader")
         writer = asyncio.create_task(self._write(context), name="orki session writer")
         try:
             await self._over.wait()
-            self._words.set()
-            await asyncio.wait([writer], timeout=_LAST_WORDS_S)
+            self._writable.set()
+            await asyncio.wait([writer], timeout=_FLUSH_TIMEOUT)
         finally:
             self._over.set()
             if self._timer is not None:
@@ -225,11 +195,11 @@ class AgentSession:
             await asyncio.gather(reader, writer, return_exceptions=True)
             self.cause = self.cause or "the stream ended"
             if self.machine.state is not OrchestratorState.ENDED:
-                self._judge_end()
-                self._tell(self.machine.connection_lost(time.monotonic()))
+                self._detect_leave()
+                self._emit(self.machine.connection_lost(time.monotonic()))
 
-    def _judge_end(self) -> None:
-        """Whether the agent went as it had announced: it said that it drains, and runs nothing any more."""
+    def _detect_leave(self) -> None:
+        """Set `left` if the agent announced that it drains and runs nothing any more."""
         running = (AttemptState.RUNNING, AttemptState.CANCELLING)
         if self.machine.state is OrchestratorState.AGENT_DRAINING:
             self.left = not any(state in running for state in self.machine.attempts.values())
@@ -256,14 +226,13 @@ class AgentSession:
         try:
             events = self.machine.receive_batch(request.messages, time.monotonic())
         except RemoteProtocolError as error:
-            _log.warning("agent %s broke the session's protocol: %s", self.agent_id or "(unknown)", error.message)
+            _log.warning("agent %s violated the session protocol: %s", self.agent_id or "(unknown)", error.message)
             self.end(error.message)
             return
-        self._tell(events)
+        self._emit(events)
         self.changed()
 
     async def _write(self, context: StreamContext) -> None:
-        """Each write carries all that has gathered since the one before."""
         try:
             while True:
                 batch = self.machine.messages_to_send()
@@ -271,27 +240,57 @@ class AgentSession:
                     self._directives = 0
                     if self.over:
                         return
-                    self._words.clear()
-                    await self._words.wait()
+                    self._writable.clear()
+                    await self._writable.wait()
                     continue
-                stuck = self._loop.call_later(_WRITE_S, self._stuck)
+                timeout = self._loop.call_later(_WRITE_TIMEOUT, self._write_timed_out)
                 try:
                     await context.write(batch)
                 finally:
-                    stuck.cancel()
+                    timeout.cancel()
         except (grpc.RpcError, grpc.aio.BaseError) as error:
             self.end(f"the stream broke: {error}")
 
-    def _stuck(self) -> None:
-        error = Overloaded(f"agent {self.agent_id} has not read for {_WRITE_S:g} s")
+    def _write_timed_out(self) -> None:
+        error = Overloaded(f"agent {self.agent_id} has not read for {_WRITE_TIMEOUT:g} s")
         _log.warning("%s; its stream is ended", error.message)
         self.end(error.message)
 
-    def _time(self) -> None:
+    def _timer_fired(self) -> None:
         self._due = None
-        self._tell(self.machine.handle_timer(time.monotonic()))
+        self._emit(self.machine.handle_timer(time.monotonic()))
         self.changed()
 
-    def _tell(self, events: Sequence[OrchestratorEvent]) -> None:
+    def _emit(self, events: Sequence[OrchestratorEvent]) -> None:
         if events:
-            self._told(self, events)
+            self._handle(self, events)
+
+
+class SessionRegistry:
+    """The newest session of each agent."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[str, AgentSession] = {}
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __iter__(self) -> Iterator[AgentSession]:
+        return iter(list(self._sessions.values()))
+
+    def get(self, agent_id: str) -> AgentSession | None:
+        """Return the agent's session, if it has one here."""
+        return self._sessions.get(agent_id)
+
+    def add(self, session: AgentSession) -> AgentSession | None:
+        """Add a welcomed session, which must be the agent's newest. Returns the session that it replaces."""
+        older = self._sessions.get(session.agent_id)
+        self._sessions[session.agent_id] = session
+        return older
+
+    def remove(self, session: AgentSession) -> bool:
+        """Remove a session. Returns False, and changes nothing, if the agent has a newer one."""
+        if self._sessions.get(session.agent_id) is not session:
+            return False
+        del self._sessions[session.agent_id]
+        return True

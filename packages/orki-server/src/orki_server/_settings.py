@@ -1,26 +1,26 @@
-"""The orchestrator's settings: where they come from, and what is refused.
+"""The orchestrator's settings: sources, defaults and validation.
 
-A flag wins over the environment, the environment over the configuration file. Every setting has one name:
-`--accept-timeout-ms` as a flag, `ORKI_ACCEPT_TIMEOUT_MS` in the environment, `accept_timeout_ms` under `[orchestrator]`
-in the file. The two URLs leave `-url` out of their flags.
+A flag takes precedence over the environment, and the environment over the configuration file. Each setting has one
+name: `--accept-timeout-ms` as a flag, `ORKI_ACCEPT_TIMEOUT_MS` in the environment, `accept_timeout_ms` under
+`[orchestrator]` in the file. The flags of the two URLs omit `-url`. Settings are integers with a unit in the name;
+`OrchestratorOptions` has durations in seconds.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import ipaddress
 import os
 import re
 import socket
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 from orki_contract.errors import InvalidSetting
-from orki_server._store.connection import address_of
+from orki_events.connection import Address, parse_address
 
 TABLE: Final = "orchestrator"
 """Name of the table in the configuration file."""
@@ -29,29 +29,29 @@ _LISTEN: Final = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(?P<p
 
 
 def default_orchestrator_id() -> str:
-    """A name for this process and its run."""
+    """Return a name for this run of this process."""
     return f"{socket.gethostname()[:64]}-{os.getpid()}@{os.urandom(4).hex()}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OrchestratorOptions:
-    """How an orchestrator runs. Times are whole milliseconds, sizes bytes.
+    """Options of an orchestrator.
 
     Attributes:
         listen: HOST:PORT for agents and submitters; port 0 takes a free one. Loopback only, as nothing is encrypted.
-        redis_url: URL of the Redis or Valkey that holds the store.
-        events_url: URL of the Redis that holds the event plane; empty: the same.
-        orchestrator_id: Name of this process and its run.
-        shards: Parts of the store; fixed at its first start.
-        heartbeat_interval_ms: Time between heartbeats; after three without a word a peer counts as gone.
-        hello_timeout_ms: Longest wait for a hello.
-        accept_timeout_ms: Time within which an agent answers an offer.
-        max_message_bytes: Longest gRPC message.
-        retention_ms: How long finished tasks are kept.
-        progress_kept: Entries of progress that are kept of a task, about.
-        drain_grace_ms: Time between saying that we stop and stopping.
-        sweep_interval_ms: Longest time between two looks at the timers.
-        max_sessions: Most agents at once.
+        redis_url: URL of the Redis or Valkey server with the store.
+        events_url: URL of the server with the event plane; empty: the same.
+        orchestrator_id: Name of this run of this process.
+        shards: Number of shards of the store; fixed when it is first used.
+        heartbeat_interval: Time between heartbeats; after three missed ones a peer counts as gone.
+        hello_timeout: Maximum wait for a hello.
+        accept_timeout: Time within which an agent answers an offer.
+        max_message_bytes: Maximum size of a gRPC message.
+        retention: Time for which finished tasks are kept.
+        progress_kept: Approximate number of progress entries kept per task.
+        drain_grace: Time for running attempts to end when the orchestrator stops.
+        sweep_interval: Maximum time between two sweeps of the timers.
+        max_sessions: Maximum number of agents.
     """
 
     listen: str = "127.0.0.1:50051"
@@ -59,33 +59,31 @@ class OrchestratorOptions:
     events_url: str = ""
     orchestrator_id: str = field(default_factory=default_orchestrator_id)
     shards: int = 8
-    heartbeat_interval_ms: int = 2_000
-    hello_timeout_ms: int = 10_000
-    accept_timeout_ms: int = 3_000
+    heartbeat_interval: float = 2.0
+    hello_timeout: float = 10.0
+    accept_timeout: float = 3.0
     max_message_bytes: int = 4 << 20
-    retention_ms: int = 3_600_000
+    retention: float = 3_600.0
     progress_kept: int = 1_000
-    drain_grace_ms: int = 3_000
-    sweep_interval_ms: int = 100
+    drain_grace: float = 3.0
+    sweep_interval: float = 0.1
     max_sessions: int = 10_000
 
     def __post_init__(self) -> None:
         parse_listen(self.listen)
-        address_of(self.redis_url)
-        if self.events_url:
-            address_of(self.events_url)
+        _ = self.store_address, self.events_address
         if not _NAME.match(self.orchestrator_id):
             raise InvalidSetting(
                 f"orchestrator_id {self.orchestrator_id!r}: use 1 to 200 letters, digits, `-`, `_`, `.` or `@`"
             )
-        for name, low, high in _RANGES:
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise InvalidSetting(f"{name} {value}: use a number from {low} to {high}")
+        settings = _settings(self)
+        for name, (low, high) in _RANGES.items():
+            if not low <= settings[name] <= high:
+                raise InvalidSetting(f"{name} {settings[name]}: use a number from {low} to {high}")
 
     @property
     def max_payload_bytes(self) -> int:
-        """Longest request, response, progress or directive: what fits into a message beside its names."""
+        """Maximum size of a request, response, progress or directive: a message without its other fields."""
         return self.max_message_bytes - 64 * 1024
 
     @property
@@ -93,26 +91,51 @@ class OrchestratorOptions:
         """URL of the event plane."""
         return self.events_url or self.redis_url
 
+    @property
+    def store_address(self) -> Address:
+        """The store's server."""
+        return parse_address(self.redis_url, role="store")
 
-_RANGES: Final = (
-    ("shards", 1, 1024),
-    ("heartbeat_interval_ms", 10, 3_600_000),
-    ("hello_timeout_ms", 10, 600_000),
-    ("accept_timeout_ms", 10, 600_000),
-    ("max_message_bytes", 256 * 1024, 256 << 20),
-    ("retention_ms", 1, 366 * 86_400_000),
-    ("progress_kept", 1, 1_000_000),
-    ("drain_grace_ms", 0, 600_000),
-    ("sweep_interval_ms", 1, 60_000),
-    ("max_sessions", 1, 1_000_000),
-)
+    @property
+    def events_address(self) -> Address:
+        """The event plane's server."""
+        return parse_address(self.events_at)
+
+
+_RANGES: Final = {
+    "shards": (1, 1024),
+    "heartbeat_interval_ms": (10, 3_600_000),
+    "hello_timeout_ms": (10, 600_000),
+    "accept_timeout_ms": (10, 600_000),
+    "max_message_bytes": (256 * 1024, 256 << 20),
+    "retention_ms": (1, 366 * 86_400_000),
+    "progress_kept": (1, 1_000_000),
+    "drain_grace_ms": (0, 600_000),
+    "sweep_interval_ms": (1, 60_000),
+    "max_sessions": (1, 1_000_000),
+}
+# Options by the name of their setting. Durations are the only floats.
+_OPTIONS: Final = {
+    each.name + "_ms" if each.type == "float" else each.name: each for each in fields(OrchestratorOptions)
+}
+_KINDS: Final[dict[str, type]] = {name: str if each.type == "str" else int for name, each in _OPTIONS.items()}
+
+
+def _settings(options: OrchestratorOptions) -> dict[str, Any]:
+    values = {name: getattr(options, each.name) for name, each in _OPTIONS.items()}
+    return {name: round(value * 1000) if isinstance(value, float) else value for name, value in values.items()}
+
+
+def default_settings() -> dict[str, Any]:
+    """Return the default of each setting by its name."""
+    return _settings(OrchestratorOptions())
 
 
 def parse_listen(listen: str) -> tuple[str, int]:
-    """Host and port of a listen address.
+    """Return host and port of a listen address.
 
     Raises:
-        InvalidSetting: It is none, or is reachable from other hosts.
+        InvalidSetting: It is malformed, or reachable from other hosts.
     """
     match = _LISTEN.match(listen)
     if match is None or int(match["port"]) > 65_535:
@@ -121,7 +144,7 @@ def parse_listen(listen: str) -> tuple[str, int]:
     if not _is_loopback(host):
         raise InvalidSetting(
             f"listen {listen}: only loopback (127.0.0.1, [::1], localhost) is allowed, as the connection is not "
-            "encrypted; for other hosts put a proxy with TLS before it"
+            "encrypted; for other hosts, use a proxy with TLS"
         )
     return host, int(match["port"])
 
@@ -138,39 +161,48 @@ def _is_loopback(host: str) -> bool:
 def load_options(
     flags: Mapping[str, Any], environment: Mapping[str, str], file: Path | None = None
 ) -> OrchestratorOptions:
-    """The options from all three places.
+    """Return the options from all three sources.
 
     Args:
-        flags: Settings given on the command line, by field name; None for those that were not.
-        environment: The process's environment; of it the names of the settings are read.
+        flags: Settings of the command line, by name; None for those that were not given.
+        environment: The process's environment.
         file: Configuration file in TOML.
 
     Raises:
-        InvalidSetting: A setting is unknown, malformed or out of its range; the message says where it was given.
+        InvalidSetting: A setting is unknown, malformed or out of range; the message names its source.
     """
     values: dict[str, Any] = {}
     if file is not None:
         values.update(_from_file(file))
-    for name, kind in _kinds().items():
+    for name, kind in _KINDS.items():
         variable = f"ORKI_{name.upper()}"
         if variable in environment:
             values[name] = _typed(environment[variable], kind, f"the environment variable {variable}")
     for name, value in flags.items():
         if value is None:
             continue
-        if name not in _kinds():
-            raise InvalidSetting(f"unknown option {name!r}; known: {', '.join(_kinds())}")
-        if name in ("redis_url", "events_url") and urlsplit(str(value)).password:
+        if name not in _KINDS:
+            raise InvalidSetting(f"unknown option {name!r}; known: {', '.join(_KINDS)}")
+        if name in ("redis_url", "events_url") and _has_password(str(value)):
             raise InvalidSetting(
-                f"--{name.removesuffix('_url')}: a password on the command line can be read by anybody on this host; "
+                f"--{name.removesuffix('_url')}: a password on the command line is visible to all users of this host; "
                 f"give the URL in the environment variable ORKI_{name.upper()} or in the configuration file"
             )
         values[name] = value
-    return OrchestratorOptions(**values)
+    return OrchestratorOptions(
+        **{
+            _OPTIONS[name].name: value / 1000 if _OPTIONS[name].type == "float" else value
+            for name, value in values.items()
+        }
+    )
 
 
-def _kinds() -> dict[str, type]:
-    return {each.name: int if each.type == "int" else str for each in dataclasses.fields(OrchestratorOptions)}
+def _has_password(url: str) -> bool:
+    try:
+        return bool(urlsplit(url).password)
+    except ValueError:
+        # The URL is malformed; its validation follows, and its message does not show the URL.
+        return False
 
 
 def _from_file(file: Path) -> dict[str, Any]:
@@ -185,13 +217,12 @@ def _from_file(file: Path) -> dict[str, Any]:
     table = content.get(TABLE, {})
     if not isinstance(table, dict):
         raise InvalidSetting(f"the configuration file {file}: {TABLE} must be a table, [{TABLE}]")
-    kinds = _kinds()
     for name, value in table.items():
         where = f"the configuration file {file}: {name} under [{TABLE}]"
-        if name not in kinds:
-            raise InvalidSetting(f"{where} is unknown; known: {', '.join(kinds)}")
-        if type(value) is not kinds[name]:
-            raise InvalidSetting(f"{where} must be {'a number' if kinds[name] is int else 'text'}, not {value!r}")
+        if name not in _KINDS:
+            raise InvalidSetting(f"{where} is unknown; known: {', '.join(_KINDS)}")
+        if type(value) is not _KINDS[name]:
+            raise InvalidSetting(f"{where} must be {'a number' if _KINDS[name] is int else 'text'}, not {value!r}")
     return table
 
 

@@ -1,4 +1,4 @@
-"""TaskService: what submitters ask."""
+"""TaskService: submits, reads, watches, cancels and directs tasks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Final
 
 from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import Failure, TaskState
-from orki.control.v1.task_pb2 import WatchResponse
 from orki.control.v1.task_pb2_grpc import TaskServiceServicer
 from orki_contract.errors import (
     Draining,
@@ -24,77 +23,169 @@ from orki_contract.errors import (
     UnknownTask,
 )
 from orki_contract.trace import new_span, parse_traceparent
-from orki_control.attempt import AttemptKey
+from orki_control.session import AttemptKey
+from orki_server._keys import new_task_id, shard_of_key
 from orki_server._registry import ContractRegistry, PayloadCheck
-from orki_server._requests import MOST_SUBMISSIONS, Context, RequestRules, actor_of, typed, typed_stream
+from orki_server._requests import MAX_SUBMISSIONS, Context, RequestRules, actor_of, typed, typed_stream
 from orki_server._session import SessionRegistry
 from orki_server._sessions import failure_text
-from orki_server._store.fleet import submission_digest
-from orki_server._store.ids import new_task_id, shard_of_key
-from orki_server._store.operations import Cancel, Direct, Submit, Submitted
-from orki_server._store.queries import TERMINAL, ReadTask
+from orki_server._store.lifecycle import TERMINAL
 from orki_server._store.store import Store
+from orki_server._store.tasks import Cancel, Direct, ReadTask, Submit, Submitted, list_tasks, submission_digest
 
-_GONE: Final = "there is no task {}"
+_PAGE: Final = 100
+"""Maximum number of progress entries in one read."""
+_SETTLE: Final = 0.005
+"""Transitions come in bursts: one read serves those that follow within this time. An end is read at once."""
+_POLL: Final = 1.0
+"""Maximum time between two reads: another orchestrator may have changed the task."""
+
+
+@dataclass(slots=True, eq=False)
+class _Watcher:
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Watchers:
+    """Follows tasks."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._watchers: dict[str, set[_Watcher]] = {}
+
+    def changed(self, task_id: str, ended: bool) -> None:
+        """The task has changed or has progress."""
+        for watcher in self._watchers.get(task_id, ()):
+            watcher.changed.set()
+            if ended:
+                watcher.ended.set()
+
+    async def follow(self, task_id: str, after: str) -> AsyncIterator[pb.WatchResponse]:
+        """Yield a task's snapshots and progress until its end.
+
+        A snapshot comes first and after every transition. The last message is the snapshot with the final state. For a
+        task that has ended already, the progress comes before that snapshot, which is the only one.
+
+        Args:
+            task_id: The task.
+            after: Cursor of the last progress that the caller has; empty for the beginning.
+
+        Raises:
+            UnknownTask: The task does not exist, or no longer.
+            StoreUnavailable: The store is down at the first read; later reads wait for it.
+        """
+        revision = 0
+        with self._watch(task_id) as watcher:
+            while True:
+                watcher.changed.clear()
+                try:
+                    view = await self._store.apply(ReadTask(task_id, _PAGE, after))
+                except StoreUnavailable:
+                    if not revision:
+                        raise
+                    await self._store.connection.wait_up()
+                    continue
+                if view is None:
+                    raise UnknownTask(f"there is no task {task_id}")
+                ended = view.task.state in TERMINAL
+                if view.task.revision != revision and not ended:
+                    yield pb.WatchResponse(task=view.task)
+                revision = view.task.revision
+                for progress in view.progress:
+                    after = progress.cursor
+                    yield pb.WatchResponse(progress=progress)
+                if len(view.progress) == _PAGE:
+                    continue
+                if ended:
+                    yield pb.WatchResponse(task=view.task)
+                    return
+                await _wait(watcher.changed, _POLL)
+                await _wait(watcher.ended, _SETTLE)
+
+    @contextlib.contextmanager
+    def _watch(self, task_id: str) -> Iterator[_Watcher]:
+        watcher = _Watcher()
+        self._watchers.setdefault(task_id, set()).add(watcher)
+        try:
+            yield watcher
+        finally:
+            others = self._watchers[task_id]
+            others.discard(watcher)
+            if not others:
+                del self._watchers[task_id]
+
+
+async def _wait(event: asyncio.Event, timeout: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout):
+            await event.wait()
 
 
 class TaskServicer(TaskServiceServicer):
     """Serves submitters.
 
-    Args:
-        store: Where tasks are.
-        registry: Which methods there are.
-        roster: Who runs them.
-        watchers: Follow tasks.
-        rules: Check requests.
-        queued: Called with a shard that has a queued task.
-        moved: Called with a task that changed, and whether it ended.
+    Attributes:
+        draining: Whether new submissions are refused.
     """
 
-    def __init__(  # one parameter for each neighbour
+    def __init__(
         self,
         store: Store,
         registry: ContractRegistry,
-        roster: SessionRegistry,
+        payloads: PayloadCheck,
+        sessions: SessionRegistry,
         watchers: Watchers,
         rules: RequestRules,
-        queued: Callable[[int], None],
-        moved: Callable[[str, bool], None],
+        on_queued: Callable[[int], None],
+        on_change: Callable[[str, bool], None],
     ) -> None:
+        """Create the servicer.
+
+        Args:
+            store: The store.
+            registry: The registered methods.
+            payloads: Checks requests and directives.
+            sessions: The agents.
+            watchers: Follow tasks.
+            rules: Validate requests.
+            on_queued: Called with a shard that has a queued task.
+            on_change: Called with a task that changed, and whether it ended.
+        """
         self._store = store
         self._registry = registry
-        self._roster = roster
+        self._payloads = payloads
+        self._sessions = sessions
         self._watchers = watchers
         self._rules = rules
-        self._payloads = PayloadCheck(store, registry)
-        self._queued = queued
-        self._moved = moved
+        self._on_queued = on_queued
+        self._on_change = on_change
         self._numbers = itertools.count()
         self.draining = False
 
     @typed
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.SubmitResponse:
-        """Each submission is judged by itself; when the store takes none of them, the call fails as a whole."""
+        """Submit tasks. Each has its own outcome; if the store takes none of them, the whole call fails."""
         if self.draining:
-            raise Draining("this orchestrator stops; submit again in a moment")
+            raise Draining("this orchestrator is stopping; submit again in a moment")
         count = len(request.submissions)
-        if not 1 <= count <= MOST_SUBMISSIONS:
-            raise InvalidArgument(f"submissions: from 1 to {MOST_SUBMISSIONS} in one call, not {count}")
+        if not 1 <= count <= MAX_SUBMISSIONS:
+            raise InvalidArgument(f"submissions: from 1 to {MAX_SUBMISSIONS} in one call, not {count}")
         actor = actor_of(context)
-        settled = await asyncio.gather(
+        results = await asyncio.gather(
             *(self._submit(each, actor) for each in request.submissions), return_exceptions=True
         )
         outcomes = []
-        for each in settled:
+        for each in results:
             if isinstance(each, pb.TaskSnapshot):
                 outcomes.append(pb.SubmitOutcome(task=each))
             elif isinstance(each, OrkiError):
                 outcomes.append(pb.SubmitOutcome(failure=Failure(reason=each.reason, message=each.message)))
             else:
                 raise each
-        away = [each for each in settled if isinstance(each, StoreUnavailable)]
-        if len(away) == count:
-            raise away[0]
+        unavailable = [each for each in results if isinstance(each, StoreUnavailable)]
+        if len(unavailable) == count:
+            raise unavailable[0]
         return pb.SubmitResponse(outcomes=outcomes)
 
     async def _submit(self, submission: pb.Submission, actor: str) -> pb.TaskSnapshot:
@@ -103,8 +194,8 @@ class TaskServicer(TaskServiceServicer):
         await self._payloads.request(method, submission.request)
         key = submission.idempotency_key
         shard = shard_of_key(key, self._store.shards) if key else next(self._numbers) % self._store.shards
-        above = parse_traceparent(submission.traceparent)
-        span = above.child() if above else new_span()
+        parent = parse_traceparent(submission.traceparent)
+        span = parent.child() if parent else new_span()
         submitted = await self._store.apply(
             Submit(
                 task_id=new_task_id(shard),
@@ -117,91 +208,91 @@ class TaskServicer(TaskServiceServicer):
                 contract=self._registry.leading(method.service),
             )
         )
-        if submitted.word == "new":
-            self._queued(shard)
-            self._moved(submitted.task_id, False)
-            return _fresh(submitted, submission.method, span.traceparent)
-        if submitted.word == "conflict":
+        if submitted.status == "new":
+            self._on_queued(shard)
+            self._on_change(submitted.task_id, False)
+            return _new_snapshot(submitted, submission.method, span.traceparent)
+        if submitted.status == "conflict":
             raise IdempotencyConflict(
                 f"idempotency_key {key[:64]!r} belongs to task {submitted.task_id}, which has another method or request"
             )
-        return await self._look(submitted.task_id)
+        return await self._read(submitted.task_id)
 
     @typed
     async def Get(self, request: pb.GetRequest, context: Context) -> pb.GetResponse:
-        """The task as it is now."""
-        return pb.GetResponse(task=await self._look(self._rules.task_id(request.task_id)))
+        """Return a task."""
+        return pb.GetResponse(task=await self._read(self._rules.task_id(request.task_id)))
 
     @typed_stream
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchResponse]:
-        """Follows a task to its end; see `Watchers.follow`."""
+        """Follow a task to its end; see `Watchers.follow`."""
         self._rules.watch(request)
-        async for news in self._watchers.follow(request.task_id, request.after):
-            yield news
+        async for response in self._watchers.follow(request.task_id, request.after):
+            yield response
 
     @typed
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
-        """Asks for a task's end: noted in the store first, so that it outlives us, then told to the agent."""
+        """Request a task's end. The request is stored before it is sent to the agent."""
         self._rules.cancel(request)
-        words = failure_text(request.message)
-        asked = await self._store.apply(Cancel(request.task_id, words, actor_of(context)))
-        if asked.word == "unknown":
-            raise UnknownTask(_GONE.format(request.task_id))
-        session = self._roster.get(asked.agent_id)
-        if asked.word in ("asked", "again") and session is not None:
-            session.machine.cancel(asked.attempt, grace_ms=asked.grace_ms, message=words)
+        message = failure_text(request.message)
+        reply = await self._store.apply(Cancel(request.task_id, message, actor_of(context)))
+        if reply.status == "unknown":
+            raise UnknownTask(f"there is no task {request.task_id}")
+        session = self._sessions.get(reply.agent_id)
+        if reply.status in ("requested", "repeated") and session is not None:
+            session.machine.cancel(reply.attempt, grace_ms=round(reply.cancel_grace * 1000), message=message)
             session.changed()
-        if asked.word in ("asked", "done"):
-            self._moved(request.task_id, asked.word == "done")
-        return pb.CancelResponse(task=await self._look(request.task_id))
+        if reply.status in ("requested", "done"):
+            self._on_change(request.task_id, reply.status == "done")
+        return pb.CancelResponse(task=await self._read(request.task_id))
 
     @typed
     async def Direct(self, request: pb.DirectRequest, context: Context) -> pb.DirectResponse:
-        """Sends a directive to a running task, whose agent must have a session here."""
+        """Send a directive to a running task, whose agent must have a session here."""
         self._rules.direct(request)
-        task = await self._look(request.task_id)
+        task = await self._read(request.task_id)
         method = await self._registry.method(task.method)
         if not method.directive:
             raise NotDirectable(f"{task.method} declares no directive")
         await self._payloads.directive(method, request.payload)
-        session = self._roster.get(task.agent_id)
+        session = self._sessions.get(task.agent_id)
         if task.state != TaskState.TASK_STATE_RUNNING or session is None:
             state = TaskState.Name(task.state).removeprefix("TASK_STATE_").lower()
-            where = "" if session else f", and agent {task.agent_id!r} has no session here now"
+            where = "" if session else f", and agent {task.agent_id!r} has no session here"
             raise NotDirectable(f"task {task.task_id} is {state}{where}; a directive needs a running attempt")
         # The agent may serve an older contract than the one that declares the directive.
         served = self._registry.methods_of(method.service, session.digests.get(method.service, ""))
         if any(each.full_name == task.method and not each.directive for each in served):
             raise NotDirectable(f"agent {task.agent_id} serves {task.method} by a contract that declares no directive")
         key = AttemptKey.of(task.attempt)
-        asked = await self._store.apply(Direct(key, len(request.payload), actor_of(context)))
-        if asked.word != "running":
-            raise NotDirectable(f"task {task.task_id} does not run attempt {key.attempt} any more")
+        reply = await self._store.apply(Direct(key, len(request.payload), actor_of(context)))
+        if reply.status != "running":
+            raise NotDirectable(f"task {task.task_id} no longer runs attempt {key.attempt}")
         try:
-            passed = session.direct(key, request.payload)
+            sent = session.direct(key, request.payload)
         except LocalProtocolError:
-            passed = False
-        if not passed:
-            raise NotDirectable(f"agent {task.agent_id} does not hold {key} now; ask again in a moment")
-        self._moved(request.task_id, False)
+            sent = False
+        if not sent:
+            raise NotDirectable(f"agent {task.agent_id} does not hold {key} now; try again in a moment")
+        self._on_change(request.task_id, False)
         return pb.DirectResponse(attempt=key.ref())
 
     @typed
     async def List(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:
-        """A page of tasks, newest first, without their responses: `Get` has those."""
+        """Return a page of tasks, newest first and without responses."""
         which, page_size = self._rules.list(request)
-        tasks, token = await self._store.page(which, page_size, request.page_token)
+        tasks, token = await list_tasks(self._store, which, page_size, request.page_token)
         return pb.ListResponse(tasks=tasks, next_page_token=token)
 
-    async def _look(self, task_id: str) -> pb.TaskSnapshot:
-        seen = await self._store.apply(ReadTask(task_id))
-        if seen is None:
-            raise UnknownTask(_GONE.format(task_id))
-        return seen.task
+    async def _read(self, task_id: str) -> pb.TaskSnapshot:
+        view = await self._store.apply(ReadTask(task_id))
+        if view is None:
+            raise UnknownTask(f"there is no task {task_id}")
+        return view.task
 
 
-def _fresh(submitted: Submitted, method: str, traceparent: str) -> pb.TaskSnapshot:
-    """A new task, without another look at the store."""
+def _new_snapshot(submitted: Submitted, method: str, traceparent: str) -> pb.TaskSnapshot:
+    """Return the snapshot of a new task without reading it from the store."""
     return pb.TaskSnapshot(
         task_id=submitted.task_id,
         method=method,
@@ -210,92 +301,3 @@ def _fresh(submitted: Submitted, method: str, traceparent: str) -> pb.TaskSnapsh
         traceparent=traceparent,
         revision=1,
     )
-
-
-_PAGE: Final = 100
-"""Most entries of progress in one look."""
-_SETTLE_S: Final = 0.005
-"""Transitions come in bursts: one look serves those that follow each other this closely. An end is seen at once."""
-_POLL_S: Final = 1.0
-"""Longest time between two looks: the transition may have been another orchestrator's."""
-
-
-@dataclass(slots=True, eq=False)
-class _Watcher:
-    news: asyncio.Event = field(default_factory=asyncio.Event)
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-class Watchers:
-    """Those who follow tasks."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._watchers: dict[str, set[_Watcher]] = {}
-
-    def moved(self, task_id: str, ended: bool) -> None:
-        """The task has changed, or has news."""
-        for watcher in self._watchers.get(task_id, ()):
-            watcher.news.set()
-            if ended:
-                watcher.ended.set()
-
-    async def follow(self, task_id: str, after: str) -> AsyncIterator[WatchResponse]:
-        """News of a task until its end.
-
-        A snapshot comes first, and at every transition; the last message is the one with the terminal state. Of a task
-        that has ended already, the progress comes before that message, which is then the only snapshot.
-
-        Args:
-            task_id: The task.
-            after: Cursor of the last progress that was seen; "" for the beginning.
-
-        Raises:
-            UnknownTask: There is none of that id, or it was forgotten.
-            StoreUnavailable: The store is away at the first look; at later ones, it is waited for.
-        """
-        revision = 0
-        with self._watch(task_id) as watcher:
-            while True:
-                watcher.news.clear()
-                try:
-                    seen = await self._store.apply(ReadTask(task_id, _PAGE, after))
-                except StoreUnavailable:
-                    if not revision:
-                        raise
-                    await self._store.wait_up()
-                    continue
-                if seen is None:
-                    raise UnknownTask(f"there is no task {task_id}")
-                ended = seen.task.state in TERMINAL
-                if seen.task.revision != revision and not ended:
-                    yield WatchResponse(task=seen.task)
-                revision = seen.task.revision
-                for progress in seen.progress:
-                    after = progress.cursor
-                    yield WatchResponse(progress=progress)
-                if len(seen.progress) == _PAGE:
-                    continue
-                if ended:
-                    yield WatchResponse(task=seen.task)
-                    return
-                await _wait(watcher.news, _POLL_S)
-                await _wait(watcher.ended, _SETTLE_S)
-
-    @contextlib.contextmanager
-    def _watch(self, task_id: str) -> Iterator[_Watcher]:
-        watcher = _Watcher()
-        self._watchers.setdefault(task_id, set()).add(watcher)
-        try:
-            yield watcher
-        finally:
-            left = self._watchers[task_id]
-            left.discard(watcher)
-            if not left:
-                del self._watchers[task_id]
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()

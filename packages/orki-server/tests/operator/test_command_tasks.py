@@ -175,7 +175,7 @@ async def test_who_drained_has_left_and_who_broke_off_is_lost(
     (agent,) = json.loads((await orki("agents", "--json", **at)).out)
     assert (agent["connected"], agent["draining"]) == (False, drains)
     # As later, when it has been silent for long.
-    monkeypatch.setattr(orchestrator._fleet, "_silent_us", -60_000_000)
+    monkeypatch.setattr(orchestrator._fleet, "_silence_timeout", -60.0)
     assert state in (await orki("agents", **at)).out.split()
 
 

@@ -1,296 +1,299 @@
-"""What every transition is: one atomic operation of a shard's script, and what its answer means."""
+"""The operations of agents and of the orchestrator: arguments for the script and decoded replies."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar, Generic, TypeAlias, TypeVar
+from typing import ClassVar
 
 from orki.control.v1.attempt_pb2 import TaskState
 from orki.errors.v1.errors_pb2 import Reason
-from orki_contract.model import TaskMethod, milliseconds
-from orki_contract.trace import Span
-from orki_control.attempt import AttemptKey
-from orki_server._keys import idempotency_digest
-from orki_server._store.ids import shard_of
-
-R = TypeVar("R")
-Argument: TypeAlias = bytes | str | int
+from orki_control.session import AttemptKey
+from orki_server._keys import shard_of
+from orki_server._store.script import Argument, Operation
 
 
-class Operation(ABC, Generic[R]):
-    """One operation of the script. Each may be sent again after an answer was lost.
+class ReportStatus(StrEnum):
+    """The outcome of a report."""
 
-    Attributes:
-        op: Its name there.
-        patient: Whether it waits in memory while the store is away. What agents report does, as they have done their
-            part; what people ask does not, as they want to know.
-    """
-
-    op: ClassVar[str]
-    patient: ClassVar[bool] = True
-    __slots__ = ()
-
-    @abstractmethod
-    def route(self) -> int:
-        """The shard that it belongs to."""
-
-    @abstractmethod
-    def arguments(self) -> Sequence[Argument]:
-        """What the script gets."""
-
-    @abstractmethod
-    def outcome(self, reply: list[bytes]) -> R:
-        """What the script's answer means."""
+    ACCEPTED = "accepted"
+    REPEATED = "repeated"
+    """It was accepted before."""
+    STALE = "stale"
+    """The agent does not hold the attempt, or no longer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Submitted:
-    """What became of a submission.
+class ReportReply:
+    """The reply to a report.
 
     Attributes:
-        word: `new`, `same` (found by its key) or `conflict` (its key belongs to another request).
-        task_id: The task, new or found.
-        submitted_us: When a new one was submitted, in microseconds since the Unix epoch.
+        status: Whether it was accepted.
+        state: The task's state afterwards; unspecified for a stale report.
+        retry_after: Wait before the next attempt; None if no attempt follows from this report.
     """
 
-    word: str
-    task_id: str
-    submitted_us: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Submit(Operation[Submitted]):
-    """A task comes into being, or is found by its idempotency key.
-
-    Attributes:
-        task_id: Its id, whose shard is that of the key, if there is one.
-        method: Its contract, which it keeps for life.
-        request: The request message, serialised.
-        digest: Of method and request, 64 hex digits.
-        idempotency_key: Or empty.
-        span: The task's span; its parent is the submitter's.
-        actor: Who submits.
-        contract: Digest of the contract under which its service was known; empty where none is.
-    """
-
-    op: ClassVar[str] = "submit"
-    patient: ClassVar[bool] = False
-    task_id: str
-    method: TaskMethod
-    request: bytes
-    digest: str
-    idempotency_key: str
-    span: Span
-    actor: str
-    contract: str = ""
-
-    def route(self) -> int:
-        return shard_of(self.task_id)
-
-    def arguments(self) -> Sequence[Argument]:
-        key = self.idempotency_key
-        return (
-            self.task_id,
-            self.method.full_name,
-            self.request,
-            _options(self.method),
-            self.digest,
-            idempotency_digest(key) if key else "",
-            key,
-            self.span.traceparent,
-            self.span.parent_id,
-            self.actor,
-            self.contract,
-        )
-
-    def outcome(self, reply: list[bytes]) -> Submitted:
-        return Submitted(reply[0].decode(), reply[1].decode(), int(reply[2]))
-
-
-def _options(method: TaskMethod) -> str:
-    backoff = method.backoff
-    numbers = (
-        milliseconds(method.heartbeat_timeout),
-        milliseconds(method.attempt_timeout),
-        milliseconds(method.stall_timeout),
-        milliseconds(method.total_timeout),
-        method.max_attempts,
-        milliseconds(backoff.initial),
-        milliseconds(backoff.maximum),
-        f"{backoff.multiplier:f}",
-        milliseconds(method.cancel_grace),
-    )
-    return ",".join(map(str, numbers))
-
-
-@dataclass(frozen=True, slots=True)
-class TaskReply:
-    """What became of a submitter's request about a task.
-
-    Attributes:
-        word: `unknown`, `ended`, and for cancels `done` (it had not been started), `asked`, `again`; for directives
-            `idle` and `running`.
-        state: The task's state.
-        agent_id: Who holds the attempt.
-        attempt: The current or last attempt.
-        traceparent: Of that attempt's span.
-        grace_ms: Cancel grace of its method.
-    """
-
-    word: str
+    status: ReportStatus
     state: TaskState.ValueType
+    retry_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Report(Operation[ReportReply]):
     agent_id: str
     attempt: AttemptKey
-    traceparent: str
-    grace_ms: int
-
-    @classmethod
-    def read(cls, task_id: str, reply: list[bytes]) -> TaskReply:
-        """The answer in a script's reply."""
-        word, state, agent, attempt, fence, traceparent, grace = reply
-        return cls(
-            word.decode(),
-            TaskState.ValueType(int(state)),
-            agent.decode(),
-            AttemptKey(task_id, int(attempt), int(fence)),
-            traceparent.decode(),
-            int(grace),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel(Operation[TaskReply]):
-    """Somebody asks for a task's end."""
-
-    op: ClassVar[str] = "cancel"
-    patient: ClassVar[bool] = False
-    task_id: str
-    message: str
-    actor: str
-
-    def route(self) -> int:
-        return shard_of(self.task_id)
-
-    def arguments(self) -> Sequence[Argument]:
-        return (self.task_id, self.message, self.actor)
-
-    def outcome(self, reply: list[bytes]) -> TaskReply:
-        return TaskReply.read(self.task_id, reply)
-
-
-@dataclass(frozen=True, slots=True)
-class Direct(Operation[TaskReply]):
-    """Somebody sends a directive to a running attempt. Sent again, it is noted again."""
-
-    op: ClassVar[str] = "direct"
-    patient: ClassVar[bool] = False
-    attempt: AttemptKey
-    size: int
-    actor: str
 
     def route(self) -> int:
         return shard_of(self.attempt.task_id)
 
     def arguments(self) -> Sequence[Argument]:
-        return (self.attempt.task_id, self.size, self.actor, self.attempt.fence)
+        return (self.attempt.task_id, self.attempt.fence, self.agent_id, *self.details())
 
-    def outcome(self, reply: list[bytes]) -> TaskReply:
-        return TaskReply.read(self.attempt.task_id, reply)
+    def details(self) -> Sequence[Argument]:
+        """Return the arguments after task, fence and agent."""
+        return ()
 
-
-@dataclass(frozen=True, slots=True)
-class Recipient:
-    """Somebody with free slots.
-
-    Attributes:
-        agent_id: The agent.
-        instance_id: Its process.
-        wants: How many tasks it takes.
-        methods: What it serves, as `package.Service/Method`.
-    """
-
-    agent_id: str
-    instance_id: str
-    wants: int
-    methods: tuple[str, ...]
+    def outcome(self, reply: list[bytes]) -> ReportReply:
+        status, state, retry_ms = reply
+        retry_after = int(retry_ms) / 1000 if int(retry_ms) >= 0 else None
+        return ReportReply(ReportStatus(status.decode()), TaskState.ValueType(int(state)), retry_after)
 
 
 @dataclass(frozen=True, slots=True)
-class OfferedAttempt:
-    """A task that was handed out.
+class Accept(_Report):
+    """The agent accepts the offer. Lease and attempt timeout begin."""
 
-    Attributes:
-        asker: Place of the asker among those of the transition.
-        attempt: The attempt.
-        method: As `package.Service/Method`.
-        request: The request message, serialised.
-        traceparent: Of the attempt's span.
-        lease_ms: Time that the attempt survives without a heartbeat.
-        attempt_timeout_ms: Time that it may take.
-    """
-
-    asker: int
-    attempt: AttemptKey
-    method: str
-    request: bytes
-    traceparent: str
-    lease_ms: int
-    attempt_timeout_ms: int
+    op: ClassVar[str] = "accept"
 
 
 @dataclass(frozen=True, slots=True)
-class Offer(Operation[list[OfferedAttempt]]):
-    """Hands queued tasks of one shard to those who ask, one to each in turn.
+class Decline(_Report):
+    """The agent returns the offer."""
 
-    Sent again it hands out *more*: an answer that was lost costs an accept timeout, and no attempt.
-    """
+    op: ClassVar[str] = "decline"
+    reason: Reason.ValueType
+    message: str
+    at_once: bool
 
-    op: ClassVar[str] = "offer"
-    patient: ClassVar[bool] = False
+    def details(self) -> Sequence[Argument]:
+        return (self.reason, self.message, int(self.at_once))
+
+
+@dataclass(frozen=True, slots=True)
+class ReportProgress(_Report):
+    """The attempt made progress. An index that was reported before changes nothing."""
+
+    op: ClassVar[str] = "progress"
+    kept: int
+    index: int
+    payload: bytes
+
+    def details(self) -> Sequence[Argument]:
+        return (self.kept, self.index, self.payload)
+
+
+@dataclass(frozen=True, slots=True)
+class Succeed(_Report):
+    """The attempt has a response."""
+
+    op: ClassVar[str] = "succeed"
+    response: bytes
+
+    def details(self) -> Sequence[Argument]:
+        return (self.response,)
+
+
+@dataclass(frozen=True, slots=True)
+class Fail(_Report):
+    """The attempt failed."""
+
+    op: ClassVar[str] = "fail"
+    reason: Reason.ValueType
+    message: str
+    error_type: str
+    retryable: bool
+
+    def details(self) -> Sequence[Argument]:
+        return (self.reason, self.message, self.error_type, int(self.retryable))
+
+
+@dataclass(frozen=True, slots=True)
+class ConfirmCancelled(_Report):
+    """The attempt ended as cancelled."""
+
+    op: ClassVar[str] = "cancelled"
+    reason: Reason.ValueType
+
+    def details(self) -> Sequence[Argument]:
+        return (self.reason,)
+
+
+@dataclass(frozen=True, slots=True)
+class AcknowledgeCancel(_Report):
+    """The agent received the cancel."""
+
+    op: ClassVar[str] = "acknowledge_cancel"
+
+
+def _agent_attempts(agent_id: str, attempts: tuple[AttemptKey, ...]) -> Sequence[Argument]:
+    flat: list[Argument] = [agent_id]
+    for each in attempts:
+        flat += (each.task_id, each.fence)
+    return flat
+
+
+@dataclass(frozen=True, slots=True)
+class Renew(Operation[list[AttemptKey]]):
+    """Renews the leases of an agent's attempts on one shard. The outcome lists those that it no longer holds."""
+
+    op: ClassVar[str] = "renew"
     shard: int
-    accept_timeout_ms: int
-    askers: tuple[Recipient, ...]
+    agent_id: str
+    attempts: tuple[AttemptKey, ...]
 
     def route(self) -> int:
         return self.shard
 
     def arguments(self) -> Sequence[Argument]:
-        flat: list[Argument] = [self.accept_timeout_ms]
-        for each in self.askers:
-            flat += (each.agent_id, each.instance_id, each.wants, len(each.methods), *each.methods)
+        return _agent_attempts(self.agent_id, self.attempts)
+
+    def outcome(self, reply: list[bytes]) -> list[AttemptKey]:
+        return [self.attempts[int(position)] for position in reply]
+
+
+@dataclass(frozen=True, slots=True)
+class ResumedAttempt:
+    """An attempt that an agent brings to a new session and keeps.
+
+    Attributes:
+        attempt: The attempt.
+        traceparent: Its span.
+        state: The task's state.
+        cancel_grace: Cancel grace of its method.
+    """
+
+    attempt: AttemptKey
+    traceparent: str
+    state: TaskState.ValueType
+    cancel_grace: float
+
+
+@dataclass(frozen=True, slots=True)
+class Resume(Operation[list[ResumedAttempt]]):
+    """Renews the attempts of a returning agent on one shard. The outcome lists those that it still holds."""
+
+    op: ClassVar[str] = "resume"
+    patient: ClassVar[bool] = False
+    shard: int
+    agent_id: str
+    attempts: tuple[AttemptKey, ...]
+
+    def route(self) -> int:
+        return self.shard
+
+    def arguments(self) -> Sequence[Argument]:
+        return _agent_attempts(self.agent_id, self.attempts)
+
+    def outcome(self, reply: list[bytes]) -> list[ResumedAttempt]:
+        rows = zip(self.attempts, reply[::3], reply[1::3], reply[2::3], strict=True)
+        return [
+            ResumedAttempt(attempt, traceparent.decode(), TaskState.ValueType(int(state)), int(grace) / 1000)
+            for attempt, traceparent, state, grace in rows
+            if traceparent
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipient:
+    """An agent with free slots.
+
+    Attributes:
+        agent_id: The agent.
+        instance_id: Its process.
+        slots: Number of tasks that it takes.
+        methods: Methods that it serves, as `package.Service/Method`.
+    """
+
+    agent_id: str
+    instance_id: str
+    slots: int
+    methods: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedAttempt:
+    """A task that was assigned to an agent.
+
+    Attributes:
+        recipient: Position of the recipient in the operation.
+        attempt: The attempt.
+        method: Its method, as `package.Service/Method`.
+        request: The request message, serialized.
+        traceparent: Span of the attempt.
+        lease: Time for which the attempt survives without a heartbeat.
+        attempt_timeout: Maximum time of the attempt.
+    """
+
+    recipient: int
+    attempt: AttemptKey
+    method: str
+    request: bytes
+    traceparent: str
+    lease: float
+    attempt_timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Offer(Operation[list[OfferedAttempt]]):
+    """Assigns queued tasks of one shard to recipients, one to each in turn.
+
+    When it is sent again, it assigns *more* tasks: a lost reply costs an accept timeout, but no attempt.
+    """
+
+    op: ClassVar[str] = "offer"
+    patient: ClassVar[bool] = False
+    shard: int
+    accept_timeout: float
+    recipients: tuple[Recipient, ...]
+
+    def route(self) -> int:
+        return self.shard
+
+    def arguments(self) -> Sequence[Argument]:
+        flat: list[Argument] = [round(self.accept_timeout * 1000)]
+        for each in self.recipients:
+            flat += (each.agent_id, each.instance_id, each.slots, len(each.methods), *each.methods)
         return flat
 
     def outcome(self, reply: list[bytes]) -> list[OfferedAttempt]:
         rows = (reply[at : at + 9] for at in range(0, len(reply), 9))
         return [
             OfferedAttempt(
-                int(row[0]),
-                AttemptKey(row[1].decode(), int(row[2]), int(row[3])),
-                row[4].decode(),
-                row[5],
-                row[6].decode(),
-                int(row[7]),
-                int(row[8]),
+                int(recipient),
+                AttemptKey(task.decode(), int(attempt), int(fence)),
+                method.decode(),
+                request,
+                traceparent.decode(),
+                int(lease) / 1000,
+                int(timeout) / 1000,
             )
-            for row in rows
+            for recipient, task, attempt, fence, method, request, traceparent, lease, timeout in rows
         ]
 
 
 @dataclass(frozen=True, slots=True)
 class Expired:
-    """What a timer did.
+    """The effect of a timer.
 
     Attributes:
-        what: `offer` (withdrawn), `attempt` (ended), `task` (ended), `retry` (a wait is over).
-        agent_id: Who held the attempt.
+        kind: `offer` (withdrawn), `attempt` (ended), `task` (ended) or `retry` (a wait is over).
+        agent_id: Holder of the attempt.
         attempt: The attempt.
-        reason: Why; unspecified for `retry`.
+        reason: The cause; unspecified for `retry`.
     """
 
-    what: str
+    kind: str
     agent_id: str
     attempt: AttemptKey
     reason: Reason.ValueType
@@ -298,20 +301,20 @@ class Expired:
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """What a sweep did.
+    """The outcome of a sweep.
 
     Attributes:
-        next_ms: Time until the shard's next timer in milliseconds; -1 for none.
+        next_timer: Time until the shard's next timer; None if it has none.
         expired: Tasks that changed.
     """
 
-    next_ms: int
+    next_timer: float | None
     expired: tuple[Expired, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep(Operation[Swept]):
-    """Does what the timers of one shard say, for `limit` tasks at the most."""
+    """Executes the due timers of one shard, for at most `limit` tasks."""
 
     op: ClassVar[str] = "sweep"
     patient: ClassVar[bool] = False
@@ -328,27 +331,27 @@ class Sweep(Operation[Swept]):
         rows = (reply[at : at + 6] for at in range(1, len(reply), 6))
         expired = (
             Expired(
-                what.decode(),
+                kind.decode(),
                 agent.decode(),
                 AttemptKey(task.decode(), int(attempt), int(fence)),
                 Reason.ValueType(int(reason)),
             )
-            for what, task, agent, attempt, fence, reason in rows
+            for kind, task, agent, attempt, fence, reason in rows
         )
-        return Swept(int(reply[0]), tuple(expired))
+        return Swept(int(reply[0]) / 1000 if int(reply[0]) >= 0 else None, tuple(expired))
 
 
 @dataclass(frozen=True, slots=True)
 class RaiseEpoch(Operation[bool]):
-    """Raises the shard's store epoch if it does not know the fence `seen`; the outcome says whether it did not.
+    """Raises the shard's epoch if the store has not given the fence `seen`. The outcome is whether it was raised.
 
     Attributes:
         shard: The shard.
-        seen: A fence that somebody holds.
+        seen: A fence that an agent or an orchestrator holds.
         first: The fence after which the new epoch begins.
     """
 
-    op: ClassVar[str] = "epoch"
+    op: ClassVar[str] = "raise_epoch"
     shard: int
     seen: int
     first: int
@@ -361,202 +364,3 @@ class RaiseEpoch(Operation[bool]):
 
     def outcome(self, reply: list[bytes]) -> bool:
         return reply[0] == b"raised"
-
-
-class ReportStatus(StrEnum):
-    """What became of a report."""
-
-    ACCEPTED = "accepted"
-    REPEATED = "repeated"
-    """It was accepted before."""
-    STALE = "stale"
-    """It comes from somebody who does not hold the attempt (any more)."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReportReply:
-    """The answer to a report.
-
-    Attributes:
-        verdict: Whether it was accepted.
-        state: The task's state afterwards; unspecified with a stale one.
-        retry_ms: Wait before the next attempt in milliseconds, or -1 when none follows from this report.
-    """
-
-    verdict: ReportStatus
-    state: TaskState.ValueType
-    retry_ms: int = -1
-
-    @classmethod
-    def read(cls, reply: list[bytes]) -> ReportReply:
-        """The answer in a script's reply."""
-        return cls(ReportStatus(reply[0].decode()), TaskState.ValueType(int(reply[1])), int(reply[2]))
-
-
-@dataclass(frozen=True, slots=True)
-class _Report(Operation[ReportReply]):
-    """What an agent says about one attempt."""
-
-    agent_id: str
-    attempt: AttemptKey
-
-    def route(self) -> int:
-        return shard_of(self.attempt.task_id)
-
-    def arguments(self) -> Sequence[Argument]:
-        return (self.attempt.task_id, self.attempt.fence, self.agent_id)
-
-    def outcome(self, reply: list[bytes]) -> ReportReply:
-        return ReportReply.read(reply)
-
-
-@dataclass(frozen=True, slots=True)
-class Accept(_Report):
-    """The agent takes the offer; lease and attempt timeout begin."""
-
-    op: ClassVar[str] = "accept"
-
-
-@dataclass(frozen=True, slots=True)
-class Decline(_Report):
-    """The agent gives the offer back."""
-
-    op: ClassVar[str] = "decline"
-    reason: Reason.ValueType
-    message: str
-    at_once: bool
-
-    def arguments(self) -> Sequence[Argument]:
-        return (self.attempt.task_id, self.attempt.fence, self.agent_id, self.reason, self.message, int(self.at_once))
-
-
-@dataclass(frozen=True, slots=True)
-class ReportProgress(_Report):
-    """News of the attempt; news that were told before, by their index, are not told again."""
-
-    op: ClassVar[str] = "progress"
-    kept: int
-    index: int
-    payload: bytes
-
-    def arguments(self) -> Sequence[Argument]:
-        return (self.attempt.task_id, self.attempt.fence, self.agent_id, self.kept, self.index, self.payload)
-
-
-@dataclass(frozen=True, slots=True)
-class Succeed(_Report):
-    """The attempt has a response."""
-
-    op: ClassVar[str] = "succeed"
-    response: bytes
-
-    def arguments(self) -> Sequence[Argument]:
-        return (self.attempt.task_id, self.attempt.fence, self.agent_id, self.response)
-
-
-@dataclass(frozen=True, slots=True)
-class Fail(_Report):
-    """The attempt failed."""
-
-    op: ClassVar[str] = "fail"
-    reason: Reason.ValueType
-    message: str
-    error_type: str
-    retryable: bool
-
-    def arguments(self) -> Sequence[Argument]:
-        key = self.attempt
-        return (
-            key.task_id,
-            key.fence,
-            self.agent_id,
-            self.reason,
-            self.message,
-            self.error_type,
-            int(self.retryable),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class ConfirmCancelled(_Report):
-    """The attempt ended as cancelled."""
-
-    op: ClassVar[str] = "cancelled"
-    reason: Reason.ValueType
-
-    def arguments(self) -> Sequence[Argument]:
-        return (self.attempt.task_id, self.attempt.fence, self.agent_id, self.reason)
-
-
-@dataclass(frozen=True, slots=True)
-class AcknowledgeCancel(_Report):
-    """The agent has the request for the attempt's end."""
-
-    op: ClassVar[str] = "cancel_acknowledged"
-
-
-@dataclass(frozen=True, slots=True)
-class Renew(Operation[list[AttemptKey]]):
-    """Renews the leases of one agent's attempts on one shard; the outcome lists those that are no longer its own."""
-
-    op: ClassVar[str] = "renew"
-    shard: int
-    agent_id: str
-    attempts: tuple[AttemptKey, ...]
-
-    def route(self) -> int:
-        return self.shard
-
-    def arguments(self) -> Sequence[Argument]:
-        flat: list[Argument] = [self.agent_id]
-        for each in self.attempts:
-            flat += (each.task_id, each.fence)
-        return flat
-
-    def outcome(self, reply: list[bytes]) -> list[AttemptKey]:
-        return [self.attempts[int(place)] for place in reply]
-
-
-@dataclass(frozen=True, slots=True)
-class ResumedAttempt:
-    """An attempt that an agent brought along and keeps.
-
-    Attributes:
-        attempt: The attempt.
-        traceparent: Of its span.
-        state: The task's state.
-        grace_ms: Cancel grace of its method.
-    """
-
-    attempt: AttemptKey
-    traceparent: str
-    state: TaskState.ValueType
-    grace_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class Resume(Operation[list[ResumedAttempt]]):
-    """An agent that comes back holds attempts of one shard: those that are still its own are renewed and listed."""
-
-    op: ClassVar[str] = "attach"
-    patient: ClassVar[bool] = False
-    shard: int
-    agent_id: str
-    attempts: tuple[AttemptKey, ...]
-
-    def route(self) -> int:
-        return self.shard
-
-    def arguments(self) -> Sequence[Argument]:
-        flat: list[Argument] = [self.agent_id]
-        for each in self.attempts:
-            flat += (each.task_id, each.fence)
-        return flat
-
-    def outcome(self, reply: list[bytes]) -> list[ResumedAttempt]:
-        rows = zip(self.attempts, *(reply[place::3] for place in range(3)), strict=True)
-        return [
-            ResumedAttempt(attempt, traceparent.decode(), TaskState.ValueType(int(state)), int(grace))
-            for attempt, traceparent, state, grace in rows
-            if traceparent
-        ]

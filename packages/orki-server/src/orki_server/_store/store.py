@@ -1,157 +1,458 @@
-"""The store as the rest of the server sees it: the lane of transitions, tasks, fleet and outbox over one link."""
+"""The store: its connection, the batches of operations, and the checks that detect lost data.
+
+Operations that arrive during one round trip are sent together in the next. A round trip carries one script call for
+each shard that has operations. There is one round trip at a time, so operations apply in the order of their arrival.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import TypeVar
+import contextlib
+import os
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
 
-from orki.control.v1.task_pb2 import TaskSnapshot
-from orki_control.attempt import AttemptKey
-from orki_server._store.connection import Batcher, StoreConnection
-from orki_server._store.contracts import Contracts
-from orki_server._store.fleet import Fleet
-from orki_server._store.ids import shard_of
-from orki_server._store.operations import Offer, OfferedAttempt, Operation, RaiseEpoch
-from orki_server._store.queries import Outbox, TaskFilter, list_tasks
-from orki_server._store.scripts import EPOCH_STEP, shard_script
+from orki_contract.backoff import Jitter, JitterOptions
+from orki_contract.errors import InvalidSetting, OrkiError, StoreUnavailable
+from orki_control.session import AttemptKey
+from orki_events.connection import Command, Connection, Reply, ScriptMissing, parse_address
+from orki_server._keys import LAYOUT_VERSION, FleetKeys, ShardKeys, shard_of
+from orki_server._store.operations import Offer, OfferedAttempt, RaiseEpoch
+from orki_server._store.script import EPOCH_STEP, Argument, Operation, Script, shard_script
 
 R = TypeVar("R")
 
+_CONNECT_TIMEOUT: Final = 2.0
+_ANSWER_TIMEOUT: Final = 5.0
+_PROBES: Final = JitterOptions(initial=0.05, maximum=1.0)
+_BATCH_OPERATIONS: Final = 256
+"""Maximum number of operations in one round trip; limits how long a script blocks the server."""
+_BATCH_BYTES: Final = 8 << 20
+_WAITING: Final = 100_000
+"""Maximum number of operations in memory."""
 
-class Store:
-    """Tasks, agents and services in Redis.
+
+class StoreConnection:
+    """The connection to the store's server, which is up or down.
+
+    An error that is due to the server's state takes it down. A probe then tries until the server accepts a write.
+    Meanwhile commands fail at once; `wait_up` waits.
 
     Attributes:
-        shards: Number of shards.
-        fleet: Agents.
-        contracts: What services are registered.
-        outbox: Records that wait to become events.
+        address: The server.
     """
 
-    def __init__(self, url: str, *, shards: int = 8, retention_ms: int = 3_600_000) -> None:
-        self.shards = shards
-        self._link = StoreConnection(url)
-        self._lane = Batcher(self._link, shard_script(retention_ms))
-        self.fleet = Fleet(self._link, shards)
-        self.contracts = Contracts(self._link, shards)
-        self.outbox = Outbox(self._link, shards)
-        self._highest: dict[int, int] = {}
-        self._lost: list[Callable[[], None]] = []
-        self._link.on_recovery(self._look_again)
-        self._link.on_change(self._link_changed)
-
-    async def open(self) -> None:
-        """Connects.
+    def __init__(self, url: str) -> None:
+        """Create the connection without opening it.
 
         Raises:
-            StoreUnavailable: The server does not answer, or cannot serve us now.
-            InvalidSetting: It holds a store of another layout.
+            InvalidSetting: The URL is malformed.
         """
-        await self.fleet.claim_layout()
-        self._lane.start()
-
-    async def close(self) -> None:
-        """Sends no more, and closes the connections."""
-        await self._lane.close()
-        await self._link.close()
-
-    @property
-    def address(self) -> str:
-        """Where the server is, without credentials."""
-        return self._link.address
+        self.address = parse_address(url, role="store")
+        # Operations have a connection of their own, so that long replies of other commands do not delay them.
+        self._operations, self._commands = (
+            Connection(self.address, name=name, connect_timeout=_CONNECT_TIMEOUT, answer_timeout=_ANSWER_TIMEOUT)
+            for name in ("orki-store-operations", "orki-store")
+        )
+        self._up = asyncio.Event()
+        self._up.set()
+        self._cause: OrkiError = StoreUnavailable(f"{self.address.shown} was not reached yet")
+        self._probe: asyncio.Task[None] | None = None
+        self._checks: list[Callable[[], Awaitable[None]]] = []
+        self._listeners: list[Callable[[bool], None]] = []
 
     @property
     def up(self) -> bool:
-        """Whether the server answered last time."""
-        return self._link.up
+        """Whether the server replied last time."""
+        return self._up.is_set()
+
+    @property
+    def cause(self) -> OrkiError:
+        """The error that took the connection down last."""
+        return self._cause
+
+    async def wait_up(self) -> None:
+        """Wait until the server accepts writes."""
+        await self._up.wait()
+
+    def on_recovery(self, check: Callable[[], Awaitable[None]]) -> None:
+        """Run `check` each time that the server is back, before anything else uses it."""
+        self._checks.append(check)
+
+    def on_change(self, listener: Callable[[bool], None]) -> None:
+        """Call `listener` with the new state each time that the connection goes up or down."""
+        self._listeners.append(listener)
+
+    async def call(self, *command: Any) -> Reply:
+        """Send one command.
+
+        Raises:
+            StoreUnavailable: No reply, or the server's state forbids the command. Whether it ran is unknown.
+            LocalProtocolError: The command is wrong: a defect.
+        """
+        return (await self.calls([command]))[0]
+
+    async def calls(self, commands: Sequence[Command]) -> list[Reply]:
+        """Send several commands in one round trip. Raises as `call`, for the first that failed."""
+        return self._first_error(await self._exchange(self._commands, commands))
+
+    async def call_while_down(self, *command: Any) -> Reply:
+        """Send one command even if the connection is down, for recovery checks. Raises as `call`."""
+        return self._first_error(await self._send(self._commands, [command]))[0]
+
+    async def operate(self, commands: Sequence[Command]) -> list[Reply]:
+        """Send script calls in one round trip. An error reply is an OrkiError in its position.
+
+        Raises:
+            StoreUnavailable: No reply.
+        """
+        return await self._exchange(self._operations, commands)
+
+    async def _exchange(self, connection: Connection, commands: Sequence[Command]) -> list[Reply]:
+        if not self.up:
+            raise self._cause
+        return await self._send(connection, commands)
+
+    async def _send(self, connection: Connection, commands: Sequence[Command]) -> list[Reply]:
+        try:
+            return await connection.pipeline(*commands)
+        except OrkiError as error:
+            self.failed(error)
+            raise
+
+    def _first_error(self, replies: list[Reply]) -> list[Reply]:
+        for reply in replies:
+            if isinstance(reply, OrkiError):
+                raise self.failed(reply)
+        return replies
+
+    def failed(self, error: OrkiError) -> OrkiError:
+        """Take the connection down if the error is due to the server's state. Returns the error."""
+        if isinstance(error, StoreUnavailable):
+            self._cause = error
+            if self.up:
+                self._up.clear()
+                self._notify(False)
+                self._probe = asyncio.get_running_loop().create_task(self._recover(), name="orki store probe")
+        return error
+
+    def _notify(self, up: bool) -> None:
+        for listener in self._listeners:
+            listener(up)
+
+    async def _recover(self) -> None:
+        jitter = Jitter(_PROBES)
+        while not self.up:
+            await asyncio.sleep(jitter.failed())
+            try:
+                # A server that replies may still refuse writes.
+                await self.call_while_down("HSET", FleetKeys.LAYOUT, "probe", "1")
+                for check in self._checks:
+                    await check()
+            except OrkiError as error:
+                self._cause = error
+            else:
+                self._up.set()
+        self._notify(True)
+
+    async def close(self) -> None:
+        """Close both connections."""
+        if self._probe:
+            self._probe.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._probe
+        await self._operations.close()
+        await self._commands.close()
+        # Closed sockets leave the event loop in its next iteration.
+        await asyncio.sleep(0)
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    operation: Operation[Any]
+    arguments: tuple[Argument, ...]
+    size: int
+    outcome: asyncio.Future[Any]
+
+
+class Batcher:
+    """Sends operations in batches."""
+
+    def __init__(self, connection: StoreConnection, script: Script) -> None:
+        self._connection = connection
+        self._script = script
+        self._waiting: deque[_Entry] = deque()
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        connection.on_change(self._connection_changed)
+
+    def start(self) -> None:
+        """Start to send."""
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="orki store operations")
+
+    async def close(self) -> None:
+        """Stop. Operations that still wait fail with StoreUnavailable."""
+        if self._task:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self._fail(list(self._waiting), StoreUnavailable("the orchestrator is stopping"))
+        self._waiting.clear()
 
     @property
     def waiting(self) -> int:
-        """Transitions that wait to be sent."""
-        return self._lane.waiting
+        """Number of operations in memory."""
+        return len(self._waiting)
 
-    def on_change(self, tell: Callable[[bool], None]) -> None:
-        """Calls `tell` with whether the server is there, each time that changes."""
-        self._link.on_change(tell)
-
-    def on_loss(self, tell: Callable[[], None]) -> None:
-        """Calls `tell` when the store came back without what it had: everything, or its newest writes."""
-        self._lost.append(tell)
-
-    async def wait_up(self) -> None:
-        """Waits until the server takes writes."""
-        await self._link.wait_up()
-
-    def put(self, transition: Operation[R]) -> asyncio.Future[R]:
-        """Hands in a transition without waiting; errors as those of `Batcher.put`."""
-        return self._lane.put(transition)
-
-    async def apply(self, transition: Operation[R]) -> R:
-        """Applies a transition; errors as those of `Batcher.apply`."""
-        return await self._lane.apply(transition)
-
-    async def page(self, which: TaskFilter, page_size: int, page_token: str) -> tuple[list[TaskSnapshot], str]:
-        """A page of tasks; see `list_tasks`."""
-        return await list_tasks(self._link, self.shards, which, page_size, page_token)
-
-    async def offer(self, transition: Offer) -> list[OfferedAttempt]:
-        """Hands out tasks; as `apply`, and remembers the fences, so that a store that forgets them is recognised."""
-        offered = await self._lane.apply(transition)
-        if offered:
-            highest = max(each.attempt.fence for each in offered)
-            self._highest[transition.shard] = max(highest, self._highest.get(transition.shard, 0))
-        return offered
-
-    async def witness(self, attempt: AttemptKey) -> bool:
-        """Somebody holds this attempt's fence: if the store has never given it, it has lost its newest writes.
-
-        Then its epoch rises, so that no fence repeats. Returns whether it rose.
+    def put(self, operation: Operation[R]) -> asyncio.Future[R]:
+        """Enqueue an operation. The future gets its outcome or error.
 
         Raises:
-            UnknownTask: The attempt's task id is none.
+            StoreUnavailable: The store is down and the operation is not patient, or too many operations wait.
+        """
+        if not self._connection.up and not operation.patient:
+            raise self._connection.cause
+        if len(self._waiting) >= _WAITING:
+            raise StoreUnavailable(f"{self._connection.address.shown} is too slow: {_WAITING} operations wait")
+        arguments = tuple(operation.arguments())
+        size = sum(len(each) for each in arguments if isinstance(each, bytes | str))
+        outcome: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Entry(operation, arguments, size, outcome))
+        self._wake.set()
+        return outcome
+
+    async def _run(self) -> None:
+        while True:
+            if not self._waiting:
+                self._wake.clear()
+                await self._wake.wait()
+            await self._connection.wait_up()
+            batch = self._take()
+            if not batch:
+                continue
+            try:
+                await self._send(batch)
+            except OrkiError as error:
+                self._return(batch, error)
+
+    def _take(self) -> list[_Entry]:
+        batch: list[_Entry] = []
+        size = 0
+        while self._waiting and len(batch) < _BATCH_OPERATIONS and (size < _BATCH_BYTES or not batch):
+            batch.append(self._waiting.popleft())
+            size += batch[-1].size
+        return batch
+
+    async def _send(self, batch: Iterable[_Entry]) -> None:
+        shards: dict[int, list[_Entry]] = {}
+        for entry in batch:
+            shards.setdefault(entry.operation.route(), []).append(entry)
+        commands = [self._command(shard, entries) for shard, entries in shards.items()]
+        replies = await self._connection.operate(commands)
+        if missing := [position for position, reply in enumerate(replies) if isinstance(reply, ScriptMissing)]:
+            # Only these are sent again: the others were applied.
+            load = ("SCRIPT", "LOAD", self._script.text)
+            _, *again = await self._connection.operate([load, *(commands[position] for position in missing)])
+            for position, reply in zip(missing, again, strict=True):
+                replies[position] = reply
+        for entries, reply in zip(shards.values(), replies, strict=True):
+            if isinstance(reply, OrkiError):
+                self._return(entries, self._connection.failed(reply))
+            else:
+                self._resolve(entries, reply)
+
+    def _command(self, shard: int, entries: Iterable[_Entry]) -> list[Argument]:
+        command: list[Argument] = ["EVALSHA", self._script.sha, 1, ShardKeys(shard).base]
+        for entry in entries:
+            command += (entry.operation.op, len(entry.arguments), *entry.arguments)
+        return command
+
+    def _resolve(self, entries: list[_Entry], replies: list[list[bytes]]) -> None:
+        refused: list[_Entry] = []
+        error: OrkiError | None = None
+        for entry, reply in zip(entries, replies, strict=True):
+            if reply and reply[0] == b"error":
+                error = self._connection.failed(self._connection.address.error(reply[1].decode(errors="replace")))
+                refused.append(entry)
+            elif not entry.outcome.done():
+                entry.outcome.set_result(entry.operation.outcome(reply))
+        if error:
+            self._return(refused, error)
+
+    def _return(self, entries: list[_Entry], error: OrkiError) -> None:
+        """Put patient operations back to the front if the store is down; fail the others."""
+        down = isinstance(error, StoreUnavailable)
+        self._fail([entry for entry in entries if not (down and entry.operation.patient)], error)
+        kept = [entry for entry in entries if down and entry.operation.patient and not entry.outcome.cancelled()]
+        self._waiting.extendleft(reversed(kept))
+
+    @staticmethod
+    def _fail(entries: Iterable[_Entry], error: OrkiError) -> None:
+        for entry in entries:
+            if not entry.outcome.done():
+                entry.outcome.set_exception(type(error)(error.message))
+
+    def _connection_changed(self, up: bool) -> None:
+        if not up:
+            impatient = [entry for entry in self._waiting if not entry.operation.patient]
+            self._waiting = deque(entry for entry in self._waiting if entry.operation.patient)
+            self._fail(impatient, self._connection.cause)
+        self._wake.set()
+
+
+class Store:
+    """Tasks in Redis.
+
+    Attributes:
+        connection: The connection, for commands that are not operations.
+        shards: Number of shards.
+        put: Enqueues an operation; see `Batcher.put`.
+    """
+
+    def __init__(self, url: str, *, shards: int = 8, retention: float = 3600.0) -> None:
+        """Create the store without connecting.
+
+        Args:
+            url: URL of the server.
+            shards: Number of shards; fixed when the store is first used.
+            retention: Time for which finished tasks are kept.
+
+        Raises:
+            InvalidSetting: The URL is malformed.
+        """
+        self.shards = shards
+        self.connection = StoreConnection(url)
+        self._batcher = Batcher(self.connection, shard_script(retention))
+        self._generation = b""
+        self._highest_fence: dict[int, int] = {}
+        self._loss_listeners: list[Callable[[], None]] = []
+        self.connection.on_recovery(self._check_generation)
+        self.connection.on_change(self._connection_changed)
+        self.put = self._batcher.put
+
+    async def open(self) -> None:
+        """Connect.
+
+        Raises:
+            StoreUnavailable: The server does not answer, or its state forbids writes.
+            InvalidSetting: It holds a store of another layout.
+        """
+        await self._claim_layout()
+        self._batcher.start()
+
+    async def close(self) -> None:
+        """Stop sending and close the connections."""
+        await self._batcher.close()
+        await self.connection.close()
+
+    @property
+    def up(self) -> bool:
+        """Whether the server replied last time."""
+        return self.connection.up
+
+    @property
+    def waiting(self) -> int:
+        """Number of operations in memory."""
+        return self._batcher.waiting
+
+    def on_loss(self, listener: Callable[[], None]) -> None:
+        """Call `listener` when the store came back without its data: all of it, or its newest writes."""
+        self._loss_listeners.append(listener)
+
+    async def apply(self, operation: Operation[R]) -> R:
+        """Apply an operation.
+
+        Raises:
+            StoreUnavailable: The store is down. The operation may have been applied, and may be sent again.
+            LocalProtocolError: The script failed: a defect.
+        """
+        return await self.put(operation)
+
+    async def offer(self, operation: Offer) -> list[OfferedAttempt]:
+        """Apply an offer and remember its fences, to detect a store that forgets them. Raises as `apply`."""
+        offered = await self.put(operation)
+        if offered:
+            highest = max(each.attempt.fence for each in offered)
+            self._highest_fence[operation.shard] = max(highest, self._highest_fence.get(operation.shard, 0))
+        return offered
+
+    async def check_fence(self, attempt: AttemptKey) -> bool:
+        """Check that the store knows a fence that an agent holds. If not, it has lost its newest writes.
+
+        Its epoch is raised then, so that no fence repeats. Returns whether it was raised.
+
+        Raises:
+            UnknownTask: The attempt has a malformed task id.
         """
         shard = shard_of(attempt.task_id)
-        if attempt.fence <= self._highest.get(shard, 0):
+        if attempt.fence <= self._highest_fence.get(shard, 0):
             return False
-        self._highest[shard] = attempt.fence
-        return await self.apply(self._epoch_after(shard))
+        self._highest_fence[shard] = attempt.fence
+        return await self.apply(self._next_epoch(shard))
 
-    def _epoch_after(self, shard: int) -> RaiseEpoch:
-        seen = self._highest[shard]
+    def _next_epoch(self, shard: int) -> RaiseEpoch:
+        seen = self._highest_fence[shard]
         return RaiseEpoch(shard, seen, (seen // EPOCH_STEP + 1) * EPOCH_STEP)
 
-    def _link_changed(self, up: bool) -> None:
+    def _connection_changed(self, up: bool) -> None:
         if not up:
-            # Patient, so these go first when the server is back, before anything is offered.
-            for shard in self._highest:
-                self._lane.put(self._epoch_after(shard)).add_done_callback(self._epoch_judged)
+            # These operations are patient: they run first when the server is back, before any offer.
+            for shard in self._highest_fence:
+                self.put(self._next_epoch(shard)).add_done_callback(self._epoch_checked)
 
-    def _epoch_judged(self, answer: asyncio.Future[bool]) -> None:
-        if not answer.cancelled() and answer.exception() is None and answer.result():
-            self._tell_loss()
+    def _epoch_checked(self, outcome: asyncio.Future[bool]) -> None:
+        if not outcome.cancelled() and outcome.exception() is None and outcome.result():
+            self._report_loss()
 
-    async def _look_again(self) -> None:
-        if await self.fleet.claim_layout():
-            self._tell_loss()
+    async def _check_generation(self) -> None:
+        if await self._claim_layout():
+            self._report_loss()
 
-    def _tell_loss(self) -> None:
-        for tell in self._lost:
-            tell()
+    def _report_loss(self) -> None:
+        for listener in self._loss_listeners:
+            listener()
+
+    async def _claim_layout(self) -> bool:
+        """Write the layout, or compare it with ours. Returns whether the content is another one than at the last call.
+
+        Raises:
+            InvalidSetting: The store has another layout.
+            StoreUnavailable: The store is down.
+        """
+        ours = {"shards": self.shards, "version": LAYOUT_VERSION, "generation": os.urandom(8).hex()}
+        for field, value in ours.items():
+            await self.connection.call_while_down("HSETNX", FleetKeys.LAYOUT, field, value)
+        reply = await self.connection.call_while_down("HMGET", FleetKeys.LAYOUT, *ours)
+        shards, version, generation = reply
+        shown = self.connection.address.shown
+        if int(version) != LAYOUT_VERSION:
+            raise InvalidSetting(
+                f"{shown} has layout {int(version)}, this orchestrator writes {LAYOUT_VERSION}; "
+                "use orchestrators of one version, or another Redis database"
+            )
+        if int(shards) != self.shards:
+            raise InvalidSetting(
+                f"{shown} has {int(shards)} shards, this orchestrator is set to {self.shards}; "
+                f"set shards to {int(shards)}, or use another Redis database"
+            )
+        exchanged = self._generation not in (b"", generation)
+        self._generation = generation
+        return exchanged
 
 
-@asynccontextmanager
-async def open_fleet(redis_url: str) -> AsyncIterator[tuple[Contracts, Fleet]]:
-    """Connects to a store as it is.
+async def read_layout(connection: StoreConnection) -> int:
+    """Return a store's number of shards; 0 if no orchestrator has used it yet.
 
     Raises:
-        InvalidSetting: The URL cannot be used, or the store was laid out by another version.
-        StoreUnavailable: The store is away.
+        InvalidSetting: The store has the layout of another version.
+        StoreUnavailable: The store is down.
     """
-    link = StoreConnection(redis_url)
-    try:
-        shards = await Fleet(link, 0).laid_out()
-        yield Contracts(link, shards), Fleet(link, shards)
-    finally:
-        await link.close()
+    shards, version = await connection.call("HMGET", FleetKeys.LAYOUT, "shards", "version")
+    if version is not None and int(version) != LAYOUT_VERSION:
+        raise InvalidSetting(
+            f"{connection.address.shown} has layout {int(version)}, this command knows {LAYOUT_VERSION}; "
+            "use the command of the orchestrator's version"
+        )
+    return int(shards or 0)

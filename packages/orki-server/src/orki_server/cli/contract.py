@@ -10,7 +10,7 @@ import click
 
 from orki_contract.errors import InvalidContract, OrkiError
 from orki_events.registry import StreamRegistry
-from orki_server._apply import Applied, Declared, apply, judge, open_admission, read_declared
+from orki_server._apply import Applied, Declared, apply, check_declared, open_admission, read_declared
 from orki_server.cli.contract_rows import ContractRow, registered_rows
 from orki_server.cli.root import LazyGroup, Refused
 from orki_server.cli.settings import events_link, json_option, redis_option, run
@@ -120,7 +120,7 @@ def apply_command(
 async def _apply(declared: Declared, redis_url: str, events_url: str, check: bool) -> tuple[list[Applied], list[str]]:
     registry = StreamRegistry()
     async with open_admission(redis_url) as (admission, _, _), events_link(events_url or redis_url) as link:
-        refusals = await judge(declared, admission, registry, link)
+        refusals = await check_declared(declared, admission, registry, link)
         if refusals or check:
             return [], refusals
         return await apply(declared, admission, registry, link), []

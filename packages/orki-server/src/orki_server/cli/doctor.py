@@ -13,7 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
 from orki_contract.errors import EventsLoading, EventsUnavailable, OrkiError
-from orki_control.wire import check_target, open_channel
+from orki_control.transport import check_target, open_channel
 from orki_events.connection import Connection, parse_address
 from orki_events.registry import StreamRegistry
 from orki_server.cli.doctor_checks import Check, Verdict, check_dead_letters, check_groups, check_store, parse_info

@@ -13,11 +13,18 @@ from typing import Any, TypeVar
 
 import click
 
-from orki_contract.errors import EventsUnavailable, StoreUnavailable
+from orki_contract.errors import EventsUnavailable, InvalidSetting, StoreUnavailable
 from orki_server._orchestrator import Orchestrator
 from orki_server._process import print_ready, run_until_stopped
-from orki_server._settings import OrchestratorOptions, load_options
-from orki_server._store.connection import without_credentials
+from orki_server._settings import OrchestratorOptions, default_settings, load_options
+from orki_server.cli.root import Refused
+
+
+class InvalidUsage(Refused):
+    """A setting is invalid."""
+
+    exit_code = 2
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -53,9 +60,9 @@ _FLAGS = (
 
 def orchestrator_options(command: F) -> F:
     """Adds a flag for each of the orchestrator's settings, and `--config`."""
-    defaults = OrchestratorOptions()
+    defaults = default_settings()
     for name, flag, metavar, kind, words in reversed(_FLAGS):
-        default = getattr(defaults, name)
+        default = defaults[name]
         shown = "" if name in ("events_url", "orchestrator_id") else f"  [default: {default}]"
         text = f"{words}{shown}  [env: ORKI_{name.upper()}]"
         command = click.option(flag, name, metavar=metavar, type=kind, default=None, help=text)(command)
@@ -83,7 +90,10 @@ def serve(config: Path | None, as_json: bool, ready_file: Path | None, verbose: 
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    options = load_options(flags, os.environ, config)
+    try:
+        options = load_options(flags, os.environ, config)
+    except InvalidSetting as error:
+        raise InvalidUsage(error.message) from error
     run_until_stopped(lambda stopped: _serve(options, stopped, as_json, ready_file))
 
 
@@ -96,7 +106,7 @@ async def _serve(options: OrchestratorOptions, stopped: asyncio.Event, as_json: 
     try:
         facts = {
             "address": orchestrator.address,
-            "redis_url": without_credentials(options.redis_url),
+            "redis_url": options.store_address.url,
             "orchestrator_id": options.orchestrator_id,
             "pid": os.getpid(),
         }

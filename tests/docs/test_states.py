@@ -1,44 +1,50 @@
-"""The page of the machines: `python -m orki_control.diagram` prints `docs/control-states.md`, tables and laws."""
+"""docs/states.md is drawn from the transition tables; `python tests/docs/test_states.py` writes it."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any, Final
 
 from orki_contract.transitions import Transitions
-from orki_control.attempt import ATTEMPT
-from orki_control.session.states import AGENT, ORCHESTRATOR
+from orki_control.session import AGENT, ATTEMPT, ORCHESTRATOR
+from orki_events._delivery_table import TRANSITIONS as DELIVERY
 
-__all__ = ["control_states"]
+ROOT = Path(__file__).resolve().parents[2]
 
-_MACHINES: Final[tuple[tuple[str, str, Transitions[Any]], ...]] = (
+MACHINES: Final[tuple[tuple[str, str, Transitions[Any]], ...]] = (
     (
         "One attempt",
-        "Both ends of a session walk this table, each a little apart in time; `orki_control/attempt.py`.",
+        "Both ends of a session step through this table, each at its own time. `orki_control/session/_tables.py`",
         ATTEMPT,
     ),
     (
         "The agent's end of a session",
-        "One machine for the life of the process, over as many streams as it takes; `orki_control/session/agent.py`.",
+        "One machine for the life of the agent's process. `orki_control/session/_agent.py`",
         AGENT,
     ),
     (
         "The orchestrator's end of a session",
-        "One machine for each stream; `orki_control/session/orchestrator.py`.",
+        "One machine for each stream. `orki_control/session/_orchestrator.py`",
         ORCHESTRATOR,
     ),
+    (
+        "The delivery of events",
+        "One machine for each consumer of a group. `orki_events/_delivery.py`",
+        DELIVERY,
+    ),
 )
-
 
 _LAWS: Final[tuple[tuple[str, str, str], ...]] = (
     (
         "Hello first",
-        "AWAITING_HELLO, JUDGING, GREETING: nothing but the greeting",
+        "AWAITING_HELLO, CHECKING_HELLO, AWAITING_WELCOME: nothing but hello and welcome",
         "test_nothing_comes_before_the_hello_and_nothing_before_the_welcome",
     ),
     ("Newest instance wins", "any + Replaced → ENDED", "test_a_newer_instance_replaces_the_older"),
     (
-        "Contracts are judged at the hello",
-        "JUDGING + SessionRefused → ENDED",
+        "Contracts are checked at the hello",
+        "CHECKING_HELLO + SessionRefused → ENDED",
         "test_a_refused_contract_is_fatal_and_named",
     ),
     ("A message is a batch", "none", "test_control_messages_overtake_work_and_batches_are_bounded"),
@@ -85,22 +91,22 @@ _LAWS: Final[tuple[tuple[str, str, str], ...]] = (
 )
 
 
-def control_states() -> str:
-    """The page, as Markdown."""
+def page() -> str:
+    """Return the page as Markdown."""
     parts = [
-        "# The control plane's machines",
+        "# State machines",
         "",
-        "Drawn from the transition tables by `python -m orki_control.diagram`; a test holds the two equal. Events are",
-        "messages of `proto/orki/control/v1/session.proto`, or things that happen without one. What a table does not",
-        "list is an illegal move: a `LocalProtocolError` where we made it, a `RemoteProtocolError` where the peer did.",
+        "`tests/docs/test_states.py` draws this page from the transition tables and compares the two. Events are",
+        "protocol messages, timers and calls. A move that a table does not list is illegal: a `LocalProtocolError` if",
+        "orki made it, a `RemoteProtocolError` if the peer did.",
     ]
-    for title, text, machine in _MACHINES:
+    for title, text, machine in MACHINES:
         parts += ["", f"## {title}", "", text, "", "```mermaid", machine.mermaid().rstrip(), "```"]
     parts += [
         "",
-        "## The laws",
+        "## Laws of the session",
         "",
-        "Each law of `session.proto` by its number, the rows that hold it, and a test that would fail without them.",
+        "Each law of `proto/orki/control/v1/session.proto`, the rows that hold it, and a test that fails without them.",
         "",
         "| law | rows | test |",
         "|---|---|---|",
@@ -109,5 +115,18 @@ def control_states() -> str:
     return "\n".join(parts) + "\n"
 
 
+def test_the_page_is_drawn_from_the_tables() -> None:
+    assert (ROOT / "docs/states.md").read_text() == page(), "run `python tests/docs/test_states.py`"
+
+
+def test_every_law_names_an_existing_test() -> None:
+    rows = re.findall(r"^\| (\d+)\. .* \| `(\w+)` \|$", page(), re.MULTILINE)
+    laws = re.findall(r"^// +(\d+)\. ", (ROOT / "proto/orki/control/v1/session.proto").read_text(), re.MULTILINE)
+    assert laws
+    assert [number for number, _ in rows] == laws
+    written = "\n".join(path.read_text() for path in ROOT.glob("packages/orki-*/tests/test_*.py"))
+    assert [name for _, name in rows if f"def {name}(" not in written] == []
+
+
 if __name__ == "__main__":
-    print(control_states(), end="")
+    (ROOT / "docs/states.md").write_text(page())

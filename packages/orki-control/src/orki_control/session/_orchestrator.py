@@ -1,7 +1,7 @@
-"""The orchestrator's end of one session: what was offered on this stream, to whom it belongs, and what was answered.
+"""The orchestrator's end of one session: the attempts that were offered on one stream, and their answers.
 
-It owns the conversation, not the truth: which fence a task has, when a lease ends and what a result is worth is the
-store's. Everything the store must learn leaves as an event; everything it decides comes back as a call.
+The store decides about fences, leases and results. This machine returns an event for everything that the store must
+know, and the store's decisions come back as calls.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from orki.control.v1 import session_pb2 as pb
 from orki.control.v1.attempt_pb2 import Failure
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import LocalProtocolError, OrkiError, ProtocolVersion, RemoteProtocolError, TooLarge
-from orki_control.attempt import ATTEMPT, AttemptKey, AttemptState, OfferWithdrawn
-from orki_control.session.events import (
+from orki_control.session._attempts import OCCUPYING
+from orki_control.session._batches import OVERHEAD_BYTES, EventBatch, SendQueue
+from orki_control.session._events import (
     AgentDraining,
     ArrivedProgress,
     ArrivedResult,
     CancelsAcknowledged,
     Decline,
-    EventBatch,
     HeartbeatArrived,
     HelloArrived,
     OffersAccepted,
@@ -33,24 +33,23 @@ from orki_control.session.events import (
     ResultsArrived,
     SessionEnded,
 )
-from orki_control.session.hello import check_hello, chosen_protocol
-from orki_control.session.options import SILENT_INTERVALS, OrchestratorSessionOptions
-from orki_control.session.outbox import OVERHEAD_BYTES, Outbox
-from orki_control.session.states import (
+from orki_control.session._options import SILENT_INTERVALS, OrchestratorSessionOptions, check_hello, chosen_protocol
+from orki_control.session._tables import (
+    ATTEMPT,
     ORCHESTRATOR,
+    AttemptKey,
+    AttemptState,
     Disconnected,
+    OfferWithdrawn,
     OrchestratorState,
     SessionRefused,
 )
 
-__all__ = ["OrchestratorSession"]
-
 _STALE: Final = "this session does not hold the attempt: it was withdrawn, has ended, or runs under a higher fence"
-_OCCUPYING: Final = frozenset({AttemptState.OFFERED, AttemptState.RUNNING, AttemptState.CANCELLING})
 
 
 class _Attempt:
-    __slots__ = ("answer_by", "last_index", "sent", "state", "traceparent")
+    __slots__ = ("answer_by", "last_index", "state", "traceparent")
 
     def __init__(self, state: AttemptState, traceparent: str, answer_by: float | None) -> None:
         self.state = state
@@ -62,12 +61,13 @@ class _Attempt:
 class OrchestratorSession:
     """One stream, from its hello to its end.
 
-    The shell hands in what it read (`receive_batch`), writes what `messages_to_send` gives after every call, wakes the
-    machine at `next_timer`, and tells it of the stream's end. `now` is a monotonic time in seconds.
+    The shell passes received messages to `receive_batch`, writes the messages of `messages_to_send` after every call,
+    calls `handle_timer` at `next_timer`, and calls `connection_lost` when the stream has ended. `now` is a monotonic
+    time in seconds.
 
     Attributes:
-        state: Where the session stands.
-        hello: The agent's hello; None before it came.
+        state: State of the session.
+        hello: The agent's hello; None before it arrives.
         session_epoch: Number of the session; 0 before the welcome.
     """
 
@@ -76,7 +76,7 @@ class OrchestratorSession:
         self.hello: pb.Hello | None = None
         self.session_epoch = 0
         self._options = options
-        self._outbox: Outbox[pb.OrchestratorMessage] = Outbox(options.bounds)
+        self._queue: SendQueue[pb.OrchestratorMessage] = SendQueue(options.bounds)
         self._attempts: dict[AttemptKey, _Attempt] = {}
         self._occupied = 0
         self._blocked = 0
@@ -85,40 +85,40 @@ class OrchestratorSession:
         self._heard_by = now + options.hello_timeout
         self._heartbeats = 0
 
-    # --- what the shell may ask ---
+    # --- State. ---
 
     @property
     def free_slots(self) -> int:
-        """Offers that may be made now; 0 unless the session is open."""
+        """Number of offers that may be made now; 0 unless the session is open."""
         if self.state is not OrchestratorState.OPEN or self.hello is None:
             return 0
         return max(0, self.hello.slots - self._occupied - self._blocked)
 
     @property
     def draining(self) -> bool:
-        """Whether either side has said that nothing new may come."""
+        """Whether either side drains."""
         return self.state in (OrchestratorState.DRAINING, OrchestratorState.AGENT_DRAINING)
 
     @property
     def attempts(self) -> dict[AttemptKey, AttemptState]:
-        """Attempts that this session has something to say about."""
+        """States of the attempts on this session."""
         return {key: attempt.state for key, attempt in self._attempts.items()}
 
-    # --- what comes from the agent ---
+    # --- Messages of the agent. ---
 
     def receive_message(self, message: pb.AgentMessage, now: float) -> list[OrchestratorEvent]:
-        """As `receive_batch`, for one message."""
+        """Take one message; see `receive_batch`."""
         return self.receive_batch((message,), now)
 
     def receive_batch(self, messages: Iterable[pb.AgentMessage], now: float) -> list[OrchestratorEvent]:
-        """Takes the messages of one gRPC message in their order.
+        """Take the messages of one gRPC message in their order.
 
         Returns:
-            What they mean. A message of an unknown kind means nothing (law 16), and none does after the session's end.
+            Events. Messages of unknown kinds are ignored (law 16), as is every message after the session's end.
 
         Raises:
-            RemoteProtocolError: The agent broke a law. The session has ended and its last words wait to be sent; what
-                the batch held before is lost with it, and comes again when the agent reconnects.
+            RemoteProtocolError: The agent broke a law. The session has ended, and its refusal waits to be sent. Earlier
+                messages of the batch are lost; the agent sends them again when it reconnects.
         """
         for message in messages:
             if self.state is OrchestratorState.ENDED:
@@ -137,21 +137,21 @@ class OrchestratorSession:
         return self._events.finish()
 
     def connection_lost(self, now: float) -> list[OrchestratorEvent]:
-        """The stream has ended, by whomever."""
+        """Note that the stream has ended."""
         return self._end(Disconnected, "the stream ended", Reason.REASON_PEER_LOST)
 
-    # --- what the store and the fleet decide ---
+    # --- Decisions of the store and the fleet. ---
 
     def welcome(self, *, session_epoch: int, keep: Sequence[tuple[AttemptKey, str]] = (), now: float) -> None:
-        """Opens the session.
+        """Establish the session.
 
         Args:
-            session_epoch: Number of the session among the agent's.
-            keep: Held attempts that remain the agent's own, each with the traceparent of its task's span.
+            session_epoch: Number of the session among those of the agent.
+            keep: Held attempts that the agent keeps, each with the traceparent of its task's span.
             now: The time.
 
         Raises:
-            LocalProtocolError: There is no hello to answer, or `keep` names what the hello does not hold.
+            LocalProtocolError: There is no hello to answer, or `keep` names an attempt that the hello does not list.
         """
         hello = self.hello
         self._move(pb.Welcome)
@@ -177,12 +177,12 @@ class OrchestratorSession:
         )
 
     def refuse_session(self, error: OrkiError) -> None:
-        """Refuses the session. Send what is left, then end the stream."""
+        """Refuse the session. Send the remaining messages, then end the stream."""
         self._move(SessionRefused)
         self._control(refused=pb.Refused(failure=Failure(reason=error.reason, message=error.message)))
 
     def replace(self, successor_instance_id: str) -> list[OrchestratorEvent]:
-        """Tells the agent that a newer instance has the session. Send what is left, then end the stream."""
+        """Tell the agent that a newer instance replaces it. Send the remaining messages, then end the stream."""
         already = self.state is OrchestratorState.ENDED
         self._move(pb.Replaced)
         if already:
@@ -191,11 +191,11 @@ class OrchestratorSession:
         return [self._ended(f"instance {successor_instance_id} has the session", Reason.REASON_REPLACED)]
 
     def offer(self, offer: pb.Offer, traceparent: str, now: float) -> None:
-        """Hands out an attempt.
+        """Offer an attempt.
 
         Raises:
             LocalProtocolError: No slot is free, the session is not open, or the attempt was offered before.
-            TooLarge: The agent takes no message of that size.
+            TooLarge: The agent accepts no message of that size.
         """
         self._check(pb.Offer)
         key = AttemptKey.of(offer.attempt)
@@ -207,91 +207,91 @@ class OrchestratorSession:
         size = len(offer.request) + OVERHEAD_BYTES
         if size > self.hello.max_message_bytes:
             raise TooLarge(
-                f"{key}: the request has {len(offer.request)} bytes, and agent {self.hello.agent_id} takes messages of "
-                f"{self.hello.max_message_bytes} bytes"
+                f"{key}: the request has {len(offer.request)} bytes, and agent {self.hello.agent_id} accepts messages "
+                f"of at most {self.hello.max_message_bytes} bytes"
             )
         answer_by = now + offer.accept_timeout_ms / 1000
         self._attempts[key] = _Attempt(AttemptState.OFFERED, traceparent, answer_by)
         self._occupied += 1
         heapq.heappush(self._answers, (answer_by, key))
-        self._outbox.put_work(
+        self._queue.put_work(
             key, pb.Offer, pb.OrchestratorMessage(traceparent=traceparent, offer=offer), len(offer.request)
         )
 
     def cancel(self, attempt: AttemptKey, *, grace_ms: int, message: str = "") -> bool:
-        """Asks for an attempt's end, as often as wanted; False when this session does not hold it."""
+        """Cancel an attempt, also repeatedly; return False when this session does not hold it."""
         cancel = pb.Cancel(attempt=attempt.ref(), grace_ms=grace_ms, message=message)
-        return self._tell(attempt, pb.Cancel, "cancel", cancel)
+        return self._notify(attempt, pb.Cancel, "cancel", cancel)
 
     def direct(self, attempt: AttemptKey, payload: bytes) -> bool:
-        """Pushes a directive to a running attempt; False when this session does not hold it.
+        """Send a directive to a running attempt; return False when this session does not hold it.
 
         Raises:
             LocalProtocolError: The attempt is not accepted yet.
-            TooLarge: The agent takes no message of that size.
+            TooLarge: The agent accepts no message of that size.
         """
         known = self._live(pb.Directive, attempt)
         if known is None or self.hello is None:
             return False
         if len(payload) + OVERHEAD_BYTES > self.hello.max_message_bytes:
-            raise TooLarge(f"{attempt}: a directive of {len(payload)} bytes is more than the agent takes")
+            raise TooLarge(f"{attempt}: a directive of {len(payload)} bytes exceeds the agent's limit")
         self._step(attempt, known, pb.Directive, LocalProtocolError)
         directive = pb.Directive(attempt=attempt.ref(), payload=payload)
         message = pb.OrchestratorMessage(traceparent=known.traceparent, directive=directive)
-        self._outbox.put_work(attempt, pb.Directive, message, len(payload))
+        self._queue.put_work(attempt, pb.Directive, message, len(payload))
         return True
 
     def acknowledge(self, attempt: AttemptKey) -> bool:
-        """Tells the agent that its result is stored; False when this session does not hold the attempt."""
-        return self._tell(
+        """Acknowledge a stored result; return False when this session does not hold the attempt."""
+        return self._notify(
             attempt, pb.ResultAcknowledged, "result_acknowledged", pb.ResultAcknowledged(attempt=attempt.ref())
         )
 
     def refuse(self, attempt: AttemptKey, error: OrkiError) -> bool:
-        """Tells the agent that the attempt is not its own (any more); False when this session does not hold it."""
+        """Tell the agent that it no longer holds an attempt; return False when this session does not hold it."""
         failure = Failure(reason=error.reason, message=error.message)
-        return self._tell(attempt, pb.Refused, "refused", pb.Refused(failure=failure, attempt=attempt.ref()))
+        return self._notify(attempt, pb.Refused, "refused", pb.Refused(failure=failure, attempt=attempt.ref()))
 
     def echo(self, number: int) -> None:
-        """Answers a heartbeat: its leases are renewed, counted from when it was sent.
+        """Answer a heartbeat. The leases that it renewed count from the time it was sent.
 
         Raises:
-            LocalProtocolError: No such heartbeat came.
+            LocalProtocolError: No such heartbeat arrived.
         """
         self._move(pb.HeartbeatEcho)
         if not 1 <= number <= self._heartbeats:
-            raise LocalProtocolError(f"echo: heartbeat {number} never came (the last was {self._heartbeats})")
+            raise LocalProtocolError(f"echo: heartbeat {number} did not arrive (the last was {self._heartbeats})")
         if self.state is not OrchestratorState.ENDED:
             self._control(heartbeat_echo=pb.HeartbeatEcho(number=number))
 
     def drain(self, grace_ms: int) -> tuple[AttemptKey, ...]:
-        """Says that the orchestrator stops soon.
+        """Tell the agent that the orchestrator stops soon.
 
         Returns:
-            Offers that had not left yet; they are not on this session any more and never were on the wire.
+            Offers that were not sent yet; they are removed from this session.
         """
         live = self.state is not OrchestratorState.ENDED
         self._move(pb.OrchestratorDrain)
         if not live:
             return ()
-        unsent = [key for key in self._outbox.waiting(pb.Offer) if key in self._attempts]
+        unsent = [key for key in self._queue.waiting(pb.Offer) if key in self._attempts]
         for key in unsent:
             self._forget(key)
         self._control(drain=pb.OrchestratorDrain(grace_ms=grace_ms))
         return tuple(unsent)
 
-    # --- what the shell does with its wire and its clock ---
+    # --- Messages to send, and timers. ---
 
     def messages_to_send(self) -> pb.ConnectResponse | None:
-        """The next batch to write, or None. Call it until it gives None; what it gave is gone from here."""
-        if not len(self._outbox):
+        """Remove and return the next batch to write; None when nothing waits."""
+        if not len(self._queue):
             return None
-        batch = self._outbox.take(self._wanted)
+        batch = self._queue.take(self._wanted)
         return pb.ConnectResponse(messages=batch) if batch else None
 
     def next_timer(self) -> float | None:
-        """When `handle_timer` is due, or None."""
-        if self.state in (OrchestratorState.ENDED, OrchestratorState.JUDGING):
+        """Return the time at which `handle_timer` is due, or None."""
+        if self.state in (OrchestratorState.ENDED, OrchestratorState.CHECKING_HELLO):
             return None
         answers = self._answers
         while answers and not self._awaits_answer(*answers[0]):
@@ -299,14 +299,16 @@ class OrchestratorSession:
         return min(self._heard_by, answers[0][0]) if answers else self._heard_by
 
     def handle_timer(self, now: float) -> list[OrchestratorEvent]:
-        """Does what is due; harmless when nothing is."""
+        """Handle the timers that are due, if any."""
         due = self.next_timer()
         if due is None or now < due:
             return []
         if now >= self._heard_by:
             if self.state is OrchestratorState.AWAITING_HELLO:
-                self._control(refused=_refusal(Reason.REASON_HELLO_TIMEOUT, "no hello came within the hello timeout"))
-                return self._end(Disconnected, "no hello came in time", Reason.REASON_HELLO_TIMEOUT)
+                self._control(
+                    refused=_refusal(Reason.REASON_HELLO_TIMEOUT, "the hello did not arrive within the hello timeout")
+                )
+                return self._end(Disconnected, "the hello did not arrive in time", Reason.REASON_HELLO_TIMEOUT)
             return self._end(Disconnected, "the agent fell silent", Reason.REASON_PEER_LOST)
         while self._answers and self._answers[0][0] <= now:
             deadline, key = heapq.heappop(self._answers)
@@ -319,7 +321,7 @@ class OrchestratorSession:
                 self._events.join(OffersExpired, key)
         return self._events.finish()
 
-    # --- receivers, one for each kind of message ---
+    # --- Receivers, one for each kind of message. ---
 
     def _hello(self, message: pb.AgentMessage, now: float) -> None:
         self._move(pb.Hello, RemoteProtocolError)
@@ -331,7 +333,7 @@ class OrchestratorSession:
             self._events.add(self._ended(error.message, error.reason))
             return
         self.hello = hello
-        self._outbox.limit(hello.max_message_bytes)
+        self._queue.limit(hello.max_message_bytes)
         held = tuple((AttemptKey.of(each.attempt), each.has_result) for each in hello.held)
         self._events.add(HelloArrived(hello, held))
 
@@ -369,7 +371,7 @@ class OrchestratorSession:
         self._move(pb.CancelAcknowledged, RemoteProtocolError)
         key = AttemptKey.of(message.cancel_acknowledged.attempt)
         attempt = self._attempts.get(key)
-        # It may come behind the result, when the attempt is closed: then nobody waits for it.
+        # It may arrive after the result, when the attempt is closed.
         if attempt is not None:
             self._step(key, attempt, pb.CancelAcknowledged, RemoteProtocolError)
             self._events.join(CancelsAcknowledged, key)
@@ -389,7 +391,7 @@ class OrchestratorSession:
             else:
                 self._control(refused=_refusal(Reason.REASON_STALE_FENCE, _STALE, key))
                 self._events.join(ReportsRefused, key)
-        # Handlers that the agent gave up but could not stop: nobody's attempts, and yet slots that are taken.
+        # Handlers that outlive their attempts occupy slots.
         self._blocked = max(0, self.hello.slots - heartbeat.free_slots - len(heartbeat.running))
         self._events.add(
             HeartbeatArrived(
@@ -401,10 +403,10 @@ class OrchestratorSession:
         self._move(pb.AgentDrain, RemoteProtocolError)
         self._events.add(AgentDraining())
 
-    # --- inner moves ---
+    # --- Transitions. ---
 
     def _report(self, kind: type, body: Any) -> AttemptKey | None:
-        """Steps the attempt that a report is about; None, and a refusal, when it is not this session's."""
+        """Step the attempt of a report; refuse the report and return None when this session does not hold it."""
         self._move(kind, RemoteProtocolError)
         key = AttemptKey.of(body.attempt)
         attempt = self._attempts.get(key)
@@ -416,14 +418,14 @@ class OrchestratorSession:
         return key
 
     def _step(self, key: AttemptKey, attempt: _Attempt, event: type, error: type[OrkiError]) -> None:
-        occupied = attempt.state in _OCCUPYING
+        occupied = attempt.state in OCCUPYING
         try:
             attempt.state = ATTEMPT.next(attempt.state, event, error)
         except OrkiError as raised:
             raise error(f"{key}: {raised.message}") from None
         if attempt.state is AttemptState.CLOSED:
             del self._attempts[key]
-        if occupied and attempt.state not in _OCCUPYING:
+        if occupied and attempt.state not in OCCUPYING:
             self._occupied -= 1
 
     def _forget(self, key: AttemptKey) -> None:
@@ -433,7 +435,7 @@ class OrchestratorSession:
         self._check(event)
         return None if self.state is OrchestratorState.ENDED else self._attempts.get(key)
 
-    def _tell(self, key: AttemptKey, event: type, field: str, body: object) -> bool:
+    def _notify(self, key: AttemptKey, event: type, field: str, body: object) -> bool:
         attempt = self._live(event, key)
         if attempt is None:
             return False
@@ -472,10 +474,10 @@ class OrchestratorSession:
         return self.state is not OrchestratorState.ENDED and key in self._attempts
 
     def _control(self, **body: Any) -> None:
-        self._outbox.put_control(pb.OrchestratorMessage(**body))
+        self._queue.put_control(pb.OrchestratorMessage(**body))
 
     def _control_about(self, attempt: _Attempt, **body: Any) -> None:
-        self._outbox.put_control(pb.OrchestratorMessage(traceparent=attempt.traceparent, **body))
+        self._queue.put_control(pb.OrchestratorMessage(traceparent=attempt.traceparent, **body))
 
 
 def _refusal(reason: Reason.ValueType, message: str, key: AttemptKey | None = None) -> pb.Refused:

@@ -1,4 +1,4 @@
-"""Beginnings and ends: stop, loss, reconnection, kill, fork, and a process that runs out of descriptors."""
+"""Lifecycle: stop, loss, reconnection, kill and fork."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ from hotpath_tools import (
 
 import orki_contract as oc
 from orki_agent.hotpath import AsyncToolClient, BridgeOptions, SyncToolClient, ToolBridge, ToolClientOptions
-from orki_agent.hotpath.frames import FrameDecoder, decode_error, encode_welcome
+from orki_agent.hotpath.frames import FrameDecoder, decode_error, encode_reply, encode_welcome
 from orki_contract.errors import (
     Draining,
     LocalProtocolError,
     OrkiError,
     PeerLost,
     PeerRefused,
+    RemoteProtocolError,
     ToolCancelled,
     ToolDeadline,
 )
@@ -64,7 +65,7 @@ def in_thread(client: SyncToolClient, tool: oc.Tool, request: object, outcome: l
 
 
 @pytest.mark.parametrize("tool", [SLEEP, ASYNC_SLEEP])
-def test_a_stopping_bridge_lets_calls_end_and_takes_no_new_ones(tool: oc.Tool) -> None:  # type: ignore[type-arg]
+def test_a_stopping_bridge_finishes_calls_and_refuses_new_ones(tool: oc.Tool) -> None:  # type: ignore[type-arg]
     tools = SampleTools()
     bridge = ToolBridge(tools, AsyncSampleTools()).start()
     outcome: list[object] = []
@@ -95,7 +96,7 @@ def test_a_stopping_bridge_lets_calls_end_and_takes_no_new_ones(tool: oc.Tool) -
 
 
 @pytest.mark.parametrize("tool", [SLEEP, ASYNC_SLEEP])
-def test_calls_that_outlive_the_stop_are_cancelled(tool: oc.Tool) -> None:  # type: ignore[type-arg]
+def test_calls_that_outlast_the_stop_timeout_are_cancelled(tool: oc.Tool) -> None:  # type: ignore[type-arg]
     blocking, waiting = SampleTools(), AsyncSampleTools()
     bridge = ToolBridge(blocking, waiting, options=BridgeOptions(stop_timeout=0.1)).start()
     outcome: list[object] = []
@@ -112,7 +113,7 @@ def test_calls_that_outlive_the_stop_are_cancelled(tool: oc.Tool) -> None:  # ty
         assert (blocking if tool is SLEEP else waiting).cancelled.wait(10)
 
 
-def test_a_handler_that_never_returns_does_not_keep_the_bridge_alive() -> None:
+def test_a_handler_that_never_returns_does_not_block_the_stop() -> None:
     class Stubborn(SampleTools):
         def sleep(self, request: Ask, call: oc.ToolCall) -> Ask:
             self.release.wait()
@@ -129,7 +130,7 @@ def test_a_handler_that_never_returns_does_not_keep_the_bridge_alive() -> None:
     tools.release.set()
 
 
-async def test_both_clients_reconnect_after_the_bridge_came_back(path: str) -> None:
+async def test_both_clients_reconnect_after_a_restart_of_the_bridge(path: str) -> None:
     with SyncToolClient(path, TOKEN, name="x") as client:
         async with _unconnected(path) as other:
             for _ in range(3):
@@ -150,7 +151,7 @@ async def test_both_clients_reconnect_after_the_bridge_came_back(path: str) -> N
 
 
 class _unconnected:
-    """A client that connects at its first call."""
+    """An async client that connects at its first call."""
 
     def __init__(self, path: str) -> None:
         self.client = AsyncToolClient(path, TOKEN, name="x")
@@ -184,13 +185,14 @@ async def test_a_killed_bridge_ends_every_call_with_peer_lost(path: str) -> None
 
 
 class _DeafBridge:
-    """Welcomes a client, then reads nothing more until it is told to end."""
+    """A bridge that welcomes each client and reads nothing after the hello, or sends one answer to anything."""
 
-    def __init__(self, path: str, *, close_after: float = 0.0) -> None:
+    def __init__(self, path: str, *, close_after: float = 0.0, answer: bytes = b"") -> None:
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(path)
         self.listener.listen(8)
         self.close_after = close_after
+        self.answer = answer
         self.held: list[socket.socket] = []
         self.thread = threading.Thread(target=self._serve)
         self.thread.start()
@@ -206,6 +208,9 @@ class _DeafBridge:
             while decoder.next_frame(sock.recv_into(decoder.writable())) is None:
                 pass
             sock.sendall(encode_welcome(WelcomeFrame(max_frame_bytes=1 << 26, max_calls=8, protocol=1)))
+            if self.answer:
+                sock.recv(1)
+                sock.sendall(self.answer)
             if self.close_after:
                 time.sleep(self.close_after)
                 sock.close()
@@ -218,7 +223,7 @@ class _DeafBridge:
             sock.close()
 
 
-async def test_a_request_that_did_not_leave_completely_is_said_to_be_so(path: str) -> None:
+async def test_peer_lost_reports_whether_the_request_was_written(path: str) -> None:
     deaf = _DeafBridge(path, close_after=0.3)
     large = Ask(1, 2, bytes(8 << 20))
     try:
@@ -242,7 +247,23 @@ async def test_a_request_that_did_not_leave_completely_is_said_to_be_so(path: st
     await asyncio.get_running_loop().shutdown_default_executor()
 
 
-async def test_a_bridge_that_does_not_read_costs_the_deadline_and_no_more(path: str) -> None:
+async def test_a_reply_of_another_tool_ends_the_call_and_the_connection(path: str) -> None:
+    fake = _DeafBridge(path, answer=encode_reply(0x0102, 16, 1, 2, Ask(1, 2).encode()))
+    try:
+        for number in range(2):
+            async with AsyncToolClient(path, TOKEN, name="x") as client:
+                client._transport.checked.add(ECHO.contract.service)  # type: ignore[union-attr]
+                if number:
+                    client._transport._last = 1  # type: ignore[union-attr]
+                async with asyncio.timeout(10):
+                    with pytest.raises(RemoteProtocolError, match="opcode 0x0102" if number else "unknown call 2"):
+                        await client.call(ECHO, Ask(1, 2))
+                assert not client._transport.alive  # type: ignore[union-attr]
+    finally:
+        fake.close()
+
+
+async def test_a_call_to_a_bridge_that_does_not_read_ends_at_its_deadline(path: str) -> None:
     deaf = _DeafBridge(path)
     try:
         for request in (Ask(1, 2), Ask(1, 2, bytes(8 << 20))):
@@ -258,7 +279,7 @@ async def test_a_bridge_that_does_not_read_costs_the_deadline_and_no_more(path: 
         deaf.close()
 
 
-async def test_nobody_at_the_path_and_nobody_who_answers(path: str) -> None:
+async def test_connecting_fails_without_a_bridge_or_an_answer(path: str) -> None:
     options = ToolClientOptions(connect_timeout=0.2)
     for _ in range(2):
         with SyncToolClient(path, TOKEN, name="x", options=options) as client, pytest.raises(PeerLost, match="no tool"):
@@ -273,7 +294,7 @@ async def test_nobody_at_the_path_and_nobody_who_answers(path: str) -> None:
                 client.call(ECHO, Ask(1, 2))
             with pytest.raises(PeerLost, match="did not answer in time"):
                 await AsyncToolClient(path, TOKEN, name="x", options=options).connect()
-            # The kernel's queue is full now: Linux answers EAGAIN, for which there is nothing to poll.
+            # The kernel's queue is full: Linux reports EAGAIN, and the socket cannot be polled.
             with socket.socket(socket.AF_UNIX) as waiting:
                 waiting.setblocking(False)
                 waiting.connect_ex(path)
@@ -301,7 +322,7 @@ async def test_a_cancelled_connection_attempt_leaves_the_client_usable(path: str
 
 
 def _forked(work: object) -> int:
-    """Exit code of a forked child that did `work`."""
+    """Return the exit code of a forked child that runs `work`."""
     child = os.fork()
     if child == 0:
         code = 70
@@ -313,7 +334,7 @@ def _forked(work: object) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_forked_child_uses_connections_of_its_own(bridge: ToolBridge) -> None:
+def test_a_sync_client_opens_new_connections_in_a_forked_child(bridge: ToolBridge) -> None:
     with SyncToolClient(bridge.path, bridge.token, name="x") as client:
         assert client.call(ECHO, Ask(1, 2)) == Ask(1, 2)
         [transport] = client._transports
@@ -330,7 +351,7 @@ def test_a_forked_child_uses_connections_of_its_own(bridge: ToolBridge) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-async def test_a_forked_child_is_told_to_make_its_own_async_client(bridge: ToolBridge) -> None:
+async def test_an_async_client_refuses_calls_in_a_forked_child(bridge: ToolBridge) -> None:
     async with AsyncToolClient(bridge.path, bridge.token, name="x") as client:
         assert await client.call(ECHO, Ask(1, 2)) == Ask(1, 2)
 
@@ -346,7 +367,7 @@ async def test_a_forked_child_is_told_to_make_its_own_async_client(bridge: ToolB
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_forked_child_does_not_hold_its_parents_bridge(path: str) -> None:
+def test_a_forked_child_releases_its_parents_bridge(path: str) -> None:
     ours, theirs = os.pipe()
     heard, told = os.pipe()
     with ToolBridge(SampleTools(), path=path, token=TOKEN):
@@ -356,7 +377,7 @@ def test_a_forked_child_does_not_hold_its_parents_bridge(path: str) -> None:
             os.write(told, b"!")
             os.read(ours, 1)
             os._exit(0)
-        assert os.read(heard, 1) == b"!", "what runs at a fork has run in the child"
+        assert os.read(heard, 1) == b"!", "the fork hooks have run in the child"
     try:
         with ToolBridge(SampleTools(), path=path, token=TOKEN) as bridge:
             with SyncToolClient(bridge.path, TOKEN, name="x") as client:
@@ -368,7 +389,7 @@ def test_a_forked_child_does_not_hold_its_parents_bridge(path: str) -> None:
             os.close(descriptor)
 
 
-def test_no_descriptor_is_left_over_many_lives(path: str) -> None:
+def test_restarts_leak_no_descriptors(path: str) -> None:
     before = open_descriptors()
     for _ in range(20):
         with ToolBridge(SampleTools(), AsyncSampleTools(), path=path, token=TOKEN):

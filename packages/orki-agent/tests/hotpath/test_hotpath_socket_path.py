@@ -1,4 +1,4 @@
-"""Where the socket lies: who may reach it, who owns it, what is left of it."""
+"""The socket path: permissions, ownership and cleanup."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orki_contract.errors import InvalidSetting, LocalProtocolError, SocketUnsaf
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A short private folder: paths of sockets have few bytes."""
+    """A private folder with a short path, because socket paths are limited."""
     with tempfile.TemporaryDirectory(prefix="orki-test-") as made:
         yield Path(made)
 
@@ -28,7 +28,7 @@ def mode_of(path: object) -> int:
     return stat.S_IMODE(os.lstat(str(path)).st_mode)
 
 
-def test_a_bridge_without_a_path_lies_in_a_folder_of_its_own_and_takes_it_away() -> None:
+def test_a_bridge_without_a_path_uses_and_removes_a_temporary_folder() -> None:
     with ToolBridge(SampleTools()) as bridge:
         folder = Path(bridge.path).parent
         assert (mode_of(folder), mode_of(bridge.path)) == (0o700, 0o600)
@@ -40,7 +40,7 @@ def test_a_bridge_without_a_path_lies_in_a_folder_of_its_own_and_takes_it_away()
         _ = bridge.path
 
 
-def test_a_missing_folder_is_made_private_whatever_the_umask(folder: Path) -> None:
+def test_a_missing_folder_is_created_private_under_any_umask(folder: Path) -> None:
     before = os.umask(0)
     try:
         with ToolBridge(SampleTools(), path=folder / "new" / "tools") as bridge:
@@ -50,7 +50,7 @@ def test_a_missing_folder_is_made_private_whatever_the_umask(folder: Path) -> No
     assert sorted(os.listdir(folder / "new")) == ["tools.lock"]
 
 
-def test_a_bridge_can_be_started_again_and_not_twice(folder: Path) -> None:
+def test_a_bridge_can_be_restarted_but_not_started_twice(folder: Path) -> None:
     bridge = ToolBridge(SampleTools(), path=folder / "tools")
     for _ in range(3):
         with bridge:
@@ -62,7 +62,7 @@ def test_a_bridge_can_be_started_again_and_not_twice(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o750, 0o701, 0o777, 0o1777])
-def test_a_folder_that_is_open_to_others_is_refused(folder: Path, mode: int) -> None:
+def test_a_folder_accessible_to_others_is_refused(folder: Path, mode: int) -> None:
     folder.chmod(mode)
     with pytest.raises(SocketUnsafe, match="accessible to other users"):
         ToolBridge(SampleTools(), path=folder / "tools").start()
@@ -78,7 +78,7 @@ def test_a_symbolic_link_to_a_folder_is_refused(folder: Path) -> None:
     assert os.listdir(folder / "real") == []
 
 
-def test_a_file_in_the_folders_place_is_refused(folder: Path) -> None:
+def test_a_file_instead_of_the_folder_is_refused(folder: Path) -> None:
     (folder / "file").touch()
     with pytest.raises(SocketUnsafe, match="cannot be created"):
         ToolBridge(SampleTools(), path=folder / "file" / "tools").start()
@@ -88,7 +88,7 @@ def test_a_file_in_the_folders_place_is_refused(folder: Path) -> None:
         check_folder(str(folder / "absent"), os.geteuid())
 
 
-def test_somebody_elses_folder_is_refused(folder: Path) -> None:
+def test_a_folder_of_another_user_is_refused(folder: Path) -> None:
     stranger = Platform(own_uid=lambda: os.geteuid() + 1)
     with pytest.raises(SocketUnsafe, match=f"belongs to user {os.geteuid()}"):
         SocketPath(folder / "tools", platform=stranger)
@@ -96,7 +96,7 @@ def test_somebody_elses_folder_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "link"])
-def test_what_is_no_socket_is_not_taken_away(folder: Path, what: str) -> None:
+def test_a_path_that_is_no_socket_is_not_removed(folder: Path, what: str) -> None:
     path = folder / "tools"
     if what == "file":
         path.write_text("precious")
@@ -109,7 +109,7 @@ def test_what_is_no_socket_is_not_taken_away(folder: Path, what: str) -> None:
     assert os.path.lexists(path)
 
 
-def test_a_lock_that_is_a_link_is_refused(folder: Path) -> None:
+def test_a_lock_file_that_is_a_symbolic_link_is_refused(folder: Path) -> None:
     (folder / "tools.lock").symlink_to(folder / "victim")
     with pytest.raises(SocketUnsafe, match="lock"):
         ToolBridge(SampleTools(), path=folder / "tools").start()
@@ -125,7 +125,7 @@ def test_two_bridges_never_share_a_path(folder: Path) -> None:
             assert client.call(ECHO, Ask(1, 2)) == Ask(1, 2)
 
 
-def test_the_socket_of_a_killed_bridge_is_taken_over(folder: Path) -> None:
+def test_the_socket_of_a_killed_bridge_is_replaced(folder: Path) -> None:
     path = folder / "tools"
     process = serving_process(str(path))
     with pytest.raises(SocketUnsafe, match="another bridge serves"):
@@ -139,7 +139,7 @@ def test_the_socket_of_a_killed_bridge_is_taken_over(folder: Path) -> None:
     assert os.listdir(folder) == ["tools.lock"]
 
 
-def test_a_path_that_is_too_long_says_what_to_do(folder: Path) -> None:
+def test_a_path_that_is_too_long_is_refused_with_advice(folder: Path) -> None:
     longest = str(folder / ("n" * (MAX_PATH_BYTES - len(str(folder)) - 1)))
     assert check_path(longest) == longest
     with ToolBridge(SampleTools(), path=longest) as bridge:
@@ -162,7 +162,7 @@ def test_a_relative_path_is_made_absolute(folder: Path, monkeypatch: pytest.Monk
     assert check_path("tools") == str(folder / "tools")
 
 
-def test_a_place_that_cannot_be_bound_is_given_back(folder: Path) -> None:
+def test_a_path_that_cannot_be_bound_can_be_used_later(folder: Path) -> None:
     place = SocketPath(folder / "tools")
     (folder / "tools").mkdir()
     with pytest.raises(SocketUnsafe):
@@ -175,8 +175,8 @@ def test_a_place_that_cannot_be_bound_is_given_back(folder: Path) -> None:
     assert os.listdir(folder) == ["tools.lock"]
 
 
-def test_who_sees_the_path_is_heard(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no instant at which the file is there and nobody listens."""
+def test_the_path_appears_only_after_the_socket_listens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that sees the file can connect at once."""
     path = folder / "tools"
     seen: list[bool] = []
     listen = socket.socket.listen

@@ -1,8 +1,8 @@
-"""The client for whoever submits tasks: gRPC calls in, typed values and typed errors out.
+"""The client for submitters. It makes gRPC calls and gives typed values and typed errors.
 
-A call that fails because the orchestrator is away is made again, with full jitter, for as long as the client's patience
-lasts; waiting for a task has no such end. That is safe: a submission without an idempotency key gets one, so that a
-repeated `Submit` finds the task that the lost answer was about.
+A call that fails because the orchestrator is unavailable is repeated, with full jitter, for as long as `patience`
+allows. Repeating is safe: a submission without an idempotency key gets one, so a repeated `Submit` finds the task that
+the first call created.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
-import grpc
 from google.protobuf.message import Message
 
 from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import AttemptRef, TaskState
-from orki.control.v1.task_pb2_grpc import FleetServiceStub, TaskServiceStub
 from orki_contract import Task, TaskHandle
 from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import (
@@ -31,13 +29,12 @@ from orki_contract.errors import (
     error_for,
 )
 from orki_contract.trace import current_span, new_span
-from orki_control.handle import SubmittedTask
-from orki_control.session.options import DEFAULT_MESSAGE_BYTES
-from orki_control.statuses import typed_errors
-from orki_control.watch import watch_task
-from orki_control.wire import check_target, open_channel
+from orki_control._task_handle import SubmittedTask, watch_task
+from orki_control.session._options import DEFAULT_MESSAGE_BYTES
+from orki_control.transport import check_target, open_channel, typed_errors
 
-__all__ = ["Client", "ClientOptions"]
+if TYPE_CHECKING:
+    import grpc
 
 A = TypeVar("A")
 Q = TypeVar("Q", bound=Message)
@@ -49,17 +46,17 @@ _BACKOFF: Final = JitterOptions(maximum=2.0)
 _MOST_SUBMISSIONS: Final = 1000
 _KEY_BYTES: Final = 256
 _ROOM: Final = 64 * 1024
-"""Bytes of a Submit that are not for payloads."""
+"""Bytes of a Submit message reserved for fields other than payloads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientOptions:
-    """How a client behaves. Times are seconds.
+    """Settings of a client. Durations are seconds.
 
     Attributes:
-        patience: How long calls are repeated while the orchestrator is away; 0 for a single try.
-        call_timeout: Longest time for one try of a call.
-        max_message_bytes: Longest gRPC message in either direction.
+        patience: How long calls are repeated while the orchestrator is unavailable; 0 for a single try.
+        call_timeout: Maximum duration of one try.
+        max_message_bytes: Maximum gRPC message size in either direction.
         insecure: Whether plaintext may leave this host.
         backoff: Waits between tries.
     """
@@ -80,14 +77,14 @@ class ClientOptions:
 
 
 class Client:
-    """Speaks to one orchestrator; an async context manager, and a `TaskChannel` for generated clients.
+    """A client of one orchestrator: an async context manager, and the `TaskChannel` of generated clients.
 
     ```python
     async with Client("127.0.0.1:50051") as orki:
         response = await ReviewServiceClient(orki).review_file(request)
     ```
 
-    It belongs to the event loop in which it was entered.
+    A client belongs to the event loop in which it was entered.
 
     Attributes:
         target: `HOST:PORT` of the orchestrator.
@@ -100,7 +97,9 @@ class Client:
 
     async def __aenter__(self) -> Self:
         if self._channel is not None:
-            raise InvalidSetting("the client is entered already; make another one for another `async with`")
+            raise InvalidSetting("the client is open already; create another one for another `async with`")
+        from orki.control.v1.task_pb2_grpc import FleetServiceStub, TaskServiceStub
+
         channel = open_channel(self.target, self._options.max_message_bytes)
         self._channel = channel
         self._tasks = TaskServiceStub(channel)
@@ -112,16 +111,16 @@ class Client:
             await self._channel.close()
             self._channel = None
 
-    # --- TaskChannel ---
+    # --- Submitting. ---
 
     async def submit(self, task: Task[Q, R, P, D], request: Q, *, idempotency_key: str = "") -> SubmittedTask[R, P, D]:
-        """Submits one task; when it returns the task survives the orchestrator's death.
+        """Submit one task. When this returns, the task survives the death of the orchestrator.
 
         Raises:
             IdempotencyConflict: The key was used with another request.
-            UnknownMethod: No agent has brought this method to the fleet yet.
-            TooLarge: The request is larger than a message may be.
-            OrchestratorUnavailable: The orchestrator stayed away for longer than the client's patience.
+            UnknownMethod: No agent has registered this method yet.
+            TooLarge: The request exceeds the maximum message size.
+            OrchestratorUnavailable: The orchestrator was unavailable for longer than `patience`.
         """
         submission = self._submission(task, request, idempotency_key, _traceparent())
         (snapshot,) = await self.submit_raw([submission])
@@ -130,18 +129,18 @@ class Client:
     async def submit_many(
         self, task: Task[Q, R, P, D], requests: Sequence[Q], *, idempotency_keys: Sequence[str] | None = None
     ) -> list[TaskHandle[R, P, D]]:
-        """Submits many tasks of one method, in as many calls as count and size ask for.
+        """Submit many tasks of one method, in as few calls as count and size allow.
 
         Args:
             task: The method.
-            requests: Any number.
-            idempotency_keys: One for each request; an empty one means that the task is new.
+            requests: Any number of requests.
+            idempotency_keys: One key for each request; an empty key makes the task new.
 
         Returns:
             Handles in the order of the requests.
 
         Raises:
-            OrkiError: Of the first submission that was refused, as for `submit`; the others stand.
+            OrkiError: The error of the first refused submission, as for `submit`. The others are accepted.
         """
         keys = [""] * len(requests) if idempotency_keys is None else idempotency_keys
         if len(keys) != len(requests):
@@ -153,10 +152,10 @@ class Client:
         return [SubmittedTask(self, task, snapshot) for snapshot in snapshots]
 
     async def submit_raw(self, submissions: Sequence[pb.Submission]) -> list[pb.TaskSnapshot]:
-        """Submits what is serialised already, for callers that know a method only by its name.
+        """Submit serialised requests, for callers that know a method only by its name.
 
         Raises:
-            OrkiError: Of the first submission that was refused; the others stand.
+            OrkiError: The error of the first refused submission. The others are accepted.
         """
         outcomes: list[pb.SubmitOutcome] = []
         for chunk in self._chunks(submissions):
@@ -170,56 +169,56 @@ class Client:
                 raise error_for(outcome.failure.reason, where + outcome.failure.message)
         return [outcome.task for outcome in outcomes]
 
-    # --- tasks by their id ---
+    # --- Tasks by id. ---
 
     def handle(self, task: Task[Q, R, P, D], task_id: str) -> SubmittedTask[R, P, D]:
-        """A handle of a task that was submitted earlier, or by somebody else. Asks nobody."""
+        """Return a handle of a task that was submitted earlier or elsewhere, without a call."""
         return SubmittedTask(self, task, pb.TaskSnapshot(task_id=task_id, method=task.contract.full_name))
 
     async def get(self, task_id: str) -> pb.TaskSnapshot:
-        """The task as it is now.
+        """Return the task.
 
         Raises:
-            UnknownTask: There is none of that id.
+            UnknownTask: No task has this id.
         """
         answer = await self._call(lambda: self._tasks.Get(pb.GetRequest(task_id=task_id), timeout=self._timeout))
         return answer.task
 
     def watch(self, task_id: str, *, after: str = "") -> AsyncGenerator[pb.WatchResponse, None]:
-        """Follows a task to its end, over as many connections as it takes: snapshots and progress, a terminal one last.
+        """Follow a task to its end, over lost connections: snapshots and progress, with a terminal snapshot last.
 
         Args:
             task_id: The task.
-            after: Cursor of the last progress that was seen; empty: from the beginning.
+            after: Cursor of the last received progress; empty for the beginning.
 
         Raises:
-            UnknownTask: There is none of that id.
+            UnknownTask: No task has this id.
         """
         self._require_channel()
         return watch_task(self._tasks, self.target, task_id, after=after, backoff=self._options.backoff)
 
     async def cancel(self, task_id: str, message: str = "") -> pb.TaskSnapshot:
-        """Asks for a task's end; harmless when it has ended, or when somebody else asked before.
+        """Cancel a task. Cancelling a task again, or one that has ended, has no effect.
 
         Returns:
-            The task as it is now.
+            The task.
 
         Raises:
-            UnknownTask: There is none of that id.
+            UnknownTask: No task has this id.
         """
         request = pb.CancelRequest(task_id=task_id, message=message)
         answer = await self._call(lambda: self._tasks.Cancel(request, timeout=self._timeout))
         return answer.task
 
     async def direct(self, task_id: str, directive: Message | bytes) -> AttemptRef:
-        """Sends a directive to a running task. It is sent once: repeating it could deliver it twice.
+        """Send a directive to a running task. The call is not repeated, as a repeat could deliver it twice.
 
         Returns:
-            The attempt that it was passed to.
+            The attempt that receives the directive.
 
         Raises:
-            NotDirectable: The task is not running, or its method takes no directives.
-            UnknownTask: There is none of that id.
+            NotDirectable: The task is not running, or its method declares no directive.
+            UnknownTask: No task has this id.
         """
         payload = directive if isinstance(directive, bytes) else directive.SerializeToString()
         request = pb.DirectRequest(task_id=task_id, payload=payload)
@@ -238,13 +237,13 @@ class Client:
         agent_id: str = "",
         page_size: int = 0,
     ) -> AsyncIterator[pb.TaskSnapshot]:
-        """Tasks, newest first, fetched page by page.
+        """Yield tasks, newest first, fetched page by page.
 
         Args:
-            states: Only tasks in one of these; empty: all.
-            method: Only tasks of this `package.Service/Method`; empty: all.
-            agent_id: Only tasks whose current attempt this agent holds; empty: all.
-            page_size: Tasks in one answer, 1 to 1000; 0 leaves it to the orchestrator.
+            states: Only tasks in one of these states; empty for all.
+            method: Only tasks of this `package.Service/Method`; empty for all.
+            agent_id: Only tasks whose current attempt this agent holds; empty for all.
+            page_size: Tasks in one page, 1 to 1000; 0 for the orchestrator's default.
         """
         request = pb.ListRequest(states=states, method=method, agent_id=agent_id, page_size=page_size)
         while True:
@@ -255,20 +254,18 @@ class Client:
                 return
             request.page_token = answer.next_page_token
 
-    # --- the fleet ---
+    # --- The fleet. ---
 
     async def list_agents(self) -> Sequence[pb.AgentSnapshot]:
-        """Agents that have a session, or lost one not long ago, by agent id."""
+        """Return the agents that have a session or lost one recently, by agent id."""
         answer = await self._call(lambda: self._fleet.ListAgents(pb.ListAgentsRequest(), timeout=self._timeout))
         return answer.agents
 
     async def list_services(self, service: str = "") -> Sequence[pb.ServiceSnapshot]:
-        """Registered task services with their contracts, by full name; only `service` where it is given."""
+        """Return the registered task services with their contracts, by full name; only `service` if it is given."""
         request = pb.ListServicesRequest(service=service)
         answer = await self._call(lambda: self._fleet.ListServices(request, timeout=self._timeout))
         return answer.services
-
-    # --- inner ---
 
     async def _submit(self, request: pb.SubmitRequest) -> pb.SubmitResponse:
         return await self._call(lambda: self._tasks.Submit(request, timeout=self._timeout))
@@ -282,7 +279,7 @@ class Client:
             raise OrchestratorUnavailable(f"the client of {self.target} is not open: use it inside `async with`")
 
     async def _call(self, once: Callable[[], Awaitable[A]]) -> A:
-        """Makes a call, again and again while the orchestrator is away and patience lasts."""
+        """Make a call; repeat it while the orchestrator is unavailable and `patience` allows."""
         self._require_channel()
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + self._options.patience
@@ -302,7 +299,7 @@ class Client:
         if not isinstance(request, task.request):
             raise InvalidArgument(f"{method} takes {task.request.__name__}, not {type(request).__name__}")
         if len(key.encode()) > _KEY_BYTES:
-            raise InvalidArgument(f"{method}: an idempotency key of more than {_KEY_BYTES} bytes: {key[:40]!r}…")
+            raise InvalidArgument(f"{method}: the idempotency key {key[:40]!r}… exceeds {_KEY_BYTES} bytes")
         return pb.Submission(
             method=method,
             request=request.SerializeToString(),
@@ -318,8 +315,7 @@ class Client:
             weight = submission.ByteSize() + 16
             if weight > room:
                 raise TooLarge(
-                    f"{submission.method}: a request of {len(submission.request)} bytes; {room} is the most that fits "
-                    "into a message"
+                    f"{submission.method}: the request has {len(submission.request)} bytes; the maximum is {room}"
                 )
             if chunk and (len(chunk) == _MOST_SUBMISSIONS or size + weight > room):
                 yield chunk
@@ -331,5 +327,5 @@ class Client:
 
 
 def _traceparent() -> str:
-    """The caller's span; outside a trace each submission begins one of its own."""
+    """Return the caller's span; outside a trace each submission starts a new one."""
     return (current_span() or new_span()).traceparent

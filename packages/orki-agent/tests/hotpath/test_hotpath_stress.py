@@ -1,4 +1,4 @@
-"""Many calls of all kinds at once, cancelled and timed out at random: each is answered exactly once, and rightly."""
+"""Many calls at once, cancelled and timed out at random: each gets exactly one correct answer."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ CALLS = 2_000
 ECHO, SLEEP, GROW, NAP = 0x0101, 0x0102, 0x0105, 0x0201
 
 
-class Storm:
-    """One connection that sends at random and keeps what comes back."""
+class RandomCalls:
+    """A connection that sends random calls and collects the answers."""
 
     def __init__(self, bridge: ToolBridge, seed: int) -> None:
         self.chosen = random.Random(seed)
@@ -65,7 +65,7 @@ class Storm:
         self.peer.close()
 
     def check(self) -> None:
-        """Every call was answered once, by what it asked for or by an error that it had coming."""
+        """Check that each call got one answer: its result, or an error that its cancel or timeout explains."""
         assert Counter(frame.correlation for frame in self.answers) == Counter(list(self.asked))
         for frame in self.answers:
             opcode, ask = self.asked[frame.correlation]
@@ -82,13 +82,13 @@ class Storm:
 def test_every_call_is_answered_exactly_once(seed: int) -> None:
     options = BridgeOptions(max_blocked=6, frame_timeout=30)
     with ToolBridge(SampleTools(), AsyncSampleTools(), options=options) as bridge:
-        storms = [Storm(bridge, 10 * seed + number) for number in range(4)]
-        for storm in storms:
-            storm.end()
-        for storm in storms:
-            storm.check()
+        callers = [RandomCalls(bridge, 10 * seed + number) for number in range(4)]
+        for caller in callers:
+            caller.end()
+        for caller in callers:
+            caller.check()
         running = bridge._running
         assert running is not None
         until(lambda: not running.monitor.connections)
-        until(lambda: running.state.blocked == 0, what="every place for blocking handlers is free again")
+        until(lambda: running.state.blocked == 0, what="all threads for blocking handlers are free again")
         assert running.state.blocked == 0

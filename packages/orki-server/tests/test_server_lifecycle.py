@@ -1,0 +1,212 @@
+"""The table of a task's life against the real script: every (state, event) pair, legal and illegal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+from redis import Redis
+
+from orki.control.v1.attempt_pb2 import TaskState
+from orki.errors.v1.errors_pb2 import Reason
+from orki_contract.model import Backoff, TaskMethod
+from orki_contract.trace import new_span
+from orki_control.session import AttemptKey
+from orki_server._keys import ShardKeys, new_task_id
+from orki_server._store import lifecycle
+from orki_server._store.lifecycle import TASK_LIFE, TIMERS, VISIBLE, Life
+from orki_server._store.operations import (
+    Accept,
+    AcknowledgeCancel,
+    ConfirmCancelled,
+    Decline,
+    Fail,
+    Offer,
+    Recipient,
+    Renew,
+    ReportProgress,
+    Succeed,
+    Sweep,
+)
+from orki_server._store.script import Operation, shard_script
+from orki_server._store.store import Store
+from orki_server._store.tasks import Cancel, Direct, ReadTask, Submit
+
+METHOD = TaskMethod(service="acme.v1.WorkService", name="Do", request="q", response="r", backoff=Backoff(initial=60.0))
+KEYS = ShardKeys(0)
+EVENTS = sorted(TASK_LIFE.events(), key=lambda event: event.__name__)
+
+
+class Subject:
+    """One task in the store, and the operations that cause the table's events."""
+
+    def __init__(self, store: Store, redis: Redis) -> None:
+        self.store = store
+        self.redis = redis
+        self.task_id = new_task_id(0)
+        self.agent = ""
+        self.attempt = AttemptKey(self.task_id, 0, 0)
+
+    async def apply(self, operation: Operation[Any]) -> None:
+        await self.store.apply(operation)
+
+    def hash(self, **fields: Any) -> None:
+        self.redis.hset(KEYS.task(self.task_id), mapping=fields)
+
+    def state(self) -> Life:
+        stored = self.redis.hget(KEYS.task(self.task_id), "state")
+        return Life[stored.decode()] if stored else Life.ABSENT  # type: ignore[union-attr]
+
+    def dump(self) -> dict[bytes, Any]:
+        """Return the whole shard."""
+        return {name: self.redis.dump(name) for name in self.redis.scan_iter(f"{KEYS.base}*", count=1000)}
+
+    async def submitted(self) -> None:
+        operation = Submit(
+            task_id=self.task_id,
+            method=METHOD,
+            request=b"q",
+            digest="0" * 64,
+            idempotency_key="",
+            span=new_span(),
+            actor="t",
+        )
+        await self.apply(operation)
+
+    async def offered(self) -> None:
+        recipient = Recipient("a1", "i1", 1, (METHOD.full_name,))
+        for offered in await self.store.offer(Offer(0, 60.0, (recipient,))):
+            self.agent, self.attempt = "a1", offered.attempt
+
+    async def cancel(self) -> None:
+        await self.apply(Cancel(self.task_id, "", "t"))
+
+    async def fail(self, retryable: bool) -> None:
+        await self.apply(Fail(self.agent, self.attempt, Reason.REASON_HANDLER_FAILED, "", "", retryable))
+
+    async def bring_to(self, state: Life) -> None:
+        """Bring a new task to a state by legal operations."""
+        steps: dict[Life, list[Callable[[], Awaitable[None]]]] = {
+            Life.ABSENT: [],
+            Life.QUEUED: [self.submitted],
+            Life.OFFERED: [self.submitted, self.offered],
+            Life.CANCELLING_OFFER: [self.submitted, self.offered, self.cancel],
+            Life.CANCELLED: [self.submitted, self.cancel],
+        }
+        running = [self.submitted, self.offered, lambda: self.apply(Accept(self.agent, self.attempt))]
+        steps[Life.RUNNING] = running
+        steps[Life.WAITING] = [*running, lambda: self.fail(True)]
+        steps[Life.FAILED] = [*running, lambda: self.fail(False)]
+        steps[Life.CANCELLING] = [*running, self.cancel]
+        steps[Life.SUCCEEDED] = [*running, lambda: self.apply(Succeed(self.agent, self.attempt, b""))]
+        for step in steps[state]:
+            await step()
+        assert self.state() is state
+
+    def prepare(self, event: type) -> None:
+        """Make the timer of an event due, if it has one."""
+        for timer, timer_event in TIMERS.items():
+            if timer_event is event and self.state() is not Life.ABSENT:
+                # Without a number of refused offers, an offer that times out is queued again at once.
+                self.hash(**{timer: 1, "refused_offers": 3})
+                self.redis.zadd(f"{KEYS.base}timers", {self.task_id: 1})
+        if event is lifecycle.Renewed and self.state() is not Life.ABSENT:
+            self.hash(lease_due=9_999_999_999_999)
+
+    async def cause(self, event: type) -> None:
+        """Send the operation that causes an event in the states in which it is legal."""
+        agent, key = self.agent, self.attempt
+        operations: dict[type, Callable[[], Awaitable[None]]] = {
+            lifecycle.Submitted: self.submitted,
+            lifecycle.Offered: self.offered,
+            lifecycle.Started: lambda: self.apply(Accept(agent, key)),
+            lifecycle.OfferDeclined: lambda: self.apply(Decline(agent, key, Reason.REASON_DRAINING, "", False)),
+            lifecycle.Progressed: lambda: self.apply(ReportProgress(agent, key, 10, 1, b"p")),
+            lifecycle.Renewed: lambda: self.apply(Renew(0, agent, (key,))),
+            lifecycle.Directed: lambda: self.apply(Direct(key, 1, "t")),
+            lifecycle.AttemptSucceeded: lambda: self.apply(Succeed(agent, key, b"r")),
+            lifecycle.AttemptFailed: lambda: self.fail(True),
+            lifecycle.AttemptsExhausted: lambda: self.fail(False),
+            lifecycle.AttemptCancelled: lambda: self.apply(ConfirmCancelled(agent, key, Reason.REASON_CANCELLED)),
+            lifecycle.CancelAcknowledged: lambda: self.apply(AcknowledgeCancel(agent, key)),
+            lifecycle.CancelRequested: self.cancel,
+            **{event: lambda: self.apply(Sweep(0, 10)) for event in TIMERS.values()},
+        }
+        await operations[event]()
+
+
+@pytest.fixture
+async def subject(redis_url: str) -> AsyncIterator[Subject]:
+    store = Store(redis_url, shards=1)
+    await store.open()
+    with Redis.from_url(redis_url) as redis:
+        yield Subject(store, redis)
+    await store.close()
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
+@pytest.mark.parametrize("state", Life, ids=lambda state: state.name)
+async def test_each_event_moves_the_task_as_listed_or_changes_nothing(
+    subject: Subject, state: Life, event: type
+) -> None:
+    await subject.bring_to(state)
+    subject.prepare(event)
+    before = subject.dump()
+    await subject.cause(event)
+    following = TASK_LIFE.rows[state].get(event)
+    if following is None:
+        assert subject.dump() == before
+    else:
+        assert subject.state() is following
+        assert subject.dump() != before
+
+
+@pytest.mark.parametrize("state", Life, ids=lambda state: state.name)
+def test_move_refuses_what_the_table_does_not_list_before_any_write(redis_url: str, state: Life) -> None:
+    bare = """
+      OPS.move = function(a)
+        local task = load(a[1]) or build(a[1], {})
+        move(task, a[2])
+        save(task)
+        return { task.state }
+      end
+    """
+    text = shard_script(60.0).text.replace("local replies, at = {}, 1", f"{bare}\nlocal replies, at = {{}}, 1")
+    with Redis.from_url(redis_url, decode_responses=True) as redis:
+        for event in EVENTS:
+            task_id = new_task_id(0)
+            if state is not Life.ABSENT:
+                redis.hset(KEYS.task(task_id), mapping={"state": state.name, "method": METHOD.full_name})
+            before = redis.hgetall(KEYS.task(task_id))
+            following = TASK_LIFE.rows[state].get(event)
+            (reply,) = redis.eval(text, 1, KEYS.base, "move", 2, task_id, event.__name__)  # type: ignore[misc]
+            if following is None:
+                assert reply == ["error", f"ERR {event.__name__} is illegal in state {state.name}"]
+                assert redis.hgetall(KEYS.task(task_id)) == before
+            else:
+                assert reply == [following.name]
+
+
+def test_only_move_assigns_the_state() -> None:
+    assert len(re.findall(r"\.state\b[^=\n]*[^=~<>\n]=[^=]", _lua())) == 1
+    assert "task['state']" not in _lua()
+
+
+def _lua() -> str:
+    text = shard_script(60.0).text
+    return "\n".join(line.partition("--")[0] for line in text.splitlines())
+
+
+@pytest.mark.parametrize("state", VISIBLE, ids=lambda state: state.name)
+async def test_submitters_see_a_task_state_for_each_state(subject: Subject, state: Life) -> None:
+    await subject.bring_to(state)
+    view = await subject.store.apply(ReadTask(subject.task_id))
+    assert (view.task.state if view else TaskState.TASK_STATE_UNSPECIFIED) == VISIBLE[state]
+
+
+def test_every_state_is_reached_and_left() -> None:
+    assert set(TASK_LIFE.rows) == set(VISIBLE) == set(Life)
+    assert {following for row in TASK_LIFE.rows.values() for following in row.values()} == set(Life)
+    assert set(TIMERS.values()) < TASK_LIFE.events()
