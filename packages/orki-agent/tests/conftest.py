@@ -249,7 +249,7 @@ class Orchestrator(SessionServiceServicer, TaskServiceServicer):
                     request=job.request,
                     lease_ms=round(job.lease * 1000),
                     accept_timeout_ms=5000,
-                    attempt_timeout=60.0,
+                    attempt_timeout_ms=60_000,
                 )
                 self._live.session.offer(offer, job.traceparent, time.monotonic())
         await self.flush()

@@ -13,8 +13,8 @@ from google.protobuf.message import DecodeError
 from oracle_frames import frame_class, random_values
 from oracle_messages import message_class, read_alike
 
+from orki_contract.descriptors import is_repeated
 from orki_contract.errors import OrkiError
-from orki_contract.literals import repeats
 from orki_contract.model import Backoff, Group, Retention, Stream, TaskMethod, ToolMethod, milliseconds
 from orki_contract.read import ReadContract
 from orki_events import _delivery_table as delivery
@@ -86,7 +86,7 @@ def _stream(old: ReadContract, new: ReadContract, was: Stream, now: Stream, rng:
 def _set_key(message: Any, name: str, number: int) -> None:
     """Gives the field that picked the partition a value of its own; the others stay empty."""
     field = message.DESCRIPTOR.fields_by_name.get(name)
-    if field is not None and not repeats(field) and field.message_type is None:
+    if field is not None and not is_repeated(field) and field.message_type is None:
         text = f"key {number}"
         value = {"string": text, "bytes": text.encode()}.get(_kind(field), number)
         setattr(message, name, value if field.type != field.TYPE_BOOL else bool(number % 2))

@@ -11,8 +11,8 @@ from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 from google.protobuf.message import Message
 
+from orki_contract import EventStream
 from orki_contract.errors import HandlerFailed, InvalidSetting
-from orki_contract.handles import EventStream
 from orki_contract.trace import use_span
 from orki_events._deliveries import Delivery, DeliveryBatch, take_batch, take_one
 from orki_events._group_reader import GroupReader

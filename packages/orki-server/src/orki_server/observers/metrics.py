@@ -22,8 +22,8 @@ from orki.events.v1.agent_orki import AGENTS
 from orki.events.v1.task_orki import TASKS
 from orki.events.v1.tool_orki import TOOLS
 from orki.events.v1.usage_orki import USAGE
+from orki_contract import EventStream
 from orki_contract.errors import InvalidSetting, OrkiError, UnknownStream
-from orki_contract.handles import EventStream
 from orki_events import EventOptions, Events, RegisteredStream, connect
 from orki_events.connection import Connection, parse_address
 from orki_server.observers.http_server import serve_http

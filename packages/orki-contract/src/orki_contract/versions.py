@@ -1,8 +1,13 @@
-"""One version of a contract, out of whatever names it: an image, a wheel, a folder, what is installed, a git ref."""
+"""Versions of a contract: an image, a wheel, a folder, a git ref, or an installed package."""
 
 from __future__ import annotations
 
-__all__ = ["Version", "version_at"]
+__all__ = [
+    "ContractVersion",
+    "checked_out",
+    "commit_of",
+    "version_at",
+]
 
 import json
 import os
@@ -10,22 +15,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.message import DecodeError
 
-from orki_contract.difference.git import checked_out, commit_of
 from orki_contract.errors import InvalidContract, InvalidSetting
-from orki_contract.images import IMAGE_NAME
+from orki_contract.images import IMAGE_NAME, Image, images_in
 from orki_contract.read import ReadContract, read_image
-from orki_contract.sources import Image, images_in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Version:
+class ContractVersion:
     """A contract and where it comes from.
 
     Attributes:
@@ -41,7 +44,7 @@ class Version:
     paths: Mapping[str, str] = field(default_factory=dict)
 
 
-def version_at(source: str) -> Version:
+def version_at(source: str) -> ContractVersion:
     """Reads a version.
 
     Args:
@@ -75,7 +78,7 @@ def _wanted(path: str) -> bool:
     return name.endswith(".proto") or name in ("buf.yaml", "buf.lock", "buf.work.yaml", IMAGE_NAME)
 
 
-def _folder(folder: Path, label: str) -> Version:
+def _folder(folder: Path, label: str) -> ContractVersion:
     configured = (folder / "buf.yaml").is_file() or (folder / "buf.work.yaml").is_file()
     buf = _find_buf()
     if configured and buf is not None:
@@ -99,14 +102,14 @@ def _find_buf() -> str | None:
     return shutil.which("buf", path=path)
 
 
-def _compiled(buf: str, folder: Path, label: str) -> Version:
+def _compiled(buf: str, folder: Path, label: str) -> ContractVersion:
     """What buf makes of a folder; with the texts, so that places are exact."""
     image = _run(buf, folder, label, "build", "--as-file-descriptor-set", "--output", "-")
     listed = _run(buf, folder, label, "ls-files", "--format", "json").decode()
     entries = [json.loads(line) for line in listed.splitlines() if line]
     paths = {entry["import_path"]: entry["path"] for entry in entries}
     texts = {name: (folder / path).read_text(encoding="utf-8") for name, path in paths.items()}
-    return Version(label=label, read=_read(image, label, texts), packages=None, paths=paths)
+    return ContractVersion(label=label, read=_read(image, label, texts), packages=None, paths=paths)
 
 
 def _run(buf: str, folder: Path, label: str, *arguments: str) -> bytes:
@@ -117,11 +120,11 @@ def _run(buf: str, folder: Path, label: str, *arguments: str) -> bytes:
     return ran.stdout
 
 
-def _of_images(label: str, images: Iterable[Image]) -> Version:
+def _of_images(label: str, images: Iterable[Image]) -> ContractVersion:
     """One contract of all the images that a wheel, a folder or a distribution ships."""
     found = list(images)
     if len(found) == 1 and not found[0].shipped:
-        return Version(label=label, read=_read(found[0].content, found[0].place, {}), packages=None)
+        return ContractVersion(label=label, read=_read(found[0].content, found[0].place, {}), packages=None)
     files: dict[str, bytes] = {}
     own: set[str] = set()
     for image in found:
@@ -143,7 +146,7 @@ def _of_images(label: str, images: Iterable[Image]) -> Version:
     merged = FileDescriptorSet()
     for _, content in sorted(files.items()):
         merged.file.add().ParseFromString(content)
-    return Version(label=label, read=_read(merged.SerializeToString(), label, {}), packages=frozenset(own))
+    return ContractVersion(label=label, read=_read(merged.SerializeToString(), label, {}), packages=frozenset(own))
 
 
 def _owned(image: Image, parsed: FileDescriptorSet) -> set[str]:
@@ -167,3 +170,55 @@ def _read(image: bytes, label: str, texts: Mapping[str, str]) -> ReadContract:
         return read_image(image, texts)
     except InvalidContract as error:
         raise InvalidContract(f"{label}: {error.message}") from error
+
+
+def commit_of(ref: str) -> str | None:
+    """The id of the commit that a ref names in the repository around the working directory; None for none."""
+    # A leading dash would be an option of git's.
+    if ref.startswith("-"):
+        return None
+    try:
+        ran = _git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
+    except FileNotFoundError:
+        return None
+    return ran.stdout.decode().strip() if ran.returncode == 0 else None
+
+
+def checked_out(commit: str, folder: Path, wanted: Callable[[str], bool]) -> None:
+    """Writes some files of a commit into a folder.
+
+    Args:
+        commit: Its id.
+        folder: An empty folder.
+        wanted: Chooses files by their paths.
+
+    Raises:
+        InvalidContract: git cannot read the commit, as in a clone without its history.
+    """
+    names = _checked(_git("ls-tree", "-r", "-z", "--name-only", "--full-tree", commit), commit).split(b"\0")
+    # A path with a newline cannot be asked for, and no proto has one.
+    chosen = [name for name in names if name and b"\n" not in name and wanted(name.decode(errors="surrogateescape"))]
+    asked = b"".join(commit.encode() + b":" + name + b"\n" for name in chosen)
+    answer = _checked(_git("cat-file", "--batch", sent=asked), commit)
+    at = 0
+    for name in chosen:
+        end = answer.index(b"\n", at)
+        head = answer[at:end].split(b" ")
+        if len(head) != 3 or head[1] != b"blob":
+            raise InvalidContract(f"git does not give {name.decode(errors='replace')} of {commit[:10]}: {head!r}")
+        size = int(head[2])
+        place = folder / name.decode(errors="surrogateescape")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(answer[end + 1 : end + 1 + size])
+        at = end + 1 + size + 1
+
+
+def _git(*arguments: str, sent: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["git", *arguments], input=sent, capture_output=True, check=False)
+
+
+def _checked(ran: subprocess.CompletedProcess[bytes], commit: str) -> bytes:
+    if ran.returncode != 0:
+        said = ran.stderr.decode(errors="replace").strip()
+        raise InvalidContract(f"git cannot read the commit {commit[:10]}: {said}")
+    return ran.stdout

@@ -1,10 +1,10 @@
-"""What all rules of change share: the two contracts, places in both, and how a finding is put down."""
+"""Findings, the rules behind them, and the comparison of two contracts."""
 
 from __future__ import annotations
 
-__all__ = ["Comparison", "Places", "Side", "left_at", "was"]
-
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from functools import cached_property
 from typing import Any, Final
 
@@ -12,11 +12,195 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from google.protobuf.message import Message
 
 from orki_contract.descriptors import OPTIONS_PACKAGE, Location, MessageNode, MethodNode, Path
-from orki_contract.findings.finding import Finding, Plane, Rule
-from orki_contract.findings.reach import Reach
 from orki_contract.model import ExternalGroup, Frame, Stream, TaskMethod, ToolMethod
 from orki_contract.read import ReadContract
-from orki_contract.rules.judge import Judge
+
+
+class Bump(StrEnum):
+    """What a version must promise at the least."""
+
+    MAJOR = "major"
+    MINOR = "minor"
+    PATCH = "patch"
+
+
+class Category(StrEnum):
+    """Groups of rules, by which buf's configuration names them."""
+
+    STREAM = "ORKI_STREAM"
+    FRAME = "ORKI_FRAME"
+    TASK = "ORKI_TASK"
+    TOOL = "ORKI_TOOL"
+    SERVICE = "ORKI_SERVICE"
+    MESSAGE = "ORKI_MESSAGE"
+    OPTION = "ORKI_OPTION"
+    NAME = "ORKI_NAME"
+
+
+class Plane(StrEnum):
+    """The part of a running fleet that a change touches. `MESSAGES`: several of them, or none."""
+
+    EVENTS = "events"
+    CONTROL = "control"
+    HOTPATH = "hotpath"
+    SERVICE = "service"
+    MESSAGES = "messages"
+
+
+@dataclass(frozen=True, order=True, slots=True, kw_only=True)
+class Rule:
+    """One way in which a contract may change.
+
+    Attributes:
+        id: Such as `ORKI_STREAM_REMOVED`.
+        purpose: What the contract keeps, or what the change is, as a sentence.
+        category: The group that it belongs to.
+        bump: What the change asks for.
+        wire: Whether processes built from the two sides would misunderstand or fail each other; False where only code
+            written against the contract must change, or nothing must.
+    """
+
+    id: str
+    purpose: str
+    category: Category
+    bump: Bump
+    wire: bool
+
+
+@dataclass(frozen=True, order=True, slots=True, kw_only=True)
+class Finding:
+    """One change of a contract.
+
+    Attributes:
+        location: Where the new contract says it, or the nearest thing around it there; where nothing of it is left,
+            the place in the old contract.
+        rule: Id of the rule.
+        subject: What changed, such as `stream "findings"`.
+        package: Proto package that declares the subject, and whose version must tell of the change.
+        message: What changed, in words, the values of before and after included.
+        plane: Where it is felt.
+        bump: What it asks for.
+        wire: Whether old and new processes would misunderstand or fail each other.
+        affected: Who is concerned beside the subject itself: groups, streams, services, packages; sorted.
+        gone: Whether `location` is a place in the old contract.
+        before: The place in the old contract; an empty file name where there was nothing.
+    """
+
+    location: Location
+    rule: str
+    subject: str
+    package: str
+    message: str
+    plane: Plane
+    bump: Bump
+    wire: bool
+    affected: tuple[str, ...] = ()
+    gone: bool = False
+    before: Location = Location("")
+
+    def __str__(self) -> str:
+        return f"{self.location}: {self.message} [{self.rule}]"
+
+
+def breaking(category: Category, rule: str, purpose: str) -> Rule:
+    """A rule whose break divides a running fleet."""
+    return Rule(id=rule, purpose=purpose, category=category, bump=Bump.MAJOR, wire=True)
+
+
+def source_breaking(category: Category, rule: str, purpose: str) -> Rule:
+    """A rule whose break is felt by whoever compiles or imports, and not on the wire."""
+    return Rule(id=rule, purpose=purpose, category=category, bump=Bump.MAJOR, wire=False)
+
+
+def additive(category: Category, rule: str, purpose: str) -> Rule:
+    """A rule that names something new, or looser, with which old processes live."""
+    return Rule(id=rule, purpose=purpose, category=category, bump=Bump.MINOR, wire=False)
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Use:
+    """One declaration that puts messages on a wire.
+
+    Attributes:
+        name: For people, such as `stream "findings"`.
+        package: Who declares it.
+        plane: Where it runs.
+    """
+
+    name: str
+    package: str
+    plane: Plane
+
+
+class Reach:
+    """Answers which declarations of a contract reach a message or an enum."""
+
+    def __init__(self, read: ReadContract) -> None:
+        self._read = read
+        self._known: dict[str, tuple[frozenset[Use], frozenset[str]]] = {}
+
+    def uses(self, name: str) -> frozenset[Use]:
+        """The declarations whose entries, requests, responses, progress or directives hold it, at any depth."""
+        return self._above(name)[0]
+
+    def packages(self, name: str) -> frozenset[str]:
+        """The packages of those declarations, and of every message that holds it, at any depth."""
+        return self._above(name)[1]
+
+    def _above(self, name: str) -> tuple[frozenset[Use], frozenset[str]]:
+        known = self._known.get(name)
+        if known is None:
+            seen = {name}
+            waiting = [name]
+            found: set[Use] = set()
+            while waiting:
+                each = waiting.pop()
+                found |= self._direct.get(each, set())
+                for holder in self._holders.get(each, ()):
+                    if holder not in seen:
+                        seen.add(holder)
+                        waiting.append(holder)
+            messages = self._read.schema.messages
+            packages = {messages[each].file.package for each in seen if each in messages}
+            packages |= {use.package for use in found}
+            known = self._known[name] = (frozenset(found), frozenset(packages))
+        return known
+
+    @cached_property
+    def _holders(self) -> dict[str, set[str]]:
+        """The messages that have a field of each message or enum."""
+        found: dict[str, set[str]] = {}
+        for name, node in self._read.schema.messages.items():
+            for field in node.proto.field:
+                if field.type_name:
+                    found.setdefault(field.type_name.removeprefix("."), set()).add(name)
+        return found
+
+    @cached_property
+    def _direct(self) -> dict[str, set[Use]]:
+        found: dict[str, set[Use]] = {}
+        for message, use in self._roots():
+            found.setdefault(message, set()).add(use)
+        return found
+
+    def _roots(self) -> Iterator[tuple[str, Use]]:
+        kinds = {}
+        for file in self._read.files:
+            for stream in file.contract.streams:
+                yield stream.message, Use(f'stream "{stream.name}"', file.package, Plane.EVENTS)
+            for task in file.contract.tasks:
+                kinds[task.full_name] = Use(f"task service {task.service}", file.package, Plane.CONTROL)
+                for name in (task.progress, task.directive):
+                    yield name, kinds[task.full_name]
+            for tool in file.contract.tools:
+                kinds[tool.full_name] = Use(f"tool service {tool.service}", file.package, Plane.HOTPATH)
+        for service in self._read.schema.services.values():
+            plain = Use(f"service {service.full_name}", service.file.package, Plane.SERVICE)
+            for method in service.methods:
+                use = kinds.get(method.full_name, plain)
+                for name in (method.proto.input_type, method.proto.output_type):
+                    yield name.removeprefix("."), use
+
 
 # Not a contract of anybody's: the options themselves, and what every compiler brings in its own version.
 _NOT_JUDGED: Final = frozenset({OPTIONS_PACKAGE, "google.protobuf"})
@@ -31,7 +215,6 @@ class Side:
     def __init__(self, read: ReadContract) -> None:
         self.read = read
         self.schema = read.schema
-        self._judge = Judge(read, {}, {})
 
     @cached_property
     def reach(self) -> Reach:
@@ -104,7 +287,7 @@ class Side:
 
     def place(self, file: str, path: Path, options: Message, option: str, *inside: str | int) -> Location:
         """Where an option's value, or a part of it, is written; see `Judge.place`."""
-        return self._judge.place(file, path, options, option, *inside)
+        return self.schema.locate(file, path, options, option, *inside)
 
     def message_place(self, message: str, option: str = "", *inside: str | int) -> Location:
         """Where a message stands, or a part of an option on it."""
@@ -130,7 +313,7 @@ class Comparison:
         self.found: list[Finding] = []
         self._known = known
 
-    def say(
+    def report(
         self,
         rule: str,
         subject: str,

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["Judge", "Rule", "Violation"]
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from google.protobuf.message import Message
-
-from orki_contract.descriptors import Location, MessageNode, Path, Schema
+from orki_contract.descriptors import Location, MessageNode, Schema
 from orki_contract.read import ReadContract
 
 Rule = str
@@ -18,14 +14,6 @@ Rule = str
 
 LONGEST_MS: Final = 3650 * 24 * 3600 * 1000
 """The longest duration that a contract may name: 3,650 days."""
-
-# Field numbers of the `options` fields of descriptor.proto.
-_OPTIONS: Final = {
-    "google.protobuf.FileOptions": 8,
-    "google.protobuf.MessageOptions": 7,
-    "google.protobuf.FieldOptions": 8,
-    "google.protobuf.MethodOptions": 4,
-}
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -46,7 +34,7 @@ class Violation:
         return f"{self.location}: {self.message} [{self.rule}]"
 
 
-class Judge:
+class Report:
     """Hears all rules on one contract, and gathers what they find."""
 
     def __init__(self, read: ReadContract, known: Mapping[Rule, str], places: Mapping[str, str]) -> None:
@@ -56,7 +44,7 @@ class Judge:
         self._known = known
         self._places = places
 
-    def say(self, rule: Rule, location: Location, message: str) -> None:
+    def add(self, rule: Rule, location: Location, message: str) -> None:
         """Puts down one violation."""
         if rule not in self._known:
             raise KeyError(rule)
@@ -73,34 +61,6 @@ class Judge:
             if value is not None:
                 yield node, value
 
-    def place(self, file: str, path: Path, options: Message, option: str, *inside: str | int) -> Location:
-        """Where an option, or something inside it, is written; the nearest thing around it that is.
-
-        Args:
-            file: The file.
-            path: Source path of the element that carries the option.
-            options: The element's options.
-            option: The option's name, such as `stream`.
-            inside: Names of fields, and indexes behind repeated ones: `"groups", 2, "name"`.
-        """
-        whole: Path = (*path, _OPTIONS[options.DESCRIPTOR.full_name], self.schema.option_number(option))
-        value: Any = self.schema.option(options, option)
-        steps = list(inside)
-        if steps and isinstance(steps[0], int):
-            whole += (steps[0],)
-            value = value[steps.pop(0)]
-        if not isinstance(value, Message):
-            return self.schema.location(file, whole)
-        part: Path = ()
-        at: Any = value
-        for step in steps:
-            if isinstance(step, str) and step not in at.DESCRIPTOR.fields_by_name:
-                # Options that are older than the field.
-                break
-            part += (step if isinstance(step, int) else at.DESCRIPTOR.fields_by_name[step].number,)
-            at = at[step] if isinstance(step, int) else getattr(at, step)
-        return self.schema.option_location(file, whole, value, part)
-
     def duration(self, place: Location, holder: Any, name: str, subject: str) -> None:
         """Judges one duration, where it is set: from 1 ms to 3,650 days."""
         if name not in holder.DESCRIPTOR.fields_by_name or not holder.HasField(name):
@@ -109,13 +69,13 @@ class Judge:
         length = value.seconds * 1_000_000_000 + value.nanos
         if not 1_000_000 <= length <= LONGEST_MS * 1_000_000:
             given = f"{length / 1_000_000_000:.9f}".rstrip("0").rstrip(".")
-            self.say(
+            self.add(
                 "ORKI_DURATION",
                 place,
                 f"{name} of {subject} is {given} s: give at least 1 ms and at most 3650 days, or leave it out",
             )
 
 
-def listed(names: list[str]) -> str:
+def quoted(names: list[str]) -> str:
     """Names in quotation marks, for a message."""
     return ", ".join(f'"{name}"' for name in names) or "none"

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["RULES", "judge"]
-
 import keyword
 import sys
 from collections.abc import Iterator
 from typing import Final
 
+from orki_contract._rules.report import Report, Rule
 from orki_contract.descriptors import Location, field_path
 from orki_contract.naming import class_name, constant_name, frame_class, module_path, reference, snake_name
 from orki_contract.read import FileContract
-from orki_contract.rules.judge import Judge, Rule
 
 RULES: Final[dict[Rule, str]] = {
     "ORKI_NAME_KEYWORD": "No name that generated code carries is a Python keyword.",
@@ -29,52 +27,52 @@ _RESERVED: Final = frozenset({"FRAME", "decode", "encode"})
 _TAKEN_PACKAGES: Final = frozenset({"google", "grpc", "orki_contract"})
 
 
-def judge(judge: Judge) -> None:
+def check(report: Report) -> None:
     """Judges every name that generated code takes from a file with a contract."""
     modules: dict[str, str] = {}
-    for file in judge.read.files:
+    for file in report.read.files:
         if not file.empty:
-            _file(judge, file)
-            _package(judge, file)
-            _declarations(judge, file)
-            _frame_fields(judge, file)
-            _methods(judge, file)
-            _messages(judge, file)
+            _file(report, file)
+            _package(report, file)
+            _declarations(report, file)
+            _frame_fields(report, file)
+            _methods(report, file)
+            _messages(report, file)
         module = module_path(file.path, "").casefold()
         if module in modules:
-            judge.say(
+            report.add(
                 "ORKI_NAME_MODULE",
-                judge.schema.location(file.path),
+                report.schema.location(file.path),
                 f"{file.path} and {modules[module]} become one Python module: rename one of them",
             )
         modules.setdefault(module, file.path)
 
 
-def _file(judge: Judge, file: FileContract) -> None:
+def _file(report: Report, file: FileContract) -> None:
     stem = file.path.removesuffix(".proto").rpartition("/")[2].replace("-", "_")
     if not stem.isidentifier():
-        judge.say(
+        report.add(
             "ORKI_NAME_FILE",
-            judge.schema.location(file.path),
+            report.schema.location(file.path),
             f'"{stem}" is no name of a Python module: name the file with letters, digits and underscores',
         )
 
 
-def _package(judge: Judge, file: FileContract) -> None:
-    place = judge.schema.location(file.path, (2,))
+def _package(report: Report, file: FileContract) -> None:
+    place = report.schema.location(file.path, (2,))
     parts = file.package.split(".") if file.package else []
     folder = "/".join(parts)
     if file.path.rpartition("/")[0] != folder or not parts:
-        judge.say(
+        report.add(
             "ORKI_PACKAGE_FOLDER",
             place,
             f'the file lies in "{file.path.rpartition("/")[0]}" and its package is "{file.package}": '
             "let the folder's path be the package's name",
         )
     for part in parts:
-        _keyword(judge, place, part, f'the part "{part}" of package {file.package}')
+        _keyword(report, place, part, f'the part "{part}" of package {file.package}')
     if parts and (parts[0] in sys.stdlib_module_names or parts[0] in _TAKEN_PACKAGES):
-        judge.say(
+        report.add(
             "ORKI_PACKAGE_SHADOWS",
             place,
             f'package {file.package} begins with "{parts[0]}", and Python finds another module under that name: '
@@ -82,11 +80,11 @@ def _package(judge: Judge, file: FileContract) -> None:
         )
 
 
-def _declarations(judge: Judge, file: FileContract) -> None:
+def _declarations(report: Report, file: FileContract) -> None:
     seen: dict[str, str] = {}
-    for name, subject, place in _declared(judge, file):
+    for name, subject, place in _declared(report, file):
         if seen.get(name, subject) != subject:
-            judge.say(
+            report.add(
                 "ORKI_NAME_CLASH",
                 place,
                 f"{subject} and {seen[name]} would both be {name} in Python: rename one, or put it into another file",
@@ -94,9 +92,9 @@ def _declarations(judge: Judge, file: FileContract) -> None:
         seen.setdefault(name, subject)
 
 
-def _declared(judge: Judge, file: FileContract) -> Iterator[tuple[str, str, Location]]:
+def _declared(report: Report, file: FileContract) -> Iterator[tuple[str, str, Location]]:
     """Every name on the top level of a file's module, with what it comes from and where that stands."""
-    contract, places = file.contract, judge.read.locations
+    contract, places = file.contract, report.read.locations
     for stream in contract.streams:
         for name in (constant_name(stream.name), f"{class_name(stream.name)}Group"):
             yield name, f'stream "{stream.name}"', places[stream.message]
@@ -109,37 +107,37 @@ def _declared(judge: Judge, file: FileContract) -> Iterator[tuple[str, str, Loca
         yield frame_class(frame.message, file.package), f"frame {frame.message}", places[frame.message]
     tools = {each.service for each in contract.tools}
     methods = contract.tasks + contract.tools
-    for service in judge.schema.services_of.get(file.path, ()):
+    for service in report.schema.services_of.get(file.path, ()):
         if any(each.service == service.full_name for each in methods):
             suffixes = ("Base", "SyncBase", "Client") + ("SyncClient",) * (service.full_name in tools)
             for suffix in suffixes:
-                place = judge.schema.location(file.path, service.path)
+                place = report.schema.location(file.path, service.path)
                 yield service.proto.name + suffix, f"service {service.full_name}", place
     for method in methods:
         yield constant_name(method.name), f"method {method.full_name}", places[method.full_name]
 
 
-def _frame_fields(judge: Judge, file: FileContract) -> None:
+def _frame_fields(report: Report, file: FileContract) -> None:
     frames = {each.message for each in file.contract.frames}
-    for node in judge.schema.messages_of.get(file.path, ()):
+    for node in report.schema.messages_of.get(file.path, ()):
         if node.full_name in frames:
             for index, field in enumerate(node.proto.field):
-                place = judge.schema.location(file.path, (*field_path(node, index), 1))
+                place = report.schema.location(file.path, (*field_path(node, index), 1))
                 subject = f'field "{field.name}" of frame {node.full_name}'
-                _keyword(judge, place, field.name, subject)
-                _reserved(judge, place, field.name, subject)
+                _keyword(report, place, field.name, subject)
+                _reserved(report, place, field.name, subject)
 
 
-def _methods(judge: Judge, file: FileContract) -> None:
+def _methods(report: Report, file: FileContract) -> None:
     for method in file.contract.tasks + file.contract.tools:
-        place = judge.read.locations[method.full_name]
+        place = report.read.locations[method.full_name]
         attribute = snake_name(method.name)
         subject = f"method {method.full_name}, in Python {attribute},"
-        _keyword(judge, place, attribute, subject)
-        _reserved(judge, place, attribute, subject, frozenset())
+        _keyword(report, place, attribute, subject)
+        _reserved(report, place, attribute, subject, frozenset())
 
 
-def _messages(judge: Judge, file: FileContract) -> None:
+def _messages(report: Report, file: FileContract) -> None:
     """Judges the names of messages and enums that the module reaches by `pb.NAME`."""
     contract = file.contract
     used = {each.message: each.message for each in contract.streams}
@@ -150,20 +148,20 @@ def _messages(judge: Judge, file: FileContract) -> None:
     used.update({each.message: each.message for each in contract.frames})
     used.update({field.enum: each.message for each in contract.frames for field in each.fields if field.enum})
     for name, subject in used.items():
-        owner = judge.schema.messages.get(name)
-        enum = judge.schema.enums.get(name)
+        owner = report.schema.messages.get(name)
+        enum = report.schema.enums.get(name)
         package = owner.file.package if owner else enum[0].package if enum else ""
         for part in reference(name, package).split("."):
-            _keyword(judge, judge.read.locations[subject], part, f'the part "{part}" of {name}')
+            _keyword(report, report.read.locations[subject], part, f'the part "{part}" of {name}')
 
 
-def _keyword(judge: Judge, place: Location, name: str, subject: str) -> None:
+def _keyword(report: Report, place: Location, name: str, subject: str) -> None:
     if keyword.iskeyword(name):
-        judge.say("ORKI_NAME_KEYWORD", place, f"{subject} is a Python keyword: rename it")
+        report.add("ORKI_NAME_KEYWORD", place, f"{subject} is a Python keyword: rename it")
 
 
-def _reserved(judge: Judge, place: Location, name: str, subject: str, taken: frozenset[str] = _RESERVED) -> None:
+def _reserved(report: Report, place: Location, name: str, subject: str, taken: frozenset[str] = _RESERVED) -> None:
     if name in taken or name.startswith("_"):
-        judge.say(
+        report.add(
             "ORKI_NAME_RESERVED", place, f"{subject} has a name that the generated class keeps for itself: rename it"
         )

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["RULES", "compare"]
-
 from collections.abc import Mapping
 from typing import Final
 
 from google.protobuf.descriptor_pb2 import EnumDescriptorProto
 
+from orki_contract._findings.comparison import Category, Comparison, Places, Rule, Side, additive, breaking, left_at
+from orki_contract._findings.shapes import closed, names_by_number, withdrawn
 from orki_contract.descriptors import Location, Path
-from orki_contract.findings.comparison import Comparison, Places, Side, left_at
-from orki_contract.findings.finding import Category, Rule, additive, breaking
-from orki_contract.findings.reserved import withdrawn
-from orki_contract.findings.shapes import closed, names_by_number
 
 _MESSAGE: Final = Category.MESSAGE
 
@@ -39,15 +35,15 @@ def compare(comparison: Comparison) -> None:
         if name in new.enums:
             _Enum(comparison, name).compare()
         else:
-            _say(comparison, "ORKI_ENUM_REMOVED", old, name, "is gone", (_place(old, name), None))
+            _report(comparison, "ORKI_ENUM_REMOVED", old, name, "is gone", (_place(old, name), None))
     for name in new.enums:
         if name not in old.enums:
-            _say(comparison, "ORKI_ENUM_ADDED", new, name, "is new", (None, _place(new, name)))
+            _report(comparison, "ORKI_ENUM_ADDED", new, name, "is new", (None, _place(new, name)))
 
 
-def _say(comparison: Comparison, rule: str, side: Side, name: str, text: str, places: Places) -> None:
+def _report(comparison: Comparison, rule: str, side: Side, name: str, text: str, places: Places) -> None:
     package = side.schema.enums[name][0].package
-    comparison.say(
+    comparison.report(
         rule,
         f"enum {name}",
         package,
@@ -76,27 +72,29 @@ class _Enum:
             now = numbers.get(value.name)
             if now is not None and now != value.number:
                 text = f"gives {value.name} another number: {value.number} → {now}"
-                self._say(
+                self._report(
                     "ORKI_ENUM_VALUE_RENUMBERED", text, (place, self._value(self._comparison.new, self._is, value.name))
                 )
             elif value.number not in after:
                 text = f"has {value.name} = {value.number} no more{left_at(place)}"
-                self._say("ORKI_ENUM_VALUE_REMOVED", text, (place, _place(self._comparison.new, self._name)))
+                self._report("ORKI_ENUM_VALUE_REMOVED", text, (place, _place(self._comparison.new, self._name)))
             elif now is None:
                 heir = after[value.number][0]
                 text = f"calls {value.number} {heir}, which was {value.name}"
-                self._say("ORKI_ENUM_VALUE_RENAMED", text, (place, self._value(self._comparison.new, self._is, heir)))
+                self._report(
+                    "ORKI_ENUM_VALUE_RENAMED", text, (place, self._value(self._comparison.new, self._is, heir))
+                )
         self._shown(before, after)
         self._closed([number for number in after if number not in before])
         former = {value.name for value in self._was.value}
         for value in self._is.value:
             if value.name not in former:
                 place = self._value(self._comparison.new, self._is, value.name)
-                self._say("ORKI_ENUM_VALUE_ADDED", f"has {value.name} = {value.number} now", (None, place))
+                self._report("ORKI_ENUM_VALUE_ADDED", f"has {value.name} = {value.number} now", (None, place))
         lost = withdrawn(self._was, self._is)
         if lost is not None:
             text = f"reserves {lost} no more: values of before could be taken for something else"
-            self._say("ORKI_ENUM_RESERVED_WITHDRAWN", text, self._whole())
+            self._report("ORKI_ENUM_RESERVED_WITHDRAWN", text, self._whole())
 
     def _shown(self, before: Mapping[int, tuple[str, ...]], after: Mapping[int, tuple[str, ...]]) -> None:
         """Of several names of a number the first one is shown, in JSON as well."""
@@ -108,19 +106,19 @@ class _Enum:
                     self._value(self._comparison.new, self._is, heirs[0]),
                 )
                 text = f"shows {number} as {heirs[0]}, which was shown as {names[0]}"
-                self._say("ORKI_ENUM_VALUE_RENAMED", text, places)
+                self._report("ORKI_ENUM_VALUE_RENAMED", text, places)
 
     def _closed(self, added: list[int]) -> None:
         closings = [closed(side.schema, self._name) for side in (self._comparison.old, self._comparison.new)]
         if closings[0] != closings[1]:
             text = f"is {'closed' if closings[1] else 'open'} now: values that a reader does not know end up elsewhere"
-            self._say("ORKI_ENUM_CLOSED_CHANGED", text, self._whole())
+            self._report("ORKI_ENUM_CLOSED_CHANGED", text, self._whole())
         elif closings[0] and added:
             text = f"is closed, and has {min(added)} now: readers of before take it for an absent field"
-            self._say("ORKI_ENUM_CLOSED_GROWN", text, self._whole())
+            self._report("ORKI_ENUM_CLOSED_GROWN", text, self._whole())
 
-    def _say(self, rule: str, text: str, places: Places) -> None:
-        _say(self._comparison, rule, self._comparison.new, self._name, text, places)
+    def _report(self, rule: str, text: str, places: Places) -> None:
+        _report(self._comparison, rule, self._comparison.new, self._name, text, places)
 
     def _whole(self) -> Places:
         return _place(self._comparison.old, self._name), _place(self._comparison.new, self._name)

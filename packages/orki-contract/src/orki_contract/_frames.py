@@ -1,23 +1,16 @@
-"""What every generated frame class can do: be written as bytes, and be read from them.
-
-A generated class states its fields and where they lie; `frame` makes the layout and the codec of it, once. On the hot
-path one `struct` call packs or unpacks the whole block, in code of the class's own (`frame_code`); what stands here
-does the same for any layout and any version, and words the errors.
-"""
+"""Frame classes: fixed little-endian layouts with an optional tail."""
 
 from __future__ import annotations
 
-__all__ = ["FrameBase", "at", "frame", "scalar_code", "scalar_size", "tail"]
-
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field
 from struct import Struct
 from struct import error as StructError
 from typing import Any, ClassVar, Final, Self, TypeVar, dataclass_transform
 
 from orki_contract.errors import FrameMalformed
-from orki_contract.frame_code import UNFIT, flatten
 from orki_contract.model import Frame, FrameField, Scalar
 
 _CODES: Final = {
@@ -113,7 +106,7 @@ def frame(message: str, *, version: int, block_length: int) -> Callable[[type[_F
             tail_text=behind is not None and isinstance(behind.default, str),
         )
         made._CODEC = _Codec(made.FRAME, tuple(each.name for each in members))
-        flatten(made, made.FRAME, members, made._CODEC.struct, FrameBase.encode, vars(FrameBase)["decode"].__func__)
+        _flatten(made, made.FRAME, members, made._CODEC.struct, FrameBase.encode, vars(FrameBase)["decode"].__func__)
         return made
 
     return complete
@@ -274,3 +267,99 @@ def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
         only = operator.attrgetter(names[0])
         return lambda frame: (only(frame),)
     return lambda frame: ()
+
+
+UNFIT: Final = (StructError, OverflowError, UnicodeEncodeError, TypeError, AttributeError)
+"""What Python raises for a value that its field cannot hold."""
+
+# `mine` and `twin` differ in one thing: a twin's fields can be set. So a frame is filled as a twin, by plain
+# assignments, which cost a fraction of what gets past a frozen class, and becomes a frame when it is whole.
+_SOURCE: Final = """
+def __init__(_orki_self{parameters}):
+    {sets}
+
+def encode(self):
+    try:
+        {lengths}
+        return {written}
+    except unfit:
+        return general_encode(self)
+
+def decode(cls, body, block_length, version=0):
+    if cls is mine and block_length == {size} and (version == {version} or not version) and len(body) >= {size}:
+        made = new(twin)
+        {block}
+        {tail}
+        made.__class__ = cls
+        return made
+    return general_decode(cls, body, block_length, version)
+"""
+_TEXT: Final = """try:
+            made.{name} = str(body[{size}:], "utf-8")
+        except UnicodeDecodeError:
+            return general_decode(cls, body, block_length, version)"""
+
+
+def _flatten(
+    cls: type[Any],
+    frame: Frame,
+    members: Sequence[Field[Any]],
+    struct: Struct,
+    general_encode: Callable[[Any], bytes],
+    general_decode: Callable[..., Any],
+) -> None:
+    """Gives a class its `__init__`, `encode` and `decode`.
+
+    Args:
+        cls: The class, frozen, with slots.
+        frame: Its layout, the fields in the order of their offsets.
+        members: Its fields in the order of its parameters.
+        struct: The block.
+        general_encode: Encodes any frame, or says why not.
+        general_decode: Decodes any block, or says why not; takes class, body, length of the block, version.
+    """
+    names = [each.name for each in frame.fields]
+    known: dict[str, Any] = {
+        "mine": cls,
+        "twin": type(cls.__name__, cls.__bases__, {"__slots__": cls.__slots__}),
+        "new": object.__new__,
+        "pack": struct.pack,
+        "unpack": struct.unpack_from,
+        "unfit": UNFIT,
+        "general_encode": general_encode,
+        "general_decode": general_decode,
+    }
+    parameters, sets = [], []
+    for number, each in enumerate(members):
+        # Names that no field can have, as the fields' own names are parameters beside them.
+        known |= {f"_orki_set_{number}": getattr(cls, each.name).__set__, f"_orki_default_{number}": each.default}
+        parameters.append(each.name if each.default is MISSING else f"{each.name}=_orki_default_{number}")
+        sets.append(f"_orki_set_{number}(_orki_self, {each.name})")
+    fixed = [each for each in frame.fields if each.scalar is Scalar.BYTES]
+    lengths = [f"if len(self.{each.name}) != {each.size}: return general_encode(self)" for each in fixed]
+    written = f"pack({', '.join(f'self.{name}' for name in names)})"
+    source = _SOURCE.format(
+        parameters="".join(f", {each}" for each in parameters),
+        sets="\n    ".join(sets) or "pass",
+        lengths="\n        ".join(lengths) or "pass",
+        written=written + (f" + self.{frame.tail}" + ".encode()" * frame.tail_text if frame.tail else ""),
+        size=frame.block_length,
+        version=frame.version,
+        block=f"{' '.join(f'made.{name},' for name in names)} = unpack(body)" if names else "pass",
+        tail=_tail_code(frame),
+    )
+    exec(compile(source, f"<frame {frame.message}>", "exec"), known)
+    for name in ("__init__", "encode", "decode"):
+        made = known[name]
+        made.__qualname__ = f"{cls.__qualname__}.{name}"
+        made.__module__ = cls.__module__
+        made.__doc__ = getattr(cls, name).__doc__
+        setattr(cls, name, classmethod(made) if name == "decode" else made)
+
+
+def _tail_code(frame: Frame) -> str:
+    if not frame.tail:
+        return "pass"
+    if frame.tail_text:
+        return _TEXT.format(name=frame.tail, size=frame.block_length)
+    return f"made.{frame.tail} = bytes(body[{frame.block_length}:])"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["RULES", "judge"]
-
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,9 +9,9 @@ from typing import Any, Final
 
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
 
+from orki_contract._rules.report import Report, Rule, quoted
 from orki_contract.descriptors import Location, MessageNode, is_repeated
 from orki_contract.read import seconds_of
-from orki_contract.rules.judge import Judge, Rule, listed
 
 RULES: Final[dict[Rule, str]] = {
     "ORKI_STREAM_NAME": "A stream's name has lower-case letters, digits, -, _ and ., 64 at the most, a letter first.",
@@ -63,76 +61,80 @@ _KEY_TYPES: Final = frozenset(
 )
 
 
-def judge(judge: Judge) -> None:
+def check(report: Report) -> None:
     """Judges every stream and every subscription."""
     names: dict[str, list[MessageNode]] = {}
-    for node, option in judge.messages("stream"):
+    for node, option in report.messages("stream"):
         names.setdefault(option.name, []).append(node)
-    for node, option in judge.messages("stream"):
-        _stream(judge, node, option, [each for each in names[option.name] if each is not node])
+    for node, option in report.messages("stream"):
+        _stream(report, node, option, [each for each in names[option.name] if each is not node])
     taken = {
-        (stream.name, group.name): "its owner" for stream in judge.read.contract.streams for group in stream.groups
+        (stream.name, group.name): "its owner" for stream in report.read.contract.streams for group in stream.groups
     }
-    for file, index, option in _external_groups(judge):
-        _external_group(judge, file, index, option, taken)
+    for file, index, option in _external_groups(report):
+        _external_group(report, file, index, option, taken)
 
 
-def _stream(judge: Judge, node: MessageNode, option: Any, namesakes: list[MessageNode]) -> None:
+def _stream(report: Report, node: MessageNode, option: Any, namesakes: list[MessageNode]) -> None:
     """Judges one stream.
 
     Args:
-        judge: Hears it.
+        report: Hears it.
         node: The entries' message.
         option: Its option.
         namesakes: The messages of other streams that have the same name.
     """
 
     def place(*inside: str | int) -> Location:
-        return judge.place(node.file.name, node.path, node.proto.options, "stream", *inside)
+        return report.schema.locate(node.file.name, node.path, node.proto.options, "stream", *inside)
 
     subject = f'stream "{option.name}"'
-    if judge.schema.option(node.proto.options, "frame") is not None:
-        judge.say("ORKI_MESSAGE_ONE_KIND", place(), f"{node.full_name} is a stream's entry and a frame: make it one")
+    if report.schema.option(node.proto.options, "frame") is not None:
+        report.add("ORKI_MESSAGE_ONE_KIND", place(), f"{node.full_name} is a stream's entry and a frame: make it one")
     if not _NAME.fullmatch(option.name):
-        judge.say("ORKI_STREAM_NAME", place("name"), f'"{option.name}" is no name of a stream: {_words("STREAM_NAME")}')
+        report.add(
+            "ORKI_STREAM_NAME", place("name"), f'"{option.name}" is no name of a stream: {_words("STREAM_NAME")}'
+        )
     elif namesakes:
-        others = (judge.place(each.file.name, each.path, each.proto.options, "stream", "name") for each in namesakes)
-        judge.say(
+        others = (
+            report.schema.locate(each.file.name, each.path, each.proto.options, "stream", "name") for each in namesakes
+        )
+        report.add(
             "ORKI_STREAM_NAME_UNIQUE",
             place("name"),
-            f"{subject} is declared at {', '.join(map(str, map(judge.shown, others)))} too: give each its own name",
+            f"{subject} is declared at {', '.join(map(str, map(report.shown, others)))} too: give each its own name",
         )
     if not option.HasField("retention"):
-        judge.say("ORKI_STREAM_RETENTION", place(), f"{subject} keeps everything for ever: give it a retention")
+        report.add("ORKI_STREAM_RETENTION", place(), f"{subject} keeps everything for ever: give it a retention")
     else:
         if not 1 <= option.retention.max_entries < 1 << 63:
-            judge.say(
+            report.add(
                 "ORKI_STREAM_MAX_ENTRIES",
                 place("retention", "max_entries"),
                 f"{subject} keeps {option.retention.max_entries} entries: give max_entries from 1 to 2^63-1",
             )
         for age in ("max_age", "least_age", "most_age"):
-            judge.duration(place("retention", age), option.retention, age, f"the retention of {subject}")
-        _bounds(judge, option.retention, partial(place, "retention"), subject)
+            report.duration(place("retention", age), option.retention, age, f"the retention of {subject}")
+        _bounds(report, option.retention, partial(place, "retention"), subject)
         if option.retention.overflow not in _OVERFLOWS:
-            judge.say(
+            report.add(
                 "ORKI_STREAM_OVERFLOW",
                 place("retention", "overflow"),
                 f"{subject} has the overflow {option.retention.overflow}, which this generator does not know",
             )
-    _partitions(judge, node, option, subject)
+    _partitions(report, node, option, subject)
     seen: set[str] = set()
     for index, group in enumerate(option.groups):
         where = partial(place, "groups", index)
-        _group(judge, group, where, option.name)
+        _group(report, group, where, option.name)
         if group.name in seen:
-            judge.say(
+            report.add(
                 "ORKI_GROUP_UNIQUE", where("name"), f'{subject} has the group "{group.name}" twice: remove one of them'
             )
         seen.add(group.name)
 
 
-def _bounds(judge: Judge, retention: Any, place: Callable[..., Location], subject: str) -> None:
+def _bounds(report: Report, retention: Any, place: Callable[..., Location], subject: str) -> None:
     """Judges what a deployment may set: the contract's own value lies between the bounds."""
     if "least_entries" not in retention.DESCRIPTOR.fields_by_name:
         # Options that are older than bounds.
@@ -142,20 +144,20 @@ def _bounds(judge: Judge, retention: Any, place: Callable[..., Location], subjec
         if kind == "age" and not retention.HasField("max_age"):
             for name in ("least_age", "most_age"):
                 if retention.HasField(name):
-                    judge.say(
+                    report.add(
                         "ORKI_STREAM_BOUNDS_AGE",
                         place(name),
                         f"{subject} has {name} and no max_age: give it a max_age, or remove {name}",
                     )
             continue
         if least and least > kept:
-            judge.say(
+            report.add(
                 "ORKI_STREAM_BOUNDS",
                 place(f"least_{kind}"),
                 f"{subject} has a least_{kind} above its max_{kind}: give one that is at most max_{kind}",
             )
         if most and (most < kept or (kind == "entries" and most >= 1 << 63)):
-            judge.say(
+            report.add(
                 "ORKI_STREAM_BOUNDS",
                 place(f"most_{kind}"),
                 f"{subject} has a most_{kind} below its max_{kind} or beyond 2^63-1: give one that is neither",
@@ -168,26 +170,26 @@ def _amount(retention: Any, name: str) -> float:
     return value if isinstance(value, int) else seconds_of(value)
 
 
-def _partitions(judge: Judge, node: MessageNode, option: Any, subject: str) -> None:
+def _partitions(report: Report, node: MessageNode, option: Any, subject: str) -> None:
     def place(*inside: str | int) -> Location:
-        return judge.place(node.file.name, node.path, node.proto.options, "stream", *inside)
+        return report.schema.locate(node.file.name, node.path, node.proto.options, "stream", *inside)
 
     if option.partitions > 1024:
-        judge.say(
+        report.add(
             "ORKI_STREAM_PARTITIONS",
             place("partitions"),
             f"{subject} has {option.partitions} partitions: give it 1 to 1024",
         )
     if not option.partition_key:
         if option.partitions > 1:
-            judge.say(
+            report.add(
                 "ORKI_STREAM_KEY_REQUIRED",
                 place("partitions"),
                 f"{subject} has {option.partitions} partitions and no partition_key: name the field that picks one",
             )
         return
     if option.partitions <= 1:
-        judge.say(
+        report.add(
             "ORKI_STREAM_KEY_UNUSED",
             place("partition_key"),
             f"{subject} has one partition, so its partition_key picks nothing: remove it, or give it partitions",
@@ -195,44 +197,44 @@ def _partitions(judge: Judge, node: MessageNode, option: Any, subject: str) -> N
     fields = {field.name: field for field in node.proto.field}
     key = fields.get(option.partition_key)
     if key is None:
-        judge.say(
+        report.add(
             "ORKI_STREAM_KEY_FIELD",
             place("partition_key"),
-            f'{node.full_name} has no field "{option.partition_key}" to pick a partition (it has {listed([*fields])})',
+            f'{node.full_name} has no field "{option.partition_key}" to pick a partition (it has {quoted([*fields])})',
         )
     elif key.type not in _KEY_TYPES or is_repeated(key):
-        judge.say(
+        report.add(
             "ORKI_STREAM_KEY_TYPE",
             place("partition_key"),
             f'field "{key.name}" cannot pick a partition: name a string, bytes or integer field that is not repeated',
         )
 
 
-def _group(judge: Judge, group: Any, place: Callable[..., Location], stream: str) -> None:
+def _group(report: Report, group: Any, place: Callable[..., Location], stream: str) -> None:
     subject = f'group "{group.name}" of stream "{stream}"'
     if not _GROUP.fullmatch(group.name):
-        judge.say("ORKI_GROUP_NAME", place("name"), f'"{group.name}" is no name of a group: {_words("GROUP_NAME")}')
+        report.add("ORKI_GROUP_NAME", place("name"), f'"{group.name}" is no name of a group: {_words("GROUP_NAME")}')
     if group.start not in _STARTS:
-        judge.say(
+        report.add(
             "ORKI_GROUP_START",
             place("start"),
             f"{subject} has the start {group.start}, which this generator does not know: "
             "give START_EARLIEST or START_LATEST",
         )
     if group.name == "audit" and group.start == 2:
-        judge.say(
+        report.add(
             "ORKI_GROUP_AUDIT", place("start"), f"{subject} must begin at the earliest entry: leave its start out"
         )
     if group.max_deliveries > 1000:
-        judge.say(
+        report.add(
             "ORKI_GROUP_MAX_DELIVERIES",
             place("max_deliveries"),
             f"{subject} delivers an entry {group.max_deliveries} times: give max_deliveries from 1 to 1000",
         )
-    judge.duration(place("ack_deadline"), group, "ack_deadline", subject)
-    declared = judge.schema.stream_messages
+    report.duration(place("ack_deadline"), group, "ack_deadline", subject)
+    declared = report.schema.stream_messages
     if group.dead_letter and not _NAME.fullmatch(group.dead_letter):
-        judge.say(
+        report.add(
             "ORKI_GROUP_DEAD_LETTER",
             place("dead_letter"),
             f'{subject} sends dead letters to "{group.dead_letter}", which is no name of a stream: '
@@ -240,7 +242,7 @@ def _group(judge: Judge, group: Any, place: Callable[..., Location], stream: str
         )
     target = group.dead_letter or f"{stream}.{group.name}.dead"
     if target in declared:
-        judge.say(
+        report.add(
             "ORKI_GROUP_DEAD_LETTER",
             place("dead_letter"),
             f'{subject} sends dead letters to the stream "{target}", which {declared[target]} declares: '
@@ -248,52 +250,52 @@ def _group(judge: Judge, group: Any, place: Callable[..., Location], stream: str
         )
 
 
-def _external_groups(judge: Judge) -> Iterator[tuple[FileDescriptorProto, int, Any]]:
-    for file in judge.schema.files.values():
-        for index, option in enumerate(judge.schema.option(file.options, "consume") or ()):
+def _external_groups(report: Report) -> Iterator[tuple[FileDescriptorProto, int, Any]]:
+    for file in report.schema.files.values():
+        for index, option in enumerate(report.schema.option(file.options, "consume") or ()):
             yield file, index, option
 
 
 def _external_group(
-    judge: Judge, file: FileDescriptorProto, index: int, option: Any, taken: dict[tuple[str, str], str]
+    report: Report, file: FileDescriptorProto, index: int, option: Any, taken: dict[tuple[str, str], str]
 ) -> None:
     def place(*inside: str | int) -> Location:
-        return judge.place(file.name, (), file.options, "consume", index, *inside)
+        return report.schema.locate(file.name, (), file.options, "consume", index, *inside)
 
     where = partial(place, "group")
     subject = f'stream "{option.stream}"'
-    _group(judge, option.group, where, option.stream)
-    message = judge.schema.stream_messages.get(option.stream)
+    _group(report, option.group, where, option.stream)
+    message = report.schema.stream_messages.get(option.stream)
     if message is None:
-        known = listed(sorted(judge.schema.stream_messages))
-        judge.say(
+        known = quoted(sorted(report.schema.stream_messages))
+        report.add(
             "ORKI_SUBSCRIPTION_STREAM",
             place("stream"),
             f"no file at hand declares a {subject}: correct the name, or import its file (declared: {known})",
         )
         return
-    owner = judge.schema.messages[message].file
+    owner = report.schema.messages[message].file
     if owner.package == file.package:
-        judge.say(
+        report.add(
             "ORKI_SUBSCRIPTION_OWN",
             place("stream"),
             f"{subject} is declared in this package: add the group there, in {owner.name}",
         )
-    elif owner.name not in judge.schema.imports(file.name):
-        judge.say(
+    elif owner.name not in report.schema.imports(file.name):
+        report.add(
             "ORKI_SUBSCRIPTION_IMPORT",
             place("stream"),
             f'{subject} is declared in {owner.name}, which this file must import: import "{owner.name}"; '
             "(and above it // buf:lint:ignore IMPORT_USED, as nothing else uses it)",
         )
     if option.group.name == "audit":
-        judge.say(
+        report.add(
             "ORKI_GROUP_AUDIT",
             where("name"),
             f'{subject} has the group "audit" without being asked, and only its owner may tune it: take another name',
         )
     elif (holder := taken.get((option.stream, option.group.name))) is not None:
-        judge.say(
+        report.add(
             "ORKI_GROUP_UNIQUE",
             where("name"),
             f'{subject} has a group "{option.group.name}" already, declared by {holder}: take another name',

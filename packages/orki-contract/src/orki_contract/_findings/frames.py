@@ -1,7 +1,7 @@
 """Frames: bytes that one version writes and another one reads.
 
 How bytes of a frame are reserved, so that a frame can change without breaking: a field that goes leaves its number
-(`reserved 3;`) and its bytes behind, and neither is ever used again. An image does not say which bytes those were, so
+(`reserved 3;`) and its bytes behind, and neither is ever used again. An image does not show which bytes those were, so
 a frame with any reserved number takes new fields behind the block of the version before only; a frame that never lost a
 field takes them in its gaps as well. A field that comes has a `since` above the old version, by which readers know that
 older frames lack it. A frame with the option `fixed`, such as a header, whose version no frame before it tells, never
@@ -10,18 +10,26 @@ changes.
 
 from __future__ import annotations
 
-__all__ = ["RULES", "compare"]
-
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
 from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto
 
+from orki_contract._findings.comparison import (
+    Category,
+    Comparison,
+    Places,
+    Plane,
+    Rule,
+    Side,
+    additive,
+    breaking,
+    left_at,
+    was,
+)
+from orki_contract._findings.shapes import reserves, withdrawn
 from orki_contract.descriptors import Location, MessageNode, field_path
-from orki_contract.findings.comparison import Comparison, Places, Side, left_at, was
-from orki_contract.findings.finding import Category, Plane, Rule, additive, breaking
-from orki_contract.findings.reserved import reserves, withdrawn
 from orki_contract.model import Frame, FrameField
 
 _FRAME: Final = Category.FRAME
@@ -59,23 +67,23 @@ def compare(comparison: Comparison) -> None:
             _Frame(comparison, before, new.frames[name]).compare()
         elif name in new.messages:
             text = f"is no frame any more{left_at(place)}"
-            _say(comparison, "ORKI_FRAME_KIND", before, text, (place, new.message_place(name)))
+            _report(comparison, "ORKI_FRAME_KIND", before, text, (place, new.message_place(name)))
         elif name in old.messages:
-            _say(comparison, "ORKI_FRAME_REMOVED", before, "is gone", (place, None))
+            _report(comparison, "ORKI_FRAME_REMOVED", before, "is gone", (place, None))
     for name, after in new.frames.items():
         if name in old.frames:
             continue
         places = (old.message_place(name) if name in old.messages else None, new.message_place(name, "frame"))
         if name in old.messages:
-            _say(comparison, "ORKI_FRAME_KIND", after, "was none before: its bytes are others now", places)
+            _report(comparison, "ORKI_FRAME_KIND", after, "was none before: its bytes are others now", places)
         else:
-            _say(comparison, "ORKI_FRAME_ADDED", after, "is new", places)
+            _report(comparison, "ORKI_FRAME_ADDED", after, "is new", places)
 
 
-def _say(comparison: Comparison, rule: str, frame: Frame, text: str, places: Places, subject: str = "") -> None:
+def _report(comparison: Comparison, rule: str, frame: Frame, text: str, places: Places, subject: str = "") -> None:
     side = comparison.new if frame.message in comparison.new.messages else comparison.old
     package = side.schema.messages[frame.message].file.package
-    comparison.say(
+    comparison.report(
         rule,
         subject or f"frame {frame.message}",
         package,
@@ -104,15 +112,15 @@ class _Frame:
         self._fixed()
         if after.block_length < before.block_length:
             text = f"has a shorter block: {was(before.block_length, after.block_length)} bytes"
-            self._say("ORKI_FRAME_BLOCK_SHRUNK", text, "block_length")
+            self._report("ORKI_FRAME_BLOCK_SHRUNK", text, "block_length")
         changed = _layout(before) != _layout(after)
         if after.version < before.version or (changed and after.version == before.version):
             text = f"has version {after.version}, as before, though its layout changed: raise it"
             if after.version < before.version:
                 text = f"goes back from version {before.version} to {after.version}"
-            self._say("ORKI_FRAME_VERSION_KEPT", text, "version")
+            self._report("ORKI_FRAME_VERSION_KEPT", text, "version")
         elif after.version > before.version and not changed:
-            self._say("ORKI_FRAME_GROWN", f"has version {was(before.version, after.version)}", "version")
+            self._report("ORKI_FRAME_GROWN", f"has version {was(before.version, after.version)}", "version")
         for field in before.fields:
             self._field(field)
         known = {field.name for field in before.fields} | {field.number for field in before.fields}
@@ -121,7 +129,7 @@ class _Frame:
                 self._added(field)
         if after.block_length > before.block_length:
             text = f"has a longer block: {was(before.block_length, after.block_length)} bytes"
-            self._say("ORKI_FRAME_GROWN", text, "block_length")
+            self._report("ORKI_FRAME_GROWN", text, "block_length")
         self._tail()
         self._reserved()
 
@@ -130,13 +138,13 @@ class _Frame:
         options = [side.schema.option(node.proto.options, "frame") for side, node in self._sides()]
         fixed = [bool(getattr(option, "fixed", False)) for option in options]
         if not fixed[0] and fixed[1]:
-            self._say("ORKI_FRAME_GROWN", "is fixed from now on")
+            self._report("ORKI_FRAME_GROWN", "is fixed from now on")
         if not fixed[0]:
             return
         if not fixed[1]:
-            self._say("ORKI_FRAME_FIXED_CHANGED", "is not fixed any more")
+            self._report("ORKI_FRAME_FIXED_CHANGED", "is not fixed any more")
         elif _frozen(self._before) != _frozen(self._after):
-            self._say("ORKI_FRAME_FIXED_CHANGED", "is fixed, and has another layout now: every frame begins with it")
+            self._report("ORKI_FRAME_FIXED_CHANGED", "is fixed, and has another layout now: every frame begins with it")
 
     def _field(self, field: FrameField) -> None:
         """Judges a field of the old layout; the one of the same name follows it, or else that of the same number."""
@@ -146,30 +154,30 @@ class _Frame:
             return
         subject = f"frame field {self._after.message}.{heir.name}"
 
-        def say(rule: str, text: str, option: str) -> None:
+        def report(rule: str, text: str, option: str) -> None:
             places = (_field_place(self._old, self._was, field.name, option), self._field_place(heir.name, option))
-            _say(self._comparison, rule, self._after, text, places, subject)
+            _report(self._comparison, rule, self._after, text, places, subject)
 
         if heir.name != field.name:
-            say("ORKI_FRAME_FIELD_RENAMED", f'was called "{field.name}"', "")
+            report("ORKI_FRAME_FIELD_RENAMED", f'was called "{field.name}"', "")
         if heir.offset != field.offset:
-            say("ORKI_FRAME_FIELD_MOVED", f"moved: offset {was(field.offset, heir.offset)}", "offset")
+            report("ORKI_FRAME_FIELD_MOVED", f"moved: offset {was(field.offset, heir.offset)}", "offset")
         if heir.number != field.number:
-            say("ORKI_FRAME_FIELD_MOVED", f"has another number: {was(field.number, heir.number)}", "")
+            report("ORKI_FRAME_FIELD_MOVED", f"has another number: {was(field.number, heir.number)}", "")
         if (heir.scalar, heir.size) != (field.scalar, field.size):
             text = f"is of another type: {was(field, heir, lambda each: f'{each.scalar} of {each.size} bytes')}"
-            say("ORKI_FRAME_FIELD_RETYPED", text, "scalar")
+            report("ORKI_FRAME_FIELD_RETYPED", text, "scalar")
         elif (now := _strange(self._new, self._is, heir)) != (former := _strange(self._old, self._was, field)):
-            say(
+            report(
                 "ORKI_FRAME_FIELD_RETYPED",
                 f"is of another scalar, newer than these rules: {was(former, now)}",
                 "scalar",
             )
         elif heir.enum != field.enum:
             text = f"holds another enum: {was(field.enum or 'none', heir.enum or 'none')}"
-            say("ORKI_FRAME_FIELD_RETYPED", text, "")
+            report("ORKI_FRAME_FIELD_RETYPED", text, "")
         if heir.since != field.since:
-            say("ORKI_FRAME_SINCE_WRONG", f"came with version {was(field.since, heir.since)}", "since")
+            report("ORKI_FRAME_SINCE_WRONG", f"came with version {was(field.since, heir.since)}", "since")
 
     def _removed(self, field: FrameField) -> None:
         place = _field_place(self._old, self._was, field.name)
@@ -181,61 +189,61 @@ class _Frame:
         elif others or not reserves(self._is.proto, field.number):
             reason = f'"{others[0].name}" lies on its bytes' if others else f"{field.number} is not reserved"
             text = f"is gone, and {reason} (bytes {field.offset}..{end}){left_at(place)}"
-            _say(self._comparison, "ORKI_FRAME_FIELD_REMOVED", self._after, text, self._whole(place), subject)
+            _report(self._comparison, "ORKI_FRAME_FIELD_REMOVED", self._after, text, self._whole(place), subject)
         else:
             text = f"is gone: readers of before find zeros in bytes {field.offset}..{end}{left_at(place)}"
-            _say(self._comparison, "ORKI_FRAME_FIELD_RETIRED", self._after, text, self._whole(place), subject)
+            _report(self._comparison, "ORKI_FRAME_FIELD_RETIRED", self._after, text, self._whole(place), subject)
 
     def _retyped(self, field: FrameField) -> None:
         """The field left the block, and is still there: as the tail, or as something that no frame can hold."""
         subject = f"frame field {self._after.message}.{field.name}"
         places = (_field_place(self._old, self._was, field.name), self._field_place(field.name))
         text = "is no field of the block any more"
-        _say(self._comparison, "ORKI_FRAME_FIELD_RETYPED", self._after, text, places, subject)
+        _report(self._comparison, "ORKI_FRAME_FIELD_RETYPED", self._after, text, places, subject)
 
     def _added(self, field: FrameField) -> None:
         subject = f"frame field {self._after.message}.{field.name}"
 
-        def say(rule: str, text: str, option: str) -> None:
-            _say(self._comparison, rule, self._after, text, (None, self._field_place(field.name, option)), subject)
+        def report(rule: str, text: str, option: str) -> None:
+            _report(self._comparison, rule, self._after, text, (None, self._field_place(field.name, option)), subject)
 
         if field.since <= self._before.version:
             text = f"is new and says since = {field.since}, but version {self._before.version} did not have it"
-            say("ORKI_FRAME_SINCE_WRONG", text, "since")
+            report("ORKI_FRAME_SINCE_WRONG", text, "since")
         inside = field.offset < self._before.block_length
         lain = [each.name for each in self._before.fields if _overlap(each, field)]
         if lain or (inside and self._was.proto.reserved_range):
             reason = f'"{lain[0]}" lay there' if lain else "a field of a reserved number lay in that block"
             text = f"lies at {field.offset}, and {reason}: put it at {self._before.block_length} or behind"
-            say("ORKI_FRAME_FIELD_PLACED", text, "offset")
-        say("ORKI_FRAME_GROWN", "is new", "")
+            report("ORKI_FRAME_FIELD_PLACED", text, "offset")
+        report("ORKI_FRAME_GROWN", "is new", "")
 
     def _tail(self) -> None:
         before, after = _tail(self._was, self._before), _tail(self._is, self._after)
         if before is None and after is not None:
-            self._say("ORKI_FRAME_GROWN", f'has a tail now: "{after.name}"')
+            self._report("ORKI_FRAME_GROWN", f'has a tail now: "{after.name}"')
         elif before is not None and after is None:
-            self._say("ORKI_FRAME_TAIL_CHANGED", f'has no tail any more: "{before.name}" is gone')
+            self._report("ORKI_FRAME_TAIL_CHANGED", f'has no tail any more: "{before.name}" is gone')
         elif before is not None and after is not None:
             places = (_field_place(self._old, self._was, before.name), self._field_place(after.name))
             subject = f"frame field {self._after.message}.{after.name}"
             if (before.type, before.number) != (after.type, after.number):
                 text = "is the tail, and has another type or number now"
-                _say(self._comparison, "ORKI_FRAME_TAIL_CHANGED", self._after, text, places, subject)
+                _report(self._comparison, "ORKI_FRAME_TAIL_CHANGED", self._after, text, places, subject)
             if before.name != after.name:
                 text = f'was called "{before.name}"'
-                _say(self._comparison, "ORKI_FRAME_FIELD_RENAMED", self._after, text, places, subject)
+                _report(self._comparison, "ORKI_FRAME_FIELD_RENAMED", self._after, text, places, subject)
 
     def _reserved(self) -> None:
         lost = withdrawn(self._was.proto, self._is.proto)
         if lost:
             text = f"reserves {lost} no more: bytes of before could be taken for something else"
-            self._say("ORKI_FRAME_RESERVED_WITHDRAWN", text)
+            self._report("ORKI_FRAME_RESERVED_WITHDRAWN", text)
 
-    def _say(self, rule: str, text: str, *inside: str) -> None:
+    def _report(self, rule: str, text: str, *inside: str) -> None:
         name = self._after.message
         places = (self._old.message_place(name, "frame", *inside), self._new.message_place(name, "frame", *inside))
-        _say(self._comparison, rule, self._after, text, places)
+        _report(self._comparison, rule, self._after, text, places)
 
     def _sides(self) -> Iterator[tuple[Side, MessageNode]]:
         yield self._old, self._was

@@ -1,22 +1,69 @@
-"""Whether two versions of one service, or of one stream, may be in use side by side.
-
-Processes meet without knowing which of them is the newer: an old agent comes back during a rolling upgrade, a new one
-is the first of its kind. So two versions fit when either is a compatible evolution of the other. Findings count that
-concern the service or the stream, and by which running processes would misunderstand or fail each other (`wire`).
-"""
+"""The changes between two versions of a contract, and the version bump that they require."""
 
 from __future__ import annotations
 
-__all__ = ["Fit", "service_fit", "stream_fit"]
+__all__ = [
+    "CATEGORIES",
+    "RULES",
+    "Bump",
+    "Category",
+    "Finding",
+    "Fit",
+    "Plane",
+    "Rule",
+    "findings",
+    "required_bump",
+    "service_fit",
+    "stream_fit",
+]
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from orki_contract.findings.compare import findings
-from orki_contract.findings.finding import Finding
-from orki_contract.findings.reach import Reach
+from orki_contract._findings import enums, frames, messages, options, services, streams
+from orki_contract._findings.comparison import Bump, Category, Comparison, Finding, Plane, Reach, Rule
 from orki_contract.read import ReadContract
+
+RULES: Final[Mapping[str, Rule]] = {
+    rule.id: rule for part in (streams, frames, services, messages, enums, options) for rule in part.RULES
+}
+"""Every rule of change, by its id."""
+
+CATEGORIES: Final[Mapping[Category, str]] = {
+    Category.STREAM: "Streams and groups of the event plane.",
+    Category.FRAME: "Frames of the hot path.",
+    Category.TASK: "Tasks of the control plane.",
+    Category.TOOL: "Tools of the hot path.",
+    Category.SERVICE: "Services of any kind, and plain gRPC.",
+    Category.MESSAGE: "Messages, fields and enums that travel.",
+    Category.OPTION: "Values of options in general.",
+    Category.NAME: "Names, and the files that hold them.",
+}
+"""What each category of rules is about."""
+
+
+def findings(old: ReadContract, new: ReadContract) -> tuple[Finding, ...]:
+    """Every change from one contract to another, sorted by place.
+
+    A pure function of the two. Packages of the options and of protobuf itself are left out. Locations have lines where
+    an image was read with source information.
+    """
+    comparison = Comparison(old, new, RULES)
+    streams.compare(comparison)
+    frames.compare(comparison)
+    services.compare(comparison)
+    messages.compare(comparison)
+    enums.compare(comparison)
+    options.compare(comparison)
+    return tuple(sorted(set(comparison.found)))
+
+
+def required_bump(found: Iterable[Finding]) -> Bump:
+    """What a version must promise at the least, for these findings; `PATCH` for none."""
+    bumps = {finding.bump for finding in found}
+    return Bump.MAJOR if Bump.MAJOR in bumps else Bump.MINOR if bumps else Bump.PATCH
+
 
 _SHOWN: Final = 3
 

@@ -6,13 +6,12 @@ hand the rest is found here. The text has been compiled before, so what cannot b
 
 from __future__ import annotations
 
-__all__ = ["literal_places", "repeats"]
-
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from google.protobuf.descriptor import Descriptor
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto
 
 Path = tuple[int, ...]
 
@@ -97,7 +96,7 @@ def _message(reader: _Reader, message: Descriptor | None, path: Path, found: dic
                 if reader.value == ",":
                     reader.advance()
             reader.advance()
-        elif field is not None and repeats(field):
+        elif field is not None and is_repeated(field):
             element = _element(here, counts)
             found[element] = begin
             _value(reader, inner, element, found)
@@ -112,15 +111,6 @@ def _element(field: Path, counts: dict[Path, int]) -> Path:
     return (*field, counts[field])
 
 
-def repeats(field: Any) -> bool:
-    """Whether a field or an extension holds many values."""
-    # `label` is deprecated where `is_repeated` exists (protobuf 6.32).
-    try:
-        return bool(field.is_repeated)
-    except AttributeError:
-        return bool(field.label == field.LABEL_REPEATED)
-
-
 def _value(reader: _Reader, message: Descriptor | None, path: Path, found: dict[Path, int]) -> None:
     """Reads one value; always at least one token, so that no text can hold the reader up."""
     if reader.value in _OPENING:
@@ -131,6 +121,15 @@ def _value(reader: _Reader, message: Descriptor | None, path: Path, found: dict[
     # Adjacent strings are one value; after anything else the next word is the next field.
     while text and reader.kind == "text":
         reader.advance()
+
+
+def is_repeated(field: Any) -> bool:
+    """Whether a field or an extension, as a descriptor or a proto, is repeated."""
+    # `label` is deprecated where `is_repeated` exists (protobuf 6.32).
+    try:
+        return bool(field.is_repeated)
+    except AttributeError:
+        return bool(field.label == FieldDescriptorProto.LABEL_REPEATED)
 
 
 def _line_and_column(text: str, index: int) -> tuple[int, int]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["RULES", "judge"]
-
 from typing import Any, Final
 
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto
 
+from orki_contract._rules.report import Report, Rule
 from orki_contract.descriptors import Location, MessageNode, field_path, is_repeated
 from orki_contract.model import Frame, FrameField, Scalar
-from orki_contract.rules.judge import Judge, Rule
 
 RULES: Final[dict[Rule, str]] = {
     "ORKI_FRAME_VERSION": "A frame's version lies between 1 and 65535.",
@@ -41,30 +39,30 @@ _SCALARS: Final = {
 }
 
 
-def judge(judge: Judge) -> None:
+def check(report: Report) -> None:
     """Judges every frame, and every field that looks like a frame's."""
-    layouts = {frame.message: frame for frame in judge.read.contract.frames}
-    for node in judge.schema.messages.values():
-        option = judge.schema.option(node.proto.options, "frame")
+    layouts = {frame.message: frame for frame in report.read.contract.frames}
+    for node in report.schema.messages.values():
+        option = report.schema.option(node.proto.options, "frame")
         if option is None:
             for index, field in enumerate(node.proto.field):
-                _stray(judge, node, index, field, _BLOCK_OPTIONS, f"{node.full_name} is no frame")
+                _stray(report, node, index, field, _BLOCK_OPTIONS, f"{node.full_name} is no frame")
         else:
-            _frame(judge, node, option, layouts[node.full_name])
+            _frame(report, node, option, layouts[node.full_name])
 
 
-def _frame(judge: Judge, node: MessageNode, option: Any, layout: Frame) -> None:
+def _frame(report: Report, node: MessageNode, option: Any, layout: Frame) -> None:
     def place(name: str) -> Location:
-        return judge.place(node.file.name, node.path, node.proto.options, "frame", name)
+        return report.schema.locate(node.file.name, node.path, node.proto.options, "frame", name)
 
     if not 1 <= option.version <= 0xFFFF:
-        judge.say(
+        report.add(
             "ORKI_FRAME_VERSION",
             place("version"),
             f"frame {node.full_name} has the version {option.version}: give one from 1 to 65535",
         )
     if option.block_length % 8 or option.block_length > 65528:
-        judge.say(
+        report.add(
             "ORKI_FRAME_BLOCK_LENGTH",
             place("block_length"),
             f"the block of {node.full_name} has {option.block_length} bytes: give a multiple of 8, 65528 at the most",
@@ -72,43 +70,43 @@ def _frame(judge: Judge, node: MessageNode, option: Any, layout: Frame) -> None:
     fields = {field.name: field for field in layout.fields}
     tail = ""
     for index, field in enumerate(node.proto.field):
-        if not _supported(judge, node, index, field):
+        if not _supported(report, node, index, field):
             continue
-        if judge.schema.option(field.options, "offset") is not None:
-            _block_field(judge, node, index, field, fields[field.name], option)
+        if report.schema.option(field.options, "offset") is not None:
+            _block_field(report, node, index, field, fields[field.name], option)
         elif field.type in (_Field.TYPE_BYTES, _Field.TYPE_STRING):
             reason = f'field "{field.name}" has no offset, so it is the tail'
-            _stray(judge, node, index, field, ("scalar", "size", "since"), reason)
+            _stray(report, node, index, field, ("scalar", "size", "since"), reason)
             if tail:
-                judge.say(
+                report.add(
                     "ORKI_FRAME_ONE_TAIL",
-                    judge.schema.location(node.file.name, field_path(node, index)),
+                    report.schema.location(node.file.name, field_path(node, index)),
                     f'frame field "{field.name}" would be a second tail beside "{tail}": give it an offset and a size',
                 )
             tail = tail or field.name
         else:
-            judge.say(
+            report.add(
                 "ORKI_FRAME_FIELD_OFFSET",
-                judge.schema.location(node.file.name, field_path(node, index)),
+                report.schema.location(node.file.name, field_path(node, index)),
                 f'frame field "{field.name}" has no offset: say where in the block it lies',
             )
-    _overlaps(judge, node, layout)
+    _overlaps(report, node, layout)
 
 
 def _stray(
-    judge: Judge, node: MessageNode, index: int, field: FieldDescriptorProto, options: tuple[str, ...], reason: str
+    report: Report, node: MessageNode, index: int, field: FieldDescriptorProto, options: tuple[str, ...], reason: str
 ) -> None:
     for name in options:
-        if judge.schema.option(field.options, name) is not None:
-            judge.say(
+        if report.schema.option(field.options, name) is not None:
+            report.add(
                 "ORKI_FRAME_OPTION_STRAY",
-                judge.place(node.file.name, field_path(node, index), field.options, name),
+                report.schema.locate(node.file.name, field_path(node, index), field.options, name),
                 f'{reason}: remove the option {name} from "{field.name}"',
             )
 
 
-def _supported(judge: Judge, node: MessageNode, index: int, field: FieldDescriptorProto) -> bool:
-    offset = judge.schema.option(field.options, "offset")
+def _supported(report: Report, node: MessageNode, index: int, field: FieldDescriptorProto) -> bool:
+    offset = report.schema.option(field.options, "offset")
     if field.type in _UNSUPPORTED or is_repeated(field):
         what = "repeated" if is_repeated(field) else "a message"
     elif field.proto3_optional:
@@ -119,9 +117,9 @@ def _supported(judge: Judge, node: MessageNode, index: int, field: FieldDescript
         what = "a string in the block"
     else:
         return True
-    judge.say(
+    report.add(
         "ORKI_FRAME_FIELD_TYPE",
-        judge.schema.location(node.file.name, field_path(node, index)),
+        report.schema.location(node.file.name, field_path(node, index)),
         f'frame field "{field.name}" is {what}: a block holds single numbers, bools, enums and bytes of fixed length, '
         "and one string or bytes may follow as the tail",
     )
@@ -129,71 +127,71 @@ def _supported(judge: Judge, node: MessageNode, index: int, field: FieldDescript
 
 
 def _block_field(
-    judge: Judge, node: MessageNode, index: int, field: FieldDescriptorProto, layout: FrameField, option: Any
+    report: Report, node: MessageNode, index: int, field: FieldDescriptorProto, layout: FrameField, option: Any
 ) -> None:
     def place(name: str) -> Location:
-        return judge.place(node.file.name, field_path(node, index), field.options, name)
+        return report.schema.locate(node.file.name, field_path(node, index), field.options, name)
 
     if layout.offset + layout.size > option.block_length:
-        judge.say(
+        report.add(
             "ORKI_FRAME_FIELD_OUTSIDE",
             place("offset"),
             f'frame field "{field.name}" {_bytes(layout)} ends behind the block of {option.block_length} bytes: '
             "move it, or lengthen the block",
         )
     if layout.scalar is not Scalar.BYTES and layout.offset % layout.size:
-        judge.say(
+        report.add(
             "ORKI_FRAME_FIELD_ALIGNED",
             place("offset"),
             f'frame field "{field.name}" is {layout.size} bytes long and lies at {layout.offset}: '
             f"give it an offset that {layout.size} divides",
         )
-    size = judge.schema.option(field.options, "size")
+    size = report.schema.option(field.options, "size")
     if layout.scalar is Scalar.BYTES and not size:
-        judge.say(
+        report.add(
             "ORKI_FRAME_SIZE",
             place("size" if size is not None else "offset"),
             f'frame field "{field.name}" has no size: say how many bytes it takes in the block',
         )
     elif layout.scalar is not Scalar.BYTES and size is not None:
-        judge.say(
+        report.add(
             "ORKI_FRAME_SIZE",
             place("size"),
             f'frame field "{field.name}" takes {layout.size} bytes by its type: remove its size',
         )
-    since = judge.schema.option(field.options, "since")
+    since = report.schema.option(field.options, "since")
     if since is not None and not 1 <= since <= option.version:
-        judge.say(
+        report.add(
             "ORKI_FRAME_SINCE",
             place("since"),
             f'frame field "{field.name}" came with version {since} of a frame whose version is {option.version}: '
             "raise the frame's version, or correct since",
         )
-    _scalar(judge, field, place("scalar"))
+    _scalar(report, field, place("scalar"))
 
 
-def _scalar(judge: Judge, field: FieldDescriptorProto, place: Location) -> None:
-    number = judge.schema.option(field.options, "scalar")
+def _scalar(report: Report, field: FieldDescriptorProto, place: Location) -> None:
+    number = report.schema.option(field.options, "scalar")
     if number is None or number == 0:
         return
     known = _SCALARS.get(number)
     if known is None:
         message = f'frame field "{field.name}" has the scalar {number}, which this generator does not know'
-        judge.say("ORKI_FRAME_SCALAR", place, message)
+        report.add("ORKI_FRAME_SCALAR", place, message)
         return
     name, types, least, greatest = known
     if field.type not in types:
         kind = "uint32, fixed32" if types is _UNSIGNED else "int32, sint32, sfixed32"
-        judge.say(
+        report.add(
             "ORKI_FRAME_SCALAR",
             place,
             f'{name} does not suit the proto type of frame field "{field.name}": it suits {kind} and enums',
         )
     elif field.type == _Field.TYPE_ENUM:
-        enum = judge.schema.enums[field.type_name.removeprefix(".")][1]
+        enum = report.schema.enums[field.type_name.removeprefix(".")][1]
         for value in enum.value:
             if not least <= value.number <= greatest:
-                judge.say(
+                report.add(
                     "ORKI_FRAME_SCALAR",
                     place,
                     f'{value.name} = {value.number} does not fit {name} of frame field "{field.name}": '
@@ -201,7 +199,7 @@ def _scalar(judge: Judge, field: FieldDescriptorProto, place: Location) -> None:
                 )
 
 
-def _overlaps(judge: Judge, node: MessageNode, layout: Frame) -> None:
+def _overlaps(report: Report, node: MessageNode, layout: Frame) -> None:
     indexes = {field.name: index for index, field in enumerate(node.proto.field)}
     end, holder = 0, ""
     for field in layout.fields:
@@ -209,9 +207,9 @@ def _overlaps(judge: Judge, node: MessageNode, layout: Frame) -> None:
             first, last = field.offset, min(end, field.offset + field.size) - 1
             index = indexes[field.name]
             options = node.proto.field[index].options
-            judge.say(
+            report.add(
                 "ORKI_FRAME_FIELD_OVERLAP",
-                judge.place(node.file.name, field_path(node, index), options, "offset"),
+                report.schema.locate(node.file.name, field_path(node, index), options, "offset"),
                 f'frame field "{field.name}" overlaps "{holder}" (bytes {first}..{last}): move one of them',
             )
         if field.offset + field.size > end:

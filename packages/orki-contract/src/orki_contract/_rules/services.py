@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["RULES", "judge"]
-
 import math
 from typing import Any, Final
 
+from orki_contract._rules.report import Report, Rule
 from orki_contract.descriptors import Location, MethodNode, ServiceNode
 from orki_contract.model import Backoff, duration_text
 from orki_contract.read import resolve, seconds_of
-from orki_contract.rules.judge import Judge, Rule
 
 RULES: Final[dict[Rule, str]] = {
     "ORKI_SERVICE_MIXED": "The methods of a service are all plain gRPC, all tasks, or all tools.",
@@ -35,46 +33,46 @@ _TASK_DURATIONS: Final = (
 )
 
 
-def judge(judge: Judge) -> None:
+def check(report: Report) -> None:
     """Judges every service that has a method with an option of orki's."""
-    opcodes = _opcodes(judge)
-    for service in judge.schema.services.values():
+    opcodes = _opcodes(report)
+    for service in report.schema.services.values():
         kinds = {}
         for method in service.methods:
-            task = judge.schema.option(method.proto.options, "task")
-            tool = judge.schema.option(method.proto.options, "tool")
+            task = report.schema.option(method.proto.options, "task")
+            tool = report.schema.option(method.proto.options, "tool")
             kinds[method.full_name] = "task" if task is not None else "tool" if tool is not None else "plain"
             if task is not None and tool is not None:
-                judge.say(
+                report.add(
                     "ORKI_METHOD_ONE_KIND",
-                    judge.place(service.file.name, method.path, method.proto.options, "tool"),
+                    report.schema.locate(service.file.name, method.path, method.proto.options, "tool"),
                     f"{method.full_name} is a task and a tool: keep one of the two options",
                 )
             if task is not None:
-                _task(judge, service, method, task)
+                _task(report, service, method, task)
             if tool is not None:
-                _tool(judge, service, method, tool, opcodes)
+                _tool(report, service, method, tool, opcodes)
             if task is not None or tool is not None:
-                _unary(judge, service, method)
+                _unary(report, service, method)
         if len(set(kinds.values())) > 1:
             parts = ", ".join(f"{name.partition('/')[2]} is {_article(kind)}" for name, kind in kinds.items())
-            judge.say(
+            report.add(
                 "ORKI_SERVICE_MIXED",
-                judge.schema.location(service.file.name, service.path),
+                report.schema.location(service.file.name, service.path),
                 f"{service.full_name} is of several kinds ({parts}): split it into a service for each kind",
             )
 
 
-def _opcodes(judge: Judge) -> dict[int, list[tuple[str, Location]]]:
+def _opcodes(report: Report) -> dict[int, list[tuple[str, Location]]]:
     """Full name and place of every tool, by its opcode."""
     found: dict[int, list[tuple[str, Location]]] = {}
-    for service in judge.schema.services.values():
+    for service in report.schema.services.values():
         for method in service.methods:
             options = method.proto.options
-            tool = judge.schema.option(options, "tool")
+            tool = report.schema.option(options, "tool")
             if tool is not None:
-                place = judge.place(service.file.name, method.path, options, "tool", "opcode")
-                found.setdefault(tool.opcode, []).append((method.full_name, judge.shown(place)))
+                place = report.schema.locate(service.file.name, method.path, options, "tool", "opcode")
+                found.setdefault(tool.opcode, []).append((method.full_name, report.shown(place)))
     return found
 
 
@@ -82,42 +80,42 @@ def _article(kind: str) -> str:
     return kind if kind == "plain" else f"a {kind}"
 
 
-def _unary(judge: Judge, service: ServiceNode, method: MethodNode) -> None:
+def _unary(report: Report, service: ServiceNode, method: MethodNode) -> None:
     if method.proto.client_streaming or method.proto.server_streaming:
-        judge.say(
+        report.add(
             "ORKI_METHOD_UNARY",
-            judge.schema.location(service.file.name, method.path),
+            report.schema.location(service.file.name, method.path),
             f"{method.full_name} streams: take `stream` away (a task reports news by its progress message)",
         )
 
 
-def _task(judge: Judge, service: ServiceNode, method: MethodNode, option: Any) -> None:
+def _task(report: Report, service: ServiceNode, method: MethodNode, option: Any) -> None:
     def place(*inside: str | int) -> Location:
-        return judge.place(service.file.name, method.path, method.proto.options, "task", *inside)
+        return report.schema.locate(service.file.name, method.path, method.proto.options, "task", *inside)
 
     subject = method.full_name
     for name in _TASK_DURATIONS:
-        judge.duration(place(name), option, name, subject)
+        report.duration(place(name), option, name, subject)
     if option.max_attempts > 1000:
-        judge.say(
+        report.add(
             "ORKI_TASK_MAX_ATTEMPTS",
             place("max_attempts"),
             f"{subject} has {option.max_attempts} attempts: give max_attempts from 1 to 1000",
         )
-    _backoff(judge, option, place("retry_backoff"), place, subject)
+    _backoff(report, option, place("retry_backoff"), place, subject)
     for name in ("progress", "directive"):
-        _message(judge, service, getattr(option, name), place(name), f"the {name} of {subject}")
+        _message(report, service, getattr(option, name), place(name), f"the {name} of {subject}")
     named = {"request": method.proto.input_type, "response": method.proto.output_type}
     for name, message in named.items():
-        _no_frame(judge, message.removeprefix("."), place(), f"the {name} of {subject}")
+        _no_frame(report, message.removeprefix("."), place(), f"the {name} of {subject}")
 
 
-def _backoff(judge: Judge, option: Any, whole: Location, place: Any, subject: str) -> None:
+def _backoff(report: Report, option: Any, whole: Location, place: Any, subject: str) -> None:
     backoff = option.retry_backoff
     for name in ("initial", "maximum"):
-        judge.duration(place("retry_backoff", name), backoff, name, f"the retry_backoff of {subject}")
+        report.duration(place("retry_backoff", name), backoff, name, f"the retry_backoff of {subject}")
     if backoff.multiplier and not (math.isfinite(backoff.multiplier) and backoff.multiplier >= 1):
-        judge.say(
+        report.add(
             "ORKI_TASK_BACKOFF_MULTIPLIER",
             place("retry_backoff", "multiplier"),
             f"the wait of {subject} is multiplied by {backoff.multiplier:g}: give a multiplier of at least 1",
@@ -126,7 +124,7 @@ def _backoff(judge: Judge, option: Any, whole: Location, place: Any, subject: st
     first = seconds_of(backoff.initial if backoff.HasField("initial") else None, default.initial)
     longest = seconds_of(backoff.maximum if backoff.HasField("maximum") else None, default.maximum)
     if first > longest:
-        judge.say(
+        report.add(
             "ORKI_TASK_BACKOFF_ORDER",
             whole,
             f"the initial retry delay of {subject} ({duration_text(first)}) exceeds the maximum "
@@ -134,46 +132,46 @@ def _backoff(judge: Judge, option: Any, whole: Location, place: Any, subject: st
         )
 
 
-def _message(judge: Judge, service: ServiceNode, name: str, place: Location, subject: str) -> None:
+def _message(report: Report, service: ServiceNode, name: str, place: Location, subject: str) -> None:
     if not name:
         return
     full_name = resolve(service.file.package, name)
-    node = judge.schema.messages.get(full_name)
+    node = report.schema.messages.get(full_name)
     if node is None:
-        judge.say(
+        report.add(
             "ORKI_TASK_MESSAGE",
             place,
             f'{subject} is "{full_name}", and there is no such message: correct the name, or write it with its package',
         )
         return
-    if node.file.name not in judge.schema.imports(service.file.name):
-        judge.say(
+    if node.file.name not in report.schema.imports(service.file.name):
+        report.add(
             "ORKI_TASK_MESSAGE_IMPORT",
             place,
             f'{subject} lies in {node.file.name}, which this file must import: import "{node.file.name}";',
         )
-    _no_frame(judge, full_name, place, subject)
+    _no_frame(report, full_name, place, subject)
 
 
-def _no_frame(judge: Judge, full_name: str, place: Location, subject: str) -> None:
-    node = judge.schema.messages.get(full_name)
-    if node is not None and judge.schema.option(node.proto.options, "frame") is not None:
-        judge.say("ORKI_TASK_FRAME", place, f"{subject} is the frame {full_name}: tasks carry plain messages only")
+def _no_frame(report: Report, full_name: str, place: Location, subject: str) -> None:
+    node = report.schema.messages.get(full_name)
+    if node is not None and report.schema.option(node.proto.options, "frame") is not None:
+        report.add("ORKI_TASK_FRAME", place, f"{subject} is the frame {full_name}: tasks carry plain messages only")
 
 
 def _tool(
-    judge: Judge,
+    report: Report,
     service: ServiceNode,
     method: MethodNode,
     option: Any,
     opcodes: dict[int, list[tuple[str, Location]]],
 ) -> None:
     def place(*inside: str | int) -> Location:
-        return judge.place(service.file.name, method.path, method.proto.options, "tool", *inside)
+        return report.schema.locate(service.file.name, method.path, method.proto.options, "tool", *inside)
 
-    judge.duration(place("timeout"), option, "timeout", method.full_name)
+    report.duration(place("timeout"), option, "timeout", method.full_name)
     if not 0x0100 <= option.opcode <= 0xFFFF:
-        judge.say(
+        report.add(
             "ORKI_TOOL_OPCODE",
             place("opcode"),
             f"{method.full_name} has the opcode 0x{option.opcode:04x}: give one from 0x0100 to 0xffff",
@@ -181,7 +179,7 @@ def _tool(
         return
     others = [f"{name} at {spot}" for name, spot in opcodes[option.opcode] if name != method.full_name]
     if others:
-        judge.say(
+        report.add(
             "ORKI_TOOL_OPCODE_UNIQUE",
             place("opcode"),
             f"{method.full_name} has the opcode 0x{option.opcode:04x} of {', '.join(others)}: give each its own",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-__all__ = ["RULES", "compare"]
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 
-from orki_contract.descriptors import OPTIONS_PACKAGE, Location, Path, field_path
-from orki_contract.findings.comparison import Comparison, Side
-from orki_contract.findings.finding import Category, Plane, Rule, additive, breaking, source_breaking
-from orki_contract.literals import repeats
+from orki_contract._findings.comparison import (
+    Category,
+    Comparison,
+    Plane,
+    Rule,
+    Side,
+    additive,
+    breaking,
+    source_breaking,
+)
+from orki_contract.descriptors import OPTIONS_PACKAGE, Location, Path, field_path, is_repeated
 
 RULES: Final[tuple[Rule, ...]] = (
     breaking(Category.OPTION, "ORKI_OPTION_UNKNOWN", "An option that is newer than these rules stays as it is."),
@@ -58,11 +63,11 @@ def compare(comparison: Comparison) -> None:
         if key[0] in subjects and (old or ("", None))[0] != (new or ("", None))[0]:
             file = comparison.new.files.get(key[1], "") or comparison.old.files.get(key[1], "")
             name = f"option ({_PREFIX}{key[2]}) of {key[0]}"
-            comparison.say(
+            comparison.report(
                 "ORKI_OPTION_UNKNOWN",
                 name,
                 file,
-                f"{name} changed, and these rules are older than it: nobody can say what that means",
+                f"{name} changed, and these rules are older than it: nobody can report what that means",
                 plane=Plane.MESSAGES,
                 places=(old[1] if old else None, new[1] if new else None),
             )
@@ -88,7 +93,7 @@ def _strange(side: Side) -> Iterator[tuple[_Key, tuple[str, Location]]]:
             if field.name not in _KNOWN[""]:
                 yield (subject, file, field.name), (str(value), place)
             elif field.message_type is not None:
-                values = [*enumerate(value)] if repeats(field) else [(None, value)]
+                values = [*enumerate(value)] if is_repeated(field) else [(None, value)]
                 for index, each in values:
                     inner = (*path, field.number, *(() if index is None else (index,)))
                     for name, text in _unknown(each, field.name):
@@ -104,9 +109,9 @@ def _unknown(value: Any, name: str) -> Iterator[tuple[str, str]]:
         if known is None or field.name not in known:
             yield f"{name}.{field.name}", str(inner)
         elif field.message_type is not None:
-            parts: list[Any] = [*inner] if repeats(field) else [inner]
+            parts: list[Any] = [*inner] if is_repeated(field) else [inner]
             for index, each in enumerate(parts):
-                label = getattr(each, "name", "") or (str(index) if repeats(field) else "")
+                label = getattr(each, "name", "") or (str(index) if is_repeated(field) else "")
                 yield from _unknown(each, f"{name}.{field.name}{f'[{label}]' if label else ''}")
 
 
@@ -133,7 +138,7 @@ def _moves(comparison: Comparison) -> None:
     for subject, (file, path) in old.items():
         if subject in new and new[subject][0] != file:
             now = new[subject][0]
-            comparison.say(
+            comparison.report(
                 "ORKI_DECLARATION_MOVED",
                 subject,
                 comparison.new.files[now],
@@ -169,7 +174,7 @@ def _files(comparison: Comparison) -> None:
         package = new.files.get(path) or old.files.get(path, "")
         before, after = old.schema.files.get(path), new.schema.files.get(path)
         if package not in told and _plain(before) != _plain(after):
-            comparison.say(
+            comparison.report(
                 "ORKI_FILE_CHANGED",
                 f"file {path}",
                 package,
@@ -191,7 +196,7 @@ def _plain(file: FileDescriptorProto | None) -> bytes:
     for each, value in file.ListFields():
         if each.name == "source_code_info":
             continue
-        if repeats(each) or each.message_type is not None:
+        if is_repeated(each) or each.message_type is not None:
             getattr(copy, each.name).MergeFrom(value)
         else:
             setattr(copy, each.name, value)

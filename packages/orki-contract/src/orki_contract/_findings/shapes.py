@@ -1,18 +1,20 @@
-"""Fields and enums as compilers resolve them: what an edition's features or a file's syntax mean is settled here."""
+"""Fields and enums as compilers resolve them, and their reserved ranges."""
 
 from __future__ import annotations
-
-__all__ = ["FieldShape", "closed", "field_shapes", "names_by_number", "shape_of"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
-from google.protobuf.descriptor_pb2 import EnumDescriptorProto, FieldDescriptorProto, FileDescriptorProto
+from google.protobuf.descriptor_pb2 import (
+    DescriptorProto,
+    EnumDescriptorProto,
+    FieldDescriptorProto,
+    FileDescriptorProto,
+)
 
-from orki_contract.descriptors import MessageNode, Schema
-from orki_contract.literals import repeats
+from orki_contract.descriptors import MessageNode, Schema, is_repeated
 
 _TYPES: Final[Mapping[int, str]] = {
     number: name.removeprefix("TYPE_").lower() for name, number in FieldDescriptorProto.Type.items()
@@ -68,7 +70,7 @@ def shape_of(file: FileDescriptorProto, field: FieldDescriptor, proto: FieldDesc
         kind=_kind(field),
         cardinality=_cardinality(field, proto),
         oneof="" if oneof is None or proto.proto3_optional else oneof.name,
-        default="" if field.message_type is not None or repeats(field) else repr(field.default_value),
+        default="" if field.message_type is not None or is_repeated(field) else repr(field.default_value),
         checked=field.type != FieldDescriptor.TYPE_STRING or _checks_utf8(file, proto),
     )
 
@@ -97,7 +99,7 @@ def _kind(field: FieldDescriptor) -> str:
 
 
 def _cardinality(field: FieldDescriptor, proto: FieldDescriptorProto) -> str:
-    if repeats(field):
+    if is_repeated(field):
         return "repeated"
     if _required(field):
         return "required"
@@ -124,3 +126,30 @@ def _checks_utf8(file: FileDescriptorProto, proto: FieldDescriptorProto) -> bool
         if features.utf8_validation:
             return int(features.utf8_validation) != _NO_UTF8_CHECK
     return True
+
+
+def reserves(proto: DescriptorProto | EnumDescriptorProto, number: int) -> bool:
+    """Whether a number is reserved."""
+    return any(start <= number < end for start, end in _ranges(proto))
+
+
+def withdrawn(
+    before: DescriptorProto | EnumDescriptorProto, after: DescriptorProto | EnumDescriptorProto
+) -> int | None:
+    """The lowest number that was reserved before and is not any more; None for none."""
+    kept = _ranges(after)
+    for start, end in _ranges(before):
+        at = start
+        for first, behind in kept:
+            if first <= at < behind:
+                at = behind
+        if at < end:
+            return at
+    return None
+
+
+def _ranges(proto: DescriptorProto | EnumDescriptorProto) -> list[tuple[int, int]]:
+    """The reserved ranges in order, each from its first number to the one behind its last."""
+    # An enum's range includes its end, a message's does not.
+    more = 1 if proto.DESCRIPTOR.name == "EnumDescriptorProto" else 0
+    return sorted((each.start, each.end + more) for each in proto.reserved_range)

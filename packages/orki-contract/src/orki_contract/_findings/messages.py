@@ -1,17 +1,26 @@
-"""Messages: bytes that one version writes and another one reads, and the classes that users name."""
+"""Changes of messages, of their fields and of extensions."""
 
 from __future__ import annotations
 
-__all__ = ["RULES", "compare"]
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
 
-from collections.abc import Mapping
-from typing import Final
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto
 
-from orki_contract.descriptors import Location, MessageNode, field_path
-from orki_contract.findings.comparison import Comparison, Places, Side, left_at, was
-from orki_contract.findings.finding import Category, Rule, additive, breaking, source_breaking
-from orki_contract.findings.reserved import reserves, withdrawn
-from orki_contract.findings.shapes import FieldShape, field_shapes
+from orki_contract._findings.comparison import (
+    Category,
+    Comparison,
+    Places,
+    Rule,
+    Side,
+    additive,
+    breaking,
+    left_at,
+    source_breaking,
+    was,
+)
+from orki_contract._findings.shapes import FieldShape, field_shapes, reserves, shape_of, withdrawn
+from orki_contract.descriptors import Location, MessageNode, Path, field_path
 
 _MESSAGE: Final = Category.MESSAGE
 
@@ -45,7 +54,7 @@ def compare(comparison: Comparison) -> None:
         if after is None:
             if name not in old.frames:
                 place = old.schema.location(before.file.name, before.path)
-                _say(comparison, "ORKI_MESSAGE_REMOVED", before, "", "is gone", (place, None))
+                _report(comparison, "ORKI_MESSAGE_REMOVED", before, "", "is gone", (place, None))
             continue
         if alike and _content(before) == _content(after):
             continue
@@ -55,7 +64,8 @@ def compare(comparison: Comparison) -> None:
     for name, after in new.messages.items():
         if name not in old.messages and name not in new.frames:
             place = new.schema.location(after.file.name, after.path)
-            _say(comparison, "ORKI_MESSAGE_ADDED", after, "", "is new", (None, place))
+            _report(comparison, "ORKI_MESSAGE_ADDED", after, "", "is new", (None, place))
+    _compare_extensions(comparison)
 
 
 def _content(node: MessageNode) -> tuple[object, ...]:
@@ -69,9 +79,9 @@ def _enums(side: Side) -> dict[str, bytes]:
     return {name: side.schema.enums[name][1].SerializeToString(deterministic=True) for name in side.enums}
 
 
-def _say(comparison: Comparison, rule: str, node: MessageNode, field: str, text: str, places: Places) -> None:
+def _report(comparison: Comparison, rule: str, node: MessageNode, field: str, text: str, places: Places) -> None:
     subject = f"field {node.full_name}.{field}" if field else f"message {node.full_name}"
-    comparison.say(
+    comparison.report(
         rule,
         subject,
         node.file.package,
@@ -99,7 +109,9 @@ class _Message:
             moved = self._numbers.get(field.name, number)
             if moved != number:
                 text = f"has another number: {was(number, moved)}"
-                self._say("ORKI_FIELD_RENUMBERED", field.name, text, (self._old(field), self._new(self._after[moved])))
+                self._report(
+                    "ORKI_FIELD_RENUMBERED", field.name, text, (self._old(field), self._new(self._after[moved]))
+                )
             if heir is not None:
                 self._pair(field, heir, renamed=moved == number)
             elif moved == number:
@@ -111,50 +123,50 @@ class _Message:
         if lost is not None:
             places = (_whole(self._comparison.old, self._was), _whole(self._comparison.new, self._is))
             text = f"reserves {lost} no more: bytes of before could be taken for something else"
-            self._say("ORKI_MESSAGE_RESERVED_WITHDRAWN", "", text, places)
+            self._report("ORKI_MESSAGE_RESERVED_WITHDRAWN", "", text, places)
 
     def _removed(self, field: FieldShape) -> None:
         place = self._old(field)
         places = (place, _whole(self._comparison.new, self._is))
         if reserves(self._is.proto, field.number):
             text = f"is gone, and its number {field.number} is reserved{left_at(place)}"
-            self._say("ORKI_FIELD_RETIRED", field.name, text, places)
+            self._report("ORKI_FIELD_RETIRED", field.name, text, places)
         else:
             text = f"is gone, and its number {field.number} is not reserved{left_at(place)}"
-            self._say("ORKI_FIELD_REMOVED", field.name, text, places)
+            self._report("ORKI_FIELD_REMOVED", field.name, text, places)
 
     def _pair(self, before: FieldShape, after: FieldShape, *, renamed: bool) -> None:
         places = (self._old(before), self._new(after))
 
-        def say(rule: str, text: str) -> None:
-            self._say(rule, after.name, text, places)
+        def report(rule: str, text: str) -> None:
+            self._report(rule, after.name, text, places)
 
         if before.name != after.name and renamed:
-            say("ORKI_FIELD_RENAMED", f'was called "{before.name}"')
+            report("ORKI_FIELD_RENAMED", f'was called "{before.name}"')
         elif before.name == after.name and before.json != after.json:
-            say("ORKI_FIELD_RENAMED", f"is called otherwise in JSON: {was(before.json, after.json)}")
+            report("ORKI_FIELD_RENAMED", f"is called otherwise in JSON: {was(before.json, after.json)}")
         if before.kind != after.kind:
-            say("ORKI_FIELD_RETYPED", f"is of another type: {was(before.kind, after.kind)}")
+            report("ORKI_FIELD_RETYPED", f"is of another type: {was(before.kind, after.kind)}")
         elif before.default != after.default and before.cardinality == after.cardinality:
-            say("ORKI_FIELD_DEFAULT_CHANGED", f"reads otherwise when absent: {was(before.default, after.default)}")
+            report("ORKI_FIELD_DEFAULT_CHANGED", f"reads otherwise when absent: {was(before.default, after.default)}")
         elif before.checked != after.checked:
             text = was(before.checked, after.checked, lambda each: "checked" if each else "not checked")
-            say("ORKI_FIELD_UTF8_CHANGED", f"is held to UTF-8 otherwise: {text}")
+            report("ORKI_FIELD_UTF8_CHANGED", f"is held to UTF-8 otherwise: {text}")
         if before.cardinality != after.cardinality:
-            say("ORKI_FIELD_CARDINALITY", f"was {before.cardinality} and is {after.cardinality}")
+            report("ORKI_FIELD_CARDINALITY", f"was {before.cardinality} and is {after.cardinality}")
         if before.oneof != after.oneof:
             text = was(before.oneof or "none", after.oneof or "none")
-            say("ORKI_FIELD_ONEOF_CHANGED", f"is in another oneof: {text}")
+            report("ORKI_FIELD_ONEOF_CHANGED", f"is in another oneof: {text}")
 
     def _added(self, field: FieldShape) -> None:
         places = (None, self._new(field))
         if field.cardinality == "required":
             text = "is new and required: what was written before cannot be read"
-            self._say("ORKI_FIELD_REQUIRED_ADDED", field.name, text, places)
-        self._say("ORKI_FIELD_ADDED", field.name, "is new", places)
+            self._report("ORKI_FIELD_REQUIRED_ADDED", field.name, text, places)
+        self._report("ORKI_FIELD_ADDED", field.name, "is new", places)
 
-    def _say(self, rule: str, field: str, text: str, places: Places) -> None:
-        _say(self._comparison, rule, self._is, field, text, places)
+    def _report(self, rule: str, field: str, text: str, places: Places) -> None:
+        _report(self._comparison, rule, self._is, field, text, places)
 
     def _old(self, field: FieldShape) -> Location:
         return self._comparison.old.schema.location(self._was.file.name, field_path(self._was, field.index))
@@ -181,9 +193,9 @@ def _sensitive(comparison: Comparison, before: MessageNode, after: MessageNode) 
         )
         if was_hidden:
             text = "is not sensitive any more: audit, logs and traces show it"
-            _say(comparison, "ORKI_SENSITIVE_WITHDRAWN", after, field.name, text, places)
+            _report(comparison, "ORKI_SENSITIVE_WITHDRAWN", after, field.name, text, places)
         else:
-            _say(comparison, "ORKI_SENSITIVE_ADDED", after, field.name, "is sensitive now", places)
+            _report(comparison, "ORKI_SENSITIVE_ADDED", after, field.name, "is sensitive now", places)
 
 
 def _marks(side: Side, node: MessageNode) -> Mapping[str, bool]:
@@ -200,3 +212,91 @@ def _field_place(side: Side, node: MessageNode, index: int) -> Location:
 
 def _whole(side: Side, node: MessageNode) -> Location:
     return side.schema.location(node.file.name, node.path)
+
+
+_FILE_EXTENSION, _MESSAGE_EXTENSION = 7, 6
+
+
+class _Extension:
+    """One such field."""
+
+    def __init__(self, side: Side, file: str, scope: str, proto: FieldDescriptorProto, path: Path) -> None:
+        name = f"{scope}.{proto.name}" if scope else proto.name
+        self.name = name
+        self.extended = proto.extendee.removeprefix(".")
+        self.package = side.files[file]
+        self.place: Location = side.schema.location(file, path)
+        field: Any = side.schema.pool.FindExtensionByName(name)
+        self.shape: FieldShape = shape_of(side.schema.files[file], field, proto, 0)
+
+
+def _compare_extensions(comparison: Comparison) -> None:
+    """Judges every extension by the rules of fields; which message it extends and its number are what it is."""
+    before, after = _extensions(comparison.old), _extensions(comparison.new)
+    for key, extension in before.items():
+        heir = after.get(key)
+        if heir is None:
+            # Nothing can reserve the number of an extension.
+            _report_extension(
+                comparison, "ORKI_FIELD_REMOVED", extension, f"of {extension.extended} is gone", (extension.place, None)
+            )
+        else:
+            _compare_extension(comparison, extension, heir)
+    for key, extension in after.items():
+        if key not in before:
+            _report_extension(
+                comparison, "ORKI_FIELD_ADDED", extension, f"of {extension.extended} is new", (None, extension.place)
+            )
+
+
+def _compare_extension(comparison: Comparison, before: _Extension, after: _Extension) -> None:
+    def report(rule: str, text: str) -> None:
+        _report_extension(comparison, rule, after, text, (before.place, after.place))
+
+    if before.name != after.name:
+        report("ORKI_FIELD_RENAMED", f'was called "{before.name}"')
+    if before.shape.kind != after.shape.kind:
+        report("ORKI_FIELD_RETYPED", f"is of another type: {was(before.shape.kind, after.shape.kind)}")
+    elif before.shape.cardinality != after.shape.cardinality:
+        report("ORKI_FIELD_CARDINALITY", f"was {before.shape.cardinality} and is {after.shape.cardinality}")
+    elif before.shape.default != after.shape.default:
+        text = was(before.shape.default, after.shape.default)
+        report("ORKI_FIELD_DEFAULT_CHANGED", f"reads otherwise when absent: {text}")
+    elif before.shape.checked != after.shape.checked:
+        report("ORKI_FIELD_UTF8_CHANGED", "is held to UTF-8 otherwise")
+
+
+def _report_extension(comparison: Comparison, rule: str, extension: _Extension, text: str, places: Places) -> None:
+    subject = f"extension {extension.name}"
+    comparison.report(
+        rule,
+        subject,
+        extension.package,
+        f"{subject} {text}",
+        plane=comparison.plane(extension.extended),
+        places=places,
+        affected=comparison.users(extension.extended, extension.package),
+    )
+
+
+def _extensions(side: Side) -> dict[tuple[str, int], _Extension]:
+    """By the extended message and the number."""
+    found = {}
+    for file, scope, proto, path in _written(side):
+        extension = _Extension(side, file, scope, proto, path)
+        found[extension.extended, proto.number] = extension
+    return found
+
+
+def _written(side: Side) -> Iterator[tuple[str, str, FieldDescriptorProto, Path]]:
+    for path, package in side.files.items():
+        yield from _each(path, package, side.schema.files[path].extension, (_FILE_EXTENSION,))
+    for name, node in side.messages.items():
+        yield from _each(node.file.name, name, node.proto.extension, (*node.path, _MESSAGE_EXTENSION))
+
+
+def _each(
+    file: str, scope: str, extensions: Sequence[FieldDescriptorProto], path: Path
+) -> Iterator[tuple[str, str, FieldDescriptorProto, Path]]:
+    for index, proto in enumerate(extensions):
+        yield file, scope, proto, (*path, index)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-__all__ = ["RULES", "compare"]
-
 from collections.abc import Callable
 from typing import Any, Final
 
+from orki_contract._findings.comparison import (
+    Category,
+    Comparison,
+    Places,
+    Plane,
+    Rule,
+    Side,
+    additive,
+    breaking,
+    left_at,
+    was,
+)
 from orki_contract.descriptors import Location
-from orki_contract.findings.comparison import Comparison, Places, Side, left_at, was
-from orki_contract.findings.finding import Category, Plane, Rule, additive, breaking
 from orki_contract.model import Backoff, TaskMethod, ToolMethod, duration_text
 
 _TASK, _TOOL, _SERVICE = Category.TASK, Category.TOOL, Category.SERVICE
@@ -68,13 +76,13 @@ def compare(comparison: Comparison) -> None:
         if _kind(old, name) != kind:
             option = kind if kind != "plain" else ""
             here = new.method_place(name, option)
-            _say(comparison, f"{_IDS[kind]}_ADDED", name, kind, "is new", (None, here))
+            _report(comparison, f"{_IDS[kind]}_ADDED", name, kind, "is new", (None, here))
     for name, tool in new.tools.items():
         former = opcodes.get(tool.opcode)
         if former is not None and former.full_name != name:
             places = (old.method_place(former.full_name, "tool", "opcode"), new.method_place(name, "tool", "opcode"))
             text = f"has the opcode 0x{tool.opcode:04x}, which was that of {former.full_name}"
-            _say(comparison, "ORKI_TOOL_OPCODE_REUSED", name, "tool", text, places)
+            _report(comparison, "ORKI_TOOL_OPCODE_REUSED", name, "tool", text, places)
 
 
 def _kind(side: Side, name: str) -> str:
@@ -85,7 +93,7 @@ def _kind(side: Side, name: str) -> str:
     return "plain" if name in side.methods else ""
 
 
-def _say(comparison: Comparison, rule: str, name: str, kind: str, text: str, places: Places) -> None:
+def _report(comparison: Comparison, rule: str, name: str, kind: str, text: str, places: Places) -> None:
     side = comparison.new if name in comparison.new.methods else comparison.old
     file, method = side.methods[name]
     package = side.schema.files[file].package
@@ -94,7 +102,9 @@ def _say(comparison: Comparison, rule: str, name: str, kind: str, text: str, pla
     affected = {f"{noun} {method.service}"}
     for each in (comparison.old, comparison.new):
         affected.update(f"package {user}" for user in _importers(each, file) if user != package)
-    comparison.say(rule, subject, package, f"{subject} {text}", plane=_PLANES[kind], places=places, affected=affected)
+    comparison.report(
+        rule, subject, package, f"{subject} {text}", plane=_PLANES[kind], places=places, affected=affected
+    )
 
 
 def _importers(side: Side, path: str) -> set[str]:
@@ -107,12 +117,12 @@ def _gone(comparison: Comparison, name: str, before: str, after: str) -> None:
     if after:
         now = {"task": "a task", "tool": "a tool", "plain": "a plain rpc"}[after]
         places = (place, comparison.new.method_place(name))
-        _say(comparison, f"{_IDS[before]}_REMOVED", name, before, f"is {now} now", places)
+        _report(comparison, f"{_IDS[before]}_REMOVED", name, before, f"is {now} now", places)
         return
     service = comparison.new.schema.services.get(name.partition("/")[0])
     rest = comparison.new.schema.location(service.file.name, service.path) if service is not None else None
     text = f"is gone{left_at(place) if rest else ''}"
-    _say(comparison, f"{_IDS[before]}_REMOVED", name, before, text, (place, rest))
+    _report(comparison, f"{_IDS[before]}_REMOVED", name, before, text, (place, rest))
 
 
 def _types(comparison: Comparison, before: Any, after: Any, names: tuple[str, ...], kind: str) -> None:
@@ -126,51 +136,51 @@ def _types(comparison: Comparison, before: Any, after: Any, names: tuple[str, ..
         places = _places(comparison, name, kind if option else "", *filter(None, [option]))
         if one:
             text = f"has another {each}: {was(one, other or 'none')}"
-            _say(comparison, f"{_IDS[kind]}_{each.upper()}_CHANGED", name, kind, text, places)
+            _report(comparison, f"{_IDS[kind]}_{each.upper()}_CHANGED", name, kind, text, places)
         else:
-            _say(comparison, f"{_IDS[kind]}_RELAXED", name, kind, f"has a {each} now: {other}", places)
+            _report(comparison, f"{_IDS[kind]}_RELAXED", name, kind, f"has a {each} now: {other}", places)
 
 
 def _task(comparison: Comparison, before: TaskMethod, after: TaskMethod) -> None:
     name = after.full_name
 
-    def say(rule: str, text: str, *inside: str) -> None:
-        _say(comparison, rule, name, "task", text, _places(comparison, name, "task", *inside))
+    def report(rule: str, text: str, *inside: str) -> None:
+        _report(comparison, rule, name, "task", text, _places(comparison, name, "task", *inside))
 
     _types(comparison, before, after, ("request", "response", "progress", "directive"), "task")
-    _time(before, after, "heartbeat_timeout", "ORKI_TASK_LEASE_SHORTENED", "ORKI_TASK_RELAXED", say)
+    _time(before, after, "heartbeat_timeout", "ORKI_TASK_LEASE_SHORTENED", "ORKI_TASK_RELAXED", report)
     for each in _TIMEOUTS:
-        _time(before, after, each, "ORKI_TASK_TIMEOUT_SHORTENED", "ORKI_TASK_RELAXED", say)
+        _time(before, after, each, "ORKI_TASK_TIMEOUT_SHORTENED", "ORKI_TASK_RELAXED", report)
     attempts = f"{was(before.max_attempts, after.max_attempts)} attempts"
     if after.max_attempts < before.max_attempts:
-        say("ORKI_TASK_ATTEMPTS_LOWERED", f"gives up sooner: {attempts}", "max_attempts")
+        report("ORKI_TASK_ATTEMPTS_LOWERED", f"gives up sooner: {attempts}", "max_attempts")
     elif before.max_attempts == 1 < after.max_attempts:
         text = f"is attempted again now: {attempts}, and handlers could rely on one"
-        say("ORKI_TASK_REPEATED", text, "max_attempts")
+        report("ORKI_TASK_REPEATED", text, "max_attempts")
     elif after.max_attempts > before.max_attempts:
-        say("ORKI_TASK_RELAXED", f"gives up later: {attempts}", "max_attempts")
+        report("ORKI_TASK_RELAXED", f"gives up later: {attempts}", "max_attempts")
     if after.backoff != before.backoff:
         told = was(before.backoff, after.backoff, _backoff)
-        say("ORKI_TASK_RELAXED", f"waits otherwise between attempts: {told}", "retry_backoff")
+        report("ORKI_TASK_RELAXED", f"waits otherwise between attempts: {told}", "retry_backoff")
 
 
 def _tool(comparison: Comparison, before: ToolMethod, after: ToolMethod) -> None:
     name = after.full_name
 
-    def say(rule: str, text: str, *inside: str) -> None:
-        _say(comparison, rule, name, "tool", text, _places(comparison, name, "tool", *inside))
+    def report(rule: str, text: str, *inside: str) -> None:
+        _report(comparison, rule, name, "tool", text, _places(comparison, name, "tool", *inside))
 
     if before.opcode != after.opcode:
         text = f"has another opcode: {was(before.opcode, after.opcode, '0x{:04x}'.format)}"
-        say("ORKI_TOOL_OPCODE_CHANGED", text, "opcode")
+        report("ORKI_TOOL_OPCODE_CHANGED", text, "opcode")
     _types(comparison, before, after, ("request", "response"), "tool")
-    _time(before, after, "timeout", "ORKI_TOOL_TIMEOUT_SHORTENED", "ORKI_TOOL_RELAXED", say)
+    _time(before, after, "timeout", "ORKI_TOOL_TIMEOUT_SHORTENED", "ORKI_TOOL_RELAXED", report)
     if before.idempotent and not after.idempotent:
         text = "may not be called twice any more, and callers of before repeat calls of unknown fate"
-        say("ORKI_TOOL_IDEMPOTENCY_WITHDRAWN", text, "idempotent")
+        report("ORKI_TOOL_IDEMPOTENCY_WITHDRAWN", text, "idempotent")
     elif after.idempotent and not before.idempotent:
         text = "may be called twice now: new callers repeat calls of unknown fate, which tools of before do not expect"
-        say("ORKI_TOOL_IDEMPOTENCY_CLAIMED", text, "idempotent")
+        report("ORKI_TOOL_IDEMPOTENCY_CLAIMED", text, "idempotent")
 
 
 def _plain(comparison: Comparison, name: str) -> None:
@@ -182,21 +192,21 @@ def _plain(comparison: Comparison, name: str) -> None:
     ):
         if before != after:
             text = f"has another {kind.lower()}: {was(before.removeprefix('.'), after.removeprefix('.'))}"
-            _say(comparison, f"ORKI_RPC_{kind}_CHANGED", name, "plain", text, places)
+            _report(comparison, f"ORKI_RPC_{kind}_CHANGED", name, "plain", text, places)
     former, now = ((each.client_streaming, each.server_streaming) for each in (one, other))
     if former != now:
         text = f"streams otherwise: {was(former, now, _streaming)}"
-        _say(comparison, "ORKI_RPC_STREAMING_CHANGED", name, "plain", text, places)
+        _report(comparison, "ORKI_RPC_STREAMING_CHANGED", name, "plain", text, places)
 
 
-def _time(before: Any, after: Any, name: str, shorter: str, longer: str, say: Callable[..., None]) -> None:
+def _time(before: Any, after: Any, name: str, shorter: str, longer: str, report: Callable[..., None]) -> None:
     """Judges one duration of a method; 0 is no limit."""
     one, other = getattr(before, name), getattr(after, name)
     text = was(one, other, duration_text)
     if other and (not one or other < one):
-        say(shorter, f"has a shorter {name}: {text}", name)
+        report(shorter, f"has a shorter {name}: {text}", name)
     elif one != other:
-        say(longer, f"has a longer {name}: {text}", name)
+        report(longer, f"has a longer {name}: {text}", name)
 
 
 def _places(comparison: Comparison, name: str, option: str, *inside: str) -> tuple[Location, Location]:
