@@ -30,9 +30,7 @@ MACHINES: Final[tuple[tuple[str, str, Transitions[Any]], ...]] = (
     ),
     (
         "The delivery of events",
-        "One machine for each consumer of a group, which creates the group, reads its pending entries again (RECOVERING) "
-        "and then reads new ones. It returns to RECOVERING when a read or claim gets no reply (EntriesUnknown). Events "
-        "that end in Due are timers. `orki_events/_delivery_table.py`",
+        "One machine for each consumer of a group. `orki_events/_delivery_table.py`",
         DELIVERY,
     ),
 )
