@@ -25,7 +25,7 @@ from orki_contract.handles import EventStream
 from orki_contract.images import image_of
 from orki_contract.read import read_image
 from orki_events import connect
-from orki_server.cli.root import root
+from orki_server._cli.root import root
 
 pytestmark = pytest.mark.timeout(180)
 
