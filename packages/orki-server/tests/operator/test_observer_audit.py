@@ -170,11 +170,11 @@ def test_bad_settings_end_it_in_one_sentence(
     assert "Traceback" not in ended.stderr
 
 
-def test_it_ends_in_one_sentence_as_a_module_too(tmp_path: Path) -> None:
+def test_an_unusable_file_ends_the_observer_with_one_sentence(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "orki_server", "observe", "audit", str(tmp_path), "--redis", "redis://127.0.0.1:1"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2
-    command[3] = str(tmp_path / "no" / "a.jsonl")
+    command[5] = str(tmp_path / "no" / "a.jsonl")
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
 

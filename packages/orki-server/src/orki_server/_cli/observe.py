@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from orki_server._cli.options import redis_option
-from orki_server._cli.root import LazyGroup, Typed
+from orki_server._cli.root import LazyGroup
 from orki_server._observers.audit import AuditLogSettings, Fsync
 from orki_server._observers.http_server import LOOPBACK, ServerOptions
 from orki_server._process import run_until_stopped
@@ -54,7 +54,6 @@ def _served(default_port: int) -> Callable[[F], F]:
 
 
 @click.command(
-    cls=Typed,
     epilog="""\b
 Examples:
   orki observe feed --port 9465
@@ -78,7 +77,6 @@ def feed(host: str, port: int, redis_url: str) -> None:
 
 
 @click.command(
-    cls=Typed,
     epilog="""\b
 Examples:
   orki observe metrics
@@ -97,7 +95,6 @@ def metrics(host: str, port: int, redis_url: str) -> None:
 
 
 @click.command(
-    cls=Typed,
     epilog="""\b
 Examples:
   orki observe audit audit.jsonl

@@ -57,17 +57,6 @@ def _refused(error: OrkiError) -> Refused:
     return Refused(f"{error.message.rstrip('.')}; {step}" if step and words in error.message else error.message)
 
 
-class Typed(click.Command):
-    """A command that also runs without the root, as a module: an error of orki's ends it just so."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Runs the command; an error of orki's ends it with one sentence and exit code 1."""
-        try:
-            return super().invoke(ctx)
-        except OrkiError as error:
-            raise _refused(error) from error
-
-
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are used, so that `--help` and completion are quick."""
 

@@ -239,7 +239,9 @@ def agents(watch: bool, as_json: bool, orchestrator: str, insecure: bool) -> Non
             print_json([agent_json(each) for each in found])
         else:
             print_table(
-                _AGENT_COLUMNS, map(_agent_row, found), empty="no agents yet; try: orki-agent run MODULE:ATTRIBUTE"
+                _AGENT_COLUMNS,
+                map(_agent_row, found),
+                empty="no agents yet: start one with `orki-agent run MODULE:ATTRIBUTE`",
             )
 
     run(repeated(show, watch))
