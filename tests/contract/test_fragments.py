@@ -21,8 +21,7 @@ from orki_codegen.generate import generate, main
 from orki_codegen.workspace import find_workspace
 from orki_contract.descriptors import Location
 from orki_contract.errors import InvalidContract
-from orki_contract.rules.judge import Violation
-from orki_contract.validate import RULES
+from orki_contract.validate import RULES, Violation
 
 ROOT = Path(__file__).resolve().parents[2]
 FRAGMENTS = sorted(Path(__file__).with_name("fragments").glob("*.proto"))

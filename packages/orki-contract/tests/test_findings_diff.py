@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 
-from orki_contract.cli import main
+from orki_contract.__main__ import main
 from orki_contract.descriptors import Schema
 from orki_contract.images import image_of
 

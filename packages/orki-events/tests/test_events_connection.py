@@ -66,6 +66,8 @@ REFUSED = [
     ("redis://127.0.0.1:0", "cannot be read"),
     ("redis://alice:s3/cret@127.0.0.1", "cannot be read"),
     ("redis://alice:#s3cret@127.0.0.1", "cannot be read"),
+    ("redis://alice:12/s3cret@127.0.0.1", "cannot be read"),
+    ("redis://alice:12?s3cret@127.0.0.1", "cannot be read"),
     ("redis://two words", "space or a control character"),
     ("redis://127.0.0.1\n", "space or a control character"),
     ("redis://127.0.0.1/fleet", "number of a database"),
@@ -118,6 +120,16 @@ def test_every_url_is_read_or_refused(url: str) -> None:
     with contextlib.suppress(InvalidSetting):
         address = parse_address(url)
         assert parse_address(address.url).url == address.url
+
+
+@given(PARTS, PARTS, st.sampled_from(["", "/0", "/x", "?db=1", "?x=1"]))
+def test_no_error_shows_a_part_of_a_password(before: str, after: str, rest: str) -> None:
+    for url in (f"redis://user:{before}canary{after}@host{rest}", f"redis://{before}canary{after}@host{rest}"):
+        try:
+            shown = repr(parse_address(url))
+        except InvalidSetting as error:
+            shown = error.message
+        assert "canary" not in shown
 
 
 def test_credentials_can_be_passed_apart_from_the_url() -> None:

@@ -16,8 +16,8 @@ from typing import Any, Self, TypeVar
 
 from google.protobuf.message import Message
 
+from orki_contract import EventStream
 from orki_contract.errors import InvalidSetting, LocalProtocolError, UnknownStream
-from orki_contract.handles import EventStream
 from orki_contract.model import Stream
 from orki_contract.trace import Span, current_span
 from orki_events._commands import GroupMember

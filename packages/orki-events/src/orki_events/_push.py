@@ -11,8 +11,8 @@ from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 from google.protobuf.message import Message
 
+from orki_contract import EventStream
 from orki_contract.errors import HandlerFailed, InvalidSetting
-from orki_contract.handles import EventStream
 from orki_contract.trace import use_span
 from orki_events._deliveries import Delivery, DeliveryBatch, take_batch, take_one
 from orki_events._group_reader import GroupReader
@@ -130,13 +130,19 @@ class PushRun:
 
     async def _singles(self) -> None:
         while (delivery := await take_one(self.reader, self._decode)) is not None:
+            # Without `async with`, which costs two coroutine calls for each event.
             try:
-                async with delivery as event:
-                    span = delivery.span
-                    with use_span(span.child() if span is not None else None):
-                        await self._call(event, delivery)
+                span = delivery.span
+                with use_span(span.child() if span is not None else None):
+                    await self._call(delivery.event, delivery)
             except Exception as error:
                 self._log_failure(error, delivery.entry_id)
+                delivery.retry(error)
+            except BaseException:
+                delivery.give_back()
+                raise
+            else:
+                delivery.acknowledge()
 
     async def _batches(self) -> None:
         while (batch := await take_batch(self.reader, self._decode, self._declared.batch)) is not None:

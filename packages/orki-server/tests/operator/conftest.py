@@ -17,8 +17,8 @@ import pytest
 from google.protobuf import descriptor_pool, message_factory
 from google.protobuf.message import Message
 
+from orki_contract import EventStream
 from orki_contract.descriptors import Schema
-from orki_contract.handles import EventStream
 from orki_contract.images import image_of
 from orki_contract.model import AUDIT_GROUP, Group, Retention, Stream
 from orki_events import Events, connect

@@ -16,7 +16,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
 from orki_contract.errors import EventsLoading, EventsUnavailable, OrkiError
-from orki_control.wire import check_target, open_channel
+from orki_control.transport import check_target, open_channel
 from orki_events.connection import Connection, parse_address
 from orki_events.registry import StreamRegistry
 from orki_server._cli.formats import Column, duration, print_json, print_table, size

@@ -11,7 +11,7 @@ import click
 
 if TYPE_CHECKING:
     # Imported where they are used: a command that needs no gRPC, or no Redis, starts without it.
-    from orki_control.client import Client
+    from orki_control import Client
     from orki_events.connection import Connection
 import sys
 from collections.abc import Awaitable
@@ -60,7 +60,7 @@ def with_orchestrator(command: F) -> F:
 
 def open_client(orchestrator: str, insecure: bool, *, patience: float = _PATIENCE_S) -> Client:
     """A client for one command: it gives up soon, and people try again."""
-    from orki_control.client import Client, ClientOptions
+    from orki_control import Client, ClientOptions
 
     return Client(orchestrator, ClientOptions(patience=patience, call_timeout=_ANSWER_S, insecure=insecure))
 

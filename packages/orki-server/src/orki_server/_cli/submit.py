@@ -23,8 +23,7 @@ from orki_contract.images import message_class
 from orki_contract.model import TaskMethod
 from orki_contract.read import read_image
 from orki_contract.trace import new_span
-from orki_control.client import Client
-from orki_control.handle import error_of
+from orki_control import Client, error_of
 from orki_server._cli.formats import print_json, stderr_console
 from orki_server._cli.options import json_option, open_client, run, with_orchestrator
 from orki_server._cli.tasks import state_name, task_json

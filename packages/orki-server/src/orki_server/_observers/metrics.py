@@ -28,8 +28,8 @@ from orki.events.v1.tool_orki import TOOLS
 from orki.events.v1.tool_pb2 import ToolEvent
 from orki.events.v1.usage_orki import USAGE
 from orki.events.v1.usage_pb2 import UsageEvent
+from orki_contract import EventStream
 from orki_contract.errors import InvalidSetting, OrkiError, UnknownStream
-from orki_contract.handles import EventStream
 from orki_events import EventOptions, Events, RegisteredStream, connect
 from orki_events.connection import Connection, parse_address
 from orki_server._observers.entries import MergedReader, follow_registered

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from orki.control.v1.attempt_pb2 import TaskState
 from orki.errors.v1.errors_pb2 import Reason
-from orki_control.attempt import AttemptKey
+from orki_control.session import AttemptKey
 from orki_server._keys import shard_of
 from orki_server._store.script import Argument, Operation
 
