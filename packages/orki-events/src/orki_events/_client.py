@@ -21,14 +21,22 @@ from orki_contract.errors import InvalidSetting, LocalProtocolError, UnknownStre
 from orki_contract.model import Stream
 from orki_contract.trace import Span, current_span
 from orki_events._commands import GroupMember
-from orki_events._dead_letters import DeadLetterEntry, list_dead_letters, replay_dead_letters
-from orki_events._deliveries import Decode, Delivery, DeliveryBatch, Subscription, take_batch, take_one
+from orki_events._consumers import (
+    Consumer,
+    Decode,
+    Delivery,
+    DeliveryBatch,
+    PushRun,
+    Subscription,
+    run_until,
+    take_batch,
+    take_one,
+)
 from orki_events._group_reader import GroupReader, ReaderServices
 from orki_events._ledger import StreamLedger, read_ledger
 from orki_events._options import ConsumeOptions, EventOptions, Gap
 from orki_events._publisher import Outgoing, PublishCounts, Publisher
-from orki_events._push import Consumer, PushRun, run_until
-from orki_events._readers import TailEntry, follow_stream
+from orki_events._readers import DeadLetterEntry, TailEntry, follow_stream, list_dead_letters, replay_dead_letters
 from orki_events.connection import Address, Connection, parse_address
 from orki_events.groups import ConsumerGroups
 from orki_events.registry import RegisteredStream, StreamRegistry
