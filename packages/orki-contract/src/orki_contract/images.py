@@ -39,7 +39,7 @@ from google.protobuf.message import Message
 
 from orki_contract.descriptors import MessageNode, Schema, reachable
 from orki_contract.errors import InvalidContract
-from orki_contract.model import Stream, TaskMethod, ToolMethod, dump
+from orki_contract.model import DURATIONS, Stream, TaskMethod, ToolMethod, dump, milliseconds
 from orki_contract.read import read_schema
 
 IMAGE_NAME: Final = "contract.binpb"
@@ -211,12 +211,16 @@ def _shape(schema: Schema, node: MessageNode) -> dict[str, Any]:
 
 
 def _sparse(value: Any) -> Any:
-    """As `dump`, without what has its default: what the model learns later changes no digest of today."""
+    """Return `dump` without default values, so that fields added to the model later change no existing digest.
+
+    Durations are whole milliseconds, as in the first release.
+    """
     if is_dataclass(value) and not isinstance(value, type):
+        given = {each.name: getattr(value, each.name) for each in fields(value)}
+        given = {each.name: given[each.name] for each in fields(value) if given[each.name] != each.default}
         return {
-            each.name: _sparse(getattr(value, each.name))
-            for each in fields(value)
-            if getattr(value, each.name) != each.default
+            f"{name}_ms" if name in DURATIONS else name: milliseconds(each) if name in DURATIONS else _sparse(each)
+            for name, each in given.items()
         }
     if isinstance(value, tuple):
         return [_sparse(item) for item in value]
