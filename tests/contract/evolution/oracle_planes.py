@@ -21,7 +21,7 @@ from orki_events import _delivery_table as delivery
 from orki_events._delivery import DeliveryMachine
 from orki_events.entries import stream_key, stream_keys
 from orki_events.groups import StreamState, group_start
-from orki_server.observers.redaction import Redaction, safe_json
+from orki_server._observers.redaction import Redaction, safe_json
 
 Break = tuple[bool, str]
 _YEARS: Final = 10 * 365 * 24 * 3600 * 1000

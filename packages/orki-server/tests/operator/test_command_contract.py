@@ -25,7 +25,7 @@ from orki_contract.errors import ContractMismatch
 from orki_contract.images import image_of
 from orki_contract.read import read_image
 from orki_events import connect
-from orki_server.cli.root import root
+from orki_server._cli.root import root
 
 pytestmark = pytest.mark.timeout(180)
 
