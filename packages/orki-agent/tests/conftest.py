@@ -229,7 +229,7 @@ class Orchestrator(SessionServiceServicer, TaskServiceServicer):
     async def say(self, *messages: pb.OrchestratorMessage) -> None:
         """Has the machine send what no honest orchestrator would."""
         for message in messages:
-            self.session._outbox.put_control(message)
+            self.session._queue.put_control(message)
         await self.flush()
 
     async def flush(self) -> None:
@@ -249,7 +249,7 @@ class Orchestrator(SessionServiceServicer, TaskServiceServicer):
                     request=job.request,
                     lease_ms=round(job.lease * 1000),
                     accept_timeout_ms=5000,
-                    attempt_timeout=60.0,
+                    attempt_timeout_ms=60_000,
                 )
                 self._live.session.offer(offer, job.traceparent, time.monotonic())
         await self.flush()
