@@ -23,8 +23,8 @@ from orki.control.v1 import session_pb2 as pb
 from orki.control.v1.session_pb2_grpc import SessionServiceServicer, add_SessionServiceServicer_to_server
 from orki_agent import Agent
 from orki_control import session
-from orki_control.attempt import AttemptKey
-from orki_control.wire import server_options
+from orki_control.session import AttemptKey
+from orki_control.transport import server_options
 
 HEARTBEAT = 2.0
 METHOD = "sourcereview.v1.SourceReviewService/ReviewFile"

@@ -27,9 +27,8 @@ from orki_contract.errors import ContractMismatch, OrkiError, StaleFence
 from orki_contract.images import image_of
 from orki_contract.trace import new_span
 from orki_control import session as s
-from orki_control.attempt import AttemptKey
-from orki_control.statuses import abort
-from orki_control.wire import server_options
+from orki_control.session import AttemptKey
+from orki_control.transport import abort, server_options
 
 PACKAGE = "agentwork.v1"
 FIELDS = {
@@ -250,7 +249,7 @@ class Orchestrator(SessionServiceServicer, TaskServiceServicer):
                     request=job.request,
                     lease_ms=round(job.lease * 1000),
                     accept_timeout_ms=5000,
-                    attempt_timeout=60.0,
+                    attempt_timeout_ms=60_000,
                 )
                 self._live.session.offer(offer, job.traceparent, time.monotonic())
         await self.flush()

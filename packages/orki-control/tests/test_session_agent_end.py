@@ -20,7 +20,7 @@ from orki_contract.errors import (
     TooLarge,
 )
 from orki_control import session as s
-from orki_control.attempt import AttemptKey
+from orki_control.session import AttemptKey
 
 KEY = AttemptKey("t1", 1, 7)
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -174,7 +174,7 @@ def test_a_cancel_is_acknowledged_at_once_and_as_often_as_it_comes() -> None:
         ([pb.OrchestratorMessage(offer=offer())] * 2, "held already"),
         (
             [pb.OrchestratorMessage(offer=offer(AttemptKey(f"t{n}", 1, n))) for n in (1, 2, 3)],
-            "more than the 2 slots",
+            "exceeds the 2 slots",
         ),
         (
             [
@@ -243,7 +243,7 @@ def test_silence_is_a_reason_for_a_new_channel() -> None:
     session = agent(hello_timeout=4.0)
     session.connection_made(0.0)
     assert session.next_timer() == 4.0
-    assert session.handle_timer(4.0) == [s.SessionLost("no welcome came in time", True)]
+    assert session.handle_timer(4.0) == [s.SessionLost("the welcome did not arrive in time", True)]
     session.connection_made(5.0)
     session.receive_message(welcome(), 5.0)
     session.handle_timer(5.0)

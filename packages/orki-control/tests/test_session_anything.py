@@ -12,7 +12,7 @@ from orki_contract.errors import (
     RemoteProtocolError,
 )
 from orki_control import session as s
-from orki_control.attempt import AttemptKey, AttemptState
+from orki_control.session import AttemptKey, AttemptState
 
 KEY = AttemptKey("t1", 1, 7)
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

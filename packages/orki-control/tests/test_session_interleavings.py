@@ -20,7 +20,7 @@ from orki.control.v1.attempt_pb2 import Failure
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import HandlerRejected, StaleFence
 from orki_control import session as s
-from orki_control.attempt import AttemptKey, AttemptState
+from orki_control.session import AttemptKey, AttemptState
 
 LEASE = 8.0
 ACCEPT = 2.0

@@ -17,7 +17,7 @@ from orki_contract.errors import (
     TooLarge,
 )
 from orki_control import session as s
-from orki_control.attempt import AttemptKey
+from orki_control.session import AttemptKey
 
 KEY = AttemptKey("t1", 1, 7)
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -146,7 +146,7 @@ def test_nothing_comes_before_the_hello_and_nothing_before_the_welcome(message: 
         orchestrator().receive_message(message, 0.0)
     session = orchestrator()
     session.receive_message(pb.AgentMessage(hello=hello()), 0.0)
-    with pytest.raises(RemoteProtocolError, match="JUDGING"):
+    with pytest.raises(RemoteProtocolError, match="CHECKING_HELLO"):
         session.receive_message(message, 0.0)
 
 
@@ -322,11 +322,11 @@ def test_oversize_is_refused_where_it_is_made() -> None:
     session = open_orchestrator()
     large = offer()
     large.request = b"x" * (1 << 20)
-    with pytest.raises(TooLarge, match="agent a takes messages of 1048576 bytes"):
+    with pytest.raises(TooLarge, match="agent a accepts messages of at most 1048576 bytes"):
         session.offer(large, TRACE, 0.0)
     session.offer(offer(), TRACE, 0.0)
     session.receive_message(pb.AgentMessage(accepted=pb.Accepted(attempt=KEY.ref())), 0.0)
     with pytest.raises(TooLarge):
         session.direct(KEY, b"x" * (1 << 20))
-    with pytest.raises(LocalProtocolError, match="never came"):
+    with pytest.raises(LocalProtocolError, match="did not arrive"):
         session.echo(1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
-from orki_control.wire import channel_options, server_options
+from orki_control.transport import channel_options, server_options
 
 NAMES = sorted({name for name, _ in (*channel_options(), *server_options())})
 

@@ -21,12 +21,12 @@ from orki.control.v1.session_pb2_grpc import SessionServiceStub
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import OrkiError
 from orki_contract.images import image_of, service_digest
-from orki_control.attempt import AttemptKey
 from orki_control.session import (
     AgentEvent,
     AgentSession,
     AgentSessionOptions,
     ArrivedOffer,
+    AttemptKey,
     AttemptsRevoked,
     CancelsArrived,
     DirectivesArrived,
@@ -36,7 +36,7 @@ from orki_control.session import (
     SessionLost,
     SessionOpened,
 )
-from orki_control.wire import open_channel
+from orki_control.transport import open_channel
 from orki_server import _keys as keys
 from orki_server._orchestrator import Orchestrator
 from orki_server._settings import OrchestratorOptions

@@ -16,7 +16,7 @@ from orki.control.v1.task_pb2 import Submission, TaskSnapshot
 from orki.events.v1.task_orki import TASKS
 from orki_contract.errors import ContractMismatch, UnknownMethod
 from orki_contract.images import image_of
-from orki_control.client import Client
+from orki_control import Client
 from orki_events.registry import StreamVersion
 from orki_server._orchestrator import Orchestrator
 from orki_server._store.contracts import Contracts

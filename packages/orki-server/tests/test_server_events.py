@@ -19,7 +19,7 @@ from orki.events.v1.envelope_pb2 import Envelope
 from orki.events.v1.task_pb2 import TaskEvent
 from orki_contract.model import TaskMethod
 from orki_contract.trace import new_span, parse_traceparent
-from orki_control.client import Client
+from orki_control import Client
 from orki_control.session import ArrivedOffer
 from orki_events import connect
 from orki_server._events import _KINDS, Outbox, OutboxPublisher

@@ -25,7 +25,7 @@ from orki.control.v1.attempt_pb2 import TaskState
 from orki.events.v1.envelope_pb2 import Envelope
 from orki.events.v1.task_pb2 import TaskEvent
 from orki_contract.errors import OrkiError, StoreUnavailable
-from orki_control.client import Client, ClientOptions
+from orki_control import Client, ClientOptions
 from orki_control.session import ArrivedOffer
 from orki_server.embedded import EmbeddedOptions, EmbeddedServer
 

@@ -13,7 +13,7 @@ from orki.control.v1.attempt_pb2 import TaskState
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import new_span
-from orki_control.attempt import AttemptKey
+from orki_control.session import AttemptKey
 from orki_server._keys import ShardKeys
 from orki_server._store import lifecycle
 from orki_server._store.lifecycle import TASK_LIFE, TIMERS, VISIBLE, Life

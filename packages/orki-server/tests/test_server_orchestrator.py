@@ -21,7 +21,7 @@ from orki_contract.errors import (
     UnknownMethod,
 )
 from orki_contract.trace import new_span
-from orki_control.client import Client
+from orki_control import Client
 from orki_control.session import ArrivedOffer
 from orki_server._orchestrator import Orchestrator
 

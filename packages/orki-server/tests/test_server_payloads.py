@@ -13,7 +13,7 @@ from orki.control.v1.attempt_pb2 import TaskState
 from orki.control.v1.task_pb2 import Submission, TaskSnapshot
 from orki_contract.errors import InvalidArgument
 from orki_contract.model import TaskMethod
-from orki_control.client import Client
+from orki_control import Client
 from orki_control.session import ArrivedOffer
 from orki_server._orchestrator import Orchestrator
 from orki_server._registry import ContractRegistry, PayloadCheck

@@ -18,7 +18,7 @@ from orki.control.v1.attempt_pb2 import AttemptRef
 from orki.control.v1.session_pb2_grpc import SessionServiceStub
 from orki.control.v1.task_pb2_grpc import TaskServiceStub
 from orki.errors.v1.errors_pb2 import Reason
-from orki_control.client import Client
+from orki_control import Client
 from orki_server._orchestrator import SERVICES, Orchestrator
 from orki_server._store.operations import new_task_id
 

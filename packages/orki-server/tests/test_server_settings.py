@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from orki_contract.errors import InvalidSetting
+from orki_server._cli.root import root
 from orki_server._settings import OrchestratorOptions, load_options, parse_listen
-from orki_server.cli.root import root
 
 
 def written(tmp_path: Path, text: str) -> Path:

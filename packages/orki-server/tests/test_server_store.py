@@ -11,7 +11,7 @@ from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import InvalidArgument, InvalidSetting, StoreUnavailable, UnknownTask
 from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import Span, new_span
-from orki_control.attempt import AttemptKey
+from orki_control.session import AttemptKey
 from orki_server._events import Outbox
 from orki_server._store.operations import (
     Accept,

@@ -26,7 +26,7 @@ from orki.control.v1.attempt_pb2 import TaskState
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import new_span
-from orki_control.attempt import AttemptKey
+from orki_control.session import AttemptKey
 from orki_server import _keys as keys
 from orki_server._events import Outbox
 from orki_server._keys import ShardKeys

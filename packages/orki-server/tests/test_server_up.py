@@ -18,8 +18,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-un
 from redis import Redis
 
 from orki_contract.errors import InvalidSetting
+from orki_server._cli.root import root
 from orki_server._process import Part, PartEnded, Supervisor
-from orki_server.cli.root import root
 from orki_server.embedded import EmbeddedOptions, EmbeddedServer
 
 

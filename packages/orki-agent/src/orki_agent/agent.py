@@ -13,7 +13,7 @@ from orki_agent.settings import RunSettings, default_agent_id
 from orki_agent.tool_access import ToolServices
 from orki_contract import AsyncToolService, SyncToolService
 from orki_contract.errors import InvalidSetting, LocalProtocolError, OrkiError
-from orki_control.session.options import AGENT_ID, MAX_SLOTS
+from orki_control.session import AGENT_ID, MAX_SLOTS
 
 __all__ = ["Agent"]
 

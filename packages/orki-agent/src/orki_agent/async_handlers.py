@@ -17,7 +17,7 @@ from orki_agent.surroundings import CURRENT_ATTEMPT, Offered, Surroundings
 from orki_contract import EventStream, TaskChannel, ToolChannel
 from orki_contract.errors import Cancelled, HandlerFailed
 from orki_contract.trace import use_span
-from orki_control.session.outcomes import Outcome
+from orki_control.session import Outcome
 
 __all__ = ["AsyncExecution", "AsyncHandlerContext"]
 

@@ -9,8 +9,7 @@ from typing import Any
 from orki.control.v1.session_pb2 import ServedService
 from orki_contract import AsyncTaskService, SyncTaskService, Task
 from orki_contract.errors import InvalidContract, InvalidSetting
-from orki_contract.images import image_of, service_digest
-from orki_contract.provenance import package_version
+from orki_contract.images import image_of, package_version, service_digest
 
 __all__ = ["Handler", "TaskServices", "find_handlers", "served_services"]
 

@@ -19,8 +19,7 @@ from orki_agent.settings import RunSettings
 from orki_contract.backoff import Jitter
 from orki_contract.errors import OrkiError, RemoteProtocolError
 from orki_control.session import AgentEvent, AgentSession, AgentState, SessionClosed, SessionLost
-from orki_control.statuses import error_from
-from orki_control.wire import open_channel
+from orki_control.transport import error_from, open_channel
 
 __all__ = ["SessionChannel"]
 

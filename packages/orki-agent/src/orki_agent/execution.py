@@ -16,8 +16,7 @@ from orki_agent.outcomes import outcome_of_error, outcome_of_response
 from orki_agent.surroundings import Offered, Surroundings
 from orki_contract.errors import InvalidArgument, TooLarge
 from orki_contract.trace import Span
-from orki_control.attempt import AttemptKey
-from orki_control.session.outcomes import Outcome
+from orki_control.session import AttemptKey, Outcome
 
 __all__ = ["Execution", "HandlerContext"]
 

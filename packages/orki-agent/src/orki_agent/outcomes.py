@@ -11,7 +11,7 @@ from orki.control.v1.attempt_pb2 import Failure
 from orki.control.v1.session_pb2 import CancelledOutcome
 from orki_contract import Task
 from orki_contract.errors import Cancelled, HandlerRejected, InvalidArgument, OrkiError, Reason
-from orki_control.session.outcomes import Outcome
+from orki_control.session import Outcome
 
 __all__ = [
     "MESSAGE_CHARACTERS",

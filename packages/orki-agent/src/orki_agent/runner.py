@@ -23,9 +23,7 @@ from orki_agent.surroundings import Offered, Surroundings
 from orki_agent.sync_handlers import SyncExecution
 from orki_contract.errors import OrkiError, Overloaded, Reason, UnknownMethod
 from orki_contract.trace import new_span, parse_traceparent
-from orki_control.attempt import AttemptKey
-from orki_control.session import AgentSession, ArrivedCancel, ArrivedDirective, ArrivedOffer
-from orki_control.session.outcomes import Outcome
+from orki_control.session import AgentSession, ArrivedCancel, ArrivedDirective, ArrivedOffer, AttemptKey, Outcome
 
 __all__ = ["Runner"]
 

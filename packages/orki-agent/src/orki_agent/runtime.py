@@ -32,7 +32,7 @@ from orki_contract import EventStream, SyncToolChannel, TaskChannel, ToolChannel
 from orki_contract.errors import OrkiError
 from orki_contract.trace import Span, new_span
 from orki_control import Client, ClientOptions, session
-from orki_control.attempt import AttemptKey
+from orki_control.session import AttemptKey
 
 __all__ = ["Runtime"]
 
@@ -255,7 +255,7 @@ class Runtime:
         self._runner.sent()
 
     def _on_beat(self) -> None:
-        self._session.set_vitals(loop_lag_us=self._probe.worst_lag_us(), memory_bytes=resident_bytes())
+        self._session.set_load(loop_lag_us=self._probe.worst_lag_us(), memory_bytes=resident_bytes())
 
     def _opened(self, event: session.SessionOpened) -> None:
         self._orchestrator_id = event.orchestrator_id

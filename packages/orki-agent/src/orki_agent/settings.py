@@ -10,8 +10,8 @@ from typing import Final
 
 from orki_contract.errors import InvalidSetting
 from orki_control import JitterOptions
-from orki_control.session.options import AGENT_ID, DEFAULT_MESSAGE_BYTES, MAX_SLOTS
-from orki_control.wire import check_target
+from orki_control.session import AGENT_ID, DEFAULT_MESSAGE_BYTES, MAX_SLOTS
+from orki_control.transport import check_target
 
 __all__ = ["RunSettings", "ToolsAt", "default_agent_id"]
 

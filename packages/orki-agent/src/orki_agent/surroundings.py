@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 
 from orki_contract import EventStream, SyncToolChannel, TaskChannel, ToolChannel
 from orki_contract.trace import Span
-from orki_control.attempt import AttemptKey
+from orki_control.session import AttemptKey
 
 __all__ = ["CURRENT_ATTEMPT", "Offered", "Surroundings"]
 

@@ -35,9 +35,7 @@ from orki_agent.tool_access import ToolAccess, ToolServices
 from orki_contract import EventStream, SyncToolChannel, TaskChannel, ToolChannel
 from orki_contract.errors import Cancelled, InvalidSetting, OrkiError, WaitTimeout, error_for
 from orki_contract.trace import Span, new_span
-from orki_control.attempt import AttemptKey
-from orki_control.session.options import DEFAULT_MESSAGE_BYTES
-from orki_control.session.outcomes import Outcome
+from orki_control.session import DEFAULT_MESSAGE_BYTES, AttemptKey, Outcome
 
 __all__ = ["HandlerRun", "Published", "RunningHandler", "run_handler", "start_handler"]
 

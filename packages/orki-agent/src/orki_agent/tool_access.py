@@ -18,7 +18,7 @@ from orki_agent.surroundings import CURRENT_ATTEMPT
 from orki_contract import AsyncToolService, EventStream, SyncToolService
 from orki_contract.errors import InvalidSetting
 from orki_contract.trace import Span, new_span
-from orki_control.attempt import AttemptKey
+from orki_control.session import AttemptKey
 
 __all__ = ["ToolAccess", "ToolServices"]
 

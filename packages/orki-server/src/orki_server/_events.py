@@ -28,9 +28,9 @@ from orki.events.v1.agent_pb2 import AgentConnected, AgentDisconnected, AgentEve
 from orki.events.v1.audit_orki import AUDIT
 from orki.events.v1.audit_pb2 import AuditEvent
 from orki.events.v1.task_orki import TASKS
+from orki_contract import EventStream
 from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import OrkiError
-from orki_contract.handles import EventStream
 from orki_contract.trace import Span
 from orki_events import Events, Outgoing
 from orki_server._keys import ShardKeys

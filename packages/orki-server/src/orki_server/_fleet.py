@@ -15,8 +15,7 @@ from orki.control.v1.attempt_pb2 import TaskState
 from orki.control.v1.session_pb2 import Hello
 from orki.control.v1.task_pb2_grpc import FleetServiceServicer
 from orki_contract.errors import OrkiError, Overloaded, Replaced, UnknownTask
-from orki_control.attempt import AttemptKey
-from orki_control.session import HelloArrived
+from orki_control.session import AttemptKey, HelloArrived
 from orki_server._registry import ContractRegistry
 from orki_server._requests import Context, typed
 from orki_server._session import AgentSession, SessionRegistry

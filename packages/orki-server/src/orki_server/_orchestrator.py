@@ -18,7 +18,7 @@ from orki.events.v1.audit_orki import AUDIT
 from orki.events.v1.task_orki import TASKS
 from orki_contract.errors import ContractMismatch, InvalidSetting, OrkiError
 from orki_control.session import OrchestratorSessionOptions
-from orki_control.wire import server_options
+from orki_control.transport import server_options
 from orki_events import Events, connect
 from orki_server._dispatch import Dispatcher, Sweeper
 from orki_server._events import AgentEvents, OutboxPublisher

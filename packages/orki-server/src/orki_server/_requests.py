@@ -13,7 +13,7 @@ import grpc
 from orki.control.v1.attempt_pb2 import TaskState
 from orki.control.v1.task_pb2 import CancelRequest, DirectRequest, ListRequest, Submission, WatchRequest
 from orki_contract.errors import InvalidArgument, LocalProtocolError, OrkiError, TooLarge, UnknownTask
-from orki_control.statuses import abort
+from orki_control.transport import abort
 from orki_server._store.operations import shard_of
 from orki_server._store.tasks import TaskFilter
 

@@ -18,8 +18,9 @@ from orki.control.v1.attempt_pb2 import AttemptRef
 from orki.control.v1.session_pb2 import ConnectRequest, ConnectResponse
 from orki.control.v1.task_pb2 import AgentSnapshot
 from orki_contract.errors import OrkiError, Overloaded, RemoteProtocolError
-from orki_control.attempt import AttemptKey, AttemptState
 from orki_control.session import (
+    AttemptKey,
+    AttemptState,
     HeartbeatArrived,
     OrchestratorEvent,
     OrchestratorSession,
@@ -159,7 +160,7 @@ class AgentSession:
 
     def refuse(self, error: OrkiError) -> None:
         """Refuse the session and end the stream."""
-        if self.machine.state in (OrchestratorState.AWAITING_HELLO, OrchestratorState.JUDGING):
+        if self.machine.state in (OrchestratorState.AWAITING_HELLO, OrchestratorState.CHECKING_HELLO):
             self.machine.refuse_session(error)
         self.end(error.message)
 

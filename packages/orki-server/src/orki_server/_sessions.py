@@ -19,11 +19,11 @@ from orki.control.v1.session_pb2 import ConnectRequest, Result
 from orki.control.v1.session_pb2_grpc import SessionServiceServicer
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import Draining, OrkiError, StaleFence, StoreUnavailable, TooLarge, error_for
-from orki_control.attempt import AttemptKey
 from orki_control.session import (
     AgentDraining,
     ArrivedProgress,
     ArrivedResult,
+    AttemptKey,
     CancelsAcknowledged,
     HeartbeatArrived,
     HelloArrived,
@@ -38,7 +38,7 @@ from orki_control.session import (
     SessionEnded,
 )
 from orki_control.session import Decline as ArrivedDecline
-from orki_control.statuses import abort
+from orki_control.transport import abort
 from orki_server._events import AgentEvents
 from orki_server._fleet import FleetUpdates, Handshake
 from orki_server._session import AgentSession, SessionRegistry, StreamContext

@@ -23,7 +23,7 @@ from orki_contract.errors import (
     UnknownTask,
 )
 from orki_contract.trace import new_span, parse_traceparent
-from orki_control.attempt import AttemptKey
+from orki_control.session import AttemptKey
 from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._requests import MAX_SUBMISSIONS, Context, RequestRules, actor_of, typed, typed_stream
 from orki_server._session import SessionRegistry

@@ -1,7 +1,12 @@
-"""The session between an agent and an orchestrator as two machines without I/O; `session.proto` holds their laws."""
+"""The session between an agent and an orchestrator as two state machines without I/O.
 
-from orki_control.session.agent import AgentSession
-from orki_control.session.events import (
+`session.proto` states the laws of the session. `AgentSession` is the agent's end and `OrchestratorSession` the
+orchestrator's. Both take messages and the time, and return events and messages to send.
+"""
+
+from orki_control.session._agent import AgentSession
+from orki_control.session._attempts import Outcome
+from orki_control.session._events import (
     AgentDraining,
     AgentEvent,
     ArrivedCancel,
@@ -34,12 +39,31 @@ from orki_control.session.events import (
     SessionLost,
     SessionOpened,
 )
-from orki_control.session.options import AgentSessionOptions, BatchBounds, OrchestratorSessionOptions
-from orki_control.session.orchestrator import OrchestratorSession
-from orki_control.session.states import AGENT, ORCHESTRATOR, AgentState, OrchestratorState
+from orki_control.session._options import (
+    AGENT_ID,
+    DEFAULT_MESSAGE_BYTES,
+    MAX_SLOTS,
+    AgentSessionOptions,
+    BatchBounds,
+    OrchestratorSessionOptions,
+)
+from orki_control.session._orchestrator import OrchestratorSession
+from orki_control.session._tables import (
+    AGENT,
+    ATTEMPT,
+    ORCHESTRATOR,
+    AgentState,
+    AttemptKey,
+    AttemptState,
+    OrchestratorState,
+)
 
 __all__ = [
     "AGENT",
+    "AGENT_ID",
+    "ATTEMPT",
+    "DEFAULT_MESSAGE_BYTES",
+    "MAX_SLOTS",
     "ORCHESTRATOR",
     "AgentDraining",
     "AgentEvent",
@@ -51,6 +75,8 @@ __all__ = [
     "ArrivedOffer",
     "ArrivedProgress",
     "ArrivedResult",
+    "AttemptKey",
+    "AttemptState",
     "AttemptsRevoked",
     "BatchBounds",
     "CancelsAcknowledged",
@@ -70,6 +96,7 @@ __all__ = [
     "OrchestratorSession",
     "OrchestratorSessionOptions",
     "OrchestratorState",
+    "Outcome",
     "ProgressArrived",
     "ReportsRefused",
     "ResultsAcknowledged",

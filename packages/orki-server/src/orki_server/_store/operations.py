@@ -14,7 +14,7 @@ from typing import ClassVar, Final
 from orki.control.v1.attempt_pb2 import TaskState
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import UnknownTask
-from orki_control.attempt import AttemptKey
+from orki_control.session import AttemptKey
 from orki_server._store.script import Argument, Operation
 
 # Crockford's base 32 in lower case: no letter can be taken for a digit.

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import InvalidSetting, OrkiError, StoreUnavailable
-from orki_control.attempt import AttemptKey
+from orki_control.session import AttemptKey
 from orki_events.connection import Command, Connection, Reply, ScriptMissing, parse_address
 from orki_server._keys import LAYOUT_VERSION, FleetKeys, ShardKeys
 from orki_server._store.operations import Offer, OfferedAttempt, RaiseEpoch, shard_of

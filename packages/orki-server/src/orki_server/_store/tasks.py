@@ -15,7 +15,7 @@ from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import InvalidArgument, UnknownTask
 from orki_contract.model import TaskMethod, milliseconds
 from orki_contract.trace import Span
-from orki_control.attempt import AttemptKey
+from orki_control.session import AttemptKey
 from orki_server._keys import SNAPSHOT, ShardKeys
 from orki_server._store.lifecycle import VISIBLE, Life
 from orki_server._store.operations import shard_of

@@ -1,0 +1,331 @@
+"""The client for submitters. It makes gRPC calls and gives typed values and typed errors.
+
+A call that fails because the orchestrator is unavailable is repeated, with full jitter, for as long as `patience`
+allows. Repeating is safe: a submission without an idempotency key gets one, so a repeated `Submit` finds the task that
+the first call created.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Self, TypeVar
+
+from google.protobuf.message import Message
+
+from orki.control.v1 import task_pb2 as pb
+from orki.control.v1.attempt_pb2 import AttemptRef, TaskState
+from orki_contract import Task, TaskHandle
+from orki_contract.backoff import Jitter, JitterOptions
+from orki_contract.errors import (
+    InvalidArgument,
+    InvalidSetting,
+    NotDirectable,
+    OrchestratorUnavailable,
+    OrkiError,
+    TooLarge,
+    error_for,
+)
+from orki_contract.trace import current_span, new_span
+from orki_control._task_handle import SubmittedTask, watch_task
+from orki_control.session._options import DEFAULT_MESSAGE_BYTES
+from orki_control.transport import check_target, open_channel, typed_errors
+
+if TYPE_CHECKING:
+    import grpc
+
+A = TypeVar("A")
+Q = TypeVar("Q", bound=Message)
+R = TypeVar("R", bound=Message)
+P = TypeVar("P")
+D = TypeVar("D")
+
+_BACKOFF: Final = JitterOptions(maximum=2.0)
+_MOST_SUBMISSIONS: Final = 1000
+_KEY_BYTES: Final = 256
+_ROOM: Final = 64 * 1024
+"""Bytes of a Submit message reserved for fields other than payloads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientOptions:
+    """Settings of a client. Durations are seconds.
+
+    Attributes:
+        patience: How long calls are repeated while the orchestrator is unavailable; 0 for a single try.
+        call_timeout: Maximum duration of one try.
+        max_message_bytes: Maximum gRPC message size in either direction.
+        insecure: Whether plaintext may leave this host.
+        backoff: Waits between tries.
+    """
+
+    patience: float = 15.0
+    call_timeout: float = 10.0
+    max_message_bytes: int = DEFAULT_MESSAGE_BYTES
+    insecure: bool = False
+    backoff: JitterOptions = _BACKOFF
+
+    def __post_init__(self) -> None:
+        if self.patience < 0:
+            raise InvalidSetting(f"patience {self.patience}: use 0 or more seconds")
+        if self.call_timeout <= 0:
+            raise InvalidSetting(f"call_timeout {self.call_timeout}: use more than 0 seconds")
+        if self.max_message_bytes < 2 * _ROOM:
+            raise InvalidSetting(f"max_message_bytes {self.max_message_bytes}: use at least {2 * _ROOM}")
+
+
+class Client:
+    """A client of one orchestrator: an async context manager, and the `TaskChannel` of generated clients.
+
+    ```python
+    async with Client("127.0.0.1:50051") as orki:
+        response = await ReviewServiceClient(orki).review_file(request)
+    ```
+
+    A client belongs to the event loop in which it was entered.
+
+    Attributes:
+        target: `HOST:PORT` of the orchestrator.
+    """
+
+    def __init__(self, target: str, options: ClientOptions | None = None) -> None:
+        self._options = options or ClientOptions()
+        self.target = check_target(target, insecure=self._options.insecure)
+        self._channel: grpc.aio.Channel | None = None
+
+    async def __aenter__(self) -> Self:
+        if self._channel is not None:
+            raise InvalidSetting("the client is open already; create another one for another `async with`")
+        from orki.control.v1.task_pb2_grpc import FleetServiceStub, TaskServiceStub
+
+        channel = open_channel(self.target, self._options.max_message_bytes)
+        self._channel = channel
+        self._tasks = TaskServiceStub(channel)
+        self._fleet = FleetServiceStub(channel)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = None
+
+    # --- Submitting. ---
+
+    async def submit(self, task: Task[Q, R, P, D], request: Q, *, idempotency_key: str = "") -> SubmittedTask[R, P, D]:
+        """Submit one task. When this returns, the task survives the death of the orchestrator.
+
+        Raises:
+            IdempotencyConflict: The key was used with another request.
+            UnknownMethod: No agent has registered this method yet.
+            TooLarge: The request exceeds the maximum message size.
+            OrchestratorUnavailable: The orchestrator was unavailable for longer than `patience`.
+        """
+        submission = self._submission(task, request, idempotency_key, _traceparent())
+        (snapshot,) = await self.submit_raw([submission])
+        return SubmittedTask(self, task, snapshot)
+
+    async def submit_many(
+        self, task: Task[Q, R, P, D], requests: Sequence[Q], *, idempotency_keys: Sequence[str] | None = None
+    ) -> list[TaskHandle[R, P, D]]:
+        """Submit many tasks of one method, in as few calls as count and size allow.
+
+        Args:
+            task: The method.
+            requests: Any number of requests.
+            idempotency_keys: One key for each request; an empty key makes the task new.
+
+        Returns:
+            Handles in the order of the requests.
+
+        Raises:
+            OrkiError: The error of the first refused submission, as for `submit`. The others are accepted.
+        """
+        keys = [""] * len(requests) if idempotency_keys is None else idempotency_keys
+        if len(keys) != len(requests):
+            raise InvalidArgument(f"{len(keys)} idempotency keys for {len(requests)} requests: give one for each")
+        submissions = [
+            self._submission(task, request, key, _traceparent()) for request, key in zip(requests, keys, strict=True)
+        ]
+        snapshots = await self.submit_raw(submissions)
+        return [SubmittedTask(self, task, snapshot) for snapshot in snapshots]
+
+    async def submit_raw(self, submissions: Sequence[pb.Submission]) -> list[pb.TaskSnapshot]:
+        """Submit serialised requests, for callers that know a method only by its name.
+
+        Raises:
+            OrkiError: The error of the first refused submission. The others are accepted.
+        """
+        outcomes: list[pb.SubmitOutcome] = []
+        for chunk in self._chunks(submissions):
+            answer = await self._submit(pb.SubmitRequest(submissions=chunk))
+            if len(answer.outcomes) != len(chunk):
+                raise OrkiError(f"{self.target} answered {len(chunk)} submissions with {len(answer.outcomes)} outcomes")
+            outcomes.extend(answer.outcomes)
+        for number, outcome in enumerate(outcomes, 1):
+            if outcome.WhichOneof("outcome") != "task":
+                where = f"submission {number} of {len(outcomes)}: " if len(outcomes) > 1 else ""
+                raise error_for(outcome.failure.reason, where + outcome.failure.message)
+        return [outcome.task for outcome in outcomes]
+
+    # --- Tasks by id. ---
+
+    def handle(self, task: Task[Q, R, P, D], task_id: str) -> SubmittedTask[R, P, D]:
+        """Return a handle of a task that was submitted earlier or elsewhere, without a call."""
+        return SubmittedTask(self, task, pb.TaskSnapshot(task_id=task_id, method=task.contract.full_name))
+
+    async def get(self, task_id: str) -> pb.TaskSnapshot:
+        """Return the task.
+
+        Raises:
+            UnknownTask: No task has this id.
+        """
+        answer = await self._call(lambda: self._tasks.Get(pb.GetRequest(task_id=task_id), timeout=self._timeout))
+        return answer.task
+
+    def watch(self, task_id: str, *, after: str = "") -> AsyncGenerator[pb.WatchResponse, None]:
+        """Follow a task to its end, over lost connections: snapshots and progress, with a terminal snapshot last.
+
+        Args:
+            task_id: The task.
+            after: Cursor of the last received progress; empty for the beginning.
+
+        Raises:
+            UnknownTask: No task has this id.
+        """
+        self._require_channel()
+        return watch_task(self._tasks, self.target, task_id, after=after, backoff=self._options.backoff)
+
+    async def cancel(self, task_id: str, message: str = "") -> pb.TaskSnapshot:
+        """Cancel a task. Cancelling a task again, or one that has ended, has no effect.
+
+        Returns:
+            The task.
+
+        Raises:
+            UnknownTask: No task has this id.
+        """
+        request = pb.CancelRequest(task_id=task_id, message=message)
+        answer = await self._call(lambda: self._tasks.Cancel(request, timeout=self._timeout))
+        return answer.task
+
+    async def direct(self, task_id: str, directive: Message | bytes) -> AttemptRef:
+        """Send a directive to a running task. The call is not repeated, as a repeat could deliver it twice.
+
+        Returns:
+            The attempt that receives the directive.
+
+        Raises:
+            NotDirectable: The task is not running, or its method declares no directive.
+            UnknownTask: No task has this id.
+        """
+        payload = directive if isinstance(directive, bytes) else directive.SerializeToString()
+        request = pb.DirectRequest(task_id=task_id, payload=payload)
+        self._require_channel()
+        with typed_errors(self.target):
+            answer = await self._tasks.Direct(request, timeout=self._timeout)
+        if not answer.HasField("attempt"):
+            raise NotDirectable(f"task {task_id}: the directive reached no attempt")
+        return answer.attempt
+
+    async def list_tasks(
+        self,
+        *,
+        states: Sequence[TaskState.ValueType] = (),
+        method: str = "",
+        agent_id: str = "",
+        page_size: int = 0,
+    ) -> AsyncIterator[pb.TaskSnapshot]:
+        """Yield tasks, newest first, fetched page by page.
+
+        Args:
+            states: Only tasks in one of these states; empty for all.
+            method: Only tasks of this `package.Service/Method`; empty for all.
+            agent_id: Only tasks whose current attempt this agent holds; empty for all.
+            page_size: Tasks in one page, 1 to 1000; 0 for the orchestrator's default.
+        """
+        request = pb.ListRequest(states=states, method=method, agent_id=agent_id, page_size=page_size)
+        while True:
+            answer = await self._call(lambda: self._tasks.List(request, timeout=self._timeout))
+            for task in answer.tasks:
+                yield task
+            if not answer.next_page_token:
+                return
+            request.page_token = answer.next_page_token
+
+    # --- The fleet. ---
+
+    async def list_agents(self) -> Sequence[pb.AgentSnapshot]:
+        """Return the agents that have a session or lost one recently, by agent id."""
+        answer = await self._call(lambda: self._fleet.ListAgents(pb.ListAgentsRequest(), timeout=self._timeout))
+        return answer.agents
+
+    async def list_services(self, service: str = "") -> Sequence[pb.ServiceSnapshot]:
+        """Return the registered task services with their contracts, by full name; only `service` if it is given."""
+        request = pb.ListServicesRequest(service=service)
+        answer = await self._call(lambda: self._fleet.ListServices(request, timeout=self._timeout))
+        return answer.services
+
+    async def _submit(self, request: pb.SubmitRequest) -> pb.SubmitResponse:
+        return await self._call(lambda: self._tasks.Submit(request, timeout=self._timeout))
+
+    @property
+    def _timeout(self) -> float:
+        return self._options.call_timeout
+
+    def _require_channel(self) -> None:
+        if self._channel is None:
+            raise OrchestratorUnavailable(f"the client of {self.target} is not open: use it inside `async with`")
+
+    async def _call(self, once: Callable[[], Awaitable[A]]) -> A:
+        """Make a call; repeat it while the orchestrator is unavailable and `patience` allows."""
+        self._require_channel()
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + self._options.patience
+        jitter = Jitter(self._options.backoff)
+        while True:
+            try:
+                with typed_errors(self.target):
+                    return await once()
+            except OrkiError as error:
+                wait = jitter.failed()
+                if not error.retryable or loop.time() + wait >= give_up_at:
+                    raise
+            await asyncio.sleep(wait)
+
+    def _submission(self, task: Task[Q, R, P, D], request: Q, key: str, traceparent: str) -> pb.Submission:
+        method = task.contract.full_name
+        if not isinstance(request, task.request):
+            raise InvalidArgument(f"{method} takes {task.request.__name__}, not {type(request).__name__}")
+        if len(key.encode()) > _KEY_BYTES:
+            raise InvalidArgument(f"{method}: the idempotency key {key[:40]!r}… exceeds {_KEY_BYTES} bytes")
+        return pb.Submission(
+            method=method,
+            request=request.SerializeToString(),
+            idempotency_key=key or f"once-{uuid.uuid4().hex}",
+            traceparent=traceparent,
+        )
+
+    def _chunks(self, submissions: Sequence[pb.Submission]) -> Iterator[list[pb.Submission]]:
+        room = self._options.max_message_bytes - _ROOM
+        chunk: list[pb.Submission] = []
+        size = 0
+        for submission in submissions:
+            weight = submission.ByteSize() + 16
+            if weight > room:
+                raise TooLarge(
+                    f"{submission.method}: the request has {len(submission.request)} bytes; the maximum is {room}"
+                )
+            if chunk and (len(chunk) == _MOST_SUBMISSIONS or size + weight > room):
+                yield chunk
+                chunk, size = [], 0
+            chunk.append(submission)
+            size += weight
+        if chunk:
+            yield chunk
+
+
+def _traceparent() -> str:
+    """Return the caller's span; outside a trace each submission starts a new one."""
+    return (current_span() or new_span()).traceparent

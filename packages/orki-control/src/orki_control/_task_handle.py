@@ -1,0 +1,198 @@
+"""The handle of one submitted task, and the watch that follows a task to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from orki.control.v1.attempt_pb2 import AttemptRef, Failure, TaskState
+from orki.control.v1.task_pb2 import TaskSnapshot, WatchRequest, WatchResponse
+from orki_contract import Task
+from orki_contract.backoff import Jitter, JitterOptions
+from orki_contract.errors import (
+    Cancelled,
+    InvalidResponse,
+    OrchestratorUnavailable,
+    OrkiError,
+    Reason,
+    WaitTimeout,
+    error_for,
+)
+from orki_contract.trace import Span, parse_traceparent
+from orki_control.transport import typed_errors
+
+if TYPE_CHECKING:
+    from orki.control.v1.task_pb2_grpc import TaskServiceStub
+
+R = TypeVar("R", bound=Message)
+P = TypeVar("P")
+D = TypeVar("D")
+
+_log = logging.getLogger("orki.control")
+
+TERMINAL_STATES: Final = frozenset(
+    {TaskState.TASK_STATE_SUCCEEDED, TaskState.TASK_STATE_FAILED, TaskState.TASK_STATE_CANCELLED}
+)
+"""States that a task never leaves."""
+
+
+class TaskCalls(Protocol):
+    """The calls that a handle makes; implemented by `Client`."""
+
+    def watch(self, task_id: str, *, after: str = "") -> AsyncGenerator[WatchResponse, None]: ...
+    async def cancel(self, task_id: str, message: str = "") -> TaskSnapshot: ...
+    async def direct(self, task_id: str, directive: Message | bytes) -> AttemptRef: ...
+
+
+class SubmittedTask(Generic[R, P, D]):
+    """A submitted task; implements `orki_contract.TaskHandle`.
+
+    Attributes:
+        snapshot: The task when it was last read. It may hold no more than the task id.
+    """
+
+    __slots__ = ("_calls", "_task", "snapshot")
+
+    def __init__(self, calls: TaskCalls, task: Task[Any, R, P, D], snapshot: TaskSnapshot) -> None:
+        self._calls = calls
+        self._task = task
+        self.snapshot = snapshot
+
+    def __repr__(self) -> str:
+        return f"<{self._task.contract.full_name} task {self.task_id}>"
+
+    @property
+    def task_id(self) -> str:
+        """The task id."""
+        return self.snapshot.task_id
+
+    @property
+    def span(self) -> Span | None:
+        """The task's span; None before the task was read."""
+        return parse_traceparent(self.snapshot.traceparent)
+
+    async def progress(self) -> AsyncIterator[P]:
+        """Yield the progress of all attempts, from the beginning until the task ends.
+
+        While the orchestrator is unavailable this waits without a limit; use `asyncio.timeout` to bound it.
+        """
+        parse = self._task.progress
+        async with aclosing(self._watch()) as payloads:
+            async for payload in payloads:
+                if payload is not None and issubclass(parse, Message):
+                    yield self._decoded(parse, payload)
+
+    async def result(self, timeout: float | None = None) -> R:
+        """Wait for the task's end and return the response.
+
+        The wait continues over lost connections, also while the orchestrator is unavailable. The client's `patience`
+        does not bound it.
+
+        Args:
+            timeout: Maximum wait in seconds; None for no limit. The task goes on after a timeout.
+
+        Raises:
+            WaitTimeout: The task did not end within `timeout`.
+            OrkiError: The typed error of a task that failed or was cancelled.
+        """
+        if self.snapshot.state not in TERMINAL_STATES:
+            try:
+                async with asyncio.timeout(timeout), aclosing(self._watch()) as payloads:
+                    async for _ in payloads:
+                        pass
+            except TimeoutError:
+                raise WaitTimeout(
+                    f"task {self.task_id} did not end within {timeout} s; it goes on, and you can wait for it again"
+                ) from None
+        if self.snapshot.state != TaskState.TASK_STATE_SUCCEEDED:
+            raise error_of(self.snapshot)
+        response: R = self._decoded(self._task.response, self.snapshot.response)
+        return response
+
+    async def cancel(self, message: str = "") -> None:
+        """Cancel the task; has no effect when it has ended."""
+        self.snapshot = await self._calls.cancel(self.task_id, message)
+
+    async def direct(self, directive: D) -> None:
+        """Send a directive to the running attempt.
+
+        Raises:
+            NotDirectable: The task is not running.
+        """
+        assert isinstance(directive, Message)
+        await self._calls.direct(self.task_id, directive)
+
+    async def _watch(self) -> AsyncGenerator[bytes | None, None]:
+        """Yield payloads of progress, and None for each snapshot, which is stored."""
+        async with aclosing(self._calls.watch(self.task_id)) as responses:
+            async for response in responses:
+                if response.WhichOneof("news") == "task":
+                    self.snapshot = response.task
+                    yield None
+                elif response.WhichOneof("news") == "progress":
+                    yield response.progress.payload
+
+    def _decoded(self, message: type[Any], payload: bytes) -> Any:
+        try:
+            return message.FromString(payload)
+        except DecodeError as error:
+            raise InvalidResponse(
+                f"task {self.task_id}: the payload is not a {message.__name__} ({error}); the contracts differ"
+            ) from None
+
+
+async def watch_task(
+    stub: TaskServiceStub, target: str, task_id: str, *, after: str, backoff: JitterOptions
+) -> AsyncGenerator[WatchResponse, None]:
+    """Yield snapshots and progress of a task; the last one is a terminal snapshot.
+
+    A stream that ends earlier, cleanly or not, is a lost connection. The watch is opened again after the last progress
+    that was received, without a maximum number of tries.
+
+    Raises:
+        UnknownTask: No task has this id.
+    """
+    import grpc
+
+    jitter = Jitter(backoff)
+    loop = asyncio.get_running_loop()
+    while True:
+        opened_at = loop.time()
+        wait = 0.0
+        call = stub.Watch(WatchRequest(task_id=task_id, after=after))
+        try:
+            with typed_errors(target):
+                while True:
+                    response = await call.read()
+                    if response is grpc.aio.EOF:
+                        raise OrchestratorUnavailable(f"{target}: the watch of task {task_id} ended before the task")
+                    assert isinstance(response, WatchResponse)
+                    if response.WhichOneof("news") == "progress":
+                        after = response.progress.cursor
+                    yield response
+                    if response.WhichOneof("news") == "task" and response.task.state in TERMINAL_STATES:
+                        return
+        except OrkiError as error:
+            if not error.retryable:
+                raise
+            wait = jitter.failed(loop.time() - opened_at)
+            _log.info("watching task %s: %s; trying again in %.2f s", task_id, error.message, wait)
+        finally:
+            # grpc.aio never ends a call that is only dropped.
+            call.cancel()
+        await asyncio.sleep(wait)
+
+
+def error_of(task: TaskSnapshot) -> OrkiError:
+    """Return the typed error of a task that failed or was cancelled."""
+    failure: Failure = task.failure
+    text = f"{failure.error_type}: {failure.message}" if failure.error_type else failure.message
+    where = f"task {task.task_id} ({task.method}), attempt {task.attempt.attempt}: "
+    if task.state == TaskState.TASK_STATE_CANCELLED and failure.reason == Reason.REASON_UNSPECIFIED:
+        return Cancelled(where + (text or "the task was cancelled"))
+    return error_for(failure.reason, where + text)

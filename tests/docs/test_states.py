@@ -1,0 +1,132 @@
+"""docs/states.md is drawn from the transition tables; `python tests/docs/test_states.py` writes it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Final
+
+from orki_contract.transitions import Transitions
+from orki_control.session import AGENT, ATTEMPT, ORCHESTRATOR
+from orki_events._delivery_table import TRANSITIONS as DELIVERY
+
+ROOT = Path(__file__).resolve().parents[2]
+
+MACHINES: Final[tuple[tuple[str, str, Transitions[Any]], ...]] = (
+    (
+        "One attempt",
+        "Both ends of a session step through this table, each at its own time. `orki_control/session/_tables.py`",
+        ATTEMPT,
+    ),
+    (
+        "The agent's end of a session",
+        "One machine for the life of the agent's process. `orki_control/session/_agent.py`",
+        AGENT,
+    ),
+    (
+        "The orchestrator's end of a session",
+        "One machine for each stream. `orki_control/session/_orchestrator.py`",
+        ORCHESTRATOR,
+    ),
+    (
+        "The delivery of events",
+        "One machine for each consumer of a group. `orki_events/_delivery_table.py`",
+        DELIVERY,
+    ),
+)
+
+_LAWS: Final[tuple[tuple[str, str, str], ...]] = (
+    (
+        "Hello first",
+        "AWAITING_HELLO, CHECKING_HELLO, AWAITING_WELCOME: nothing but hello and welcome",
+        "test_nothing_comes_before_the_hello_and_nothing_before_the_welcome",
+    ),
+    ("Newest instance wins", "any + Replaced → ENDED", "test_a_newer_instance_replaces_the_older"),
+    (
+        "Contracts are checked at the hello",
+        "CHECKING_HELLO + SessionRefused → ENDED",
+        "test_a_refused_contract_is_fatal_and_named",
+    ),
+    ("A message is a batch", "none", "test_control_messages_overtake_work_and_batches_are_bounded"),
+    ("Slots bound work", "OFFERED, RUNNING, CANCELLING take one", "slots_are_never_exceeded"),
+    (
+        "An offer is answered",
+        "OFFERED + OfferWithdrawn → CLOSED",
+        "test_an_offer_that_nobody_answers_is_withdrawn",
+    ),
+    ("Fences only rise", "any + Refused → CLOSED", "test_reports_about_what_is_not_held_change_nothing"),
+    (
+        "A stream's end revokes nothing",
+        "OPEN + Disconnected → DISCONNECTED; RUNNING + LeaseEnded → CLOSED",
+        "test_a_lease_ends_before_the_orchestrator_may_give_it_away",
+    ),
+    (
+        "A result is kept until it is acknowledged",
+        "REPORTED + ResultAcknowledged → CLOSED",
+        "a_result_is_kept_until_it_is_acknowledged",
+    ),
+    (
+        "The first terminal state wins",
+        "CANCELLING + Result → REPORTED; REPORTED + Cancel → REPORTED",
+        "one_ending_for_each_task",
+    ),
+    (
+        "A cancel is acknowledged at once",
+        "CANCELLING + CancelAcknowledged → CANCELLING",
+        "test_a_cancel_is_acknowledged_while_the_thread_is_blocked",
+    ),
+    ("A reconnect synchronises", "any + Dropped → CLOSED", "test_what_the_welcome_does_not_keep_is_stopped"),
+    ("Silence is death", "OPEN + Disconnected", "test_silence_is_a_reason_for_a_new_channel"),
+    (
+        "An end of stream is a lost connection",
+        "OPEN + Disconnected → DISCONNECTED",
+        "test_a_cut_stream_loses_and_doubles_nothing",
+    ),
+    (
+        "Drain comes before stop",
+        "OPEN + AgentDrain → DRAINING; OPEN + OrchestratorDrain → PEER_DRAINING",
+        "test_a_drain_ends_when_the_last_result_is_acknowledged",
+    ),
+    ("Unknown kinds are ignored", "none", "test_whatever_an_agent_says_the_orchestrator_stands"),
+)
+
+
+def page() -> str:
+    """Return the page as Markdown."""
+    parts = [
+        "# State machines",
+        "",
+        "`tests/docs/test_states.py` draws this page from the transition tables and compares the two. Events are",
+        "protocol messages, timers and calls. A move that a table does not list is illegal: a `LocalProtocolError` if",
+        "orki made it, a `RemoteProtocolError` if the peer did.",
+    ]
+    for title, text, machine in MACHINES:
+        parts += ["", f"## {title}", "", text, "", "```mermaid", machine.mermaid().rstrip(), "```"]
+    parts += [
+        "",
+        "## Laws of the session",
+        "",
+        "Each law of `proto/orki/control/v1/session.proto`, the rows that hold it, and a test that fails without them.",
+        "",
+        "| law | rows | test |",
+        "|---|---|---|",
+    ]
+    parts += [f"| {number}. {law} | {rows} | `{test}` |" for number, (law, rows, test) in enumerate(_LAWS, 1)]
+    return "\n".join(parts) + "\n"
+
+
+def test_the_page_is_drawn_from_the_tables() -> None:
+    assert (ROOT / "docs/states.md").read_text() == page(), "run `python tests/docs/test_states.py`"
+
+
+def test_every_law_names_an_existing_test() -> None:
+    rows = re.findall(r"^\| (\d+)\. .* \| `(\w+)` \|$", page(), re.MULTILINE)
+    laws = re.findall(r"^// +(\d+)\. ", (ROOT / "proto/orki/control/v1/session.proto").read_text(), re.MULTILINE)
+    assert laws
+    assert [number for number, _ in rows] == laws
+    written = "\n".join(path.read_text() for path in ROOT.glob("packages/orki-*/tests/test_*.py"))
+    assert [name for _, name in rows if f"def {name}(" not in written] == []
+
+
+if __name__ == "__main__":
+    (ROOT / "docs/states.md").write_text(page())
