@@ -273,7 +273,7 @@ def _as_github(found: Sequence[Finding], old: ContractVersion, new: ContractVers
             spots += [f"line={place.line}", f"col={place.column}"]
         text = f"{finding.message} ({finding.bump})"
         if finding.gone:
-            text += f"\nwas at {place}"
+            text += f"\nformerly at {place}"
         if finding.affected:
             text += f"\naffects {', '.join(finding.affected)}"
         properties = ",".join([*spots, f"title={_property(finding.rule)}"])
@@ -292,7 +292,7 @@ def _as_table(found: Sequence[Finding], old: ContractVersion, new: ContractVersi
     if found:
         lines += _row(("bump", "plane", "what changed", "affects"), widths)
     for finding in _sorted(_placed(each, old, new) for each in found):
-        where = f"{'was at ' if finding.gone else ''}{finding.location} [{finding.rule}]"
+        where = f"{'formerly at ' if finding.gone else ''}{finding.location} [{finding.rule}]"
         what = f"{finding.message}\n{where}"
         lines += _row((finding.bump.value, finding.plane.value, what, "\n".join(finding.affected)), widths)
     return "\n".join([*lines, *_summary(found, old, new)])

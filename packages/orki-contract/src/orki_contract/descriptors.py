@@ -380,11 +380,11 @@ def _fill(pool: descriptor_pool.DescriptorPool, files: Sequence[FileDescriptorPr
     for name, file in sorted(by_name.items()):
         for imported in file.dependency:
             if imported not in by_name:
-                raise InvalidContract(f"the image lacks {imported}, which {name} imports: build it with its imports")
+                raise InvalidContract(f"the image lacks {imported}, which {name} imports: build the image with imports")
     try:
         order = list(TopologicalSorter({name: file.dependency for name, file in by_name.items()}).static_order())
     except CycleError as error:
-        raise InvalidContract(f"files import each other: {', '.join(error.args[1])}") from error
+        raise InvalidContract(f"import cycle: {', '.join(error.args[1])}") from error
     for name in order:
         try:
             pool.AddSerializedFile(by_name[name].SerializeToString())

@@ -25,7 +25,7 @@ OWNER_RULES: Final[dict[Rule, str]] = {
     "ORKI_OWNER_ONE": "A proto package belongs to one distribution.",
     "ORKI_OWNER_MISSING": "Every proto package of the tree belongs to a distribution.",
     "ORKI_OWNER_UNKNOWN": "A distribution owns proto packages that exist.",
-    "ORKI_OWNER_OPTIONS": "Nobody owns the options: they are never generated.",
+    "ORKI_OWNER_OPTIONS": "No distribution owns the options package.",
 }
 
 
@@ -49,16 +49,16 @@ def _check_owners(report: Report, owners: Mapping[str, Sequence[Location]], file
             report.add(
                 "ORKI_OWNER_UNKNOWN",
                 places[0],
-                f'no proto file has the package "{package}": correct the name, or remove it (there are {known})',
+                f'no proto file has the package "{package}": correct or remove it (known: {known})',
             )
         for place in places[1:]:
-            report.add("ORKI_OWNER_ONE", place, f"{package} belongs to {places[0].file} already: keep one of the two")
+            report.add("ORKI_OWNER_ONE", place, f"{package} already belongs to {places[0].file}: remove one")
     for package, path in sorted(packages.items()):
         if package != OPTIONS_PACKAGE and package not in owners:
             report.add(
                 "ORKI_OWNER_MISSING",
                 report.schema.location(path, (2,)),
-                f'nobody owns the package "{package}": name it in one pyproject.toml, '
+                f'no distribution owns the package "{package}": add it to one pyproject.toml, '
                 f'under [tool.orki], contracts = ["{package}"]',
             )
 

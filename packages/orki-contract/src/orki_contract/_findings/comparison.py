@@ -373,7 +373,7 @@ def was(value: Any, other: Any, shown: Callable[[Any], str] = str) -> str:
 
 def left_at(place: Location) -> str:
     """Where something was that is gone, for a message whose own place is the nearest thing that is left."""
-    return f" (it was at {place})" if place.line else ""
+    return f" (formerly at {place})" if place.line else ""
 
 
 def _first(entries: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:

@@ -35,26 +35,28 @@ from orki_contract.model import Frame, FrameField
 _FRAME: Final = Category.FRAME
 
 RULES: Final[tuple[Rule, ...]] = (
-    breaking(_FRAME, "ORKI_FRAME_REMOVED", "A frame stays, under its name."),
-    breaking(_FRAME, "ORKI_FRAME_KIND", "A message stays a frame, or stays none."),
+    breaking(_FRAME, "ORKI_FRAME_REMOVED", "A frame is not removed or renamed."),
+    breaking(_FRAME, "ORKI_FRAME_KIND", "A frame stays a frame, and a plain message stays plain."),
     breaking(_FRAME, "ORKI_FRAME_FIXED_CHANGED", "A fixed frame never changes."),
     breaking(_FRAME, "ORKI_FRAME_BLOCK_SHRUNK", "A frame's block does not shrink."),
-    breaking(_FRAME, "ORKI_FRAME_VERSION_KEPT", "A frame's version rises with every change of its layout."),
+    breaking(_FRAME, "ORKI_FRAME_VERSION_KEPT", "A frame's version increases with every layout change."),
     breaking(_FRAME, "ORKI_FRAME_FIELD_MOVED", "A frame's field keeps its offset and its number."),
     breaking(_FRAME, "ORKI_FRAME_FIELD_RETYPED", "A frame's field keeps its type and its length."),
-    breaking(_FRAME, "ORKI_FRAME_FIELD_REMOVED", "A frame's field that goes leaves its number and its bytes reserved."),
+    breaking(_FRAME, "ORKI_FRAME_FIELD_REMOVED", "A removed frame field leaves its number and its bytes reserved."),
     breaking(
-        _FRAME, "ORKI_FRAME_FIELD_RETIRED", "A frame's field stays, as readers of before take its zeros for values."
+        _FRAME,
+        "ORKI_FRAME_FIELD_RETIRED",
+        "A frame's field is not removed; older readers would read zeros.",
     ),
     breaking(
-        _FRAME, "ORKI_FRAME_FIELD_RENAMED", "A frame's field keeps its name, as another name may mean another thing."
+        _FRAME, "ORKI_FRAME_FIELD_RENAMED", "A frame's field keeps its name; a new name may have another meaning."
     ),
-    breaking(_FRAME, "ORKI_FRAME_FIELD_PLACED", "A new field of a frame lies where nothing ever lay."),
-    breaking(_FRAME, "ORKI_FRAME_SINCE_WRONG", "A field of a frame says truly which version brought it."),
+    breaking(_FRAME, "ORKI_FRAME_FIELD_PLACED", "A new frame field uses bytes that no earlier field used."),
+    breaking(_FRAME, "ORKI_FRAME_SINCE_WRONG", "A frame field's `since` names the version that added it."),
     breaking(_FRAME, "ORKI_FRAME_RESERVED_WITHDRAWN", "A frame's reserved numbers stay reserved."),
-    breaking(_FRAME, "ORKI_FRAME_TAIL_CHANGED", "A frame's tail stays, of its type and number."),
-    additive(_FRAME, "ORKI_FRAME_ADDED", "A frame is new."),
-    additive(_FRAME, "ORKI_FRAME_GROWN", "A frame has more than before."),
+    breaking(_FRAME, "ORKI_FRAME_TAIL_CHANGED", "A frame's tail keeps its type and number."),
+    additive(_FRAME, "ORKI_FRAME_ADDED", "A frame is added."),
+    additive(_FRAME, "ORKI_FRAME_GROWN", "A frame is extended."),
 )
 
 
@@ -66,16 +68,16 @@ def compare(comparison: Comparison) -> None:
         if name in new.frames:
             _Frame(comparison, before, new.frames[name]).compare()
         elif name in new.messages:
-            text = f"is no frame any more{left_at(place)}"
+            text = f"is no longer a frame{left_at(place)}"
             _report(comparison, "ORKI_FRAME_KIND", before, text, (place, new.message_place(name)))
         elif name in old.messages:
-            _report(comparison, "ORKI_FRAME_REMOVED", before, "is gone", (place, None))
+            _report(comparison, "ORKI_FRAME_REMOVED", before, "was removed", (place, None))
     for name, after in new.frames.items():
         if name in old.frames:
             continue
         places = (old.message_place(name) if name in old.messages else None, new.message_place(name, "frame"))
         if name in old.messages:
-            _report(comparison, "ORKI_FRAME_KIND", after, "was none before: its bytes are others now", places)
+            _report(comparison, "ORKI_FRAME_KIND", after, "became a frame: its encoding changed", places)
         else:
             _report(comparison, "ORKI_FRAME_ADDED", after, "is new", places)
 
@@ -115,9 +117,9 @@ class _Frame:
             self._report("ORKI_FRAME_BLOCK_SHRUNK", text, "block_length")
         changed = _layout(before) != _layout(after)
         if after.version < before.version or (changed and after.version == before.version):
-            text = f"has version {after.version}, as before, though its layout changed: raise it"
+            text = f"changed its layout but not its version {after.version}: increase the version"
             if after.version < before.version:
-                text = f"goes back from version {before.version} to {after.version}"
+                text = f"lowered its version from {before.version} to {after.version}"
             self._report("ORKI_FRAME_VERSION_KEPT", text, "version")
         elif after.version > before.version and not changed:
             self._report("ORKI_FRAME_GROWN", f"has version {was(before.version, after.version)}", "version")
@@ -138,13 +140,13 @@ class _Frame:
         options = [side.schema.option(node.proto.options, "frame") for side, node in self._sides()]
         fixed = [bool(getattr(option, "fixed", False)) for option in options]
         if not fixed[0] and fixed[1]:
-            self._report("ORKI_FRAME_GROWN", "is fixed from now on")
+            self._report("ORKI_FRAME_GROWN", "became fixed")
         if not fixed[0]:
             return
         if not fixed[1]:
-            self._report("ORKI_FRAME_FIXED_CHANGED", "is not fixed any more")
+            self._report("ORKI_FRAME_FIXED_CHANGED", "is no longer fixed")
         elif _frozen(self._before) != _frozen(self._after):
-            self._report("ORKI_FRAME_FIXED_CHANGED", "is fixed, and has another layout now: every frame begins with it")
+            self._report("ORKI_FRAME_FIXED_CHANGED", "is fixed, but its layout changed: all versions rely on it")
 
     def _field(self, field: FrameField) -> None:
         """Judges a field of the old layout; the one of the same name follows it, or else that of the same number."""
@@ -163,21 +165,21 @@ class _Frame:
         if heir.offset != field.offset:
             report("ORKI_FRAME_FIELD_MOVED", f"moved: offset {was(field.offset, heir.offset)}", "offset")
         if heir.number != field.number:
-            report("ORKI_FRAME_FIELD_MOVED", f"has another number: {was(field.number, heir.number)}", "")
+            report("ORKI_FRAME_FIELD_MOVED", f"changed its number: {was(field.number, heir.number)}", "")
         if (heir.scalar, heir.size) != (field.scalar, field.size):
-            text = f"is of another type: {was(field, heir, lambda each: f'{each.scalar} of {each.size} bytes')}"
+            text = f"changed its type: {was(field, heir, lambda each: f'{each.scalar} of {each.size} bytes')}"
             report("ORKI_FRAME_FIELD_RETYPED", text, "scalar")
         elif (now := _strange(self._new, self._is, heir)) != (former := _strange(self._old, self._was, field)):
             report(
                 "ORKI_FRAME_FIELD_RETYPED",
-                f"is of another scalar, newer than these rules: {was(former, now)}",
+                f"changed to a scalar that this version does not know: {was(former, now)}",
                 "scalar",
             )
         elif heir.enum != field.enum:
-            text = f"holds another enum: {was(field.enum or 'none', heir.enum or 'none')}"
+            text = f"changed its enum: {was(field.enum or 'none', heir.enum or 'none')}"
             report("ORKI_FRAME_FIELD_RETYPED", text, "")
         if heir.since != field.since:
-            report("ORKI_FRAME_SINCE_WRONG", f"came with version {was(field.since, heir.since)}", "since")
+            report("ORKI_FRAME_SINCE_WRONG", f"changed its since: {was(field.since, heir.since)}", "since")
 
     def _removed(self, field: FrameField) -> None:
         place = _field_place(self._old, self._was, field.name)
@@ -187,18 +189,18 @@ class _Frame:
         if self._after.tail == field.name or _named(self._is.proto, field.name):
             self._retyped(field)
         elif others or not reserves(self._is.proto, field.number):
-            reason = f'"{others[0].name}" lies on its bytes' if others else f"{field.number} is not reserved"
-            text = f"is gone, and {reason} (bytes {field.offset}..{end}){left_at(place)}"
+            reason = f'"{others[0].name}" uses its bytes' if others else f"{field.number} is not reserved"
+            text = f"was removed, and {reason} (bytes {field.offset}..{end}){left_at(place)}"
             _report(self._comparison, "ORKI_FRAME_FIELD_REMOVED", self._after, text, self._whole(place), subject)
         else:
-            text = f"is gone: readers of before find zeros in bytes {field.offset}..{end}{left_at(place)}"
+            text = f"was removed: older readers find zeros in bytes {field.offset}..{end}{left_at(place)}"
             _report(self._comparison, "ORKI_FRAME_FIELD_RETIRED", self._after, text, self._whole(place), subject)
 
     def _retyped(self, field: FrameField) -> None:
         """The field left the block, and is still there: as the tail, or as something that no frame can hold."""
         subject = f"frame field {self._after.message}.{field.name}"
         places = (_field_place(self._old, self._was, field.name), self._field_place(field.name))
-        text = "is no field of the block any more"
+        text = "is no longer in the block"
         _report(self._comparison, "ORKI_FRAME_FIELD_RETYPED", self._after, text, places, subject)
 
     def _added(self, field: FrameField) -> None:
@@ -208,27 +210,27 @@ class _Frame:
             _report(self._comparison, rule, self._after, text, (None, self._field_place(field.name, option)), subject)
 
         if field.since <= self._before.version:
-            text = f"is new and says since = {field.since}, but version {self._before.version} did not have it"
+            text = f"is new, but its since = {field.since} is not above version {self._before.version}, which lacks it"
             report("ORKI_FRAME_SINCE_WRONG", text, "since")
         inside = field.offset < self._before.block_length
         lain = [each.name for each in self._before.fields if _overlap(each, field)]
         if lain or (inside and self._was.proto.reserved_range):
-            reason = f'"{lain[0]}" lay there' if lain else "a field of a reserved number lay in that block"
-            text = f"lies at {field.offset}, and {reason}: put it at {self._before.block_length} or behind"
+            reason = f'"{lain[0]}" used these bytes' if lain else "a reserved field used bytes of that block"
+            text = f"is at offset {field.offset}, and {reason}: move it to {self._before.block_length} or higher"
             report("ORKI_FRAME_FIELD_PLACED", text, "offset")
         report("ORKI_FRAME_GROWN", "is new", "")
 
     def _tail(self) -> None:
         before, after = _tail(self._was, self._before), _tail(self._is, self._after)
         if before is None and after is not None:
-            self._report("ORKI_FRAME_GROWN", f'has a tail now: "{after.name}"')
+            self._report("ORKI_FRAME_GROWN", f'gained the tail "{after.name}"')
         elif before is not None and after is None:
-            self._report("ORKI_FRAME_TAIL_CHANGED", f'has no tail any more: "{before.name}" is gone')
+            self._report("ORKI_FRAME_TAIL_CHANGED", f'lost its tail "{before.name}"')
         elif before is not None and after is not None:
             places = (_field_place(self._old, self._was, before.name), self._field_place(after.name))
             subject = f"frame field {self._after.message}.{after.name}"
             if (before.type, before.number) != (after.type, after.number):
-                text = "is the tail, and has another type or number now"
+                text = "is the tail, and its type or number changed"
                 _report(self._comparison, "ORKI_FRAME_TAIL_CHANGED", self._after, text, places, subject)
             if before.name != after.name:
                 text = f'was called "{before.name}"'
@@ -237,7 +239,7 @@ class _Frame:
     def _reserved(self) -> None:
         lost = withdrawn(self._was.proto, self._is.proto)
         if lost:
-            text = f"reserves {lost} no more: bytes of before could be taken for something else"
+            text = f"no longer reserves {lost}: old bytes could be misread"
             self._report("ORKI_FRAME_RESERVED_WITHDRAWN", text)
 
     def _report(self, rule: str, text: str, *inside: str) -> None:

@@ -20,9 +20,9 @@ from orki_contract._findings.comparison import (
 from orki_contract.descriptors import OPTIONS_PACKAGE, Location, Path, field_path, is_repeated
 
 RULES: Final[tuple[Rule, ...]] = (
-    breaking(Category.OPTION, "ORKI_OPTION_UNKNOWN", "An option that is newer than these rules stays as it is."),
+    breaking(Category.OPTION, "ORKI_OPTION_UNKNOWN", "An option that this version does not know is not changed."),
     source_breaking(Category.NAME, "ORKI_DECLARATION_MOVED", "A message, enum or service stays in its file."),
-    additive(Category.NAME, "ORKI_FILE_CHANGED", "A file differs in what no rule names."),
+    additive(Category.NAME, "ORKI_FILE_CHANGED", "A file changes in a way that no other rule covers."),
 )
 
 # What the other rules judge. What is not here, of newer options than this code, is told and never passed over.
@@ -67,7 +67,7 @@ def compare(comparison: Comparison) -> None:
                 "ORKI_OPTION_UNKNOWN",
                 name,
                 file,
-                f"{name} changed, and these rules are older than it: nobody can report what that means",
+                f"{name} changed, but this version does not know it and cannot tell whether that is compatible",
                 plane=Plane.MESSAGES,
                 places=(old[1] if old else None, new[1] if new else None),
             )

@@ -72,7 +72,7 @@ class Report:
             self.add(
                 "ORKI_DURATION",
                 place,
-                f"{name} of {subject} is {given} s: give at least 1 ms and at most 3650 days, or leave it out",
+                f"{name} of {subject} is {given} s: use 1 ms to 3650 days, or remove it",
             )
 
 
