@@ -203,7 +203,7 @@ def bare(folder: Path) -> None:
 
 def compare(folder: Path) -> None:
     """Compare the tree with one that lacks a field in each file."""
-    run(folder, sys.executable, "-m", "orki_contract.cli", "diff", "before.binpb", "after.binpb", "--json")
+    run(folder, sys.executable, "-m", "orki_contract", "diff", "before.binpb", "after.binpb", "--json")
 
 
 def gate(folder: Path) -> None:

@@ -181,7 +181,7 @@ def _scenario(play: _Play, stage: Stage, scenario: Scenario) -> None:
     for edit in scenario.edits:
         edit.apply(stage.clone)
     stage.generate()
-    told = stage.python("-m", "orki_contract.cli", "diff", "HEAD", ".")
+    told = stage.python("-m", "orki_contract", "diff", "HEAD", ".")
     refused = stage.publish()
     _must_be_refused(refused, scenario, stage.versions().of(scenario.owner))
     for word in scenario.affected:

@@ -44,7 +44,7 @@ def publish(session: nox.Session, environment: Environment) -> None:
 
 def diff(session: nox.Session, environment: Environment) -> None:
     """Tell what changed in the contract; a break (1) is no failure here, what cannot be read (2) is."""
-    status = _status(environment, [environment.python, "-m", "orki_contract.cli", "diff", *session.posargs])
+    status = _status(environment, [environment.python, "-m", "orki_contract", "diff", *session.posargs])
     if status not in {0, 1}:
         sys.exit(status)
 

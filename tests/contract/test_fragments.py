@@ -21,8 +21,7 @@ from orki_codegen.generate import generate, main
 from orki_codegen.workspace import find_workspace
 from orki_contract.descriptors import Location
 from orki_contract.errors import InvalidContract
-from orki_contract.rules.judge import Violation
-from orki_contract.validate import RULES
+from orki_contract.validate import RULES, Violation
 
 ROOT = Path(__file__).resolve().parents[2]
 FRAGMENTS = sorted(Path(__file__).with_name("fragments").glob("*.proto"))
@@ -122,8 +121,8 @@ def test_what_is_there_twice_is_told_at_each_place_with_the_other(tmp_path: Path
     with pytest.raises(InvalidContract) as caught:
         generate(find_workspace(tmp_path), lambda line: None)
     one, other, _ = caught.value.message.splitlines()
-    assert one.startswith(f'{first}: stream "events" is declared at {second} too')
-    assert other.startswith(f'{second}: stream "events" is declared at {first} too')
+    assert one.startswith(f'{first}: stream "events" is also declared at {second}')
+    assert other.startswith(f'{second}: stream "events" is also declared at {first}')
 
 
 def test_a_violation_names_its_place_and_says_what_to_do() -> None:

@@ -1,7 +1,7 @@
-"""`docs/wire.md` explains bytes, and every byte in it comes from a golden vector.
+"""`docs/wire.md` explains the bytes of the golden vectors.
 
-The vectors of entries and session messages lie in `wire/entry/` and `wire/session/`; like the frames they are added to,
-never changed. Run this file as a script to write the ones that are missing, and the page.
+The vectors of entries and session messages are in `wire/entry/` and `wire/session/`. Like the frames, they may be added
+but never changed. Run this file as a script to write missing vectors and the page.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 ATTEMPT = AttemptRef(task_id="t3-01hx", attempt=2, fence=(1 << 44) + 7)
 
 Part = tuple[int, int, str, str]
-"""First byte, length, what it is, its value."""
+"""Offset, length, name and value."""
 
 
 def entries() -> Iterator[tuple[str, str, dict[str, Message]]]:
-    """Name, what it shows, and the fields of an entry in their order."""
+    """Yield the name, description and ordered fields of each entry."""
     envelope = Envelope(
         event_id=bytes(range(16)),
         producer="orchestrator-1",
@@ -75,7 +75,7 @@ def entries() -> Iterator[tuple[str, str, dict[str, Message]]]:
 
 
 def batches() -> Iterator[tuple[str, str, Message]]:
-    """Name, what it shows, and a gRPC message of the session."""
+    """Yield the name, description and gRPC message of each session vector."""
     offer = Offer(
         attempt=ATTEMPT,
         method="greenhouse.v1.WateringService/WaterBed",
@@ -94,38 +94,38 @@ def batches() -> Iterator[tuple[str, str, Message]]:
 
 
 def annotate(raw: bytes, message: Descriptor, start: int = 0, path: str = "") -> Iterator[Part]:
-    """Every tag and value of a protobuf message, as its wire format has them (protobuf.dev, "Encoding")."""
-    place = 0
-    while place < len(raw):
-        tag, body = _varint(raw, place)
+    """Yield each tag and value of an encoded protobuf message (protobuf.dev, "Encoding")."""
+    offset = 0
+    while offset < len(raw):
+        tag, body = _varint(raw, offset)
         field = message.fields_by_number[tag >> 3]
         name = f"{path}{field.name}"
         if tag & 7 == 0:
             value, end = _varint(raw, body)
-            yield start + place, end - place, name, _number(field, value)
+            yield start + offset, end - offset, name, _number(field, value)
         elif tag & 7 == 2:
             size, first = _varint(raw, body)
             end = first + size
             content = raw[first:end]
             if field.message_type is None:
-                yield start + place, end - place, name, _shown(field, content)
+                yield start + offset, end - offset, name, _shown(field, content)
             else:
-                yield start + place, first - place, name, f"message of {size} bytes"
+                yield start + offset, first - offset, name, f"message of {size} bytes"
                 yield from annotate(content, field.message_type, start + first, f"{name}.")
         else:
             raise AssertionError(f"{name} has wire type {tag & 7}, which orki's own messages do not use")
-        place = end
+        offset = end
 
 
-def _varint(raw: bytes, place: int) -> tuple[int, int]:
+def _varint(raw: bytes, offset: int) -> tuple[int, int]:
     value = shift = 0
     while True:
-        byte = raw[place]
-        place += 1
+        byte = raw[offset]
+        offset += 1
         value |= (byte & 0x7F) << shift
         shift += 7
         if byte < 0x80:
-            return value, place
+            return value, offset
 
 
 def _number(field: FieldDescriptor, value: int) -> str:
@@ -137,12 +137,12 @@ def _shown(field: FieldDescriptor, content: bytes) -> str:
 
 
 def table(raw: bytes, parts: list[Part]) -> str:
-    """Parts as a table; together they cover every byte once."""
-    place = 0
+    """Return the parts as a table, and check that they cover each byte once."""
+    offset = 0
     for start, size, _, _ in parts:
-        assert start == place, f"byte {place} is in no part"
-        place += size
-    assert place == len(raw)
+        assert start == offset, f"byte {offset} is in no part"
+        offset += size
+    assert offset == len(raw)
     lines = ["| byte | bytes | what | value |", "|---|---|---|---|"]
     lines += [f"| {a} | `{_cut(raw[a : a + n])}` | `{what}` | {value} |" for a, n, what, value in parts]
     return "\n".join(lines)
@@ -154,19 +154,19 @@ def _cut(raw: bytes) -> str:
 
 
 def golden(kind: str) -> Any:
-    """The vectors of one kind."""
+    """Return the stored vectors of one kind."""
     return json.loads((WIRE / kind / "v1.json").read_text(encoding="utf-8"))
 
 
 def page() -> str:
-    """`docs/wire.md`."""
+    """Return the text of `docs/wire.md`."""
     key = stream_keys(Stream(name="tasks", message="orki.events.v1.TaskEvent", retention=Retention(max_entries=1)))[0]
     out = [
-        "# What is on the wire",
+        "# Wire formats",
         "",
         "One task, byte by byte: as a session message, as an entry of a stream, and in the frames of the tools that",
-        "its handler calls. Rendered from the golden vectors in `tests/contract/wire` by",
-        "`tests/contract/test_wire_page.py`; the rules stand in the protos: `proto/orki/control/v1/session.proto`,",
+        "its handler calls. `tests/contract/test_wire_page.py` generates this page from the golden vectors in",
+        "`tests/contract/wire`. The rules are in the protos: `proto/orki/control/v1/session.proto`,",
         "`proto/orki/events/v1/envelope.proto`, `proto/orki/hotpath/v1/frame.proto`.",
         "",
         "## Session messages",
@@ -199,7 +199,7 @@ def page() -> str:
 
 
 def write() -> None:
-    """Writes vectors that are not there yet, and the page."""
+    """Write missing vectors and the page."""
     made: dict[str, list[dict[str, Any]]] = {
         "entry": [
             {"name": n, "shows": s, "fields": {k: _fixed(m).hex() for k, m in fields.items()}}
@@ -221,19 +221,19 @@ def _fixed(message: Message) -> bytes:
     return message.SerializeToString(deterministic=True)
 
 
-def test_the_page_is_what_the_vectors_say() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(), "run this file as a script, and read what changed"
+def test_the_page_matches_the_vectors() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run this file as a script and review the changes"
 
 
 @pytest.mark.parametrize(("name", "_", "message"), list(batches()))
-def test_session_messages_are_written_as_ever(name: str, _: str, message: Message) -> None:
+def test_session_messages_are_encoded_as_stored(name: str, _: str, message: Message) -> None:
     (known,) = [each for each in golden("session") if each["name"] == name]
     assert _fixed(message).hex() == known["hex"]
     assert type(message).FromString(bytes.fromhex(known["hex"])) == message
 
 
 @pytest.mark.parametrize(("name", "_", "fields"), list(entries()))
-def test_entries_are_written_as_ever(name: str, _: str, fields: dict[str, Message]) -> None:
+def test_entries_are_encoded_as_stored(name: str, _: str, fields: dict[str, Message]) -> None:
     (known,) = [each for each in golden("entry") if each["name"] == name]
     assert {key: _fixed(each).hex() for key, each in fields.items()} == known["fields"]
     raw = [part for key, text in known["fields"].items() for part in (key.encode(), bytes.fromhex(text))]
@@ -242,7 +242,7 @@ def test_entries_are_written_as_ever(name: str, _: str, fields: dict[str, Messag
     assert payload == _fixed(fields["d"])
 
 
-def test_a_byte_that_no_part_covers_is_noticed() -> None:
+def test_a_byte_without_a_part_is_an_error() -> None:
     with pytest.raises(AssertionError, match="byte 1 is in no part"):
         table(b"abc", [(0, 1, "a", ""), (2, 1, "c", "")])
 

@@ -30,7 +30,7 @@ MACHINES: Final[tuple[tuple[str, str, Transitions[Any]], ...]] = (
     ),
     (
         "The delivery of events",
-        "One machine for each consumer of a group. `orki_events/_delivery.py`",
+        "One machine for each consumer of a group. `orki_events/_delivery_table.py`",
         DELIVERY,
     ),
 )

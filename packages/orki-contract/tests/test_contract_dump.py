@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 
-from orki_contract.cli import main
+from orki_contract.__main__ import main
 from orki_contract.images import image_of
 
 IMAGE = image_of("orki.events.v1")
@@ -111,7 +111,7 @@ def test_a_distribution_that_stays_in_its_source_folder(
 
 @pytest.mark.parametrize("command", [("dump",), ("dump", "--json"), ("diff", "orki.events.v1")])
 def test_a_reader_that_goes_away(command: tuple[str, ...]) -> None:
-    arguments = [sys.executable, "-m", "orki_contract.cli", *command, "orki.events.v1"]
+    arguments = [sys.executable, "-m", "orki_contract", *command, "orki.events.v1"]
     reads, writes = os.pipe()
     os.close(reads)
     try:

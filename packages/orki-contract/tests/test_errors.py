@@ -40,7 +40,3 @@ def test_some_errors_carry_extra_fields() -> None:
     assert errors.error_for(Reason.REASON_PEER_LOST, "x").fully_written is True  # type: ignore[attr-defined]
     assert errors.PeerLost("x", fully_written=False).fully_written is False
     assert errors.ToolFailed("x", code=7).code == 7
-
-
-def test_all_exported_names_exist() -> None:
-    assert all(hasattr(errors, name) for name in errors.__all__)

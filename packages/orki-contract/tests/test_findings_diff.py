@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 
-from orki_contract.cli import main
+from orki_contract.__main__ import main
 from orki_contract.descriptors import Schema
 from orki_contract.images import image_of
 
@@ -97,7 +97,7 @@ def test_annotations_for_github(images: tuple[str, str], capsys: pytest.CaptureF
     code, out, _ = diff(capsys, images[0], str(Path(images[0]).parent / "empty.binpb"), "--github")
     gone = [line for line in out.splitlines() if "title=ORKI_STREAM_REMOVED" in line]
     assert len(gone) == 5
-    assert all(line.startswith("::error title=") and "was at orki/events/v1/" in line for line in gone)
+    assert all(line.startswith("::error title=") and "formerly at orki/events/v1/" in line for line in gone)
 
 
 def test_a_wheel_speaks_for_its_own_packages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

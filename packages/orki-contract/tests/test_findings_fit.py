@@ -11,8 +11,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSe
 
 from orki_contract.descriptors import Schema
 from orki_contract.findings import service_fit, stream_fit
-from orki_contract.images import image_of
-from orki_contract.provenance import package_version
+from orki_contract.images import image_of, package_version
 from orki_contract.read import ReadContract, read_image
 
 SERVICE = "fits.v1.WorkService"

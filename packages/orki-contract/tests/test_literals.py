@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orki_contract._literals import literal_places
 from orki_contract.descriptors import Schema
 from orki_contract.images import image_of
-from orki_contract.literals import literal_places
 
 OPTIONS = Schema(image_of("orki.events.v1")).pool.FindMessageTypeByName("orki.options.v1.StreamOptions")
 

@@ -8,17 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import orki_contract
 from orki_contract import AUDIT_GROUP, Backoff, Contract, Group, Retention, Start, Stream, TaskContext, TaskMethod
 from orki_contract.errors import UnknownGroup
 from orki_contract.model import dump, to_json
 
 STREAM = Stream(name="s", message="m.M", retention=Retention(max_entries=1), groups=(AUDIT_GROUP, Group(name="g")))
-
-
-def test_exports() -> None:
-    assert sorted(orki_contract.__all__) == sorted(set(orki_contract.__all__))
-    assert all(hasattr(orki_contract, name) for name in orki_contract.__all__)
 
 
 def test_values_are_ordered_and_hashable() -> None:

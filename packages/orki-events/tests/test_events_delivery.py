@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -212,11 +211,6 @@ def test_each_event_moves_as_listed_or_is_refused(state: State, name: str) -> No
         with pytest.raises(LocalProtocolError, match=f"delivery: {name} is illegal in state {state.name}"):
             bench.tell(event)
         assert bench.machine.state is state
-
-
-def test_the_diagram_in_the_docs_shows_the_table() -> None:
-    page = Path(__file__).parents[3] / "docs" / "delivery-states.md"
-    assert TRANSITIONS.mermaid() in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

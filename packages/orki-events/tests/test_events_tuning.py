@@ -13,8 +13,8 @@ import pytest
 from orki.events.v1.tool_orki import TOOLS
 from orki.events.v1.tool_pb2 import ToolEvent
 from orki.events.v1.usage_pb2 import UsageEvent
+from orki_contract import EventStream
 from orki_contract.errors import InvalidSetting, UnknownStream
-from orki_contract.handles import EventStream
 from orki_contract.model import Retention
 from orki_events import Events, Tuned, Tuning
 from orki_events.tuning import TuningCache, effective_retention

@@ -14,12 +14,11 @@ import pytest
 from google.protobuf import message_factory
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 
+from orki_contract import EventStream
 from orki_contract.descriptors import Schema
 from orki_contract.errors import ContractMismatch, InvalidContract
-from orki_contract.handles import EventStream
-from orki_contract.images import image_of
+from orki_contract.images import image_of, package_version
 from orki_contract.model import Group
-from orki_contract.provenance import package_version
 from orki_contract.read import read_image
 from orki_events import Events
 

@@ -11,8 +11,7 @@ from typing import Any
 from drafts import Draft
 from google.protobuf.descriptor import FieldDescriptor
 
-from orki_contract.descriptors import Schema
-from orki_contract.literals import repeats
+from orki_contract.descriptors import Schema, is_repeated
 
 _TEXTS = (
     "findings",
@@ -38,7 +37,7 @@ _SITES = ("consume", "stream", "frame", "task", "tool", "sensitive", "offset", "
 def tweak(draft: Draft, rng: random.Random) -> bool:
     """Changes one field of an option that is there."""
     sites = [site for site in _sites(draft) if site[0].HasExtension(site[1])] if rng.random() < 0.9 else []
-    sites = sites or [site for site in _sites(draft) if not repeats(site[1]) and site[0].HasExtension(site[1])]
+    sites = sites or [site for site in _sites(draft) if not is_repeated(site[1]) and site[0].HasExtension(site[1])]
     # As often for rare options as for common ones, and oftener for those that have many fields.
     names = sorted({site[1].name for site in sites})
     name = rng.choices(names, [_WEIGHTS.get(each, 1) for each in names])[0]
@@ -131,7 +130,7 @@ def resubscribe(draft: Draft, rng: random.Random) -> bool:
 def toggle(draft: Draft, rng: random.Random) -> bool:
     """Sets an option where it was not, or takes it away whole."""
     sites = list(_sites(draft))
-    options, extension, where = rng.choice([site for site in sites if not repeats(site[1])])
+    options, extension, where = rng.choice([site for site in sites if not is_repeated(site[1])])
     draft.touched.add(extension.name)
     if options.HasExtension(extension):
         options.ClearExtension(extension)
@@ -190,7 +189,7 @@ def _perturb(draft: Draft, rng: random.Random, message: Any, where: str) -> bool
     """Changes one field of a message, or of a message in it."""
     field = rng.choice(list(message.DESCRIPTOR.fields))
     holder = message.DESCRIPTOR.name
-    if repeats(field):
+    if is_repeated(field):
         entries = getattr(message, field.name)
         return bool(entries) and _perturb(draft, rng, rng.choice(list(entries)), where)
     if field.message_type is not None and field.message_type.full_name == "google.protobuf.Duration":

@@ -8,8 +8,8 @@ import random
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from orki_contract import FrameBase, at, frame, tail
 from orki_contract.errors import FrameMalformed
-from orki_contract.frames import FrameBase, at, frame, tail
 from orki_contract.model import Frame, Scalar
 from orki_contract.read import ReadContract
 

@@ -12,7 +12,7 @@ from google.protobuf import message_factory
 from google.protobuf.message import DecodeError
 from oracle_values import NOTHING, fill, seen, value_of
 
-from orki_contract.literals import repeats
+from orki_contract.descriptors import is_repeated
 from orki_contract.read import ReadContract
 
 Break = tuple[bool, str]
@@ -121,7 +121,7 @@ def _strangers(writer: Any, reader: Any) -> Iterator[str]:
         raw += bytes((field.number >> 4,)) if field.number > 15 else b""
         raw += b"\x02\xff\xfe"
         twin = reader.DESCRIPTOR.fields_by_number.get(field.number)
-        if twin is None or twin.type != twin.TYPE_STRING or repeats(twin) != repeats(field):
+        if twin is None or twin.type != twin.TYPE_STRING or is_repeated(twin) != is_repeated(field):
             continue
         if _takes(writer, raw) != _takes(reader, raw):
             yield f".{field.name} is held to UTF-8 by one side only"
@@ -149,7 +149,7 @@ def _old_code(old: Any, new: Any, rng: random.Random) -> Iterator[str]:
         if twin is None:
             yield f"has no {field.name} to name"
             continue
-        if field.message_type is None and not repeats(field):
+        if field.message_type is None and not is_repeated(field):
             for value in (getattr(filled, field.name), getattr(old(), field.name)):
                 try:
                     setattr(message, field.name, value)
@@ -161,9 +161,9 @@ def _old_code(old: Any, new: Any, rng: random.Random) -> Iterator[str]:
                     break
         elif field.message_type is not None:
             name = twin.message_type.full_name if twin.message_type is not None else ""
-            if repeats(twin) != repeats(field) or name != field.message_type.full_name:
+            if is_repeated(twin) != is_repeated(field) or name != field.message_type.full_name:
                 yield f".{field.name} is of another type"
-        elif repeats(twin) != repeats(field):
+        elif is_repeated(twin) != is_repeated(field):
             yield f".{field.name} is repeated, or not"
         if twin.json_name != field.json_name:
             yield f".{field.name} is called otherwise in JSON"
@@ -215,7 +215,7 @@ def _extensions(old: ReadContract, new: ReadContract) -> Iterator[str]:
 def _extended(writer: Any, key: Any, reader: Any, twin: Any) -> Iterator[str]:
     message = writer()
     value = value_of(random.Random(3), key)
-    if repeats(key):
+    if is_repeated(key):
         message.Extensions[key].extend([value, value])
     else:
         message.Extensions[key] = value
@@ -229,12 +229,12 @@ def _extended(writer: Any, key: Any, reader: Any, twin: Any) -> Iterator[str]:
         except DecodeError as error:
             yield f"not readable: {error}"
             return
-    if repeats(key) != repeats(twin):
+    if is_repeated(key) != is_repeated(twin):
         yield "repeated, or not"
         return
     back = read.Extensions[twin]
-    expected = [value, value] if repeats(key) else value
-    found = list(back) if repeats(key) else back
+    expected = [value, value] if is_repeated(key) else value
+    found = list(back) if is_repeated(key) else back
     if found != expected or str(type(found)) != str(type(expected)):
         yield f"{expected!r:.40} reads {found!r:.40}"
 

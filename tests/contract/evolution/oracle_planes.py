@@ -13,15 +13,15 @@ from google.protobuf.message import DecodeError
 from oracle_frames import frame_class, random_values
 from oracle_messages import message_class, read_alike
 
+from orki_contract.descriptors import is_repeated
 from orki_contract.errors import OrkiError
-from orki_contract.literals import repeats
 from orki_contract.model import Backoff, Group, Retention, Stream, TaskMethod, ToolMethod, milliseconds
 from orki_contract.read import ReadContract
-from orki_events import _delivery_table as moves
+from orki_events import _delivery_table as delivery
 from orki_events._delivery import DeliveryMachine
 from orki_events.entries import stream_key, stream_keys
 from orki_events.groups import StreamState, group_start
-from orki_server.observers.redaction import Redaction, safe_json
+from orki_server._observers.redaction import Redaction, safe_json
 
 Break = tuple[bool, str]
 _YEARS: Final = 10 * 365 * 24 * 3600 * 1000
@@ -86,7 +86,7 @@ def _stream(old: ReadContract, new: ReadContract, was: Stream, now: Stream, rng:
 def _set_key(message: Any, name: str, number: int) -> None:
     """Gives the field that picked the partition a value of its own; the others stay empty."""
     field = message.DESCRIPTOR.fields_by_name.get(name)
-    if field is not None and not repeats(field) and field.message_type is None:
+    if field is not None and not is_repeated(field) and field.message_type is None:
         text = f"key {number}"
         value = {"string": text, "bytes": text.encode()}.get(_kind(field), number)
         setattr(message, name, value if field.type != field.TYPE_BOOL else bool(number % 2))
@@ -133,7 +133,7 @@ def _group(stream: Stream, was: Group, now: Group) -> Iterator[str]:
 @functools.cache
 def _deliveries(limit: int) -> int:
     """How often the delivery machine hands out an entry whose handler always fails."""
-    settings = moves.DeliverySettings(
+    settings = delivery.DeliverySettings(
         prefetch=1,
         max_deliveries=limit,
         ack_deadline=1e6,
@@ -143,29 +143,29 @@ def _deliveries(limit: int) -> int:
     )
     machine = DeliveryMachine(["key"], settings)
     now, handed, given = 0.0, 0, False
-    commands = machine.receive(moves.Opened(), now) + machine.receive(moves.Requested(1), now)
+    commands = machine.receive(delivery.Opened(), now) + machine.receive(delivery.Requested(1), now)
     for _ in range(20_000):
         if not commands:
             now = max(now, machine.next_timer() or now)
             commands = machine.handle_timer(now)
             continue
         command = commands.pop(0)
-        if isinstance(command, moves.DeadLetter):
+        if isinstance(command, delivery.DeadLetter):
             return handed
-        if isinstance(command, moves.CreateGroups):
-            commands += machine.receive(moves.GroupsReady(command), now)
-        elif isinstance(command, moves.Read):
+        if isinstance(command, delivery.CreateGroups):
+            commands += machine.receive(delivery.GroupsReady(command), now)
+        elif isinstance(command, delivery.Read):
             entries = {} if command.history or given else {"key": [[b"1-0", []]]}
             given = given or not command.history
-            commands += machine.receive(moves.EntriesRead(command, entries, {}), now)
-        elif isinstance(command, moves.Claim):
-            commands += machine.receive(moves.EntriesClaimed(command, b"0-0", [], {}, []), now)
-        elif isinstance(command, moves.Renew):
-            commands += machine.receive(moves.Renewed(command, []), now)
-        elif isinstance(command, moves.Dispatch):
+            commands += machine.receive(delivery.EntriesRead(command, entries, {}), now)
+        elif isinstance(command, delivery.Claim):
+            commands += machine.receive(delivery.EntriesClaimed(command, b"0-0", [], {}, []), now)
+        elif isinstance(command, delivery.Renew):
+            commands += machine.receive(delivery.Renewed(command, []), now)
+        elif isinstance(command, delivery.Dispatch):
             handed += len(command.entries)
-            commands += machine.receive(moves.Failed("key", command.entries, 0, "no"), now)
-            commands += machine.receive(moves.Requested(1), now)
+            commands += machine.receive(delivery.Failed("key", command.entries, 0, "no"), now)
+            commands += machine.receive(delivery.Requested(1), now)
     raise AssertionError("the delivery machine does not come to an end")
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from google.protobuf.descriptor import FieldDescriptor
 
-from orki_contract.literals import repeats
+from orki_contract.descriptors import is_repeated
 
 NOTHING: Final = ("nothing",)
 """What a reader sees of a field that is not set and knows it."""
@@ -38,7 +38,7 @@ def fill(rng: random.Random, message: Any, depth: int = 0) -> None:
             continue
         if _is_map(field):
             _fill_map(rng, message, field, depth)
-        elif repeats(field):
+        elif is_repeated(field):
             _fill_list(rng, message, field, depth)
         elif field.message_type is not None:
             inner = getattr(message, field.name)
@@ -73,7 +73,7 @@ def seen(message: Any) -> dict[str, Any]:
             entry = field.message_type.fields_by_name["value"]
             value = getattr(message, field.name)
             found[field.name] = {("key", type(key).__name__, key): _one(entry, value[key]) for key in value}
-        elif repeats(field):
+        elif is_repeated(field):
             found[field.name] = [_one(field, each) for each in getattr(message, field.name)]
         elif field.has_presence and not message.HasField(field.name):
             # A message that is not set has nothing to read; of other fields the default is read.

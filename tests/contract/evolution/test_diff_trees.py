@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from evolution_pairs import OPTIONS, ROOT
 
-from orki_contract.cli import main
+from orki_contract.__main__ import main
 
 pytestmark = pytest.mark.timeout(120)
 

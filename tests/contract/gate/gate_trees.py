@@ -17,8 +17,8 @@ from orki_codegen.gate.contracts import present
 from orki_codegen.gate.judge import Terms, Verdict, judge
 from orki_codegen.gate.members import find_members
 from orki_codegen.gate.past import Past, Release
-from orki_contract.difference.versions import Version, version_at
 from orki_contract.images import package_images
+from orki_contract.versions import ContractVersion, version_at
 
 ROOT = Path(__file__).resolve().parents[3]
 OPTIONS = "orki/options/v1/options.proto"
@@ -87,7 +87,7 @@ class Tree:
 
 
 @cache
-def contract_of(root: Path) -> Version:
+def contract_of(root: Path) -> ContractVersion:
     """A workspace's contract; such a past is looked at by many tests."""
     return version_at(str(root))
 

@@ -16,9 +16,9 @@ from google.protobuf import message_factory
 
 from orki_codegen import cli
 from orki_codegen.gate.wheels import built
+from orki_contract import EventStream
 from orki_contract.descriptors import Schema
 from orki_contract.errors import InvalidSetting
-from orki_contract.handles import EventStream
 from orki_contract.images import image_of
 from orki_contract.read import read_image
 from orki_events import Tuning, connect

@@ -9,10 +9,9 @@ from typing import Final
 
 from orki_contract import findings
 from orki_contract.findings import Bump, Category
-from orki_contract.rules import owners
-from orki_contract.validate import RULES
+from orki_contract.validate import OWNER_RULES, RULES
 
-LINT: Final[Mapping[str, str]] = {rule: purpose for rule, purpose in RULES.items() if rule not in owners.RULES}
+LINT: Final[Mapping[str, str]] = {rule: purpose for rule, purpose in RULES.items() if rule not in OWNER_RULES}
 """Purposes of the rules of `buf lint`, by id. Who owns what is not in the protos, so the generator alone judges it."""
 
 BREAKING: Final[Mapping[str, str]] = {

@@ -10,9 +10,8 @@ from typing import Final
 
 from orki_codegen.gate.members import find_members
 from orki_codegen.gate.past import Past, Release
-from orki_contract.difference.git import checked_out, commit_of
-from orki_contract.difference.versions import version_at
 from orki_contract.errors import InvalidSetting
+from orki_contract.versions import checked_out, commit_of, version_at
 
 # Where neither contracts nor modules that users import lie; the rest of a commit is written out.
 _LEFT_OUT: Final = frozenset({"benchmarks", "docs", "tests"})

@@ -20,11 +20,11 @@ from orki_codegen.gate.members import Member
 from orki_codegen.gate.past import Past
 from orki_codegen.gate.remarks import Remark
 from orki_contract.descriptors import Location
-from orki_contract.difference.versions import Version as ContractVersion
 from orki_contract.errors import InvalidContract
 from orki_contract.findings import RULES, Bump, Category, Finding, Plane, findings
 from orki_contract.images import IMAGE_NAME, package_images
 from orki_contract.read import read_image
+from orki_contract.versions import ContractVersion
 
 _BUF_RULES: Final = "FILE"
 # Of a declaration that carries entries: `stream "findings"`, as findings name those who are concerned.

@@ -18,10 +18,9 @@ from orki_codegen.gate.members import Member
 from orki_codegen.gate.past import Past, Release
 from orki_codegen.gate.published import FILE, StandIn
 from orki_codegen.gate.wheels import release_of
-from orki_contract.difference.versions import Version as ContractVersion
-from orki_contract.difference.versions import version_at
 from orki_contract.errors import InvalidContract
 from orki_contract.read import read_image
+from orki_contract.versions import ContractVersion, version_at
 
 _SHORT: Final = 10
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from orki_contract.difference.versions import Version as ContractVersion
+from orki_contract.versions import ContractVersion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -128,8 +128,7 @@ def served_services(handlers: Mapping[str, Handler]) -> tuple[ServedService, ...
     Raises:
         InvalidContract: The package of generated code carries no image.
     """
-    from orki_contract.images import image_of, service_digest
-    from orki_contract.provenance import package_version
+    from orki_contract.images import image_of, package_version, service_digest
 
     served = []
     for service in sorted({handler.task.contract.service for handler in handlers.values()}):

@@ -1,7 +1,27 @@
 """The vocabulary of orki's contracts. Depends on protobuf alone."""
 
-from orki_contract.frames import FrameBase, at, frame, tail
-from orki_contract.handles import EventStream, FrameType, Payload, Task, Tool
+from orki_contract._frames import FrameBase, at, frame, tail
+from orki_contract._handles import (
+    AsyncTaskService,
+    AsyncToolService,
+    EventStream,
+    FrameType,
+    Payload,
+    SyncTaskContext,
+    SyncTaskService,
+    SyncToolChannel,
+    SyncToolService,
+    SyncToolStub,
+    Task,
+    TaskChannel,
+    TaskContext,
+    TaskHandle,
+    TaskStub,
+    Tool,
+    ToolCall,
+    ToolChannel,
+    ToolStub,
+)
 from orki_contract.model import (
     AUDIT_GROUP,
     Backoff,
@@ -18,22 +38,6 @@ from orki_contract.model import (
     Stream,
     TaskMethod,
     ToolMethod,
-)
-from orki_contract.ports import (
-    AsyncTaskService,
-    AsyncToolService,
-    SyncTaskContext,
-    SyncTaskService,
-    SyncToolChannel,
-    SyncToolService,
-    SyncToolStub,
-    TaskChannel,
-    TaskContext,
-    TaskHandle,
-    TaskStub,
-    ToolCall,
-    ToolChannel,
-    ToolStub,
 )
 
 __all__ = [

@@ -8,7 +8,18 @@ default pool.
 
 from __future__ import annotations
 
-__all__ = ["OPTIONS_PACKAGE", "Location", "MessageNode", "MethodNode", "Schema", "ServiceNode"]
+__all__ = [
+    "OPTIONS_PACKAGE",
+    "Location",
+    "MessageNode",
+    "MethodNode",
+    "Path",
+    "Schema",
+    "ServiceNode",
+    "field_path",
+    "is_repeated",
+    "reachable",
+]
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +32,6 @@ from google.protobuf.descriptor import Descriptor
 from google.protobuf.descriptor_pb2 import (
     DescriptorProto,
     EnumDescriptorProto,
-    FieldDescriptorProto,
     FileDescriptorProto,
     FileDescriptorSet,
     MethodDescriptorProto,
@@ -29,8 +39,8 @@ from google.protobuf.descriptor_pb2 import (
 )
 from google.protobuf.message import DecodeError, Message
 
+from orki_contract._literals import is_repeated, literal_places
 from orki_contract.errors import InvalidContract
-from orki_contract.literals import literal_places, repeats
 
 OPTIONS_PACKAGE: Final = "orki.options.v1"
 """Proto package of the options that make a proto a contract."""
@@ -38,6 +48,14 @@ OPTIONS_PACKAGE: Final = "orki.options.v1"
 # Field numbers of descriptor.proto, of which source paths are made.
 _FILE_MESSAGE, _FILE_ENUM, _FILE_SERVICE = 4, 5, 6
 _MESSAGE_NESTED, _MESSAGE_ENUM, _SERVICE_METHOD = 3, 4, 2
+
+# Field numbers of the `options` fields of descriptor.proto.
+_OPTIONS_FIELDS: Final = {
+    "google.protobuf.FileOptions": 8,
+    "google.protobuf.MessageOptions": 7,
+    "google.protobuf.FieldOptions": 8,
+    "google.protobuf.MethodOptions": 4,
+}
 
 Path = tuple[int, ...]
 
@@ -205,7 +223,7 @@ class Schema:
         extension = self._extensions.get(name)
         if extension is None or extension.containing_type is not options.DESCRIPTOR:
             return None
-        if extension.is_extension and repeats(extension):
+        if extension.is_extension and is_repeated(extension):
             return options.Extensions[extension] or None
         return options.Extensions[extension] if options.HasExtension(extension) else None
 
@@ -250,6 +268,34 @@ class Schema:
             if place is not None:
                 return Location(file, *place)
         return self.location(file, (*option, *inside))
+
+    def locate(self, file: str, path: Path, options: Message, option: str, *inside: str | int) -> Location:
+        """Return the location of an option or of a part of its value; the nearest enclosing element if absent.
+
+        Args:
+            file: The file.
+            path: Source path of the element that carries the option.
+            options: The element's options.
+            option: The option's name, such as `stream`.
+            inside: Names of fields, and indexes behind repeated ones: `"groups", 2, "name"`.
+        """
+        whole: Path = (*path, _OPTIONS_FIELDS[options.DESCRIPTOR.full_name], self.option_number(option))
+        value: Any = self.option(options, option)
+        steps = list(inside)
+        if steps and isinstance(steps[0], int):
+            whole += (steps[0],)
+            value = value[steps.pop(0)]
+        if not isinstance(value, Message):
+            return self.location(file, whole)
+        part: Path = ()
+        at: Any = value
+        for step in steps:
+            if isinstance(step, str) and step not in at.DESCRIPTOR.fields_by_name:
+                # Options that are older than the field.
+                break
+            part += (step if isinstance(step, int) else at.DESCRIPTOR.fields_by_name[step].number,)
+            at = at[step] if isinstance(step, int) else getattr(at, step)
+        return self.option_location(file, whole, value, part)
 
     def comment(self, file: str, path: Path) -> str:
         """The comment that stands before an element, without comment marks; empty for none."""
@@ -317,11 +363,6 @@ def field_path(message: MessageNode, index: int) -> Path:
     return (*message.path, 2, index)
 
 
-def is_repeated(field: FieldDescriptorProto) -> bool:
-    """Whether a field holds many values."""
-    return field.label == FieldDescriptorProto.LABEL_REPEATED
-
-
 def _join(scope: str, name: str) -> str:
     return f"{scope}.{name}" if scope else name
 
@@ -339,11 +380,11 @@ def _fill(pool: descriptor_pool.DescriptorPool, files: Sequence[FileDescriptorPr
     for name, file in sorted(by_name.items()):
         for imported in file.dependency:
             if imported not in by_name:
-                raise InvalidContract(f"the image lacks {imported}, which {name} imports: build it with its imports")
+                raise InvalidContract(f"the image lacks {imported}, which {name} imports: build the image with imports")
     try:
         order = list(TopologicalSorter({name: file.dependency for name, file in by_name.items()}).static_order())
     except CycleError as error:
-        raise InvalidContract(f"files import each other: {', '.join(error.args[1])}") from error
+        raise InvalidContract(f"import cycle: {', '.join(error.args[1])}") from error
     for name in order:
         try:
             pool.AddSerializedFile(by_name[name].SerializeToString())

@@ -9,20 +9,29 @@ from __future__ import annotations
 
 __all__ = [
     "IMAGE_NAME",
+    "Image",
     "image_of",
+    "images_in",
     "message_class",
     "package_image",
     "package_images",
+    "package_version",
     "service_digest",
+    "source_folder",
     "stream_digest",
 ]
 
 import hashlib
 import json
+import os
+import zipfile
 from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
-from importlib import resources
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from importlib import metadata, resources
+from pathlib import Path
 from typing import Any, Final
+from urllib.parse import unquote, urlsplit
 
 from google.protobuf import message_factory
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
@@ -30,7 +39,7 @@ from google.protobuf.message import Message
 
 from orki_contract.descriptors import MessageNode, Schema, reachable
 from orki_contract.errors import InvalidContract
-from orki_contract.model import Stream, TaskMethod, ToolMethod, dump
+from orki_contract.model import DURATIONS, Stream, TaskMethod, ToolMethod, dump, milliseconds
 from orki_contract.read import read_schema
 
 IMAGE_NAME: Final = "contract.binpb"
@@ -202,13 +211,150 @@ def _shape(schema: Schema, node: MessageNode) -> dict[str, Any]:
 
 
 def _sparse(value: Any) -> Any:
-    """As `dump`, without what has its default: what the model learns later changes no digest of today."""
+    """Return `dump` without default values, so that fields added to the model later change no existing digest.
+
+    Durations are whole milliseconds, as in the first release.
+    """
     if is_dataclass(value) and not isinstance(value, type):
+        given = {each.name: getattr(value, each.name) for each in fields(value)}
+        given = {each.name: given[each.name] for each in fields(value) if given[each.name] != each.default}
         return {
-            each.name: _sparse(getattr(value, each.name))
-            for each in fields(value)
-            if getattr(value, each.name) != each.default
+            f"{name}_ms" if name in DURATIONS else name: milliseconds(each) if name in DURATIONS else _sparse(each)
+            for name, each in given.items()
         }
     if isinstance(value, tuple):
         return [_sparse(item) for item in value]
     return dump(value)
+
+
+@cache
+def package_version(package: str) -> str:
+    """Version of the distribution that installed a proto package, such as `1.2.0`; empty where none is known.
+
+    Reads the lists of installed files, which takes some milliseconds, once for each package.
+    """
+    try:
+        place = os.path.realpath(str(resources.files(package) / IMAGE_NAME))
+    except (ModuleNotFoundError, ValueError, TypeError):
+        return ""
+    wanted = f"{package.replace('.', '/')}/{IMAGE_NAME},"
+    for distribution in metadata.distributions():
+        listed = (distribution.read_text("RECORD") or "").replace("\\", "/")
+        if wanted in listed and os.path.realpath(str(distribution.locate_file(wanted[:-1]))) == place:
+            return distribution.version
+        source = source_folder(distribution)
+        if source is not None and Path(place).is_relative_to(os.path.realpath(source)):
+            return distribution.version
+    return ""
+
+
+def source_folder(distribution: metadata.Distribution) -> Path | None:
+    """Where a distribution lies that was installed from its source folder (PEP 610); None for any other."""
+    parts = urlsplit(json.loads(distribution.read_text("direct_url.json") or "{}").get("url", ""))
+    return Path(unquote(parts.path)) if parts.scheme == "file" else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    """An image and where it was found.
+
+    Attributes:
+        place: For people.
+        content: The serialized FileDescriptorSet.
+        shipped: Whether it is the image of one proto package, as wheels ship it; what else is in it was imported.
+    """
+
+    place: str
+    content: bytes
+    shipped: bool
+
+
+def images_in(source: str) -> list[Image]:
+    """Every image that a source holds, sorted by where it lies.
+
+    Args:
+        source: Path of an image, of a wheel or of a folder (searched for `contract.binpb`); or name of an installed
+            distribution (`orki-events`) or proto package (`orki.events.v1`).
+
+    Raises:
+        InvalidContract: There is no such source, or it holds no image.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = _in_folder(path)
+        kind = f"the folder {source}"
+    elif path.is_file() and zipfile.is_zipfile(path):
+        found = _in_wheel(path)
+        kind = f"the wheel {source}"
+    elif path.is_file():
+        return [Image(place=source, content=_read_file(path), shipped=path.name == IMAGE_NAME)]
+    else:
+        found = _installed(source)
+        kind = f"the installed distribution {source}"
+    if not found:
+        raise InvalidContract(f"{kind} holds no {IMAGE_NAME}, so no contract: was its code generated?")
+    return [Image(place=place, content=found[place], shipped=True) for place in sorted(found)]
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidContract(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _in_folder(root: Path) -> dict[str, bytes]:
+    """The images below a folder; hidden folders hold environments and caches, not contracts."""
+    found = {}
+    for folder, names, files in os.walk(root):
+        names[:] = [name for name in names if not name.startswith(".")]
+        if IMAGE_NAME in files:
+            path = Path(folder, IMAGE_NAME)
+            found[str(path)] = _read_file(path)
+    return found
+
+
+def _in_wheel(path: Path) -> dict[str, bytes]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = sorted(name for name in archive.namelist() if name.rpartition("/")[2] == IMAGE_NAME)
+            return {f"{path}!{name}": archive.read(name) for name in names}
+    except (zipfile.BadZipFile, OSError) as error:
+        raise InvalidContract(f"the wheel {path} cannot be read: {error}") from error
+
+
+def _installed(name: str) -> dict[str, bytes]:
+    try:
+        files = metadata.distribution(name).files or []
+    except (metadata.PackageNotFoundError, ValueError):
+        try:
+            return {name: image_of(name)}
+        except InvalidContract as error:
+            raise InvalidContract(
+                f'"{name}" is no file or folder, no installed distribution and no installed proto package: '
+                f"{error.message}"
+            ) from error
+    found = {}
+    for file in files:
+        if file.name == IMAGE_NAME:
+            package = ".".join(file.parent.parts)
+            found[package] = image_of(package)
+    return found or _editable(name)
+
+
+def _editable(name: str) -> dict[str, bytes]:
+    """The images of a distribution that is installed from its source folder, whose metadata lists no files.
+
+    They lie below the folders that its `.pth` files put on the path; where those name none, below `gen` and `src` of
+    the source folder.
+    """
+    distribution = metadata.distribution(name)
+    roots: list[Path] = []
+    for file in distribution.files or []:
+        if file.suffix == ".pth":
+            lines = Path(str(distribution.locate_file(file))).read_text(encoding="utf-8").splitlines()
+            roots += [Path(line) for line in lines if line and not line.startswith(("import ", "import\t", "#"))]
+    if not roots:
+        folder = source_folder(distribution)
+        roots = [folder / "gen", folder / "src"] if folder is not None else []
+    return {place: content for root in roots for place, content in _in_folder(root).items()}

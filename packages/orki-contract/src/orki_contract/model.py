@@ -11,10 +11,11 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 __all__ = [
     "AUDIT_GROUP",
+    "DURATIONS",
     "Backoff",
     "Contract",
     "ExternalGroup",
@@ -332,6 +333,16 @@ class Contract:
     tools: tuple[ToolMethod, ...] = ()
     frames: tuple[Frame, ...] = ()
     sensitive: tuple[SensitiveField, ...] = field(default=())
+
+
+DURATIONS: Final = frozenset(
+    {
+        *("ack_deadline", "max_age", "least_age", "most_age"),
+        *("heartbeat_timeout", "attempt_timeout", "stall_timeout", "total_timeout", "cancel_grace"),
+        *("initial", "maximum", "timeout"),
+    }
+)
+"""Names of the model's fields that hold seconds."""
 
 
 def milliseconds(seconds: float) -> int:

@@ -14,8 +14,8 @@ from typing import Any, Final
 
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
 
+from orki_contract._frames import scalar_size
 from orki_contract.descriptors import Location, MessageNode, MethodNode, Path, Schema, field_path
-from orki_contract.frames import scalar_size
 from orki_contract.model import (
     AUDIT_GROUP,
     Backoff,

@@ -1,25 +1,74 @@
-"""What is wrong with a contract: every rule, all at once, each violation with its place."""
+"""Rules that a contract must follow, and their violations."""
 
 from __future__ import annotations
 
-__all__ = ["RULES", "Owners", "Violation", "check", "validate"]
+__all__ = [
+    "OWNER_RULES",
+    "RULES",
+    "Owners",
+    "Violation",
+    "check",
+    "validate",
+]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from orki_contract.descriptors import Location
+from orki_contract._rules import frames, names, services, streams
+from orki_contract._rules.report import Report, Rule, Violation, quoted
+from orki_contract.descriptors import OPTIONS_PACKAGE, Location
 from orki_contract.errors import InvalidContract
 from orki_contract.read import ReadContract
-from orki_contract.rules import frames, names, owners, services, streams
-from orki_contract.rules.judge import Judge, Violation
+
+OWNER_RULES: Final[dict[Rule, str]] = {
+    "ORKI_OWNER_ONE": "A proto package belongs to one distribution.",
+    "ORKI_OWNER_MISSING": "Every proto package of the tree belongs to a distribution.",
+    "ORKI_OWNER_UNKNOWN": "A distribution owns proto packages that exist.",
+    "ORKI_OWNER_OPTIONS": "No distribution owns the options package.",
+}
+
+
+def _check_owners(report: Report, owners: Mapping[str, Sequence[Location]], files: Collection[str]) -> None:
+    """Judges who owns what.
+
+    Args:
+        report: Hears it.
+        owners: The places that claim each proto package.
+        files: Paths of the tree's own files; imports from elsewhere need no owner here.
+    """
+    packages: dict[str, str] = {}
+    for path in sorted(files):
+        if path in report.schema.files:
+            packages.setdefault(report.schema.files[path].package, path)
+    for package, places in sorted(owners.items()):
+        if package == OPTIONS_PACKAGE:
+            report.add("ORKI_OWNER_OPTIONS", places[0], f"{package} is never generated: remove it from contracts")
+        elif package not in packages:
+            known = quoted(sorted(set(packages) - {OPTIONS_PACKAGE}))
+            report.add(
+                "ORKI_OWNER_UNKNOWN",
+                places[0],
+                f'no proto file has the package "{package}": correct or remove it (known: {known})',
+            )
+        for place in places[1:]:
+            report.add("ORKI_OWNER_ONE", place, f"{package} already belongs to {places[0].file}: remove one")
+    for package, path in sorted(packages.items()):
+        if package != OPTIONS_PACKAGE and package not in owners:
+            report.add(
+                "ORKI_OWNER_MISSING",
+                report.schema.location(path, (2,)),
+                f'no distribution owns the package "{package}": add it to one pyproject.toml, '
+                f'under [tool.orki], contracts = ["{package}"]',
+            )
+
 
 RULES: Final[Mapping[str, str]] = {
     **streams.RULES,
     **services.RULES,
     **frames.RULES,
     **names.RULES,
-    **owners.RULES,
+    **OWNER_RULES,
     "ORKI_DURATION": "A duration is 1 ms to 3,650 days.",
 }
 """The purpose of each rule, by its id."""
@@ -46,14 +95,14 @@ def validate(read: ReadContract, tree: Owners | None = None) -> tuple[Violation,
         tree: Who owns what, and where the files lie; without it ownership is not judged and files are named as imports
             name them.
     """
-    judge = Judge(read, RULES, tree.files if tree is not None else {})
-    streams.judge(judge)
-    services.judge(judge)
-    frames.judge(judge)
-    names.judge(judge)
+    report = Report(read, RULES, tree.files if tree is not None else {})
+    streams.check(report)
+    services.check(report)
+    frames.check(report)
+    names.check(report)
     if tree is not None:
-        owners.judge(judge, tree.packages, tree.files.keys())
-    return tuple(sorted(set(judge.found)))
+        _check_owners(report, tree.packages, tree.files.keys())
+    return tuple(sorted(set(report.found)))
 
 
 def check(read: ReadContract, tree: Owners | None = None) -> None:

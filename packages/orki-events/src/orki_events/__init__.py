@@ -15,13 +15,11 @@ async with connect("redis://127.0.0.1:6379/0") as events:
 """
 
 from orki_events._client import Events, connect
-from orki_events._dead_letters import DeadLetterEntry
-from orki_events._deliveries import Delivery, DeliveryBatch, Subscription
+from orki_events._consumers import Consumer, Delivery, DeliveryBatch, Subscription, consumer
 from orki_events._ledger import GroupLedger, StreamLedger
 from orki_events._options import ConsumeOptions, EventOptions, Gap, GapKind
 from orki_events._publisher import Outgoing
-from orki_events._push import Consumer, consumer
-from orki_events._readers import TailEntry
+from orki_events._readers import DeadLetterEntry, TailEntry
 from orki_events.registry import RegisteredStream
 from orki_events.tuning import Tuned, Tuning
 

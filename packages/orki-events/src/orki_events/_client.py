@@ -16,19 +16,27 @@ from typing import Any, Self, TypeVar
 
 from google.protobuf.message import Message
 
+from orki_contract import EventStream
 from orki_contract.errors import InvalidSetting, LocalProtocolError, UnknownStream
-from orki_contract.handles import EventStream
 from orki_contract.model import Stream
 from orki_contract.trace import Span, current_span
 from orki_events._commands import GroupMember
-from orki_events._dead_letters import DeadLetterEntry, list_dead_letters, replay_dead_letters
-from orki_events._deliveries import Decode, Delivery, DeliveryBatch, Subscription, take_batch, take_one
+from orki_events._consumers import (
+    Consumer,
+    Decode,
+    Delivery,
+    DeliveryBatch,
+    PushRun,
+    Subscription,
+    run_until,
+    take_batch,
+    take_one,
+)
 from orki_events._group_reader import GroupReader, ReaderServices
 from orki_events._ledger import StreamLedger, read_ledger
 from orki_events._options import ConsumeOptions, EventOptions, Gap
 from orki_events._publisher import Outgoing, PublishCounts, Publisher
-from orki_events._push import Consumer, PushRun, run_until
-from orki_events._readers import TailEntry, follow_stream
+from orki_events._readers import DeadLetterEntry, TailEntry, follow_stream, list_dead_letters, replay_dead_letters
 from orki_events.connection import Address, Connection, parse_address
 from orki_events.groups import ConsumerGroups
 from orki_events.registry import RegisteredStream, StreamRegistry
@@ -272,10 +280,10 @@ class Events:
         start = self._reader_factory(stream, group, consumer, options, size)
         return Subscription(start, lambda reader: take_batch(reader, bytes, size))
 
-    async def tail(
+    def tail(
         self, stream: EventStream[E, Any], *, after: str = "latest", follow: bool = True
     ) -> AsyncGenerator[TailEntry[E], None]:
-        """Read a stream without a group, until the caller stops or the `Events` closes.
+        """Return an asynchronous iterator over a stream without a group; it ends when the `Events` closes.
 
         Args:
             stream: The stream.
@@ -286,19 +294,13 @@ class Events:
             InvalidArgument: `after` is not a cursor of this stream.
             OrkiError: The server refuses. If it does not answer, `follow` retries; otherwise the error is raised.
         """
-        async with contextlib.aclosing(
-            self._tail(stream.contract, stream.message.FromString, after, follow)
-        ) as entries:
-            async for entry in entries:
-                yield entry
+        return self._tail(stream.contract, stream.message.FromString, after, follow)
 
-    async def raw_tail(
+    def raw_tail(
         self, stream: Stream, *, after: str = "latest", follow: bool = True
     ) -> AsyncGenerator[TailEntry[bytes], None]:
         """As `tail`, without the stream's generated code: the events are undecoded bytes."""
-        async with contextlib.aclosing(self._tail(stream, bytes, after, follow)) as entries:
-            async for entry in entries:
-                yield entry
+        return self._tail(stream, bytes, after, follow)
 
     async def dead_letters(
         self, stream: EventStream[E, G], *, group: G, count: int = 100, after: str = "0-0"

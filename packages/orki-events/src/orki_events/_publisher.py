@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 
 from google.protobuf.message import Message
 
+from orki_contract import EventStream
 from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import (
     ContractMismatch,
@@ -30,7 +31,6 @@ from orki_contract.errors import (
     OrkiError,
     TooLarge,
 )
-from orki_contract.handles import EventStream
 from orki_contract.model import milliseconds
 from orki_contract.trace import Span
 from orki_events._options import EventOptions, Gap, GapKind

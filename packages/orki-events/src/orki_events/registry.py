@@ -27,12 +27,11 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Final
 
+from orki_contract import EventStream
 from orki_contract.errors import ContractMismatch, EventsUnavailable, InvalidContract, OrkiError
 from orki_contract.findings import Fit, stream_fit
-from orki_contract.handles import EventStream
-from orki_contract.images import image_of
+from orki_contract.images import image_of, package_version
 from orki_contract.model import AUDIT_GROUP, Group, Overflow, Retention, Start, Stream, dump, milliseconds
-from orki_contract.provenance import package_version
 from orki_contract.read import ReadContract, read_image
 from orki_events.connection import Connection, Script
 from orki_events.groups import pairs

@@ -1,5 +1,5 @@
-"""`python -m orki_server`: the `orki` command."""
+"""Run the `orki` command as `python -m orki_server`."""
 
-from orki_server.cli import main
+from orki_server._cli.root import main
 
 main()

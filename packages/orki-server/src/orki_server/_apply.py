@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Final
 
 from orki_contract.errors import ContractMismatch, InvalidContract
-from orki_contract.images import package_images, service_digest
+from orki_contract.images import Image, images_in, package_images, package_version, service_digest
 from orki_contract.model import ExternalGroup, Stream
-from orki_contract.provenance import package_version
 from orki_contract.read import ReadContract, read_image
-from orki_contract.sources import Image, images_in
 from orki_contract.validate import validate
 from orki_events.connection import Connection as EventConnection
 from orki_events.groups import ConsumerGroups

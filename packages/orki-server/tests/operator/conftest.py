@@ -17,8 +17,8 @@ import pytest
 from google.protobuf import descriptor_pool, message_factory
 from google.protobuf.message import Message
 
+from orki_contract import EventStream
 from orki_contract.descriptors import Schema
-from orki_contract.handles import EventStream
 from orki_contract.images import image_of
 from orki_contract.model import AUDIT_GROUP, Group, Retention, Stream
 from orki_events import Events, connect
@@ -42,7 +42,11 @@ class Observer:
         """Starts it and waits for its line."""
         with (self.folder / "observer.log").open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *self.arguments], stdout=subprocess.PIPE, stderr=log, text=True, cwd=self.folder
+                [sys.executable, "-m", "orki_server", *self.arguments],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=self.folder,
             )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -78,7 +82,7 @@ def canary() -> str:
 
 @pytest.fixture
 def observer(tmp_path: Path) -> Iterator[Callable[..., Observer]]:
-    """Starts observers: `observer("orki_server.observers.feed", "--redis", url)`."""
+    """Starts observers: `observer("observe", "feed", "--redis", url)`."""
     started: list[Observer] = []
 
     def start(*arguments: str) -> Observer:
@@ -252,7 +256,7 @@ def orki(tmp_path: Path) -> Callable[..., Awaitable[Ended]]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ORKI_")}
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-c", "from orki_server.cli import main; main()"),
+            *("-c", "from orki_server._cli.root import main; main()"),
             *arguments,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -275,7 +279,7 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ORKI_")}
         environment.update(more.pop("env", {}))
-        code = "from orki_server.cli import main; main()"
+        code = "from orki_server._cli.root import main; main()"
         return subprocess.run(
             [sys.executable, "-c", code, *arguments],
             capture_output=True,

@@ -19,13 +19,13 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto, FileDescriptorSet
 
 from orki.control.v1.session_pb2 import ServedService
+from orki_contract import EventStream
 from orki_contract.descriptors import Schema
 from orki_contract.errors import ContractMismatch
-from orki_contract.handles import EventStream
 from orki_contract.images import image_of
 from orki_contract.read import read_image
 from orki_events import connect
-from orki_server.cli.root import root
+from orki_server._cli.root import root
 
 pytestmark = pytest.mark.timeout(180)
 

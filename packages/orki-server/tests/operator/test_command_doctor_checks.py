@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from orki_server.cli.doctor_checks import Verdict, check_dead_letters, check_groups, check_store, parse_info
-from orki_server.observers.stream_figures import GroupFigures
+from orki_server._cli.doctor import Verdict, check_dead_letters, check_groups, check_store, parse_info
+from orki_server._observers.stream_stats import GroupFigures
 
 HEALTHY = """# Server
 valkey_version:9.1.2

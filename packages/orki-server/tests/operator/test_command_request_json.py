@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from orki.control.v1.task_pb2 import ServiceSnapshot
 from orki.events.v1.usage_pb2 import UsageEvent
 from orki_contract.errors import InvalidArgument, UnknownMethod
-from orki_server.cli.request_json import message_json, request_from_json
-from orki_server.cli.submit import find_method, registered_methods
+from orki_server._cli.submit import find_method, message_json, registered_methods, request_from_json
 
 
 def test_names_of_the_proto_and_of_json_are_taken() -> None:

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from orki_contract.errors import HandlerRejected
-from orki_server.cli.root import root
+from orki_server._cli.root import root
 
 SERVICE = "servertests.v1.WorkService"
 

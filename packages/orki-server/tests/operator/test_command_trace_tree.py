@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from orki_contract.trace import Span
-from orki_server.cli.trace_tree import Node, Trace, TraceRecord, build_trace, task_ids
-from orki_server.cli.trace_view import render
+from orki_server._cli.trace import render
+from orki_server._cli.trace_tree import Node, Trace, TraceRecord, build_trace, task_ids
 
 ZERO = 1_700_000_000_000_000
 ROOT = Span("a" * 32, "1" * 16)

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.timeout(180)
 
 
 def audit(observer: Start, url: str, file: Path, *more: str) -> Any:
-    return observer("orki_server.observers.audit", str(file), "--redis", url, *more)
+    return observer("observe", "audit", str(file), "--redis", url, *more)
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -133,7 +133,7 @@ async def test_a_full_disk_is_waited_for_and_nothing_is_lost(
 
 
 def test_it_waits_for_an_event_server_that_is_away(dead_port: int, tmp_path: Path) -> None:
-    module = [sys.executable, "-m", "orki_server.observers.audit"]
+    module = [sys.executable, "-m", "orki_server", "observe", "audit"]
     process = subprocess.Popen(
         [*module, str(tmp_path / "a"), "--redis", f"redis://127.0.0.1:{dead_port}/0"],
         stdout=subprocess.PIPE,
@@ -170,11 +170,11 @@ def test_bad_settings_end_it_in_one_sentence(
     assert "Traceback" not in ended.stderr
 
 
-def test_it_ends_in_one_sentence_as_a_module_too(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "orki_server.observers.audit", str(tmp_path), "--redis", "redis://127.0.0.1:1"]
+def test_an_unusable_file_ends_the_observer_with_one_sentence(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "orki_server", "observe", "audit", str(tmp_path), "--redis", "redis://127.0.0.1:1"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2
-    command[3] = str(tmp_path / "no" / "a.jsonl")
+    command[5] = str(tmp_path / "no" / "a.jsonl")
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
 

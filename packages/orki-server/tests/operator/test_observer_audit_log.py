@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orki_contract.errors import InvalidSetting, OrkiError
-from orki_server.observers import audit_log
-from orki_server.observers.audit_log import AuditLog, AuditLogSettings, Fsync
+from orki_server._observers import audit as audit_log
+from orki_server._observers.audit import AuditLog, AuditLogSettings, Fsync
 
 
 def _line(number: int, body: str = "") -> tuple[str, str]:

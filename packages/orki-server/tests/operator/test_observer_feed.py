@@ -19,7 +19,7 @@ from orki.events.v1.usage_orki import USAGE
 from orki.events.v1.usage_pb2 import UsageEvent
 from orki_events import Events
 from orki_events.connection import parse_address
-from orki_server.observers.feed import FeedOptions, run_feed
+from orki_server._observers.feed import FeedOptions, run_feed
 
 Start = Callable[..., Any]
 
@@ -76,7 +76,7 @@ async def followed(http: aiohttp.ClientSession, url: str, last_id: str = "", **q
 
 
 def feed(observer: Start, url: str) -> Any:
-    return observer("orki_server.observers.feed", "--redis", url, "--port", "0")
+    return observer("observe", "feed", "--redis", url, "--port", "0")
 
 
 async def test_events_arrive_redacted_with_their_envelope(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orki_contract.errors import InvalidArgument, TooLarge
-from orki_server.observers.feed_cursor import LONGEST_CURSOR, format_feed_cursor, parse_feed_cursor
+from orki_server._observers.entries import LONGEST_CURSOR, format_feed_cursor, parse_feed_cursor
 
 NAMES = st.from_regex(r"[a-z][a-z0-9_.-]{0,20}", fullmatch=True)
 IDS = st.builds("{}-{}".format, st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(180)
 
 
 def metrics(observer: Start, url: str, port: int = 0) -> Any:
-    return observer("orki_server.observers.metrics", "--redis", url, "--port", str(port))
+    return observer("observe", "metrics", "--redis", url, "--port", str(port))
 
 
 async def scraped(url: str) -> str:

@@ -18,8 +18,8 @@ from orki.events.v1.task_pb2 import (
 )
 from orki.events.v1.tool_pb2 import ToolEvent
 from orki.events.v1.usage_pb2 import UsageEvent
-from orki_server.observers.metrics_book import MetricsBook
-from orki_server.observers.stream_figures import GroupFigures, StreamFigures
+from orki_server._observers.metrics import MetricsBook
+from orki_server._observers.stream_stats import GroupFigures, StreamFigures
 
 METHOD = "acme.v1.Review/File"
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orki_contract.model import SensitiveField
-from orki_server.observers.redaction import REDACTED, UNKNOWN_FIELDS, Redaction, safe_json, safe_text
+from orki_server._observers.redaction import REDACTED, UNKNOWN_FIELDS, Redaction, safe_json, safe_text
 
 SECRET = "xyzzy-canary-7731"
 F = descriptor_pb2.FieldDescriptorProto

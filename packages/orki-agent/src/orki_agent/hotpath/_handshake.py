@@ -41,8 +41,7 @@ from orki_contract.errors import (
     UnknownMethod,
 )
 from orki_contract.findings import Fit, service_fit
-from orki_contract.images import image_of, service_digest
-from orki_contract.provenance import package_version
+from orki_contract.images import image_of, package_version, service_digest
 from orki_contract.read import read_image
 
 TOKEN_BYTES: Final = 32

@@ -1,0 +1,355 @@
+"""The command `orki-contract`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, Final
+
+from orki_contract.descriptors import Location
+from orki_contract.errors import InvalidContract, OrkiError
+from orki_contract.findings import Bump, Finding, findings, required_bump
+from orki_contract.images import images_in, service_digest, stream_digest
+from orki_contract.model import (
+    Backoff,
+    Contract,
+    Frame,
+    Group,
+    Retention,
+    Stream,
+    TaskMethod,
+    ToolMethod,
+    dump,
+    duration_text,
+)
+from orki_contract.printing import say
+from orki_contract.read import ReadContract, merged, read_image
+from orki_contract.validate import validate
+from orki_contract.versions import ContractVersion, version_at
+
+_DUMP = """\
+Shows what a contract declares: streams with their groups, tasks, tools, frames, sensitive fields.
+
+SOURCE is one of:
+  contract.binpb       an image: a serialized FileDescriptorSet with its imports (`buf build -o` writes one)
+  acme-1.0-….whl       a wheel; every contract.binpb in it is read
+  packages/acme        a folder; likewise, hidden folders left out; this one unless another is given
+  orki-events          an installed distribution
+  orki.events.v1       an installed proto package
+
+Exit status: 0; 1, the source breaks a rule of contracts (it is shown all the same); 2, the source cannot be read.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    parser = argparse.ArgumentParser(prog="orki-contract", description="Looks at orki contracts.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    dumping = commands.add_parser(
+        "dump",
+        help="show what a contract declares",
+        description=_DUMP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    dumping.add_argument(
+        "source", metavar="SOURCE", nargs="?", default=".", help="an image, a wheel, a folder, or what is installed (.)"
+    )
+    dumping.add_argument("--json", action="store_true", help="as JSON: an object for each proto package")
+    _add_diff(commands)
+    given = parser.parse_args(arguments)
+    try:
+        if given.command == "diff":
+            return _diff(given)
+        return _dump(given.source, as_json=given.json)
+    except OrkiError as error:
+        print(f"orki-contract: {error.message}", file=sys.stderr)
+        return 2
+
+
+def _dump(source: str, *, as_json: bool) -> int:
+    status = 0
+    packages: dict[str, object] = {}
+    texts = []
+    for image in images_in(source):
+        try:
+            read = read_image(image.content)
+        except InvalidContract as error:
+            raise InvalidContract(f"{image.place}: {error.message}") from error
+        for violation in validate(read):
+            print(f"orki-contract: {image.place}: {violation}", file=sys.stderr)
+            status = 1
+        for name, contract in _packages(read, shipped=image.shipped):
+            digests = dict(_digests(image.content, contract))
+            packages[name] = {**dump(contract), "digests": digests}
+            texts.append("\n".join([name, *_table(contract, digests)]))
+    say(json.dumps(packages, indent=2) if as_json else "\n\n".join(texts))
+    return status
+
+
+def _packages(read: ReadContract, *, shipped: bool) -> Iterator[tuple[str, Contract]]:
+    """The proto packages to show, by name: all that declare something, or in a shipped image those it was made for."""
+    files = read.schema.files
+    imported = {
+        files[path].package
+        for file in files.values()
+        for path in file.dependency
+        if files[path].package != file.package
+    }
+    declaring = {file.package for file in read.files if not file.empty}
+    for name in sorted({file.package for file in read.files} - imported if shipped else declaring):
+        parts = [file.contract for file in read.files if file.package == name]
+        yield name, merged(parts)
+
+
+def _digests(image: bytes, contract: Contract) -> Iterator[tuple[str, str]]:
+    for service in sorted({each.service for each in contract.tasks + contract.tools}):
+        yield service, service_digest(image, service)
+    for stream in contract.streams:
+        yield stream.name, stream_digest(image, stream.name)
+
+
+_Row = tuple[str, str]
+
+
+def _table(contract: Contract, digests: Mapping[str, str]) -> Iterator[str]:
+    rows = [
+        *(row for stream in contract.streams for row in _stream(stream)),
+        *(
+            (f"group {each.group.name} on stream {each.stream}", _words(each.group))
+            for each in contract.external_groups
+        ),
+        *(row for method in contract.tasks + contract.tools for row in _method(method)),
+        *(row for frame in contract.frames for row in _frame(frame)),
+        *((f"sensitive {each.message}.{each.field}", "") for each in contract.sensitive),
+        *((f"digest of {name}", digest) for name, digest in digests.items()),
+    ]
+    if not rows:
+        yield "  declares no stream, task, tool or frame"
+    # A few long names do not push everything else to the right.
+    column = max((len(label) for label, _ in rows if len(label) <= 48), default=0)
+    for label, text in rows:
+        yield f"  {label:<{column}}  {text}".rstrip()
+
+
+def _stream(stream: Stream) -> Iterator[_Row]:
+    age = f", {duration_text(stream.retention.max_age)}" if stream.retention.max_age else ""
+    split = f"; {stream.partitions} partitions by {stream.partition_key}" if stream.partitions > 1 else ""
+    yield f"stream {stream.name}", stream.message
+    yield "  keeps", f"{stream.retention.max_entries} entries{age}{split}"
+    if stream.retention.tunable:
+        yield "  may keep", _bounds(stream.retention)
+    for group in stream.groups:
+        yield f"  group {group.name}", _words(group)
+
+
+def _bounds(retention: Retention) -> str:
+    """What a deployment may set, for people: `500 to 5000 entries, 1 min to 1 h`."""
+    least, most = retention.entries_bounds
+    shortest, longest = retention.age_bounds
+    return f"{least} to {most} entries" + (
+        f", {duration_text(shortest)} to {duration_text(longest)}" if longest else ""
+    )
+
+
+def _method(method: TaskMethod | ToolMethod) -> Iterator[_Row]:
+    kind = "task" if isinstance(method, TaskMethod) else "tool"
+    yield f"{kind} {method.full_name}", "" if isinstance(method, TaskMethod) else f"0x{method.opcode:04x}"
+    for name in ("request", "response", "progress", "directive"):
+        if message := getattr(method, name, ""):
+            yield f"  {name}", message
+    if words := _words(method):
+        yield "  settings", words
+
+
+def _frame(frame: Frame) -> Iterator[_Row]:
+    tail = f", tail {frame.tail}" if frame.tail else ""
+    yield f"frame {frame.message}", f"version {frame.version}, {frame.block_length} bytes{tail}"
+    for field in frame.fields:
+        since = f", since version {field.since}" if field.since > 1 else ""
+        yield f"  {field.name}", f"{field.offset}..{field.offset + field.size - 1} {field.scalar}{since}"
+
+
+_NAMES = frozenset({"name", "service", "opcode", "request", "response", "progress", "directive"})
+
+
+def _words(value: Group | TaskMethod | ToolMethod | Backoff) -> str:
+    """The settings that differ from their defaults, in words."""
+    told = []
+    for field in fields(value):
+        given = getattr(value, field.name)
+        if field.name not in _NAMES and given != field.default:
+            told.append(f"{field.name} ({_words(given)})" if isinstance(given, Backoff) else f"{field.name} {given}")
+    return ", ".join(told)
+
+
+_DIFF = """\
+Tells what changed between two contracts: in which plane, who is concerned, and which bump it asks for.
+
+OLD and NEW are each one of:
+  contract.binpb       an image: a serialized FileDescriptorSet with its imports (`buf build -o` writes one)
+  acme-1.0-….whl       a wheel; every contract.binpb in it is read
+  packages/acme        a folder; buf compiles it where it has a buf.yaml, else every contract.binpb in it is read
+  main, v1.2.0, HEAD~3 a git ref of the repository around the working directory, read as a folder
+  orki-events          an installed distribution
+  orki.events.v1       an installed proto package
+
+A wheel, or a folder of images, speaks for the packages that it owns, and only they are compared.
+"""
+
+_DIFF_STATUS = """\
+Exit status: 0, nothing breaks; 1, something asks for a major bump; 2, OLD or NEW cannot be read.
+"""
+
+
+def _add_diff(commands: Any) -> None:
+    """Adds the command to an argparse parser's commands."""
+    parser = commands.add_parser(
+        "diff",
+        help="tell what changed between two contracts",
+        description=_DIFF,
+        epilog=_DIFF_STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("old", metavar="OLD", help="the version that users have")
+    parser.add_argument("new", metavar="NEW", help="the version to judge")
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--json", action="store_true", help="as JSON: an object with bump, packages and findings")
+    shape.add_argument("--github", action="store_true", help="as annotations of GitHub's workflows")
+
+
+def _diff(given: argparse.Namespace) -> int:
+    """Runs the command and returns its exit status."""
+    try:
+        old, new = version_at(given.old), version_at(given.new)
+    except OrkiError as error:
+        print(f"orki-contract: {error.message}", file=sys.stderr)
+        return 2
+    found = _of_packages(findings(old.read, new.read), old, new)
+    show = _as_json if given.json else _as_github if given.github else _as_table
+    say(show(found, old, new))
+    return 1 if any(finding.bump is Bump.MAJOR for finding in found) else 0
+
+
+def _of_packages(found: tuple[Finding, ...], old: ContractVersion, new: ContractVersion) -> list[Finding]:
+    """The findings of the packages that a side speaks for, where it speaks for some only."""
+    sides = [side.packages for side in (old, new) if side.packages is not None]
+    if not sides:
+        return list(found)
+    wanted = frozenset[str]().union(*sides)
+    return [finding for finding in found if finding.package in wanted]
+
+
+_NARROWEST: Final = 72
+_ORDER: Final = {Bump.MAJOR: 0, Bump.MINOR: 1, Bump.PATCH: 2}
+
+
+def _as_json(found: Sequence[Finding], old: ContractVersion, new: ContractVersion) -> str:
+    """An object: both labels, the bump of all, the bump of each package, and the findings."""
+    shown = [_placed(finding, old, new) for finding in found]
+    whole = {
+        "old": old.label,
+        "new": new.label,
+        "bump": required_bump(found).value,
+        "packages": {package: bump.value for package, bump in _bumps(found).items()},
+        "findings": [dump(finding) for finding in shown],
+    }
+    return json.dumps(whole, indent=2, ensure_ascii=False)
+
+
+def _as_github(found: Sequence[Finding], old: ContractVersion, new: ContractVersion) -> str:
+    """Workflow commands: an error for each break, a notice for what is new, and the bump at the end."""
+    lines = []
+    for finding in _sorted(_placed(each, old, new) for each in found):
+        kind = "error" if finding.bump is Bump.MAJOR else "notice"
+        place = finding.location
+        # A file that is gone, or a place in the old version, can carry no annotation.
+        spots = [] if finding.gone else [f"file={_property(place.file)}"]
+        if spots and place.line:
+            spots += [f"line={place.line}", f"col={place.column}"]
+        text = f"{finding.message} ({finding.bump})"
+        if finding.gone:
+            text += f"\nformerly at {place}"
+        if finding.affected:
+            text += f"\naffects {', '.join(finding.affected)}"
+        properties = ",".join([*spots, f"title={_property(finding.rule)}"])
+        lines.append(f"::{kind} {properties}::{_text(text)}")
+    lines += _summary(found, old, new)
+    return "\n".join(lines)
+
+
+def _as_table(found: Sequence[Finding], old: ContractVersion, new: ContractVersion) -> str:
+    """A table with a row for each finding, breaks first, and the bumps below it."""
+    width = max(shutil.get_terminal_size((120, 24)).columns, _NARROWEST)
+    # What is left after two narrow columns and the spaces between all four.
+    rest = width - 5 - 8 - 3 * 2
+    widths = (5, 8, rest * 2 // 3, rest - rest * 2 // 3)
+    lines: list[str] = []
+    if found:
+        lines += _row(("bump", "plane", "what changed", "affects"), widths)
+    for finding in _sorted(_placed(each, old, new) for each in found):
+        where = f"{'formerly at ' if finding.gone else ''}{finding.location} [{finding.rule}]"
+        what = f"{finding.message}\n{where}"
+        lines += _row((finding.bump.value, finding.plane.value, what, "\n".join(finding.affected)), widths)
+    return "\n".join([*lines, *_summary(found, old, new)])
+
+
+def _row(cells: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
+    columns = []
+    for cell, width in zip(cells, widths, strict=True):
+        columns.append([part for line in cell.split("\n") for part in textwrap.wrap(line, width) or [""]])
+    for index in range(max(map(len, columns))):
+        parts = [
+            (column[index] if index < len(column) else "").ljust(width)
+            for column, width in zip(columns, widths, strict=True)
+        ]
+        yield "  ".join(parts).rstrip()
+
+
+def _summary(found: Sequence[Finding], old: ContractVersion, new: ContractVersion) -> Iterator[str]:
+    if not found:
+        yield f"{old.label} → {new.label}: the contracts are the same"
+        return
+    for package, bump in _bumps(found).items():
+        own = [finding for finding in found if finding.package == package]
+        breaks = sum(finding.bump is Bump.MAJOR for finding in own)
+        yield f"{package or 'no package'}: {bump} ({breaks} breaking, {len(own) - breaks} compatible)"
+    yield f"{old.label} → {new.label}: at least a {required_bump(found)} bump"
+
+
+def _bumps(found: Sequence[Finding]) -> Mapping[str, Bump]:
+    """What the findings ask of each package."""
+    names = sorted({finding.package for finding in found})
+    return {name: required_bump(each for each in found if each.package == name) for name in names}
+
+
+def _sorted(found: Iterator[Finding]) -> list[Finding]:
+    return sorted(found, key=lambda each: (_ORDER[each.bump], each.package, each))
+
+
+def _placed(finding: Finding, old: ContractVersion, new: ContractVersion) -> Finding:
+    """The finding with places as people reach them."""
+    location = _reached(finding.location, (old if finding.gone else new).paths)
+    return replace(finding, location=location, before=_reached(finding.before, old.paths))
+
+
+def _reached(location: Location, paths: Mapping[str, str]) -> Location:
+    return replace(location, file=paths.get(location.file, location.file))
+
+
+def _text(text: str) -> str:
+    """As GitHub asks the text of a workflow command to be written."""
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    """As GitHub asks a property of a workflow command to be written."""
+    return _text(text).replace(":", "%3A").replace(",", "%2C")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

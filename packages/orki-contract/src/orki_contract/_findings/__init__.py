@@ -1,0 +1,1 @@
+"""Rules for the changes between two versions of a contract."""

@@ -1,0 +1,299 @@
+"""Frames: bytes that one version writes and another one reads.
+
+How bytes of a frame are reserved, so that a frame can change without breaking: a field that goes leaves its number
+(`reserved 3;`) and its bytes behind, and neither is ever used again. An image does not show which bytes those were, so
+a frame with any reserved number takes new fields behind the block of the version before only; a frame that never lost a
+field takes them in its gaps as well. A field that comes has a `since` above the old version, by which readers know that
+older frames lack it. A frame with the option `fixed`, such as a header, whose version no frame before it tells, never
+changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Final
+
+from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto
+
+from orki_contract._findings.comparison import (
+    Category,
+    Comparison,
+    Places,
+    Plane,
+    Rule,
+    Side,
+    additive,
+    breaking,
+    left_at,
+    was,
+)
+from orki_contract._findings.shapes import reserves, withdrawn
+from orki_contract.descriptors import Location, MessageNode, field_path
+from orki_contract.model import Frame, FrameField
+
+_FRAME: Final = Category.FRAME
+
+RULES: Final[tuple[Rule, ...]] = (
+    breaking(_FRAME, "ORKI_FRAME_REMOVED", "A frame is not removed or renamed."),
+    breaking(_FRAME, "ORKI_FRAME_KIND", "A frame stays a frame, and a plain message stays plain."),
+    breaking(_FRAME, "ORKI_FRAME_FIXED_CHANGED", "A fixed frame never changes."),
+    breaking(_FRAME, "ORKI_FRAME_BLOCK_SHRUNK", "A frame's block does not shrink."),
+    breaking(_FRAME, "ORKI_FRAME_VERSION_KEPT", "A frame's version increases with every layout change."),
+    breaking(_FRAME, "ORKI_FRAME_FIELD_MOVED", "A frame's field keeps its offset and its number."),
+    breaking(_FRAME, "ORKI_FRAME_FIELD_RETYPED", "A frame's field keeps its type and its length."),
+    breaking(_FRAME, "ORKI_FRAME_FIELD_REMOVED", "A removed frame field leaves its number and its bytes reserved."),
+    breaking(
+        _FRAME,
+        "ORKI_FRAME_FIELD_RETIRED",
+        "A frame's field is not removed; older readers would read zeros.",
+    ),
+    breaking(
+        _FRAME, "ORKI_FRAME_FIELD_RENAMED", "A frame's field keeps its name; a new name may have another meaning."
+    ),
+    breaking(_FRAME, "ORKI_FRAME_FIELD_PLACED", "A new frame field uses bytes that no earlier field used."),
+    breaking(_FRAME, "ORKI_FRAME_SINCE_WRONG", "A frame field's `since` names the version that added it."),
+    breaking(_FRAME, "ORKI_FRAME_RESERVED_WITHDRAWN", "A frame's reserved numbers stay reserved."),
+    breaking(_FRAME, "ORKI_FRAME_TAIL_CHANGED", "A frame's tail keeps its type and number."),
+    additive(_FRAME, "ORKI_FRAME_ADDED", "A frame is added."),
+    additive(_FRAME, "ORKI_FRAME_GROWN", "A frame is extended."),
+)
+
+
+def compare(comparison: Comparison) -> None:
+    """Judges every frame."""
+    old, new = comparison.old, comparison.new
+    for name, before in old.frames.items():
+        place = old.message_place(name, "frame")
+        if name in new.frames:
+            _Frame(comparison, before, new.frames[name]).compare()
+        elif name in new.messages:
+            text = f"is no longer a frame{left_at(place)}"
+            _report(comparison, "ORKI_FRAME_KIND", before, text, (place, new.message_place(name)))
+        elif name in old.messages:
+            _report(comparison, "ORKI_FRAME_REMOVED", before, "was removed", (place, None))
+    for name, after in new.frames.items():
+        if name in old.frames:
+            continue
+        places = (old.message_place(name) if name in old.messages else None, new.message_place(name, "frame"))
+        if name in old.messages:
+            _report(comparison, "ORKI_FRAME_KIND", after, "became a frame: its encoding changed", places)
+        else:
+            _report(comparison, "ORKI_FRAME_ADDED", after, "is new", places)
+
+
+def _report(comparison: Comparison, rule: str, frame: Frame, text: str, places: Places, subject: str = "") -> None:
+    side = comparison.new if frame.message in comparison.new.messages else comparison.old
+    package = side.schema.messages[frame.message].file.package
+    comparison.report(
+        rule,
+        subject or f"frame {frame.message}",
+        package,
+        f"{subject or f'frame {frame.message}'} {text}",
+        plane=Plane.HOTPATH,
+        places=places,
+        affected=comparison.users(frame.message, package),
+    )
+
+
+class _Frame:
+    """One frame that is there on both sides."""
+
+    def __init__(self, comparison: Comparison, before: Frame, after: Frame) -> None:
+        self._comparison = comparison
+        self._old, self._new = comparison.old, comparison.new
+        self._before, self._after = before, after
+        self._was = comparison.old.schema.messages[before.message]
+        self._is = comparison.new.schema.messages[after.message]
+        self._names = {field.name: field for field in after.fields}
+        self._numbers = {field.number: field for field in after.fields}
+
+    def compare(self) -> None:
+        """Judges it."""
+        before, after = self._before, self._after
+        self._fixed()
+        if after.block_length < before.block_length:
+            text = f"has a shorter block: {was(before.block_length, after.block_length)} bytes"
+            self._report("ORKI_FRAME_BLOCK_SHRUNK", text, "block_length")
+        changed = _layout(before) != _layout(after)
+        if after.version < before.version or (changed and after.version == before.version):
+            text = f"changed its layout but not its version {after.version}: increase the version"
+            if after.version < before.version:
+                text = f"lowered its version from {before.version} to {after.version}"
+            self._report("ORKI_FRAME_VERSION_KEPT", text, "version")
+        elif after.version > before.version and not changed:
+            self._report("ORKI_FRAME_GROWN", f"has version {was(before.version, after.version)}", "version")
+        for field in before.fields:
+            self._field(field)
+        known = {field.name for field in before.fields} | {field.number for field in before.fields}
+        for field in after.fields:
+            if field.name not in known and field.number not in known:
+                self._added(field)
+        if after.block_length > before.block_length:
+            text = f"has a longer block: {was(before.block_length, after.block_length)} bytes"
+            self._report("ORKI_FRAME_GROWN", text, "block_length")
+        self._tail()
+        self._reserved()
+
+    def _fixed(self) -> None:
+        """A fixed frame's every detail is what all versions rely on."""
+        options = [side.schema.option(node.proto.options, "frame") for side, node in self._sides()]
+        fixed = [bool(getattr(option, "fixed", False)) for option in options]
+        if not fixed[0] and fixed[1]:
+            self._report("ORKI_FRAME_GROWN", "became fixed")
+        if not fixed[0]:
+            return
+        if not fixed[1]:
+            self._report("ORKI_FRAME_FIXED_CHANGED", "is no longer fixed")
+        elif _frozen(self._before) != _frozen(self._after):
+            self._report("ORKI_FRAME_FIXED_CHANGED", "is fixed, but its layout changed: all versions rely on it")
+
+    def _field(self, field: FrameField) -> None:
+        """Judges a field of the old layout; the one of the same name follows it, or else that of the same number."""
+        heir = self._names.get(field.name) or self._numbers.get(field.number)
+        if heir is None:
+            self._removed(field)
+            return
+        subject = f"frame field {self._after.message}.{heir.name}"
+
+        def report(rule: str, text: str, option: str) -> None:
+            places = (_field_place(self._old, self._was, field.name, option), self._field_place(heir.name, option))
+            _report(self._comparison, rule, self._after, text, places, subject)
+
+        if heir.name != field.name:
+            report("ORKI_FRAME_FIELD_RENAMED", f'was called "{field.name}"', "")
+        if heir.offset != field.offset:
+            report("ORKI_FRAME_FIELD_MOVED", f"moved: offset {was(field.offset, heir.offset)}", "offset")
+        if heir.number != field.number:
+            report("ORKI_FRAME_FIELD_MOVED", f"changed its number: {was(field.number, heir.number)}", "")
+        if (heir.scalar, heir.size) != (field.scalar, field.size):
+            text = f"changed its type: {was(field, heir, lambda each: f'{each.scalar} of {each.size} bytes')}"
+            report("ORKI_FRAME_FIELD_RETYPED", text, "scalar")
+        elif (now := _strange(self._new, self._is, heir)) != (former := _strange(self._old, self._was, field)):
+            report(
+                "ORKI_FRAME_FIELD_RETYPED",
+                f"changed to a scalar that this version does not know: {was(former, now)}",
+                "scalar",
+            )
+        elif heir.enum != field.enum:
+            text = f"changed its enum: {was(field.enum or 'none', heir.enum or 'none')}"
+            report("ORKI_FRAME_FIELD_RETYPED", text, "")
+        if heir.since != field.since:
+            report("ORKI_FRAME_SINCE_WRONG", f"changed its since: {was(field.since, heir.since)}", "since")
+
+    def _removed(self, field: FrameField) -> None:
+        place = _field_place(self._old, self._was, field.name)
+        subject = f"frame field {self._before.message}.{field.name}"
+        others = [each for each in self._after.fields if _overlap(each, field)]
+        end = field.offset + field.size - 1
+        if self._after.tail == field.name or _named(self._is.proto, field.name):
+            self._retyped(field)
+        elif others or not reserves(self._is.proto, field.number):
+            reason = f'"{others[0].name}" uses its bytes' if others else f"{field.number} is not reserved"
+            text = f"was removed, and {reason} (bytes {field.offset}..{end}){left_at(place)}"
+            _report(self._comparison, "ORKI_FRAME_FIELD_REMOVED", self._after, text, self._whole(place), subject)
+        else:
+            text = f"was removed: older readers find zeros in bytes {field.offset}..{end}{left_at(place)}"
+            _report(self._comparison, "ORKI_FRAME_FIELD_RETIRED", self._after, text, self._whole(place), subject)
+
+    def _retyped(self, field: FrameField) -> None:
+        """The field left the block, and is still there: as the tail, or as something that no frame can hold."""
+        subject = f"frame field {self._after.message}.{field.name}"
+        places = (_field_place(self._old, self._was, field.name), self._field_place(field.name))
+        text = "is no longer in the block"
+        _report(self._comparison, "ORKI_FRAME_FIELD_RETYPED", self._after, text, places, subject)
+
+    def _added(self, field: FrameField) -> None:
+        subject = f"frame field {self._after.message}.{field.name}"
+
+        def report(rule: str, text: str, option: str) -> None:
+            _report(self._comparison, rule, self._after, text, (None, self._field_place(field.name, option)), subject)
+
+        if field.since <= self._before.version:
+            text = f"is new, but its since = {field.since} is not above version {self._before.version}, which lacks it"
+            report("ORKI_FRAME_SINCE_WRONG", text, "since")
+        inside = field.offset < self._before.block_length
+        lain = [each.name for each in self._before.fields if _overlap(each, field)]
+        if lain or (inside and self._was.proto.reserved_range):
+            reason = f'"{lain[0]}" used these bytes' if lain else "a reserved field used bytes of that block"
+            text = f"is at offset {field.offset}, and {reason}: move it to {self._before.block_length} or higher"
+            report("ORKI_FRAME_FIELD_PLACED", text, "offset")
+        report("ORKI_FRAME_GROWN", "is new", "")
+
+    def _tail(self) -> None:
+        before, after = _tail(self._was, self._before), _tail(self._is, self._after)
+        if before is None and after is not None:
+            self._report("ORKI_FRAME_GROWN", f'gained the tail "{after.name}"')
+        elif before is not None and after is None:
+            self._report("ORKI_FRAME_TAIL_CHANGED", f'lost its tail "{before.name}"')
+        elif before is not None and after is not None:
+            places = (_field_place(self._old, self._was, before.name), self._field_place(after.name))
+            subject = f"frame field {self._after.message}.{after.name}"
+            if (before.type, before.number) != (after.type, after.number):
+                text = "is the tail, and its type or number changed"
+                _report(self._comparison, "ORKI_FRAME_TAIL_CHANGED", self._after, text, places, subject)
+            if before.name != after.name:
+                text = f'was called "{before.name}"'
+                _report(self._comparison, "ORKI_FRAME_FIELD_RENAMED", self._after, text, places, subject)
+
+    def _reserved(self) -> None:
+        lost = withdrawn(self._was.proto, self._is.proto)
+        if lost:
+            text = f"no longer reserves {lost}: old bytes could be misread"
+            self._report("ORKI_FRAME_RESERVED_WITHDRAWN", text)
+
+    def _report(self, rule: str, text: str, *inside: str) -> None:
+        name = self._after.message
+        places = (self._old.message_place(name, "frame", *inside), self._new.message_place(name, "frame", *inside))
+        _report(self._comparison, rule, self._after, text, places)
+
+    def _sides(self) -> Iterator[tuple[Side, MessageNode]]:
+        yield self._old, self._was
+        yield self._new, self._is
+
+    def _whole(self, place: Location) -> Places:
+        return place, self._new.message_place(self._after.message)
+
+    def _field_place(self, name: str, option: str = "") -> Location:
+        return _field_place(self._new, self._is, name, option)
+
+
+def _layout(frame: Frame) -> tuple[object, ...]:
+    """What of a frame decides where its bytes lie."""
+    fields = tuple((each.offset, each.scalar, each.size) for each in frame.fields)
+    return fields, frame.block_length, bool(frame.tail), frame.tail_text
+
+
+def _frozen(frame: Frame) -> Frame:
+    """What of a fixed frame may not change: all but the names."""
+    return replace(frame, fields=tuple(replace(each, name="") for each in frame.fields), tail="x" * bool(frame.tail))
+
+
+def _strange(side: Side, node: MessageNode, field: FrameField) -> int:
+    """The number of a scalar that is newer than this code; 0 for one that the layout knows."""
+    proto = next(each for each in node.proto.field if each.name == field.name)
+    number = int(side.schema.option(proto.options, "scalar") or 0)
+    return 0 if number <= 4 else number
+
+
+def _tail(node: MessageNode, frame: Frame) -> FieldDescriptorProto | None:
+    return next((each for each in node.proto.field if each.name == frame.tail), None)
+
+
+def _overlap(one: FrameField, other: FrameField) -> bool:
+    return one.offset < other.offset + other.size and other.offset < one.offset + one.size
+
+
+def _named(proto: DescriptorProto, name: str) -> bool:
+    return any(each.name == name for each in proto.field)
+
+
+def _field_place(side: Side, node: MessageNode, name: str, option: str = "") -> Location:
+    """Where a field stands, or one of its options."""
+    for index, field in enumerate(node.proto.field):
+        if field.name == name:
+            path = field_path(node, index)
+            if option and side.schema.option(field.options, option) is not None:
+                return side.place(node.file.name, path, field.options, option)
+            return side.schema.location(node.file.name, path)
+    return side.schema.location(node.file.name, node.path)

@@ -1,0 +1,302 @@
+"""Changes of messages, of their fields and of extensions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto
+
+from orki_contract._findings.comparison import (
+    Category,
+    Comparison,
+    Places,
+    Rule,
+    Side,
+    additive,
+    breaking,
+    left_at,
+    source_breaking,
+    was,
+)
+from orki_contract._findings.shapes import FieldShape, field_shapes, reserves, shape_of, withdrawn
+from orki_contract.descriptors import Location, MessageNode, Path, field_path
+
+_MESSAGE: Final = Category.MESSAGE
+
+RULES: Final[tuple[Rule, ...]] = (
+    breaking(_MESSAGE, "ORKI_MESSAGE_REMOVED", "A message is not removed or renamed."),
+    breaking(_MESSAGE, "ORKI_MESSAGE_RESERVED_WITHDRAWN", "A message's reserved numbers stay reserved."),
+    breaking(_MESSAGE, "ORKI_FIELD_REMOVED", "A removed field leaves its number reserved."),
+    source_breaking(_MESSAGE, "ORKI_FIELD_RETIRED", "A field is not removed while code may use it."),
+    breaking(_MESSAGE, "ORKI_FIELD_RENUMBERED", "A field's name keeps its number."),
+    breaking(_MESSAGE, "ORKI_FIELD_RENAMED", "A field keeps its name; a new name may have another meaning."),
+    breaking(_MESSAGE, "ORKI_FIELD_RETYPED", "A field keeps its type."),
+    breaking(_MESSAGE, "ORKI_FIELD_CARDINALITY", "A field stays single, optional, required or repeated."),
+    breaking(_MESSAGE, "ORKI_FIELD_ONEOF_CHANGED", "A field does not move into or out of a oneof."),
+    breaking(_MESSAGE, "ORKI_FIELD_DEFAULT_CHANGED", "A field keeps its default value."),
+    breaking(_MESSAGE, "ORKI_FIELD_UTF8_CHANGED", "A string keeps its UTF-8 validation."),
+    breaking(_MESSAGE, "ORKI_FIELD_REQUIRED_ADDED", "A new field is not required."),
+    breaking(_MESSAGE, "ORKI_SENSITIVE_WITHDRAWN", "A sensitive field stays sensitive."),
+    additive(_MESSAGE, "ORKI_MESSAGE_ADDED", "A message is added."),
+    additive(_MESSAGE, "ORKI_FIELD_ADDED", "A field is added."),
+    additive(_MESSAGE, "ORKI_SENSITIVE_ADDED", "A field becomes sensitive."),
+)
+
+
+def compare(comparison: Comparison) -> None:
+    """Judges every message; what lies inside of frames has rules of its own."""
+    old, new = comparison.old, comparison.new
+    # The default of a field is the first value of its enum: where an enum changed, every message is looked at.
+    alike = _enums(old) == _enums(new)
+    for name, before in old.messages.items():
+        after = new.messages.get(name)
+        if after is None:
+            if name not in old.frames:
+                place = old.schema.location(before.file.name, before.path)
+                _report(comparison, "ORKI_MESSAGE_REMOVED", before, "", "was removed", (place, None))
+            continue
+        if alike and _content(before) == _content(after):
+            continue
+        _sensitive(comparison, before, after)
+        if name not in old.frames and name not in new.frames:
+            _Message(comparison, before, after).compare()
+    for name, after in new.messages.items():
+        if name not in old.messages and name not in new.frames:
+            place = new.schema.location(after.file.name, after.path)
+            _report(comparison, "ORKI_MESSAGE_ADDED", after, "", "is new", (None, place))
+    _compare_extensions(comparison)
+
+
+def _content(node: MessageNode) -> tuple[object, ...]:
+    """All of a message, and of its file what decides how it is read."""
+    features = node.file.options.features if node.file.syntax == "editions" else None
+    whole = node.proto.SerializeToString(deterministic=True)
+    return whole, node.file.syntax, features.SerializeToString() if features is not None else b""
+
+
+def _enums(side: Side) -> dict[str, bytes]:
+    return {name: side.schema.enums[name][1].SerializeToString(deterministic=True) for name in side.enums}
+
+
+def _report(comparison: Comparison, rule: str, node: MessageNode, field: str, text: str, places: Places) -> None:
+    subject = f"field {node.full_name}.{field}" if field else f"message {node.full_name}"
+    comparison.report(
+        rule,
+        subject,
+        node.file.package,
+        f"{subject} {text}",
+        plane=comparison.plane(node.full_name),
+        places=places,
+        affected=comparison.users(node.full_name, node.file.package),
+    )
+
+
+class _Message:
+    """One message that is there on both sides, and is no frame on either."""
+
+    def __init__(self, comparison: Comparison, before: MessageNode, after: MessageNode) -> None:
+        self._comparison = comparison
+        self._was, self._is = before, after
+        self._before = field_shapes(comparison.old.schema, before)
+        self._after = field_shapes(comparison.new.schema, after)
+        self._numbers = {field.name: number for number, field in self._after.items()}
+
+    def compare(self) -> None:
+        """Judges it."""
+        for number, field in self._before.items():
+            heir = self._after.get(number)
+            moved = self._numbers.get(field.name, number)
+            if moved != number:
+                text = f"changed its number: {was(number, moved)}"
+                self._report(
+                    "ORKI_FIELD_RENUMBERED", field.name, text, (self._old(field), self._new(self._after[moved]))
+                )
+            if heir is not None:
+                self._pair(field, heir, renamed=moved == number)
+            elif moved == number:
+                self._removed(field)
+        for number, field in self._after.items():
+            if number not in self._before:
+                self._added(field)
+        lost = withdrawn(self._was.proto, self._is.proto)
+        if lost is not None:
+            places = (_whole(self._comparison.old, self._was), _whole(self._comparison.new, self._is))
+            text = f"no longer reserves {lost}: old bytes could be misread"
+            self._report("ORKI_MESSAGE_RESERVED_WITHDRAWN", "", text, places)
+
+    def _removed(self, field: FieldShape) -> None:
+        place = self._old(field)
+        places = (place, _whole(self._comparison.new, self._is))
+        if reserves(self._is.proto, field.number):
+            text = f"was removed, and its number {field.number} is reserved{left_at(place)}"
+            self._report("ORKI_FIELD_RETIRED", field.name, text, places)
+        else:
+            text = f"was removed, and its number {field.number} is not reserved{left_at(place)}"
+            self._report("ORKI_FIELD_REMOVED", field.name, text, places)
+
+    def _pair(self, before: FieldShape, after: FieldShape, *, renamed: bool) -> None:
+        places = (self._old(before), self._new(after))
+
+        def report(rule: str, text: str) -> None:
+            self._report(rule, after.name, text, places)
+
+        if before.name != after.name and renamed:
+            report("ORKI_FIELD_RENAMED", f'was called "{before.name}"')
+        elif before.name == after.name and before.json != after.json:
+            report("ORKI_FIELD_RENAMED", f"changed its JSON name: {was(before.json, after.json)}")
+        if before.kind != after.kind:
+            report("ORKI_FIELD_RETYPED", f"changed its type: {was(before.kind, after.kind)}")
+        elif before.default != after.default and before.cardinality == after.cardinality:
+            report("ORKI_FIELD_DEFAULT_CHANGED", f"changed its default: {was(before.default, after.default)}")
+        elif before.checked != after.checked:
+            text = was(before.checked, after.checked, lambda each: "checked" if each else "not checked")
+            report("ORKI_FIELD_UTF8_CHANGED", f"changed its UTF-8 validation: {text}")
+        if before.cardinality != after.cardinality:
+            report("ORKI_FIELD_CARDINALITY", f"was {before.cardinality} and is {after.cardinality}")
+        if before.oneof != after.oneof:
+            text = was(before.oneof or "none", after.oneof or "none")
+            report("ORKI_FIELD_ONEOF_CHANGED", f"changed its oneof: {text}")
+
+    def _added(self, field: FieldShape) -> None:
+        places = (None, self._new(field))
+        if field.cardinality == "required":
+            text = "is new and required: old data cannot be read"
+            self._report("ORKI_FIELD_REQUIRED_ADDED", field.name, text, places)
+        self._report("ORKI_FIELD_ADDED", field.name, "is new", places)
+
+    def _report(self, rule: str, field: str, text: str, places: Places) -> None:
+        _report(self._comparison, rule, self._is, field, text, places)
+
+    def _old(self, field: FieldShape) -> Location:
+        return self._comparison.old.schema.location(self._was.file.name, field_path(self._was, field.index))
+
+    def _new(self, field: FieldShape) -> Location:
+        return self._comparison.new.schema.location(self._is.file.name, field_path(self._is, field.index))
+
+
+def _sensitive(comparison: Comparison, before: MessageNode, after: MessageNode) -> None:
+    marks = _marks(comparison.old, before), _marks(comparison.new, after)
+    former = {field.number: field for field in before.proto.field}
+    former_names = {field.name: field for field in before.proto.field}
+    for index, field in enumerate(after.proto.field):
+        # Whoever redacts by the name, or by the number: neither may show what was hidden.
+        origins = [each for each in (former.get(field.number), former_names.get(field.name)) if each is not None]
+        if not origins:
+            continue
+        was_hidden, is_hidden = any(marks[0][each.name] for each in origins), marks[1][field.name]
+        if was_hidden == is_hidden:
+            continue
+        places = (
+            _field_place(comparison.old, before, [*before.proto.field].index(origins[0])),
+            _field_place(comparison.new, after, index),
+        )
+        if was_hidden:
+            text = "is no longer sensitive: audit, logs and traces show it"
+            _report(comparison, "ORKI_SENSITIVE_WITHDRAWN", after, field.name, text, places)
+        else:
+            _report(comparison, "ORKI_SENSITIVE_ADDED", after, field.name, "became sensitive", places)
+
+
+def _marks(side: Side, node: MessageNode) -> Mapping[str, bool]:
+    return {field.name: bool(side.schema.option(field.options, "sensitive")) for field in node.proto.field}
+
+
+def _field_place(side: Side, node: MessageNode, index: int) -> Location:
+    path = field_path(node, index)
+    options = node.proto.field[index].options
+    if side.schema.option(options, "sensitive") is not None:
+        return side.place(node.file.name, path, options, "sensitive")
+    return side.schema.location(node.file.name, path)
+
+
+def _whole(side: Side, node: MessageNode) -> Location:
+    return side.schema.location(node.file.name, node.path)
+
+
+_FILE_EXTENSION, _MESSAGE_EXTENSION = 7, 6
+
+
+class _Extension:
+    """One such field."""
+
+    def __init__(self, side: Side, file: str, scope: str, proto: FieldDescriptorProto, path: Path) -> None:
+        name = f"{scope}.{proto.name}" if scope else proto.name
+        self.name = name
+        self.extended = proto.extendee.removeprefix(".")
+        self.package = side.files[file]
+        self.place: Location = side.schema.location(file, path)
+        field: Any = side.schema.pool.FindExtensionByName(name)
+        self.shape: FieldShape = shape_of(side.schema.files[file], field, proto, 0)
+
+
+def _compare_extensions(comparison: Comparison) -> None:
+    """Judges every extension by the rules of fields; which message it extends and its number are what it is."""
+    before, after = _extensions(comparison.old), _extensions(comparison.new)
+    for key, extension in before.items():
+        heir = after.get(key)
+        if heir is None:
+            # Nothing can reserve the number of an extension.
+            _report_extension(
+                comparison, "ORKI_FIELD_REMOVED", extension, f"of {extension.extended} is gone", (extension.place, None)
+            )
+        else:
+            _compare_extension(comparison, extension, heir)
+    for key, extension in after.items():
+        if key not in before:
+            _report_extension(
+                comparison, "ORKI_FIELD_ADDED", extension, f"of {extension.extended} is new", (None, extension.place)
+            )
+
+
+def _compare_extension(comparison: Comparison, before: _Extension, after: _Extension) -> None:
+    def report(rule: str, text: str) -> None:
+        _report_extension(comparison, rule, after, text, (before.place, after.place))
+
+    if before.name != after.name:
+        report("ORKI_FIELD_RENAMED", f'was called "{before.name}"')
+    if before.shape.kind != after.shape.kind:
+        report("ORKI_FIELD_RETYPED", f"changed its type: {was(before.shape.kind, after.shape.kind)}")
+    elif before.shape.cardinality != after.shape.cardinality:
+        report("ORKI_FIELD_CARDINALITY", f"was {before.shape.cardinality} and is {after.shape.cardinality}")
+    elif before.shape.default != after.shape.default:
+        text = was(before.shape.default, after.shape.default)
+        report("ORKI_FIELD_DEFAULT_CHANGED", f"changed its default: {text}")
+    elif before.shape.checked != after.shape.checked:
+        report("ORKI_FIELD_UTF8_CHANGED", "changed its UTF-8 validation")
+
+
+def _report_extension(comparison: Comparison, rule: str, extension: _Extension, text: str, places: Places) -> None:
+    subject = f"extension {extension.name}"
+    comparison.report(
+        rule,
+        subject,
+        extension.package,
+        f"{subject} {text}",
+        plane=comparison.plane(extension.extended),
+        places=places,
+        affected=comparison.users(extension.extended, extension.package),
+    )
+
+
+def _extensions(side: Side) -> dict[tuple[str, int], _Extension]:
+    """By the extended message and the number."""
+    found = {}
+    for file, scope, proto, path in _written(side):
+        extension = _Extension(side, file, scope, proto, path)
+        found[extension.extended, proto.number] = extension
+    return found
+
+
+def _written(side: Side) -> Iterator[tuple[str, str, FieldDescriptorProto, Path]]:
+    for path, package in side.files.items():
+        yield from _each(path, package, side.schema.files[path].extension, (_FILE_EXTENSION,))
+    for name, node in side.messages.items():
+        yield from _each(node.file.name, name, node.proto.extension, (*node.path, _MESSAGE_EXTENSION))
+
+
+def _each(
+    file: str, scope: str, extensions: Sequence[FieldDescriptorProto], path: Path
+) -> Iterator[tuple[str, str, FieldDescriptorProto, Path]]:
+    for index, proto in enumerate(extensions):
+        yield file, scope, proto, (*path, index)

@@ -1,0 +1,216 @@
+"""What no other rule looks at: options that these rules do not know, files, and whatever else differs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+
+from orki_contract._findings.comparison import (
+    Category,
+    Comparison,
+    Plane,
+    Rule,
+    Side,
+    additive,
+    breaking,
+    source_breaking,
+)
+from orki_contract.descriptors import OPTIONS_PACKAGE, Location, Path, field_path, is_repeated
+
+RULES: Final[tuple[Rule, ...]] = (
+    breaking(Category.OPTION, "ORKI_OPTION_UNKNOWN", "An option that this version does not know is not changed."),
+    source_breaking(Category.NAME, "ORKI_DECLARATION_MOVED", "A message, enum or service stays in its file."),
+    additive(Category.NAME, "ORKI_FILE_CHANGED", "A file changes in a way that no other rule covers."),
+)
+
+# What the other rules judge. What is not here, of newer options than this code, is told and never passed over.
+_KNOWN: Final[Mapping[str, frozenset[str]]] = {
+    "": frozenset({"consume", "stream", "frame", "sensitive", "offset", "scalar", "size", "since", "task", "tool"}),
+    "TaskOptions": frozenset(
+        {
+            "progress",
+            "directive",
+            "heartbeat_timeout",
+            "attempt_timeout",
+            "stall_timeout",
+            "total_timeout",
+            "max_attempts",
+            "retry_backoff",
+            "cancel_grace",
+        }
+    ),
+    "RetryBackoff": frozenset({"initial", "maximum", "multiplier"}),
+    "StreamOptions": frozenset({"name", "partitions", "partition_key", "retention", "groups"}),
+    "Retention": frozenset(
+        {"max_entries", "max_age", "overflow", "least_entries", "most_entries", "least_age", "most_age"}
+    ),
+    "Group": frozenset({"name", "start", "max_deliveries", "ack_deadline", "dead_letter"}),
+    "GroupSubscription": frozenset({"stream", "group"}),
+    "FrameOptions": frozenset({"version", "block_length", "fixed"}),
+    "ToolOptions": frozenset({"opcode", "timeout", "idempotent"}),
+}
+_PREFIX: Final = f"{OPTIONS_PACKAGE}."
+
+
+def compare(comparison: Comparison) -> None:
+    """Judges what is left; to be called behind all other rules."""
+    before, after = dict(_strange(comparison.old)), dict(_strange(comparison.new))
+    subjects = {*_subjects(comparison.old)} & {*_subjects(comparison.new)}
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if key[0] in subjects and (old or ("", None))[0] != (new or ("", None))[0]:
+            file = comparison.new.files.get(key[1], "") or comparison.old.files.get(key[1], "")
+            name = f"option ({_PREFIX}{key[2]}) of {key[0]}"
+            comparison.report(
+                "ORKI_OPTION_UNKNOWN",
+                name,
+                file,
+                f"{name} changed, but this version does not know it and cannot tell whether that is compatible",
+                plane=Plane.MESSAGES,
+                places=(old[1] if old else None, new[1] if new else None),
+            )
+    _moves(comparison)
+    _files(comparison)
+
+
+_Key = tuple[str, str, str]
+
+
+def _subjects(side: Side) -> Iterator[str]:
+    for subject, _, _, _ in _elements(side):
+        yield subject
+
+
+def _strange(side: Side) -> Iterator[tuple[_Key, tuple[str, Location]]]:
+    """Every part of orki's options that these rules do not know: subject, file and name; its value and place."""
+    for subject, file, path, options in _elements(side):
+        for field, value in options.ListFields():
+            if not field.is_extension or not field.full_name.startswith(_PREFIX):
+                continue
+            place = side.schema.location(file, (*path, field.number))
+            if field.name not in _KNOWN[""]:
+                yield (subject, file, field.name), (str(value), place)
+            elif field.message_type is not None:
+                values = [*enumerate(value)] if is_repeated(field) else [(None, value)]
+                for index, each in values:
+                    inner = (*path, field.number, *(() if index is None else (index,)))
+                    for name, text in _unknown(each, field.name):
+                        yield (subject, file, name), (text, side.schema.location(file, inner))
+
+
+def _unknown(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    """The fields of an option's value that these rules do not know, at every depth."""
+    known = _KNOWN.get(value.DESCRIPTOR.name)
+    if not value.DESCRIPTOR.full_name.startswith(_PREFIX):
+        return
+    for field, inner in value.ListFields():
+        if known is None or field.name not in known:
+            yield f"{name}.{field.name}", str(inner)
+        elif field.message_type is not None:
+            parts: list[Any] = [*inner] if is_repeated(field) else [inner]
+            for index, each in enumerate(parts):
+                label = getattr(each, "name", "") or (str(index) if is_repeated(field) else "")
+                yield from _unknown(each, f"{name}.{field.name}{f'[{label}]' if label else ''}")
+
+
+def _elements(side: Side) -> Iterator[tuple[str, str, Path, Any]]:
+    """Everything that may carry options: its name, its file, the source path of its options, and the options."""
+    schema = side.schema
+    for path in side.files:
+        yield f"file {path}", path, (8,), schema.files[path].options
+    for name, node in side.messages.items():
+        yield f"message {name}", node.file.name, (*node.path, 7), node.proto.options
+        for index, field in enumerate(node.proto.field):
+            yield f"field {name}.{field.number}", node.file.name, (*field_path(node, index), 8), field.options
+    for service in schema.services.values():
+        yield f"service {service.full_name}", service.file.name, (*service.path, 3), service.proto.options
+    for name, (file, method) in side.methods.items():
+        yield f"method {name}", file, (*method.path, 4), method.proto.options
+    for name, path in side.enums.items():
+        yield f"enum {name}", path, (), schema.enums[name][1].options
+
+
+def _moves(comparison: Comparison) -> None:
+    """Who imports a generated module imports the file by its path."""
+    old, new = _homes(comparison.old), _homes(comparison.new)
+    for subject, (file, path) in old.items():
+        if subject in new and new[subject][0] != file:
+            now = new[subject][0]
+            comparison.report(
+                "ORKI_DECLARATION_MOVED",
+                subject,
+                comparison.new.files[now],
+                f"{subject} moved: {file} → {now}",
+                plane=Plane.MESSAGES,
+                places=(comparison.old.schema.location(file, path), comparison.new.schema.location(*new[subject])),
+                affected=comparison.users(subject.partition(" ")[2], comparison.new.files[now]),
+            )
+
+
+def _homes(side: Side) -> dict[str, tuple[str, Path]]:
+    """The file of every declaration on the top level, and its place there."""
+    found: dict[str, tuple[str, Path]] = {}
+    for path in side.files:
+        file = side.schema.files[path]
+        prefix = f"{file.package}." if file.package else ""
+        kinds: tuple[tuple[str, int, Sequence[Any]], ...] = (
+            ("message", 4, file.message_type),
+            ("enum", 5, file.enum_type),
+            ("service", 6, file.service),
+        )
+        for kind, number, declared in kinds:
+            for index, each in enumerate(declared):
+                found[f"{kind} {prefix}{each.name}"] = (path, (number, index))
+    return found
+
+
+def _files(comparison: Comparison) -> None:
+    """A difference that no finding tells is told here, so that equal versions mean equal code."""
+    told = {finding.package for finding in comparison.found}
+    old, new = comparison.old, comparison.new
+    for path in sorted({*old.files, *new.files}):
+        package = new.files.get(path) or old.files.get(path, "")
+        before, after = old.schema.files.get(path), new.schema.files.get(path)
+        if package not in told and _plain(before) != _plain(after):
+            comparison.report(
+                "ORKI_FILE_CHANGED",
+                f"file {path}",
+                package,
+                f"file {path} differs in what no rule names",
+                plane=Plane.MESSAGES,
+                places=(
+                    old.schema.location(path) if before is not None else None,
+                    new.schema.location(path) if after is not None else None,
+                ),
+            )
+
+
+def _plain(file: FileDescriptorProto | None) -> bytes:
+    """A file without what says nothing: comments and places, and names in JSON where they are the usual ones."""
+    if file is None:
+        return b""
+    copy = type(file)()
+    # Field by field: what buf adds to each file of its images stays behind.
+    for each, value in file.ListFields():
+        if each.name == "source_code_info":
+            continue
+        if is_repeated(each) or each.message_type is not None:
+            getattr(copy, each.name).MergeFrom(value)
+        else:
+            setattr(copy, each.name, value)
+    waiting = [*copy.message_type]
+    while waiting:
+        message = waiting.pop()
+        waiting.extend(message.nested_type)
+        for field in (*message.field, *message.extension):
+            if field.json_name == _camel(field.name):
+                field.ClearField("json_name")
+    return copy.SerializeToString(deterministic=True)
+
+
+def _camel(name: str) -> str:
+    """protoc's own name of a field in JSON."""
+    head, *others = name.split("_")
+    return head + "".join(part[:1].upper() + part[1:] for part in others)

@@ -1,0 +1,227 @@
+"""Services: tasks, tools, and plain gRPC."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from orki_contract._findings.comparison import (
+    Category,
+    Comparison,
+    Places,
+    Plane,
+    Rule,
+    Side,
+    additive,
+    breaking,
+    left_at,
+    was,
+)
+from orki_contract.descriptors import Location
+from orki_contract.model import Backoff, TaskMethod, ToolMethod, duration_text
+
+_TASK, _TOOL, _SERVICE = Category.TASK, Category.TOOL, Category.SERVICE
+
+RULES: Final[tuple[Rule, ...]] = (
+    breaking(_TASK, "ORKI_TASK_REMOVED", "A task is not removed, renamed or turned into another kind of method."),
+    breaking(_TASK, "ORKI_TASK_REQUEST_CHANGED", "A task keeps its request message."),
+    breaking(_TASK, "ORKI_TASK_RESPONSE_CHANGED", "A task keeps its response message."),
+    breaking(_TASK, "ORKI_TASK_PROGRESS_CHANGED", "A task keeps its progress message."),
+    breaking(_TASK, "ORKI_TASK_DIRECTIVE_CHANGED", "A task keeps its directive message."),
+    breaking(_TASK, "ORKI_TASK_LEASE_SHORTENED", "A task's heartbeat timeout does not decrease."),
+    breaking(_TASK, "ORKI_TASK_TIMEOUT_SHORTENED", "A task's timeouts do not decrease."),
+    breaking(_TASK, "ORKI_TASK_ATTEMPTS_LOWERED", "A task's number of attempts does not decrease."),
+    breaking(_TASK, "ORKI_TASK_REPEATED", "A task with one attempt does not get retries."),
+    additive(_TASK, "ORKI_TASK_ADDED", "A task is added."),
+    additive(_TASK, "ORKI_TASK_RELAXED", "A task gets more time, more attempts, or additional messages."),
+    breaking(_TOOL, "ORKI_TOOL_REMOVED", "A tool is not removed, renamed or turned into another kind of method."),
+    breaking(_TOOL, "ORKI_TOOL_OPCODE_CHANGED", "A tool keeps its opcode."),
+    breaking(_TOOL, "ORKI_TOOL_OPCODE_REUSED", "An opcode is not reused by another tool."),
+    breaking(_TOOL, "ORKI_TOOL_REQUEST_CHANGED", "A tool keeps its request message."),
+    breaking(_TOOL, "ORKI_TOOL_RESPONSE_CHANGED", "A tool keeps its response message."),
+    breaking(_TOOL, "ORKI_TOOL_TIMEOUT_SHORTENED", "A tool's timeout does not decrease."),
+    breaking(_TOOL, "ORKI_TOOL_IDEMPOTENCY_WITHDRAWN", "An idempotent tool stays idempotent."),
+    breaking(_TOOL, "ORKI_TOOL_IDEMPOTENCY_CLAIMED", "A tool that is not idempotent does not become idempotent."),
+    additive(_TOOL, "ORKI_TOOL_ADDED", "A tool is added."),
+    additive(_TOOL, "ORKI_TOOL_RELAXED", "A tool's timeout increases."),
+    breaking(_SERVICE, "ORKI_RPC_REMOVED", "A plain rpc is not removed, renamed or turned into a task or tool."),
+    breaking(_SERVICE, "ORKI_RPC_REQUEST_CHANGED", "A plain rpc keeps its request message."),
+    breaking(_SERVICE, "ORKI_RPC_RESPONSE_CHANGED", "A plain rpc keeps its response message."),
+    breaking(_SERVICE, "ORKI_RPC_STREAMING_CHANGED", "A plain rpc keeps its streaming mode."),
+    additive(_SERVICE, "ORKI_RPC_ADDED", "A plain rpc is added."),
+)
+
+_PLANES: Final = {"task": Plane.CONTROL, "tool": Plane.HOTPATH, "plain": Plane.SERVICE}
+_NOUNS: Final = {"task": "task", "tool": "tool", "plain": "rpc"}
+_IDS: Final = {"task": "ORKI_TASK", "tool": "ORKI_TOOL", "plain": "ORKI_RPC"}
+_TIMEOUTS: Final = ("attempt_timeout", "stall_timeout", "total_timeout", "cancel_grace")
+
+
+def compare(comparison: Comparison) -> None:
+    """Judges every rpc."""
+    old, new = comparison.old, comparison.new
+    opcodes = {tool.opcode: tool for tool in old.tools.values()}
+    for name in old.methods:
+        before, after = _kind(old, name), _kind(new, name)
+        if before != after:
+            _gone(comparison, name, before, after)
+        elif before == "task":
+            _task(comparison, old.tasks[name], new.tasks[name])
+        elif before == "tool":
+            _tool(comparison, old.tools[name], new.tools[name])
+        else:
+            _plain(comparison, name)
+    for name in new.methods:
+        kind = _kind(new, name)
+        if _kind(old, name) != kind:
+            option = kind if kind != "plain" else ""
+            here = new.method_place(name, option)
+            _report(comparison, f"{_IDS[kind]}_ADDED", name, kind, "is new", (None, here))
+    for name, tool in new.tools.items():
+        former = opcodes.get(tool.opcode)
+        if former is not None and former.full_name != name:
+            places = (old.method_place(former.full_name, "tool", "opcode"), new.method_place(name, "tool", "opcode"))
+            text = f"reuses opcode 0x{tool.opcode:04x} of {former.full_name}"
+            _report(comparison, "ORKI_TOOL_OPCODE_REUSED", name, "tool", text, places)
+
+
+def _kind(side: Side, name: str) -> str:
+    if name in side.tasks:
+        return "task"
+    if name in side.tools:
+        return "tool"
+    return "plain" if name in side.methods else ""
+
+
+def _report(comparison: Comparison, rule: str, name: str, kind: str, text: str, places: Places) -> None:
+    side = comparison.new if name in comparison.new.methods else comparison.old
+    file, method = side.methods[name]
+    package = side.schema.files[file].package
+    subject = f"{_NOUNS[kind]} {name}"
+    noun = "service" if kind == "plain" else f"{kind} service"
+    affected = {f"{noun} {method.service}"}
+    for each in (comparison.old, comparison.new):
+        affected.update(f"package {user}" for user in _importers(each, file) if user != package)
+    comparison.report(
+        rule, subject, package, f"{subject} {text}", plane=_PLANES[kind], places=places, affected=affected
+    )
+
+
+def _importers(side: Side, path: str) -> set[str]:
+    """Packages of the files that import a file."""
+    return {side.files[name] for name in side.files if path in side.schema.files[name].dependency}
+
+
+def _gone(comparison: Comparison, name: str, before: str, after: str) -> None:
+    place = comparison.old.method_place(name, before if before != "plain" else "")
+    if after:
+        now = {"task": "a task", "tool": "a tool", "plain": "a plain rpc"}[after]
+        places = (place, comparison.new.method_place(name))
+        _report(comparison, f"{_IDS[before]}_REMOVED", name, before, f"is {now} now", places)
+        return
+    service = comparison.new.schema.services.get(name.partition("/")[0])
+    rest = comparison.new.schema.location(service.file.name, service.path) if service is not None else None
+    text = f"was removed{left_at(place) if rest else ''}"
+    _report(comparison, f"{_IDS[before]}_REMOVED", name, before, text, (place, rest))
+
+
+def _types(comparison: Comparison, before: Any, after: Any, names: tuple[str, ...], kind: str) -> None:
+    """Judges the messages of a method by their names."""
+    name = after.full_name
+    for each in names:
+        one, other = getattr(before, each), getattr(after, each)
+        if one == other:
+            continue
+        option = each if each in ("progress", "directive") else ""
+        places = _places(comparison, name, kind if option else "", *filter(None, [option]))
+        if one:
+            text = f"changed its {each}: {was(one, other or 'none')}"
+            _report(comparison, f"{_IDS[kind]}_{each.upper()}_CHANGED", name, kind, text, places)
+        else:
+            _report(comparison, f"{_IDS[kind]}_RELAXED", name, kind, f"gained a {each}: {other}", places)
+
+
+def _task(comparison: Comparison, before: TaskMethod, after: TaskMethod) -> None:
+    name = after.full_name
+
+    def report(rule: str, text: str, *inside: str) -> None:
+        _report(comparison, rule, name, "task", text, _places(comparison, name, "task", *inside))
+
+    _types(comparison, before, after, ("request", "response", "progress", "directive"), "task")
+    _time(before, after, "heartbeat_timeout", "ORKI_TASK_LEASE_SHORTENED", "ORKI_TASK_RELAXED", report)
+    for each in _TIMEOUTS:
+        _time(before, after, each, "ORKI_TASK_TIMEOUT_SHORTENED", "ORKI_TASK_RELAXED", report)
+    attempts = f"{was(before.max_attempts, after.max_attempts)} attempts"
+    if after.max_attempts < before.max_attempts:
+        report("ORKI_TASK_ATTEMPTS_LOWERED", f"allows fewer attempts: {attempts}", "max_attempts")
+    elif before.max_attempts == 1 < after.max_attempts:
+        text = f"is retried now: {attempts}; handlers could rely on a single attempt"
+        report("ORKI_TASK_REPEATED", text, "max_attempts")
+    elif after.max_attempts > before.max_attempts:
+        report("ORKI_TASK_RELAXED", f"allows more attempts: {attempts}", "max_attempts")
+    if after.backoff != before.backoff:
+        told = was(before.backoff, after.backoff, _backoff)
+        report("ORKI_TASK_RELAXED", f"changed its retry backoff: {told}", "retry_backoff")
+
+
+def _tool(comparison: Comparison, before: ToolMethod, after: ToolMethod) -> None:
+    name = after.full_name
+
+    def report(rule: str, text: str, *inside: str) -> None:
+        _report(comparison, rule, name, "tool", text, _places(comparison, name, "tool", *inside))
+
+    if before.opcode != after.opcode:
+        text = f"changed its opcode: {was(before.opcode, after.opcode, '0x{:04x}'.format)}"
+        report("ORKI_TOOL_OPCODE_CHANGED", text, "opcode")
+    _types(comparison, before, after, ("request", "response"), "tool")
+    _time(before, after, "timeout", "ORKI_TOOL_TIMEOUT_SHORTENED", "ORKI_TOOL_RELAXED", report)
+    if before.idempotent and not after.idempotent:
+        text = "is no longer idempotent, but older callers repeat calls whose outcome is unknown"
+        report("ORKI_TOOL_IDEMPOTENCY_WITHDRAWN", text, "idempotent")
+    elif after.idempotent and not before.idempotent:
+        text = "became idempotent: new callers repeat calls whose outcome is unknown, which older tools do not expect"
+        report("ORKI_TOOL_IDEMPOTENCY_CLAIMED", text, "idempotent")
+
+
+def _plain(comparison: Comparison, name: str) -> None:
+    one, other = comparison.old.methods[name][1].proto, comparison.new.methods[name][1].proto
+    places = _places(comparison, name, "")
+    for kind, before, after in (
+        ("REQUEST", one.input_type, other.input_type),
+        ("RESPONSE", one.output_type, other.output_type),
+    ):
+        if before != after:
+            text = f"changed its {kind.lower()}: {was(before.removeprefix('.'), after.removeprefix('.'))}"
+            _report(comparison, f"ORKI_RPC_{kind}_CHANGED", name, "plain", text, places)
+    former, now = ((each.client_streaming, each.server_streaming) for each in (one, other))
+    if former != now:
+        text = f"changed its streaming: {was(former, now, _streaming)}"
+        _report(comparison, "ORKI_RPC_STREAMING_CHANGED", name, "plain", text, places)
+
+
+def _time(before: Any, after: Any, name: str, shorter: str, longer: str, report: Callable[..., None]) -> None:
+    """Judges one duration of a method; 0 is no limit."""
+    one, other = getattr(before, name), getattr(after, name)
+    text = was(one, other, duration_text)
+    if other and (not one or other < one):
+        report(shorter, f"has a shorter {name}: {text}", name)
+    elif one != other:
+        report(longer, f"has a longer {name}: {text}", name)
+
+
+def _places(comparison: Comparison, name: str, option: str, *inside: str) -> tuple[Location, Location]:
+    old, new = comparison.old, comparison.new
+    return old.method_place(name, option, *inside), new.method_place(name, option, *inside)
+
+
+def _backoff(value: Backoff) -> str:
+    return f"{duration_text(value.initial)}, times {value.multiplier:g}, up to {duration_text(value.maximum)}"
+
+
+def _streaming(value: tuple[bool, bool]) -> str:
+    return {
+        (False, False): "nothing",
+        (True, False): "requests",
+        (False, True): "responses",
+        (True, True): "both",
+    }[value]

@@ -1,0 +1,155 @@
+"""Fields and enums as compilers resolve them, and their reserved ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor_pb2 import (
+    DescriptorProto,
+    EnumDescriptorProto,
+    FieldDescriptorProto,
+    FileDescriptorProto,
+)
+
+from orki_contract.descriptors import MessageNode, Schema, is_repeated
+
+_TYPES: Final[Mapping[int, str]] = {
+    number: name.removeprefix("TYPE_").lower() for name, number in FieldDescriptorProto.Type.items()
+}
+# Names and numbers of google.protobuf.FeatureSet.Utf8Validation.
+_NO_UTF8_CHECK: Final = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FieldShape:
+    """What of a field decides how its bytes are read and how its class looks.
+
+    Attributes:
+        name: In the proto.
+        number: On the wire.
+        json: In JSON.
+        index: Among the fields of its message.
+        kind: Its type in words, such as `string`, `acme.v1.Finding` or `map<string, int32>`.
+        cardinality: `single`, `optional` (it knows whether it is set), `required` or `repeated`.
+        oneof: Name of the oneof that it is in; empty for none.
+        default: Value of an absent field; empty for messages and repeated fields.
+        checked: Whether strings that are no UTF-8 are refused; True for other types.
+    """
+
+    name: str
+    number: int
+    json: str
+    index: int
+    kind: str
+    cardinality: str
+    oneof: str
+    default: str
+    checked: bool
+
+
+def field_shapes(schema: Schema, node: MessageNode) -> Mapping[int, FieldShape]:
+    """The fields of a message by their numbers."""
+    descriptor: Descriptor = schema.pool.FindMessageTypeByName(node.full_name)
+    return {
+        proto.number: shape_of(node.file, descriptor.fields_by_number[proto.number], proto, index)
+        for index, proto in enumerate(node.proto.field)
+    }
+
+
+def shape_of(file: FileDescriptorProto, field: FieldDescriptor, proto: FieldDescriptorProto, index: int) -> FieldShape:
+    """The shape of one field or extension, as the file's pool resolves it."""
+    oneof = field.containing_oneof
+    return FieldShape(
+        name=field.name,
+        number=field.number,
+        json=field.json_name,
+        index=index,
+        kind=_kind(field),
+        cardinality=_cardinality(field, proto),
+        oneof="" if oneof is None or proto.proto3_optional else oneof.name,
+        default="" if field.message_type is not None or is_repeated(field) else repr(field.default_value),
+        checked=field.type != FieldDescriptor.TYPE_STRING or _checks_utf8(file, proto),
+    )
+
+
+def names_by_number(proto: EnumDescriptorProto) -> Mapping[int, tuple[str, ...]]:
+    """The names of each value of an enum; by the first one it is shown, in JSON as well."""
+    found: dict[int, tuple[str, ...]] = {}
+    for value in proto.value:
+        found[value.number] = (*found.get(value.number, ()), value.name)
+    return found
+
+
+def closed(schema: Schema, enum: str) -> bool:
+    """Whether readers of an enum put values that they do not know aside, as if the field were absent."""
+    return bool(schema.pool.FindEnumTypeByName(enum).is_closed)
+
+
+def _kind(field: FieldDescriptor) -> str:
+    message: Any = field.message_type
+    if message is not None and message.GetOptions().map_entry:
+        key, value = message.fields_by_name["key"], message.fields_by_name["value"]
+        return f"map<{_kind(key)}, {_kind(value)}>"
+    if message is not None:
+        return f"{'group ' if field.type == FieldDescriptor.TYPE_GROUP else ''}{message.full_name}"
+    return str(field.enum_type.full_name) if field.enum_type is not None else _TYPES[field.type]
+
+
+def _cardinality(field: FieldDescriptor, proto: FieldDescriptorProto) -> str:
+    if is_repeated(field):
+        return "repeated"
+    if _required(field):
+        return "required"
+    # A message knows whether it is set anyway, and so does what is in a oneof.
+    if field.message_type is not None or (field.containing_oneof is not None and not proto.proto3_optional):
+        return "single"
+    return "optional" if field.has_presence else "single"
+
+
+def _required(field: Any) -> bool:
+    # `label` is deprecated where `is_required` exists (protobuf 6.32).
+    try:
+        return bool(field.is_required)
+    except AttributeError:
+        return bool(field.label == field.LABEL_REQUIRED)
+
+
+def _checks_utf8(file: FileDescriptorProto, proto: FieldDescriptorProto) -> bool:
+    """As the field says, or else its file."""
+    if file.syntax != "editions":
+        return file.syntax == "proto3"
+    for options in (proto.options, file.options):
+        features = options.features
+        if features.utf8_validation:
+            return int(features.utf8_validation) != _NO_UTF8_CHECK
+    return True
+
+
+def reserves(proto: DescriptorProto | EnumDescriptorProto, number: int) -> bool:
+    """Whether a number is reserved."""
+    return any(start <= number < end for start, end in _ranges(proto))
+
+
+def withdrawn(
+    before: DescriptorProto | EnumDescriptorProto, after: DescriptorProto | EnumDescriptorProto
+) -> int | None:
+    """The lowest number that was reserved before and is not any more; None for none."""
+    kept = _ranges(after)
+    for start, end in _ranges(before):
+        at = start
+        for first, behind in kept:
+            if first <= at < behind:
+                at = behind
+        if at < end:
+            return at
+    return None
+
+
+def _ranges(proto: DescriptorProto | EnumDescriptorProto) -> list[tuple[int, int]]:
+    """The reserved ranges in order, each from its first number to the one behind its last."""
+    # An enum's range includes its end, a message's does not.
+    more = 1 if proto.DESCRIPTOR.name == "EnumDescriptorProto" else 0
+    return sorted((each.start, each.end + more) for each in proto.reserved_range)

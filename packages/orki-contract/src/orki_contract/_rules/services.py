@@ -1,0 +1,186 @@
+"""Task services and tool services."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+from orki_contract._rules.report import Report, Rule
+from orki_contract.descriptors import Location, MethodNode, ServiceNode
+from orki_contract.model import Backoff, duration_text
+from orki_contract.read import resolve, seconds_of
+
+RULES: Final[dict[Rule, str]] = {
+    "ORKI_SERVICE_MIXED": "The methods of a service are all plain gRPC, all tasks, or all tools.",
+    "ORKI_METHOD_ONE_KIND": "A method is a task or a tool, not both.",
+    "ORKI_METHOD_UNARY": "A task or tool has one request and one response; it does not stream.",
+    "ORKI_TASK_FRAME": "A task's messages are not frames.",
+    "ORKI_TASK_MESSAGE": "A task's progress and directive name existing messages.",
+    "ORKI_TASK_MESSAGE_IMPORT": "A task's progress and directive are declared in its own file or in an imported one.",
+    "ORKI_TASK_MAX_ATTEMPTS": "A task has 1 to 1000 attempts.",
+    "ORKI_TASK_BACKOFF_MULTIPLIER": "The retry multiplier is finite and at least 1.",
+    "ORKI_TASK_BACKOFF_ORDER": "The initial retry delay does not exceed the maximum.",
+    "ORKI_TOOL_OPCODE": "A tool's opcode is between 0x0100 and 0xffff.",
+    "ORKI_TOOL_OPCODE_UNIQUE": "A tool's opcode is unique.",
+}
+
+_TASK_DURATIONS: Final = (
+    "heartbeat_timeout",
+    "attempt_timeout",
+    "stall_timeout",
+    "total_timeout",
+    "cancel_grace",
+)
+
+
+def check(report: Report) -> None:
+    """Judges every service that has a method with an option of orki's."""
+    opcodes = _opcodes(report)
+    for service in report.schema.services.values():
+        kinds = {}
+        for method in service.methods:
+            task = report.schema.option(method.proto.options, "task")
+            tool = report.schema.option(method.proto.options, "tool")
+            kinds[method.full_name] = "task" if task is not None else "tool" if tool is not None else "plain"
+            if task is not None and tool is not None:
+                report.add(
+                    "ORKI_METHOD_ONE_KIND",
+                    report.schema.locate(service.file.name, method.path, method.proto.options, "tool"),
+                    f"{method.full_name} is a task and a tool: keep one of the two options",
+                )
+            if task is not None:
+                _task(report, service, method, task)
+            if tool is not None:
+                _tool(report, service, method, tool, opcodes)
+            if task is not None or tool is not None:
+                _unary(report, service, method)
+        if len(set(kinds.values())) > 1:
+            parts = ", ".join(f"{name.partition('/')[2]} is {_article(kind)}" for name, kind in kinds.items())
+            report.add(
+                "ORKI_SERVICE_MIXED",
+                report.schema.location(service.file.name, service.path),
+                f"{service.full_name} mixes kinds of methods ({parts}): split it into one service per kind",
+            )
+
+
+def _opcodes(report: Report) -> dict[int, list[tuple[str, Location]]]:
+    """Full name and place of every tool, by its opcode."""
+    found: dict[int, list[tuple[str, Location]]] = {}
+    for service in report.schema.services.values():
+        for method in service.methods:
+            options = method.proto.options
+            tool = report.schema.option(options, "tool")
+            if tool is not None:
+                place = report.schema.locate(service.file.name, method.path, options, "tool", "opcode")
+                found.setdefault(tool.opcode, []).append((method.full_name, report.shown(place)))
+    return found
+
+
+def _article(kind: str) -> str:
+    return kind if kind == "plain" else f"a {kind}"
+
+
+def _unary(report: Report, service: ServiceNode, method: MethodNode) -> None:
+    if method.proto.client_streaming or method.proto.server_streaming:
+        report.add(
+            "ORKI_METHOD_UNARY",
+            report.schema.location(service.file.name, method.path),
+            f"{method.full_name} streams: remove `stream` (tasks report progress with their progress message)",
+        )
+
+
+def _task(report: Report, service: ServiceNode, method: MethodNode, option: Any) -> None:
+    def place(*inside: str | int) -> Location:
+        return report.schema.locate(service.file.name, method.path, method.proto.options, "task", *inside)
+
+    subject = method.full_name
+    for name in _TASK_DURATIONS:
+        report.duration(place(name), option, name, subject)
+    if option.max_attempts > 1000:
+        report.add(
+            "ORKI_TASK_MAX_ATTEMPTS",
+            place("max_attempts"),
+            f"{subject} has max_attempts = {option.max_attempts}: set it to 1 to 1000",
+        )
+    _backoff(report, option, place("retry_backoff"), place, subject)
+    for name in ("progress", "directive"):
+        _message(report, service, getattr(option, name), place(name), f"the {name} of {subject}")
+    named = {"request": method.proto.input_type, "response": method.proto.output_type}
+    for name, message in named.items():
+        _no_frame(report, message.removeprefix("."), place(), f"the {name} of {subject}")
+
+
+def _backoff(report: Report, option: Any, whole: Location, place: Any, subject: str) -> None:
+    backoff = option.retry_backoff
+    for name in ("initial", "maximum"):
+        report.duration(place("retry_backoff", name), backoff, name, f"the retry_backoff of {subject}")
+    if backoff.multiplier and not (math.isfinite(backoff.multiplier) and backoff.multiplier >= 1):
+        report.add(
+            "ORKI_TASK_BACKOFF_MULTIPLIER",
+            place("retry_backoff", "multiplier"),
+            f"the retry multiplier of {subject} is {backoff.multiplier:g}: set it to at least 1",
+        )
+    default = Backoff()
+    first = seconds_of(backoff.initial if backoff.HasField("initial") else None, default.initial)
+    longest = seconds_of(backoff.maximum if backoff.HasField("maximum") else None, default.maximum)
+    if first > longest:
+        report.add(
+            "ORKI_TASK_BACKOFF_ORDER",
+            whole,
+            f"the initial retry delay of {subject} ({duration_text(first)}) exceeds the maximum "
+            f"({duration_text(longest)}): lower initial or raise maximum",
+        )
+
+
+def _message(report: Report, service: ServiceNode, name: str, place: Location, subject: str) -> None:
+    if not name:
+        return
+    full_name = resolve(service.file.package, name)
+    node = report.schema.messages.get(full_name)
+    if node is None:
+        report.add(
+            "ORKI_TASK_MESSAGE",
+            place,
+            f'{subject} names the unknown message "{full_name}": correct the name or add its package',
+        )
+        return
+    if node.file.name not in report.schema.imports(service.file.name):
+        report.add(
+            "ORKI_TASK_MESSAGE_IMPORT",
+            place,
+            f'{subject} is declared in {node.file.name}, which this file must import: import "{node.file.name}";',
+        )
+    _no_frame(report, full_name, place, subject)
+
+
+def _no_frame(report: Report, full_name: str, place: Location, subject: str) -> None:
+    node = report.schema.messages.get(full_name)
+    if node is not None and report.schema.option(node.proto.options, "frame") is not None:
+        report.add("ORKI_TASK_FRAME", place, f"{subject} is the frame {full_name}: tasks use plain messages only")
+
+
+def _tool(
+    report: Report,
+    service: ServiceNode,
+    method: MethodNode,
+    option: Any,
+    opcodes: dict[int, list[tuple[str, Location]]],
+) -> None:
+    def place(*inside: str | int) -> Location:
+        return report.schema.locate(service.file.name, method.path, method.proto.options, "tool", *inside)
+
+    report.duration(place("timeout"), option, "timeout", method.full_name)
+    if not 0x0100 <= option.opcode <= 0xFFFF:
+        report.add(
+            "ORKI_TOOL_OPCODE",
+            place("opcode"),
+            f"{method.full_name} has the opcode 0x{option.opcode:04x}: use 0x0100 to 0xffff",
+        )
+        return
+    others = [f"{name} at {spot}" for name, spot in opcodes[option.opcode] if name != method.full_name]
+    if others:
+        report.add(
+            "ORKI_TOOL_OPCODE_UNIQUE",
+            place("opcode"),
+            f"{method.full_name} shares the opcode 0x{option.opcode:04x} with {', '.join(others)}: use another one",
+        )

@@ -1,0 +1,154 @@
+"""The changes between two versions of a contract, and the version bump that they require."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CATEGORIES",
+    "RULES",
+    "Bump",
+    "Category",
+    "Finding",
+    "Fit",
+    "Plane",
+    "Rule",
+    "findings",
+    "required_bump",
+    "service_fit",
+    "stream_fit",
+]
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from orki_contract._findings import enums, frames, messages, options, services, streams
+from orki_contract._findings.comparison import Bump, Category, Comparison, Finding, Plane, Reach, Rule
+from orki_contract.read import ReadContract
+
+RULES: Final[Mapping[str, Rule]] = {
+    rule.id: rule for part in (streams, frames, services, messages, enums, options) for rule in part.RULES
+}
+"""Every rule of change, by its id."""
+
+CATEGORIES: Final[Mapping[Category, str]] = {
+    Category.STREAM: "Streams and groups of the event plane.",
+    Category.FRAME: "Frames of the hot path.",
+    Category.TASK: "Tasks of the control plane.",
+    Category.TOOL: "Tools of the hot path.",
+    Category.SERVICE: "Services of any kind, and plain gRPC.",
+    Category.MESSAGE: "Messages, fields and enums that travel.",
+    Category.OPTION: "Values of options in general.",
+    Category.NAME: "Names, and the files that hold them.",
+}
+"""What each category of rules is about."""
+
+
+def findings(old: ReadContract, new: ReadContract) -> tuple[Finding, ...]:
+    """Every change from one contract to another, sorted by place.
+
+    A pure function of the two. Packages of the options and of protobuf itself are left out. Locations have lines where
+    an image was read with source information.
+    """
+    comparison = Comparison(old, new, RULES)
+    streams.compare(comparison)
+    frames.compare(comparison)
+    services.compare(comparison)
+    messages.compare(comparison)
+    enums.compare(comparison)
+    options.compare(comparison)
+    return tuple(sorted(set(comparison.found)))
+
+
+def required_bump(found: Iterable[Finding]) -> Bump:
+    """What a version must promise at the least, for these findings; `PATCH` for none."""
+    bumps = {finding.bump for finding in found}
+    return Bump.MAJOR if Bump.MAJOR in bumps else Bump.MINOR if bumps else Bump.PATCH
+
+
+_SHOWN: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How two versions stand to each other.
+
+    Attributes:
+        forward: What breaks if the second one follows the first; empty: the second is a compatible evolution.
+        backward: What breaks if the first one follows the second.
+    """
+
+    forward: tuple[Finding, ...]
+    backward: tuple[Finding, ...]
+
+    @property
+    def compatible(self) -> bool:
+        """Whether either is a compatible evolution of the other."""
+        return not self.forward or not self.backward
+
+    @property
+    def breaks(self) -> tuple[Finding, ...]:
+        """Why they do not fit, in the direction in which less breaks; empty where they fit."""
+        return min(self.forward, self.backward, key=len)
+
+    def reversed(self) -> Fit:
+        """The same with the versions exchanged."""
+        return Fit(self.backward, self.forward)
+
+    def told(self, *, forward: bool) -> str:
+        """The first breaks in one direction with their rules and subjects, or `compatible`."""
+        if self.compatible:
+            return "compatible"
+        breaks = self.forward if forward else self.backward
+        told = [f"{each.message} [{each.rule}]" for each in breaks[:_SHOWN]]
+        more = len(breaks) - _SHOWN
+        return "; ".join([*told, f"and {more} more"] if more > 0 else told)
+
+    def __str__(self) -> str:
+        """The first breaks with their rules and subjects, in the direction in which less breaks, or `compatible`."""
+        return self.told(forward=self.breaks is self.forward)
+
+
+def service_fit(service: str, first: ReadContract, second: ReadContract) -> Fit:
+    """How two versions of a task or tool service stand to each other: its methods, and all messages that they reach.
+
+    Args:
+        service: Full name.
+        first: A contract that declares it.
+        second: Another one.
+    """
+    return _fit({f"task service {service}", f"tool service {service}", f"service {service}"}, first, second)
+
+
+def stream_fit(stream: str, first: ReadContract, second: ReadContract) -> Fit:
+    """How two versions of a stream stand to each other: itself, its owner's groups, and all messages that it reaches.
+
+    Args:
+        stream: Its name.
+        first: A contract that declares it.
+        second: Another one.
+    """
+    return _fit({f'stream "{stream}"'}, first, second)
+
+
+def _fit(uses: set[str], first: ReadContract, second: ReadContract) -> Fit:
+    reaches = (Reach(first), Reach(second))
+
+    def breaks(old: ReadContract, new: ReadContract) -> tuple[Finding, ...]:
+        return tuple(each for each in findings(old, new) if each.wire and _concerns(each, uses, reaches))
+
+    return Fit(breaks(first, second), breaks(second, first))
+
+
+def _concerns(finding: Finding, uses: set[str], reaches: Iterable[Reach]) -> bool:
+    if finding.subject in uses or not uses.isdisjoint(finding.affected):
+        return True
+    # An option that nobody knows names its bearer behind "of": `option (…) of field acme.v1.Note.3`.
+    kind, _, name = finding.subject.rpartition(" of ")[2].partition(" ")
+    if kind in ("service", "method"):
+        return f"service {name.partition('/')[0]}" in uses
+    if kind == "field":
+        name = name.rpartition(".")[0]
+    if kind in ("message", "field", "enum"):
+        return any(use.name in uses for reach in reaches for use in reach.uses(name))
+    # What a whole file says concerns everybody in it.
+    return kind == "file"

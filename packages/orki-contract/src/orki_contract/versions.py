@@ -1,0 +1,224 @@
+"""Versions of a contract: an image, a wheel, a folder, a git ref, or an installed package."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ContractVersion",
+    "checked_out",
+    "commit_of",
+    "version_at",
+]
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from google.protobuf.message import DecodeError
+
+from orki_contract.errors import InvalidContract, InvalidSetting
+from orki_contract.images import IMAGE_NAME, Image, images_in
+from orki_contract.read import ReadContract, read_image
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContractVersion:
+    """A contract and where it comes from.
+
+    Attributes:
+        label: For people.
+        read: The contract.
+        packages: The proto packages that it speaks for, where it is made of images that wheels ship; None for all.
+        paths: Where files lie, by the path under which they are imported; empty where nobody knows.
+    """
+
+    label: str
+    read: ReadContract
+    packages: frozenset[str] | None
+    paths: Mapping[str, str] = field(default_factory=dict)
+
+
+def version_at(source: str) -> ContractVersion:
+    """Reads a version.
+
+    Args:
+        source: Path of an image, a wheel or a folder; else a git ref of the repository around the working directory;
+            else the name of an installed distribution or proto package. A folder, or the tree of a ref, is compiled by
+            buf where it has a buf.yaml and there is a buf; else the images in it are read.
+
+    Raises:
+        InvalidContract: There is no such source, or it holds no contract, or none that can be read.
+        InvalidSetting: It takes buf to read it, and there is none.
+    """
+    if not Path(source).exists():
+        commit = commit_of(source)
+        if commit is not None:
+            with tempfile.TemporaryDirectory(prefix="orki-contract-") as folder:
+                checked_out(commit, Path(folder), _wanted)
+                return _folder(Path(folder), f"git {source} ({commit[:10]})")
+    if Path(source).is_dir():
+        return _folder(Path(source), source)
+    try:
+        return _of_images(source, images_in(source))
+    except InvalidContract as error:
+        if Path(source).exists():
+            raise
+        raise InvalidContract(f"{error.message}; no git ref of this repository is called so either") from error
+
+
+def _wanted(path: str) -> bool:
+    """Whether a file of a git tree says anything about contracts."""
+    name = path.rpartition("/")[2]
+    return name.endswith(".proto") or name in ("buf.yaml", "buf.lock", "buf.work.yaml", IMAGE_NAME)
+
+
+def _folder(folder: Path, label: str) -> ContractVersion:
+    configured = (folder / "buf.yaml").is_file() or (folder / "buf.work.yaml").is_file()
+    buf = _find_buf()
+    if configured and buf is not None:
+        return _compiled(buf, folder, label)
+    try:
+        return _of_images(label, images_in(str(folder)))
+    except InvalidContract:
+        protos = any(folder.glob("**/*.proto"))
+        if protos and buf is not None:
+            return _compiled(buf, folder, label)
+        if protos:
+            raise InvalidSetting(
+                f"{label} holds protos and no {IMAGE_NAME}, and there is no buf to compile them: "
+                "buf comes with orki-codegen"
+            ) from None
+        raise InvalidContract(f"{label} holds no proto file and no {IMAGE_NAME}, so no contract") from None
+
+
+def _find_buf() -> str | None:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return shutil.which("buf", path=path)
+
+
+def _compiled(buf: str, folder: Path, label: str) -> ContractVersion:
+    """What buf makes of a folder; with the texts, so that places are exact."""
+    image = _run(buf, folder, label, "build", "--as-file-descriptor-set", "--output", "-")
+    listed = _run(buf, folder, label, "ls-files", "--format", "json").decode()
+    entries = [json.loads(line) for line in listed.splitlines() if line]
+    paths = {entry["import_path"]: entry["path"] for entry in entries}
+    texts = {name: (folder / path).read_text(encoding="utf-8") for name, path in paths.items()}
+    return ContractVersion(label=label, read=_read(image, label, texts), packages=None, paths=paths)
+
+
+def _run(buf: str, folder: Path, label: str, *arguments: str) -> bytes:
+    ran = subprocess.run([buf, *arguments], cwd=folder, capture_output=True, check=False)
+    if ran.returncode != 0:
+        said = (ran.stderr + ran.stdout).decode(errors="replace").strip()
+        raise InvalidContract(f"buf cannot compile {label}:\n{said}")
+    return ran.stdout
+
+
+def _of_images(label: str, images: Iterable[Image]) -> ContractVersion:
+    """One contract of all the images that a wheel, a folder or a distribution ships."""
+    found = list(images)
+    if len(found) == 1 and not found[0].shipped:
+        return ContractVersion(label=label, read=_read(found[0].content, found[0].place, {}), packages=None)
+    files: dict[str, bytes] = {}
+    own: set[str] = set()
+    for image in found:
+        try:
+            parsed = FileDescriptorSet.FromString(image.content)
+        except DecodeError as error:
+            raise InvalidContract(f"{image.place}: the image is not a serialized FileDescriptorSet: {error}") from error
+        packages = _owned(image, parsed)
+        own |= packages
+        for file in parsed.file:
+            content = file.SerializeToString()
+            # Each package's own image is the one to believe. What all of them import, such as the options, only grows:
+            # where two images brought versions of it, the longer one is the newer.
+            if file.package in packages or len(content) > len(files.get(file.name, b"")):
+                files[file.name] = content
+        for file in parsed.file:
+            if file.package in packages:
+                files[file.name] = file.SerializeToString()
+    merged = FileDescriptorSet()
+    for _, content in sorted(files.items()):
+        merged.file.add().ParseFromString(content)
+    return ContractVersion(label=label, read=_read(merged.SerializeToString(), label, {}), packages=frozenset(own))
+
+
+def _owned(image: Image, parsed: FileDescriptorSet) -> set[str]:
+    """The packages that an image was made for: by the folder that it lies in, or else those that nothing imports."""
+    home = image.place.replace("!", "/").rpartition("/")[0]
+    packages = {file.package for file in parsed.file}
+    placed = {each for each in packages if each and f"/{home}".endswith("/" + each.replace(".", "/"))}
+    if placed or image.place in packages:
+        return placed or {image.place}
+    by_name = {file.name: file.package for file in parsed.file}
+    return packages - {
+        by_name[path]
+        for file in parsed.file
+        for path in file.dependency
+        if by_name.get(path, file.package) != file.package
+    }
+
+
+def _read(image: bytes, label: str, texts: Mapping[str, str]) -> ReadContract:
+    try:
+        return read_image(image, texts)
+    except InvalidContract as error:
+        raise InvalidContract(f"{label}: {error.message}") from error
+
+
+def commit_of(ref: str) -> str | None:
+    """The id of the commit that a ref names in the repository around the working directory; None for none."""
+    # A leading dash would be an option of git's.
+    if ref.startswith("-"):
+        return None
+    try:
+        ran = _git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
+    except FileNotFoundError:
+        return None
+    return ran.stdout.decode().strip() if ran.returncode == 0 else None
+
+
+def checked_out(commit: str, folder: Path, wanted: Callable[[str], bool]) -> None:
+    """Writes some files of a commit into a folder.
+
+    Args:
+        commit: Its id.
+        folder: An empty folder.
+        wanted: Chooses files by their paths.
+
+    Raises:
+        InvalidContract: git cannot read the commit, as in a clone without its history.
+    """
+    names = _checked(_git("ls-tree", "-r", "-z", "--name-only", "--full-tree", commit), commit).split(b"\0")
+    # A path with a newline cannot be asked for, and no proto has one.
+    chosen = [name for name in names if name and b"\n" not in name and wanted(name.decode(errors="surrogateescape"))]
+    asked = b"".join(commit.encode() + b":" + name + b"\n" for name in chosen)
+    answer = _checked(_git("cat-file", "--batch", sent=asked), commit)
+    at = 0
+    for name in chosen:
+        end = answer.index(b"\n", at)
+        head = answer[at:end].split(b" ")
+        if len(head) != 3 or head[1] != b"blob":
+            raise InvalidContract(f"git does not give {name.decode(errors='replace')} of {commit[:10]}: {head!r}")
+        size = int(head[2])
+        place = folder / name.decode(errors="surrogateescape")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(answer[end + 1 : end + 1 + size])
+        at = end + 1 + size + 1
+
+
+def _git(*arguments: str, sent: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["git", *arguments], input=sent, capture_output=True, check=False)
+
+
+def _checked(ran: subprocess.CompletedProcess[bytes], commit: str) -> bytes:
+    if ran.returncode != 0:
+        said = ran.stderr.decode(errors="replace").strip()
+        raise InvalidContract(f"git cannot read the commit {commit[:10]}: {said}")
+    return ran.stdout

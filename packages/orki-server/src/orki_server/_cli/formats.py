@@ -1,0 +1,138 @@
+"""How times, sizes and counts look in tables and trees."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from orki_server._observers.redaction import safe_text
+
+
+def duration(microseconds: int) -> str:
+    """A length of time with its unit, three digits or so: `417 µs`, `12.3 ms`, `3.02 s`, `4 min 10 s`, `2 h 5 min`."""
+    if microseconds < 1_000:
+        return f"{microseconds} µs"
+    if microseconds < 1_000_000:
+        return f"{microseconds / 1_000:.3g} ms" if microseconds < 999_500 else "1 s"
+    seconds = microseconds / 1_000_000
+    if seconds < 60:
+        return f"{seconds:.3g} s" if seconds < 59.95 else "1 min"
+    minutes, whole = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {whole} s" if whole else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    return f"{hours // 24} d {hours % 24} h" if hours % 24 else f"{hours // 24} d"
+
+
+def offset(microseconds: int) -> str:
+    """A time relative to another, in seconds to the millisecond: `+0.003 s`."""
+    return f"{microseconds / 1_000_000:+,.3f} s"
+
+
+def age(since_us: int, now_us: int) -> str:
+    """How long ago; a dash for what never was."""
+    return duration(max(0, now_us - since_us)) if since_us > 0 else "-"
+
+
+def size(count: int) -> str:
+    """Bytes: `812 B`, `4.0 KiB`, `1.5 MiB`."""
+    if count < 1024:
+        return f"{count} B"
+    value = float(count)
+    for unit in ("KiB", "MiB", "GiB"):
+        value /= 1024
+        if value < 1024:
+            return f"{value:.1f} {unit}"
+    return f"{value / 1024:.1f} TiB"
+
+
+_WIDE: Final = 400
+_STYLES: Final = {
+    "ok": "green",
+    "succeeded": "green",
+    "connected": "green",
+    "running": "cyan",
+    "offered": "cyan",
+    "live": "green",
+    "applied": "cyan",
+    "warn": "yellow",
+    "cancelling": "yellow",
+    "cancelled": "yellow",
+    "bad": "bold red",
+    "failed": "red",
+    "lost": "red",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        name: Its heading.
+        right: Whether it holds numbers.
+        whole: Whether its values are never cut or wrapped, such as ids that people copy.
+        judged: Whether its values are states that have a colour.
+        wraps: Whether long values take more lines; otherwise they are cut.
+    """
+
+    name: str
+    right: bool = False
+    whole: bool = False
+    judged: bool = False
+    wraps: bool = False
+
+
+def stdout_console() -> Console:
+    """The console for results. Into a pipe or a file lines are as long as they need to be, and have no colours."""
+    terminal = sys.stdout.isatty()
+    width = None if terminal or os.environ.get("COLUMNS", "").isdigit() else _WIDE
+    return Console(width=width, highlight=False, markup=False, emoji=False)
+
+
+def stderr_console() -> Console:
+    """The console for what is told meanwhile."""
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def print_table(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, empty: str) -> None:
+    """Prints a table, or the sentence `empty` where there is no row."""
+    stdout_console().print(printed(columns, rows, empty=empty))
+
+
+def printed(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, empty: str) -> Table | Text:
+    """The table, for a console."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        justify: Literal["left", "right"] = "right" if column.right else "left"
+        overflow: Literal["fold", "ellipsis"] = "fold" if column.wraps else "ellipsis"
+        table.add_column(column.name, justify=justify, overflow=overflow, no_wrap=not column.wraps)
+    count = 0
+    for row in rows:
+        table.add_row(*(_cell(column, value) for column, value in zip(columns, row, strict=True)))
+        count += 1
+    for column, shown in zip(columns, table.columns, strict=True):
+        if column.whole:
+            shown.min_width = max((len(str(cell)) for cell in shown.cells), default=0)
+    return table if count else Text(empty)
+
+
+def print_json(value: Any) -> None:
+    """Prints JSON, indented."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _cell(column: Column, value: str) -> Text:
+    text = safe_text(value)
+    return Text(text, style=_STYLES.get(text.lower(), "") if column.judged else "")

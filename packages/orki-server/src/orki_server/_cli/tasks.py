@@ -1,0 +1,283 @@
+"""`orki tasks`: the tasks that the orchestrator knows, or one of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import click
+
+from orki.control.v1.attempt_pb2 import AttemptRef, Failure, TaskState
+from orki.control.v1.task_pb2 import AgentSnapshot, TaskSnapshot
+from orki.errors.v1.errors_pb2 import Reason
+from orki_contract.trace import parse_traceparent
+from orki_server._cli.formats import Column, age, duration, print_json, print_table, size
+from orki_server._cli.options import json_option, open_client, repeated, run, with_orchestrator
+from orki_server._observers.redaction import time_text
+
+_PREFIX: Final = "TASK_STATE_"
+
+STATES: Final[Mapping[str, TaskState.ValueType]] = {
+    name.removeprefix(_PREFIX).lower(): number for name, number in TaskState.items() if number
+}
+"""States by the names that commands use."""
+
+
+def state_name(state: TaskState.ValueType) -> str:
+    """Such as `running`; the number of a state that only a newer orchestrator knows."""
+    try:
+        return TaskState.Name(state).removeprefix(_PREFIX).lower()
+    except ValueError:
+        return str(state)
+
+
+def task_json(task: TaskSnapshot, response: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The task with stable keys.
+
+    Args:
+        task: The snapshot.
+        response: Its response as JSON, where the caller knows its type.
+    """
+    span = parse_traceparent(task.traceparent)
+    attempt = task.attempt if task.HasField("attempt") else None
+    return {
+        "task_id": task.task_id,
+        "method": task.method,
+        "state": state_name(task.state),
+        "attempt": attempt.attempt if attempt else 0,
+        "fence": attempt.fence if attempt else 0,
+        "agent_id": task.agent_id,
+        "submitted": time_or_none(task.submitted_us),
+        "ended": time_or_none(task.ended_us),
+        "trace_id": span.trace_id if span else "",
+        "failure": _failure(task.failure) if task.HasField("failure") else None,
+        "earlier_failures": [_failure(each) for each in task.earlier_failures],
+        "response": response,
+    }
+
+
+def agent_json(agent: AgentSnapshot) -> dict[str, Any]:
+    """The agent with stable keys."""
+    return {
+        "agent_id": agent.agent_id,
+        "instance_id": agent.instance_id,
+        "connected": agent.connected,
+        "draining": agent.draining,
+        "orchestrator_id": agent.orchestrator_id,
+        "slots": agent.slots,
+        "attempts": [
+            {"task_id": each.task_id, "attempt": each.attempt, "fence": each.fence} for each in agent.attempts
+        ],
+        "services": list(agent.services),
+        "last_heartbeat": time_or_none(agent.last_heartbeat_us),
+        "loop_lag_us": agent.loop_lag_us,
+        "memory_bytes": agent.memory_bytes,
+    }
+
+
+def time_or_none(time_us: int) -> str | None:
+    """RFC 3339, or None for what has not happened."""
+    return time_text(time_us) if time_us else None
+
+
+def _attempt(attempt: AttemptRef) -> dict[str, Any]:
+    return {"task_id": attempt.task_id, "attempt": attempt.attempt, "fence": attempt.fence}
+
+
+def _failure(failure: Failure) -> dict[str, str]:
+    try:
+        reason = Reason.Name(failure.reason)
+    except ValueError:
+        reason = str(failure.reason)
+    return {
+        "reason": reason.removeprefix("REASON_"),
+        "message": failure.message,
+        "error_type": failure.error_type,
+    }
+
+
+_COLUMNS = (
+    Column(name="TASK", whole=True),
+    Column(name="METHOD"),
+    Column(name="STATE", judged=True, whole=True),
+    Column(name="TRY", right=True),
+    Column(name="AGENT"),
+    Column(name="AGE", right=True, whole=True),
+    Column(name="TOOK", right=True),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wanted:
+    states: tuple[str, ...]
+    method: str
+    agent: str
+    limit: int
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  orki tasks --state running --state queued
+  orki tasks --method acme.review.v1.ReviewService/ReviewFile --limit 20
+  orki tasks --json | jq -r '.[] | select(.failure) | .failure.message'
+  orki tasks TASK
+""",
+)
+@click.argument("task_id", metavar="[TASK]", required=False)
+@click.option(
+    "--state", "states", multiple=True, type=click.Choice(sorted(STATES)), help="Only tasks in this state; repeatable."
+)
+@click.option("--method", default="", metavar="SERVICE/METHOD", help="Only tasks of this method.")
+@click.option("--agent", default="", metavar="AGENT", help="Only tasks whose current attempt this agent holds.")
+@click.option("--limit", default=50, show_default=True, type=click.IntRange(1, 100_000), help="Most tasks shown.")
+@click.option("--watch", is_flag=True, help="Print again every second until interrupted.")
+@json_option
+@with_orchestrator
+def tasks(
+    task_id: str | None, watch: bool, as_json: bool, orchestrator: str, insecure: bool, **filters: object
+) -> None:
+    """Show tasks, newest first; or one, with the failures of its attempts."""
+    wanted = _Wanted(**filters)  # type: ignore[arg-type]
+    if task_id is not None and filters != _UNFILTERED:
+        raise click.UsageError("TASK shows one task; leave the filters out.")
+
+    async def show() -> None:
+        async with open_client(orchestrator, insecure) as client:
+            if task_id is not None:
+                found = [await client.get(task_id)]
+            else:
+                found = []
+                page = min(wanted.limit, 1000)
+                states = [STATES[name] for name in wanted.states]
+                listed = client.list_tasks(states=states, method=wanted.method, agent_id=wanted.agent, page_size=page)
+                async for each in listed:
+                    found.append(each)
+                    if len(found) == wanted.limit:
+                        break
+        if as_json:
+            print_json([task_json(each) for each in found] if task_id is None else task_json(found[0]))
+        elif task_id is None:
+            print_table(_COLUMNS, map(_row, found), empty="no such tasks" if any(filters.values()) else "no tasks yet")
+        else:
+            _print_one(found[0])
+
+    run(repeated(show, watch))
+
+
+_UNFILTERED: dict[str, object] = {"states": (), "method": "", "agent": "", "limit": 50}
+
+
+def _row(task: TaskSnapshot) -> tuple[str, ...]:
+    now_us = time.time_ns() // 1000
+    return (
+        task.task_id,
+        task.method.rpartition(".")[2],
+        state_name(task.state),
+        str(task.attempt.attempt) if task.HasField("attempt") else "-",
+        task.agent_id or "-",
+        age(task.submitted_us, now_us),
+        duration(task.ended_us - task.submitted_us) if task.ended_us else "-",
+    )
+
+
+def _print_one(task: TaskSnapshot) -> None:
+    shown = task_json(task)
+    rows = [(name, str(shown[name])) for name in ("task_id", "method", "state", "attempt", "fence", "agent_id")]
+    rows += [(name, shown[name] or "-") for name in ("submitted", "ended", "trace_id")]
+    rows += [("earlier failure", _failure_text(each)) for each in shown["earlier_failures"]]
+    if shown["failure"]:
+        rows.append(("failure", _failure_text(shown["failure"])))
+    print_table((Column(name="", whole=True), Column(name="", wraps=True)), rows, empty="")
+
+
+def _failure_text(failure: dict[str, str]) -> str:
+    return ", ".join(each for each in (failure["reason"], failure["error_type"], failure["message"]) if each)
+
+
+_AGENT_COLUMNS = (
+    Column(name="AGENT"),
+    Column(name="STATE", judged=True, whole=True),
+    Column(name="BUSY", right=True, whole=True),
+    Column(name="SERVES"),
+    Column(name="HEARD", right=True, whole=True),
+    Column(name="LAG", right=True),
+    Column(name="MEMORY", right=True),
+)
+_STATES: Final = {
+    (True, False): "connected",
+    (True, True): "draining",
+    (False, True): "left",
+    (False, False): "lost",
+}
+"""By whether the agent has a session, and whether it said that it drains."""
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  orki agents --watch
+  orki agents --json | jq -r '.[] | select(.connected | not) | .agent_id'
+""",
+)
+@click.option("--watch", is_flag=True, help="Print again every second until interrupted.")
+@json_option
+@with_orchestrator
+def agents(watch: bool, as_json: bool, orchestrator: str, insecure: bool) -> None:
+    """Show the agents that have a session, or had one not long ago.
+
+    STATE is connected, draining (takes no more offers), left (it drained, and stopped), or lost (its session broke).
+    BUSY is attempts of slots; HEARD is the time since the last heartbeat; LAG is how late the agent's event loop was.
+    """
+
+    async def show() -> None:
+        async with open_client(orchestrator, insecure) as client:
+            found = await client.list_agents()
+        if as_json:
+            print_json([agent_json(each) for each in found])
+        else:
+            print_table(
+                _AGENT_COLUMNS,
+                map(_agent_row, found),
+                empty="no agents yet: start one with `orki-agent run MODULE:ATTRIBUTE`",
+            )
+
+    run(repeated(show, watch))
+
+
+def _agent_row(agent: AgentSnapshot) -> tuple[str, ...]:
+    return (
+        agent.agent_id,
+        _STATES[agent.connected, agent.draining],
+        f"{len(agent.attempts)}/{agent.slots}",
+        ", ".join(each.rpartition(".")[2] for each in agent.services),
+        age(agent.last_heartbeat_us, time.time_ns() // 1000),
+        duration(agent.loop_lag_us),
+        size(agent.memory_bytes),
+    )
+
+
+@click.command(
+    epilog="""\b
+Example:
+  orki cancel TASK --message 'wrong input'
+""",
+)
+@click.argument("task_id", metavar="TASK")
+@click.option("--message", default="", help="Why, for whoever reads the trace.")
+@json_option
+@with_orchestrator
+def cancel(task_id: str, message: str, as_json: bool, orchestrator: str, insecure: bool) -> None:
+    """Ask for the end of a task. Asking again, or too late, is harmless."""
+
+    async def ask() -> None:
+        async with open_client(orchestrator, insecure) as client:
+            task = await client.cancel(task_id, message)
+        if as_json:
+            print_json(task_json(task))
+        else:
+            click.echo(f"{task.task_id} is {state_name(task.state)}")
+
+    run(ask())

@@ -1,0 +1,264 @@
+"""`orki trace`: what became of a task, from the agent's spawn and the submit to the result."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import click
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+from rich.tree import Tree
+
+from orki_contract.errors import OrkiError, UnknownStream, UnknownTask
+from orki_contract.trace import parse_traceparent
+from orki_events.connection import Connection
+from orki_events.registry import StreamRegistry
+from orki_server._cli.formats import duration, offset, print_json, size, stderr_console, stdout_console
+from orki_server._cli.options import events_link, json_option, open_client, redis_option, run, with_orchestrator
+from orki_server._cli.trace_scan import Found, ScanProgress, check_id, find_trace, scan_trace, task_bounds
+from orki_server._cli.trace_tree import Node, Trace, build_trace
+from orki_server._observers.redaction import safe_json, safe_text
+
+_STYLES: Final = {"ok": "green", "failed": "red", "lost": "red", "cancelled": "yellow", "running": "cyan"}
+_LONGEST: Final = 160
+_SHORTEST_GAP_US: Final = 50_000
+
+
+def render(trace: Trace) -> Tree:
+    """The whole tree, to be printed by a rich console."""
+    state = "finished" if trace.finished else "not finished"
+    tree = Tree(Text(f"trace {trace.trace_id} ({state})", style="bold"))
+    ends = [node.end_us for root in trace.roots if root.kind != "agent" for node in root.walk() if node.end_us]
+    gap_us = max(_SHORTEST_GAP_US, (max(ends, default=0) - trace.started_us) // 10)
+    for root in trace.roots:
+        _grow(tree, root, trace.started_us, gap_us)
+    return tree
+
+
+def line(node: Node, zero_us: int) -> Text:
+    """One node as one line."""
+    text = Text(f"{offset(node.start_us - zero_us)}  ", style="")
+    text.append(_words(node), style=_STYLES.get(node.status, "") if node.kind in ("task", "attempt", "tool") else "")
+    text.no_wrap = False
+    return text
+
+
+def _grow(tree: Tree, node: Node, zero_us: int, gap_us: int) -> None:
+    branch = tree.add(line(node, zero_us))
+    last: int | None = None
+    for child in node.children:
+        # What an agent does between two tasks is not this trace's silence.
+        if last is not None and child.start_us - last > gap_us and node.kind != "agent":
+            branch.add(Text(f"⋮ nothing for {duration(child.start_us - last)}", style="dim"))
+        _grow(branch, child, zero_us, gap_us)
+        last = max(last or 0, child.end_us or child.start_us)
+
+
+def _words(node: Node) -> str:
+    write = _WRITERS.get(node.kind, _step)
+    words = safe_text(write(node))
+    return words if len(words) <= _LONGEST else words[: _LONGEST - 1] + "…"
+
+
+def _agent(node: Node) -> str:
+    return f"agent {node.title}, instance {node.details.get('instance_id', '')}"
+
+
+def _task(node: Node) -> str:
+    words = f"task {node.details.get('task_id', '')} {node.title}: {_outcome(node)}"
+    return words + _because(node.details.get("outcome", {}))
+
+
+def _attempt(node: Node) -> str:
+    return f"{node.title}, fence {node.details.get('fence', '?')}: {_outcome(node)}{_because(node.details)}"
+
+
+def _queued(node: Node) -> str:
+    wait = node.details.get("backoff_ms")
+    reason = f", backoff {duration(wait * 1000)}" if wait else ""
+    return f"queued {_length(node)}{reason}"
+
+
+def _tool(node: Node) -> str:
+    details = node.details
+    sizes = f"{size(int(details.get('request_bytes', 0)))} → {size(int(details.get('reply_bytes', 0)))}"
+    return f"tool {node.title} {_length(node)} ({sizes}){_because(details)}"
+
+
+def _usage(node: Node) -> str:
+    details = node.details
+    words = f"usage {node.title}: {details.get('input_tokens', 0)} tokens in, {details.get('output_tokens', 0)} out"
+    cost = int(details.get("cost_micros", 0))
+    return f"{words}, ${cost / 1_000_000:.6f}" if cost else words
+
+
+def _event(node: Node) -> str:
+    return f"{node.title} on {node.details['stream']} {safe_json(node.details['event'])}"
+
+
+def _step(node: Node) -> str:
+    facts = {name: value for name, value in node.details.items() if name not in ("reason", "message")}
+    shown = ", ".join(f"{name} {_plain(value)}" for name, value in facts.items())
+    return f"{node.title}{f' ({shown})' if shown else ''}{_because(node.details)}"
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else safe_json(value)
+
+
+def _outcome(node: Node) -> str:
+    if node.end_us is None:
+        return "running"
+    word = {"ok": "succeeded"}.get(node.status, node.status)
+    return f"{word} after {_length(node)}"
+
+
+def _length(node: Node) -> str:
+    return "…" if node.end_us is None else duration(node.end_us - node.start_us)
+
+
+def _because(details: dict[str, Any]) -> str:
+    reason = str(details.get("reason", "")).removeprefix("REASON_")
+    message = str(details.get("message", ""))
+    return "".join(f", {each}" for each in (reason, message) if each)
+
+
+_WRITERS: Final = {
+    "agent": _agent,
+    "task": _task,
+    "attempt": _attempt,
+    "queued": _queued,
+    "tool": _tool,
+    "usage": _usage,
+    "event": _event,
+}
+
+
+_WHOLE_TASK_ID: Final = 28
+_EVERY_S: Final = 0.5
+_LINGER_S: Final = 1.5
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  orki trace t3-01jc9xkq
+  orki trace 4bf92f3577b34da6a3ce929d0e0e4736 --json
+  orki trace t3-01jc9xkq --follow
+""",
+)
+@click.argument("wanted", metavar="ID")
+@click.option("--follow", is_flag=True, help="Go on until every task of the trace has ended.")
+@json_option
+@redis_option
+@with_orchestrator
+def trace(wanted: str, follow: bool, as_json: bool, redis_url: str, orchestrator: str, insecure: bool) -> None:
+    """Show one tree from the agent's spawn and the submit to the result.
+
+    ID is a task's id or a trace's id, or the beginning of one where only one begins so. The tree shows attempts with
+    their reasons, tool calls, usage and your own events, each with its time since the submission in seconds, and where
+    nothing happened for long. It is made of the events in Redis; the orchestrator need not run.
+    """
+    check_id(wanted)
+    run(_trace(wanted, follow, as_json, redis_url, (orchestrator, insecure)))
+
+
+async def _trace(wanted: str, follow: bool, as_json: bool, redis_url: str, client: tuple[str, bool]) -> None:
+    async with events_link(redis_url) as link:
+        with _progress() as progress:
+            streams = await StreamRegistry().streams(link)
+            if not streams:
+                raise UnknownStream("no streams yet: nobody has published, so there is nothing to trace")
+            found = await _ask_orchestrator(wanted, *client) or await find_trace(link, streams, wanted, progress)
+            tree, trimmed = await _look(link, found, progress)
+        if follow and not tree.finished:
+            tree, trimmed = await _follow(link, found, tree, as_json)
+            if not as_json:
+                _tell_trimmed(trimmed)
+                return
+    if not as_json:
+        stdout_console().print(render(tree))
+        _tell_trimmed(trimmed)
+    else:
+        print_json({**tree.to_json(), "possibly_trimmed": trimmed})
+
+
+async def _ask_orchestrator(wanted: str, orchestrator: str, insecure: bool) -> Found | None:
+    """What it knows of a task whose id is whole; None where it cannot tell."""
+    if not wanted.startswith("t") or len(wanted) < _WHOLE_TASK_ID:
+        return None
+    try:
+        async with open_client(orchestrator, insecure, patience=0) as client:
+            task = await asyncio.wait_for(client.get(wanted), 2.0)
+    except (OrkiError, TimeoutError):
+        return None
+    span = parse_traceparent(task.traceparent)
+    if span is None or not task.submitted_us:
+        return None
+    return Found(trace_id=span.trace_id, bounds=task_bounds(task.submitted_us, task.ended_us))
+
+
+async def _look(link: Connection, found: Found, progress: ScanProgress) -> tuple[Trace, list[str]]:
+    # Streams that were registered meanwhile belong to the trace too.
+    streams = await StreamRegistry().streams(link)
+    records, trimmed = await scan_trace(link, streams, found, progress)
+    if not records:
+        raise UnknownTask(f"no event of trace {found.trace_id} is left in the streams: they were trimmed since")
+    return build_trace(found.trace_id, records), trimmed
+
+
+async def _follow(link: Connection, found: Found, tree: Trace, as_json: bool) -> tuple[Trace, list[str]]:
+    """Looks again and again until the trace has ended, and a little longer for what comes late."""
+    open_end = Found(trace_id=found.trace_id, bounds=task_bounds((found.bounds.start_ms + 1000) * 1000, 0))
+    console = Console(quiet=True) if as_json else stdout_console()
+    ended_at: float | None = None
+    trimmed: list[str] = []
+    with Live(render(tree), console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        while ended_at is None or time.monotonic() < ended_at + _LINGER_S:
+            await asyncio.sleep(_EVERY_S)
+            try:
+                tree, trimmed = await _look(link, open_end, _silent)
+            except OrkiError as error:
+                if not error.retryable:
+                    raise
+                continue
+            live.update(render(tree), refresh=True)
+            if tree.finished and ended_at is None:
+                ended_at = time.monotonic()
+    return tree, trimmed
+
+
+def _silent(_: str, __: float) -> None:
+    """Takes progress and shows nothing."""
+
+
+@contextmanager
+def _progress() -> Iterator[ScanProgress]:
+    """A bar for each stream that takes more than a page, on a terminal."""
+    console = stderr_console()
+    if not console.is_terminal:
+        yield _silent
+        return
+    with Progress(TextColumn("reading {task.description}"), BarColumn(), console=console, transient=True) as bars:
+        tasks = {}
+
+        def show(name: str, done: float) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=1.0)
+            bars.update(tasks[name], completed=min(1.0, max(0.0, done)))
+
+        yield show
+
+
+def _tell_trimmed(trimmed: list[str]) -> None:
+    if trimmed:
+        stderr_console().print(
+            f"entries of that time may have been trimmed from: {', '.join(trimmed)} (their retention is shorter than "
+            "the trace is old)"
+        )

@@ -1,0 +1,313 @@
+"""One trace as a tree, made of nothing but event entries.
+
+Entries of orki's own streams say by themselves where they belong (task, attempt, agent); entries of a user's streams
+are placed by the span in their envelope. What cannot be placed hangs at the root: nothing is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from orki_contract.trace import Span
+
+TASK_EVENT: Final = "orki.events.v1.TaskEvent"
+AGENT_EVENT: Final = "orki.events.v1.AgentEvent"
+TOOL_EVENT: Final = "orki.events.v1.ToolEvent"
+USAGE_EVENT: Final = "orki.events.v1.UsageEvent"
+
+_ENDS: Final = ("succeeded", "failed", "cancelled")
+_TASK_STEPS: Final = ("submitted", "cancel_requested", "directed", *_ENDS)
+_ATTEMPT_STEPS: Final = ("offered", "started", "attempt_ended", "cancel_acknowledged")
+_AGENT_STEPS: Final = ("spawned", "connected", "disconnected", "replaced", "stopped")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceRecord:
+    """One entry of a stream, as far as a trace needs it.
+
+    Attributes:
+        stream: Name of the stream.
+        event_id: Identity of the event, hex.
+        time_us: When it happened, in microseconds since the Unix epoch.
+        span: Span of the envelope; None outside a trace.
+        message: Full name of the entry's message.
+        body: The message as JSON, redacted.
+    """
+
+    stream: str
+    event_id: str
+    time_us: int
+    span: Span | None
+    message: str
+    body: dict[str, Any]
+
+
+@dataclass(slots=True, kw_only=True)
+class Node:
+    """One line of the tree.
+
+    Attributes:
+        kind: `agent`, `task`, `attempt`, `queued`, `tool`, `usage`, `event`, or the name of a step such as `submitted`.
+        title: What it was, in words.
+        start_us: When it began, in microseconds since the Unix epoch.
+        end_us: When it ended; equal to `start_us` for what has no duration, None for what goes on.
+        status: `ok`, `failed`, `lost`, `cancelled`, `running`, or empty where there is nothing to judge.
+        details: Figures and names, JSON.
+        children: In the order of their beginnings.
+    """
+
+    kind: str
+    title: str
+    start_us: int
+    end_us: int | None
+    status: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+    children: list[Node] = field(default_factory=list)
+
+    def walk(self) -> Iterator[Node]:
+        """The node and all below it."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """A whole trace.
+
+    Attributes:
+        trace_id: 32 hex digits.
+        started_us: When its first task was submitted; times are shown relative to it.
+        finished: Whether every task in it has ended.
+        roots: Agents first, then tasks, then what could not be placed.
+    """
+
+    trace_id: str
+    started_us: int
+    finished: bool
+    roots: list[Node]
+
+    def to_json(self) -> dict[str, Any]:
+        """The tree as JSON, times in microseconds relative to `started_us`; keys are stable."""
+        return {
+            "trace_id": self.trace_id,
+            "started_us": self.started_us,
+            "finished": self.finished,
+            "roots": [_node_json(root, self.started_us) for root in self.roots],
+        }
+
+
+def task_ids(records: Iterable[TraceRecord]) -> list[str]:
+    """The tasks that the records speak of, in the order of their first events."""
+    return list(dict.fromkeys(str(each.body.get("task_id", "")) for each in records if each.message == TASK_EVENT))
+
+
+def build_trace(trace_id: str, records: Sequence[TraceRecord]) -> Trace:
+    """The tree of the records, which are those of the trace and the lives of the agents that took part in it."""
+    builder = _Builder()
+    once = {each.event_id: each for each in records}
+    ordered = sorted(once.values(), key=lambda each: each.time_us)
+    by_message: dict[str, list[TraceRecord]] = {}
+    for record in ordered:
+        by_message.setdefault(record.message, []).append(record)
+    for record in by_message.pop(TASK_EVENT, []):
+        builder.task_event(record)
+    for record in by_message.pop(AGENT_EVENT, []):
+        builder.agent_event(record)
+    for record in by_message.pop(TOOL_EVENT, []):
+        builder.tool_event(record)
+    for record in by_message.pop(USAGE_EVENT, []):
+        builder.usage_event(record)
+    for record in sorted((each for rest in by_message.values() for each in rest), key=lambda each: each.time_us):
+        builder.other_event(record)
+    return builder.trace(trace_id)
+
+
+class _Builder:
+    def __init__(self) -> None:
+        self._agents: dict[str, Node] = {}
+        self._tasks: dict[str, Node] = {}
+        self._parents: dict[str, str] = {}
+        self._attempts: dict[tuple[str, int], Node] = {}
+        self._spans: dict[str, Node] = {}
+        self._loose: list[Node] = []
+
+    def task_event(self, record: TraceRecord) -> None:
+        body = record.body
+        task_id, attempt = str(body.get("task_id", "")), int(body.get("attempt", 0))
+        task = self._task(task_id, record)
+        step = next((each for each in (*_TASK_STEPS, *_ATTEMPT_STEPS) if each in body), "event")
+        at_attempt = attempt > 0 and step in _ATTEMPT_STEPS
+        owner = self._attempt(task_id, attempt, record) if at_attempt else task
+        if record.span is not None:
+            self._spans.setdefault(record.span.span_id, owner)
+            if step == "submitted":
+                self._parents[task_id] = record.span.parent_id
+        facts = dict(body.get(step, {}))
+        owner.children.append(_instant(step, record.time_us, details=facts))
+        if step in _ENDS:
+            self._end_task(task, task_id, attempt, step, record, facts)
+        elif step == "attempt_ended":
+            _end_attempt(owner, record.time_us, facts)
+
+    def agent_event(self, record: TraceRecord) -> None:
+        body = record.body
+        instance = str(body.get("instance_id", ""))
+        agent = self._agents.get(instance)
+        if agent is None:
+            name = str(body.get("agent_id", ""))
+            agent = Node(kind="agent", title=name, start_us=record.time_us, end_us=None, status="running")
+            agent.details = {"agent_id": name, "instance_id": instance}
+            self._agents[instance] = agent
+        step = next((each for each in _AGENT_STEPS if each in body), "event")
+        facts = dict(body.get(step, {}))
+        told = next((each for each in agent.children if _same_step(each, step, facts)), None)
+        if told is not None:
+            # Agent and orchestrator both tell of a session's beginning and end.
+            told.details["reports"] = int(told.details.get("reports", 1)) + 1
+            return
+        agent.children.append(_instant(step, record.time_us, details=facts))
+        agent.status = {"stopped": "ok", "disconnected": "lost", "replaced": "lost"}.get(step, "running")
+        agent.end_us = record.time_us if step in ("stopped", "replaced") else None
+
+    def tool_event(self, record: TraceRecord) -> None:
+        body = record.body
+        begun = record.time_us - int(body.get("duration_ns", 0)) // 1000
+        node = Node(kind="tool", title=str(body.get("method", "")), start_us=begun, end_us=record.time_us)
+        node.status = "failed" if "reason" in body else "ok"
+        node.details = _without(body, "method", "task_id", "attempt", "agent_id")
+        self._place(node, record)
+
+    def usage_event(self, record: TraceRecord) -> None:
+        node = _instant("usage", record.time_us, title=str(record.body.get("model", "")))
+        node.details = _without(record.body, "model", "task_id", "attempt", "agent_id")
+        self._place(node, record)
+
+    def other_event(self, record: TraceRecord) -> None:
+        node = _instant("event", record.time_us, title=record.message.rpartition(".")[2])
+        node.details = {"stream": record.stream, "event": record.body}
+        self._place(node, record)
+
+    def trace(self, trace_id: str) -> Trace:
+        roots = list(self._agents.values())
+        for task_id, task in self._tasks.items():
+            _add_queued(task)
+            above = self._spans.get(self._parents.get(task_id, ""))
+            if above is None or any(each is above for each in task.walk()):
+                roots.append(task)
+            else:
+                above.children.append(task)
+        roots.extend(self._loose)
+        for root in roots:
+            for node in root.walk():
+                # The spawn has the time of the agent's clock, the connecting that of the orchestrator's.
+                node.children.sort(key=lambda each: (each.kind != "spawned", each.start_us))
+        starts = [each.start_us for each in self._tasks.values()] or [each.start_us for each in roots] or [0]
+        finished = bool(self._tasks) and all(each.end_us is not None for each in self._tasks.values())
+        return Trace(trace_id=trace_id, started_us=min(starts), finished=finished, roots=roots)
+
+    def _task(self, task_id: str, record: TraceRecord) -> Node:
+        task = self._tasks.get(task_id)
+        if task is None:
+            method = str(record.body.get("method", ""))
+            task = Node(kind="task", title=method, start_us=record.time_us, end_us=None, status="running")
+            task.details = {"task_id": task_id, "method": method}
+            self._tasks[task_id] = task
+        return task
+
+    def _attempt(self, task_id: str, number: int, record: TraceRecord) -> Node:
+        attempt = self._attempts.get((task_id, number))
+        if attempt is None:
+            body = record.body
+            title = f"attempt {number} on {body.get('agent_id', '')}"
+            attempt = Node(kind="attempt", title=title, start_us=record.time_us, end_us=None, status="running")
+            attempt.details = {"attempt": number, **_only(body, "fence", "agent_id", "instance_id")}
+            self._attempts[task_id, number] = attempt
+            self._tasks[task_id].children.append(attempt)
+        return attempt
+
+    def _end_task(
+        self, task: Node, task_id: str, attempt: int, step: str, record: TraceRecord, facts: dict[str, Any]
+    ) -> None:
+        task.end_us, task.status = record.time_us, "ok" if step == "succeeded" else step
+        task.details["outcome"] = {"state": step, **facts}
+        running = self._attempts.get((task_id, attempt))
+        if running is not None and running.end_us is None:
+            running.end_us, running.status = record.time_us, task.status
+            if "reason" in facts:
+                running.details["reason"] = facts["reason"]
+
+    def _place(self, node: Node, record: TraceRecord) -> None:
+        body, span = record.body, record.span
+        owner = None
+        if span is not None:
+            owner = self._spans.get(span.span_id) or self._spans.get(span.parent_id)
+        if owner is None or node.kind != "event":
+            task_id = str(body.get("task_id", ""))
+            named = self._attempts.get((task_id, _number(body.get("attempt")))) or self._tasks.get(task_id)
+            owner = named or owner
+        if owner is None:
+            self._loose.append(node)
+        else:
+            owner.children.append(node)
+        if span is not None:
+            self._spans.setdefault(span.span_id, node)
+
+
+def _instant(kind: str, at_us: int, *, title: str = "", details: dict[str, Any] | None = None) -> Node:
+    return Node(kind=kind, title=title or kind.replace("_", " "), start_us=at_us, end_us=at_us, details=details or {})
+
+
+def _same_step(told: Node, step: str, facts: dict[str, Any]) -> bool:
+    session = facts.get("session_epoch")
+    return session is not None and told.kind == step and told.details.get("session_epoch") == session
+
+
+def _end_attempt(attempt: Node, at_us: int, facts: dict[str, Any]) -> None:
+    reason = str(facts.get("reason", ""))
+    attempt.end_us = at_us
+    attempt.status = "lost" if reason in ("REASON_LEASE_EXPIRED", "REASON_OFFER_TIMEOUT") else "failed"
+    attempt.details |= _only(facts, "reason", "message")
+
+
+def _add_queued(task: Node) -> None:
+    """Shows the time between submission, or the end of an attempt, and the next offer."""
+    attempts = [each for each in task.children if each.kind == "attempt"]
+    since, wait = task.start_us, 0
+    for attempt in attempts:
+        details = {"backoff_ms": wait} if wait else {}
+        queued = Node(kind="queued", title="queued", start_us=since, end_us=attempt.start_us, details=details)
+        task.children.append(queued)
+        since = attempt.end_us if attempt.end_us is not None else attempt.start_us
+        ended = next((each for each in attempt.children if each.kind == "attempt_ended"), None)
+        wait = int(ended.details.get("backoff_ms", 0)) if ended is not None else 0
+    last_failed = bool(attempts) and attempts[-1].status in ("lost", "failed")
+    if task.end_us is None and (not attempts or last_failed):
+        task.children.append(Node(kind="queued", title="queued", start_us=since, end_us=None, status="running"))
+
+
+def _node_json(node: Node, zero_us: int) -> dict[str, Any]:
+    return {
+        "kind": node.kind,
+        "title": node.title,
+        "status": node.status,
+        "at_us": node.start_us - zero_us,
+        "duration_us": None if node.end_us is None else node.end_us - node.start_us,
+        "details": json.loads(json.dumps(node.details)),
+        "children": [_node_json(child, zero_us) for child in node.children],
+    }
+
+
+def _only(body: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: body[name] for name in names if name in body}
+
+
+def _without(body: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in body.items() if name not in names}
+
+
+def _number(value: Any) -> int:
+    return value if isinstance(value, int) else 0

@@ -1,0 +1,307 @@
+"""The metrics observer: figures of the fleet for Prometheus, at `/metrics`.
+
+It consumes the group `metrics` of orki's own streams, looks at the streams and groups themselves every second, and
+follows the agents' lives from their stream's beginning, so that the number of connected agents is right after a
+restart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from aiohttp import web
+from google.protobuf.message import Message
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from orki.errors.v1.errors_pb2 import Reason
+from orki.events.v1.agent_orki import AGENTS
+from orki.events.v1.agent_pb2 import AgentEvent
+from orki.events.v1.task_orki import TASKS
+from orki.events.v1.task_pb2 import TaskEvent
+from orki.events.v1.tool_orki import TOOLS
+from orki.events.v1.tool_pb2 import ToolEvent
+from orki.events.v1.usage_orki import USAGE
+from orki.events.v1.usage_pb2 import UsageEvent
+from orki_contract import EventStream
+from orki_contract.errors import InvalidSetting, OrkiError, UnknownStream
+from orki_events import EventOptions, Events, RegisteredStream, connect
+from orki_events.connection import Connection, parse_address
+from orki_server._observers.entries import MergedReader, follow_registered
+from orki_server._observers.http_server import ServerOptions, announce, serve_http
+from orki_server._observers.stream_stats import StreamFigures, stream_figures
+
+_REMEMBERED: Final = 100_000
+_TOOL_BUCKETS: Final = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)
+_TASK_BUCKETS: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 7200.0)
+_OPEN_TASKS: Final = 200_000
+
+
+class MetricsBook:
+    """All of the observer's figures."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._seen: OrderedDict[bytes, None] = OrderedDict()
+        self._submitted: OrderedDict[str, int] = OrderedDict()
+        self._connected: dict[str, str] = {}
+        self._own_figures()
+        self._fleet_figures()
+
+    def _own_figures(self) -> None:
+        registry = self._registry
+        self._events = Counter("orki_events", "Events counted.", ["stream"], registry=registry)
+        by_group = ["stream", "group"]
+        self._entries = Gauge("orki_stream_entries", "Entries that a stream holds.", ["stream"], registry=registry)
+        self._lag = Gauge(
+            "orki_group_lag_entries",
+            "Entries that a consumer group has not been given; NaN: the server cannot tell.",
+            by_group,
+            registry=registry,
+        )
+        self._pending = Gauge(
+            "orki_group_pending_entries", "Entries given and not acknowledged.", by_group, registry=registry
+        )
+        self._oldest = Gauge(
+            "orki_group_oldest_pending_seconds",
+            "Age of the oldest entry that was given and not acknowledged.",
+            by_group,
+            registry=registry,
+        )
+        self._dead = Gauge(
+            "orki_group_dead_letters", "Entries in a group's dead letter stream.", by_group, registry=registry
+        )
+
+    def _fleet_figures(self) -> None:
+        registry = self._registry
+        by_model = ["model", "provider", "agent"]
+        self._tokens = Counter("orki_tokens", "Language model tokens.", [*by_model, "kind"], registry=registry)
+        self._cost = Counter("orki_cost_dollars", "Cost of language models in US dollars.", by_model, registry=registry)
+        self._tools = Histogram(
+            "orki_tool_duration_seconds",
+            "From the call of a tool to its end.",
+            ["method", "reason"],
+            registry=registry,
+            buckets=_TOOL_BUCKETS,
+        )
+        self._tasks = Counter(
+            "orki_tasks", "Tasks that ended, by outcome and reason.", ["method", "outcome", "reason"], registry=registry
+        )
+        self._durations = Histogram(
+            "orki_task_duration_seconds",
+            "From the submission of a task to its end.",
+            ["method", "outcome"],
+            registry=registry,
+            buckets=_TASK_BUCKETS,
+        )
+        self._attempts = Counter(
+            "orki_attempts_ended",
+            "Attempts that ended without a result, by reason.",
+            ["method", "reason"],
+            registry=registry,
+        )
+        self._submissions = Counter("orki_tasks_submitted", "Tasks accepted.", ["method"], registry=registry)
+        self._agent_steps = Counter("orki_agent_steps", "Steps in the lives of agents.", ["step"], registry=registry)
+        self._agents = Gauge("orki_agents_connected", "Agents with a session.", registry=registry)
+
+    def count(self, stream: str, event_id: bytes, time_us: int, event: Message) -> bool:
+        """Counts one event of orki's own streams.
+
+        Args:
+            stream: Name of the stream.
+            event_id: Identity of the event.
+            time_us: When it happened, in microseconds since the Unix epoch.
+            event: The message; one of another kind is counted as an event and no more.
+
+        Returns:
+            False when this event was counted before.
+        """
+        if event_id in self._seen:
+            return False
+        self._seen[event_id] = None
+        if len(self._seen) > _REMEMBERED:
+            self._seen.popitem(last=False)
+        self._events.labels(stream).inc()
+        if isinstance(event, TaskEvent):
+            self._task(event, time_us)
+        elif isinstance(event, ToolEvent):
+            self._tools.labels(event.method, _reason(event.reason)).observe(event.duration_ns / 1e9)
+        elif isinstance(event, UsageEvent):
+            self._usage(event)
+        elif isinstance(event, AgentEvent):
+            self._agent_steps.labels(event.WhichOneof("event") or "unknown").inc()
+        return True
+
+    def follow_agent(self, agent_id: str, instance_id: str, step: str) -> None:
+        """Keeps the number of connected agents.
+
+        Args:
+            agent_id: The agent.
+            instance_id: Its process.
+            step: What happened to it, as a field of AgentEvent's oneof. All steps since the stream's beginning, in
+                their order, give the truth; what was counted before an observer's start is part of it.
+        """
+        if step == "connected":
+            self._connected[agent_id] = instance_id
+        elif step in ("disconnected", "stopped") and self._connected.get(agent_id) == instance_id:
+            del self._connected[agent_id]
+        self._agents.set(len(self._connected))
+
+    def set_streams(self, streams: Iterable[StreamFigures]) -> None:
+        """Replaces how full the streams are and where their groups stand."""
+        for gauge in (self._entries, self._lag, self._pending, self._oldest, self._dead):
+            gauge.clear()
+        for stream in streams:
+            self._entries.labels(stream.stream).set(stream.entries)
+            for each in stream.groups:
+                self._lag.labels(each.stream, each.group).set(float("nan") if each.lag is None else each.lag)
+                self._pending.labels(each.stream, each.group).set(each.pending)
+                self._oldest.labels(each.stream, each.group).set(each.oldest_pending_ms / 1000)
+                self._dead.labels(each.stream, each.group).set(each.dead_letters)
+
+    def exposition(self) -> bytes:
+        """The figures in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def _task(self, event: TaskEvent, time_us: int) -> None:
+        step = event.WhichOneof("event")
+        if step == "submitted":
+            self._submissions.labels(event.method).inc()
+            self._submitted[event.task_id] = time_us
+            if len(self._submitted) > _OPEN_TASKS:
+                self._submitted.popitem(last=False)
+        elif step == "attempt_ended":
+            self._attempts.labels(event.method, _reason(event.attempt_ended.reason)).inc()
+        elif step in ("succeeded", "failed", "cancelled"):
+            reason = Reason.REASON_UNSPECIFIED if step == "succeeded" else getattr(event, step).reason
+            self._tasks.labels(event.method, step, _reason(reason)).inc()
+            if (submitted := self._submitted.pop(event.task_id, None)) is not None:
+                self._durations.labels(event.method, step).observe(max(0, time_us - submitted) / 1e6)
+
+    def _usage(self, event: UsageEvent) -> None:
+        labels = (event.model, event.provider, event.agent_id)
+        for kind, tokens in (
+            ("input", event.input_tokens),
+            ("output", event.output_tokens),
+            ("cached", event.cached_tokens),
+        ):
+            if tokens:
+                self._tokens.labels(*labels, kind).inc(tokens)
+        if event.cost_micros:
+            self._cost.labels(*labels).inc(event.cost_micros / 1e6)
+
+
+def _reason(reason: Reason.ValueType) -> str:
+    """The reason as a label: `none`, its name in lower case, or its number where a newer writer knows more."""
+    if reason == Reason.REASON_UNSPECIFIED:
+        return "none"
+    try:
+        return Reason.Name(reason).removeprefix("REASON_").lower()
+    except ValueError:
+        return str(reason)
+
+
+_log = logging.getLogger("orki.metrics")
+
+_GROUP: Final = "metrics"
+_BATCH: Final = 500
+_AGAIN_S: Final = 1.0
+_STREAMS: Final[tuple[EventStream[Any, Any], ...]] = (AGENTS, TASKS, TOOLS, USAGE)
+_AGENT_STEPS: Final = ("spawned", "connected", "disconnected", "replaced", "stopped")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsOptions:
+    """How the observer behaves.
+
+    Attributes:
+        server: Where it answers. With a port of its own, its consumer has the same name at every start, and takes up at
+            once what it had not acknowledged; with any free port, after the groups' acknowledgement deadline.
+    """
+
+    server: ServerOptions = field(default_factory=ServerOptions)
+
+
+async def run_metrics(redis_url: str, options: MetricsOptions, stopped: asyncio.Event) -> None:
+    """Counts and serves until `stopped` is set.
+
+    Raises:
+        InvalidSetting: The port is taken, or the URL cannot be used.
+        OrkiError: The event server refuses, for a reason that time does not mend.
+    """
+    book = MetricsBook()
+    port = options.server.port
+    consumer = f"metrics.{socket.gethostname()}.{port}" if port else None
+    events = connect(redis_url, options=EventOptions(dedupe_window=0))
+    link = Connection(parse_address(redis_url), name="orki:metrics", connect_timeout=5.0, answer_timeout=10.0)
+    agents = Connection(parse_address(redis_url), name="orki:metrics:agents", connect_timeout=5.0, answer_timeout=10.0)
+    app = web.Application()
+    app.router.add_get("/metrics", _exposition(book))
+    async with serve_http(app, options.server) as url, events:
+        announce("metrics", f"{url}/metrics")
+        tasks = [asyncio.create_task(_count(events, each, book, consumer, stopped)) for each in _STREAMS]
+        tasks.append(asyncio.create_task(_follow_agents(agents, book)))
+
+        async def look(streams: list[RegisteredStream]) -> None:
+            book.set_streams(await stream_figures(link, streams))
+
+        try:
+            await follow_registered(events, stopped, look, _log)
+        finally:
+            tasks[-1].cancel()
+            await events.close()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await link.close()
+            await agents.close()
+
+
+def _exposition(book: MetricsBook) -> Any:
+    async def answer(request: web.Request) -> web.Response:
+        if request.query:
+            return web.json_response({"error": "/metrics takes no parameters"}, status=400)
+        # The header as Prometheus wants it; aiohttp would refuse the charset inside of it.
+        return web.Response(body=book.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    return answer
+
+
+async def _count(
+    events: Events, stream: EventStream[Any, Any], book: MetricsBook, consumer: str | None, stopped: asyncio.Event
+) -> None:
+    name = stream.contract.name
+    while not stopped.is_set():
+        try:
+            source = events.delivery_batches(stream, group=_GROUP, size=_BATCH, consumer=consumer)
+            async with source as batches:
+                async for batch in batches:
+                    async with batch as found:
+                        for envelope, event in zip(batch.envelopes, found, strict=True):
+                            book.count(name, envelope.event_id, envelope.time_us, event)
+        except OrkiError as error:
+            if isinstance(error, InvalidSetting):
+                raise
+            _log.error('the stream "%s" cannot be read: %s', name, error.message)
+            await asyncio.sleep(_AGAIN_S)
+
+
+async def _follow_agents(link: Connection, book: MetricsBook) -> None:
+    reader = None
+    while True:
+        try:
+            if reader is None:
+                fresh = MergedReader(link, names=[AGENTS.contract.name], cursors={})
+                await fresh.start()
+                reader = fresh
+            for _, view in await reader.read():
+                body = view.body or {}
+                step = next((each for each in _AGENT_STEPS if each in body), "")
+                book.follow_agent(str(body.get("agent_id", "")), str(body.get("instance_id", "")), step)
+        except OrkiError as error:
+            if not isinstance(error, UnknownStream):
+                _log.info("the agents cannot be followed now: %s", error.message)
+            await asyncio.sleep(_AGAIN_S)

@@ -1,5 +1,0 @@
-"""The `orki` command."""
-
-from orki_server.cli.root import main
-
-__all__ = ["main"]
