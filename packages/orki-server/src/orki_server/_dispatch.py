@@ -16,10 +16,9 @@ from typing import Final
 
 from orki.control.v1.session_pb2 import Offer as OfferMessage
 from orki_contract.errors import OrkiError, error_for
-from orki_server._keys import shard_of
 from orki_server._session import AgentSession, SessionRegistry
 from orki_server._sessions import Reports
-from orki_server._store.operations import Expired, Offer, OfferedAttempt, Recipient, Sweep
+from orki_server._store.operations import Expired, Offer, OfferedAttempt, Recipient, Sweep, shard_of
 from orki_server._store.store import Store
 
 _POLL: Final = 0.5
@@ -66,9 +65,11 @@ class Dispatcher:
         self._marked[shard] = None
         self._wake.set()
 
-    def slots_changed(self) -> None:
-        """Slots may have become free."""
-        if self._marked:
+    def slots_changed(self, new_methods: bool) -> None:
+        """Slots may have become free, perhaps for other methods than before."""
+        if new_methods:
+            self.mark_all()
+        elif self._marked:
             self._wake.set()
 
     def mark_all(self) -> None:

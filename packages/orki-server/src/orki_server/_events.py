@@ -135,18 +135,20 @@ def _next_id(entry: str) -> str:
 
 
 class OutboxPublisher:
-    """Publishes the outboxes of all shards."""
+    """Publishes the outboxes of all shards.
+
+    Attributes:
+        outbox: The outboxes.
+        wake: Set when they have records.
+        published: Number of published records.
+    """
 
     def __init__(self, store: Store, events: Events) -> None:
         self.outbox = Outbox(store)
+        self.wake = asyncio.Event()
+        self.published = 0
         self._store = store
         self._events = events
-        self._wake = asyncio.Event()
-        self.published = 0
-
-    def wake(self) -> None:
-        """The outbox has records."""
-        self._wake.set()
 
     async def run(self) -> None:
         """Publish until cancelled."""
@@ -154,7 +156,7 @@ class OutboxPublisher:
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_POLL):
-                    await self._wake.wait()
+                    await self.wake.wait()
             await asyncio.sleep(_COLLECT)
             await self._store.connection.wait_up()
             try:
@@ -171,7 +173,7 @@ class OutboxPublisher:
             OrkiError: The store or the event plane is down; no record is lost.
         """
         while True:
-            self._wake.clear()
+            self.wake.clear()
             shards = await self.outbox.read(_BATCH)
             records = [record for shard in shards for record in shard]
             if not records:

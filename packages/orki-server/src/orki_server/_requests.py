@@ -14,7 +14,7 @@ from orki.control.v1.attempt_pb2 import TaskState
 from orki.control.v1.task_pb2 import CancelRequest, DirectRequest, ListRequest, Submission, WatchRequest
 from orki_contract.errors import InvalidArgument, LocalProtocolError, OrkiError, TooLarge, UnknownTask
 from orki_control.transport import abort
-from orki_server._keys import shard_of
+from orki_server._store.operations import shard_of
 from orki_server._store.tasks import TaskFilter
 
 Q = TypeVar("Q")

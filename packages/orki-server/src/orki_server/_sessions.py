@@ -41,7 +41,6 @@ from orki_control.session import Decline as ArrivedDecline
 from orki_control.transport import abort
 from orki_server._events import AgentEvents
 from orki_server._fleet import FleetUpdates, Handshake
-from orki_server._keys import shard_of
 from orki_server._session import AgentSession, SessionRegistry, StreamContext
 from orki_server._store.lifecycle import TERMINAL
 from orki_server._store.operations import (
@@ -55,6 +54,7 @@ from orki_server._store.operations import (
     ReportReply,
     ReportStatus,
     Succeed,
+    shard_of,
 )
 from orki_server._store.script import Operation
 from orki_server._store.store import Store

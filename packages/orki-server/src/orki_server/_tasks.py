@@ -24,12 +24,12 @@ from orki_contract.errors import (
 )
 from orki_contract.trace import new_span, parse_traceparent
 from orki_control.session import AttemptKey
-from orki_server._keys import new_task_id, shard_of_key
 from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._requests import MAX_SUBMISSIONS, Context, RequestRules, actor_of, typed, typed_stream
 from orki_server._session import SessionRegistry
 from orki_server._sessions import failure_text
 from orki_server._store.lifecycle import TERMINAL
+from orki_server._store.operations import new_task_id, shard_of_key
 from orki_server._store.store import Store
 from orki_server._store.tasks import Cancel, Direct, ReadTask, Submit, Submitted, list_tasks, submission_digest
 
@@ -48,14 +48,22 @@ class _Watcher:
 
 
 class Watchers:
-    """Follows tasks."""
+    """Follows tasks, and learns of every change that this orchestrator causes."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, on_record: Callable[[], None]) -> None:
+        """Create the watchers.
+
+        Args:
+            store: The store.
+            on_record: Called when a task has changed, and the outbox has records.
+        """
         self._store = store
+        self._on_record = on_record
         self._watchers: dict[str, set[_Watcher]] = {}
 
     def changed(self, task_id: str, ended: bool) -> None:
         """The task has changed or has progress."""
+        self._on_record()
         for watcher in self._watchers.get(task_id, ()):
             watcher.changed.set()
             if ended:

@@ -1,17 +1,51 @@
-"""The operations of agents and of the orchestrator: arguments for the script and decoded replies."""
+"""Task ids, and the operations of agents and of the orchestrator: arguments for the script and decoded replies."""
 
 from __future__ import annotations
 
+import os
+import re
+import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from orki.control.v1.attempt_pb2 import TaskState
 from orki.errors.v1.errors_pb2 import Reason
+from orki_contract.errors import UnknownTask
 from orki_control.session import AttemptKey
-from orki_server._keys import shard_of
 from orki_server._store.script import Argument, Operation
+
+# Crockford's base 32 in lower case: no letter can be taken for a digit.
+_DIGITS: Final = "0123456789abcdefghjkmnpqrstvwxyz"
+_TASK_ID: Final = re.compile(rf"t(0|[1-9][0-9]{{0,3}})-[{_DIGITS}]{{26}}")
+
+
+def new_task_id(shard: int) -> str:
+    """Return a new id for a task of a shard.
+
+    The id is `t<shard>-` and 26 characters that sort by time: 48 bits of milliseconds, then 80 random bits.
+    """
+    number = int(time.time() * 1000) << 80 | int.from_bytes(os.urandom(10))
+    return f"t{shard}-" + "".join(_DIGITS[number >> shift & 31] for shift in range(125, -1, -5))
+
+
+def shard_of(task_id: str) -> int:
+    """Return the shard that a task id names.
+
+    Raises:
+        UnknownTask: The text is not a task id.
+    """
+    matched = _TASK_ID.fullmatch(task_id)
+    if not matched:
+        raise UnknownTask(f"there is no task {task_id[:64]!r}")
+    return int(matched[1])
+
+
+def shard_of_key(idempotency_key: str, shards: int) -> int:
+    """Return the shard of an idempotency key, which is also the shard of its task."""
+    return zlib.crc32(idempotency_key.encode()) % shards
 
 
 class ReportStatus(StrEnum):

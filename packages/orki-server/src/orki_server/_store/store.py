@@ -18,8 +18,8 @@ from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import InvalidSetting, OrkiError, StoreUnavailable
 from orki_control.session import AttemptKey
 from orki_events.connection import Command, Connection, Reply, ScriptMissing, parse_address
-from orki_server._keys import LAYOUT_VERSION, FleetKeys, ShardKeys, shard_of
-from orki_server._store.operations import Offer, OfferedAttempt, RaiseEpoch
+from orki_server._keys import LAYOUT_VERSION, FleetKeys, ShardKeys
+from orki_server._store.operations import Offer, OfferedAttempt, RaiseEpoch, shard_of
 from orki_server._store.script import EPOCH_STEP, Argument, Operation, Script, shard_script
 
 R = TypeVar("R")
@@ -172,6 +172,7 @@ class StoreConnection:
 @dataclass(slots=True, eq=False)
 class _Entry:
     operation: Operation[Any]
+    shard: int
     arguments: tuple[Argument, ...]
     size: int
     outcome: asyncio.Future[Any]
@@ -180,9 +181,10 @@ class _Entry:
 class Batcher:
     """Sends operations in batches."""
 
-    def __init__(self, connection: StoreConnection, script: Script) -> None:
+    def __init__(self, connection: StoreConnection, script: Script, shards: int) -> None:
         self._connection = connection
         self._script = script
+        self._prefixes = [ShardKeys(shard).base for shard in range(shards)]
         self._waiting: deque[_Entry] = deque()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -219,7 +221,7 @@ class Batcher:
         arguments = tuple(operation.arguments())
         size = sum(len(each) for each in arguments if isinstance(each, bytes | str))
         outcome: asyncio.Future[R] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Entry(operation, arguments, size, outcome))
+        self._waiting.append(_Entry(operation, operation.route(), arguments, size, outcome))
         self._wake.set()
         return outcome
 
@@ -248,7 +250,7 @@ class Batcher:
     async def _send(self, batch: Iterable[_Entry]) -> None:
         shards: dict[int, list[_Entry]] = {}
         for entry in batch:
-            shards.setdefault(entry.operation.route(), []).append(entry)
+            shards.setdefault(entry.shard, []).append(entry)
         commands = [self._command(shard, entries) for shard, entries in shards.items()]
         replies = await self._connection.operate(commands)
         if missing := [position for position, reply in enumerate(replies) if isinstance(reply, ScriptMissing)]:
@@ -264,7 +266,7 @@ class Batcher:
                 self._resolve(entries, reply)
 
     def _command(self, shard: int, entries: Iterable[_Entry]) -> list[Argument]:
-        command: list[Argument] = ["EVALSHA", self._script.sha, 1, ShardKeys(shard).base]
+        command: list[Argument] = ["EVALSHA", self._script.sha, 1, self._prefixes[shard]]
         for entry in entries:
             command += (entry.operation.op, len(entry.arguments), *entry.arguments)
         return command
@@ -324,7 +326,7 @@ class Store:
         """
         self.shards = shards
         self.connection = StoreConnection(url)
-        self._batcher = Batcher(self.connection, shard_script(retention))
+        self._batcher = Batcher(self.connection, shard_script(retention), shards)
         self._generation = b""
         self._highest_fence: dict[int, int] = {}
         self._loss_listeners: list[Callable[[], None]] = []

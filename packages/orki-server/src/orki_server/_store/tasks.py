@@ -16,8 +16,9 @@ from orki_contract.errors import InvalidArgument, UnknownTask
 from orki_contract.model import TaskMethod, milliseconds
 from orki_contract.trace import Span
 from orki_control.session import AttemptKey
-from orki_server._keys import SNAPSHOT, ShardKeys, idempotency_digest, shard_of
+from orki_server._keys import SNAPSHOT, ShardKeys
 from orki_server._store.lifecycle import VISIBLE, Life
+from orki_server._store.operations import shard_of
 from orki_server._store.script import Argument, Operation
 from orki_server._store.store import Store
 
@@ -83,7 +84,7 @@ class Submit(Operation[Submitted]):
             self.request,
             _options(self.method),
             self.digest,
-            idempotency_digest(key) if key else "",
+            hashlib.sha256(key.encode()).hexdigest() if key else "",
             key,
             self.span.traceparent,
             self.span.parent_id,
