@@ -396,7 +396,7 @@ def _refusal(
         step = f"Withdraw that one (orki contract withdraw {other.service} {other.digest}), or serve a compatible one"
     return ContractMismatch(
         f"{subject} {contract.service} under the contract {contract}, which is incompatible with {other}, "
-        f"and that is live: {liveness}. From {old} to {new}, {fit.told(forward=forward)}. {step}"
+        f"and that is live: {liveness}. From {old} to {new}, {fit.describe(forward=forward)}. {step}"
     )
 
 
