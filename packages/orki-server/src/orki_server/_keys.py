@@ -318,7 +318,7 @@ def lua_names() -> str:
 
     lines = [f"local {row.lua} = KEYS[1] .. '{row.suffix}'" for row in TABLE if row.lua]
     lines.append(f"local FIELDS = {array(tuple(name for name in TASK_FIELDS if name not in NOT_LOADED))}")
-    lines.append(f"local NUMBERS = {array(NUMBERS)}")
+    lines.append(f"local NUMBERS = {{ {', '.join(f'{name} = true' for name in NUMBERS)} }}")
     lines.append(f"local SNAPSHOT = {array(SNAPSHOT)}")
     lines.append(f"local RECORD_FIELDS = {array(RECORD_FIELDS)}")
     return "\n".join(lines) + "\n"
