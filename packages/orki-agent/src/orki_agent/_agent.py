@@ -1,35 +1,36 @@
-"""`Agent`: what an author writes down, and how it is run."""
+"""`Agent`: task services, their tools, and how they run."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from orki_agent.catalog import TaskServices, find_handlers, served_services
-from orki_agent.runtime import Runtime
-from orki_agent.settings import RunSettings, default_agent_id
-from orki_agent.tool_access import ToolServices
+from orki_agent._services import TaskServices, find_handlers, served_services
+from orki_agent._settings import RunSettings, default_agent_id
 from orki_contract import AsyncToolService, SyncToolService
 from orki_contract.errors import InvalidSetting, LocalProtocolError, OrkiError
 from orki_control.session import AGENT_ID, MAX_SLOTS
 
-__all__ = ["Agent"]
+if TYPE_CHECKING:
+    from orki_agent._runtime import Runtime
+
+ToolServices: TypeAlias = AsyncToolService | SyncToolService
 
 
 class Agent:
-    """Task services, and the tools that their handlers use. Making one does no I/O.
+    """Task services and the tools of their handlers. Creating an agent does no I/O.
 
     ```python
     agent = Agent("reviewer", Reviewer(), tools=SourceTools(), slots=4)
     ```
 
     Attributes:
-        kind: What the agent is; the first part of its default id.
-        slots: Attempts that it takes at once, unless a run says otherwise.
-        served: Set once a run's session is over, even while user code keeps `run` from returning.
-        refused_by: Why the orchestrator refused or replaced the last run's session for good; None if it did not.
+        kind: Kind of the agent; the first part of its default id.
+        slots: Maximum number of concurrent attempts, unless a run sets another one.
+        served: Set when a run's session has ended, also while user code keeps `run` from returning.
+        refused_by: The error with which the orchestrator closed the last session for good; None if it did not.
     """
 
     def __init__(
@@ -39,16 +40,16 @@ class Agent:
         slots: int = 4,
         tools: ToolServices | Iterable[ToolServices] = (),
     ) -> None:
-        """Describes an agent.
+        """Create an agent.
 
         Args:
-            kind: What it is: letters, digits, `-`, `_` or `.`, 60 at the most.
+            kind: Kind of the agent: at most 60 letters, digits, `-`, `_` or `.`.
             services: Instances of classes derived from generated bases, one for each contract.
-            slots: Attempts that it takes at once.
-            tools: Tool services that its handlers reach through `ctx.tools`.
+            slots: Maximum number of concurrent attempts.
+            tools: Tool services that handlers reach through `ctx.tools`.
 
         Raises:
-            InvalidSetting: Any of it cannot be used.
+            InvalidSetting: An argument is invalid.
         """
         if not AGENT_ID.match(kind) or len(kind) > 60:
             raise InvalidSetting(f"agent {kind!r}: use 1 to 60 letters, digits, `-`, `_` or `.`, such as reviewer")
@@ -67,18 +68,18 @@ class Agent:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """What it serves, as `package.Service/Method`, sorted."""
+        """The served methods as `package.Service/Method`, sorted."""
         return tuple(sorted(self._handlers))
 
     def settings(self, orchestrator: str, **changes: Any) -> RunSettings:
-        """Settings of a run, this agent's defaults in them.
+        """Return settings of a run with this agent's defaults.
 
         Args:
             orchestrator: `HOST:PORT`.
             changes: Further settings by their names in `RunSettings`.
 
         Raises:
-            InvalidSetting: A setting is unknown, or its value cannot be used.
+            InvalidSetting: A setting is unknown or its value is invalid.
         """
         defaults = RunSettings(orchestrator=orchestrator, agent_id=default_agent_id(self.kind), slots=self.slots)
         try:
@@ -87,24 +88,27 @@ class Agent:
             raise InvalidSetting(f"agent {self.kind}: {error}") from None
 
     async def run(self, orchestrator: str | RunSettings, **changes: Any) -> None:
-        """Serves until the agent has drained. Sync handlers run in threads, async ones in the loop that awaits this.
+        """Serve until the agent has drained. Async handlers run in the calling loop, blocking ones in threads.
 
         Args:
-            orchestrator: `HOST:PORT`, or settings made before.
+            orchestrator: `HOST:PORT`, or settings of the run.
             changes: Settings by their names in `RunSettings`: `agent_id`, `slots`, `events_url`, `drain_grace`, …
 
         Raises:
-            InvalidSetting: A setting cannot be used.
-            Replaced: A newer instance of the agent id has the session.
-            ContractMismatch: A service is live with another contract.
-            OrkiError: The orchestrator refused the session for good, for another reason.
+            InvalidSetting: A setting is invalid.
+            Replaced: A newer instance with the same agent id has the session.
+            ContractMismatch: A service is live with an incompatible contract.
+            OrkiError: The orchestrator closed the session for good for another reason.
         """
         if self._runtime is not None:
-            raise LocalProtocolError(f"agent {self.kind} runs already; make another one to run two in a process")
+            raise LocalProtocolError(f"agent {self.kind} runs already; create another one to run two in a process")
         if isinstance(orchestrator, RunSettings):
             settings = replace(orchestrator, **changes)
         else:
             settings = self.settings(orchestrator, **changes)
+        # The runtime imports gRPC and Redis, which `import orki_agent` does not need.
+        from orki_agent._runtime import Runtime
+
         self.served.clear()
         self.refused_by = None
         runtime = Runtime(settings, self._handlers, served_services(self._handlers), self._tools, self._over)
@@ -115,12 +119,12 @@ class Agent:
             self._runtime = None
 
     def drain(self) -> None:
-        """Takes no more offers; `run` returns when what runs has ended, or its grace is over. From any thread."""
+        """Accept no more offers; `run` returns after the running attempts or their grace. Thread-safe."""
         if self._runtime is not None:
             self._runtime.drain()
 
     def stop_now(self) -> None:
-        """Gives running attempts back to the orchestrator and ends. From any thread."""
+        """Give running attempts back to the orchestrator and end. Thread-safe."""
         if self._runtime is not None:
             self._runtime.stop_now()
 

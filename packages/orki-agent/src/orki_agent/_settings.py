@@ -1,4 +1,4 @@
-"""Settings of a running agent, validated once. Times are seconds."""
+"""Settings of a running agent. Durations are seconds."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import socket
 from dataclasses import dataclass
 from typing import Final
 
+from orki_contract.backoff import JitterOptions
 from orki_contract.errors import InvalidSetting
-from orki_control import JitterOptions
 from orki_control.session import AGENT_ID, DEFAULT_MESSAGE_BYTES, MAX_SLOTS
 from orki_control.transport import check_target
-
-__all__ = ["RunSettings", "ToolsAt", "default_agent_id"]
 
 _BACKOFF: Final = JitterOptions()
 _TOKEN_BYTES: Final = 32
@@ -24,8 +22,8 @@ class ToolsAt:
     """A tool bridge outside this process.
 
     Attributes:
-        path: Its socket.
-        token: The secret that it asks for, 32 bytes.
+        path: Path of its socket.
+        token: Its secret, 32 bytes.
     """
 
     path: str
@@ -33,7 +31,7 @@ class ToolsAt:
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise InvalidSetting("the tool bridge's socket has an empty path")
+            raise InvalidSetting("the path of the tool bridge's socket is empty")
         if len(self.token) != _TOKEN_BYTES:
             raise InvalidSetting(f"the tool bridge's token has {len(self.token)} bytes, it must have {_TOKEN_BYTES}")
 
@@ -43,21 +41,21 @@ class ToolsAt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSettings:
-    """One run of an agent.
+    """Settings of one run of an agent.
 
     Attributes:
         orchestrator: `HOST:PORT`.
         agent_id: Name in the fleet; unique among running agents.
-        slots: Attempts at once.
-        events_url: Where the event plane is; empty: where the orchestrator says.
-        tools: A tool bridge outside this process; None for the agent's own.
+        slots: Maximum number of concurrent attempts.
+        events_url: URL of the event plane; empty for the one that the orchestrator sends.
+        tools: A tool bridge outside this process; None for the agent's own tools.
         insecure: Whether plaintext may leave this host.
-        drain_grace: How long running attempts may go on once the agent drains; then they are given back.
-        progress_window: Progress of one attempt that may be on its way before its handler waits.
-        switch_interval: Python's thread switch interval while the agent runs, so that a handler that spins leaves the
-            session its time; 0 leaves it alone.
-        max_message_bytes: Longest gRPC message in either direction.
-        backoff: Waits between two connections.
+        drain_grace: Seconds that running attempts may go on while the agent drains. Then they are given back.
+        progress_window: Maximum number of unsent progress messages of one attempt, before its handler waits.
+        switch_interval: Python's thread switch interval while the agent runs, so that a busy handler does not delay
+            the session; 0 keeps the interpreter's setting.
+        max_message_bytes: Maximum gRPC message size in either direction.
+        backoff: Waits between connections.
     """
 
     orchestrator: str
@@ -91,6 +89,6 @@ class RunSettings:
 
 
 def default_agent_id(kind: str) -> str:
-    """A name that no other running process of the fleet has: kind, host and process id."""
+    """Return an id that no other running process of the fleet has: kind, host name and process id."""
     host = re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname()).strip("-")[:40]
     return "-".join(part for part in (kind, host, str(os.getpid())) if part)

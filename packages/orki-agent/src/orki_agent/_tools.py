@@ -1,4 +1,4 @@
-"""Tools for handlers: a bridge of the agent's own, or one outside, and a record of every call that becomes an event."""
+"""Tools for handlers: the agent's own bridge or an external one, and an event for every call."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from typing import Any, Final
 from orki.errors.v1.errors_pb2 import Reason
 from orki.events.v1.tool_orki import TOOLS
 from orki.events.v1.tool_pb2 import ToolEvent
-from orki_agent.crossing import in_thread
+from orki_agent._services import CURRENT_ATTEMPT
+from orki_agent._settings import ToolsAt
+from orki_agent._threads import in_thread
 from orki_agent.hotpath import AsyncToolClient, SyncToolClient, ToolBridge, ToolRecord
-from orki_agent.settings import ToolsAt
-from orki_agent.surroundings import CURRENT_ATTEMPT
 from orki_contract import AsyncToolService, EventStream, SyncToolService
 from orki_contract.errors import InvalidSetting
 from orki_contract.trace import Span, new_span
 from orki_control.session import AttemptKey
-
-__all__ = ["ToolAccess", "ToolServices"]
 
 ToolServices = AsyncToolService | SyncToolService
 _Collect = Callable[[EventStream[ToolEvent, Any], ToolEvent, Span], None]
@@ -30,13 +28,13 @@ _REMEMBERED: Final = 65_536
 
 
 class ToolAccess:
-    """Opens the bridge, gives channels to it, and turns finished calls into events off the call path.
+    """Opens the bridge, provides channels to it, and turns finished calls into events outside the call path.
 
     Args:
-        services: Tool services of the agent's own; empty where it has none.
-        outside: A bridge outside this process; takes the place of `services`.
-        agent_id: The agent, as its tools see it.
-        collect: Takes the events; called by `flush`, in the loop that `start` was told of.
+        services: The agent's own tool services; empty if it has none.
+        outside: A bridge outside this process, which replaces `services`.
+        agent_id: The name under which tools see the agent.
+        collect: Receives the events; `flush` calls it in the I/O loop.
     """
 
     def __init__(
@@ -53,34 +51,34 @@ class ToolAccess:
         self._open = ExitStack()
 
     def start(self, wake: Callable[[Callable[[], None]], None]) -> None:
-        """Opens the bridge.
+        """Open the bridge.
 
         Args:
-            wake: Has a callback called soon in the I/O loop; from any thread.
+            wake: Schedules a callback in the I/O loop, from any thread.
 
         Raises:
-            SocketUnsafe: No safe folder for the socket can be had.
+            SocketUnsafe: There is no safe directory for the socket.
         """
         self._wake = wake
         if self._bridge is not None:
             self._open.enter_context(self._bridge)
 
     def async_channel(self) -> AsyncToolClient:
-        """The channel of the user's loop; it connects when it is first used."""
+        """Return the channel of the user's loop; it connects at the first call."""
         if self._async is None:
             path, token = self._where()
             self._async = AsyncToolClient(path, token, name=self._agent_id, on_call=self._called)
         return self._async
 
     def sync_channel(self) -> SyncToolClient:
-        """The channel of handlers that block."""
+        """Return the channel of blocking handlers."""
         if self._sync is None:
             path, token = self._where()
             self._sync = SyncToolClient(path, token, name=self._agent_id, on_call=self._called)
         return self._sync
 
     async def close(self) -> None:
-        """Ends the channels and the bridge; call it in the user's loop."""
+        """Close the channels and the bridge; call it in the user's loop."""
         if self._async is not None:
             await self._async.close()
         if self._sync is not None:
@@ -88,7 +86,7 @@ class ToolAccess:
         await in_thread(self._open.close)
 
     def flush(self) -> None:
-        """Turns what was recorded into events; a last time before they are closed."""
+        """Turn the recorded calls into events."""
         self._asleep = True
         while self._records:
             record, attempt = self._records.popleft()
@@ -111,12 +109,12 @@ class ToolAccess:
             return self._outside.path, self._outside.token
         if self._bridge is None:
             raise InvalidSetting(
-                "this agent has no tools: give it some with Agent(..., tools=…), or a bridge with --tools SOCKET"
+                "this agent has no tools: pass Agent(..., tools=…), or an external bridge with --tools SOCKET"
             )
         return self._bridge.path, self._bridge.token
 
     def _called(self, record: ToolRecord) -> None:
-        # On the call path: an append, and one wake-up for all calls of the next while.
+        # This is on the call path: append the record, and wake the I/O loop once for many calls.
         self._records.append((record, CURRENT_ATTEMPT.get()))
         if self._asleep:
             self._asleep = False

@@ -1,7 +1,7 @@
-"""The session over gRPC: dials, reads, writes, arms the machine's timer, and comes back after every loss.
+"""The session over gRPC: connect, read, write, arm the machine's timer, and connect again after every loss.
 
-It moves messages and maps errors; what they mean is the machine's. One task reads and one writes: a cancelled read or
-write of grpc.aio ends the whole call, so neither is ever given a timeout, and a call is ended only by `call.cancel()`.
+This module moves messages and maps errors; the session machine interprets them. One task reads and one writes. A
+cancelled read or write of grpc.aio ends the whole call, so neither has a timeout, and only `call.cancel()` ends a call.
 """
 
 from __future__ import annotations
@@ -15,36 +15,34 @@ import grpc
 
 from orki.control.v1.session_pb2 import ConnectRequest, ConnectResponse
 from orki.control.v1.session_pb2_grpc import SessionServiceStub
-from orki_agent.settings import RunSettings
+from orki_agent._settings import RunSettings
 from orki_contract.backoff import Jitter
 from orki_contract.errors import OrkiError, RemoteProtocolError
 from orki_control.session import AgentEvent, AgentSession, AgentState, SessionClosed, SessionLost
 from orki_control.transport import error_from, open_channel
 
-__all__ = ["SessionChannel"]
-
 _log = logging.getLogger("orki.agent.session")
 
 _FAILURES_OF_A_CHANNEL: Final = 3
-"""Streams that may fail on a channel before it is built anew."""
-_SAY_EVERY: Final = 20
-"""Failures in a row of which one is logged."""
-_LAST_WORDS: Final = 0.5
-"""Seconds for the orchestrator to end the stream after we have."""
+"""Number of failed streams after which a new channel is opened."""
+_LOG_EVERY: Final = 20
+"""One of this many consecutive failures is logged as a warning."""
+_HALF_CLOSED: Final = 0.5
+"""Seconds for the orchestrator to end the stream after the agent has."""
 
 if TYPE_CHECKING:
     _Call = grpc.aio.StreamStreamCall[ConnectRequest, ConnectResponse]
 
 
 class SessionChannel:
-    """The agent's stream, again and again. Belongs to the I/O loop.
+    """The agent's streams to its orchestrator, one after another. Belongs to the I/O loop.
 
     Args:
-        session: The machine.
-        settings: Where to dial.
-        on_events: Told what the machine tells, in batches.
-        on_sent: Called after something has left.
-        on_beat: Called before the machine's timer is handled, for fresh vitals.
+        session: The session machine.
+        settings: Settings of the run.
+        on_events: Receives the machine's events, in batches.
+        on_sent: Called after messages were written.
+        on_timer: Called before the machine's timer is handled, to update the reported load.
     """
 
     def __init__(
@@ -53,13 +51,13 @@ class SessionChannel:
         settings: RunSettings,
         on_events: Callable[[Sequence[AgentEvent]], None],
         on_sent: Callable[[], None],
-        on_beat: Callable[[], None],
+        on_timer: Callable[[], None],
     ) -> None:
         self._session = session
         self._settings = settings
         self._on_events = on_events
         self._on_sent = on_sent
-        self._on_beat = on_beat
+        self._on_timer = on_timer
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -68,35 +66,35 @@ class SessionChannel:
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
-        """Keeps a session up until `stop` is called or the machine says that it is over for good."""
+        """Keep a session until `stop` is called or the machine closes it for good."""
         jitter = Jitter(self._settings.backoff)
         channel: grpc.aio.Channel | None = None
         failures = 0
         try:
             while not self._done():
                 channel = channel or open_channel(self._settings.orchestrator, self._settings.max_message_bytes)
-                dialled_at = self._loop.time()
+                connected_at = self._loop.time()
                 lost = await self._one_stream(channel)
                 if self._done():
                     break
-                lasted = self._loop.time() - dialled_at
+                lasted = self._loop.time() - connected_at
                 failures = 0 if lasted > self._settings.backoff.stable else failures + 1
                 wait = jitter.failed(lasted)
                 if lost.silent or failures >= _FAILURES_OF_A_CHANNEL:
                     await channel.close()
                     channel, failures = None, 0
-                level = logging.WARNING if jitter.failures % _SAY_EVERY == 1 else logging.DEBUG
-                _log.log(level, "no session: %s; dialling again in %.2f s", lost.cause, wait)
+                level = logging.WARNING if jitter.failures % _LOG_EVERY == 1 else logging.DEBUG
+                _log.log(level, "no session: %s; connecting again in %.2f s", lost.cause, wait)
                 await self._pause(wait)
         finally:
             if self._timer is not None:
                 self._timer.cancel()
             if channel is not None:
                 await channel.close()
-            await asyncio.sleep(0)  # the last events are told
+            await asyncio.sleep(0)  # Deliver the last events.
 
     def changed(self) -> None:
-        """The machine was told something: writes what it has to say and arms its timer."""
+        """Write the machine's messages and arm its timer, after the machine was changed."""
         self._to_write.set()
         due = self._session.next_timer()
         if due is None:
@@ -110,7 +108,7 @@ class SessionChannel:
             self._timer = self._loop.call_at(due, self._wake)
 
     def take(self, events: Sequence[AgentEvent]) -> None:
-        """Writes what the machine has to say, then tells what it has told."""
+        """Write the machine's messages, then deliver its events."""
         for event in events:
             if isinstance(event, SessionLost):
                 self._end_stream(event)
@@ -118,15 +116,15 @@ class SessionChannel:
                 self._end_stream(SessionLost(event.error.message, silent=False))
         self.changed()
         if events:
-            # The writer is woken first: an acknowledgement leaves before anybody acts on what it acknowledges.
+            # The writer is woken first, so an acknowledgement is sent before its event is handled.
             self._loop.call_soon(self._on_events, events)
 
     def stop(self) -> None:
-        """Ends the stream in good order, after what is queued has left."""
+        """End the stream after the queued messages were sent."""
         self._stopping.set()
         self._to_write.set()
 
-    # --- one stream ---
+    # --- One stream. ---
 
     async def _one_stream(self, channel: grpc.aio.Channel) -> SessionLost:
         over: asyncio.Future[SessionLost] = self._loop.create_future()
@@ -142,7 +140,7 @@ class SessionChannel:
             return await over
         finally:
             call.cancel()
-            # Neither task is cancelled: the reader ends with the call, the writer when it looks.
+            # Neither task is cancelled: the reader ends with the call, the writer when it wakes.
             self._lose("the agent ends")
             self._to_write.set()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -162,7 +160,7 @@ class SessionChannel:
         except (grpc.RpcError, asyncio.CancelledError, asyncio.InvalidStateError) as error:
             self._lose(self._cause(error))
         except Exception as error:
-            _log.exception("reading the session failed: a defect")
+            _log.exception("reading the session failed: this is a defect")
             self._lose(f"{type(error).__name__}: {error}")
 
     async def _write(self, call: _Call, over: asyncio.Future[SessionLost]) -> None:
@@ -173,14 +171,14 @@ class SessionChannel:
                     self._on_sent()
                 if self._stopping.is_set():
                     await call.done_writing()
-                    self._loop.call_later(_LAST_WORDS, self._lose, "we have stopped")
+                    self._loop.call_later(_HALF_CLOSED, self._lose, "the agent has stopped")
                     return
                 self._to_write.clear()
                 await self._to_write.wait()
         except (grpc.RpcError, asyncio.CancelledError, asyncio.InvalidStateError) as error:
             self._lose(self._cause(error))
         except Exception as error:
-            _log.exception("writing the session failed: a defect")
+            _log.exception("writing the session failed: this is a defect")
             self._lose(f"{type(error).__name__}: {error}")
 
     def _cause(self, error: BaseException) -> str:
@@ -195,20 +193,20 @@ class SessionChannel:
         if self._over is not None and not self._over.done():
             self._over.set_result(lost)
 
-    # --- time ---
+    # --- Timers. ---
 
     def _wake(self) -> None:
         self._timer = None
-        self._on_beat()
+        self._on_timer()
         try:
             self.take(self._session.handle_timer(self._loop.time()))
         except OrkiError:
-            _log.exception("the session's timer failed: a defect")
+            _log.exception("the session's timer failed: this is a defect")
             self.changed()
 
-    async def _pause(self, seconds: float) -> None:
+    async def _pause(self, delay: float) -> None:
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(delay):
                 await self._stopping.wait()
         except TimeoutError:
             pass

@@ -1,4 +1,4 @@
-"""One run of an agent: the user's loop, the I/O thread, and everything between them, begun and ended in order."""
+"""One run of an agent: the user's loop, the I/O thread, and their start and end in order."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, Final, Generic, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -18,43 +18,43 @@ from google.protobuf.message import Message
 from orki.control.v1.session_pb2 import ServedService
 from orki.events.v1.agent_orki import AGENTS
 from orki.events.v1.agent_pb2 import AgentEvent, AgentSpawned, AgentStopped
-from orki_agent.catalog import Handler
-from orki_agent.channel import SessionChannel
-from orki_agent.crossing import Mailbox, cross, in_thread, send
-from orki_agent.iothread import IoThread
-from orki_agent.remote_tasks import RemoteTasks
-from orki_agent.reporting import PlaneEvents
-from orki_agent.runner import Runner
-from orki_agent.settings import RunSettings
-from orki_agent.tool_access import ToolAccess, ToolServices
-from orki_agent.vitals import LoopProbe, resident_bytes
-from orki_contract import EventStream, SyncToolChannel, TaskChannel, ToolChannel
+from orki_agent._channel import SessionChannel
+from orki_agent._events import AgentEvents
+from orki_agent._runner import Runner
+from orki_agent._services import Handler
+from orki_agent._settings import RunSettings
+from orki_agent._threads import IoThread, LoopProbe, Mailbox, cross, in_thread, resident_bytes, send
+from orki_agent._tools import ToolAccess, ToolServices
+from orki_contract import EventStream, SyncToolChannel, Task, TaskChannel, TaskHandle, ToolChannel
 from orki_contract.errors import OrkiError
 from orki_contract.trace import Span, new_span
 from orki_control import Client, ClientOptions, session
 from orki_control.session import AttemptKey
 
-__all__ = ["Runtime"]
-
 E = TypeVar("E", bound=Message)
+Q = TypeVar("Q", bound=Message)
+R = TypeVar("R", bound=Message)
+P = TypeVar("P")
+D = TypeVar("D")
 
 _log = logging.getLogger("orki.agent")
 
 _LAST_ACKNOWLEDGEMENTS: Final = 5.0
-"""Seconds for the orchestrator to acknowledge what was abandoned."""
+"""Seconds for the orchestrator to acknowledge abandoned attempts."""
 _HANDLERS_END_WITHIN: Final = 2.0
-"""Seconds for handlers to end once the session is over."""
+"""Seconds for handlers to end after the session."""
+_END: Final = object()
 
 
 class Runtime:
-    """Implements `Surroundings`.
+    """One run of an agent; implements `AgentServices`.
 
     Args:
-        settings: How to run.
-        handlers: What to run, by `package.Service/Method`.
-        services: The contracts for the hello.
-        tools: Tool services of the agent's own.
-        on_over: Called on the I/O thread when the session is over, with the reason where it was refused for good.
+        settings: Settings of the run.
+        handlers: Handlers by `package.Service/Method`.
+        services: Contracts for the hello.
+        tools: The agent's own tool services.
+        on_over: Called on the I/O thread when the session has ended, with the error if it was closed for good.
     """
 
     def __init__(
@@ -90,14 +90,14 @@ class Runtime:
         self._early: list[Callable[[], None]] = []
         self._opening: asyncio.Task[None] | None = None
 
-    # --- the user's loop ---
+    # --- The user's loop. ---
 
     async def run(self) -> None:
-        """Serves until the agent has drained.
+        """Serve until the agent has drained.
 
         Raises:
             Replaced: A newer instance has the session.
-            ContractMismatch, ProtocolVersion, OrkiError: The orchestrator refused the session for good.
+            ContractMismatch, ProtocolVersion, OrkiError: The orchestrator closed the session for good.
             SocketUnsafe: The tool bridge could not be opened.
         """
         loop = asyncio.get_running_loop()
@@ -121,14 +121,14 @@ class Runtime:
         if self._closed_by is not None:
             raise self._closed_by
 
-    # --- from any thread ---
+    # --- From any thread. ---
 
     def drain(self) -> None:
-        """Takes no more offers; what runs has the drain's grace to end."""
+        """Accept no more offers; running attempts have the drain grace to end."""
         self._ask(self._drain)
 
     def stop_now(self) -> None:
-        """Gives back what runs, tells the orchestrator, and ends."""
+        """Give running attempts back to the orchestrator and end."""
         self._ask(self._abandon)
 
     @property
@@ -138,36 +138,36 @@ class Runtime:
 
     @property
     def max_payload_bytes(self) -> int:
-        """Longest payload that the orchestrator takes."""
+        """Maximum payload size that the orchestrator accepts."""
         return self._session.max_payload_bytes
 
     def send_progress(self, attempt: AttemptKey, payload: bytes) -> None:
-        """Queues progress."""
+        """Queue progress."""
         self._runner.send_progress(attempt, payload)
 
     def collect(self, stream: EventStream[E, Any], event: E, span: Span) -> None:
-        """Publishes soon."""
+        """Publish soon."""
         self._post(self._events.collect, stream, event, span)
 
     async def publish(self, stream: EventStream[E, Any], event: E, span: Span) -> None:
-        """Publishes; returns once the server has it."""
+        """Publish and return once the server has the event."""
         await cross(self._io.loop, self._events.publish(stream, event, span))
 
     def publish_blocking(self, stream: EventStream[E, Any], event: E, span: Span) -> None:
-        """As `publish`, blocking the calling thread."""
+        """Publish, and block the calling thread until the server has the event."""
         send(self._io.loop, self._events.publish(stream, event, span)).result()
 
     def tool_channel(self) -> ToolChannel:
-        """The channel of async tool calls."""
+        """Return the channel for async tool calls."""
         return self._tools.async_channel()
 
     def sync_tool_channel(self) -> SyncToolChannel:
-        """The channel of blocking tool calls."""
+        """Return the channel for blocking tool calls."""
         return self._tools.sync_channel()
 
     def task_channel(self) -> TaskChannel:
-        """For submitting tasks."""
-        return RemoteTasks(self._client, self._io.loop)
+        """Return the channel for submitting tasks."""
+        return _TaskChannel(self._client, self._io.loop)
 
     def _ask(self, call: Callable[[], None]) -> None:
         if self._io.mailbox is None:
@@ -179,12 +179,12 @@ class Runtime:
         if self._io.mailbox is not None:
             self._io.mailbox.post(call, *arguments)
 
-    # --- the I/O loop ---
+    # --- The I/O loop. ---
 
     async def _serve(self) -> None:
         settings = self._settings
-        self._events = PlaneEvents(f"{settings.agent_id}@{self._instance_id[:12]}", settings.events_url)
-        self._channel = SessionChannel(self._session, settings, self._on_events, self._on_sent, self._on_beat)
+        self._events = AgentEvents(f"{settings.agent_id}@{self._instance_id[:12]}", settings.events_url)
+        self._channel = SessionChannel(self._session, settings, self._on_events, self._on_sent, self._report_load)
         self._runner = Runner(
             self._session,
             self._handlers,
@@ -198,7 +198,7 @@ class Runtime:
         async with Client(settings.orchestrator, options) as self._client:
             for call in self._early:
                 call()
-            self._tell_spawned()
+            self._publish_spawned()
             if settings.events_url:
                 await self._events.open("")
             try:
@@ -207,7 +207,7 @@ class Runtime:
             finally:
                 lifetime = Duration()
                 lifetime.FromNanoseconds(int((time.monotonic() - self._began_at) * 1e9))
-                self._tell(AgentEvent(stopped=AgentStopped(lifetime=lifetime)))
+                self._publish_lifecycle(AgentEvent(stopped=AgentStopped(lifetime=lifetime)))
                 self._tools.flush()
                 await self._events.close()
 
@@ -217,24 +217,12 @@ class Runtime:
             async with asyncio.timeout(_HANDLERS_END_WITHIN):
                 await self._runner.idle()
         except TimeoutError:
-            _log.error("some handlers do not end; they are left behind")
+            _log.error("some handlers do not end; the agent ends without them")
         self._runner.close(0.0)
 
     def _on_events(self, events: Sequence[session.AgentEvent]) -> None:
-        for event in events:
+        for event in self._runner.handle(events):
             match event:
-                case session.OffersArrived(offers):
-                    self._runner.offers(offers)
-                case session.CancelsArrived(cancels):
-                    self._runner.cancels(cancels)
-                case session.DirectivesArrived(directives):
-                    self._runner.directives(directives)
-                case session.AttemptsRevoked(revocations):
-                    for revocation in revocations:
-                        self._runner.revoke(revocation.attempt, revocation.failure.message)
-                case session.LeasesLost(attempts):
-                    for attempt in attempts:
-                        self._runner.revoke(attempt, "its lease could not be renewed")
                 case session.SessionOpened():
                     self._opened(event)
                 case session.SessionLost() if self._drained:
@@ -248,19 +236,17 @@ class Runtime:
                 case session.DrainCompleted():
                     self._drained = True
                     self._channel.stop()
-                case session.ResultsAcknowledged():
-                    pass
 
     def _on_sent(self) -> None:
         self._runner.sent()
 
-    def _on_beat(self) -> None:
+    def _report_load(self) -> None:
         self._session.set_load(loop_lag_us=self._probe.worst_lag_us(), memory_bytes=resident_bytes())
 
     def _opened(self, event: session.SessionOpened) -> None:
         self._orchestrator_id = event.orchestrator_id
         _log.info(
-            "agent %s has session %d with %s; %d attempts go on",
+            "agent %s has session %d with %s; %d attempts resumed",
             self.agent_id,
             event.session_epoch,
             event.orchestrator_id,
@@ -272,7 +258,9 @@ class Runtime:
         if self._draining:
             return
         self._draining = True
-        _log.info("agent %s drains: no more offers, %.0f s for what runs", self.agent_id, self._settings.drain_grace)
+        _log.info(
+            "agent %s drains: no more offers, %.0f s for running attempts", self.agent_id, self._settings.drain_grace
+        )
         asyncio.get_running_loop().call_later(self._settings.drain_grace, self._abandon)
         self._channel.take(self._session.drain(asyncio.get_running_loop().time()))
 
@@ -286,17 +274,71 @@ class Runtime:
     def _collect_tool(self, stream: EventStream[E, Any], event: E, span: Span) -> None:
         self._events.collect(stream, event, span)
 
-    # --- lifecycle events ---
+    # --- Lifecycle events. ---
 
-    def _tell_spawned(self) -> None:
+    def _publish_spawned(self) -> None:
         spawned = AgentSpawned(
             pid=os.getpid(),
             host=socket.gethostname(),
             slots=self._settings.slots,
             services=[each.service for each in self._services],
         )
-        self._tell(AgentEvent(spawned=spawned))
+        self._publish_lifecycle(AgentEvent(spawned=spawned))
 
-    def _tell(self, event: AgentEvent) -> None:
+    def _publish_lifecycle(self, event: AgentEvent) -> None:
         event.agent_id, event.instance_id = self.agent_id, self._instance_id
         self._events.collect(AGENTS, event, self._span if event.HasField("spawned") else self._span.child())
+
+
+class _TaskChannel:
+    """A `TaskChannel` whose calls run on the I/O loop. The caller's span goes along."""
+
+    def __init__(self, client: Client, loop: asyncio.AbstractEventLoop) -> None:
+        self._client = client
+        self._loop = loop
+
+    async def submit(self, task: Task[Q, R, P, D], request: Q, *, idempotency_key: str = "") -> TaskHandle[R, P, D]:
+        """Submit one task; see `orki_control.Client.submit`."""
+        handle = await cross(self._loop, self._client.submit(task, request, idempotency_key=idempotency_key))
+        return _TaskHandle(handle, self._loop)
+
+    async def submit_many(
+        self, task: Task[Q, R, P, D], requests: list[Q], *, idempotency_keys: list[str] | None = None
+    ) -> list[TaskHandle[R, P, D]]:
+        """Submit many tasks; see `orki_control.Client.submit_many`."""
+        work = self._client.submit_many(task, requests, idempotency_keys=idempotency_keys)
+        return [_TaskHandle(handle, self._loop) for handle in await cross(self._loop, work)]
+
+
+class _TaskHandle(Generic[R, P, D]):
+    """A `TaskHandle` of the I/O loop."""
+
+    def __init__(self, handle: TaskHandle[R, P, D], loop: asyncio.AbstractEventLoop) -> None:
+        self._handle = handle
+        self._loop = loop
+
+    @property
+    def task_id(self) -> str:
+        return self._handle.task_id
+
+    async def progress(self) -> AsyncIterator[P]:
+        deltas = self._handle.progress()
+        assert isinstance(deltas, AsyncGenerator)
+        try:
+            while (delta := await cross(self._loop, _next(deltas))) is not _END:
+                yield delta
+        finally:
+            await cross(self._loop, deltas.aclose())
+
+    async def result(self, timeout: float | None = None) -> R:
+        return await cross(self._loop, self._handle.result(timeout))
+
+    async def cancel(self, message: str = "") -> None:
+        await cross(self._loop, self._handle.cancel(message))
+
+    async def direct(self, directive: D) -> None:
+        await cross(self._loop, self._handle.direct(directive))
+
+
+async def _next(deltas: AsyncIterator[Any]) -> Any:
+    return await anext(deltas, _END)
