@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from orki_codegen import gate, generate
+from orki_codegen import generate
+from orki_codegen._gate import command as gate
 from orki_codegen.buf import Buf
 from orki_codegen.new_repository import lay_out, names_for
 from orki_codegen.reference import pages

@@ -177,7 +177,7 @@ def test_protos_without_buf_and_without_images_say_what_is_missing(
     monkeypatch.setenv("PATH", str(tmp_path))
     code, _, err = diff(capsys, str(tmp_path), "orki.events.v1")
     assert code == 2
-    assert "there is no buf to compile them" in err
+    assert "buf is not installed" in err
 
 
 def test_json_and_github_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,7 @@ def test_a_smaller_package_is_cut_out_with_its_imports_only() -> None:
     [
         ("orki.nowhere.v1", 'no proto package "orki.nowhere.v1" is installed'),
         ("", 'no proto package "" is installed'),
-        ("json", 'the installed package "json" carries no contract.binpb'),
+        ("json", 'the installed package "json" has no contract.binpb'),
         ("this-is no name", "is installed"),
     ],
 )

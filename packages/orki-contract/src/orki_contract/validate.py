@@ -30,12 +30,12 @@ OWNER_RULES: Final[dict[Rule, str]] = {
 
 
 def _check_owners(report: Report, owners: Mapping[str, Sequence[Location]], files: Collection[str]) -> None:
-    """Judges who owns what.
+    """Check the owners of proto packages.
 
     Args:
-        report: Hears it.
-        owners: The places that claim each proto package.
-        files: Paths of the tree's own files; imports from elsewhere need no owner here.
+        report: Collects the violations.
+        owners: Locations that claim each proto package.
+        files: Paths of the tree's own files; imported files need no owner here.
     """
     packages: dict[str, str] = {}
     for path in sorted(files):
@@ -76,11 +76,11 @@ RULES: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Owners:
-    """The tree around a contract, for the rules that need it.
+    """The source tree of a contract.
 
     Attributes:
-        packages: The places that claim each proto package.
-        files: Where each of the tree's own files lies, by the path under which it is imported.
+        packages: Locations that claim each proto package.
+        files: Paths of the tree's own files, by import path.
     """
 
     packages: Mapping[str, Sequence[Location]]
@@ -88,12 +88,11 @@ class Owners:
 
 
 def validate(read: ReadContract, tree: Owners | None = None) -> tuple[Violation, ...]:
-    """Every violation, sorted by place.
+    """Return every violation, sorted by location.
 
     Args:
-        read: The contract; read it from an image with source information, so that places have lines.
-        tree: Who owns what, and where the files lie; without it ownership is not judged and files are named as imports
-            name them.
+        read: The contract. Locations have lines if its image has source information.
+        tree: Owners and paths of the source tree; without it, ownership is not checked and files have import paths.
     """
     report = Report(read, RULES, tree.files if tree is not None else {})
     streams.check(report)
@@ -106,10 +105,10 @@ def validate(read: ReadContract, tree: Owners | None = None) -> tuple[Violation,
 
 
 def check(read: ReadContract, tree: Owners | None = None) -> None:
-    """Refuses a contract that breaks a rule.
+    """Raise an error if the contract violates a rule.
 
     Raises:
-        InvalidContract: The message holds one line for each violation.
+        InvalidContract: The message has one line per violation.
     """
     found = validate(read, tree)
     if found:

@@ -1,4 +1,4 @@
-"""Enums: numbers and names that both sides must take for the same."""
+"""Changes of enums."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RULES: Final[tuple[Rule, ...]] = (
 
 
 def compare(comparison: Comparison) -> None:
-    """Judges every enum."""
+    """Compare every enum."""
     old, new = comparison.old, comparison.new
     for name in old.enums:
         if name in new.enums:
@@ -55,7 +55,7 @@ def _report(comparison: Comparison, rule: str, side: Side, name: str, text: str,
 
 
 class _Enum:
-    """One enum that is there on both sides."""
+    """An enum that exists on both sides."""
 
     def __init__(self, comparison: Comparison, name: str) -> None:
         self._comparison = comparison
@@ -64,7 +64,6 @@ class _Enum:
         self._is: EnumDescriptorProto = comparison.new.schema.enums[name][1]
 
     def compare(self) -> None:
-        """Judges it."""
         before, after = names_by_number(self._was), names_by_number(self._is)
         numbers = {value.name: value.number for value in self._is.value}
         for value in self._was.value:
@@ -97,7 +96,7 @@ class _Enum:
             self._report("ORKI_ENUM_RESERVED_WITHDRAWN", text, self._whole())
 
     def _shown(self, before: Mapping[int, tuple[str, ...]], after: Mapping[int, tuple[str, ...]]) -> None:
-        """Of several names of a number the first one is shown, in JSON as well."""
+        """Compare the primary names; the first name of a number is used in JSON."""
         for number, names in before.items():
             heirs = after.get(number, names)
             if heirs[0] != names[0] and names[0] in heirs:

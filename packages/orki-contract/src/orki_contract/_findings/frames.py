@@ -1,11 +1,9 @@
-"""Frames: bytes that one version writes and another one reads.
+"""Changes of frames.
 
-How bytes of a frame are reserved, so that a frame can change without breaking: a field that goes leaves its number
-(`reserved 3;`) and its bytes behind, and neither is ever used again. An image does not show which bytes those were, so
-a frame with any reserved number takes new fields behind the block of the version before only; a frame that never lost a
-field takes them in its gaps as well. A field that comes has a `since` above the old version, by which readers know that
-older frames lack it. A frame with the option `fixed`, such as a header, whose version no frame before it tells, never
-changes.
+A removed field leaves its number (`reserved 3;`) and its bytes reserved; neither is ever used again. An image does not
+show which bytes those were. So a frame with reserved numbers takes new fields only after the previous version's block;
+a frame that never lost a field also takes them in gaps. A new field has a `since` above the old version, which tells
+readers that older frames lack it. A frame with the option `fixed`, such as a header, never changes.
 """
 
 from __future__ import annotations
@@ -61,7 +59,7 @@ RULES: Final[tuple[Rule, ...]] = (
 
 
 def compare(comparison: Comparison) -> None:
-    """Judges every frame."""
+    """Compare every frame."""
     old, new = comparison.old, comparison.new
     for name, before in old.frames.items():
         place = old.message_place(name, "frame")
@@ -97,7 +95,7 @@ def _report(comparison: Comparison, rule: str, frame: Frame, text: str, places: 
 
 
 class _Frame:
-    """One frame that is there on both sides."""
+    """A frame that exists on both sides."""
 
     def __init__(self, comparison: Comparison, before: Frame, after: Frame) -> None:
         self._comparison = comparison
@@ -109,7 +107,6 @@ class _Frame:
         self._numbers = {field.number: field for field in after.fields}
 
     def compare(self) -> None:
-        """Judges it."""
         before, after = self._before, self._after
         self._fixed()
         if after.block_length < before.block_length:
@@ -136,7 +133,7 @@ class _Frame:
         self._reserved()
 
     def _fixed(self) -> None:
-        """A fixed frame's every detail is what all versions rely on."""
+        """Compare fixed frames, which must not change."""
         options = [side.schema.option(node.proto.options, "frame") for side, node in self._sides()]
         fixed = [bool(getattr(option, "fixed", False)) for option in options]
         if not fixed[0] and fixed[1]:
@@ -149,7 +146,7 @@ class _Frame:
             self._report("ORKI_FRAME_FIXED_CHANGED", "is fixed, but its layout changed: all versions rely on it")
 
     def _field(self, field: FrameField) -> None:
-        """Judges a field of the old layout; the one of the same name follows it, or else that of the same number."""
+        """Compare a field of the old layout with the new field of the same name, or else of the same number."""
         heir = self._names.get(field.name) or self._numbers.get(field.number)
         if heir is None:
             self._removed(field)
@@ -197,7 +194,7 @@ class _Frame:
             _report(self._comparison, "ORKI_FRAME_FIELD_RETIRED", self._after, text, self._whole(place), subject)
 
     def _retyped(self, field: FrameField) -> None:
-        """The field left the block, and is still there: as the tail, or as something that no frame can hold."""
+        """Report a field that left the block but still exists, as the tail or with an unsupported type."""
         subject = f"frame field {self._after.message}.{field.name}"
         places = (_field_place(self._old, self._was, field.name), self._field_place(field.name))
         text = "is no longer in the block"
@@ -259,13 +256,13 @@ class _Frame:
 
 
 def _layout(frame: Frame) -> tuple[object, ...]:
-    """What of a frame decides where its bytes lie."""
+    """Return everything that affects the positions of a frame's bytes."""
     fields = tuple((each.offset, each.scalar, each.size) for each in frame.fields)
     return fields, frame.block_length, bool(frame.tail), frame.tail_text
 
 
 def _frozen(frame: Frame) -> Frame:
-    """What of a fixed frame may not change: all but the names."""
+    """Return what must not change in a fixed frame: everything but the names."""
     return replace(frame, fields=tuple(replace(each, name="") for each in frame.fields), tail="x" * bool(frame.tail))
 
 
@@ -289,7 +286,7 @@ def _named(proto: DescriptorProto, name: str) -> bool:
 
 
 def _field_place(side: Side, node: MessageNode, name: str, option: str = "") -> Location:
-    """Where a field stands, or one of its options."""
+    """Return the location of a field or of one of its options."""
     for index, field in enumerate(node.proto.field):
         if field.name == name:
             path = field_path(node, index)

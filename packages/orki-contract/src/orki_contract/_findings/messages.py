@@ -45,9 +45,9 @@ RULES: Final[tuple[Rule, ...]] = (
 
 
 def compare(comparison: Comparison) -> None:
-    """Judges every message; what lies inside of frames has rules of its own."""
+    """Compare every message; fields of frames have their own rules."""
     old, new = comparison.old, comparison.new
-    # The default of a field is the first value of its enum: where an enum changed, every message is looked at.
+    # The default of a field is the first value of its enum, so a changed enum requires comparing every message.
     alike = _enums(old) == _enums(new)
     for name, before in old.messages.items():
         after = new.messages.get(name)
@@ -69,7 +69,7 @@ def compare(comparison: Comparison) -> None:
 
 
 def _content(node: MessageNode) -> tuple[object, ...]:
-    """All of a message, and of its file what decides how it is read."""
+    """Return the message, and everything in its file that affects its encoding."""
     features = node.file.options.features if node.file.syntax == "editions" else None
     whole = node.proto.SerializeToString(deterministic=True)
     return whole, node.file.syntax, features.SerializeToString() if features is not None else b""
@@ -93,7 +93,7 @@ def _report(comparison: Comparison, rule: str, node: MessageNode, field: str, te
 
 
 class _Message:
-    """One message that is there on both sides, and is no frame on either."""
+    """A message that exists on both sides and is not a frame."""
 
     def __init__(self, comparison: Comparison, before: MessageNode, after: MessageNode) -> None:
         self._comparison = comparison
@@ -103,7 +103,6 @@ class _Message:
         self._numbers = {field.name: number for number, field in self._after.items()}
 
     def compare(self) -> None:
-        """Judges it."""
         for number, field in self._before.items():
             heir = self._after.get(number)
             moved = self._numbers.get(field.name, number)
@@ -180,7 +179,7 @@ def _sensitive(comparison: Comparison, before: MessageNode, after: MessageNode) 
     former = {field.number: field for field in before.proto.field}
     former_names = {field.name: field for field in before.proto.field}
     for index, field in enumerate(after.proto.field):
-        # Whoever redacts by the name, or by the number: neither may show what was hidden.
+        # Redaction may use the name or the number, so check both.
         origins = [each for each in (former.get(field.number), former_names.get(field.name)) if each is not None]
         if not origins:
             continue
@@ -218,7 +217,7 @@ _FILE_EXTENSION, _MESSAGE_EXTENSION = 7, 6
 
 
 class _Extension:
-    """One such field."""
+    """An extension field."""
 
     def __init__(self, side: Side, file: str, scope: str, proto: FieldDescriptorProto, path: Path) -> None:
         name = f"{scope}.{proto.name}" if scope else proto.name
@@ -231,7 +230,7 @@ class _Extension:
 
 
 def _compare_extensions(comparison: Comparison) -> None:
-    """Judges every extension by the rules of fields; which message it extends and its number are what it is."""
+    """Compare every extension by the rules of fields; extended message and number identify it."""
     before, after = _extensions(comparison.old), _extensions(comparison.new)
     for key, extension in before.items():
         heir = after.get(key)

@@ -58,7 +58,7 @@ _TIMEOUTS: Final = ("attempt_timeout", "stall_timeout", "total_timeout", "cancel
 
 
 def compare(comparison: Comparison) -> None:
-    """Judges every rpc."""
+    """Compare every rpc."""
     old, new = comparison.old, comparison.new
     opcodes = {tool.opcode: tool for tool in old.tools.values()}
     for name in old.methods:
@@ -126,7 +126,7 @@ def _gone(comparison: Comparison, name: str, before: str, after: str) -> None:
 
 
 def _types(comparison: Comparison, before: Any, after: Any, names: tuple[str, ...], kind: str) -> None:
-    """Judges the messages of a method by their names."""
+    """Compare the messages of a method by name."""
     name = after.full_name
     for each in names:
         one, other = getattr(before, each), getattr(after, each)
@@ -200,7 +200,7 @@ def _plain(comparison: Comparison, name: str) -> None:
 
 
 def _time(before: Any, after: Any, name: str, shorter: str, longer: str, report: Callable[..., None]) -> None:
-    """Judges one duration of a method; 0 is no limit."""
+    """Compare one duration of a method; 0 is no limit."""
     one, other = getattr(before, name), getattr(after, name)
     text = was(one, other, duration_text)
     if other and (not one or other < one):

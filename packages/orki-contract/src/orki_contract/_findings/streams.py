@@ -52,7 +52,7 @@ _Where = Callable[..., Location]
 
 
 def compare(comparison: Comparison) -> None:
-    """Judges every stream and every subscription."""
+    """Compare every stream and all groups."""
     old, new = comparison.old, comparison.new
     for name, before in old.streams.items():
         after = new.streams.get(name)
@@ -67,7 +67,7 @@ def compare(comparison: Comparison) -> None:
 
 
 def _removed(comparison: Comparison, before: Stream) -> None:
-    """The stream's name is gone; its message may carry another one now."""
+    """Report a removed stream, or a renamed one if its message has another stream now."""
     new = comparison.new
     place = _place(comparison.old, before)("name")
     heir = next((each for each in new.streams.values() if each.message == before.message), None)
@@ -121,7 +121,7 @@ def _retention(before: Retention, after: Retention, report: Callable[..., None])
 
 
 def _bounds(before: Retention, after: Retention, report: Callable[..., None]) -> None:
-    """Judges what a deployment may set. A limit by age that came or went is told by another rule."""
+    """Compare the bounds of a deployment's settings. Another rule covers added and removed age limits."""
     kinds: list[tuple[str, tuple[float, float], tuple[float, float], float, float]] = [
         ("entries", before.entries_bounds, after.entries_bounds, before.max_entries, after.max_entries)
     ]
@@ -180,7 +180,7 @@ def _place(side: Side, stream: Stream) -> _Where:
 
 
 def _overflow(side: Side, stream: Stream) -> str:
-    """The policy by its name, the default's own where it is left out; one that nobody knows here stays a number."""
+    """Return the policy's name; the default if absent, the number if unknown."""
     number = side.schema.option(side.schema.messages[stream.message].proto.options, "stream").retention.overflow
     return str(stream.retention.overflow) if number in (0, 1) else str(number)
 
@@ -197,13 +197,13 @@ def _shown_key(value: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Declared:
-    """A group as one side declares it.
+    """A group as declared on one side.
 
     Attributes:
         group: The group.
-        option: As it is written; None for `audit`, which nobody need write.
-        package: Who declares it.
-        place: Finds the place of a part of it, or of the whole.
+        option: Its option; None for an implicit `audit`.
+        package: The package that declares it.
+        place: Returns the location of the group or of a part of it.
     """
 
     group: Group
@@ -213,7 +213,7 @@ class _Declared:
 
 
 def _compare_groups(comparison: Comparison) -> None:
-    """Judges the groups of every stream that is there on both sides, and every subscription."""
+    """Compare the groups of every stream that exists on both sides, and all external groups."""
     old, new = comparison.old, comparison.new
     for name, before in old.streams.items():
         after = new.streams.get(name)
@@ -233,7 +233,7 @@ def _each(
     after: Mapping[str, _Declared],
     rest: Location | None,
 ) -> None:
-    """Judges the groups that one package declares on one stream; `rest` is what is left where one is gone."""
+    """Compare the groups that one package declares on one stream; `rest` is the location for removed groups."""
     for name, group in before.items():
         heir = after.get(name)
         if heir is None:
@@ -292,7 +292,7 @@ def _report_group(comparison: Comparison, rule: str, stream: str, group: _Declar
 
 
 def _owned(side: Side, stream: Stream) -> Iterator[tuple[str, _Declared]]:
-    """The groups that a stream's owner declares, `audit` among them."""
+    """The groups that a stream's owner declares, including `audit`."""
     node = side.schema.messages[stream.message]
     written = side.schema.option(node.proto.options, "stream").groups
     names = [each.name for each in written]
@@ -308,7 +308,7 @@ def _owned(side: Side, stream: Stream) -> Iterator[tuple[str, _Declared]]:
 
 
 def _read(side: Side, package: str, stream: str) -> Iterator[tuple[str, _Declared]]:
-    """The groups that a package declares on somebody else's stream."""
+    """The groups that a package declares on another package's stream."""
     for file, index, option in side.consumed.get((package, stream), ()):
 
         def place(*inside: str | int, _file: FileDescriptorProto = file, _index: int = index) -> Location:
@@ -319,5 +319,5 @@ def _read(side: Side, package: str, stream: str) -> Iterator[tuple[str, _Declare
 
 
 def _start(declared: _Declared) -> int:
-    """The start as a number, the default's own where it is left out; one that nobody knows here stays itself."""
+    """Return the start as a number; the default if absent. Unknown values are unchanged."""
     return int(declared.option.start) or 1 if declared.option is not None else 1

@@ -40,7 +40,7 @@ _SCALARS: Final = {
 
 
 def check(report: Report) -> None:
-    """Judges every frame, and every field that looks like a frame's."""
+    """Check every frame, and stray frame options on other fields."""
     layouts = {frame.message: frame for frame in report.read.contract.frames}
     for node in report.schema.messages.values():
         option = report.schema.option(node.proto.options, "frame")

@@ -28,7 +28,7 @@ _TAKEN_PACKAGES: Final = frozenset({"google", "grpc", "orki_contract"})
 
 
 def check(report: Report) -> None:
-    """Judges every name that generated code takes from a file with a contract."""
+    """Check every name that generated code takes from a contract file."""
     modules: dict[str, str] = {}
     for file in report.read.files:
         if not file.empty:
@@ -138,7 +138,7 @@ def _methods(report: Report, file: FileContract) -> None:
 
 
 def _messages(report: Report, file: FileContract) -> None:
-    """Judges the names of messages and enums that the module reaches by `pb.NAME`."""
+    """Check the names of messages and enums that the module accesses as `pb.NAME`."""
     contract = file.contract
     used = {each.message: each.message for each in contract.streams}
     for method in contract.tasks + contract.tools:

@@ -34,7 +34,7 @@ _TASK_DURATIONS: Final = (
 
 
 def check(report: Report) -> None:
-    """Judges every service that has a method with an option of orki's."""
+    """Check every service that has a method with an orki option."""
     opcodes = _opcodes(report)
     for service in report.schema.services.values():
         kinds = {}

@@ -62,7 +62,7 @@ _KEY_TYPES: Final = frozenset(
 
 
 def check(report: Report) -> None:
-    """Judges every stream and every subscription."""
+    """Check every stream and every external group."""
     names: dict[str, list[MessageNode]] = {}
     for node, option in report.messages("stream"):
         names.setdefault(option.name, []).append(node)
@@ -76,13 +76,13 @@ def check(report: Report) -> None:
 
 
 def _stream(report: Report, node: MessageNode, option: Any, namesakes: list[MessageNode]) -> None:
-    """Judges one stream.
+    """Check one stream.
 
     Args:
-        report: Hears it.
-        node: The entries' message.
+        report: Collects the violations.
+        node: The stream's message.
         option: Its option.
-        namesakes: The messages of other streams that have the same name.
+        namesakes: Messages of other streams with the same name.
     """
 
     def place(*inside: str | int) -> Location:
@@ -137,7 +137,7 @@ def _stream(report: Report, node: MessageNode, option: Any, namesakes: list[Mess
 
 
 def _bounds(report: Report, retention: Any, place: Callable[..., Location], subject: str) -> None:
-    """Judges what a deployment may set: the contract's own value lies between the bounds."""
+    """Check that the contract's own retention is within its bounds."""
     if "least_entries" not in retention.DESCRIPTOR.fields_by_name:
         # Options that are older than bounds.
         return
