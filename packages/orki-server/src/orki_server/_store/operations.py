@@ -9,13 +9,15 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar, Final
+from typing import ClassVar, Final, TypeVar
 
 from orki.control.v1.attempt_pb2 import TaskState
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import UnknownTask
 from orki_control.session import AttemptKey
 from orki_server._store.script import Argument, Operation
+
+R = TypeVar("R")
 
 # Crockford's base 32 in lower case: no letter can be taken for a digit.
 _DIGITS: Final = "0123456789abcdefghjkmnpqrstvwxyz"
@@ -170,27 +172,31 @@ class AcknowledgeCancel(_Report):
     op: ClassVar[str] = "acknowledge_cancel"
 
 
-def _agent_attempts(agent_id: str, attempts: tuple[AttemptKey, ...]) -> Sequence[Argument]:
-    flat: list[Argument] = [agent_id]
-    for each in attempts:
-        flat += (each.task_id, each.fence)
-    return flat
-
-
 @dataclass(frozen=True, slots=True)
-class Renew(Operation[list[AttemptKey]]):
-    """Renews the leases of an agent's attempts on one shard. The outcome lists those that it no longer holds."""
-
-    op: ClassVar[str] = "renew"
+class _ShardOperation(Operation[R]):
     shard: int
-    agent_id: str
-    attempts: tuple[AttemptKey, ...]
 
     def route(self) -> int:
         return self.shard
 
+
+@dataclass(frozen=True, slots=True)
+class _HeldAttempts(_ShardOperation[R]):
+    agent_id: str
+    attempts: tuple[AttemptKey, ...]
+
     def arguments(self) -> Sequence[Argument]:
-        return _agent_attempts(self.agent_id, self.attempts)
+        flat: list[Argument] = [self.agent_id]
+        for each in self.attempts:
+            flat += (each.task_id, each.fence)
+        return flat
+
+
+@dataclass(frozen=True, slots=True)
+class Renew(_HeldAttempts[list[AttemptKey]]):
+    """Renews the leases of an agent's attempts on one shard. The outcome lists those that it no longer holds."""
+
+    op: ClassVar[str] = "renew"
 
     def outcome(self, reply: list[bytes]) -> list[AttemptKey]:
         return [self.attempts[int(position)] for position in reply]
@@ -214,20 +220,11 @@ class ResumedAttempt:
 
 
 @dataclass(frozen=True, slots=True)
-class Resume(Operation[list[ResumedAttempt]]):
+class Resume(_HeldAttempts[list[ResumedAttempt]]):
     """Renews the attempts of a returning agent on one shard. The outcome lists those that it still holds."""
 
     op: ClassVar[str] = "resume"
     patient: ClassVar[bool] = False
-    shard: int
-    agent_id: str
-    attempts: tuple[AttemptKey, ...]
-
-    def route(self) -> int:
-        return self.shard
-
-    def arguments(self) -> Sequence[Argument]:
-        return _agent_attempts(self.agent_id, self.attempts)
 
     def outcome(self, reply: list[bytes]) -> list[ResumedAttempt]:
         rows = zip(self.attempts, reply[::3], reply[1::3], reply[2::3], strict=True)
@@ -279,7 +276,7 @@ class OfferedAttempt:
 
 
 @dataclass(frozen=True, slots=True)
-class Offer(Operation[list[OfferedAttempt]]):
+class Offer(_ShardOperation[list[OfferedAttempt]]):
     """Assigns queued tasks of one shard to recipients, one to each in turn.
 
     When it is sent again, it assigns *more* tasks: a lost reply costs an accept timeout, but no attempt.
@@ -287,12 +284,8 @@ class Offer(Operation[list[OfferedAttempt]]):
 
     op: ClassVar[str] = "offer"
     patient: ClassVar[bool] = False
-    shard: int
     accept_timeout: float
     recipients: tuple[Recipient, ...]
-
-    def route(self) -> int:
-        return self.shard
 
     def arguments(self) -> Sequence[Argument]:
         flat: list[Argument] = [round(self.accept_timeout * 1000)]
@@ -347,16 +340,12 @@ class Swept:
 
 
 @dataclass(frozen=True, slots=True)
-class Sweep(Operation[Swept]):
+class Sweep(_ShardOperation[Swept]):
     """Executes the due timers of one shard, for at most `limit` tasks."""
 
     op: ClassVar[str] = "sweep"
     patient: ClassVar[bool] = False
-    shard: int
     limit: int
-
-    def route(self) -> int:
-        return self.shard
 
     def arguments(self) -> Sequence[Argument]:
         return (self.limit,)
@@ -376,7 +365,7 @@ class Sweep(Operation[Swept]):
 
 
 @dataclass(frozen=True, slots=True)
-class RaiseEpoch(Operation[bool]):
+class RaiseEpoch(_ShardOperation[bool]):
     """Raises the shard's epoch if the store has not given the fence `seen`. The outcome is whether it was raised.
 
     Attributes:
@@ -386,12 +375,8 @@ class RaiseEpoch(Operation[bool]):
     """
 
     op: ClassVar[str] = "raise_epoch"
-    shard: int
     seen: int
     first: int
-
-    def route(self) -> int:
-        return self.shard
 
     def arguments(self) -> Sequence[Argument]:
         return (self.seen, self.first)

@@ -135,7 +135,6 @@ class TaskReply:
 
     @classmethod
     def read(cls, task_id: str, reply: list[bytes]) -> TaskReply:
-        """Decode the script's reply."""
         status, state, agent, attempt, fence, traceparent, grace = reply
         return cls(
             status.decode(),
@@ -276,7 +275,6 @@ class TaskFilter:
     agent_id: str = ""
 
     def admits(self, task: TaskSnapshot) -> bool:
-        """Whether the list contains the task."""
         return (
             (not self.states or task.state in self.states)
             and self.method in ("", task.method)
@@ -313,7 +311,6 @@ async def list_tasks(
 
 
 async def _newest(store: Store, below: int, last_id: str, count: int) -> list[tuple[int, str]]:
-    """Return the next tasks as (submitted_us, id) over all shards, descending."""
     top = str(below) if below else "+inf"
     commands = [
         ("ZREVRANGEBYSCORE", ShardKeys(shard).index, top, "-inf", "WITHSCORES", "LIMIT", 0, count + 1)
