@@ -88,8 +88,8 @@ class Dispatcher:
                 return
             del self._marked[shard]
             recipients = tuple(
-                Recipient(each.agent_id, each.instance_id, min(each.free_slots, _OFFERS), each.methods)
-                for each in sessions
+                Recipient(each.agent_id, each.instance_id, min(slots, _OFFERS), each.methods)
+                for slots, each in sessions
             )
             try:
                 offered = await self._store.offer(Offer(shard, self._accept_timeout + _STORE_SLACK, recipients))
@@ -101,14 +101,14 @@ class Dispatcher:
                 # Every slot was filled, so the shard may have more tasks.
                 self.queued(shard)
             for each in offered:
-                self._offer(sessions[each.recipient], each)
+                self._offer(sessions[each.recipient][1], each)
 
-    def _free_sessions(self) -> list[AgentSession]:
-        """Return sessions with free slots: those with more slots first, equal ones in turn."""
-        sessions = [each for each in self._sessions if each.methods and each.free_slots]
+    def _free_sessions(self) -> list[tuple[int, AgentSession]]:
+        """Return sessions with their numbers of free slots: those with more slots first, equal ones in turn."""
+        sessions = [(slots, each) for each in self._sessions if each.methods and (slots := each.free_slots)]
         self._turn += 1
         start = self._turn % len(sessions) if sessions else 0
-        return sorted(sessions[start:] + sessions[:start], key=lambda each: -each.free_slots)
+        return sorted(sessions[start:] + sessions[:start], key=lambda pair: -pair[0])
 
     def _offer(self, session: AgentSession, offered: OfferedAttempt) -> None:
         message = OfferMessage(

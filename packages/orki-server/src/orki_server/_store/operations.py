@@ -15,7 +15,7 @@ from orki.control.v1.attempt_pb2 import TaskState
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import UnknownTask
 from orki_control.session import AttemptKey
-from orki_server._store.script import Argument, Operation
+from orki_server._store.script import Argument, Call, Operation
 
 R = TypeVar("R")
 
@@ -80,11 +80,13 @@ class _Report(Operation[ReportReply]):
     agent_id: str
     attempt: AttemptKey
 
-    def route(self) -> int:
-        return shard_of(self.attempt.task_id)
-
-    def arguments(self) -> Sequence[Argument]:
-        return (self.attempt.task_id, self.attempt.fence, self.agent_id, *self.details())
+    def call(self) -> Call:
+        return shard_of(self.attempt.task_id), (
+            self.attempt.task_id,
+            self.attempt.fence,
+            self.agent_id,
+            *self.details(),
+        )
 
     def details(self) -> Sequence[Argument]:
         """Return the arguments after task, fence and agent."""
@@ -176,20 +178,17 @@ class AcknowledgeCancel(_Report):
 class _ShardOperation(Operation[R]):
     shard: int
 
-    def route(self) -> int:
-        return self.shard
-
 
 @dataclass(frozen=True, slots=True)
 class _HeldAttempts(_ShardOperation[R]):
     agent_id: str
     attempts: tuple[AttemptKey, ...]
 
-    def arguments(self) -> Sequence[Argument]:
+    def call(self) -> Call:
         flat: list[Argument] = [self.agent_id]
         for each in self.attempts:
             flat += (each.task_id, each.fence)
-        return flat
+        return self.shard, flat
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,11 +286,11 @@ class Offer(_ShardOperation[list[OfferedAttempt]]):
     accept_timeout: float
     recipients: tuple[Recipient, ...]
 
-    def arguments(self) -> Sequence[Argument]:
+    def call(self) -> Call:
         flat: list[Argument] = [round(self.accept_timeout * 1000)]
         for each in self.recipients:
             flat += (each.agent_id, each.instance_id, each.slots, len(each.methods), *each.methods)
-        return flat
+        return self.shard, flat
 
     def outcome(self, reply: list[bytes]) -> list[OfferedAttempt]:
         rows = (reply[at : at + 9] for at in range(0, len(reply), 9))
@@ -347,8 +346,8 @@ class Sweep(_ShardOperation[Swept]):
     patient: ClassVar[bool] = False
     limit: int
 
-    def arguments(self) -> Sequence[Argument]:
-        return (self.limit,)
+    def call(self) -> Call:
+        return self.shard, (self.limit,)
 
     def outcome(self, reply: list[bytes]) -> Swept:
         rows = (reply[at : at + 6] for at in range(1, len(reply), 6))
@@ -378,8 +377,8 @@ class RaiseEpoch(_ShardOperation[bool]):
     seen: int
     first: int
 
-    def arguments(self) -> Sequence[Argument]:
-        return (self.seen, self.first)
+    def call(self) -> Call:
+        return self.shard, (self.seen, self.first)
 
     def outcome(self, reply: list[bytes]) -> bool:
         return reply[0] == b"raised"

@@ -172,7 +172,7 @@ class StoreConnection:
 class _Entry:
     operation: Operation[Any]
     shard: int
-    arguments: tuple[Argument, ...]
+    arguments: Sequence[Argument]
     size: int
     outcome: asyncio.Future[Any]
 
@@ -215,10 +215,10 @@ class Batcher:
             raise self._connection.cause
         if len(self._waiting) >= _WAITING:
             raise StoreUnavailable(f"{self._connection.address.shown} is too slow: {_WAITING} operations wait")
-        arguments = tuple(operation.arguments())
+        shard, arguments = operation.call()
         size = sum(len(each) for each in arguments if isinstance(each, bytes | str))
         outcome: asyncio.Future[R] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Entry(operation, operation.route(), arguments, size, outcome))
+        self._waiting.append(_Entry(operation, shard, arguments, size, outcome))
         self._wake.set()
         return outcome
 
