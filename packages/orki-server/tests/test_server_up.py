@@ -81,8 +81,10 @@ async def test_up_ends_when_its_orchestrator_does() -> None:
     process._transport.close()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("place", "says"), [("/proc/orki-up", "cannot be made"), ("file/below", "cannot be made")])
-def test_a_folder_that_cannot_be_made_is_told_in_one_sentence(tmp_path: Path, place: str, says: str) -> None:
+@pytest.mark.parametrize(
+    ("place", "says"), [("/proc/orki-up", "cannot be created"), ("file/below", "cannot be created")]
+)
+def test_a_directory_that_cannot_be_created_gives_one_sentence(tmp_path: Path, place: str, says: str) -> None:
     (tmp_path / "file").touch()
     ran = CliRunner().invoke(root, ["up", "--directory", str(tmp_path / place)])
     assert ran.exit_code == 1
