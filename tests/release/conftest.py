@@ -41,7 +41,7 @@ def build(folders: list[str], out: Path) -> None:
     again = out.with_name(f"{out.name}-again")
     for folder in (out, again):
         folder.mkdir(parents=True)
-    command = [sys.executable, "-m", "nox_sessions.archives", str(out), str(again), *folders]
+    command = [sys.executable, "-m", "nox_sessions.wheels", str(out), str(again), *folders]
     done = subprocess.run(
         command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, timeout=120
     )

@@ -67,7 +67,7 @@ def test_a_release_joins_them_and_removes_them(workspace: Path) -> None:
     folder = workspace / "packages/orki-events"
     assert [path.name for path in (folder / "changes").iterdir()] == ["README.md"]
     (folder / "changes/more.fixed.md").write_text("One more.\n", encoding="utf-8")
-    assert "has notes of 0.1.0 already" in notes(workspace, "orki-events", "0.1.0", status=1)
+    assert "already has notes of 0.1.0" in notes(workspace, "orki-events", "0.1.0", status=1)
     project = folder / "pyproject.toml"
     project.write_text(project.read_text(encoding="utf-8").replace('version = "0.1.0"', 'version = "0.1.1"', 1))
     notes(workspace, "orki-events", "0.1.1")
@@ -83,13 +83,13 @@ def test_what_is_no_fragment_is_refused(workspace: Path, name: str) -> None:
 
 
 def test_a_version_that_is_not_promised_is_refused(workspace: Path) -> None:
-    assert "pyproject.toml says 0.1.0" in notes(workspace, "orki-events", "0.2.0", status=1)
+    assert "pyproject.toml has version 0.1.0" in notes(workspace, "orki-events", "0.2.0", status=1)
 
 
 def test_no_fragment_is_no_note(workspace: Path) -> None:
     for path in workspace.glob("packages/*/changes/*.*.md"):
         path.unlink()
-    assert "holds no fragment" in notes(workspace, "orki-events", "0.1.0", status=1)
+    assert "has no fragment" in notes(workspace, "orki-events", "0.1.0", status=1)
 
 
 @pytest.mark.parametrize("arguments", [("orki-gone", "1.0"), ("orki-events", "one"), ("orki-events",), ("--force",)])

@@ -16,7 +16,7 @@ from gate_shelf import Shelf
 from gate_trees import Tree, generated
 
 from orki_codegen import cli
-from orki_codegen.gate.wheels import built
+from orki_codegen._gate.wheels import build_wheel
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -59,7 +59,7 @@ def empty(shelf: Shelf) -> Shelf:
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of the first version."""
     root = tmp_path_factory.mktemp("first")
-    return built(generated(FIRST.lay_out(root / "tree")), "packages/acme-review", root)
+    return build_wheel(generated(FIRST.lay_out(root / "tree")), "packages/acme-review", root)
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_some_are_published_and_some_are_not(gate: Gate, empty: Shelf, first: Pa
     status, out, _ = gate(tmp_path, "--index", empty.url)
     assert status == GREEN
     assert f"acme-review 0.1.0, against 0.1.0 of {empty.url}: unchanged" in out
-    assert f"acme-desk 0.3.0, first release: nothing on {empty.url} yet; 0.3.0 of published.toml" in out
+    assert f"acme-desk 0.3.0, first release: nothing on {empty.url} yet; compared with 0.3.0 of published.toml" in out
     generated(both.edited("acme/desk/v1/desk.proto", "string text = 1", "bytes text = 1").lay_out(tmp_path))
     status, out, _ = gate(tmp_path, "--index", empty.url)
     assert (status, "→ acme-desk 0.4.0" in out, "→ acme-review" in out) == (RED, True, False)
@@ -141,11 +141,11 @@ def test_the_last_wheel_is_what_users_have(gate: Gate, empty: Shelf, first: Path
     found = tmp_path / "found.json"
     status, out, _ = gate(generated(RENAMED.lay_out(tmp_path)), "--index", empty.url, "--json", str(found))
     assert status == RED
-    assert "packages/acme-review/pyproject.toml:3:1: acme-review promises 0.1.0, and must promise 0.2.0" in out
-    remarks: list[dict[str, Any]] = json.loads(found.read_text(encoding="utf-8"))
+    assert "packages/acme-review/pyproject.toml:3:1: acme-review has version 0.1.0 and needs at least 0.2.0" in out
+    findings: list[dict[str, Any]] = json.loads(found.read_text(encoding="utf-8"))
     keys = {"rule", "package", "subject", "file", "line", "message", "bump"}
-    assert all(set(each) == keys for each in remarks)
-    (gone,) = [each for each in remarks if each["rule"] == "ORKI_STREAM_REMOVED"]
+    assert all(set(each) == keys for each in findings)
+    (gone,) = [each for each in findings if each["rule"] == "ORKI_STREAM_REMOVED"]
     assert (gone["package"], gone["bump"]) == ("acme-review", "major")
     assert (gone["subject"], gone["file"]) == ('stream "findings"', f"proto/{PROTO}")
 
@@ -172,13 +172,13 @@ def test_a_command_that_is_gone_is_major(gate: Gate, empty: Shelf, tmp_path: Pat
     text = table.read_text(encoding="utf-8")
     scripts = '[project.scripts]\nReview = "acme_review:review"\n'
     table.write_text(text.replace("[tool.orki]", f"{scripts}[tool.orki]"), encoding="utf-8")
-    empty.put(built(tmp_path / "tree", "packages/acme-review", tmp_path))
+    empty.put(build_wheel(tmp_path / "tree", "packages/acme-review", tmp_path))
     table.write_text(text.replace("[tool.orki]", f"{scripts.replace('Review', 'other')}[tool.orki]"), encoding="utf-8")
     status, out, _ = gate(tmp_path / "tree", "--index", empty.url)
     assert status == RED
-    assert "API_COMMAND_REMOVED  the command Review is gone" in out
+    assert "API_COMMAND_REMOVED  the command Review was removed" in out
     assert "the command other is new" in out
-    assert "must promise 0.2.0 at the least" in out
+    assert "needs at least 0.2.0" in out
 
 
 def test_generated_code_that_lags_behind_is_refused(gate: Gate, empty: Shelf, first: Path, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_private_distribution_is_never_asked_for(gate: Gate, empty: Shelf, fir
         text.replace("[tool.orki]", 'classifiers = ["Private :: Do Not Upload"]\n[tool.orki]'), encoding="utf-8"
     )
     status, out, _ = gate(tmp_path, "--index", empty.url)
-    assert (status, "private: held against git refs alone" in out) == (GREEN, True)
+    assert (status, "private: compared with git refs only" in out) == (GREEN, True)
     assert empty.asked == ["/simple/"]
 
 
@@ -207,13 +207,13 @@ def test_older_versions_count_while_their_entries_may_lie(
     uploaded = None if days is None else datetime.now(UTC) - timedelta(days=days)
     empty.put(first, uploaded - timedelta(days=9) if uploaded else None)
     middle = generated(RENAMED.promising(acme_review="0.2.0").lay_out(tmp_path / "middle"))
-    empty.put(built(middle, "packages/acme-review", tmp_path), uploaded)
+    empty.put(build_wheel(middle, "packages/acme-review", tmp_path), uploaded)
     text = RENAMED.protos[PROTO]
     note = 'message Note { option (orki.options.v1.stream) = {name: "findings" retention: {max_entries: 1}}; }\n'
     back = Tree(protos={PROTO: text + note}, versions={"acme-review": "0.2.1"}, sources=FIRST.sources)
     status, out, _ = gate(generated(back.lay_out(tmp_path / "new")), "--index", empty.url)
     told = [line for line in out.splitlines() if "ORKI_STREAM_MOVED" in line]
-    # That it moved since 0.1.0 asks for 0.2.0, which 0.2.1 promises: it is told, and passes.
+    # The move since 0.1.0 needs 0.2.0, and the version is 0.2.1, so the finding does not fail.
     assert (status, bool(told)) == (GREEN, red)
     assert all("since acme-review 0.1.0" in line for line in told)
 
@@ -224,10 +224,12 @@ def test_older_versions_count_for_as_long_as_a_deployment_may_keep_them(
     """The contract keeps entries for a day, and lets a deployment keep them for ten; the last version came five ago."""
     tunable = FIRST.edited(PROTO, "{seconds: 86400}", "{seconds: 86400} most_age: {seconds: 864000}")
     uploaded = datetime.now(UTC) - timedelta(days=5)
-    empty.put(built(generated(tunable.lay_out(tmp_path / "first")), "packages/acme-review", tmp_path / "one"), uploaded)
+    empty.put(
+        build_wheel(generated(tunable.lay_out(tmp_path / "first")), "packages/acme-review", tmp_path / "one"), uploaded
+    )
     renamed = tunable.edited(PROTO, 'name: "findings"', 'name: "results"').promising(acme_review="0.2.0")
     empty.put(
-        built(generated(renamed.lay_out(tmp_path / "middle")), "packages/acme-review", tmp_path / "two"), uploaded
+        build_wheel(generated(renamed.lay_out(tmp_path / "middle")), "packages/acme-review", tmp_path / "two"), uploaded
     )
     note = 'message Note { option (orki.options.v1.stream) = {name: "findings" retention: {max_entries: 1}}; }\n'
     back = replace(renamed, protos={PROTO: renamed.protos[PROTO] + note}).promising(acme_review="0.2.1")
@@ -253,7 +255,7 @@ def test_what_cannot_be_read_ends_with_two(gate: Gate, empty: Shelf, first: Path
     found = tmp_path / "found.json"
     found.write_text("[]", encoding="utf-8")
     status, _, said = gate(root, "--index", empty.url, "--json", str(found))
-    assert "no wheel that was not withdrawn" in said, said
+    assert "no wheel that is not yanked" in said, said
     assert (status, found.exists()) == (UNREADABLE, False)
     broken = tmp_path / first.name
     with zipfile.ZipFile(first) as source, zipfile.ZipFile(broken, "w") as target:
@@ -327,4 +329,4 @@ def test_an_accepted_break_of_the_ref_may_match_nothing(gate: Gate, tmp_path: Pa
     assert gate(tmp_path, "--against", "HEAD~1")[0] == GREEN
     file.write_text(entry.replace("findings", "others"), encoding="utf-8")
     status, out, _ = gate(tmp_path, "--against", "HEAD")
-    assert (status, "is stale, as nothing breaks it: take it out" in out) == (RED, True)
+    assert (status, "is stale, because no change matches it: remove it" in out) == (RED, True)

@@ -10,13 +10,11 @@ from gate_trees import Tree
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from orki_codegen.gate.annotations import normalised
-from orki_codegen.gate.members import Member, find_members
-from orki_codegen.gate.metadata import metadata_remarks
-from orki_codegen.gate.past import Release
-from orki_codegen.gate.python_api import api_remarks
-from orki_codegen.gate.remarks import Remark
-from orki_codegen.gate.wheels import built, release_of
+from orki_codegen._gate.distributions import Member, Release, find_members
+from orki_codegen._gate.findings import Finding
+from orki_codegen._gate.python_api import api_findings
+from orki_codegen._gate.signatures import normalised
+from orki_codegen._gate.wheels import build_wheel, metadata_findings, release_of
 from orki_contract.errors import InvalidContract, InvalidSetting
 from orki_contract.findings import Bump
 
@@ -100,9 +98,9 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Release:
     return as_users_have_it(TREE.lay_out(tmp_path_factory.mktemp("gate") / "old"))
 
 
-def changes(old: Release, root: Path, before: str, after: str) -> list[Remark]:
+def changes(old: Release, root: Path, before: str, after: str) -> list[Finding]:
     TREE.edited(MODULE, before, after).lay_out(root)
-    return api_remarks(root, member_of(root), old, frozenset({"acme_review"}))
+    return api_findings(root, member_of(root), old, frozenset({"acme_review"}))
 
 
 def first_line(text: str) -> int:
@@ -141,11 +139,11 @@ def test_a_changed_signature_is_major(
     (told,) = changes(old, tmp_path, before, after)
     assert (told.rule, told.bump) == (rule, Bump.MAJOR)
     assert told.subject.endswith(subject)
-    assert told.place.file == f"packages/{MODULE}"
+    assert told.location.file == f"packages/{MODULE}"
     named = subject.rpartition(".")[2]
-    text = (tmp_path / told.place.file).read_text(encoding="utf-8").splitlines()
+    text = (tmp_path / told.location.file).read_text(encoding="utf-8").splitlines()
     # A decorator's line counts as the first one.
-    assert any(named in line for line in text[told.place.line - 1 : told.place.line + 1])
+    assert any(named in line for line in text[told.location.line - 1 : told.location.line + 1])
 
 
 @pytest.mark.parametrize(
@@ -167,10 +165,10 @@ def test_what_says_no_less_is_no_break(old: Release, tmp_path: Path, before: str
     assert changes(old, tmp_path, before, after) == []
 
 
-def test_the_place_is_where_it_stands_now(old: Release, tmp_path: Path) -> None:
+def test_a_finding_has_the_current_location(old: Release, tmp_path: Path) -> None:
     (told,) = changes(old, tmp_path, "def review(", "# One.\n# Two.\nasync def review(")
-    assert (told.place.line, told.place.column) == (first_line("def review(") + 2, 1)
-    assert told.message == "acme_review.review is called in another way: def → async def"
+    assert (told.location.line, told.location.column) == (first_line("def review(") + 2, 1)
+    assert told.message == "acme_review.review is called differently: def → async def"
 
 
 @pytest.mark.parametrize(
@@ -216,19 +214,19 @@ def with_table(root: Path, text: str) -> Path:
 def test_what_installers_ask(tmp_path: Path, before: str, after: str, told: list[tuple[str, str, int]]) -> None:
     former = with_table(tmp_path / "old", TABLE)
     member = member_of(with_table(tmp_path / "new", TABLE.replace(before, after)))
-    found = list(metadata_remarks(member, as_users_have_it(former)))
-    assert [(each.rule, each.subject, each.place.line) for each in found] == told
+    found = list(metadata_findings(member, as_users_have_it(former)))
+    assert [(each.rule, each.subject, each.location.line) for each in found] == told
     for each in found:
         assert each.bump is (Bump.MINOR if each.rule == "API_EXTRA_ADDED" else Bump.MAJOR)
 
 
 def test_a_wheel_tells_the_same_as_its_sources(tmp_path: Path) -> None:
     tree = with_table(tmp_path / "tree", TABLE)
-    wheel = built(tree, "packages/acme-review", tmp_path)
+    wheel = build_wheel(tree, "packages/acme-review", tmp_path)
     release = release_of(wheel, tmp_path / "there", "acme-review", Version("1.4.0"), "the index")
     assert release.extras == frozenset({"fast-path"})
     assert release.python == SpecifierSet(">=3.11")
-    assert list(metadata_remarks(member_of(tree), release)) == []
+    assert list(metadata_findings(member_of(tree), release)) == []
     bad = tmp_path / f"bad-{wheel.name}"
     with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(bad, "w") as target:
         for name in source.namelist():

@@ -15,7 +15,7 @@ from gate_trees import Tree, generated
 from google.protobuf import message_factory
 
 from orki_codegen import cli
-from orki_codegen.gate.wheels import built
+from orki_codegen._gate.wheels import build_wheel
 from orki_contract import EventStream
 from orki_contract.descriptors import Schema
 from orki_contract.errors import InvalidSetting
@@ -51,7 +51,7 @@ NODE = 100
 @pytest.fixture
 def released(tmp_path: Path) -> Path:
     """The wheel that users have."""
-    return built(generated(TREE.lay_out(tmp_path / "released")), "packages/acme-review", tmp_path)
+    return build_wheel(generated(TREE.lay_out(tmp_path / "released")), "packages/acme-review", tmp_path)
 
 
 @pytest.fixture

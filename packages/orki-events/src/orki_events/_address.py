@@ -169,7 +169,7 @@ def parse_address(
     )
     try:
         split = urlsplit(url)
-        host, port = unquote(split.hostname or ""), split.port
+        host, port = unquote(split.hostname or "").lower(), split.port
         pairs = parse_qsl(split.query, keep_blank_values=True)
         host.encode("idna")
     except ValueError:
@@ -177,7 +177,7 @@ def parse_address(
         raise malformed from None
     path = "" if split.scheme == "unix" else split.path
     # An `@` after the host belongs to a user or password with an unencoded `/`, `?` or `#`.
-    if split.fragment or "@" in path + split.query or port == 0 or re.search(r"[\x00-\x20\x7f/]", host):
+    if split.fragment or "@" in path + split.query or port == 0 or re.search(r"[^\w.:-]", host):
         raise malformed
     query = dict(pairs)
     if len(query) < len(pairs):
@@ -188,14 +188,15 @@ def parse_address(
         if host or port or len(location) < 2 or "\0" in location:
             raise InvalidSetting(f"{subject} must have the form unix:///PATH")
         settings["path"] = location
+        public = f"unix://{split.path}" + (f"?db={settings['db']}" if "db" in settings else "")
     else:
         _read_database(subject, split, settings)
         settings["host"], settings["port"] = host or "localhost", port or _DEFAULT_PORT
         location = f"[{host}]:{settings['port']}" if ":" in host else f"{settings['host']}:{settings['port']}"
+        public = f"{split.scheme}://{location}" + (f"/{settings['db']}" if "db" in settings else "")
     settings["username"] = username if username is not None else unquote(split.username or "") or None
     settings["password"] = password if password is not None else unquote(split.password or "") or None
-    database = f"/{settings['db']}" if "db" in settings and split.scheme != "unix" else ""
-    return Address(role, location, f"{split.scheme}://{location}{database}", settings, split.scheme == "rediss")
+    return Address(role, location, public, settings, split.scheme == "rediss")
 
 
 def _options(subject: str, scheme: str, query: dict[str, str]) -> dict[str, Any]:

@@ -280,10 +280,10 @@ class Events:
         start = self._reader_factory(stream, group, consumer, options, size)
         return Subscription(start, lambda reader: take_batch(reader, bytes, size))
 
-    async def tail(
+    def tail(
         self, stream: EventStream[E, Any], *, after: str = "latest", follow: bool = True
     ) -> AsyncGenerator[TailEntry[E], None]:
-        """Read a stream without a group, until the caller stops or the `Events` closes.
+        """Return an asynchronous iterator over a stream without a group; it ends when the `Events` closes.
 
         Args:
             stream: The stream.
@@ -294,19 +294,13 @@ class Events:
             InvalidArgument: `after` is not a cursor of this stream.
             OrkiError: The server refuses. If it does not answer, `follow` retries; otherwise the error is raised.
         """
-        async with contextlib.aclosing(
-            self._tail(stream.contract, stream.message.FromString, after, follow)
-        ) as entries:
-            async for entry in entries:
-                yield entry
+        return self._tail(stream.contract, stream.message.FromString, after, follow)
 
-    async def raw_tail(
+    def raw_tail(
         self, stream: Stream, *, after: str = "latest", follow: bool = True
     ) -> AsyncGenerator[TailEntry[bytes], None]:
         """As `tail`, without the stream's generated code: the events are undecoded bytes."""
-        async with contextlib.aclosing(self._tail(stream, bytes, after, follow)) as entries:
-            async for entry in entries:
-                yield entry
+        return self._tail(stream, bytes, after, follow)
 
     async def dead_letters(
         self, stream: EventStream[E, G], *, group: G, count: int = 100, after: str = "0-0"

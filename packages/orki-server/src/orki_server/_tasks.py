@@ -24,12 +24,12 @@ from orki_contract.errors import (
 )
 from orki_contract.trace import new_span, parse_traceparent
 from orki_control.session import AttemptKey
-from orki_server._keys import new_task_id, shard_of_key
 from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._requests import MAX_SUBMISSIONS, Context, RequestRules, actor_of, typed, typed_stream
 from orki_server._session import SessionRegistry
 from orki_server._sessions import failure_text
 from orki_server._store.lifecycle import TERMINAL
+from orki_server._store.operations import new_task_id, shard_of_key
 from orki_server._store.store import Store
 from orki_server._store.tasks import Cancel, Direct, ReadTask, Submit, Submitted, list_tasks, submission_digest
 
@@ -48,14 +48,15 @@ class _Watcher:
 
 
 class Watchers:
-    """Follows tasks."""
+    """Follows tasks. Calls `on_record` when a task has changed, as the outbox has records then."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, on_record: Callable[[], None]) -> None:
         self._store = store
+        self._on_record = on_record
         self._watchers: dict[str, set[_Watcher]] = {}
 
     def changed(self, task_id: str, ended: bool) -> None:
-        """The task has changed or has progress."""
+        self._on_record()
         for watcher in self._watchers.get(task_id, ()):
             watcher.changed.set()
             if ended:
@@ -125,6 +126,9 @@ async def _wait(event: asyncio.Event, timeout: float) -> None:
 class TaskServicer(TaskServiceServicer):
     """Serves submitters.
 
+    It calls `on_queued` with a shard that has a queued task, and `on_change` with a task that changed and whether it
+    ended.
+
     Attributes:
         draining: Whether new submissions are refused.
     """
@@ -140,18 +144,6 @@ class TaskServicer(TaskServiceServicer):
         on_queued: Callable[[int], None],
         on_change: Callable[[str, bool], None],
     ) -> None:
-        """Create the servicer.
-
-        Args:
-            store: The store.
-            registry: The registered methods.
-            payloads: Checks requests and directives.
-            sessions: The agents.
-            watchers: Follow tasks.
-            rules: Validate requests.
-            on_queued: Called with a shard that has a queued task.
-            on_change: Called with a task that changed, and whether it ended.
-        """
         self._store = store
         self._registry = registry
         self._payloads = payloads
@@ -220,7 +212,6 @@ class TaskServicer(TaskServiceServicer):
 
     @typed
     async def Get(self, request: pb.GetRequest, context: Context) -> pb.GetResponse:
-        """Return a task."""
         return pb.GetResponse(task=await self._read(self._rules.task_id(request.task_id)))
 
     @typed_stream
