@@ -40,23 +40,24 @@ class SessionChannel:
     Args:
         session: The session machine.
         settings: Settings of the run.
-        on_events: Receives the machine's events, in batches.
-        on_sent: Called after messages were written.
         on_timer: Called before the machine's timer is handled, to update the reported load.
+
+    Attributes:
+        on_events: Receives the machine's events, in batches. Set it before `run`.
+        on_sent: Called after messages were written. Set it before `run`.
     """
+
+    on_events: Callable[[Sequence[AgentEvent]], None]
+    on_sent: Callable[[], None]
 
     def __init__(
         self,
         session: AgentSession,
         settings: RunSettings,
-        on_events: Callable[[Sequence[AgentEvent]], None],
-        on_sent: Callable[[], None],
         on_timer: Callable[[], None],
     ) -> None:
         self._session = session
         self._settings = settings
-        self._on_events = on_events
-        self._on_sent = on_sent
         self._on_timer = on_timer
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -117,7 +118,7 @@ class SessionChannel:
         self.changed()
         if events:
             # The writer is woken first, so an acknowledgement is sent before its event is handled.
-            self._loop.call_soon(self._on_events, events)
+            self._loop.call_soon(self.on_events, events)
 
     def stop(self) -> None:
         """End the stream after the queued messages were sent."""
@@ -168,7 +169,7 @@ class SessionChannel:
             while not over.done():
                 while (request := self._session.messages_to_send()) is not None:
                     await call.write(request)
-                    self._on_sent()
+                    self.on_sent()
                 if self._stopping.is_set():
                     await call.done_writing()
                     self._loop.call_later(_HALF_CLOSED, self._lose, "the agent has stopped")

@@ -49,6 +49,7 @@ class Runner:
         io: Mailbox of the I/O loop.
         window: Maximum number of progress messages of one attempt that wait to be sent.
         changed: Called after the machine was changed.
+        on_other: Receives the events that are not about attempts.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Runner:
         io: Mailbox,
         window: int,
         changed: Callable[[], None],
+        on_other: Callable[[session.AgentEvent], None],
     ) -> None:
         self._machine = machine
         self._handlers = handlers
@@ -68,6 +70,7 @@ class Runner:
         self._io = io
         self._window = window
         self._changed = changed
+        self._on_other = on_other
         self._pool = ThreadPool("orki-handler")
         self._running: dict[AttemptKey, _Running] = {}
         self._handler_ended = asyncio.Event()
@@ -81,9 +84,8 @@ class Runner:
 
     # --- Events of the session. ---
 
-    def handle(self, events: Sequence[session.AgentEvent]) -> list[session.AgentEvent]:
-        """Handle the events about attempts and return the others."""
-        others: list[session.AgentEvent] = []
+    def handle(self, events: Sequence[session.AgentEvent]) -> None:
+        """Handle the events about attempts and pass the others on."""
         for event in events:
             match event:
                 case session.OffersArrived(offers):
@@ -103,8 +105,7 @@ class Runner:
                 case session.ResultsAcknowledged():
                     pass
                 case _:
-                    others.append(event)
-        return others
+                    self._on_other(event)
 
     def _offers(self, offers: Iterable[session.ArrivedOffer]) -> None:
         loop = asyncio.get_running_loop()

@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Any, Final, Generic, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
@@ -184,7 +184,7 @@ class Runtime:
     async def _serve(self) -> None:
         settings = self._settings
         self._events = AgentEvents(f"{settings.agent_id}@{self._instance_id[:12]}", settings.events_url)
-        self._channel = SessionChannel(self._session, settings, self._on_events, self._on_sent, self._report_load)
+        self._channel = SessionChannel(self._session, settings, self._report_load)
         self._runner = Runner(
             self._session,
             self._handlers,
@@ -193,7 +193,9 @@ class Runtime:
             self._io.mailbox or Mailbox(asyncio.get_running_loop()),
             settings.progress_window,
             self._channel.changed,
+            self._on_event,
         )
+        self._channel.on_events, self._channel.on_sent = self._runner.handle, self._runner.sent
         options = ClientOptions(max_message_bytes=settings.max_message_bytes, insecure=settings.insecure)
         async with Client(settings.orchestrator, options) as self._client:
             for call in self._early:
@@ -220,25 +222,21 @@ class Runtime:
             _log.error("some handlers do not end; the agent ends without them")
         self._runner.close(0.0)
 
-    def _on_events(self, events: Sequence[session.AgentEvent]) -> None:
-        for event in self._runner.handle(events):
-            match event:
-                case session.SessionOpened():
-                    self._opened(event)
-                case session.SessionLost() if self._drained:
-                    _log.info("agent %s left %s after draining", self.agent_id, self._orchestrator_id)
-                case session.SessionLost(cause=cause):
-                    _log.info("agent %s lost its session with %s: %s", self.agent_id, self._orchestrator_id, cause)
-                case session.OrchestratorDraining(grace_ms=grace_ms):
-                    _log.info("orchestrator %s stops within %d ms", self._orchestrator_id, grace_ms)
-                case session.SessionClosed(error=error):
-                    self._closed_by = error
-                case session.DrainCompleted():
-                    self._drained = True
-                    self._channel.stop()
-
-    def _on_sent(self) -> None:
-        self._runner.sent()
+    def _on_event(self, event: session.AgentEvent) -> None:
+        match event:
+            case session.SessionOpened():
+                self._opened(event)
+            case session.SessionLost() if self._drained:
+                _log.info("agent %s left %s after draining", self.agent_id, self._orchestrator_id)
+            case session.SessionLost(cause=cause):
+                _log.info("agent %s lost its session with %s: %s", self.agent_id, self._orchestrator_id, cause)
+            case session.OrchestratorDraining(grace_ms=grace_ms):
+                _log.info("orchestrator %s stops within %d ms", self._orchestrator_id, grace_ms)
+            case session.SessionClosed(error=error):
+                self._closed_by = error
+            case session.DrainCompleted():
+                self._drained = True
+                self._channel.stop()
 
     def _report_load(self) -> None:
         self._session.set_load(loop_lag_us=self._probe.worst_lag_us(), memory_bytes=resident_bytes())

@@ -27,7 +27,7 @@ from orki_contract.model import (
     dump,
     duration_text,
 )
-from orki_contract.printing import say
+from orki_contract.printing import print_line
 from orki_contract.read import ReadContract, merged, read_image
 from orki_contract.validate import validate
 from orki_contract.versions import ContractVersion, version_at
@@ -91,7 +91,7 @@ def _dump(source: str, *, as_json: bool) -> int:
             digests = dict(_digests(image.content, contract))
             packages[name] = {**dump(contract), "digests": digests}
             texts.append("\n".join([name, *_table(contract, digests)]))
-    say(json.dumps(packages, indent=2) if as_json else "\n\n".join(texts))
+    print_line(json.dumps(packages, indent=2) if as_json else "\n\n".join(texts))
     return status
 
 
@@ -235,7 +235,7 @@ def _diff(given: argparse.Namespace) -> int:
         return 2
     found = _of_packages(findings(old.read, new.read), old, new)
     show = _as_json if given.json else _as_github if given.github else _as_table
-    say(show(found, old, new))
+    print_line(show(found, old, new))
     return 1 if any(finding.bump is Bump.MAJOR for finding in found) else 0
 
 

@@ -93,7 +93,7 @@ class Fit:
         """Return the compatibility with the versions exchanged."""
         return Fit(self.backward, self.forward)
 
-    def told(self, *, forward: bool) -> str:
+    def describe(self, *, forward: bool) -> str:
         """The first breaks in one direction with their rules and subjects, or `compatible`."""
         if self.compatible:
             return "compatible"
@@ -104,7 +104,7 @@ class Fit:
 
     def __str__(self) -> str:
         """The first breaks with their rules and subjects, in the direction in which less breaks, or `compatible`."""
-        return self.told(forward=self.breaks is self.forward)
+        return self.describe(forward=self.breaks is self.forward)
 
 
 def service_fit(service: str, first: ReadContract, second: ReadContract) -> Fit:

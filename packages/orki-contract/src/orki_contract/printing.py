@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["say"]
+__all__ = ["print_line"]
 
 import os
 import sys
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Print and flush a text. If the pipe is closed, this and all later output is dropped.
 
     The command continues and keeps its exit status.

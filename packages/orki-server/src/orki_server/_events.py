@@ -33,7 +33,7 @@ from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import OrkiError
 from orki_contract.trace import Span
 from orki_events import Events, Outgoing
-from orki_server._keys import ShardKeys
+from orki_server._keys import RECORD_FIELDS, ShardKeys
 from orki_server._session import AgentSession
 from orki_server._store.store import Store
 
@@ -75,28 +75,17 @@ class OutboxRecord(NamedTuple):
     actor: str
 
 
+def _text(value: bytes) -> str:
+    return value.decode(errors="replace")
+
+
+_INTEGERS: Final = {"revision", "attempt", "fence", "time_us", "reason", "number"}
+_DECODERS: Final[list[Callable[[bytes], Any]]] = [int if name in _INTEGERS else _text for name in RECORD_FIELDS]
+
+
 def _record(entry: bytes, fields: list[bytes]) -> OutboxRecord:
-    (task, revision, kind, method, attempt, fence, agent, instance, span, parent, when, reason, text, number, actor) = (
-        fields[1::2]
-    )
-    return OutboxRecord(
-        entry.decode(),
-        task.decode(),
-        int(revision),
-        kind.decode(),
-        method.decode(),
-        int(attempt),
-        int(fence),
-        agent.decode(),
-        instance.decode(),
-        span.decode(),
-        parent.decode(),
-        int(when),
-        int(reason),
-        text.decode(errors="replace"),
-        int(number),
-        actor.decode(),
-    )
+    values = [decode(value) for decode, value in zip(_DECODERS, fields[1::2], strict=True)]
+    return OutboxRecord(entry.decode(), *values)
 
 
 class Outbox:
@@ -125,7 +114,6 @@ class Outbox:
             await self._connection.calls(commands)
 
     async def length(self) -> int:
-        """Return the number of records in all shards."""
         return sum(await self._connection.calls([("XLEN", key) for key in self._keys]))
 
 
@@ -151,7 +139,6 @@ class OutboxPublisher:
         self._events = events
 
     async def run(self) -> None:
-        """Publish until cancelled."""
         jitter = Jitter(_RETRIES)
         while True:
             with contextlib.suppress(TimeoutError):
@@ -203,7 +190,6 @@ def event_id(record: OutboxRecord, part: str = "task") -> bytes:
 
 
 def task_event(record: OutboxRecord) -> pb.TaskEvent:
-    """Return the event of a record."""
     return pb.TaskEvent(
         task_id=record.task_id,
         method=record.method,
@@ -254,14 +240,12 @@ class AgentEvents:
         self._orchestrator_id = orchestrator_id
 
     def connected(self, session: AgentSession, resumed: int) -> None:
-        """An agent was welcomed."""
         event = AgentConnected(
             orchestrator_id=self._orchestrator_id, session_epoch=session.epoch, resumed_attempts=resumed
         )
         self._agent(session, AgentEvent(connected=event))
 
     def disconnected(self, session: AgentSession) -> None:
-        """An agent's stream ended."""
         event = AgentDisconnected(
             orchestrator_id=self._orchestrator_id, session_epoch=session.epoch, cause=session.cause[:1000]
         )
@@ -274,7 +258,6 @@ class AgentEvents:
         self._collect(AGENTS, event)
 
     def refused(self, actor: str, subject: str, error: OrkiError) -> None:
-        """A request was refused."""
         event = AuditEvent(
             actor=actor,
             action="refuse",

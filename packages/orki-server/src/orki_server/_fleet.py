@@ -150,18 +150,15 @@ class FleetUpdates:
         self._wake = asyncio.Event()
 
     def changed(self, session: AgentSession) -> None:
-        """The agent's snapshot has changed."""
         self._changed[session.agent_id] = session
         self._wake.set()
 
     def ended(self, session: AgentSession) -> None:
-        """The session has ended."""
         self._changed.pop(session.agent_id, None)
         self._ended.append((session.snapshot(), session.epoch))
         self._wake.set()
 
     async def run(self) -> None:
-        """Write until cancelled."""
         while True:
             await self._wake.wait()
             await self._store.connection.wait_up()

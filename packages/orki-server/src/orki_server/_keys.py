@@ -257,31 +257,25 @@ class ShardKeys:
         return f"orki:{{o{self.shard}}}:"
 
     def task(self, task_id: str) -> str:
-        """The hash of a task."""
         return f"{self.base}task:{task_id}"
 
     def progress(self, task_id: str) -> str:
-        """The progress of a task."""
         return f"{self.base}progress:{task_id}"
 
     @property
     def index(self) -> str:
-        """All tasks of the shard."""
         return f"{self.base}index"
 
     @property
     def open(self) -> str:
-        """Numbers of unfinished tasks."""
         return f"{self.base}open"
 
     @property
     def outbox(self) -> str:
-        """The outbox."""
         return f"{self.base}outbox"
 
     @property
     def fence(self) -> str:
-        """The last fence."""
         return f"{self.base}fence"
 
 
@@ -296,12 +290,10 @@ class FleetKeys:
 
     @staticmethod
     def agent(agent_id: str) -> str:
-        """The hash of an agent."""
         return f"{FleetKeys.BASE}agent:{agent_id}"
 
     @staticmethod
     def service(name: str) -> str:
-        """The hash of a registered service."""
         return f"{FleetKeys.BASE}service:{name}"
 
 
@@ -318,7 +310,7 @@ def lua_names() -> str:
 
     lines = [f"local {row.lua} = KEYS[1] .. '{row.suffix}'" for row in TABLE if row.lua]
     lines.append(f"local FIELDS = {array(tuple(name for name in TASK_FIELDS if name not in NOT_LOADED))}")
-    lines.append(f"local NUMBERS = {array(NUMBERS)}")
+    lines.append(f"local NUMBERS = {{ {', '.join(f'{name} = true' for name in NUMBERS)} }}")
     lines.append(f"local SNAPSHOT = {array(SNAPSHOT)}")
     lines.append(f"local RECORD_FIELDS = {array(RECORD_FIELDS)}")
     return "\n".join(lines) + "\n"

@@ -84,15 +84,9 @@ def actor_of(context: Context) -> str:
 
 
 class RequestRules:
-    """Validates requests. All methods raise InvalidArgument, TooLarge or UnknownTask for an invalid field."""
+    """Validates requests. Its methods raise InvalidArgument, TooLarge or UnknownTask for an invalid field."""
 
     def __init__(self, max_payload_bytes: int, shards: int) -> None:
-        """Create the rules.
-
-        Args:
-            max_payload_bytes: Maximum size of a request or directive.
-            shards: Number of the store's shards; a task id of another shard is unknown.
-        """
         self._max_payload_bytes = max_payload_bytes
         self._shards = shards
 
@@ -103,25 +97,21 @@ class RequestRules:
         return task_id
 
     def submission(self, submission: Submission) -> None:
-        """Validate one submission."""
         _check_method("method", submission.method)
         self._check_payload("request", submission.request)
         if len(submission.idempotency_key.encode()) > _KEY_BYTES:
             raise InvalidArgument(f"idempotency_key: at most {_KEY_BYTES} bytes; hash a longer key")
 
     def cancel(self, request: CancelRequest) -> None:
-        """Validate a cancel."""
         self.task_id(request.task_id)
         if len(request.message) > _MESSAGE:
             raise InvalidArgument(f"message: at most {_MESSAGE} characters, not {len(request.message)}")
 
     def direct(self, request: DirectRequest) -> None:
-        """Validate a directive."""
         self.task_id(request.task_id)
         self._check_payload("payload", request.payload)
 
     def watch(self, request: WatchRequest) -> None:
-        """Validate a watch."""
         self.task_id(request.task_id)
         if request.after and not _CURSOR.match(request.after):
             raise InvalidArgument(

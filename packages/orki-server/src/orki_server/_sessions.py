@@ -109,7 +109,6 @@ class Reports:
     counts: ReportCounts = field(default_factory=ReportCounts)
 
     def accepted(self, session: AgentSession, attempts: Iterable[AttemptKey]) -> None:
-        """The agent accepted offers."""
         for key in attempts:
             self._put(session, key, Accept(session.agent_id, key), self._handle_report)
 
@@ -126,7 +125,6 @@ class Reports:
             self._decline(session, key, Reason.REASON_OFFER_TIMEOUT, message)
 
     def progressed(self, session: AgentSession, progress: Iterable[ArrivedProgress]) -> None:
-        """Attempts made progress."""
         for key, number, payload in progress:
             if self.store.waiting > _PROGRESS_WAITING:
                 self.counts.progress_dropped += 1
@@ -135,7 +133,6 @@ class Reports:
             self._put(session, key, report, self._handle_report)
 
     def ended(self, session: AgentSession, results: Iterable[ArrivedResult]) -> None:
-        """Attempts ended."""
         for key, result in results:
             self._put(session, key, _result_report(session.agent_id, key, result), self._handle_result)
 
@@ -262,7 +259,7 @@ def failure_text(text: str) -> str:
 
 
 class SessionServicer(SessionServiceServicer):
-    """Serves agents."""
+    """Serves agents. Calls `on_slots` when slots may be free; with True if an agent may serve other methods."""
 
     def __init__(
         self,
@@ -274,17 +271,6 @@ class SessionServicer(SessionServiceServicer):
         events: AgentEvents,
         on_slots: Callable[[bool], None],
     ) -> None:
-        """Create the servicer.
-
-        Args:
-            options: Options of every session.
-            sessions: The registry of sessions.
-            handshake: Checks hellos.
-            reports: Applies reports.
-            updates: Writes agents' snapshots.
-            events: Publishes agents' events.
-            on_slots: Called when slots may have become free; with True if an agent may serve other methods.
-        """
         self._options = options
         self._sessions = sessions
         self._handshake = handshake
@@ -299,7 +285,6 @@ class SessionServicer(SessionServiceServicer):
     async def Connect(  # type: ignore[override]  # the stub's context is grpc's and grpc.aio's at once
         self, request_iterator: AsyncIterator[ConnectRequest], context: StreamContext
     ) -> None:
-        """Serve one stream of one agent."""
         if self._draining:
             await abort(context, Draining("this orchestrator is stopping; connect again in a moment"))
         session = AgentSession(self._options, self._handle)
@@ -396,7 +381,6 @@ class SessionServicer(SessionServiceServicer):
 
 
 async def _until(condition: Callable[[], bool], timeout: float) -> None:
-    """Wait until the condition holds or the time is over."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(timeout):
             while not condition():  # noqa: ASYNC110 - machines send no event when they become empty

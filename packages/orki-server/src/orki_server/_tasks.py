@@ -48,21 +48,14 @@ class _Watcher:
 
 
 class Watchers:
-    """Follows tasks, and learns of every change that this orchestrator causes."""
+    """Follows tasks. Calls `on_record` when a task has changed, as the outbox has records then."""
 
     def __init__(self, store: Store, on_record: Callable[[], None]) -> None:
-        """Create the watchers.
-
-        Args:
-            store: The store.
-            on_record: Called when a task has changed, and the outbox has records.
-        """
         self._store = store
         self._on_record = on_record
         self._watchers: dict[str, set[_Watcher]] = {}
 
     def changed(self, task_id: str, ended: bool) -> None:
-        """The task has changed or has progress."""
         self._on_record()
         for watcher in self._watchers.get(task_id, ()):
             watcher.changed.set()
@@ -133,6 +126,9 @@ async def _wait(event: asyncio.Event, timeout: float) -> None:
 class TaskServicer(TaskServiceServicer):
     """Serves submitters.
 
+    It calls `on_queued` with a shard that has a queued task, and `on_change` with a task that changed and whether it
+    ended.
+
     Attributes:
         draining: Whether new submissions are refused.
     """
@@ -148,18 +144,6 @@ class TaskServicer(TaskServiceServicer):
         on_queued: Callable[[int], None],
         on_change: Callable[[str, bool], None],
     ) -> None:
-        """Create the servicer.
-
-        Args:
-            store: The store.
-            registry: The registered methods.
-            payloads: Checks requests and directives.
-            sessions: The agents.
-            watchers: Follow tasks.
-            rules: Validate requests.
-            on_queued: Called with a shard that has a queued task.
-            on_change: Called with a task that changed, and whether it ended.
-        """
         self._store = store
         self._registry = registry
         self._payloads = payloads
@@ -228,7 +212,6 @@ class TaskServicer(TaskServiceServicer):
 
     @typed
     async def Get(self, request: pb.GetRequest, context: Context) -> pb.GetResponse:
-        """Return a task."""
         return pb.GetResponse(task=await self._read(self._rules.task_id(request.task_id)))
 
     @typed_stream

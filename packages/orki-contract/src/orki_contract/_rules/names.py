@@ -1,4 +1,4 @@
-"""Names that Python could not carry, or that would stand for two things."""
+"""Names that are invalid or ambiguous in Python."""
 
 from __future__ import annotations
 

@@ -158,7 +158,6 @@ class StoreConnection:
         self._notify(True)
 
     async def close(self) -> None:
-        """Close both connections."""
         if self._probe:
             self._probe.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -173,7 +172,7 @@ class StoreConnection:
 class _Entry:
     operation: Operation[Any]
     shard: int
-    arguments: tuple[Argument, ...]
+    arguments: Sequence[Argument]
     size: int
     outcome: asyncio.Future[Any]
 
@@ -191,7 +190,6 @@ class Batcher:
         connection.on_change(self._connection_changed)
 
     def start(self) -> None:
-        """Start to send."""
         self._task = asyncio.get_running_loop().create_task(self._run(), name="orki store operations")
 
     async def close(self) -> None:
@@ -205,7 +203,6 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Number of operations in memory."""
         return len(self._waiting)
 
     def put(self, operation: Operation[R]) -> asyncio.Future[R]:
@@ -218,10 +215,10 @@ class Batcher:
             raise self._connection.cause
         if len(self._waiting) >= _WAITING:
             raise StoreUnavailable(f"{self._connection.address.shown} is too slow: {_WAITING} operations wait")
-        arguments = tuple(operation.arguments())
+        shard, arguments = operation.call()
         size = sum(len(each) for each in arguments if isinstance(each, bytes | str))
         outcome: asyncio.Future[R] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Entry(operation, operation.route(), arguments, size, outcome))
+        self._waiting.append(_Entry(operation, shard, arguments, size, outcome))
         self._wake.set()
         return outcome
 
@@ -345,7 +342,6 @@ class Store:
         self._batcher.start()
 
     async def close(self) -> None:
-        """Stop sending and close the connections."""
         await self._batcher.close()
         await self.connection.close()
 
@@ -356,7 +352,6 @@ class Store:
 
     @property
     def waiting(self) -> int:
-        """Number of operations in memory."""
         return self._batcher.waiting
 
     def on_loss(self, listener: Callable[[], None]) -> None:
