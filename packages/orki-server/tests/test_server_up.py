@@ -81,7 +81,9 @@ async def test_up_ends_when_its_orchestrator_ends() -> None:
     process._transport.close()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("place", "says"), [("/proc/orki-up", "cannot be made"), ("file/below", "cannot be made")])
+@pytest.mark.parametrize(
+    ("place", "says"), [("/proc/orki-up", "cannot be created"), ("file/below", "cannot be created")]
+)
 def test_up_reports_an_unusable_folder_in_one_sentence(tmp_path: Path, place: str, says: str) -> None:
     (tmp_path / "file").touch()
     ran = CliRunner().invoke(root, ["up", "--directory", str(tmp_path / place)])

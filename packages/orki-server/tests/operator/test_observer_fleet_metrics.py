@@ -18,14 +18,14 @@ from orki.events.v1.task_pb2 import (
 )
 from orki.events.v1.tool_pb2 import ToolEvent
 from orki.events.v1.usage_pb2 import UsageEvent
-from orki_server._observers.metrics import MetricsBook
-from orki_server._observers.stream_stats import GroupFigures, StreamFigures
+from orki_server._observers.metrics import FleetMetrics
+from orki_server._observers.stream_stats import GroupStats, StreamStats
 
 METHOD = "acme.v1.Review/File"
 
 
 def _counted(*events: Message) -> str:
-    book = MetricsBook()
+    book = FleetMetrics()
     for number, event in enumerate(events):
         assert book.count("s", os.urandom(16), number * 1_000_000, event)
     return book.exposition().decode()
@@ -71,7 +71,7 @@ def test_steps_of_agents() -> None:
 
 
 def test_connected_agents_follow_the_newest_instance() -> None:
-    book = MetricsBook()
+    book = FleetMetrics()
     for agent, instance, step in (
         ("a", "1", "spawned"),
         ("a", "1", "connected"),
@@ -84,20 +84,20 @@ def test_connected_agents_follow_the_newest_instance() -> None:
     assert "orki_agents_connected 1.0" in book.exposition().decode()
 
 
-def test_an_event_that_comes_again_is_counted_once() -> None:
-    book = MetricsBook()
+def test_a_repeated_event_is_counted_once() -> None:
+    book = FleetMetrics()
     event = UsageEvent(model="m", input_tokens=5)
     assert book.count("usage", b"x" * 16, 0, event)
     assert not book.count("usage", b"x" * 16, 0, event)
     assert 'orki_events_total{stream="usage"} 1.0' in book.exposition().decode()
 
 
-def test_events_of_other_kinds_are_counted_as_such() -> None:
+def test_events_of_unknown_types_are_counted() -> None:
     assert 'orki_events_total{stream="s"} 1.0' in _counted(AuditEvent(actor="a", detail="secret"))
 
 
-def _figures(group: str, lag: int | None) -> StreamFigures:
-    state = GroupFigures(
+def _figures(group: str, lag: int | None) -> StreamStats:
+    state = GroupStats(
         stream="s",
         group=group,
         missing=False,
@@ -108,11 +108,11 @@ def _figures(group: str, lag: int | None) -> StreamFigures:
         dead_letters=4,
         ack_deadline=30.0,
     )
-    return StreamFigures(stream="s", message="acme.v1.E", partitions=1, entries=9, groups=(state,))
+    return StreamStats(stream="s", message="acme.v1.E", partitions=1, entries=9, groups=(state,))
 
 
-def test_groups_that_are_gone_vanish() -> None:
-    book = MetricsBook()
+def test_deleted_groups_disappear() -> None:
+    book = FleetMetrics()
     book.set_streams([_figures("g", 7)])
     text = book.exposition().decode()
     assert 'orki_stream_entries{stream="s"} 9.0' in text

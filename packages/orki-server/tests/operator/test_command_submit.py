@@ -15,7 +15,7 @@ from orki_contract.errors import InvalidArgument, UnknownMethod
 from orki_server._cli.submit import find_method, message_json, registered_methods, request_from_json
 
 
-def test_names_of_the_proto_and_of_json_are_taken() -> None:
+def test_proto_and_json_field_names_are_accepted() -> None:
     for text in ('{"agent_id": "a", "input_tokens": "7"}', '{"agentId": "a", "inputTokens": 7}'):
         assert request_from_json(text, UsageEvent) == UsageEvent(agent_id="a", input_tokens=7)
 
@@ -31,7 +31,7 @@ def test_the_response_shows_every_field() -> None:
     ("text", "says"),
     [
         ("", "line 1, column 1"),
-        ("{", "no JSON"),
+        ("{", "not JSON"),
         ("[]", "must be a JSON object"),
         ("7", "must be a JSON object"),
         ('{"modle": "m"}', "modle"),
@@ -43,7 +43,7 @@ def test_the_response_shows_every_field() -> None:
         ("[" * 100_000, "nested"),
     ],
 )
-def test_what_does_not_fit_is_named_in_one_sentence(text: str, says: str) -> None:
+def test_an_invalid_request_is_described_in_one_sentence(text: str, says: str) -> None:
     with pytest.raises(InvalidArgument) as raised:
         request_from_json(text, UsageEvent)
     assert says in raised.value.message
@@ -56,7 +56,7 @@ def test_what_does_not_fit_is_named_in_one_sentence(text: str, says: str) -> Non
         lambda each: st.lists(each) | st.dictionaries(st.sampled_from(["model", "attempt", "x"]), each),
     )
 )
-def test_any_json_is_taken_or_refused(value: Any) -> None:
+def test_any_json_is_accepted_or_refused(value: Any) -> None:
     try:
         request = request_from_json(json.dumps(value), UsageEvent)
     except InvalidArgument:
@@ -69,7 +69,7 @@ def methods(work: Any, *services: str) -> Any:
     return registered_methods([ServiceSnapshot(service=each.service, image=each.image) for each in made])
 
 
-def test_methods_are_found_by_the_end_of_their_names(work: Any) -> None:
+def test_methods_are_found_by_a_unique_suffix(work: Any) -> None:
     known = methods(work, "a.v1.OneService", "b.v1.TwoService")
     for name in ("OneService.Do", "OneService/Do", "a.v1.OneService.Do", "v1.OneService/Do"):
         assert find_method(name, known).contract.full_name == "a.v1.OneService/Do"
@@ -78,17 +78,17 @@ def test_methods_are_found_by_the_end_of_their_names(work: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("Do", "give more of the name"),
+        ("Do", "is ambiguous"),
         ("OneService.Doo", "did you mean OneService.Do"),
         ("zzz", "registered: "),
         ("", "no "),
     ],
 )
-def test_other_names_are_told_what_there_is(work: Any, name: str, says: str) -> None:
+def test_an_unknown_method_lists_similar_ones(work: Any, name: str, says: str) -> None:
     with pytest.raises(UnknownMethod, match=says):
         find_method(name, methods(work, "a.v1.OneService", "b.v1.TwoService"))
 
 
-def test_without_any_service_it_says_so() -> None:
-    with pytest.raises(UnknownMethod, match="no agent has brought"):
+def test_an_unknown_method_without_services_is_explained() -> None:
+    with pytest.raises(UnknownMethod, match="no task service is registered"):
         find_method("Do", [])
