@@ -28,7 +28,7 @@ from orki_server._store.contracts import Contracts
 from orki_server._store.fleet import Fleet, open_fleet
 
 _SILENCE_TIMEOUT: Final = 60.0
-"""Time without a heartbeat after which an agent counts as gone, for any interval of its orchestrator."""
+"""Time without a heartbeat after which an agent counts as disconnected, for any interval of its orchestrator."""
 _SUBJECT: Final = "the given contract"
 
 
