@@ -5,7 +5,7 @@ one task is recorded: each function call in a hand-written module of orki, with 
 path of the task. A step is a change of file; a return is a step to a file visited before. Background work (the
 outbox, heartbeats) that falls into the window is part of the path, so the shortest of several recordings is printed.
 
-    python benchmarks/task_path.py [--json FILE] [--steps]
+    python -m benchmarks.task_path [--json FILE] [--steps]
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from benchmarks.sides import redis_server
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = str(ROOT / "packages") + os.sep
@@ -165,23 +167,21 @@ agent = Agent("no-op", NoOp(), slots=4)
 
 def measure() -> list[str]:
     """Start the three processes and return the shortest recorded path."""
-    from events_server import serve
-
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orki-path-")))
-        port = stack.enter_context(serve())
+        port, _ = stack.enter_context(redis_server())
         (folder / "no_op_agent.py").write_text(_AGENT)
         children: dict[str, subprocess.Popen[bytes]] = {}
 
         def start(name: str, *command: str, **environment: str) -> subprocess.Popen[bytes]:
             log = stack.enter_context((folder / f"{name}.log").open("wb"))
             process = subprocess.Popen(
-                [sys.executable, __file__, "child", str(folder / f"{name}.json"), *command],
+                [sys.executable, "-m", "benchmarks.task_path", "child", str(folder / f"{name}.json"), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 cwd=folder,
-                env={**os.environ, "PYTHONPATH": str(folder), **environment},
+                env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", **environment},
             )
             stack.callback(process.wait)
             stack.callback(process.terminate)

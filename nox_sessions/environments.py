@@ -1,12 +1,10 @@
-"""The environments that sessions share: a few, made once, and made anew only when what goes into them changed.
+"""The environments that sessions share; each is made again only when its inputs change.
 
-`run`: the distributions and what runs their tests; no buf, no protoc. `dev`: all of it, the generator's toolchain and
-the checkers included. Both hold editable installs, so editing a handler asks for no install.
+`run` holds the distributions and the test runner, without buf and protoc. `dev` adds the generator's toolchain and the
+checkers. Both hold editable installs, so editing a handler needs no install.
 """
 
 from __future__ import annotations
-
-__all__ = ["DEV", "NEWEST", "OLDEST", "RUN", "Environment", "Recipe", "ensure", "uv"]
 
 import fcntl
 import hashlib
@@ -23,21 +21,23 @@ from pathlib import Path
 import nox
 from nox.command import CommandFailed
 
-from nox_sessions.layout import Distribution, distributions
+from nox_sessions.workspace import Distribution, distributions
 
 TOOLCHAIN = "orki-codegen"
+FOREIGN = {"newest": "requirements.txt", "earlier": "earlier.txt"}
+"""Folders of packages with protos of other projects, and their pins in tests/foreign."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """What goes into an environment.
+    """The contents of an environment.
 
     Attributes:
-        name: the first part of its folder's name.
-        groups: dependency groups of the workspace's pyproject.toml.
-        toolchain: whether the generator, buf and protoc are in it.
-        resolution: None: the versions of constraints.txt. `lowest-direct` or `highest`: our dependencies as each
-            pyproject.toml allows them, and only the tools of `groups` as pinned.
+        name: The first part of its folder's name.
+        groups: Dependency groups of the workspace's pyproject.toml.
+        toolchain: Whether it holds the generator, buf and protoc.
+        resolution: None installs the versions of constraints.txt. `lowest-direct` and `highest` resolve our
+            dependencies within the ranges of each pyproject.toml, and pin only the tools of `groups`.
     """
 
     name: str
@@ -54,7 +54,7 @@ NEWEST = Recipe(name="newest", groups=("test",), resolution="highest")
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """An environment that is ready, and how to run a command in it."""
+    """An environment that is ready to run commands."""
 
     folder: Path
 
@@ -64,16 +64,16 @@ class Environment:
         return str(self.folder / "bin" / "python")
 
     def run(self, session: nox.Session, *command: str, env: Mapping[str, str] | None = None) -> None:
-        """Run a command with this environment first on the PATH; `python` and console scripts are its own."""
+        """Run a command with this environment first on the PATH, so that `python` and scripts are its own."""
         path = os.pathsep.join([str(self.folder / "bin"), os.environ.get("PATH", os.defpath)])
         program = shutil.which(command[0], path=path)
         if program is None:
-            session.error(f"{command[0]} is not in {self.folder}: remove that folder, and it is made anew")
+            session.error(f"{command[0]} is not in {self.folder}: remove that folder, and it is made again")
         variables = {"PATH": path, "VIRTUAL_ENV": str(self.folder), **(env or {})}
         session.run(program, *command[1:], env=variables, external=True)
 
     def run_each(self, session: nox.Session, *commands: tuple[str, ...]) -> None:
-        """Run every command, so that one start shows all that is wrong; the session fails if one of them did."""
+        """Run every command, also after a failure; the session fails if one of them failed."""
         failed = []
         for command in commands:
             try:
@@ -85,21 +85,21 @@ class Environment:
 
 
 def uv() -> str:
-    """Return the path of the uv beside this nox, or of another one on the PATH."""
+    """Return the path of uv: the one beside this nox, else one on the PATH."""
     beside = Path(sys.executable).parent / "uv"
     found = str(beside) if beside.is_file() else shutil.which("uv")
     if found is None:
-        sys.exit("uv is neither beside nox nor on the PATH: start the sessions with ./noxw, which brings it")
+        sys.exit("uv is neither beside nox nor on the PATH: start the sessions with ./noxw, which installs it")
     return found
 
 
 def ensure(session: nox.Session, recipe: Recipe, python: Path | None = None) -> Environment:
-    """Return an environment as the recipe says, made now unless it stands and nothing that it is made from changed.
+    """Return the environment of a recipe; create it if it is missing or its inputs changed.
 
     Args:
-        session: the session that needs it.
-        recipe: what goes into it.
-        python: the interpreter; nox's own unless given.
+        session: The session that needs it.
+        recipe: The contents.
+        python: The interpreter; nox's own if None.
     """
     root = Path.cwd()
     interpreter = str(python) if python else getattr(sys, "_base_executable", sys.executable)
@@ -111,7 +111,7 @@ def ensure(session: nox.Session, recipe: Recipe, python: Path | None = None) -> 
     with (folder.parent / f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (stamp.is_file() and stamp.read_text(encoding="ascii") == digest and (folder / "bin/python").exists()):
-            session.log(f"Making {folder.name}: it is new, or what it is made from changed")
+            session.log(f"Making {folder.name}: it is missing, or its inputs changed")
             create = ["venv", "--quiet", "--clear", "--no-project", "--python", interpreter, str(folder)]
             session.run(uv(), *create, external=True, log=False)
             session.run(uv(), *_installation(root, folder, recipe, members), external=True, log=False)
@@ -120,13 +120,13 @@ def ensure(session: nox.Session, recipe: Recipe, python: Path | None = None) -> 
 
 
 def _version(interpreter: str) -> str:
-    """Ask an interpreter for its version, as `3.11.7`."""
+    """Return an interpreter's version, such as `3.11.7`."""
     command = [interpreter, "-Ic", "import platform; print(platform.python_version())"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _digest(root: Path, recipe: Recipe, members: list[Distribution], version: str) -> str:
-    """Return a digest of everything that decides what an environment holds, its place included."""
+    """Return a digest of everything that determines the contents of an environment, its path included."""
     groups = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
     parts = [str(root), version, repr(recipe), repr(groups), (root / "constraints.txt").read_text(encoding="utf-8")]
     for each in members:
@@ -135,7 +135,7 @@ def _digest(root: Path, recipe: Recipe, members: list[Distribution], version: st
 
 
 def _installation(root: Path, folder: Path, recipe: Recipe, members: list[Distribution]) -> list[str]:
-    """Return the arguments of the one install that fills an environment."""
+    """Return the arguments of the single install that fills an environment."""
     command = ["pip", "install", "--quiet", "--python", str(folder), "--build-constraints", "constraints.txt"]
     if recipe.resolution is None:
         command += ["--constraints", "constraints.txt"]
@@ -149,8 +149,32 @@ def _installation(root: Path, folder: Path, recipe: Recipe, members: list[Distri
 
 
 def _pinned(root: Path, groups: tuple[str, ...]) -> list[str]:
-    """Return the tools of some dependency groups as requirements, each with its pin."""
+    """Return the tools of some dependency groups as pinned requirements."""
     table = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
     pins = re.findall(r"^([\w.-]+)==([^\s;]+)", (root / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
     versions = dict(pins)
     return [f"{name}=={versions[name]}" for group in groups for name in table[group]]
+
+
+def foreign_packages(session: nox.Session, environment: Environment) -> Path:
+    """Install the pinned packages of tests/foreign by hash, without their dependencies; return the parent folder."""
+    top = Path(session.cache_dir).parent.absolute() / "foreign"
+    for name, file in FOREIGN.items():
+        folder, pins = top / name, Path("tests/foreign") / file
+        text = pins.read_text(encoding="ascii")
+        stamp = folder.with_suffix(".made-from")
+        if not stamp.is_file() or stamp.read_text(encoding="ascii") != text:
+            command = [
+                "pip",
+                "install",
+                "--quiet",
+                "--python",
+                environment.python,
+                "--target",
+                str(folder),
+                "--no-deps",
+            ]
+            command += ["--upgrade", "--only-binary", ":all:", "--require-hashes", "--requirement", str(pins)]
+            session.run(uv(), *command, external=True)
+            stamp.write_text(text, encoding="ascii")
+    return top

@@ -1,6 +1,6 @@
-"""Import every module that some wheels bring; run by the interpreter of the environment where they are installed.
+"""Import every module of some installed wheels: `python -I import_everything.py WHEEL...`.
 
-python -I import_everything.py WHEEL...
+A script of its own, because the environment under test holds nothing but the wheels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 
 def modules(wheel: Path) -> list[str]:
-    """Return the dotted names of a wheel's modules; `__main__` runs when imported, so it is left out."""
+    """Return the dotted names of a wheel's modules, except `__main__`, which would run."""
     with zipfile.ZipFile(wheel) as archive:
         files = [PurePosixPath(name) for name in archive.namelist() if name.endswith(".py")]
     names = []
@@ -24,7 +24,7 @@ def modules(wheel: Path) -> list[str]:
 
 
 def main(wheels: list[str]) -> int:
-    """Import them all and say how many there were; the status is the number of wheels with a module that fails."""
+    """Import all modules and return the number of wheels with a module that fails."""
     failing = 0
     for wheel in map(Path, wheels):
         wrong = []

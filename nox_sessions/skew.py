@@ -1,34 +1,47 @@
-"""The session `skew`: old wheels meet new ones in every plane, in environments of their own."""
+"""The session `skew`: run published wheels against the tree's wheels in every plane.
+
+    python -m nox_sessions.skew OUT NAME... [--index URL]
+
+finds the published wheels or commit, in the environment that holds orki-codegen, and prints one JSON object. Without an
+index it names the commit of published.toml; that file exists as long as no index has a release. Without that file it
+uses the index of uv or pip. Distributions that the index lacks come from the commit.
+"""
 
 from __future__ import annotations
-
-__all__ = ["skew"]
 
 import argparse
 import hashlib
 import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from email.parser import BytesParser
 from pathlib import Path
 
 import nox
+from packaging.requirements import Requirement
 
-from nox_sessions.environments import Environment
-from nox_sessions.skew_environments import Side, environment
-from nox_sessions.skew_published import published_side
-from nox_sessions.skew_wheels import CACHE, CONTRACT, Contract, contract_wheel, tree_wheels
+from nox_sessions.environments import Environment, uv
+from nox_sessions.skew_wheels import CACHE, CONTRACT, Contract, commit_wheels, contract_wheel, tree_wheels
 
 DRIVER = Path("tests/skew/matrix.py")
+RUNTIME = ("orki-agent", "orki-contract", "orki-control", "orki-events", "orki-server")
+TOOLCHAIN = ("orki-codegen", "orki-contract")
+_EXTRA = "embedded"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What the session is told.
+    """The options of the session.
 
     Attributes:
-        quick: Whether to leave out the dependency extremes and what the short form says nothing new about.
-        json: Where to write the verdicts for a program, or None.
-        published: A commit or the address of an index; empty for what published.toml names.
+        quick: Whether to leave out the lowest and newest dependencies.
+        json: The file for the results, or None.
+        published: A commit or an index URL; empty for the commit of published.toml.
     """
 
     quick: bool
@@ -37,18 +50,18 @@ class Options:
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> Options:
-        """Read a command line; what is wrong with it is said on stderr, and ends the process with status 2."""
-        parser = argparse.ArgumentParser(prog="nox -s skew --", description=__doc__)
+        """Parse a command line; wrong usage exits with status 2."""
+        parser = argparse.ArgumentParser(prog="nox -s skew --", description="Run published wheels against the tree's.")
         parser.add_argument("--quick", action="store_true", help="without the lowest and newest dependencies")
-        parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts there, too")
-        help_text = "what serves as published: a commit, or the address of an index (default: published.toml says)"
+        parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+        help_text = "the published side: a commit or an index URL (default: the commit of published.toml)"
         parser.add_argument("--published", default="", metavar="COMMIT|INDEX", help=help_text)
         given = parser.parse_args(arguments)
         return cls(quick=given.quick, json=given.json, published=given.published)
 
 
 def skew(session: nox.Session, builder: Environment) -> None:
-    """Build, install, let them meet, and end with status 1 where a pair does not do what it must."""
+    """Build and install the wheels and run the matrix; the session fails if a pair fails."""
     options = Options.parse(session.posargs)
     CACHE.mkdir(parents=True, exist_ok=True)
     wheels = tuple(tree_wheels(session, builder))
@@ -66,7 +79,7 @@ def skew(session: nox.Session, builder: Environment) -> None:
 def _environments(
     session: nox.Session, builder: Environment, head: Side, published: Side, options: Options
 ) -> dict[str, str]:
-    """The interpreter of every environment, by `SIDE-CONTRACT`."""
+    """Return the interpreter of each environment, by `SIDE-CONTRACT`."""
     made = {}
     for side, role, names in (
         (published, "published", ("v1",)),
@@ -78,7 +91,7 @@ def _environments(
             there = environment(session, side, f"{role}-{name}", contract=wheel)
             made[f"{role}-{name}"] = there.python
             if name == "planted":
-                # Without its image code has nothing to compare: the checks are off, and the break itself is seen.
+                # Without the image the contract checks are off, so the break itself must be seen.
                 for image in there.folder.glob("lib/python*/site-packages/garden/v1/contract.binpb"):
                     image.unlink()
             if name == "v2" and not options.quick:
@@ -89,10 +102,10 @@ def _environments(
 
 
 def _contract(name: str) -> Contract:
-    """A version of the user's contract; `planted` is v2 with what must not happen, to see the matrix turn red.
+    """Return a version of the user's contract; `planted` is v2 with a break that the matrix must detect.
 
     Raises:
-        ValueError: v2.proto does not hold what is to be broken.
+        ValueError: v2.proto lacks a line that planted.json replaces.
     """
     if name != "planted":
         text = (CONTRACT / f"{name}.proto").read_text(encoding="utf-8")
@@ -100,7 +113,162 @@ def _contract(name: str) -> Contract:
     text = (CONTRACT / "v2.proto").read_text(encoding="utf-8")
     for line in json.loads((CONTRACT / "planted.json").read_text(encoding="utf-8")):
         if line["old"] not in text:
-            raise ValueError(f"v2.proto has no {line['old']!r} in which to plant a break")
+            raise ValueError(f"v2.proto has no line {line['old']!r} to replace")
         text = text.replace(line["old"], line["new"], 1)
     digest = int(hashlib.sha256(text.encode()).hexdigest()[:6], 16)
     return Contract(name=name, version=f"2.0.{digest}", text=text)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Side:
+    """The wheels of orki's distributions from one source.
+
+    Attributes:
+        name: The source, such as `commit 0123456789ab`.
+        wheels: The wheels.
+    """
+
+    name: str
+    wheels: tuple[Path, ...]
+
+    def wheel(self, name: str) -> Path:
+        """Return the wheel of a distribution."""
+        return next(each for each in self.wheels if each.name.startswith(f"{name.replace('-', '_')}-")).absolute()
+
+
+def environment(
+    session: nox.Session, side: Side, name: str, *, contract: Path | None = None, resolution: str | None = None
+) -> Environment:
+    """Return an environment of wheels and their dependencies; create it if its inputs changed.
+
+    Args:
+        session: The session; it runs the installer.
+        side: The wheels.
+        name: The name of its folder.
+        contract: The wheel of the user's contract; None for the generator's environment.
+        resolution: None for the versions of constraints.txt; `lowest-direct` or `highest` for the wheels' ranges.
+    """
+    folder = (CACHE / "environments" / name).absolute()
+    wheels = [side.wheel(each) for each in (RUNTIME if contract else TOOLCHAIN)]
+    wheels += [contract.absolute()] if contract else []
+    wanted = [_requirement(wheel) for wheel in wheels]
+    pins = Path("constraints.txt")
+    if resolution is None:
+        wanted += ["--constraints", str(pins.absolute())]
+    else:
+        # The installer takes only direct requirements at their lowest, so the wheels' requirements are listed here.
+        wanted += ["--resolution", resolution, *_required_by(wheels)]
+    interpreter = getattr(sys, "_base_executable", sys.executable)
+    digests = [hashlib.sha256(wheel.read_bytes()).hexdigest() for wheel in wheels]
+    parts = [*wanted, *digests, interpreter, sys.version, pins.read_text(encoding="utf-8")]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    stamp = folder / "made-from"
+    if not (stamp.is_file() and stamp.read_text(encoding="ascii") == digest):
+        shutil.rmtree(folder, ignore_errors=True)
+        create = ["venv", "--quiet", "--no-project", "--python", interpreter, str(folder)]
+        session.run(uv(), *create, external=True, log=False)
+        install = ["pip", "install", "--quiet", "--python", str(folder), *wanted]
+        session.run(uv(), *install, external=True, log=False)
+        stamp.write_text(digest, encoding="ascii")
+    return Environment(folder)
+
+
+def _requirement(wheel: Path) -> str:
+    """Return a wheel as a requirement, the server with its embedded extra."""
+    name = wheel.name.partition("-")[0].replace("_", "-")
+    extra = f"[{_EXTRA}]" if name == "orki-server" else ""
+    return f"{name}{extra} @ {wheel.as_uri()}"
+
+
+def _required_by(wheels: list[Path]) -> list[str]:
+    """Return the third-party requirements of some wheels."""
+    own = {wheel.name.partition("-")[0].replace("_", "-") for wheel in wheels}
+    found = set()
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            (metadata,) = (each for each in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", each))
+            headers = BytesParser().parsebytes(archive.read(metadata), headersonly=True)
+        for line in headers.get_all("Requires-Dist", []):
+            requirement = Requirement(line)
+            if requirement.name in own or not (
+                requirement.marker is None or requirement.marker.evaluate({"extra": _EXTRA})
+            ):
+                continue
+            requirement.marker = None
+            found.add(str(requirement))
+    return sorted(found)
+
+
+def published_side(session: nox.Session, builder: Environment, wanted: str) -> Side:
+    """Return the published side.
+
+    Args:
+        session: The session; it fails if there is no published side.
+        builder: The environment with the pinned hatchling and orki-codegen.
+        wanted: A commit, an index URL, or empty for the commit of published.toml.
+    """
+    if wanted and "://" not in wanted:
+        return _of_commit(session, builder, wanted)
+    out = (CACHE / "wheels" / "index").absolute()
+    shutil.rmtree(out, ignore_errors=True)
+    command = [builder.python, "-m", "nox_sessions.skew", str(out), *sorted({*RUNTIME, *TOOLCHAIN})]
+    command += ["--index", wanted] if wanted else []
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        session.error(done.stderr.strip())
+    found = json.loads(done.stdout)
+    baseline = _of_commit(session, builder, found["commit"]) if found["commit"] else None
+    wheels = [Path(each) for each in found["wheels"].values()]
+    if baseline is None:
+        return Side(name=found["index"], wheels=tuple(wheels))
+    if not wheels:
+        return baseline
+    missing = found["missing"]
+    name = f"{found['index']}, and {', '.join(missing)} of {baseline.name}"
+    return Side(name=name, wheels=(*wheels, *(baseline.wheel(each) for each in missing)))
+
+
+def _of_commit(session: nox.Session, builder: Environment, commit: str) -> Side:
+    wheels = tuple(commit_wheels(session, builder, commit))
+    return Side(name=f"commit {wheels[0].parent.name[:12]}", wheels=wheels)
+
+
+def find_published() -> int:
+    """Download the published wheels and print where they are; return 1 if there is no published side."""
+    # The environment that runs the sessions has no orki-codegen.
+    from orki_codegen._gate.baseline import last_release, read_published
+    from orki_codegen._gate.index import Index, index_settings
+    from orki_contract.errors import InvalidSetting, OrkiError
+
+    parser = argparse.ArgumentParser(prog="nox_sessions.skew")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("names", nargs="+")
+    parser.add_argument("--index")
+    given = parser.parse_args()
+    found: dict[str, str] = {}
+    label = ""
+    try:
+        published = read_published(Path.cwd())
+        if given.index or published is None:
+            with Index(index_settings(given.index)) as index:
+                label = index.label
+                index.check()
+                listed = {name: wheels for name in given.names if (wheels := index.wheels(name))}
+                given.out.mkdir(parents=True, exist_ok=True)
+                found = {name: str(index.fetch(last_release(wheels), given.out)) for name, wheels in listed.items()}
+        missing = [name for name in given.names if name not in found]
+        if missing and published is None:
+            raise InvalidSetting(
+                f"{label} has no wheel of {', '.join(missing)}, and there is no published.toml: "
+                "give a commit or another index with --published"
+            )
+    except OrkiError as error:
+        print(error.message, file=sys.stderr)
+        return 1
+    commit = published.commit if missing and published else ""
+    print(json.dumps({"wheels": found, "missing": missing, "commit": commit, "index": label}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(find_published())

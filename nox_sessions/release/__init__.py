@@ -1,1 +1,1 @@
-"""What stands behind `publish`, `notes` and `rehearsal`."""
+"""The sessions that publish distributions and write release notes."""

@@ -1,13 +1,11 @@
-"""Turn the fragments in a distribution's changes/ into its CHANGELOG.md.
+"""Build a distribution's CHANGELOG.md from the fragments in its changes/ folder.
 
     python -m nox_sessions.release.notes DIST VERSION [--draft]
 
-Exit status: 0 written (or shown, with `--draft`); 1 the fragments or the version do not fit; 2 the command is wrong.
+Exit status: 0 written (or printed, with `--draft`); 1 the fragments or the version are wrong; 2 wrong usage.
 """
 
 from __future__ import annotations
-
-__all__ = ["main"]
 
 import argparse
 import subprocess
@@ -19,28 +17,28 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from nox_sessions.layout import distributions
+from nox_sessions.workspace import distributions
 
 CONFIG = "towncrier.toml"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Render as the arguments say; the working directory is the workspace's root."""
+    """Write or print the notes; the working directory must be the workspace's root."""
     parser = argparse.ArgumentParser(prog="notes", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("distribution", metavar="DIST", help="as orki-events")
-    parser.add_argument("version", metavar="VERSION", help="the version that is released, as 1.2.0")
-    parser.add_argument("--draft", action="store_true", help="print it, and change nothing")
+    parser.add_argument("distribution", metavar="DIST", help="such as orki-events")
+    parser.add_argument("version", metavar="VERSION", help="the version to release, such as 1.2.0")
+    parser.add_argument("--draft", action="store_true", help="print the notes and change nothing")
     given = parser.parse_args(arguments)
     root = Path.cwd()
     folders = {canonicalize_name(each.name): root / each.folder for each in distributions(root)}
     name = canonicalize_name(given.distribution)
     if not (folders.get(name, root) / "changes").is_dir():
         known = sorted(each for each, folder in folders.items() if (folder / "changes").is_dir())
-        parser.error(f"{given.distribution} has no changes/ here; there are {', '.join(known)}")
+        parser.error(f"{given.distribution} has no changes/ folder; the distributions with one are {', '.join(known)}")
     try:
         version = Version(given.version)
     except InvalidVersion:
-        parser.error(f"{given.version} is no version, such as 1.2.0")
+        parser.error(f"{given.version} is not a version such as 1.2.0")
     problem = _problem(folders[name], version)
     if problem is not None and not (given.draft and problem.startswith("pyproject")):
         print(f"{name}: {problem}", file=sys.stderr)
@@ -49,20 +47,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _problem(folder: Path, version: Version) -> str | None:
-    """Say why there cannot be notes, if so."""
+    """Return the reason why notes cannot be written, or None."""
     promised = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     if Version(promised) != version:
-        return f"pyproject.toml says {promised}, and the notes shall be of {version}: set the version there first"
+        return f"pyproject.toml has version {promised}, not {version}: set the version there first"
     if not [path for path in (folder / "changes").glob("*.md") if path.name != "README.md"]:
-        return "changes/ holds no fragment: what do those who upgrade have to know? changes/README.md says how"
+        return "changes/ has no fragment: describe the changes for users, see changes/README.md"
     changelog = folder / "CHANGELOG.md"
     if changelog.is_file() and f"\n## {version} (" in changelog.read_text(encoding="utf-8"):
-        return f"CHANGELOG.md has notes of {version} already, and what is released never changes: raise the version"
+        return f"CHANGELOG.md already has notes of {version}, and released notes never change: raise the version"
     return None
 
 
 def _render(root: Path, folder: Path, name: str, version: Version, *, draft: bool) -> int:
-    """Let towncrier do it; it removes the fragments, and tells git where there is one."""
+    """Run towncrier, which also removes the fragments from the folder and from git."""
     command = [sys.executable, "-m", "towncrier", "build", "--config", str(root / CONFIG), "--dir", str(folder)]
     command += ["--name", name, "--version", str(version), "--draft" if draft else "--yes"]
     changelog = folder / "CHANGELOG.md"

@@ -1,43 +1,150 @@
-"""What is to be uploaded, given what was built and what the index has; nothing here touches either."""
+"""Read the built files and plan the upload from the contents of the index; no network access."""
 
 from __future__ import annotations
 
-__all__ = ["State", "Step", "but_for_copies", "conflicts", "plan", "unmet"]
-
 import enum
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import hashlib
+import io
+import tarfile
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from email.message import Message
+from email.parser import BytesParser
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
 
+from packaging.requirements import Requirement
 from packaging.utils import (
     InvalidSdistFilename,
     InvalidWheelFilename,
+    NormalizedName,
     canonicalize_name,
     parse_sdist_filename,
     parse_wheel_filename,
 )
 from packaging.version import Version
 
-from nox_sessions.release.files import Built, Release
+PRIVATE = "Private :: Do Not Upload"
+
+
+class BuiltError(Exception):
+    """The built files cannot be released."""
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """One built file and the SHA-256 of its bytes in hex."""
+
+    path: Path
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.path.name
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """One distribution at one version, ready for upload.
+
+    Attributes:
+        name: The normalized name, such as `orki-agent`.
+        version: The version of all its files.
+        files: The wheel first, so that an install during the upload needs no build.
+        requires: Its requirements, extras included.
+        private: Whether its classifiers forbid an upload.
+    """
+
+    name: str
+    version: Version
+    files: tuple[Built, ...]
+    requires: tuple[Requirement, ...]
+    private: bool
+
+
+def read_releases(folder: Path) -> tuple[Release, ...]:
+    """Read a folder of wheels and sdists; return the releases by name, dependencies first.
+
+    Raises:
+        BuiltError: A wheel or sdist is missing, there are two versions of one, or dependencies form a circle.
+    """
+    wheels = {_wheel_key(path): path for path in sorted(folder.glob("*.whl"))}
+    sdists = {parse_sdist_filename(path.name): path for path in sorted(folder.glob("*.tar.gz"))}
+    if not wheels:
+        raise BuiltError(f"{folder} has no wheel: build first (./noxw -s build)")
+    if odd := sorted(set(wheels) ^ set(sdists), key=str):
+        name, version = odd[0]
+        raise BuiltError(f"{folder}: {name} {version} lacks its wheel or its sdist: build again")
+    found: dict[str, Release] = {}
+    for (name, version), wheel in wheels.items():
+        if name in found:
+            raise BuiltError(f"{folder}: {name} has the versions {found[name].version} and {version}: build again")
+        found[name] = _release(name, version, (wheel, sdists[name, version]))
+    return _in_order(found.values())
+
+
+def _wheel_key(path: Path) -> tuple[NormalizedName, Version]:
+    name, version, _, _ = parse_wheel_filename(path.name)
+    return name, version
+
+
+def _release(name: str, version: Version, paths: Iterable[Path]) -> Release:
+    files = tuple(Built(path, hashlib.sha256(path.read_bytes()).hexdigest()) for path in paths)
+    metadata = _metadata(files[0].path)
+    return Release(
+        name=name,
+        version=version,
+        files=files,
+        requires=tuple(Requirement(text) for text in metadata.get_all("Requires-Dist", [])),
+        private=PRIVATE in metadata.get_all("Classifier", []),
+    )
+
+
+def _metadata(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return BytesParser().parsebytes(archive.read(name), headersonly=True)
+
+
+def _in_order(found: Iterable[Release]) -> tuple[Release, ...]:
+    by_name = {each.name: each for each in found}
+    graph = {
+        each.name: {name for need in each.requires if (name := canonicalize_name(need.name)) in by_name} - {each.name}
+        for each in by_name.values()
+    }
+    sorter = TopologicalSorter(graph)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        raise BuiltError(f"circular dependency: {', '.join(error.args[1])}") from None
+    ordered: list[Release] = []
+    while sorter.is_active():
+        for ready in sorted(sorter.get_ready()):
+            ordered.append(by_name[ready])
+            sorter.done(ready)
+    return tuple(ordered)
 
 
 class State(enum.Enum):
-    """How a built file stands to the index."""
+    """The state of a built file on the index."""
 
     MISSING = "to upload"
     SAME = "already there"
-    COPIES = "already there; only its copies of contracts that others own have changed since"
-    OTHER = "there with other bytes"
+    COPIES = "already there; only its copies of other owners' contracts differ"
+    OTHER = "there with different bytes"
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One built file, in the order of upload.
+    """One built file, in upload order.
 
     Attributes:
-        release: what it belongs to.
-        file: the file itself.
-        state: how it stands to the index.
-        there: the SHA-256 of the file of that name on the index, in hex; None where there is none.
+        release: Its release.
+        file: The file.
+        state: Its state on the index.
+        there: The SHA-256 of the file on the index, in hex; None if it is missing.
     """
 
     release: Release
@@ -47,7 +154,7 @@ class Step:
 
 
 def plan(releases: Iterable[Release], index: Mapping[str, Mapping[str, str]]) -> tuple[Step, ...]:
-    """Hold each built file against the index: its files and their SHA-256, by project."""
+    """Compare each built file with the index, given as SHA-256 by file name by project."""
     steps = []
     for release in releases:
         for file in release.files:
@@ -58,41 +165,41 @@ def plan(releases: Iterable[Release], index: Mapping[str, Mapping[str, str]]) ->
 
 
 def but_for_copies(steps: Sequence[Step], same: Callable[[Step], bool]) -> tuple[Step, ...]:
-    """Leave alone what is published whole and brings the same, but for copies of contracts that others own.
+    """Mark completely published releases that differ only in copies of other owners' contracts.
 
     Args:
-        steps: the plan.
-        same: tells of a step whose file is there with other bytes whether that is so.
+        steps: The plan.
+        same: Returns whether a file with different bytes differs only in such copies.
     """
     found = list(steps)
     for name in sorted({step.release.name for step in steps if step.state is State.OTHER}):
-        places = [place for place, step in enumerate(steps) if step.release.name == name]
-        others = [place for place in places if steps[place].state is State.OTHER]
-        # A half release is completed with its own bytes, or not at all.
-        whole = all(steps[place].state is not State.MISSING for place in places)
-        if whole and all(same(steps[place]) for place in others):
-            for place in others:
-                found[place] = replace(steps[place], state=State.COPIES)
+        indexes = [index for index, step in enumerate(steps) if step.release.name == name]
+        others = [index for index in indexes if steps[index].state is State.OTHER]
+        # An incomplete release can only be completed with its own bytes.
+        complete = all(steps[index].state is not State.MISSING for index in indexes)
+        if complete and all(same(steps[index]) for index in others):
+            for index in others:
+                found[index] = replace(steps[index], state=State.COPIES)
     return tuple(found)
 
 
 def conflicts(steps: Iterable[Step]) -> list[str]:
-    """Say of each file that the index has with other bytes which it is, and both digests."""
+    """Return a sentence for each file that the index has with different bytes."""
     return [
-        f"{step.file.name}: the index has it with other bytes (sha256 {step.there}, and built here {step.file.sha256})."
-        f" What is published never changes: raise the version of {step.release.name}, or undo the change"
+        f"{step.file.name}: the index has it with different bytes (sha256 {step.there}, here {step.file.sha256})."
+        f" Published files never change: raise the version of {step.release.name} or revert the change"
         for step in steps
         if step.state is State.OTHER
     ]
 
 
 def unmet(releases: Collection[Release], index: Mapping[str, Mapping[str, str]], own: Collection[str]) -> list[str]:
-    """Say which release needs a sibling in a version that the index will not have after this upload.
+    """Return a sentence for each release that needs a version of a sibling that the index will not have.
 
     Args:
-        releases: what is uploaded now.
-        index: what is there already.
-        own: the names of all distributions of the workspace; other requirements are not judged.
+        releases: The releases to upload.
+        index: The files on the index.
+        own: The names of all distributions of the workspace; other requirements are ignored.
     """
     found = []
     for release in releases:
@@ -104,14 +211,14 @@ def unmet(releases: Collection[Release], index: Mapping[str, Mapping[str, str]],
             if not any(need.specifier.contains(version, prereleases=True) for version in versions):
                 has = ", ".join(map(str, sorted(versions))) or "nothing"
                 found.append(
-                    f"{release.name} {release.version} needs {name}{need.specifier}, and the index has {has} of it:"
-                    f" publish {name} with it, or set another range"
+                    f"{release.name} {release.version} needs {name}{need.specifier}, and the index has {has}:"
+                    f" publish {name} too, or change the range"
                 )
     return found
 
 
 def _versions(files: Iterable[str]) -> set[Version]:
-    """Return the versions of which there is a file; names that are neither wheel nor sdist are passed over."""
+    """Return the versions of some wheels and sdists; other names are ignored."""
     found = set()
     for name in files:
         try:
@@ -119,3 +226,39 @@ def _versions(files: Iterable[str]) -> set[Version]:
         except (InvalidWheelFilename, InvalidSdistFilename):
             continue
     return found
+
+
+def same_but_for_copies(name: str, here: bytes, there: bytes) -> bool:
+    """Compare two wheels or two sdists file by file, except copies of other owners' contracts.
+
+    A `contract.binpb` contains copies of imported contracts. A change by their owner needs no release here.
+
+    Args:
+        name: The file's name, which shows whether it is a wheel.
+        here: The built bytes.
+        there: The bytes on the index.
+    """
+    members = _wheel_files if name.endswith(".whl") else _sdist_files
+    # The environment that runs nox has no orki-codegen.
+    from orki_codegen._gate.wheels import digest
+
+    try:
+        first, second = ({path: digest(path, content) for path, content in members(side)} for side in (here, there))
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError):
+        return False
+    return first == second
+
+
+def _wheel_files(content: bytes) -> Iterator[tuple[str, bytes]]:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for name in archive.namelist():
+            # The record repeats the digests of all other files.
+            if not name.endswith((".dist-info/RECORD", "/")):
+                yield name, archive.read(name)
+
+
+def _sdist_files(content: bytes) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        for member in archive:
+            if (file := archive.extractfile(member)) is not None:
+                yield member.name, file.read()

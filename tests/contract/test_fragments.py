@@ -121,8 +121,8 @@ def test_what_is_there_twice_is_told_at_each_place_with_the_other(tmp_path: Path
     with pytest.raises(InvalidContract) as caught:
         generate(find_workspace(tmp_path), lambda line: None)
     one, other, _ = caught.value.message.splitlines()
-    assert one.startswith(f'{first}: stream "events" is declared at {second} too')
-    assert other.startswith(f'{second}: stream "events" is declared at {first} too')
+    assert one.startswith(f'{first}: stream "events" is also declared at {second}')
+    assert other.startswith(f'{second}: stream "events" is also declared at {first}')
 
 
 def test_a_violation_names_its_place_and_says_what_to_do() -> None:

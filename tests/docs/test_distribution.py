@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nox_sessions.layout import distributions
+from nox_sessions.workspace import distributions
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOWN = re.compile(r"<!-- distribution: (\S+) -->\n```toml\n(.*?)```", re.DOTALL)

@@ -93,6 +93,6 @@ def test_a_missing_path_is_noticed() -> None:
         "gone.py",
     ]
     assert not exists("packages/orki-gone/src")
-    assert exists("nox_sessions/layout.py")
+    assert exists("nox_sessions/workspace.py")
     assert exists("packages/*/README.md")
     assert "lint" in sessions()

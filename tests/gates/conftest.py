@@ -1,4 +1,4 @@
-"""Makes the module beside the tests importable, and the copy of the workspace."""
+"""The import path of the shared module, and the copy of the workspace."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ from planting import equal_copy
 
 @pytest.fixture(scope="module")
 def workspace() -> Path:
-    """A copy that equals the workspace; what did not change keeps its times, so caches stay good."""
+    """A copy of the workspace; unchanged files keep their times, so caches stay valid."""
     return equal_copy()

@@ -1,11 +1,9 @@
-"""A copy of the workspace into which is planted what must not pass, and how its sessions are started.
+"""A copy of the workspace for planted faults, and a runner of its sessions.
 
-The copy lies beside nox's environments and stays, so that its own environment and caches serve the next run.
+The copy is kept beside nox's environments, so that the next run reuses its environment and caches.
 """
 
 from __future__ import annotations
-
-__all__ = ["COPY", "ROOT", "assert_green", "assert_red", "equal_copy", "planted", "run"]
 
 import os
 import shutil
@@ -16,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-COPY = ROOT / ".nox" / "gates" / "a copy"  # the space is meant: a path may have one
+COPY = ROOT / ".nox" / "gates" / "a copy"  # with a space, because a path may contain one
 LEFT_OUT = {
     ".git",
     ".hypothesis",
@@ -31,7 +29,7 @@ LEFT_OUT = {
 
 
 def contents(top: Path) -> dict[Path, Path]:
-    """Every file of a workspace that is not made by a session, by its path below the top."""
+    """Return every file of a workspace that no session creates, by its relative path."""
     found = {}
     for folder, folders, files in os.walk(top):
         folders[:] = [name for name in folders if name not in LEFT_OUT]
@@ -40,7 +38,7 @@ def contents(top: Path) -> dict[Path, Path]:
 
 
 def equal_copy() -> Path:
-    """Makes a copy that equals the workspace; what did not change keeps its times, so caches stay good."""
+    """Update the copy; unchanged files keep their times, so caches stay valid."""
     COPY.mkdir(parents=True, exist_ok=True)
     wanted = contents(ROOT)
     for name, path in contents(COPY).items():
@@ -59,7 +57,7 @@ def equal_copy() -> Path:
 
 
 def run(workspace: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Start sessions in the copy, as a contributor would; only the launcher's environment is the original's."""
+    """Run sessions in the copy, with the launcher's environment of the original."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("NOX", "PYTEST", "COV"))}
     environment["NOXW_HOME"] = str(ROOT / ".noxw")
     environment.update(variables)
@@ -77,7 +75,7 @@ def run(workspace: Path, *arguments: str, **variables: str) -> subprocess.Comple
 
 @contextmanager
 def planted(path: Path, line: str) -> Iterator[None]:
-    """Add a line at the end of a file, and take it away again."""
+    """Add a line at the end of a file for the duration of the block."""
     before = path.read_bytes()
     path.write_bytes(before + f"\n{line}\n".encode())
     try:

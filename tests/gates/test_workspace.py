@@ -1,4 +1,4 @@
-"""What the distributions promise about themselves, held against each other."""
+"""The metadata of the distributions agree with each other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def table(path: Path) -> dict[str, Any]:
 
 
 def minimum(project: dict[str, Any], name: str) -> tuple[int, ...]:
-    """The oldest version of a dependency that a project admits."""
+    """Return the lower bound of a dependency."""
     for requirement in project["dependencies"]:
         if match := re.match(rf"{re.escape(name)}(?![\w-])[^>]*>=([\d.]+)", requirement):
             return tuple(map(int, match[1].split(".")))
@@ -34,7 +34,7 @@ def test_there_are_distributions() -> None:
 
 
 @pytest.mark.parametrize("path", PROJECTS, ids=NAMES)
-def test_each_distribution_says_what_it_is(path: Path) -> None:
+def test_each_distribution_has_license_python_and_readme(path: Path) -> None:
     project = table(path)["project"]
     assert project["license"] == "Apache-2.0"
     assert project["requires-python"] == ">=3.11"
@@ -67,8 +67,8 @@ def test_siblings_admit_the_version_in_the_tree() -> None:
     assert not ranges
 
 
-def test_floors_are_those_of_the_generated_code() -> None:
-    """protobuf and grpcio refuse a runtime older than the code that was generated; a wheel must not admit one."""
+def test_lower_bounds_match_the_generated_code() -> None:
+    """protobuf and grpcio refuse a runtime that is older than the generated code."""
     for path in PROJECTS:
         project = table(path)["project"]
         for module in path.parent.glob("gen/**/*_pb2.py"):
@@ -83,7 +83,7 @@ def test_floors_are_those_of_the_generated_code() -> None:
             assert minimum(project, "grpcio") == tuple(map(int, stub[1].split(".")))[:2], module
 
 
-def test_the_type_checker_knows_every_root() -> None:
+def test_mypy_lists_every_root() -> None:
     known = {
         place.removeprefix("$MYPY_CONFIG_FILE_DIR/")
         for place in table(ROOT / "pyproject.toml")["tool"]["mypy"]["mypy_path"]
@@ -97,14 +97,14 @@ def test_the_type_checker_knows_every_root() -> None:
     assert known == roots
 
 
-def test_each_hand_written_folder_is_a_package() -> None:
-    """Import-linter looks into no folder without `__init__.py`: such a one would be under no rule at all."""
+def test_each_source_folder_is_a_package() -> None:
+    """Import-linter ignores folders without `__init__.py`."""
     folders = {module.parent for path in PROJECTS for module in path.parent.glob("src/**/*.py")}
     assert folders
     assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
 
 
-def test_constraints_pin_exactly_and_name_no_place() -> None:
+def test_constraints_pin_exact_versions() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     odd = [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[\w.]+( ; .+)?", line)]
     assert lines

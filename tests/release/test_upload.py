@@ -1,4 +1,4 @@
-"""Uploads to a real index: all of it, some of it, again, after a kill, and against what must not be overwritten."""
+"""Uploads to a real index: complete, partial, repeated, after a kill, and refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMMAND = [sys.executable, "-m", "nox_sessions.release.upload"]
 
 
 def environment() -> dict[str, str]:
-    """This process's variables, without credentials that belong to somebody."""
+    """This process's variables, without credentials."""
     return {name: value for name, value in os.environ.items() if name not in CLOSED}
 
 
@@ -56,11 +56,11 @@ def document(path: Path) -> dict[str, Any]:
     return found
 
 
-def test_all_of_it_goes_up_in_the_order_of_its_needs(built: Path, index: LocalIndex, tmp_path: Path) -> None:
+def test_files_are_uploaded_dependencies_first(built: Path, index: LocalIndex, tmp_path: Path) -> None:
     outcome = tmp_path / "outcome.json"
     output = upload(built, index.url, "--json", str(outcome))
     assert index.files() == public(built)
-    assert "review-fleet 0.1.0: private, stays here" in output
+    assert "review-fleet 0.1.0: private, not uploaded" in output
     told = document(outcome)
     assert (told["outcome"], told["status"]) == ("published", 0)
     names = [entry["distribution"] for entry in told["files"]]
@@ -72,7 +72,7 @@ def test_all_of_it_goes_up_in_the_order_of_its_needs(built: Path, index: LocalIn
         assert hashlib.sha256((index.folder / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
 
 
-def test_the_same_again_does_nothing_and_says_so(built: Path, index: LocalIndex, tmp_path: Path) -> None:
+def test_a_repeated_upload_does_nothing(built: Path, index: LocalIndex, tmp_path: Path) -> None:
     upload(built, index.url)
     before = {path: path.stat().st_mtime_ns for path in index.folder.iterdir()}
     output = upload(built, f"{index.url}simple", "--json", str(tmp_path / "outcome.json"))
@@ -81,14 +81,14 @@ def test_the_same_again_does_nothing_and_says_so(built: Path, index: LocalIndex,
     assert document(tmp_path / "outcome.json")["outcome"] == "unchanged"
 
 
-def test_a_page_without_digests_is_held_against_the_files_themselves(built: Path, tmp_path: Path) -> None:
+def test_missing_digests_are_computed_from_the_files(built: Path, tmp_path: Path) -> None:
     with serving(tmp_path / "plain", "--hash-algo", "off") as plain:
         upload(built, plain.url, "--only", "orki-contract")
         assert "nothing to do" in upload(built, plain.url, "--only", "orki-contract")
 
 
-def test_other_bytes_are_refused_before_anything_goes_up(built: Path, index: LocalIndex, tmp_path: Path) -> None:
-    """The last of the order is the one that differs: all that comes before it stays here as well."""
+def test_different_bytes_are_refused_before_any_upload(built: Path, index: LocalIndex, tmp_path: Path) -> None:
+    """Only the last file differs; the earlier ones are not uploaded either."""
     changed = tmp_path / "orki-server"
     shutil.copytree(ROOT / "packages/orki-server", changed)
     with (changed / "README.md").open("a", encoding="utf-8") as readme:
@@ -102,7 +102,7 @@ def test_other_bytes_are_refused_before_anything_goes_up(built: Path, index: Loc
     for name in there:
         for folder in (built, index.folder):
             assert hashlib.sha256((folder / name).read_bytes()).hexdigest() in output
-        assert f"{name}: the index has it with other bytes" in output
+        assert f"{name}: the index has it with different bytes" in output
     assert "raise the version of orki-server" in output
     assert document(tmp_path / "outcome.json")["outcome"] == "refused"
 
@@ -120,29 +120,31 @@ def altered_contract(folder: Path, proto: str, out: Path) -> None:
     build([str(changed)], out)
 
 
-def test_a_copy_of_anothers_contract_asks_for_no_release(built: Path, index: LocalIndex, tmp_path: Path) -> None:
-    """Else a change of one contract would be a release of all who import it."""
+def test_a_changed_copy_of_another_contract_needs_no_release(built: Path, index: LocalIndex, tmp_path: Path) -> None:
+    """Otherwise a change of one contract would require a release of every importer."""
     upload(built, index.url, "--only", "orki-contract", "orki-events")
     altered_contract(tmp_path, "orki/errors/v1/errors.proto", tmp_path / "other")
     there = {path: path.read_bytes() for path in index.folder.iterdir()}
     output = upload(tmp_path / "other", index.url, "--json", str(tmp_path / "outcome.json"))
-    assert "but for copies of contracts that others own in orki-events: nothing to do" in output
+    assert "except copies of other owners' contracts in orki-events: nothing to do" in output
     assert {path: path.read_bytes() for path in index.folder.iterdir()} == there
     assert [entry["now"] for entry in document(tmp_path / "outcome.json")["files"]] == ["copies", "copies"]
     (wheel,) = index.folder.glob("orki_events-*.whl")
     wheel.unlink()
-    assert "there with other bytes" in upload(tmp_path / "other", index.url, status=1), "half a release needs its own"
+    assert "there with different bytes" in upload(tmp_path / "other", index.url, status=1), (
+        "an incomplete release needs its own bytes"
+    )
 
 
-def test_a_contract_of_its_own_is_no_copy(built: Path, index: LocalIndex, tmp_path: Path) -> None:
+def test_a_changed_own_contract_is_refused(built: Path, index: LocalIndex, tmp_path: Path) -> None:
     upload(built, index.url, "--only", "orki-contract", "orki-events")
     altered_contract(tmp_path, "orki/events/v1/tool.proto", tmp_path / "other")
-    assert "there with other bytes" in upload(tmp_path / "other", index.url, status=1)
+    assert "there with different bytes" in upload(tmp_path / "other", index.url, status=1)
 
 
 @pytest.mark.parametrize("taken", [1, 4, 7])
-def test_an_upload_that_was_killed_goes_on_where_it_ended(built: Path, index: LocalIndex, taken: int) -> None:
-    """Killed outright, while the next file waits at the door: after a wheel without its sdist, and between two."""
+def test_a_killed_upload_continues(built: Path, index: LocalIndex, taken: int) -> None:
+    """The upload is killed between two files, also after a wheel without its sdist."""
     reached, leave = threading.Event(), threading.Event()
     posts: list[str] = []
 
@@ -185,23 +187,23 @@ def test_a_dry_run_uploads_nothing(built: Path, index: LocalIndex, tmp_path: Pat
     assert document(tmp_path / "outcome.json")["outcome"] == "planned"
 
 
-def test_one_alone_needs_its_siblings_on_the_index(built: Path, index: LocalIndex) -> None:
+def test_a_single_upload_needs_its_siblings_on_the_index(built: Path, index: LocalIndex) -> None:
     output = upload(built, index.url, "--only", "orki-agent", status=1)
-    assert "orki-agent 0.1.0 needs orki-contract<0.2.0,>=0.1.0, and the index has nothing of it" in output
+    assert "orki-agent 0.1.0 needs orki-contract<0.2.0,>=0.1.0, and the index has nothing" in output
     assert not index.files()
     upload(built, index.url, "--only", "orki-contract", "orki-control", "--only", "orki-events")
     assert "2 uploaded" in upload(built, index.url, "--only", "orki-agent")
 
 
-@pytest.mark.parametrize(("name", "why"), [("review-fleet", "is private"), ("orki-gone", "is no distribution")])
-def test_what_cannot_be_published_is_not_asked_for(built: Path, index: LocalIndex, name: str, why: str) -> None:
+@pytest.mark.parametrize(("name", "why"), [("review-fleet", "is private"), ("orki-gone", "is not a distribution")])
+def test_private_and_unknown_distributions_are_refused(built: Path, index: LocalIndex, name: str, why: str) -> None:
     assert why in upload(built, index.url, "--only", name, status=1)
     assert not index.files()
 
 
-def test_a_tag_names_one_and_its_version(built: Path, index: LocalIndex) -> None:
+def test_a_tag_selects_a_distribution_and_its_version(built: Path, index: LocalIndex) -> None:
     output = upload(built, index.url, "--tag", "orki-contract-v9.9.9", status=1)
-    assert "the tag says orki-contract 9.9.9, and its pyproject.toml 0.1.0" in output
+    assert "the tag has orki-contract 9.9.9, and its pyproject.toml 0.1.0" in output
     assert not index.files()
     upload(built, index.url, "--tag", "orki-contract-v0.1.0")
     assert index.files() == {path.name for path in built.glob("orki_contract-*")}
@@ -211,30 +213,30 @@ def test_a_wheel_without_its_sdist_is_refused(built: Path, index: LocalIndex, tm
     (wheel,) = built.glob("orki_contract-*.whl")
     (tmp_path / "half").mkdir()
     shutil.copy(wheel, tmp_path / "half")
-    assert "a wheel or an sdist, and not both" in upload(tmp_path / "half", index.url, status=1)
-    assert "holds no wheel: build first" in upload(tmp_path / "nowhere", index.url, status=1)
+    assert "lacks its wheel or its sdist" in upload(tmp_path / "half", index.url, status=1)
+    assert "has no wheel: build first" in upload(tmp_path / "nowhere", index.url, status=1)
 
 
-def test_an_index_that_is_down_is_no_empty_index(built: Path) -> None:
+def test_an_unreachable_index_is_an_error(built: Path) -> None:
     with answering(lambda _: None) as address:
         pass
-    assert "the index does not answer" in upload(built, address, status=2)
+    assert "cannot be read" in upload(built, address, status=2)
 
 
-def test_an_index_that_takes_and_shows_nothing_is_noticed(built: Path) -> None:
+def test_an_index_that_lists_nothing_is_an_error(built: Path) -> None:
     def silent(request: Request) -> Answer:
         return (200, {}, b"") if request.method == "POST" else (404, {}, b"")
 
     with answering(silent) as address:
         output = upload(built, address, "--only", "orki-contract", "--settle", "0", status=2)
-    assert "uploaded, and the index does not show it" in output
+    assert "uploaded, but not listed by the index" in output
 
 
-def test_refused_credentials_are_named(built: Path) -> None:
+def test_refused_credentials_are_reported(built: Path) -> None:
     def closed(request: Request) -> Answer:
         return (403, {}, b"no") if request.method == "POST" else (404, {}, b"")
 
     with answering(closed) as address:
         output = upload(built, address, "--only", "orki-contract", status=2)
     assert "Set UV_PUBLISH_TOKEN" in output
-    assert "the same command goes on from here" in output
+    assert "the same command continues from here" in output

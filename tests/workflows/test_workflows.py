@@ -1,4 +1,4 @@
-"""The workflows run sessions that exist, pin what they use, and are looked over by tools that see a mistake."""
+"""The workflows run existing sessions, pin their actions, and pass tools that detect mistakes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ SESSION = re.compile(r"\./noxw(?: -s ([a-z_]+)(?: -- .*)?)?")
 
 
 def sessions() -> set[str]:
-    """The names of all sessions, read from noxfile.py."""
+    """Return the names of all sessions in noxfile.py."""
     body = ast.parse((ROOT / "noxfile.py").read_text(encoding="utf-8")).body
     functions = [node for node in body if isinstance(node, ast.FunctionDef)]
     return {node.name for node in functions if any("nox.session" in ast.unparse(each) for each in node.decorator_list)}
 
 
-def test_there_are_both() -> None:
+def test_there_are_two_workflows() -> None:
     assert NAMES == ["pull-request.yml", "release.yml"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_each_step_is_a_session_that_runs_here(path: Path) -> None:
+def test_each_step_is_a_session(path: Path) -> None:
     steps = RUN.findall(path.read_text(encoding="utf-8"))
     assert steps
     for step in steps:
@@ -41,17 +41,16 @@ def test_each_step_is_a_session_that_runs_here(path: Path) -> None:
         assert match[1] is None or match[1] in sessions(), f"{step}: noxfile.py has no such session"
 
 
-def test_what_must_be_green_is_asked_of_a_pull_request() -> None:
-    """Each default session is a step, so that a new one cannot be forgotten here."""
+def test_a_pull_request_runs_each_default_session() -> None:
     text = (ROOT / "noxfile.py").read_text(encoding="utf-8")
     listed = re.search(r"^nox\.options\.sessions = (\[.*?\])", text, re.MULTILINE | re.DOTALL)
     assert listed
-    asked = set(re.findall(r"noxw -s ([a-z_]+)", FILES[0].read_text(encoding="utf-8")))
-    assert set(ast.literal_eval(listed[1])) | {"breaking", "diff", "generate"} <= asked
+    run = set(re.findall(r"noxw -s ([a-z_]+)", FILES[0].read_text(encoding="utf-8")))
+    assert set(ast.literal_eval(listed[1])) | {"breaking", "diff", "generate"} <= run
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_each_action_is_pinned_and_says_its_version(path: Path) -> None:
+def test_each_action_is_pinned_with_its_version(path: Path) -> None:
     used = USES.findall(path.read_text(encoding="utf-8"))
     assert used
     assert [each for each in used if not PINNED.fullmatch(each)] == []
@@ -66,23 +65,23 @@ def test_each_action_is_pinned_and_says_its_version(path: Path) -> None:
     ids=["zizmor", "actionlint"],
 )
 @pytest.mark.timeout(300)
-def test_a_planted_mistake_turns_the_session_red(tmp_path: Path, before: str, after: str, words: str) -> None:
-    """One mistake that only zizmor sees, and one that only actionlint does."""
+def test_a_mistake_fails_the_session(tmp_path: Path, before: str, after: str, words: str) -> None:
+    """One mistake is detected only by zizmor, the other only by actionlint."""
     shutil.copytree(ROOT / ".github", tmp_path / ".github")
     release = tmp_path / ".github/workflows/release.yml"
     text = release.read_text(encoding="utf-8")
     assert before in text
     release.write_text(text.replace(before, after, 1), encoding="utf-8")
-    output = look_over(tmp_path, status=1)
+    output = check(tmp_path, status=1)
     assert words in output
 
 
-def test_a_folder_without_workflows_is_not_green(tmp_path: Path) -> None:
-    assert "nothing was checked" in look_over(tmp_path, status=1)
+def test_a_folder_without_workflows_fails(tmp_path: Path) -> None:
+    assert "nothing was checked" in check(tmp_path, status=1)
 
 
-def look_over(folder: Path, status: int) -> str:
-    """Run what the session `workflows` runs, on another folder."""
+def check(folder: Path, status: int) -> str:
+    """Run the check of the session `workflows` on another folder."""
     command = [sys.executable, "-m", "nox_sessions.workflows", str(ROOT / ".nox/actionlint"), str(folder)]
     done = subprocess.run(
         command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, timeout=280

@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from orki_codegen import gate, generate
+from orki_codegen import generate
+from orki_codegen._gate import command as gate
 from orki_codegen.buf import Buf
 from orki_codegen.new_repository import lay_out, names_for
 from orki_codegen.reference import pages
 from orki_codegen.vendored_files import bring_up_to_date
 from orki_codegen.workspace import find_workspace
 from orki_contract.errors import InvalidSetting, OrkiError
-from orki_contract.printing import say
+from orki_contract.printing import print_line
 from orki_contract.read import read_image
 
 _INIT: Final = """\
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _init(given.folder, given.name, given.package)
         else:
             for line in bring_up_to_date(Path.cwd()):
-                say(line)
+                print_line(line)
     except OrkiError as error:
         print(f"orki-codegen: {error.message}", file=sys.stderr)
         return 1
@@ -81,7 +82,7 @@ def _docs(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in made.items():
         (folder / name).write_bytes(content)
-    say(f"{len(made)} pages written to {folder}")
+    print_line(f"{len(made)} pages written to {folder}")
 
 
 def _init(folder: Path, name: str, package: str) -> int:
@@ -96,11 +97,11 @@ def _init(folder: Path, name: str, package: str) -> int:
     names = names_for(name or re.sub(r"[-_. ]+", "-", root.resolve().name.lower()), package)
     written, kept = lay_out(root, names)
     for place in kept:
-        say(f"{place} is there already, and stays as it is")
-    say(f"{len(written)} files written below {folder}: distribution {names.name}, proto package {names.package}")
+        print_line(f"{place} is there already, and stays as it is")
+    print_line(f"{len(written)} files written below {folder}: distribution {names.name}, proto package {names.package}")
     status = generate.run(root, check=False)
     if status == 0:
-        say(f"next, in {folder}: ./noxw -s demo (what it does), ./noxw (what must be green)")
+        print_line(f"next, in {folder}: ./noxw -s demo (what it does), ./noxw (what must be green)")
     return status
 
 

@@ -20,7 +20,7 @@ from orki_codegen.tree import Difference, Tree, compare, install
 from orki_codegen.workspace import Owner, Workspace, find_workspace
 from orki_contract.errors import InvalidContract, OrkiError
 from orki_contract.images import IMAGE_NAME, package_images
-from orki_contract.printing import say
+from orki_contract.printing import print_line
 from orki_contract.read import ReadContract, read_image
 from orki_contract.validate import Owners, validate
 
@@ -141,7 +141,7 @@ def _report_drift(differences: Sequence[tuple[Tree, Difference]]) -> int:
     if lines:
         print("\n".join([*lines, _STALE]), file=sys.stderr)
         return 1
-    say("generated code is what the protos say")
+    print_line("generated code is what the protos say")
     return 0
 
 
@@ -178,7 +178,7 @@ def _installed(root: Path) -> dict[str, Subject]:
 
 
 def _tell(line: str) -> None:
-    say(line)
+    print_line(line)
 
 
 if __name__ == "__main__":

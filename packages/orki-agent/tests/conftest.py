@@ -229,7 +229,7 @@ class Orchestrator(SessionServiceServicer, TaskServiceServicer):
     async def say(self, *messages: pb.OrchestratorMessage) -> None:
         """Has the machine send what no honest orchestrator would."""
         for message in messages:
-            self.session._outbox.put_control(message)
+            self.session._queue.put_control(message)
         await self.flush()
 
     async def flush(self) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from orki_agent import Agent, cli
-from orki_agent.loading import load_agent
+from orki_agent import Agent
+from orki_agent._cli import load_agent, main
 from orki_contract.errors import InvalidSetting, Reason
 
 MODULE = """
@@ -145,7 +145,7 @@ async def test_user_code_that_spins_does_not_keep_the_process(
     assert (await orchestrator.result(task_id)).failure.reason == Reason.REASON_ABANDONED
     code, errors = await command.end()
     assert code == 0
-    assert "a handler holds the process" in errors
+    assert "a handler blocks the process" in errors
 
 
 async def test_a_killed_agent_is_seen_at_once(orchestrator: Any, work: SimpleNamespace, start: Any) -> None:
@@ -166,7 +166,7 @@ async def test_refused_and_replaced_agents_exit_with_3(orchestrator: Any, mismat
     second = await start("an_agent:agent", "--orchestrator", orchestrator.target, "--agent-id", "same")
     code, errors = await first.end(40)
     assert code == 3
-    assert "has taken the session of agent same: give each running agent an agent id of its own" in errors
+    assert "has replaced this instance of agent same: give each running agent its own agent id" in errors
     orchestrator.refuse_with = mismatch
     third = await start("an_agent:agent", "--orchestrator", orchestrator.target, "--agent-id", "other")
     code, errors = await third.end()
@@ -182,7 +182,7 @@ async def test_refused_and_replaced_agents_exit_with_3(orchestrator: Any, mismat
     [
         ([], "Missing argument 'MODULE:ATTRIBUTE'"),
         (["an_agent"], "'an_agent' is not MODULE:ATTRIBUTE"),
-        (["nowhere:agent"], "there is no module nowhere"),
+        (["nowhere:agent"], "no module is named nowhere"),
         (["an_agent:agent", "--agnet-id", "x"], "No such option"),
         (["an_agent:agent", "--slots", "many"], "is not a valid integer"),
         (["an_agent:agent", "--slots", "0"], "slots 0"),
@@ -191,7 +191,7 @@ async def test_refused_and_replaced_agents_exit_with_3(orchestrator: Any, mismat
         (["an_agent:agent", "--orchestrator", "example.org:1"], "not encrypted"),
         (["an_agent:agent", "--drain-grace", "-1"], "drain_grace -1"),
         (["an_agent:agent", "--tools", "/tmp/x.sock"], "--tools needs the bridge's token"),
-        (["an_agent:agent", "--tools-token-file", "an_agent.py"], "only with --tools"),
+        (["an_agent:agent", "--tools-token-file", "an_agent.py"], "--tools-token-file needs --tools"),
         (["an_agent:agent", "--tools", "/x", "--tools-token-file", "an_agent.py"], "neither 32 bytes nor 64 hex"),
         (["an_agent:agent", "--log-level", "loud"], "is not one of"),
     ],
@@ -202,12 +202,12 @@ def test_wrong_usage_exits_with_2(
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.delitem(sys.modules, "an_agent", raising=False)
-    result = CliRunner().invoke(cli.main, ["run", *arguments])
+    result = CliRunner().invoke(main, ["run", *arguments])
     assert (result.exit_code, words in result.output) == (2, True), result.output
 
 
 def test_help_teaches(folder: Path) -> None:
-    result = CliRunner().invoke(cli.main, ["run", "--help"])
+    result = CliRunner().invoke(main, ["run", "--help"])
     assert result.exit_code == 0
     for word in ("ORKI_ORCHESTRATOR", "--agent-id", "--tools-token-file", "Exit codes", "Example"):
         assert word in result.output
@@ -216,15 +216,15 @@ def test_help_teaches(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "target", "words"),
     [
-        ("", "sample:agent", "has no agent; it has no agent; write agent = Agent"),
+        ("", "sample:agent", "has no agent; it has no agent; add agent = Agent"),
         ("import no_such_thing", "sample:agent", r"sample.py:1: No module named 'no_such_thing'; install"),
         ("1 / 0", "sample:agent", r"importing sample failed at .*sample.py:1: ZeroDivisionError"),
         (
             "def agent(): ...",
             "sample:agent",
-            r"a function, no orki_agent.Agent \(.*sample.py:1\); give the attribute",
+            r"a function, not an orki_agent.Agent \(.*sample.py:1\); name the Agent",
         ),
-        ("agent = 5", "sample:agent", r"is an int, no orki_agent.Agent"),
+        ("agent = 5", "sample:agent", r"is an int, not an orki_agent.Agent"),
         (
             "from orki_agent import Agent\nagent = Agent('x')",
             "sample:agent",

@@ -22,8 +22,8 @@ from orki.events.v1.tool_pb2 import ToolEvent
 from orki.events.v1.usage_orki import USAGE
 from orki.events.v1.usage_pb2 import UsageEvent
 from orki_agent import Agent, ToolsAt
+from orki_agent._events import AgentEvents
 from orki_agent.hotpath import ToolBridge
-from orki_agent.reporting import PlaneEvents
 from orki_agent.testing import run_handler
 from orki_contract import AsyncToolService, SyncToolService, Tool
 from orki_contract.errors import EventsUnavailable, InvalidSetting, Reason, ToolFailed
@@ -144,7 +144,7 @@ async def test_everything_of_a_task_is_in_its_trace(
 
 
 async def test_what_waits_for_the_planes_address_keeps_its_time(plane: str) -> None:
-    port, span = PlaneEvents("keeps-its-time"), new_span()
+    port, span = AgentEvents("keeps-its-time"), new_span()
     port.collect(USAGE, UsageEvent(model="early"), span)
     welcomed_us = time.time_ns() // 1_000
     await port.open(plane)

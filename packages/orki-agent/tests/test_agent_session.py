@@ -281,7 +281,7 @@ async def test_a_newer_instance_replaces_the_older(orchestrator: Any, work: Simp
         task_id = await orchestrator.submit(work.WORK, work.WorkRequest())
         await orchestrator.running(task_id)
         async with running(Agent("worker", service(work, handler)), orchestrator) as newer:
-            with pytest.raises(Replaced, match="agent id of its own"):
+            with pytest.raises(Replaced, match="its own agent id"):
                 await asyncio.wait_for(older, 15)
             assert ended == [orchestrator.jobs[task_id].fence]
             assert not newer.done()

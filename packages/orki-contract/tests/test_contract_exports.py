@@ -37,7 +37,7 @@ EXPORTS = {
         "Scalar SensitiveField Start Stream TaskMethod ToolMethod dump duration_text milliseconds to_json"
     ),
     "orki_contract.naming": "class_name constant_name frame_class module_path reference snake_name unused",
-    "orki_contract.printing": "say",
+    "orki_contract.printing": "print_line",
     "orki_contract.read": "FileContract ReadContract merged read_image read_schema resolve seconds_of",
     "orki_contract.trace": "Span current_span new_span parse_traceparent use_span",
     "orki_contract.transitions": "Transitions",

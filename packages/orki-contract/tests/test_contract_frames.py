@@ -79,7 +79,7 @@ def test_peers_of_different_versions_understand_each_other(frame: Reading) -> No
 
 
 def test_a_newer_class_must_fill_what_its_version_promises() -> None:
-    with pytest.raises(FrameMalformed, match="ratio = None: a frame of version 2 must carry it"):
+    with pytest.raises(FrameMalformed, match="ratio = None: a frame of version 2 requires it"):
         LaterReading(1, 2, True, b"abcd").encode()
 
 

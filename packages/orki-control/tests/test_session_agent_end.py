@@ -67,7 +67,7 @@ def offer(key: AttemptKey = KEY, lease_ms: int = 9000) -> pb.Offer:
 def open_agent(**changes: Any) -> s.AgentSession:
     session = agent(**changes)
     session.connection_made(0.0)
-    session.receive_message(welcome(), 0.0)
+    session.receive_batch((welcome(),), 0.0)
     sent(session)
     return session
 
@@ -84,7 +84,7 @@ def kinds(session: Any) -> list[str | None]:
 
 
 def running(session: s.AgentSession, key: AttemptKey = KEY, now: float = 0.0) -> None:
-    session.receive_message(pb.OrchestratorMessage(traceparent=TRACE, offer=offer(key)), now)
+    session.receive_batch((pb.OrchestratorMessage(traceparent=TRACE, offer=offer(key)),), now)
     assert session.accept(key, now)
     sent(session)
 
@@ -107,11 +107,11 @@ def test_a_result_is_sent_after_every_welcome_until_it_is_acknowledged() -> None
         session.connection_made(now)
         (greeting,) = sent(session)
         assert greeting.hello.held[0].has_result
-        session.receive_message(welcome(keep=[KEY.ref()]), now)
+        session.receive_batch((welcome(keep=[KEY.ref()]),), now)
         assert kinds(session) == ["result"]
     acknowledged = pb.OrchestratorMessage(result_acknowledged=pb.ResultAcknowledged(attempt=KEY.ref()))
-    assert session.receive_message(acknowledged, 3.0) == [s.ResultsAcknowledged((KEY,))]
-    assert session.receive_message(acknowledged, 3.0) == []
+    assert session.receive_batch((acknowledged,), 3.0) == [s.ResultsAcknowledged((KEY,))]
+    assert session.receive_batch((acknowledged,), 3.0) == []
     assert session.attempts == {}
 
 
@@ -120,7 +120,7 @@ def test_attempts_that_the_welcome_does_not_keep_are_stopped() -> None:
     running(session)
     session.connection_lost(1.0)
     session.connection_made(1.0)
-    (revoked, opened) = session.receive_message(welcome(), 1.0)
+    (revoked, opened) = session.receive_batch((welcome(),), 1.0)
     assert isinstance(revoked, s.AttemptsRevoked)
     assert isinstance(opened, s.SessionOpened)
     assert session.free_slots == 0, "its handler still runs"
@@ -134,7 +134,7 @@ def test_an_attempt_stops_before_its_lease_ends() -> None:
     running(session, now=0.0)
     assert session.handle_timer(0.0) == []
     assert [each.heartbeat.number for each in sent(session)] == [1]
-    session.receive_message(pb.OrchestratorMessage(heartbeat_echo=pb.HeartbeatEcho(number=1)), 1.0)
+    session.receive_batch((pb.OrchestratorMessage(heartbeat_echo=pb.HeartbeatEcho(number=1)),), 1.0)
     session.connection_lost(1.0)
     assert session.next_timer() == pytest.approx(8.1)
     assert session.handle_timer(8.0) == []
@@ -144,7 +144,7 @@ def test_an_attempt_stops_before_its_lease_ends() -> None:
 
 def test_short_leases_shorten_the_heartbeat_interval() -> None:
     session = open_agent()
-    session.receive_message(pb.OrchestratorMessage(offer=offer(lease_ms=900)), 0.0)
+    session.receive_batch((pb.OrchestratorMessage(offer=offer(lease_ms=900)),), 0.0)
     session.accept(KEY, 0.0)
     session.handle_timer(0.0)
     assert session.next_timer() == pytest.approx(0.3)
@@ -155,13 +155,13 @@ def test_every_cancel_is_acknowledged_at_once() -> None:
     running(session)
     cancel = pb.OrchestratorMessage(traceparent=TRACE, cancel=pb.Cancel(attempt=KEY.ref(), grace_ms=50))
     for _ in range(2):
-        assert session.receive_message(cancel, 0.0) == [s.CancelsArrived((s.ArrivedCancel(KEY, 50, ""),))]
+        assert session.receive_batch((cancel,), 0.0) == [s.CancelsArrived((s.ArrivedCancel(KEY, 50, ""),))]
         assert kinds(session) == ["cancel_acknowledged"]
     unknown = AttemptKey("t5", 1, 50)
     cancel.cancel.attempt.CopyFrom(unknown.ref())
-    assert session.receive_message(cancel, 0.0) == []
+    assert session.receive_batch((cancel,), 0.0) == []
     assert kinds(session) == ["cancel_acknowledged"]
-    assert session.receive_message(pb.OrchestratorMessage(offer=offer(unknown)), 0.0) == []
+    assert session.receive_batch((pb.OrchestratorMessage(offer=offer(unknown)),), 0.0) == []
     assert sent(session)[0].result.HasField("cancelled")
 
 
@@ -220,7 +220,7 @@ def test_an_invalid_welcome_causes_a_remote_error(bad: dict[str, Any]) -> None:
     session = agent()
     session.connection_made(0.0)
     with pytest.raises(RemoteProtocolError, match="welcome"):
-        session.receive_message(welcome(**bad), 0.0)
+        session.receive_batch((welcome(**bad),), 0.0)
 
 
 def test_a_refusal_is_final_only_if_a_retry_cannot_help() -> None:
@@ -228,7 +228,7 @@ def test_a_refusal_is_final_only_if_a_retry_cannot_help() -> None:
         session = agent()
         session.connection_made(0.0)
         failure = Failure(reason=error.reason, message=error.message)
-        return session, session.receive_message(pb.OrchestratorMessage(refused=pb.Refused(failure=failure)), 0.0)
+        return session, session.receive_batch((pb.OrchestratorMessage(refused=pb.Refused(failure=failure)),), 0.0)
 
     session, (event,) = refused(ContractMismatch("x.Y differs"))
     assert isinstance(event, s.SessionClosed)
@@ -247,7 +247,7 @@ def test_a_silent_orchestrator_loses_the_session() -> None:
     assert session.next_timer() == 4.0
     assert session.handle_timer(4.0) == [s.SessionLost("the welcome did not arrive in time", True)]
     session.connection_made(5.0)
-    session.receive_message(welcome(), 5.0)
+    session.receive_batch((welcome(),), 5.0)
     session.handle_timer(5.0)
     assert session.handle_timer(11.0) == [s.SessionLost("the orchestrator fell silent", True)]
 
@@ -258,20 +258,20 @@ def test_a_drain_ends_when_the_last_result_is_acknowledged() -> None:
     assert session.drain(0.0) == []
     assert session.drain(0.0) == []
     assert kinds(session) == ["drain"]
-    session.receive_message(pb.OrchestratorMessage(offer=offer(AttemptKey("t2", 1, 9))), 0.0)
+    session.receive_batch((pb.OrchestratorMessage(offer=offer(AttemptKey("t2", 1, 9))),), 0.0)
     assert sent(session)[0].declined.failure.reason == Reason.REASON_DRAINING
     session.report(KEY, b"", 0.0)
     session.connection_lost(0.0)
     session.connection_made(0.0)
-    session.receive_message(welcome(keep=[KEY.ref()]), 0.0)
+    session.receive_batch((welcome(keep=[KEY.ref()]),), 0.0)
     assert kinds(session) == ["hello", "drain", "result"]
     acknowledged = pb.OrchestratorMessage(result_acknowledged=pb.ResultAcknowledged(attempt=KEY.ref()))
-    assert session.receive_message(acknowledged, 0.0)[-1] == s.DrainCompleted()
+    assert session.receive_batch((acknowledged,), 0.0)[-1] == s.DrainCompleted()
 
 
 def test_an_illegal_call_raises_a_local_error() -> None:
     session = open_agent()
-    session.receive_message(pb.OrchestratorMessage(offer=offer()), 0.0)
+    session.receive_batch((pb.OrchestratorMessage(offer=offer()),), 0.0)
     for act in (lambda: session.progress(KEY, b""), lambda: session.report(KEY, b"", 0.0)):
         with pytest.raises(LocalProtocolError, match="OFFERED"):
             act()

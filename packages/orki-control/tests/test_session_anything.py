@@ -59,14 +59,14 @@ def offer(key: AttemptKey = KEY, lease_ms: int = 9000) -> pb.Offer:
 def open_agent(**changes: Any) -> s.AgentSession:
     session = agent(**changes)
     session.connection_made(0.0)
-    session.receive_message(welcome(), 0.0)
+    session.receive_batch((welcome(),), 0.0)
     sent(session)
     return session
 
 
 def open_orchestrator(**changes: Any) -> s.OrchestratorSession:
     session = orchestrator(**changes)
-    session.receive_message(pb.AgentMessage(hello=hello()), 0.0)
+    session.receive_batch((pb.AgentMessage(hello=hello()),), 0.0)
     session.welcome(session_epoch=1, now=0.0)
     sent(session)
     return session
@@ -80,7 +80,7 @@ def sent(session: Any) -> list[Any]:
 
 
 def running(session: s.AgentSession, key: AttemptKey = KEY, now: float = 0.0) -> None:
-    session.receive_message(pb.OrchestratorMessage(traceparent=TRACE, offer=offer(key)), now)
+    session.receive_batch((pb.OrchestratorMessage(traceparent=TRACE, offer=offer(key)),), now)
     assert session.accept(key, now)
     sent(session)
 

@@ -64,7 +64,7 @@ def offer(key: AttemptKey = KEY, lease_ms: int = 9000) -> pb.Offer:
 
 def open_orchestrator(**changes: Any) -> s.OrchestratorSession:
     session = orchestrator(**changes)
-    session.receive_message(pb.AgentMessage(hello=hello()), 0.0)
+    session.receive_batch((pb.AgentMessage(hello=hello()),), 0.0)
     session.welcome(session_epoch=1, now=0.0)
     sent(session)
     return session
@@ -82,7 +82,7 @@ def kinds(session: Any) -> list[str | None]:
 
 
 def running(session: s.AgentSession, key: AttemptKey = KEY, now: float = 0.0) -> None:
-    session.receive_message(pb.OrchestratorMessage(traceparent=TRACE, offer=offer(key)), now)
+    session.receive_batch((pb.OrchestratorMessage(traceparent=TRACE, offer=offer(key)),), now)
     assert session.accept(key, now)
     sent(session)
 
@@ -109,14 +109,14 @@ def running(session: s.AgentSession, key: AttemptKey = KEY, now: float = 0.0) ->
 def test_a_malformed_hello_is_refused(changes: dict[str, Any], words: str) -> None:
     session = orchestrator()
     with pytest.raises(RemoteProtocolError, match=words):
-        session.receive_message(pb.AgentMessage(hello=hello(**changes)), 0.0)
+        session.receive_batch((pb.AgentMessage(hello=hello(**changes)),), 0.0)
     assert session.state is s.OrchestratorState.ENDED
     assert [each.refused.failure.reason for each in sent(session)] == [Reason.REASON_PROTOCOL_VIOLATION]
 
 
 def test_an_unsupported_protocol_version_is_refused() -> None:
     session = orchestrator()
-    (ended,) = session.receive_message(pb.AgentMessage(hello=hello(protocol_min=9, protocol_max=10)), 0.0)
+    (ended,) = session.receive_batch((pb.AgentMessage(hello=hello(protocol_min=9, protocol_max=10)),), 0.0)
     assert isinstance(ended, s.SessionEnded)
     assert ended.reason == Reason.REASON_PROTOCOL_VERSION
     assert sent(session)[0].refused.failure.reason == Reason.REASON_PROTOCOL_VERSION
@@ -143,11 +143,11 @@ def test_no_hello_in_time_ends_the_stream() -> None:
 )
 def test_other_messages_before_the_hello_or_the_welcome_are_refused(message: pb.AgentMessage) -> None:
     with pytest.raises(RemoteProtocolError, match="AWAITING_HELLO"):
-        orchestrator().receive_message(message, 0.0)
+        orchestrator().receive_batch((message,), 0.0)
     session = orchestrator()
-    session.receive_message(pb.AgentMessage(hello=hello()), 0.0)
+    session.receive_batch((pb.AgentMessage(hello=hello()),), 0.0)
     with pytest.raises(RemoteProtocolError, match="CHECKING_HELLO"):
-        session.receive_message(message, 0.0)
+        session.receive_batch((message,), 0.0)
 
 
 @pytest.mark.parametrize(
@@ -179,9 +179,9 @@ def test_slots_bound_offers() -> None:
 
 def test_blocked_handlers_occupy_slots() -> None:
     session = open_orchestrator()
-    session.receive_message(pb.AgentMessage(heartbeat=pb.Heartbeat(number=1, free_slots=1)), 0.0)
+    session.receive_batch((pb.AgentMessage(heartbeat=pb.Heartbeat(number=1, free_slots=1)),), 0.0)
     assert session.free_slots == 1
-    session.receive_message(pb.AgentMessage(heartbeat=pb.Heartbeat(number=2, free_slots=2)), 0.0)
+    session.receive_batch((pb.AgentMessage(heartbeat=pb.Heartbeat(number=2, free_slots=2)),), 0.0)
     assert session.free_slots == 2
 
 
@@ -189,14 +189,14 @@ def test_an_unanswered_offer_is_withdrawn() -> None:
     session = open_orchestrator()
     session.offer(offer(), TRACE, 1.0)
     sent(session)
-    session.receive_message(pb.AgentMessage(heartbeat=pb.Heartbeat(number=1, free_slots=2)), 2.9)
+    session.receive_batch((pb.AgentMessage(heartbeat=pb.Heartbeat(number=1, free_slots=2)),), 2.9)
     assert session.next_timer() == 3.0
     assert session.handle_timer(3.0) == [s.OffersExpired((KEY,))]
     (word,) = sent(session)
     assert word.refused.failure.reason == Reason.REASON_OFFER_TIMEOUT
     assert word.traceparent == TRACE
     assert session.free_slots == 2
-    late = session.receive_message(pb.AgentMessage(accepted=pb.Accepted(attempt=KEY.ref())), 3.1)
+    late = session.receive_batch((pb.AgentMessage(accepted=pb.Accepted(attempt=KEY.ref())),), 3.1)
     assert late == [s.ReportsRefused((KEY,))]
     assert sent(session)[0].refused.failure.reason == Reason.REASON_STALE_FENCE
 
@@ -221,7 +221,8 @@ def test_reports_about_attempts_that_are_not_held_are_refused() -> None:
     assert isinstance(event, s.ReportsRefused)
     assert [each.refused.failure.reason for each in sent(session)] == [Reason.REASON_STALE_FENCE] * 4
     assert (
-        session.receive_message(pb.AgentMessage(cancel_acknowledged=pb.CancelAcknowledged(attempt=stranger)), 0.0) == []
+        session.receive_batch((pb.AgentMessage(cancel_acknowledged=pb.CancelAcknowledged(attempt=stranger)),), 0.0)
+        == []
     )
 
 
@@ -258,14 +259,14 @@ def test_an_agent_that_breaks_a_law_is_refused_and_its_session_ends(
         session.receive_batch(messages, 0.0)
     assert session.state is s.OrchestratorState.ENDED
     assert [each.refused.failure.reason for each in sent(session)] == [Reason.REASON_PROTOCOL_VIOLATION]
-    assert session.receive_message(pb.AgentMessage(heartbeat=pb.Heartbeat(number=1)), 0.0) == []
+    assert session.receive_batch((pb.AgentMessage(heartbeat=pb.Heartbeat(number=1)),), 0.0) == []
 
 
 def test_control_messages_overtake_work_and_batches_are_bounded() -> None:
     session = open_orchestrator(bounds=s.BatchBounds(count=3, size=1000))
     session.offer(offer(), TRACE, 0.0)
     session.offer(offer(AttemptKey("t2", 1, 8)), TRACE, 0.0)
-    session.receive_message(pb.AgentMessage(heartbeat=pb.Heartbeat(number=1, free_slots=2)), 0.0)
+    session.receive_batch((pb.AgentMessage(heartbeat=pb.Heartbeat(number=1, free_slots=2)),), 0.0)
     session.echo(1)
     session.cancel(KEY, grace_ms=5)
     first = session.messages_to_send()
@@ -306,7 +307,7 @@ def test_a_drain_removes_unsent_offers() -> None:
 def test_a_silent_agent_ends_its_session_and_keeps_its_leases() -> None:
     session = open_orchestrator(heartbeat_interval=2.0)
     session.offer(offer(), TRACE, 0.0)
-    session.receive_message(pb.AgentMessage(accepted=pb.Accepted(attempt=KEY.ref())), 1.0)
+    session.receive_batch((pb.AgentMessage(accepted=pb.Accepted(attempt=KEY.ref())),), 1.0)
     assert session.next_timer() == 7.0
     (ended,) = session.handle_timer(7.0)
     assert isinstance(ended, s.SessionEnded)
@@ -315,7 +316,7 @@ def test_a_silent_agent_ends_its_session_and_keeps_its_leases() -> None:
 
 def test_only_held_attempts_can_be_kept() -> None:
     session = orchestrator()
-    session.receive_message(pb.AgentMessage(hello=hello()), 0.0)
+    session.receive_batch((pb.AgentMessage(hello=hello()),), 0.0)
     with pytest.raises(LocalProtocolError, match="does not hold"):
         session.welcome(session_epoch=1, keep=[(KEY, TRACE)], now=0.0)
 
@@ -327,7 +328,7 @@ def test_a_message_that_is_too_large_raises_a_local_error() -> None:
     with pytest.raises(TooLarge, match="agent a accepts messages of at most 1048576 bytes"):
         session.offer(large, TRACE, 0.0)
     session.offer(offer(), TRACE, 0.0)
-    session.receive_message(pb.AgentMessage(accepted=pb.Accepted(attempt=KEY.ref())), 0.0)
+    session.receive_batch((pb.AgentMessage(accepted=pb.Accepted(attempt=KEY.ref())),), 0.0)
     with pytest.raises(TooLarge):
         session.direct(KEY, b"x" * (1 << 20))
     with pytest.raises(LocalProtocolError, match="did not arrive"):

@@ -1,4 +1,4 @@
-"""One real Valkey for a module's tests, emptied between them; a contract for tests; a stand-in for an agent."""
+"""Fixtures: a real Valkey per module, emptied between tests; a contract; a test agent; an orchestrator."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ SERVICE = "servertests.v1.WorkService"
 
 @pytest.fixture(scope="module")
 def valkey() -> Iterator[EmbeddedServer]:
-    """A server that the module's tests share."""
+    """A server for all tests of the module."""
     with EmbeddedServer() as server:
         yield server
 
 
 @pytest.fixture
 def redis_url(valkey: EmbeddedServer) -> Iterator[str]:
-    """URL of an empty server; afterwards every key that a test left must be one of the table's or the event plane's."""
+    """URL of an empty server. Afterwards every key must be one of the table's or of the event plane."""
     with Redis.from_url(valkey.url) as redis:
         redis.flushall()
         yield valkey.url
-        # What is not under `orki:{` is the event plane's, which keeps its own account.
+        # Keys that do not begin with `orki:{` belong to the event plane.
         names = [name.decode() for name in redis.scan_iter(count=1000)]
         unknown = [name for name in names if name.startswith("orki:{") and not keys.match(name)]
         unknown += [name for name in names if not name.startswith("orki:")]
@@ -128,7 +128,7 @@ def _varint(value: int) -> bytes:
 
 @pytest.fixture
 def work() -> Callable[..., ServedService]:
-    """Makes the tests' contract."""
+    """Create the contract of the tests."""
     return build_work
 
 
@@ -166,12 +166,12 @@ class StandIn:
         self.handler: Callable[[ArrivedOffer], Awaitable[bytes]] | None = None
         self.taking = True
         self._changed = asyncio.Event()
-        self._words = asyncio.Event()
+        self._writable = asyncio.Event()
         self._task = asyncio.create_task(self._live())
         self._handlers: dict[AttemptKey, asyncio.Task[None]] = {}
 
     async def until(self, condition: Callable[[], bool], timeout: float = 20.0) -> None:
-        """Waits until something is so."""
+        """Wait until the condition holds."""
         async with asyncio.timeout(timeout):
             while not condition():
                 self._changed.clear()
@@ -180,19 +180,19 @@ class StandIn:
                         await self._changed.wait()
 
     async def ready(self) -> None:
-        """Waits for the first session."""
+        """Wait for the first session."""
         await self.until(lambda: bool(self.opened))
 
     async def cut(self) -> None:
-        """Cuts the stream as a broken network would."""
+        """Break the stream."""
         self._call.cancel()
 
     def say(self) -> None:
-        """The machine has something to say."""
-        self._words.set()
+        """The machine has messages to send."""
+        self._writable.set()
 
     async def close(self) -> None:
-        """Ends it, as a killed process would."""
+        """End it without notice, like a killed process."""
         tasks = [self._task, *self._handlers.values()]
         for task in tasks:
             task.cancel()
@@ -231,14 +231,14 @@ class StandIn:
 
     async def _write(self, call: Any) -> None:
         while True:
-            self._words.clear()
+            self._writable.clear()
             while (batch := self.machine.messages_to_send()) is not None:
                 await call.write(batch)
             due = self.machine.next_timer()
             wait = 0.5 if due is None else max(0.0, due - time.monotonic())
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(wait, 0.5)):
-                    await self._words.wait()
+                    await self._writable.wait()
             self._take(self.machine.handle_timer(time.monotonic()))
 
     def _take(self, events: list[AgentEvent]) -> None:
@@ -271,7 +271,7 @@ class StandIn:
                 case _:
                     pass
         self._changed.set()
-        self._words.set()
+        self._writable.set()
 
     def _offered(self, offer: ArrivedOffer) -> None:
         self.offers.append(offer)
@@ -291,7 +291,7 @@ class StandIn:
             outcome = CancelledOutcome(reason=Reason.REASON_CANCELLED)
         self._handlers.pop(offer.attempt, None)
         self.machine.report(offer.attempt, outcome, time.monotonic())
-        self._words.set()
+        self._writable.set()
 
     def _stop(self, key: AttemptKey) -> None:
         handler = self._handlers.pop(key, None)
@@ -301,13 +301,13 @@ class StandIn:
 
 
 async def echo(offer: ArrivedOffer) -> bytes:
-    """A handler that gives back its request."""
+    """A handler that returns its request."""
     return offer.offer.request
 
 
 @pytest.fixture
 async def stand_in() -> AsyncIterator[Callable[..., StandIn]]:
-    """Makes agents, and ends them."""
+    """Create agents, and end them after the test."""
     made: list[StandIn] = []
 
     def make(
@@ -334,7 +334,7 @@ async def stand_in() -> AsyncIterator[Callable[..., StandIn]]:
 
 
 def options_for(redis_url: str, **more: Any) -> OrchestratorOptions:
-    """Options of a quick orchestrator on a free port."""
+    """Return options of an orchestrator with short timeouts on a free port."""
     values: dict[str, Any] = {
         "listen": "127.0.0.1:0",
         "redis_url": redis_url,
@@ -350,7 +350,7 @@ def options_for(redis_url: str, **more: Any) -> OrchestratorOptions:
 
 @pytest.fixture
 async def orchestrator(redis_url: str) -> AsyncIterator[Orchestrator]:
-    """An orchestrator in this loop on the empty server."""
+    """An orchestrator in this event loop on the empty server."""
     running = Orchestrator(options_for(redis_url))
     await running.start()
     yield running
@@ -359,7 +359,7 @@ async def orchestrator(redis_url: str) -> AsyncIterator[Orchestrator]:
 
 @pytest.fixture
 async def launch() -> AsyncIterator[Callable[[OrchestratorOptions], Awaitable[Orchestrator]]]:
-    """Starts orchestrators, and stops those that a test did not."""
+    """Start orchestrators, and stop them after the test."""
     launched: list[Orchestrator] = []
 
     async def start(options: OrchestratorOptions) -> Orchestrator:
@@ -375,5 +375,5 @@ async def launch() -> AsyncIterator[Callable[[OrchestratorOptions], Awaitable[Or
 
 @pytest.fixture
 def options() -> Callable[..., OrchestratorOptions]:
-    """Makes options of a quick orchestrator."""
+    """Create options of an orchestrator with short timeouts."""
     return options_for

@@ -1,4 +1,4 @@
-"""What the store holds of services' contracts, who may change it, and what of it goes."""
+"""Registered contracts in the store: changes, liveness, removal and the leading contract."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from orki_contract.errors import ContractMismatch, InvalidContract, InvalidSetti
 from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import new_span
 from orki_server._admission import Admission, ContractSet, ServiceContract, most_patient
-from orki_server._keys import new_task_id
 from orki_server._store.contracts import ContractChange, Contracts, RegisteredContract
 from orki_server._store.fleet import Fleet, open_fleet
-from orki_server._store.operations import Offer, Recipient, Succeed
+from orki_server._store.operations import Offer, Recipient, Succeed, new_task_id
 from orki_server._store.store import Store
 from orki_server._store.tasks import Cancel, Submit
 
@@ -45,7 +44,7 @@ def contract_of(served: ServedService) -> ServiceContract:
 
 @pytest.fixture
 def three(work: Make) -> tuple[ServiceContract, ServiceContract, ServiceContract]:
-    """An old one, a new one that fits it, and one that fits none."""
+    """An old contract, a compatible new one, and an incompatible one."""
     made = [work(version="1.0.0"), work(version="1.1.0", edit=add_field), work(version="2.0.0", edit=retype)]
     old, new, broken = map(contract_of, made)
     return old, new, broken
@@ -72,22 +71,22 @@ async def digests(store: Store) -> set[str]:
     return {each.digest for each in (await Contracts(store.connection, store.shards).registered([SERVICE]))[SERVICE]}
 
 
-async def greet(store: Store, agent_id: str, contract: ServiceContract, *, connected: bool = True) -> str:
-    """An agent's session under a contract; the service that is missing, or nothing."""
+async def open_session(store: Store, agent_id: str, contract: ServiceContract, *, connected: bool = True) -> str:
+    """Open an agent's session under a contract. Returns the service whose contract is missing, or an empty text."""
     agent = AgentSnapshot(
         agent_id=agent_id, services=[SERVICE], connected=connected, last_heartbeat_us=time.time_ns() // 1000
     )
     return (await Fleet(store.connection).open_session(agent, {SERVICE: contract.digest})).missing
 
 
-async def test_a_change_that_saw_another_store_does_nothing(store: Store, three: Any) -> None:
+async def test_a_change_based_on_an_outdated_view_does_nothing(store: Store, three: Any) -> None:
     old, new, _ = three
     first = ContractChange(service=SERVICE, seen=[], removed=[], added=row(old), leading=old.digest)
     assert await Contracts(store.connection, store.shards).change(first)
     assert not await Contracts(store.connection, store.shards).change(first), "it saw an empty store"
     (seen,) = (await Contracts(store.connection, store.shards).registered([SERVICE]))[SERVICE]
     exchange = ContractChange(service=SERVICE, seen=[seen], removed=[seen], added=row(new), leading=new.digest)
-    assert await greet(store, "a", old) == ""
+    assert await open_session(store, "a", old) == ""
     assert not await Contracts(store.connection, store.shards).change(exchange), "what goes was used since it was seen"
     (seen,) = (await Contracts(store.connection, store.shards).registered([SERVICE]))[SERVICE]
     assert seen.admissions == 1
@@ -96,12 +95,12 @@ async def test_a_change_that_saw_another_store_does_nothing(store: Store, three:
     assert await Contracts(store.connection, store.shards).change(again)
     assert await digests(store) == {new.digest}
     assert before[SERVICE] != (await Contracts(store.connection, store.shards).revisions())[SERVICE]
-    assert await greet(store, "a", old) == SERVICE, "its contract is not registered any more"
+    assert await open_session(store, "a", old) == SERVICE, "its contract is not registered any more"
     (service,) = await Contracts(store.connection, store.shards).leading()
     assert (service.digest, service.image) == (new.digest, new.image)
 
 
-async def test_the_last_contract_of_a_service_takes_its_keys_along(
+async def test_withdrawing_the_last_contract_removes_the_keys_of_its_service(
     store: Store, admission: Admission, three: Any, redis_url: str
 ) -> None:
     old, _, _ = three
@@ -149,11 +148,11 @@ async def test_a_store_of_an_earlier_layout_is_refused(redis_url: str) -> None:
             pass
 
 
-async def test_only_what_is_not_live_is_cleaned(store: Store, admission: Admission, three: Any) -> None:
+async def test_only_contracts_that_are_not_live_are_removed(store: Store, admission: Admission, three: Any) -> None:
     old, new, _ = three
     await admission.admit(old, "test has")
     assert not await admission.clean(SERVICE, 0), "the last one stays"
-    assert await greet(store, "a", old) == ""
+    assert await open_session(store, "a", old) == ""
     await admission.admit(new, "test has")
     assert await digests(store) == {old.digest, new.digest}
     assert not await admission.clean(SERVICE, 60.0), "it may have come a moment ago"
@@ -161,24 +160,24 @@ async def test_only_what_is_not_live_is_cleaned(store: Store, admission: Admissi
     assert await digests(store) == {old.digest}
     await admission.admit(new, "test has", ahead=True)
     assert not await admission.clean(SERVICE, -1), "what was applied ahead waits for its agents"
-    assert await greet(store, "b", new) == ""
-    assert await greet(store, "a", old, connected=False) == ""
+    assert await open_session(store, "b", new) == ""
+    assert await open_session(store, "a", old, connected=False) == ""
     assert await admission.clean(SERVICE, -1)
     assert await digests(store) == {new.digest}
 
 
-async def test_nothing_is_cleaned_where_nothing_is_live(store: Store, admission: Admission, three: Any) -> None:
-    """All agents may be away for a moment; which of the contracts they come back with is not known."""
+async def test_no_contract_is_removed_if_none_is_live(store: Store, admission: Admission, three: Any) -> None:
+    """All agents may be disconnected for a moment, and reconnect with any of the contracts."""
     old, new, _ = three
     await admission.admit(old, "test has")
-    assert await greet(store, "a", old) == ""
+    assert await open_session(store, "a", old) == ""
     await admission.admit(new, "test has")
-    await greet(store, "a", old, connected=False)
+    await open_session(store, "a", old, connected=False)
     assert not await admission.clean(SERVICE, -1)
     assert await digests(store) == {old.digest, new.digest}
 
 
-async def test_tasks_are_counted_by_the_contract_under_which_they_came(store: Store) -> None:
+async def test_unfinished_tasks_are_counted_by_contract(store: Store) -> None:
     method = TaskMethod(service=SERVICE, name="Do", request="q", response="r")
 
     async def submit(shard: int, contract: str) -> str:
@@ -211,10 +210,8 @@ async def test_tasks_are_counted_by_the_contract_under_which_they_came(store: St
     assert await Contracts(store.connection, store.shards).unfinished(SERVICE) == {}
 
 
-async def test_no_two_that_break_are_ever_live_whatever_comes_and_goes_at_once(
-    redis_url: str, store: Store, three: Any
-) -> None:
-    """Agents of all versions come and go by two orchestrators at once; after each greeting all who are there fit."""
+async def test_incompatible_contracts_are_never_live_together(redis_url: str, store: Store, three: Any) -> None:
+    """Agents of all versions connect to two orchestrators concurrently; all contracts in use are always compatible."""
     old, new, broken = three
     other = Store(redis_url, shards=4)
     await other.open()
@@ -232,12 +229,12 @@ async def test_no_two_that_break_are_ever_live_whatever_comes_and_goes_at_once(
             contract = chance.choice([old, new, broken, broken])
             agent_id = f"a{number}"
             try:
-                for _ in range(20):  # as a hello does, until what was judged still stands
+                for _ in range(20):  # as a hello does, until the checked contracts are still registered
                     await admission.admit(contract, "test has", agent_id=agent_id)
-                    if not await greet(at, agent_id, contract):
+                    if not await open_session(at, agent_id, contract):
                         break
                 else:
-                    raise AssertionError("it was never greeted")
+                    raise AssertionError("no session was opened")
             except ContractMismatch:
                 entered["refused"] += 1
                 await asyncio.sleep(chance.uniform(0, 0.02))
@@ -254,14 +251,14 @@ async def test_no_two_that_break_are_ever_live_whatever_comes_and_goes_at_once(
         await asyncio.gather(*(live_once(number) for number in range(4)))
     await other.close()
     assert all(len(each) == 1 or broken.digest not in each for each in seen), seen
-    assert entered["refused"], "nobody was ever in another one's way: this proves nothing"
+    assert entered["refused"], "no contract was ever refused, so the test proves nothing"
     assert min(entered["2.0.0"], entered["1.0.0"] + entered["1.1.0"]) > 0
 
 
 # --- without a store ---
 
 
-def test_the_most_patient_values_of_all() -> None:
+def test_merged_methods_have_the_most_patient_values() -> None:
     def task(**values: Any) -> TaskMethod:
         return TaskMethod(service=SERVICE, name="Do", request="q", response="r", **values)
 
@@ -277,7 +274,7 @@ def test_the_most_patient_values_of_all() -> None:
     assert most_patient([one]) == one
 
 
-def test_the_one_leads_that_evolves_all_others_in_any_order(work: Make) -> None:
+def test_the_contract_that_evolves_all_others_leads(work: Make) -> None:
     def third(file: FileDescriptorProto) -> None:
         add_field(file)
         rpc = file.service[0].method.add()
@@ -292,10 +289,10 @@ def test_the_one_leads_that_evolves_all_others_in_any_order(work: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("image", "words"),
+    ("image", "cause"),
     [(b"", "has no contract.binpb"), (b"\xff\xff", "image"), (b"\x0a\x00", "declares no task or tool service")],
 )
-def test_an_image_that_is_none_says_so(image: bytes, words: str) -> None:
+def test_a_malformed_image_is_refused_with_the_cause(image: bytes, cause: str) -> None:
     contract = ServiceContract(service=SERVICE, digest="sha256:" + "0" * 64, image=image)
-    with pytest.raises(InvalidContract, match=words):
+    with pytest.raises(InvalidContract, match=cause):
         contract.check()

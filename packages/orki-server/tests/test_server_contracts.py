@@ -1,4 +1,4 @@
-"""Contracts of agents meet: which fit, which are refused, whose tasks go where while several are live."""
+"""Contracts of connecting agents: which are accepted or refused, and how tasks run while several are live."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def ended(client: Client, task_id: str) -> TaskSnapshot:
 
 
 async def refused(agent: Any) -> str:
-    """Why an agent may not serve."""
+    """Return the reason why an agent is refused."""
     await agent.until(lambda: agent.closed is not None or agent.opened)
     assert isinstance(agent.closed, ContractMismatch), agent.closed
     return agent.closed.message
@@ -78,7 +78,7 @@ def broken(work: Make) -> ServedService:
 
 
 def check_refusal(message: str, newcomer: ServedService, live: ServedService, why: str) -> None:
-    """The rule, its subject, both versions, and why the other one is live."""
+    """Check that a refusal names the rule, its subject, both versions, and why the other one is live."""
     for part in (
         SERVICE,
         "ORKI_FIELD_RETYPED",
@@ -94,7 +94,7 @@ def check_refusal(message: str, newcomer: ServedService, live: ServedService, wh
 
 
 @pytest.mark.parametrize("first_is_older", [True, False], ids=["new agent, old live", "old agent, new live"])
-async def test_versions_that_fit_serve_together_in_either_order(
+async def test_compatible_versions_serve_together_in_either_order(
     orchestrator: Orchestrator, client: Client, stand_in: Make, work: Make, first_is_older: bool
 ) -> None:
     pair = [older(work), newer(work)]
@@ -109,7 +109,7 @@ async def test_versions_that_fit_serve_together_in_either_order(
     assert one.offers
     assert two.offers
     (service,) = await client.list_services()
-    assert service.digest == pair[1].digest, "the newer one leads, whoever came first"
+    assert service.digest == pair[1].digest, "the newer one leads in either order"
     assert sorted(service.agent_ids) == ["one", "two"]
 
 
@@ -132,7 +132,7 @@ async def test_a_task_that_an_old_agent_lacks_is_not_offered_to_it(
     assert (await client.get(waiting)).state == TaskState.TASK_STATE_QUEUED
 
 
-async def test_the_most_patient_values_count_while_several_versions_live(
+async def test_the_most_patient_values_apply_while_several_versions_are_live(
     orchestrator: Orchestrator, client: Client, stand_in: Make, work: Make
 ) -> None:
     def lease(contract: ServedService, heartbeat_s: int, attempt_s: int) -> ServedService:
@@ -158,7 +158,7 @@ async def test_the_most_patient_values_count_while_several_versions_live(
 
 
 @pytest.mark.parametrize("first_is_older", [True, False], ids=["new agent, old live", "old agent, new live"])
-async def test_versions_that_break_are_refused_either_way(
+async def test_incompatible_versions_are_refused_in_either_order(
     orchestrator: Orchestrator, stand_in: Make, work: Make, first_is_older: bool
 ) -> None:
     pair = [older(work), broken(work)]
@@ -168,20 +168,20 @@ async def test_versions_that_break_are_refused_either_way(
     two = stand_in(orchestrator.address, [second], agent_id="two")
     message = await refused(two)
     check_refusal(message, second, first, "agent one serves it")
-    # Told as its author made it, whichever of the two came later.
-    told = message.partition("From ")[2]
-    assert told.index(pair[0].version) < told.index(f"to {pair[1].version}")
-    assert "bytes → int64" in told
+    # The change is described from the older to the newer version, in either order of arrival.
+    change = message.partition("From ")[2]
+    assert change.index(pair[0].version) < change.index(f"to {pair[1].version}")
+    assert "bytes → int64" in change
     await one.close()
     three = stand_in(orchestrator.address, [second], agent_id="three")
     await three.until(lambda: bool(three.opened or three.closed))
     assert three.closed is None, "nothing is live any more"
 
 
-async def test_a_newcomer_is_judged_against_every_live_version(
+async def test_a_new_version_is_checked_against_every_live_one(
     orchestrator: Orchestrator, stand_in: Make, work: Make
 ) -> None:
-    """It fits the one that leads, and breaks with the other."""
+    """The new version is compatible with the leading one and incompatible with the other."""
 
     def branch(name: str, kind: Any) -> ServedService:
         def edit(file: FileDescriptorProto) -> None:
@@ -200,7 +200,7 @@ async def test_a_newcomer_is_judged_against_every_live_version(
     assert "ORKI_FIELD_RE" in message
 
 
-async def test_unfinished_tasks_keep_their_contract_live_and_no_other(
+async def test_unfinished_tasks_keep_only_their_contract_live(
     orchestrator: Orchestrator, client: Client, stand_in: Make, work: Make
 ) -> None:
     first = stand_in(orchestrator.address, [older(work)], taking=False)
@@ -216,7 +216,7 @@ async def test_unfinished_tasks_keep_their_contract_live_and_no_other(
     assert last.closed is None
 
 
-async def test_an_agent_s_own_older_session_is_not_in_its_way(
+async def test_an_agent_s_own_earlier_session_does_not_block_its_new_contract(
     orchestrator: Orchestrator, client: Client, stand_in: Make, work: Make
 ) -> None:
     await stand_in(orchestrator.address, [older(work)]).ready()
@@ -225,8 +225,10 @@ async def test_an_agent_s_own_older_session_is_not_in_its_way(
     assert service.digest == broken(work).digest
 
 
-async def test_what_only_code_notices_is_not_refused(orchestrator: Orchestrator, stand_in: Make, work: Make) -> None:
-    """Messages out of the service's reach may change as they like, and a reserved field may go."""
+async def test_changes_without_effect_on_the_wire_are_accepted(
+    orchestrator: Orchestrator, stand_in: Make, work: Make
+) -> None:
+    """Messages that the service does not use may change, and a reserved field may be removed."""
 
     def unrelated(file: FileDescriptorProto) -> None:
         field = file.message_type.add(name="Elsewhere").field.add(name="x", number=1)
@@ -247,7 +249,7 @@ async def test_what_only_code_notices_is_not_refused(orchestrator: Orchestrator,
 # --- several orchestrators, and time ---
 
 
-async def test_of_two_that_break_only_one_enters_by_two_orchestrators_at_once(
+async def test_of_two_incompatible_contracts_only_one_enters_by_two_orchestrators(
     redis_url: str, options: Make, launch: Launch, stand_in: Make, work: Make
 ) -> None:
     running = [await launch(options(redis_url, orchestrator_id=name)) for name in ("o1", "o2")]
@@ -265,7 +267,7 @@ async def test_of_two_that_break_only_one_enters_by_two_orchestrators_at_once(
             await agent.close()
 
 
-async def test_an_agent_elsewhere_in_the_fleet_keeps_its_contract_live(
+async def test_an_agent_of_another_orchestrator_keeps_its_contract_live(
     redis_url: str, options: Make, launch: Launch, stand_in: Make, work: Make
 ) -> None:
     here = await launch(options(redis_url, orchestrator_id="o1"))
@@ -273,15 +275,13 @@ async def test_an_agent_elsewhere_in_the_fleet_keeps_its_contract_live(
     await stand_in(there.address, [older(work)], agent_id="far").ready()
     message = await refused(stand_in(here.address, [broken(work)], agent_id="near"))
     check_refusal(message, broken(work), older(work), "agent far serves it")
-    # And a client of the other orchestrator reaches a task that only a newcomer here has.
+    # A client of the other orchestrator reaches a task that only the new contract here has.
     await stand_in(here.address, [newer(work)], agent_id="near").ready()
     async with Client(there.address) as client:
         assert (await ended(client, await submit(client, "Extra"))).agent_id == "near"
 
 
-async def test_an_orchestrator_whose_own_streams_do_not_fit_is_refused_at_its_start(
-    redis_url: str, options: Make
-) -> None:
+async def test_an_orchestrator_with_incompatible_streams_does_not_start(redis_url: str, options: Make) -> None:
     image = FileDescriptorSet.FromString(image_of("orki.events.v1"))
     (file,) = [each for each in image.file if each.name == "orki/events/v1/task.proto"]
     (event,) = [each for each in file.message_type if each.name == "TaskEvent"]
@@ -304,7 +304,7 @@ async def test_an_orchestrator_whose_own_streams_do_not_fit_is_refused_at_its_st
     await running.stop()
 
 
-async def test_registrations_outlive_a_restart(
+async def test_registered_contracts_survive_a_restart(
     redis_url: str, options: Make, launch: Launch, stand_in: Make, work: Make
 ) -> None:
     first = await launch(options(redis_url))
@@ -321,10 +321,10 @@ async def test_registrations_outlive_a_restart(
         assert (await ended(client, task)).agent_id == "new"
 
 
-async def test_a_rolling_upgrade_and_the_way_back(
+async def test_a_rolling_upgrade_and_its_rollback(
     orchestrator: Orchestrator, store: Store, client: Client, stand_in: Make, work: Make
 ) -> None:
-    """Agents are exchanged one by one, tasks all the while; afterwards the old version goes, and may come back."""
+    """Agents are replaced one by one while tasks run; then the old version is removed, and may return."""
     names = ("a", "b", "c")
     agents = {name: stand_in(orchestrator.address, [older(work)], agent_id=name) for name in names}
     for agent in agents.values():
@@ -341,7 +341,7 @@ async def test_a_rolling_upgrade_and_the_way_back(
     assert states == {TaskState.TASK_STATE_SUCCEEDED}
     registered = (await Contracts(store.connection, store.shards).registered([SERVICE]))[SERVICE]
     assert {each.digest for each in registered} == {older(work).digest, newer(work).digest}
-    # Nobody serves the newer one any more: it is in nobody's way, and goes.
+    # No agent serves the newer contract any more, so it is removed.
     await agents["a"].close()
     away = stand_in(orchestrator.address, [work(max_attempts=9)], agent_id="a")
     await away.ready()

@@ -1,4 +1,4 @@
-"""What the orchestrator tells the event plane: every transition once, in spans that nest; agents; deeds."""
+"""Events of the orchestrator: every transition once, in nested spans; sessions of agents; audit entries."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from orki_control import Client
 from orki_control.session import ArrivedOffer
 from orki_events import connect
 from orki_server._events import _KINDS, Outbox, OutboxPublisher
-from orki_server._keys import new_task_id
 from orki_server._orchestrator import Orchestrator
+from orki_server._store.operations import new_task_id
 from orki_server._store.store import Store
 from orki_server._store.tasks import Submit
 
@@ -44,7 +44,7 @@ async def eventually(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.02)
 
 
-async def test_every_transition_is_told_in_its_span(
+async def test_every_transition_is_published_in_its_span(
     redis_url: str, orchestrator: Orchestrator, stand_in: Make, work: Make
 ) -> None:
     async def handler(offer: ArrivedOffer) -> bytes:
@@ -69,13 +69,13 @@ async def test_every_transition_is_told_in_its_span(
         heir_news = [each async for each in client.watch(task.task_id)]
     assert heir_news[-1].task.response == b"response"
     await eventually(lambda: any(e.HasField("succeeded") for _, e in read(redis_url, "tasks", TaskEvent)))
-    told = read(redis_url, "tasks", TaskEvent)
-    kinds = [event.WhichOneof("event") for _, event in told]
+    published = read(redis_url, "tasks", TaskEvent)
+    kinds = [event.WhichOneof("event") for _, event in published]
     assert kinds == ["submitted", "offered", "started", "attempt_ended", "offered", "started", "succeeded"]
-    assert len({envelope.event_id for envelope, _ in told}) == 7
-    assert [envelope.time_us for envelope, _ in told] == sorted(envelope.time_us for envelope, _ in told)
-    # Spans: the submitter's above the task's, the task's above each attempt's.
-    spans = [parse_traceparent(envelope.traceparent) for envelope, _ in told]
+    assert len({envelope.event_id for envelope, _ in published}) == 7
+    assert [envelope.time_us for envelope, _ in published] == sorted(envelope.time_us for envelope, _ in published)
+    # The submitter's span is above the task's, and the task's is above each attempt's.
+    spans = [parse_traceparent(envelope.traceparent) for envelope, _ in published]
     assert {span.trace_id for span in spans if span} == {submitter.trace_id}
     of_task = parse_traceparent(task.traceparent)
     offers = [parse_traceparent(each.traceparent) for each in (*agent.offers, *heir.offers)]
@@ -84,19 +84,21 @@ async def test_every_transition_is_told_in_its_span(
     assert [span.span_id for span in spans if span] == [
         ids[0], ids[1], ids[1], ids[1], ids[2], ids[2], ids[0]
     ]  # fmt: skip
-    parents = [envelope.parent_span_id for envelope, _ in told]
+    parents = [envelope.parent_span_id for envelope, _ in published]
     assert parents == [submitter.span_id, *[ids[0]] * 5, submitter.span_id]
-    ended = told[3][1]
+    ended = published[3][1]
     assert (ended.attempt_ended.reason, ended.attempt_ended.retried) == (Reason.REASON_LEASE_EXPIRED, True)
-    assert told[0][1].submitted.request_bytes == 4
-    assert [event.agent_id for _, event in told] == ["", *["agent-1"] * 3, *["agent-2"] * 3]
+    assert published[0][1].submitted.request_bytes == 4
+    assert [event.agent_id for _, event in published] == ["", *["agent-1"] * 3, *["agent-2"] * 3]
 
 
 def _retyped(file: FileDescriptorProto) -> None:
     file.message_type[0].field[0].type = FieldDescriptorProto.TYPE_INT64
 
 
-async def test_deeds_are_audited(redis_url: str, orchestrator: Orchestrator, stand_in: Make, work: Make) -> None:
+async def test_requests_of_submitters_and_refusals_are_audited(
+    redis_url: str, orchestrator: Orchestrator, stand_in: Make, work: Make
+) -> None:
     agent = stand_in(orchestrator.address, handler=None)
     await agent.ready()
     async with Client(orchestrator.address) as client:
@@ -105,18 +107,18 @@ async def test_deeds_are_audited(redis_url: str, orchestrator: Orchestrator, sta
     refused = stand_in(orchestrator.address, [work(edit=_retyped)], agent_id="agent-2")
     await refused.until(lambda: refused.closed is not None)
     await eventually(lambda: len(read(redis_url, "audit", AuditEvent)) >= 3)
-    deeds = {event.action: event for _, event in read(redis_url, "audit", AuditEvent)}
-    assert set(deeds) == {"submit", "cancel", "refuse"}
-    assert (deeds["submit"].subject, deeds["submit"].actor, deeds["submit"].outcome) == (
+    audits = {event.action: event for _, event in read(redis_url, "audit", AuditEvent)}
+    assert set(audits) == {"submit", "cancel", "refuse"}
+    assert (audits["submit"].subject, audits["submit"].actor, audits["submit"].outcome) == (
         task.task_id,
         "anonymous",
         "accepted",
     )
-    assert deeds["cancel"].detail == "enough"
-    assert (deeds["refuse"].actor, deeds["refuse"].outcome) == ("agent-2", "REASON_CONTRACT_MISMATCH")
+    assert audits["cancel"].detail == "enough"
+    assert (audits["refuse"].actor, audits["refuse"].outcome) == ("agent-2", "REASON_CONTRACT_MISMATCH")
 
 
-async def test_the_lives_of_agents_are_told(redis_url: str, orchestrator: Orchestrator, stand_in: Make) -> None:
+async def test_sessions_of_agents_are_published(redis_url: str, orchestrator: Orchestrator, stand_in: Make) -> None:
     older = stand_in(orchestrator.address, instance_id="i1")
     await older.ready()
     newer = stand_in(orchestrator.address, instance_id="i2")
@@ -129,7 +131,7 @@ async def test_the_lives_of_agents_are_told(redis_url: str, orchestrator: Orches
     assert replaced.replaced.successor_instance_id == "i2"
 
 
-async def test_a_crash_between_publishing_and_trimming_repeats_event_ids_and_nothing_else(
+async def test_a_crash_between_publishing_and_trimming_repeats_only_known_event_ids(
     redis_url: str, store: Store
 ) -> None:
     method = TaskMethod(service="s.v1.S", name="Do", request="q", response="r")
@@ -146,15 +148,15 @@ async def test_a_crash_between_publishing_and_trimming_repeats_event_ids_and_not
         await store.apply(submit)
     async with connect(redis_url) as events:
         publisher = OutboxPublisher(store, events)
-        # Published, and killed before the records were removed.
+        # Published, but not removed: the process was killed in between.
         await publisher._publish([record for shard in await Outbox(store).read(10) for record in shard])
         await publisher.publish_all()
     assert await Outbox(store).length() == 0
-    told = Counter(envelope.event_id for envelope, _ in read(redis_url, "tasks", TaskEvent))
-    assert list(told.values()) == [2, 2, 2]
-    deeds = Counter(envelope.event_id for envelope, _ in read(redis_url, "audit", AuditEvent))
-    assert list(deeds.values()) == [2, 2, 2]
-    assert not set(told) & set(deeds)
+    published = Counter(envelope.event_id for envelope, _ in read(redis_url, "tasks", TaskEvent))
+    assert list(published.values()) == [2, 2, 2]
+    audits = Counter(envelope.event_id for envelope, _ in read(redis_url, "audit", AuditEvent))
+    assert list(audits.values()) == [2, 2, 2]
+    assert not set(published) & set(audits)
 
 
 def test_every_kind_of_task_event_has_its_record() -> None:

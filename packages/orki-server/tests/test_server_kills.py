@@ -1,4 +1,4 @@
-"""Kill -9 of the orchestrator and of its store, in the middle of the work: what was acknowledged finishes once."""
+"""Kills of the orchestrator and its store while tasks run: every acknowledged task finishes once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Make = Callable[..., Any]
 
 
 class Served:
-    """`orki serve` as a process of its own."""
+    """`orki serve` as a child process."""
 
     def __init__(self, redis_url: str, folder: Path) -> None:
         self._url = redis_url
@@ -75,7 +75,7 @@ async def served(redis_url: str, tmp_path: Path) -> AsyncIterator[Served]:
 
 
 def ended_tasks(redis_url: str) -> Counter[str]:
-    """How often each task ended, by distinct events."""
+    """Return how often each task ended, by distinct events."""
     ends: dict[bytes, str] = {}
     with Redis.from_url(redis_url) as redis:
         entries: Any = redis.xrange("orki:ev:{tasks}")
@@ -110,7 +110,7 @@ async def slowly(offer: ArrivedOffer) -> bytes:
 
 
 @pytest.mark.timeout(120)
-async def test_kill_9_of_the_orchestrator(served: Served, redis_url: str, stand_in: Make) -> None:
+async def test_tasks_survive_a_kill_of_the_orchestrator(served: Served, redis_url: str, stand_in: Make) -> None:
     agents = [stand_in(served.address, agent_id=f"agent-{number}", handler=slowly) for number in range(2)]
     for agent in agents:
         await agent.ready()
@@ -149,7 +149,7 @@ async def health_becomes(address: str, status: int) -> None:
 
 
 @pytest.mark.timeout(120)
-async def test_kill_9_of_the_store_with_append_only_on(
+async def test_tasks_survive_a_kill_of_the_store_with_append_only_on(
     tmp_path: Path, options: Make, launch: Make, stand_in: Make
 ) -> None:
     with EmbeddedServer(EmbeddedOptions(directory=tmp_path, append_only=True)) as server:
@@ -170,7 +170,7 @@ async def test_kill_9_of_the_store_with_append_only_on(
                 await health_becomes(orchestrator.address, health_pb2.HealthCheckResponse.SERVING)
             acknowledged = await submitting
             tasks = await all_ended(client, acknowledged)
-            # The sessions stayed up all the time.
+            # The sessions were never interrupted.
             assert [len(agent.opened) for agent in agents] == [1, 1]
         await orchestrator.stop()
         assert [task.response for task in tasks] == [b"\n\x03%03d" % number for number in range(100)]
@@ -178,7 +178,7 @@ async def test_kill_9_of_the_store_with_append_only_on(
         assert sum(ended_tasks(server.url).values()) == 100
 
 
-async def test_without_its_store_an_orchestrator_says_so_and_recovers(
+async def test_without_its_store_an_orchestrator_refuses_requests_and_recovers(
     tmp_path: Path, options: Make, launch: Make, stand_in: Make
 ) -> None:
     go = asyncio.Event()
@@ -202,7 +202,7 @@ async def test_without_its_store_an_orchestrator_says_so_and_recovers(
             with pytest.raises(StoreUnavailable):
                 await client.get(task.task_id)
             go.set()
-            # More than the silence after which a peer counts as gone: heartbeats are echoed all the same.
+            # Longer than the silence after which a peer counts as gone: heartbeats are echoed nevertheless.
             await asyncio.sleep(1.5)
             assert len(agent.opened) == 1
             server.start()
@@ -253,7 +253,7 @@ def _is_busy(redis: Redis) -> bool:
     return False
 
 
-async def test_a_store_that_lost_everything_gives_no_fence_twice(
+async def test_no_fence_repeats_after_the_store_lost_everything(
     tmp_path: Path, options: Make, launch: Make, stand_in: Make
 ) -> None:
     with EmbeddedServer(EmbeddedOptions(directory=tmp_path)) as server:
@@ -273,7 +273,7 @@ async def test_a_store_that_lost_everything_gives_no_fence_twice(
             server.start()
             await health_becomes(orchestrator.address, health_pb2.HealthCheckResponse.SERVING)
             second = await run_one()
-            # What the store knew besides tasks came back with the agent's next hello.
+            # The agent's next hello restored the services and the agent.
             assert len(agent.opened) == 2
             assert [each.agent_id for each in await client.list_agents()] == ["agent-1"]
             assert [each.service for each in await client.list_services()] == ["servertests.v1.WorkService"]
@@ -282,7 +282,7 @@ async def test_a_store_that_lost_everything_gives_no_fence_twice(
     assert second >> 44 == (first >> 44) + 1
 
 
-async def test_serve_refuses_a_port_that_is_taken(served: Served, redis_url: str) -> None:
+async def test_serve_refuses_a_taken_port(served: Served, redis_url: str) -> None:
     started = time.monotonic()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "orki_server", "serve", "--listen", served.address),

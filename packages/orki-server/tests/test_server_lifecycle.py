@@ -14,7 +14,7 @@ from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import new_span
 from orki_control.session import AttemptKey
-from orki_server._keys import ShardKeys, new_task_id
+from orki_server._keys import ShardKeys
 from orki_server._store import lifecycle
 from orki_server._store.lifecycle import TASK_LIFE, TIMERS, VISIBLE, Life
 from orki_server._store.operations import (
@@ -29,6 +29,7 @@ from orki_server._store.operations import (
     ReportProgress,
     Succeed,
     Sweep,
+    new_task_id,
 )
 from orki_server._store.script import Operation, shard_script
 from orki_server._store.store import Store

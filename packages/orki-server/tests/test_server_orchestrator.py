@@ -1,4 +1,4 @@
-"""The orchestrator in process: real gRPC, real store, agents that speak the protocol."""
+"""The orchestrator in process: real gRPC, a real store, and test agents."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ async def test_many_tasks_are_run_once_each(orchestrator: Orchestrator, client: 
     assert all(len(agent.offers) > 20 for agent in agents)
 
 
-async def test_a_method_that_nobody_serves_is_unknown_and_listed_once_somebody_does(
+async def test_a_method_is_unknown_until_an_agent_serves_it(
     orchestrator: Orchestrator, client: Client, stand_in: Make
 ) -> None:
     with pytest.raises(UnknownMethod, match="no agent has registered"):
@@ -93,7 +93,9 @@ async def test_a_method_that_nobody_serves_is_unknown_and_listed_once_somebody_d
     assert service.image
 
 
-async def test_tasks_outlive_the_absence_of_agents(orchestrator: Orchestrator, client: Client, stand_in: Make) -> None:
+async def test_tasks_wait_while_no_agent_is_connected(
+    orchestrator: Orchestrator, client: Client, stand_in: Make
+) -> None:
     first = stand_in(orchestrator.address, slots=1)
     await first.ready()
     await first.close()
@@ -103,7 +105,7 @@ async def test_tasks_outlive_the_absence_of_agents(orchestrator: Orchestrator, c
     assert (await end_of(client, task.task_id)).response == b"\n\x05later"
 
 
-async def test_a_failed_attempt_is_tried_again(
+async def test_a_failed_attempt_is_retried(
     orchestrator: Orchestrator, client: Client, stand_in: Make, work: Make
 ) -> None:
     async def handler(offer: ArrivedOffer) -> bytes:
@@ -201,7 +203,9 @@ async def test_directives_reach_the_running_attempt(orchestrator: Orchestrator, 
         await client.direct(task.task_id, b"\n\x05right")
 
 
-async def test_an_agent_that_comes_back_goes_on(orchestrator: Orchestrator, client: Client, stand_in: Make) -> None:
+async def test_an_agent_that_reconnects_continues_its_attempts(
+    orchestrator: Orchestrator, client: Client, stand_in: Make
+) -> None:
     go = asyncio.Event()
 
     async def handler(offer: ArrivedOffer) -> bytes:
@@ -221,7 +225,7 @@ async def test_an_agent_that_comes_back_goes_on(orchestrator: Orchestrator, clie
     assert (ended.response, ended.attempt.attempt, len(agent.offers)) == (b"once", 1, 1)
 
 
-async def test_a_result_of_the_time_without_a_stream_is_taken_afterwards(
+async def test_a_result_reported_without_a_stream_is_accepted_after_reconnecting(
     orchestrator: Orchestrator, client: Client, stand_in: Make
 ) -> None:
     go = asyncio.Event()
@@ -251,7 +255,7 @@ async def test_the_newest_instance_wins(orchestrator: Orchestrator, client: Clie
     assert (agent.connected, agent.slots) == (True, 4)
 
 
-async def test_a_dead_agent_s_work_is_taken_over_under_a_higher_fence(
+async def test_a_dead_agent_s_task_is_taken_over_under_a_higher_fence(
     orchestrator: Orchestrator, client: Client, stand_in: Make, work: Make
 ) -> None:
     async def hang(offer: ArrivedOffer) -> bytes:
@@ -273,7 +277,7 @@ async def test_a_dead_agent_s_work_is_taken_over_under_a_higher_fence(
     assert "agent-1" in ended.earlier_failures[0].message
 
 
-async def test_an_offer_without_an_answer_goes_to_somebody_else(
+async def test_an_unanswered_offer_goes_to_another_agent(
     orchestrator: Orchestrator, client: Client, stand_in: Make
 ) -> None:
     mute = stand_in(orchestrator.address, taking=False, slots=1)
@@ -288,7 +292,9 @@ async def test_an_offer_without_an_answer_goes_to_somebody_else(
     assert len(willing.offers) == 1
 
 
-async def test_slots_bound_what_is_offered(orchestrator: Orchestrator, client: Client, stand_in: Make) -> None:
+async def test_no_more_tasks_are_offered_than_slots_are_free(
+    orchestrator: Orchestrator, client: Client, stand_in: Make
+) -> None:
     go = asyncio.Event()
 
     async def handler(offer: ArrivedOffer) -> bytes:
@@ -306,7 +312,7 @@ async def test_slots_bound_what_is_offered(orchestrator: Orchestrator, client: C
 
 
 @pytest.mark.parametrize("image", [b"", b"\xff\xff", b"\x0a\x00"])
-async def test_an_image_that_is_none_is_refused(
+async def test_a_malformed_image_is_refused(
     orchestrator: Orchestrator, stand_in: Make, work: Make, image: bytes
 ) -> None:
     contract = work()
@@ -316,9 +322,7 @@ async def test_an_image_that_is_none_is_refused(
     assert isinstance(agent.closed, InvalidContract)
 
 
-async def test_a_digest_that_is_not_the_image_s_is_refused(
-    orchestrator: Orchestrator, stand_in: Make, work: Make
-) -> None:
+async def test_a_wrong_digest_is_refused(orchestrator: Orchestrator, stand_in: Make, work: Make) -> None:
     contract = work()
     contract.digest = "sha256:" + "0" * 64
     agent = stand_in(orchestrator.address, [contract])
@@ -327,7 +331,7 @@ async def test_a_digest_that_is_not_the_image_s_is_refused(
     assert "generate the package again" in agent.closed.message
 
 
-async def test_drain_comes_before_the_stop(redis_url: str, options: Make, launch: Make, stand_in: Make) -> None:
+async def test_agents_are_drained_before_the_stop(redis_url: str, options: Make, launch: Make, stand_in: Make) -> None:
     orchestrator = await launch(options(redis_url, drain_grace=5.0))
 
     async def handler(offer: ArrivedOffer) -> bytes:

@@ -1,4 +1,4 @@
-"""What is no message of its method's class is refused where it is submitted, and costs no attempt."""
+"""A payload that is not a message of the declared class is refused at submission and costs no attempt."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def submit(client: Client, request: bytes, method: str = DO, key: str = ""
     [b"s3cret", b"\n\x05four", b"\n", b"\xff" * 12, b'{"body": "s3cret"}', b"\n\x01q\x0c"],
     ids=["text", "truncated", "half a field", "endless number", "json", "group that never began"],
 )
-async def test_a_request_that_is_no_message_is_refused(
+async def test_a_malformed_request_is_refused(
     orchestrator: Orchestrator, client: Client, stand_in: Make, request_bytes: bytes
 ) -> None:
     agent = stand_in(orchestrator.address)
@@ -52,7 +52,7 @@ async def test_a_request_that_is_no_message_is_refused(
     said = caught.value.message
     assert f"request: {len(request_bytes)} bytes that are not a servertests.v1.DoRequest, which {DO} takes" in said
     assert "s3cret" not in said
-    # Nothing came of it: no task, no attempt, and the key is free.
+    # It left no task and no attempt, and the key is free.
     assert [task async for task in client.list_tasks()] == []
     task = await submit(client, b"\n\x04good", key="k")
     last = [each async for each in client.watch(task.task_id)][-1].task
@@ -61,7 +61,7 @@ async def test_a_request_that_is_no_message_is_refused(
 
 
 @pytest.mark.parametrize("request_bytes", [b"", b"\n\x00", b"\x92\x03\x01x"], ids=["empty", "default", "unknown field"])
-async def test_what_protobuf_reads_is_taken(
+async def test_a_request_that_protobuf_can_parse_is_accepted(
     orchestrator: Orchestrator, client: Client, stand_in: Make, request_bytes: bytes
 ) -> None:
     await stand_in(orchestrator.address).ready()
@@ -70,9 +70,7 @@ async def test_what_protobuf_reads_is_taken(
     assert last.response == request_bytes
 
 
-async def test_a_directive_that_is_no_message_is_refused(
-    orchestrator: Orchestrator, client: Client, stand_in: Make
-) -> None:
+async def test_a_malformed_directive_is_refused(orchestrator: Orchestrator, client: Client, stand_in: Make) -> None:
     go = asyncio.Event()
 
     async def handler(offer: ArrivedOffer) -> bytes:
@@ -93,7 +91,7 @@ async def test_a_directive_that_is_no_message_is_refused(
     assert [each async for each in client.watch(task.task_id)][-1].task.state == TaskState.TASK_STATE_SUCCEEDED
 
 
-async def test_the_contract_that_leads_judges(
+async def test_payloads_are_checked_by_the_leading_contract(
     orchestrator: Orchestrator, client: Client, stand_in: Make, work: Make
 ) -> None:
     def edit(file: FileDescriptorProto) -> None:

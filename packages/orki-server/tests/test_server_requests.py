@@ -1,4 +1,4 @@
-"""Bad input on gRPC: each field, size and broken law gets its typed answer, and breaks nothing else."""
+"""Invalid input on gRPC: every invalid field, size and protocol violation gets a typed error, without side effects."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from orki.control.v1.session_pb2_grpc import SessionServiceStub
 from orki.control.v1.task_pb2_grpc import TaskServiceStub
 from orki.errors.v1.errors_pb2 import Reason
 from orki_control import Client
-from orki_server._keys import new_task_id
 from orki_server._orchestrator import SERVICES, Orchestrator
+from orki_server._store.operations import new_task_id
 
 DO = "servertests.v1.WorkService/Do"
 Make = Callable[..., Any]
 UNKNOWN = "t1-" + "0" * (len(new_task_id(1)) - 3)
-"""Well formed, and nobody's; the same in every process, as it is part of tests' names."""
+"""A well-formed id of no task. It is constant because it is part of test names."""
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ INVALID = (grpc.StatusCode.INVALID_ARGUMENT, "REASON_INVALID_ARGUMENT")
         ("Submit", pb.SubmitRequest(submissions=[pb.Submission()] * 1001), INVALID),
     ],
 )
-async def test_a_call_with_a_bad_field_is_refused(
+async def test_a_call_with_an_invalid_field_is_refused(
     channel: grpc.aio.Channel, method: str, request_message: Any, expected: tuple[grpc.StatusCode, str]
 ) -> None:
     code, reason, details = await refused(getattr(TaskServiceStub(channel), method)(request_message))
@@ -80,7 +80,7 @@ async def test_a_call_with_a_bad_field_is_refused(
     ("task_id", "after", "expected"),
     [(UNKNOWN, "", NOT_FOUND), ("x", "", NOT_FOUND), (UNKNOWN, "x", INVALID), (UNKNOWN, "1-" + "9" * 30, INVALID)],
 )
-async def test_a_watch_with_a_bad_field_is_refused(
+async def test_a_watch_with_an_invalid_field_is_refused(
     channel: grpc.aio.Channel, task_id: str, after: str, expected: tuple[grpc.StatusCode, str]
 ) -> None:
     call = TaskServiceStub(channel).Watch(pb.WatchRequest(task_id=task_id, after=after))
@@ -102,7 +102,7 @@ async def test_a_watch_with_a_bad_field_is_refused(
         (pb.Submission(method=DO, request=b"\n\x05four"), Reason.REASON_INVALID_ARGUMENT),
     ],
 )
-async def test_each_submission_is_judged_by_itself(
+async def test_each_submission_has_its_own_outcome(
     orchestrator: Orchestrator, channel: grpc.aio.Channel, stand_in: Make, submission: pb.Submission, reason: int
 ) -> None:
     await stand_in(orchestrator.address).ready()
@@ -113,7 +113,7 @@ async def test_each_submission_is_judged_by_itself(
     assert answer.outcomes[1].failure.message
 
 
-async def test_a_message_beyond_the_limit_is_refused_and_others_go_on(
+async def test_a_message_beyond_the_limit_is_refused_and_other_calls_continue(
     orchestrator: Orchestrator, channel: grpc.aio.Channel, stand_in: Make
 ) -> None:
     await stand_in(orchestrator.address).ready()
@@ -129,7 +129,7 @@ async def test_a_message_beyond_the_limit_is_refused_and_others_go_on(
 
 
 @pytest.mark.parametrize("raw", [b"\xff", b"\x0a\xff\xff\xff\xff\x7f", b"\x0a\x05abc"])
-async def test_bytes_that_are_no_message_break_one_call(
+async def test_malformed_bytes_break_one_call_only(
     orchestrator: Orchestrator, channel: grpc.aio.Channel, raw: bytes
 ) -> None:
     call: Any = channel.unary_unary("/orki.control.v1.TaskService/Get", request_serializer=lambda value: value)
@@ -142,21 +142,21 @@ async def test_bytes_that_are_no_message_break_one_call(
 # --- sessions ---
 
 
-async def last_words(channel: grpc.aio.Channel, *batches: sb.ConnectRequest) -> list[sb.OrchestratorMessage]:
+async def last_messages(channel: grpc.aio.Channel, *batches: sb.ConnectRequest) -> list[sb.OrchestratorMessage]:
     call = SessionServiceStub(channel).Connect()
-    words: list[sb.OrchestratorMessage] = []
+    messages: list[sb.OrchestratorMessage] = []
     try:
         async with asyncio.timeout(20):
             for batch in batches:
                 await call.write(batch)
             while (answer := await call.read()) is not grpc.aio.EOF:
                 assert isinstance(answer, sb.ConnectResponse)
-                words.extend(answer.messages)
+                messages.extend(answer.messages)
     except grpc.aio.AioRpcError:
         pass
     finally:
         call.cancel()
-    return words
+    return messages
 
 
 def hello(**values: Any) -> sb.ConnectRequest:
@@ -189,23 +189,23 @@ def said(**body: Any) -> sb.ConnectRequest:
         ),
     ],
 )
-async def test_a_broken_law_ends_the_session_with_its_reason(
+async def test_a_protocol_violation_ends_the_session_with_its_reason(
     channel: grpc.aio.Channel, batches: list[sb.ConnectRequest], reason: int
 ) -> None:
-    words = await last_words(channel, *batches)
-    assert words[-1].refused.failure.reason == reason
-    assert words[-1].refused.failure.message
-    assert not words[-1].refused.HasField("attempt")
+    messages = await last_messages(channel, *batches)
+    assert messages[-1].refused.failure.reason == reason
+    assert messages[-1].refused.failure.message
+    assert not messages[-1].refused.HasField("attempt")
 
 
-async def test_who_does_not_say_hello_is_told_so(redis_url: str, options: Make, launch: Make) -> None:
+async def test_a_stream_without_hello_ends_with_its_reason(redis_url: str, options: Make, launch: Make) -> None:
     orchestrator = await launch(options(redis_url, hello_timeout=0.1))
     async with grpc.aio.insecure_channel(orchestrator.address) as channel:
-        (word,) = await last_words(channel)
-    assert word.refused.failure.reason == Reason.REASON_HELLO_TIMEOUT
+        (message,) = await last_messages(channel)
+    assert message.refused.failure.reason == Reason.REASON_HELLO_TIMEOUT
 
 
-async def test_reports_about_strangers_attempts_are_refused_and_change_nothing(
+async def test_reports_about_attempts_of_other_agents_are_refused_and_change_nothing(
     orchestrator: Orchestrator, channel: grpc.aio.Channel, stand_in: Make
 ) -> None:
     holder = stand_in(orchestrator.address, handler=None)
@@ -234,14 +234,14 @@ async def test_reports_about_strangers_attempts_are_refused_and_change_nothing(
                 answers += batch.messages
         stranger.cancel()
         assert {each.refused.failure.reason for each in answers} == {Reason.REASON_STALE_FENCE}
-        # "Not yours" and "unknown" look the same.
+        # An attempt of another agent and an unknown one get the same error.
         assert len({each.refused.failure.message for each in answers}) == 1
         seen = await client.get(task.task_id)
         assert seen.agent_id == "agent-1"
         assert not seen.response
 
 
-async def test_a_hello_cannot_claim_what_others_hold(
+async def test_a_hello_cannot_claim_attempts_of_other_agents(
     orchestrator: Orchestrator, channel: grpc.aio.Channel, stand_in: Make
 ) -> None:
     holder = stand_in(orchestrator.address, handler=None)
@@ -263,13 +263,13 @@ async def test_a_hello_cannot_claim_what_others_hold(
     assert list(answer.messages[0].welcome.keep) == []
 
 
-async def test_sessions_are_bounded(redis_url: str, options: Make, launch: Make, stand_in: Make) -> None:
+async def test_the_number_of_sessions_is_limited(redis_url: str, options: Make, launch: Make, stand_in: Make) -> None:
     orchestrator = await launch(options(redis_url, max_sessions=1))
     first = stand_in(orchestrator.address)
     await first.ready()
     async with grpc.aio.insecure_channel(orchestrator.address) as channel:
-        (word,) = await last_words(channel, hello(agent_id="second"))
-    assert word.refused.failure.reason == Reason.REASON_OVERLOADED
+        (message,) = await last_messages(channel, hello(agent_id="second"))
+    assert message.refused.failure.reason == Reason.REASON_OVERLOADED
 
 
 def test_reflection_lists_and_describes_the_services_off_the_loop(redis_url: str, options: Make) -> None:

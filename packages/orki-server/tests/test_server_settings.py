@@ -1,4 +1,4 @@
-"""The orchestrator's settings: precedence, and everything that is refused."""
+"""The orchestrator's settings: precedence and refusals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def written(tmp_path: Path, text: str) -> Path:
     return file
 
 
-def test_a_flag_wins_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
+def test_a_flag_takes_precedence_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
     file = written(tmp_path, '[orchestrator]\nshards = 2\nretention_ms = 5\nlisten = "127.0.0.1:1"\n')
     environment = {"ORKI_RETENTION_MS": "6", "ORKI_LISTEN": "127.0.0.1:2", "ORKI_OTHER": "x"}
     options = load_options({"listen": "127.0.0.1:3", "shards": None}, environment, file)
@@ -27,7 +27,7 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_file(tmp_path: Path)
     assert options.accept_timeout == OrchestratorOptions().accept_timeout
 
 
-def test_a_secret_comes_by_environment_or_file_and_not_by_flag(tmp_path: Path) -> None:
+def test_a_password_is_accepted_from_environment_or_file_but_not_from_a_flag(tmp_path: Path) -> None:
     url = "redis://user:secret@127.0.0.1:6379/0"
     assert load_options({}, {"ORKI_REDIS_URL": url}).redis_url == url
     assert load_options({}, {}, written(tmp_path, f'[orchestrator]\nredis_url = "{url}"\n')).redis_url == url
@@ -37,7 +37,7 @@ def test_a_secret_comes_by_environment_or_file_and_not_by_flag(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("[orchestrator]\nshrads = 2\n", "shrads under .orchestrator. is unknown; known: listen, redis_url"),
         ("[orchestra]\n", "unknown entry 'orchestra'; known: .orchestrator."),
@@ -51,20 +51,20 @@ def test_a_secret_comes_by_environment_or_file_and_not_by_flag(tmp_path: Path) -
         ("\xff", "is not TOML"),
     ],
 )
-def test_a_wrong_file_is_refused(tmp_path: Path, text: str, words: str) -> None:
+def test_an_invalid_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "orki.toml"
     file.write_bytes(text.encode("latin-1"))
-    with pytest.raises(InvalidSetting, match=words):
+    with pytest.raises(InvalidSetting, match=message):
         load_options({}, {}, file)
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidSetting, match="cannot be read"):
         load_options({}, {}, tmp_path / "none.toml")
 
 
 @pytest.mark.parametrize("text", ["", "x", "1.5", "0x10", "1" * 5000])
-def test_a_wrong_number_in_the_environment_is_refused(text: str) -> None:
+def test_an_invalid_number_in_the_environment_is_refused(text: str) -> None:
     with pytest.raises(InvalidSetting, match="ORKI_SHARDS"):
         load_options({}, {"ORKI_SHARDS": text})
 
@@ -93,13 +93,13 @@ def test_an_unknown_flag_is_refused() -> None:
         ("max_sessions", 0),
     ],
 )
-def test_values_out_of_their_range_are_refused(name: str, value: Any) -> None:
+def test_values_out_of_range_are_refused(name: str, value: Any) -> None:
     with pytest.raises(InvalidSetting):
         OrchestratorOptions(**{name: value})
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:50051", "[::]:50051", "192.168.1.1:50051", "example.org:50051"])
-def test_plaintext_stays_on_loopback(listen: str) -> None:
+def test_addresses_other_than_loopback_are_refused(listen: str) -> None:
     with pytest.raises(InvalidSetting, match="only loopback"):
         parse_listen(listen)
 
@@ -117,7 +117,7 @@ def test_the_command_shows_every_setting_with_its_default_and_its_variable() -> 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "words"),
+    ("arguments", "code", "message"),
     [
         (["--listen", "0.0.0.0:1"], 2, "only loopback"),
         (["--shards", "0"], 2, "shards 0"),
@@ -138,11 +138,11 @@ def test_the_command_shows_every_setting_with_its_default_and_its_variable() -> 
     ],
 )
 def test_the_command_refuses_in_one_sentence(
-    arguments: list[str], code: int, words: str, caplog: pytest.LogCaptureFixture
+    arguments: list[str], code: int, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     ran = CliRunner().invoke(root, ["serve", *arguments])
     assert ran.exit_code == code
-    assert words in ran.output
+    assert message in ran.output
     assert len(ran.output.splitlines()) == 1
     assert "secret" not in ran.output
     assert "Traceback" not in ran.output

@@ -1,4 +1,4 @@
-"""The store's transitions on a real server, one by one."""
+"""The operations of the store on a real server, one by one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import Span, new_span
 from orki_control.session import AttemptKey
 from orki_server._events import Outbox
-from orki_server._keys import new_task_id, shard_of
 from orki_server._store.operations import (
     Accept,
     AcknowledgeCancel,
@@ -29,6 +28,8 @@ from orki_server._store.operations import (
     Resume,
     Succeed,
     Sweep,
+    new_task_id,
+    shard_of,
 )
 from orki_server._store.store import Store
 from orki_server._store.tasks import (
@@ -96,7 +97,7 @@ async def kinds(store: Store, task_id: str) -> list[str]:
     return [record.kind for record in records]
 
 
-async def test_a_task_goes_from_submission_to_its_response(store: Store) -> None:
+async def test_a_task_runs_from_submission_to_response(store: Store) -> None:
     parent = new_span()
     submitted = await submit(store, request=b"\x00\xffrequest", span=parent.child())
     assert submitted.status == "new"
@@ -126,14 +127,14 @@ async def test_the_spans_of_task_and_attempt_nest(store: Store) -> None:
     assert (handed.traceparent, handed.parent_id) == (offered.traceparent, span.span_id)
 
 
-async def test_the_same_key_and_request_give_the_same_task_and_another_request_a_conflict(store: Store) -> None:
+async def test_an_idempotency_key_gives_the_same_task_or_a_conflict(store: Store) -> None:
     first = await submit(store, key="k")
     assert await submit(store, key="k") == Submitted("same", first.task_id, 0)
     assert (await submit(store, key="k", request=b"other")).status == "conflict"
     assert (await submit(store, key="another")).status == "new"
 
 
-async def test_a_submission_that_is_sent_twice_is_one_task(store: Store) -> None:
+async def test_a_submission_sent_twice_is_one_task(store: Store) -> None:
     span = new_span()
     submission = Submit(
         task_id=new_task_id(SHARD),
@@ -150,7 +151,7 @@ async def test_a_submission_that_is_sent_twice_is_one_task(store: Store) -> None
     assert len(await take(store, slots=5)) == 1
 
 
-async def test_reports_of_strangers_and_of_old_fences_change_nothing(store: Store) -> None:
+async def test_reports_of_other_agents_and_old_fences_change_nothing(store: Store) -> None:
     attempt = await started(store)
     before = await look(store, attempt.task_id)
     unknown = AttemptKey(new_task_id(SHARD), 1, attempt.fence)
@@ -199,14 +200,14 @@ async def test_a_failed_attempt_is_followed_by_another_under_a_higher_fence(stor
     (second,) = await take(store, "a2")
     assert (second.attempt.attempt, second.attempt.task_id) == (2, first.task_id)
     assert second.attempt.fence > first.fence
-    # The first attempt's result, a failure, was accepted: whatever else is said under its fence changes nothing.
+    # The first attempt's failure was accepted, so further reports under its fence change nothing.
     assert (await store.apply(Succeed("a1", first, b""))).status is ReportStatus.REPEATED
     seen = (await look(store, first.task_id)).task
     assert seen.state == TaskState.TASK_STATE_OFFERED
     assert [(each.message, each.error_type) for each in seen.earlier_failures] == [("it broke", "ValueError")]
 
 
-async def test_the_last_attempt_s_failure_is_the_task_s(store: Store) -> None:
+async def test_the_failure_of_the_last_attempt_is_the_task_s_failure(store: Store) -> None:
     attempt = await started(store)
     rejected = await store.apply(Fail("a1", attempt, Reason.REASON_HANDLER_REJECTED, "never", "E", False))
     assert (rejected.state, rejected.retry_after) == (TaskState.TASK_STATE_FAILED, None)
@@ -232,7 +233,7 @@ async def test_attempts_run_out(store: Store) -> None:
     assert seen.failure.message == "3"
 
 
-async def test_an_offer_that_nobody_answers_costs_no_attempt(store: Store) -> None:
+async def test_an_unanswered_offer_costs_no_attempt(store: Store) -> None:
     await submit(store)
     fences, next_timers = [], []
     for _ in range(4):
@@ -243,12 +244,12 @@ async def test_an_offer_that_nobody_answers_costs_no_attempt(store: Store) -> No
         assert [each.kind for each in swept.expired] == ["offer"]
         next_timers.append(swept.next_timer)
     assert fences == sorted(set(fences))
-    # The fourth in a row waits a little, so that nobody spins.
+    # The fourth unanswered offer in a row is followed by a wait, which prevents a busy loop.
     assert await take(store) == []
     assert 0 < next_timers[-1] <= 0.8
 
 
-async def test_declining_gives_the_task_to_others(store: Store) -> None:
+async def test_a_declined_task_goes_to_another_agent(store: Store) -> None:
     await submit(store)
     (offered,) = await take(store)
     answer = await store.apply(Decline("a1", offered.attempt, Reason.REASON_DRAINING, "bye", True))
@@ -272,7 +273,7 @@ async def test_a_cancel_before_the_start_ends_the_task(store: Store) -> None:
     assert await kinds(store, submitted.task_id) == ["submitted", "cancel_requested", "cancelled"]
 
 
-async def test_a_cancel_of_a_running_task_is_asked_acknowledged_and_ends(store: Store) -> None:
+async def test_a_cancel_of_a_running_task_is_requested_acknowledged_and_confirmed(store: Store) -> None:
     attempt = await started(store)
     asked = await store.apply(Cancel(attempt.task_id, "stop", "me"))
     assert (asked.status, asked.agent_id, asked.attempt, asked.cancel_grace) == ("requested", "a1", attempt, 5.0)
@@ -292,21 +293,21 @@ async def test_a_cancel_of_a_running_task_is_asked_acknowledged_and_ends(store: 
     ]
 
 
-async def test_a_result_that_meets_a_cancel_wins(store: Store) -> None:
+async def test_a_result_after_a_cancel_request_is_accepted(store: Store) -> None:
     attempt = await started(store)
     await store.apply(Cancel(attempt.task_id, "", "me"))
     assert (await store.apply(Succeed("a1", attempt, b"r"))).state == TaskState.TASK_STATE_SUCCEEDED
     assert (await store.apply(Cancel(attempt.task_id, "", "me"))).status == "ended"
 
 
-async def test_a_cancelled_attempt_that_fails_is_not_tried_again(store: Store) -> None:
+async def test_a_cancelled_attempt_that_fails_is_not_retried(store: Store) -> None:
     attempt = await started(store)
     await store.apply(Cancel(attempt.task_id, "", "me"))
     answer = await store.apply(Fail("a1", attempt, Reason.REASON_HANDLER_FAILED, "broke", "", True))
     assert (answer.state, answer.retry_after) == (TaskState.TASK_STATE_CANCELLED, None)
 
 
-async def test_progress_is_told_once_in_order_and_bounded(store: Store) -> None:
+async def test_progress_is_stored_once_and_in_order(store: Store) -> None:
     attempt = await started(store)
     for index in (1, 2, 2, 1, 3):
         await store.apply(ReportProgress("a1", attempt, 1000, index, b"p%d" % index))
@@ -321,7 +322,7 @@ async def test_progress_is_told_once_in_order_and_bounded(store: Store) -> None:
     assert await kinds(store, attempt.task_id) == ["submitted", "offered", "started"]
 
 
-async def test_directives_go_to_the_attempt_that_runs(store: Store) -> None:
+async def test_directives_go_to_the_running_attempt_only(store: Store) -> None:
     attempt = await started(store)
     assert (await store.apply(Direct(attempt, 7, "me"))).status == "running"
     assert (await store.apply(Direct(attempt._replace(fence=1), 7, "me"))).status == "idle"
@@ -338,7 +339,7 @@ async def test_directives_go_to_the_attempt_that_runs(store: Store) -> None:
         ({"stall_timeout": 0.001}, Reason.REASON_STALLED),
     ],
 )
-async def test_each_clock_ends_the_attempt_in_its_own_name(
+async def test_each_timer_ends_the_attempt_with_its_reason(
     store: Store, timers: dict[str, int], reason: Reason.ValueType
 ) -> None:
     values = {"service": METHOD.service, "name": "Do", "request": "q", "response": "r"}
@@ -352,7 +353,7 @@ async def test_each_clock_ends_the_attempt_in_its_own_name(
     assert (await store.apply(Succeed("a1", attempt, b""))).status is ReportStatus.STALE
 
 
-async def test_the_total_timeout_ends_the_task_wherever_it_is(store: Store) -> None:
+async def test_the_total_timeout_ends_a_queued_task(store: Store) -> None:
     method = TaskMethod(service=METHOD.service, name="Do", request="q", response="r", total_timeout=0.001)
     waiting = (await submit(store, method=method)).task_id
     await asyncio.sleep(0.01)
@@ -363,7 +364,7 @@ async def test_the_total_timeout_ends_the_task_wherever_it_is(store: Store) -> N
     assert await take(store) == []
 
 
-async def test_a_lease_is_renewed_by_heartbeats_and_by_coming_back(store: Store) -> None:
+async def test_a_lease_is_renewed_by_heartbeats_and_by_resuming(store: Store) -> None:
     method = TaskMethod(
         service=METHOD.service, name="Do", request="q", response="r", heartbeat_timeout=0.4, backoff=METHOD.backoff
     )
@@ -377,7 +378,7 @@ async def test_a_lease_is_renewed_by_heartbeats_and_by_coming_back(store: Store)
     assert kept.traceparent
 
 
-async def test_finished_tasks_are_forgotten_with_all_that_belongs_to_them(redis_url: str) -> None:
+async def test_finished_tasks_are_removed_with_all_their_keys(redis_url: str) -> None:
     store = Store(redis_url, shards=4, retention=0.001)
     await store.open()
     submitted = await submit(store, key="k")
@@ -392,7 +393,7 @@ async def test_finished_tasks_are_forgotten_with_all_that_belongs_to_them(redis_
     await store.close()
 
 
-async def test_tasks_go_to_recipients_in_turn_and_the_oldest_first(store: Store) -> None:
+async def test_tasks_go_to_recipients_in_turn_oldest_first(store: Store) -> None:
     ids = [(await submit(store)).task_id for _ in range(5)]
     recipients = tuple(Recipient(name, f"{name}-1", 2, (METHOD.full_name,)) for name in ("a", "b"))
     offered = await store.offer(Offer(SHARD, 1.0, recipients))
@@ -437,18 +438,18 @@ async def test_lists_are_paged_newest_first_and_filtered(store: Store) -> None:
 
 
 @pytest.mark.parametrize("token", ["!", "bm9wZQ==", "MTIzIG5vcGU=", "é"])
-async def test_a_page_token_of_no_list_is_refused(store: Store, token: str) -> None:
+async def test_a_foreign_page_token_is_refused(store: Store, token: str) -> None:
     with pytest.raises(InvalidArgument, match="page_token"):
         await list_tasks(store, TaskFilter(), 3, token)
 
 
 @pytest.mark.parametrize("task_id", ["", "t1", "t1-xyz", "x1-" + "0" * 26, "t01-" + "0" * 26, "t1-" + "U" * 26])
-def test_what_is_no_task_id_names_no_shard(task_id: str) -> None:
+def test_a_malformed_task_id_is_unknown(task_id: str) -> None:
     with pytest.raises(UnknownTask):
         shard_of(task_id)
 
 
-async def test_a_fence_that_the_store_does_not_know_raises_its_epoch(store: Store) -> None:
+async def test_an_unknown_fence_raises_the_epoch(store: Store) -> None:
     attempt = await started(store)
     assert not await store.check_fence(attempt)
     lost = attempt._replace(fence=attempt.fence + 1000)
@@ -466,7 +467,7 @@ async def test_a_store_of_another_layout_is_refused(redis_url: str, store: Store
     await other.close()
 
 
-async def test_an_absent_store_says_so() -> None:
+async def test_a_store_that_does_not_answer_is_unavailable() -> None:
     store = Store("redis://127.0.0.1:1/0")
     with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:1 does not answer"):
         await store.open()
@@ -474,7 +475,7 @@ async def test_an_absent_store_says_so() -> None:
 
 
 @pytest.mark.parametrize("url", ["http://x", "127.0.0.1:6379", "redis://x:port/0", "redis://h/0?unknown=1&"])
-def test_a_url_that_is_none_is_refused_without_showing_its_password(url: str) -> None:
+def test_a_malformed_url_is_refused_without_showing_its_password(url: str) -> None:
     with pytest.raises(InvalidSetting) as caught:
         Store(url.replace("://", "://user:secret@"))
     assert "secret" not in caught.value.message

@@ -1,4 +1,4 @@
-"""The store against a model of it, in any order of events: one accepted result, rising fences, one record each."""
+"""The store compared with a model in any order of events: one result, rising fences, one record per transition."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from orki_contract.trace import new_span
 from orki_control.session import AttemptKey
 from orki_server import _keys as keys
 from orki_server._events import Outbox
-from orki_server._keys import ShardKeys, new_task_id, shard_of, shard_of_key
+from orki_server._keys import ShardKeys
 from orki_server._store.operations import (
     Accept,
     AcknowledgeCancel,
@@ -44,6 +44,9 @@ from orki_server._store.operations import (
     Resume,
     Succeed,
     Sweep,
+    new_task_id,
+    shard_of,
+    shard_of_key,
 )
 from orki_server._store.script import Operation
 from orki_server._store.store import Store
@@ -60,11 +63,11 @@ METHOD = TaskMethod(
 AGENTS = ("a", "b")
 STRANGER = st.sampled_from([False] * 5 + [True])
 Held: TypeAlias = tuple[AttemptKey, str]
-"""An attempt, and the agent to whom it was offered."""
+"""An attempt and the agent to which it was offered."""
 
 
 def named(held: Held, stranger: bool) -> Held:
-    """The attempt, in the mouth of its agent or of another."""
+    """Return the attempt with its agent, or with another agent."""
     key, agent = held
     return key, AGENTS[AGENTS.index(agent) ^ stranger]
 
@@ -79,7 +82,7 @@ TERMINAL = (SUCCEEDED, FAILED, CANCELLED)
 
 @dataclass
 class Model:
-    """What one task should be."""
+    """The expected state of one task."""
 
     task_id: str
     most: int
@@ -90,7 +93,7 @@ class Model:
     started: int = 0
     waiting: bool = False
     unanswered: bool = False
-    told: int = 0
+    progress_index: int = 0
     taken: tuple[int, str] = (0, "")
     acknowledged: bool = False
     kinds: list[str] = field(default_factory=lambda: ["submitted"])
@@ -122,14 +125,14 @@ class Model:
             self.end("failed")
 
     def report(self, agent: str, key: AttemptKey) -> ReportStatus:
-        """The verdict on a result, before it is applied."""
+        """Return the expected status of a result."""
         if self.taken == (key.fence, agent):
             return ReportStatus.REPEATED
         return ReportStatus.ACCEPTED if self.holds(agent, key) else ReportStatus.STALE
 
 
 class StoreLaws(RuleBasedStateMachine):
-    """Steps the store and the model alike."""
+    """Applies each step to the store and to the model."""
 
     url: ClassVar[str]
     tasks = Bundle("tasks")
@@ -158,8 +161,8 @@ class StoreLaws(RuleBasedStateMachine):
         self.redis.close()
 
     @initialize(target=attempts)
-    def nobody(self) -> Held:
-        """An attempt that never was."""
+    def unknown_attempt(self) -> Held:
+        """An attempt that does not exist."""
         return AttemptKey(new_task_id(0), 1, 1), "a"
 
     # --- submitters ---
@@ -246,7 +249,7 @@ class StoreLaws(RuleBasedStateMachine):
         assert key.attempt == model.attempt + 1
         self.last_fence[shard] = key.fence
         model.state, model.attempt, model.fence, model.agent = OFFERED, key.attempt, key.fence, agent
-        model.unanswered, model.told, model.acknowledged = True, 0, False
+        model.unanswered, model.progress_index, model.acknowledged = True, 0, False
         model.kinds.append("offered")
         return key, agent
 
@@ -280,12 +283,12 @@ class StoreLaws(RuleBasedStateMachine):
         answer, model = self.apply(ReportProgress(agent, key, 100, index, b"p")), self.models.get(key.task_id)
         if model is None or not model.holds(agent, key):
             assert answer.status is ReportStatus.STALE
-        elif index <= model.told:
+        elif index <= model.progress_index:
             assert answer.status is ReportStatus.REPEATED
         else:
             assert answer.status is ReportStatus.ACCEPTED
             model.start()
-            model.told = index
+            model.progress_index = index
 
     @rule(held=attempts, stranger=STRANGER)
     def acknowledge_cancel(self, held: Held, stranger: bool) -> None:
@@ -352,7 +355,7 @@ class StoreLaws(RuleBasedStateMachine):
 
     @rule(task_id=tasks)
     def time_is_up(self, task_id: str) -> None:
-        """Whatever the task waits for is due now."""
+        """The task's next timer is due now."""
         names, model = ShardKeys(shard_of(task_id)), self.models[task_id]
         if model.state in TERMINAL or (model.state == QUEUED and not model.waiting):
             return
@@ -407,7 +410,7 @@ class StoreLaws(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(300)
-def test_the_store_keeps_its_laws_in_any_order(valkey: EmbeddedServer) -> None:
+def test_the_store_agrees_with_its_model_in_any_order_of_events(valkey: EmbeddedServer) -> None:
     StoreLaws.url = valkey.url
     run_state_machine_as_test(
         StoreLaws,

@@ -1,4 +1,4 @@
-"""`orki up` as a process: everything starts, answers, and ends with nothing left behind."""
+"""`orki up` as a process: everything starts, answers, and stops without leftovers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.timeout(120)
-async def test_up_starts_everything_and_ends_it_in_order(tmp_path: Path) -> None:
+async def test_up_starts_everything_and_stops_it_in_order(tmp_path: Path) -> None:
     process, facts = await start("--listen", "127.0.0.1:0", "--directory", str(tmp_path))
     assert set(facts) == {"address", "redis_url", "metrics", "feed", "audit", "pids"}
     async with grpc.aio.insecure_channel(str(facts["address"])) as channel:
@@ -71,7 +71,7 @@ async def test_up_starts_everything_and_ends_it_in_order(tmp_path: Path) -> None
 
 
 @pytest.mark.timeout(120)
-async def test_up_ends_when_its_orchestrator_does() -> None:
+async def test_up_ends_when_its_orchestrator_ends() -> None:
     process, facts = await start("--listen", "127.0.0.1:0", "--no-observers")
     pids = facts["pids"]
     assert isinstance(pids, dict)
@@ -81,8 +81,10 @@ async def test_up_ends_when_its_orchestrator_does() -> None:
     process._transport.close()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("place", "says"), [("/proc/orki-up", "cannot be made"), ("file/below", "cannot be made")])
-def test_a_folder_that_cannot_be_made_is_told_in_one_sentence(tmp_path: Path, place: str, says: str) -> None:
+@pytest.mark.parametrize(
+    ("place", "says"), [("/proc/orki-up", "cannot be created"), ("file/below", "cannot be created")]
+)
+def test_up_reports_an_unusable_folder_in_one_sentence(tmp_path: Path, place: str, says: str) -> None:
     (tmp_path / "file").touch()
     ran = CliRunner().invoke(root, ["up", "--directory", str(tmp_path / place)])
     assert ran.exit_code == 1
@@ -91,20 +93,20 @@ def test_a_folder_that_cannot_be_made_is_told_in_one_sentence(tmp_path: Path, pl
     assert ran.output.count("\n") == 1
 
 
-def test_the_embedded_server_names_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_the_embedded_server_reports_an_unusable_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InvalidSetting, match="cannot keep its files in"):
         EmbeddedServer(EmbeddedOptions(directory=tmp_path / "file/valkey")).start()
 
 
-async def test_a_part_that_ends_before_it_is_ready_is_named() -> None:
+async def test_a_part_that_ends_before_it_is_ready_is_reported() -> None:
     supervisor = Supervisor()
     with pytest.raises(PartEnded, match="broken ended with exit code 3"):
         await supervisor.add(Part(name="broken", argv=(sys.executable, "-c", "raise SystemExit(3)")))
     await supervisor.stop()
 
 
-async def test_a_part_that_is_not_essential_is_started_again(tmp_path: Path) -> None:
+async def test_a_part_that_is_not_essential_is_restarted(tmp_path: Path) -> None:
     marks = tmp_path / "starts"
     script = f"open({str(marks)!r}, 'a').write('x'); print('ready', flush=True); import time; time.sleep(0.2)"
     supervisor = Supervisor()
@@ -117,7 +119,7 @@ async def test_a_part_that_is_not_essential_is_started_again(tmp_path: Path) -> 
     assert not supervisor.failed.done()
 
 
-def test_the_embedded_server_keeps_what_is_appended_over_a_kill(tmp_path: Path) -> None:
+def test_the_embedded_server_keeps_appended_writes_after_a_kill(tmp_path: Path) -> None:
     with EmbeddedServer(EmbeddedOptions(directory=tmp_path, append_only=True)) as server:
         with Redis.from_url(server.url) as redis:
             redis.set("k", "v")
@@ -128,14 +130,14 @@ def test_the_embedded_server_keeps_what_is_appended_over_a_kill(tmp_path: Path) 
             assert redis.get("k") == b"v"
 
 
-def test_the_embedded_server_says_that_its_port_is_taken(tmp_path: Path) -> None:
+def test_the_embedded_server_reports_a_taken_port(tmp_path: Path) -> None:
     with EmbeddedServer() as first:
         port = int(first.url.rsplit(":", 1)[1].split("/")[0])
         with pytest.raises(InvalidSetting, match="it is taken"):
             EmbeddedServer(EmbeddedOptions(directory=tmp_path, port=port)).start()
 
 
-def test_those_who_want_the_usual_port_at_once_all_get_one() -> None:
+def test_second_start_picks_another_port_than_the_usual_one() -> None:
     with EmbeddedServer() as first:
         usual = int(first.url.rsplit(":", 1)[1].split("/")[0])
     servers = [EmbeddedServer(EmbeddedOptions(usual_port=usual)) for _ in range(4)]
@@ -152,7 +154,7 @@ def test_those_who_want_the_usual_port_at_once_all_get_one() -> None:
 
 
 @pytest.mark.parametrize("port", [-1, 65536])
-def test_a_port_that_is_none_is_refused(port: int) -> None:
+def test_a_port_out_of_range_is_refused(port: int) -> None:
     with pytest.raises(InvalidSetting):
         EmbeddedOptions(port=port)
     with pytest.raises(InvalidSetting):

@@ -241,7 +241,7 @@ def _tool(old: ReadContract, new: ReadContract, was: ToolMethod, now: ToolMethod
     # A call whose fate is not known: the caller repeats it if its contract lets it, whatever the other side's says.
     for caller, tool in ((was, now), (now, was)):
         if caller.idempotent and not tool.idempotent:
-            yield "a call is repeated that must not be"
+            yield "a call is run_repeatedly that must not be"
 
 
 def _plain(old: ReadContract, new: ReadContract) -> Iterator[Break]:

@@ -1,8 +1,6 @@
-"""Small workspaces of the tests' own, and what the gate says of two of them."""
+"""Small workspaces for tests, and the evaluation of one against others."""
 
 from __future__ import annotations
-
-__all__ = ["Tree", "generated", "verdict_of"]
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,12 +9,12 @@ from datetime import date
 from functools import cache
 from pathlib import Path
 
+from orki_codegen._gate.accepted import parse_accepted
+from orki_codegen._gate.contracts import read_tree
+from orki_codegen._gate.distributions import Baseline, Release, find_members
+from orki_codegen._gate.evaluate import Policy, evaluate
+from orki_codegen._gate.findings import Evaluation
 from orki_codegen.buf import Buf
-from orki_codegen.gate.accepted import parse_accepted
-from orki_codegen.gate.contracts import present
-from orki_codegen.gate.judge import Terms, Verdict, judge
-from orki_codegen.gate.members import find_members
-from orki_codegen.gate.past import Past, Release
 from orki_contract.images import package_images
 from orki_contract.versions import ContractVersion, version_at
 
@@ -36,11 +34,11 @@ sources = ["gen", "src"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tree:
-    """A workspace to be.
+    """The contents of a workspace.
 
     Attributes:
-        protos: Text by path below proto/; a syntax, and the import of the options, are put before it.
-        versions: The version of each distribution; it owns the proto packages that begin with its name.
+        protos: Text by path below proto/, without the syntax and the import of the options.
+        versions: The version of each distribution, which owns the proto packages that begin with its name.
         needs: The dependencies of a distribution.
         sources: Hand-written modules by path, such as `acme-review/src/acme_review/__init__.py`.
     """
@@ -51,7 +49,7 @@ class Tree:
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def edited(self, path: str, before: str, after: str) -> Tree:
-        """The tree with one proto or module changed."""
+        """Return the tree with one proto or module changed."""
         for name, texts in (("protos", self.protos), ("sources", self.sources)):
             if path in texts:
                 assert before in texts[path], f"{path} holds no {before}"
@@ -59,13 +57,13 @@ class Tree:
         raise LookupError(path)
 
     def promising(self, **versions: str) -> Tree:
-        """The tree with other versions; `_` in a name stands for `-`."""
+        """Return the tree with other versions; `_` in a name means `-`."""
         return replace(
             self, versions={**self.versions, **{name.replace("_", "-"): each for name, each in versions.items()}}
         )
 
     def lay_out(self, root: Path) -> Path:
-        """Writes it."""
+        """Write it to a folder."""
         for path, text in self.protos.items():
             package = path.rpartition("/")[0].replace("/", ".")
             head = f'syntax = "proto3";\npackage {package};\nimport "{OPTIONS}";\n'
@@ -88,22 +86,22 @@ class Tree:
 
 @cache
 def contract_of(root: Path) -> ContractVersion:
-    """A workspace's contract; such a past is looked at by many tests."""
+    """Return a workspace's contract, cached because many tests share a baseline."""
     return version_at(str(root))
 
 
-def verdict_of(
+def evaluation_of(
     old: Path | Sequence[Path], new: Path, *, accepted: str = "", today: date = TODAY, streams_only: Sequence[bool] = ()
-) -> Verdict:
-    """What the gate says of a workspace, with one or several others for its past (the last release first)."""
-    pasts = []
+) -> Evaluation:
+    """Evaluate a workspace against one or several others, the last release first."""
+    baselines = []
     olds = [old] if isinstance(old, Path) else list(old)
     for index, each in enumerate(olds):
         releases = {
             member.name: Release(
                 name=member.name,
                 version=member.version,
-                origin="the past",
+                origin="the baseline",
                 packages=member.contracts,
                 imports=(each / member.folder / "src",),
                 folder=each / member.folder,
@@ -113,14 +111,14 @@ def verdict_of(
             for member in find_members(each).values()
         }
         limited = index < len(streams_only) and streams_only[index]
-        pasts.append(Past(releases=releases, contract=contract_of(each), streams_only=limited))
+        baselines.append(Baseline(releases=releases, contract=contract_of(each), streams_only=limited))
     buf = Buf(new)
-    now = present(new, find_members(new), buf)
-    return judge(pasts, now, Terms(accepted=parse_accepted(accepted), today=today, lenient=True), buf)
+    tree = read_tree(new, find_members(new), buf)
+    return evaluate(baselines, tree, Policy(accepted=parse_accepted(accepted), today=today, lenient=True), buf)
 
 
 def generated(root: Path) -> Path:
-    """Puts the images where the generator puts them; the gate reads nothing else of generated code."""
+    """Write the images to the generator's paths; the gate reads no other generated code."""
     image = Buf(root).image()
     for member in find_members(root).values():
         for package, content in package_images(image, member.contracts).items():

@@ -1,6 +1,38 @@
-"""The runtime of an orki agent: the session with its orchestrator, task handlers, and tools over the hot path."""
+"""orki's agent runtime: write handlers of tasks and run them as an agent.
 
-from orki_agent.agent import Agent
-from orki_agent.settings import RunSettings, ToolsAt
+```python
+from greenhouse.v1.watering_orki import WaterBedRequest, WaterBedResponse, WateringServiceBase
+from orki_agent import Agent, TaskContext
 
-__all__ = ["Agent", "RunSettings", "ToolsAt"]
+class Gardener(WateringServiceBase):
+    async def water_bed(self, request: WaterBedRequest, ctx: TaskContext[None]) -> WaterBedResponse:
+        return WaterBedResponse(millilitres=250)
+
+agent = Agent("gardener", Gardener(), slots=4)
+```
+
+`orki-agent run gardener:agent` serves it. The runtime keeps the session with the orchestrator, renews leases, delivers
+cancels and publishes lifecycle events. `orki_agent.testing` runs one handler in a test, and `orki_agent.hotpath` holds
+the tool bridge and its clients.
+"""
+
+from orki_agent._agent import Agent
+from orki_agent._settings import RunSettings, ToolsAt
+from orki_contract import SyncTaskContext, TaskChannel, TaskContext, TaskHandle, ToolCall
+from orki_contract.errors import Cancelled, HandlerFailed, HandlerRejected, OrkiError, ToolFailed
+
+__all__ = [
+    "Agent",
+    "Cancelled",
+    "HandlerFailed",
+    "HandlerRejected",
+    "OrkiError",
+    "RunSettings",
+    "SyncTaskContext",
+    "TaskChannel",
+    "TaskContext",
+    "TaskHandle",
+    "ToolCall",
+    "ToolFailed",
+    "ToolsAt",
+]

@@ -1,8 +1,6 @@
-"""`python -m orki_agent`."""
+"""`python -m orki_agent`: the `orki-agent` command."""
 
-from orki_agent.cli import main
-
-__all__: list[str] = []
+from orki_agent._cli import main
 
 if __name__ == "__main__":
     main(prog_name="orki-agent")

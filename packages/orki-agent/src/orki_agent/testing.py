@@ -1,4 +1,4 @@
-"""Running one handler in process, without an orchestrator: what an agent's author tests with.
+"""Tests of handlers: run one handler in this process, without an orchestrator.
 
 ```python
 async def test_reviews_an_empty_file():
@@ -7,7 +7,7 @@ async def test_reviews_an_empty_file():
     assert [delta.fraction for delta in run.progress] == [0.5]
 ```
 
-The handler, its context and its tools (over a real bridge) are those of a real agent; only the session is not there.
+The handler, its context and its tools (over a real bridge) are those of a real agent. Only the session is missing.
 """
 
 from __future__ import annotations
@@ -23,15 +23,11 @@ from google.protobuf.message import Message
 from orki.control.v1.attempt_pb2 import Failure
 from orki.events.v1.usage_orki import USAGE
 from orki.events.v1.usage_pb2 import UsageEvent
-from orki_agent.async_handlers import AsyncExecution
-from orki_agent.catalog import Handler, find_handlers
-from orki_agent.crossing import Mailbox
-from orki_agent.execution import Execution
+from orki_agent._handlers import AsyncExecution, Execution, SyncExecution, decode
+from orki_agent._services import Handler, Offered, find_handlers
+from orki_agent._threads import Mailbox
+from orki_agent._tools import ToolAccess, ToolServices
 from orki_agent.hotpath._thread_pool import ThreadPool
-from orki_agent.outcomes import decode
-from orki_agent.surroundings import Offered
-from orki_agent.sync_handlers import SyncExecution
-from orki_agent.tool_access import ToolAccess, ToolServices
 from orki_contract import EventStream, SyncToolChannel, TaskChannel, ToolChannel
 from orki_contract.errors import Cancelled, InvalidSetting, OrkiError, WaitTimeout, error_for
 from orki_contract.trace import Span, new_span
@@ -45,7 +41,7 @@ _ATTEMPT: Final = AttemptKey("test-task", 1, 1)
 
 
 class Published(NamedTuple):
-    """An event that a handler published, or that its tool calls became."""
+    """An event that a handler published, or the event of a tool call."""
 
     stream: str
     event: Message
@@ -54,14 +50,14 @@ class Published(NamedTuple):
 
 @dataclass(slots=True)
 class HandlerRun:
-    """What came of a handler.
+    """The result of a handler.
 
     Attributes:
-        progress: Its progress, in order.
+        progress: Its progress messages, in order.
         usage: Its uses of language models.
-        events: All that was published, tool calls among them.
-        failure: What the orchestrator would have been told, had it failed; None where it did not.
-        cancelled: Whether it ended because it was cancelled.
+        events: All published events, including those of tool calls.
+        failure: The failure that the orchestrator would receive; None for a handler that succeeded.
+        cancelled: Whether the handler ended because it was cancelled.
     """
 
     progress: list[Any] = field(default_factory=list)
@@ -76,7 +72,7 @@ class HandlerRun:
         """The response.
 
         Raises:
-            OrkiError: The typed error that the submitter would see.
+            OrkiError: The typed error that the submitter would receive.
         """
         if self.cancelled:
             raise Cancelled("the handler was cancelled")
@@ -88,45 +84,44 @@ class HandlerRun:
         return self._response
 
     def of(self, stream: EventStream[E, Any]) -> list[E]:
-        """The events of one stream."""
+        """Return the events of one stream."""
         return [each.event for each in self.events if isinstance(each.event, stream.message)]
 
 
 class RunningHandler:
-    """A handler at work in a test."""
+    """A handler that runs in a test.
+
+    Attributes:
+        run: Its result so far.
+    """
 
     def __init__(self, execution: Execution, run: HandlerRun, ended: asyncio.Event, flush: Callable[[], None]) -> None:
         self._execution = execution
         self._flush = flush
-        self._run = run
+        self.run = run
         self._ended = ended
 
-    @property
-    def so_far(self) -> HandlerRun:
-        """What has come of it by now."""
-        return self._run
-
     def direct(self, directive: Message) -> None:
-        """Sends a directive."""
+        """Send a directive."""
         self._execution.direct(directive.SerializeToString())
 
     def cancel(self) -> None:
-        """Asks for its end, as an orchestrator would; asking again asks harder."""
+        """Cancel the handler, as an orchestrator would. A repeated call cancels again."""
         self._execution.cancel()
 
     async def wait(self, timeout: float = 10.0) -> HandlerRun:
-        """Waits for its end.
+        """Wait for its end.
 
         Raises:
-            WaitTimeout: It took longer than `timeout` seconds.
+            WaitTimeout: The handler did not end within `timeout` seconds.
         """
         try:
             async with asyncio.timeout(timeout):
                 await self._ended.wait()
         except TimeoutError:
-            raise WaitTimeout(f"the handler has not ended within {timeout} s") from None
+            raise WaitTimeout(f"the handler did not end within {timeout} s") from None
         self._flush()
-        return self._run
+        return self.run
 
 
 async def run_handler(
@@ -139,20 +134,20 @@ async def run_handler(
     cancel_after: float | None = None,
     timeout: float = 10.0,
 ) -> HandlerRun:
-    """Runs a handler to its end.
+    """Run a handler to its end.
 
     Args:
         handler: A bound method of a task service, such as `Reviewer().review_file`.
         request: Its request.
-        directives: Sent at once, in this order.
+        directives: Directives to send at once, in this order.
         tools: Tool services behind `ctx.tools`, on a real bridge in this process.
-        client: What `ctx.client` gives.
-        cancel_after: Seconds until somebody asks for its end; None for nobody.
-        timeout: Longest wait in seconds.
+        client: The channel behind `ctx.client`.
+        cancel_after: Seconds until the handler is cancelled; None for no cancel.
+        timeout: Maximum wait in seconds.
 
     Raises:
-        WaitTimeout: It took longer than `timeout`.
-        InvalidSetting: `handler` is no method of a task service.
+        WaitTimeout: The handler did not end within `timeout`.
+        InvalidSetting: `handler` is not a method of a task service.
     """
     async with start_handler(handler, request, tools=tools, client=client) as running:
         for directive in directives:
@@ -171,9 +166,9 @@ async def start_handler(
     client: TaskChannel | None = None,
     attempt: AttemptKey = _ATTEMPT,
 ) -> AsyncIterator[RunningHandler]:
-    """Starts a handler, for tests that speak to it while it runs. It is cancelled at the end, if it still runs.
+    """Start a handler, for tests that interact with it. It is cancelled at the end of the block if it still runs.
 
-    The handler has been called when the block begins: a cancel from there is one that it sees.
+    The handler was called before the block begins, so it sees a cancel from there.
     """
     found = _find(handler)
     run = HandlerRun()
@@ -191,17 +186,17 @@ async def start_handler(
         return found.call(*arguments)
 
     services = tuple(tools) if isinstance(tools, Iterable) else (tools,)
-    bench = _Bench(run, found, client, services, loop)
+    agent = _TestAgent(run, found, client, services, loop)
     offered = Offered(attempt, request.SerializeToString(), new_span())
-    crew = ThreadPool("orki-test-handler")
+    pool = ThreadPool("orki-test-handler")
     execution: Execution
     if found.is_async:
-        execution = AsyncExecution(offered, replace(found, call=call), bench, on_end, user, 64)
+        execution = AsyncExecution(offered, replace(found, call=call), agent, on_end, user, 64)
     else:
-        execution = SyncExecution(offered, replace(found, call=call), bench, on_end, crew, 64)
-    bench.execution = execution
-    bench.tools.start(user.post)
-    running = RunningHandler(execution, run, ended, bench.tools.flush)
+        execution = SyncExecution(offered, replace(found, call=call), agent, on_end, pool, 64)
+    agent.execution = execution
+    agent.tools.start(user.post)
+    running = RunningHandler(execution, run, ended, agent.tools.flush)
     try:
         execution.start()
         await begun.wait()
@@ -210,12 +205,12 @@ async def start_handler(
         if not ended.is_set():
             execution.cancel()
             await running.wait()
-        await bench.tools.close()
-        crew.close(1.0)
+        await agent.tools.close()
+        pool.close(1.0)
 
 
-class _Bench:
-    """Surroundings that remember."""
+class _TestAgent:
+    """Agent services that record."""
 
     agent_id = "test-agent"
     max_payload_bytes = DEFAULT_MESSAGE_BYTES
@@ -260,7 +255,7 @@ class _Bench:
 
     def task_channel(self) -> TaskChannel:
         if self._client is None:
-            raise InvalidSetting("the handler submits tasks: give the test a client=")
+            raise InvalidSetting("the handler submits tasks: pass client= to the test")
         return self._client
 
 
@@ -274,7 +269,9 @@ def _find(handler: Callable[[Any, Any], Any]) -> Handler:
     for each in handlers.values():
         if each.task.attribute == name:
             return each
-    raise InvalidSetting(f"{handler!r} is no handler: give a bound method of a task service, such as Reviewer().review")
+    raise InvalidSetting(
+        f"{handler!r} is not a handler: give a bound method of a task service, such as Reviewer().review"
+    )
 
 
 def _take(run: HandlerRun, handler: Handler, outcome: Outcome) -> None:

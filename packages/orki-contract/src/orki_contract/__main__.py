@@ -27,28 +27,28 @@ from orki_contract.model import (
     dump,
     duration_text,
 )
-from orki_contract.printing import say
+from orki_contract.printing import print_line
 from orki_contract.read import ReadContract, merged, read_image
 from orki_contract.validate import validate
 from orki_contract.versions import ContractVersion, version_at
 
 _DUMP = """\
-Shows what a contract declares: streams with their groups, tasks, tools, frames, sensitive fields.
+Show what a contract declares: streams with their groups, tasks, tools, frames, sensitive fields.
 
 SOURCE is one of:
   contract.binpb       an image: a serialized FileDescriptorSet with its imports (`buf build -o` writes one)
   acme-1.0-….whl       a wheel; every contract.binpb in it is read
-  packages/acme        a folder; likewise, hidden folders left out; this one unless another is given
+  packages/acme        a folder; every contract.binpb in it is read, except in hidden folders (default: .)
   orki-events          an installed distribution
   orki.events.v1       an installed proto package
 
-Exit status: 0; 1, the source breaks a rule of contracts (it is shown all the same); 2, the source cannot be read.
+Exit status: 0, valid; 1, the contract violates a rule (it is still shown); 2, the source cannot be read.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status."""
-    parser = argparse.ArgumentParser(prog="orki-contract", description="Looks at orki contracts.")
+    """Run the command and return its exit status."""
+    parser = argparse.ArgumentParser(prog="orki-contract", description="Show and compare orki contracts.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     dumping = commands.add_parser(
         "dump",
@@ -57,9 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     dumping.add_argument(
-        "source", metavar="SOURCE", nargs="?", default=".", help="an image, a wheel, a folder, or what is installed (.)"
+        "source",
+        metavar="SOURCE",
+        nargs="?",
+        default=".",
+        help="image, wheel, folder or package (default: .)",
     )
-    dumping.add_argument("--json", action="store_true", help="as JSON: an object for each proto package")
+    dumping.add_argument("--json", action="store_true", help="print JSON: an object for each proto package")
     _add_diff(commands)
     given = parser.parse_args(arguments)
     try:
@@ -87,12 +91,12 @@ def _dump(source: str, *, as_json: bool) -> int:
             digests = dict(_digests(image.content, contract))
             packages[name] = {**dump(contract), "digests": digests}
             texts.append("\n".join([name, *_table(contract, digests)]))
-    say(json.dumps(packages, indent=2) if as_json else "\n\n".join(texts))
+    print_line(json.dumps(packages, indent=2) if as_json else "\n\n".join(texts))
     return status
 
 
 def _packages(read: ReadContract, *, shipped: bool) -> Iterator[tuple[str, Contract]]:
-    """The proto packages to show, by name: all that declare something, or in a shipped image those it was made for."""
+    """Return the proto packages to show: those that declare something, or those that a shipped image owns."""
     files = read.schema.files
     imported = {
         files[path].package
@@ -130,7 +134,7 @@ def _table(contract: Contract, digests: Mapping[str, str]) -> Iterator[str]:
     ]
     if not rows:
         yield "  declares no stream, task, tool or frame"
-    # A few long names do not push everything else to the right.
+    # Ignore a few long names when aligning the columns.
     column = max((len(label) for label, _ in rows if len(label) <= 48), default=0)
     for label, text in rows:
         yield f"  {label:<{column}}  {text}".rstrip()
@@ -148,7 +152,7 @@ def _stream(stream: Stream) -> Iterator[_Row]:
 
 
 def _bounds(retention: Retention) -> str:
-    """What a deployment may set, for people: `500 to 5000 entries, 1 min to 1 h`."""
+    """Describe the settings of a deployment, such as `500 to 5000 entries, 1 min to 1 h`."""
     least, most = retention.entries_bounds
     shortest, longest = retention.age_bounds
     return f"{least} to {most} entries" + (
@@ -178,7 +182,7 @@ _NAMES = frozenset({"name", "service", "opcode", "request", "response", "progres
 
 
 def _words(value: Group | TaskMethod | ToolMethod | Backoff) -> str:
-    """The settings that differ from their defaults, in words."""
+    """Describe the settings that differ from their defaults."""
     told = []
     for field in fields(value):
         given = getattr(value, field.name)
@@ -188,7 +192,7 @@ def _words(value: Group | TaskMethod | ToolMethod | Backoff) -> str:
 
 
 _DIFF = """\
-Tells what changed between two contracts: in which plane, who is concerned, and which bump it asks for.
+Show the changes between two contracts: the plane, the affected parts, and the required version bump.
 
 OLD and NEW are each one of:
   contract.binpb       an image: a serialized FileDescriptorSet with its imports (`buf build -o` writes one)
@@ -198,11 +202,11 @@ OLD and NEW are each one of:
   orki-events          an installed distribution
   orki.events.v1       an installed proto package
 
-A wheel, or a folder of images, speaks for the packages that it owns, and only they are compared.
+For a wheel or a folder of images, only the packages that it owns are compared.
 """
 
 _DIFF_STATUS = """\
-Exit status: 0, nothing breaks; 1, something asks for a major bump; 2, OLD or NEW cannot be read.
+Exit status: 0, compatible; 1, a change requires a major bump; 2, OLD or NEW cannot be read.
 """
 
 
@@ -210,20 +214,20 @@ def _add_diff(commands: Any) -> None:
     """Adds the command to an argparse parser's commands."""
     parser = commands.add_parser(
         "diff",
-        help="tell what changed between two contracts",
+        help="show the changes between two contracts",
         description=_DIFF,
         epilog=_DIFF_STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("old", metavar="OLD", help="the version that users have")
-    parser.add_argument("new", metavar="NEW", help="the version to judge")
+    parser.add_argument("old", metavar="OLD", help="the released version")
+    parser.add_argument("new", metavar="NEW", help="the version to check")
     shape = parser.add_mutually_exclusive_group()
-    shape.add_argument("--json", action="store_true", help="as JSON: an object with bump, packages and findings")
-    shape.add_argument("--github", action="store_true", help="as annotations of GitHub's workflows")
+    shape.add_argument("--json", action="store_true", help="print JSON: an object with bump, packages and findings")
+    shape.add_argument("--github", action="store_true", help="print GitHub workflow annotations")
 
 
 def _diff(given: argparse.Namespace) -> int:
-    """Runs the command and returns its exit status."""
+    """Run the command and return its exit status."""
     try:
         old, new = version_at(given.old), version_at(given.new)
     except OrkiError as error:
@@ -231,12 +235,12 @@ def _diff(given: argparse.Namespace) -> int:
         return 2
     found = _of_packages(findings(old.read, new.read), old, new)
     show = _as_json if given.json else _as_github if given.github else _as_table
-    say(show(found, old, new))
+    print_line(show(found, old, new))
     return 1 if any(finding.bump is Bump.MAJOR for finding in found) else 0
 
 
 def _of_packages(found: tuple[Finding, ...], old: ContractVersion, new: ContractVersion) -> list[Finding]:
-    """The findings of the packages that a side speaks for, where it speaks for some only."""
+    """Return the findings of the packages that the sides own."""
     sides = [side.packages for side in (old, new) if side.packages is not None]
     if not sides:
         return list(found)
@@ -249,7 +253,7 @@ _ORDER: Final = {Bump.MAJOR: 0, Bump.MINOR: 1, Bump.PATCH: 2}
 
 
 def _as_json(found: Sequence[Finding], old: ContractVersion, new: ContractVersion) -> str:
-    """An object: both labels, the bump of all, the bump of each package, and the findings."""
+    """Return JSON: both labels, the overall bump, the bump of each package, and the findings."""
     shown = [_placed(finding, old, new) for finding in found]
     whole = {
         "old": old.label,
@@ -262,18 +266,18 @@ def _as_json(found: Sequence[Finding], old: ContractVersion, new: ContractVersio
 
 
 def _as_github(found: Sequence[Finding], old: ContractVersion, new: ContractVersion) -> str:
-    """Workflow commands: an error for each break, a notice for what is new, and the bump at the end."""
+    """Return GitHub workflow commands: errors for breaking changes, notices for others, and the bump."""
     lines = []
     for finding in _sorted(_placed(each, old, new) for each in found):
         kind = "error" if finding.bump is Bump.MAJOR else "notice"
         place = finding.location
-        # A file that is gone, or a place in the old version, can carry no annotation.
+        # GitHub cannot annotate removed files and old versions.
         spots = [] if finding.gone else [f"file={_property(place.file)}"]
         if spots and place.line:
             spots += [f"line={place.line}", f"col={place.column}"]
         text = f"{finding.message} ({finding.bump})"
         if finding.gone:
-            text += f"\nwas at {place}"
+            text += f"\nformerly at {place}"
         if finding.affected:
             text += f"\naffects {', '.join(finding.affected)}"
         properties = ",".join([*spots, f"title={_property(finding.rule)}"])
@@ -283,7 +287,7 @@ def _as_github(found: Sequence[Finding], old: ContractVersion, new: ContractVers
 
 
 def _as_table(found: Sequence[Finding], old: ContractVersion, new: ContractVersion) -> str:
-    """A table with a row for each finding, breaks first, and the bumps below it."""
+    """Return a table of the findings, breaking changes first, followed by the bumps."""
     width = max(shutil.get_terminal_size((120, 24)).columns, _NARROWEST)
     # What is left after two narrow columns and the spaces between all four.
     rest = width - 5 - 8 - 3 * 2
@@ -292,7 +296,7 @@ def _as_table(found: Sequence[Finding], old: ContractVersion, new: ContractVersi
     if found:
         lines += _row(("bump", "plane", "what changed", "affects"), widths)
     for finding in _sorted(_placed(each, old, new) for each in found):
-        where = f"{'was at ' if finding.gone else ''}{finding.location} [{finding.rule}]"
+        where = f"{'formerly at ' if finding.gone else ''}{finding.location} [{finding.rule}]"
         what = f"{finding.message}\n{where}"
         lines += _row((finding.bump.value, finding.plane.value, what, "\n".join(finding.affected)), widths)
     return "\n".join([*lines, *_summary(found, old, new)])
@@ -322,7 +326,7 @@ def _summary(found: Sequence[Finding], old: ContractVersion, new: ContractVersio
 
 
 def _bumps(found: Sequence[Finding]) -> Mapping[str, Bump]:
-    """What the findings ask of each package."""
+    """Return the required bump of each package."""
     names = sorted({finding.package for finding in found})
     return {name: required_bump(each for each in found if each.package == name) for name in names}
 
@@ -332,7 +336,7 @@ def _sorted(found: Iterator[Finding]) -> list[Finding]:
 
 
 def _placed(finding: Finding, old: ContractVersion, new: ContractVersion) -> Finding:
-    """The finding with places as people reach them."""
+    """Return the finding with source paths."""
     location = _reached(finding.location, (old if finding.gone else new).paths)
     return replace(finding, location=location, before=_reached(finding.before, old.paths))
 
@@ -342,12 +346,12 @@ def _reached(location: Location, paths: Mapping[str, str]) -> Location:
 
 
 def _text(text: str) -> str:
-    """As GitHub asks the text of a workflow command to be written."""
+    """Escape the text of a GitHub workflow command."""
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
 def _property(text: str) -> str:
-    """As GitHub asks a property of a workflow command to be written."""
+    """Escape a property of a GitHub workflow command."""
     return _text(text).replace(":", "%3A").replace(",", "%2C")
 
 

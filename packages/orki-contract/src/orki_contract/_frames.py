@@ -29,12 +29,12 @@ _CODES: Final = {
 
 
 def scalar_code(scalar: Scalar, size: int = 0) -> str:
-    """The `struct` code of a scalar; `size` is the length of `Scalar.BYTES`."""
+    """Return the `struct` code of a scalar; `size` is the length of `Scalar.BYTES`."""
     return f"{size}s" if scalar is Scalar.BYTES else _CODES[scalar]
 
 
 def scalar_size(scalar: Scalar, size: int = 0) -> int:
-    """Length of a scalar in bytes; `size` is the length of `Scalar.BYTES`."""
+    """Return the length of a scalar in bytes; `size` is the length of `Scalar.BYTES`."""
     return Struct("<" + scalar_code(scalar, size)).size
 
 
@@ -52,16 +52,16 @@ def at(
     enum: str = "",
     default: Any = _UNSET,
 ) -> Any:
-    """A field of the block, as generated frame classes write it down.
+    """Declare a field of the block of a generated frame class.
 
     Args:
         offset: First byte, from the start of the block.
         scalar: Its type.
         number: Number in the proto.
         size: Length in bytes of `Scalar.BYTES`.
-        since: Frame version that brought it.
-        enum: Full name of the enum that it holds.
-        default: None for a field of a later version: a frame can be made without it, but not written.
+        since: Frame version that added it.
+        enum: Full name of its enum.
+        default: None for a field of a later version: a frame without it can be created but not encoded.
     """
     length = scalar_size(scalar, size)
     field = FrameField(offset=offset, name="", number=number, scalar=scalar, size=length, since=since, enum=enum)
@@ -69,7 +69,7 @@ def at(
 
 
 def tail(*, default: str | bytes) -> Any:
-    """The field that takes the bytes behind the block: text where its default is a string."""
+    """Declare the field that holds the bytes after the block; it is text if its default is a string."""
     return dataclasses.field(default=default, metadata={_METADATA: None})
 
 
@@ -78,7 +78,7 @@ _F = TypeVar("_F", bound="FrameBase")
 
 @dataclass_transform(frozen_default=True, field_specifiers=(at, tail))
 def frame(message: str, *, version: int, block_length: int) -> Callable[[type[_F]], type[_F]]:
-    """Makes a frozen dataclass with slots, a layout and a codec of a class whose fields are made by `at` and `tail`.
+    """Turn a class with `at` and `tail` fields into a frozen dataclass with slots, a layout and a codec.
 
     Args:
         message: Full name of the message.
@@ -113,10 +113,10 @@ def frame(message: str, *, version: int, block_length: int) -> Callable[[type[_F
 
 
 class FrameBase:
-    """Base of generated frame classes, which `frame` completes.
+    """Base of generated frame classes; the `frame` decorator completes them.
 
-    The fields stand in the order in which they came to be: those of version 1, the tail, those of later versions, which
-    are None where the writer was too old to know them.
+    The fields are in the order of their addition: those of version 1, the tail, those of later versions. Fields that an
+    older writer did not know are None.
 
     Attributes:
         FRAME: The layout.
@@ -148,22 +148,22 @@ class FrameBase:
 
     @classmethod
     def decode(cls, body: bytes | memoryview, block_length: int, version: int = 0) -> Self:
-        """The frame in `body`.
+        """Return the frame in `body`.
 
         Args:
             body: Block and tail.
-            block_length: Length of the block as its writer gave it: bytes of a longer block are skipped, fields behind
-                a shorter one are None.
-            version: Version of the layout as its writer gave it, which tells absent fields inside the block from zeros;
-                0 for this class's own.
+            block_length: The writer's block length: extra bytes of a longer block are skipped, fields beyond a shorter
+                block are None.
+            version: The writer's layout version, which distinguishes absent fields inside the block from zeros; 0 for
+                the version of this class.
 
         Raises:
-            FrameMalformed: The body is shorter than its block, the block lacks a field of version 1, or the tail is no
-                UTF-8.
+            FrameMalformed: The body is shorter than its block, the block lacks a field of version 1, or the tail is
+                not UTF-8.
         """
         codec = cls._CODEC
         if len(body) < block_length:
-            raise FrameMalformed(f"{cls.__name__}: a block of {block_length} bytes, of which {len(body)} came")
+            raise FrameMalformed(f"{cls.__name__}: expected a block of {block_length} bytes, got {len(body)}")
         if block_length >= codec.size and (version >= codec.version or not version):
             values: tuple[Any, ...] = codec.unpack_from(body)
         else:
@@ -177,7 +177,7 @@ class FrameBase:
 
 
 class _Codec:
-    """The layout of one frame class, ready to use."""
+    """The precomputed layout of a frame class."""
 
     __slots__ = (
         "fields",
@@ -197,7 +197,7 @@ class _Codec:
     def __init__(self, frame: Frame, names: tuple[str, ...]) -> None:
         block = tuple(sorted(frame.fields))
         written = [each.name for each in block]
-        # Where the values stand when read: by offset, the tail behind them.
+        # The order of decoded values: by offset, then the tail.
         read = written + [frame.tail] * bool(frame.tail)
         struct = Struct(_format(block, frame.block_length))
         self.frame = frame
@@ -216,7 +216,7 @@ class _Codec:
         self.ordered: Callable[[Any], Any] | None = operator.itemgetter(*order) if moved else None
 
     def unpack_older(self, body: bytes | memoryview, block_length: int, version: int) -> tuple[Any, ...]:
-        """Values of a block that an older version wrote: None where it had no such field."""
+        """Return the values of an older version's block; None for fields that it lacks."""
         padded = bytes(body[: min(block_length, self.size)]).ljust(self.size, b"\0")
         values = list(self.unpack_from(padded))
         for index, field in enumerate(self.fields):
@@ -230,26 +230,26 @@ class _Codec:
         return tuple(values)
 
     def fault(self, frame: Any) -> str:
-        """Which value cannot be written, in words."""
+        """Describe the value that cannot be encoded."""
         for field in self.fields:
             value = getattr(frame, field.name)
-            # A value of bytes may be a secret, such as a token: its length is all that an error may show.
+            # Bytes may be a secret, such as a token, so the error shows only their length.
             shown = f"{len(value)} bytes" if isinstance(value, bytes) else f"{value!r:.60}"
             known = f"{self.frame.message}: {field.name} = {shown}"
             if value is None:
-                return f"{known}: a frame of version {self.version} must carry it"
+                return f"{known}: a frame of version {self.version} requires it"
             if field.scalar is Scalar.BYTES and isinstance(value, bytes) and len(value) != field.size:
                 return f"{known}, not {field.size}"
             try:
                 Struct("<" + scalar_code(field.scalar, field.size)).pack(value)
             except (StructError, OverflowError, TypeError) as error:
                 return f"{known} does not fit {field.scalar}: {error}"
-        kind = "text that UTF-8 can write" if self.text else "bytes"
+        kind = "valid UTF-8 text" if self.text else "bytes"
         return f"{self.frame.message}: the tail {self.frame.tail} is not {kind}"
 
 
 def _format(fields: tuple[FrameField, ...], length: int) -> str:
-    """The block as a `struct` format, little-endian, with its reserved bytes."""
+    """Return the block as a little-endian `struct` format with its reserved bytes."""
     parts, end = ["<"], 0
     for field in fields:
         if field.offset > end:
@@ -260,7 +260,7 @@ def _format(fields: tuple[FrameField, ...], length: int) -> str:
 
 
 def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
-    """A function that gives the attributes of these names as a tuple."""
+    """Return a function that gets the named attributes as a tuple."""
     if len(names) > 1:
         return operator.attrgetter(*names)
     if names:
@@ -270,10 +270,10 @@ def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
 
 
 UNFIT: Final = (StructError, OverflowError, UnicodeEncodeError, TypeError, AttributeError)
-"""What Python raises for a value that its field cannot hold."""
+"""Exceptions for a value that does not fit its field."""
 
-# `mine` and `twin` differ in one thing: a twin's fields can be set. So a frame is filled as a twin, by plain
-# assignments, which cost a fraction of what gets past a frozen class, and becomes a frame when it is whole.
+# `twin` is a mutable copy of the frozen class `mine`. A frame is filled as a twin, since plain assignments are much
+# faster than those that bypass a frozen class, and then gets the class `mine`.
 _SOURCE: Final = """
 def __init__(_orki_self{parameters}):
     {sets}
@@ -308,15 +308,17 @@ def _flatten(
     general_encode: Callable[[Any], bytes],
     general_decode: Callable[..., Any],
 ) -> None:
-    """Gives a class its `__init__`, `encode` and `decode`.
+    """Generate `__init__`, `encode` and `decode` without loops for one frame class.
+
+    Values and blocks that the generated code does not handle are passed to the general functions.
 
     Args:
         cls: The class, frozen, with slots.
-        frame: Its layout, the fields in the order of their offsets.
+        frame: Its layout, with the fields sorted by offset.
         members: Its fields in the order of its parameters.
         struct: The block.
-        general_encode: Encodes any frame, or says why not.
-        general_decode: Decodes any block, or says why not; takes class, body, length of the block, version.
+        general_encode: Encodes any frame or raises the error.
+        general_decode: Decodes any block or raises the error; takes class, body, block length and version.
     """
     names = [each.name for each in frame.fields]
     known: dict[str, Any] = {
@@ -331,7 +333,7 @@ def _flatten(
     }
     parameters, sets = [], []
     for number, each in enumerate(members):
-        # Names that no field can have, as the fields' own names are parameters beside them.
+        # These names cannot clash with field names, which are parameters too.
         known |= {f"_orki_set_{number}": getattr(cls, each.name).__set__, f"_orki_default_{number}": each.default}
         parameters.append(each.name if each.default is MISSING else f"{each.name}=_orki_default_{number}")
         sets.append(f"_orki_set_{number}(_orki_self, {each.name})")

@@ -1,7 +1,7 @@
-"""What generated modules export: a contract beside the Python classes that it speaks of.
+"""Handles that generated modules export, and the protocols between generated code and the runtimes.
 
-A handle is what user code passes around (`FINDINGS`, `REVIEW_FILE`). It carries the types for the type checker, the
-message classes for the runtimes and the plain contract for everything else.
+A handle such as `FINDINGS` or `REVIEW_FILE` combines a contract with its message classes and their types. The runtimes
+implement the protocols; generated base classes and clients use only these protocols.
 """
 
 from __future__ import annotations
@@ -37,25 +37,24 @@ else:
 class FrameType(Protocol):
     """A generated frame class.
 
-    `FRAME` is the layout. `encode` gives block and tail as one `bytes` of `block_length + len(tail)`; it raises
-    `FrameMalformed` for a value outside its field's range. `decode` takes what came behind the header and the
-    *received* block length (SBE's rule): bytes of a longer block are skipped, fields behind a shorter one are None.
+    `FRAME` is the layout. `encode` returns block and tail as one `bytes` of `block_length + len(tail)`; it raises
+    `FrameMalformed` for a value outside its field's range. `decode` takes the bytes after the header and the
+    *received* block length (as in SBE): it skips extra bytes of a longer block and sets fields beyond a shorter block
+    to None.
     """
 
     FRAME: ClassVar[Frame]
 
     def encode(self) -> bytes:
-        """Block and tail."""
-        ...
+        """Return the block and the tail."""
 
     @classmethod
     def decode(cls, body: bytes | memoryview, block_length: int) -> Self:
-        """The frame in `body`, which holds the block and the tail."""
-        ...
+        """Return the frame in `body`, which contains the block and the tail."""
 
 
 Payload = Message | FrameType
-"""What a tool call may carry."""
+"""The type of a tool's request or response."""
 
 E = TypeVar("E", bound=Message)
 G = TypeVar("G", bound=str)
@@ -68,23 +67,23 @@ TR = TypeVar("TR", bound=Payload)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EventStream(Generic[E, G]):
-    """A stream: its entries are of class `E`, its groups are named by the literals `G`.
+    """A stream whose entries have class `E` and whose groups have the literal names `G`.
 
     Attributes:
         message: Class of the entries.
-        contract: Everything else.
+        contract: The stream's contract.
     """
 
     message: type[E]
     contract: Stream
 
     def with_groups(self, *groups: Group) -> EventStream[E, Any]:
-        """The same stream with the groups that another package declares, and only those."""
+        """Return the stream with only the given groups, which another package declares."""
         return EventStream(self.message, replace(self.contract, groups=tuple(sorted(groups))))
 
 
 class TaskSettings(TypedDict, total=False):
-    """The settings of a `TaskMethod`; what is left out has its default."""
+    """The settings of a `TaskMethod`. Omitted settings have their defaults."""
 
     heartbeat_timeout: float
     attempt_timeout: float
@@ -96,7 +95,7 @@ class TaskSettings(TypedDict, total=False):
 
 
 class ToolSettings(TypedDict, total=False):
-    """The settings of a `ToolMethod`; what is left out has its default."""
+    """The settings of a `ToolMethod`. Omitted settings have their defaults."""
 
     timeout: float
     idempotent: bool
@@ -162,15 +161,15 @@ class Task(Generic[Q, R, P, D]):
         directive: type[Any] = NoneType,
         **settings: Unpack[TaskSettings],
     ) -> Task[Any, Any, Any, Any]:
-        """A task method as generated code writes it down.
+        """Create a task method; generated code calls this.
 
         Args:
             method: `package.Service/Method`.
             request: Class of the request.
             response: Class of the response.
-            progress: Class of the progress; left out: it reports none.
-            directive: Class of the directives; left out: it takes none.
-            settings: What differs from the defaults of `TaskMethod`.
+            progress: Class of the progress, if any.
+            directive: Class of the directives, if any.
+            settings: Settings that differ from the defaults of `TaskMethod`.
         """
         service, _, name = method.partition("/")
         contract = TaskMethod(
@@ -210,14 +209,14 @@ class Tool(Generic[TQ, TR]):
         response: type[TR],
         **settings: Unpack[ToolSettings],
     ) -> Tool[TQ, TR]:
-        """A tool method as generated code writes it down.
+        """Create a tool method; generated code calls this.
 
         Args:
             method: `package.Service/Method`.
             opcode: Number of the call.
             request: Class of the request, a message or a frame.
-            response: Class of the response, likewise.
-            settings: What differs from the defaults of `ToolMethod`.
+            response: Class of the response, a message or a frame.
+            settings: Settings that differ from the defaults of `ToolMethod`.
         """
         service, _, name = method.partition("/")
         contract = ToolMethod(
@@ -232,7 +231,7 @@ class Tool(Generic[TQ, TR]):
 
 
 def payload_name(payload: type[Any]) -> str:
-    """Full name of the message that a message class or a frame class stands for; empty for `type(None)`."""
+    """Return the full message name of a message or frame class; empty for `type(None)`."""
     if issubclass(payload, Message):
         return payload.DESCRIPTOR.full_name
     frame = getattr(payload, "FRAME", None)
@@ -246,39 +245,34 @@ D_contra = TypeVar("D_contra", contravariant=True)
 
 
 class _OneOrTwoParameters:
-    """Lets `TaskContext[Progress]` be written at run time, where the second parameter has no default before 3.13."""
+    """Allows `TaskContext[Progress]` at run time, since type parameters have no defaults before Python 3.13."""
 
     def __class_getitem__(cls, parameters: Any) -> Any:
         return cls
 
 
 class _Attempt(Protocol):
-    """What every task context knows of its attempt."""
+    """The attempt that a task context belongs to."""
 
     @property
     def task_id(self) -> str:
-        """The task."""
-        ...
+        """Id of the task."""
 
     @property
     def attempt(self) -> int:
         """Number of the attempt, from 1."""
-        ...
 
     @property
     def fence(self) -> int:
-        """Rises with every attempt, never repeats: hand it to stores downstream, so that they refuse older writers."""
-        ...
+        """A number that increases with every attempt. Pass it to other stores so that they reject older writers."""
 
     @property
     def span(self) -> Span:
         """The attempt's span."""
-        ...
 
     @property
     def cancelled(self) -> bool:
-        """Whether somebody asked for the end of the attempt."""
-        ...
+        """Whether cancellation was requested."""
 
     def usage(
         self,
@@ -290,61 +284,55 @@ class _Attempt(Protocol):
         cached_tokens: int = 0,
         cost_micros: int = 0,
     ) -> None:
-        """Records the use of a language model; cost in millionths of a US dollar. Never blocks on I/O."""
-        ...
+        """Record the use of a language model; the cost is in millionths of a US dollar. Does not block on I/O."""
 
 
 if TYPE_CHECKING:
 
     class TaskContext(_Attempt, Protocol[P_contra, D_co]):
-        """What an async handler gets: `TaskContext[Progress, Directive]`; the second may be left out."""
+        """The context of an async handler: `TaskContext[Progress, Directive]`; `Directive` is optional."""
 
         async def progress(self, delta: P_contra) -> None:
-            """Sends news to whoever watches; waits while too much of it is on its way."""
+            """Send progress to watchers. Waits while too much progress is unsent."""
 
         def directives(self) -> AsyncIterator[D_co]:
-            """Directives as they come; ends when the attempt does."""
-            ...
+            """Iterate over directives as they arrive, until the attempt ends."""
 
         async def publish(self, stream: EventStream[E, Any], event: E) -> None:
-            """Publishes an event in the attempt's trace; returns once the server has it."""
+            """Publish an event in the attempt's trace. Returns after the server has stored it."""
 
         def tools(self, client: Callable[[ToolChannel], C]) -> C:
-            """A client of tools over the hot path, such as the generated `SourceToolServiceClient`."""
-            ...
+            """Return a hot-path tool client, such as the generated `SourceToolServiceClient`."""
 
         @property
         def client(self) -> TaskChannel:
-            """For submitting further tasks, in the same trace."""
-            ...
+            """A client that submits further tasks in the same trace."""
 
     class SyncTaskContext(_Attempt, Protocol[P_contra, D_co]):
-        """What a sync handler gets; its methods block the handler's own thread."""
+        """The context of a sync handler. Its methods block the handler's thread."""
 
         def progress(self, delta: P_contra) -> None:
-            """Sends news to whoever watches; waits while too much of it is on its way."""
+            """Send progress to watchers. Waits while too much progress is unsent."""
 
         def directives(self) -> Iterator[D_co]:
-            """Directives as they come; ends when the attempt does."""
-            ...
+            """Iterate over directives as they arrive, until the attempt ends."""
 
         def publish(self, stream: EventStream[E, Any], event: E) -> None:
-            """Publishes an event in the attempt's trace; returns once the server has it."""
+            """Publish an event in the attempt's trace. Returns after the server has stored it."""
 
         def tools(self, client: Callable[[SyncToolChannel], C]) -> C:
-            """A sync client of tools over the hot path, such as the generated `SourceToolServiceSyncClient`."""
-            ...
+            """Return a sync hot-path tool client, such as the generated `SourceToolServiceSyncClient`."""
 
         def raise_if_cancelled(self) -> None:
-            """Raises `Cancelled` once somebody has asked for the end of the attempt; call it in long loops."""
+            """Raise `Cancelled` if cancellation was requested. Call it in long loops."""
 
 else:
 
     class TaskContext(_OneOrTwoParameters):
-        """What an async handler gets: `TaskContext[Progress, Directive]`; the second may be left out."""
+        """The context of an async handler: `TaskContext[Progress, Directive]`; `Directive` is optional."""
 
     class SyncTaskContext(_OneOrTwoParameters):
-        """What a sync handler gets; its methods block the handler's own thread."""
+        """The context of a sync handler. Its methods block the handler's thread."""
 
 
 class TaskHandle(Protocol[R_co, P_co, D_contra]):
@@ -352,30 +340,27 @@ class TaskHandle(Protocol[R_co, P_co, D_contra]):
 
     @property
     def task_id(self) -> str:
-        """The task."""
-        ...
+        """Id of the task."""
 
     def progress(self) -> AsyncIterator[P_co]:
-        """The task's news, from its beginning, until it ends."""
-        ...
+        """Iterate over all progress of the task, from its start to its end."""
 
     async def result(self, timeout: float | None = None) -> R_co:
-        """The response. Without a limit it waits as long as it takes, an orchestrator that is gone for good included.
+        """Wait for the response. Without a timeout it waits forever, even if the orchestrator never returns.
 
         Args:
-            timeout: Longest wait in seconds; None for no limit. The task goes on after it.
+            timeout: Maximum wait in seconds; None for no limit. The task continues after a timeout.
 
         Raises:
-            WaitTimeout: It took longer than `timeout`.
-            OrkiError: The typed error for which the task failed or was cancelled.
+            WaitTimeout: The timeout has elapsed.
+            OrkiError: The task failed or was cancelled; the type gives the reason.
         """
-        ...
 
     async def cancel(self, message: str = "") -> None:
-        """Asks for the task's end; harmless when it has ended."""
+        """Request cancellation. Has no effect on a task that has ended."""
 
     async def direct(self, directive: D_contra) -> None:
-        """Sends a directive to the running attempt.
+        """Send a directive to the running attempt.
 
         Raises:
             NotDirectable: The task is not running.
@@ -383,21 +368,19 @@ class TaskHandle(Protocol[R_co, P_co, D_contra]):
 
 
 class TaskChannel(Protocol):
-    """Whatever submits tasks: `orki_control.Client`, or `ctx.client` inside a handler."""
+    """Submits tasks: `orki_control.Client`, or `ctx.client` inside a handler."""
 
     async def submit(self, task: Task[Q, R, P, D], request: Q, *, idempotency_key: str = "") -> TaskHandle[R, P, D]:
-        """Submits one task; when it returns the task survives the orchestrator's death."""
-        ...
+        """Submit one task. Once this returns, the task survives an orchestrator crash."""
 
     async def submit_many(
         self, task: Task[Q, R, P, D], requests: list[Q], *, idempotency_keys: list[str] | None = None
     ) -> list[TaskHandle[R, P, D]]:
-        """Submits many tasks of one method in few calls; handles in the order of the requests."""
-        ...
+        """Submit many tasks of one method in few calls. Handles are in the order of the requests."""
 
 
 class TaskStub(Generic[Q, R, P, D]):
-    """One method of a generated client: call it for the response, or submit for a handle."""
+    """One method of a generated client. Call it for the response, or use `submit` for a handle."""
 
     __slots__ = ("_channel", "_task")
 
@@ -406,48 +389,46 @@ class TaskStub(Generic[Q, R, P, D]):
         self._task = task
 
     async def __call__(self, request: Q, *, idempotency_key: str = "", timeout: float | None = None) -> R:
-        """Submits and waits; limit and errors as those of `TaskHandle.result`."""
+        """Submit a task and wait for its response. `timeout` and errors are those of `TaskHandle.result`."""
         handle = await self._channel.submit(self._task, request, idempotency_key=idempotency_key)
         return await handle.result(timeout)
 
     async def submit(self, request: Q, *, idempotency_key: str = "") -> TaskHandle[R, P, D]:
-        """Submits; same key and same request give the same task again."""
+        """Submit a task. The same key and request return the same task."""
         return await self._channel.submit(self._task, request, idempotency_key=idempotency_key)
 
     async def submit_many(
         self, requests: list[Q], *, idempotency_keys: list[str] | None = None
     ) -> list[TaskHandle[R, P, D]]:
-        """Submits many in few calls; handles in the order of the requests."""
+        """Submit many tasks in few calls. Handles are in the order of the requests."""
         return await self._channel.submit_many(self._task, requests, idempotency_keys=idempotency_keys)
 
 
 class ToolChannel(Protocol):
-    """Whatever carries tool calls for async callers."""
+    """Carries tool calls of async callers."""
 
     async def call(self, tool: Tool[TQ, TR], request: TQ, *, timeout: float | None = None) -> TR:
-        """One call.
+        """Call a tool.
 
         Args:
-            tool: Which.
+            tool: The tool.
             request: Its request.
-            timeout: Longest time in seconds; None for the contract's.
+            timeout: Maximum time in seconds; None for the contract's.
 
         Raises:
             ToolDeadline, ToolFailed, ToolCancelled, PeerLost, UnknownOpcode, TooManyCalls, FrameTooLarge.
         """
-        ...
 
 
 class SyncToolChannel(Protocol):
-    """Whatever carries tool calls for blocking callers."""
+    """Carries tool calls of blocking callers."""
 
     def call(self, tool: Tool[TQ, TR], request: TQ, *, timeout: float | None = None) -> TR:
-        """One call; arguments and errors as those of `ToolChannel.call`."""
-        ...
+        """Call the tool. Arguments and errors are those of `ToolChannel.call`."""
 
 
 class ToolStub(Generic[TQ, TR]):
-    """One method of a generated async tool client: call it and await the response."""
+    """One method of a generated async tool client."""
 
     __slots__ = ("_channel", "_tool")
 
@@ -456,7 +437,7 @@ class ToolStub(Generic[TQ, TR]):
         self._tool = tool
 
     def __call__(self, request: TQ, *, timeout: float | None = None) -> Coroutine[Any, Any, TR]:
-        """One call; arguments and errors as those of `ToolChannel.call`."""
+        """Call the tool. Arguments and errors are those of `ToolChannel.call`."""
         return self._channel.call(self._tool, request, timeout=timeout)
 
 
@@ -470,27 +451,24 @@ class SyncToolStub(Generic[TQ, TR]):
         self._tool = tool
 
     def __call__(self, request: TQ, *, timeout: float | None = None) -> TR:
-        """One call; arguments and errors as those of `ToolChannel.call`."""
+        """Call the tool. Arguments and errors are those of `ToolChannel.call`."""
         return self._channel.call(self._tool, request, timeout=timeout)
 
 
 class ToolCall(Protocol):
-    """What a tool's handler knows of the call."""
+    """The call that a tool's handler serves."""
 
     @property
     def span(self) -> Span | None:
         """The caller's span."""
-        ...
 
     @property
     def client(self) -> str:
-        """Name that the caller gave in its hello."""
-        ...
+        """Name of the caller, from its hello message."""
 
     @property
     def cancelled(self) -> bool:
-        """Whether the caller has gone, gave up, or ran out of time."""
-        ...
+        """Whether the caller disconnected, cancelled, or timed out."""
 
 
 class AsyncTaskService(ABC):  # noqa: B024 - the generated subclasses bring the abstract methods

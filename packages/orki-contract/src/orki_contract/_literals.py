@@ -1,7 +1,7 @@
-"""Where the parts of an option's value stand: `{name: "x" groups: [{name: "y"}]}` in the text of a proto file.
+"""Locations of the parts of an option's value, such as `{name: "x" groups: [{name: "y"}]}`, in a proto file.
 
-Compilers record where an option begins, and little of what is inside it; nothing at all inside a list. With the text at
-hand the rest is found here. The text has been compiled before, so what cannot be read is left out, never an error.
+Compilers record where an option starts but not where the elements of its lists are. This module finds them in the text.
+The text has already been compiled, so unreadable parts are skipped instead of raising an error.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _OPENING: Final = {"{": "}", "<": ">"}
 
 
 def literal_places(text: str, start: int, message: Descriptor) -> Mapping[Path, tuple[int, int]]:
-    """Line and column, from 1, of each field and list element inside the first literal behind `start`.
+    """Return line and column, from 1, of each field and list element of the first literal after `start`.
 
     Args:
         text: The whole file.
-        start: An index before the literal, behind which the option's name and `=` follow.
+        start: An index before the option's name and `=`.
         message: The type of the literal.
 
     Returns:
-        By path: numbers of fields, and indexes behind repeated ones.
+        The positions by path. A path consists of field numbers, each followed by an index if the field is repeated.
     """
     reader = _Reader(text, start)
     while reader.kind and reader.value != "=":
@@ -57,7 +57,7 @@ class _Reader:
         self.advance()
 
     def advance(self) -> None:
-        """Goes to the next token; at the end, `kind` and `value` are empty."""
+        """Advance to the next token; at the end, `kind` and `value` are empty."""
         self.kind, self.value, self.index = next(self._tokens, ("", "", self.index))
 
     @staticmethod
@@ -68,7 +68,7 @@ class _Reader:
 
 
 def _message(reader: _Reader, message: Descriptor | None, path: Path, found: dict[Path, int]) -> None:
-    """Reads from an opening brace to behind its closing one."""
+    """Read from an opening brace to after its closing one."""
     closing = _OPENING[reader.value]
     reader.advance()
     counts: dict[Path, int] = {}
@@ -112,7 +112,7 @@ def _element(field: Path, counts: dict[Path, int]) -> Path:
 
 
 def _value(reader: _Reader, message: Descriptor | None, path: Path, found: dict[Path, int]) -> None:
-    """Reads one value; always at least one token, so that no text can hold the reader up."""
+    """Read one value, and always at least one token, so that the reader terminates on any text."""
     if reader.value in _OPENING:
         _message(reader, message, path, found)
         return

@@ -1,9 +1,8 @@
-"""Serialized descriptors made readable: a private pool for each, orki's options parsed, places in the source known.
+"""Parsed descriptors of an image, with orki's options and source locations.
 
 An image is a serialized `google.protobuf.FileDescriptorSet`; buf's `Image` and the files of a `CodeGeneratorRequest`
-have the same shape. Its options are extensions that only the image itself describes, so everything is parsed with
-classes of the image's own pool: each image uses its own version of the options, and nothing touches the process's
-default pool.
+have the same format. Each image is parsed with its own descriptor pool, because its options are extensions that the
+image itself defines. The process's default pool is not used.
 """
 
 from __future__ import annotations
@@ -62,12 +61,12 @@ Path = tuple[int, ...]
 
 @dataclass(frozen=True, order=True, slots=True)
 class Location:
-    """A place in a proto file.
+    """A location in a proto file.
 
     Attributes:
         file: Path of the file, as imports name it.
-        line: From 1; 0 where the image carries no source information.
-        column: From 1; 0 likewise.
+        line: From 1; 0 if the image has no source information.
+        column: From 1; 0 if the image has no source information.
     """
 
     file: str
@@ -113,29 +112,29 @@ class ServiceNode:
 
     @property
     def methods(self) -> Iterator[MethodNode]:
-        """The rpcs, as they stand in the file."""
+        """The rpcs in file order."""
         for index, method in enumerate(self.proto.method):
             yield MethodNode(self.full_name, method, (*self.path, _SERVICE_METHOD, index))
 
 
 class Schema:
-    """The files of one image, readable.
+    """The parsed files of an image.
 
     Attributes:
-        pool: The private pool that holds all of the files.
-        plain: The files by path, as they came: options are unknown fields.
-        files: The files by path, sorted; options are extensions of messages of the pool's own classes.
+        pool: The private pool with all files.
+        plain: The files by path, with options as unknown fields.
+        files: The files by path, sorted, with parsed options.
     """
 
     def __init__(self, image: bytes, texts: Mapping[str, str] | None = None) -> None:
-        """Parses an image.
+        """Parse an image.
 
         Args:
             image: A serialized FileDescriptorSet.
-            texts: The files' texts by path, where they are at hand; places inside of options become exact by them.
+            texts: Texts of the files by path, if available; they make locations inside options exact.
 
         Raises:
-            InvalidContract: It is no serialized FileDescriptorSet, or lacks a file that another one imports.
+            InvalidContract: It is not a serialized FileDescriptorSet, or it lacks an imported file.
         """
         try:
             plain = FileDescriptorSet.FromString(image)
@@ -152,12 +151,12 @@ class Schema:
 
     @classmethod
     def of_files(cls, files: Sequence[FileDescriptorProto]) -> Schema:
-        """The schema of files at hand, such as a CodeGeneratorRequest's; errors as those of the constructor."""
+        """Create a schema from files, such as those of a CodeGeneratorRequest. Errors are those of the constructor."""
         return cls(FileDescriptorSet(file=files).SerializeToString())
 
     @cached_property
     def messages(self) -> Mapping[str, MessageNode]:
-        """Every message by its full name, files and messages in order."""
+        """Messages by full name, in file order."""
         found: dict[str, MessageNode] = {}
         for file in self.files.values():
             for index, proto in enumerate(file.message_type):
@@ -167,7 +166,7 @@ class Schema:
 
     @cached_property
     def messages_of(self) -> Mapping[str, Sequence[MessageNode]]:
-        """The messages of each file, by the file's path, as they stand in it."""
+        """Messages of each file by path, in file order."""
         found: dict[str, list[MessageNode]] = {}
         for node in self.messages.values():
             found.setdefault(node.file.name, []).append(node)
@@ -175,7 +174,7 @@ class Schema:
 
     @cached_property
     def stream_messages(self) -> Mapping[str, str]:
-        """Full name of the message of each stream, by the stream's name; the first where a name is used twice."""
+        """Full names of stream messages by stream name; the first one of a duplicate name."""
         found: dict[str, str] = {}
         for node in self.messages.values():
             option = self.option(node.proto.options, "stream")
@@ -185,7 +184,7 @@ class Schema:
 
     @cached_property
     def enums(self) -> Mapping[str, tuple[FileDescriptorProto, EnumDescriptorProto]]:
-        """Every enum by its full name, with its file."""
+        """Enums by full name, with their files."""
         found = {}
         for file in self.files.values():
             for enum in file.enum_type:
@@ -197,7 +196,7 @@ class Schema:
 
     @cached_property
     def services_of(self) -> Mapping[str, Sequence[ServiceNode]]:
-        """The services of each file, by the file's path, as they stand in it."""
+        """Services of each file by path, in file order."""
         found: dict[str, list[ServiceNode]] = {}
         for node in self.services.values():
             found.setdefault(node.file.name, []).append(node)
@@ -205,7 +204,7 @@ class Schema:
 
     @cached_property
     def services(self) -> Mapping[str, ServiceNode]:
-        """Every service by its full name."""
+        """Services by full name."""
         found = {}
         for file in self.files.values():
             for index, proto in enumerate(file.service):
@@ -214,7 +213,7 @@ class Schema:
         return found
 
     def option(self, options: Message, name: str) -> Any:
-        """The value of an option of orki's, or None where it is not set.
+        """Return the value of an orki option; None if it is not set.
 
         Args:
             options: A `…Options` message of this schema.
@@ -228,18 +227,18 @@ class Schema:
         return options.Extensions[extension] if options.HasExtension(extension) else None
 
     def option_number(self, name: str) -> int:
-        """Field number of an option of orki's; 0 where the image does not know it."""
+        """Return the field number of an orki option; 0 if the image does not define it."""
         extension = self._extensions.get(name)
         return extension.number if extension is not None else 0
 
     def imports(self, path: str) -> frozenset[str]:
-        """Paths of the file itself and of all that it imports, directly or not."""
+        """Return the paths of the file and of all its direct and indirect imports."""
         return reachable(self.files, [path])
 
     def location(self, file: str, path: Path = ()) -> Location:
-        """Where an element stands; the nearest element around it where the source information ends earlier.
+        """Return the location of an element; the nearest enclosing element if it has none.
 
-        Compilers leave out messages inside of an option's value: the first thing in such a message stands for it.
+        Compilers omit messages inside an option's value: their first part is used instead.
         """
         spans = self._spans(file)
         if path not in spans:
@@ -254,7 +253,7 @@ class Schema:
         return Location(file, *((1, 1) if spans else (0, 0)))
 
     def option_location(self, file: str, option: Path, value: Message, inside: Path) -> Location:
-        """Where a part of an option's value stands; the nearest part around it where it is not written out.
+        """Return the location of a part of an option's value; the nearest enclosing part if it is not written.
 
         Args:
             file: The file.
@@ -298,7 +297,7 @@ class Schema:
         return self.option_location(file, whole, value, part)
 
     def comment(self, file: str, path: Path) -> str:
-        """The comment that stands before an element, without comment marks; empty for none."""
+        """Return the leading comment of an element without comment marks; empty for none."""
         return self._comments(file).get(path, "")
 
     @cached_property
@@ -347,7 +346,7 @@ class Schema:
 
 
 def reachable(files: Mapping[str, FileDescriptorProto], roots: Iterable[str]) -> frozenset[str]:
-    """Paths of some files and of all that they import, directly or not."""
+    """Return the paths of some files and of all their direct and indirect imports."""
     seen: set[str] = set()
     waiting = list(roots)
     while waiting:
@@ -359,7 +358,7 @@ def reachable(files: Mapping[str, FileDescriptorProto], roots: Iterable[str]) ->
 
 
 def field_path(message: MessageNode, index: int) -> Path:
-    """Source path of a message's field."""
+    """Return the source path of a message's field."""
     return (*message.path, 2, index)
 
 
@@ -375,16 +374,16 @@ def _messages(file: FileDescriptorProto, scope: str, proto: DescriptorProto, pat
 
 
 def _fill(pool: descriptor_pool.DescriptorPool, files: Sequence[FileDescriptorProto]) -> None:
-    """Adds the files, each after those that it imports: their order in an image means nothing."""
+    """Add the files in import order; their order in an image is arbitrary."""
     by_name = {file.name: file for file in files}
     for name, file in sorted(by_name.items()):
         for imported in file.dependency:
             if imported not in by_name:
-                raise InvalidContract(f"the image lacks {imported}, which {name} imports: build it with its imports")
+                raise InvalidContract(f"the image lacks {imported}, which {name} imports: build the image with imports")
     try:
         order = list(TopologicalSorter({name: file.dependency for name, file in by_name.items()}).static_order())
     except CycleError as error:
-        raise InvalidContract(f"files import each other: {', '.join(error.args[1])}") from error
+        raise InvalidContract(f"import cycle: {', '.join(error.args[1])}") from error
     for name in order:
         try:
             pool.AddSerializedFile(by_name[name].SerializeToString())
@@ -393,6 +392,6 @@ def _fill(pool: descriptor_pool.DescriptorPool, files: Sequence[FileDescriptorPr
 
 
 def _with_options(pool: descriptor_pool.DescriptorPool, options: list[str], image: bytes) -> FileDescriptorSet:
-    """The image parsed by the pool's own classes, for which orki's options are no unknown fields."""
+    """Parse the image with the pool's classes, which know orki's options."""
     classes = message_factory.GetMessageClassesForFiles(["google/protobuf/descriptor.proto", *options], pool)
     return cast("FileDescriptorSet", classes["google.protobuf.FileDescriptorSet"].FromString(image))

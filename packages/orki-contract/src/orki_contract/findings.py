@@ -40,14 +40,13 @@ CATEGORIES: Final[Mapping[Category, str]] = {
     Category.OPTION: "Values of options in general.",
     Category.NAME: "Names, and the files that hold them.",
 }
-"""What each category of rules is about."""
+"""The subject of each category of rules."""
 
 
 def findings(old: ReadContract, new: ReadContract) -> tuple[Finding, ...]:
-    """Every change from one contract to another, sorted by place.
+    """Return every change from one contract to another, sorted by location.
 
-    A pure function of the two. Packages of the options and of protobuf itself are left out. Locations have lines where
-    an image was read with source information.
+    The packages of the options and of protobuf are ignored. Locations have lines if the image has source information.
     """
     comparison = Comparison(old, new, RULES)
     streams.compare(comparison)
@@ -60,7 +59,7 @@ def findings(old: ReadContract, new: ReadContract) -> tuple[Finding, ...]:
 
 
 def required_bump(found: Iterable[Finding]) -> Bump:
-    """What a version must promise at the least, for these findings; `PATCH` for none."""
+    """Return the version bump that the findings require; `PATCH` for none."""
     bumps = {finding.bump for finding in found}
     return Bump.MAJOR if Bump.MAJOR in bumps else Bump.MINOR if bumps else Bump.PATCH
 
@@ -70,11 +69,11 @@ _SHOWN: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How two versions stand to each other.
+    """The compatibility of two versions.
 
     Attributes:
-        forward: What breaks if the second one follows the first; empty: the second is a compatible evolution.
-        backward: What breaks if the first one follows the second.
+        forward: Breaking changes from the first to the second version; empty if the second is compatible.
+        backward: Breaking changes from the second to the first version.
     """
 
     forward: tuple[Finding, ...]
@@ -82,19 +81,19 @@ class Fit:
 
     @property
     def compatible(self) -> bool:
-        """Whether either is a compatible evolution of the other."""
+        """Whether one version is a compatible evolution of the other."""
         return not self.forward or not self.backward
 
     @property
     def breaks(self) -> tuple[Finding, ...]:
-        """Why they do not fit, in the direction in which less breaks; empty where they fit."""
+        """The breaking changes of the direction with fewer of them; empty if compatible."""
         return min(self.forward, self.backward, key=len)
 
     def reversed(self) -> Fit:
-        """The same with the versions exchanged."""
+        """Return the compatibility with the versions exchanged."""
         return Fit(self.backward, self.forward)
 
-    def told(self, *, forward: bool) -> str:
+    def describe(self, *, forward: bool) -> str:
         """The first breaks in one direction with their rules and subjects, or `compatible`."""
         if self.compatible:
             return "compatible"
@@ -105,27 +104,27 @@ class Fit:
 
     def __str__(self) -> str:
         """The first breaks with their rules and subjects, in the direction in which less breaks, or `compatible`."""
-        return self.told(forward=self.breaks is self.forward)
+        return self.describe(forward=self.breaks is self.forward)
 
 
 def service_fit(service: str, first: ReadContract, second: ReadContract) -> Fit:
-    """How two versions of a task or tool service stand to each other: its methods, and all messages that they reach.
+    """Return the compatibility of two versions of a task or tool service, including all messages that it uses.
 
     Args:
         service: Full name.
         first: A contract that declares it.
-        second: Another one.
+        second: Another contract that declares it.
     """
     return _fit({f"task service {service}", f"tool service {service}", f"service {service}"}, first, second)
 
 
 def stream_fit(stream: str, first: ReadContract, second: ReadContract) -> Fit:
-    """How two versions of a stream stand to each other: itself, its owner's groups, and all messages that it reaches.
+    """Return the compatibility of two versions of a stream, including its owner's groups and all messages it uses.
 
     Args:
         stream: Its name.
         first: A contract that declares it.
-        second: Another one.
+        second: Another contract that declares it.
     """
     return _fit({f'stream "{stream}"'}, first, second)
 
@@ -142,7 +141,7 @@ def _fit(uses: set[str], first: ReadContract, second: ReadContract) -> Fit:
 def _concerns(finding: Finding, uses: set[str], reaches: Iterable[Reach]) -> bool:
     if finding.subject in uses or not uses.isdisjoint(finding.affected):
         return True
-    # An option that nobody knows names its bearer behind "of": `option (…) of field acme.v1.Note.3`.
+    # The subject of an unknown option ends with its element after "of": `option (…) of field acme.v1.Note.3`.
     kind, _, name = finding.subject.rpartition(" of ")[2].partition(" ")
     if kind in ("service", "method"):
         return f"service {name.partition('/')[0]}" in uses
@@ -150,5 +149,5 @@ def _concerns(finding: Finding, uses: set[str], reaches: Iterable[Reach]) -> boo
         name = name.rpartition(".")[0]
     if kind in ("message", "field", "enum"):
         return any(use.name in uses for reach in reaches for use in reach.uses(name))
-    # What a whole file says concerns everybody in it.
+    # A change of a file affects everything in it.
     return kind == "file"

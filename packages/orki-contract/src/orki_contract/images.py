@@ -1,8 +1,8 @@
-"""Images in wheels, digests of contracts, and classes for messages that nobody imported.
+"""Contract images: shipped in packages, found in folders and wheels, their digests and message classes.
 
-`contract.binpb` lies beside the generated code of every proto package: `orki/events/v1/contract.binpb` for
-`orki.events.v1`. It is a serialized FileDescriptorSet with the package's files and all that they import, the options
-included and without source information, files in the order of their paths.
+`contract.binpb` is next to the generated code of every proto package: `orki/events/v1/contract.binpb` for
+`orki.events.v1`. It is a serialized FileDescriptorSet with the package's files and all their imports, including options
+and without source information, sorted by path.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from orki_contract.model import DURATIONS, Stream, TaskMethod, ToolMethod, dump,
 from orki_contract.read import read_schema
 
 IMAGE_NAME: Final = "contract.binpb"
-"""File name of the image of a proto package, beside its generated code."""
+"""File name of the image next to the generated code of a proto package."""
 
 
 def image_of(package: str) -> bytes:
-    """The image that a wheel ships for a proto package, such as `acme.review.v1`.
+    """Return the image of an installed proto package, such as `acme.review.v1`.
 
     Raises:
-        InvalidContract: The package is not installed, or carries no image.
+        InvalidContract: The package is not installed or has no image.
     """
     try:
         return (resources.files(package) / IMAGE_NAME).read_bytes()
@@ -58,13 +58,13 @@ def image_of(package: str) -> bytes:
         raise InvalidContract(f'no proto package "{package}" is installed: {error}') from error
     except OSError as error:
         raise InvalidContract(
-            f'the installed package "{package}" carries no {IMAGE_NAME}; its generated code is incomplete, '
-            "so generate it again or install its wheel again"
+            f'the installed package "{package}" has no {IMAGE_NAME}: its generated code is incomplete; '
+            "generate it again or reinstall its wheel"
         ) from error
 
 
 def package_image(image: bytes, package: str) -> bytes:
-    """What `contract.binpb` of a package holds, cut out of an image of more.
+    """Extract the image of one package from a larger image.
 
     Raises:
         InvalidContract: The image is not one, or has no file of that package.
@@ -73,7 +73,7 @@ def package_image(image: bytes, package: str) -> bytes:
 
 
 def package_images(image: bytes, packages: Iterable[str]) -> dict[str, bytes]:
-    """What `contract.binpb` of each package holds; errors as those of `package_image`."""
+    """Extract the images of several packages. Errors are those of `package_image`."""
     files = dict(sorted(Schema(image).plain.items()))
     bare = {name: _bare(file) for name, file in files.items()}
     owned: dict[str, list[str]] = {}
@@ -176,7 +176,7 @@ def _digest(schema: Schema, declared: Iterable[Stream | TaskMethod | ToolMethod]
 
 
 def _shape(schema: Schema, node: MessageNode) -> dict[str, Any]:
-    """What of a message decides how its bytes and its classes look."""
+    """Return everything about a message that affects its encoding or its class."""
     descriptor = schema.pool.FindMessageTypeByName(node.full_name)
     shape: dict[str, Any] = {"fields": []}
     for field in sorted(node.proto.field, key=lambda field: field.number):
@@ -229,9 +229,9 @@ def _sparse(value: Any) -> Any:
 
 @cache
 def package_version(package: str) -> str:
-    """Version of the distribution that installed a proto package, such as `1.2.0`; empty where none is known.
+    """Return the version of the distribution that installed a proto package, such as `1.2.0`; empty if unknown.
 
-    Reads the lists of installed files, which takes some milliseconds, once for each package.
+    The result is cached: reading the lists of installed files takes some milliseconds.
     """
     try:
         place = os.path.realpath(str(resources.files(package) / IMAGE_NAME))
@@ -249,19 +249,19 @@ def package_version(package: str) -> str:
 
 
 def source_folder(distribution: metadata.Distribution) -> Path | None:
-    """Where a distribution lies that was installed from its source folder (PEP 610); None for any other."""
+    """Return the source folder of a distribution that was installed from one (PEP 610); else None."""
     parts = urlsplit(json.loads(distribution.read_text("direct_url.json") or "{}").get("url", ""))
     return Path(unquote(parts.path)) if parts.scheme == "file" else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
-    """An image and where it was found.
+    """An image and its origin.
 
     Attributes:
-        place: For people.
+        place: A description of its origin.
         content: The serialized FileDescriptorSet.
-        shipped: Whether it is the image of one proto package, as wheels ship it; what else is in it was imported.
+        shipped: Whether it is the shipped image of one proto package; its other packages are imports.
     """
 
     place: str
@@ -270,14 +270,14 @@ class Image:
 
 
 def images_in(source: str) -> list[Image]:
-    """Every image that a source holds, sorted by where it lies.
+    """Return every image of a source, sorted by path.
 
     Args:
         source: Path of an image, of a wheel or of a folder (searched for `contract.binpb`); or name of an installed
             distribution (`orki-events`) or proto package (`orki.events.v1`).
 
     Raises:
-        InvalidContract: There is no such source, or it holds no image.
+        InvalidContract: The source does not exist or has no image.
     """
     path = Path(source)
     if path.is_dir():

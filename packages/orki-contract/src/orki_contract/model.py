@@ -1,8 +1,7 @@
-"""The contract as plain values: what streams, groups, tasks, tools and frames are.
+"""The contract model: streams, groups, tasks, tools and frames as plain values.
 
-The generator renders these classes, generated code instantiates them, and the runtimes read them: there is no second
-model. All are frozen, totally ordered among their own kind, and turned into JSON by `dump`. Durations are
-seconds, sizes are bytes; 0 in a duration that may be absent means "no limit".
+The generator, the generated code and the runtimes share these classes. All are frozen and ordered; `dump` converts them
+to JSON. Durations are seconds and sizes are bytes. A duration of 0 means "no limit" where a limit is optional.
 """
 
 from __future__ import annotations
@@ -38,20 +37,20 @@ __all__ = [
 
 
 class Start(StrEnum):
-    """Where a new consumer group begins to read."""
+    """Where a new consumer group starts to read."""
 
     EARLIEST = "earliest"
     LATEST = "latest"
 
 
 class Overflow(StrEnum):
-    """What a stream does when its retention is reached."""
+    """What a stream does when it reaches its retention."""
 
     DROP_OLDEST = "drop_oldest"
 
 
 class Scalar(StrEnum):
-    """Little-endian types of a frame's block. `BYTES` has the length of its field's `size`."""
+    """Little-endian types of a frame's block. The length of `BYTES` is its field's `size`."""
 
     BOOL = "bool"
     U8 = "u8"
@@ -73,10 +72,10 @@ class Group:
 
     Attributes:
         name: Unique on its stream.
-        start: Where the group begins when it is created.
-        max_deliveries: Deliveries of one entry before it is dead-lettered.
-        ack_deadline: A delivered entry neither acknowledged nor renewed for this long is claimed by others.
-        dead_letter: Stream for what could not be processed; empty means `STREAM.GROUP.dead`.
+        start: Where a new group starts to read.
+        max_deliveries: Maximum deliveries of an entry; afterwards it becomes a dead letter.
+        ack_deadline: Time after which other consumers may claim an entry that was neither acknowledged nor renewed.
+        dead_letter: Stream of dead letters; empty for `STREAM.GROUP.dead`.
     """
 
     name: str
@@ -87,7 +86,7 @@ class Group:
 
 
 AUDIT_GROUP = Group(name="audit")
-"""The group that every stream has without being asked."""
+"""The group that every stream has implicitly."""
 
 
 @dataclass(frozen=True, order=True, slots=True, kw_only=True)
@@ -95,13 +94,13 @@ class Retention:
     """When entries may be trimmed, for each partition; limits are approximate (Redis `XADD … MAXLEN ~`).
 
     Attributes:
-        max_entries: Most entries kept, unless a deployment sets another number.
-        max_age: Longest time that an entry is kept, likewise; 0 for no limit.
+        max_entries: Maximum number of entries, unless a deployment overrides it.
+        max_age: Maximum age of an entry, unless a deployment overrides it; 0 for no limit.
         overflow: What happens when a limit is reached.
-        least_entries: Fewest entries that a deployment may set; 0: none may set fewer than `max_entries`.
-        most_entries: Most entries that a deployment may set; 0: none may set more than `max_entries`.
-        least_age: Shortest age that a deployment may set; 0: none may set a shorter one than `max_age`.
-        most_age: Longest age that a deployment may set; 0: none may set a longer one than `max_age`.
+        least_entries: Lowest `max_entries` that a deployment may set; 0 for `max_entries` itself.
+        most_entries: Highest `max_entries` that a deployment may set; 0 for `max_entries` itself.
+        least_age: Lowest `max_age` that a deployment may set; 0 for `max_age` itself.
+        most_age: Highest `max_age` that a deployment may set; 0 for `max_age` itself.
     """
 
     max_entries: int
@@ -114,17 +113,17 @@ class Retention:
 
     @property
     def tunable(self) -> bool:
-        """Whether a deployment may set anything at all."""
+        """Whether a deployment may override any limit."""
         return self.entries_bounds[0] < self.entries_bounds[1] or self.age_bounds[0] < self.age_bounds[1]
 
     @property
     def entries_bounds(self) -> tuple[int, int]:
-        """Fewest and most entries that a deployment may set, both `max_entries` where nothing may be set."""
+        """Lowest and highest `max_entries` that a deployment may set; equal if it may not override it."""
         return self.least_entries or self.max_entries, self.most_entries or self.max_entries
 
     @property
     def age_bounds(self) -> tuple[float, float]:
-        """Shortest and longest age that a deployment may set, likewise; 0 and 0 where no age limits the stream."""
+        """Lowest and highest `max_age` that a deployment may set; both 0 if the age is not limited."""
         if not self.max_age:
             return 0.0, 0.0
         return self.least_age or self.max_age, self.most_age or self.max_age
@@ -132,14 +131,14 @@ class Retention:
 
 @dataclass(frozen=True, order=True, slots=True, kw_only=True)
 class Stream:
-    """One Redis stream and the groups that its owner declares, `audit` among them.
+    """A Redis stream and the groups that its owner declares, including `audit`.
 
     Attributes:
-        name: Unique over the fleet.
+        name: Unique in the fleet.
         message: Full name of the entry's message.
         retention: When entries may be trimmed.
         partitions: Number of Redis keys.
-        partition_key: Field whose value picks the partition; empty when there is one partition.
+        partition_key: Field whose value selects the partition; empty for a single partition.
         groups: By name.
     """
 
@@ -151,10 +150,10 @@ class Stream:
     groups: tuple[Group, ...] = (AUDIT_GROUP,)
 
     def group(self, name: str) -> Group:
-        """The declared group of that name.
+        """Return the declared group of that name.
 
         Raises:
-            UnknownGroup: No such group; the message lists those that are.
+            UnknownGroup: There is no such group; the message lists the declared ones.
         """
         for group in self.groups:
             if group.name == name:
@@ -165,16 +164,16 @@ class Stream:
         raise UnknownGroup(f'stream "{self.name}" declares no group "{name}" (declared: {declared})')
 
     def dead_letter(self, group: Group) -> str:
-        """Name of the stream that takes what this group could not process."""
+        """Return the name of the group's dead-letter stream."""
         return group.dead_letter or f"{self.name}.{group.name}.dead"
 
 
 @dataclass(frozen=True, order=True, slots=True, kw_only=True)
 class ExternalGroup:
-    """A group that a reader's package declares on a stream of somebody else.
+    """A group that a package declares on another package's stream.
 
     Attributes:
-        package: Proto package of the reader.
+        package: Proto package that declares the group.
         stream: Name of the stream.
         message: Full name of the stream's message.
         group: The group.
@@ -188,7 +187,7 @@ class ExternalGroup:
 
 @dataclass(frozen=True, order=True, slots=True, kw_only=True)
 class Backoff:
-    """Wait before attempt n+1: `min(initial * multiplier ** (n - 1), maximum)`."""
+    """Delay before attempt n+1: `min(initial * multiplier ** (n - 1), maximum)`."""
 
     initial: float = 1.0
     maximum: float = 60.0
@@ -205,7 +204,7 @@ class Backoff:
 
 @dataclass(frozen=True, order=True, slots=True, kw_only=True)
 class TaskMethod:
-    """Work that an orchestrator hands to an agent. Message names are full; an empty one means "none".
+    """A task that an orchestrator assigns to an agent. Message names are full; an empty name means "none".
 
     Attributes:
         service: Full name of the service.
@@ -215,12 +214,12 @@ class TaskMethod:
         progress: Progress message.
         directive: Directive message.
         heartbeat_timeout: Lease of an attempt.
-        attempt_timeout: Longest time of one attempt.
-        stall_timeout: Longest time without progress; 0 for no limit.
-        total_timeout: Longest time over all attempts; 0 for no limit.
-        max_attempts: Attempts before the task fails for good.
-        backoff: Wait between attempts.
-        cancel_grace: Time that a cancelled handler has to end by itself.
+        attempt_timeout: Maximum time of one attempt.
+        stall_timeout: Maximum time without progress; 0 for no limit.
+        total_timeout: Maximum time over all attempts; 0 for no limit.
+        max_attempts: Maximum number of attempts.
+        backoff: Delay between attempts.
+        cancel_grace: Time for a cancelled handler to end by itself.
     """
 
     service: str
@@ -239,22 +238,22 @@ class TaskMethod:
 
     @property
     def full_name(self) -> str:
-        """`package.Service/Method`, the name that travels."""
+        """`package.Service/Method`, the name on the wire."""
         return f"{self.service}/{self.name}"
 
 
 @dataclass(frozen=True, order=True, slots=True, kw_only=True)
 class ToolMethod:
-    """A call on the hot path.
+    """A tool call on the hot path.
 
     Attributes:
         service: Full name of the service.
         name: Name of the method in the proto.
         opcode: Number of the call, 0x0100 to 0xffff.
-        request: Full name of the request: a frame, or a message that travels in a frame's tail.
-        response: Full name of the response, likewise.
-        timeout: Longest time for one call.
-        idempotent: Whether a call of unknown fate may be repeated.
+        request: Full name of the request: a frame, or a message that is sent in a frame's tail.
+        response: Full name of the response: a frame or a message.
+        timeout: Maximum time of a call.
+        idempotent: Whether a call whose outcome is unknown may be repeated.
     """
 
     service: str
@@ -267,7 +266,7 @@ class ToolMethod:
 
     @property
     def full_name(self) -> str:
-        """`package.Service/Method`, the name that events and traces show."""
+        """`package.Service/Method`, the name in events and traces."""
         return f"{self.service}/{self.name}"
 
 
@@ -281,8 +280,8 @@ class FrameField:
         number: Number in the proto.
         scalar: Its type.
         size: Length in bytes.
-        since: Frame version that brought it; frames of older versions lack it.
-        enum: Full name of the enum that it holds; empty for none.
+        since: Frame version that added the field; older frames lack it.
+        enum: Full name of its enum; empty for none.
     """
 
     offset: int
@@ -303,7 +302,7 @@ class Frame:
         version: Version of the layout.
         block_length: Length of the block in bytes.
         fields: By offset.
-        tail: Name of the field that takes the bytes behind the block; empty for none.
+        tail: Name of the field that holds the bytes after the block; empty for none.
         tail_text: Whether the tail is UTF-8 text.
     """
 
@@ -317,7 +316,7 @@ class Frame:
 
 @dataclass(frozen=True, order=True, slots=True, kw_only=True)
 class SensitiveField:
-    """A field that audit, logs and traces redact."""
+    """A field that audit events, logs and traces redact."""
 
     message: str
     field: str
@@ -325,7 +324,7 @@ class SensitiveField:
 
 @dataclass(frozen=True, order=True, slots=True, kw_only=True)
 class Contract:
-    """All that a set of proto files declares, each part sorted."""
+    """All declarations of a set of proto files, each part sorted."""
 
     streams: tuple[Stream, ...] = ()
     external_groups: tuple[ExternalGroup, ...] = ()
@@ -362,7 +361,7 @@ def duration_text(seconds: float) -> str:
 
 
 def dump(value: Any) -> Any:
-    """The value as JSON types: dataclasses as objects, tuples as arrays, enums as strings."""
+    """Convert a value to JSON types: dataclasses to objects, tuples to arrays, enums to strings."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {entry.name: dump(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
     if isinstance(value, tuple | list):
@@ -373,5 +372,5 @@ def dump(value: Any) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """`dump` as text, indented, with a newline at the end."""
+    """Return `dump` as indented text with a final newline."""
     return json.dumps(dump(value), indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""What the declarations of a proto file are called in Python: one rule for generator, validator and docs."""
+"""Python names of proto declarations."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ def class_name(name: str) -> str:
 
 
 def module_path(file: str, suffix: str) -> str:
-    """Path of the module that a proto file becomes: `acme/v1/my-file.proto`, `_pb2` → `acme/v1/my_file_pb2.py`.
+    """Return the path of a generated module: `acme/v1/my-file.proto`, `_pb2` → `acme/v1/my_file_pb2.py`.
 
-    As protoc has it: a dash becomes an underscore.
+    As in protoc, a dash becomes an underscore.
     """
     return f"{file.removesuffix('.proto').replace('-', '_')}{suffix}.py"
 
 
 def frame_class(full_name: str, package: str) -> str:
-    """Name of the class of a frame: nested messages are joined by an underscore."""
+    """Return the class name of a frame; names of nested messages are joined by an underscore."""
     return _local(full_name, package).replace(".", "_")
 
 
 def reference(full_name: str, package: str) -> str:
-    """How a message is reached from its `_pb2` module: `Outer.Inner`."""
+    """Return the name of a message within its `_pb2` module, such as `Outer.Inner`."""
     return _local(full_name, package)
 
 
 def unused(name: str, taken: Collection[str]) -> str:
-    """The name, with as many underscores behind it as make it none of those that are taken."""
+    """Append underscores to the name until it is not taken."""
     while name in taken:
         name += "_"
     return name

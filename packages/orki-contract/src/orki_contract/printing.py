@@ -1,22 +1,22 @@
-"""What commands print on standard output, whose reader may go away: `head -1` does."""
+"""Output of commands to a pipe that may be closed, as `head -1` does."""
 
 from __future__ import annotations
 
-__all__ = ["say"]
+__all__ = ["print_line"]
 
 import os
 import sys
 
 
-def say(text: str) -> None:
-    """Prints lines at once. When nobody reads them any more, they and all later ones are dropped.
+def print_line(text: str) -> None:
+    """Print and flush a text. If the pipe is closed, this and all later output is dropped.
 
-    The command goes on with its work, and its exit status stays what it would have been.
+    The command continues and keeps its exit status.
     """
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        # Python flushes the stream again when it exits: from now on that leads nowhere.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        # Python flushes the stream again at exit, so redirect it.
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
+        os.close(devnull)

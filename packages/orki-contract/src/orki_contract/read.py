@@ -1,7 +1,7 @@
-"""Descriptors become the model: what a set of proto files declares, as plain values.
+"""Reads the contract model from descriptors.
 
-Reading judges nothing: where an option is absent or senseless the default stands, and `orki_contract.validate` says
-what is wrong. Whoever reads an image that others built validates it first.
+Reading does not validate: an absent or invalid option gives the default. Use `orki_contract.validate` for images from
+other sources.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ _BY_OPTION: Final[Mapping[int, Scalar]] = {1: Scalar.U8, 2: Scalar.U16, 3: Scala
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileContract:
-    """What one file declares.
+    """The declarations of one file.
 
     Attributes:
-        path: The file, as imports name it.
+        path: Import path of the file.
         package: Its proto package.
         contract: The declarations.
-        plain_services: Full names of the services that carry no option of orki's.
+        plain_services: Full names of the services without orki options.
     """
 
     path: str
@@ -76,21 +76,21 @@ class FileContract:
 
     @property
     def empty(self) -> bool:
-        """Whether the file declares nothing for which code is generated."""
+        """Whether no code is generated for the file."""
         parts = self.contract
         return not (parts.streams or parts.external_groups or parts.tasks or parts.tools or parts.frames)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadContract:
-    """A contract and where it stands.
+    """A contract with its source locations.
 
     Attributes:
         contract: All files together, each part sorted.
         files: Each file, by path.
-        locations: Where each subject is declared. Subjects: full names of messages (streams, frames), `Service/Method`
+        locations: Location of each declaration. Keys: full names of messages (streams, frames), `Service/Method`
             (tasks, tools), `package:stream/group` (external groups).
-        schema: The descriptors that it was read from.
+        schema: The descriptors.
     """
 
     contract: Contract
@@ -100,20 +100,20 @@ class ReadContract:
 
 
 def read_image(image: bytes, texts: Mapping[str, str] | None = None) -> ReadContract:
-    """Reads a serialized FileDescriptorSet or buf Image, with its imports.
+    """Read a serialized FileDescriptorSet or buf Image with its imports.
 
     Args:
         image: The bytes.
-        texts: The files' texts by path, where they are at hand: places inside of options become exact by them.
+        texts: Texts of the files by path, if available; they make locations inside options exact.
 
     Raises:
-        InvalidContract: It cannot be parsed, or a file that is imported is missing in it.
+        InvalidContract: The image cannot be parsed or lacks an imported file.
     """
     return read_schema(Schema(image, texts))
 
 
 def read_schema(schema: Schema) -> ReadContract:
-    """Reads descriptors at hand."""
+    """Read the contract of a schema."""
     locations: dict[str, Location] = {}
     files = tuple(_file(schema, file, locations) for file in schema.files.values())
     contract = merged(each.contract for each in files)
@@ -121,7 +121,7 @@ def read_schema(schema: Schema) -> ReadContract:
 
 
 def merged(parts: Iterable[Contract]) -> Contract:
-    """Several contracts as one, each part sorted."""
+    """Merge several contracts; each part is sorted."""
     every = list(parts)
     return Contract(
         streams=tuple(sorted(each for part in every for each in part.streams)),
@@ -141,7 +141,7 @@ def seconds_of(duration: Any, default: float = 0.0) -> float:
 
 
 def resolve(package: str, name: str) -> str:
-    """Full name of the message that an option names: a plain name lies in the package, else it is full already."""
+    """Return the full name of a message: a name without a dot belongs to the package."""
     return f"{package}.{name}" if name and "." not in name and package else name
 
 
@@ -199,7 +199,7 @@ def _stream(node: MessageNode, option: Any) -> Stream:
         max_entries=option.retention.max_entries,
         max_age=seconds_of(_set(option.retention, "max_age")),
         overflow=Overflow.DROP_OLDEST,
-        # Images that were built with older options know no bounds.
+        # Images built with older options have no bounds.
         least_entries=getattr(option.retention, "least_entries", 0),
         most_entries=getattr(option.retention, "most_entries", 0),
         least_age=seconds_of(_set(option.retention, "least_age")),
@@ -298,5 +298,5 @@ def _frame(schema: Schema, node: MessageNode, option: Any) -> Frame:
 
 
 def _set(message: Any, field: str) -> Any:
-    """The value of a submessage field, or None where it is absent, or newer than the image's options."""
+    """Return the value of a submessage field; None if it is absent or unknown to the image's options."""
     return getattr(message, field) if field in message.DESCRIPTOR.fields_by_name and message.HasField(field) else None

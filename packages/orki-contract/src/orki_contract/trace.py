@@ -1,7 +1,7 @@
-"""W3C Trace Context without a tracing library: parse and print `traceparent`, and carry the current span.
+"""W3C Trace Context: parses and formats `traceparent`, and stores the current span.
 
-The format is https://www.w3.org/TR/trace-context/#traceparent-header, version 00. Nothing here samples or exports: a
-span is an identity that travels.
+The format is https://www.w3.org/TR/trace-context/#traceparent-header, version 00. This module does not sample or export
+spans.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _HEX = frozenset("0123456789abcdef")
 
 @dataclass(frozen=True, order=True, slots=True)
 class Span:
-    """One span's identity.
+    """The identity of a span.
 
     Attributes:
         trace_id: 32 lower-case hex digits, not all zero.
         span_id: 16 lower-case hex digits, not all zero.
-        parent_id: Span above it, or empty at the root or where it is not known.
+        parent_id: Id of the parent span; empty at the root or if unknown.
         flags: Trace flags, 0 to 255; bit 0 is "sampled".
     """
 
@@ -39,17 +39,17 @@ class Span:
         return f"00-{self.trace_id}-{self.span_id}-{self.flags:02x}"
 
     def child(self) -> Span:
-        """A new span below this one."""
+        """Return a new child span."""
         return Span(self.trace_id, _random_id(8), self.span_id, self.flags)
 
 
 def new_span() -> Span:
-    """The root of a new trace."""
+    """Return the root span of a new trace."""
     return Span(_random_id(16), _random_id(8))
 
 
 def parse_traceparent(value: str) -> Span | None:
-    """The span that a `traceparent` names, or None where it names none (the standard says: then start anew)."""
+    """Parse a `traceparent`; None if it is invalid (the standard says to start a new trace then)."""
     parts = value.split("-")
     if len(parts) < 4 or [len(part) for part in parts[:4]] != [2, 32, 16, 2]:
         return None
@@ -65,13 +65,13 @@ _current: ContextVar[Span | None] = ContextVar("orki_span", default=None)
 
 
 def current_span() -> Span | None:
-    """The span in which the calling code runs."""
+    """Return the span of the calling code."""
     return _current.get()
 
 
 @contextmanager
 def use_span(span: Span | None) -> Iterator[None]:
-    """Makes `span` the current one inside the `with` block; the runtimes do this around every handler."""
+    """Make `span` the current span inside the `with` block, as the runtimes do for every handler."""
     token = _current.set(span)
     try:
         yield

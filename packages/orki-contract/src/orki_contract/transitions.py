@@ -1,9 +1,8 @@
-"""The grammar of orki's machines: a literal table of states, events and next states, and nothing that is not in it.
+"""Literal transition tables of state machines.
 
-A table maps each state to the events that are legal in it, and each event to the state that follows. Events are
-classes: the protocol's own messages, and frozen dataclasses for what happens without a message. What a table does not
-list is an illegal move, whose error the caller names: `LocalProtocolError` where we made it, `RemoteProtocolError`
-where they did.
+A table maps each state to its legal events, and each event to the next state. Events are classes: protocol messages, or
+frozen dataclasses for events without a message. A transition that the table does not list is illegal. The caller
+chooses the error: `LocalProtocolError` if this side caused it, `RemoteProtocolError` if the peer did.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ S = TypeVar("S", bound=Enum)
 
 
 class Transitions(Generic[S]):
-    """A transition table that can be stepped through, listed and drawn.
+    """A transition table that can be executed, listed and drawn.
 
     Attributes:
         name: Name of the machine, for messages and the diagram.
-        initial: The state in which it begins.
+        initial: The initial state.
         rows: The table.
     """
 
@@ -36,10 +35,10 @@ class Transitions(Generic[S]):
         self.rows = rows
 
     def next(self, state: S, event: type, error: type[OrkiError]) -> S:
-        """The state after `event` in `state`.
+        """Return the state after `event` in `state`.
 
         Raises:
-            OrkiError: Of class `error`: the table has no such move. The message lists those that it has.
+            OrkiError: Of class `error`: the table has no such transition. The message lists the legal events.
         """
         following = self.rows[state].get(event)
         if following is None:
@@ -47,20 +46,20 @@ class Transitions(Generic[S]):
         return following
 
     def illegal(self, state: S, event: type) -> str:
-        """The sentence that says that `event` has no place in `state`."""
+        """Return the error message for an illegal `event` in `state`."""
         legal = ", ".join(sorted(each.__name__ for each in self.rows[state])) or "nothing"
         return f"{self.name}: {event.__name__} is illegal in state {state.name} (legal there: {legal})"
 
     def pairs(self) -> frozenset[tuple[S, type]]:
-        """Every legal (state, event) pair."""
+        """Return every legal (state, event) pair."""
         return frozenset((state, event) for state, row in self.rows.items() for event in row)
 
     def events(self) -> frozenset[type]:
-        """Every event that the table knows."""
+        """Return every event of the table."""
         return frozenset(event for row in self.rows.values() for event in row)
 
     def mermaid(self) -> str:
-        """The table as a Mermaid state diagram, edges between the same two states joined."""
+        """Return the table as a Mermaid state diagram; edges between the same two states are joined."""
         lines = ["stateDiagram-v2", f"    [*] --> {self.initial.name}"]
         for state, row in self.rows.items():
             edges: dict[S, list[str]] = {}

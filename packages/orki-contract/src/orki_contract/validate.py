@@ -25,17 +25,17 @@ OWNER_RULES: Final[dict[Rule, str]] = {
     "ORKI_OWNER_ONE": "A proto package belongs to one distribution.",
     "ORKI_OWNER_MISSING": "Every proto package of the tree belongs to a distribution.",
     "ORKI_OWNER_UNKNOWN": "A distribution owns proto packages that exist.",
-    "ORKI_OWNER_OPTIONS": "Nobody owns the options: they are never generated.",
+    "ORKI_OWNER_OPTIONS": "No distribution owns the options package.",
 }
 
 
 def _check_owners(report: Report, owners: Mapping[str, Sequence[Location]], files: Collection[str]) -> None:
-    """Judges who owns what.
+    """Check the owners of proto packages.
 
     Args:
-        report: Hears it.
-        owners: The places that claim each proto package.
-        files: Paths of the tree's own files; imports from elsewhere need no owner here.
+        report: Collects the violations.
+        owners: Locations that claim each proto package.
+        files: Paths of the tree's own files; imported files need no owner here.
     """
     packages: dict[str, str] = {}
     for path in sorted(files):
@@ -49,16 +49,16 @@ def _check_owners(report: Report, owners: Mapping[str, Sequence[Location]], file
             report.add(
                 "ORKI_OWNER_UNKNOWN",
                 places[0],
-                f'no proto file has the package "{package}": correct the name, or remove it (there are {known})',
+                f'no proto file has the package "{package}": correct or remove it (known: {known})',
             )
         for place in places[1:]:
-            report.add("ORKI_OWNER_ONE", place, f"{package} belongs to {places[0].file} already: keep one of the two")
+            report.add("ORKI_OWNER_ONE", place, f"{package} already belongs to {places[0].file}: remove one")
     for package, path in sorted(packages.items()):
         if package != OPTIONS_PACKAGE and package not in owners:
             report.add(
                 "ORKI_OWNER_MISSING",
                 report.schema.location(path, (2,)),
-                f'nobody owns the package "{package}": name it in one pyproject.toml, '
+                f'no distribution owns the package "{package}": add it to one pyproject.toml, '
                 f'under [tool.orki], contracts = ["{package}"]',
             )
 
@@ -76,11 +76,11 @@ RULES: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Owners:
-    """The tree around a contract, for the rules that need it.
+    """The source tree of a contract.
 
     Attributes:
-        packages: The places that claim each proto package.
-        files: Where each of the tree's own files lies, by the path under which it is imported.
+        packages: Locations that claim each proto package.
+        files: Paths of the tree's own files, by import path.
     """
 
     packages: Mapping[str, Sequence[Location]]
@@ -88,12 +88,11 @@ class Owners:
 
 
 def validate(read: ReadContract, tree: Owners | None = None) -> tuple[Violation, ...]:
-    """Every violation, sorted by place.
+    """Return every violation, sorted by location.
 
     Args:
-        read: The contract; read it from an image with source information, so that places have lines.
-        tree: Who owns what, and where the files lie; without it ownership is not judged and files are named as imports
-            name them.
+        read: The contract. Locations have lines if its image has source information.
+        tree: Owners and paths of the source tree; without it, ownership is not checked and files have import paths.
     """
     report = Report(read, RULES, tree.files if tree is not None else {})
     streams.check(report)
@@ -106,10 +105,10 @@ def validate(read: ReadContract, tree: Owners | None = None) -> tuple[Violation,
 
 
 def check(read: ReadContract, tree: Owners | None = None) -> None:
-    """Refuses a contract that breaks a rule.
+    """Raise an error if the contract violates a rule.
 
     Raises:
-        InvalidContract: The message holds one line for each violation.
+        InvalidContract: The message has one line per violation.
     """
     found = validate(read, tree)
     if found:

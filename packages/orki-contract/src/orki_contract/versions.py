@@ -29,13 +29,13 @@ from orki_contract.read import ReadContract, read_image
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContractVersion:
-    """A contract and where it comes from.
+    """A version of a contract and its origin.
 
     Attributes:
-        label: For people.
+        label: A description of its origin.
         read: The contract.
-        packages: The proto packages that it speaks for, where it is made of images that wheels ship; None for all.
-        paths: Where files lie, by the path under which they are imported; empty where nobody knows.
+        packages: The proto packages that shipped images own; None for all packages.
+        paths: Paths of source files by import path, as far as known.
     """
 
     label: str
@@ -45,16 +45,16 @@ class ContractVersion:
 
 
 def version_at(source: str) -> ContractVersion:
-    """Reads a version.
+    """Read a version of a contract.
 
     Args:
         source: Path of an image, a wheel or a folder; else a git ref of the repository around the working directory;
-            else the name of an installed distribution or proto package. A folder, or the tree of a ref, is compiled by
-            buf where it has a buf.yaml and there is a buf; else the images in it are read.
+            else the name of an installed distribution or proto package. A folder or the tree of a ref is compiled by
+            buf if it has a buf.yaml and buf is installed; otherwise its images are read.
 
     Raises:
-        InvalidContract: There is no such source, or it holds no contract, or none that can be read.
-        InvalidSetting: It takes buf to read it, and there is none.
+        InvalidContract: The source does not exist, has no contract, or cannot be read.
+        InvalidSetting: Reading it requires buf, which is not installed.
     """
     if not Path(source).exists():
         commit = commit_of(source)
@@ -69,11 +69,11 @@ def version_at(source: str) -> ContractVersion:
     except InvalidContract as error:
         if Path(source).exists():
             raise
-        raise InvalidContract(f"{error.message}; no git ref of this repository is called so either") from error
+        raise InvalidContract(f"{error.message}; there is no git ref of that name either") from error
 
 
 def _wanted(path: str) -> bool:
-    """Whether a file of a git tree says anything about contracts."""
+    """Whether a file of a git tree is part of a contract."""
     name = path.rpartition("/")[2]
     return name.endswith(".proto") or name in ("buf.yaml", "buf.lock", "buf.work.yaml", IMAGE_NAME)
 
@@ -91,10 +91,10 @@ def _folder(folder: Path, label: str) -> ContractVersion:
             return _compiled(buf, folder, label)
         if protos:
             raise InvalidSetting(
-                f"{label} holds protos and no {IMAGE_NAME}, and there is no buf to compile them: "
-                "buf comes with orki-codegen"
+                f"{label} has protos but no {IMAGE_NAME}, and buf is not installed: "
+                "install orki-codegen, which includes it"
             ) from None
-        raise InvalidContract(f"{label} holds no proto file and no {IMAGE_NAME}, so no contract") from None
+        raise InvalidContract(f"{label} has no proto file and no {IMAGE_NAME}") from None
 
 
 def _find_buf() -> str | None:
@@ -103,7 +103,7 @@ def _find_buf() -> str | None:
 
 
 def _compiled(buf: str, folder: Path, label: str) -> ContractVersion:
-    """What buf makes of a folder; with the texts, so that places are exact."""
+    """Compile a folder with buf; texts make the locations exact."""
     image = _run(buf, folder, label, "build", "--as-file-descriptor-set", "--output", "-")
     listed = _run(buf, folder, label, "ls-files", "--format", "json").decode()
     entries = [json.loads(line) for line in listed.splitlines() if line]
@@ -173,8 +173,8 @@ def _read(image: bytes, label: str, texts: Mapping[str, str]) -> ReadContract:
 
 
 def commit_of(ref: str) -> str | None:
-    """The id of the commit that a ref names in the repository around the working directory; None for none."""
-    # A leading dash would be an option of git's.
+    """Return the commit id of a git ref in the repository of the working directory; None if there is none."""
+    # git would take a leading dash for an option.
     if ref.startswith("-"):
         return None
     try:
@@ -185,18 +185,18 @@ def commit_of(ref: str) -> str | None:
 
 
 def checked_out(commit: str, folder: Path, wanted: Callable[[str], bool]) -> None:
-    """Writes some files of a commit into a folder.
+    """Write some files of a commit into a folder.
 
     Args:
         commit: Its id.
         folder: An empty folder.
-        wanted: Chooses files by their paths.
+        wanted: Selects files by path.
 
     Raises:
         InvalidContract: git cannot read the commit, as in a clone without its history.
     """
     names = _checked(_git("ls-tree", "-r", "-z", "--name-only", "--full-tree", commit), commit).split(b"\0")
-    # A path with a newline cannot be asked for, and no proto has one.
+    # The batch protocol cannot request a path with a newline; protos have none.
     chosen = [name for name in names if name and b"\n" not in name and wanted(name.decode(errors="surrogateescape"))]
     asked = b"".join(commit.encode() + b":" + name + b"\n" for name in chosen)
     answer = _checked(_git("cat-file", "--batch", sent=asked), commit)

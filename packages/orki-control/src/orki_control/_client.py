@@ -283,12 +283,13 @@ class Client:
         self._require_channel()
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + self._options.patience
-        jitter = Jitter(self._options.backoff)
+        jitter: Jitter | None = None
         while True:
             try:
                 with typed_errors(self.target):
                     return await once()
             except OrkiError as error:
+                jitter = jitter or Jitter(self._options.backoff)
                 wait = jitter.failed()
                 if not error.retryable or loop.time() + wait >= give_up_at:
                     raise

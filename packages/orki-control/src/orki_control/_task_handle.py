@@ -159,7 +159,7 @@ async def watch_task(
     """
     import grpc
 
-    jitter = Jitter(backoff)
+    jitter: Jitter | None = None
     loop = asyncio.get_running_loop()
     while True:
         opened_at = loop.time()
@@ -180,6 +180,7 @@ async def watch_task(
         except OrkiError as error:
             if not error.retryable:
                 raise
+            jitter = jitter or Jitter(backoff)
             wait = jitter.failed(loop.time() - opened_at)
             _log.info("watching task %s: %s; trying again in %.2f s", task_id, error.message, wait)
         finally:

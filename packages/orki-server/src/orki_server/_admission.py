@@ -55,7 +55,6 @@ class ServiceContract:
 
     @classmethod
     def of(cls, registered: RegisteredContract) -> ServiceContract:
-        """Return the contract of a registration."""
         return cls(
             service=registered.service,
             digest=registered.digest,
@@ -70,7 +69,6 @@ class ServiceContract:
 
     @cached_property
     def methods(self) -> Mapping[str, TaskMethod]:
-        """Its tasks, by full name."""
         return {each.full_name: each for each in self.read.contract.tasks if each.service == self.service}
 
     @property
@@ -189,7 +187,6 @@ class Liveness:
 
     @property
     def used(self) -> bool:
-        """Whether agents or tasks use it."""
         return bool(self.agents or self.tasks)
 
     def __bool__(self) -> bool:
@@ -396,7 +393,7 @@ def _refusal(
         step = f"Withdraw that one (orki contract withdraw {other.service} {other.digest}), or serve a compatible one"
     return ContractMismatch(
         f"{subject} {contract.service} under the contract {contract}, which is incompatible with {other}, "
-        f"and that is live: {liveness}. From {old} to {new}, {fit.told(forward=forward)}. {step}"
+        f"and that is live: {liveness}. From {old} to {new}, {fit.describe(forward=forward)}. {step}"
     )
 
 

@@ -16,10 +16,9 @@ from typing import Final
 
 from orki.control.v1.session_pb2 import Offer as OfferMessage
 from orki_contract.errors import OrkiError, error_for
-from orki_server._keys import shard_of
 from orki_server._session import AgentSession, SessionRegistry
 from orki_server._sessions import Reports
-from orki_server._store.operations import Expired, Offer, OfferedAttempt, Recipient, Sweep
+from orki_server._store.operations import Expired, Offer, OfferedAttempt, Recipient, Sweep, shard_of
 from orki_server._store.store import Store
 
 _POLL: Final = 0.5
@@ -32,7 +31,7 @@ _log = logging.getLogger("orki.server.dispatch")
 
 
 class Dispatcher:
-    """Assigns tasks."""
+    """Assigns tasks; calls `on_change` with a task that was offered, and False as it has not ended."""
 
     def __init__(
         self,
@@ -42,15 +41,6 @@ class Dispatcher:
         accept_timeout: float,
         on_change: Callable[[str, bool], None],
     ) -> None:
-        """Create the dispatcher.
-
-        Args:
-            store: The store.
-            sessions: The agents.
-            reports: Takes back tasks that could not be offered.
-            accept_timeout: Time within which an agent answers.
-            on_change: Called with a task that changed, and whether it ended.
-        """
         self._store = store
         self._sessions = sessions
         self._reports = reports
@@ -62,13 +52,14 @@ class Dispatcher:
         self.offered = 0
 
     def queued(self, shard: int) -> None:
-        """The shard has a queued task."""
         self._marked[shard] = None
         self._wake.set()
 
-    def slots_changed(self) -> None:
-        """Slots may have become free."""
-        if self._marked:
+    def slots_changed(self, new_methods: bool) -> None:
+        """Slots may have become free, perhaps for other methods than before."""
+        if new_methods:
+            self.mark_all()
+        elif self._marked:
             self._wake.set()
 
     def mark_all(self) -> None:
@@ -78,7 +69,6 @@ class Dispatcher:
         self._wake.set()
 
     async def run(self) -> None:
-        """Assign tasks until cancelled."""
         while True:
             try:
                 async with asyncio.timeout(_POLL):
@@ -98,8 +88,8 @@ class Dispatcher:
                 return
             del self._marked[shard]
             recipients = tuple(
-                Recipient(each.agent_id, each.instance_id, min(each.free_slots, _OFFERS), each.methods)
-                for each in sessions
+                Recipient(each.agent_id, each.instance_id, min(slots, _OFFERS), each.methods)
+                for slots, each in sessions
             )
             try:
                 offered = await self._store.offer(Offer(shard, self._accept_timeout + _STORE_SLACK, recipients))
@@ -111,14 +101,14 @@ class Dispatcher:
                 # Every slot was filled, so the shard may have more tasks.
                 self.queued(shard)
             for each in offered:
-                self._offer(sessions[each.recipient], each)
+                self._offer(sessions[each.recipient][1], each)
 
-    def _free_sessions(self) -> list[AgentSession]:
-        """Return sessions with free slots: those with more slots first, equal ones in turn."""
-        sessions = [each for each in self._sessions if each.methods and each.free_slots]
+    def _free_sessions(self) -> list[tuple[int, AgentSession]]:
+        """Return sessions with their numbers of free slots: those with more slots first, equal ones in turn."""
+        sessions = [(slots, each) for each in self._sessions if each.methods and (slots := each.free_slots)]
         self._turn += 1
         start = self._turn % len(sessions) if sessions else 0
-        return sorted(sessions[start:] + sessions[:start], key=lambda each: -each.free_slots)
+        return sorted(sessions[start:] + sessions[:start], key=lambda pair: -pair[0])
 
     def _offer(self, session: AgentSession, offered: OfferedAttempt) -> None:
         message = OfferMessage(
@@ -143,7 +133,9 @@ class Dispatcher:
 class Sweeper:
     """Executes the timers of all shards.
 
-    After a start, and after the store was down, it pauses: agents must first have the chance to renew their leases.
+    It sweeps when a timer is due and at every `interval`. After a start, and after the store was down, it waits for
+    `pause`: agents must first have the chance to renew their leases. It calls `on_queued` with a shard that has a
+    queued task, and `on_change` with a task that changed and whether it ended.
     """
 
     def __init__(
@@ -156,16 +148,6 @@ class Sweeper:
         on_queued: Callable[[int], None],
         on_change: Callable[[str, bool], None],
     ) -> None:
-        """Create the sweeper.
-
-        Args:
-            store: The store.
-            sessions: The agents; they are notified of lost attempts.
-            interval: Maximum time between two sweeps.
-            pause: Time without sweeps after a start and after the store was down.
-            on_queued: Called with a shard that has a queued task.
-            on_change: Called with a task that changed, and whether it ended.
-        """
         self._store = store
         self._sessions = sessions
         self._interval = interval
@@ -178,14 +160,12 @@ class Sweeper:
         store.connection.on_change(self._store_changed)
 
     def wake_in(self, wait: float) -> None:
-        """A timer is due after this time."""
         due = asyncio.get_running_loop().time() + wait
         if due < self._due:
             self._due = due
             self._wake.set()
 
     async def run(self) -> None:
-        """Sweep until cancelled."""
         loop = asyncio.get_running_loop()
         self._store_changed(up=True)
         self._due = loop.time()

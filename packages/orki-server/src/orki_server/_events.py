@@ -33,7 +33,7 @@ from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import OrkiError
 from orki_contract.trace import Span
 from orki_events import Events, Outgoing
-from orki_server._keys import ShardKeys
+from orki_server._keys import RECORD_FIELDS, ShardKeys
 from orki_server._session import AgentSession
 from orki_server._store.store import Store
 
@@ -75,28 +75,17 @@ class OutboxRecord(NamedTuple):
     actor: str
 
 
+def _text(value: bytes) -> str:
+    return value.decode(errors="replace")
+
+
+_INTEGERS: Final = {"revision", "attempt", "fence", "time_us", "reason", "number"}
+_DECODERS: Final[list[Callable[[bytes], Any]]] = [int if name in _INTEGERS else _text for name in RECORD_FIELDS]
+
+
 def _record(entry: bytes, fields: list[bytes]) -> OutboxRecord:
-    (task, revision, kind, method, attempt, fence, agent, instance, span, parent, when, reason, text, number, actor) = (
-        fields[1::2]
-    )
-    return OutboxRecord(
-        entry.decode(),
-        task.decode(),
-        int(revision),
-        kind.decode(),
-        method.decode(),
-        int(attempt),
-        int(fence),
-        agent.decode(),
-        instance.decode(),
-        span.decode(),
-        parent.decode(),
-        int(when),
-        int(reason),
-        text.decode(errors="replace"),
-        int(number),
-        actor.decode(),
-    )
+    values = [decode(value) for decode, value in zip(_DECODERS, fields[1::2], strict=True)]
+    return OutboxRecord(entry.decode(), *values)
 
 
 class Outbox:
@@ -125,7 +114,6 @@ class Outbox:
             await self._connection.calls(commands)
 
     async def length(self) -> int:
-        """Return the number of records in all shards."""
         return sum(await self._connection.calls([("XLEN", key) for key in self._keys]))
 
 
@@ -135,26 +123,27 @@ def _next_id(entry: str) -> str:
 
 
 class OutboxPublisher:
-    """Publishes the outboxes of all shards."""
+    """Publishes the outboxes of all shards.
+
+    Attributes:
+        outbox: The outboxes.
+        wake: Set when they have records.
+        published: Number of published records.
+    """
 
     def __init__(self, store: Store, events: Events) -> None:
         self.outbox = Outbox(store)
+        self.wake = asyncio.Event()
+        self.published = 0
         self._store = store
         self._events = events
-        self._wake = asyncio.Event()
-        self.published = 0
-
-    def wake(self) -> None:
-        """The outbox has records."""
-        self._wake.set()
 
     async def run(self) -> None:
-        """Publish until cancelled."""
         jitter = Jitter(_RETRIES)
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_POLL):
-                    await self._wake.wait()
+                    await self.wake.wait()
             await asyncio.sleep(_COLLECT)
             await self._store.connection.wait_up()
             try:
@@ -171,7 +160,7 @@ class OutboxPublisher:
             OrkiError: The store or the event plane is down; no record is lost.
         """
         while True:
-            self._wake.clear()
+            self.wake.clear()
             shards = await self.outbox.read(_BATCH)
             records = [record for shard in shards for record in shard]
             if not records:
@@ -201,7 +190,6 @@ def event_id(record: OutboxRecord, part: str = "task") -> bytes:
 
 
 def task_event(record: OutboxRecord) -> pb.TaskEvent:
-    """Return the event of a record."""
     return pb.TaskEvent(
         task_id=record.task_id,
         method=record.method,
@@ -252,14 +240,12 @@ class AgentEvents:
         self._orchestrator_id = orchestrator_id
 
     def connected(self, session: AgentSession, resumed: int) -> None:
-        """An agent was welcomed."""
         event = AgentConnected(
             orchestrator_id=self._orchestrator_id, session_epoch=session.epoch, resumed_attempts=resumed
         )
         self._agent(session, AgentEvent(connected=event))
 
     def disconnected(self, session: AgentSession) -> None:
-        """An agent's stream ended."""
         event = AgentDisconnected(
             orchestrator_id=self._orchestrator_id, session_epoch=session.epoch, cause=session.cause[:1000]
         )
@@ -272,7 +258,6 @@ class AgentEvents:
         self._collect(AGENTS, event)
 
     def refused(self, actor: str, subject: str, error: OrkiError) -> None:
-        """A request was refused."""
         event = AuditEvent(
             actor=actor,
             action="refuse",

@@ -16,14 +16,13 @@ from orki.control.v1.session_pb2 import Hello
 from orki.control.v1.task_pb2_grpc import FleetServiceServicer
 from orki_contract.errors import OrkiError, Overloaded, Replaced, UnknownTask
 from orki_control.session import AttemptKey, HelloArrived
-from orki_server._keys import shard_of
 from orki_server._registry import ContractRegistry
-from orki_server._requests import Context, typed
 from orki_server._session import AgentSession, SessionRegistry
 from orki_server._store.contracts import Contracts
 from orki_server._store.fleet import Fleet, SessionGrant
-from orki_server._store.operations import Resume, ResumedAttempt
+from orki_server._store.operations import Resume, ResumedAttempt, shard_of
 from orki_server._store.store import Store
+from orki_server._tasks import Context, typed
 
 _TRIES: Final = 20
 _UPDATE_INTERVAL: Final = 0.5
@@ -151,18 +150,15 @@ class FleetUpdates:
         self._wake = asyncio.Event()
 
     def changed(self, session: AgentSession) -> None:
-        """The agent's snapshot has changed."""
         self._changed[session.agent_id] = session
         self._wake.set()
 
     def ended(self, session: AgentSession) -> None:
-        """The session has ended."""
         self._changed.pop(session.agent_id, None)
         self._ended.append((session.snapshot(), session.epoch))
         self._wake.set()
 
     async def run(self) -> None:
-        """Write until cancelled."""
         while True:
             await self._wake.wait()
             await self._store.connection.wait_up()

@@ -1,4 +1,4 @@
-"""The schema of the store: Redis keys, their fields, and task ids.
+"""The schema of the store: Redis keys and their fields.
 
 Every key and field name is defined here once, for Python, for the Lua scripts and for `docs/keys.md`. The keys of one
 shard share the hash tag `{oN}`, so that an operation touches one slot; the fleet's keys share `{of}`. Keys that do not
@@ -7,15 +7,9 @@ begin with `orki:{` belong to the event plane and are not part of this table.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-import time
-import zlib
 from dataclasses import dataclass
 from typing import Final
-
-from orki_contract.errors import UnknownTask
 
 LAYOUT_VERSION: Final = 2
 """Increases when a key or a field changes its meaning. An orchestrator refuses a store of another version."""
@@ -263,31 +257,25 @@ class ShardKeys:
         return f"orki:{{o{self.shard}}}:"
 
     def task(self, task_id: str) -> str:
-        """The hash of a task."""
         return f"{self.base}task:{task_id}"
 
     def progress(self, task_id: str) -> str:
-        """The progress of a task."""
         return f"{self.base}progress:{task_id}"
 
     @property
     def index(self) -> str:
-        """All tasks of the shard."""
         return f"{self.base}index"
 
     @property
     def open(self) -> str:
-        """Numbers of unfinished tasks."""
         return f"{self.base}open"
 
     @property
     def outbox(self) -> str:
-        """The outbox."""
         return f"{self.base}outbox"
 
     @property
     def fence(self) -> str:
-        """The last fence."""
         return f"{self.base}fence"
 
 
@@ -302,18 +290,11 @@ class FleetKeys:
 
     @staticmethod
     def agent(agent_id: str) -> str:
-        """The hash of an agent."""
         return f"{FleetKeys.BASE}agent:{agent_id}"
 
     @staticmethod
     def service(name: str) -> str:
-        """The hash of a registered service."""
         return f"{FleetKeys.BASE}service:{name}"
-
-
-def idempotency_digest(key: str) -> str:
-    """Return the part of a key's name that represents an idempotency key: SHA-256, 64 hex digits."""
-    return hashlib.sha256(key.encode()).hexdigest()
 
 
 def match(name: str) -> Key | None:
@@ -329,7 +310,7 @@ def lua_names() -> str:
 
     lines = [f"local {row.lua} = KEYS[1] .. '{row.suffix}'" for row in TABLE if row.lua]
     lines.append(f"local FIELDS = {array(tuple(name for name in TASK_FIELDS if name not in NOT_LOADED))}")
-    lines.append(f"local NUMBERS = {array(NUMBERS)}")
+    lines.append(f"local NUMBERS = {{ {', '.join(f'{name} = true' for name in NUMBERS)} }}")
     lines.append(f"local SNAPSHOT = {array(SNAPSHOT)}")
     lines.append(f"local RECORD_FIELDS = {array(RECORD_FIELDS)}")
     return "\n".join(lines) + "\n"
@@ -345,34 +326,3 @@ def fields_markdown(fields: dict[str, str]) -> str:
     """Return a table of fields for `docs/keys.md`."""
     rows = [f"| `{name}` | {holds} |" for name, holds in fields.items()]
     return "\n".join(["| Field | Content |", "|---|---|", *rows]) + "\n"
-
-
-# Crockford's base 32 in lower case: no letter can be taken for a digit.
-_DIGITS: Final = "0123456789abcdefghjkmnpqrstvwxyz"
-_TASK_ID: Final = re.compile(rf"t(0|[1-9][0-9]{{0,3}})-[{_DIGITS}]{{26}}")
-
-
-def new_task_id(shard: int) -> str:
-    """Return a new id for a task of a shard.
-
-    The id is `t<shard>-` and 26 characters that sort by time: 48 bits of milliseconds, then 80 random bits.
-    """
-    number = int(time.time() * 1000) << 80 | int.from_bytes(os.urandom(10))
-    return f"t{shard}-" + "".join(_DIGITS[number >> shift & 31] for shift in range(125, -1, -5))
-
-
-def shard_of(task_id: str) -> int:
-    """Return the shard that a task id names.
-
-    Raises:
-        UnknownTask: The text is not a task id.
-    """
-    matched = _TASK_ID.fullmatch(task_id)
-    if not matched:
-        raise UnknownTask(f"there is no task {task_id[:64]!r}")
-    return int(matched[1])
-
-
-def shard_of_key(idempotency_key: str, shards: int) -> int:
-    """Return the shard of an idempotency key, which is also the shard of its task."""
-    return zlib.crc32(idempotency_key.encode()) % shards

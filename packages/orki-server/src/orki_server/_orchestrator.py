@@ -24,14 +24,13 @@ from orki_server._dispatch import Dispatcher, Sweeper
 from orki_server._events import AgentEvents, OutboxPublisher
 from orki_server._fleet import FleetServicer, FleetUpdates, Handshake
 from orki_server._registry import ContractRegistry, PayloadCheck
-from orki_server._requests import RequestRules
 from orki_server._session import SessionRegistry
 from orki_server._sessions import Reports, SessionServicer
 from orki_server._settings import OrchestratorOptions, parse_listen
 from orki_server._store.contracts import Contracts
 from orki_server._store.fleet import Fleet
 from orki_server._store.store import Store
-from orki_server._tasks import TaskServicer, Watchers
+from orki_server._tasks import RequestRules, TaskServicer, Watchers
 
 SERVICES: Final = tuple(
     file.services_by_name[name].full_name
@@ -72,24 +71,24 @@ class Orchestrator:
         sessions = SessionRegistry()
         self._updates = FleetUpdates(store, fleet)
         self._registry = ContractRegistry(store.connection, contracts, fleet, silence_timeout, self._updates.flush)
-        self._watchers = Watchers(store)
         self._outbox = OutboxPublisher(store, self._events)
+        watchers = Watchers(store, self._outbox.wake.set)
         agent_events = AgentEvents(self._events, options.orchestrator_id)
         reports = Reports(
             store=store,
             progress_kept=options.progress_kept,
-            on_change=self._task_changed,
+            on_change=watchers.changed,
             on_queued=self._task_queued,
             on_refused=agent_events.refused,
         )
-        self._dispatcher = Dispatcher(store, sessions, reports, options.accept_timeout, self._task_changed)
+        self._dispatcher = Dispatcher(store, sessions, reports, options.accept_timeout, watchers.changed)
         self._sweeper = Sweeper(
             store,
             sessions,
             interval=options.sweep_interval,
             pause=2 * options.heartbeat_interval,
             on_queued=self._dispatcher.queued,
-            on_change=self._task_changed,
+            on_change=watchers.changed,
         )
         session_options = OrchestratorSessionOptions(
             orchestrator_id=options.orchestrator_id,
@@ -100,37 +99,27 @@ class Orchestrator:
         )
         handshake = Handshake(store, fleet, self._registry, sessions, options.max_sessions)
         self._sessions = SessionServicer(
-            session_options, sessions, handshake, reports, self._updates, agent_events, self._slots_changed
+            session_options, sessions, handshake, reports, self._updates, agent_events, self._dispatcher.slots_changed
         )
         self._submitters = TaskServicer(
             store,
             self._registry,
             PayloadCheck(contracts, self._registry),
             sessions,
-            self._watchers,
+            watchers,
             RequestRules(options.max_payload_bytes, options.shards),
             self._dispatcher.queued,
-            self._task_changed,
+            watchers.changed,
         )
         self._fleet = FleetServicer(fleet, contracts, sessions, silence_timeout)
         store.connection.on_change(self._store_changed)
         store.on_loss(self._store_lost)
-
-    def _task_changed(self, task_id: str, ended: bool) -> None:
-        self._watchers.changed(task_id, ended)
-        self._outbox.wake()
 
     def _task_queued(self, shard: int, wait: float) -> None:
         if wait > 0:
             self._sweeper.wake_in(wait)
         else:
             self._dispatcher.queued(shard)
-
-    def _slots_changed(self, new_methods: bool) -> None:
-        if new_methods:
-            self._dispatcher.mark_all()
-        else:
-            self._dispatcher.slots_changed()
 
     def _store_changed(self, up: bool) -> None:
         shown = self._store.connection.address.shown

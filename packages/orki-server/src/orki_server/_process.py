@@ -88,7 +88,6 @@ class Child:
         return self.ready
 
     async def wait(self) -> int:
-        """Wait for its end and return its exit code."""
         assert self._process is not None
         return await self._process.wait()
 

@@ -36,7 +36,11 @@ _MAX_CLASSES: Final = 256
 
 
 class ContractRegistry:
-    """Registered services, cached from the store."""
+    """Registered services, cached from the store.
+
+    An agent without heartbeat for `silence_timeout` counts as gone. `flush` writes the snapshots of agents that left;
+    it is called before a contract is refused.
+    """
 
     def __init__(
         self,
@@ -46,15 +50,6 @@ class ContractRegistry:
         silence_timeout: float,
         flush: Callable[[], Awaitable[None]],
     ) -> None:
-        """Create the registry.
-
-        Args:
-            connection: The store's connection.
-            contracts: The registered contracts.
-            fleet: The agents.
-            silence_timeout: Time without a heartbeat after which an agent counts as gone.
-            flush: Writes the snapshots of agents that left; called before a contract is refused.
-        """
         self._connection = connection
         self._contracts = contracts
         self._admission = Admission(contracts, fleet, self._silent_since, flush)

@@ -55,12 +55,6 @@ class AgentSession:
         options: OrchestratorSessionOptions,
         handle: Callable[[AgentSession, Sequence[OrchestratorEvent]], None],
     ) -> None:
-        """Create the session of a new stream.
-
-        Args:
-            options: Options of the machine.
-            handle: Receives the machine's events.
-        """
         self.machine = OrchestratorSession(options, time.monotonic())
         self.epoch = 0
         self.methods: tuple[str, ...] = ()
@@ -90,7 +84,6 @@ class AgentSession:
 
     @property
     def free_slots(self) -> int:
-        """Number of offers that it takes now."""
         return self.machine.free_slots
 
     @property
@@ -105,7 +98,6 @@ class AgentSession:
         return {each.service: each.digest for each in hello.services} if hello else {}
 
     def snapshot(self) -> AgentSnapshot:
-        """Return the current state of the agent."""
         hello, machine = self.machine.hello, self.machine
         assert hello is not None
         beat = self._heartbeat
@@ -159,7 +151,6 @@ class AgentSession:
         return sent
 
     def refuse(self, error: OrkiError) -> None:
-        """Refuse the session and end the stream."""
         if self.machine.state in (OrchestratorState.AWAITING_HELLO, OrchestratorState.CHECKING_HELLO):
             self.machine.refuse_session(error)
         self.end(error.message)
@@ -179,7 +170,6 @@ class AgentSession:
         self.changed()
 
     async def run(self, context: StreamContext) -> None:
-        """Serve the stream until it ends."""
         reader = asyncio.create_task(self._read(context), name="orki session reader")
         writer = asyncio.create_task(self._write(context), name="orki session writer")
         try:
@@ -279,7 +269,6 @@ class SessionRegistry:
         return iter(list(self._sessions.values()))
 
     def get(self, agent_id: str) -> AgentSession | None:
-        """Return the agent's session, if it has one here."""
         return self._sessions.get(agent_id)
 
     def add(self, session: AgentSession) -> AgentSession | None:

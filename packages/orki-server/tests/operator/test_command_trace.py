@@ -87,19 +87,25 @@ async def test_a_trace_by_task_by_trace_and_by_prefix(
     assert canary not in people.out
 
 
-async def test_an_id_that_is_ambiguous_unknown_or_none(events: Events, user: Any, orki: Any, redis_only: Any) -> None:
+async def test_ambiguous_unknown_and_invalid_ids_are_refused(
+    events: Events, user: Any, orki: Any, redis_only: Any
+) -> None:
     ended = await orki("trace", TASK, **redis_only)
     assert (ended.code, ended.err.count("\n")) == (1, 1)
     assert "no streams yet" in ended.err
     await publish_story(events, user, "t4-01jcabcdefghjkmnpqrstvwxyz")
     await publish_story(events, user, "t4-01jcabcdefghjkmnpqrstvwxyy")
-    for wanted, says in (("t4-", "give more of the id"), (TASK, "is in the streams"), ("nonsense!", "no trace id")):
+    for wanted, says in (
+        ("t4-", "use a longer prefix"),
+        (TASK, "the streams have no event"),
+        ("nonsense!", "nor a trace id"),
+    ):
         ended = await orki("trace", wanted, **redis_only)
         assert (ended.code, ended.err.count("\n")) == (1, 1), ended.err
         assert says in ended.err
 
 
-async def test_trimmed_entries_are_told(events: Events, user: Any, orki: Any, redis_only: Any, link: Any) -> None:
+async def test_trimmed_entries_are_reported(events: Events, user: Any, orki: Any, redis_only: Any, link: Any) -> None:
     await publish_story(events, user)
     for _ in range(3):
         await events.publish(USAGE, UsageEvent(model="later"))

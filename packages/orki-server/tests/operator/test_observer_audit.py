@@ -40,7 +40,7 @@ def ids(file: Path) -> Counter[str]:
     return Counter(line["event_id"] for line in lines(file))
 
 
-async def test_every_stream_is_written_a_users_new_one_too_and_redacted(
+async def test_every_stream_is_written_redacted_including_new_ones(
     observer: Start, valkey_url: str, events: Events, user: Any, canary: str, tmp_path: Path, until: Any
 ) -> None:
     file = tmp_path / "audit.jsonl"
@@ -64,7 +64,7 @@ async def test_every_stream_is_written_a_users_new_one_too_and_redacted(
     assert next(iter(second)) == "event_id"
 
 
-async def test_each_event_once_over_kills_at_any_instant(
+async def test_each_event_is_written_once_despite_kills(
     observer: Start, valkey_url: str, events: Events, user: Any, tmp_path: Path, until: Any, link: Any
 ) -> None:
     seed = random.randrange(1 << 30)
@@ -96,7 +96,7 @@ async def test_each_event_once_over_kills_at_any_instant(
         assert (await link.execute((b"XPENDING", key, b"audit")))[0] == 0, f"seed {seed}"
 
 
-async def test_entries_that_cannot_be_read_are_told_and_not_shown(
+async def test_undecodable_entries_are_reported_and_not_shown(
     observer: Start, valkey_url: str, events: Events, user: Any, canary: str, tmp_path: Path, until: Any, link: Any
 ) -> None:
     file = tmp_path / "audit.jsonl"
@@ -108,11 +108,11 @@ async def test_entries_that_cannot_be_read_are_told_and_not_shown(
     await until(lambda: len(lines(file)) == 2)
     line = lines(file)[1]
     assert line["event"] is None
-    assert line["problem"] == f"{len(canary) + 1} bytes that hold no orki.events.v1.UsageEvent, not shown"
+    assert line["problem"] == f"{len(canary) + 1} bytes that are not a valid orki.events.v1.UsageEvent, not shown"
     assert canary not in file.read_text()
 
 
-async def test_a_full_disk_is_waited_for_and_nothing_is_lost(
+async def test_a_full_disk_is_retried_and_nothing_is_lost(
     observer: Start, valkey_url: str, events: Events, tmp_path: Path, until: Any, link: Any
 ) -> None:
     file = tmp_path / "audit.jsonl"
@@ -124,7 +124,7 @@ async def test_a_full_disk_is_waited_for_and_nothing_is_lost(
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (file.stat().st_size + 10, hard))
     for number in range(5):
         await events.publish(USAGE, UsageEvent(model=f"m{number}"))
-    await until(lambda: "takes no more lines" in process.log)
+    await until(lambda: "cannot be written" in process.log)
     assert len(lines(file)) == 1
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
     await until(lambda: len(lines(file)) == 6)
@@ -132,7 +132,7 @@ async def test_a_full_disk_is_waited_for_and_nothing_is_lost(
     assert await link.execute((b"EXISTS", "orki:ev:{usage.audit.dead}")) == 0
 
 
-def test_it_waits_for_an_event_server_that_is_away(dead_port: int, tmp_path: Path) -> None:
+def test_the_observer_waits_for_an_unreachable_event_server(dead_port: int, tmp_path: Path) -> None:
     module = [sys.executable, "-m", "orki_server", "observe", "audit"]
     process = subprocess.Popen(
         [*module, str(tmp_path / "a"), "--redis", f"redis://127.0.0.1:{dead_port}/0"],
@@ -161,7 +161,7 @@ def test_it_waits_for_an_event_server_that_is_away(dead_port: int, tmp_path: Pat
         (["no/such/folder/a.jsonl", "--redis", "redis://127.0.0.1:1"], 1, "cannot be opened"),
     ],
 )
-def test_bad_settings_end_it_in_one_sentence(
+def test_invalid_settings_end_the_observer_with_one_sentence(
     command: Callable[..., Any], arguments: list[str], code: int, says: str
 ) -> None:
     ended = command("observe", "audit", *arguments)
@@ -185,4 +185,4 @@ async def test_a_second_observer_of_one_file_is_refused(
     audit(observer, valkey_url, tmp_path / "audit.jsonl")
     ended = command("observe", "audit", "audit.jsonl", "--redis", valkey_url)
     assert ended.returncode == 1
-    assert "another process writes it" in ended.stderr
+    assert "another process writes to it" in ended.stderr

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from orki_contract.errors import InvalidSetting, OrkiError
 from orki_server._observers import audit as audit_log
-from orki_server._observers.audit import AuditLog, AuditLogSettings, Fsync
+from orki_server._observers.audit import AuditLog, AuditLogOptions, Fsync
 
 
 def _line(number: int, body: str = "") -> tuple[str, str]:
@@ -22,7 +22,7 @@ def _line(number: int, body: str = "") -> tuple[str, str]:
 
 
 def _opened(path: Path, remember: int = 1000) -> AuditLog:
-    log = AuditLog(AuditLogSettings(path=path, fsync=Fsync.NEVER, remember=remember))
+    log = AuditLog(AuditLogOptions(path=path, fsync=Fsync.NEVER, remember=remember))
     log.open()
     return log
 
@@ -46,7 +46,7 @@ def test_an_event_is_written_once(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(min_value=0), block=st.integers(min_value=1, max_value=300), count=st.integers(0, 12))
-def test_cut_at_any_byte_the_log_heals(
+def test_a_log_cut_at_any_byte_is_repaired(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int, block: int, count: int
 ) -> None:
     monkeypatch.setattr(audit_log, "_BLOCK", block)
@@ -63,7 +63,7 @@ def test_cut_at_any_byte_the_log_heals(
     assert _ids(path) == list(range(1, count + 2))
 
 
-def test_what_is_remembered_is_bounded_and_survives_a_restart(tmp_path: Path) -> None:
+def test_remembered_ids_are_bounded_and_survive_a_restart(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     log = _opened(path)
     log.append([_line(number) for number in range(1, 2501)])
@@ -78,19 +78,19 @@ def test_what_is_remembered_is_bounded_and_survives_a_restart(tmp_path: Path) ->
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     log = _opened(path)
-    with pytest.raises(InvalidSetting, match="another process writes it"):
+    with pytest.raises(InvalidSetting, match="another process writes to it"):
         _opened(path)
     log.close()
     _opened(path).close()
 
 
-def test_a_folder_or_a_missing_one_is_refused(tmp_path: Path) -> None:
+def test_a_directory_and_a_missing_directory_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "no" / "audit.jsonl"):
         with pytest.raises(InvalidSetting, match="cannot be opened"):
             _opened(path)
 
 
-def test_a_full_disk_leaves_nothing_of_the_batch(tmp_path: Path) -> None:
+def test_a_full_disk_writes_nothing_of_the_batch(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     log = _opened(path)
     log.append([_line(1)])
@@ -99,7 +99,7 @@ def test_a_full_disk_leaves_nothing_of_the_batch(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 30, hard))
     try:
-        with pytest.raises(OrkiError, match="takes no more lines"):
+        with pytest.raises(OrkiError, match="cannot be written"):
             log.append([_line(2), _line(3)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -110,9 +110,9 @@ def test_a_full_disk_leaves_nothing_of_the_batch(tmp_path: Path) -> None:
     assert _ids(path) == [1, 2, 3]
 
 
-def test_synced_batches_are_written_too(tmp_path: Path) -> None:
+def test_synced_batches_are_written(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
-    log = AuditLog(AuditLogSettings(path=path))
+    log = AuditLog(AuditLogOptions(path=path))
     assert log.open() == 0
     assert log.append([_line(1)]) == 1
     log.close()
@@ -120,7 +120,7 @@ def test_synced_batches_are_written_too(tmp_path: Path) -> None:
     assert _ids(path) == [1]
 
 
-def test_foreign_lines_are_left_alone(tmp_path: Path) -> None:
+def test_other_lines_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     path.write_text('hello\n{"event_id":"short"}\n\n')
     log = _opened(path)
@@ -130,6 +130,6 @@ def test_foreign_lines_are_left_alone(tmp_path: Path) -> None:
     assert path.read_text().count("\n") == 4
 
 
-def test_remembering_too_little_is_refused(tmp_path: Path) -> None:
+def test_a_small_remember_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidSetting, match="1000 or more"):
-        AuditLogSettings(path=tmp_path / "a", remember=10)
+        AuditLogOptions(path=tmp_path / "a", remember=10)

@@ -95,7 +95,7 @@ async def test_events_arrive_redacted_with_their_envelope(
     assert canary not in process.log
 
 
-async def test_no_event_is_missed_or_repeated_over_kills_and_cuts(
+async def test_no_event_is_missed_or_repeated_despite_kills_and_cuts(
     observer: Start, valkey_url: str, events: Events, http: aiohttp.ClientSession, user: Any
 ) -> None:
     seed = random.randrange(1 << 30)
@@ -142,7 +142,7 @@ async def _next(stream: Stream, publishing: asyncio.Task[None], story: str) -> d
         raise AssertionError(f"{story}, all published: {published}") from None
 
 
-async def test_a_stream_that_appears_is_followed_from_its_beginning(
+async def test_a_new_stream_is_read_from_its_beginning(
     observer: Start, valkey_url: str, events: Events, http: aiohttp.ClientSession, user: Any
 ) -> None:
     process = feed(observer, valkey_url)
@@ -153,7 +153,7 @@ async def test_a_stream_that_appears_is_followed_from_its_beginning(
     assert found == set(range(20))
 
 
-async def test_who_came_before_the_first_stream_misses_nothing_while_away(
+async def test_a_client_older_than_the_first_stream_misses_nothing_after_reconnecting(
     observer: Start, valkey_url: str, events: Events, http: aiohttp.ClientSession
 ) -> None:
     process = feed(observer, valkey_url)
@@ -165,7 +165,7 @@ async def test_who_came_before_the_first_stream_misses_nothing_while_away(
     assert found == [1, 2, 3]
 
 
-async def test_only_the_streams_that_were_asked_for(
+async def test_only_the_selected_streams_are_sent(
     observer: Start, valkey_url: str, events: Events, http: aiohttp.ClientSession, user: Any
 ) -> None:
     await events.prepare(user.stream)
@@ -177,7 +177,7 @@ async def test_only_the_streams_that_were_asked_for(
         assert (await stream.event())["stream"] == "usage"
 
 
-async def test_trimmed_entries_are_told_as_a_gap(
+async def test_trimmed_entries_are_sent_as_a_gap(
     observer: Start, valkey_url: str, events: Events, http: aiohttp.ClientSession, link: Any
 ) -> None:
     process = feed(observer, valkey_url)
@@ -220,9 +220,7 @@ async def test_bad_requests_are_refused_in_one_sentence(
     assert "Traceback" not in process.log
 
 
-async def test_the_page_and_its_parts_are_served_for_a_closed_network(
-    observer: Start, valkey_url: str, http: aiohttp.ClientSession
-) -> None:
+async def test_the_page_needs_no_other_host(observer: Start, valkey_url: str, http: aiohttp.ClientSession) -> None:
     process = feed(observer, valkey_url)
     for path, kind in (("", "text/html"), ("feed.js", "text/javascript"), ("feed.css", "text/css")):
         async with http.get(process.where + path) as response:
@@ -235,7 +233,7 @@ async def test_the_page_and_its_parts_are_served_for_a_closed_network(
         assert response.status == 404
 
 
-async def test_without_the_event_server_it_says_so_and_recovers(
+async def test_the_feed_reports_a_lost_event_server_and_recovers(
     observer: Start, dead_port: int, http: aiohttp.ClientSession
 ) -> None:
     process = feed(observer, f"redis://127.0.0.1:{dead_port}/0")
@@ -246,9 +244,7 @@ async def test_without_the_event_server_it_says_so_and_recovers(
     assert "Traceback" not in process.log
 
 
-async def test_stopping_ends_the_clients_in_good_order(
-    observer: Start, valkey_url: str, http: aiohttp.ClientSession
-) -> None:
+async def test_stop_ends_the_clients_cleanly(observer: Start, valkey_url: str, http: aiohttp.ClientSession) -> None:
     process = feed(observer, valkey_url)
     async with followed(http, process.where) as stream:
         process.process.send_signal(signal.SIGTERM)
@@ -258,7 +254,7 @@ async def test_stopping_ends_the_clients_in_good_order(
     assert "Traceback" not in process.log
 
 
-async def test_a_client_that_takes_nothing_is_dropped_and_others_go_on(
+async def test_a_client_that_reads_nothing_is_disconnected_and_others_continue(
     valkey_url: str,
     events: Events,
     http: aiohttp.ClientSession,
@@ -268,7 +264,7 @@ async def test_a_client_that_takes_nothing_is_dropped_and_others_go_on(
     until: Any,
 ) -> None:
     stopped = asyncio.Event()
-    running = asyncio.create_task(run_feed(parse_address(valkey_url), FeedOptions(send_timeout_s=0.3), stopped))
+    running = asyncio.create_task(run_feed(parse_address(valkey_url), FeedOptions(send_timeout=0.3), stopped))
     said = ""
     while " ready: " not in said:
         await asyncio.sleep(0.01)
@@ -283,7 +279,7 @@ async def test_a_client_that_takes_nothing_is_dropped_and_others_go_on(
         for _ in range(120):
             await events.publish(user.stream, big)
             await asyncio.wait_for(stream.event(), 20)
-    await until(lambda: "it was dropped" in caplog.text)
+    await until(lambda: "disconnected a client" in caplog.text)
     slow.settimeout(10)
     assert _received(slow) < 120 * 100_000
     slow.close()
@@ -311,7 +307,7 @@ def _received(connection: socket.socket) -> int:
         (["--nonsense"], 2, "No such option"),
     ],
 )
-def test_bad_settings_end_it_in_one_sentence(
+def test_invalid_settings_end_the_observer_with_one_sentence(
     command: Callable[..., Any], arguments: list[str], code: int, says: str
 ) -> None:
     ended = command("observe", "feed", *arguments)
@@ -321,7 +317,7 @@ def test_bad_settings_end_it_in_one_sentence(
     assert ended.stdout == ""
 
 
-def test_a_taken_port_is_told(command: Callable[..., Any]) -> None:
+def test_a_taken_port_is_reported(command: Callable[..., Any]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -46,7 +46,7 @@ async def shown(url: str, *wanted: str, limit_s: float = 30.0) -> str:
     raise AssertionError(f"{wanted} not in:\n{text}")
 
 
-async def test_figures_of_events_groups_and_agents(
+async def test_metrics_of_events_groups_and_agents(
     observer: Start, valkey_url: str, events: Events, user: Any, canary: str
 ) -> None:
     await events.publish(USAGE, UsageEvent(model="m", agent_id="a", input_tokens=812))
@@ -69,9 +69,7 @@ async def test_figures_of_events_groups_and_agents(
     assert "Traceback" not in process.log
 
 
-async def test_killed_at_any_instant_it_loses_nothing(
-    observer: Start, valkey_url: str, events: Events, link: Any
-) -> None:
+async def test_a_kill_loses_no_event(observer: Start, valkey_url: str, events: Events, link: Any) -> None:
     seed = random.randrange(1 << 30)
     draw = random.Random(seed)
     with socket.socket() as probe:
@@ -106,7 +104,7 @@ async def test_unknown_parameters_and_pages(observer: Start, valkey_url: str) ->
             assert response.status == 404
 
 
-async def test_without_an_event_server_it_serves_and_stops(observer: Start, dead_port: int) -> None:
+async def test_without_an_event_server_the_observer_serves_and_stops(observer: Start, dead_port: int) -> None:
     process = metrics(observer, f"redis://127.0.0.1:{dead_port}/0")
     assert "orki_agents_connected" in await scraped(process.where)
     assert process.end() == 0
@@ -122,7 +120,7 @@ async def test_without_an_event_server_it_serves_and_stops(observer: Start, dead
         (["extra"], 2, "unexpected extra argument"),
     ],
 )
-def test_bad_settings_end_it_in_one_sentence(
+def test_invalid_settings_end_the_observer_with_one_sentence(
     command: Callable[..., Any], arguments: list[str], code: int, says: str
 ) -> None:
     ended = command("observe", "metrics", *arguments)

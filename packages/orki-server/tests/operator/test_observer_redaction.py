@@ -98,7 +98,7 @@ def _leaf() -> Any:
     return CLASSES["t.Leaf"](token=SECRET, note="seen", raw=SECRET.encode())
 
 
-def test_a_secret_is_redacted_wherever_it_lies() -> None:
+def test_a_secret_is_redacted_at_any_depth() -> None:
     tree: Any = CLASSES["t.Tree"](
         leaf=_leaf(), leaves=[_leaf(), _leaf()], hidden=_leaf(), picked=_leaf(), codes=[7, 731]
     )
@@ -127,7 +127,7 @@ def test_a_oneof_member_is_redacted() -> None:
     assert REDACTION.redacted(CLASSES["t.Tree"](picked_text=SECRET)) == {"picked_text": REDACTED}
 
 
-def test_unknown_fields_are_told_by_number_alone() -> None:
+def test_unknown_fields_are_shown_by_number_only() -> None:
     newer: Any = CLASSES["t.Newer"](added=SECRET)
     old = CLASSES["t.Leaf"].FromString(newer.SerializeToString() + _leaf().SerializeToString())
     shown = REDACTION.redacted(old)
@@ -135,15 +135,15 @@ def test_unknown_fields_are_told_by_number_alone() -> None:
 
 
 @pytest.mark.parametrize("url", ["type.example/t.Nobody", "", "t.Leaf"])
-def test_an_any_that_cannot_be_opened_shows_its_size(url: str) -> None:
+def test_an_undecodable_any_shows_its_size(url: str) -> None:
     value = SECRET.encode()  # no message of any type: 'x' is field 15 with a wire type that does not exist
     tree: Any = CLASSES["t.Tree"]()
     tree.packed.type_url, tree.packed.value = url, value
     shown = REDACTION.redacted(tree)["packed"]
-    assert shown == {"@type": url, "value": f"[{len(value)} bytes of a type that is not known here]"}
+    assert shown == {"@type": url, "value": f"[{len(value)} bytes of an unknown type]"}
 
 
-def test_values_take_their_json_form() -> None:
+def test_values_have_their_json_form() -> None:
     tree: Any = CLASSES["t.Tree"](numbers=[2**64 - 1], share=float("inf"))
     tree.free["k"] = [1, None, {"z": "ü"}]
     assert REDACTION.redacted(tree) == {
@@ -154,7 +154,7 @@ def test_values_take_their_json_form() -> None:
 
 
 @given(st.text())
-def test_a_line_is_printable_ascii_and_reads_back(text: str) -> None:
+def test_a_line_is_printable_ascii_and_round_trips(text: str) -> None:
     line = safe_json({"text": text})
     assert line.isascii()
     assert line.isprintable()

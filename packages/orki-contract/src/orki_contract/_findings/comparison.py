@@ -17,7 +17,7 @@ from orki_contract.read import ReadContract
 
 
 class Bump(StrEnum):
-    """What a version must promise at the least."""
+    """A version bump."""
 
     MAJOR = "major"
     MINOR = "minor"
@@ -25,7 +25,7 @@ class Bump(StrEnum):
 
 
 class Category(StrEnum):
-    """Groups of rules, by which buf's configuration names them."""
+    """Groups of rules; buf's configuration uses these names."""
 
     STREAM = "ORKI_STREAM"
     FRAME = "ORKI_FRAME"
@@ -38,7 +38,7 @@ class Category(StrEnum):
 
 
 class Plane(StrEnum):
-    """The part of a running fleet that a change touches. `MESSAGES`: several of them, or none."""
+    """The part of a fleet that a change affects. `MESSAGES` stands for several parts or none."""
 
     EVENTS = "events"
     CONTROL = "control"
@@ -49,15 +49,14 @@ class Plane(StrEnum):
 
 @dataclass(frozen=True, order=True, slots=True, kw_only=True)
 class Rule:
-    """One way in which a contract may change.
+    """A kind of contract change.
 
     Attributes:
         id: Such as `ORKI_STREAM_REMOVED`.
-        purpose: What the contract keeps, or what the change is, as a sentence.
-        category: The group that it belongs to.
-        bump: What the change asks for.
-        wire: Whether processes built from the two sides would misunderstand or fail each other; False where only code
-            written against the contract must change, or nothing must.
+        purpose: The requirement, or the change, as a sentence.
+        category: Its category.
+        bump: The version bump that the change requires.
+        wire: Whether processes of the two versions are incompatible; False if only source code must change, or nothing.
     """
 
     id: str
@@ -72,18 +71,18 @@ class Finding:
     """One change of a contract.
 
     Attributes:
-        location: Where the new contract says it, or the nearest thing around it there; where nothing of it is left,
-            the place in the old contract.
+        location: The location in the new contract, or of the nearest enclosing element; the location in the old
+            contract if nothing is left.
         rule: Id of the rule.
         subject: What changed, such as `stream "findings"`.
-        package: Proto package that declares the subject, and whose version must tell of the change.
-        message: What changed, in words, the values of before and after included.
-        plane: Where it is felt.
-        bump: What it asks for.
-        wire: Whether old and new processes would misunderstand or fail each other.
-        affected: Who is concerned beside the subject itself: groups, streams, services, packages; sorted.
-        gone: Whether `location` is a place in the old contract.
-        before: The place in the old contract; an empty file name where there was nothing.
+        package: Proto package that declares the subject and whose version must change.
+        message: A description of the change, with the old and the new value.
+        plane: The affected plane.
+        bump: The required version bump.
+        wire: Whether old and new processes are incompatible.
+        affected: Other groups, streams, services and packages that the change affects; sorted.
+        gone: Whether `location` is a location in the old contract.
+        before: The location in the old contract; its file is empty if there is none.
     """
 
     location: Location
@@ -103,28 +102,28 @@ class Finding:
 
 
 def breaking(category: Category, rule: str, purpose: str) -> Rule:
-    """A rule whose break divides a running fleet."""
+    """Create a rule for changes that break running processes."""
     return Rule(id=rule, purpose=purpose, category=category, bump=Bump.MAJOR, wire=True)
 
 
 def source_breaking(category: Category, rule: str, purpose: str) -> Rule:
-    """A rule whose break is felt by whoever compiles or imports, and not on the wire."""
+    """Create a rule for changes that break source code but not the wire."""
     return Rule(id=rule, purpose=purpose, category=category, bump=Bump.MAJOR, wire=False)
 
 
 def additive(category: Category, rule: str, purpose: str) -> Rule:
-    """A rule that names something new, or looser, with which old processes live."""
+    """Create a rule for additions and relaxations that are compatible with old processes."""
     return Rule(id=rule, purpose=purpose, category=category, bump=Bump.MINOR, wire=False)
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class Use:
-    """One declaration that puts messages on a wire.
+    """A declaration that uses messages.
 
     Attributes:
-        name: For people, such as `stream "findings"`.
-        package: Who declares it.
-        plane: Where it runs.
+        name: Such as `stream "findings"`.
+        package: The package that declares it.
+        plane: Its plane.
     """
 
     name: str
@@ -133,18 +132,18 @@ class Use:
 
 
 class Reach:
-    """Answers which declarations of a contract reach a message or an enum."""
+    """Finds the declarations of a contract that use a message or an enum."""
 
     def __init__(self, read: ReadContract) -> None:
         self._read = read
         self._known: dict[str, tuple[frozenset[Use], frozenset[str]]] = {}
 
     def uses(self, name: str) -> frozenset[Use]:
-        """The declarations whose entries, requests, responses, progress or directives hold it, at any depth."""
+        """Return the declarations whose messages contain it at any depth."""
         return self._above(name)[0]
 
     def packages(self, name: str) -> frozenset[str]:
-        """The packages of those declarations, and of every message that holds it, at any depth."""
+        """Return the packages of those declarations and of every message that contains it at any depth."""
         return self._above(name)[1]
 
     def _above(self, name: str) -> tuple[frozenset[Use], frozenset[str]]:
@@ -202,15 +201,15 @@ class Reach:
                     yield name.removeprefix("."), use
 
 
-# Not a contract of anybody's: the options themselves, and what every compiler brings in its own version.
+# The options themselves, and the files that compilers ship.
 _NOT_JUDGED: Final = frozenset({OPTIONS_PACKAGE, "google.protobuf"})
 
 Places = tuple[Location | None, Location | None]
-"""Where something stands in the old and in the new contract."""
+"""Locations in the old and in the new contract."""
 
 
 class Side:
-    """The old contract, or the new one, with what its rules look up again and again."""
+    """The old or the new contract, with cached lookups."""
 
     def __init__(self, read: ReadContract) -> None:
         self.read = read
@@ -218,23 +217,23 @@ class Side:
 
     @cached_property
     def reach(self) -> Reach:
-        """What reaches each message."""
+        """The declarations that use each message."""
         return Reach(self.read)
 
     @cached_property
     def streams(self) -> Mapping[str, Stream]:
-        """By name; the first where a contract breaks the rule that names are unique."""
+        """Streams by name; the first one of a duplicate name."""
         return _first((each.name, each) for each in self.read.contract.streams)
 
     @cached_property
     def external_groups(self) -> Mapping[tuple[str, str, str], ExternalGroup]:
-        """By package, stream and group."""
+        """External groups by package, stream and group."""
         found = self.read.contract.external_groups
         return _first(((each.package, each.stream, each.group.name), each) for each in found)
 
     @cached_property
     def consumed(self) -> Mapping[tuple[str, str], Sequence[tuple[FileDescriptorProto, int, Any]]]:
-        """Where each package declares groups on each stream: file, index among its external groups, and the option."""
+        """Declarations of external groups by package and stream: file, index and option."""
         found: dict[tuple[str, str], list[tuple[FileDescriptorProto, int, Any]]] = {}
         for file in self.schema.files.values():
             for index, option in enumerate(self.schema.option(file.options, "consume") or ()):
@@ -258,7 +257,7 @@ class Side:
 
     @cached_property
     def methods(self) -> Mapping[str, tuple[str, MethodNode]]:
-        """Every judged rpc by its full name, with the path of its file."""
+        """Compared rpcs by full name, with the path of their file."""
         return {
             method.full_name: (service.file.name, method)
             for service in self.schema.services.values()
@@ -268,7 +267,7 @@ class Side:
 
     @cached_property
     def messages(self) -> Mapping[str, MessageNode]:
-        """Every judged message by its full name, without the entries of maps."""
+        """Compared messages by full name, without map entries."""
         return {
             name: node
             for name, node in self.schema.messages.items()
@@ -277,27 +276,27 @@ class Side:
 
     @cached_property
     def enums(self) -> Mapping[str, str]:
-        """The path of each judged enum's file, by the enum's full name."""
+        """Paths of the files of compared enums, by full name."""
         return {name: file.name for name, (file, _) in self.schema.enums.items() if file.package not in _NOT_JUDGED}
 
     @cached_property
     def files(self) -> Mapping[str, str]:
-        """The package of each judged file, by its path."""
+        """Packages of the compared files, by path."""
         return {name: file.package for name, file in self.schema.files.items() if file.package not in _NOT_JUDGED}
 
     def place(self, file: str, path: Path, options: Message, option: str, *inside: str | int) -> Location:
-        """Where an option's value, or a part of it, is written; see `Judge.place`."""
+        """Return the location of an option or of a part of its value; see `Schema.locate`."""
         return self.schema.locate(file, path, options, option, *inside)
 
     def message_place(self, message: str, option: str = "", *inside: str | int) -> Location:
-        """Where a message stands, or a part of an option on it."""
+        """Return the location of a message or of a part of its option."""
         node = self.schema.messages[message]
         if not option or self.schema.option(node.proto.options, option) is None:
             return self.schema.location(node.file.name, node.path)
         return self.place(node.file.name, node.path, node.proto.options, option, *inside)
 
     def method_place(self, full_name: str, option: str = "", *inside: str | int) -> Location:
-        """Where an rpc stands, or a part of an option on it."""
+        """Return the location of an rpc or of a part of its option."""
         file, method = self.methods[full_name]
         if not option or self.schema.option(method.proto.options, option) is None:
             return self.schema.location(file, method.path)
@@ -305,7 +304,7 @@ class Side:
 
 
 class Comparison:
-    """Hears all rules on two contracts, and gathers what they find."""
+    """Two contracts and the findings of all rules."""
 
     def __init__(self, old: ReadContract, new: ReadContract, known: Mapping[str, Rule]) -> None:
         self.old = Side(old)
@@ -324,16 +323,16 @@ class Comparison:
         places: Places,
         affected: Iterable[str] = (),
     ) -> None:
-        """Puts down one finding.
+        """Add a finding.
 
         Args:
             rule: Id of the rule.
-            subject: What changed.
-            package: Which package declares it.
-            message: What changed, as a sentence without a full stop.
-            plane: Where it is felt.
-            places: In the old and in the new contract; None where nothing of it is left there.
-            affected: Who is concerned.
+            subject: The changed declaration.
+            package: The package that declares it.
+            message: The change, as a sentence without a full stop.
+            plane: The affected plane.
+            places: Locations in the old and in the new contract; None where it does not exist.
+            affected: Other affected declarations and packages.
         """
         known = self._known[rule]
         before, after = places
@@ -355,13 +354,13 @@ class Comparison:
         )
 
     def users(self, name: str, package: str) -> set[str]:
-        """Who uses a message, on either side: declarations, and packages other than its own."""
+        """Return the declarations and the other packages that use a message on either side."""
         sides = (self.old.reach, self.new.reach)
         packages = {each for side in sides for each in side.packages(name)} - {package}
         return {use.name for side in sides for use in side.uses(name)} | {f"package {each}" for each in packages}
 
     def plane(self, name: str) -> Plane:
-        """Where a message travels: one plane, or `MESSAGES` for several or none."""
+        """Return the plane that uses a message; `MESSAGES` for several or none."""
         planes = {use.plane for side in (self.old.reach, self.new.reach) for use in side.uses(name)}
         return planes.pop() if len(planes) == 1 else Plane.MESSAGES
 
@@ -372,8 +371,8 @@ def was(value: Any, other: Any, shown: Callable[[Any], str] = str) -> str:
 
 
 def left_at(place: Location) -> str:
-    """Where something was that is gone, for a message whose own place is the nearest thing that is left."""
-    return f" (it was at {place})" if place.line else ""
+    """Return a suffix with the old location of a removed declaration."""
+    return f" (formerly at {place})" if place.line else ""
 
 
 def _first(entries: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:

@@ -1,4 +1,4 @@
-"""Enums: numbers and names that both sides must take for the same."""
+"""Changes of enums."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from orki_contract.descriptors import Location, Path
 _MESSAGE: Final = Category.MESSAGE
 
 RULES: Final[tuple[Rule, ...]] = (
-    breaking(_MESSAGE, "ORKI_ENUM_REMOVED", "An enum stays, under its name."),
+    breaking(_MESSAGE, "ORKI_ENUM_REMOVED", "An enum is not removed or renamed."),
     breaking(_MESSAGE, "ORKI_ENUM_VALUE_REMOVED", "A number of an enum keeps its meaning."),
-    breaking(_MESSAGE, "ORKI_ENUM_VALUE_RENUMBERED", "A name of an enum stays with its number."),
+    breaking(_MESSAGE, "ORKI_ENUM_VALUE_RENUMBERED", "A name of an enum keeps its number."),
     breaking(
-        _MESSAGE, "ORKI_ENUM_VALUE_RENAMED", "A number of an enum keeps its names, as others may mean other things."
+        _MESSAGE, "ORKI_ENUM_VALUE_RENAMED", "A number of an enum keeps its names; a new name may have another meaning."
     ),
     breaking(_MESSAGE, "ORKI_ENUM_RESERVED_WITHDRAWN", "An enum's reserved numbers stay reserved."),
-    breaking(_MESSAGE, "ORKI_ENUM_CLOSED_CHANGED", "An enum stays open, or stays closed."),
-    breaking(_MESSAGE, "ORKI_ENUM_CLOSED_GROWN", "A closed enum gains no value."),
-    additive(_MESSAGE, "ORKI_ENUM_ADDED", "An enum is new."),
-    additive(_MESSAGE, "ORKI_ENUM_VALUE_ADDED", "A value of an enum is new."),
+    breaking(_MESSAGE, "ORKI_ENUM_CLOSED_CHANGED", "An enum stays open or closed."),
+    breaking(_MESSAGE, "ORKI_ENUM_CLOSED_GROWN", "A closed enum gets no new value."),
+    additive(_MESSAGE, "ORKI_ENUM_ADDED", "An enum is added."),
+    additive(_MESSAGE, "ORKI_ENUM_VALUE_ADDED", "An enum value is added."),
 )
 
 
 def compare(comparison: Comparison) -> None:
-    """Judges every enum."""
+    """Compare every enum."""
     old, new = comparison.old, comparison.new
     for name in old.enums:
         if name in new.enums:
             _Enum(comparison, name).compare()
         else:
-            _report(comparison, "ORKI_ENUM_REMOVED", old, name, "is gone", (_place(old, name), None))
+            _report(comparison, "ORKI_ENUM_REMOVED", old, name, "was removed", (_place(old, name), None))
     for name in new.enums:
         if name not in old.enums:
             _report(comparison, "ORKI_ENUM_ADDED", new, name, "is new", (None, _place(new, name)))
@@ -55,7 +55,7 @@ def _report(comparison: Comparison, rule: str, side: Side, name: str, text: str,
 
 
 class _Enum:
-    """One enum that is there on both sides."""
+    """An enum that exists on both sides."""
 
     def __init__(self, comparison: Comparison, name: str) -> None:
         self._comparison = comparison
@@ -64,23 +64,22 @@ class _Enum:
         self._is: EnumDescriptorProto = comparison.new.schema.enums[name][1]
 
     def compare(self) -> None:
-        """Judges it."""
         before, after = names_by_number(self._was), names_by_number(self._is)
         numbers = {value.name: value.number for value in self._is.value}
         for value in self._was.value:
             place = self._value(self._comparison.old, self._was, value.name)
             now = numbers.get(value.name)
             if now is not None and now != value.number:
-                text = f"gives {value.name} another number: {value.number} → {now}"
+                text = f"changed the number of {value.name}: {value.number} → {now}"
                 self._report(
                     "ORKI_ENUM_VALUE_RENUMBERED", text, (place, self._value(self._comparison.new, self._is, value.name))
                 )
             elif value.number not in after:
-                text = f"has {value.name} = {value.number} no more{left_at(place)}"
+                text = f"lost {value.name} = {value.number}{left_at(place)}"
                 self._report("ORKI_ENUM_VALUE_REMOVED", text, (place, _place(self._comparison.new, self._name)))
             elif now is None:
                 heir = after[value.number][0]
-                text = f"calls {value.number} {heir}, which was {value.name}"
+                text = f"renamed {value.number} from {value.name} to {heir}"
                 self._report(
                     "ORKI_ENUM_VALUE_RENAMED", text, (place, self._value(self._comparison.new, self._is, heir))
                 )
@@ -90,14 +89,14 @@ class _Enum:
         for value in self._is.value:
             if value.name not in former:
                 place = self._value(self._comparison.new, self._is, value.name)
-                self._report("ORKI_ENUM_VALUE_ADDED", f"has {value.name} = {value.number} now", (None, place))
+                self._report("ORKI_ENUM_VALUE_ADDED", f"gained {value.name} = {value.number}", (None, place))
         lost = withdrawn(self._was, self._is)
         if lost is not None:
-            text = f"reserves {lost} no more: values of before could be taken for something else"
+            text = f"no longer reserves {lost}: old values could be misread"
             self._report("ORKI_ENUM_RESERVED_WITHDRAWN", text, self._whole())
 
     def _shown(self, before: Mapping[int, tuple[str, ...]], after: Mapping[int, tuple[str, ...]]) -> None:
-        """Of several names of a number the first one is shown, in JSON as well."""
+        """Compare the primary names; the first name of a number is used in JSON."""
         for number, names in before.items():
             heirs = after.get(number, names)
             if heirs[0] != names[0] and names[0] in heirs:
@@ -105,16 +104,16 @@ class _Enum:
                     self._value(self._comparison.old, self._was, names[0]),
                     self._value(self._comparison.new, self._is, heirs[0]),
                 )
-                text = f"shows {number} as {heirs[0]}, which was shown as {names[0]}"
+                text = f"changed the primary name of {number} from {names[0]} to {heirs[0]}"
                 self._report("ORKI_ENUM_VALUE_RENAMED", text, places)
 
     def _closed(self, added: list[int]) -> None:
         closings = [closed(side.schema, self._name) for side in (self._comparison.old, self._comparison.new)]
         if closings[0] != closings[1]:
-            text = f"is {'closed' if closings[1] else 'open'} now: values that a reader does not know end up elsewhere"
+            text = f"is {'closed' if closings[1] else 'open'} now: readers handle unknown values differently"
             self._report("ORKI_ENUM_CLOSED_CHANGED", text, self._whole())
         elif closings[0] and added:
-            text = f"is closed, and has {min(added)} now: readers of before take it for an absent field"
+            text = f"is closed and gained {min(added)}: older readers treat it as an absent field"
             self._report("ORKI_ENUM_CLOSED_GROWN", text, self._whole())
 
     def _report(self, rule: str, text: str, places: Places) -> None:

@@ -1,11 +1,9 @@
-"""Frames: bytes that one version writes and another one reads.
+"""Changes of frames.
 
-How bytes of a frame are reserved, so that a frame can change without breaking: a field that goes leaves its number
-(`reserved 3;`) and its bytes behind, and neither is ever used again. An image does not show which bytes those were, so
-a frame with any reserved number takes new fields behind the block of the version before only; a frame that never lost a
-field takes them in its gaps as well. A field that comes has a `since` above the old version, by which readers know that
-older frames lack it. A frame with the option `fixed`, such as a header, whose version no frame before it tells, never
-changes.
+A removed field leaves its number (`reserved 3;`) and its bytes reserved; neither is ever used again. An image does not
+show which bytes those were. So a frame with reserved numbers takes new fields only after the previous version's block;
+a frame that never lost a field also takes them in gaps. A new field has a `since` above the old version, which tells
+readers that older frames lack it. A frame with the option `fixed`, such as a header, never changes.
 """
 
 from __future__ import annotations
@@ -35,47 +33,49 @@ from orki_contract.model import Frame, FrameField
 _FRAME: Final = Category.FRAME
 
 RULES: Final[tuple[Rule, ...]] = (
-    breaking(_FRAME, "ORKI_FRAME_REMOVED", "A frame stays, under its name."),
-    breaking(_FRAME, "ORKI_FRAME_KIND", "A message stays a frame, or stays none."),
+    breaking(_FRAME, "ORKI_FRAME_REMOVED", "A frame is not removed or renamed."),
+    breaking(_FRAME, "ORKI_FRAME_KIND", "A frame stays a frame, and a plain message stays plain."),
     breaking(_FRAME, "ORKI_FRAME_FIXED_CHANGED", "A fixed frame never changes."),
     breaking(_FRAME, "ORKI_FRAME_BLOCK_SHRUNK", "A frame's block does not shrink."),
-    breaking(_FRAME, "ORKI_FRAME_VERSION_KEPT", "A frame's version rises with every change of its layout."),
+    breaking(_FRAME, "ORKI_FRAME_VERSION_KEPT", "A frame's version increases with every layout change."),
     breaking(_FRAME, "ORKI_FRAME_FIELD_MOVED", "A frame's field keeps its offset and its number."),
     breaking(_FRAME, "ORKI_FRAME_FIELD_RETYPED", "A frame's field keeps its type and its length."),
-    breaking(_FRAME, "ORKI_FRAME_FIELD_REMOVED", "A frame's field that goes leaves its number and its bytes reserved."),
+    breaking(_FRAME, "ORKI_FRAME_FIELD_REMOVED", "A removed frame field leaves its number and its bytes reserved."),
     breaking(
-        _FRAME, "ORKI_FRAME_FIELD_RETIRED", "A frame's field stays, as readers of before take its zeros for values."
+        _FRAME,
+        "ORKI_FRAME_FIELD_RETIRED",
+        "A frame's field is not removed; older readers would read zeros.",
     ),
     breaking(
-        _FRAME, "ORKI_FRAME_FIELD_RENAMED", "A frame's field keeps its name, as another name may mean another thing."
+        _FRAME, "ORKI_FRAME_FIELD_RENAMED", "A frame's field keeps its name; a new name may have another meaning."
     ),
-    breaking(_FRAME, "ORKI_FRAME_FIELD_PLACED", "A new field of a frame lies where nothing ever lay."),
-    breaking(_FRAME, "ORKI_FRAME_SINCE_WRONG", "A field of a frame says truly which version brought it."),
+    breaking(_FRAME, "ORKI_FRAME_FIELD_PLACED", "A new frame field uses bytes that no earlier field used."),
+    breaking(_FRAME, "ORKI_FRAME_SINCE_WRONG", "A frame field's `since` names the version that added it."),
     breaking(_FRAME, "ORKI_FRAME_RESERVED_WITHDRAWN", "A frame's reserved numbers stay reserved."),
-    breaking(_FRAME, "ORKI_FRAME_TAIL_CHANGED", "A frame's tail stays, of its type and number."),
-    additive(_FRAME, "ORKI_FRAME_ADDED", "A frame is new."),
-    additive(_FRAME, "ORKI_FRAME_GROWN", "A frame has more than before."),
+    breaking(_FRAME, "ORKI_FRAME_TAIL_CHANGED", "A frame's tail keeps its type and number."),
+    additive(_FRAME, "ORKI_FRAME_ADDED", "A frame is added."),
+    additive(_FRAME, "ORKI_FRAME_GROWN", "A frame is extended."),
 )
 
 
 def compare(comparison: Comparison) -> None:
-    """Judges every frame."""
+    """Compare every frame."""
     old, new = comparison.old, comparison.new
     for name, before in old.frames.items():
         place = old.message_place(name, "frame")
         if name in new.frames:
             _Frame(comparison, before, new.frames[name]).compare()
         elif name in new.messages:
-            text = f"is no frame any more{left_at(place)}"
+            text = f"is no longer a frame{left_at(place)}"
             _report(comparison, "ORKI_FRAME_KIND", before, text, (place, new.message_place(name)))
         elif name in old.messages:
-            _report(comparison, "ORKI_FRAME_REMOVED", before, "is gone", (place, None))
+            _report(comparison, "ORKI_FRAME_REMOVED", before, "was removed", (place, None))
     for name, after in new.frames.items():
         if name in old.frames:
             continue
         places = (old.message_place(name) if name in old.messages else None, new.message_place(name, "frame"))
         if name in old.messages:
-            _report(comparison, "ORKI_FRAME_KIND", after, "was none before: its bytes are others now", places)
+            _report(comparison, "ORKI_FRAME_KIND", after, "became a frame: its encoding changed", places)
         else:
             _report(comparison, "ORKI_FRAME_ADDED", after, "is new", places)
 
@@ -95,7 +95,7 @@ def _report(comparison: Comparison, rule: str, frame: Frame, text: str, places: 
 
 
 class _Frame:
-    """One frame that is there on both sides."""
+    """A frame that exists on both sides."""
 
     def __init__(self, comparison: Comparison, before: Frame, after: Frame) -> None:
         self._comparison = comparison
@@ -107,7 +107,6 @@ class _Frame:
         self._numbers = {field.number: field for field in after.fields}
 
     def compare(self) -> None:
-        """Judges it."""
         before, after = self._before, self._after
         self._fixed()
         if after.block_length < before.block_length:
@@ -115,9 +114,9 @@ class _Frame:
             self._report("ORKI_FRAME_BLOCK_SHRUNK", text, "block_length")
         changed = _layout(before) != _layout(after)
         if after.version < before.version or (changed and after.version == before.version):
-            text = f"has version {after.version}, as before, though its layout changed: raise it"
+            text = f"changed its layout but not its version {after.version}: increase the version"
             if after.version < before.version:
-                text = f"goes back from version {before.version} to {after.version}"
+                text = f"lowered its version from {before.version} to {after.version}"
             self._report("ORKI_FRAME_VERSION_KEPT", text, "version")
         elif after.version > before.version and not changed:
             self._report("ORKI_FRAME_GROWN", f"has version {was(before.version, after.version)}", "version")
@@ -134,20 +133,20 @@ class _Frame:
         self._reserved()
 
     def _fixed(self) -> None:
-        """A fixed frame's every detail is what all versions rely on."""
+        """Compare fixed frames, which must not change."""
         options = [side.schema.option(node.proto.options, "frame") for side, node in self._sides()]
         fixed = [bool(getattr(option, "fixed", False)) for option in options]
         if not fixed[0] and fixed[1]:
-            self._report("ORKI_FRAME_GROWN", "is fixed from now on")
+            self._report("ORKI_FRAME_GROWN", "became fixed")
         if not fixed[0]:
             return
         if not fixed[1]:
-            self._report("ORKI_FRAME_FIXED_CHANGED", "is not fixed any more")
+            self._report("ORKI_FRAME_FIXED_CHANGED", "is no longer fixed")
         elif _frozen(self._before) != _frozen(self._after):
-            self._report("ORKI_FRAME_FIXED_CHANGED", "is fixed, and has another layout now: every frame begins with it")
+            self._report("ORKI_FRAME_FIXED_CHANGED", "is fixed, but its layout changed: all versions rely on it")
 
     def _field(self, field: FrameField) -> None:
-        """Judges a field of the old layout; the one of the same name follows it, or else that of the same number."""
+        """Compare a field of the old layout with the new field of the same name, or else of the same number."""
         heir = self._names.get(field.name) or self._numbers.get(field.number)
         if heir is None:
             self._removed(field)
@@ -163,21 +162,21 @@ class _Frame:
         if heir.offset != field.offset:
             report("ORKI_FRAME_FIELD_MOVED", f"moved: offset {was(field.offset, heir.offset)}", "offset")
         if heir.number != field.number:
-            report("ORKI_FRAME_FIELD_MOVED", f"has another number: {was(field.number, heir.number)}", "")
+            report("ORKI_FRAME_FIELD_MOVED", f"changed its number: {was(field.number, heir.number)}", "")
         if (heir.scalar, heir.size) != (field.scalar, field.size):
-            text = f"is of another type: {was(field, heir, lambda each: f'{each.scalar} of {each.size} bytes')}"
+            text = f"changed its type: {was(field, heir, lambda each: f'{each.scalar} of {each.size} bytes')}"
             report("ORKI_FRAME_FIELD_RETYPED", text, "scalar")
         elif (now := _strange(self._new, self._is, heir)) != (former := _strange(self._old, self._was, field)):
             report(
                 "ORKI_FRAME_FIELD_RETYPED",
-                f"is of another scalar, newer than these rules: {was(former, now)}",
+                f"changed to a scalar that this version does not know: {was(former, now)}",
                 "scalar",
             )
         elif heir.enum != field.enum:
-            text = f"holds another enum: {was(field.enum or 'none', heir.enum or 'none')}"
+            text = f"changed its enum: {was(field.enum or 'none', heir.enum or 'none')}"
             report("ORKI_FRAME_FIELD_RETYPED", text, "")
         if heir.since != field.since:
-            report("ORKI_FRAME_SINCE_WRONG", f"came with version {was(field.since, heir.since)}", "since")
+            report("ORKI_FRAME_SINCE_WRONG", f"changed its since: {was(field.since, heir.since)}", "since")
 
     def _removed(self, field: FrameField) -> None:
         place = _field_place(self._old, self._was, field.name)
@@ -187,18 +186,18 @@ class _Frame:
         if self._after.tail == field.name or _named(self._is.proto, field.name):
             self._retyped(field)
         elif others or not reserves(self._is.proto, field.number):
-            reason = f'"{others[0].name}" lies on its bytes' if others else f"{field.number} is not reserved"
-            text = f"is gone, and {reason} (bytes {field.offset}..{end}){left_at(place)}"
+            reason = f'"{others[0].name}" uses its bytes' if others else f"{field.number} is not reserved"
+            text = f"was removed, and {reason} (bytes {field.offset}..{end}){left_at(place)}"
             _report(self._comparison, "ORKI_FRAME_FIELD_REMOVED", self._after, text, self._whole(place), subject)
         else:
-            text = f"is gone: readers of before find zeros in bytes {field.offset}..{end}{left_at(place)}"
+            text = f"was removed: older readers find zeros in bytes {field.offset}..{end}{left_at(place)}"
             _report(self._comparison, "ORKI_FRAME_FIELD_RETIRED", self._after, text, self._whole(place), subject)
 
     def _retyped(self, field: FrameField) -> None:
-        """The field left the block, and is still there: as the tail, or as something that no frame can hold."""
+        """Report a field that left the block but still exists, as the tail or with an unsupported type."""
         subject = f"frame field {self._after.message}.{field.name}"
         places = (_field_place(self._old, self._was, field.name), self._field_place(field.name))
-        text = "is no field of the block any more"
+        text = "is no longer in the block"
         _report(self._comparison, "ORKI_FRAME_FIELD_RETYPED", self._after, text, places, subject)
 
     def _added(self, field: FrameField) -> None:
@@ -208,27 +207,27 @@ class _Frame:
             _report(self._comparison, rule, self._after, text, (None, self._field_place(field.name, option)), subject)
 
         if field.since <= self._before.version:
-            text = f"is new and says since = {field.since}, but version {self._before.version} did not have it"
+            text = f"is new, but its since = {field.since} is not above version {self._before.version}, which lacks it"
             report("ORKI_FRAME_SINCE_WRONG", text, "since")
         inside = field.offset < self._before.block_length
         lain = [each.name for each in self._before.fields if _overlap(each, field)]
         if lain or (inside and self._was.proto.reserved_range):
-            reason = f'"{lain[0]}" lay there' if lain else "a field of a reserved number lay in that block"
-            text = f"lies at {field.offset}, and {reason}: put it at {self._before.block_length} or behind"
+            reason = f'"{lain[0]}" used these bytes' if lain else "a reserved field used bytes of that block"
+            text = f"is at offset {field.offset}, and {reason}: move it to {self._before.block_length} or higher"
             report("ORKI_FRAME_FIELD_PLACED", text, "offset")
         report("ORKI_FRAME_GROWN", "is new", "")
 
     def _tail(self) -> None:
         before, after = _tail(self._was, self._before), _tail(self._is, self._after)
         if before is None and after is not None:
-            self._report("ORKI_FRAME_GROWN", f'has a tail now: "{after.name}"')
+            self._report("ORKI_FRAME_GROWN", f'gained the tail "{after.name}"')
         elif before is not None and after is None:
-            self._report("ORKI_FRAME_TAIL_CHANGED", f'has no tail any more: "{before.name}" is gone')
+            self._report("ORKI_FRAME_TAIL_CHANGED", f'lost its tail "{before.name}"')
         elif before is not None and after is not None:
             places = (_field_place(self._old, self._was, before.name), self._field_place(after.name))
             subject = f"frame field {self._after.message}.{after.name}"
             if (before.type, before.number) != (after.type, after.number):
-                text = "is the tail, and has another type or number now"
+                text = "is the tail, and its type or number changed"
                 _report(self._comparison, "ORKI_FRAME_TAIL_CHANGED", self._after, text, places, subject)
             if before.name != after.name:
                 text = f'was called "{before.name}"'
@@ -237,7 +236,7 @@ class _Frame:
     def _reserved(self) -> None:
         lost = withdrawn(self._was.proto, self._is.proto)
         if lost:
-            text = f"reserves {lost} no more: bytes of before could be taken for something else"
+            text = f"no longer reserves {lost}: old bytes could be misread"
             self._report("ORKI_FRAME_RESERVED_WITHDRAWN", text)
 
     def _report(self, rule: str, text: str, *inside: str) -> None:
@@ -257,13 +256,13 @@ class _Frame:
 
 
 def _layout(frame: Frame) -> tuple[object, ...]:
-    """What of a frame decides where its bytes lie."""
+    """Return everything that affects the positions of a frame's bytes."""
     fields = tuple((each.offset, each.scalar, each.size) for each in frame.fields)
     return fields, frame.block_length, bool(frame.tail), frame.tail_text
 
 
 def _frozen(frame: Frame) -> Frame:
-    """What of a fixed frame may not change: all but the names."""
+    """Return what must not change in a fixed frame: everything but the names."""
     return replace(frame, fields=tuple(replace(each, name="") for each in frame.fields), tail="x" * bool(frame.tail))
 
 
@@ -287,7 +286,7 @@ def _named(proto: DescriptorProto, name: str) -> bool:
 
 
 def _field_place(side: Side, node: MessageNode, name: str, option: str = "") -> Location:
-    """Where a field stands, or one of its options."""
+    """Return the location of a field or of one of its options."""
     for index, field in enumerate(node.proto.field):
         if field.name == name:
             path = field_path(node, index)

@@ -25,36 +25,36 @@ from orki_contract.descriptors import Location, MessageNode, Path, field_path
 _MESSAGE: Final = Category.MESSAGE
 
 RULES: Final[tuple[Rule, ...]] = (
-    breaking(_MESSAGE, "ORKI_MESSAGE_REMOVED", "A message stays, under its name."),
+    breaking(_MESSAGE, "ORKI_MESSAGE_REMOVED", "A message is not removed or renamed."),
     breaking(_MESSAGE, "ORKI_MESSAGE_RESERVED_WITHDRAWN", "A message's reserved numbers stay reserved."),
-    breaking(_MESSAGE, "ORKI_FIELD_REMOVED", "A field that goes leaves its number reserved."),
-    source_breaking(_MESSAGE, "ORKI_FIELD_RETIRED", "A field stays for those whose code names it."),
-    breaking(_MESSAGE, "ORKI_FIELD_RENUMBERED", "A field's name stays with its number."),
-    breaking(_MESSAGE, "ORKI_FIELD_RENAMED", "A field keeps its name, as another name may mean another thing."),
+    breaking(_MESSAGE, "ORKI_FIELD_REMOVED", "A removed field leaves its number reserved."),
+    source_breaking(_MESSAGE, "ORKI_FIELD_RETIRED", "A field is not removed while code may use it."),
+    breaking(_MESSAGE, "ORKI_FIELD_RENUMBERED", "A field's name keeps its number."),
+    breaking(_MESSAGE, "ORKI_FIELD_RENAMED", "A field keeps its name; a new name may have another meaning."),
     breaking(_MESSAGE, "ORKI_FIELD_RETYPED", "A field keeps its type."),
     breaking(_MESSAGE, "ORKI_FIELD_CARDINALITY", "A field stays single, optional, required or repeated."),
-    breaking(_MESSAGE, "ORKI_FIELD_ONEOF_CHANGED", "A field stays in its oneof, or in none."),
-    breaking(_MESSAGE, "ORKI_FIELD_DEFAULT_CHANGED", "An absent field reads as before."),
-    breaking(_MESSAGE, "ORKI_FIELD_UTF8_CHANGED", "A string is held to UTF-8 as before."),
+    breaking(_MESSAGE, "ORKI_FIELD_ONEOF_CHANGED", "A field does not move into or out of a oneof."),
+    breaking(_MESSAGE, "ORKI_FIELD_DEFAULT_CHANGED", "A field keeps its default value."),
+    breaking(_MESSAGE, "ORKI_FIELD_UTF8_CHANGED", "A string keeps its UTF-8 validation."),
     breaking(_MESSAGE, "ORKI_FIELD_REQUIRED_ADDED", "A new field is not required."),
     breaking(_MESSAGE, "ORKI_SENSITIVE_WITHDRAWN", "A sensitive field stays sensitive."),
-    additive(_MESSAGE, "ORKI_MESSAGE_ADDED", "A message is new."),
-    additive(_MESSAGE, "ORKI_FIELD_ADDED", "A field is new."),
-    additive(_MESSAGE, "ORKI_SENSITIVE_ADDED", "A field is sensitive now."),
+    additive(_MESSAGE, "ORKI_MESSAGE_ADDED", "A message is added."),
+    additive(_MESSAGE, "ORKI_FIELD_ADDED", "A field is added."),
+    additive(_MESSAGE, "ORKI_SENSITIVE_ADDED", "A field becomes sensitive."),
 )
 
 
 def compare(comparison: Comparison) -> None:
-    """Judges every message; what lies inside of frames has rules of its own."""
+    """Compare every message; fields of frames have their own rules."""
     old, new = comparison.old, comparison.new
-    # The default of a field is the first value of its enum: where an enum changed, every message is looked at.
+    # The default of a field is the first value of its enum, so a changed enum requires comparing every message.
     alike = _enums(old) == _enums(new)
     for name, before in old.messages.items():
         after = new.messages.get(name)
         if after is None:
             if name not in old.frames:
                 place = old.schema.location(before.file.name, before.path)
-                _report(comparison, "ORKI_MESSAGE_REMOVED", before, "", "is gone", (place, None))
+                _report(comparison, "ORKI_MESSAGE_REMOVED", before, "", "was removed", (place, None))
             continue
         if alike and _content(before) == _content(after):
             continue
@@ -69,7 +69,7 @@ def compare(comparison: Comparison) -> None:
 
 
 def _content(node: MessageNode) -> tuple[object, ...]:
-    """All of a message, and of its file what decides how it is read."""
+    """Return the message, and everything in its file that affects its encoding."""
     features = node.file.options.features if node.file.syntax == "editions" else None
     whole = node.proto.SerializeToString(deterministic=True)
     return whole, node.file.syntax, features.SerializeToString() if features is not None else b""
@@ -93,7 +93,7 @@ def _report(comparison: Comparison, rule: str, node: MessageNode, field: str, te
 
 
 class _Message:
-    """One message that is there on both sides, and is no frame on either."""
+    """A message that exists on both sides and is not a frame."""
 
     def __init__(self, comparison: Comparison, before: MessageNode, after: MessageNode) -> None:
         self._comparison = comparison
@@ -103,12 +103,11 @@ class _Message:
         self._numbers = {field.name: number for number, field in self._after.items()}
 
     def compare(self) -> None:
-        """Judges it."""
         for number, field in self._before.items():
             heir = self._after.get(number)
             moved = self._numbers.get(field.name, number)
             if moved != number:
-                text = f"has another number: {was(number, moved)}"
+                text = f"changed its number: {was(number, moved)}"
                 self._report(
                     "ORKI_FIELD_RENUMBERED", field.name, text, (self._old(field), self._new(self._after[moved]))
                 )
@@ -122,17 +121,17 @@ class _Message:
         lost = withdrawn(self._was.proto, self._is.proto)
         if lost is not None:
             places = (_whole(self._comparison.old, self._was), _whole(self._comparison.new, self._is))
-            text = f"reserves {lost} no more: bytes of before could be taken for something else"
+            text = f"no longer reserves {lost}: old bytes could be misread"
             self._report("ORKI_MESSAGE_RESERVED_WITHDRAWN", "", text, places)
 
     def _removed(self, field: FieldShape) -> None:
         place = self._old(field)
         places = (place, _whole(self._comparison.new, self._is))
         if reserves(self._is.proto, field.number):
-            text = f"is gone, and its number {field.number} is reserved{left_at(place)}"
+            text = f"was removed, and its number {field.number} is reserved{left_at(place)}"
             self._report("ORKI_FIELD_RETIRED", field.name, text, places)
         else:
-            text = f"is gone, and its number {field.number} is not reserved{left_at(place)}"
+            text = f"was removed, and its number {field.number} is not reserved{left_at(place)}"
             self._report("ORKI_FIELD_REMOVED", field.name, text, places)
 
     def _pair(self, before: FieldShape, after: FieldShape, *, renamed: bool) -> None:
@@ -144,24 +143,24 @@ class _Message:
         if before.name != after.name and renamed:
             report("ORKI_FIELD_RENAMED", f'was called "{before.name}"')
         elif before.name == after.name and before.json != after.json:
-            report("ORKI_FIELD_RENAMED", f"is called otherwise in JSON: {was(before.json, after.json)}")
+            report("ORKI_FIELD_RENAMED", f"changed its JSON name: {was(before.json, after.json)}")
         if before.kind != after.kind:
-            report("ORKI_FIELD_RETYPED", f"is of another type: {was(before.kind, after.kind)}")
+            report("ORKI_FIELD_RETYPED", f"changed its type: {was(before.kind, after.kind)}")
         elif before.default != after.default and before.cardinality == after.cardinality:
-            report("ORKI_FIELD_DEFAULT_CHANGED", f"reads otherwise when absent: {was(before.default, after.default)}")
+            report("ORKI_FIELD_DEFAULT_CHANGED", f"changed its default: {was(before.default, after.default)}")
         elif before.checked != after.checked:
             text = was(before.checked, after.checked, lambda each: "checked" if each else "not checked")
-            report("ORKI_FIELD_UTF8_CHANGED", f"is held to UTF-8 otherwise: {text}")
+            report("ORKI_FIELD_UTF8_CHANGED", f"changed its UTF-8 validation: {text}")
         if before.cardinality != after.cardinality:
             report("ORKI_FIELD_CARDINALITY", f"was {before.cardinality} and is {after.cardinality}")
         if before.oneof != after.oneof:
             text = was(before.oneof or "none", after.oneof or "none")
-            report("ORKI_FIELD_ONEOF_CHANGED", f"is in another oneof: {text}")
+            report("ORKI_FIELD_ONEOF_CHANGED", f"changed its oneof: {text}")
 
     def _added(self, field: FieldShape) -> None:
         places = (None, self._new(field))
         if field.cardinality == "required":
-            text = "is new and required: what was written before cannot be read"
+            text = "is new and required: old data cannot be read"
             self._report("ORKI_FIELD_REQUIRED_ADDED", field.name, text, places)
         self._report("ORKI_FIELD_ADDED", field.name, "is new", places)
 
@@ -180,7 +179,7 @@ def _sensitive(comparison: Comparison, before: MessageNode, after: MessageNode) 
     former = {field.number: field for field in before.proto.field}
     former_names = {field.name: field for field in before.proto.field}
     for index, field in enumerate(after.proto.field):
-        # Whoever redacts by the name, or by the number: neither may show what was hidden.
+        # Redaction may use the name or the number, so check both.
         origins = [each for each in (former.get(field.number), former_names.get(field.name)) if each is not None]
         if not origins:
             continue
@@ -192,10 +191,10 @@ def _sensitive(comparison: Comparison, before: MessageNode, after: MessageNode) 
             _field_place(comparison.new, after, index),
         )
         if was_hidden:
-            text = "is not sensitive any more: audit, logs and traces show it"
+            text = "is no longer sensitive: audit, logs and traces show it"
             _report(comparison, "ORKI_SENSITIVE_WITHDRAWN", after, field.name, text, places)
         else:
-            _report(comparison, "ORKI_SENSITIVE_ADDED", after, field.name, "is sensitive now", places)
+            _report(comparison, "ORKI_SENSITIVE_ADDED", after, field.name, "became sensitive", places)
 
 
 def _marks(side: Side, node: MessageNode) -> Mapping[str, bool]:
@@ -218,7 +217,7 @@ _FILE_EXTENSION, _MESSAGE_EXTENSION = 7, 6
 
 
 class _Extension:
-    """One such field."""
+    """An extension field."""
 
     def __init__(self, side: Side, file: str, scope: str, proto: FieldDescriptorProto, path: Path) -> None:
         name = f"{scope}.{proto.name}" if scope else proto.name
@@ -231,7 +230,7 @@ class _Extension:
 
 
 def _compare_extensions(comparison: Comparison) -> None:
-    """Judges every extension by the rules of fields; which message it extends and its number are what it is."""
+    """Compare every extension by the rules of fields; extended message and number identify it."""
     before, after = _extensions(comparison.old), _extensions(comparison.new)
     for key, extension in before.items():
         heir = after.get(key)
@@ -256,14 +255,14 @@ def _compare_extension(comparison: Comparison, before: _Extension, after: _Exten
     if before.name != after.name:
         report("ORKI_FIELD_RENAMED", f'was called "{before.name}"')
     if before.shape.kind != after.shape.kind:
-        report("ORKI_FIELD_RETYPED", f"is of another type: {was(before.shape.kind, after.shape.kind)}")
+        report("ORKI_FIELD_RETYPED", f"changed its type: {was(before.shape.kind, after.shape.kind)}")
     elif before.shape.cardinality != after.shape.cardinality:
         report("ORKI_FIELD_CARDINALITY", f"was {before.shape.cardinality} and is {after.shape.cardinality}")
     elif before.shape.default != after.shape.default:
         text = was(before.shape.default, after.shape.default)
-        report("ORKI_FIELD_DEFAULT_CHANGED", f"reads otherwise when absent: {text}")
+        report("ORKI_FIELD_DEFAULT_CHANGED", f"changed its default: {text}")
     elif before.shape.checked != after.shape.checked:
-        report("ORKI_FIELD_UTF8_CHANGED", "is held to UTF-8 otherwise")
+        report("ORKI_FIELD_UTF8_CHANGED", "changed its UTF-8 validation")
 
 
 def _report_extension(comparison: Comparison, rule: str, extension: _Extension, text: str, places: Places) -> None:

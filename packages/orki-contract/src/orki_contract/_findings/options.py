@@ -1,4 +1,4 @@
-"""What no other rule looks at: options that these rules do not know, files, and whatever else differs."""
+"""Changes that no other rule covers: unknown options, moved declarations, and other differences of files."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from orki_contract._findings.comparison import (
 from orki_contract.descriptors import OPTIONS_PACKAGE, Location, Path, field_path, is_repeated
 
 RULES: Final[tuple[Rule, ...]] = (
-    breaking(Category.OPTION, "ORKI_OPTION_UNKNOWN", "An option that is newer than these rules stays as it is."),
+    breaking(Category.OPTION, "ORKI_OPTION_UNKNOWN", "An option that this version does not know is not changed."),
     source_breaking(Category.NAME, "ORKI_DECLARATION_MOVED", "A message, enum or service stays in its file."),
-    additive(Category.NAME, "ORKI_FILE_CHANGED", "A file differs in what no rule names."),
+    additive(Category.NAME, "ORKI_FILE_CHANGED", "A file changes in a way that no other rule covers."),
 )
 
-# What the other rules judge. What is not here, of newer options than this code, is told and never passed over.
+# Options that the other rules cover. Unknown options are always reported.
 _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "": frozenset({"consume", "stream", "frame", "sensitive", "offset", "scalar", "size", "since", "task", "tool"}),
     "TaskOptions": frozenset(
@@ -55,7 +55,7 @@ _PREFIX: Final = f"{OPTIONS_PACKAGE}."
 
 
 def compare(comparison: Comparison) -> None:
-    """Judges what is left; to be called behind all other rules."""
+    """Report everything that is left; call this after all other rules."""
     before, after = dict(_strange(comparison.old)), dict(_strange(comparison.new))
     subjects = {*_subjects(comparison.old)} & {*_subjects(comparison.new)}
     for key in sorted({*before, *after}):
@@ -67,7 +67,7 @@ def compare(comparison: Comparison) -> None:
                 "ORKI_OPTION_UNKNOWN",
                 name,
                 file,
-                f"{name} changed, and these rules are older than it: nobody can report what that means",
+                f"{name} changed, but this version does not know it and cannot tell whether that is compatible",
                 plane=Plane.MESSAGES,
                 places=(old[1] if old else None, new[1] if new else None),
             )
@@ -84,7 +84,7 @@ def _subjects(side: Side) -> Iterator[str]:
 
 
 def _strange(side: Side) -> Iterator[tuple[_Key, tuple[str, Location]]]:
-    """Every part of orki's options that these rules do not know: subject, file and name; its value and place."""
+    """Find the unknown parts of orki options: subject, file and name; value and location."""
     for subject, file, path, options in _elements(side):
         for field, value in options.ListFields():
             if not field.is_extension or not field.full_name.startswith(_PREFIX):
@@ -101,7 +101,7 @@ def _strange(side: Side) -> Iterator[tuple[_Key, tuple[str, Location]]]:
 
 
 def _unknown(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    """The fields of an option's value that these rules do not know, at every depth."""
+    """Find unknown fields of an option's value at any depth."""
     known = _KNOWN.get(value.DESCRIPTOR.name)
     if not value.DESCRIPTOR.full_name.startswith(_PREFIX):
         return
@@ -116,7 +116,7 @@ def _unknown(value: Any, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _elements(side: Side) -> Iterator[tuple[str, str, Path, Any]]:
-    """Everything that may carry options: its name, its file, the source path of its options, and the options."""
+    """List all elements that may have options: name, file, source path of the options, options."""
     schema = side.schema
     for path in side.files:
         yield f"file {path}", path, (8,), schema.files[path].options
@@ -133,7 +133,7 @@ def _elements(side: Side) -> Iterator[tuple[str, str, Path, Any]]:
 
 
 def _moves(comparison: Comparison) -> None:
-    """Who imports a generated module imports the file by its path."""
+    """Report moved declarations, because the file's path determines the import."""
     old, new = _homes(comparison.old), _homes(comparison.new)
     for subject, (file, path) in old.items():
         if subject in new and new[subject][0] != file:

@@ -23,32 +23,32 @@ from orki_contract.model import Backoff, TaskMethod, ToolMethod, duration_text
 _TASK, _TOOL, _SERVICE = Category.TASK, Category.TOOL, Category.SERVICE
 
 RULES: Final[tuple[Rule, ...]] = (
-    breaking(_TASK, "ORKI_TASK_REMOVED", "A task stays, under its name and as a task."),
-    breaking(_TASK, "ORKI_TASK_REQUEST_CHANGED", "A task keeps its request."),
-    breaking(_TASK, "ORKI_TASK_RESPONSE_CHANGED", "A task keeps its response."),
-    breaking(_TASK, "ORKI_TASK_PROGRESS_CHANGED", "A task keeps its progress."),
-    breaking(_TASK, "ORKI_TASK_DIRECTIVE_CHANGED", "A task keeps its directive."),
-    breaking(_TASK, "ORKI_TASK_LEASE_SHORTENED", "A task's lease does not end sooner."),
-    breaking(_TASK, "ORKI_TASK_TIMEOUT_SHORTENED", "A task has no less time than before."),
-    breaking(_TASK, "ORKI_TASK_ATTEMPTS_LOWERED", "A task is attempted no fewer times than before."),
-    breaking(_TASK, "ORKI_TASK_REPEATED", "A task that is attempted once is not attempted again."),
-    additive(_TASK, "ORKI_TASK_ADDED", "A task is new."),
-    additive(_TASK, "ORKI_TASK_RELAXED", "A task may take longer, be attempted more often, or tell and hear more."),
-    breaking(_TOOL, "ORKI_TOOL_REMOVED", "A tool stays, under its name and as a tool."),
+    breaking(_TASK, "ORKI_TASK_REMOVED", "A task is not removed, renamed or turned into another kind of method."),
+    breaking(_TASK, "ORKI_TASK_REQUEST_CHANGED", "A task keeps its request message."),
+    breaking(_TASK, "ORKI_TASK_RESPONSE_CHANGED", "A task keeps its response message."),
+    breaking(_TASK, "ORKI_TASK_PROGRESS_CHANGED", "A task keeps its progress message."),
+    breaking(_TASK, "ORKI_TASK_DIRECTIVE_CHANGED", "A task keeps its directive message."),
+    breaking(_TASK, "ORKI_TASK_LEASE_SHORTENED", "A task's heartbeat timeout does not decrease."),
+    breaking(_TASK, "ORKI_TASK_TIMEOUT_SHORTENED", "A task's timeouts do not decrease."),
+    breaking(_TASK, "ORKI_TASK_ATTEMPTS_LOWERED", "A task's number of attempts does not decrease."),
+    breaking(_TASK, "ORKI_TASK_REPEATED", "A task with one attempt does not get retries."),
+    additive(_TASK, "ORKI_TASK_ADDED", "A task is added."),
+    additive(_TASK, "ORKI_TASK_RELAXED", "A task gets more time, more attempts, or additional messages."),
+    breaking(_TOOL, "ORKI_TOOL_REMOVED", "A tool is not removed, renamed or turned into another kind of method."),
     breaking(_TOOL, "ORKI_TOOL_OPCODE_CHANGED", "A tool keeps its opcode."),
-    breaking(_TOOL, "ORKI_TOOL_OPCODE_REUSED", "An opcode is not given to another tool."),
-    breaking(_TOOL, "ORKI_TOOL_REQUEST_CHANGED", "A tool keeps its request."),
-    breaking(_TOOL, "ORKI_TOOL_RESPONSE_CHANGED", "A tool keeps its response."),
-    breaking(_TOOL, "ORKI_TOOL_TIMEOUT_SHORTENED", "A tool has no less time for a call than before."),
-    breaking(_TOOL, "ORKI_TOOL_IDEMPOTENCY_WITHDRAWN", "A tool that may be called twice may be called twice."),
-    breaking(_TOOL, "ORKI_TOOL_IDEMPOTENCY_CLAIMED", "A tool that may not be called twice may not be called twice."),
-    additive(_TOOL, "ORKI_TOOL_ADDED", "A tool is new."),
-    additive(_TOOL, "ORKI_TOOL_RELAXED", "A tool has more time for a call than before."),
-    breaking(_SERVICE, "ORKI_RPC_REMOVED", "A plain rpc stays, under its name and as a plain one."),
-    breaking(_SERVICE, "ORKI_RPC_REQUEST_CHANGED", "A plain rpc keeps its request."),
-    breaking(_SERVICE, "ORKI_RPC_RESPONSE_CHANGED", "A plain rpc keeps its response."),
-    breaking(_SERVICE, "ORKI_RPC_STREAMING_CHANGED", "A plain rpc streams what it streamed before, and nothing else."),
-    additive(_SERVICE, "ORKI_RPC_ADDED", "A plain rpc is new."),
+    breaking(_TOOL, "ORKI_TOOL_OPCODE_REUSED", "An opcode is not reused by another tool."),
+    breaking(_TOOL, "ORKI_TOOL_REQUEST_CHANGED", "A tool keeps its request message."),
+    breaking(_TOOL, "ORKI_TOOL_RESPONSE_CHANGED", "A tool keeps its response message."),
+    breaking(_TOOL, "ORKI_TOOL_TIMEOUT_SHORTENED", "A tool's timeout does not decrease."),
+    breaking(_TOOL, "ORKI_TOOL_IDEMPOTENCY_WITHDRAWN", "An idempotent tool stays idempotent."),
+    breaking(_TOOL, "ORKI_TOOL_IDEMPOTENCY_CLAIMED", "A tool that is not idempotent does not become idempotent."),
+    additive(_TOOL, "ORKI_TOOL_ADDED", "A tool is added."),
+    additive(_TOOL, "ORKI_TOOL_RELAXED", "A tool's timeout increases."),
+    breaking(_SERVICE, "ORKI_RPC_REMOVED", "A plain rpc is not removed, renamed or turned into a task or tool."),
+    breaking(_SERVICE, "ORKI_RPC_REQUEST_CHANGED", "A plain rpc keeps its request message."),
+    breaking(_SERVICE, "ORKI_RPC_RESPONSE_CHANGED", "A plain rpc keeps its response message."),
+    breaking(_SERVICE, "ORKI_RPC_STREAMING_CHANGED", "A plain rpc keeps its streaming mode."),
+    additive(_SERVICE, "ORKI_RPC_ADDED", "A plain rpc is added."),
 )
 
 _PLANES: Final = {"task": Plane.CONTROL, "tool": Plane.HOTPATH, "plain": Plane.SERVICE}
@@ -58,7 +58,7 @@ _TIMEOUTS: Final = ("attempt_timeout", "stall_timeout", "total_timeout", "cancel
 
 
 def compare(comparison: Comparison) -> None:
-    """Judges every rpc."""
+    """Compare every rpc."""
     old, new = comparison.old, comparison.new
     opcodes = {tool.opcode: tool for tool in old.tools.values()}
     for name in old.methods:
@@ -81,7 +81,7 @@ def compare(comparison: Comparison) -> None:
         former = opcodes.get(tool.opcode)
         if former is not None and former.full_name != name:
             places = (old.method_place(former.full_name, "tool", "opcode"), new.method_place(name, "tool", "opcode"))
-            text = f"has the opcode 0x{tool.opcode:04x}, which was that of {former.full_name}"
+            text = f"reuses opcode 0x{tool.opcode:04x} of {former.full_name}"
             _report(comparison, "ORKI_TOOL_OPCODE_REUSED", name, "tool", text, places)
 
 
@@ -121,12 +121,12 @@ def _gone(comparison: Comparison, name: str, before: str, after: str) -> None:
         return
     service = comparison.new.schema.services.get(name.partition("/")[0])
     rest = comparison.new.schema.location(service.file.name, service.path) if service is not None else None
-    text = f"is gone{left_at(place) if rest else ''}"
+    text = f"was removed{left_at(place) if rest else ''}"
     _report(comparison, f"{_IDS[before]}_REMOVED", name, before, text, (place, rest))
 
 
 def _types(comparison: Comparison, before: Any, after: Any, names: tuple[str, ...], kind: str) -> None:
-    """Judges the messages of a method by their names."""
+    """Compare the messages of a method by name."""
     name = after.full_name
     for each in names:
         one, other = getattr(before, each), getattr(after, each)
@@ -135,10 +135,10 @@ def _types(comparison: Comparison, before: Any, after: Any, names: tuple[str, ..
         option = each if each in ("progress", "directive") else ""
         places = _places(comparison, name, kind if option else "", *filter(None, [option]))
         if one:
-            text = f"has another {each}: {was(one, other or 'none')}"
+            text = f"changed its {each}: {was(one, other or 'none')}"
             _report(comparison, f"{_IDS[kind]}_{each.upper()}_CHANGED", name, kind, text, places)
         else:
-            _report(comparison, f"{_IDS[kind]}_RELAXED", name, kind, f"has a {each} now: {other}", places)
+            _report(comparison, f"{_IDS[kind]}_RELAXED", name, kind, f"gained a {each}: {other}", places)
 
 
 def _task(comparison: Comparison, before: TaskMethod, after: TaskMethod) -> None:
@@ -153,15 +153,15 @@ def _task(comparison: Comparison, before: TaskMethod, after: TaskMethod) -> None
         _time(before, after, each, "ORKI_TASK_TIMEOUT_SHORTENED", "ORKI_TASK_RELAXED", report)
     attempts = f"{was(before.max_attempts, after.max_attempts)} attempts"
     if after.max_attempts < before.max_attempts:
-        report("ORKI_TASK_ATTEMPTS_LOWERED", f"gives up sooner: {attempts}", "max_attempts")
+        report("ORKI_TASK_ATTEMPTS_LOWERED", f"allows fewer attempts: {attempts}", "max_attempts")
     elif before.max_attempts == 1 < after.max_attempts:
-        text = f"is attempted again now: {attempts}, and handlers could rely on one"
+        text = f"is retried now: {attempts}; handlers could rely on a single attempt"
         report("ORKI_TASK_REPEATED", text, "max_attempts")
     elif after.max_attempts > before.max_attempts:
-        report("ORKI_TASK_RELAXED", f"gives up later: {attempts}", "max_attempts")
+        report("ORKI_TASK_RELAXED", f"allows more attempts: {attempts}", "max_attempts")
     if after.backoff != before.backoff:
         told = was(before.backoff, after.backoff, _backoff)
-        report("ORKI_TASK_RELAXED", f"waits otherwise between attempts: {told}", "retry_backoff")
+        report("ORKI_TASK_RELAXED", f"changed its retry backoff: {told}", "retry_backoff")
 
 
 def _tool(comparison: Comparison, before: ToolMethod, after: ToolMethod) -> None:
@@ -171,15 +171,15 @@ def _tool(comparison: Comparison, before: ToolMethod, after: ToolMethod) -> None
         _report(comparison, rule, name, "tool", text, _places(comparison, name, "tool", *inside))
 
     if before.opcode != after.opcode:
-        text = f"has another opcode: {was(before.opcode, after.opcode, '0x{:04x}'.format)}"
+        text = f"changed its opcode: {was(before.opcode, after.opcode, '0x{:04x}'.format)}"
         report("ORKI_TOOL_OPCODE_CHANGED", text, "opcode")
     _types(comparison, before, after, ("request", "response"), "tool")
     _time(before, after, "timeout", "ORKI_TOOL_TIMEOUT_SHORTENED", "ORKI_TOOL_RELAXED", report)
     if before.idempotent and not after.idempotent:
-        text = "may not be called twice any more, and callers of before repeat calls of unknown fate"
+        text = "is no longer idempotent, but older callers repeat calls whose outcome is unknown"
         report("ORKI_TOOL_IDEMPOTENCY_WITHDRAWN", text, "idempotent")
     elif after.idempotent and not before.idempotent:
-        text = "may be called twice now: new callers repeat calls of unknown fate, which tools of before do not expect"
+        text = "became idempotent: new callers repeat calls whose outcome is unknown, which older tools do not expect"
         report("ORKI_TOOL_IDEMPOTENCY_CLAIMED", text, "idempotent")
 
 
@@ -191,16 +191,16 @@ def _plain(comparison: Comparison, name: str) -> None:
         ("RESPONSE", one.output_type, other.output_type),
     ):
         if before != after:
-            text = f"has another {kind.lower()}: {was(before.removeprefix('.'), after.removeprefix('.'))}"
+            text = f"changed its {kind.lower()}: {was(before.removeprefix('.'), after.removeprefix('.'))}"
             _report(comparison, f"ORKI_RPC_{kind}_CHANGED", name, "plain", text, places)
     former, now = ((each.client_streaming, each.server_streaming) for each in (one, other))
     if former != now:
-        text = f"streams otherwise: {was(former, now, _streaming)}"
+        text = f"changed its streaming: {was(former, now, _streaming)}"
         _report(comparison, "ORKI_RPC_STREAMING_CHANGED", name, "plain", text, places)
 
 
 def _time(before: Any, after: Any, name: str, shorter: str, longer: str, report: Callable[..., None]) -> None:
-    """Judges one duration of a method; 0 is no limit."""
+    """Compare one duration of a method; 0 is no limit."""
     one, other = getattr(before, name), getattr(after, name)
     text = was(one, other, duration_text)
     if other and (not one or other < one):

@@ -25,7 +25,7 @@ _NO_UTF8_CHECK: Final = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FieldShape:
-    """What of a field decides how its bytes are read and how its class looks.
+    """The properties of a field that affect its encoding or its class.
 
     Attributes:
         name: In the proto.

@@ -27,32 +27,32 @@ from orki_contract.model import Group, Retention, Stream, duration_text
 _STREAM: Final = Category.STREAM
 
 RULES: Final[tuple[Rule, ...]] = (
-    breaking(_STREAM, "ORKI_STREAM_REMOVED", "A stream stays, under its name."),
-    breaking(_STREAM, "ORKI_STREAM_MOVED", "A stream's entries stay of one message."),
-    breaking(_STREAM, "ORKI_STREAM_ENTRIES_LOWERED", "A stream keeps no fewer entries than before."),
-    breaking(_STREAM, "ORKI_STREAM_AGE_LOWERED", "A stream keeps entries no shorter than before."),
-    breaking(_STREAM, "ORKI_STREAM_LIMITS", "A stream's retention gains no limit by age, and loses none."),
-    breaking(_STREAM, "ORKI_STREAM_LEAST_LOWERED", "A deployment may not keep less of a stream than before."),
-    source_breaking(_STREAM, "ORKI_STREAM_BOUNDS_NARROWED", "What a deployment could set for a stream, it still can."),
-    breaking(_STREAM, "ORKI_STREAM_OVERFLOW_CHANGED", "A full stream does what it did before."),
+    breaking(_STREAM, "ORKI_STREAM_REMOVED", "A stream is not removed or renamed."),
+    breaking(_STREAM, "ORKI_STREAM_MOVED", "A stream keeps its message."),
+    breaking(_STREAM, "ORKI_STREAM_ENTRIES_LOWERED", "A stream's maximum number of entries does not decrease."),
+    breaking(_STREAM, "ORKI_STREAM_AGE_LOWERED", "A stream's maximum age does not decrease."),
+    breaking(_STREAM, "ORKI_STREAM_LIMITS", "A stream does not gain or lose an age limit."),
+    breaking(_STREAM, "ORKI_STREAM_LEAST_LOWERED", "The lowest retention that a deployment may set does not decrease."),
+    source_breaking(_STREAM, "ORKI_STREAM_BOUNDS_NARROWED", "The range that a deployment may set does not narrow."),
+    breaking(_STREAM, "ORKI_STREAM_OVERFLOW_CHANGED", "A stream keeps its overflow policy."),
     breaking(_STREAM, "ORKI_STREAM_PARTITIONS_CHANGED", "A stream keeps its number of partitions."),
-    breaking(_STREAM, "ORKI_STREAM_KEY_CHANGED", "A stream is partitioned by the same field."),
-    additive(_STREAM, "ORKI_STREAM_ADDED", "A stream is new."),
-    additive(_STREAM, "ORKI_STREAM_RELAXED", "A stream keeps more than before, or may be set to."),
-    breaking(_STREAM, "ORKI_GROUP_REMOVED", "A group stays, under its name and with who declares it."),
-    breaking(_STREAM, "ORKI_GROUP_START_CHANGED", "A group begins where it began before."),
-    breaking(_STREAM, "ORKI_GROUP_DELIVERIES_LOWERED", "A group tries an entry no fewer times than before."),
-    breaking(_STREAM, "ORKI_GROUP_DEADLINE_LOWERED", "A group leaves an entry to a consumer no shorter than before."),
-    breaking(_STREAM, "ORKI_GROUP_DEAD_LETTER_CHANGED", "A group's dead letters go to the same stream."),
-    additive(_STREAM, "ORKI_GROUP_ADDED", "A group is new."),
-    additive(_STREAM, "ORKI_GROUP_RELAXED", "A group gives an entry more deliveries or more time than before."),
+    breaking(_STREAM, "ORKI_STREAM_KEY_CHANGED", "A stream keeps its partition key."),
+    additive(_STREAM, "ORKI_STREAM_ADDED", "A stream is added."),
+    additive(_STREAM, "ORKI_STREAM_RELAXED", "A stream's retention or its upper bound increases."),
+    breaking(_STREAM, "ORKI_GROUP_REMOVED", "A group is not removed, renamed or moved to another package."),
+    breaking(_STREAM, "ORKI_GROUP_START_CHANGED", "A group keeps its start position."),
+    breaking(_STREAM, "ORKI_GROUP_DELIVERIES_LOWERED", "A group's maximum number of deliveries does not decrease."),
+    breaking(_STREAM, "ORKI_GROUP_DEADLINE_LOWERED", "A group's acknowledgement deadline does not decrease."),
+    breaking(_STREAM, "ORKI_GROUP_DEAD_LETTER_CHANGED", "A group keeps its dead-letter stream."),
+    additive(_STREAM, "ORKI_GROUP_ADDED", "A group is added."),
+    additive(_STREAM, "ORKI_GROUP_RELAXED", "A group allows more deliveries or more time."),
 )
 
 _Where = Callable[..., Location]
 
 
 def compare(comparison: Comparison) -> None:
-    """Judges every stream and every subscription."""
+    """Compare every stream and all groups."""
     old, new = comparison.old, comparison.new
     for name, before in old.streams.items():
         after = new.streams.get(name)
@@ -67,16 +67,16 @@ def compare(comparison: Comparison) -> None:
 
 
 def _removed(comparison: Comparison, before: Stream) -> None:
-    """The stream's name is gone; its message may carry another one now."""
+    """Report a removed stream, or a renamed one if its message has another stream now."""
     new = comparison.new
     place = _place(comparison.old, before)("name")
     heir = next((each for each in new.streams.values() if each.message == before.message), None)
     if heir is not None:
-        text = f'is called "{heir.name}" now: what waits under the old name is read by nobody'
+        text = f'was renamed to "{heir.name}": unread entries under the old name are lost'
         _report(comparison, "ORKI_STREAM_REMOVED", before, text, (place, _place(new, heir)("name")))
     else:
         rest = new.message_place(before.message) if before.message in new.messages else None
-        text = f"is gone: what waits in it is read by nobody{left_at(place) if rest else ''}"
+        text = f"was removed: its unread entries are lost{left_at(place) if rest else ''}"
         _report(comparison, "ORKI_STREAM_REMOVED", before, text, (place, rest))
 
 
@@ -87,17 +87,17 @@ def _stream(comparison: Comparison, before: Stream, after: Stream) -> None:
         _report(comparison, rule, after, text, (was_at(*inside), is_at(*inside)))
 
     if before.message != after.message:
-        report("ORKI_STREAM_MOVED", f"has other entries: {was(before.message, after.message)}")
+        report("ORKI_STREAM_MOVED", f"changed its message: {was(before.message, after.message)}")
     _retention(before.retention, after.retention, report)
     overflows = _overflow(comparison.old, before), _overflow(comparison.new, after)
     if overflows[0] != overflows[1]:
-        text = f"overflows otherwise: {was(overflows[0], overflows[1])}"
+        text = f"changed its overflow policy: {was(overflows[0], overflows[1])}"
         report("ORKI_STREAM_OVERFLOW_CHANGED", text, "retention", "overflow")
     if before.partitions != after.partitions:
-        text = f"has other partitions: {was(before.partitions, after.partitions)}"
+        text = f"changed its number of partitions: {was(before.partitions, after.partitions)}"
         report("ORKI_STREAM_PARTITIONS_CHANGED", text, "partitions")
     elif _key(comparison.old, before) != _key(comparison.new, after):
-        text = f"is partitioned otherwise: {was(before.partition_key, after.partition_key, _shown_key)}"
+        text = f"changed its partition key: {was(before.partition_key, after.partition_key, _shown_key)}"
         report("ORKI_STREAM_KEY_CHANGED", text, "partition_key")
 
 
@@ -107,21 +107,21 @@ def _retention(before: Retention, after: Retention, report: Callable[..., None])
         report("ORKI_STREAM_ENTRIES_LOWERED", text, "retention", "max_entries")
     if bool(before.max_age) != bool(after.max_age):
         ages = was(before.max_age, after.max_age, duration_text)
-        report("ORKI_STREAM_LIMITS", f"is limited by age otherwise: {ages}", "retention", "max_age")
+        report("ORKI_STREAM_LIMITS", f"changed its age limit: {ages}", "retention", "max_age")
     elif after.max_age < before.max_age:
-        text = f"keeps entries shorter: {was(before.max_age, after.max_age, duration_text)}"
+        text = f"has a shorter maximum age: {was(before.max_age, after.max_age, duration_text)}"
         report("ORKI_STREAM_AGE_LOWERED", text, "retention", "max_age")
     if after.max_entries > before.max_entries:
         text = f"keeps more entries: {was(before.max_entries, after.max_entries)}"
         report("ORKI_STREAM_RELAXED", text, "retention", "max_entries")
     if before.max_age and after.max_age > before.max_age:
-        text = f"keeps entries longer: {was(before.max_age, after.max_age, duration_text)}"
+        text = f"has a longer maximum age: {was(before.max_age, after.max_age, duration_text)}"
         report("ORKI_STREAM_RELAXED", text, "retention", "max_age")
     _bounds(before, after, report)
 
 
 def _bounds(before: Retention, after: Retention, report: Callable[..., None]) -> None:
-    """Judges what a deployment may set. A limit by age that came or went is told by another rule."""
+    """Compare the bounds of a deployment's settings. Another rule covers added and removed age limits."""
     kinds: list[tuple[str, tuple[float, float], tuple[float, float], float, float]] = [
         ("entries", before.entries_bounds, after.entries_bounds, before.max_entries, after.max_entries)
     ]
@@ -131,14 +131,14 @@ def _bounds(before: Retention, after: Retention, report: Callable[..., None]) ->
         shown = f"{_range(old, kind)} → {_range(new, kind)}"
         # A lower value of the contract's own is told already, unless a deployment may go below even that.
         if new[0] < old[0] and (new[0] < is_kept or is_kept >= was_kept):
-            text = f"may be set to keep less: {shown}"
+            text = f"has a lower minimum setting: {shown}"
             report("ORKI_STREAM_LEAST_LOWERED", text, "retention", f"least_{kind}")
         if old[0] != old[1] and (old[0] < new[0] or new[1] < old[1]):
             edge = "least" if old[0] < new[0] else "most"
-            text = f"may not be set to what it could be: {shown}"
+            text = f"has a narrower range of settings: {shown}"
             report("ORKI_STREAM_BOUNDS_NARROWED", text, "retention", f"{edge}_{kind}")
         if new[1] > old[1] and new[1] > is_kept:
-            report("ORKI_STREAM_RELAXED", f"may be set to keep more: {shown}", "retention", f"most_{kind}")
+            report("ORKI_STREAM_RELAXED", f"has a higher maximum setting: {shown}", "retention", f"most_{kind}")
 
 
 def _range(bounds: tuple[float, float], kind: str) -> str:
@@ -180,7 +180,7 @@ def _place(side: Side, stream: Stream) -> _Where:
 
 
 def _overflow(side: Side, stream: Stream) -> str:
-    """The policy by its name, the default's own where it is left out; one that nobody knows here stays a number."""
+    """Return the policy's name; the default if absent, the number if unknown."""
     number = side.schema.option(side.schema.messages[stream.message].proto.options, "stream").retention.overflow
     return str(stream.retention.overflow) if number in (0, 1) else str(number)
 
@@ -192,18 +192,18 @@ def _key(side: Side, stream: Stream) -> int:
 
 
 def _shown_key(value: str) -> str:
-    return value or "not at all"
+    return value or "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Declared:
-    """A group as one side declares it.
+    """A group as declared on one side.
 
     Attributes:
         group: The group.
-        option: As it is written; None for `audit`, which nobody need write.
-        package: Who declares it.
-        place: Finds the place of a part of it, or of the whole.
+        option: Its option; None for an implicit `audit`.
+        package: The package that declares it.
+        place: Returns the location of the group or of a part of it.
     """
 
     group: Group
@@ -213,7 +213,7 @@ class _Declared:
 
 
 def _compare_groups(comparison: Comparison) -> None:
-    """Judges the groups of every stream that is there on both sides, and every subscription."""
+    """Compare the groups of every stream that exists on both sides, and all external groups."""
     old, new = comparison.old, comparison.new
     for name, before in old.streams.items():
         after = new.streams.get(name)
@@ -233,12 +233,12 @@ def _each(
     after: Mapping[str, _Declared],
     rest: Location | None,
 ) -> None:
-    """Judges the groups that one package declares on one stream; `rest` is what is left where one is gone."""
+    """Compare the groups that one package declares on one stream; `rest` is the location for removed groups."""
     for name, group in before.items():
         heir = after.get(name)
         if heir is None:
             place = group.place()
-            text = f"is gone from {group.package}{left_at(place) if rest else ''}"
+            text = f"was removed from {group.package}{left_at(place) if rest else ''}"
             _report_group(comparison, "ORKI_GROUP_REMOVED", stream, group, text, (place, rest))
         else:
             _pair(comparison, stream, group, heir)
@@ -255,20 +255,20 @@ def _pair(comparison: Comparison, stream: str, old: _Declared, new: _Declared) -
     before, after = old.group, new.group
     if _start(old) != _start(new):
         text = was(before.start, after.start) if before.start != after.start else was(_start(old), _start(new))
-        report("ORKI_GROUP_START_CHANGED", f"begins elsewhere: {text}", "start")
+        report("ORKI_GROUP_START_CHANGED", f"changed its start: {text}", "start")
     deliveries = was(before.max_deliveries, after.max_deliveries)
     if after.max_deliveries < before.max_deliveries:
-        report("ORKI_GROUP_DELIVERIES_LOWERED", f"gives up sooner: {deliveries} deliveries", "max_deliveries")
+        report("ORKI_GROUP_DELIVERIES_LOWERED", f"allows fewer deliveries: {deliveries}", "max_deliveries")
     elif after.max_deliveries > before.max_deliveries:
-        report("ORKI_GROUP_RELAXED", f"gives up later: {deliveries} deliveries", "max_deliveries")
+        report("ORKI_GROUP_RELAXED", f"allows more deliveries: {deliveries}", "max_deliveries")
     deadlines = was(before.ack_deadline, after.ack_deadline, duration_text)
     if after.ack_deadline < before.ack_deadline:
-        report("ORKI_GROUP_DEADLINE_LOWERED", f"takes entries away sooner: {deadlines}", "ack_deadline")
+        report("ORKI_GROUP_DEADLINE_LOWERED", f"has a shorter acknowledgement deadline: {deadlines}", "ack_deadline")
     elif after.ack_deadline > before.ack_deadline:
-        report("ORKI_GROUP_RELAXED", f"takes entries away later: {deadlines}", "ack_deadline")
+        report("ORKI_GROUP_RELAXED", f"has a longer acknowledgement deadline: {deadlines}", "ack_deadline")
     letters = [each.dead_letter or f"{stream}.{each.name}.dead" for each in (before, after)]
     if letters[0] != letters[1]:
-        text = f"sends dead letters elsewhere: {was(letters[0], letters[1])}"
+        text = f"changed its dead-letter stream: {was(letters[0], letters[1])}"
         report("ORKI_GROUP_DEAD_LETTER_CHANGED", text, "dead_letter")
 
 
@@ -292,7 +292,7 @@ def _report_group(comparison: Comparison, rule: str, stream: str, group: _Declar
 
 
 def _owned(side: Side, stream: Stream) -> Iterator[tuple[str, _Declared]]:
-    """The groups that a stream's owner declares, `audit` among them."""
+    """The groups that a stream's owner declares, including `audit`."""
     node = side.schema.messages[stream.message]
     written = side.schema.option(node.proto.options, "stream").groups
     names = [each.name for each in written]
@@ -308,7 +308,7 @@ def _owned(side: Side, stream: Stream) -> Iterator[tuple[str, _Declared]]:
 
 
 def _read(side: Side, package: str, stream: str) -> Iterator[tuple[str, _Declared]]:
-    """The groups that a package declares on somebody else's stream."""
+    """The groups that a package declares on another package's stream."""
     for file, index, option in side.consumed.get((package, stream), ()):
 
         def place(*inside: str | int, _file: FileDescriptorProto = file, _index: int = index) -> Location:
@@ -319,5 +319,5 @@ def _read(side: Side, package: str, stream: str) -> Iterator[tuple[str, _Declare
 
 
 def _start(declared: _Declared) -> int:
-    """The start as a number, the default's own where it is left out; one that nobody knows here stays itself."""
+    """Return the start as a number; the default if absent. Unknown values are unchanged."""
     return int(declared.option.start) or 1 if declared.option is not None else 1

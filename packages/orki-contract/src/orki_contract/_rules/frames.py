@@ -11,18 +11,18 @@ from orki_contract.descriptors import Location, MessageNode, field_path, is_repe
 from orki_contract.model import Frame, FrameField, Scalar
 
 RULES: Final[dict[Rule, str]] = {
-    "ORKI_FRAME_VERSION": "A frame's version lies between 1 and 65535.",
-    "ORKI_FRAME_BLOCK_LENGTH": "A frame's block is a multiple of 8 bytes long, 65528 at the most.",
-    "ORKI_FRAME_FIELD_TYPE": "A frame's field is a single number, bool, enum, bytes or string, in no oneof.",
+    "ORKI_FRAME_VERSION": "A frame's version is between 1 and 65535.",
+    "ORKI_FRAME_BLOCK_LENGTH": "A frame's block length is a multiple of 8, at most 65528 bytes.",
+    "ORKI_FRAME_FIELD_TYPE": "A frame's field is a single number, bool, enum, bytes or string outside a oneof.",
     "ORKI_FRAME_FIELD_OFFSET": "A frame's field has an offset, unless it is the tail.",
-    "ORKI_FRAME_FIELD_OUTSIDE": "A frame's field lies within the block.",
+    "ORKI_FRAME_FIELD_OUTSIDE": "A frame's field is within the block.",
     "ORKI_FRAME_FIELD_OVERLAP": "No two fields of a frame share a byte.",
-    "ORKI_FRAME_FIELD_ALIGNED": "A number in a frame lies at a multiple of its length.",
-    "ORKI_FRAME_ONE_TAIL": "A frame has one tail at the most.",
-    "ORKI_FRAME_SCALAR": "A scalar option suits the field's proto type.",
-    "ORKI_FRAME_SIZE": "A bytes field in a frame's block has a size, and no other field has.",
-    "ORKI_FRAME_SINCE": "A frame's field came with a version between 1 and the frame's own.",
-    "ORKI_FRAME_OPTION_STRAY": "Options of frame fields stand on fields of a frame's block only.",
+    "ORKI_FRAME_FIELD_ALIGNED": "A number in a frame is aligned to its size.",
+    "ORKI_FRAME_ONE_TAIL": "A frame has at most one tail.",
+    "ORKI_FRAME_SCALAR": "A scalar option matches the field's proto type.",
+    "ORKI_FRAME_SIZE": "Only bytes fields in a frame's block have a size, and each of them has one.",
+    "ORKI_FRAME_SINCE": "A frame field's `since` is between 1 and the frame's version.",
+    "ORKI_FRAME_OPTION_STRAY": "Options of frame fields are used only on fields of a frame's block.",
 }
 
 _Field = FieldDescriptorProto
@@ -40,7 +40,7 @@ _SCALARS: Final = {
 
 
 def check(report: Report) -> None:
-    """Judges every frame, and every field that looks like a frame's."""
+    """Check every frame, and stray frame options on other fields."""
     layouts = {frame.message: frame for frame in report.read.contract.frames}
     for node in report.schema.messages.values():
         option = report.schema.option(node.proto.options, "frame")
@@ -59,13 +59,13 @@ def _frame(report: Report, node: MessageNode, option: Any, layout: Frame) -> Non
         report.add(
             "ORKI_FRAME_VERSION",
             place("version"),
-            f"frame {node.full_name} has the version {option.version}: give one from 1 to 65535",
+            f"frame {node.full_name} has the version {option.version}: use 1 to 65535",
         )
     if option.block_length % 8 or option.block_length > 65528:
         report.add(
             "ORKI_FRAME_BLOCK_LENGTH",
             place("block_length"),
-            f"the block of {node.full_name} has {option.block_length} bytes: give a multiple of 8, 65528 at the most",
+            f"the block of {node.full_name} has {option.block_length} bytes: use a multiple of 8, at most 65528",
         )
     fields = {field.name: field for field in layout.fields}
     tail = ""
@@ -81,14 +81,14 @@ def _frame(report: Report, node: MessageNode, option: Any, layout: Frame) -> Non
                 report.add(
                     "ORKI_FRAME_ONE_TAIL",
                     report.schema.location(node.file.name, field_path(node, index)),
-                    f'frame field "{field.name}" would be a second tail beside "{tail}": give it an offset and a size',
+                    f'frame field "{field.name}" is a second tail besides "{tail}": add an offset and a size',
                 )
             tail = tail or field.name
         else:
             report.add(
                 "ORKI_FRAME_FIELD_OFFSET",
                 report.schema.location(node.file.name, field_path(node, index)),
-                f'frame field "{field.name}" has no offset: say where in the block it lies',
+                f'frame field "{field.name}" has no offset: add one',
             )
     _overlaps(report, node, layout)
 
@@ -136,36 +136,36 @@ def _block_field(
         report.add(
             "ORKI_FRAME_FIELD_OUTSIDE",
             place("offset"),
-            f'frame field "{field.name}" {_bytes(layout)} ends behind the block of {option.block_length} bytes: '
-            "move it, or lengthen the block",
+            f'frame field "{field.name}" {_bytes(layout)} ends after the block of {option.block_length} bytes: '
+            "move it or enlarge the block",
         )
     if layout.scalar is not Scalar.BYTES and layout.offset % layout.size:
         report.add(
             "ORKI_FRAME_FIELD_ALIGNED",
             place("offset"),
-            f'frame field "{field.name}" is {layout.size} bytes long and lies at {layout.offset}: '
-            f"give it an offset that {layout.size} divides",
+            f'frame field "{field.name}" has {layout.size} bytes and the offset {layout.offset}: '
+            f"use an offset that is a multiple of {layout.size}",
         )
     size = report.schema.option(field.options, "size")
     if layout.scalar is Scalar.BYTES and not size:
         report.add(
             "ORKI_FRAME_SIZE",
             place("size" if size is not None else "offset"),
-            f'frame field "{field.name}" has no size: say how many bytes it takes in the block',
+            f'frame field "{field.name}" has no size: add its number of bytes',
         )
     elif layout.scalar is not Scalar.BYTES and size is not None:
         report.add(
             "ORKI_FRAME_SIZE",
             place("size"),
-            f'frame field "{field.name}" takes {layout.size} bytes by its type: remove its size',
+            f'frame field "{field.name}" always has {layout.size} bytes: remove its size',
         )
     since = report.schema.option(field.options, "since")
     if since is not None and not 1 <= since <= option.version:
         report.add(
             "ORKI_FRAME_SINCE",
             place("since"),
-            f'frame field "{field.name}" came with version {since} of a frame whose version is {option.version}: '
-            "raise the frame's version, or correct since",
+            f'frame field "{field.name}" has since = {since} but the frame has version {option.version}: '
+            "increase the frame's version or correct since",
         )
     _scalar(report, field, place("scalar"))
 
@@ -176,7 +176,7 @@ def _scalar(report: Report, field: FieldDescriptorProto, place: Location) -> Non
         return
     known = _SCALARS.get(number)
     if known is None:
-        message = f'frame field "{field.name}" has the scalar {number}, which this generator does not know'
+        message = f'frame field "{field.name}" has a scalar that this version does not know: {number}'
         report.add("ORKI_FRAME_SCALAR", place, message)
         return
     name, types, least, greatest = known
@@ -185,7 +185,7 @@ def _scalar(report: Report, field: FieldDescriptorProto, place: Location) -> Non
         report.add(
             "ORKI_FRAME_SCALAR",
             place,
-            f'{name} does not suit the proto type of frame field "{field.name}": it suits {kind} and enums',
+            f'{name} does not match the proto type of frame field "{field.name}": use {kind} or an enum',
         )
     elif field.type == _Field.TYPE_ENUM:
         enum = report.schema.enums[field.type_name.removeprefix(".")][1]
@@ -195,7 +195,7 @@ def _scalar(report: Report, field: FieldDescriptorProto, place: Location) -> Non
                     "ORKI_FRAME_SCALAR",
                     place,
                     f'{value.name} = {value.number} does not fit {name} of frame field "{field.name}": '
-                    "take a wider scalar",
+                    "use a wider scalar",
                 )
 
 

@@ -1,4 +1,4 @@
-"""Names that Python could not carry, or that would stand for two things."""
+"""Names that are invalid or ambiguous in Python."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from orki_contract.naming import class_name, constant_name, frame_class, module_
 from orki_contract.read import FileContract
 
 RULES: Final[dict[Rule, str]] = {
-    "ORKI_NAME_KEYWORD": "No name that generated code carries is a Python keyword.",
-    "ORKI_NAME_RESERVED": "No frame field or method has a name that generated classes use themselves.",
-    "ORKI_NAME_CLASH": "No two declarations of a file get the same name in Python.",
+    "ORKI_NAME_KEYWORD": "No generated name is a Python keyword.",
+    "ORKI_NAME_RESERVED": "No frame field or method has a name that generated classes reserve.",
+    "ORKI_NAME_CLASH": "No two declarations of a file have the same Python name.",
     "ORKI_NAME_MODULE": "No two files become the same Python module.",
-    "ORKI_NAME_FILE": "A file's name becomes the name of a Python module.",
-    "ORKI_PACKAGE_FOLDER": "A file with a contract lies in the folder that its package names.",
-    "ORKI_PACKAGE_SHADOWS": "A package's first part is no module of Python's, of protobuf's or of orki's runtimes.",
+    "ORKI_NAME_FILE": "A file's name is a valid Python module name.",
+    "ORKI_PACKAGE_FOLDER": "A file with a contract is in the folder that its package names.",
+    "ORKI_PACKAGE_SHADOWS": "A package's first part is not a module of Python, protobuf or orki.",
 }
 
 # What FrameBase and the generated classes have already.
@@ -28,7 +28,7 @@ _TAKEN_PACKAGES: Final = frozenset({"google", "grpc", "orki_contract"})
 
 
 def check(report: Report) -> None:
-    """Judges every name that generated code takes from a file with a contract."""
+    """Check every name that generated code takes from a contract file."""
     modules: dict[str, str] = {}
     for file in report.read.files:
         if not file.empty:
@@ -43,7 +43,7 @@ def check(report: Report) -> None:
             report.add(
                 "ORKI_NAME_MODULE",
                 report.schema.location(file.path),
-                f"{file.path} and {modules[module]} become one Python module: rename one of them",
+                f"{file.path} and {modules[module]} become the same Python module: rename one",
             )
         modules.setdefault(module, file.path)
 
@@ -54,7 +54,7 @@ def _file(report: Report, file: FileContract) -> None:
         report.add(
             "ORKI_NAME_FILE",
             report.schema.location(file.path),
-            f'"{stem}" is no name of a Python module: name the file with letters, digits and underscores',
+            f'"{stem}" is not a valid Python module name: use letters, digits and underscores',
         )
 
 
@@ -66,8 +66,8 @@ def _package(report: Report, file: FileContract) -> None:
         report.add(
             "ORKI_PACKAGE_FOLDER",
             place,
-            f'the file lies in "{file.path.rpartition("/")[0]}" and its package is "{file.package}": '
-            "let the folder's path be the package's name",
+            f'the file is in "{file.path.rpartition("/")[0]}" but its package is "{file.package}": '
+            "move the file or rename the package",
         )
     for part in parts:
         _keyword(report, place, part, f'the part "{part}" of package {file.package}')
@@ -75,8 +75,8 @@ def _package(report: Report, file: FileContract) -> None:
         report.add(
             "ORKI_PACKAGE_SHADOWS",
             place,
-            f'package {file.package} begins with "{parts[0]}", and Python finds another module under that name: '
-            "put a name of your own before it",
+            f'package {file.package} begins with "{parts[0]}", which is another Python module: '
+            "put your own name in front",
         )
 
 
@@ -87,7 +87,7 @@ def _declarations(report: Report, file: FileContract) -> None:
             report.add(
                 "ORKI_NAME_CLASH",
                 place,
-                f"{subject} and {seen[name]} would both be {name} in Python: rename one, or put it into another file",
+                f"{subject} and {seen[name]} would both be {name} in Python: rename one or move it to another file",
             )
         seen.setdefault(name, subject)
 
@@ -138,7 +138,7 @@ def _methods(report: Report, file: FileContract) -> None:
 
 
 def _messages(report: Report, file: FileContract) -> None:
-    """Judges the names of messages and enums that the module reaches by `pb.NAME`."""
+    """Check the names of messages and enums that the module accesses as `pb.NAME`."""
     contract = file.contract
     used = {each.message: each.message for each in contract.streams}
     for method in contract.tasks + contract.tools:
@@ -162,6 +162,4 @@ def _keyword(report: Report, place: Location, name: str, subject: str) -> None:
 
 def _reserved(report: Report, place: Location, name: str, subject: str, taken: frozenset[str] = _RESERVED) -> None:
     if name in taken or name.startswith("_"):
-        report.add(
-            "ORKI_NAME_RESERVED", place, f"{subject} has a name that the generated class keeps for itself: rename it"
-        )
+        report.add("ORKI_NAME_RESERVED", place, f"{subject} has a name that generated classes reserve: rename it")

@@ -1,4 +1,4 @@
-"""What all rules share: the contract before them, and how a violation is put down."""
+"""Violations of rules, and the report that collects them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ LONGEST_MS: Final = 3650 * 24 * 3600 * 1000
 
 @dataclass(frozen=True, order=True, slots=True)
 class Violation:
-    """One thing that is wrong.
+    """A violation of a rule.
 
     Attributes:
-        location: Where.
-        rule: Which rule it breaks.
-        message: What is wrong, and what to do.
+        location: Its location.
+        rule: Id of the violated rule.
+        message: The problem and how to fix it.
     """
 
     location: Location
@@ -35,7 +35,7 @@ class Violation:
 
 
 class Report:
-    """Hears all rules on one contract, and gathers what they find."""
+    """A contract and the violations found so far."""
 
     def __init__(self, read: ReadContract, known: Mapping[Rule, str], places: Mapping[str, str]) -> None:
         self.read = read
@@ -45,7 +45,7 @@ class Report:
         self._places = places
 
     def add(self, rule: Rule, location: Location, message: str) -> None:
-        """Puts down one violation."""
+        """Add a violation."""
         if rule not in self._known:
             raise KeyError(rule)
         self.found.append(Violation(self.shown(location), rule, message))
@@ -62,7 +62,7 @@ class Report:
                 yield node, value
 
     def duration(self, place: Location, holder: Any, name: str, subject: str) -> None:
-        """Judges one duration, where it is set: from 1 ms to 3,650 days."""
+        """Check that a duration, if set, is from 1 ms to 3,650 days."""
         if name not in holder.DESCRIPTOR.fields_by_name or not holder.HasField(name):
             return
         value = getattr(holder, name)
@@ -72,10 +72,10 @@ class Report:
             self.add(
                 "ORKI_DURATION",
                 place,
-                f"{name} of {subject} is {given} s: give at least 1 ms and at most 3650 days, or leave it out",
+                f"{name} of {subject} is {given} s: use 1 ms to 3650 days, or remove it",
             )
 
 
 def quoted(names: list[str]) -> str:
-    """Names in quotation marks, for a message."""
+    """Return the names in quotation marks."""
     return ", ".join(f'"{name}"' for name in names) or "none"

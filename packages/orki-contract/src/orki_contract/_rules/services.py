@@ -13,15 +13,15 @@ from orki_contract.read import resolve, seconds_of
 RULES: Final[dict[Rule, str]] = {
     "ORKI_SERVICE_MIXED": "The methods of a service are all plain gRPC, all tasks, or all tools.",
     "ORKI_METHOD_ONE_KIND": "A method is a task or a tool, not both.",
-    "ORKI_METHOD_UNARY": "A task or tool takes one request and gives one response.",
-    "ORKI_TASK_FRAME": "A task's messages are no frames.",
-    "ORKI_TASK_MESSAGE": "A task's progress and directive are messages that exist.",
-    "ORKI_TASK_MESSAGE_IMPORT": "A task's progress and directive lie in its own file or in one that it imports.",
+    "ORKI_METHOD_UNARY": "A task or tool has one request and one response; it does not stream.",
+    "ORKI_TASK_FRAME": "A task's messages are not frames.",
+    "ORKI_TASK_MESSAGE": "A task's progress and directive name existing messages.",
+    "ORKI_TASK_MESSAGE_IMPORT": "A task's progress and directive are declared in its own file or in an imported one.",
     "ORKI_TASK_MAX_ATTEMPTS": "A task has 1 to 1000 attempts.",
-    "ORKI_TASK_BACKOFF_MULTIPLIER": "The wait between attempts grows by a finite factor of at least 1.",
-    "ORKI_TASK_BACKOFF_ORDER": "The first wait between attempts is not longer than the longest.",
-    "ORKI_TOOL_OPCODE": "A tool's opcode lies between 0x0100 and 0xffff.",
-    "ORKI_TOOL_OPCODE_UNIQUE": "A tool's opcode is used once in the whole tree.",
+    "ORKI_TASK_BACKOFF_MULTIPLIER": "The retry multiplier is finite and at least 1.",
+    "ORKI_TASK_BACKOFF_ORDER": "The initial retry delay does not exceed the maximum.",
+    "ORKI_TOOL_OPCODE": "A tool's opcode is between 0x0100 and 0xffff.",
+    "ORKI_TOOL_OPCODE_UNIQUE": "A tool's opcode is unique.",
 }
 
 _TASK_DURATIONS: Final = (
@@ -34,7 +34,7 @@ _TASK_DURATIONS: Final = (
 
 
 def check(report: Report) -> None:
-    """Judges every service that has a method with an option of orki's."""
+    """Check every service that has a method with an orki option."""
     opcodes = _opcodes(report)
     for service in report.schema.services.values():
         kinds = {}
@@ -59,7 +59,7 @@ def check(report: Report) -> None:
             report.add(
                 "ORKI_SERVICE_MIXED",
                 report.schema.location(service.file.name, service.path),
-                f"{service.full_name} is of several kinds ({parts}): split it into a service for each kind",
+                f"{service.full_name} mixes kinds of methods ({parts}): split it into one service per kind",
             )
 
 
@@ -85,7 +85,7 @@ def _unary(report: Report, service: ServiceNode, method: MethodNode) -> None:
         report.add(
             "ORKI_METHOD_UNARY",
             report.schema.location(service.file.name, method.path),
-            f"{method.full_name} streams: take `stream` away (a task reports news by its progress message)",
+            f"{method.full_name} streams: remove `stream` (tasks report progress with their progress message)",
         )
 
 
@@ -100,7 +100,7 @@ def _task(report: Report, service: ServiceNode, method: MethodNode, option: Any)
         report.add(
             "ORKI_TASK_MAX_ATTEMPTS",
             place("max_attempts"),
-            f"{subject} has {option.max_attempts} attempts: give max_attempts from 1 to 1000",
+            f"{subject} has max_attempts = {option.max_attempts}: set it to 1 to 1000",
         )
     _backoff(report, option, place("retry_backoff"), place, subject)
     for name in ("progress", "directive"):
@@ -118,7 +118,7 @@ def _backoff(report: Report, option: Any, whole: Location, place: Any, subject: 
         report.add(
             "ORKI_TASK_BACKOFF_MULTIPLIER",
             place("retry_backoff", "multiplier"),
-            f"the wait of {subject} is multiplied by {backoff.multiplier:g}: give a multiplier of at least 1",
+            f"the retry multiplier of {subject} is {backoff.multiplier:g}: set it to at least 1",
         )
     default = Backoff()
     first = seconds_of(backoff.initial if backoff.HasField("initial") else None, default.initial)
@@ -141,14 +141,14 @@ def _message(report: Report, service: ServiceNode, name: str, place: Location, s
         report.add(
             "ORKI_TASK_MESSAGE",
             place,
-            f'{subject} is "{full_name}", and there is no such message: correct the name, or write it with its package',
+            f'{subject} names the unknown message "{full_name}": correct the name or add its package',
         )
         return
     if node.file.name not in report.schema.imports(service.file.name):
         report.add(
             "ORKI_TASK_MESSAGE_IMPORT",
             place,
-            f'{subject} lies in {node.file.name}, which this file must import: import "{node.file.name}";',
+            f'{subject} is declared in {node.file.name}, which this file must import: import "{node.file.name}";',
         )
     _no_frame(report, full_name, place, subject)
 
@@ -156,7 +156,7 @@ def _message(report: Report, service: ServiceNode, name: str, place: Location, s
 def _no_frame(report: Report, full_name: str, place: Location, subject: str) -> None:
     node = report.schema.messages.get(full_name)
     if node is not None and report.schema.option(node.proto.options, "frame") is not None:
-        report.add("ORKI_TASK_FRAME", place, f"{subject} is the frame {full_name}: tasks carry plain messages only")
+        report.add("ORKI_TASK_FRAME", place, f"{subject} is the frame {full_name}: tasks use plain messages only")
 
 
 def _tool(
@@ -174,7 +174,7 @@ def _tool(
         report.add(
             "ORKI_TOOL_OPCODE",
             place("opcode"),
-            f"{method.full_name} has the opcode 0x{option.opcode:04x}: give one from 0x0100 to 0xffff",
+            f"{method.full_name} has the opcode 0x{option.opcode:04x}: use 0x0100 to 0xffff",
         )
         return
     others = [f"{name} at {spot}" for name, spot in opcodes[option.opcode] if name != method.full_name]
@@ -182,5 +182,5 @@ def _tool(
         report.add(
             "ORKI_TOOL_OPCODE_UNIQUE",
             place("opcode"),
-            f"{method.full_name} has the opcode 0x{option.opcode:04x} of {', '.join(others)}: give each its own",
+            f"{method.full_name} shares the opcode 0x{option.opcode:04x} with {', '.join(others)}: use another one",
         )

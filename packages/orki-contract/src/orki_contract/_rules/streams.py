@@ -14,28 +14,28 @@ from orki_contract.descriptors import Location, MessageNode, is_repeated
 from orki_contract.read import seconds_of
 
 RULES: Final[dict[Rule, str]] = {
-    "ORKI_STREAM_NAME": "A stream's name has lower-case letters, digits, -, _ and ., 64 at the most, a letter first.",
-    "ORKI_STREAM_NAME_UNIQUE": "A stream's name is used once in the whole tree.",
-    "ORKI_MESSAGE_ONE_KIND": "A message is a stream's entry or a frame, not both.",
-    "ORKI_STREAM_RETENTION": "A stream says how long entries are kept.",
-    "ORKI_STREAM_MAX_ENTRIES": "A stream keeps at least one entry, and at most 2^63-1.",
-    "ORKI_STREAM_BOUNDS": "A stream's bounds enclose what it keeps without a setting.",
-    "ORKI_STREAM_BOUNDS_AGE": "Only a stream that limits the age of its entries has bounds of it.",
-    "ORKI_STREAM_OVERFLOW": "A stream's overflow is a value that the generator knows.",
+    "ORKI_STREAM_NAME": "A stream's name has up to 64 lower-case letters, digits, -, _ and ., a letter first.",
+    "ORKI_STREAM_NAME_UNIQUE": "A stream's name is unique.",
+    "ORKI_MESSAGE_ONE_KIND": "A message is a stream entry or a frame, not both.",
+    "ORKI_STREAM_RETENTION": "A stream declares its retention.",
+    "ORKI_STREAM_MAX_ENTRIES": "A stream keeps 1 to 2^63-1 entries.",
+    "ORKI_STREAM_BOUNDS": "A stream's retention bounds include its own retention.",
+    "ORKI_STREAM_BOUNDS_AGE": "Only a stream with a maximum age has age bounds.",
+    "ORKI_STREAM_OVERFLOW": "A stream's overflow policy is known to this version.",
     "ORKI_STREAM_PARTITIONS": "A stream has 1 to 1024 partitions.",
-    "ORKI_STREAM_KEY_REQUIRED": "A stream of several partitions names the field that picks one.",
-    "ORKI_STREAM_KEY_UNUSED": "A stream of one partition names no field that picks one.",
-    "ORKI_STREAM_KEY_FIELD": "A partition key is a field of the entry's own message.",
-    "ORKI_STREAM_KEY_TYPE": "A partition key is a single string, bytes or integer.",
-    "ORKI_GROUP_NAME": "A group's name has lower-case letters, digits, - and _, 64 at the most, a letter first.",
-    "ORKI_GROUP_UNIQUE": "A group's name is used once on its stream, whoever declares it.",
-    "ORKI_GROUP_AUDIT": "The group audit is the stream owner's to tune, and begins at the earliest entry.",
-    "ORKI_GROUP_START": "A group's start is a value that the generator knows.",
-    "ORKI_GROUP_MAX_DELIVERIES": "A group delivers an entry 1 to 1000 times.",
-    "ORKI_GROUP_DEAD_LETTER": "A group's dead letters go to a stream of a valid name that no contract declares.",
+    "ORKI_STREAM_KEY_REQUIRED": "A stream with several partitions has a partition key.",
+    "ORKI_STREAM_KEY_UNUSED": "A stream with one partition has no partition key.",
+    "ORKI_STREAM_KEY_FIELD": "A partition key is a field of the stream's message.",
+    "ORKI_STREAM_KEY_TYPE": "A partition key is a string, bytes or integer field that is not repeated.",
+    "ORKI_GROUP_NAME": "A group's name has up to 64 lower-case letters, digits, - and _, a letter first.",
+    "ORKI_GROUP_UNIQUE": "A group's name is unique on its stream.",
+    "ORKI_GROUP_AUDIT": "Only the stream's owner configures the group audit, and it starts at the earliest entry.",
+    "ORKI_GROUP_START": "A group's start is known to this version.",
+    "ORKI_GROUP_MAX_DELIVERIES": "A group allows 1 to 1000 deliveries of an entry.",
+    "ORKI_GROUP_DEAD_LETTER": "A group's dead-letter stream has a valid name that no contract declares.",
     "ORKI_SUBSCRIPTION_STREAM": "A group is declared on a stream that exists.",
-    "ORKI_SUBSCRIPTION_IMPORT": "A file imports the file of the stream on which it declares a group.",
-    "ORKI_SUBSCRIPTION_OWN": "A package declares groups on its own streams in the stream option.",
+    "ORKI_SUBSCRIPTION_IMPORT": "A file that declares a group imports the stream's file.",
+    "ORKI_SUBSCRIPTION_OWN": "A package declares groups of its own streams in the stream option.",
 }
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9._-]{0,63}")
@@ -62,7 +62,7 @@ _KEY_TYPES: Final = frozenset(
 
 
 def check(report: Report) -> None:
-    """Judges every stream and every subscription."""
+    """Check every stream and every external group."""
     names: dict[str, list[MessageNode]] = {}
     for node, option in report.messages("stream"):
         names.setdefault(option.name, []).append(node)
@@ -76,13 +76,13 @@ def check(report: Report) -> None:
 
 
 def _stream(report: Report, node: MessageNode, option: Any, namesakes: list[MessageNode]) -> None:
-    """Judges one stream.
+    """Check one stream.
 
     Args:
-        report: Hears it.
-        node: The entries' message.
+        report: Collects the violations.
+        node: The stream's message.
         option: Its option.
-        namesakes: The messages of other streams that have the same name.
+        namesakes: Messages of other streams with the same name.
     """
 
     def place(*inside: str | int) -> Location:
@@ -90,10 +90,12 @@ def _stream(report: Report, node: MessageNode, option: Any, namesakes: list[Mess
 
     subject = f'stream "{option.name}"'
     if report.schema.option(node.proto.options, "frame") is not None:
-        report.add("ORKI_MESSAGE_ONE_KIND", place(), f"{node.full_name} is a stream's entry and a frame: make it one")
+        report.add("ORKI_MESSAGE_ONE_KIND", place(), f"{node.full_name} is both a stream and a frame: remove one")
     if not _NAME.fullmatch(option.name):
         report.add(
-            "ORKI_STREAM_NAME", place("name"), f'"{option.name}" is no name of a stream: {_words("STREAM_NAME")}'
+            "ORKI_STREAM_NAME",
+            place("name"),
+            f'"{option.name}" is no valid stream name: use {_words("STREAM_NAME")}',
         )
     elif namesakes:
         others = (
@@ -102,16 +104,16 @@ def _stream(report: Report, node: MessageNode, option: Any, namesakes: list[Mess
         report.add(
             "ORKI_STREAM_NAME_UNIQUE",
             place("name"),
-            f"{subject} is declared at {', '.join(map(str, map(report.shown, others)))} too: give each its own name",
+            f"{subject} is also declared at {', '.join(map(str, map(report.shown, others)))}: rename one",
         )
     if not option.HasField("retention"):
-        report.add("ORKI_STREAM_RETENTION", place(), f"{subject} keeps everything for ever: give it a retention")
+        report.add("ORKI_STREAM_RETENTION", place(), f"{subject} has no retention: add one")
     else:
         if not 1 <= option.retention.max_entries < 1 << 63:
             report.add(
                 "ORKI_STREAM_MAX_ENTRIES",
                 place("retention", "max_entries"),
-                f"{subject} keeps {option.retention.max_entries} entries: give max_entries from 1 to 2^63-1",
+                f"{subject} has max_entries = {option.retention.max_entries}: set it to 1 to 2^63-1",
             )
         for age in ("max_age", "least_age", "most_age"):
             report.duration(place("retention", age), option.retention, age, f"the retention of {subject}")
@@ -120,7 +122,7 @@ def _stream(report: Report, node: MessageNode, option: Any, namesakes: list[Mess
             report.add(
                 "ORKI_STREAM_OVERFLOW",
                 place("retention", "overflow"),
-                f"{subject} has the overflow {option.retention.overflow}, which this generator does not know",
+                f"{subject} has an overflow policy that this version does not know: {option.retention.overflow}",
             )
     _partitions(report, node, option, subject)
     seen: set[str] = set()
@@ -129,13 +131,13 @@ def _stream(report: Report, node: MessageNode, option: Any, namesakes: list[Mess
         _group(report, group, where, option.name)
         if group.name in seen:
             report.add(
-                "ORKI_GROUP_UNIQUE", where("name"), f'{subject} has the group "{group.name}" twice: remove one of them'
+                "ORKI_GROUP_UNIQUE", where("name"), f'{subject} declares the group "{group.name}" twice: remove one'
             )
         seen.add(group.name)
 
 
 def _bounds(report: Report, retention: Any, place: Callable[..., Location], subject: str) -> None:
-    """Judges what a deployment may set: the contract's own value lies between the bounds."""
+    """Check that the contract's own retention is within its bounds."""
     if "least_entries" not in retention.DESCRIPTOR.fields_by_name:
         # Options that are older than bounds.
         return
@@ -147,20 +149,20 @@ def _bounds(report: Report, retention: Any, place: Callable[..., Location], subj
                     report.add(
                         "ORKI_STREAM_BOUNDS_AGE",
                         place(name),
-                        f"{subject} has {name} and no max_age: give it a max_age, or remove {name}",
+                        f"{subject} has {name} but no max_age: add max_age or remove {name}",
                     )
             continue
         if least and least > kept:
             report.add(
                 "ORKI_STREAM_BOUNDS",
                 place(f"least_{kind}"),
-                f"{subject} has a least_{kind} above its max_{kind}: give one that is at most max_{kind}",
+                f"{subject} has a least_{kind} above its max_{kind}: lower it",
             )
         if most and (most < kept or (kind == "entries" and most >= 1 << 63)):
             report.add(
                 "ORKI_STREAM_BOUNDS",
                 place(f"most_{kind}"),
-                f"{subject} has a most_{kind} below its max_{kind} or beyond 2^63-1: give one that is neither",
+                f"{subject} has a most_{kind} below its max_{kind} or above 2^63-1: correct it",
             )
 
 
@@ -178,21 +180,21 @@ def _partitions(report: Report, node: MessageNode, option: Any, subject: str) ->
         report.add(
             "ORKI_STREAM_PARTITIONS",
             place("partitions"),
-            f"{subject} has {option.partitions} partitions: give it 1 to 1024",
+            f"{subject} has {option.partitions} partitions: set 1 to 1024",
         )
     if not option.partition_key:
         if option.partitions > 1:
             report.add(
                 "ORKI_STREAM_KEY_REQUIRED",
                 place("partitions"),
-                f"{subject} has {option.partitions} partitions and no partition_key: name the field that picks one",
+                f"{subject} has {option.partitions} partitions but no partition_key: add one",
             )
         return
     if option.partitions <= 1:
         report.add(
             "ORKI_STREAM_KEY_UNUSED",
             place("partition_key"),
-            f"{subject} has one partition, so its partition_key picks nothing: remove it, or give it partitions",
+            f"{subject} has a partition_key but only one partition: remove the key or add partitions",
         )
     fields = {field.name: field for field in node.proto.field}
     key = fields.get(option.partition_key)
@@ -200,36 +202,36 @@ def _partitions(report: Report, node: MessageNode, option: Any, subject: str) ->
         report.add(
             "ORKI_STREAM_KEY_FIELD",
             place("partition_key"),
-            f'{node.full_name} has no field "{option.partition_key}" to pick a partition (it has {quoted([*fields])})',
+            f'{node.full_name} has no field "{option.partition_key}" for the key (fields: {quoted([*fields])})',
         )
     elif key.type not in _KEY_TYPES or is_repeated(key):
         report.add(
             "ORKI_STREAM_KEY_TYPE",
             place("partition_key"),
-            f'field "{key.name}" cannot pick a partition: name a string, bytes or integer field that is not repeated',
+            f'field "{key.name}" cannot be a partition key: use a string, bytes or integer field that is not repeated',
         )
 
 
 def _group(report: Report, group: Any, place: Callable[..., Location], stream: str) -> None:
     subject = f'group "{group.name}" of stream "{stream}"'
     if not _GROUP.fullmatch(group.name):
-        report.add("ORKI_GROUP_NAME", place("name"), f'"{group.name}" is no name of a group: {_words("GROUP_NAME")}')
+        report.add(
+            "ORKI_GROUP_NAME", place("name"), f'"{group.name}" is no valid group name: use {_words("GROUP_NAME")}'
+        )
     if group.start not in _STARTS:
         report.add(
             "ORKI_GROUP_START",
             place("start"),
-            f"{subject} has the start {group.start}, which this generator does not know: "
-            "give START_EARLIEST or START_LATEST",
+            f"{subject} has a start that this version does not know ({group.start}): "
+            "use START_EARLIEST or START_LATEST",
         )
     if group.name == "audit" and group.start == 2:
-        report.add(
-            "ORKI_GROUP_AUDIT", place("start"), f"{subject} must begin at the earliest entry: leave its start out"
-        )
+        report.add("ORKI_GROUP_AUDIT", place("start"), f"{subject} must start at the earliest entry: remove its start")
     if group.max_deliveries > 1000:
         report.add(
             "ORKI_GROUP_MAX_DELIVERIES",
             place("max_deliveries"),
-            f"{subject} delivers an entry {group.max_deliveries} times: give max_deliveries from 1 to 1000",
+            f"{subject} has max_deliveries = {group.max_deliveries}: set it to 1 to 1000",
         )
     report.duration(place("ack_deadline"), group, "ack_deadline", subject)
     declared = report.schema.stream_messages
@@ -237,7 +239,7 @@ def _group(report: Report, group: Any, place: Callable[..., Location], stream: s
         report.add(
             "ORKI_GROUP_DEAD_LETTER",
             place("dead_letter"),
-            f'{subject} sends dead letters to "{group.dead_letter}", which is no name of a stream: '
+            f'{subject} sends dead letters to "{group.dead_letter}", which is no valid stream name: use '
             f"{_words('STREAM_NAME')}",
         )
     target = group.dead_letter or f"{stream}.{group.name}.dead"
@@ -246,7 +248,7 @@ def _group(report: Report, group: Any, place: Callable[..., Location], stream: s
             "ORKI_GROUP_DEAD_LETTER",
             place("dead_letter"),
             f'{subject} sends dead letters to the stream "{target}", which {declared[target]} declares: '
-            "give another dead_letter",
+            "use another dead_letter",
         )
 
 
@@ -271,7 +273,7 @@ def _external_group(
         report.add(
             "ORKI_SUBSCRIPTION_STREAM",
             place("stream"),
-            f"no file at hand declares a {subject}: correct the name, or import its file (declared: {known})",
+            f"no given file declares {subject}: correct the name or import its file (declared: {known})",
         )
         return
     owner = report.schema.messages[message].file
@@ -286,19 +288,19 @@ def _external_group(
             "ORKI_SUBSCRIPTION_IMPORT",
             place("stream"),
             f'{subject} is declared in {owner.name}, which this file must import: import "{owner.name}"; '
-            "(and above it // buf:lint:ignore IMPORT_USED, as nothing else uses it)",
+            "(put // buf:lint:ignore IMPORT_USED above it)",
         )
     if option.group.name == "audit":
         report.add(
             "ORKI_GROUP_AUDIT",
             where("name"),
-            f'{subject} has the group "audit" without being asked, and only its owner may tune it: take another name',
+            f'{subject} already has the group "audit", which only its owner configures: use another name',
         )
     elif (holder := taken.get((option.stream, option.group.name))) is not None:
         report.add(
             "ORKI_GROUP_UNIQUE",
             where("name"),
-            f'{subject} has a group "{option.group.name}" already, declared by {holder}: take another name',
+            f'{subject} already has a group "{option.group.name}", declared by {holder}: use another name',
         )
     taken.setdefault((option.stream, option.group.name), f"{file.package} in {file.name}")
 

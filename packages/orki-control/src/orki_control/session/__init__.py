@@ -5,7 +5,6 @@ orchestrator's. Both take messages and the time, and return events and messages 
 """
 
 from orki_control.session._agent import AgentSession
-from orki_control.session._attempts import Outcome
 from orki_control.session._events import (
     AgentDraining,
     AgentEvent,
@@ -48,12 +47,12 @@ from orki_control.session._options import (
     OrchestratorSessionOptions,
 )
 from orki_control.session._orchestrator import OrchestratorSession
+from orki_control.session._state import AttemptKey, Outcome
 from orki_control.session._tables import (
     AGENT,
     ATTEMPT,
     ORCHESTRATOR,
     AgentState,
-    AttemptKey,
     AttemptState,
     OrchestratorState,
 )

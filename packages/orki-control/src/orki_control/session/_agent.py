@@ -13,32 +13,23 @@ from orki.control.v1 import session_pb2 as pb
 from orki.control.v1.attempt_pb2 import Failure
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import LocalProtocolError, OrkiError, RemoteProtocolError, Replaced, TooLarge, error_for
-from orki_control.session._attempts import AttemptTable, Heartbeats, HeldAttempt, Outcome, result_of
-from orki_control.session._batches import OVERHEAD_BYTES, EventBatch, SendQueue
-from orki_control.session._events import (
-    AgentEvent,
-    ArrivedCancel,
-    ArrivedDirective,
-    ArrivedOffer,
-    AttemptsRevoked,
-    CancelsArrived,
-    DirectivesArrived,
-    DrainCompleted,
-    LeasesLost,
-    OffersArrived,
-    OrchestratorDraining,
-    ResultsAcknowledged,
-    Revocation,
-    SessionClosed,
-    SessionLost,
-    SessionOpened,
-)
+from orki_control.session import _events as events
 from orki_control.session._options import DEFAULT_MESSAGE_BYTES, AgentSessionOptions, build_hello, check_welcome
+from orki_control.session._state import (
+    OVERHEAD_BYTES,
+    AttemptKey,
+    AttemptTable,
+    Heartbeats,
+    HeldAttempt,
+    Outcome,
+    SendQueue,
+    joined,
+    result_of,
+)
 from orki_control.session._tables import (
     AGENT,
     ATTEMPT,
     AgentState,
-    AttemptKey,
     AttemptState,
     Connected,
     Disconnected,
@@ -71,7 +62,7 @@ class AgentSession:
         self._options = options
         self._queue: SendQueue[pb.AgentMessage] = SendQueue(options.bounds)
         self._attempts = AttemptTable(options.slots)
-        self._events = EventBatch()
+        self._events: list[Any] = []
         self._peer_bytes = DEFAULT_MESSAGE_BYTES
         self._drain_wanted = False
         self._drained = False
@@ -109,16 +100,12 @@ class AgentSession:
         self._queue.clear_control()
         self._control(hello=build_hello(self._options, self._attempts.resumable()))
 
-    def connection_lost(self, now: float, cause: str = "the stream ended") -> list[AgentEvent]:
+    def connection_lost(self, now: float, cause: str = "the stream ended") -> list[events.AgentEvent]:
         """Note that the stream has ended. Attempts go on, and leases continue (laws 8 and 14)."""
         self._lose(Disconnected, cause)
         return self._finish()
 
-    def receive_message(self, message: pb.OrchestratorMessage, now: float) -> list[AgentEvent]:
-        """Take one message; see `receive_batch`."""
-        return self.receive_batch((message,), now)
-
-    def receive_batch(self, messages: Iterable[pb.OrchestratorMessage], now: float) -> list[AgentEvent]:
+    def receive_batch(self, messages: Iterable[pb.OrchestratorMessage], now: float) -> list[events.AgentEvent]:
         """Take the messages of one gRPC message in their order.
 
         Returns:
@@ -137,7 +124,7 @@ class AgentSession:
             try:
                 _RECEIVE[kind](self, message, now)
             except RemoteProtocolError:
-                self._events.finish()
+                self._events = []
                 raise
         if self.state in _LIVE:
             self._heartbeats.heard(now)
@@ -228,7 +215,7 @@ class AgentSession:
         """Set the load that the next heartbeats report."""
         self._heartbeats.load = (loop_lag_us, memory_bytes)
 
-    def drain(self, now: float) -> list[AgentEvent]:
+    def drain(self, now: float) -> list[events.AgentEvent]:
         """Accept no more offers. `DrainCompleted` follows when nothing is held any more."""
         if not self._drain_wanted:
             self._drain_wanted = True
@@ -245,7 +232,7 @@ class AgentSession:
     def messages_to_send(self) -> pb.ConnectRequest | None:
         """Remove and return the next batch to write; None when nothing waits."""
         if self.state in _LIVE:
-            batch = self._queue.take(self._wanted)
+            batch = self._queue.take(self._attempts, always=pb.Declined)
         elif self.state is AgentState.AWAITING_WELCOME:
             batch = self._queue.take_control()
         else:
@@ -263,7 +250,7 @@ class AgentSession:
             due.append(self._heartbeats.due_at)
         return min(due, default=None)
 
-    def handle_timer(self, now: float) -> list[AgentEvent]:
+    def handle_timer(self, now: float) -> list[events.AgentEvent]:
         """Handle the timers that are due, if any."""
         if self.state is AgentState.ENDED:
             return []
@@ -271,7 +258,7 @@ class AgentSession:
             if held.state is not AttemptState.OFFERED:
                 self._attempts.block(key)
             self._step(key, held, LeaseEnded, LocalProtocolError)
-            self._events.join(LeasesLost, key)
+            self._events.append((events.LeasesLost, key))
         if self.state is not AgentState.DISCONNECTED and now >= self._heartbeats.silent_at:
             if self.state is AgentState.AWAITING_WELCOME:
                 self._lose(HelloTimeout, "the welcome did not arrive in time")
@@ -301,13 +288,15 @@ class AgentSession:
                 continue
             self._revoke(key, held, Dropped, not_kept)
         self._attempts.leases_changed()
-        self._queue.keep_work(lambda key, kind: kind is pb.Progress and key in keep)
+        self._queue.keep_work(pb.Progress, keep)
         for key in resumed:
             held = self._attempts[key]
             if held.state is AttemptState.REPORTED:
                 self._send_result(key, held)
-        opened = SessionOpened(welcome.orchestrator_id, welcome.session_epoch, tuple(resumed), welcome.events_url)
-        self._events.add(opened)
+        opened = events.SessionOpened(
+            welcome.orchestrator_id, welcome.session_epoch, tuple(resumed), welcome.events_url
+        )
+        self._events.append(opened)
         if self._drain_wanted:
             self._send_drain()
 
@@ -329,10 +318,10 @@ class AgentSession:
         # After a protocol violation a new stream may work, but a refused hello would be refused again.
         if error.retryable or not awaiting_welcome:
             self._cut()
-            self._events.add(SessionLost(f"refused: {why.message}", silent=False))
+            self._events.append(events.SessionLost(f"refused: {why.message}", silent=False))
         else:
             self._move(Stopped)
-            self._events.add(SessionClosed(error, ""))
+            self._events.append(events.SessionClosed(error, ""))
 
     def _offer(self, message: pb.OrchestratorMessage, now: float) -> None:
         self._move(pb.Offer, RemoteProtocolError)
@@ -351,7 +340,7 @@ class AgentSession:
             self._step(key, held, pb.Cancel, RemoteProtocolError)
             self.report(key, pb.CancelledOutcome(reason=Reason.REASON_CANCELLED), now)
         else:
-            self._events.join(OffersArrived, ArrivedOffer(key, offer, message.traceparent))
+            self._events.append((events.OffersArrived, events.ArrivedOffer(key, offer, message.traceparent)))
 
     def _cancel(self, message: pb.OrchestratorMessage, now: float) -> None:
         self._move(pb.Cancel, RemoteProtocolError)
@@ -362,7 +351,7 @@ class AgentSession:
             self._attempts.remember_cancel(key)
         else:
             self._step(key, held, pb.Cancel, RemoteProtocolError)
-            self._events.join(CancelsArrived, ArrivedCancel(key, cancel.grace_ms, cancel.message))
+            self._events.append((events.CancelsArrived, events.ArrivedCancel(key, cancel.grace_ms, cancel.message)))
         acknowledged = pb.CancelAcknowledged(attempt=cancel.attempt)
         self._queue.put_control(pb.AgentMessage(traceparent=message.traceparent, cancel_acknowledged=acknowledged))
 
@@ -373,7 +362,7 @@ class AgentSession:
         held = self._attempts.get(key)
         if held is not None:
             self._step(key, held, pb.Directive, RemoteProtocolError)
-            self._events.join(DirectivesArrived, ArrivedDirective(key, directive.payload))
+            self._events.append((events.DirectivesArrived, events.ArrivedDirective(key, directive.payload)))
 
     def _result_acknowledged(self, message: pb.OrchestratorMessage, now: float) -> None:
         self._move(pb.ResultAcknowledged, RemoteProtocolError)
@@ -381,7 +370,7 @@ class AgentSession:
         held = self._attempts.get(key)
         if held is not None:
             self._step(key, held, pb.ResultAcknowledged, RemoteProtocolError)
-            self._events.join(ResultsAcknowledged, key)
+            self._events.append((events.ResultsAcknowledged, key))
 
     def _heartbeat_echo(self, message: pb.OrchestratorMessage, now: float) -> None:
         self._move(pb.HeartbeatEcho, RemoteProtocolError)
@@ -394,22 +383,21 @@ class AgentSession:
 
     def _drain(self, message: pb.OrchestratorMessage, now: float) -> None:
         self._move(pb.OrchestratorDrain, RemoteProtocolError)
-        self._events.add(OrchestratorDraining(message.drain.grace_ms))
+        self._events.append(events.OrchestratorDraining(message.drain.grace_ms))
 
     def _replaced(self, message: pb.OrchestratorMessage, now: float) -> None:
         self._move(pb.Replaced, RemoteProtocolError)
         successor = message.replaced.successor_instance_id
         text = f"instance {successor} has replaced this instance of agent {self._options.agent_id}"
         text += ": give each running agent its own agent id"
-        self._events.add(SessionClosed(Replaced(text), successor))
+        self._events.append(events.SessionClosed(Replaced(text), successor))
 
     # --- Transitions. ---
 
     def _step(self, key: AttemptKey, held: HeldAttempt, event: type, error: type[OrkiError]) -> None:
-        try:
-            following = ATTEMPT.next(held.state, event, error)
-        except OrkiError as raised:
-            raise error(f"{key}: {raised.message}") from None
+        following = ATTEMPT.rows[held.state].get(event)
+        if following is None:
+            raise error(f"{key}: {ATTEMPT.illegal(held.state, event)}")
         self._attempts.change(key, held, following)
 
     def _revoke(self, key: AttemptKey, held: HeldAttempt, event: type, why: Failure) -> None:
@@ -417,19 +405,19 @@ class AgentSession:
         self._step(key, held, event, RemoteProtocolError)
         if running:
             self._attempts.block(key)
-        self._events.join(AttemptsRevoked, Revocation(key, why))
+        self._events.append((events.AttemptsRevoked, events.Revocation(key, why)))
 
     def _lose(self, event: type, cause: str) -> None:
         before = self.state
         self._move(event)
         if before not in (AgentState.DISCONNECTED, AgentState.ENDED):
             self._cut()
-            self._events.add(SessionLost(cause, silent=event is not Disconnected))
+            self._events.append(events.SessionLost(cause, silent=event is not Disconnected))
 
     def _cut(self) -> None:
         """Drop what belonged to the stream. Progress waits for the next one; results stay with their attempts."""
         self._queue.clear_control()
-        self._queue.keep_work(lambda key, kind: kind is pb.Progress)
+        self._queue.keep_work(pb.Progress)
         for key, held in list(self._attempts.items()):
             if held.state is AttemptState.OFFERED:
                 text = "the stream ended before the offer was answered"
@@ -455,19 +443,20 @@ class AgentSession:
         self._move(pb.AgentDrain)
         self._control(drain=pb.AgentDrain())
 
-    def _wanted(self, key: AttemptKey, kind: type) -> bool:
-        return kind is pb.Declined or key in self._attempts
-
     def _answerable(self, event: type, attempt: AttemptKey) -> HeldAttempt | None:
         """Return the attempt if its offer can be answered."""
         held = self._attempts.get(attempt)
         if held is None or held.state is AttemptState.REPORTED or self.state is AgentState.ENDED:
             return None
-        AGENT.next(self.state, event, LocalProtocolError)
+        if event not in AGENT.rows[self.state]:
+            raise LocalProtocolError(AGENT.illegal(self.state, event))
         return held
 
     def _move(self, event: type, error: type[OrkiError] = LocalProtocolError) -> None:
-        self.state = AGENT.next(self.state, event, error)
+        following = AGENT.rows[self.state].get(event)
+        if following is None:
+            raise error(AGENT.illegal(self.state, event))
+        self.state = following
 
     def _control(self, **body: Any) -> None:
         self._queue.put_control(pb.AgentMessage(**body))
@@ -476,11 +465,12 @@ class AgentSession:
         message = pb.AgentMessage(traceparent=held.traceparent, **body)
         self._queue.put_work(key, kind, message, payload_bytes)
 
-    def _finish(self) -> list[AgentEvent]:
+    def _finish(self) -> list[events.AgentEvent]:
         if self._drain_wanted and not self._drained and not len(self._attempts) and self.state is not AgentState.ENDED:
             self._drained = True
-            self._events.add(DrainCompleted())
-        return self._events.finish()
+            self._events.append(events.DrainCompleted())
+        found, self._events = self._events, []
+        return joined(found) if found else found
 
 
 _RECEIVE: Final[dict[str, Callable[[AgentSession, pb.OrchestratorMessage, float], None]]] = {

@@ -9,7 +9,7 @@ from orki.control.v1.attempt_pb2 import Failure
 from orki.control.v1.session_pb2 import Hello, Offer, Result
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import OrkiError
-from orki_control.session._tables import AttemptKey
+from orki_control.session._state import AttemptKey
 
 
 class Decline(NamedTuple):

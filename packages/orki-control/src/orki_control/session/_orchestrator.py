@@ -14,8 +14,6 @@ from orki.control.v1 import session_pb2 as pb
 from orki.control.v1.attempt_pb2 import Failure
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import LocalProtocolError, OrkiError, ProtocolVersion, RemoteProtocolError, TooLarge
-from orki_control.session._attempts import OCCUPYING
-from orki_control.session._batches import OVERHEAD_BYTES, EventBatch, SendQueue
 from orki_control.session._events import (
     AgentDraining,
     ArrivedProgress,
@@ -34,10 +32,10 @@ from orki_control.session._events import (
     SessionEnded,
 )
 from orki_control.session._options import SILENT_INTERVALS, OrchestratorSessionOptions, check_hello, chosen_protocol
+from orki_control.session._state import OCCUPYING, OVERHEAD_BYTES, AttemptKey, SendQueue, joined
 from orki_control.session._tables import (
     ATTEMPT,
     ORCHESTRATOR,
-    AttemptKey,
     AttemptState,
     Disconnected,
     HelloTimeout,
@@ -82,7 +80,7 @@ class OrchestratorSession:
         self._attempts: dict[AttemptKey, _Attempt] = {}
         self._occupied = 0
         self._blocked = 0
-        self._events = EventBatch()
+        self._events: list[Any] = []
         self._answers: list[tuple[float, AttemptKey]] = []
         self._heard_by = now + options.hello_timeout
         self._heartbeats = 0
@@ -108,10 +106,6 @@ class OrchestratorSession:
 
     # --- Messages of the agent. ---
 
-    def receive_message(self, message: pb.AgentMessage, now: float) -> list[OrchestratorEvent]:
-        """Take one message; see `receive_batch`."""
-        return self.receive_batch((message,), now)
-
     def receive_batch(self, messages: Iterable[pb.AgentMessage], now: float) -> list[OrchestratorEvent]:
         """Take the messages of one gRPC message in their order.
 
@@ -132,11 +126,11 @@ class OrchestratorSession:
                 _RECEIVE[kind](self, message, now)
             except RemoteProtocolError as error:
                 self._refuse_session(error)
-                self._events.finish()
+                self._events = []
                 raise
         if self.hello is not None:
             self._heard_by = now + SILENT_INTERVALS * self._options.heartbeat_interval
-        return self._events.finish()
+        return self._finish()
 
     def connection_lost(self, now: float) -> list[OrchestratorEvent]:
         """Note that the stream has ended."""
@@ -288,7 +282,7 @@ class OrchestratorSession:
         """Remove and return the next batch to write; None when nothing waits."""
         if not len(self._queue):
             return None
-        batch = self._queue.take(self._wanted)
+        batch = self._queue.take(() if self.state is OrchestratorState.ENDED else self._attempts)
         return pb.ConnectResponse(messages=batch) if batch else None
 
     def next_timer(self) -> float | None:
@@ -320,8 +314,8 @@ class OrchestratorSession:
                 self._control_about(
                     attempt, refused=_refusal(Reason.REASON_OFFER_TIMEOUT, "the offer was not answered in time", key)
                 )
-                self._events.join(OffersExpired, key)
-        return self._events.finish()
+                self._events.append((OffersExpired, key))
+        return self._finish()
 
     # --- Receivers, one for each kind of message. ---
 
@@ -332,23 +326,23 @@ class OrchestratorSession:
             check_hello(hello)
         except ProtocolVersion as error:
             self.refuse_session(error)
-            self._events.add(self._ended(error.message, error.reason))
+            self._events.append(self._ended(error.message, error.reason))
             return
         self.hello = hello
         self._queue.limit(hello.max_message_bytes)
         held = tuple((AttemptKey.of(each.attempt), each.has_result) for each in hello.held)
-        self._events.add(HelloArrived(hello, held))
+        self._events.append(HelloArrived(hello, held))
 
     def _accepted(self, message: pb.AgentMessage, now: float) -> None:
         key = self._report(pb.Accepted, message.accepted)
         if key is not None:
             self._attempts[key].answer_by = None
-            self._events.join(OffersAccepted, key)
+            self._events.append((OffersAccepted, key))
 
     def _declined(self, message: pb.AgentMessage, now: float) -> None:
         key = self._report(pb.Declined, message.declined)
         if key is not None:
-            self._events.join(OffersDeclined, Decline(key, message.declined.failure))
+            self._events.append((OffersDeclined, Decline(key, message.declined.failure)))
 
     def _progress(self, message: pb.AgentMessage, now: float) -> None:
         progress = message.progress
@@ -359,7 +353,7 @@ class OrchestratorSession:
         if progress.index <= attempt.last_index:
             raise RemoteProtocolError(f"{key}: progress {progress.index} came after progress {attempt.last_index}")
         attempt.last_index = progress.index
-        self._events.join(ProgressArrived, ArrivedProgress(key, progress.index, progress.payload))
+        self._events.append((ProgressArrived, ArrivedProgress(key, progress.index, progress.payload)))
 
     def _result(self, message: pb.AgentMessage, now: float) -> None:
         result = message.result
@@ -367,7 +361,7 @@ class OrchestratorSession:
             raise RemoteProtocolError(f"{AttemptKey.of(result.attempt)}: a result without an outcome")
         key = self._report(pb.Result, result)
         if key is not None:
-            self._events.join(ResultsArrived, ArrivedResult(key, result))
+            self._events.append((ResultsArrived, ArrivedResult(key, result)))
 
     def _cancel_acknowledged(self, message: pb.AgentMessage, now: float) -> None:
         self._move(pb.CancelAcknowledged, RemoteProtocolError)
@@ -376,7 +370,7 @@ class OrchestratorSession:
         # It may arrive after the result, when the attempt is closed.
         if attempt is not None:
             self._step(key, attempt, pb.CancelAcknowledged, RemoteProtocolError)
-            self._events.join(CancelsAcknowledged, key)
+            self._events.append((CancelsAcknowledged, key))
 
     def _heartbeat(self, message: pb.AgentMessage, now: float) -> None:
         self._move(pb.Heartbeat, RemoteProtocolError)
@@ -392,10 +386,10 @@ class OrchestratorSession:
                 running.append(key)
             else:
                 self._control(refused=_refusal(Reason.REASON_STALE_FENCE, _STALE, key))
-                self._events.join(ReportsRefused, key)
+                self._events.append((ReportsRefused, key))
         # Handlers that outlive their attempts occupy slots.
         self._blocked = max(0, self.hello.slots - heartbeat.free_slots - len(heartbeat.running))
-        self._events.add(
+        self._events.append(
             HeartbeatArrived(
                 heartbeat.number, tuple(running), heartbeat.free_slots, heartbeat.loop_lag_us, heartbeat.memory_bytes
             )
@@ -403,7 +397,7 @@ class OrchestratorSession:
 
     def _drain(self, message: pb.AgentMessage, now: float) -> None:
         self._move(pb.AgentDrain, RemoteProtocolError)
-        self._events.add(AgentDraining())
+        self._events.append(AgentDraining())
 
     # --- Transitions. ---
 
@@ -414,17 +408,17 @@ class OrchestratorSession:
         attempt = self._attempts.get(key)
         if attempt is None:
             self._control(refused=_refusal(Reason.REASON_STALE_FENCE, _STALE, key))
-            self._events.join(ReportsRefused, key)
+            self._events.append((ReportsRefused, key))
             return None
         self._step(key, attempt, kind, RemoteProtocolError)
         return key
 
     def _step(self, key: AttemptKey, attempt: _Attempt, event: type, error: type[OrkiError]) -> None:
         occupied = attempt.state in OCCUPYING
-        try:
-            attempt.state = ATTEMPT.next(attempt.state, event, error)
-        except OrkiError as raised:
-            raise error(f"{key}: {raised.message}") from None
+        following = ATTEMPT.rows[attempt.state].get(event)
+        if following is None:
+            raise error(f"{key}: {ATTEMPT.illegal(attempt.state, event)}")
+        attempt.state = following
         if attempt.state is AttemptState.CLOSED:
             del self._attempts[key]
         if occupied and attempt.state not in OCCUPYING:
@@ -446,10 +440,14 @@ class OrchestratorSession:
         return True
 
     def _check(self, event: type) -> None:
-        ORCHESTRATOR.next(self.state, event, LocalProtocolError)
+        if event not in ORCHESTRATOR.rows[self.state]:
+            raise LocalProtocolError(ORCHESTRATOR.illegal(self.state, event))
 
     def _move(self, event: type, error: type[OrkiError] = LocalProtocolError) -> None:
-        self.state = ORCHESTRATOR.next(self.state, event, error)
+        following = ORCHESTRATOR.rows[self.state].get(event)
+        if following is None:
+            raise error(ORCHESTRATOR.illegal(self.state, event))
+        self.state = following
 
     def _end(self, event: type, cause: str, reason: Reason.ValueType) -> list[OrchestratorEvent]:
         already = self.state is OrchestratorState.ENDED
@@ -472,8 +470,9 @@ class OrchestratorSession:
         attempt = self._attempts.get(key)
         return attempt is not None and attempt.state is AttemptState.OFFERED and attempt.answer_by == deadline
 
-    def _wanted(self, key: AttemptKey, kind: type) -> bool:
-        return self.state is not OrchestratorState.ENDED and key in self._attempts
+    def _finish(self) -> list[OrchestratorEvent]:
+        events, self._events = self._events, []
+        return joined(events) if events else events
 
     def _control(self, **body: Any) -> None:
         self._queue.put_control(pb.OrchestratorMessage(**body))

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final, NamedTuple
+from typing import Final
 
-from orki.control.v1.attempt_pb2 import AttemptRef
 from orki.control.v1.session_pb2 import (
     Accepted,
     AgentDrain,
@@ -33,32 +32,6 @@ from orki.control.v1.session_pb2 import (
     Welcome,
 )
 from orki_contract.transitions import Transitions
-
-
-class AttemptKey(NamedTuple):
-    """Identifies one attempt at one task.
-
-    Attributes:
-        task_id: The task.
-        attempt: Number of the attempt, from 1.
-        fence: Number that rises with every attempt of the task and never repeats.
-    """
-
-    task_id: str
-    attempt: int
-    fence: int
-
-    @classmethod
-    def of(cls, ref: AttemptRef) -> AttemptKey:
-        """Return the key of a reference from the wire."""
-        return cls(ref.task_id, ref.attempt, ref.fence)
-
-    def ref(self) -> AttemptRef:
-        """Return the reference for the wire."""
-        return AttemptRef(task_id=self.task_id, attempt=self.attempt, fence=self.fence)
-
-    def __str__(self) -> str:
-        return f"attempt {self.attempt} of task {self.task_id} (fence {self.fence})"
 
 
 class AttemptState(Enum):

@@ -1,4 +1,4 @@
-"""`orki contract`: which contracts the fleet uses, registering one ahead, and withdrawing one."""
+"""`orki contract`: lists the registered contracts, registers new ones and withdraws unused ones."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from orki_events.connection import Connection
 from orki_events.registry import RegisteredStream, StreamRegistry
 from orki_server._admission import Admission, Liveness, ServiceContract
 from orki_server._apply import Applied, Declared, apply, check_declared, open_admission, read_declared
-from orki_server._cli.formats import Column, print_json, print_table
-from orki_server._cli.options import events_link, json_option, redis_option, run
-from orki_server._cli.root import LazyGroup, Refused
-from orki_server._observers.stream_stats import StreamFigures, stream_figures
+from orki_server._cli.formats import Column, counted, print_json, print_table
+from orki_server._cli.options import json_option, open_redis, redis_option, run
+from orki_server._cli.root import CommandError, LazyGroup
+from orki_server._observers.stream_stats import StreamStats, read_stream_stats
 from orki_server._store.contracts import Contracts, RegisteredContract
 
-_DIGITS: Final = 19
+_DIGEST_CHARS: Final = 19
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContractRow:
-    """One registered version.
+    """One registered version of a service or stream.
 
     Attributes:
         kind: `service` or `stream`.
-        name: Of the service or stream.
-        version: Version of its package; empty where nobody knows.
-        digest: Of the service's contract, or of the image of the stream's package; empty without one.
+        name: Name of the service or stream.
+        version: Version of its package; empty if unknown.
+        digest: Digest of the service's contract, or of the image of the stream's package; empty without one.
         state: `live`, `applied` or `idle`.
-        leading: Whether it is the one that counts.
-        agents: Who serves it.
-        unfinished_tasks: Tasks of it that have not ended.
-        groups: A stream's groups: name, number of consumers, whether the server lacks it.
+        leading: Whether new tasks are submitted under this version; always true for a stream.
+        agents: Ids of the agents that serve it.
+        unfinished_tasks: Number of its tasks that have not ended.
+        groups: The stream's groups: name, number of consumers, and whether the group is missing in Redis.
     """
 
     kind: str
@@ -49,29 +49,29 @@ class ContractRow:
     groups: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The row with stable keys."""
+        """Return the row as JSON with stable keys."""
         return asdict(self)
 
     def cells(self) -> tuple[str, ...]:
-        """The row of a table."""
+        """Return the cells of the table row."""
         name = f"{self.name} *" if self.leading and self.kind == "service" else self.name
-        return self.kind, name, self.version or "-", self.digest[:_DIGITS] or "-", self.state, self._served()
+        return self.kind, name, self.version or "-", self.digest[:_DIGEST_CHARS] or "-", self.state, self._served()
 
     def _served(self) -> str:
-        told = list(self.agents)
+        users = list(self.agents)
         if self.unfinished_tasks:
-            told.append(f"{self.unfinished_tasks} unfinished task{'s' if self.unfinished_tasks > 1 else ''}")
+            users.append(counted(self.unfinished_tasks, "unfinished task"))
         for group in self.groups:
             count = "missing" if group["missing"] else str(group["consumers"])
-            told.append(f"{group['name']} ({count})")
-        return ", ".join(told) or "-"
+            users.append(f"{group['name']} ({count})")
+        return ", ".join(users) or "-"
 
 
 async def registered_rows(admission: Admission, contracts: Contracts, link: Connection) -> list[ContractRow]:
-    """All registered versions: services, then streams, by name.
+    """Return all registered versions: services, then streams, by name.
 
     Raises:
-        OrkiError: A server does not answer or refuses.
+        OrkiError: A server does not answer or refuses the command.
     """
     rows: list[ContractRow] = []
     leading = {each.service: each.digest for each in await contracts.leading()}
@@ -79,7 +79,7 @@ async def registered_rows(admission: Admission, contracts: Contracts, link: Conn
         live = await admission.liveness(name, seen)
         rows += [_service(each, live[each.digest], leading[name]) for each in seen]
     streams = await StreamRegistry().streams(link)
-    figures = await stream_figures(link, streams)
+    figures = await read_stream_stats(link, streams)
     rows += [_stream(each, shown) for each, shown in zip(streams, figures, strict=True)]
     return rows
 
@@ -98,7 +98,7 @@ def _service(registered: RegisteredContract, live: Liveness, leading: str) -> Co
     )
 
 
-def _stream(registered: RegisteredStream, figures: StreamFigures) -> ContractRow:
+def _stream(registered: RegisteredStream, figures: StreamStats) -> ContractRow:
     return ContractRow(
         kind="stream",
         name=registered.contract.name,
@@ -110,24 +110,24 @@ def _stream(registered: RegisteredStream, figures: StreamFigures) -> ContractRow
     )
 
 
-def _groups(figures: StreamFigures) -> Iterable[dict[str, Any]]:
+def _groups(figures: StreamStats) -> Iterable[dict[str, Any]]:
     for each in figures.groups:
         yield {"name": each.group, "consumers": each.consumers, "missing": each.missing}
 
 
 _APPLIED = (
-    Column(name="KIND", whole=True),
+    Column(name="KIND", uncut=True),
     Column(name="NAME"),
     Column(name="VERSION"),
     Column(name="DIGEST"),
-    Column(name="OUTCOME", whole=True),
+    Column(name="OUTCOME", uncut=True),
 )
 _LISTED = (
-    Column(name="KIND", whole=True),
+    Column(name="KIND", uncut=True),
     Column(name="NAME", wraps=True),
     Column(name="VERSION"),
-    Column(name="DIGEST", whole=True),
-    Column(name="STATE", whole=True, judged=True),
+    Column(name="DIGEST", uncut=True),
+    Column(name="STATE", uncut=True, colored=True),
     Column(name="SERVED BY", wraps=True),
 )
 
@@ -136,16 +136,16 @@ events_option = click.option(
     "events_url",
     metavar="URL",
     default="",
-    help="Redis that holds the event plane; the same when left out.",
+    help="Redis for the event plane; by default, the same as --redis.",
 )
 
 
 @click.group(
     cls=LazyGroup,
     lazy={
-        "apply": ("orki_server._cli.contract:apply_command", "Register a contract ahead of those who use it."),
-        "list": ("orki_server._cli.contract:list_command", "Show the contracts that the fleet uses."),
-        "withdraw": ("orki_server._cli.contract:withdraw_command", "Forget a contract that nobody uses."),
+        "apply": ("orki_server._cli.contract:apply_command", "Register a contract before it is used."),
+        "list": ("orki_server._cli.contract:list_command", "List the registered contracts and their users."),
+        "withdraw": ("orki_server._cli.contract:withdraw_command", "Remove the registration of an unused contract."),
     },
     epilog="""\b
 Examples:
@@ -154,12 +154,12 @@ Examples:
 """,
 )
 def contract() -> None:
-    """Look at the contracts that the fleet uses, and register new ones ahead.
+    """List, register and withdraw contracts.
 
-    A task service is known by every contract under which agents serve it; during a rolling upgrade there are several.
-    A new one passes when it fits all that are live: one of each two is a compatible evolution of the other. What breaks
-    is refused by the names of the rules (docs/compatibility.md has them all); `orki-contract diff OLD NEW` tells the
-    same about two wheels without any fleet.
+    A task service is registered with every contract that agents serve it under; during a rolling upgrade there are
+    several. A new contract is accepted if it is compatible with every live one: of each two, one is a compatible
+    evolution of the other. A breaking contract is refused with the names of the broken rules, which
+    docs/compatibility.md explains. `orki-contract diff OLD NEW` compares two wheels without a fleet.
     """
 
 
@@ -168,8 +168,8 @@ def contract() -> None:
     epilog="""\b
 SOURCE is one of:
   acme-1.3.0-….whl   a wheel; every contract.binpb in it is read
-  contract.binpb     the image of one proto package, as wheels ship it
-  review.binpb       any other image (buf build -o review.binpb), for all packages in it
+  contract.binpb     the image of one proto package, as shipped in a wheel
+  review.binpb       another image (buf build -o review.binpb); all its packages are read
   packages/acme      a folder with images
   acme-review        an installed distribution, or an installed proto package
 
@@ -178,27 +178,28 @@ Examples:
   orki contract apply --check dist/acme_review-1.3.0-py3-none-any.whl
   orki contract apply gen/acme/review/v1/contract.binpb --package-version 1.3.0
 
-Exit status: 0, everything stands; 1, something does not fit what is live, and nothing was written; 2, SOURCE cannot be
-read or declares nothing to register.
+\b
+Exit codes:
+  0  everything is registered, or would be with --check
+  1  something is incompatible with a live contract; nothing was written
+  2  SOURCE cannot be read or declares nothing to register
 """,
 )
 @click.argument("source")
-@click.option("--check", is_flag=True, help="Only judge; write nothing.")
-@click.option(
-    "--package-version", default="", metavar="VERSION", help="Version of the packages, where SOURCE does not tell it."
-)
+@click.option("--check", is_flag=True, help="Check compatibility only; write nothing.")
+@click.option("--package-version", default="", metavar="VERSION", help="Version of the packages, if SOURCE has none.")
 @json_option
 @redis_option
 @events_option
 def apply_command(
     source: str, check: bool, package_version: str, as_json: bool, redis_url: str, events_url: str
 ) -> None:
-    """Register the contracts of SOURCE ahead of those who use them.
+    """Register the contracts of SOURCE before they are used.
 
-    Task services are known from then on: tasks may be submitted, and agents that would break with them are refused.
-    Streams are registered, and the groups that they and their readers declare are created, so that what is published
-    before any consumer runs waits for it. All is judged first; where anything does not fit, nothing is written.
-    Applying again is harmless.
+    Once a task service is registered, tasks of it can be submitted, and agents with an incompatible contract are
+    refused. Streams are registered and their declared groups are created, including those that other packages declare.
+    Events published before a consumer runs are kept for it. All contracts are checked first; if one is incompatible,
+    nothing is written. Applying a contract again has no effect.
     """
     try:
         declared = read_declared(source, package_version)
@@ -211,14 +212,14 @@ def apply_command(
         rows = [(each.kind, each.name, each.version or "-", each.digest[:19], each.outcome) for each in done]
         print_table(_APPLIED, rows, empty="")
     elif not refusals:
-        click.echo("everything fits what is live and registered; nothing was written (--check)")
+        click.echo("everything is compatible with the live and registered contracts; nothing was written (--check)")
     if refusals:
-        raise Refused("; ".join(refusals))
+        raise CommandError("; ".join(refusals))
 
 
 async def _apply(declared: Declared, redis_url: str, events_url: str, check: bool) -> tuple[list[Applied], list[str]]:
     registry = StreamRegistry()
-    async with open_admission(redis_url) as (admission, _, _), events_link(events_url or redis_url) as link:
+    async with open_admission(redis_url) as (admission, _, _), open_redis(events_url or redis_url) as link:
         refusals = await check_declared(declared, admission, registry, link)
         if refusals or check:
             return [], refusals
@@ -237,22 +238,28 @@ Examples:
 @redis_option
 @events_option
 def list_command(as_json: bool, redis_url: str, events_url: str) -> None:
-    """Show task services and streams, each registered version of them, and who serves it.
+    """List every registered version of each task service and stream.
 
-    STATE is live (agents serve it, or tasks of it have not ended; of a stream: it was published or consumed), applied
-    (registered ahead, used by nobody yet), or idle (registered, and in nobody's way). A star marks the version that
-    leads: new tasks are submitted under it. SERVED BY names agents, unfinished tasks, or a stream's groups with their
-    consumers.
+    \b
+    STATE      live: agents serve it or its tasks have not ended; a stream was published or consumed
+               applied: registered with `orki contract apply` and not used yet
+               idle: registered and no longer used; it blocks no other contract
+    *          new tasks are submitted under this version
+    SERVED BY  agents and unfinished tasks, or a stream's groups with their numbers of consumers
     """
     rows = run(_rows(redis_url, events_url))
     if as_json:
         print_json([each.to_json() for each in rows])
     else:
-        print_table(_LISTED, [each.cells() for each in rows], empty="no contracts yet: no agent, publisher or consumer")
+        print_table(
+            _LISTED,
+            [each.cells() for each in rows],
+            empty="no contracts yet: nothing has registered one",
+        )
 
 
 async def _rows(redis_url: str, events_url: str) -> list[ContractRow]:
-    async with open_admission(redis_url) as (admission, contracts, _), events_link(events_url or redis_url) as link:
+    async with open_admission(redis_url) as (admission, contracts, _), open_redis(events_url or redis_url) as link:
         return await registered_rows(admission, contracts, link)
 
 
@@ -269,17 +276,17 @@ Examples:
 @redis_option
 @events_option
 def withdraw_command(name: str, digest: str, redis_url: str, events_url: str) -> None:
-    """Forget the contract of a task service or stream NAME.
+    """Remove the registration of the task service or stream NAME.
 
-    Of a service with several contracts DIGEST, or its beginning, says which one. One that agents serve or that has
-    unfinished tasks stays. Of a stream the registration goes, and nothing else: entries and groups stay, and the next
-    one who publishes registers it anew. So make sure that its old publishers and consumers are gone.
+    If a service has several contracts, DIGEST or its beginning selects one. A contract that agents serve or that has
+    unfinished tasks is not removed. For a stream, only the registration is removed: entries and groups stay, and the
+    next publisher registers the stream again. Stop its old publishers and consumers first.
     """
     click.echo(run(_withdraw(name, digest, redis_url, events_url)))
 
 
 async def _withdraw(name: str, digest: str, redis_url: str, events_url: str) -> str:
-    async with open_admission(redis_url) as (admission, contracts, _), events_link(events_url or redis_url) as link:
+    async with open_admission(redis_url) as (admission, contracts, _), open_redis(events_url or redis_url) as link:
         found = [each for each in (await contracts.registered([name]))[name] if each.digest.startswith(digest)]
         if len(found) > 1:
             digests = ", ".join(each.digest[:19] for each in found)

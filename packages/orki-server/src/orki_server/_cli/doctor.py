@@ -1,4 +1,4 @@
-"""`orki doctor`: looks at store, orchestrator and consumer groups, and says what is wrong and what to do."""
+"""`orki doctor`: checks the store, the orchestrator and the consumer groups, and suggests next steps."""
 
 from __future__ import annotations
 
@@ -12,24 +12,21 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 import click
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
 from orki_contract.errors import EventsLoading, EventsUnavailable, OrkiError
-from orki_control.transport import check_target, open_channel
 from orki_events.connection import Connection, parse_address
 from orki_events.registry import StreamRegistry
-from orki_server._cli.formats import Column, duration, print_json, print_table, size
+from orki_server._cli.formats import Column, counted, duration, print_json, print_table, sentence, size
 from orki_server._cli.options import json_option, redis_option, run, with_orchestrator
-from orki_server._observers.stream_stats import GroupFigures, stream_figures
+from orki_server._observers.stream_stats import GroupStats, read_stream_stats
 
 _OLDEST_VERSION: Final = (6, 2)
 _MEMORY_WARN, _MEMORY_BAD = 0.80, 0.95
 _LAG_WARN: Final = 10_000
 
 
-class Verdict(StrEnum):
-    """How something is: fine; worth a look; broken."""
+class Health(StrEnum):
+    """Result of a check: `ok`; `warn`, degraded or risky; `bad`, broken."""
 
     OK = "ok"
     WARN = "warn"
@@ -38,38 +35,38 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One thing that was looked at.
+    """One check and its result.
 
     Attributes:
-        name: What, such as `store.eviction`.
-        verdict: How it is.
-        figure: What was measured.
-        cause: Why it is not fine; empty when it is.
-        next_step: What to do about it; empty when nothing need be done.
+        name: What was checked, such as `store.eviction`.
+        verdict: The result.
+        figure: The measured value.
+        cause: The cause of the problem; empty if `ok`.
+        next_step: How to fix it; empty if there is nothing to do.
     """
 
     name: str
-    verdict: Verdict
+    verdict: Health
     figure: str
     cause: str = ""
     next_step: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The check with stable keys."""
+        """Return the check as JSON with stable keys."""
         return asdict(self)
 
 
 def parse_info(text: str) -> dict[str, str]:
-    """The fields of Redis' `INFO`, sections and order dropped."""
+    """Return the fields of a Redis `INFO` reply, without its sections."""
     pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line and not line.startswith("#"))
     return {name: value.strip() for name, value in pairs}
 
 
 def check_store(info: Mapping[str, str]) -> Iterator[Check]:
-    """What `INFO` tells about the server that holds tasks and events.
+    """Check the server that holds tasks and events.
 
     Args:
-        info: As `parse_info` gives it; fields that a server lacks are passed over.
+        info: Fields of `INFO` as returned by `parse_info`; missing fields are tolerated.
     """
     yield _version(info)
     yield _role(info)
@@ -80,8 +77,8 @@ def check_store(info: Mapping[str, str]) -> Iterator[Check]:
     yield _persistence(info)
 
 
-def check_groups(groups: Iterable[GroupFigures]) -> Iterator[Check]:
-    """How far the declared consumer groups are."""
+def check_groups(groups: Iterable[GroupStats]) -> Iterator[Check]:
+    """Check the lag and the pending entries of the declared consumer groups."""
     for each in groups:
         name = f"events.{each.stream}.{each.group}"
         lag = "unknown" if each.lag is None else f"{each.lag:,}"
@@ -89,43 +86,42 @@ def check_groups(groups: Iterable[GroupFigures]) -> Iterator[Check]:
         if each.missing:
             yield Check(
                 name=name,
-                verdict=Verdict.BAD,
+                verdict=Health.BAD,
                 figure="missing",
                 cause="The stream's contract declares the group, but the server does not have it.",
-                next_step="Start its consumer, or publish once: both create declared groups.",
+                next_step="Start a consumer of the group or publish to the stream: both create declared groups.",
             )
         elif each.oldest_pending_ms > 2_000 * each.ack_deadline:
             yield Check(
                 name=name,
-                verdict=Verdict.WARN,
+                verdict=Health.WARN,
                 figure=figure,
-                cause="An entry was given to a consumer and neither acknowledged nor claimed by another for long.",
-                next_step="Look whether a consumer of this group runs, and at its log.",
+                cause="A consumer has held an entry past its deadline, and no other consumer has claimed it.",
+                next_step="Check that a consumer of this group runs, and read its log.",
             )
         elif each.lag is not None and each.lag > _LAG_WARN:
             yield Check(
                 name=name,
-                verdict=Verdict.WARN,
+                verdict=Health.WARN,
                 figure=figure,
-                cause="The group's consumers are slower than the stream's publishers, or do not run.",
-                next_step="Start more consumers of this group before retention overtakes it.",
+                cause="The group's consumers do not run, or are slower than the stream's publishers.",
+                next_step="Start more consumers of this group before retention trims unread entries.",
             )
         else:
-            yield Check(name=name, verdict=Verdict.OK, figure=figure)
+            yield Check(name=name, verdict=Health.OK, figure=figure)
 
 
-def check_dead_letters(groups: Iterable[GroupFigures]) -> Iterator[Check]:
-    """What groups gave up: work that nobody has done. Told for each group that has some."""
+def check_dead_letters(groups: Iterable[GroupStats]) -> Iterator[Check]:
+    """Report each group that has dead letters: entries that were never processed successfully."""
     for each in groups:
         if each.dead_letters:
-            look = f"orki streams dead {each.stream} {each.group}"
-            count = f"{each.dead_letters:,} dead letter{'s' if each.dead_letters > 1 else ''}"
+            command = f"orki streams dead {each.stream} {each.group}"
             yield Check(
                 name=f"events.{each.stream}.{each.group}.dead_letters",
-                verdict=Verdict.BAD,
-                figure=count,
-                cause="The group's consumers failed on these entries as often as the group allows, and gave them up.",
-                next_step=f"See why with {look}; once the cause is gone, have them tried again with {look} --replay.",
+                verdict=Health.BAD,
+                figure=counted(each.dead_letters, "dead letter"),
+                cause="Each entry failed as often as the group allows and became a dead letter.",
+                next_step=f"See the reasons with {command}; once the cause is fixed, retry with {command} --replay.",
             )
 
 
@@ -138,15 +134,15 @@ def _version(info: Mapping[str, str]) -> Check:
     if not numbers:
         return Check(
             name=name,
-            verdict=Verdict.WARN,
+            verdict=Health.WARN,
             figure=figure,
-            cause="The server does not tell its version.",
+            cause="The server does not report its version.",
             next_step="Use Valkey, or Redis 6.2 or newer.",
         )
     if numbers < _OLDEST_VERSION:
         return Check(
             name=name,
-            verdict=Verdict.BAD,
+            verdict=Health.BAD,
             figure=figure,
             cause="The server lacks stream commands that orki needs.",
             next_step="Use Valkey, or Redis 6.2 or newer.",
@@ -154,12 +150,12 @@ def _version(info: Mapping[str, str]) -> Check:
     if product == "redis" and (8, 2, 0) <= numbers < (8, 2, 3):
         return Check(
             name=name,
-            verdict=Verdict.WARN,
+            verdict=Health.WARN,
             figure=figure,
-            cause="This version can be made to run foreign code by a stream command (CVE-2025-62507).",
+            cause="A stream command can make this version run arbitrary code (CVE-2025-62507).",
             next_step="Update Redis to 8.2.3 or newer.",
         )
-    return Check(name=name, verdict=Verdict.OK, figure=figure)
+    return Check(name=name, verdict=Health.OK, figure=figure)
 
 
 def _role(info: Mapping[str, str]) -> Check:
@@ -167,22 +163,22 @@ def _role(info: Mapping[str, str]) -> Check:
     if role in ("slave", "replica"):
         return Check(
             name="store.role",
-            verdict=Verdict.BAD,
+            verdict=Health.BAD,
             figure=f"replica of {info.get('master_host', '?')}:{info.get('master_port', '?')}",
-            cause="A replica takes no writes.",
-            next_step="Give the URL of the primary.",
+            cause="A replica refuses writes.",
+            next_step="Use the URL of the primary.",
         )
-    return Check(name="store.role", verdict=Verdict.OK, figure="primary" if role == "master" else role)
+    return Check(name="store.role", verdict=Health.OK, figure="primary" if role == "master" else role)
 
 
 def _loading(info: Mapping[str, str]) -> Check:
     if info.get("loading", "0") == "0":
-        return Check(name="store.loading", verdict=Verdict.OK, figure="loaded")
+        return Check(name="store.loading", verdict=Health.OK, figure="loaded")
     return Check(
         name="store.loading",
-        verdict=Verdict.BAD,
+        verdict=Health.BAD,
         figure=f"{info.get('loading_loaded_perc', '?')} % loaded",
-        cause="The server still reads its data from the disk.",
+        cause="The server is still loading its data from the disk.",
         next_step=f"Wait about {info.get('loading_eta_seconds', '?')} s.",
     )
 
@@ -190,29 +186,29 @@ def _loading(info: Mapping[str, str]) -> Check:
 def _eviction(info: Mapping[str, str]) -> Check:
     policy = info.get("maxmemory_policy", "unknown")
     if policy in ("noeviction", "unknown"):
-        verdict = Verdict.OK if policy == "noeviction" else Verdict.WARN
-        cause = "" if policy == "noeviction" else "The server does not tell its eviction policy."
-        step = "" if policy == "noeviction" else "Make sure that it is noeviction."
+        verdict = Health.OK if policy == "noeviction" else Health.WARN
+        cause = "" if policy == "noeviction" else "The server does not report its eviction policy."
+        step = "" if policy == "noeviction" else "Check that maxmemory-policy is noeviction."
         return Check(name="store.eviction", verdict=verdict, figure=policy, cause=cause, next_step=step)
     return Check(
         name="store.eviction",
-        verdict=Verdict.BAD,
+        verdict=Health.BAD,
         figure=policy,
-        cause="Short of memory, the server would drop tasks and whole streams with their groups.",
-        next_step="CONFIG SET maxmemory-policy noeviction, and the same in the configuration of the server.",
+        cause="If memory runs out, the server deletes tasks and whole streams with their groups.",
+        next_step="Run CONFIG SET maxmemory-policy noeviction, and set it in the server's configuration too.",
     )
 
 
 def _evicted(info: Mapping[str, str]) -> Check:
     evicted = _number(info, "evicted_keys")
     if evicted == 0:
-        return Check(name="store.evicted", verdict=Verdict.OK, figure="0 keys")
+        return Check(name="store.evicted", verdict=Health.OK, figure="0 keys")
     return Check(
         name="store.evicted",
-        verdict=Verdict.WARN,
+        verdict=Health.WARN,
         figure=f"{evicted:,} keys",
-        cause="Since its start the server dropped keys to make room; tasks or streams may have been among them.",
-        next_step="Set maxmemory-policy to noeviction, then look for groups that are missing below.",
+        cause="The server has evicted keys since its start to free memory; tasks or streams may be among them.",
+        next_step="Set maxmemory-policy to noeviction, then check the groups below for missing ones.",
     )
 
 
@@ -221,17 +217,17 @@ def _memory(info: Mapping[str, str]) -> Check:
     against = "maxmemory" if limit else "the machine's memory"
     limit = limit or _number(info, "total_system_memory")
     if not limit:
-        return Check(name="store.memory", verdict=Verdict.OK, figure=size(used))
+        return Check(name="store.memory", verdict=Health.OK, figure=size(used))
     share = used / limit
     figure = f"{size(used)} of {size(limit)} ({share:.0%} of {against})"
     if share < _MEMORY_WARN:
-        return Check(name="store.memory", verdict=Verdict.OK, figure=figure)
+        return Check(name="store.memory", verdict=Health.OK, figure=figure)
     return Check(
         name="store.memory",
-        verdict=Verdict.BAD if share >= _MEMORY_BAD else Verdict.WARN,
+        verdict=Health.BAD if share >= _MEMORY_BAD else Health.WARN,
         figure=figure,
-        cause="Nearly full; when it is full, submitting and publishing fail.",
-        next_step="Raise maxmemory, keep less (orki streams tune), or start the consumers that lag.",
+        cause="Memory is nearly full. When it is full, submitting and publishing fail.",
+        next_step="Raise maxmemory, reduce retention (orki streams tune), or start the consumers that lag.",
     )
 
 
@@ -245,19 +241,19 @@ def _persistence(info: Mapping[str, str]) -> Check:
     if broken:
         return Check(
             name="store.persistence",
-            verdict=Verdict.BAD,
+            verdict=Health.BAD,
             figure=", ".join(f"{name} {info[name]}" for name in broken),
-            cause="The server cannot write its data to the disk, and may refuse writes.",
-            next_step="Look at the disk's space and at the server's log.",
+            cause="The server cannot save its data to the disk and may refuse writes.",
+            next_step="Check free disk space and the server's log.",
         )
     if append_only:
-        return Check(name="store.persistence", verdict=Verdict.OK, figure="append-only file")
+        return Check(name="store.persistence", verdict=Health.OK, figure="append-only file")
     return Check(
         name="store.persistence",
-        verdict=Verdict.WARN,
+        verdict=Health.WARN,
         figure="no append-only file",
-        cause="When the server dies, all since its last snapshot is lost.",
-        next_step="For anything but development set appendonly to yes.",
+        cause="If the server crashes, everything since its last snapshot is lost.",
+        next_step="Set appendonly to yes, except for development.",
     )
 
 
@@ -267,9 +263,9 @@ def _number(info: Mapping[str, str], name: str) -> int:
 
 
 _COLUMNS = (
-    Column(name="CHECK", whole=True),
-    Column(name="IS", whole=True, judged=True),
-    Column(name="FIGURE", wraps=True),
+    Column(name="CHECK", uncut=True),
+    Column(name="STATE", uncut=True, colored=True),
+    Column(name="VALUE", wraps=True),
     Column(name="CAUSE AND NEXT STEP", wraps=True),
 )
 
@@ -280,6 +276,12 @@ Examples:
   orki doctor
   orki doctor --json | jq '.checks[] | select(.verdict != "ok")'
   orki doctor --timeout 1 || echo unhealthy
+
+\b
+Exit codes:
+  0  every check is ok or warn
+  1  at least one check is bad
+  2  wrong usage
 """,
 )
 @click.option(
@@ -288,21 +290,23 @@ Examples:
     show_default=True,
     type=click.FloatRange(0.1, 600),
     metavar="SECONDS",
-    help="A server that takes longer to answer counts as hung.",
+    help="Time after which a server that has not answered counts as hung.",
 )
 @json_option
 @redis_option
 @with_orchestrator
 def doctor(timeout: float, as_json: bool, redis_url: str, orchestrator: str, insecure: bool) -> None:
-    """Look for what is wrong, and say what to do about it.
+    """Check the store, the orchestrator and the consumer groups.
 
-    Each check is ok, warn or bad, with a figure; what is not ok also has a cause and a next step. The exit code is 1
-    when anything is bad.
+    Each check is ok, warn or bad and shows the measured value. A check that is not ok also shows its cause and the next
+    step. docs/runbook.md explains the states in more detail.
     """
+    from orki_control.transport import check_target  # needs gRPC, and `--help` does not
+
     link = Connection(parse_address(redis_url), name="orki:doctor", connect_timeout=timeout, answer_timeout=timeout)
     target = check_target(orchestrator, insecure=insecure)
-    checks = run(_look(link, redis_url, target, timeout))
-    healthy = all(check.verdict is not Verdict.BAD for check in checks)
+    checks = run(_run_checks(link, redis_url, target, timeout))
+    healthy = all(check.verdict is not Health.BAD for check in checks)
     if as_json:
         print_json({"healthy": healthy, "checks": [check.to_json() for check in checks]})
     else:
@@ -315,7 +319,7 @@ def doctor(timeout: float, as_json: bool, redis_url: str, orchestrator: str, ins
         click.get_current_context().exit(1)
 
 
-async def _look(link: Connection, redis_url: str, target: str, timeout: float) -> list[Check]:
+async def _run_checks(link: Connection, redis_url: str, target: str, timeout: float) -> list[Check]:
     store, orchestrator = await asyncio.gather(_store(link, redis_url, timeout), _orchestrator(target, timeout))
     return [*store, orchestrator]
 
@@ -328,13 +332,13 @@ async def _store(link: Connection, redis_url: str, timeout: float) -> list[Check
         for reply in (pong, info):
             if isinstance(reply, OrkiError):
                 raise reply
-        found = [Check(name="store.reachable", verdict=Verdict.OK, figure=link.address.shown)]
+        found = [Check(name="store.reachable", verdict=Health.OK, figure=link.address.shown)]
         found += check_store(parse_info(info.decode()))
-        figures = await stream_figures(link, await StreamRegistry().streams(link))
+        figures = await read_stream_stats(link, await StreamRegistry().streams(link))
         groups = [group for stream in figures for group in stream.groups]
         found += [*check_groups(groups), *check_dead_letters(groups)]
         if not figures:
-            found.append(Check(name="events.streams", verdict=Verdict.OK, figure="none registered yet"))
+            found.append(Check(name="events.streams", verdict=Health.OK, figure="none registered yet"))
         return found
     except OrkiError as error:
         return [await _unreachable(link, redis_url, error, timeout)]
@@ -347,30 +351,30 @@ async def _unreachable(link: Connection, redis_url: str, error: OrkiError, timeo
     if not isinstance(error, EventsUnavailable):
         return Check(
             name=name,
-            verdict=Verdict.BAD,
+            verdict=Health.BAD,
             figure=f"{link.address.shown} refuses",
-            cause=f"{error.message}.",
-            next_step="Do what the cause says; user and password belong into ORKI_REDIS_URL.",
+            cause=sentence(error.message),
+            next_step="Fix the cause. Set user and password in ORKI_REDIS_URL.",
         )
     if await _accepts(redis_url, timeout):
         return Check(
             name=name,
-            verdict=Verdict.BAD,
-            figure=f"hung: {link.address.shown} accepts connections, and has not answered within {timeout:g} s",
-            cause="The server is stopped, runs a long command, or waits for its disk.",
-            next_step="Look at its process and its log, and restart it if nothing else helps.",
+            verdict=Health.BAD,
+            figure=f"hung: {link.address.shown} accepts connections but has not answered within {timeout:g} s",
+            cause="The server process is suspended, runs a long command, or waits for its disk.",
+            next_step="Check its process and its log. Restart it if it does not recover.",
         )
     return Check(
         name=name,
-        verdict=Verdict.BAD,
+        verdict=Health.BAD,
         figure=f"unreachable: {link.address.shown}",
-        cause=f"{error.message}.",
-        next_step="Start the server, or give another URL with --redis.",
+        cause=sentence(error.message),
+        next_step="Start the server, or use another URL with --redis.",
     )
 
 
 async def _accepts(redis_url: str, timeout: float) -> bool:
-    """Whether somebody takes connections there: then it is not down, it is hung."""
+    """Return whether the server accepts connections, so that it is hung and not down."""
     parts = urlsplit(redis_url)
 
     def connect() -> bool:
@@ -389,6 +393,11 @@ async def _accepts(redis_url: str, timeout: float) -> bool:
 
 
 async def _orchestrator(target: str, timeout: float) -> Check:
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+
+    from orki_control.transport import open_channel
+
     name = "orchestrator"
     try:
         async with open_channel(target) as channel:
@@ -398,18 +407,18 @@ async def _orchestrator(target: str, timeout: float) -> Check:
         silence = f"has not answered within {timeout:g} s" if hung else "does not answer"
         return Check(
             name=name,
-            verdict=Verdict.BAD,
+            verdict=Health.BAD,
             figure=f"{target} {silence}",
             cause=f"{error.code().name}: {' '.join((error.details() or '').split())}",
-            next_step="Start it with orki serve, or give another address with --orchestrator.",
+            next_step="Start it with orki serve, or use another address with --orchestrator.",
         )
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
     if answer.status == health_pb2.HealthCheckResponse.SERVING:
-        return Check(name=name, verdict=Verdict.OK, figure=f"{target} {status}")
+        return Check(name=name, verdict=Health.OK, figure=f"{target} {status}")
     return Check(
         name=name,
-        verdict=Verdict.BAD,
+        verdict=Health.BAD,
         figure=f"{target} {status}",
-        cause="It runs and takes no new work, mostly because its store does not answer.",
-        next_step="Look at the store's checks, and at the orchestrator's log.",
+        cause="The orchestrator runs but accepts no new work, usually because its store does not answer.",
+        next_step="See the store's checks above and the orchestrator's log.",
     )

@@ -1,4 +1,4 @@
-"""How times, sizes and counts look in tables and trees."""
+"""Formats durations, sizes, counts and sentences, and prints tables and JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orki_server._observers.redaction import safe_text
 
 
 def duration(microseconds: int) -> str:
-    """A length of time with its unit, three digits or so: `417 µs`, `12.3 ms`, `3.02 s`, `4 min 10 s`, `2 h 5 min`."""
+    """Format a duration with about three digits: `417 µs`, `12.3 ms`, `3.02 s`, `4 min 10 s`, `2 h 5 min`."""
     if microseconds < 1_000:
         return f"{microseconds} µs"
     if microseconds < 1_000_000:
@@ -36,17 +36,17 @@ def duration(microseconds: int) -> str:
 
 
 def offset(microseconds: int) -> str:
-    """A time relative to another, in seconds to the millisecond: `+0.003 s`."""
+    """Format a relative time in seconds, to the millisecond: `+0.003 s`."""
     return f"{microseconds / 1_000_000:+,.3f} s"
 
 
 def age(since_us: int, now_us: int) -> str:
-    """How long ago; a dash for what never was."""
+    """Format the time since `since_us`; `-` if that is 0."""
     return duration(max(0, now_us - since_us)) if since_us > 0 else "-"
 
 
 def size(count: int) -> str:
-    """Bytes: `812 B`, `4.0 KiB`, `1.5 MiB`."""
+    """Format a number of bytes: `812 B`, `4.0 KiB`, `1.5 MiB`."""
     if count < 1024:
         return f"{count} B"
     value = float(count)
@@ -55,6 +55,17 @@ def size(count: int) -> str:
         if value < 1024:
             return f"{value:.1f} {unit}"
     return f"{value / 1024:.1f} TiB"
+
+
+def counted(count: int, noun: str) -> str:
+    """Format a count with its noun in the right number: `1 entry`, `2,000 entries`, `0 tasks`."""
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{count:,} {noun if count == 1 else plural}"
+
+
+def sentence(text: str) -> str:
+    """Return `text` with exactly one full stop at its end."""
+    return f"{text.rstrip().rstrip('.')}."
 
 
 _WIDE: Final = 400
@@ -80,39 +91,39 @@ class Column:
     """A column of a table.
 
     Attributes:
-        name: Its heading.
-        right: Whether it holds numbers.
-        whole: Whether its values are never cut or wrapped, such as ids that people copy.
-        judged: Whether its values are states that have a colour.
-        wraps: Whether long values take more lines; otherwise they are cut.
+        name: The heading.
+        right: Align to the right, for numbers.
+        uncut: Never cut or wrap values, such as ids that people copy.
+        colored: Color values that are states.
+        wraps: Wrap long values; otherwise they are cut.
     """
 
     name: str
     right: bool = False
-    whole: bool = False
-    judged: bool = False
+    uncut: bool = False
+    colored: bool = False
     wraps: bool = False
 
 
 def stdout_console() -> Console:
-    """The console for results. Into a pipe or a file lines are as long as they need to be, and have no colours."""
+    """Return the console for results. In a pipe or a file, lines are wide and have no colors."""
     terminal = sys.stdout.isatty()
     width = None if terminal or os.environ.get("COLUMNS", "").isdigit() else _WIDE
     return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 def stderr_console() -> Console:
-    """The console for what is told meanwhile."""
+    """Return the console for progress and warnings."""
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def print_table(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, empty: str) -> None:
-    """Prints a table, or the sentence `empty` where there is no row."""
-    stdout_console().print(printed(columns, rows, empty=empty))
+    """Print a table, or the sentence `empty` if there are no rows."""
+    stdout_console().print(build_table(columns, rows, empty=empty))
 
 
-def printed(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, empty: str) -> Table | Text:
-    """The table, for a console."""
+def build_table(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, empty: str) -> Table | Text:
+    """Return the table, or `empty` as text if there are no rows."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
         justify: Literal["left", "right"] = "right" if column.right else "left"
@@ -123,16 +134,16 @@ def printed(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, empty: 
         table.add_row(*(_cell(column, value) for column, value in zip(columns, row, strict=True)))
         count += 1
     for column, shown in zip(columns, table.columns, strict=True):
-        if column.whole:
+        if column.uncut:
             shown.min_width = max((len(str(cell)) for cell in shown.cells), default=0)
     return table if count else Text(empty)
 
 
 def print_json(value: Any) -> None:
-    """Prints JSON, indented."""
+    """Print indented JSON."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def _cell(column: Column, value: str) -> Text:
     text = safe_text(value)
-    return Text(text, style=_STYLES.get(text.lower(), "") if column.judged else "")
+    return Text(text, style=_STYLES.get(text.lower(), "") if column.colored else "")

@@ -1,4 +1,4 @@
-"""`orki observe`: the three observers, each a process of its own."""
+"""`orki observe`: runs one of the three observers."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
 
 from orki_server._cli.options import redis_option
 from orki_server._cli.root import LazyGroup
-from orki_server._observers.audit import AuditLogSettings, Fsync
-from orki_server._observers.http_server import LOOPBACK, ServerOptions
 from orki_server._process import run_until_stopped
+
+# The observers are imported when they run: they need aiohttp, prometheus_client and Redis, and `--help` does not.
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_METRICS_PORT = 9464
-_FEED_PORT = 9465
+_METRICS_PORT: Final = 9464
+_FEED_PORT: Final = 9465
 
 
 @click.group(
     cls=LazyGroup,
     lazy={
         "audit": ("orki_server._cli.observe:audit", "Write every event of every stream to a file, redacted."),
-        "feed": ("orki_server._cli.observe:feed", "Show all events live, as server-sent events and on a page."),
-        "metrics": ("orki_server._cli.observe:metrics", "Serve figures to Prometheus."),
+        "feed": ("orki_server._cli.observe:feed", "Serve all events live, as server-sent events and as a page."),
+        "metrics": ("orki_server._cli.observe:metrics", "Serve Prometheus metrics."),
     },
     epilog="""\b
 Examples:
@@ -39,16 +39,25 @@ Examples:
 def observe() -> None:
     """Run an observer until it is stopped.
 
-    Each may be killed at any instant and started again: nothing that was acknowledged is lost, nothing is written
-    twice. SIGTERM ends it in good order.
+    An observer may be killed at any time and restarted: it loses no acknowledged event and writes none twice. SIGTERM
+    stops it cleanly, with exit code 0.
     """
 
 
-def _served(default_port: int) -> Callable[[F], F]:
-    """Adds `--host` and `--port`."""
-    host = click.option("--host", default=LOOPBACK, show_default=True, help="A loopback address: there is no password.")
+def _http_options(default_port: int) -> Callable[[F], F]:
+    """Add `--host` and `--port`."""
+    host = click.option(
+        "--host",
+        default="127.0.0.1",
+        show_default=True,
+        help="Loopback address to listen on; other addresses are refused, since observers have no password.",
+    )
     port = click.option(
-        "--port", default=default_port, show_default=True, type=click.IntRange(0, 65_535), help="0 takes any free one."
+        "--port",
+        default=default_port,
+        show_default=True,
+        type=click.IntRange(0, 65_535),
+        help="Port to listen on; 0 chooses a free one.",
     )
     return lambda command: host(port(command))
 
@@ -60,16 +69,17 @@ Examples:
   curl -N http://127.0.0.1:9465/events?stream=tasks
 """,
 )
-@_served(_FEED_PORT)
+@_http_options(_FEED_PORT)
 @redis_option
 def feed(host: str, port: int, redis_url: str) -> None:
-    """Show all events live: server-sent events at /events, a page at /.
+    """Serve all events live: server-sent events at /events, a page at /.
 
-    A client that comes back with Last-Event-ID goes on exactly where it was. No consumer group is used, so a closed
-    browser holds nothing up.
+    A client that reconnects with Last-Event-ID continues where it stopped. The feed uses no consumer group, so a closed
+    browser retains nothing in Redis.
     """
     from orki_events.connection import parse_address
     from orki_server._observers.feed import FeedOptions, run_feed
+    from orki_server._observers.http_server import ServerOptions
 
     _log_to_stderr()
     options = FeedOptions(server=ServerOptions(host=host, port=port))
@@ -83,10 +93,11 @@ Examples:
   curl http://127.0.0.1:9464/metrics
 """,
 )
-@_served(_METRICS_PORT)
+@_http_options(_METRICS_PORT)
 @redis_option
 def metrics(host: str, port: int, redis_url: str) -> None:
-    """Serve figures to Prometheus at /metrics: tokens and cost, tools, tasks, agents, streams and groups."""
+    """Serve Prometheus metrics at /metrics: tokens and cost, tools, tasks, agents, streams and groups."""
+    from orki_server._observers.http_server import ServerOptions
     from orki_server._observers.metrics import MetricsOptions, run_metrics
 
     _log_to_stderr()
@@ -104,22 +115,22 @@ Examples:
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
     "--fsync",
-    type=click.Choice([each.value for each in Fsync]),
-    default=Fsync.BATCH.value,
+    type=click.Choice(["batch", "never"]),
+    default="batch",
     show_default=True,
-    help="batch: on the disk before an event is acknowledged; never: when the system likes.",
+    help="batch: sync lines to the disk before their events are acknowledged. never: leave it to the system.",
 )
 @redis_option
 def audit(file: Path, fsync: str, redis_url: str) -> None:
-    """Write every event of every stream to FILE: a line of JSON each, once, sensitive fields redacted.
+    """Write every event of every stream to FILE, once each, as a line of JSON with sensitive fields redacted.
 
-    Streams that are registered meanwhile are followed without being named. FILE is only appended to; start the observer
-    again with the same FILE, since what is there tells it what has been written.
+    The observer also follows streams that are registered while it runs. It only appends to FILE. Restart it with the
+    same FILE: its lines tell the observer which events it has already written.
     """
-    from orki_server._observers.audit import AuditOptions, run_audit
+    from orki_server._observers.audit import AuditLogOptions, AuditOptions, Fsync, run_audit
 
     _log_to_stderr()
-    options = AuditOptions(log=AuditLogSettings(path=file, fsync=Fsync(fsync)))
+    options = AuditOptions(log=AuditLogOptions(path=file, fsync=Fsync(fsync)))
     run_until_stopped(partial(run_audit, redis_url, options))
 
 

@@ -1,16 +1,17 @@
-"""Options that many commands share, each read from the environment too, and what they open."""
+"""Options that several commands share, the connections that they open, and the loop behind `--watch`."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
 if TYPE_CHECKING:
-    # Imported where they are used: a command that needs no gRPC, or no Redis, starts without it.
+    # Imported at run time only where used, so that commands without gRPC or Redis start without them.
     from orki_control import Client
     from orki_events.connection import Connection
 import sys
@@ -24,8 +25,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _ORCHESTRATOR: Final = "127.0.0.1:50051"
 _REDIS: Final = "redis://127.0.0.1:6379/0"
-_PATIENCE_S: Final = 2.0
-_ANSWER_S: Final = 5.0
+_PATIENCE: Final = 2.0
+_ANSWER_TIMEOUT: Final = 5.0
 
 redis_option = click.option(
     "--redis",
@@ -35,14 +36,22 @@ redis_option = click.option(
     default=_REDIS,
     show_default=True,
     show_envvar=True,
-    help="Where the events are. A URL with a password belongs into the environment, where `ps` does not show it.",
+    help="Redis that holds the events. Pass a URL with a password in the environment: `ps` shows arguments.",
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON with stable keys.")
 
 
+ready_file_option = click.option(
+    "--ready-file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Also write the readiness line to FILE, as JSON.",
+)
+
+
 def with_orchestrator(command: F) -> F:
-    """Adds `--orchestrator` and `--insecure`."""
+    """Add `--orchestrator` and `--insecure`."""
     where = click.option(
         "--orchestrator",
         metavar="HOST:PORT",
@@ -50,32 +59,30 @@ def with_orchestrator(command: F) -> F:
         default=_ORCHESTRATOR,
         show_default=True,
         show_envvar=True,
-        help="Where the orchestrator answers.",
+        help="Address of the orchestrator.",
     )
-    insecure = click.option(
-        "--insecure", is_flag=True, help="Let plaintext leave this host, on a network that you trust."
-    )
+    insecure = click.option("--insecure", is_flag=True, help="Allow plaintext to another host, on a trusted network.")
     return where(insecure(command))
 
 
-def open_client(orchestrator: str, insecure: bool, *, patience: float = _PATIENCE_S) -> Client:
-    """A client for one command: it gives up soon, and people try again."""
+def open_client(orchestrator: str, insecure: bool, *, patience: float = _PATIENCE) -> Client:
+    """Return a client with a short patience, since a person can repeat the command."""
     from orki_control import Client, ClientOptions
 
-    return Client(orchestrator, ClientOptions(patience=patience, call_timeout=_ANSWER_S, insecure=insecure))
+    return Client(orchestrator, ClientOptions(patience=patience, call_timeout=_ANSWER_TIMEOUT, insecure=insecure))
 
 
 @asynccontextmanager
-async def events_link(redis_url: str) -> AsyncIterator[Connection]:
-    """A connection to the event server.
+async def open_redis(redis_url: str) -> AsyncIterator[Connection]:
+    """Open a connection to the event server.
 
     Raises:
-        InvalidSetting: The URL cannot be used.
+        InvalidSetting: The URL is invalid.
     """
     from orki_events.connection import Connection, parse_address
 
     link = Connection(
-        parse_address(redis_url), name="orki:command", connect_timeout=_ANSWER_S, answer_timeout=_ANSWER_S
+        parse_address(redis_url), name="orki:command", connect_timeout=_ANSWER_TIMEOUT, answer_timeout=_ANSWER_TIMEOUT
     )
     try:
         yield link
@@ -84,15 +91,18 @@ async def events_link(redis_url: str) -> AsyncIterator[Connection]:
 
 
 def run(work: Coroutine[Any, Any, A]) -> A:
-    """Runs a command's coroutine on an event loop of its own."""
+    """Run a command's coroutine on a new event loop."""
     return asyncio.run(work)
 
 
-_EVERY_S: Final = 1.0
+_WATCH_INTERVAL: Final = 1.0
 
 
-async def repeated(show: Callable[[], Awaitable[None]], watch: bool) -> None:
-    """Calls `show` once, or every second until interrupted; then an error is shown and does not end it."""
+async def run_repeatedly(show: Callable[[], Awaitable[None]], watch: bool) -> None:
+    """Call `show` once or, with `watch`, every second until interrupted.
+
+    With `watch`, an `OrkiError` is printed and the loop continues.
+    """
     if not watch:
         await show()
         return
@@ -104,4 +114,4 @@ async def repeated(show: Callable[[], Awaitable[None]], watch: bool) -> None:
         except OrkiError as error:
             click.echo(f"orki: {safe_text(error.message)}", err=True)
         sys.stdout.flush()
-        await asyncio.sleep(_EVERY_S)
+        await asyncio.sleep(_WATCH_INTERVAL)

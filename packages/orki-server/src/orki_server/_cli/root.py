@@ -1,6 +1,6 @@
-"""The root of the `orki` command: its subcommands, each loaded when it is used, and how errors end it.
+"""The root of the `orki` command: loads subcommands when they are used and turns errors into exit codes.
 
-Exit codes: 0 done; 1 refused, failed or unhealthy, with one sentence on standard error; 2 wrong usage.
+Exit codes: 0, success; 1, an operation was refused or failed, with one sentence on standard error; 2, wrong usage.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ import sys
 from typing import IO, Any, Final
 
 import click
+from click.shell_completion import CompletionItem
 
 from orki_contract.errors import EventsUnavailable, OrchestratorUnavailable, OrkiError, StoreUnavailable
 from orki_server._observers.redaction import safe_text
 
 _COMMANDS: Final[dict[str, tuple[str, str]]] = {
-    "agents": ("orki_server._cli.tasks:agents", "Show the agents of the fleet."),
-    "cancel": ("orki_server._cli.tasks:cancel", "Ask for the end of a task."),
-    "contract": ("orki_server._cli.contract:contract", "Show the fleet's contracts, and register new ones ahead."),
-    "doctor": ("orki_server._cli.doctor:doctor", "Look for what is wrong, and say what to do about it."),
+    "agents": ("orki_server._cli.tasks:agents", "List the agents of the fleet."),
+    "cancel": ("orki_server._cli.tasks:cancel", "Request cancellation of a task."),
+    "contract": ("orki_server._cli.contract:contract", "List, register and withdraw contracts."),
+    "doctor": ("orki_server._cli.doctor:doctor", "Check the fleet's health and suggest next steps."),
     "observe": ("orki_server._cli.observe:observe", "Run an observer: metrics, audit or feed."),
     "serve": ("orki_server._cli.serve:serve", "Run an orchestrator."),
-    "streams": ("orki_server._cli.streams:streams", "Show the event streams and their consumer groups."),
-    "submit": ("orki_server._cli.submit:submit", "Submit a task, and wait for its result."),
-    "tasks": ("orki_server._cli.tasks:tasks", "Show tasks."),
-    "trace": ("orki_server._cli.trace:trace", "Show what became of a task, as one tree."),
+    "streams": ("orki_server._cli.streams:streams", "List the event streams and their consumer groups."),
+    "submit": ("orki_server._cli.submit:submit", "Submit a task and wait for its result."),
+    "tasks": ("orki_server._cli.tasks:tasks", "List tasks, or show one task."),
+    "trace": ("orki_server._cli.trace:trace", "Show the history of a task as a tree."),
     "up": ("orki_server._cli.up:up", "Run everything on this machine, for development."),
 }
-
 
 _REDIS_STEP: Final = "is that Redis running? check --redis and ORKI_REDIS_URL; `orki up` starts one of its own"
 _NEXT_STEPS: Final[dict[type[OrkiError], tuple[str, str]]] = {
@@ -38,46 +38,48 @@ _NEXT_STEPS: Final[dict[type[OrkiError], tuple[str, str]]] = {
     StoreUnavailable: ("does not answer", _REDIS_STEP),
     EventsUnavailable: ("does not answer", _REDIS_STEP),
 }
-"""What to do about a server that is not there; for errors that say so with these words."""
+"""For each error: the next step, and the text that a message must contain for the step to apply."""
 
 
-class Refused(click.ClickException):
-    """An error for people: what went wrong, where, and what to do."""
+class CommandError(click.ClickException):
+    """An error that ends the command with one line on standard error and exit code 1."""
 
     exit_code = 1
 
     def show(self, file: IO[Any] | None = None) -> None:
-        """Prints it as one line, whatever it holds."""
+        """Print the message as one line; unprintable characters are escaped."""
         click.echo(f"orki: {safe_text(self.message)}", file=file or sys.stderr)
 
 
-def _refused(error: OrkiError) -> Refused:
-    """The error for people, with what to do next where a server is not there."""
-    words, step = _NEXT_STEPS.get(type(error), ("", ""))
-    return Refused(f"{error.message.rstrip('.')}; {step}" if step and words in error.message else error.message)
-
-
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are used, so that `--help` and completion are quick."""
+    """A group that imports a command only when it is used, so that help and completion start quickly."""
 
     def __init__(self, *args: Any, lazy: dict[str, tuple[str, str]], **more: Any) -> None:
-        """Args: lazy: for each command `MODULE:ATTRIBUTE` and one sentence on it; the rest goes to click."""
+        """Create the group.
+
+        Args:
+            args: Passed to click.
+            lazy: For each command, its `MODULE:ATTRIBUTE` and a one-sentence description.
+            more: Passed to click.
+        """
         super().__init__(*args, **more)
         self._lazy = lazy
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Runs the command; an error of orki's ends it with one sentence and exit code 1."""
+        """Run the command; an `OrkiError` ends it with one sentence and exit code 1."""
         try:
             return super().invoke(ctx)
         except OrkiError as error:
-            raise _refused(error) from error
+            text, step = _NEXT_STEPS.get(type(error), ("", ""))
+            applies = step and text in error.message
+            raise CommandError(f"{error.message.rstrip('.')}; {step}" if applies else error.message) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The names, sorted."""
+        """Return the command names, sorted."""
         return sorted({*super().list_commands(ctx), *self._lazy})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name, imported now; None when there is none."""
+        """Import and return a command; None if it does not exist."""
         if cmd_name not in self._lazy:
             return super().get_command(ctx, cmd_name)
         module, _, attribute = self._lazy[cmd_name][0].partition(":")
@@ -86,28 +88,45 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Lists the commands without importing them."""
+        """List the commands without importing them."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, self._lazy[name][1]) for name in sorted(self._lazy)])
+            formatter.write_dl([(name, text) for name, (_, text) in sorted(self._lazy.items())])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete command names without importing the commands."""
+        names = [
+            CompletionItem(name, help=text)
+            for name, (_, text) in sorted(self._lazy.items())
+            if name.startswith(incomplete)
+        ]
+        return [*names, *click.Command.shell_complete(self, ctx, incomplete)]
 
 
 @click.group(
     cls=LazyGroup,
     lazy=_COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": None, "max_content_width": 100},
+    epilog="""\b
+Exit codes:
+  0  success
+  1  the operation was refused or failed; standard error has one sentence
+  2  wrong usage
+
+Each command has its own help: orki COMMAND --help
+""",
 )
 @click.version_option(package_name="orki-server", prog_name="orki")
 def root() -> None:
-    """A fleet of agents: its contract, its orchestrator, its events.
+    """Run and inspect a fleet of agents: its orchestrator, tasks, events and contracts.
 
     \b
-    Try it:  orki up
-    Then:    orki submit SERVICE.METHOD '{"field": "value"}'
-             orki tasks
+    Start:   orki up
+    Submit:  orki submit SERVICE.METHOD '{"field": "value"}'
+    Inspect: orki tasks
              orki trace TASK
     """
 
 
 def main() -> None:
-    """Runs the command line; the entry point."""
+    """Run the command line; the entry point of the `orki` script."""
     root(prog_name="orki")

@@ -1,4 +1,4 @@
-"""`orki serve`: one orchestrator, for production."""
+"""`orki serve`: runs an orchestrator."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 import click
 
 from orki_contract.errors import EventsUnavailable, InvalidSetting, StoreUnavailable
-from orki_server._cli.root import Refused
-from orki_server._orchestrator import Orchestrator
+from orki_server._cli.options import ready_file_option
+from orki_server._cli.root import CommandError
 from orki_server._process import print_ready, run_until_stopped
 from orki_server._settings import OrchestratorOptions, default_settings, load_options
 
 
-class InvalidUsage(Refused):
-    """A setting is invalid."""
+class InvalidUsage(CommandError):
+    """A setting is invalid; exit code 2."""
 
     exit_code = 2
 
@@ -27,63 +27,70 @@ class InvalidUsage(Refused):
 F = TypeVar("F", bound=Callable[..., Any])
 
 _FLAGS = (
-    (
-        "listen",
-        "--listen",
-        "HOST:PORT",
-        str,
-        "Where agents and submitters dial in; loopback only, port 0 for a free one.",
-    ),
+    ("listen", "--listen", "HOST:PORT", str, "Loopback address for agents and submitters; port 0 chooses a free one."),
     (
         "redis_url",
         "--redis",
         "URL",
         str,
-        "Redis or Valkey that holds the store. With a password: ORKI_REDIS_URL or file.",
+        "Redis or Valkey for the store; put a password in ORKI_REDIS_URL or the file.",
     ),
-    ("events_url", "--events", "URL", str, "Redis that holds the event plane; the same one when left out."),
-    ("orchestrator_id", "--orchestrator-id", "NAME", str, "Name of this process and its run."),
-    ("shards", "--shards", "N", int, "Parts of the store; fixed at its first start."),
-    ("heartbeat_interval_ms", "--heartbeat-interval-ms", "MS", int, "Time between heartbeats."),
-    ("hello_timeout_ms", "--hello-timeout-ms", "MS", int, "Longest wait for an agent's hello."),
-    ("accept_timeout_ms", "--accept-timeout-ms", "MS", int, "Time within which an agent answers an offer."),
-    ("max_message_bytes", "--max-message-bytes", "N", int, "Longest gRPC message."),
+    ("events_url", "--events", "URL", str, "Redis for the event plane; by default, the store's."),
+    ("orchestrator_id", "--orchestrator-id", "NAME", str, "Name of this process; by default, a new one at each start."),
+    ("shards", "--shards", "N", int, "Number of shards of the store; fixed when the store is created."),
+    ("heartbeat_interval_ms", "--heartbeat-interval-ms", "MS", int, "Time between an agent's heartbeats."),
+    ("hello_timeout_ms", "--hello-timeout-ms", "MS", int, "Maximum wait for the hello of an agent that connects."),
+    ("accept_timeout_ms", "--accept-timeout-ms", "MS", int, "Maximum time for an agent to answer an offer."),
+    ("max_message_bytes", "--max-message-bytes", "N", int, "Maximum size of a gRPC message."),
     ("retention_ms", "--retention-ms", "MS", int, "How long finished tasks are kept."),
-    ("progress_kept", "--progress-kept", "N", int, "Entries of progress that are kept of a task, about."),
-    ("drain_grace_ms", "--drain-grace-ms", "MS", int, "Time for what runs to end before we stop."),
-    ("sweep_interval_ms", "--sweep-interval-ms", "MS", int, "Longest time between two looks at the timers."),
-    ("max_sessions", "--max-sessions", "N", int, "Most agents at once."),
+    ("progress_kept", "--progress-kept", "N", int, "Approximate number of progress entries kept for each task."),
+    ("drain_grace_ms", "--drain-grace-ms", "MS", int, "Time for running attempts to end before the process stops."),
+    ("sweep_interval_ms", "--sweep-interval-ms", "MS", int, "Maximum time between two checks of the task timers."),
+    ("max_sessions", "--max-sessions", "N", int, "Maximum number of connected agents."),
 )
 
 
 def orchestrator_options(command: F) -> F:
-    """Adds a flag for each of the orchestrator's settings, and `--config`."""
+    """Add `--config` and a flag for each of the orchestrator's settings."""
     defaults = default_settings()
-    for name, flag, metavar, kind, words in reversed(_FLAGS):
+    for name, flag, metavar, kind, description in reversed(_FLAGS):
         default = defaults[name]
         shown = "" if name in ("events_url", "orchestrator_id") else f"  [default: {default}]"
-        text = f"{words}{shown}  [env: ORKI_{name.upper()}]"
+        text = f"{description}{shown}  [env: ORKI_{name.upper()}]"
         command = click.option(flag, name, metavar=metavar, type=kind, default=None, help=text)(command)
     config = click.option(
         "--config",
         metavar="FILE",
         type=click.Path(path_type=Path, dir_okay=False),
         envvar="ORKI_CONFIG",
-        help="TOML file with the same settings under [orchestrator].  [env: ORKI_CONFIG]",
+        help="TOML file with the same settings in the table [orchestrator].  [env: ORKI_CONFIG]",
     )
     return config(command)
 
 
-@click.command()
+@click.command(
+    epilog="""\b
+Examples:
+  orki serve --listen 127.0.0.1:50051 --redis redis://127.0.0.1:6379/0
+  orki serve --config orki.toml --verbose
+
+\b
+Exit codes:
+  0  stopped by a signal
+  1  the orchestrator could not start
+  2  a setting is invalid
+""",
+)
 @orchestrator_options
 @click.option("--json", "as_json", is_flag=True, help="Print the readiness line as JSON.")
-@click.option("--ready-file", metavar="FILE", type=click.Path(path_type=Path), help="Write it there as JSON, too.")
-@click.option("--verbose", is_flag=True, help="Log agents that come and go.")
+@ready_file_option
+@click.option("--verbose", is_flag=True, help="Log agents that connect and disconnect.")
 def serve(config: Path | None, as_json: bool, ready_file: Path | None, verbose: bool, **flags: Any) -> None:
     """Run an orchestrator until it is interrupted.
 
-    A flag wins over the environment, the environment over the file. Ctrl-C or SIGTERM stops it in good order: agents
-    are told, what runs has a moment to end, and goes on under the next orchestrator otherwise.
+    A flag takes precedence over the environment, and the environment over the file. Ctrl-C or SIGTERM stops the
+    orchestrator cleanly: it notifies the agents and waits for running attempts until the drain grace ends. Attempts
+    that still run then continue under the next orchestrator.
     """
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -96,6 +103,8 @@ def serve(config: Path | None, as_json: bool, ready_file: Path | None, verbose: 
 
 
 async def _serve(options: OrchestratorOptions, stopped: asyncio.Event, as_json: bool, ready_file: Path | None) -> None:
+    from orki_server._orchestrator import Orchestrator  # needs gRPC, and `--help` does not
+
     orchestrator = Orchestrator(options)
     try:
         await orchestrator.start()

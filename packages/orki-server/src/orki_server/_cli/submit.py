@@ -1,4 +1,4 @@
-"""`orki submit`: any registered task, by its name and JSON."""
+"""`orki submit`: submits a task of any registered method, with a JSON request."""
 
 from __future__ import annotations
 
@@ -31,18 +31,19 @@ from orki_server._observers.redaction import Redaction, safe_json, safe_text
 
 
 def request_from_json(text: str, kind: type[Message]) -> Message:
-    """The message that the JSON says (proto3 JSON mapping; field names as in the proto or in lowerCamelCase).
+    """Parse a request from JSON (proto3 JSON mapping; field names as in the proto or in lowerCamelCase).
 
     Raises:
-        InvalidArgument: It is no JSON object, or does not fit the message; the message names place or field.
+        InvalidArgument: The text is not a JSON object or does not fit the message type; the error names the position
+            or the field.
     """
     name = kind.DESCRIPTOR.full_name
     try:
-        value = json.loads(text, object_pairs_hook=_no_repetition)
+        value = json.loads(text, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         raise InvalidArgument(
-            f"the request is no JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
-            f"give an object such as {_example(kind)}"
+            f"the request is not JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
+            f"use an object such as {_example(kind)}"
         ) from error
     except RecursionError as error:
         raise InvalidArgument("the request is nested too deeply") from error
@@ -52,14 +53,14 @@ def request_from_json(text: str, kind: type[Message]) -> Message:
     try:
         json_format.ParseDict(value, message, descriptor_pool=_pool(message))
     except (json_format.ParseError, TypeError, ValueError) as error:
-        words = " ".join(str(error).split())
+        details = " ".join(str(error).split())
         known = ", ".join(field.name for field in kind.DESCRIPTOR.fields) or "none"
-        raise InvalidArgument(f"the request does not fit {name}: {words} (fields: {known})") from error
+        raise InvalidArgument(f"the request is not a valid {name}: {details} (fields: {known})") from error
     return message
 
 
 def message_json(message: Message) -> dict[str, Any]:
-    """The message as JSON, every field of it, names as in the proto."""
+    """Return a message as JSON with every field, named as in the proto."""
     shown: dict[str, Any] = json_format.MessageToDict(
         message,
         preserving_proto_field_name=True,
@@ -70,7 +71,7 @@ def message_json(message: Message) -> dict[str, Any]:
 
 
 def _pool(message: Message) -> Any:
-    # Where the types inside an Any are looked for; the stubs know two names of the one class.
+    # Resolves the types inside an Any. Typed as Any because the stubs have two names for this class.
     return message.DESCRIPTOR.file.pool
 
 
@@ -79,18 +80,18 @@ def _example(kind: type[Message]) -> str:
     return json.dumps({fields[0].name: "…"}, ensure_ascii=False) if fields else "{}"
 
 
-def _no_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise InvalidArgument(f'the request names "{twice}" twice')
+        raise InvalidArgument(f'the request has the key "{twice}" twice')
     return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Method:
-    """A registered method with its message classes."""
+    """A registered method and the image with its message types."""
 
     contract: TaskMethod
     image: bytes
@@ -100,9 +101,7 @@ class _Method:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Wish:
-    """What the command line asked for."""
-
+class _SubmitOptions:
     wait: bool
     idempotency_key: str
     timeout: float | None
@@ -110,7 +109,7 @@ class _Wish:
 
 
 def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """Methods that an orchestrator knows; none when it does not answer at once."""
+    """Complete the methods that the orchestrator knows; return none if it does not answer within a second."""
     orchestrator = str(ctx.params.get("orchestrator") or "127.0.0.1:50051")
 
     async def names() -> list[str]:
@@ -130,79 +129,91 @@ Examples:
   orki submit ReviewService.ReviewFile '{"path": "a.py"}'
   orki submit acme.review.v1.ReviewService/ReviewFile - < request.json
   TASK=$(orki submit ReviewService.ReviewFile '{"path": "a.py"}' --no-wait)
+
+\b
+Exit codes:
+  0  the task succeeded, or was submitted with --no-wait
+  1  the task was refused, failed or was cancelled, or has not ended within --timeout
+  2  wrong usage
 """,
 )
 @click.argument("method", metavar="SERVICE.METHOD", shell_complete=_complete)
 @click.argument("request_text", metavar="JSON", default="{}")
-@click.option("--wait/--no-wait", default=True, show_default=True, help="Wait for the result, or print the task's id.")
-@click.option("--idempotency-key", default="", metavar="KEY", help="The same key and request give the same task again.")
+@click.option(
+    "--wait/--no-wait", default=True, show_default=True, help="Wait for the result, or print the task id at once."
+)
+@click.option(
+    "--idempotency-key",
+    default="",
+    metavar="KEY",
+    help="Submitting the same key and request again returns the same task.",
+)
 @click.option(
     "--timeout",
     type=click.FloatRange(0, min_open=True),
     metavar="SECONDS",
-    help="Wait no longer; the task goes on.  [default: no limit]",
+    help="Maximum wait for the result; the task continues afterwards.  [default: no limit]",
 )
 @json_option
 @with_orchestrator
-def submit(method: str, request_text: str, orchestrator: str, insecure: bool, **wish: Any) -> None:
+def submit(method: str, request_text: str, orchestrator: str, insecure: bool, **options: Any) -> None:
     """Submit a task, wait for it, and print its response as JSON.
 
-    SERVICE.METHOD may leave out the package where only one service has that name. JSON is the request (`-` reads it
-    from standard input; left out, it is empty). Progress goes to standard error. The exit code is 1 when the task
-    fails.
+    SERVICE.METHOD may omit the package if only one service has that name. JSON is the request; `-` reads it from
+    standard input, and without JSON the request is empty. Progress is printed to standard error.
     """
     text = sys.stdin.read() if request_text == "-" else request_text
-    run(_submit(open_client(orchestrator, insecure), method, text, _Wish(**wish)))
+    run(_submit(open_client(orchestrator, insecure), method, text, _SubmitOptions(**options)))
 
 
-async def _submit(client: Client, name: str, text: str, wish: _Wish) -> None:
+async def _submit(client: Client, name: str, text: str, options: _SubmitOptions) -> None:
     async with client:
         method = find_method(name, registered_methods(await client.list_services()))
         request = request_from_json(text, method.kind(method.contract.request))
         submission = Submission(
             method=method.contract.full_name,
             request=request.SerializeToString(),
-            # A call whose answer is lost is made again: with a key it finds the same task.
-            idempotency_key=wish.idempotency_key or f"once-{uuid.uuid4().hex}",
+            # The client repeats a call whose reply was lost. With a key, the repeated call finds the same task.
+            idempotency_key=options.idempotency_key or f"once-{uuid.uuid4().hex}",
             traceparent=new_span().traceparent,
         )
         (task,) = await client.submit_raw([submission])
-        if not wish.wait:
-            if wish.as_json:
+        if not options.wait:
+            if options.as_json:
                 print_json(task_json(task))
             else:
                 click.echo(task.task_id)
             return
-        task = await _wait(client, method, task, wish.timeout)
-    _print_result(method, task, wish.as_json)
+        task = await _wait(client, method, task, options.timeout)
+    _print_result(method, task, options.as_json)
 
 
 async def _wait(client: Client, method: _Method, task: TaskSnapshot, timeout: float | None) -> TaskSnapshot:
-    say = stderr_console()
+    console = stderr_console()
     redaction = Redaction(read_image(method.image).contract.sensitive)
     progress = method.kind(method.contract.progress) if method.contract.progress else None
-    said = ""
-    say.print(f"task {task.task_id}")
+    printed = ""
+    console.print(f"task {task.task_id}")
     try:
         async with asyncio.timeout(timeout), aclosing(client.watch(task.task_id)) as responses:
             async for response in responses:
                 if response.WhichOneof("news") == "task":
                     task = response.task
-                    said, before = _state_text(task), said
-                    if said != before:
-                        say.print(safe_text(said))
+                    printed, before = _state_text(task), printed
+                    if printed != before:
+                        console.print(safe_text(printed))
                 elif progress is not None:
                     try:
                         shown = safe_json(redaction.redacted(progress.FromString(response.progress.payload)))
                     except DecodeError:
-                        shown = f"progress that is no {method.contract.progress}"
-                    say.print(f"attempt {response.progress.attempt}: {shown}")
+                        shown = f"progress that is not a valid {method.contract.progress}"
+                    console.print(f"attempt {response.progress.attempt}: {shown}")
     except TimeoutError:
         raise WaitTimeout(
-            f"task {task.task_id} has not ended within {timeout:g} s; it goes on: see orki trace {task.task_id}"
+            f"task {task.task_id} has not ended within {timeout:g} s; it continues; see orki trace {task.task_id}"
         ) from None
     except asyncio.CancelledError:
-        say.print(f"task {task.task_id} goes on; end it with: orki cancel {task.task_id}")
+        console.print(f"task {task.task_id} continues; cancel it with: orki cancel {task.task_id}")
         raise
     return task
 
@@ -213,7 +224,9 @@ def _print_result(method: _Method, task: TaskSnapshot, as_json: bool) -> None:
         try:
             response = message_json(method.kind(method.contract.response).FromString(task.response))
         except DecodeError as error:
-            raise InvalidResponse(f"the response of task {task.task_id} is no {method.contract.response}") from error
+            raise InvalidResponse(
+                f"the response of task {task.task_id} is not a valid {method.contract.response}"
+            ) from error
     if as_json:
         print_json(task_json(task, response))
     elif response is not None:
@@ -229,7 +242,7 @@ def _state_text(task: TaskSnapshot) -> str:
 
 
 def registered_methods(services: Sequence[ServiceSnapshot]) -> list[_Method]:
-    """The methods of registered services, read from the contracts that came with them."""
+    """Return the methods of registered services, read from their contracts."""
     return [
         _Method(contract=contract, image=service.image)
         for service in services
@@ -239,10 +252,10 @@ def registered_methods(services: Sequence[ServiceSnapshot]) -> list[_Method]:
 
 
 def find_method(name: str, methods: Sequence[_Method]) -> _Method:
-    """The method that a name stands for: a whole one, or the end of exactly one.
+    """Return the method with a full name, or the only one whose name ends with it.
 
     Raises:
-        UnknownMethod: There is none, or several; the message says which are near.
+        UnknownMethod: No method or several match; the error lists similar ones.
     """
     wanted = name.replace("/", ".")
     dotted = {each.contract.full_name.replace("/", "."): each for each in methods}
@@ -252,9 +265,9 @@ def find_method(name: str, methods: Sequence[_Method]) -> _Method:
     if len(ends) == 1:
         return dotted[ends[0]]
     if ends:
-        raise UnknownMethod(f'"{name}" may mean {" or ".join(ends)}; give more of the name')
+        raise UnknownMethod(f'"{name}" is ambiguous: {" or ".join(ends)}; use a longer name')
     if not dotted:
-        raise UnknownMethod(f'no method "{name}": no agent has brought a task service to this orchestrator yet')
+        raise UnknownMethod(f'no method "{name}": no task service is registered with this orchestrator yet')
     shorts = {full.split(".", full.count(".") - 1)[-1]: full for full in dotted}
     near = difflib.get_close_matches(wanted, [*shorts, *dotted], 1, 0.5)
     hint = f"did you mean {near[0]}?" if near else f"registered: {', '.join(sorted(dotted))}"

@@ -1,4 +1,4 @@
-"""`orki tasks`: the tasks that the orchestrator knows, or one of them."""
+"""`orki tasks`, `orki agents` and `orki cancel`: the tasks and agents that the orchestrator knows."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, Final
 
 import click
 
-from orki.control.v1.attempt_pb2 import AttemptRef, Failure, TaskState
+from orki.control.v1.attempt_pb2 import Failure, TaskState
 from orki.control.v1.task_pb2 import AgentSnapshot, TaskSnapshot
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.trace import parse_traceparent
 from orki_server._cli.formats import Column, age, duration, print_json, print_table, size
-from orki_server._cli.options import json_option, open_client, repeated, run, with_orchestrator
+from orki_server._cli.options import json_option, open_client, run, run_repeatedly, with_orchestrator
 from orki_server._observers.redaction import time_text
 
 _PREFIX: Final = "TASK_STATE_"
@@ -22,11 +22,11 @@ _PREFIX: Final = "TASK_STATE_"
 STATES: Final[Mapping[str, TaskState.ValueType]] = {
     name.removeprefix(_PREFIX).lower(): number for name, number in TaskState.items() if number
 }
-"""States by the names that commands use."""
+"""Task states by their names on the command line."""
 
 
 def state_name(state: TaskState.ValueType) -> str:
-    """Such as `running`; the number of a state that only a newer orchestrator knows."""
+    """Return a state's name such as `running`, or its number if this version does not know it."""
     try:
         return TaskState.Name(state).removeprefix(_PREFIX).lower()
     except ValueError:
@@ -34,11 +34,11 @@ def state_name(state: TaskState.ValueType) -> str:
 
 
 def task_json(task: TaskSnapshot, response: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The task with stable keys.
+    """Return a task as JSON with stable keys.
 
     Args:
         task: The snapshot.
-        response: Its response as JSON, where the caller knows its type.
+        response: The task's response as JSON; None if it has none or its type is unknown.
     """
     span = parse_traceparent(task.traceparent)
     attempt = task.attempt if task.HasField("attempt") else None
@@ -59,7 +59,7 @@ def task_json(task: TaskSnapshot, response: dict[str, Any] | None = None) -> dic
 
 
 def agent_json(agent: AgentSnapshot) -> dict[str, Any]:
-    """The agent with stable keys."""
+    """Return an agent as JSON with stable keys."""
     return {
         "agent_id": agent.agent_id,
         "instance_id": agent.instance_id,
@@ -78,12 +78,8 @@ def agent_json(agent: AgentSnapshot) -> dict[str, Any]:
 
 
 def time_or_none(time_us: int) -> str | None:
-    """RFC 3339, or None for what has not happened."""
+    """Return a time in RFC 3339; None for 0."""
     return time_text(time_us) if time_us else None
-
-
-def _attempt(attempt: AttemptRef) -> dict[str, Any]:
-    return {"task_id": attempt.task_id, "attempt": attempt.attempt, "fence": attempt.fence}
 
 
 def _failure(failure: Failure) -> dict[str, str]:
@@ -99,18 +95,18 @@ def _failure(failure: Failure) -> dict[str, str]:
 
 
 _COLUMNS = (
-    Column(name="TASK", whole=True),
+    Column(name="TASK", uncut=True),
     Column(name="METHOD"),
-    Column(name="STATE", judged=True, whole=True),
+    Column(name="STATE", colored=True, uncut=True),
     Column(name="TRY", right=True),
     Column(name="AGENT"),
-    Column(name="AGE", right=True, whole=True),
+    Column(name="AGE", right=True, uncut=True),
     Column(name="TOOK", right=True),
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Wanted:
+class _Filters:
     states: tuple[str, ...]
     method: str
     agent: str
@@ -128,21 +124,30 @@ Examples:
 )
 @click.argument("task_id", metavar="[TASK]", required=False)
 @click.option(
-    "--state", "states", multiple=True, type=click.Choice(sorted(STATES)), help="Only tasks in this state; repeatable."
+    "--state",
+    "states",
+    multiple=True,
+    type=click.Choice(sorted(STATES)),
+    help="Only tasks in this state; may be repeated.",
 )
 @click.option("--method", default="", metavar="SERVICE/METHOD", help="Only tasks of this method.")
-@click.option("--agent", default="", metavar="AGENT", help="Only tasks whose current attempt this agent holds.")
-@click.option("--limit", default=50, show_default=True, type=click.IntRange(1, 100_000), help="Most tasks shown.")
-@click.option("--watch", is_flag=True, help="Print again every second until interrupted.")
+@click.option("--agent", default="", metavar="AGENT", help="Only tasks whose current attempt runs on this agent.")
+@click.option(
+    "--limit", default=50, show_default=True, type=click.IntRange(1, 100_000), help="Maximum number of tasks."
+)
+@click.option("--watch", is_flag=True, help="Repeat every second until interrupted.")
 @json_option
 @with_orchestrator
 def tasks(
     task_id: str | None, watch: bool, as_json: bool, orchestrator: str, insecure: bool, **filters: object
 ) -> None:
-    """Show tasks, newest first; or one, with the failures of its attempts."""
-    wanted = _Wanted(**filters)  # type: ignore[arg-type]
+    """List tasks, newest first.
+
+    With TASK, show one task with its state, times, and the failures of its attempts.
+    """
+    wanted = _Filters(**filters)  # type: ignore[arg-type]
     if task_id is not None and filters != _UNFILTERED:
-        raise click.UsageError("TASK shows one task; leave the filters out.")
+        raise click.UsageError("filters cannot be combined with TASK.")
 
     async def show() -> None:
         async with open_client(orchestrator, insecure) as client:
@@ -164,7 +169,7 @@ def tasks(
         else:
             _print_one(found[0])
 
-    run(repeated(show, watch))
+    run(run_repeatedly(show, watch))
 
 
 _UNFILTERED: dict[str, object] = {"states": (), "method": "", "agent": "", "limit": 50}
@@ -190,7 +195,7 @@ def _print_one(task: TaskSnapshot) -> None:
     rows += [("earlier failure", _failure_text(each)) for each in shown["earlier_failures"]]
     if shown["failure"]:
         rows.append(("failure", _failure_text(shown["failure"])))
-    print_table((Column(name="", whole=True), Column(name="", wraps=True)), rows, empty="")
+    print_table((Column(name="", uncut=True), Column(name="", wraps=True)), rows, empty="")
 
 
 def _failure_text(failure: dict[str, str]) -> str:
@@ -199,10 +204,10 @@ def _failure_text(failure: dict[str, str]) -> str:
 
 _AGENT_COLUMNS = (
     Column(name="AGENT"),
-    Column(name="STATE", judged=True, whole=True),
-    Column(name="BUSY", right=True, whole=True),
+    Column(name="STATE", colored=True, uncut=True),
+    Column(name="BUSY", right=True, uncut=True),
     Column(name="SERVES"),
-    Column(name="HEARD", right=True, whole=True),
+    Column(name="SEEN", right=True, uncut=True),
     Column(name="LAG", right=True),
     Column(name="MEMORY", right=True),
 )
@@ -212,7 +217,7 @@ _STATES: Final = {
     (False, True): "left",
     (False, False): "lost",
 }
-"""By whether the agent has a session, and whether it said that it drains."""
+"""States of agents by `connected` and `draining`."""
 
 
 @click.command(
@@ -222,14 +227,20 @@ Examples:
   orki agents --json | jq -r '.[] | select(.connected | not) | .agent_id'
 """,
 )
-@click.option("--watch", is_flag=True, help="Print again every second until interrupted.")
+@click.option("--watch", is_flag=True, help="Repeat every second until interrupted.")
 @json_option
 @with_orchestrator
 def agents(watch: bool, as_json: bool, orchestrator: str, insecure: bool) -> None:
-    """Show the agents that have a session, or had one not long ago.
+    """List the agents that are connected or were connected recently.
 
-    STATE is connected, draining (takes no more offers), left (it drained, and stopped), or lost (its session broke).
-    BUSY is attempts of slots; HEARD is the time since the last heartbeat; LAG is how late the agent's event loop was.
+    \b
+    STATE   connected
+            draining: takes no more offers
+            left: drained and stopped
+            lost: its session broke
+    BUSY    running attempts / slots
+    SEEN    time since the last heartbeat
+    LAG     delay of the agent's event loop
     """
 
     async def show() -> None:
@@ -244,7 +255,7 @@ def agents(watch: bool, as_json: bool, orchestrator: str, insecure: bool) -> Non
                 empty="no agents yet: start one with `orki-agent run MODULE:ATTRIBUTE`",
             )
 
-    run(repeated(show, watch))
+    run(run_repeatedly(show, watch))
 
 
 def _agent_row(agent: AgentSnapshot) -> tuple[str, ...]:
@@ -266,11 +277,14 @@ Example:
 """,
 )
 @click.argument("task_id", metavar="TASK")
-@click.option("--message", default="", help="Why, for whoever reads the trace.")
+@click.option("--message", default="", help="Reason, shown in the task's trace.")
 @json_option
 @with_orchestrator
 def cancel(task_id: str, message: str, as_json: bool, orchestrator: str, insecure: bool) -> None:
-    """Ask for the end of a task. Asking again, or too late, is harmless."""
+    """Request cancellation of a task.
+
+    The agent stops the attempt and acknowledges. Cancelling a task twice, or after its end, has no effect.
+    """
 
     async def ask() -> None:
         async with open_client(orchestrator, insecure) as client:

@@ -1,4 +1,4 @@
-"""`orki trace`: what became of a task, from the agent's spawn and the submit to the result."""
+"""`orki trace`: prints the history of a task, from the start of its agent and its submission to the result."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from orki_contract.trace import parse_traceparent
 from orki_events.connection import Connection
 from orki_events.registry import StreamRegistry
 from orki_server._cli.formats import duration, offset, print_json, size, stderr_console, stdout_console
-from orki_server._cli.options import events_link, json_option, open_client, redis_option, run, with_orchestrator
-from orki_server._cli.trace_scan import Found, ScanProgress, check_id, find_trace, scan_trace, task_bounds
+from orki_server._cli.options import json_option, open_client, open_redis, redis_option, run, with_orchestrator
+from orki_server._cli.trace_scan import ScanProgress, TraceRange, check_id, find_trace, scan_trace, task_range
 from orki_server._cli.trace_tree import Node, Trace, build_trace
 from orki_server._observers.redaction import safe_json, safe_text
 
 _STYLES: Final = {"ok": "green", "failed": "red", "lost": "red", "cancelled": "yellow", "running": "cyan"}
-_LONGEST: Final = 160
-_SHORTEST_GAP_US: Final = 50_000
+_MAX_LINE: Final = 160
+_MIN_GAP_US: Final = 50_000
 
 
 def render(trace: Trace) -> Tree:
-    """The whole tree, to be printed by a rich console."""
+    """Render a trace as a tree: times relative to the submission, long gaps marked."""
     state = "finished" if trace.finished else "not finished"
     tree = Tree(Text(f"trace {trace.trace_id} ({state})", style="bold"))
     ends = [node.end_us for root in trace.roots if root.kind != "agent" for node in root.walk() if node.end_us]
-    gap_us = max(_SHORTEST_GAP_US, (max(ends, default=0) - trace.started_us) // 10)
+    gap_us = max(_MIN_GAP_US, (max(ends, default=0) - trace.started_us) // 10)
     for root in trace.roots:
         _grow(tree, root, trace.started_us, gap_us)
     return tree
 
 
 def line(node: Node, zero_us: int) -> Text:
-    """One node as one line."""
+    """Render one node as one line."""
     text = Text(f"{offset(node.start_us - zero_us)}  ", style="")
-    text.append(_words(node), style=_STYLES.get(node.status, "") if node.kind in ("task", "attempt", "tool") else "")
+    text.append(_describe(node), style=_STYLES.get(node.status, "") if node.kind in ("task", "attempt", "tool") else "")
     text.no_wrap = False
     return text
 
@@ -53,17 +53,17 @@ def _grow(tree: Tree, node: Node, zero_us: int, gap_us: int) -> None:
     branch = tree.add(line(node, zero_us))
     last: int | None = None
     for child in node.children:
-        # What an agent does between two tasks is not this trace's silence.
+        # The time between two tasks of an agent is no gap of this trace.
         if last is not None and child.start_us - last > gap_us and node.kind != "agent":
             branch.add(Text(f"⋮ nothing for {duration(child.start_us - last)}", style="dim"))
         _grow(branch, child, zero_us, gap_us)
         last = max(last or 0, child.end_us or child.start_us)
 
 
-def _words(node: Node) -> str:
+def _describe(node: Node) -> str:
     write = _WRITERS.get(node.kind, _step)
     words = safe_text(write(node))
-    return words if len(words) <= _LONGEST else words[: _LONGEST - 1] + "…"
+    return words if len(words) <= _MAX_LINE else words[: _MAX_LINE - 1] + "…"
 
 
 def _agent(node: Node) -> str:
@@ -140,9 +140,9 @@ _WRITERS: Final = {
 }
 
 
-_WHOLE_TASK_ID: Final = 28
-_EVERY_S: Final = 0.5
-_LINGER_S: Final = 1.5
+_TASK_ID_LENGTH: Final = 28
+_FOLLOW_INTERVAL: Final = 0.5
+_LATE_EVENTS_WAIT: Final = 1.5
 
 
 @click.command(
@@ -154,44 +154,44 @@ Examples:
 """,
 )
 @click.argument("wanted", metavar="ID")
-@click.option("--follow", is_flag=True, help="Go on until every task of the trace has ended.")
+@click.option("--follow", is_flag=True, help="Update the tree until every task of the trace has ended.")
 @json_option
 @redis_option
 @with_orchestrator
 def trace(wanted: str, follow: bool, as_json: bool, redis_url: str, orchestrator: str, insecure: bool) -> None:
-    """Show one tree from the agent's spawn and the submit to the result.
+    """Show the history of a task as a tree, from the start of its agent and its submission to the result.
 
-    ID is a task's id or a trace's id, or the beginning of one where only one begins so. The tree shows attempts with
-    their reasons, tool calls, usage and your own events, each with its time since the submission in seconds, and where
-    nothing happened for long. It is made of the events in Redis; the orchestrator need not run.
+    ID is a task id or a trace id, or a unique prefix of one. The tree shows attempts and why they ended, tool calls,
+    usage and your own events. Each line starts with the seconds since the submission, and long gaps are marked. The
+    tree is built from the events in Redis, so the orchestrator need not run.
     """
     check_id(wanted)
     run(_trace(wanted, follow, as_json, redis_url, (orchestrator, insecure)))
 
 
 async def _trace(wanted: str, follow: bool, as_json: bool, redis_url: str, client: tuple[str, bool]) -> None:
-    async with events_link(redis_url) as link:
+    async with open_redis(redis_url) as link:
         with _progress() as progress:
             streams = await StreamRegistry().streams(link)
             if not streams:
-                raise UnknownStream("no streams yet: nobody has published, so there is nothing to trace")
-            found = await _ask_orchestrator(wanted, *client) or await find_trace(link, streams, wanted, progress)
-            tree, trimmed = await _look(link, found, progress)
+                raise UnknownStream("no streams yet: nothing has published, so there is nothing to trace")
+            found = await _range_from_orchestrator(wanted, *client) or await find_trace(link, streams, wanted, progress)
+            tree, trimmed = await _read_trace(link, found, progress)
         if follow and not tree.finished:
             tree, trimmed = await _follow(link, found, tree, as_json)
             if not as_json:
-                _tell_trimmed(trimmed)
+                _warn_trimmed(trimmed)
                 return
     if not as_json:
         stdout_console().print(render(tree))
-        _tell_trimmed(trimmed)
+        _warn_trimmed(trimmed)
     else:
         print_json({**tree.to_json(), "possibly_trimmed": trimmed})
 
 
-async def _ask_orchestrator(wanted: str, orchestrator: str, insecure: bool) -> Found | None:
-    """What it knows of a task whose id is whole; None where it cannot tell."""
-    if not wanted.startswith("t") or len(wanted) < _WHOLE_TASK_ID:
+async def _range_from_orchestrator(wanted: str, orchestrator: str, insecure: bool) -> TraceRange | None:
+    """Return the range of a task by its full id; None if the orchestrator does not answer or does not know it."""
+    if not wanted.startswith("t") or len(wanted) < _TASK_ID_LENGTH:
         return None
     try:
         async with open_client(orchestrator, insecure, patience=0) as client:
@@ -201,29 +201,29 @@ async def _ask_orchestrator(wanted: str, orchestrator: str, insecure: bool) -> F
     span = parse_traceparent(task.traceparent)
     if span is None or not task.submitted_us:
         return None
-    return Found(trace_id=span.trace_id, bounds=task_bounds(task.submitted_us, task.ended_us))
+    return TraceRange(trace_id=span.trace_id, bounds=task_range(task.submitted_us, task.ended_us))
 
 
-async def _look(link: Connection, found: Found, progress: ScanProgress) -> tuple[Trace, list[str]]:
-    # Streams that were registered meanwhile belong to the trace too.
+async def _read_trace(link: Connection, found: TraceRange, progress: ScanProgress) -> tuple[Trace, list[str]]:
+    # Includes streams that were registered in the meantime.
     streams = await StreamRegistry().streams(link)
     records, trimmed = await scan_trace(link, streams, found, progress)
     if not records:
-        raise UnknownTask(f"no event of trace {found.trace_id} is left in the streams: they were trimmed since")
+        raise UnknownTask(f"no event of trace {found.trace_id} is left in the streams: they have been trimmed")
     return build_trace(found.trace_id, records), trimmed
 
 
-async def _follow(link: Connection, found: Found, tree: Trace, as_json: bool) -> tuple[Trace, list[str]]:
-    """Looks again and again until the trace has ended, and a little longer for what comes late."""
-    open_end = Found(trace_id=found.trace_id, bounds=task_bounds((found.bounds.start_ms + 1000) * 1000, 0))
+async def _follow(link: Connection, found: TraceRange, tree: Trace, as_json: bool) -> tuple[Trace, list[str]]:
+    """Read the trace repeatedly until it has ended, and a little longer for late events."""
+    open_end = TraceRange(trace_id=found.trace_id, bounds=task_range((found.bounds.start_ms + 1000) * 1000, 0))
     console = Console(quiet=True) if as_json else stdout_console()
     ended_at: float | None = None
     trimmed: list[str] = []
     with Live(render(tree), console=console, auto_refresh=False, vertical_overflow="visible") as live:
-        while ended_at is None or time.monotonic() < ended_at + _LINGER_S:
-            await asyncio.sleep(_EVERY_S)
+        while ended_at is None or time.monotonic() < ended_at + _LATE_EVENTS_WAIT:
+            await asyncio.sleep(_FOLLOW_INTERVAL)
             try:
-                tree, trimmed = await _look(link, open_end, _silent)
+                tree, trimmed = await _read_trace(link, open_end, _silent)
             except OrkiError as error:
                 if not error.retryable:
                     raise
@@ -235,12 +235,12 @@ async def _follow(link: Connection, found: Found, tree: Trace, as_json: bool) ->
 
 
 def _silent(_: str, __: float) -> None:
-    """Takes progress and shows nothing."""
+    """Ignore progress."""
 
 
 @contextmanager
 def _progress() -> Iterator[ScanProgress]:
-    """A bar for each stream that takes more than a page, on a terminal."""
+    """Show a progress bar for each stream of more than one page, on a terminal."""
     console = stderr_console()
     if not console.is_terminal:
         yield _silent
@@ -256,9 +256,9 @@ def _progress() -> Iterator[ScanProgress]:
         yield show
 
 
-def _tell_trimmed(trimmed: list[str]) -> None:
+def _warn_trimmed(trimmed: list[str]) -> None:
     if trimmed:
         stderr_console().print(
-            f"entries of that time may have been trimmed from: {', '.join(trimmed)} (their retention is shorter than "
-            "the trace is old)"
+            f"entries of this trace may have been trimmed from: {', '.join(trimmed)} (the trace is older than "
+            "their retention)"
         )

@@ -1,7 +1,7 @@
-"""Finds the entries of one trace in the streams: paged scans, bounded by the times of the trace's own tasks.
+"""Finds the entries of one trace in the streams by paged scans within the time range of its tasks.
 
-Entry ids begin with the server's milliseconds, and the store writes a task's events with the same clock. So a scan
-begins at the submission and ends some time after the task's end, whatever lies before and behind.
+Entry ids start with the server's time in milliseconds, and the store stamps a task's events with the same clock. A scan
+therefore starts just before the submission and ends some time after the task's end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from orki_events.entries import parse_id, stream_keys
 from orki_events.groups import parse_stream_state
 from orki_events.registry import RegisteredStream
 from orki_server._cli.trace_tree import TASK_EVENT, TraceRecord
-from orki_server._observers.entries import EntryView, Readers
+from orki_server._observers.entries import DecodedEntry, EntryDecoders
 
 _PAGE: Final = 1000
 _BEFORE_MS: Final = 1_000
@@ -27,16 +27,16 @@ _TASK_ID: Final = re.compile(r"t[0-9]{1,4}(-[0-9a-z]{0,26})?")
 _TRACE_ID: Final = re.compile(r"[0-9a-f]{1,32}")
 
 ScanProgress = Callable[[str, float], None]
-"""Called with the name of a stream and how much of it was read, 0 to 1."""
+"""Called with the name of a stream and the fraction that was read, 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """When a trace happened.
+    """The time range of a trace.
 
     Attributes:
-        start_ms: Before its first event, in milliseconds since the Unix epoch.
-        end_ms: After its last; None while one of its tasks runs.
+        start_ms: A time before its first event, in milliseconds since the Unix epoch.
+        end_ms: A time after its last event; None while one of its tasks runs.
     """
 
     start_ms: int
@@ -44,12 +44,12 @@ class Bounds:
 
 
 @dataclass(slots=True, kw_only=True)
-class Found:
-    """A trace that an id stands for.
+class TraceRange:
+    """A trace and its time range.
 
     Attributes:
         trace_id: 32 hex digits.
-        bounds: When it happened.
+        bounds: Its time range.
     """
 
     trace_id: str
@@ -64,82 +64,84 @@ class _Candidate:
 
 
 def check_id(wanted: str) -> None:
-    """Refuses what can be neither a task id nor a trace id, nor the beginning of one.
+    """Check that `wanted` can be a prefix of a task id or a trace id.
 
     Raises:
-        InvalidArgument: As said.
+        InvalidArgument: It cannot.
     """
     if not _TASK_ID.fullmatch(wanted) and not _TRACE_ID.fullmatch(wanted):
-        raise InvalidArgument(f'"{wanted}" is no task id (such as t3-01jc…) and no trace id (32 hex digits)')
+        raise InvalidArgument(f'"{wanted}" is neither a task id (such as t3-01jc…) nor a trace id (32 hex digits)')
 
 
 async def find_trace(
     link: Connection, streams: Sequence[RegisteredStream], wanted: str, progress: ScanProgress
-) -> Found:
-    """The trace whose id, or one of whose tasks' ids, begins with `wanted`, from the tasks' own events.
+) -> TraceRange:
+    """Find the trace whose id, or one of whose task ids, starts with `wanted`, by scanning the task events.
 
     Raises:
-        UnknownTask: There is none, or several.
-        OrkiError: The server does not answer or refuses.
+        UnknownTask: No trace or several match.
+        OrkiError: The server does not answer or refuses the command.
     """
     candidates: dict[str, _Candidate] = {}
     matching: dict[str, str] = {}
     for stream in streams:
         if stream.contract.message == TASK_EVENT:
-            async for view in scan(link, stream, "-", "+", progress, b""):
-                _note(view, candidates, matching, wanted)
+            async for entry in scan(link, stream, "-", "+", progress, b""):
+                _index_entry(entry, candidates, matching, wanted)
     traces = sorted(set(matching.values()))
     if not traces:
         raise UnknownTask(
-            f'no event of a task or trace "{wanted}" is in the streams: it is unknown, or older than their retention'
+            f'the streams have no event of a task or trace "{wanted}": it is unknown or older than their retention'
         )
     if len(traces) > 1:
         some = ", ".join(sorted(matching)[:4])
-        raise UnknownTask(f'"{wanted}" may mean {len(matching)} tasks or traces ({some}, …); give more of the id')
+        raise UnknownTask(f'"{wanted}" matches {len(matching)} tasks or traces ({some}, …); use a longer prefix')
     candidate = candidates[traces[0]]
     end_ms = None if candidate.open else candidate.end_us // 1000 + _AFTER_MS
-    return Found(trace_id=traces[0], bounds=Bounds(start_ms=candidate.start_us // 1000 - _BEFORE_MS, end_ms=end_ms))
+    return TraceRange(
+        trace_id=traces[0], bounds=Bounds(start_ms=candidate.start_us // 1000 - _BEFORE_MS, end_ms=end_ms)
+    )
 
 
-def task_bounds(submitted_us: int, ended_us: int) -> Bounds:
-    """The bounds of a task that the orchestrator told of."""
+def task_range(submitted_us: int, ended_us: int) -> Bounds:
+    """Return the time range of a task from its submission and end; `ended_us` is 0 while it runs."""
     return Bounds(start_ms=submitted_us // 1000 - _BEFORE_MS, end_ms=ended_us // 1000 + _AFTER_MS if ended_us else None)
 
 
 async def scan_trace(
-    link: Connection, streams: Sequence[RegisteredStream], found: Found, progress: ScanProgress
+    link: Connection, streams: Sequence[RegisteredStream], trace: TraceRange, progress: ScanProgress
 ) -> tuple[list[TraceRecord], list[str]]:
-    """All entries of the trace, and the lives of the agents that took part.
+    """Read all entries of a trace and the lifecycle events of its agents.
 
     Returns:
-        The entries, and the streams of which entries from that time may have been trimmed.
+        The entries, and the names of the streams whose entries of that time may have been trimmed.
 
     Raises:
-        OrkiError: The server does not answer or refuses.
+        OrkiError: The server does not answer or refuses the command.
     """
-    start, end = str(found.bounds.start_ms), "+" if found.bounds.end_ms is None else str(found.bounds.end_ms)
+    start, end = str(trace.bounds.start_ms), "+" if trace.bounds.end_ms is None else str(trace.bounds.end_ms)
     records: list[TraceRecord] = []
     trimmed = []
     for stream in streams:
-        if await _trimmed_since(link, stream, found.bounds.start_ms):
+        if await _trimmed_since(link, stream, trace.bounds.start_ms):
             trimmed.append(stream.contract.name)
-        needle = found.trace_id.encode()
-        views = scan(link, stream, start, end, progress, needle)
-        records += [_record(view) async for view in views if view.span and view.span.trace_id == found.trace_id]
+        needle = trace.trace_id.encode()
+        entries = scan(link, stream, start, end, progress, needle)
+        records += [_record(entry) async for entry in entries if entry.span and entry.span.trace_id == trace.trace_id]
     instances = {str(each.body.get("instance_id", "")) for each in records if each.message == TASK_EVENT} - {""}
     for stream in streams:
         if instances and stream.contract.message == "orki.events.v1.AgentEvent":
-            async for view in scan(link, stream, "-", end, progress, b""):
-                if view.body is not None and view.body.get("instance_id") in instances:
-                    records.append(_record(view))
-    return _relevant(records, found.bounds), trimmed
+            async for entry in scan(link, stream, "-", end, progress, b""):
+                if entry.body is not None and entry.body.get("instance_id") in instances:
+                    records.append(_record(entry))
+    return _relevant(records, trace.bounds), trimmed
 
 
 async def scan(
     link: Connection, stream: RegisteredStream, start: str, end: str, progress: ScanProgress, needle: bytes
-) -> AsyncIterator[EntryView]:
-    """Yields the entries between two ids whose envelope holds `needle`, page by page."""
-    reader = _READERS.of(stream)
+) -> AsyncIterator[DecodedEntry]:
+    """Yield the entries between two ids whose raw envelope contains `needle`, page by page."""
+    decoder = _DECODERS.of(stream)
     name = stream.contract.name
     for key in stream_keys(stream.contract):
         low, first, last = start, 0, 0
@@ -149,7 +151,7 @@ async def scan(
                 fields = dict(zip(flat[::2], flat[1::2], strict=True))
                 raw = fields.get(b"e", b"")
                 if needle in raw:
-                    yield reader.view(key, entry_id.decode(), raw or None, fields.get(b"d"))
+                    yield decoder.decode(key, entry_id.decode(), raw or None, fields.get(b"d"))
             if len(page) < _PAGE:
                 break
             if not first:
@@ -161,19 +163,19 @@ async def scan(
     progress(name, 1.0)
 
 
-_READERS: Final = Readers()
+_DECODERS: Final = EntryDecoders()
 
 
-def _note(view: EntryView, candidates: dict[str, _Candidate], matching: dict[str, str], wanted: str) -> None:
-    span, body = view.span, view.body or {}
+def _index_entry(entry: DecodedEntry, candidates: dict[str, _Candidate], matching: dict[str, str], wanted: str) -> None:
+    span, body = entry.span, entry.body or {}
     if span is None:
         return
     task_id = str(body.get("task_id", ""))
-    candidate = candidates.setdefault(span.trace_id, _Candidate(view.time_us))
-    candidate.start_us = min(candidate.start_us, view.time_us)
+    candidate = candidates.setdefault(span.trace_id, _Candidate(entry.time_us))
+    candidate.start_us = min(candidate.start_us, entry.time_us)
     if any(step in body for step in _ENDS):
         candidate.open.discard(task_id)
-        candidate.end_us = max(candidate.end_us, view.time_us)
+        candidate.end_us = max(candidate.end_us, entry.time_us)
     elif "submitted" in body:
         candidate.open.add(task_id)
     if task_id.startswith(wanted):
@@ -183,7 +185,7 @@ def _note(view: EntryView, candidates: dict[str, _Candidate], matching: dict[str
 
 
 def _relevant(records: list[TraceRecord], bounds: Bounds) -> list[TraceRecord]:
-    """Without what the agents did before the trace, but for how each began."""
+    """Drop agent events from before the trace, except each agent's start."""
     kept = []
     for record in records:
         if record.message == "orki.events.v1.AgentEvent" and record.time_us // 1000 < bounds.start_ms:
@@ -210,13 +212,13 @@ async def _last_ms(link: Connection, key: str) -> int:
     return parse_id(last[0][0]).milliseconds if last else 0
 
 
-def _record(view: EntryView) -> TraceRecord:
-    body = view.body if view.body is not None else {"problem": view.problem}
+def _record(entry: DecodedEntry) -> TraceRecord:
+    body = entry.body if entry.body is not None else {"problem": entry.problem}
     return TraceRecord(
-        stream=view.stream,
-        event_id=view.event_id,
-        time_us=view.time_us,
-        span=view.span,
-        message=view.message,
+        stream=entry.stream,
+        event_id=entry.event_id,
+        time_us=entry.time_us,
+        span=entry.span,
+        message=entry.message,
         body=body,
     )

@@ -1,13 +1,13 @@
-"""One trace as a tree, made of nothing but event entries.
+"""Builds the tree of one trace from event entries.
 
-Entries of orki's own streams say by themselves where they belong (task, attempt, agent); entries of a user's streams
-are placed by the span in their envelope. What cannot be placed hangs at the root: nothing is left out.
+Entries of orki's own streams name their task, attempt or agent. Entries of other streams are attached by the span in
+their envelope. Entries that match nothing are attached to the root, so that none is omitted.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -26,12 +26,12 @@ _AGENT_STEPS: Final = ("spawned", "connected", "disconnected", "replaced", "stop
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceRecord:
-    """One entry of a stream, as far as a trace needs it.
+    """The parts of a stream entry that a trace needs.
 
     Attributes:
         stream: Name of the stream.
-        event_id: Identity of the event, hex.
-        time_us: When it happened, in microseconds since the Unix epoch.
+        event_id: Id of the event, hex.
+        time_us: Time of the event, in microseconds since the Unix epoch.
         span: Span of the envelope; None outside a trace.
         message: Full name of the entry's message.
         body: The message as JSON, redacted.
@@ -51,12 +51,12 @@ class Node:
 
     Attributes:
         kind: `agent`, `task`, `attempt`, `queued`, `tool`, `usage`, `event`, or the name of a step such as `submitted`.
-        title: What it was, in words.
-        start_us: When it began, in microseconds since the Unix epoch.
-        end_us: When it ended; equal to `start_us` for what has no duration, None for what goes on.
-        status: `ok`, `failed`, `lost`, `cancelled`, `running`, or empty where there is nothing to judge.
-        details: Figures and names, JSON.
-        children: In the order of their beginnings.
+        title: Short description.
+        start_us: Start, in microseconds since the Unix epoch.
+        end_us: End; equal to `start_us` for an instant, None while it continues.
+        status: `ok`, `failed`, `lost`, `cancelled`, `running`, or empty if it has no outcome.
+        details: Further values, as JSON.
+        children: Sorted by start.
     """
 
     kind: str
@@ -68,7 +68,7 @@ class Node:
     children: list[Node] = field(default_factory=list)
 
     def walk(self) -> Iterator[Node]:
-        """The node and all below it."""
+        """Yield the node and its descendants."""
         yield self
         for child in self.children:
             yield from child.walk()
@@ -80,9 +80,9 @@ class Trace:
 
     Attributes:
         trace_id: 32 hex digits.
-        started_us: When its first task was submitted; times are shown relative to it.
+        started_us: Submission of its first task; times are shown relative to it.
         finished: Whether every task in it has ended.
-        roots: Agents first, then tasks, then what could not be placed.
+        roots: Agents, then tasks, then entries that match neither.
     """
 
     trace_id: str
@@ -91,7 +91,7 @@ class Trace:
     roots: list[Node]
 
     def to_json(self) -> dict[str, Any]:
-        """The tree as JSON, times in microseconds relative to `started_us`; keys are stable."""
+        """Return the tree as JSON with stable keys; times are microseconds relative to `started_us`."""
         return {
             "trace_id": self.trace_id,
             "started_us": self.started_us,
@@ -100,13 +100,8 @@ class Trace:
         }
 
 
-def task_ids(records: Iterable[TraceRecord]) -> list[str]:
-    """The tasks that the records speak of, in the order of their first events."""
-    return list(dict.fromkeys(str(each.body.get("task_id", "")) for each in records if each.message == TASK_EVENT))
-
-
 def build_trace(trace_id: str, records: Sequence[TraceRecord]) -> Trace:
-    """The tree of the records, which are those of the trace and the lives of the agents that took part in it."""
+    """Build the tree from the records of the trace and the lifecycle events of its agents."""
     builder = _Builder()
     once = {each.event_id: each for each in records}
     ordered = sorted(once.values(), key=lambda each: each.time_us)
@@ -133,7 +128,7 @@ class _Builder:
         self._parents: dict[str, str] = {}
         self._attempts: dict[tuple[str, int], Node] = {}
         self._spans: dict[str, Node] = {}
-        self._loose: list[Node] = []
+        self._unattached: list[Node] = []
 
     def task_event(self, record: TraceRecord) -> None:
         body = record.body
@@ -164,10 +159,10 @@ class _Builder:
             self._agents[instance] = agent
         step = next((each for each in _AGENT_STEPS if each in body), "event")
         facts = dict(body.get(step, {}))
-        told = next((each for each in agent.children if _same_step(each, step, facts)), None)
-        if told is not None:
-            # Agent and orchestrator both tell of a session's beginning and end.
-            told.details["reports"] = int(told.details.get("reports", 1)) + 1
+        reported = next((each for each in agent.children if _same_step(each, step, facts)), None)
+        if reported is not None:
+            # Agent and orchestrator both report the start and end of a session.
+            reported.details["reports"] = int(reported.details.get("reports", 1)) + 1
             return
         agent.children.append(_instant(step, record.time_us, details=facts))
         agent.status = {"stopped": "ok", "disconnected": "lost", "replaced": "lost"}.get(step, "running")
@@ -179,17 +174,17 @@ class _Builder:
         node = Node(kind="tool", title=str(body.get("method", "")), start_us=begun, end_us=record.time_us)
         node.status = "failed" if "reason" in body else "ok"
         node.details = _without(body, "method", "task_id", "attempt", "agent_id")
-        self._place(node, record)
+        self._attach(node, record)
 
     def usage_event(self, record: TraceRecord) -> None:
         node = _instant("usage", record.time_us, title=str(record.body.get("model", "")))
         node.details = _without(record.body, "model", "task_id", "attempt", "agent_id")
-        self._place(node, record)
+        self._attach(node, record)
 
     def other_event(self, record: TraceRecord) -> None:
         node = _instant("event", record.time_us, title=record.message.rpartition(".")[2])
         node.details = {"stream": record.stream, "event": record.body}
-        self._place(node, record)
+        self._attach(node, record)
 
     def trace(self, trace_id: str) -> Trace:
         roots = list(self._agents.values())
@@ -200,10 +195,10 @@ class _Builder:
                 roots.append(task)
             else:
                 above.children.append(task)
-        roots.extend(self._loose)
+        roots.extend(self._unattached)
         for root in roots:
             for node in root.walk():
-                # The spawn has the time of the agent's clock, the connecting that of the orchestrator's.
+                # "spawned" has the agent's clock and "connected" the orchestrator's, so times may be out of order.
                 node.children.sort(key=lambda each: (each.kind != "spawned", each.start_us))
         starts = [each.start_us for each in self._tasks.values()] or [each.start_us for each in roots] or [0]
         finished = bool(self._tasks) and all(each.end_us is not None for each in self._tasks.values())
@@ -240,7 +235,7 @@ class _Builder:
             if "reason" in facts:
                 running.details["reason"] = facts["reason"]
 
-    def _place(self, node: Node, record: TraceRecord) -> None:
+    def _attach(self, node: Node, record: TraceRecord) -> None:
         body, span = record.body, record.span
         owner = None
         if span is not None:
@@ -250,7 +245,7 @@ class _Builder:
             named = self._attempts.get((task_id, _number(body.get("attempt")))) or self._tasks.get(task_id)
             owner = named or owner
         if owner is None:
-            self._loose.append(node)
+            self._unattached.append(node)
         else:
             owner.children.append(node)
         if span is not None:
@@ -261,9 +256,9 @@ def _instant(kind: str, at_us: int, *, title: str = "", details: dict[str, Any] 
     return Node(kind=kind, title=title or kind.replace("_", " "), start_us=at_us, end_us=at_us, details=details or {})
 
 
-def _same_step(told: Node, step: str, facts: dict[str, Any]) -> bool:
+def _same_step(known: Node, step: str, facts: dict[str, Any]) -> bool:
     session = facts.get("session_epoch")
-    return session is not None and told.kind == step and told.details.get("session_epoch") == session
+    return session is not None and known.kind == step and known.details.get("session_epoch") == session
 
 
 def _end_attempt(attempt: Node, at_us: int, facts: dict[str, Any]) -> None:
@@ -274,7 +269,7 @@ def _end_attempt(attempt: Node, at_us: int, facts: dict[str, Any]) -> None:
 
 
 def _add_queued(task: Node) -> None:
-    """Shows the time between submission, or the end of an attempt, and the next offer."""
+    """Add a node for each wait between the submission, or the end of an attempt, and the next offer."""
     attempts = [each for each in task.children if each.kind == "attempt"]
     since, wait = task.start_us, 0
     for attempt in attempts:

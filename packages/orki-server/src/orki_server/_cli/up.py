@@ -1,4 +1,4 @@
-"""`orki up`: everything on this machine, for development."""
+"""`orki up`: runs everything on this machine, for development."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from typing import Any, Final
 import click
 
 from orki_contract.errors import InvalidSetting
+from orki_server._cli.options import ready_file_option
 from orki_server._process import Part, PartEnded, Supervisor, print_ready, run_until_stopped
 from orki_server.embedded import EmbeddedOptions, EmbeddedServer
 
-_LOOK_S: Final = 0.5
+_POLL_INTERVAL: Final = 0.5
 _REDIS_PORT: Final = 6379
 _METRICS_PORT: Final = 9464
 _FEED_PORT: Final = 9465
@@ -28,7 +29,7 @@ _LISTEN: Final = "127.0.0.1:50051"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Wishes:
+class _UpOptions:
     listen: str
     redis_url: str
     directory: Path | None
@@ -41,58 +42,63 @@ class _Wishes:
     epilog="""\b
 Examples:
   orki up
-  orki up --directory .orki       # tasks and events survive a restart
+  orki up --directory .orki       # keep tasks and events across restarts
   orki up --redis redis://127.0.0.1:6379/0
 """,
 )
-@click.option("--listen", metavar="HOST:PORT", default=_LISTEN, show_default=True, help="Where agents dial in.")
-@click.option("--redis", "redis_url", metavar="URL", default="", help="Use this Redis; else one is started.")
+@click.option(
+    "--listen", metavar="HOST:PORT", default=_LISTEN, show_default=True, help="Address for agents and submitters."
+)
+@click.option("--redis", "redis_url", metavar="URL", default="", help="Use this Redis instead of starting one.")
 @click.option(
     "--directory",
     metavar="DIR",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Keep the store and the audit file here; else both are gone at the end.",
+    help="Keep the store and the audit file in DIR; by default, both are deleted at the end.",
 )
-@click.option("--observers/--no-observers", default=True, help="Run metrics, audit and feed, too.")
+@click.option("--observers/--no-observers", default=True, help="Also run the observers: metrics, audit and feed.")
 @click.option("--json", "as_json", is_flag=True, help="Print the readiness line as JSON.")
-@click.option("--ready-file", metavar="FILE", type=click.Path(path_type=Path), help="Write it there as JSON, too.")
-def up(**wishes: Any) -> None:
-    """Run a Valkey, an orchestrator and the observers until interrupted. For production, see `orki serve`."""
-    asked = _Wishes(**wishes)
-    if "@" in asked.redis_url:
-        raise InvalidSetting(
-            "--redis: a password on the command line can be read by anybody; set ORKI_REDIS_URL instead"
-        )
-    url = asked.redis_url or os.environ.get("ORKI_REDIS_URL", "")
+@ready_file_option
+def up(**flags: Any) -> None:
+    """Run a Valkey server, an orchestrator and the observers until interrupted.
+
+    Use this command for development. For production, see `orki serve`.
+    """
+    options = _UpOptions(**flags)
+    if "@" in options.redis_url:
+        raise InvalidSetting("--redis: other users can read a password on the command line; set ORKI_REDIS_URL instead")
+    url = options.redis_url or os.environ.get("ORKI_REDIS_URL", "")
     with ExitStack() as stack:
-        home = asked.directory or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orki-")))
+        home = options.directory or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orki-")))
         try:
             home.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InvalidSetting(
-                f"--directory {home} cannot be made: {error.strerror}; name a folder that you may write to"
+                f"--directory {home} cannot be created: {error.strerror}; choose a writable directory"
             ) from error
         if not url:
             embedded = EmbeddedOptions(
-                directory=home / "valkey", append_only=asked.directory is not None, usual_port=_REDIS_PORT
+                directory=home / "valkey", append_only=options.directory is not None, usual_port=_REDIS_PORT
             )
             server = stack.enter_context(EmbeddedServer(embedded))
-            run_until_stopped(lambda stopped: _run(asked, server.url, home, stopped, server))
+            run_until_stopped(lambda stopped: _run(options, server.url, home, stopped, server))
         else:
-            run_until_stopped(lambda stopped: _run(asked, url, home, stopped, None))
+            run_until_stopped(lambda stopped: _run(options, url, home, stopped, None))
 
 
-async def _run(asked: _Wishes, url: str, home: Path, stopped: asyncio.Event, embedded: EmbeddedServer | None) -> None:
+async def _run(
+    options: _UpOptions, url: str, home: Path, stopped: asyncio.Event, embedded: EmbeddedServer | None
+) -> None:
     supervisor = Supervisor()
     try:
-        # Started together, and ended in this order: the orchestrator first, so that the observers see its last events.
-        parts = [_orchestrator(asked, url), *(_observers(url, home) if asked.observers else ())]
+        # All parts start together. The orchestrator stops first, so that the observers see its last events.
+        parts = [_orchestrator(options, url), *(_observers(url, home) if options.observers else ())]
         children = await asyncio.gather(*(supervisor.add(part) for part in parts))
         facts: dict[str, Any] = {"address": json.loads(children[0].ready)["address"], "redis_url": url}
         # An observer's line reads `orki NAME ready: WHERE`.
         facts |= {child.part.name: child.ready.partition(": ")[2] for child in children[1:]}
         facts["pids"] = {child.part.name: child.pid for child in children}
-        print_ready("up", _words(facts), facts, asked.as_json, asked.ready_file)
+        print_ready("up", _summary(facts), facts, options.as_json, options.ready_file)
         waiting = asyncio.create_task(stopped.wait())
         watching = asyncio.create_task(_until_ended(embedded))
         await asyncio.wait((waiting, watching, supervisor.failed), return_when=asyncio.FIRST_COMPLETED)
@@ -107,35 +113,34 @@ async def _run(asked: _Wishes, url: str, home: Path, stopped: asyncio.Event, emb
 
 
 async def _until_ended(embedded: EmbeddedServer | None) -> None:
-    """Returns never, unless the embedded server ends.
+    """Wait until the embedded server ends.
 
     Raises:
-        PartEnded: It has ended.
+        PartEnded: The server has ended.
     """
-    # Another thread's child has no event to wait for.
+    # The child belongs to another thread, so there is no event to wait for.
     while embedded is None or (code := embedded.exit_code()) is None:  # noqa: ASYNC110
-        await asyncio.sleep(_LOOK_S)
-    raise PartEnded(f"the embedded Valkey ended with exit code {code}; everything is stopped")
+        await asyncio.sleep(_POLL_INTERVAL)
+    raise PartEnded(f"the embedded Valkey ended with exit code {code}; all parts are stopped")
 
 
-def _words(facts: dict[str, Any]) -> str:
+def _summary(facts: dict[str, Any]) -> str:
     rows = [("orchestrator", facts["address"]), ("redis", facts["redis_url"])]
     rows += [(name, facts[name]) for name in ("metrics", "feed", "audit") if name in facts]
     hint = f"export ORKI_ORCHESTRATOR={facts['address']} ORKI_REDIS_URL={facts['redis_url']}"
     return "\n".join(["", *(f"  {name:<13} {where}" for name, where in rows), f"  elsewhere     {hint}"])
 
 
-def _orchestrator(asked: _Wishes, url: str) -> Part:
+def _orchestrator(options: _UpOptions, url: str) -> Part:
     return Part(
         name="serve",
-        argv=(*_orki(), "serve", "--listen", asked.listen, "--json"),
+        argv=(*_orki(), "serve", "--listen", options.listen, "--json"),
         environment={"ORKI_REDIS_URL": url},
         essential=True,
     )
 
 
 def _observers(url: str, home: Path) -> Iterator[Part]:
-    """What runs beside the orchestrator: name and command line; each says when it is ready, and may die."""
     for name, arguments in (
         ("metrics", ("--port", str(_port(_METRICS_PORT)))),
         ("feed", ("--port", str(_port(_FEED_PORT)))),
@@ -145,12 +150,11 @@ def _observers(url: str, home: Path) -> Iterator[Part]:
 
 
 def _orki() -> tuple[str, ...]:
-    """The command itself, in this very Python."""
     return (sys.executable, "-m", "orki_server")
 
 
 def _port(wanted: int) -> int:
-    """The usual port if it is free, else 0, for any."""
+    """Return `wanted` if it is free, else 0."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

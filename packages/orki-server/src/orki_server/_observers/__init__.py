@@ -1,1 +1,1 @@
-"""Readers of the event plane that people run: metrics, audit and feed, each a process of its own."""
+"""Readers of the event plane that run as processes of their own: metrics, audit and feed."""

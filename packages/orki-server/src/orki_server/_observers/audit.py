@@ -1,8 +1,18 @@
-"""The audit observer: every event of every stream, as one line of a file, redacted, exactly once.
+"""The audit observer: writes every event of every stream to a file, exactly once, as a redacted line of JSON.
 
-It consumes the group `audit` of each registered stream and finds new streams by itself. An event is acknowledged once
-its line is in the file (and on the disk, with `Fsync.BATCH`); what is delivered again after a crash is recognised by
-what the file holds. Its consumer has the same name at every start, so it takes up at once what it had not acknowledged.
+It consumes the group `audit` of each registered stream and discovers new streams. An event is acknowledged once its
+line is in the file and, with `Fsync.BATCH`, on the disk. Its consumer has the same name at every start, so it receives
+unacknowledged events again at once.
+
+Every line starts with `{"event_id":"` and 32 hex digits, so that ids are found without parsing. These rules make each
+line appear once although the process may be killed at any time:
+
+- `append` writes a batch of lines and, with `Fsync.BATCH`, syncs it before it returns. Only then may its events be
+  acknowledged. An unacknowledged event is delivered again.
+- `open` reads the ids at the end of the file, and `append` skips events whose ids it knows. It recognizes an event as
+  long as fewer than `remember` others were written since.
+- A last line without a newline was cut off by a crash. Its event was never acknowledged, so `open` removes the line.
+- A lock on the file excludes a second writer.
 """
 
 from __future__ import annotations
@@ -25,8 +35,8 @@ from typing import Final
 from orki_contract.errors import InvalidSetting, OrkiError
 from orki_contract.model import AUDIT_GROUP, Group, Stream
 from orki_events import DeliveryBatch, EventOptions, Events, RegisteredStream, connect
-from orki_server._observers.entries import Readers, follow_registered
-from orki_server._observers.http_server import announce
+from orki_server._observers.entries import EntryDecoders, poll_registry
+from orki_server._observers.http_server import print_ready_line
 from orki_server._observers.redaction import safe_json
 
 _START: Final = b'{"event_id":"'
@@ -36,10 +46,10 @@ _BLOCK: Final = 1 << 18
 
 
 class Fsync(StrEnum):
-    """When lines are forced to the disk.
+    """When lines are synced to the disk.
 
-    BATCH: Before their events are acknowledged; survives a power cut. NEVER: When the operating system likes; survives
-    the death of the process, not of the machine.
+    BATCH: before their events are acknowledged; lines survive a power failure. NEVER: when the operating system does
+    it; lines survive a crash of the process but not of the machine.
     """
 
     BATCH = "batch"
@@ -47,13 +57,13 @@ class Fsync(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AuditLogSettings:
-    """How the log is kept.
+class AuditLogOptions:
+    """Options of the log file.
 
     Attributes:
-        path: The file; its folder must exist.
-        fsync: When lines are forced to the disk.
-        remember: Ids kept in memory to recognise an event that comes again, at least 1000.
+        path: The file; its directory must exist.
+        fsync: When lines are synced to the disk.
+        remember: Number of ids kept in memory to recognize repeated events, at least 1000.
     """
 
     path: Path
@@ -62,60 +72,60 @@ class AuditLogSettings:
 
     def __post_init__(self) -> None:
         if self.remember < 1000:
-            raise InvalidSetting(f"remember is {self.remember}; give 1000 or more")
+            raise InvalidSetting(f"remember is {self.remember}; it must be 1000 or more")
 
 
 class AuditLog:
-    """An open audit log. Not for several threads at once."""
+    """An open audit log. Not thread-safe."""
 
-    def __init__(self, settings: AuditLogSettings) -> None:
+    def __init__(self, settings: AuditLogOptions) -> None:
         self._settings = settings
         self._descriptor = -1
         self._seen: OrderedDict[str, None] = OrderedDict()
 
     def open(self) -> int:
-        """Locks the file, heals its end and learns what it holds.
+        """Lock the file, remove an incomplete last line, and read the latest ids.
 
         Returns:
-            Bytes of a torn last line that were cut off; mostly 0.
+            Bytes of the incomplete last line that were removed; usually 0.
 
         Raises:
-            InvalidSetting: The file cannot be opened, or another process writes it.
+            InvalidSetting: The file cannot be opened, or another process writes to it.
         """
         path = self._settings.path
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise InvalidSetting(
-                f"{path} cannot be opened for appending: {error.strerror}; give another file"
+                f"{path} cannot be opened for appending: {error.strerror}; use another file"
             ) from error
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            torn = self._heal()
+            removed = self._remove_incomplete_line()
             self._seen = OrderedDict.fromkeys(reversed(list(self._last_ids())))
         except OSError as error:
             self.close()
-            why = "another process writes it" if isinstance(error, BlockingIOError) else str(error.strerror)
-            raise InvalidSetting(f"{path} cannot be used: {why}; give each audit observer a file of its own") from error
-        return torn
+            why = "another process writes to it" if isinstance(error, BlockingIOError) else str(error.strerror)
+            raise InvalidSetting(f"{path} cannot be used: {why}; each audit observer needs its own file") from error
+        return removed
 
     def close(self) -> None:
-        """Closes the file; harmless when it is closed."""
+        """Close the file; closing it again has no effect."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
     def append(self, lines: Sequence[tuple[str, str]]) -> int:
-        """Writes the lines whose events are not in the file yet; all of them are on the disk when it returns.
+        """Write the lines whose events are not in the file yet, and sync them with `Fsync.BATCH`.
 
         Args:
-            lines: Event id (32 hex digits) and line (without newline, beginning as the module says).
+            lines: Event id (32 hex digits) and line (without newline, starting with the id as described above).
 
         Returns:
-            How many lines were written.
+            Number of lines written.
 
         Raises:
-            OrkiError: The file takes no more; nothing of the batch is in it then.
+            OrkiError: Writing failed; nothing of the batch is in the file.
         """
         fresh = {event_id: line for event_id, line in lines if event_id not in self._seen}
         if fresh:
@@ -134,14 +144,14 @@ class AuditLog:
             if self._settings.fsync is Fsync.BATCH:
                 os.fdatasync(self._descriptor)
         except OSError as error:
-            with contextlib.suppress(OSError):  # a disk so broken is healed at the next start
+            with contextlib.suppress(OSError):  # the next start removes the incomplete line
                 os.ftruncate(self._descriptor, end)
             raise OrkiError(
-                f"{self._settings.path} takes no more lines: {error.strerror}; "
-                "make room, until then nothing is acknowledged"
+                f"{self._settings.path} cannot be written: {error.strerror}; "
+                "free disk space; until then no event is acknowledged"
             ) from error
 
-    def _heal(self) -> int:
+    def _remove_incomplete_line(self) -> int:
         size = os.fstat(self._descriptor).st_size
         for start, block in self._blocks_from_end(size):
             if (newline := block.rfind(b"\n")) >= 0:
@@ -154,7 +164,7 @@ class AuditLog:
         return size - whole
 
     def _last_ids(self) -> Iterator[str]:
-        """Ids from the last line backwards, `remember` at the most."""
+        """Yield up to `remember` ids from the last line backwards."""
         left = self._settings.remember
         rest = b""
         for start, block in self._blocks_from_end(os.fstat(self._descriptor).st_size):
@@ -184,39 +194,39 @@ def _event_id(line: bytes) -> str | None:
 _log = logging.getLogger("orki.audit")
 
 _BATCH: Final = 500
-_AGAIN_S: Final = 1.0
-# A kill counts as a delivery; no number of kills may turn an event into a dead letter.
+_RETRY_DELAY: Final = 1.0
+# A crash counts as a delivery, and crashes must not turn an event into a dead letter.
 _GROUP: Final = Group(name=AUDIT_GROUP.name, max_deliveries=1_000_000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditOptions:
-    """What the observer needs to know.
+    """Options of the audit observer.
 
     Attributes:
-        log: The file.
+        log: The log file.
     """
 
-    log: AuditLogSettings
+    log: AuditLogOptions
 
 
 async def run_audit(redis_url: str, options: AuditOptions, stopped: asyncio.Event) -> None:
-    """Writes until `stopped` is set, then finishes the lines at hand.
+    """Write events until `stopped` is set, then finish the current batches.
 
     Raises:
         InvalidSetting: The file or the URL cannot be used.
-        OrkiError: The event server refuses, for a reason that time does not mend.
+        OrkiError: The event server refuses permanently.
     """
     log = AuditLog(options.log)
     events = connect(redis_url, options=EventOptions(dedupe_window=0))
-    torn = log.open()
-    if torn:
-        _log.warning("%d bytes of a torn last line were cut off; its event was not acknowledged", torn)
+    removed = log.open()
+    if removed:
+        _log.warning("removed %d bytes of an incomplete last line; its event was not acknowledged", removed)
     try:
         async with events:
             audit = _Audit(events, log, options.log.path, stopped)
             try:
-                await follow_registered(events, stopped, audit.follow, _log)
+                await poll_registry(events, stopped, audit.follow, _log)
             finally:
                 await audit.end()
     finally:
@@ -230,15 +240,15 @@ class _Audit:
         self._path = path
         self._stopped = stopped
         self._consumer = consumer_name(path)
-        self._readers = Readers()
+        self._decoders = EntryDecoders()
         self._registered: dict[str, RegisteredStream] = {}
         self._tasks: dict[str, tuple[int, asyncio.Task[None]]] = {}
-        # One thread: lines of several streams are written one batch after the other, also when a task is cancelled.
+        # A single thread serializes the batches of all streams, even if a task is cancelled.
         self._writer = ThreadPoolExecutor(max_workers=1)
         self._announced = False
 
     async def follow(self, streams: list[RegisteredStream]) -> None:
-        """Consumes those that are not consumed yet, or have changed their partitions."""
+        """Start consumers for new streams and restart those whose number of partitions changed."""
         for each in streams:
             name, partitions = each.contract.name, each.contract.partitions
             self._registered[name] = each
@@ -251,10 +261,10 @@ class _Audit:
             self._tasks[name] = (partitions, asyncio.create_task(self._consume(each.contract), name=f"audit {name}"))
         if not self._announced:
             self._announced = True
-            announce("audit", str(self._path))
+            print_ready_line("audit", str(self._path))
 
     async def end(self) -> None:
-        """Ends all consumers in good order."""
+        """Stop all consumers cleanly."""
         await self._events.close()
         await asyncio.gather(*(task for _, task in self._tasks.values()), return_exceptions=True)
         self._writer.shutdown()
@@ -271,28 +281,28 @@ class _Audit:
                     async with batch:
                         await self._write(stream.name, batch)
         except OrkiError as error:
-            # Tried again at the next look at the registry.
+            # Retried at the next poll of the registry.
             _log.error('the stream "%s" cannot be read: %s', stream.name, error.message)
 
     async def _write(self, name: str, batch: DeliveryBatch[bytes]) -> None:
-        reader = self._readers.of(self._registered[name])
+        decoder = self._decoders.of(self._registered[name])
         lines = []
         for entry_id, envelope, event in zip(batch.entry_ids, batch.envelopes, batch.events, strict=True):
-            view = reader.view(batch.key, entry_id, envelope.SerializeToString(), event)
-            lines.append((view.event_id, safe_json(view.to_json())))
+            entry = decoder.decode(batch.key, entry_id, envelope.SerializeToString(), event)
+            lines.append((entry.event_id, safe_json(entry.to_json())))
         while True:
             try:
                 await asyncio.get_running_loop().run_in_executor(self._writer, self._log.append, lines)
                 return
             except OrkiError as error:
-                # Held, not failed: a full disk must not send events to the dead letters.
+                # The batch is kept and retried: a full disk must not turn events into dead letters.
                 _log.error("%s", error.message)
                 if self._stopped.is_set():
                     raise
-                await asyncio.sleep(_AGAIN_S)
+                await asyncio.sleep(_RETRY_DELAY)
 
 
 def consumer_name(path: Path) -> str:
-    """The consumer's name: the same for the same file of the same host."""
+    """Return a consumer name that depends only on host and file."""
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
     return f"audit.{socket.gethostname()}.{digest}"

@@ -1,7 +1,7 @@
-"""Entries of any registered stream made readable by the image that was registered with it, sensitive fields redacted.
+"""Reads and decodes the entries of any registered stream, with sensitive fields redacted.
 
-Nothing here was generated: a stream that a user registered a second ago is read like orki's own. What cannot be read is
-told by its size and never shown, since nobody can say what of it is sensitive.
+Entries are decoded with the image that was registered with their stream, without generated code, so that new streams
+need no restart. Of an entry that cannot be decoded only the size is shown, since any part of it may be sensitive.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from orki_server._observers.redaction import Redaction, time_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EntryView:
-    """One entry, readable.
+class DecodedEntry:
+    """A decoded entry.
 
     Attributes:
-        event_id: Identity of the event, 32 hex digits; made from the place of the entry where its envelope is broken.
+        event_id: Id of the event, 32 hex digits; if the envelope is invalid, a hash of key and entry id.
         stream: Name of the stream.
         key: Redis key of its partition.
-        entry_id: Entry id there.
-        time_us: When it happened, in microseconds since the Unix epoch; when it was written, where that is not known.
-        producer: Who wrote it; empty where that is not known.
-        sequence: Its number among those of the producer; 0 where that is not known.
+        entry_id: Entry id in the partition.
+        time_us: Time of the event, in microseconds since the Unix epoch; if unknown, the time it was written.
+        producer: Id of its producer; empty if unknown.
+        sequence: Its sequence number from that producer; 0 if unknown.
         traceparent: Its span; empty outside a trace.
-        span: The same, parsed, with its parent.
-        message: Full name of its message.
-        body: The message as JSON, redacted; None where it cannot be read.
-        problem: Why it cannot be read; empty when it can.
+        span: The span parsed, with its parent.
+        message: Full name of the message type.
+        body: The message as redacted JSON; None if it cannot be decoded.
+        problem: Why the entry cannot be decoded; empty if it can.
     """
 
     event_id: str
@@ -71,7 +71,7 @@ class EntryView:
     problem: str
 
     def to_json(self) -> dict[str, Any]:
-        """The entry with stable keys, `event_id` first; `event` is null and `problem` there where it cannot be read."""
+        """Return JSON with stable keys, `event_id` first; `event` is null and `problem` set if decoding failed."""
         shown: dict[str, Any] = {
             "event_id": self.event_id,
             "stream": self.stream,
@@ -90,22 +90,22 @@ class EntryView:
         return shown
 
 
-class EntryReader:
-    """Reads the entries of one stream."""
+class EntryDecoder:
+    """Decodes the entries of one stream."""
 
     def __init__(self, stream: RegisteredStream) -> None:
         self._name = stream.contract.name
         self._message = stream.contract.message
         self._class: type[Message] | None = None
         self._redaction = Redaction(())
-        self._problem = "no contract was registered with the stream"
+        self._problem = "the stream was registered without a contract"
         if stream.image is not None:
             try:
-                self._learn(stream.image)
+                self._load(stream.image)
             except InvalidContract as error:
-                self._problem = f"the contract that was registered with the stream is not valid: {error.message}"
+                self._problem = f"the contract registered with the stream is invalid: {error.message}"
 
-    def _learn(self, image: bytes) -> None:
+    def _load(self, image: bytes) -> None:
         classes: dict[str, type[Message] | None] = {}
 
         def known(full_name: str) -> type[Message] | None:
@@ -119,13 +119,13 @@ class EntryReader:
         self._redaction = Redaction(read_image(image).contract.sensitive, known)
         self._class = message_class(image, self._message)
 
-    def view(self, key: str, entry_id: str, raw_envelope: bytes | None, raw_event: bytes | None) -> EntryView:
-        """The entry with these fields, `e` and `d`; None for a field that it lacks."""
+    def decode(self, key: str, entry_id: str, raw_envelope: bytes | None, raw_event: bytes | None) -> DecodedEntry:
+        """Decode an entry from its fields `e` (envelope) and `d` (event); None for a missing field."""
         envelope, problem = _envelope(raw_envelope)
         body, why = self._body(raw_event)
-        place = hashlib.sha256(f"{key}/{entry_id}".encode()).hexdigest()[:32]
-        return EntryView(
-            event_id=envelope.event_id.hex() if envelope else place,
+        position = hashlib.sha256(f"{key}/{entry_id}".encode()).hexdigest()[:32]
+        return DecodedEntry(
+            event_id=envelope.event_id.hex() if envelope else position,
             stream=self._name,
             key=key,
             entry_id=entry_id,
@@ -147,22 +147,22 @@ class EntryReader:
         try:
             return self._redaction.redacted(self._class.FromString(raw)), ""
         except DecodeError:
-            return None, f"{len(raw)} bytes that hold no {self._message}, not shown"
+            return None, f"{len(raw)} bytes that are not a valid {self._message}, not shown"
 
 
-class Readers:
-    """A reader for each registered stream, made when first needed and anew when the stream's contract changes."""
+class EntryDecoders:
+    """A cache of decoders by stream; a decoder is replaced when the contract of its stream changes."""
 
     def __init__(self) -> None:
-        self._readers: dict[str, tuple[tuple[str, str], EntryReader]] = {}
+        self._decoders: dict[str, tuple[tuple[str, str], EntryDecoder]] = {}
 
-    def of(self, stream: RegisteredStream) -> EntryReader:
-        """The reader of a stream."""
+    def of(self, stream: RegisteredStream) -> EntryDecoder:
+        """Return the decoder of a stream."""
         name, version = stream.contract.name, (stream.digest, stream.contract.message)
-        kept = self._readers.get(name)
-        if kept is None or kept[0] != version:
-            kept = self._readers[name] = (version, EntryReader(stream))
-        return kept[1]
+        cached = self._decoders.get(name)
+        if cached is None or cached[0] != version:
+            cached = self._decoders[name] = (version, EntryDecoder(stream))
+        return cached[1]
 
 
 def _envelope(raw: bytes | None) -> tuple[Envelope | None, str]:
@@ -171,22 +171,21 @@ def _envelope(raw: bytes | None) -> tuple[Envelope | None, str]:
     try:
         return decode_envelope(raw), ""
     except EventUndecodable:
-        return None, f"an envelope of {len(raw)} bytes that cannot be read"
+        return None, f"an invalid envelope of {len(raw)} bytes"
 
 
-_LOOK_AGAIN_S: Final = 1.0
-_COUNT: Final = 200
+_PAGE: Final = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PossibleGap:
-    """Entries behind a cursor were trimmed; whether unread ones were among them cannot be told.
+    """Entries after a cursor may have been trimmed before they were read.
 
     Attributes:
         stream: Name of the stream.
         key: Redis key of the partition.
-        after: The cursor: entry id there.
-        first: Id of the oldest entry that is left.
+        after: Entry id of the cursor.
+        first: Id of the oldest remaining entry.
     """
 
     stream: str
@@ -195,8 +194,8 @@ class PossibleGap:
     first: str
 
 
-class MergedReader:
-    """Reads all streams, or some, from where a reader stands. One reader for each client."""
+class MultiStreamReader:
+    """Reads all streams, or some, in the order of their entries. Each client needs its own reader."""
 
     def __init__(
         self,
@@ -204,28 +203,28 @@ class MergedReader:
         *,
         names: Collection[str] = (),
         cursors: Mapping[str, str] | None = None,
-        block_ms: int = 1000,
+        max_wait: float = 1.0,
     ) -> None:
-        """Reads nothing yet.
+        """Create a reader; `start` must be called before `read`.
 
         Args:
-            link: A connection of this reader's own, since reads block.
-            names: Only these streams; empty: all.
-            cursors: Where the reader stands in each stream, as `parse_feed_cursor` reads it from `place`; a stream that
-                is not among them is read from its beginning. None: every stream from its end.
-            block_ms: Longest wait of a `read`.
+            link: A connection for this reader alone, since reads block.
+            names: Names of the streams to read; empty for all.
+            cursors: The cursor of each stream, as returned by `parse_feed_cursor`. A stream without one is read from
+                its beginning. None reads every stream from its end.
+            max_wait: Maximum wait of `read`, in seconds.
         """
         self._link = link
         self._names = frozenset(names)
         self._given = None if cursors is None else dict(cursors)
-        self._block_ms = block_ms
+        self._max_wait = max_wait
         self._registry = StreamRegistry()
-        self._readers = Readers()
+        self._decoders = EntryDecoders()
         self._streams: dict[str, RegisteredStream] = {}
         self._owner: dict[str, str] = {}
-        self._places: dict[str, str] = {}
+        self._positions: dict[str, str] = {}
         self._cursors: dict[str, str] = {}
-        self._looked = 0.0
+        self._registry_read_at = 0.0
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -233,25 +232,25 @@ class MergedReader:
         return tuple(self._streams)
 
     @property
-    def place(self) -> str:
-        """Where the reader stands in all streams after what `read` returned, as `format_feed_cursor` writes it.
+    def cursor(self) -> str:
+        """The cursor after the entries that `read` returned, as formatted by `format_feed_cursor`.
 
         Raises:
-            TooLarge: There are too many streams for one word.
+            TooLarge: There are too many streams for one cursor.
         """
         return format_feed_cursor(self._cursors)
 
     async def start(self) -> list[PossibleGap]:
-        """Takes up its place.
+        """Read the registry and set the start positions.
 
         Returns:
-            What may have been lost since the cursors were made.
+            Gaps since the cursors were made.
 
         Raises:
-            UnknownStream: A name is not registered; the message lists those that are.
-            InvalidArgument: A cursor belongs to a stream with another number of partitions.
-            TooLarge: There are too many streams for one word.
-            OrkiError: The server does not answer or refuses.
+            UnknownStream: A name is not registered; the error lists the registered names.
+            InvalidArgument: A cursor has another number of partitions than its stream.
+            TooLarge: There are too many streams for one cursor.
+            OrkiError: The server does not answer or refuses the command.
         """
         registered = await self._registry.streams(self._link)
         known = {each.contract.name for each in registered}
@@ -261,51 +260,52 @@ class MergedReader:
             )
         newest = await self._newest(registered) if self._given is None else {}
         self._follow(registered, newest)
-        self._looked = time.monotonic()
-        _ = self.place
+        self._registry_read_at = time.monotonic()
+        _ = self.cursor
         return await self._gaps() if self._given else []
 
-    async def read(self) -> list[tuple[str, EntryView]]:
-        """The next entries, oldest first, each with the reader's place after it; none when nothing came for a while.
+    async def read(self) -> list[tuple[str, DecodedEntry]]:
+        """Return the next entries, oldest first, each with the cursor after it; none if `max_wait` ends first.
 
         Raises:
-            TooLarge: There are too many streams for one word.
-            OrkiError: The server does not answer or refuses; reading may be tried again.
+            TooLarge: There are too many streams for one cursor.
+            OrkiError: The server does not answer or refuses the command; `read` may be called again.
         """
-        if time.monotonic() - self._looked > _LOOK_AGAIN_S:
+        if time.monotonic() - self._registry_read_at > _REGISTRY_INTERVAL:
             self._follow(await self._registry.streams(self._link), {})
-            self._looked = time.monotonic()
-        places = list(self._places.items())
-        if not places:
+            self._registry_read_at = time.monotonic()
+        positions = list(self._positions.items())
+        if not positions:
             return await self._wait()
-        command = (b"XREAD", b"COUNT", _COUNT, b"BLOCK", self._block_ms, b"STREAMS")
-        keys, ids = zip(*places, strict=True)
-        timeout = self._link.answer_timeout + self._block_ms / 1000
+        command = (b"XREAD", b"COUNT", _PAGE, b"BLOCK", round(self._max_wait * 1000), b"STREAMS")
+        keys, ids = zip(*positions, strict=True)
+        timeout = self._link.answer_timeout + self._max_wait
         reply = await self._link.execute((*command, *keys, *ids), timeout=timeout)
-        views = [self._view(key.decode(), entry) for key, entries in reply or () for entry in entries]
-        return [(self._pass(view), view) for view in sorted(views, key=lambda each: parse_id(each.entry_id))]
+        decoded = [self._decode(key.decode(), entry) for key, entries in reply or () for entry in entries]
+        decoded.sort(key=lambda each: parse_id(each.entry_id))
+        return [(self._advance(each), each) for each in decoded]
 
-    def _pass(self, view: EntryView) -> str:
-        self._places[view.key] = view.entry_id
-        self._cursors[view.stream] = self._cursor(view.stream)
-        return self.place
+    def _advance(self, entry: DecodedEntry) -> str:
+        self._positions[entry.key] = entry.entry_id
+        self._cursors[entry.stream] = self._stream_cursor(entry.stream)
+        return self.cursor
 
-    def _cursor(self, name: str) -> str:
-        return format_cursor(self._places[key] for key in stream_keys(self._streams[name].contract))
+    def _stream_cursor(self, name: str) -> str:
+        return format_cursor(self._positions[key] for key in stream_keys(self._streams[name].contract))
 
-    async def _wait(self) -> list[tuple[str, EntryView]]:
-        # Blocks in the server, so that a server that went away is noticed.
+    async def _wait(self) -> list[tuple[str, DecodedEntry]]:
+        # Blocks in the server, so that a lost connection is noticed.
         await self._link.execute(
-            (b"BLPOP", b"orki:nothing-is-here", b"%.3f" % (self._block_ms / 1000)),
+            (b"BLPOP", b"orki:nothing-is-here", b"%.3f" % self._max_wait),
             timeout=self._link.answer_timeout + 1.0,
         )
         return []
 
-    def _view(self, key: str, entry: Any) -> EntryView:
+    def _decode(self, key: str, entry: Any) -> DecodedEntry:
         entry_id, flat = entry
         fields = dict(zip(flat[::2], flat[1::2], strict=True))
-        reader = self._readers.of(self._streams[self._owner[key]])
-        return reader.view(key, entry_id.decode(), fields.get(b"e"), fields.get(b"d"))
+        decoder = self._decoders.of(self._streams[self._owner[key]])
+        return decoder.decode(key, entry_id.decode(), fields.get(b"e"), fields.get(b"d"))
 
     def _follow(self, registered: list[RegisteredStream], newest: Mapping[str, str]) -> None:
         for each in registered:
@@ -318,8 +318,8 @@ class MergedReader:
             self._streams[name] = each
             for key in keys:
                 self._owner[key] = name
-                self._places.setdefault(key, newest.get(key, ZERO_ID))
-            self._cursors[name] = self._cursor(name)
+                self._positions.setdefault(key, newest.get(key, ZERO_ID))
+            self._cursors[name] = self._stream_cursor(name)
 
     async def _newest(self, registered: list[RegisteredStream]) -> dict[str, str]:
         keys = [key for each in registered for key in stream_keys(each.contract)]
@@ -329,17 +329,21 @@ class MergedReader:
         }
 
     async def _gaps(self) -> list[PossibleGap]:
-        keys = [key for key, place in self._places.items() if place != ZERO_ID]
+        keys = [key for key, position in self._positions.items() if position != ZERO_ID]
         if not keys:
             return []
         types = await self._link.pipeline(*((b"TYPE", key) for key in keys))
-        there = [key for key, reply in zip(keys, types, strict=True) if _checked(reply) == b"stream"]
-        states = await self._link.pipeline(*((b"XINFO", b"STREAM", key) for key in there)) if there else []
+        existing = [key for key, reply in zip(keys, types, strict=True) if _checked(reply) == b"stream"]
+        states = await self._link.pipeline(*((b"XINFO", b"STREAM", key) for key in existing)) if existing else []
         gaps = []
-        for key, reply in zip(there, states, strict=True):
+        for key, reply in zip(existing, states, strict=True):
             state = parse_stream_state(_checked(reply))
-            if state.added > state.length and state.first_id and parse_id(state.first_id) > parse_id(self._places[key]):
-                gap = PossibleGap(stream=self._owner[key], key=key, after=self._places[key], first=state.first_id)
+            if (
+                state.added > state.length
+                and state.first_id
+                and parse_id(state.first_id) > parse_id(self._positions[key])
+            ):
+                gap = PossibleGap(stream=self._owner[key], key=key, after=self._positions[key], first=state.first_id)
                 gaps.append(gap)
         return gaps
 
@@ -350,75 +354,73 @@ def _checked(reply: Any) -> Any:
     return reply
 
 
-Use = Callable[[list[RegisteredStream]], Awaitable[None]]
-
 _REGISTRY_INTERVAL: Final = 1.0
 
 
-async def follow_registered(
+async def poll_registry(
     events: Events,
     stopped: asyncio.Event,
-    use: Callable[[list[RegisteredStream]], Awaitable[None]],
+    callback: Callable[[list[RegisteredStream]], Awaitable[None]],
     log: logging.Logger,
 ) -> None:
-    """Calls `use` with all registered streams, about every second, until `stopped` is set.
+    """Call `callback` with all registered streams, about every second, until `stopped` is set.
 
-    An event server that does not answer is waited for; one that refuses for good ends it.
+    Retryable errors are logged and retried.
 
     Raises:
-        OrkiError: The server refuses, for a reason that time does not mend.
+        OrkiError: The server refuses permanently.
     """
-    silent = False
+    failing = False
     while not stopped.is_set():
         try:
-            await use(await events.registered_streams())
-            if silent:
+            await callback(await events.registered_streams())
+            if failing:
                 log.info("the event server answers again")
-            silent = False
+            failing = False
         except OrkiError as error:
             if not error.retryable:
                 raise
-            if not silent:
-                log.warning("%s; trying again until it does", error.message)
-            silent = True
+            if not failing:
+                log.warning("%s; retrying", error.message)
+            failing = True
         try:
             await asyncio.wait_for(stopped.wait(), _REGISTRY_INTERVAL)
         except TimeoutError:
             continue
 
 
-LONGEST_CURSOR: Final = 7_000
-"""Bytes; browsers send it back in a header, and servers bound those at 8 KiB."""
+MAX_CURSOR: Final = 7_000
+"""Maximum cursor in bytes. Browsers send it back in a header, and servers limit headers to 8 KiB."""
 
-_NOWHERE: Final = "nowhere"
+_EMPTY_CURSOR: Final = "nowhere"
 _PART: Final = re.compile(r"([a-z][a-z0-9_.-]{0,63})=([0-9]+-[0-9]+(?:_[0-9]+-[0-9]+)*)")
 
 
 def format_feed_cursor(cursors: Mapping[str, str]) -> str:
-    """The word for these streams' cursors.
+    """Join the cursors of streams into one feed cursor.
 
     Raises:
         TooLarge: There are more streams and partitions than fit into a header.
     """
-    word = ";".join(f"{stream}={cursors[stream]}" for stream in sorted(cursors)) or _NOWHERE
-    if len(word) > LONGEST_CURSOR:
+    cursor = ";".join(f"{stream}={cursors[stream]}" for stream in sorted(cursors)) or _EMPTY_CURSOR
+    if len(cursor) > MAX_CURSOR:
         raise TooLarge(
-            f"the places in {len(cursors)} streams take {len(word)} bytes, more than the {LONGEST_CURSOR} that a "
-            "browser sends back: follow fewer streams, with ?stream=NAME"
+            f"the cursor of {len(cursors)} streams has {len(cursor)} bytes; browsers send back at most {MAX_CURSOR}: "
+            "follow fewer streams with ?stream=NAME"
         )
-    return word
+    return cursor
 
 
-def parse_feed_cursor(word: str) -> dict[str, str]:
-    """The cursors that a word names; an empty word names none.
+def parse_feed_cursor(cursor: str) -> dict[str, str]:
+    """Return the cursors of the streams in a feed cursor; an empty one has none.
 
     Raises:
-        InvalidArgument: It was not made by `format_feed_cursor`.
+        InvalidArgument: The text is not the result of `format_feed_cursor`.
     """
     cursors: dict[str, str] = {}
-    for part in word.split(";") if word not in ("", _NOWHERE) else ():
+    for part in cursor.split(";") if cursor not in ("", _EMPTY_CURSOR) else ():
         match = _PART.fullmatch(part)
-        if match is None or match[1] in cursors or len(word) > LONGEST_CURSOR:
-            raise InvalidArgument("Last-Event-ID is no id of this feed: leave it out to begin with the newest events")
+        if match is None or match[1] in cursors or len(cursor) > MAX_CURSOR:
+            raise InvalidArgument("Last-Event-ID is not an id of this feed; omit it to start with the newest events")
         cursors[match[1]] = match[2]
     return cursors

@@ -1,8 +1,8 @@
-"""The feed: all events, live, as server-sent events for a screen (https://html.spec.whatwg.org/#server-sent-events).
+"""The feed observer: all events live, as server-sent events (https://html.spec.whatwg.org/#server-sent-events).
 
-Each client reads with cursors of its own and no consumer group, so a closed browser pins nothing. The id of an event is
-the client's place in all streams at once: a client that sends it back as `Last-Event-ID`, to this process or to a later
-one, goes on exactly there. A client that does not take what it is sent is dropped; it may come back.
+Each client has its own cursors and no consumer group, so a closed browser retains nothing in Redis. The id of an event
+is the client's cursor in all streams at once. A client that sends it back as `Last-Event-ID`, to this process or a
+later one, continues exactly there. A client that does not read is disconnected and may reconnect.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 import time
 from dataclasses import dataclass, field
 from importlib import resources
@@ -18,16 +17,16 @@ from typing import Any, Final
 
 from aiohttp import web
 
+from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import InvalidArgument, InvalidSetting, OrkiError, UnknownStream
 from orki_events.connection import Address, Connection
-from orki_server._observers.entries import EntryView, MergedReader, parse_feed_cursor
-from orki_server._observers.http_server import ServerOptions, announce, serve_http
+from orki_server._observers.entries import DecodedEntry, MultiStreamReader, parse_feed_cursor
+from orki_server._observers.http_server import ServerOptions, print_ready_line, serve_http
 from orki_server._observers.redaction import safe_json
 
 _log = logging.getLogger("orki.feed")
 
 _RETRY_MS: Final = 1_000
-_AGAIN_S: Final = (0.05, 2.0)
 _PAGE: Final = {
     "/": ("feed.html", "text/html"),
     "/feed.css": ("feed.css", "text/css"),
@@ -43,32 +42,33 @@ _HEADERS: Final = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeedOptions:
-    """How the feed behaves.
+    """Options of the feed.
 
     Attributes:
-        server: Where it answers.
-        clients: Most clients at once; the next one is refused.
-        heartbeat_s: Longest silence; then a comment is sent, in seconds.
-        send_timeout_s: A client that takes nothing for this long is dropped, in seconds. Until then one batch of events
-            and the connection's own buffer wait for it, no more.
-        event_bytes: Longest event in bytes; of a longer one only the head is sent.
+        server: Address of the HTTP server.
+        clients: Maximum number of clients; further ones are refused.
+        heartbeat_interval: Seconds without an event after which a comment is sent.
+        send_timeout: Seconds after which a client that reads nothing is disconnected. Until then, at most one batch of
+            events and the connection's buffer are held for it.
+        event_bytes: Maximum size of an event in bytes; a longer one is sent without its body.
     """
 
     server: ServerOptions = field(default_factory=ServerOptions)
     clients: int = 64
-    heartbeat_s: float = 10.0
-    send_timeout_s: float = 10.0
+    heartbeat_interval: float = 10.0
+    send_timeout: float = 10.0
     event_bytes: int = 262_144
 
     def __post_init__(self) -> None:
-        if self.clients < 1 or self.heartbeat_s <= 0 or self.send_timeout_s <= 0 or self.event_bytes < 1024:
+        if self.clients < 1 or self.heartbeat_interval <= 0 or self.send_timeout <= 0 or self.event_bytes < 1024:
             raise InvalidSetting(
-                "the feed needs clients from 1, event_bytes from 1024, and heartbeat_s and send_timeout_s above 0"
+                "the feed needs at least 1 client, event_bytes of at least 1024, and heartbeat_interval and "
+                "send_timeout above 0"
             )
 
 
 async def run_feed(address: Address, options: FeedOptions, stopped: asyncio.Event) -> None:
-    """Serves until `stopped` is set; then ends every client's stream.
+    """Serve until `stopped` is set, then end every client's stream.
 
     Raises:
         InvalidSetting: The port is taken.
@@ -79,7 +79,7 @@ async def run_feed(address: Address, options: FeedOptions, stopped: asyncio.Even
         app.router.add_get(path, _static(name, kind))
     app.router.add_get("/events", feed.events)
     async with serve_http(app, options.server) as url:
-        announce("feed", f"{url}/")
+        print_ready_line("feed", f"{url}/")
         await stopped.wait()
         await feed.ended()
 
@@ -103,16 +103,16 @@ class _Feed:
         self._empty.set()
 
     async def ended(self) -> None:
-        """Waits until every client was told of the end."""
+        """Wait until the streams of all clients have ended."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._empty.wait(), 2 * self._options.send_timeout_s)
+            await asyncio.wait_for(self._empty.wait(), 2 * self._options.send_timeout)
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """`GET /events[?stream=NAME…]`."""
         if self._clients >= self._options.clients:
-            return _refusal(503, f"{self._clients} clients follow already, the most that this feed takes: close one")
+            return _error_response(503, f"the feed already has {self._clients} clients, its maximum; close one")
         if self._stopped.is_set():
-            return _refusal(503, "the feed is stopping")
+            return _error_response(503, "the feed is stopping")
         self._clients += 1
         self._empty.clear()
         link = Connection(self._address, name="orki:feed", connect_timeout=5.0, answer_timeout=10.0)
@@ -129,13 +129,13 @@ class _Feed:
             reader = _reader(request, link)
             gaps = await reader.start()
         except (InvalidArgument, UnknownStream) as error:
-            return _refusal(400, error.message)
+            return _error_response(400, error.message)
         except OrkiError as error:
-            return _refusal(503, error.message)
-        client = _Client(request, self._options.send_timeout_s)
+            return _error_response(503, error.message)
+        client = _Client(request, self._options.send_timeout)
         await client.start()
         try:
-            await client.send(_block("hello", safe_json({"streams": reader.streams}), reader.place, retry=True))
+            await client.send(_block("hello", safe_json({"streams": reader.streams}), reader.cursor, retry=True))
             for gap in gaps:
                 shown = {"stream": gap.stream, "key": gap.key, "after": gap.after, "first": gap.first}
                 await client.send(_block("gap", safe_json(shown)))
@@ -144,25 +144,24 @@ class _Feed:
             client.drop()
         return client.response
 
-    async def _copy(self, reader: MergedReader, client: _Client) -> None:
-        failures = 0
+    async def _copy(self, reader: MultiStreamReader, client: _Client) -> None:
+        backoff = Jitter(JitterOptions(initial=0.1, maximum=2.0, spread=0.5))
         while not self._stopped.is_set():
             try:
                 entries = await self._read(reader)
-                failures = 0
+                backoff.reset()
             except OrkiError as error:
-                # The reader keeps its place; the client hears why nothing comes.
+                # The reader keeps its cursor. The comment tells the client why no events arrive.
                 await client.send(f": {safe_json(error.message)}\n\n")
-                failures += 1
-                await asyncio.sleep(random.uniform(_AGAIN_S[0], min(_AGAIN_S[1], _AGAIN_S[0] * 2**failures)))
+                await asyncio.sleep(backoff.failed())
                 continue
             if entries:
-                await client.send("".join(_block("", self._shown(view), place) for place, view in entries))
-            elif client.silent_s > self._options.heartbeat_s:
-                await client.send(": still here\n\n")
+                await client.send("".join(_block("", self._entry_json(entry), cursor) for cursor, entry in entries))
+            elif client.idle_time > self._options.heartbeat_interval:
+                await client.send(": heartbeat\n\n")
 
-    async def _read(self, reader: MergedReader) -> list[tuple[str, EntryView]]:
-        """One read, given up when the feed stops."""
+    async def _read(self, reader: MultiStreamReader) -> list[tuple[str, DecodedEntry]]:
+        """Read once; return no entries if the feed stops."""
         reading = asyncio.ensure_future(reader.read())
         stopping = asyncio.ensure_future(self._stopped.wait())
         try:
@@ -173,57 +172,57 @@ class _Feed:
                 each.cancel()
             await asyncio.gather(reading, stopping, return_exceptions=True)
 
-    def _shown(self, view: EntryView) -> str:
-        whole = safe_json(view.to_json())
+    def _entry_json(self, entry: DecodedEntry) -> str:
+        whole = safe_json(entry.to_json())
         if len(whole) <= self._options.event_bytes:
             return whole
-        return safe_json({**view.to_json(), "event": None, "problem": f"{len(whole)} bytes, too long for the feed"})
+        return safe_json({**entry.to_json(), "event": None, "problem": f"{len(whole)} bytes, too large for the feed"})
 
 
 class _Client:
-    """The sending half of one client's connection."""
+    """The sending side of one client's connection."""
 
-    def __init__(self, request: web.Request, timeout_s: float) -> None:
+    def __init__(self, request: web.Request, timeout: float) -> None:
         self._request = request
-        self._timeout_s = timeout_s
+        self._timeout = timeout
         self._last = time.monotonic()
         self.response = web.StreamResponse(headers={**_HEADERS, "Content-Type": "text/event-stream; charset=utf-8"})
 
     @property
-    def silent_s(self) -> float:
+    def idle_time(self) -> float:
         return time.monotonic() - self._last
 
     async def start(self) -> None:
         await self.response.prepare(self._request)
 
     async def send(self, text: str) -> None:
-        """Raises TimeoutError when the client takes nothing, ConnectionError when it has gone."""
-        async with asyncio.timeout(self._timeout_s):
+        """Send text; raises TimeoutError if the client reads nothing, ConnectionError if it has disconnected."""
+        async with asyncio.timeout(self._timeout):
             await self.response.write(text.encode("ascii"))
         self._last = time.monotonic()
 
     def drop(self) -> None:
-        """Ends the connection without waiting for what lies in its buffer."""
+        """Abort the connection without flushing its buffer."""
         if self._request.transport is not None:
-            _log.warning("a client took nothing for %g s, or went away; it was dropped", self._timeout_s)
+            _log.warning("disconnected a client that read nothing for %g s or closed its connection", self._timeout)
             self._request.transport.abort()
 
 
-def _reader(request: web.Request, link: Connection) -> MergedReader:
+def _reader(request: web.Request, link: Connection) -> MultiStreamReader:
     if unknown := sorted(set(request.query) - {"stream"}):
-        raise InvalidArgument(f'unknown parameter "{unknown[0]}" (known: stream, which may be repeated)')
+        raise InvalidArgument(f'unknown parameter "{unknown[0]}" (known: stream, repeatable)')
     names = request.query.getall("stream", [])
     last = request.headers.get("Last-Event-ID", "")
-    return MergedReader(link, names=names, cursors=parse_feed_cursor(last) if last else None)
+    return MultiStreamReader(link, names=names, cursors=parse_feed_cursor(last) if last else None)
 
 
-def _block(kind: str, data: str, place: str = "", *, retry: bool = False) -> str:
+def _block(kind: str, data: str, cursor: str = "", *, retry: bool = False) -> str:
     lines = [f"retry: {_RETRY_MS}"] if retry else []
     lines += [f"event: {kind}"] if kind else []
-    lines += [f"id: {place}"] if place else []
+    lines += [f"id: {cursor}"] if cursor else []
     return "\n".join([*lines, f"data: {data}", "", ""])
 
 
-def _refusal(status: int, message: str) -> web.Response:
+def _error_response(status: int, message: str) -> web.Response:
     headers = {**_HEADERS, "Retry-After": "2"} if status == 503 else _HEADERS
     return web.json_response({"error": message}, status=status, headers=headers)

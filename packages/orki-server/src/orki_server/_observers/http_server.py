@@ -1,4 +1,4 @@
-"""HTTP for this machine alone."""
+"""HTTP on loopback addresses, for observers."""
 
 from __future__ import annotations
 
@@ -6,25 +6,22 @@ import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
 
 from aiohttp import web
 
 from orki_contract.errors import InvalidSetting
 
-LOOPBACK: Final = "127.0.0.1"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerOptions:
-    """Where an observer answers HTTP. It has no password, so it is for this machine alone.
+    """Address of an observer's HTTP server. It has no password, so it serves loopback addresses only.
 
     Attributes:
         host: A loopback address.
-        port: 0 for any free one.
+        port: The port; 0 chooses a free one.
     """
 
-    host: str = LOOPBACK
+    host: str = "127.0.0.1"
     port: int = 0
 
     def __post_init__(self) -> None:
@@ -34,27 +31,27 @@ class ServerOptions:
             loopback = False
         if not loopback:
             raise InvalidSetting(
-                f'the observer cannot answer at "{self.host}": it has no password, so give a loopback address such as '
-                "127.0.0.1, and put a proxy of your own in front to reach it from elsewhere"
+                f'the observer cannot listen on "{self.host}": it has no password, so use a loopback address such as '
+                "127.0.0.1, with a proxy of your own in front for access from other hosts"
             )
         if not 0 <= self.port <= 65_535:
             raise InvalidSetting(f"the port is {self.port}; it must be from 0 to 65535")
 
 
-def announce(observer: str, where: str) -> None:
-    """Prints the one line of standard output, once the observer is ready: `orki NAME ready: WHERE`."""
+def print_ready_line(observer: str, where: str) -> None:
+    """Print the readiness line `orki NAME ready: WHERE`, the observer's only line on standard output."""
     print(f"orki {observer} ready: {where}", flush=True)
 
 
 @asynccontextmanager
 async def serve_http(app: web.Application, options: ServerOptions) -> AsyncIterator[str]:
-    """Serves an application for this machine alone; gives its URL.
+    """Serve an application on a loopback address; yields its URL.
 
     Raises:
         InvalidSetting: The port is taken.
     """
     app.middlewares.append(_only_this_machine)
-    # A client that leaves ends its handler, which otherwise would only notice at its next write.
+    # Cancel the handler of a client that disconnects; otherwise it would notice only at its next write.
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     try:
@@ -74,7 +71,7 @@ async def serve_http(app: web.Application, options: ServerOptions) -> AsyncItera
 async def _only_this_machine(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Refuses other names for this machine: a page from elsewhere could otherwise read us by DNS rebinding."""
+    """Refuse other host names, so that a remote page cannot read the server by DNS rebinding."""
     name = request.host.rpartition(":")[0] if not request.host.endswith("]") and ":" in request.host else request.host
     if name != "localhost" and not _is_loopback(name):
         return web.json_response({"error": f'"{name}" is not a name of this machine'}, status=403)

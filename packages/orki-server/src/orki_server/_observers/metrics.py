@@ -1,8 +1,7 @@
-"""The metrics observer: figures of the fleet for Prometheus, at `/metrics`.
+"""The metrics observer: serves the fleet's metrics to Prometheus at `/metrics`.
 
-It consumes the group `metrics` of orki's own streams, looks at the streams and groups themselves every second, and
-follows the agents' lives from their stream's beginning, so that the number of connected agents is right after a
-restart.
+It consumes the group `metrics` of orki's own streams and polls the state of streams and groups every second. It reads
+the stream of agent events from its beginning, so that the number of connected agents is right after a restart.
 """
 
 from __future__ import annotations
@@ -32,44 +31,44 @@ from orki_contract import EventStream
 from orki_contract.errors import InvalidSetting, OrkiError, UnknownStream
 from orki_events import EventOptions, Events, RegisteredStream, connect
 from orki_events.connection import Connection, parse_address
-from orki_server._observers.entries import MergedReader, follow_registered
-from orki_server._observers.http_server import ServerOptions, announce, serve_http
-from orki_server._observers.stream_stats import StreamFigures, stream_figures
+from orki_server._observers.entries import MultiStreamReader, poll_registry
+from orki_server._observers.http_server import ServerOptions, print_ready_line, serve_http
+from orki_server._observers.stream_stats import StreamStats, read_stream_stats
 
-_REMEMBERED: Final = 100_000
+_MAX_SEEN_EVENTS: Final = 100_000
 _TOOL_BUCKETS: Final = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)
 _TASK_BUCKETS: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 7200.0)
-_OPEN_TASKS: Final = 200_000
+_MAX_OPEN_TASKS: Final = 200_000
 
 
-class MetricsBook:
-    """All of the observer's figures."""
+class FleetMetrics:
+    """The metrics of the fleet, as Prometheus collectors."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._submitted: OrderedDict[str, int] = OrderedDict()
         self._connected: dict[str, str] = {}
-        self._own_figures()
-        self._fleet_figures()
+        self._create_stream_metrics()
+        self._create_task_metrics()
 
-    def _own_figures(self) -> None:
+    def _create_stream_metrics(self) -> None:
         registry = self._registry
         self._events = Counter("orki_events", "Events counted.", ["stream"], registry=registry)
         by_group = ["stream", "group"]
-        self._entries = Gauge("orki_stream_entries", "Entries that a stream holds.", ["stream"], registry=registry)
+        self._entries = Gauge("orki_stream_entries", "Entries in a stream.", ["stream"], registry=registry)
         self._lag = Gauge(
             "orki_group_lag_entries",
-            "Entries that a consumer group has not been given; NaN: the server cannot tell.",
+            "Entries not delivered to a consumer group yet; NaN if the server does not know.",
             by_group,
             registry=registry,
         )
         self._pending = Gauge(
-            "orki_group_pending_entries", "Entries given and not acknowledged.", by_group, registry=registry
+            "orki_group_pending_entries", "Entries delivered and not acknowledged.", by_group, registry=registry
         )
         self._oldest = Gauge(
             "orki_group_oldest_pending_seconds",
-            "Age of the oldest entry that was given and not acknowledged.",
+            "Age of the oldest entry delivered and not acknowledged.",
             by_group,
             registry=registry,
         )
@@ -77,14 +76,14 @@ class MetricsBook:
             "orki_group_dead_letters", "Entries in a group's dead letter stream.", by_group, registry=registry
         )
 
-    def _fleet_figures(self) -> None:
+    def _create_task_metrics(self) -> None:
         registry = self._registry
         by_model = ["model", "provider", "agent"]
         self._tokens = Counter("orki_tokens", "Language model tokens.", [*by_model, "kind"], registry=registry)
         self._cost = Counter("orki_cost_dollars", "Cost of language models in US dollars.", by_model, registry=registry)
         self._tools = Histogram(
             "orki_tool_duration_seconds",
-            "From the call of a tool to its end.",
+            "Time from the call of a tool to its end.",
             ["method", "reason"],
             registry=registry,
             buckets=_TOOL_BUCKETS,
@@ -94,7 +93,7 @@ class MetricsBook:
         )
         self._durations = Histogram(
             "orki_task_duration_seconds",
-            "From the submission of a task to its end.",
+            "Time from the submission of a task to its end.",
             ["method", "outcome"],
             registry=registry,
             buckets=_TASK_BUCKETS,
@@ -106,25 +105,25 @@ class MetricsBook:
             registry=registry,
         )
         self._submissions = Counter("orki_tasks_submitted", "Tasks accepted.", ["method"], registry=registry)
-        self._agent_steps = Counter("orki_agent_steps", "Steps in the lives of agents.", ["step"], registry=registry)
+        self._agent_steps = Counter("orki_agent_steps", "Lifecycle steps of agents.", ["step"], registry=registry)
         self._agents = Gauge("orki_agents_connected", "Agents with a session.", registry=registry)
 
     def count(self, stream: str, event_id: bytes, time_us: int, event: Message) -> bool:
-        """Counts one event of orki's own streams.
+        """Count one event of orki's own streams.
 
         Args:
             stream: Name of the stream.
-            event_id: Identity of the event.
-            time_us: When it happened, in microseconds since the Unix epoch.
-            event: The message; one of another kind is counted as an event and no more.
+            event_id: Id of the event.
+            time_us: Time of the event, in microseconds since the Unix epoch.
+            event: The message; of an unknown type, only the number of events is counted.
 
         Returns:
-            False when this event was counted before.
+            False if this event was counted before.
         """
         if event_id in self._seen:
             return False
         self._seen[event_id] = None
-        if len(self._seen) > _REMEMBERED:
+        if len(self._seen) > _MAX_SEEN_EVENTS:
             self._seen.popitem(last=False)
         self._events.labels(stream).inc()
         if isinstance(event, TaskEvent):
@@ -138,13 +137,13 @@ class MetricsBook:
         return True
 
     def follow_agent(self, agent_id: str, instance_id: str, step: str) -> None:
-        """Keeps the number of connected agents.
+        """Update the number of connected agents.
 
         Args:
             agent_id: The agent.
             instance_id: Its process.
-            step: What happened to it, as a field of AgentEvent's oneof. All steps since the stream's beginning, in
-                their order, give the truth; what was counted before an observer's start is part of it.
+            step: The field of AgentEvent's oneof. The number is right once all steps since the beginning of the stream
+                have been passed in order.
         """
         if step == "connected":
             self._connected[agent_id] = instance_id
@@ -152,8 +151,8 @@ class MetricsBook:
             del self._connected[agent_id]
         self._agents.set(len(self._connected))
 
-    def set_streams(self, streams: Iterable[StreamFigures]) -> None:
-        """Replaces how full the streams are and where their groups stand."""
+    def set_streams(self, streams: Iterable[StreamStats]) -> None:
+        """Replace the gauges of streams and groups."""
         for gauge in (self._entries, self._lag, self._pending, self._oldest, self._dead):
             gauge.clear()
         for stream in streams:
@@ -165,7 +164,7 @@ class MetricsBook:
                 self._dead.labels(each.stream, each.group).set(each.dead_letters)
 
     def exposition(self) -> bytes:
-        """The figures in Prometheus' text format."""
+        """Return all metrics in the Prometheus text format."""
         return generate_latest(self._registry)
 
     def _task(self, event: TaskEvent, time_us: int) -> None:
@@ -173,7 +172,7 @@ class MetricsBook:
         if step == "submitted":
             self._submissions.labels(event.method).inc()
             self._submitted[event.task_id] = time_us
-            if len(self._submitted) > _OPEN_TASKS:
+            if len(self._submitted) > _MAX_OPEN_TASKS:
                 self._submitted.popitem(last=False)
         elif step == "attempt_ended":
             self._attempts.labels(event.method, _reason(event.attempt_ended.reason)).inc()
@@ -197,7 +196,7 @@ class MetricsBook:
 
 
 def _reason(reason: Reason.ValueType) -> str:
-    """The reason as a label: `none`, its name in lower case, or its number where a newer writer knows more."""
+    """Return a reason as a label: `none`, its name in lower case, or the number of an unknown one."""
     if reason == Reason.REASON_UNSPECIFIED:
         return "none"
     try:
@@ -210,48 +209,48 @@ _log = logging.getLogger("orki.metrics")
 
 _GROUP: Final = "metrics"
 _BATCH: Final = 500
-_AGAIN_S: Final = 1.0
+_RETRY_DELAY: Final = 1.0
 _STREAMS: Final[tuple[EventStream[Any, Any], ...]] = (AGENTS, TASKS, TOOLS, USAGE)
 _AGENT_STEPS: Final = ("spawned", "connected", "disconnected", "replaced", "stopped")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricsOptions:
-    """How the observer behaves.
+    """Options of the metrics observer.
 
     Attributes:
-        server: Where it answers. With a port of its own, its consumer has the same name at every start, and takes up at
-            once what it had not acknowledged; with any free port, after the groups' acknowledgement deadline.
+        server: Address of the HTTP server. With a fixed port, the consumer has the same name at every start and
+            receives unacknowledged events again at once; with port 0, after the groups' acknowledgement deadline.
     """
 
     server: ServerOptions = field(default_factory=ServerOptions)
 
 
 async def run_metrics(redis_url: str, options: MetricsOptions, stopped: asyncio.Event) -> None:
-    """Counts and serves until `stopped` is set.
+    """Count events and serve metrics until `stopped` is set.
 
     Raises:
-        InvalidSetting: The port is taken, or the URL cannot be used.
-        OrkiError: The event server refuses, for a reason that time does not mend.
+        InvalidSetting: The port is taken, or the URL is invalid.
+        OrkiError: The event server refuses permanently.
     """
-    book = MetricsBook()
+    metrics = FleetMetrics()
     port = options.server.port
     consumer = f"metrics.{socket.gethostname()}.{port}" if port else None
     events = connect(redis_url, options=EventOptions(dedupe_window=0))
     link = Connection(parse_address(redis_url), name="orki:metrics", connect_timeout=5.0, answer_timeout=10.0)
     agents = Connection(parse_address(redis_url), name="orki:metrics:agents", connect_timeout=5.0, answer_timeout=10.0)
     app = web.Application()
-    app.router.add_get("/metrics", _exposition(book))
+    app.router.add_get("/metrics", _metrics_handler(metrics))
     async with serve_http(app, options.server) as url, events:
-        announce("metrics", f"{url}/metrics")
-        tasks = [asyncio.create_task(_count(events, each, book, consumer, stopped)) for each in _STREAMS]
-        tasks.append(asyncio.create_task(_follow_agents(agents, book)))
+        print_ready_line("metrics", f"{url}/metrics")
+        tasks = [asyncio.create_task(_count(events, each, metrics, consumer, stopped)) for each in _STREAMS]
+        tasks.append(asyncio.create_task(_follow_agents(agents, metrics)))
 
-        async def look(streams: list[RegisteredStream]) -> None:
-            book.set_streams(await stream_figures(link, streams))
+        async def poll_streams(streams: list[RegisteredStream]) -> None:
+            metrics.set_streams(await read_stream_stats(link, streams))
 
         try:
-            await follow_registered(events, stopped, look, _log)
+            await poll_registry(events, stopped, poll_streams, _log)
         finally:
             tasks[-1].cancel()
             await events.close()
@@ -260,18 +259,18 @@ async def run_metrics(redis_url: str, options: MetricsOptions, stopped: asyncio.
             await agents.close()
 
 
-def _exposition(book: MetricsBook) -> Any:
+def _metrics_handler(metrics: FleetMetrics) -> Any:
     async def answer(request: web.Request) -> web.Response:
         if request.query:
             return web.json_response({"error": "/metrics takes no parameters"}, status=400)
-        # The header as Prometheus wants it; aiohttp would refuse the charset inside of it.
-        return web.Response(body=book.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        # Set as a header, since aiohttp refuses a content type that contains a charset.
+        return web.Response(body=metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     return answer
 
 
 async def _count(
-    events: Events, stream: EventStream[Any, Any], book: MetricsBook, consumer: str | None, stopped: asyncio.Event
+    events: Events, stream: EventStream[Any, Any], metrics: FleetMetrics, consumer: str | None, stopped: asyncio.Event
 ) -> None:
     name = stream.contract.name
     while not stopped.is_set():
@@ -281,27 +280,27 @@ async def _count(
                 async for batch in batches:
                     async with batch as found:
                         for envelope, event in zip(batch.envelopes, found, strict=True):
-                            book.count(name, envelope.event_id, envelope.time_us, event)
+                            metrics.count(name, envelope.event_id, envelope.time_us, event)
         except OrkiError as error:
             if isinstance(error, InvalidSetting):
                 raise
             _log.error('the stream "%s" cannot be read: %s', name, error.message)
-            await asyncio.sleep(_AGAIN_S)
+            await asyncio.sleep(_RETRY_DELAY)
 
 
-async def _follow_agents(link: Connection, book: MetricsBook) -> None:
+async def _follow_agents(link: Connection, metrics: FleetMetrics) -> None:
     reader = None
     while True:
         try:
             if reader is None:
-                fresh = MergedReader(link, names=[AGENTS.contract.name], cursors={})
+                fresh = MultiStreamReader(link, names=[AGENTS.contract.name], cursors={})
                 await fresh.start()
                 reader = fresh
-            for _, view in await reader.read():
-                body = view.body or {}
+            for _, entry in await reader.read():
+                body = entry.body or {}
                 step = next((each for each in _AGENT_STEPS if each in body), "")
-                book.follow_agent(str(body.get("agent_id", "")), str(body.get("instance_id", "")), step)
+                metrics.follow_agent(str(body.get("agent_id", "")), str(body.get("instance_id", "")), step)
         except OrkiError as error:
             if not isinstance(error, UnknownStream):
-                _log.info("the agents cannot be followed now: %s", error.message)
-            await asyncio.sleep(_AGAIN_S)
+                _log.info("agent events cannot be read now: %s", error.message)
+            await asyncio.sleep(_RETRY_DELAY)

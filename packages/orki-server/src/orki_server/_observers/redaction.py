@@ -1,10 +1,10 @@
-"""Messages as JSON without what their contracts call sensitive.
+"""Converts messages to JSON with sensitive fields redacted, and text to safe forms for output.
 
-The shape is that of the proto3 JSON mapping (https://protobuf.dev/programming-guides/json/) with the field names of the
-proto: 64-bit integers are strings, enums are names, bytes are base64, fields that are not set are left out. A sensitive
-field becomes `REDACTED`, whatever it holds and at every depth: in nested messages, repeated fields, map values, oneofs
-and `google.protobuf.Any`. Of fields that the contract at hand does not know only the numbers are told, under
-`UNKNOWN_FIELDS`: they may come from a newer contract that calls them sensitive.
+The JSON follows the proto3 mapping (https://protobuf.dev/programming-guides/json/) with the field names of the proto:
+64-bit integers are strings, enums are names, bytes are base64, and unset fields are omitted. A sensitive field becomes
+`REDACTED`, whatever its value and at any depth: in nested messages, repeated fields, map values, oneofs and
+`google.protobuf.Any`. Fields that the contract does not know may be sensitive in a newer contract, so only their
+numbers are shown, under `UNKNOWN_FIELDS`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from orki_contract.model import SensitiveField
 
 REDACTED: Final = "[redacted]"
-"""Stands where a sensitive value stood."""
+"""Replaces a sensitive value."""
 
 UNKNOWN_FIELDS: Final = "(unknown fields)"
-"""Key of the numbers of unknown fields; no proto field can have this name."""
+"""Key for the numbers of unknown fields; no proto field can have this name."""
 
 _WIDE: Final = frozenset(
     {
@@ -62,33 +62,33 @@ _OWN_JSON: Final = frozenset(
 
 
 def safe_json(value: Any) -> str:
-    """`value` as one line of printable ASCII: no newline, escape sequence or bidirectional mark survives in it."""
+    """Return `value` as one line of JSON in printable ASCII, free of control characters and bidirectional marks."""
     return json.dumps(value, ensure_ascii=True, separators=(",", ":")).replace("\x7f", "\\u007f")
 
 
 def safe_text(text: str) -> str:
-    """`text` for a terminal: whatever is not printable is shown as an escape."""
+    """Return `text` for a terminal, with unprintable characters escaped."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 class Redaction:
-    """What is sensitive, and how messages look without it."""
+    """Converts messages to JSON with the sensitive fields of a contract redacted."""
 
     def __init__(
         self, sensitive: Iterable[SensitiveField], message_class: Callable[[str], type[Message] | None] | None = None
     ) -> None:
-        """Knows the contract.
+        """Create a redaction.
 
         Args:
             sensitive: The sensitive fields, such as `Contract.sensitive`.
-            message_class: Finds the class of a message by its full name, for `google.protobuf.Any`; None where it is
-                not known. Left out: no `Any` is opened.
+            message_class: Returns the class of a message by its full name, or None if unknown; used to decode
+                `google.protobuf.Any`. Without it, no `Any` is decoded.
         """
         self._sensitive = frozenset((each.message, each.field) for each in sensitive)
         self._message_class = message_class or (lambda _: None)
 
     def redacted(self, message: Message) -> dict[str, Any]:
-        """The message as JSON values, sensitive fields replaced."""
+        """Return the message as JSON values with sensitive fields replaced."""
         name = message.DESCRIPTOR.full_name
         if name == "google.protobuf.Any":
             return self._any(message)
@@ -129,7 +129,7 @@ class Redaction:
             try:
                 return json_format.MessageToDict(message)
             except (ValueError, json_format.Error):
-                pass  # out of the range that its JSON form has: shown field by field
+                pass  # out of range for its JSON form: shown field by field
         return self.redacted(message)
 
     def _any(self, message: Message) -> dict[str, Any]:
@@ -140,8 +140,8 @@ class Redaction:
             try:
                 return {"@type": url, **self.redacted(known.FromString(packed.value))}
             except DecodeError:
-                pass  # shown like one of a type that nobody knows
-        return {"@type": url, "value": f"[{len(packed.value)} bytes of a type that is not known here]"}
+                pass  # shown like an unknown type
+        return {"@type": url, "value": f"[{len(packed.value)} bytes of an unknown type]"}
 
 
 def _unknown_numbers(message: Message) -> list[int]:
@@ -154,7 +154,7 @@ def _map_key(key: Any) -> str:
 
 
 def time_text(time_us: int) -> str:
-    """RFC 3339 in UTC to the microsecond; the bare number where no calendar has that time."""
+    """Return a time in RFC 3339, UTC, with microseconds; the plain number if it is out of range."""
     try:
         seconds, rest = divmod(time_us, 1_000_000)
         return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest:06d}Z"

@@ -1,4 +1,4 @@
-"""How full the streams are and where their groups stand, for metrics, tables and the doctor."""
+"""Reads the size of streams and the progress of their consumer groups, for metrics, tables and the doctor."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from orki_events.registry import RegisteredStream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GroupFigures:
-    """Where a consumer group stands, over all partitions.
+class GroupStats:
+    """Progress of a consumer group over all partitions.
 
     Attributes:
         stream: Name of the stream.
         group: Name of the group.
-        missing: Whether the server lacks the group on a partition that has entries or other groups.
-        lag: Entries not delivered yet; None where the server cannot tell.
+        missing: Whether the group is missing on a partition that exists in Redis.
+        lag: Entries not delivered yet; None if the server does not know.
         pending: Entries delivered and not acknowledged.
-        oldest_pending_ms: Age of the oldest of those; 0 for none.
-        consumers: Consumers that the server knows.
+        oldest_pending_ms: Age of the oldest pending entry; 0 without one.
+        consumers: Consumers known to the server.
         dead_letters: Entries in the group's dead letter stream.
-        ack_deadline: After which others may claim what is pending.
+        ack_deadline: Time after which others may claim a pending entry, in seconds.
     """
 
     stream: str
@@ -42,29 +42,29 @@ class GroupFigures:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StreamFigures:
-    """How full a stream is.
+class StreamStats:
+    """Size of a stream and progress of its groups.
 
     Attributes:
         stream: Name of the stream.
         message: Full name of its message.
-        partitions: Number of its keys.
-        entries: Entries that it holds.
-        groups: By name.
+        partitions: Number of partitions.
+        entries: Entries in all partitions.
+        groups: Its declared groups.
     """
 
     stream: str
     message: str
     partitions: int
     entries: int
-    groups: tuple[GroupFigures, ...]
+    groups: tuple[GroupStats, ...]
 
 
-async def stream_figures(link: Connection, streams: Sequence[RegisteredStream]) -> list[StreamFigures]:
-    """Figures of these streams, in their order. Few round trips, whatever the number of streams.
+async def read_stream_stats(link: Connection, streams: Sequence[RegisteredStream]) -> list[StreamStats]:
+    """Read the statistics of streams, in their order. Takes few round trips for any number of streams.
 
     Raises:
-        OrkiError: The server does not answer or refuses.
+        OrkiError: The server does not answer or refuses the command.
     """
     contracts = [each.contract for each in streams]
     keys = [key for each in contracts for key in stream_keys(each)]
@@ -73,15 +73,15 @@ async def stream_figures(link: Connection, streams: Sequence[RegisteredStream]) 
     (clock, *types) = await link.pipeline((b"TIME",), *((b"TYPE", key) for key in keys))
     seconds, micros = _checked(clock)
     now_ms = int(seconds) * 1000 + int(micros) // 1000
-    there = [key for key, kind in zip(keys, types, strict=True) if _checked(kind) == b"stream"]
-    look = _Look(now_ms)
-    await look.at_keys(link, there)
-    await look.at_pending(link, contracts)
-    await look.at_dead(link, contracts)
-    return [look.stream(each) for each in contracts]
+    existing = [key for key, kind in zip(keys, types, strict=True) if _checked(kind) == b"stream"]
+    stats = _StatsReader(now_ms)
+    await stats.read_streams(link, existing)
+    await stats.read_pending(link, contracts)
+    await stats.read_dead_letters(link, contracts)
+    return [stats.stream(each) for each in contracts]
 
 
-class _Look:
+class _StatsReader:
     def __init__(self, now_ms: int) -> None:
         self._now_ms = now_ms
         self._entries: dict[str, int] = {}
@@ -89,15 +89,15 @@ class _Look:
         self._oldest: dict[tuple[str, str], int] = {}
         self._dead: dict[str, int] = {}
 
-    async def at_keys(self, link: Connection, keys: list[str]) -> None:
+    async def read_streams(self, link: Connection, keys: list[str]) -> None:
         commands: list[Command] = [command for key in keys for command in ((b"XLEN", key), (b"XINFO", b"GROUPS", key))]
-        replies = iter(await _asked(link, commands))
+        replies = iter(await _execute(link, commands))
         for key in keys:
             self._entries[key] = next(replies)
             for found in map(pairs, next(replies)):
                 self._groups[key, found["name"].decode()] = found
 
-    async def at_pending(self, link: Connection, contracts: list[Stream]) -> None:
+    async def read_pending(self, link: Connection, contracts: list[Stream]) -> None:
         wanted = [
             (key, group.name)
             for each in contracts
@@ -105,19 +105,19 @@ class _Look:
             for group in each.groups
             if self._groups.get((key, group.name), {}).get("pending")
         ]
-        replies = await _asked(link, [(b"XPENDING", key, group) for key, group in wanted])
-        for place, reply in zip(wanted, replies, strict=True):
+        replies = await _execute(link, [(b"XPENDING", key, group) for key, group in wanted])
+        for key_group, reply in zip(wanted, replies, strict=True):
             if reply[1]:
-                self._oldest[place] = max(0, self._now_ms - int(reply[1].partition(b"-")[0]))
+                self._oldest[key_group] = max(0, self._now_ms - int(reply[1].partition(b"-")[0]))
 
-    async def at_dead(self, link: Connection, contracts: list[Stream]) -> None:
+    async def read_dead_letters(self, link: Connection, contracts: list[Stream]) -> None:
         names = sorted({each.dead_letter(group) for each in contracts for group in each.groups})
-        replies = await _asked(link, [(b"XLEN", tagged_key("ev", name)) for name in names])
+        replies = await _execute(link, [(b"XLEN", tagged_key("ev", name)) for name in names])
         self._dead = dict(zip(names, replies, strict=True))
 
-    def stream(self, contract: Stream) -> StreamFigures:
+    def stream(self, contract: Stream) -> StreamStats:
         keys = stream_keys(contract)
-        return StreamFigures(
+        return StreamStats(
             stream=contract.name,
             message=contract.message,
             partitions=contract.partitions,
@@ -125,11 +125,11 @@ class _Look:
             groups=tuple(self._group(contract, keys, group) for group in contract.groups),
         )
 
-    def _group(self, contract: Stream, keys: Sequence[str], group: Group) -> GroupFigures:
+    def _group(self, contract: Stream, keys: Sequence[str], group: Group) -> GroupStats:
         found = [self._groups[key, group.name] for key in keys if (key, group.name) in self._groups]
         # `lag` is absent before Redis 7 and null where entries were deleted.
         lags = [each.get("lag") for each in found]
-        return GroupFigures(
+        return GroupStats(
             stream=contract.name,
             group=group.name,
             missing=any(key in self._entries and (key, group.name) not in self._groups for key in keys),
@@ -142,7 +142,7 @@ class _Look:
         )
 
 
-async def _asked(link: Connection, commands: list[Command]) -> list[Any]:
+async def _execute(link: Connection, commands: list[Command]) -> list[Any]:
     return [_checked(reply) for reply in await link.pipeline(*commands)] if commands else []
 
 

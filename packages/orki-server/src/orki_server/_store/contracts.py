@@ -193,5 +193,4 @@ def _registered(service: str, fields: Mapping[bytes, bytes]) -> list[RegisteredC
 
 
 def _pairs(reply: list[bytes]) -> dict[bytes, bytes]:
-    """Return HGETALL's reply as a dict."""
     return dict(zip(reply[::2], reply[1::2], strict=True))

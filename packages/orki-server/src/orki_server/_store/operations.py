@@ -1,17 +1,61 @@
-"""The operations of agents and of the orchestrator: arguments for the script and decoded replies."""
+"""Task ids, and the operations of agents and of the orchestrator: arguments for the script and decoded replies."""
 
 from __future__ import annotations
 
+import os
+import re
+import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, Final, TypeVar
 
 from orki.control.v1.attempt_pb2 import TaskState
 from orki.errors.v1.errors_pb2 import Reason
+from orki_contract.errors import UnknownTask
 from orki_control.session import AttemptKey
-from orki_server._keys import shard_of
-from orki_server._store.script import Argument, Operation
+from orki_server._store.script import Argument, Call, Operation
+
+R = TypeVar("R")
+
+# Crockford's base 32 in lower case: no letter can be taken for a digit.
+_DIGITS: Final = "0123456789abcdefghjkmnpqrstvwxyz"
+_TASK_ID: Final = re.compile(rf"t(0|[1-9][0-9]{{0,3}})-[{_DIGITS}]{{26}}")
+
+_FAILURE_TEXT: Final = 4_000
+"""Maximum length of a stored failure text, in characters."""
+
+
+def new_task_id(shard: int) -> str:
+    """Return a new id for a task of a shard.
+
+    The id is `t<shard>-` and 26 characters that sort by time: 48 bits of milliseconds, then 80 random bits.
+    """
+    number = int(time.time() * 1000) << 80 | int.from_bytes(os.urandom(10))
+    return f"t{shard}-" + "".join(_DIGITS[number >> shift & 31] for shift in range(125, -1, -5))
+
+
+def shard_of(task_id: str) -> int:
+    """Return the shard that a task id names.
+
+    Raises:
+        UnknownTask: The text is not a task id.
+    """
+    matched = _TASK_ID.fullmatch(task_id)
+    if not matched:
+        raise UnknownTask(f"there is no task {task_id[:64]!r}")
+    return int(matched[1])
+
+
+def shard_of_key(idempotency_key: str, shards: int) -> int:
+    """Return the shard of an idempotency key, which is also the shard of its task."""
+    return zlib.crc32(idempotency_key.encode()) % shards
+
+
+def failure_text(text: str) -> str:
+    """Return a failure's text as it is stored: bounded, without the characters that separate failures."""
+    return text[:_FAILURE_TEXT].replace("\x1e", " ").replace("\x1f", " ")
 
 
 class ReportStatus(StrEnum):
@@ -44,11 +88,13 @@ class _Report(Operation[ReportReply]):
     agent_id: str
     attempt: AttemptKey
 
-    def route(self) -> int:
-        return shard_of(self.attempt.task_id)
-
-    def arguments(self) -> Sequence[Argument]:
-        return (self.attempt.task_id, self.attempt.fence, self.agent_id, *self.details())
+    def call(self) -> Call:
+        return shard_of(self.attempt.task_id), (
+            self.attempt.task_id,
+            self.attempt.fence,
+            self.agent_id,
+            *self.details(),
+        )
 
     def details(self) -> Sequence[Argument]:
         """Return the arguments after task, fence and agent."""
@@ -136,27 +182,28 @@ class AcknowledgeCancel(_Report):
     op: ClassVar[str] = "acknowledge_cancel"
 
 
-def _agent_attempts(agent_id: str, attempts: tuple[AttemptKey, ...]) -> Sequence[Argument]:
-    flat: list[Argument] = [agent_id]
-    for each in attempts:
-        flat += (each.task_id, each.fence)
-    return flat
+@dataclass(frozen=True, slots=True)
+class _ShardOperation(Operation[R]):
+    shard: int
 
 
 @dataclass(frozen=True, slots=True)
-class Renew(Operation[list[AttemptKey]]):
-    """Renews the leases of an agent's attempts on one shard. The outcome lists those that it no longer holds."""
-
-    op: ClassVar[str] = "renew"
-    shard: int
+class _HeldAttempts(_ShardOperation[R]):
     agent_id: str
     attempts: tuple[AttemptKey, ...]
 
-    def route(self) -> int:
-        return self.shard
+    def call(self) -> Call:
+        flat: list[Argument] = [self.agent_id]
+        for each in self.attempts:
+            flat += (each.task_id, each.fence)
+        return self.shard, flat
 
-    def arguments(self) -> Sequence[Argument]:
-        return _agent_attempts(self.agent_id, self.attempts)
+
+@dataclass(frozen=True, slots=True)
+class Renew(_HeldAttempts[list[AttemptKey]]):
+    """Renews the leases of an agent's attempts on one shard. The outcome lists those that it no longer holds."""
+
+    op: ClassVar[str] = "renew"
 
     def outcome(self, reply: list[bytes]) -> list[AttemptKey]:
         return [self.attempts[int(position)] for position in reply]
@@ -180,20 +227,11 @@ class ResumedAttempt:
 
 
 @dataclass(frozen=True, slots=True)
-class Resume(Operation[list[ResumedAttempt]]):
+class Resume(_HeldAttempts[list[ResumedAttempt]]):
     """Renews the attempts of a returning agent on one shard. The outcome lists those that it still holds."""
 
     op: ClassVar[str] = "resume"
     patient: ClassVar[bool] = False
-    shard: int
-    agent_id: str
-    attempts: tuple[AttemptKey, ...]
-
-    def route(self) -> int:
-        return self.shard
-
-    def arguments(self) -> Sequence[Argument]:
-        return _agent_attempts(self.agent_id, self.attempts)
 
     def outcome(self, reply: list[bytes]) -> list[ResumedAttempt]:
         rows = zip(self.attempts, reply[::3], reply[1::3], reply[2::3], strict=True)
@@ -245,7 +283,7 @@ class OfferedAttempt:
 
 
 @dataclass(frozen=True, slots=True)
-class Offer(Operation[list[OfferedAttempt]]):
+class Offer(_ShardOperation[list[OfferedAttempt]]):
     """Assigns queued tasks of one shard to recipients, one to each in turn.
 
     When it is sent again, it assigns *more* tasks: a lost reply costs an accept timeout, but no attempt.
@@ -253,18 +291,14 @@ class Offer(Operation[list[OfferedAttempt]]):
 
     op: ClassVar[str] = "offer"
     patient: ClassVar[bool] = False
-    shard: int
     accept_timeout: float
     recipients: tuple[Recipient, ...]
 
-    def route(self) -> int:
-        return self.shard
-
-    def arguments(self) -> Sequence[Argument]:
+    def call(self) -> Call:
         flat: list[Argument] = [round(self.accept_timeout * 1000)]
         for each in self.recipients:
             flat += (each.agent_id, each.instance_id, each.slots, len(each.methods), *each.methods)
-        return flat
+        return self.shard, flat
 
     def outcome(self, reply: list[bytes]) -> list[OfferedAttempt]:
         rows = (reply[at : at + 9] for at in range(0, len(reply), 9))
@@ -313,19 +347,15 @@ class Swept:
 
 
 @dataclass(frozen=True, slots=True)
-class Sweep(Operation[Swept]):
+class Sweep(_ShardOperation[Swept]):
     """Executes the due timers of one shard, for at most `limit` tasks."""
 
     op: ClassVar[str] = "sweep"
     patient: ClassVar[bool] = False
-    shard: int
     limit: int
 
-    def route(self) -> int:
-        return self.shard
-
-    def arguments(self) -> Sequence[Argument]:
-        return (self.limit,)
+    def call(self) -> Call:
+        return self.shard, (self.limit,)
 
     def outcome(self, reply: list[bytes]) -> Swept:
         rows = (reply[at : at + 6] for at in range(1, len(reply), 6))
@@ -342,7 +372,7 @@ class Sweep(Operation[Swept]):
 
 
 @dataclass(frozen=True, slots=True)
-class RaiseEpoch(Operation[bool]):
+class RaiseEpoch(_ShardOperation[bool]):
     """Raises the shard's epoch if the store has not given the fence `seen`. The outcome is whether it was raised.
 
     Attributes:
@@ -352,15 +382,11 @@ class RaiseEpoch(Operation[bool]):
     """
 
     op: ClassVar[str] = "raise_epoch"
-    shard: int
     seen: int
     first: int
 
-    def route(self) -> int:
-        return self.shard
-
-    def arguments(self) -> Sequence[Argument]:
-        return (self.seen, self.first)
+    def call(self) -> Call:
+        return self.shard, (self.seen, self.first)
 
     def outcome(self, reply: list[bytes]) -> bool:
         return reply[0] == b"raised"

@@ -18,6 +18,7 @@ EPOCH_STEP: Final = 1 << 44
 
 R = TypeVar("R")
 Argument: TypeAlias = bytes | str | int
+Call: TypeAlias = tuple[int, Sequence[Argument]]
 
 _REASONS: Final = ("CANCELLED", "TOTAL_TIMEOUT", "OFFER_TIMEOUT", "ATTEMPT_TIMEOUT", "LEASE_EXPIRED", "STALLED")
 
@@ -35,12 +36,8 @@ class Operation(ABC, Generic[R]):
     __slots__ = ()
 
     @abstractmethod
-    def route(self) -> int:
-        """Return the shard of the operation."""
-
-    @abstractmethod
-    def arguments(self) -> Sequence[Argument]:
-        """Return the arguments for the script."""
+    def call(self) -> Call:
+        """Return the shard and the arguments for the script."""
 
     @abstractmethod
     def outcome(self, reply: list[bytes]) -> R:

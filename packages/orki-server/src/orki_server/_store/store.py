@@ -18,8 +18,8 @@ from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import InvalidSetting, OrkiError, StoreUnavailable
 from orki_control.session import AttemptKey
 from orki_events.connection import Command, Connection, Reply, ScriptMissing, parse_address
-from orki_server._keys import LAYOUT_VERSION, FleetKeys, ShardKeys, shard_of
-from orki_server._store.operations import Offer, OfferedAttempt, RaiseEpoch
+from orki_server._keys import LAYOUT_VERSION, FleetKeys, ShardKeys
+from orki_server._store.operations import Offer, OfferedAttempt, RaiseEpoch, shard_of
 from orki_server._store.script import EPOCH_STEP, Argument, Operation, Script, shard_script
 
 R = TypeVar("R")
@@ -158,7 +158,6 @@ class StoreConnection:
         self._notify(True)
 
     async def close(self) -> None:
-        """Close both connections."""
         if self._probe:
             self._probe.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -172,7 +171,8 @@ class StoreConnection:
 @dataclass(slots=True, eq=False)
 class _Entry:
     operation: Operation[Any]
-    arguments: tuple[Argument, ...]
+    shard: int
+    arguments: Sequence[Argument]
     size: int
     outcome: asyncio.Future[Any]
 
@@ -180,16 +180,16 @@ class _Entry:
 class Batcher:
     """Sends operations in batches."""
 
-    def __init__(self, connection: StoreConnection, script: Script) -> None:
+    def __init__(self, connection: StoreConnection, script: Script, shards: int) -> None:
         self._connection = connection
         self._script = script
+        self._prefixes = [ShardKeys(shard).base for shard in range(shards)]
         self._waiting: deque[_Entry] = deque()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         connection.on_change(self._connection_changed)
 
     def start(self) -> None:
-        """Start to send."""
         self._task = asyncio.get_running_loop().create_task(self._run(), name="orki store operations")
 
     async def close(self) -> None:
@@ -203,7 +203,6 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Number of operations in memory."""
         return len(self._waiting)
 
     def put(self, operation: Operation[R]) -> asyncio.Future[R]:
@@ -216,10 +215,10 @@ class Batcher:
             raise self._connection.cause
         if len(self._waiting) >= _WAITING:
             raise StoreUnavailable(f"{self._connection.address.shown} is too slow: {_WAITING} operations wait")
-        arguments = tuple(operation.arguments())
+        shard, arguments = operation.call()
         size = sum(len(each) for each in arguments if isinstance(each, bytes | str))
         outcome: asyncio.Future[R] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Entry(operation, arguments, size, outcome))
+        self._waiting.append(_Entry(operation, shard, arguments, size, outcome))
         self._wake.set()
         return outcome
 
@@ -248,7 +247,7 @@ class Batcher:
     async def _send(self, batch: Iterable[_Entry]) -> None:
         shards: dict[int, list[_Entry]] = {}
         for entry in batch:
-            shards.setdefault(entry.operation.route(), []).append(entry)
+            shards.setdefault(entry.shard, []).append(entry)
         commands = [self._command(shard, entries) for shard, entries in shards.items()]
         replies = await self._connection.operate(commands)
         if missing := [position for position, reply in enumerate(replies) if isinstance(reply, ScriptMissing)]:
@@ -264,7 +263,7 @@ class Batcher:
                 self._resolve(entries, reply)
 
     def _command(self, shard: int, entries: Iterable[_Entry]) -> list[Argument]:
-        command: list[Argument] = ["EVALSHA", self._script.sha, 1, ShardKeys(shard).base]
+        command: list[Argument] = ["EVALSHA", self._script.sha, 1, self._prefixes[shard]]
         for entry in entries:
             command += (entry.operation.op, len(entry.arguments), *entry.arguments)
         return command
@@ -324,7 +323,7 @@ class Store:
         """
         self.shards = shards
         self.connection = StoreConnection(url)
-        self._batcher = Batcher(self.connection, shard_script(retention))
+        self._batcher = Batcher(self.connection, shard_script(retention), shards)
         self._generation = b""
         self._highest_fence: dict[int, int] = {}
         self._loss_listeners: list[Callable[[], None]] = []
@@ -343,7 +342,6 @@ class Store:
         self._batcher.start()
 
     async def close(self) -> None:
-        """Stop sending and close the connections."""
         await self._batcher.close()
         await self.connection.close()
 
@@ -354,7 +352,6 @@ class Store:
 
     @property
     def waiting(self) -> int:
-        """Number of operations in memory."""
         return self._batcher.waiting
 
     def on_loss(self, listener: Callable[[], None]) -> None:

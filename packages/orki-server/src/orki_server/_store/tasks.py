@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
@@ -16,9 +16,10 @@ from orki_contract.errors import InvalidArgument, UnknownTask
 from orki_contract.model import TaskMethod, milliseconds
 from orki_contract.trace import Span
 from orki_control.session import AttemptKey
-from orki_server._keys import SNAPSHOT, ShardKeys, idempotency_digest, shard_of
+from orki_server._keys import SNAPSHOT, ShardKeys
 from orki_server._store.lifecycle import VISIBLE, Life
-from orki_server._store.script import Argument, Operation
+from orki_server._store.operations import shard_of
+from orki_server._store.script import Call, Operation
 from orki_server._store.store import Store
 
 _WITHOUT_RESPONSE: Final = tuple(name for name in SNAPSHOT if name != "response")
@@ -72,18 +73,15 @@ class Submit(Operation[Submitted]):
     actor: str
     contract: str = ""
 
-    def route(self) -> int:
-        return shard_of(self.task_id)
-
-    def arguments(self) -> Sequence[Argument]:
+    def call(self) -> Call:
         key = self.idempotency_key
-        return (
+        return shard_of(self.task_id), (
             self.task_id,
             self.method.full_name,
             self.request,
             _options(self.method),
             self.digest,
-            idempotency_digest(key) if key else "",
+            hashlib.sha256(key.encode()).hexdigest() if key else "",
             key,
             self.span.traceparent,
             self.span.parent_id,
@@ -134,7 +132,6 @@ class TaskReply:
 
     @classmethod
     def read(cls, task_id: str, reply: list[bytes]) -> TaskReply:
-        """Decode the script's reply."""
         status, state, agent, attempt, fence, traceparent, grace = reply
         return cls(
             status.decode(),
@@ -156,11 +153,8 @@ class Cancel(Operation[TaskReply]):
     message: str
     actor: str
 
-    def route(self) -> int:
-        return shard_of(self.task_id)
-
-    def arguments(self) -> Sequence[Argument]:
-        return (self.task_id, self.message, self.actor)
+    def call(self) -> Call:
+        return shard_of(self.task_id), (self.task_id, self.message, self.actor)
 
     def outcome(self, reply: list[bytes]) -> TaskReply:
         return TaskReply.read(self.task_id, reply)
@@ -176,11 +170,8 @@ class Direct(Operation[TaskReply]):
     size: int
     actor: str
 
-    def route(self) -> int:
-        return shard_of(self.attempt.task_id)
-
-    def arguments(self) -> Sequence[Argument]:
-        return (self.attempt.task_id, self.size, self.actor, self.attempt.fence)
+    def call(self) -> Call:
+        return shard_of(self.attempt.task_id), (self.attempt.task_id, self.size, self.actor, self.attempt.fence)
 
     def outcome(self, reply: list[bytes]) -> TaskReply:
         return TaskReply.read(self.attempt.task_id, reply)
@@ -212,11 +203,8 @@ class ReadTask(Operation[TaskView | None]):
     limit: int = 0
     after: str = ""
 
-    def route(self) -> int:
-        return shard_of(self.task_id)
-
-    def arguments(self) -> Sequence[Argument]:
-        return (self.task_id, self.limit, self.after)
+    def call(self) -> Call:
+        return shard_of(self.task_id), (self.task_id, self.limit, self.after)
 
     def outcome(self, reply: list[bytes]) -> TaskView | None:
         if not reply:
@@ -275,7 +263,6 @@ class TaskFilter:
     agent_id: str = ""
 
     def admits(self, task: TaskSnapshot) -> bool:
-        """Whether the list contains the task."""
         return (
             (not self.states or task.state in self.states)
             and self.method in ("", task.method)
@@ -312,7 +299,6 @@ async def list_tasks(
 
 
 async def _newest(store: Store, below: int, last_id: str, count: int) -> list[tuple[int, str]]:
-    """Return the next tasks as (submitted_us, id) over all shards, descending."""
     top = str(below) if below else "+inf"
     commands = [
         ("ZREVRANGEBYSCORE", ShardKeys(shard).index, top, "-inf", "WITHSCORES", "LIMIT", 0, count + 1)

@@ -1,16 +1,16 @@
 "use strict";
-// Shows what the feed sends. Everything is put in as text, never as markup.
+// Shows the events of the feed. Values are inserted as text, never as markup.
 
-const KEPT = 500;
-const AGAIN_MS = 2000;
+const MAX_ROWS = 500;
+const RETRY_MS = 2000;
 
 const byId = (id) => document.getElementById(id);
 const rows = byId("events");
 let source = null;
 let received = 0;
-let held = false;
+let paused = false;
 
-function say(text, kind) {
+function showState(text, kind) {
   const state = byId("state");
   state.textContent = text;
   state.className = kind;
@@ -26,14 +26,14 @@ function add(cells, kind) {
   }
   row.hidden = !matches(row);
   rows.prepend(row);
-  while (rows.childElementCount > KEPT) rows.lastElementChild.remove();
+  while (rows.childElementCount > MAX_ROWS) rows.lastElementChild.remove();
 }
 
 function matches(row) {
   return row.textContent.toLowerCase().includes(byId("filter").value.toLowerCase());
 }
 
-function offerStreams(names) {
+function addStreams(names) {
   const choice = byId("stream");
   const known = new Set(Array.from(choice.options, (option) => option.value));
   for (const name of names.filter((each) => !known.has(each))) choice.append(new Option(name, name));
@@ -42,28 +42,28 @@ function offerStreams(names) {
 function show(message) {
   received += 1;
   byId("count").textContent = String(received);
-  if (held) return;
+  if (paused) return;
   const event = JSON.parse(message.data);
-  const what = event.event === null ? event.problem : JSON.stringify(event.event);
-  offerStreams([event.stream]);
-  add([event.time, event.stream, event.traceparent.slice(3, 11), what], "");
+  const body = event.event === null ? event.problem : JSON.stringify(event.event);
+  addStreams([event.stream]);
+  add([event.time, event.stream, event.traceparent.slice(3, 11), body], "");
 }
 
 function connect() {
   if (source) source.close();
   const stream = byId("stream").value;
   source = new EventSource(stream ? "events?stream=" + encodeURIComponent(stream) : "events");
-  source.onopen = () => say("live", "live");
+  source.onopen = () => showState("live", "live");
   source.onmessage = show;
-  source.addEventListener("hello", (message) => offerStreams(JSON.parse(message.data).streams));
+  source.addEventListener("hello", (message) => addStreams(JSON.parse(message.data).streams));
   source.addEventListener("gap", (message) => {
     const gap = JSON.parse(message.data);
     add(["", gap.stream, "", "events may be missing between " + gap.after + " and " + gap.first], "gap");
   });
   source.onerror = () => {
-    say("connection lost, trying again", "lost");
-    // The browser comes back by itself unless it was refused.
-    if (source.readyState === EventSource.CLOSED) setTimeout(connect, AGAIN_MS);
+    showState("connection lost, retrying", "lost");
+    // The browser reconnects by itself unless the server refused it.
+    if (source.readyState === EventSource.CLOSED) setTimeout(connect, RETRY_MS);
   };
 }
 
@@ -71,8 +71,8 @@ byId("stream").addEventListener("change", connect);
 byId("filter").addEventListener("input", () => {
   for (const row of rows.children) row.hidden = !matches(row);
 });
-byId("hold").addEventListener("click", () => {
-  held = !held;
-  byId("hold").setAttribute("aria-pressed", String(held));
+byId("pause").addEventListener("click", () => {
+  paused = !paused;
+  byId("pause").setAttribute("aria-pressed", String(paused));
 });
 connect();

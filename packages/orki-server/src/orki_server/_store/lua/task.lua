@@ -12,12 +12,15 @@ local OPS = {}
 
 local function whole(number) return string.format('%.0f', number) end
 
--- A task from the values of FIELDS; `stored` keeps what Redis has.
+-- A task from the values of FIELDS; `stored` keeps what Redis has, in the same order.
 local function build(id, values)
-  local task = { id = id, stored = {} }
-  for at, name in ipairs(FIELDS) do task[name] = values[at] or '' end
-  for _, name in ipairs(NUMBERS) do task[name] = tonumber(task[name]) or 0 end
-  for _, name in ipairs(FIELDS) do task.stored[name] = task[name] end
+  local task = { id = id, stored = values }
+  for at = 1, #FIELDS do
+    local name, value = FIELDS[at], values[at] or ''
+    if NUMBERS[name] then value = tonumber(value) or 0 end
+    task[name], values[at] = value, value
+  end
+  task.stored_state = task.state
   return task
 end
 
@@ -46,13 +49,13 @@ end
 
 -- Writes the fields that changed.
 local function write(task)
-  local changes = {}
-  for _, name in ipairs(FIELDS) do
+  local changes, count, stored = {}, 0, task.stored
+  for at = 1, #FIELDS do
+    local name = FIELDS[at]
     local value = task[name]
-    if value ~= task.stored[name] then
-      changes[#changes + 1] = name
-      changes[#changes + 1] = type(value) == 'number' and whole(value) or value
-      task.stored[name] = value
+    if value ~= stored[at] then
+      changes[count + 1], changes[count + 2] = name, NUMBERS[name] and whole(value) or value
+      count, stored[at] = count + 2, value
     end
   end
   if changes[1] then redis.call('HSET', TASK .. task.id, unpack(changes)) end
@@ -97,9 +100,9 @@ local function record(task, kind, more)
     actor = more.actor or '',
   }
   local entry = {}
-  for _, name in ipairs(RECORD_FIELDS) do
-    entry[#entry + 1] = name
-    entry[#entry + 1] = values[name]
+  for at = 1, #RECORD_FIELDS do
+    local name = RECORD_FIELDS[at]
+    entry[2 * at - 1], entry[2 * at] = name, values[name]
   end
   redis.call('XADD', OUTBOX, '*', unpack(entry))
 end
@@ -118,7 +121,7 @@ local function enqueue(task) redis.call('ZADD', QUEUE .. task.method, whole(NOW_
 
 -- Completes a move to a final state. The sweep removes the task and its keys after the retention.
 local function finish(task)
-  if task.stored.state == 'QUEUED' then redis.call('ZREM', QUEUE .. task.method, task.id) end
+  if task.stored_state == 'QUEUED' then redis.call('ZREM', QUEUE .. task.method, task.id) end
   stop_timers(task)
   task.forget_due = NOW + RETENTION
   count_open(task, -1)

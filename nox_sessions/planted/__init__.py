@@ -1,1 +1,0 @@
-"""A break that is planted and played: what it does to users, and the gate that stops it."""

@@ -1,0 +1,216 @@
+"""The session over gRPC: connect, read, write, arm the machine's timer, and connect again after every loss.
+
+This module moves messages and maps errors; the session machine interprets them. One task reads and one writes. A
+cancelled read or write of grpc.aio ends the whole call, so neither has a timeout, and only `call.cancel()` ends a call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
+
+import grpc
+
+from orki.control.v1.session_pb2 import ConnectRequest, ConnectResponse
+from orki.control.v1.session_pb2_grpc import SessionServiceStub
+from orki_agent._settings import RunSettings
+from orki_contract.backoff import Jitter
+from orki_contract.errors import OrkiError, RemoteProtocolError
+from orki_control.session import AgentEvent, AgentSession, AgentState, SessionClosed, SessionLost
+from orki_control.transport import error_from, open_channel
+
+_log = logging.getLogger("orki.agent.session")
+
+_FAILURES_OF_A_CHANNEL: Final = 3
+"""Number of failed streams after which a new channel is opened."""
+_LOG_EVERY: Final = 20
+"""One of this many consecutive failures is logged as a warning."""
+_HALF_CLOSED: Final = 0.5
+"""Seconds for the orchestrator to end the stream after the agent has."""
+
+if TYPE_CHECKING:
+    _Call = grpc.aio.StreamStreamCall[ConnectRequest, ConnectResponse]
+
+
+class SessionChannel:
+    """The agent's streams to its orchestrator, one after another. Belongs to the I/O loop.
+
+    Args:
+        session: The session machine.
+        settings: Settings of the run.
+        on_timer: Called before the machine's timer is handled, to update the reported load.
+
+    Attributes:
+        on_events: Receives the machine's events, in batches. Set it before `run`.
+        on_sent: Called after messages were written. Set it before `run`.
+    """
+
+    on_events: Callable[[Sequence[AgentEvent]], None]
+    on_sent: Callable[[], None]
+
+    def __init__(
+        self,
+        session: AgentSession,
+        settings: RunSettings,
+        on_timer: Callable[[], None],
+    ) -> None:
+        self._session = session
+        self._settings = settings
+        self._on_timer = on_timer
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._to_write = asyncio.Event()
+        self._over: asyncio.Future[SessionLost] | None = None
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> None:
+        """Keep a session until `stop` is called or the machine closes it for good."""
+        jitter = Jitter(self._settings.backoff)
+        channel: grpc.aio.Channel | None = None
+        failures = 0
+        try:
+            while not self._done():
+                channel = channel or open_channel(self._settings.orchestrator, self._settings.max_message_bytes)
+                connected_at = self._loop.time()
+                lost = await self._one_stream(channel)
+                if self._done():
+                    break
+                lasted = self._loop.time() - connected_at
+                failures = 0 if lasted > self._settings.backoff.stable else failures + 1
+                wait = jitter.failed(lasted)
+                if lost.silent or failures >= _FAILURES_OF_A_CHANNEL:
+                    await channel.close()
+                    channel, failures = None, 0
+                level = logging.WARNING if jitter.failures % _LOG_EVERY == 1 else logging.DEBUG
+                _log.log(level, "no session: %s; connecting again in %.2f s", lost.cause, wait)
+                await self._pause(wait)
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            if channel is not None:
+                await channel.close()
+            await asyncio.sleep(0)  # Deliver the last events.
+
+    def changed(self) -> None:
+        """Write the machine's messages and arm its timer, after the machine was changed."""
+        self._to_write.set()
+        due = self._session.next_timer()
+        if due is None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+        elif self._timer is None or due < self._timer_at or self._timer_at < self._loop.time():
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer_at = due
+            self._timer = self._loop.call_at(due, self._wake)
+
+    def take(self, events: Sequence[AgentEvent]) -> None:
+        """Write the machine's messages, then deliver its events."""
+        for event in events:
+            if isinstance(event, SessionLost):
+                self._end_stream(event)
+            elif isinstance(event, SessionClosed):
+                self._end_stream(SessionLost(event.error.message, silent=False))
+        self.changed()
+        if events:
+            # The writer is woken first, so an acknowledgement is sent before its event is handled.
+            self._loop.call_soon(self.on_events, events)
+
+    def stop(self) -> None:
+        """End the stream after the queued messages were sent."""
+        self._stopping.set()
+        self._to_write.set()
+
+    # --- One stream. ---
+
+    async def _one_stream(self, channel: grpc.aio.Channel) -> SessionLost:
+        over: asyncio.Future[SessionLost] = self._loop.create_future()
+        self._over = over
+        call = SessionServiceStub(channel).Connect()
+        self._session.connection_made(self._loop.time())
+        self.changed()
+        tasks = [
+            self._loop.create_task(self._read(call), name="orki session reader"),
+            self._loop.create_task(self._write(call, over), name="orki session writer"),
+        ]
+        try:
+            return await over
+        finally:
+            call.cancel()
+            # Neither task is cancelled: the reader ends with the call, the writer when it wakes.
+            self._lose("the agent ends")
+            self._to_write.set()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.take(self._session.connection_lost(self._loop.time()))
+
+    async def _read(self, call: _Call) -> None:
+        try:
+            while True:
+                response = await call.read()
+                if response is grpc.aio.EOF:
+                    return self._lose("the orchestrator ended the stream")
+                assert isinstance(response, ConnectResponse)
+                self.take(self._session.receive_batch(response.messages, self._loop.time()))
+        except RemoteProtocolError as error:
+            _log.error("the orchestrator broke the protocol: %s", error.message)
+            self._lose(f"protocol violation: {error.message}")
+        except (grpc.RpcError, asyncio.CancelledError, asyncio.InvalidStateError) as error:
+            self._lose(self._cause(error))
+        except Exception as error:
+            _log.exception("reading the session failed: this is a defect")
+            self._lose(f"{type(error).__name__}: {error}")
+
+    async def _write(self, call: _Call, over: asyncio.Future[SessionLost]) -> None:
+        try:
+            while not over.done():
+                while (request := self._session.messages_to_send()) is not None:
+                    await call.write(request)
+                    self.on_sent()
+                if self._stopping.is_set():
+                    await call.done_writing()
+                    self._loop.call_later(_HALF_CLOSED, self._lose, "the agent has stopped")
+                    return
+                self._to_write.clear()
+                await self._to_write.wait()
+        except (grpc.RpcError, asyncio.CancelledError, asyncio.InvalidStateError) as error:
+            self._lose(self._cause(error))
+        except Exception as error:
+            _log.exception("writing the session failed: this is a defect")
+            self._lose(f"{type(error).__name__}: {error}")
+
+    def _cause(self, error: BaseException) -> str:
+        if isinstance(error, grpc.aio.AioRpcError):
+            return error_from(error, self._settings.orchestrator).message
+        return f"{self._settings.orchestrator}: the call was ended ({type(error).__name__})"
+
+    def _lose(self, cause: str) -> None:
+        self._end_stream(SessionLost(cause, silent=False))
+
+    def _end_stream(self, lost: SessionLost) -> None:
+        if self._over is not None and not self._over.done():
+            self._over.set_result(lost)
+
+    # --- Timers. ---
+
+    def _wake(self) -> None:
+        self._timer = None
+        self._on_timer()
+        try:
+            self.take(self._session.handle_timer(self._loop.time()))
+        except OrkiError:
+            _log.exception("the session's timer failed: this is a defect")
+            self.changed()
+
+    async def _pause(self, delay: float) -> None:
+        try:
+            async with asyncio.timeout(delay):
+                await self._stopping.wait()
+        except TimeoutError:
+            pass
+
+    def _done(self) -> bool:
+        return self._stopping.is_set() or self._session.state is AgentState.ENDED

@@ -1,0 +1,485 @@
+"""Handlers of attempts: coroutines run on the user's loop, blocking handlers run in threads.
+
+The I/O thread starts, cancels and directs an execution, also while user code blocks. The end of a handler becomes the
+outcome of its attempt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, Final, TypeVar
+
+from google.protobuf.message import DecodeError, EncodeError, Message
+
+from orki.control.v1.attempt_pb2 import Failure
+from orki.control.v1.session_pb2 import CancelledOutcome
+from orki.events.v1.usage_orki import USAGE
+from orki.events.v1.usage_pb2 import UsageEvent
+from orki_agent._services import CURRENT_ATTEMPT, AgentServices, Handler, Offered
+from orki_agent._threads import Mailbox
+from orki_agent.hotpath._thread_pool import ThreadPool
+from orki_contract import EventStream, SyncToolChannel, Task, TaskChannel, ToolChannel
+from orki_contract.errors import Cancelled, HandlerFailed, HandlerRejected, InvalidArgument, OrkiError, Reason, TooLarge
+from orki_contract.trace import Span, use_span
+from orki_control.session import AttemptKey, Outcome
+
+C = TypeVar("C")
+E = TypeVar("E", bound=Message)
+
+_log = logging.getLogger("orki.agent")
+
+MESSAGE_CHARACTERS: Final = 2000
+"""Maximum length of a failure's message."""
+_MOST_TOKENS: Final = 2**64 - 1
+
+
+class Undecodable(InvalidArgument):
+    """A payload is not the contract's message, so another attempt cannot help."""
+
+
+def decode(message: type[Any], payload: bytes, method: str) -> Any:
+    """Parse a payload.
+
+    Raises:
+        Undecodable: The payload is not a `message`.
+    """
+    try:
+        return message.FromString(payload)
+    except DecodeError as error:
+        raise Undecodable(f"{method}: the payload is not a {message.__name__} ({error})") from None
+
+
+def outcome_of_response(task: Task[Any, Any, Any, Any], response: object) -> Outcome:
+    """Return the outcome of a handler that returned."""
+    expected, method = task.response, task.contract.full_name
+    if not isinstance(response, expected):
+        text = f"{method} returned {_name(type(response))}; its contract declares {_name(expected)}"
+        return Failure(reason=Reason.REASON_INVALID_RESPONSE, message=text)
+    assert isinstance(response, Message)
+    try:
+        return response.SerializeToString()
+    except EncodeError as error:
+        text = f"{method} returned a response that cannot be serialised: {error}"
+        return Failure(reason=Reason.REASON_INVALID_RESPONSE, message=_bounded(text))
+
+
+def outcome_of_error(error: BaseException, *, cancelled: bool) -> Outcome:
+    """Return the outcome of a handler that raised.
+
+    Args:
+        error: The exception.
+        cancelled: Whether the attempt was cancelled before; then a cancellation error confirms the cancel.
+    """
+    if cancelled and isinstance(error, asyncio.CancelledError | Cancelled):
+        return CancelledOutcome(reason=Reason.REASON_CANCELLED)
+    reason = Reason.REASON_HANDLER_FAILED
+    if isinstance(error, HandlerRejected):
+        reason = Reason.REASON_HANDLER_REJECTED
+    elif isinstance(error, Undecodable):
+        reason = Reason.REASON_INVALID_ARGUMENT
+    text = error.message if isinstance(error, OrkiError) else _text(error)
+    return Failure(reason=reason, message=_bounded(text), error_type=_name(type(error))[:200])
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return "an error whose text cannot be read"
+
+
+def _name(kind: type) -> str:
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _bounded(text: str) -> str:
+    return text if len(text) <= MESSAGE_CHARACTERS else text[: MESSAGE_CHARACTERS - 1] + "…"
+
+
+class Execution(ABC):
+    """A running handler. The I/O thread calls `cancel`, `direct` and `grant`, also while user code blocks.
+
+    Attributes:
+        offered: The input of the handler.
+        handler: The handler.
+        agent: The agent, for the handler's context.
+        cancelled: Whether the attempt was cancelled.
+        ended: Whether the handler has returned or raised.
+    """
+
+    def __init__(
+        self, offered: Offered, handler: Handler, agent: AgentServices, on_end: Callable[[Outcome], None]
+    ) -> None:
+        self.offered = offered
+        self.handler = handler
+        self.agent = agent
+        self.cancelled = False
+        self.ended = False
+        self._on_end = on_end
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start the handler."""
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """Cancel the handler. A repeated call cancels again where that is possible."""
+
+    @abstractmethod
+    def direct(self, payload: bytes) -> None:
+        """Deliver a directive."""
+
+    @abstractmethod
+    def grant(self, count: int) -> None:
+        """Return credits for progress that was sent."""
+
+    def finish(self, response: object, error: BaseException | None) -> None:
+        """Take the handler's response or exception. Call it once, in the handler's thread or loop."""
+        self.ended = True
+        if error is None:
+            self._on_end(outcome_of_response(self.handler.task, response))
+            return
+        outcome = outcome_of_error(error, cancelled=self.cancelled)
+        name = self.handler.task.contract.full_name
+        if self.cancelled:
+            _log.info("%s of %s ended after its cancel: %r", self.offered.attempt, name, error)
+        else:
+            # Only the log carries the traceback.
+            trace = (type(error), error, error.__traceback__)
+            _log.warning("%s of %s failed", self.offered.attempt, name, exc_info=trace)
+        self._on_end(outcome)
+
+
+class HandlerContext:
+    """The common part of async and sync contexts; see `orki_contract.TaskContext`."""
+
+    __slots__ = ("_execution",)
+
+    def __init__(self, execution: Execution) -> None:
+        self._execution = execution
+
+    @property
+    def task_id(self) -> str:
+        """The task id."""
+        return self._execution.offered.attempt.task_id
+
+    @property
+    def attempt(self) -> int:
+        """Number of the attempt, from 1."""
+        return self._execution.offered.attempt.attempt
+
+    @property
+    def fence(self) -> int:
+        """Number that rises with every attempt. Pass it to downstream stores, so that they refuse older writers."""
+        return self._execution.offered.attempt.fence
+
+    @property
+    def span(self) -> Span:
+        """The attempt's span."""
+        return self._execution.offered.span
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the attempt was cancelled."""
+        return self._execution.cancelled
+
+    def usage(
+        self,
+        *,
+        model: str,
+        input_tokens: int,
+        output_tokens: int,
+        provider: str = "",
+        cached_tokens: int = 0,
+        cost_micros: int = 0,
+    ) -> None:
+        """Record the use of a language model, with its cost in millionths of a US dollar. Never blocks on I/O.
+
+        Raises:
+            InvalidArgument: `model` is empty, or a number is negative or not an integer.
+        """
+        if not model:
+            raise InvalidArgument("usage: model is empty; name the model that was used")
+        counts = {
+            "input_tokens": input_tokens,
+            "output_tokens": output_tokens,
+            "cached_tokens": cached_tokens,
+            "cost_micros": cost_micros,
+        }
+        for name, value in counts.items():
+            known: object = value
+            if isinstance(known, bool) or not isinstance(known, int) or not 0 <= known <= _MOST_TOKENS:
+                raise InvalidArgument(f"usage: {name} is {value!r}; it must be an integer of at least 0")
+        attempt = self._execution.offered.attempt
+        event = UsageEvent(
+            agent_id=self._execution.agent.agent_id,
+            task_id=attempt.task_id,
+            attempt=attempt.attempt,
+            provider=provider,
+            model=model,
+            **counts,
+        )
+        self._execution.agent.collect(USAGE, event, self.span)
+
+    def _progress_payload(self, delta: Any) -> tuple[AttemptKey, bytes]:
+        execution = self._execution
+        expected = execution.handler.task.progress
+        name = execution.handler.task.contract.full_name
+        if not isinstance(delta, expected) or not isinstance(delta, Message):
+            declared = expected.__name__ if issubclass(expected, Message) else "no progress"
+            raise InvalidArgument(f"{name} declares {declared} as its progress, not {type(delta).__name__}")
+        payload = delta.SerializeToString()
+        most = execution.agent.max_payload_bytes
+        if len(payload) > most:
+            raise TooLarge(f"{name}: a progress message has {len(payload)} bytes; the orchestrator accepts {most}")
+        return execution.offered.attempt, payload
+
+
+class AsyncExecution(Execution):
+    """A coroutine handler on the user's loop.
+
+    Args:
+        offered: The input of the handler.
+        handler: The handler.
+        agent: The agent.
+        on_end: Called in the user's loop with the outcome.
+        user: Mailbox of the user's loop.
+        window: Maximum number of progress messages that wait to be sent.
+    """
+
+    def __init__(
+        self,
+        offered: Offered,
+        handler: Handler,
+        agent: AgentServices,
+        on_end: Callable[[Outcome], None],
+        user: Mailbox,
+        window: int,
+    ) -> None:
+        super().__init__(offered, handler, agent, on_end)
+        self._user = user
+        self._task: asyncio.Task[Any] | None = None
+        self.credits = window
+        self.credit_returned = asyncio.Event()
+        self.directives: asyncio.Queue[bytes | None] = asyncio.Queue()
+
+    def start(self) -> None:
+        self._user.post(self._begin)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        self._user.post(self._cancel_task)
+
+    def direct(self, payload: bytes) -> None:
+        self._user.post(self.directives.put_nowait, payload)
+
+    def grant(self, count: int) -> None:
+        self._user.post(self._granted, count)
+
+    # --- On the user's loop. ---
+
+    def _begin(self) -> None:
+        if self.cancelled:
+            self.finish(None, Cancelled("cancelled before it started"))
+            return
+        context = contextvars.copy_context()
+        context.run(CURRENT_ATTEMPT.set, self.offered.attempt)
+        name = f"{self.handler.task.contract.full_name} {self.offered.attempt.task_id}"
+        self._task = asyncio.get_running_loop().create_task(self._run(), name=name, context=context)
+        # A task that is cancelled before its first step never enters `_run`.
+        self._task.add_done_callback(self._done)
+
+    async def _run(self) -> Any:
+        with use_span(self.offered.span):
+            task = self.handler.task
+            request = decode(task.request, self.offered.request, task.contract.full_name)
+            try:
+                return await self.handler.call(request, AsyncHandlerContext(self))
+            except (SystemExit, KeyboardInterrupt) as error:
+                # asyncio would end the whole agent.
+                raise HandlerFailed(f"the handler raised {type(error).__name__}: {error}") from error
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self.directives.put_nowait(None)
+        if task.cancelled():
+            self.finish(None, asyncio.CancelledError())
+        elif (error := task.exception()) is not None:
+            self.finish(None, error)
+        else:
+            self.finish(task.result(), None)
+
+    def _cancel_task(self) -> None:
+        if self._task is not None:
+            self._task.cancel("the attempt was cancelled")
+
+    def _granted(self, count: int) -> None:
+        self.credits += count
+        self.credit_returned.set()
+
+
+class AsyncHandlerContext(HandlerContext):
+    """The context of a coroutine handler; implements `orki_contract.TaskContext`."""
+
+    __slots__ = ()
+
+    _execution: AsyncExecution
+
+    async def progress(self, delta: Any) -> None:
+        """Send progress; wait while too many messages wait to be sent.
+
+        Raises:
+            InvalidArgument: `delta` is not the method's progress message.
+            TooLarge: The orchestrator accepts no message of that size.
+        """
+        attempt, payload = self._progress_payload(delta)
+        execution = self._execution
+        while execution.credits < 1:
+            execution.credit_returned.clear()
+            await execution.credit_returned.wait()
+        execution.credits -= 1
+        execution.agent.send_progress(attempt, payload)
+
+    async def directives(self) -> AsyncIterator[Any]:
+        """Yield directives as they arrive, until the attempt ends."""
+        execution = self._execution
+        directive = execution.handler.task.directive
+        while not execution.ended:
+            payload = await execution.directives.get()
+            if payload is None:
+                execution.directives.put_nowait(None)  # Other iterators must end as well.
+                return
+            yield decode(directive, payload, execution.handler.task.contract.full_name)
+
+    async def publish(self, stream: EventStream[E, Any], event: E) -> None:
+        """Publish an event in the attempt's trace; return once the server has it."""
+        await self._execution.agent.publish(stream, event, self.span)
+
+    def tools(self, client: Callable[[ToolChannel], C]) -> C:
+        """Return a client of tools over the hot path, such as the generated `SourceToolServiceClient`."""
+        return client(self._execution.agent.tool_channel())
+
+    @property
+    def client(self) -> TaskChannel:
+        """Channel for submitting further tasks in the same trace."""
+        return self._execution.agent.task_channel()
+
+
+class SyncExecution(Execution):
+    """A blocking handler in a thread. Python cannot stop a thread, so a handler must look for its cancel.
+
+    Args:
+        offered: The input of the handler.
+        handler: The handler.
+        agent: The agent.
+        on_end: Called in the handler's thread with the outcome.
+        pool: Provides the thread.
+        window: Maximum number of progress messages that wait to be sent.
+    """
+
+    def __init__(
+        self,
+        offered: Offered,
+        handler: Handler,
+        agent: AgentServices,
+        on_end: Callable[[Outcome], None],
+        pool: ThreadPool,
+        window: int,
+    ) -> None:
+        super().__init__(offered, handler, agent, on_end)
+        self._pool = pool
+        self._credits = window
+        self._changed = threading.Condition()
+        self.directives: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+
+    def start(self) -> None:
+        # The I/O thread runs in no attempt's context, so the copy carries nothing over.
+        context = contextvars.copy_context()
+        self._pool.start(lambda: context.run(self._work))
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        self.directives.put(None)
+        with self._changed:
+            self._changed.notify_all()
+
+    def direct(self, payload: bytes) -> None:
+        self.directives.put(payload)
+
+    def grant(self, count: int) -> None:
+        with self._changed:
+            self._credits += count
+            self._changed.notify_all()
+
+    def take_credit(self) -> None:
+        """Wait until progress may be sent.
+
+        Raises:
+            Cancelled: The attempt was cancelled meanwhile.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._credits > 0 or self.cancelled)
+            if self._credits < 1:
+                raise Cancelled(f"{self.offered.attempt} was cancelled")
+            self._credits -= 1
+
+    def _work(self) -> None:
+        CURRENT_ATTEMPT.set(self.offered.attempt)
+        response: object = None
+        error: BaseException | None = None
+        try:
+            with use_span(self.offered.span):
+                if self.cancelled:
+                    raise Cancelled("cancelled before it started")
+                task = self.handler.task
+                request = decode(task.request, self.offered.request, task.contract.full_name)
+                response = self.handler.call(request, SyncHandlerContext(self))
+        except BaseException as raised:
+            error = raised
+        self.finish(response, error)
+
+
+class SyncHandlerContext(HandlerContext):
+    """The context of a blocking handler; implements `orki_contract.SyncTaskContext`."""
+
+    __slots__ = ()
+
+    _execution: SyncExecution
+
+    def progress(self, delta: Any) -> None:
+        """Send progress; wait while too many messages wait to be sent.
+
+        Raises:
+            InvalidArgument: `delta` is not the method's progress message.
+            TooLarge: The orchestrator accepts no message of that size.
+            Cancelled: The attempt was cancelled during the wait.
+        """
+        attempt, payload = self._progress_payload(delta)
+        self._execution.take_credit()
+        self._execution.agent.send_progress(attempt, payload)
+
+    def directives(self) -> Iterator[Any]:
+        """Yield directives as they arrive, until the attempt ends or is cancelled."""
+        execution = self._execution
+        directive = execution.handler.task.directive
+        while (payload := execution.directives.get()) is not None:
+            yield decode(directive, payload, execution.handler.task.contract.full_name)
+        execution.directives.put(None)  # Other iterators must end as well.
+
+    def publish(self, stream: EventStream[E, Any], event: E) -> None:
+        """Publish an event in the attempt's trace; return once the server has it."""
+        self._execution.agent.publish_blocking(stream, event, self.span)
+
+    def tools(self, client: Callable[[SyncToolChannel], C]) -> C:
+        """Return a client of tools over the hot path, such as the generated `SourceToolServiceSyncClient`."""
+        return client(self._execution.agent.sync_tool_channel())
+
+    def raise_if_cancelled(self) -> None:
+        """Raise `Cancelled` if the attempt was cancelled; call it in long loops."""
+        if self._execution.cancelled:
+            raise Cancelled(f"{self._execution.offered.attempt} was cancelled")

@@ -1,0 +1,141 @@
+"""The task services of an agent: their handlers, their contracts, and what a handler needs of the agent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias, TypeVar
+
+from google.protobuf.message import Message
+
+from orki.control.v1.session_pb2 import ServedService
+from orki_contract import (
+    AsyncTaskService,
+    EventStream,
+    SyncTaskService,
+    SyncToolChannel,
+    Task,
+    TaskChannel,
+    ToolChannel,
+)
+from orki_contract.errors import InvalidContract, InvalidSetting
+from orki_contract.trace import Span
+from orki_control.session import AttemptKey
+
+E = TypeVar("E", bound=Message)
+
+TaskServices: TypeAlias = AsyncTaskService | SyncTaskService
+CURRENT_ATTEMPT: Final[ContextVar[AttemptKey | None]] = ContextVar("orki_attempt", default=None)
+"""The attempt of the current handler; records of tool calls carry it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """A method and its handler.
+
+    Attributes:
+        task: The method.
+        call: The bound handler.
+        is_async: Whether the handler is a coroutine function. A blocking handler runs in a thread.
+    """
+
+    task: Task[Any, Any, Any, Any]
+    call: Callable[[Any, Any], Any]
+    is_async: bool
+
+
+class Offered(NamedTuple):
+    """The input of a handler.
+
+    Attributes:
+        attempt: The attempt.
+        request: The serialised request.
+        span: The attempt's span.
+    """
+
+    attempt: AttemptKey
+    request: bytes
+    span: Span
+
+
+class AgentServices(Protocol):
+    """The agent as the contexts of its handlers see it, so that a handler can also run without an agent.
+
+    Every method may be called from any thread. None blocks unless its docstring says so.
+    """
+
+    @property
+    def agent_id(self) -> str:
+        """The agent's name in the fleet."""
+        ...
+
+    @property
+    def max_payload_bytes(self) -> int:
+        """Maximum payload size that the orchestrator accepts."""
+        ...
+
+    def send_progress(self, attempt: AttemptKey, payload: bytes) -> None:
+        """Queue progress; the attempt's credit returns when it is sent."""
+
+    def collect(self, stream: EventStream[E, Any], event: E, span: Span) -> None:
+        """Publish soon. Failures are counted and logged."""
+
+    async def publish(self, stream: EventStream[E, Any], event: E, span: Span) -> None:
+        """Publish and return once the server has the event. For the user's loop."""
+
+    def publish_blocking(self, stream: EventStream[E, Any], event: E, span: Span) -> None:
+        """Publish, and block the calling thread until the server has the event."""
+
+    def tool_channel(self) -> ToolChannel:
+        """Return the channel for async tool calls from the user's loop."""
+        ...
+
+    def sync_tool_channel(self) -> SyncToolChannel:
+        """Return the channel for blocking tool calls."""
+        ...
+
+    def task_channel(self) -> TaskChannel:
+        """Return the channel for submitting tasks from the user's loop."""
+        ...
+
+
+def find_handlers(services: tuple[TaskServices, ...]) -> Mapping[str, Handler]:
+    """Return the handlers of all services by `package.Service/Method`.
+
+    Raises:
+        InvalidSetting: There is no service, an object is not a service, or two services have the same contract.
+    """
+    if not services:
+        raise InvalidSetting("an agent needs at least one task service, an instance derived from a generated base")
+    handlers: dict[str, Handler] = {}
+    for service in services:
+        given: object = service  # Callers without a type checker may pass anything.
+        if not isinstance(given, AsyncTaskService | SyncTaskService) or not given.TASKS:
+            hint = " (give an instance, not the class)" if isinstance(given, type) else ""
+            raise InvalidSetting(f"{service!r} is not a task service: derive it from a generated base{hint}")
+        for task in service.TASKS:
+            name = task.contract.full_name
+            if name in handlers:
+                raise InvalidSetting(f"two services handle {name}: give an agent one instance for each contract")
+            handlers[name] = Handler(task, getattr(service, task.attribute), isinstance(service, AsyncTaskService))
+    return handlers
+
+
+def served_services(handlers: Mapping[str, Handler]) -> tuple[ServedService, ...]:
+    """Return the contracts of the handlers' services for the hello, sorted by name.
+
+    Raises:
+        InvalidContract: The package of generated code carries no image.
+    """
+    from orki_contract.images import image_of, package_version, service_digest
+
+    served = []
+    for service in sorted({handler.task.contract.service for handler in handlers.values()}):
+        package, _, _ = service.rpartition(".")
+        if not package:
+            raise InvalidContract(f"service {service} has no proto package: give its file one")
+        image = image_of(package)
+        digest = service_digest(image, service)
+        served.append(ServedService(service=service, digest=digest, image=image, version=package_version(package)))
+    return tuple(served)
