@@ -34,7 +34,9 @@ from orki_control.session._tables import (
     Connected,
     Disconnected,
     Dropped,
+    HelloTimeout,
     LeaseEnded,
+    PeerSilent,
     SessionRefused,
     Stopped,
 )
@@ -65,7 +67,6 @@ class AgentSession:
         self._drain_wanted = False
         self._drained = False
         self._heartbeats = Heartbeats()
-        self._load = (0, 0)
         self._connected_at = 0.0
 
     # --- State. ---
@@ -94,19 +95,14 @@ class AgentSession:
     def connection_made(self, now: float) -> None:
         """Start a new stream: the hello is the first message."""
         self._move(Connected)
-        options = self._options
         self._connected_at = now
-        self._heartbeats.begin(now + options.hello_timeout)
+        self._heartbeats.begin(now + self._options.hello_timeout)
         self._queue.clear_control()
-        resume = [
-            pb.HeldAttempt(attempt=key.ref(), has_result=held.state is AttemptState.REPORTED)
-            for key, held in self._attempts.items()
-        ]
-        self._control(hello=build_hello(options, resume))
+        self._control(hello=build_hello(self._options, self._attempts.resumable()))
 
     def connection_lost(self, now: float, cause: str = "the stream ended") -> list[events.AgentEvent]:
         """Note that the stream has ended. Attempts go on, and leases continue (laws 8 and 14)."""
-        self._lose(cause, silent=False)
+        self._lose(Disconnected, cause)
         return self._finish()
 
     def receive_batch(self, messages: Iterable[pb.OrchestratorMessage], now: float) -> list[events.AgentEvent]:
@@ -217,7 +213,7 @@ class AgentSession:
 
     def set_load(self, *, loop_lag_us: int, memory_bytes: int) -> None:
         """Set the load that the next heartbeats report."""
-        self._load = (loop_lag_us, memory_bytes)
+        self._heartbeats.load = (loop_lag_us, memory_bytes)
 
     def drain(self, now: float) -> list[events.AgentEvent]:
         """Accept no more offers. `DrainCompleted` follows when nothing is held any more."""
@@ -264,9 +260,10 @@ class AgentSession:
             self._step(key, held, LeaseEnded, LocalProtocolError)
             self._events.append((events.LeasesLost, key))
         if self.state is not AgentState.DISCONNECTED and now >= self._heartbeats.silent_at:
-            awaiting_welcome = self.state is AgentState.AWAITING_WELCOME
-            cause = "the welcome did not arrive in time" if awaiting_welcome else "the orchestrator fell silent"
-            self._lose(cause, silent=True)
+            if self.state is AgentState.AWAITING_WELCOME:
+                self._lose(HelloTimeout, "the welcome did not arrive in time")
+            else:
+                self._lose(PeerSilent, "the orchestrator fell silent")
         if self.state in _LIVE and now >= self._heartbeats.due_at:
             self._send_heartbeat(now)
         return self._finish()
@@ -410,12 +407,12 @@ class AgentSession:
             self._attempts.block(key)
         self._events.append((events.AttemptsRevoked, events.Revocation(key, why)))
 
-    def _lose(self, cause: str, *, silent: bool) -> None:
+    def _lose(self, event: type, cause: str) -> None:
         before = self.state
-        self._move(Disconnected)
+        self._move(event)
         if before not in (AgentState.DISCONNECTED, AgentState.ENDED):
             self._cut()
-            self._events.append(events.SessionLost(cause, silent))
+            self._events.append(events.SessionLost(cause, silent=event is not Disconnected))
 
     def _cut(self) -> None:
         """Drop what belonged to the stream. Progress waits for the next one; results stay with their attempts."""
@@ -427,18 +424,7 @@ class AgentSession:
                 self._revoke(key, held, Dropped, Failure(reason=Reason.REASON_OFFER_TIMEOUT, message=text))
 
     def _send_heartbeat(self, now: float) -> None:
-        running = self._attempts.renewable()
-        number = self._heartbeats.send(now, running, self._attempts.shortest_lease)
-        lag, memory = self._load
-        self._control(
-            heartbeat=pb.Heartbeat(
-                number=number,
-                running=[key.ref() for key in running],
-                free_slots=self._attempts.free_slots,
-                loop_lag_us=lag,
-                memory_bytes=memory,
-            )
-        )
+        self._control(heartbeat=self._heartbeats.send(now, self._attempts))
 
     def _send_result(self, key: AttemptKey, held: HeldAttempt) -> None:
         assert held.result is not None

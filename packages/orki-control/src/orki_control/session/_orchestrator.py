@@ -38,8 +38,10 @@ from orki_control.session._tables import (
     ORCHESTRATOR,
     AttemptState,
     Disconnected,
+    HelloTimeout,
     OfferWithdrawn,
     OrchestratorState,
+    PeerSilent,
     SessionRefused,
 )
 
@@ -302,8 +304,8 @@ class OrchestratorSession:
                 self._control(
                     refused=_refusal(Reason.REASON_HELLO_TIMEOUT, "the hello did not arrive within the hello timeout")
                 )
-                return self._end(Disconnected, "the hello did not arrive in time", Reason.REASON_HELLO_TIMEOUT)
-            return self._end(Disconnected, "the agent fell silent", Reason.REASON_PEER_LOST)
+                return self._end(HelloTimeout, "the hello did not arrive in time", Reason.REASON_HELLO_TIMEOUT)
+            return self._end(PeerSilent, "the agent fell silent", Reason.REASON_PEER_LOST)
         while self._answers and self._answers[0][0] <= now:
             deadline, key = heapq.heappop(self._answers)
             if self._awaits_answer(deadline, key):
