@@ -1,4 +1,4 @@
-"""A real index on this machine, and the workspace's distributions, built once for all tests."""
+"""A local index, and the workspace's distributions, built once for all tests."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class LocalIndex:
 
     @property
     def url(self) -> str:
-        """Where it takes uploads; what it has is below `simple/`."""
+        """Its upload URL; the simple API is below `simple/`."""
         return f"http://127.0.0.1:{self.port}/"
 
     def files(self) -> set[str]:
-        """The names of the files that it keeps."""
+        """Return the names of its files."""
         return {path.name for path in self.folder.iterdir()}
 
 
@@ -50,7 +50,7 @@ def build(folders: list[str], out: Path) -> None:
 
 @contextmanager
 def serving(folder: Path, *options: str) -> Iterator[LocalIndex]:
-    """Start an index on a free port; it ends with the block, by its own process id."""
+    """Start an index on a free port for the duration of the block."""
     folder.mkdir(exist_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = int(probe.getsockname()[1])
@@ -88,6 +88,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def index(tmp_path: Path) -> Iterator[LocalIndex]:
-    """An index that has nothing yet."""
+    """An empty index."""
     with serving(tmp_path / "index") as found:
         yield found

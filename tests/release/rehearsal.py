@@ -132,8 +132,8 @@ def _first_release(log: _Log, rehearsal: Rehearsal, *, whole: bool) -> None:
     """Publish everything for the first time; in the full rehearsal the first attempt is killed and repeated."""
     left = rehearsal.publish_and_kill() if whole else frozenset[str]()
     if whole:
-        log = rehearsal.files.with_name("killed.log").read_text(encoding="utf-8", errors="replace")
-        _must(bool(left), "the first release uploaded nothing", log)
+        output = rehearsal.files.with_name("killed.log").read_text(encoding="utf-8", errors="replace")
+        _must(bool(left), "the first release uploaded nothing", output)
     done = rehearsal.publish()
     _must(done.status == 0, "the first release failed", done.output)
     _must(bool(done.brought), f"it was killed too late: {len(left)} files were there", done.output)

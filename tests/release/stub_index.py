@@ -1,4 +1,4 @@
-"""An index that misbehaves as told: what a real one does only on a bad day."""
+"""An index with scripted answers, for failures of a real one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Answer = tuple[int, dict[str, str], bytes]
 
 
 class Request:
-    """What came in."""
+    """One request."""
 
     def __init__(self, method: str, path: str, headers: dict[str, str], body: bytes) -> None:
         self.method = method
@@ -23,7 +23,7 @@ class Request:
 
 @contextmanager
 def answering(answer: Callable[[Request], Answer | None]) -> Iterator[str]:
-    """Serve on a free port and yield the address; an answer of None closes the connection without a word."""
+    """Serve on a free port and yield the address; an answer of None closes the connection."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -43,7 +43,7 @@ def answering(answer: Callable[[Request], Answer | None]) -> Iterator[str]:
         do_POST = do_GET
 
         def log_message(self, *_: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
@@ -57,7 +57,7 @@ def answering(answer: Callable[[Request], Answer | None]) -> Iterator[str]:
 
 
 def forward(port: int, request: Request) -> Answer:
-    """Hand a request to another server on this machine, and return its answer."""
+    """Forward a request to another local server and return its answer."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
         connection.request(request.method, request.path, request.body, request.headers)

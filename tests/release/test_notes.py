@@ -44,25 +44,25 @@ def notes(workspace: Path, *arguments: str, status: int = 0) -> str:
     return done.stdout
 
 
-def test_a_draft_shows_all_and_changes_nothing(workspace: Path) -> None:
+def test_a_draft_prints_all_fragments_and_changes_nothing(workspace: Path) -> None:
     before = sorted(workspace.rglob("*"))
     output = notes(workspace, "orki-events", "0.2.0", "--draft")
     assert "## 0.2.0 (" in output
     places = [output.index(f"### {kind.capitalize()}\n\n- Something is {kind}.\n  It matters.\n") for kind in KINDS]
-    assert places == sorted(places), "what was removed comes first"
+    assert places == sorted(places), "removals come first"
     assert sorted(workspace.rglob("*")) == before
 
 
 @pytest.mark.parametrize("name", [path.parent.name for path in sorted(ROOT.glob("*/*/changes"))] + ["orki-codegen"])
-def test_the_fragments_that_wait_here_are_fragments(name: str) -> None:
-    """Each distribution's own folder renders, unless nothing waits there."""
+def test_the_fragments_of_each_distribution_render(name: str) -> None:
+    """A folder without fragments is refused."""
     (folder,) = [*ROOT.glob(f"packages/{name}"), *([ROOT / "codegen"] if name == "orki-codegen" else [])]
     waiting = [path for path in (folder / "changes").iterdir() if path.name != "README.md"]
     output = notes(ROOT, name, "9.9.9", "--draft", status=0 if waiting else 1)
     assert ("## 9.9.9 (" in output) == bool(waiting)
 
 
-def test_a_release_joins_them_and_removes_them(workspace: Path) -> None:
+def test_a_release_joins_and_removes_the_fragments(workspace: Path) -> None:
     notes(workspace, "orki-events", "0.1.0")
     folder = workspace / "packages/orki-events"
     assert [path.name for path in (folder / "changes").iterdir()] == ["README.md"]
@@ -77,16 +77,16 @@ def test_a_release_joins_them_and_removes_them(workspace: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a-thing.feature.md", "a-thing.md", "notes.txt"])
-def test_what_is_no_fragment_is_refused(workspace: Path, name: str) -> None:
+def test_an_invalid_fragment_is_refused(workspace: Path, name: str) -> None:
     (workspace / "packages/orki-events/changes" / name).write_text("A thing.\n", encoding="utf-8")
     assert name in notes(workspace, "orki-events", "0.1.0", "--draft", status=1)
 
 
-def test_a_version_that_is_not_promised_is_refused(workspace: Path) -> None:
+def test_a_version_other_than_that_of_the_project_is_refused(workspace: Path) -> None:
     assert "pyproject.toml has version 0.1.0" in notes(workspace, "orki-events", "0.2.0", status=1)
 
 
-def test_no_fragment_is_no_note(workspace: Path) -> None:
+def test_a_distribution_without_fragments_is_refused(workspace: Path) -> None:
     for path in workspace.glob("packages/*/changes/*.*.md"):
         path.unlink()
     assert "has no fragment" in notes(workspace, "orki-events", "0.1.0", status=1)

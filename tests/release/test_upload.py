@@ -187,7 +187,7 @@ def test_a_dry_run_uploads_nothing(built: Path, index: LocalIndex, tmp_path: Pat
     assert document(tmp_path / "outcome.json")["outcome"] == "planned"
 
 
-def test_one_alone_needs_its_siblings_on_the_index(built: Path, index: LocalIndex) -> None:
+def test_a_single_upload_needs_its_siblings_on_the_index(built: Path, index: LocalIndex) -> None:
     output = upload(built, index.url, "--only", "orki-agent", status=1)
     assert "orki-agent 0.1.0 needs orki-contract<0.2.0,>=0.1.0, and the index has nothing" in output
     assert not index.files()
@@ -201,7 +201,7 @@ def test_private_and_unknown_distributions_are_refused(built: Path, index: Local
     assert not index.files()
 
 
-def test_a_tag_names_one_and_its_version(built: Path, index: LocalIndex) -> None:
+def test_a_tag_selects_a_distribution_and_its_version(built: Path, index: LocalIndex) -> None:
     output = upload(built, index.url, "--tag", "orki-contract-v9.9.9", status=1)
     assert "the tag has orki-contract 9.9.9, and its pyproject.toml 0.1.0" in output
     assert not index.files()
@@ -217,13 +217,13 @@ def test_a_wheel_without_its_sdist_is_refused(built: Path, index: LocalIndex, tm
     assert "has no wheel: build first" in upload(tmp_path / "nowhere", index.url, status=1)
 
 
-def test_an_index_that_is_down_is_no_empty_index(built: Path) -> None:
+def test_an_unreachable_index_is_an_error(built: Path) -> None:
     with answering(lambda _: None) as address:
         pass
     assert "cannot be read" in upload(built, address, status=2)
 
 
-def test_an_index_that_takes_and_shows_nothing_is_noticed(built: Path) -> None:
+def test_an_index_that_lists_nothing_is_an_error(built: Path) -> None:
     def silent(request: Request) -> Answer:
         return (200, {}, b"") if request.method == "POST" else (404, {}, b"")
 
@@ -232,7 +232,7 @@ def test_an_index_that_takes_and_shows_nothing_is_noticed(built: Path) -> None:
     assert "uploaded, but not listed by the index" in output
 
 
-def test_refused_credentials_are_named(built: Path) -> None:
+def test_refused_credentials_are_reported(built: Path) -> None:
     def closed(request: Request) -> Answer:
         return (403, {}, b"no") if request.method == "POST" else (404, {}, b"")
 

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from actors.values import bed, watering
-from stage import Actor, Stage, Wrong
-
-__all__ = ["fleet", "refused", "rolling_upgrade"]
+from stage import Actor, CaseFailed, Stage
 
 TASKS = 24
 LINGER = 0.05
@@ -17,29 +15,29 @@ PATIENCE = 60.0
 
 
 def fleet(stage: Stage, *, server: str, agents: Mapping[str, str], submitters: Sequence[str]) -> str:
-    """Agents join one after the other, submitters share them; every response, and every event of the agents."""
+    """Agents join in turn and all submitters use them; check every response and every event of the agents."""
     redis = stage.redis()
     _, address = stage.server(server, redis)
     for name, environment in agents.items():
         start_agent(stage, address, name, environment)
     told = []
-    asking = [
+    submitted = [
         (environment, number * TASKS, submit(stage, environment, address, agents, first=number * TASKS))
         for number, environment in enumerate(submitters)
     ]
-    takers: set[str] = set()
-    for environment, first, submitter in asking:
+    workers: set[str] = set()
+    for environment, first, submitter in submitted:
         done = submitter.expect("done", seconds=PATIENCE + 30)
-        takers |= check_responses(done["responses"], range(first, first + TASKS), agents, environment)
+        workers |= check_responses(done["responses"], range(first, first + TASKS), agents, environment)
         told.append(check_prune(done["pruned"], environment, agents))
-    if takers != {*agents}:
-        raise Wrong(f"of the agents {', '.join(agents)} only {', '.join(sorted(takers))} were given tasks")
+    if workers != {*agents}:
+        raise CaseFailed(f"of the agents {', '.join(agents)} only {', '.join(sorted(workers))} received tasks")
     published = check_events(stage, redis, TASKS * len(submitters))
-    return f"{TASKS * len(submitters)} tasks by {' and '.join(sorted(takers))}; {published}; {'; '.join(told)}"
+    return f"{TASKS * len(submitters)} tasks by {' and '.join(sorted(workers))}; {published}; {'; '.join(told)}"
 
 
 def refused(stage: Stage, *, server: str, standing: str, newcomer: str, rule: str) -> str:
-    """An agent whose contract does not fit what is live gets no session; the fleet goes on."""
+    """An agent with an incompatible contract gets no session, and the fleet continues."""
     redis = stage.redis()
     _, address = stage.server(server, redis)
     start_agent(stage, address, "standing", standing)
@@ -51,7 +49,7 @@ def refused(stage: Stage, *, server: str, standing: str, newcomer: str, rule: st
 
 
 def rolling_upgrade(stage: Stage) -> str:
-    """Old and new runtimes at once, then the orchestrator is replaced under running tasks, then the old agents go."""
+    """Run old and new agents, replace the orchestrator under running tasks, then stop the old agents."""
     redis = stage.redis()
     old_server, address = stage.server("published-v1", redis)
     first = {"old": "published-v1", "moved": "head-v1"}
@@ -63,35 +61,35 @@ def rolling_upgrade(stage: Stage) -> str:
     start_agent(stage, address, "new", "head-v2")
     done = running.expect("done", seconds=PATIENCE + 30)
     everyone = {**first, "new": "head-v2"}
-    takers = check_responses(done["responses"], range(TASKS), everyone, "published-v1")
+    workers = check_responses(done["responses"], range(TASKS), everyone, "published-v1")
     again = sum(response["attempt"] > 1 for response in done["responses"])
     mixed = submit(stage, "head-v2", address, everyone, first=TASKS).expect("done", seconds=PATIENCE + 30)
-    takers |= check_responses(mixed["responses"], range(TASKS, 2 * TASKS), everyone, "head-v2")
+    workers |= check_responses(mixed["responses"], range(TASKS, 2 * TASKS), everyone, "head-v2")
     for agent in old_agents:
         agent.end()
         agent.expect("done")
     last = submit(stage, "head-v2", address, {"new": "head-v2"}, first=2 * TASKS).expect("done")
     check_responses(last["responses"], range(2 * TASKS, 3 * TASKS), {"new": "head-v2"}, "head-v2")
-    if takers != {*everyone}:
-        raise Wrong(f"only {', '.join(sorted(takers))} were given tasks")
-    # An attempt whose agent was lost has published too, and is made again.
+    if workers != {*everyone}:
+        raise CaseFailed(f"only {', '.join(sorted(workers))} received tasks")
+    # An attempt whose agent was lost has also published, and is repeated.
     published = check_events(stage, redis, 3 * TASKS, attempts_may_repeat=True)
     return f"{3 * TASKS} tasks, {again} of them attempted again; {published}"
 
 
 def start_agent(stage: Stage, address: str, name: str, environment: str) -> Actor:
-    """An agent that has a session.
+    """Start an agent and wait for its session.
 
     Raises:
-        Wrong: It is refused, or has none in time.
+        CaseFailed: It is refused, or has no session in time.
     """
     agent = stage.actor(environment, "agent", orchestrator=address, agent_id=name)
     try:
         stage.settled(address, name)
-    except Wrong as late:
+    except CaseFailed as late:
         agent.end()
         error = agent.expect("refused", "done")
-        raise Wrong(f"{late}; {name} ({environment}) says {error}") from None
+        raise CaseFailed(f"{late}; {name} ({environment}) reports {error}") from None
     return agent
 
 
@@ -105,7 +103,7 @@ def submit(
     count: int = TASKS,
     linger: float = LINGER,
 ) -> Actor:
-    """A submitter that waits for the agents and submits."""
+    """Start a submitter that waits for the agents."""
     wanted: dict[str, Any] = {"orchestrator": address, "agents": [*agents], "first": first, "count": count}
     return stage.actor(environment, "submitter", **wanted, linger=linger, patience=PATIENCE, prune=True)
 
@@ -113,41 +111,41 @@ def submit(
 def check_responses(
     responses: Sequence[Mapping[str, Any]], numbers: range, agents: Mapping[str, str], submitter: str
 ) -> set[str]:
-    """What both know arrived, what one does not know has its default; gives the agents that answered.
+    """Check that shared fields arrived and unknown ones have their default; return the agents that answered.
 
     Raises:
-        Wrong: A value differs, or a response is missing.
+        CaseFailed: A value differs, or a response is missing.
     """
     if len(responses) != len(numbers):
-        raise Wrong(f"{len(responses)} responses to {len(numbers)} tasks")
+        raise CaseFailed(f"{len(responses)} responses to {len(numbers)} tasks")
     for number, response in zip(numbers, responses, strict=True):
         sent = watering(number)
         if response["agent"] not in agents:
-            raise Wrong(f"task {number} was answered by {response['agent']!r}")
+            raise CaseFailed(f"task {number} was answered by {response['agent']!r}")
         wanted = {"bed": sent["bed"], "poured": sent["millilitres"]}
         if knows_v2(submitter):
             wanted["because"] = sent["reason"] if knows_v2(agents[response["agent"]]) else ""
         found = {name: response.get(name) for name in wanted}
         if found != wanted or ("because" in response) != knows_v2(submitter) or response["attempt"] < 1:
-            raise Wrong(f"task {number}: sent {wanted}, got {dict(response)}")
+            raise CaseFailed(f"task {number}: sent {wanted}, got {dict(response)}")
     return {response["agent"] for response in responses}
 
 
 def check_prune(pruned: Any, submitter: str, agents: Mapping[str, str]) -> str:
-    """The task that v2 added: done where an agent serves it, refused by name where none does."""
+    """Check that the task added in v2 runs if an agent serves it, and is refused otherwise."""
     if not knows_v2(submitter):
         wanted, words = None, "v1 submits nothing of v2"
     elif any(knows_v2(each) for each in agents.values()):
-        wanted, words = len(bed(1)), "the added task goes to those that serve it"
+        wanted, words = len(bed(1)), "the added task runs on agents that serve it"
     else:
         wanted, words = "UnknownMethod", "the added task is refused as UnknownMethod"
     if pruned != wanted:
-        raise Wrong(f"the task that v2 added gave {pruned!r} to {submitter}, not {wanted!r}")
+        raise CaseFailed(f"the task that v2 added gave {pruned!r} to {submitter}, not {wanted!r}")
     return words
 
 
 def check_events(stage: Stage, redis: str, least: int, *, attempts_may_repeat: bool = False) -> str:
-    """What the agents published is processed by both groups of v2."""
+    """Check that both groups of v2 processed the events of the agents."""
     groups = [("MoistureEvent", "dashboard"), ("MoistureEvent", "alerts")]
     consumer = stage.actor("head-v2", "consumer", redis=redis, groups=groups)
     ledger = stage.actor("head-v2", "ledger", redis=redis, groups=groups, least=least, patience=30.0).expect("done")
@@ -156,23 +154,23 @@ def check_events(stage: Stage, redis: str, least: int, *, attempts_may_repeat: b
     for group, row in ledger.items():
         fits = row["published"] >= least if attempts_may_repeat else row["published"] == least
         if not fits or row["processed"] != row["published"]:
-            raise Wrong(f"the agents published {row['published']} events of {least}: {group} {row}")
+            raise CaseFailed(f"the agents published {row['published']} events of {least}: {group} {row}")
     return f"{least} events published and processed"
 
 
 def check_mismatch(error: Mapping[str, str], rule: str) -> str:
-    """A refusal that names both versions and the rule.
+    """Check that a refusal names both versions and the rule.
 
     Raises:
-        Wrong: It is another error, or does not say enough.
+        CaseFailed: It is another error, or a name is missing.
     """
     words = error["message"]
     named = {*re.findall(r"sha256:[0-9a-f]{6,64}", words), *re.findall(r"\b[0-9]+\.[0-9]+(?:\.[0-9]+)?\b", words)}
     if error["type"] != "ContractMismatch" or rule not in words or len(named) < 2:
-        raise Wrong(f"not a ContractMismatch that names both versions and {rule}: {error['type']}: {words}")
+        raise CaseFailed(f"not a ContractMismatch that names both versions and {rule}: {error['type']}: {words}")
     return f"{error['type']}: {words}"
 
 
 def knows_v2(environment: str) -> bool:
-    """Whether the contract there has what v2 added."""
+    """Return whether an environment has a contract from v2 on."""
     return not environment.endswith("-v1")

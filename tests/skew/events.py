@@ -8,17 +8,15 @@ from typing import Any
 
 from actors.values import bed, reading
 from control import check_mismatch, knows_v2
-from stage import Actor, Stage, Wrong
-
-__all__ = ["meet", "refused"]
+from stage import Actor, CaseFailed, Stage
 
 COUNT = 200
 
 
 def meet(stage: Stage, *, publishers: Sequence[str], consumers: Sequence[str], patience: float = 30.0) -> str:
-    """Every consumer environment reads every group that its contract declares; published = processed for each."""
+    """Each consumer reads all groups of its contract; each group must process all published events."""
     redis = stage.redis()
-    # One side is there first in one direction, and the other in the other.
+    # In one direction the consumers start first, in the other the publishers.
     early = consumers if knows_v2(publishers[0]) else ()
     reading_on = [start_consumer(stage, redis, each) for each in early]
     for number, environment in enumerate(publishers):
@@ -26,22 +24,22 @@ def meet(stage: Stage, *, publishers: Sequence[str], consumers: Sequence[str], p
         done = publisher.expect("done")
         wanted = {"moisture": COUNT, "harvest": COUNT if knows_v2(environment) else 0}
         if done != wanted:
-            raise Wrong(f"{environment} published {done}, not {wanted}")
+            raise CaseFailed(f"{environment} published {done}, not {wanted}")
     reading_on += [start_consumer(stage, redis, each) for each in consumers if not early]
     groups = sorted({group for each in consumers for group in groups_of(each) if expected(group[0], publishers)})
     least = {stream: expected(stream, publishers) for stream, _ in groups}
-    told = []
+    rows = []
     for stream in sorted(least):
         named = [group for group in groups if group[0] == stream]
         wanted = {"redis": redis, "groups": named, "least": least[stream], "patience": patience}
         ledger = stage.actor("head-v2", "ledger", **wanted).expect("done", seconds=patience + 30)
-        told += [check_row(group, row, least[stream]) for group, row in ledger.items()]
+        rows += [check_row(group, row, least[stream]) for group, row in ledger.items()]
     check_read(end_all(reading_on), publishers, consumers)
-    return f"published = processed: {', '.join(told)}"
+    return f"published = processed: {', '.join(rows)}"
 
 
 def refused(stage: Stage, *, standing: str, newcomer: str, rule: str) -> str:
-    """A publisher, and a consumer, of a contract that does not fit the stream in use are refused when they start."""
+    """A publisher and a consumer with an incompatible contract are refused at their start."""
     redis = stage.redis()
     stage.actor(standing, "publisher", redis=redis, first=0, count=COUNT).expect("done")
     words = []
@@ -53,8 +51,8 @@ def refused(stage: Stage, *, standing: str, newcomer: str, rule: str) -> str:
         words.append(f"{script}: {check_mismatch(error, rule)}")
     consumer = start_consumer(stage, redis, standing)
     groups = [group for group in groups_of(standing) if group[0] == "MoistureEvent"]
-    asked = {"redis": redis, "groups": groups, "least": COUNT, "patience": 30.0}
-    ledger = stage.actor("head-v2", "ledger", **asked).expect("done")
+    wanted = {"redis": redis, "groups": groups, "least": COUNT, "patience": 30.0}
+    ledger = stage.actor("head-v2", "ledger", **wanted).expect("done")
     for group, row in ledger.items():
         check_row(group, row, COUNT)
     end_all([consumer])
@@ -62,34 +60,34 @@ def refused(stage: Stage, *, standing: str, newcomer: str, rule: str) -> str:
 
 
 def start_consumer(stage: Stage, redis: str, environment: str) -> Actor:
-    """A consumer of all groups."""
+    """Start a consumer of all groups."""
     return stage.actor(environment, "consumer", redis=redis, groups=groups_of(environment))
 
 
 def groups_of(environment: str) -> list[tuple[str, str]]:
-    """The groups that the contract there declares."""
+    """Return the groups of an environment's contract."""
     added = [("HarvestEvent", "barn"), ("MoistureEvent", "alerts")] if knows_v2(environment) else []
     return sorted([("MoistureEvent", "dashboard"), *added])
 
 
 def expected(stream: str, publishers: Sequence[str]) -> int:
-    """How many events of a stream the publishers publish."""
+    """Return the number of events that the publishers publish to a stream."""
     return COUNT * sum(stream == "MoistureEvent" or knows_v2(each) for each in publishers)
 
 
 def check_row(group: str, row: Mapping[str, int], published: int) -> str:
-    """One row of the ledger.
+    """Check one row of the ledger.
 
     Raises:
-        Wrong: Published is not processed.
+        CaseFailed: An event was not processed.
     """
     if not row["published"] == row["processed"] == published:
-        raise Wrong(f"{published} events were published, and the ledger of {group} says {dict(row)}")
+        raise CaseFailed(f"{published} events were published, and the ledger of {group} has {dict(row)}")
     return f"{group} {row['processed']}"
 
 
 def end_all(consumers: Sequence[Actor]) -> list[list[dict[str, Any]]]:
-    """What each consumer read."""
+    """Stop the consumers; return what each one read."""
     for consumer in consumers:
         consumer.end()
     return [consumer.expect("done")["read"] for consumer in consumers]
@@ -98,10 +96,10 @@ def end_all(consumers: Sequence[Actor]) -> list[list[dict[str, Any]]]:
 def check_read(
     read: Sequence[Sequence[Mapping[str, Any]]], publishers: Sequence[str], consumers: Sequence[str]
 ) -> None:
-    """Each group had each event, and each field the value that was sent, or its default where one side lacks it.
+    """Check that each group read each event once, with the sent values or defaults for unknown fields.
 
     Raises:
-        Wrong: A value differs, or an event is missing, foreign, or was read twice.
+        CaseFailed: A value differs, or an event is missing, foreign, or was read twice.
     """
     seen: Counter[tuple[str, int]] = Counter()
     for environment, events in zip(consumers, read, strict=True):
@@ -110,7 +108,7 @@ def check_read(
             publisher = publishers[number // COUNT] if 0 <= number < COUNT * len(publishers) else "nobody"
             wanted = wanted_event(number, publisher, environment, event["group"])
             if dict(event) != wanted:
-                raise Wrong(f"{publisher} sent {wanted}, and {environment} read {dict(event)}")
+                raise CaseFailed(f"{publisher} sent {wanted}, and {environment} read {dict(event)}")
             seen[event["group"], number] += 1
     groups = {group for each in consumers for stream, group in groups_of(each) if expected(stream, publishers)}
     for group in groups:
@@ -121,13 +119,13 @@ def check_read(
             if stream == "MoistureEvent" or knows_v2(publishers[number // COUNT])
         }
         if {number for where, number in seen if where == group} != numbers:
-            raise Wrong(f"group {group} did not read just what was published")
+            raise CaseFailed(f"group {group} did not read exactly the published events")
     if doubled := [key for key, count in seen.items() if count > 1]:
-        raise Wrong(f"read twice: {doubled[:3]}")
+        raise CaseFailed(f"read twice: {doubled[:3]}")
 
 
 def wanted_event(number: int, publisher: str, consumer: str, group: str) -> dict[str, Any]:
-    """How an event must look where it is read."""
+    """Return the expected fields of an event at its reader."""
     if group == "barn":
         return {"group": group, "bed": bed(number), "grams": number}
     wanted = {"group": group, **reading(number)}

@@ -1,7 +1,7 @@
-"""Lets old and new meet in every plane, and prints what was seen: python matrix.py CONFIG [--json FILE].
+"""Run pairs of old and new versions in every plane: python matrix.py CONFIG [--json FILE].
 
-CONFIG names the interpreter of every environment; the session `skew` makes them. A planted break, a renamed stream and
-a moved frame field, must be seen as one: a matrix that cannot turn red says nothing.
+CONFIG names the interpreter of each environment; the session `skew` makes them. Two planted breaks, a renamed stream
+and a moved frame field, must be detected, to prove that the matrix can fail.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import control
 import events
 import tools
-from stage import Stage, Wrong
+from stage import CaseFailed, Stage
 
 Scenario = Callable[[Stage], str]
 TOGETHER = 2
@@ -32,10 +32,10 @@ class Case:
     """One pair in one scenario.
 
     Attributes:
-        plane: Where they meet.
-        pair: Who meets whom.
-        scenario: What they do.
-        planted: Words in which the scenario must tell of the break that was planted; empty where none was.
+        plane: The plane.
+        pair: The name of the pair.
+        scenario: The actions.
+        planted: Words that the failure of a planted break must contain; empty without a planted break.
     """
 
     plane: str
@@ -45,8 +45,8 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """What came of a case."""
+class Result:
+    """The result of a case."""
 
     plane: str
     pair: str
@@ -56,7 +56,7 @@ class Verdict:
 
 
 def cases(environments: Mapping[str, str]) -> list[Case]:
-    """All pairs for which there are environments."""
+    """Return all pairs with existing environments."""
     found = [*_control(), *_events(), *_tools(), *_planted()]
     for extreme in ("lowest", "newest"):
         if f"{extreme}-v2" in environments:
@@ -157,55 +157,55 @@ def _extreme(extreme: str, words: str) -> list[Case]:
     ]
 
 
-def judge(case: Case, environments: Mapping[str, str]) -> Verdict:
-    """Plays one case; a planted break that goes unseen is as wrong as one that nobody planted."""
+def run_case(case: Case, environments: Mapping[str, str]) -> Result:
+    """Run one case; a planted break that is not detected is a failure."""
     start = time.monotonic()
     try:
         with Stage(environments) as stage:
             seen = case.scenario(stage)
         green = True
-    except Wrong as error:
+    except CaseFailed as error:
         green, seen = False, str(error)
     except Exception as error:
-        # What nobody thought of is no reason to see nothing of the other pairs.
+        # An unexpected error must not prevent the other pairs from running.
         green, seen = False, f"{type(error).__name__}: {error}"
     if case.planted:
         red = not green and case.planted in seen
-        green, seen = red, f"seen: {seen}" if red else f"the planted break went unseen: {seen}"
+        green, seen = red, f"detected: {seen}" if red else f"the planted break was not detected: {seen}"
     seconds = round(time.monotonic() - start, 1)
     verdict = "ok" if green else "FAILED"
     print(f"{verdict:>6}  {seconds:5.1f} s  {case.plane}: {case.pair}", flush=True)
-    return Verdict(plane=case.plane, pair=case.pair, verdict=verdict, seen=seen, seconds=seconds)
+    return Result(plane=case.plane, pair=case.pair, verdict=verdict, seen=seen, seconds=seconds)
 
 
-def table(verdicts: Sequence[Verdict]) -> str:
-    """For people: a line for each pair, and below it what was seen."""
+def table(results: Sequence[Result]) -> str:
+    """Return a line for each pair, followed by its details."""
     lines = []
-    for each in verdicts:
+    for each in results:
         lines.append(f"{each.verdict:>6}  {each.plane:8} {each.pair}")
         lines += textwrap.wrap(each.seen, _WIDTH, initial_indent=" " * 17, subsequent_indent=" " * 17)
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Plays all cases; 1 where one failed."""
+    """Run all cases; return 1 if one failed."""
     parser = argparse.ArgumentParser(prog="matrix.py", description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--only", default="", metavar="TEXT", help="pairs whose plane or name holds it")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only pairs whose plane or name contains TEXT")
     given = parser.parse_args(arguments)
     config = json.loads(given.config.read_text(encoding="utf-8"))
     environments: dict[str, str] = config["environments"]
     chosen = [case for case in cases(environments) if given.only in f"{case.plane}: {case.pair}"]
     with ThreadPoolExecutor(TOGETHER) as pool:
-        verdicts = list(pool.map(lambda case: judge(case, environments), chosen))
-    print(f"\npublished is {config['published']}\n{table(verdicts)}")
+        results = list(pool.map(lambda case: run_case(case, environments), chosen))
+    print(f"\npublished is {config['published']}\n{table(results)}")
     if given.json:
-        told = {"published": config["published"], "pairs": [asdict(each) for each in verdicts]}
-        given.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    failed = sum(each.verdict != "ok" for each in verdicts)
-    print(f"\n{len(verdicts) - failed} of {len(verdicts)} pairs do what they must" if verdicts else "no such pair")
-    return 1 if failed or not verdicts else 0
+        document = {"published": config["published"], "pairs": [asdict(each) for each in results]}
+        given.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    failed = sum(each.verdict != "ok" for each in results)
+    print(f"\n{len(results) - failed} of {len(results)} pairs behave as expected" if results else "no such pair")
+    return 1 if failed or not results else 0
 
 
 if __name__ == "__main__":

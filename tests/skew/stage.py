@@ -1,4 +1,4 @@
-"""Processes of one scenario: each in an environment of its own, all gone when the scenario is over."""
+"""The processes of one scenario, each in its own environment; all end with the scenario."""
 
 from __future__ import annotations
 
@@ -13,20 +13,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-__all__ = ["Actor", "Stage", "Wrong"]
-
 ACTORS = Path(__file__).resolve().parent / "actors"
 READY_SECONDS = 60.0
 END_SECONDS = 40.0
 _LAST_LINES = 12
 
 
-class Wrong(Exception):
-    """A pair does not do what it must; the text says what was seen instead."""
+class CaseFailed(Exception):
+    """A pair did not behave as expected."""
 
 
 class Actor:
-    """A process that writes one JSON object a line."""
+    """A process that writes one JSON object per line."""
 
     def __init__(self, name: str, command: list[str], folder: Path) -> None:
         self.name = name
@@ -40,46 +38,46 @@ class Actor:
         self._reader.start()
 
     def expect(self, *wanted: str, seconds: float = READY_SECONDS) -> Any:
-        """The value of the next line that has one of these keys; with several keys, the whole line.
+        """Return the value of the next line with one of these keys; with several keys, the whole line.
 
         Raises:
-            Wrong: It ended without one, says something else at last, or takes too long.
+            CaseFailed: It ends or reports another outcome first, or the time is over.
         """
         while True:
             try:
                 line = self._lines.get(timeout=seconds)
             except queue.Empty:
-                raise Wrong(f"{self.name} said no {' or '.join(wanted)} within {seconds:.0f} s") from None
+                raise CaseFailed(f"{self.name} did not report {' or '.join(wanted)} within {seconds:.0f} s") from None
             if line is None:
-                raise Wrong(f"{self.name} ended without a word of {' or '.join(wanted)}: {self._tail()}")
+                raise CaseFailed(f"{self.name} ended without {' or '.join(wanted)}: {self._tail()}")
             for key in wanted:
                 if key in line:
                     return line[key] if len(wanted) == 1 else line
             for key in ("refused", "done"):
                 if key in line:
-                    raise Wrong(f"{self.name}: {key}: {_short(line[key])}")
+                    raise CaseFailed(f"{self.name}: {key}: {_short(line[key])}")
 
     def end(self) -> None:
-        """Ends its input, on which it drains; killed where it does not."""
+        """Close its input, which makes it drain."""
         if self._process.stdin and not self._process.stdin.closed:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
 
     def terminate(self) -> None:
-        """Ends it by SIGTERM, and waits.
+        """Send SIGTERM and wait.
 
         Raises:
-            Wrong: It does not end.
+            CaseFailed: It does not end.
         """
         self._process.terminate()
         self._wait()
 
     def close(self) -> None:
-        """Ends it in any way; harmless when it has ended."""
+        """End it, with a kill if needed."""
         self.end()
         try:
             self._wait()
-        except Wrong:
+        except CaseFailed:
             self._process.kill()
             self._process.wait()
         self._reader.join()
@@ -90,7 +88,7 @@ class Actor:
         try:
             self._process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
-            raise Wrong(f"{self.name} does not end: {self._tail()}") from None
+            raise CaseFailed(f"{self.name} does not end: {self._tail()}") from None
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -103,7 +101,7 @@ class Actor:
 
     def _tail(self) -> str:
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return " | ".join(lines[-_LAST_LINES:]) or "it wrote nothing"
+        return " | ".join(lines[-_LAST_LINES:]) or "no output"
 
 
 class Stage:
@@ -126,28 +124,28 @@ class Stage:
         self._stack.close()
 
     def actor(self, environment: str, script: str, /, **wanted: Any) -> Actor:
-        """Starts an actor; what it is to do goes with it."""
-        # -E and -s: no variable of the caller's and nothing of the user's own leads to other code than the wheels'.
+        """Start an actor with its instructions."""
+        # -E and -s: variables and user packages must not replace the code of the wheels.
         command = [self._python(environment), "-E", "-s", str(ACTORS / f"{script}.py"), json.dumps(wanted)]
         return self._started(f"{script}-{environment}", command)
 
     def redis(self) -> str:
-        """Starts a server of the event plane and of the store; its URL."""
+        """Start Redis for the event plane and the store; return its URL."""
         facts: dict[str, str] = self.actor("head-v2", "embedded").expect("ready")
         return facts["redis"]
 
     def server(self, environment: str, redis: str, *, listen: str = "127.0.0.1:0") -> tuple[Actor, str]:
-        """Starts an orchestrator; it, and where it listens."""
+        """Start an orchestrator; return it and its address."""
         command = [self._python(environment), "-E", "-s", "-m", "orki_server", "serve", "--json"]
         command += ["--listen", listen, "--redis", redis, "--drain-grace-ms", "100"]
         started = self._started(f"server-{environment}", command, orderly=True)
         return started, started.expect("address")
 
     def settled(self, address: str, *agents: str) -> None:
-        """Returns once these agents have a session.
+        """Wait until these agents have a session.
 
         Raises:
-            Wrong: They have not.
+            CaseFailed: They do not get one.
         """
         watcher = self.actor("head-v2", "submitter", orchestrator=address, agents=agents, first=0, count=0, linger=0.0,
                              patience=30.0, prune=False)  # fmt: skip

@@ -7,15 +7,13 @@ from typing import Any
 
 from actors.values import measuring
 from control import check_mismatch, knows_v2
-from stage import Stage, Wrong
-
-__all__ = ["meet", "refused"]
+from stage import CaseFailed, Stage
 
 CALLS = 50
 
 
 def meet(stage: Stage, *, bridge: str, client: str) -> str:
-    """A blocking client and one of coroutines call every tool that they know."""
+    """A blocking and an async client call every tool that they know."""
     caller = stage.actor(client, "toolclient", **stage.actor(bridge, "bridge").expect("ready"), count=CALLS)
     first = caller.expect("done")
     check_measured(first["measured"], bridge, client)
@@ -26,19 +24,19 @@ def meet(stage: Stage, *, bridge: str, client: str) -> str:
 
 
 def refused(stage: Stage, *, bridge: str, client: str, rule: str) -> str:
-    """Both kinds of client learn that the contracts do not fit before a byte is misread."""
+    """Both kinds of client refuse an incompatible contract before a call."""
     caller = stage.actor(client, "toolclient", **stage.actor(bridge, "bridge").expect("ready"), count=CALLS)
     blocking, pipelined = (check_mismatch(caller.expect("refused"), rule) for _ in range(2))
     if blocking != pipelined:
-        raise Wrong(f"one client is told {blocking}, the other {pipelined}")
+        raise CaseFailed(f"the clients report different errors: {blocking} and {pipelined}")
     return blocking
 
 
 def check_measured(measured: Any, bridge: str, client: str) -> None:
-    """Frames: what both know arrives; a field behind the other's block is absent.
+    """Check frames: shared fields arrive, and fields behind the other side's block are absent.
 
     Raises:
-        Wrong: A value differs.
+        CaseFailed: A value differs.
     """
     wanted = []
     for number in range(1, 1 + CALLS):
@@ -49,14 +47,14 @@ def check_measured(measured: Any, bridge: str, client: str) -> None:
         wanted.append(reply)
     for expected, found in zip(wanted, measured, strict=True):
         if expected != found:
-            raise Wrong(f"{client} expected {expected} of {bridge}, and read {found}")
+            raise CaseFailed(f"{client} expected {expected} of {bridge}, and read {found}")
 
 
 def check_described(described: Mapping[str, Any], bridge: str, client: str) -> None:
-    """Messages in the tail of a frame.
+    """Check messages in the tail of a frame.
 
     Raises:
-        Wrong: A value differs.
+        CaseFailed: A value differs.
     """
     both = knows_v2(bridge) and knows_v2(client)
     language = "de" if both else "" if knows_v2(bridge) else "unknown here"
@@ -64,11 +62,11 @@ def check_described(described: Mapping[str, Any], bridge: str, client: str) -> N
     if knows_v2(client):
         wanted["maker"] = "orki" if both else ""
     if described != wanted:
-        raise Wrong(f"{client} expected {wanted} of {bridge}, and read {dict(described)}")
+        raise CaseFailed(f"{client} expected {wanted} of {bridge}, and read {dict(described)}")
 
 
 def check_calibrated(calibrated: Any, bridge: str, client: str) -> str:
-    """The tool that v2 added: done where it is served, refused by name where it is not."""
+    """Check that the tool added in v2 runs if it is served, and is refused otherwise."""
     if not knows_v2(client):
         wanted, words = None, "v1 calls nothing of v2"
     elif knows_v2(bridge):
@@ -76,5 +74,5 @@ def check_calibrated(calibrated: Any, bridge: str, client: str) -> str:
     else:
         wanted, words = "UnknownOpcode", "the added tool is refused as UnknownOpcode"
     if calibrated != wanted:
-        raise Wrong(f"the tool that v2 added gave {calibrated!r} to {client}, not {wanted!r}")
+        raise CaseFailed(f"the tool that v2 added gave {calibrated!r} to {client}, not {wanted!r}")
     return words

@@ -1,4 +1,4 @@
-"""Makes the modules beside the tests importable, and the pairs of the rules of change."""
+"""The import path of the shared modules, and the pairs of the rules of change."""
 
 from __future__ import annotations
 

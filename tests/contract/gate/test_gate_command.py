@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gate_shelf import Shelf
+from gate_index import LocalIndex
 from gate_trees import Tree, generated
 
 from orki_codegen import cli
@@ -44,15 +44,15 @@ Gate = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def shelf() -> Iterator[Shelf]:
-    with Shelf() as open_shelf:
-        yield open_shelf
+def index() -> Iterator[LocalIndex]:
+    with LocalIndex() as open_index:
+        yield open_index
 
 
 @pytest.fixture
-def empty(shelf: Shelf) -> Shelf:
-    shelf.clear()
-    return shelf
+def empty(index: LocalIndex) -> LocalIndex:
+    index.clear()
+    return index
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +64,13 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Gate:
-    """Runs the command in a folder."""
+    """Run the command in a folder."""
 
     def run(root: Path, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.chdir(root)
         status = cli.main(["gate", *arguments])
-        said = capfd.readouterr()
-        return status, said.out, said.err
+        output = capfd.readouterr()
+        return status, output.out, output.err
 
     return run
 
@@ -82,7 +82,7 @@ def git(root: Path, *arguments: str) -> str:
 
 
 def committed(root: Path) -> str:
-    """Puts everything into a commit, and tells its id."""
+    """Commit everything and return the commit's id."""
     if not (root / ".git").exists():
         git(root, "init", "--quiet", "--initial-branch", "main")
     git(root, "add", "--all")
@@ -90,13 +90,13 @@ def committed(root: Path) -> str:
     return git(root, "rev-parse", "HEAD")
 
 
-def test_a_first_release_says_so(gate: Gate, empty: Shelf, tmp_path: Path) -> None:
+def test_a_first_release_is_reported(gate: Gate, empty: LocalIndex, tmp_path: Path) -> None:
     status, out, _ = gate(generated(FIRST.lay_out(tmp_path)), "--index", empty.url)
     assert status == GREEN
     assert f"acme-review 0.1.0, first release: nothing on {empty.url} yet; nothing to compare with" in out
 
 
-def test_a_commit_stands_in_for_published(gate: Gate, empty: Shelf, tmp_path: Path) -> None:
+def test_the_commit_of_published_toml_is_the_baseline(gate: Gate, empty: LocalIndex, tmp_path: Path) -> None:
     commit = committed(generated(FIRST.lay_out(tmp_path)))
     stand_in = tmp_path / "published.toml"
     stand_in.write_text(f'commit = "{commit}"\nreason = "the first users have it"\n', encoding="utf-8")
@@ -114,8 +114,9 @@ def test_a_commit_stands_in_for_published(gate: Gate, empty: Shelf, tmp_path: Pa
     assert gate(tmp_path, "--against", "published")[0] == UNREADABLE
 
 
-def test_some_are_published_and_some_are_not(gate: Gate, empty: Shelf, first: Path, tmp_path: Path) -> None:
-    """Each is held against what users have of it."""
+def test_only_unreleased_distributions_use_published_toml(
+    gate: Gate, empty: LocalIndex, first: Path, tmp_path: Path
+) -> None:
     both = Tree(
         protos={**FIRST.protos, "acme/desk/v1/desk.proto": "message Sheet { string text = 1; }\n"},
         versions={"acme-review": "0.1.0", "acme-desk": "0.3.0"},
@@ -133,7 +134,7 @@ def test_some_are_published_and_some_are_not(gate: Gate, empty: Shelf, first: Pa
     assert (status, "→ acme-desk 0.4.0" in out, "→ acme-review" in out) == (RED, True, False)
 
 
-def test_the_last_wheel_is_what_users_have(gate: Gate, empty: Shelf, first: Path, tmp_path: Path) -> None:
+def test_the_last_wheel_is_the_baseline(gate: Gate, empty: LocalIndex, first: Path, tmp_path: Path) -> None:
     empty.put(first)
     status, out, _ = gate(generated(FIRST.lay_out(tmp_path)), "--index", empty.url)
     assert (status, "unchanged, no release needed" in out) == (GREEN, True)
@@ -154,8 +155,8 @@ def test_the_last_wheel_is_what_users_have(gate: Gate, empty: Shelf, first: Path
     assert gate(generated(RENAMED.promising(acme_review="0.2.0").lay_out(tmp_path)), "--index", empty.url)[0] == GREEN
 
 
-def test_other_bytes_under_a_published_version_are_refused(
-    gate: Gate, empty: Shelf, first: Path, tmp_path: Path
+def test_different_contents_of_a_released_version_are_refused(
+    gate: Gate, empty: LocalIndex, first: Path, tmp_path: Path
 ) -> None:
     empty.put(first)
     other = FIRST.edited(MODULE, "return 1", "return 2")
@@ -167,7 +168,7 @@ def test_other_bytes_under_a_published_version_are_refused(
     assert gate(other.promising(acme_review="0.1.1").lay_out(tmp_path), "--index", empty.url)[0] == GREEN
 
 
-def test_a_command_that_is_gone_is_major(gate: Gate, empty: Shelf, tmp_path: Path) -> None:
+def test_a_removed_command_is_major(gate: Gate, empty: LocalIndex, tmp_path: Path) -> None:
     table = generated(FIRST.lay_out(tmp_path / "tree")) / "packages/acme-review/pyproject.toml"
     text = table.read_text(encoding="utf-8")
     scripts = '[project.scripts]\nReview = "acme_review:review"\n'
@@ -181,14 +182,14 @@ def test_a_command_that_is_gone_is_major(gate: Gate, empty: Shelf, tmp_path: Pat
     assert "needs at least 0.2.0" in out
 
 
-def test_generated_code_that_lags_behind_is_refused(gate: Gate, empty: Shelf, first: Path, tmp_path: Path) -> None:
+def test_stale_generated_code_is_refused(gate: Gate, empty: LocalIndex, first: Path, tmp_path: Path) -> None:
     empty.put(first)
     generated(FIRST.lay_out(tmp_path))
     status, out, _ = gate(RENAMED.promising(acme_review="0.2.0").lay_out(tmp_path), "--index", empty.url)
     assert (status, "GENERATED_CODE_STALE" in out) == (RED, True)
 
 
-def test_a_private_distribution_is_never_asked_for(gate: Gate, empty: Shelf, first: Path, tmp_path: Path) -> None:
+def test_a_private_distribution_is_never_requested(gate: Gate, empty: LocalIndex, first: Path, tmp_path: Path) -> None:
     table = generated(FIRST.lay_out(tmp_path)) / "packages/acme-review/pyproject.toml"
     text = table.read_text(encoding="utf-8")
     table.write_text(
@@ -196,14 +197,14 @@ def test_a_private_distribution_is_never_asked_for(gate: Gate, empty: Shelf, fir
     )
     status, out, _ = gate(tmp_path, "--index", empty.url)
     assert (status, "private: compared with git refs only" in out) == (GREEN, True)
-    assert empty.asked == ["/simple/"]
+    assert empty.requested == ["/simple/"]
 
 
 @pytest.mark.parametrize(("days", "red"), [(None, True), (0.5, True), (2.0, False)])
-def test_older_versions_count_while_their_entries_may_lie(
-    gate: Gate, empty: Shelf, first: Path, tmp_path: Path, days: float | None, red: bool
+def test_older_versions_count_while_their_entries_may_remain(
+    gate: Gate, empty: LocalIndex, first: Path, tmp_path: Path, days: float | None, red: bool
 ) -> None:
-    """0.1.0 wrote `findings`; 0.2.0 came some days ago and left it; 0.3.0 takes it for another message."""
+    """0.1.0 wrote `findings`, 0.2.0 removed it some days ago, and 0.3.0 uses the name for another message."""
     uploaded = None if days is None else datetime.now(UTC) - timedelta(days=days)
     empty.put(first, uploaded - timedelta(days=9) if uploaded else None)
     middle = generated(RENAMED.promising(acme_review="0.2.0").lay_out(tmp_path / "middle"))
@@ -218,10 +219,10 @@ def test_older_versions_count_while_their_entries_may_lie(
     assert all("since acme-review 0.1.0" in line for line in told)
 
 
-def test_older_versions_count_for_as_long_as_a_deployment_may_keep_them(
-    gate: Gate, empty: Shelf, tmp_path: Path
+def test_older_versions_count_for_the_longest_age_of_a_deployment(
+    gate: Gate, empty: LocalIndex, tmp_path: Path
 ) -> None:
-    """The contract keeps entries for a day, and lets a deployment keep them for ten; the last version came five ago."""
+    """The default age is one day and the upper bound ten; the last version was uploaded five days ago."""
     tunable = FIRST.edited(PROTO, "{seconds: 86400}", "{seconds: 86400} most_age: {seconds: 864000}")
     uploaded = datetime.now(UTC) - timedelta(days=5)
     empty.put(
@@ -239,52 +240,52 @@ def test_older_versions_count_for_as_long_as_a_deployment_may_keep_them(
     assert "since acme-review 0.1.0" in told[0]
 
 
-def test_what_cannot_be_read_ends_with_two(gate: Gate, empty: Shelf, first: Path, tmp_path: Path) -> None:
+def test_unreadable_inputs_exit_with_two(gate: Gate, empty: LocalIndex, first: Path, tmp_path: Path) -> None:
     root = generated(FIRST.lay_out(tmp_path / "tree"))
-    status, _, said = gate(root, "--index", "http://127.0.0.1:9/simple/")
-    assert (status, "cannot be read" in said) == (UNREADABLE, True)
-    status, _, said = gate(root, "--index", empty.url.replace("simple", "elsewhere"))
-    assert (status, "there is no package index at" in said) == (UNREADABLE, True)
-    status, _, said = gate(root, "--index", "http://me:secret@127.0.0.1:9/simple/")
-    assert (status, "secret" in said) == (UNREADABLE, False)
+    status, _, output = gate(root, "--index", "http://127.0.0.1:9/simple/")
+    assert (status, "cannot be read" in output) == (UNREADABLE, True)
+    status, _, output = gate(root, "--index", empty.url.replace("simple", "elsewhere"))
+    assert (status, "there is no package index at" in output) == (UNREADABLE, True)
+    status, _, output = gate(root, "--index", "http://me:secret@127.0.0.1:9/simple/")
+    assert (status, "secret" in output) == (UNREADABLE, False)
     empty.put(first, content=b"no wheel")
-    status, _, said = gate(root, "--index", empty.url)
-    assert (status, "acme_review-0.1.0" in said) == (UNREADABLE, True)
+    status, _, output = gate(root, "--index", empty.url)
+    assert (status, "acme_review-0.1.0" in output) == (UNREADABLE, True)
     empty.clear()
     empty.put(first.with_name("acme_review-0.1.0.tar.gz"), content=b"an sdist")
     found = tmp_path / "found.json"
     found.write_text("[]", encoding="utf-8")
-    status, _, said = gate(root, "--index", empty.url, "--json", str(found))
-    assert "no wheel that is not yanked" in said, said
+    status, _, output = gate(root, "--index", empty.url, "--json", str(found))
+    assert "no wheel that is not yanked" in output, output
     assert (status, found.exists()) == (UNREADABLE, False)
     broken = tmp_path / first.name
     with zipfile.ZipFile(first) as source, zipfile.ZipFile(broken, "w") as target:
         for name in source.namelist():
             target.writestr(name, b"\xff" if name.endswith("contract.binpb") else source.read(name))
     empty.put(broken)
-    status, _, said = gate(root, "--index", empty.url)
-    assert status == UNREADABLE, said
-    assert "image" in said, said
+    status, _, output = gate(root, "--index", empty.url)
+    assert status == UNREADABLE, output
+    assert "image" in output, output
 
 
-def test_refs_that_are_not_there_end_with_two(gate: Gate, empty: Shelf, tmp_path: Path) -> None:
+def test_missing_refs_exit_with_two(gate: Gate, empty: LocalIndex, tmp_path: Path) -> None:
     root = generated(FIRST.lay_out(tmp_path / "tree"))
-    status, _, said = gate(root, "--against", "main")
-    assert (status, "no git repository" in said) == (UNREADABLE, True)
+    status, _, output = gate(root, "--against", "main")
+    assert (status, "no git repository" in output) == (UNREADABLE, True)
     committed(root)
-    status, _, said = gate(root, "--against", "release")
-    assert (status, 'no commit "release"' in said) == (UNREADABLE, True)
+    status, _, output = gate(root, "--against", "release")
+    assert (status, 'no commit "release"' in output) == (UNREADABLE, True)
     (root / "more").touch()
     committed(root)
     git(tmp_path, "clone", "--quiet", "--depth", "1", root.as_uri(), "shallow")
-    status, _, said = gate(tmp_path / "shallow", "--against", "HEAD~1")
-    assert (status, "git fetch --unshallow" in said) == (UNREADABLE, True)
+    status, _, output = gate(tmp_path / "shallow", "--against", "HEAD~1")
+    assert (status, "git fetch --unshallow" in output) == (UNREADABLE, True)
     assert gate(tmp_path / "shallow", "--against", "HEAD")[0] == GREEN
     assert gate(root, "--against", "HEAD", "--index", empty.url)[0] == UNREADABLE
 
 
-def test_no_folders_name_hides_a_contract(gate: Gate, tmp_path: Path) -> None:
-    """What is left out of a commit as tests or pages is so beside the sources and protos alone."""
+def test_no_folder_name_hides_a_contract(gate: Gate, tmp_path: Path) -> None:
+    """Folders such as tests and docs are left out only beside sources and protos."""
     odd = Tree(
         protos={"acme/docs/v1/page.proto": "message Page { string text = 1; }\n"},
         versions={"acme-docs": "1.0.0"},
@@ -298,7 +299,7 @@ def test_no_folders_name_hides_a_contract(gate: Gate, tmp_path: Path) -> None:
     assert (status, "ORKI_FIELD_RETYPED" in out, "API_ADDED" in out) == (RED, True, False)
 
 
-def test_the_gate_asks_that_buf_uses_every_rule(gate: Gate, tmp_path: Path) -> None:
+def test_buf_must_use_every_rule(gate: Gate, tmp_path: Path) -> None:
     config = generated(FIRST.lay_out(tmp_path)) / "buf.yaml"
     committed(tmp_path)
     text = config.read_text(encoding="utf-8")
@@ -309,8 +310,8 @@ def test_the_gate_asks_that_buf_uses_every_rule(gate: Gate, tmp_path: Path) -> N
         ("plugin: orki-checks", 'plugin: "false"', ""),
     ):
         config.write_text(text.replace(before, after), encoding="utf-8")
-        status, _, said = gate(tmp_path, "--against", "HEAD")
-        assert (status, word in said) == (UNREADABLE, True)
+        status, _, output = gate(tmp_path, "--against", "HEAD")
+        assert (status, word in output) == (UNREADABLE, True)
 
 
 def test_an_accepted_break_of_the_ref_may_match_nothing(gate: Gate, tmp_path: Path) -> None:

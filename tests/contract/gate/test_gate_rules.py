@@ -1,4 +1,4 @@
-"""Each rule of change, through the gate: its break asks for the rule's bump, and its twin for none."""
+"""Each rule of change in the gate: its break needs the rule's bump, and its harmless twin none."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ NEEDED = {Bump.MAJOR: "2.0.0", Bump.MINOR: "1.1.0"}
 
 
 def name_of(pair: Pair) -> str:
-    """The distribution that owns the pair's packages."""
+    """Return the distribution that owns the pair's packages."""
     return pair.folder.strip("/").replace("_", "-")
 
 
 def workspace(root: Path, version: str) -> Path:
-    """One version of all pairs, each owned by a distribution of its own."""
+    """Return one side of all pairs, each owned by its own distribution."""
     top = lay_out(root, PAIRS, version)
     for pair in PAIRS:
         texts = [text for files in pair.files.values() for text in files.values()]
@@ -42,22 +42,22 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def broken(old: Path) -> Evaluation:
-    """What the gate says of all breaks."""
+    """The evaluation of all breaks."""
     return evaluation_of(old, workspace(old.parent, "new"))
 
 
 @pytest.fixture(scope="module")
 def harmless(old: Path) -> Evaluation:
-    """What it says of all twins."""
+    """The evaluation of all harmless twins."""
     return evaluation_of(old, workspace(old.parent, "twin"))
 
 
-def test_each_rule_has_a_pair_here() -> None:
+def test_each_rule_has_a_pair() -> None:
     assert {pair.rule for pair in PAIRS} == set(RULES)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
-def test_a_break_asks_for_the_bump_of_its_rule(pair: Pair, broken: Evaluation) -> None:
+def test_a_break_needs_the_bump_of_its_rule(pair: Pair, broken: Evaluation) -> None:
     name, bump = name_of(pair), RULES[pair.rule].bump
     own = [each for each in broken.findings if each.package == name]
     told = [each for each in own if each.rule == pair.rule]
@@ -72,13 +72,13 @@ def test_a_break_asks_for_the_bump_of_its_rule(pair: Pair, broken: Evaluation) -
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
 def test_its_twin_breaks_nothing(pair: Pair, harmless: Evaluation) -> None:
     name = name_of(pair)
-    said = [str(each) for each in harmless.findings if each.package == name and each.bump is Bump.MAJOR]
-    assert said == []
+    found = [str(each) for each in harmless.findings if each.package == name and each.bump is Bump.MAJOR]
+    assert found == []
     if RULES[pair.rule].bump is Bump.MINOR:
         assert harmless.bumps[name] in (None, Bump.PATCH)
 
 
-def test_buf_finds_of_its_own_what_its_rules_see(broken: Evaluation) -> None:
+def test_buf_reports_breaks_by_its_own_rules(broken: Evaluation) -> None:
     ours = {each.package for each in broken.findings if each.rule in RULES and each.bump is Bump.MAJOR}
     theirs = {each.package for each in broken.findings if each.rule not in RULES and each.bump is Bump.MAJOR}
     assert theirs == {name_of(pair) for pair in PAIRS if pair.seen}

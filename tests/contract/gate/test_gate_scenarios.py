@@ -1,4 +1,4 @@
-"""What a day brings, change by change, and what the gate asks for it."""
+"""Common changes and the versions that they need."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return OLD.lay_out(tmp_path_factory.mktemp("gate") / "old")
 
 
-def said(evaluation: Evaluation, package: str = "acme-review") -> dict[str, str]:
-    """The rules that a distribution's findings name, each with the version that it asks for."""
+def needed(evaluation: Evaluation, package: str = "acme-review") -> dict[str, str]:
+    """Return the rules of a distribution's findings with the versions that they need."""
     return {each.rule: str(each.needs) for each in evaluation.findings if each.package == package}
 
 
@@ -90,18 +90,18 @@ def reds(evaluation: Evaluation) -> set[str]:
     return {each.rule for each in evaluation.findings if each.fails}
 
 
-def test_nothing_changed_needs_no_release(old: Path, tmp_path: Path) -> None:
-    """So it is when a deployment keeps more or less of a stream, or waits longer: no proto says so."""
+def test_an_unchanged_tree_needs_no_release(old: Path, tmp_path: Path) -> None:
+    """Tuning of a deployment changes no proto either."""
     evaluation = evaluation_of(old, OLD.lay_out(tmp_path))
     assert evaluation.bumps == {"acme-review": None, "acme-desk": None}
     assert evaluation.findings == ()
 
 
-def test_a_field_more_is_minor_and_of_its_owner_alone(old: Path, tmp_path: Path) -> None:
+def test_an_added_field_is_minor_for_its_owner_only(old: Path, tmp_path: Path) -> None:
     new = OLD.edited(PROTO, "uint32 line = 2;", "uint32 line = 2;\n  string rule = 3;")
     evaluation = evaluation_of(old, new.lay_out(tmp_path / "a"))
     assert evaluation.bumps == {"acme-review": Bump.MINOR, "acme-desk": None}
-    assert said(evaluation) == {"ORKI_FIELD_ADDED": "1.5.0"}
+    assert needed(evaluation) == {"ORKI_FIELD_ADDED": "1.5.0"}
     assert evaluation.red
     (finding,) = evaluation.findings
     assert finding.location.file == f"proto/{PROTO}"
@@ -110,7 +110,7 @@ def test_a_field_more_is_minor_and_of_its_owner_alone(old: Path, tmp_path: Path)
     assert evaluation_of(old, new.promising(acme_review="1.4.1").lay_out(tmp_path / "c")).red
 
 
-def test_a_renamed_stream_is_major_and_tells_who_is_affected(old: Path, tmp_path: Path) -> None:
+def test_a_renamed_stream_is_major_and_names_affected_parties(old: Path, tmp_path: Path) -> None:
     new = OLD.edited(PROTO, 'name: "findings"', 'name: "results"')
     evaluation = evaluation_of(old, new.lay_out(tmp_path / "a"))
     assert evaluation.bumps["acme-review"] is Bump.MAJOR
@@ -120,7 +120,7 @@ def test_a_renamed_stream_is_major_and_tells_who_is_affected(old: Path, tmp_path
     assert "acme-review 1.4.0" in gone.sentence
 
 
-def test_a_break_must_show_in_the_ranges_of_dependants(old: Path, tmp_path: Path) -> None:
+def test_ranges_of_dependants_must_exclude_the_version_before_a_break(old: Path, tmp_path: Path) -> None:
     new = OLD.edited(PROTO, 'name: "findings"', 'name: "results"').promising(acme_review="2.0.0", acme_desk="2.0.1")
     evaluation = evaluation_of(old, new.lay_out(tmp_path / "a"))
     (ranged,) = [each for each in evaluation.findings if each.fails]
@@ -131,38 +131,38 @@ def test_a_break_must_show_in_the_ranges_of_dependants(old: Path, tmp_path: Path
         assert evaluation_of(old, moved.lay_out(tmp_path / str(red))).red is red
 
 
-def test_what_retention_promised_must_stay(old: Path, tmp_path: Path) -> None:
+def test_a_lower_retention_is_major(old: Path, tmp_path: Path) -> None:
     lower = OLD.edited(PROTO, "max_entries: 1000", "max_entries: 999").lay_out(tmp_path / "a")
-    assert said(evaluation_of(old, lower)) == {"ORKI_STREAM_ENTRIES_LOWERED": "2.0.0"}
+    assert needed(evaluation_of(old, lower)) == {"ORKI_STREAM_ENTRIES_LOWERED": "2.0.0"}
     more = OLD.edited(PROTO, "max_entries: 1000", "max_entries: 1001").lay_out(tmp_path / "b")
-    assert said(evaluation_of(old, more)) == {"ORKI_STREAM_RELAXED": "1.5.0"}
+    assert needed(evaluation_of(old, more)) == {"ORKI_STREAM_RELAXED": "1.5.0"}
 
 
 def test_a_moved_frame_field_is_major(old: Path, tmp_path: Path) -> None:
     new = OLD.edited(PROTO, "(orki.options.v1.offset) = 4]", "(orki.options.v1.offset) = 8]")
-    assert said(evaluation_of(old, new.lay_out(tmp_path)))["ORKI_FRAME_FIELD_MOVED"] == "2.0.0"
+    assert needed(evaluation_of(old, new.lay_out(tmp_path)))["ORKI_FRAME_FIELD_MOVED"] == "2.0.0"
 
 
-def test_a_deleted_rpc_is_major_by_both_sets_of_rules(old: Path, tmp_path: Path) -> None:
+def test_a_deleted_rpc_is_major_by_the_rules_of_orki_and_buf(old: Path, tmp_path: Path) -> None:
     new = OLD.edited(PROTO, "  rpc Forget(ForgetRequest) returns (ForgetResponse);\n", "")
-    assert said(evaluation_of(old, new.lay_out(tmp_path))) == {"ORKI_RPC_REMOVED": "2.0.0", "RPC_NO_DELETE": "2.0.0"}
+    assert needed(evaluation_of(old, new.lay_out(tmp_path))) == {"ORKI_RPC_REMOVED": "2.0.0", "RPC_NO_DELETE": "2.0.0"}
 
 
-def test_a_comment_alone_changes_no_contract(old: Path, tmp_path: Path) -> None:
-    """What it changes in the generated code, and in the wheel, is a patch; see the tests with an index."""
+def test_a_comment_changes_no_contract(old: Path, tmp_path: Path) -> None:
+    """Its change of the wheel is a patch; see the tests with an index."""
     new = OLD.edited(PROTO, "// What was found.", "// What was found, and where.")
     assert evaluation_of(old, new.lay_out(tmp_path)).findings == ()
 
 
-def test_other_code_behind_the_same_names_is_a_patch(old: Path, tmp_path: Path) -> None:
+def test_other_code_with_the_same_api_is_a_patch(old: Path, tmp_path: Path) -> None:
     new = OLD.edited(API, "return path\n\n\ndef hidden", "return path.strip()\n\n\ndef hidden")
     evaluation = evaluation_of(old, new.lay_out(tmp_path))
-    assert said(evaluation) == {"CONTENT_CHANGED": "1.4.1"}
-    assert not evaluation.red, "what was not published may differ under its version"
+    assert needed(evaluation) == {"CONTENT_CHANGED": "1.4.1"}
+    assert not evaluation.red, "unpublished contents may differ"
 
 
-def test_changing_what_another_one_owns_is_the_owners_to_tell(old: Path, tmp_path: Path) -> None:
-    """The reader's message holds the changed one, and its image a copy of it: it needs no release."""
+def test_a_changed_message_needs_a_release_of_its_owner_only(old: Path, tmp_path: Path) -> None:
+    """The reader's image contains a copy of the changed message and needs no release."""
     new = OLD.edited(PROTO, "uint32 line = 2;", "uint64 line = 2;").promising(acme_review="2.0.0")
     evaluation = evaluation_of(old, new.lay_out(tmp_path))
     assert evaluation.bumps == {"acme-review": Bump.MAJOR, "acme-desk": None}
@@ -192,20 +192,20 @@ def test_changing_what_another_one_owns_is_the_owners_to_tell(old: Path, tmp_pat
 )
 def test_the_python_api(old: Path, tmp_path: Path, before: str, after: str, rules: dict[str, str]) -> None:
     evaluation = evaluation_of(old, OLD.edited(API, before, after).lay_out(tmp_path))
-    assert said(evaluation) == rules
+    assert needed(evaluation) == rules
     assert all(each.location.file == f"packages/{API}" and each.location.line for each in evaluation.findings)
 
 
-def test_before_one_a_major_change_raises_the_second_number(tmp_path: Path) -> None:
+def test_before_1_0_a_major_change_raises_the_second_number(tmp_path: Path) -> None:
     young = OLD.promising(acme_review="0.3.1", acme_desk="0.1.0")
     young = Tree(protos=young.protos, versions=young.versions, needs={"acme-desk": ["acme-review>=0.3,<0.4"]})
     old = young.lay_out(tmp_path / "old")
     field = young.edited(PROTO, "uint32 line = 2;", "uint32 line = 2;\n  string rule = 3;")
-    assert said(evaluation_of(old, field.lay_out(tmp_path / "a"))) == {"ORKI_FIELD_ADDED": "0.3.2"}
+    assert needed(evaluation_of(old, field.lay_out(tmp_path / "a"))) == {"ORKI_FIELD_ADDED": "0.3.2"}
     assert not evaluation_of(old, field.promising(acme_review="0.3.2").lay_out(tmp_path / "b")).red
     renamed = young.edited(PROTO, 'name: "findings"', 'name: "results"').promising(acme_review="0.3.2")
     evaluation = evaluation_of(old, renamed.lay_out(tmp_path / "c"))
-    assert said(evaluation)["ORKI_STREAM_REMOVED"] == "0.4.0"
+    assert needed(evaluation)["ORKI_STREAM_REMOVED"] == "0.4.0"
     assert evaluation.red
 
 
@@ -223,9 +223,7 @@ until = {until}
     ("until", "stale"),
     [("2026-11-20", False), ('"2026-11-20"', False), ("2026-11-19", True), ('"2.0.0"', False), ('"1.5.0"', True)],
 )
-def test_an_accepted_break_asks_for_a_minor_version_until_its_end(
-    old: Path, tmp_path: Path, until: str, stale: bool
-) -> None:
+def test_an_accepted_break_is_minor_until_its_end(old: Path, tmp_path: Path, until: str, stale: bool) -> None:
     new = OLD.edited(PROTO, "max_entries: 1000", "max_entries: 999").promising(acme_review="1.5.0").lay_out(tmp_path)
     evaluation = evaluation_of(old, new, accepted=ACCEPTED.format(until=until), today=TODAY)
     if stale:
@@ -237,14 +235,14 @@ def test_an_accepted_break_asks_for_a_minor_version_until_its_end(
         assert "nobody reads back further" in finding.message
 
 
-def test_an_accepted_break_that_nothing_needs_is_stale(old: Path, tmp_path: Path) -> None:
+def test_an_accepted_break_without_a_match_is_stale(old: Path, tmp_path: Path) -> None:
     evaluation = evaluation_of(old, OLD.lay_out(tmp_path), accepted=ACCEPTED.format(until="2027-01-01"))
     (stale,) = evaluation.findings
     assert (stale.rule, stale.fails, str(stale.location)) == ("ACCEPTED_BREAK_STALE", True, "accepted-breaks.toml:2:1")
 
 
-def test_streams_are_held_against_every_version_that_may_still_lie_in_them(old: Path, tmp_path: Path) -> None:
-    """A stream left in 1.5.0, as an accepted break, and came back in 1.6.0 for another message."""
+def test_streams_are_compared_with_every_version_with_remaining_entries(old: Path, tmp_path: Path) -> None:
+    """1.5.0 removed a stream as an accepted break, and 1.6.0 uses its name for another message."""
     gap = OLD.edited(PROTO, 'name: "findings"', 'name: "other"').promising(acme_review="1.5.0")
     middle = gap.lay_out(tmp_path / "middle")
     back = Tree(
@@ -264,13 +262,13 @@ def test_streams_are_held_against_every_version_that_may_still_lie_in_them(old: 
     assert "acme-review 1.4.0" in moved[0].sentence
 
 
-def test_a_distribution_that_is_gone_takes_its_contracts_with_it(old: Path, tmp_path: Path) -> None:
+def test_a_removed_distribution_is_major(old: Path, tmp_path: Path) -> None:
     new = Tree(protos={PROTO: REVIEW}, versions={"acme-review": "1.4.0"}, sources=OLD.sources)
     (gone,) = evaluation_of(old, new.lay_out(tmp_path)).findings
     assert (gone.rule, gone.package, gone.fails) == ("DISTRIBUTION_GONE", "acme-desk", True)
 
 
-def test_a_contract_that_another_wheel_brings_is_major(old: Path, tmp_path: Path) -> None:
+def test_a_contract_that_moves_to_another_wheel_is_major(old: Path, tmp_path: Path) -> None:
     new = OLD.lay_out(tmp_path)
     for name, before, after in (
         ("acme-desk", "['acme.desk.v1']", "['acme.desk.v1', 'acme.review.v1']"),
@@ -281,5 +279,5 @@ def test_a_contract_that_another_wheel_brings_is_major(old: Path, tmp_path: Path
         assert before in text
         table.write_text(text.replace(before, after), encoding="utf-8")
     evaluation = evaluation_of(old, new)
-    assert said(evaluation) == {"CONTRACT_OWNER_CHANGED": "2.0.0"}
+    assert needed(evaluation) == {"CONTRACT_OWNER_CHANGED": "2.0.0"}
     assert evaluation.red

@@ -1,4 +1,4 @@
-"""How functions are called, what names are annotated with, what installers ask: each change, and its harmless twin."""
+"""Changes of signatures, annotations and metadata, and harmless changes beside them."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def as_users_have_it(root: Path) -> Release:
     return Release(
         name=member.name,
         version=member.version,
-        origin="the past",
+        origin="the baseline",
         packages=member.contracts,
         imports=(root / member.folder / "src",),
         extras=frozenset(member.extras),
@@ -136,14 +136,14 @@ def first_line(text: str) -> int:
 def test_a_changed_signature_is_major(
     old: Release, tmp_path: Path, before: str, after: str, rule: str, subject: str
 ) -> None:
-    (told,) = changes(old, tmp_path, before, after)
-    assert (told.rule, told.bump) == (rule, Bump.MAJOR)
-    assert told.subject.endswith(subject)
-    assert told.location.file == f"packages/{MODULE}"
+    (finding,) = changes(old, tmp_path, before, after)
+    assert (finding.rule, finding.bump) == (rule, Bump.MAJOR)
+    assert finding.subject.endswith(subject)
+    assert finding.location.file == f"packages/{MODULE}"
     named = subject.rpartition(".")[2]
-    text = (tmp_path / told.location.file).read_text(encoding="utf-8").splitlines()
+    text = (tmp_path / finding.location.file).read_text(encoding="utf-8").splitlines()
     # A decorator's line counts as the first one.
-    assert any(named in line for line in text[told.location.line - 1 : told.location.line + 1])
+    assert any(named in line for line in text[finding.location.line - 1 : finding.location.line + 1])
 
 
 @pytest.mark.parametrize(
@@ -161,14 +161,14 @@ def test_a_changed_signature_is_major(
         ("    return path\n", "    def inner():\n        yield path\n    return path\n"),
     ],
 )
-def test_what_says_no_less_is_no_break(old: Release, tmp_path: Path, before: str, after: str) -> None:
+def test_an_equal_or_new_annotation_is_no_break(old: Release, tmp_path: Path, before: str, after: str) -> None:
     assert changes(old, tmp_path, before, after) == []
 
 
 def test_a_finding_has_the_current_location(old: Release, tmp_path: Path) -> None:
-    (told,) = changes(old, tmp_path, "def review(", "# One.\n# Two.\nasync def review(")
-    assert (told.location.line, told.location.column) == (first_line("def review(") + 2, 1)
-    assert told.message == "acme_review.review is called differently: def → async def"
+    (finding,) = changes(old, tmp_path, "def review(", "# One.\n# Two.\nasync def review(")
+    assert (finding.location.line, finding.location.column) == (first_line("def review(") + 2, 1)
+    assert finding.message == "acme_review.review is called differently: def → async def"
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_finding_has_the_current_location(old: Release, tmp_path: Path) -> Non
         ("Annotated['int', 1]", "typing.Annotated[int, 1]", True),
     ],
 )
-def test_annotations_that_say_the_same_are_equal(one: str, other: str, same: bool) -> None:
+def test_equivalent_annotations_are_equal(one: str, other: str, same: bool) -> None:
     assert (normalised(one) == normalised(other)) is same
 
 
@@ -199,7 +199,7 @@ def with_table(root: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "told"),
+    ("before", "after", "finding"),
     [
         ("fast_path", "Fast-Path", []),
         ("fast_path", "quick", [("API_EXTRA_REMOVED", "fast-path", 7), ("API_EXTRA_ADDED", "quick", 8)]),
@@ -211,16 +211,16 @@ def with_table(root: Path, text: str) -> Path:
         ('requires-python = ">=3.11"\n', "", []),
     ],
 )
-def test_what_installers_ask(tmp_path: Path, before: str, after: str, told: list[tuple[str, str, int]]) -> None:
+def test_changes_of_metadata(tmp_path: Path, before: str, after: str, finding: list[tuple[str, str, int]]) -> None:
     former = with_table(tmp_path / "old", TABLE)
     member = member_of(with_table(tmp_path / "new", TABLE.replace(before, after)))
     found = list(metadata_findings(member, as_users_have_it(former)))
-    assert [(each.rule, each.subject, each.location.line) for each in found] == told
+    assert [(each.rule, each.subject, each.location.line) for each in found] == finding
     for each in found:
         assert each.bump is (Bump.MINOR if each.rule == "API_EXTRA_ADDED" else Bump.MAJOR)
 
 
-def test_a_wheel_tells_the_same_as_its_sources(tmp_path: Path) -> None:
+def test_a_wheel_and_its_sources_have_the_same_metadata(tmp_path: Path) -> None:
     tree = with_table(tmp_path / "tree", TABLE)
     wheel = build_wheel(tree, "packages/acme-review", tmp_path)
     release = release_of(wheel, tmp_path / "there", "acme-review", Version("1.4.0"), "the index")
@@ -235,7 +235,7 @@ def test_a_wheel_tells_the_same_as_its_sources(tmp_path: Path) -> None:
         release_of(bad, tmp_path / "elsewhere", "acme-review", Version("1.4.0"), "the index")
 
 
-def test_a_range_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_python_range_is_refused(tmp_path: Path) -> None:
     root = with_table(tmp_path, TABLE.replace(">=3.11", "three"))
     with pytest.raises(InvalidSetting, match=r"packages/acme-review/pyproject.toml.*three"):
         find_members(root)

@@ -1,4 +1,4 @@
-"""A deployment keeps more or less of a stream: it really does, and there is nothing to release."""
+"""A deployment tunes the retention of a stream without a release."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import redis
-from gate_shelf import Shelf
+from gate_index import LocalIndex
 from gate_trees import Tree, generated
 from google.protobuf import message_factory
 
@@ -50,13 +50,13 @@ NODE = 100
 
 @pytest.fixture
 def released(tmp_path: Path) -> Path:
-    """The wheel that users have."""
+    """The released wheel."""
     return build_wheel(generated(TREE.lay_out(tmp_path / "released")), "packages/acme-review", tmp_path)
 
 
 @pytest.fixture
 def findings(released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EventStream[Any, Any]]:
-    """The stream, by the contract inside the wheel, which is installed."""
+    """The stream of the contract in the installed wheel."""
     site = tmp_path / "site"
     with zipfile.ZipFile(released) as wheel:
         wheel.extractall(site)
@@ -73,7 +73,7 @@ def findings(released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 async def kept(url: str, findings: EventStream[Any, Any], tuning: Tuning | None, count: int) -> int:
-    """How many entries are there after a deployment has set this, and somebody has published as many more."""
+    """Return the number of entries after a deployment set a limit and as many more entries were published."""
     async with connect(url) as operator, connect(url) as publisher:
         await operator.prepare(findings)
         await operator.tune("findings", tuning)
@@ -82,7 +82,7 @@ async def kept(url: str, findings: EventStream[Any, Any], tuning: Tuning | None,
         return int(client.xlen(KEY))
 
 
-async def test_what_a_deployment_tunes_needs_no_release(
+async def test_tuning_needs_no_release(
     released: Path, findings: EventStream[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     def gate(root: Path, *arguments: str) -> tuple[int, str]:
@@ -95,12 +95,12 @@ async def test_what_a_deployment_tunes_needs_no_release(
         assert await kept(server.url, findings, Tuning(max_entries=5_000), 2_000) >= 2_300
         with pytest.raises(InvalidSetting, match=r"300 to 5000 .*acme\.review\.v1\.Finding in acme/review/v1/review"):
             await kept(server.url, findings, Tuning(max_entries=299), 1)
-    with Shelf() as shelf:
-        shelf.put(released)
+    with LocalIndex() as index:
+        index.put(released)
         tree = TREE.lay_out(tmp_path / "tree")
-        status, out = gate(generated(tree), "--index", shelf.url)
+        status, out = gate(generated(tree), "--index", index.url)
         assert (status, "unchanged, no release needed" in out) == (GREEN, True)
         # The same by the contract is a release, and a major one.
         lower = TREE.edited(PROTO, "max_entries: 1000", "max_entries: 300")
-        status, out = gate(generated(lower.lay_out(tree)), "--index", shelf.url)
+        status, out = gate(generated(lower.lay_out(tree)), "--index", index.url)
         assert (status, "ORKI_STREAM_ENTRIES_LOWERED" in out, "→ acme-review 0.2.0" in out) == (RED, True, True)

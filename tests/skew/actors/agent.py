@@ -7,14 +7,14 @@ import sys
 from typing import Any
 
 from garden.v1 import garden_orki, garden_pb2
-from values import asked, known, stream, tell, tell_error
+from values import instructions, known, report, report_error, stream
 
 from orki_agent import Agent
 from orki_contract.errors import OrkiError
 
 
 class Beds(garden_orki.BedServiceBase):
-    """Says in its response what it saw of the request."""
+    """Copies the request into its response."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -39,18 +39,18 @@ class Beds(garden_orki.BedServiceBase):
 
 
 async def main() -> None:
-    wanted = asked()
+    wanted = instructions()
     agent = Agent("gardener", Beds(wanted["agent_id"]), slots=wanted.get("slots", 4))
     loop = asyncio.get_running_loop()
     waiting = loop.run_in_executor(None, sys.stdin.read)
     waiting.add_done_callback(lambda _: agent.drain())
-    tell(ready=True)
+    report(ready=True)
     try:
         await agent.run(wanted["orchestrator"], agent_id=wanted["agent_id"], drain_grace=20.0)
     except OrkiError as error:
-        tell_error("refused", error)
+        report_error("refused", error)
     else:
-        tell(done=True)
+        report(done=True)
 
 
 if __name__ == "__main__":

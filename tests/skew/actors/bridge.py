@@ -6,18 +6,18 @@ import sys
 from typing import Any
 
 from garden.v1 import garden_orki, garden_pb2
-from values import known, tell
+from values import known, report
 
 from orki_agent.hotpath import ToolBridge
 
 
 class Probe(garden_orki.ProbeToolServiceSyncBase):
-    """Says in its replies what it saw of the requests."""
+    """Copies the requests into its replies."""
 
     def measure(self, request: Any, call: Any) -> Any:
         reply = {"fraction": request.times / 1_024, "depth": request.depth, "probe": request.probe}
         if hasattr(request, "temperature"):
-            # A field behind the received block is None: the caller did not know it.
+            # A field behind the received block is None, because the caller does not know it.
             reply["correction"] = -1.0 if request.temperature is None else float(request.temperature)
         return garden_orki.MeasureResponse(**reply)
 
@@ -32,9 +32,9 @@ class Probe(garden_orki.ProbeToolServiceSyncBase):
 
 def main() -> None:
     with ToolBridge(Probe()) as bridge:
-        tell(ready={"path": bridge.path, "token": bridge.token.hex()})
+        report(ready={"path": bridge.path, "token": bridge.token.hex()})
         sys.stdin.read()
-    tell(done=True)
+    report(done=True)
 
 
 if __name__ == "__main__":

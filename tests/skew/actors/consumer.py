@@ -1,4 +1,4 @@
-"""Consumes groups until its input ends, and says what it read."""
+"""Consumes groups until its input ends, and reports the events."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import sys
 from typing import Any
 
 from garden.v1 import garden_orki
-from values import asked, stream, tell, tell_error
+from values import instructions, report, report_error, stream
 
 from orki_contract.errors import OrkiError
 from orki_events import connect, consumer
 
 
 def reader(message: str, group: str, into: list[dict[str, Any]]) -> Any:
-    """A consumer that notes every field of what it reads, defaults included."""
+    """Return a consumer that records every field of each event, defaults included."""
 
     @consumer(stream(garden_orki, message), group=group)
     async def on_event(event: Any, delivery: Any) -> None:
@@ -25,20 +25,20 @@ def reader(message: str, group: str, into: list[dict[str, Any]]) -> Any:
 
 
 async def main() -> None:
-    wanted = asked()
+    wanted = instructions()
     read: list[dict[str, Any]] = []
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.run_in_executor(None, sys.stdin.read).add_done_callback(lambda _: stop.set())
     async with connect(wanted["redis"]) as events:
         readers = [reader(message, group, read) for message, group in wanted["groups"]]
-        tell(ready=True)
+        report(ready=True)
         try:
             await events.run(*readers, stop=stop)
         except OrkiError as error:
-            tell_error("refused", error)
+            report_error("refused", error)
         else:
-            tell(done={"read": read})
+            report(done={"read": read})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The server of the tests, from the wheel of the embedded one, until its input ends."""
+"""Runs the embedded server until its input ends."""
 
 from __future__ import annotations
 
 import sys
 
-from values import tell
+from values import report
 
 from orki_server.embedded import EmbeddedServer
 
@@ -12,11 +12,11 @@ from orki_server.embedded import EmbeddedServer
 def main() -> None:
     server = EmbeddedServer().start()
     try:
-        tell(ready={"redis": server.url})
+        report(ready={"redis": server.url})
         sys.stdin.read()
     finally:
         server.stop()
-    tell(done=True)
+    report(done=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Waits until the named groups have processed what was published, and tells the ledger either way."""
+"""Waits until groups have processed all published events, and reports the ledger."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import time
 from typing import Any
 
 from garden.v1 import garden_orki
-from values import asked, stream, tell
+from values import instructions, report, stream
 
 from orki_events import connect
 
 
 async def main() -> None:
-    wanted = asked()
+    wanted = instructions()
     deadline = time.monotonic() + wanted["patience"]
     async with connect(wanted["redis"]) as events:
         while True:
@@ -26,7 +26,7 @@ async def main() -> None:
             if settled or time.monotonic() > deadline:
                 break
             await asyncio.sleep(0.1)
-    tell(done=found)
+    report(done=found)
 
 
 if __name__ == "__main__":

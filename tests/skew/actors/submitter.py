@@ -1,4 +1,4 @@
-"""Submits waterings once the named agents are there, and says what came back."""
+"""Submits waterings once the named agents are connected, and reports the responses."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import asyncio
 from typing import Any
 
 from garden.v1 import garden_orki, garden_pb2
-from values import asked, bed, known, tell, tell_error, watering
+from values import bed, instructions, known, report, report_error, watering
 
 from orki_contract.errors import OrkiError
 from orki_control import Client
 
 
 async def wait_for(orki: Client, agents: list[str]) -> None:
-    """Returns once all of them have a session."""
+    """Wait until all agents have a session."""
     while not {each.agent_id for each in await orki.list_agents() if each.connected} >= set(agents):
         await asyncio.sleep(0.05)
 
 
 async def result(handle: Any) -> dict[str, Any]:
-    """The fields of a response, defaults included."""
+    """Return the fields of a response, defaults included."""
     response = await handle.result()
     return {field.name: getattr(response, field.name) for field in response.DESCRIPTOR.fields}
 
 
 async def prune(client: Any) -> Any:
-    """What the task that only v2 has gives; None where the contract here has none."""
+    """Return the result of the task added in v2; None without it."""
     if not hasattr(client, "prune"):
         return None
     try:
@@ -35,13 +35,13 @@ async def prune(client: Any) -> Any:
 
 
 async def main() -> None:
-    wanted = asked()
+    wanted = instructions()
     async with Client(wanted["orchestrator"]) as orki:
         try:
             async with asyncio.timeout(20):
                 await wait_for(orki, wanted["agents"])
         except TimeoutError:
-            tell(refused={"type": "TimeoutError", "message": f"{wanted['agents']} have no session after 20 s"})
+            report(refused={"type": "TimeoutError", "message": f"{wanted['agents']} have no session after 20 s"})
             return
         client = garden_orki.BedServiceClient(orki)
         requests = [
@@ -50,14 +50,14 @@ async def main() -> None:
         ]
         try:
             handles = await client.water.submit_many(requests)
-            tell(ready=True)
+            report(ready=True)
             async with asyncio.timeout(wanted["patience"]):
                 responses = await asyncio.gather(*(result(handle) for handle in handles))
                 pruned = await prune(client) if wanted["prune"] else None
         except (OrkiError, TimeoutError) as error:
-            tell_error("refused", error)
+            report_error("refused", error)
         else:
-            tell(done={"responses": responses, "pruned": pruned})
+            report(done={"responses": responses, "pruned": pruned})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Calls the probe's tools by both kinds of client, and says what came back."""
+"""Calls the probe's tools with both kinds of client, and reports the replies."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any
 
 from garden.v1 import garden_orki, garden_pb2
-from values import asked, known, measuring, tell, tell_error
+from values import instructions, known, measuring, report, report_error
 
 from orki_agent.hotpath import AsyncToolClient, SyncToolClient
 from orki_contract.errors import OrkiError
@@ -20,7 +20,7 @@ def measure_request(number: int) -> Any:
 
 
 def fields_of(reply: Any) -> dict[str, Any]:
-    """A reply as a table: a frame's fields, or a message's, defaults included."""
+    """Return the fields of a frame or a message, defaults included."""
     if dataclasses.is_dataclass(reply):
         return {field.name: getattr(reply, field.name) for field in dataclasses.fields(reply)}
     return {field.name: getattr(reply, field.name) for field in reply.DESCRIPTOR.fields}
@@ -58,17 +58,17 @@ async def pipelined(path: str, token: bytes, numbers: range) -> list[dict[str, A
 
 
 def main() -> None:
-    wanted = asked()
+    wanted = instructions()
     numbers = range(1, 1 + wanted["count"])
     path, token = wanted["path"], bytes.fromhex(wanted["token"])
-    tell(ready=True)
+    report(ready=True)
     for call in (blocking, lambda *given: asyncio.run(pipelined(*given))):
         try:
             outcome = call(path, token, numbers)
         except OrkiError as error:
-            tell_error("refused", error)
+            report_error("refused", error)
         else:
-            tell(done=outcome)
+            report(done=outcome)
 
 
 if __name__ == "__main__":

@@ -163,11 +163,12 @@ async def _groups(connection: Connection, key: str) -> dict[str, EntryId]:
 
 
 async def _group(connection: Connection, stream: Stream, group: Group, scans: list[_Scan]) -> GroupLedger:
+    states = [await _progress(connection, scan.key, group.name) for scan in scans]
+    # After the pending entries: a consumer writes the dead letter before it acknowledges the entry.
     dead = await _dead(connection, stream, group)
     ranks: dict[bytes, int] = {}
     trimmed_by_outcome = dict.fromkeys(("processed", "dead_lettered", "declared_lost", "before_start", "pending"), 0)
-    for scan in scans:
-        progress = await _progress(connection, scan.key, group.name)
+    for scan, progress in zip(scans, states, strict=True):
         letters = dead.get(scan.key, set())
         start = parse_id(progress.start.entry_id)
         in_stream = dict.fromkeys(_RANK, 0)

@@ -224,7 +224,7 @@ class Admission:
             contracts: The registered contracts.
             fleet: The agents.
             silent_since: Returns the time, in seconds since the Unix epoch, before which a last heartbeat means that
-                the agent is gone.
+                the agent is disconnected.
             flush: Writes the snapshots of agents that left; called before a contract is refused.
         """
         self._contracts = contracts

@@ -28,7 +28,7 @@ from orki_server._store.contracts import Contracts
 from orki_server._store.fleet import Fleet, open_fleet
 
 _SILENCE_TIMEOUT: Final = 60.0
-"""Time without a heartbeat after which an agent counts as gone, for any interval of its orchestrator."""
+"""Time without a heartbeat after which an agent counts as disconnected, for any interval of its orchestrator."""
 _SUBJECT: Final = "the given contract"
 
 
@@ -39,15 +39,15 @@ class Declared:
     Attributes:
         services: Task services.
         streams: Streams, with their owners' groups.
-        subscriptions: Groups that a reader declares on another package's stream, with its version of the stream.
+        external_groups: Groups that a reader declares on another package's stream, with its version of the stream.
     """
 
     services: tuple[ServiceContract, ...]
     streams: tuple[StreamVersion, ...]
-    subscriptions: tuple[tuple[ExternalGroup, StreamVersion], ...]
+    external_groups: tuple[tuple[ExternalGroup, StreamVersion], ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Applied:
     """The outcome of one declaration.
 
@@ -90,7 +90,7 @@ def read_declared(source: str, version: str = "") -> Declared:
     """
     services: list[ServiceContract] = []
     streams: list[StreamVersion] = []
-    subscriptions: list[tuple[ExternalGroup, StreamVersion]] = []
+    external_groups: list[tuple[ExternalGroup, StreamVersion]] = []
     for image in images_in(source):
         for package, content in _packages(image):
             release = version or _version(source, package)
@@ -108,12 +108,12 @@ def read_declared(source: str, version: str = "") -> Declared:
                 for stream in file.contract.streams
             ]
             for file in own:
-                subscriptions += [
+                external_groups += [
                     (each, _stream_of(read, each, content, release)) for each in file.contract.external_groups
                 ]
-    if not services and not streams and not subscriptions:
+    if not services and not streams and not external_groups:
         raise InvalidContract(f"{source} declares no task service, no stream and no reader's group; nothing to apply")
-    return Declared(services=tuple(services), streams=tuple(streams), subscriptions=tuple(subscriptions))
+    return Declared(services=tuple(services), streams=tuple(streams), external_groups=tuple(external_groups))
 
 
 async def check_declared(
@@ -130,7 +130,7 @@ async def check_declared(
             await admission.check(service, f"{_SUBJECT} has")
         except ContractMismatch as error:
             refusals.append(error.message)
-    for version in [*declared.streams, *(stream for _, stream in declared.subscriptions)]:
+    for version in [*declared.streams, *(stream for _, stream in declared.external_groups)]:
         try:
             await registry.check(connection, version, _SUBJECT)
         except ContractMismatch as error:
@@ -150,25 +150,21 @@ async def apply(
     groups = ConsumerGroups(lambda gap: None)
     done: list[Applied] = []
     for service in declared.services:
-        family = await admission.admit(service, f"{_SUBJECT} has", ahead=True)
+        contracts = await admission.admit(service, f"{_SUBJECT} has", ahead=True)
         live = await admission.in_use(service)
-        outcome = "in use" if live else "applied" if family.leading.digest == service.digest else "older"
-        done.append(_applied("service", service.service, service.version, service.digest, outcome))
+        outcome = "in use" if live else "applied" if contracts.leading.digest == service.digest else "older"
+        done.append(Applied("service", service.service, service.version, service.digest, outcome))
     for version in declared.streams:
         registered = await registry.register_version(connection, version, _SUBJECT, replaces=True)
         await groups.ensure(connection, version.stream, version.stream.groups)
         outcome = "older" if registered.digest != version.digest else "applied" if registered.ahead else "in use"
-        done.append(_applied("stream", version.stream.name, version.version, version.digest, outcome))
-    for subscription, version in declared.subscriptions:
-        await registry.declare_group(connection, version.stream, subscription.group)
-        await groups.ensure(connection, version.stream, (subscription.group,))
-        name = f"{subscription.stream}/{subscription.group.name}"
-        done.append(_applied("group", name, version.version, version.digest, "applied"))
+        done.append(Applied("stream", version.stream.name, version.version, version.digest, outcome))
+    for external, version in declared.external_groups:
+        await registry.declare_group(connection, version.stream, external.group)
+        await groups.ensure(connection, version.stream, (external.group,))
+        name = f"{external.stream}/{external.group.name}"
+        done.append(Applied("group", name, version.version, version.digest, "applied"))
     return done
-
-
-def _applied(kind: str, name: str, version: str, digest: str, outcome: str) -> Applied:
-    return Applied(kind=kind, name=name, version=version, digest=digest, outcome=outcome)
 
 
 def _packages(image: Image) -> Iterator[tuple[str, bytes]]:
@@ -202,12 +198,12 @@ def _read(place: str, content: bytes, package: str) -> ReadContract:
     return read
 
 
-def _stream_of(read: ReadContract, subscription: ExternalGroup, content: bytes, version: str) -> StreamVersion:
+def _stream_of(read: ReadContract, external: ExternalGroup, content: bytes, version: str) -> StreamVersion:
     """Return the stream that a reader subscribes to, in the version of the reader's image."""
-    stream: Stream | None = next((each for each in read.contract.streams if each.name == subscription.stream), None)
+    stream: Stream | None = next((each for each in read.contract.streams if each.name == external.stream), None)
     if stream is None:
         raise InvalidContract(
-            f'{subscription.package} reads the stream "{subscription.stream}", which its image does not declare'
+            f'{external.package} reads the stream "{external.stream}", which its image does not declare'
         )
     package = read.schema.messages[stream.message].file.package
     digest = f"sha256:{sha256(content).hexdigest()}"

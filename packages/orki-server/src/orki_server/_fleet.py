@@ -17,12 +17,12 @@ from orki.control.v1.task_pb2_grpc import FleetServiceServicer
 from orki_contract.errors import OrkiError, Overloaded, Replaced, UnknownTask
 from orki_control.session import AttemptKey, HelloArrived
 from orki_server._registry import ContractRegistry
-from orki_server._requests import Context, typed
 from orki_server._session import AgentSession, SessionRegistry
 from orki_server._store.contracts import Contracts
 from orki_server._store.fleet import Fleet, SessionGrant
 from orki_server._store.operations import Resume, ResumedAttempt, shard_of
 from orki_server._store.store import Store
+from orki_server._tasks import Context, typed
 
 _TRIES: Final = 20
 _UPDATE_INTERVAL: Final = 0.5

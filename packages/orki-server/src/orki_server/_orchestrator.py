@@ -24,14 +24,13 @@ from orki_server._dispatch import Dispatcher, Sweeper
 from orki_server._events import AgentEvents, OutboxPublisher
 from orki_server._fleet import FleetServicer, FleetUpdates, Handshake
 from orki_server._registry import ContractRegistry, PayloadCheck
-from orki_server._requests import RequestRules
 from orki_server._session import SessionRegistry
 from orki_server._sessions import Reports, SessionServicer
 from orki_server._settings import OrchestratorOptions, parse_listen
 from orki_server._store.contracts import Contracts
 from orki_server._store.fleet import Fleet
 from orki_server._store.store import Store
-from orki_server._tasks import TaskServicer, Watchers
+from orki_server._tasks import RequestRules, TaskServicer, Watchers
 
 SERVICES: Final = tuple(
     file.services_by_name[name].full_name

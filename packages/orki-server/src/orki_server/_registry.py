@@ -38,8 +38,8 @@ _MAX_CLASSES: Final = 256
 class ContractRegistry:
     """Registered services, cached from the store.
 
-    An agent without heartbeat for `silence_timeout` counts as gone. `flush` writes the snapshots of agents that left;
-    it is called before a contract is refused.
+    An agent without heartbeat for `silence_timeout` counts as disconnected. `flush` writes the snapshots of agents that
+    left; it is called before a contract is refused.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class ContractRegistry:
             self._up_since = time.monotonic()
 
     def _silent_since(self) -> float:
-        """Return the time before which a last heartbeat means that the agent is gone; 0 while agents had no chance."""
+        """Return the time before which a last heartbeat means a disconnected agent; 0 soon after an outage."""
         if time.monotonic() - self._up_since < self._silence_timeout:
             return 0.0
         return time.time() - self._silence_timeout

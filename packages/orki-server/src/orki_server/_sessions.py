@@ -54,6 +54,7 @@ from orki_server._store.operations import (
     ReportReply,
     ReportStatus,
     Succeed,
+    failure_text,
     shard_of,
 )
 from orki_server._store.script import Operation
@@ -63,8 +64,6 @@ R = TypeVar("R")
 
 _END_TIMEOUT: Final = 3.0
 """Maximum wait for the streams to end."""
-_MESSAGE: Final = 4_000
-"""Maximum length of a stored failure message, in characters."""
 _PROGRESS_WAITING: Final = 20_000
 """Number of waiting operations above which progress is dropped, to leave room for results."""
 _STALE: Final = "the agent does not hold this attempt: it was withdrawn, has ended, or runs under a higher fence"
@@ -251,11 +250,6 @@ def _result_report(agent_id: str, key: AttemptKey, result: Result) -> Operation[
     reason = failure.reason or Reason.REASON_HANDLER_FAILED
     message, error_type = failure_text(failure.message), failure_text(failure.error_type)[:200]
     return Fail(agent_id, key, reason, message, error_type, error_for(reason, "").retryable)
-
-
-def failure_text(text: str) -> str:
-    """Return a failure's text as it is stored: bounded, without the characters that separate failures."""
-    return text[:_MESSAGE].replace("\x1e", " ").replace("\x1f", " ")
 
 
 class SessionServicer(SessionServiceServicer):

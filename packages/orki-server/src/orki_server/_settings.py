@@ -43,7 +43,7 @@ class OrchestratorOptions:
         events_url: URL of the server with the event plane; empty: the same.
         orchestrator_id: Name of this run of this process.
         shards: Number of shards of the store; fixed when it is first used.
-        heartbeat_interval: Time between heartbeats; after three missed ones a peer counts as gone.
+        heartbeat_interval: Time between heartbeats; after three missed ones a peer counts as disconnected.
         hello_timeout: Maximum wait for a hello.
         accept_timeout: Time within which an agent answers an offer.
         max_message_bytes: Maximum size of a gRPC message.

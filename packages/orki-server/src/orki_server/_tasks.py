@@ -1,13 +1,18 @@
-"""TaskService: submits, reads, watches, cancels and directs tasks."""
+"""TaskService: validates requests; submits, reads, watches, cancels and directs tasks."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterator
+import logging
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final, NoReturn, TypeAlias, TypeVar
+
+import grpc
 
 from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import Failure, TaskState
@@ -20,25 +25,162 @@ from orki_contract.errors import (
     NotDirectable,
     OrkiError,
     StoreUnavailable,
+    TooLarge,
     UnknownTask,
 )
 from orki_contract.trace import new_span, parse_traceparent
 from orki_control.session import AttemptKey
+from orki_control.transport import abort
 from orki_server._registry import ContractRegistry, PayloadCheck
-from orki_server._requests import MAX_SUBMISSIONS, Context, RequestRules, actor_of, typed, typed_stream
 from orki_server._session import SessionRegistry
-from orki_server._sessions import failure_text
 from orki_server._store.lifecycle import TERMINAL
-from orki_server._store.operations import new_task_id, shard_of_key
+from orki_server._store.operations import failure_text, new_task_id, shard_of, shard_of_key
 from orki_server._store.store import Store
-from orki_server._store.tasks import Cancel, Direct, ReadTask, Submit, Submitted, list_tasks, submission_digest
+from orki_server._store.tasks import (
+    Cancel,
+    Direct,
+    ReadTask,
+    Submit,
+    Submitted,
+    TaskFilter,
+    list_tasks,
+    submission_digest,
+)
 
-_PAGE: Final = 100
+Q = TypeVar("Q")
+R = TypeVar("R")
+S = TypeVar("S")
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
+ACTOR_KEY: Final = "orki-actor"
+"""Metadata key with the caller's name for the audit. It is not verified, as there is no authentication."""
+MAX_SUBMISSIONS: Final = 1000
+"""Maximum number of submissions in one call."""
+_DEFAULT_PAGE: Final = 100
+_MAX_PAGE: Final = 1000
+_KEY_BYTES: Final = 256
+_MESSAGE: Final = 1000
+_ACTOR: Final = re.compile(r"[A-Za-z0-9_.@:/-]{1,128}\Z")
+_METHOD: Final = re.compile(r"[A-Za-z_][\w.]{0,500}/[A-Za-z_]\w{0,200}\Z", re.ASCII)
+_AGENT_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,128}\Z")
+_CURSOR: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,20}\Z")
+_PROGRESS: Final = 100
 """Maximum number of progress entries in one read."""
 _SETTLE: Final = 0.005
 """Transitions come in bursts: one read serves those that follow within this time. An end is read at once."""
 _POLL: Final = 1.0
 """Maximum time between two reads: another orchestrator may have changed the task."""
+_log = logging.getLogger("orki.server.requests")
+
+
+def typed(method: Callable[[S, Q, Context], Awaitable[R]]) -> Callable[[S, Q, Context], Awaitable[R]]:
+    """Turn an OrkiError that a unary method raises into a status."""
+
+    @functools.wraps(method)
+    async def wrapped(self: S, request: Q, context: Context) -> R:
+        try:
+            return await method(self, request, context)
+        except Exception as error:
+            await _abort(context, method.__name__, error)
+
+    return wrapped
+
+
+def typed_stream(
+    method: Callable[[S, Q, Context], AsyncIterator[R]],
+) -> Callable[[S, Q, Context], AsyncIterator[R]]:
+    """Turn an OrkiError that a streaming method raises into a status."""
+
+    @functools.wraps(method)
+    async def wrapped(self: S, request: Q, context: Context) -> AsyncIterator[R]:
+        try:
+            async for response in method(self, request, context):
+                yield response
+        except Exception as error:
+            await _abort(context, method.__name__, error)
+
+    return wrapped
+
+
+async def _abort(context: Context, method: str, error: Exception) -> NoReturn:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if not isinstance(error, OrkiError):
+        _log.error("%s failed: a defect", method, exc_info=error)
+        error = LocalProtocolError(f"{method}: the orchestrator failed; see its log")
+    await abort(context, error)
+
+
+def actor_of(context: Context) -> str:
+    """Return the caller's name from the metadata; `anonymous` if it is missing or malformed."""
+    for key, value in context.invocation_metadata() or ():
+        if key == ACTOR_KEY and isinstance(value, str) and _ACTOR.match(value):
+            return value
+    return "anonymous"
+
+
+class RequestRules:
+    """Validates requests. Its methods raise InvalidArgument, TooLarge or UnknownTask for an invalid field."""
+
+    def __init__(self, max_payload_bytes: int, shards: int) -> None:
+        self._max_payload_bytes = max_payload_bytes
+        self._shards = shards
+
+    def task_id(self, task_id: str) -> str:
+        """Validate a task id and return it."""
+        if shard_of(task_id) >= self._shards:
+            raise UnknownTask(f"there is no task {task_id!r}")
+        return task_id
+
+    def submission(self, submission: pb.Submission) -> None:
+        _check_method("method", submission.method)
+        self._check_payload("request", submission.request)
+        if len(submission.idempotency_key.encode()) > _KEY_BYTES:
+            raise InvalidArgument(f"idempotency_key: at most {_KEY_BYTES} bytes; hash a longer key")
+
+    def cancel(self, request: pb.CancelRequest) -> None:
+        self.task_id(request.task_id)
+        if len(request.message) > _MESSAGE:
+            raise InvalidArgument(f"message: at most {_MESSAGE} characters, not {len(request.message)}")
+
+    def direct(self, request: pb.DirectRequest) -> None:
+        self.task_id(request.task_id)
+        self._check_payload("payload", request.payload)
+
+    def watch(self, request: pb.WatchRequest) -> None:
+        self.task_id(request.task_id)
+        if request.after and not _CURSOR.match(request.after):
+            raise InvalidArgument(
+                f"after: Watch did not return the cursor {request.after[:40]!r}; leave it empty to begin"
+            )
+
+    def list(self, request: pb.ListRequest) -> tuple[TaskFilter, int]:
+        """Validate a list and return its filter and page size."""
+        if request.page_size > _MAX_PAGE:
+            raise InvalidArgument(
+                f"page_size: from 1 to {_MAX_PAGE}, or 0 for {_DEFAULT_PAGE}; not {request.page_size}"
+            )
+        known = set(TaskState.values()) - {TaskState.TASK_STATE_UNSPECIFIED}
+        if unknown := [state for state in request.states if state not in known]:
+            raise InvalidArgument(f"states: {unknown[0]} is not a state of a task")
+        if request.method:
+            _check_method("method", request.method)
+        if request.agent_id and not _AGENT_ID.match(request.agent_id):
+            raise InvalidArgument(f"agent_id: {request.agent_id[:40]!r} is not a valid agent id")
+        which = TaskFilter(states=frozenset(request.states), method=request.method, agent_id=request.agent_id)
+        return which, request.page_size or _DEFAULT_PAGE
+
+    def _check_payload(self, field: str, payload: bytes) -> None:
+        if len(payload) > self._max_payload_bytes:
+            raise TooLarge(
+                f"{field}: {len(payload)} bytes exceed the maximum of {self._max_payload_bytes}; "
+                "store the payload externally and send a reference"
+            )
+
+
+def _check_method(field: str, method: str) -> None:
+    if not _METHOD.match(method):
+        raise InvalidArgument(f"{field}: {method[:80]!r} does not have the form package.Service/Method")
 
 
 @dataclass(slots=True, eq=False)
@@ -81,7 +223,7 @@ class Watchers:
             while True:
                 watcher.changed.clear()
                 try:
-                    view = await self._store.apply(ReadTask(task_id, _PAGE, after))
+                    view = await self._store.apply(ReadTask(task_id, _PROGRESS, after))
                 except StoreUnavailable:
                     if not revision:
                         raise
@@ -96,7 +238,7 @@ class Watchers:
                 for progress in view.progress:
                     after = progress.cursor
                     yield pb.WatchResponse(progress=progress)
-                if len(view.progress) == _PAGE:
+                if len(view.progress) == _PROGRESS:
                     continue
                 if ended:
                     yield pb.WatchResponse(task=view.task)

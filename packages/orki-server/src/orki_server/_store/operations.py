@@ -23,6 +23,9 @@ R = TypeVar("R")
 _DIGITS: Final = "0123456789abcdefghjkmnpqrstvwxyz"
 _TASK_ID: Final = re.compile(rf"t(0|[1-9][0-9]{{0,3}})-[{_DIGITS}]{{26}}")
 
+_FAILURE_TEXT: Final = 4_000
+"""Maximum length of a stored failure text, in characters."""
+
 
 def new_task_id(shard: int) -> str:
     """Return a new id for a task of a shard.
@@ -48,6 +51,11 @@ def shard_of(task_id: str) -> int:
 def shard_of_key(idempotency_key: str, shards: int) -> int:
     """Return the shard of an idempotency key, which is also the shard of its task."""
     return zlib.crc32(idempotency_key.encode()) % shards
+
+
+def failure_text(text: str) -> str:
+    """Return a failure's text as it is stored: bounded, without the characters that separate failures."""
+    return text[:_FAILURE_TEXT].replace("\x1e", " ").replace("\x1f", " ")
 
 
 class ReportStatus(StrEnum):

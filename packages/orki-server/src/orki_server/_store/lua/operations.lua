@@ -294,7 +294,7 @@ local function seconds(ms) return string.format('%g s', ms / 1000) end
 
 local function agent(task) return 'agent "' .. task.agent_id .. '"' end
 
--- What each timer does, and what the reply says about it: kind and reason.
+-- The effect of each timer; returns kind and reason for the reply.
 local EXPIRE = {
   TotalTimedOut = function(task, o)
     move(task, 'TotalTimedOut')

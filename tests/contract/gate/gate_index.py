@@ -1,8 +1,6 @@
-"""A package index on the loopback, which tells upload times or keeps them to itself."""
+"""A local package index with optional upload times."""
 
 from __future__ import annotations
-
-__all__ = ["Shelf"]
 
 import hashlib
 import json
@@ -13,21 +11,21 @@ from pathlib import Path
 from types import TracebackType
 
 
-class Shelf:
-    """Wheels by name, served by the JSON form of the simple API.
+class LocalIndex:
+    """An index of wheels with the JSON form of the simple API.
 
     Attributes:
-        asked: The paths that were asked for.
+        requested: The paths of all requests.
     """
 
     def __init__(self) -> None:
-        self.asked: list[str] = []
+        self.requested: list[str] = []
         self._files: dict[str, tuple[bytes, datetime | None]] = {}
-        shelf = self
+        index = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                shelf._answer(self)
+                index._answer(self)
 
             do_HEAD = do_GET
 
@@ -40,19 +38,19 @@ class Shelf:
 
     @property
     def url(self) -> str:
-        """Of the simple API."""
+        """The URL of the simple API."""
         return f"http://127.0.0.1:{self._server.server_address[1]}/simple/"
 
     def put(self, wheel: Path, uploaded: datetime | None = None, content: bytes | None = None) -> None:
-        """Publishes a wheel, perhaps with other bytes than it has."""
+        """Publish a wheel, optionally with different bytes."""
         self._files[wheel.name] = (wheel.read_bytes() if content is None else content, uploaded)
 
     def clear(self) -> None:
-        """Takes everything away."""
+        """Remove everything."""
         self._files.clear()
-        self.asked.clear()
+        self.requested.clear()
 
-    def __enter__(self) -> Shelf:
+    def __enter__(self) -> LocalIndex:
         self._thread.start()
         return self
 
@@ -62,7 +60,7 @@ class Shelf:
         self._server.server_close()
 
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
-        self.asked.append(handler.path)
+        self.requested.append(handler.path)
         parts = handler.path.strip("/").split("/")
         body: bytes | None = None
         kind = "application/vnd.pypi.simple.v1+json"
