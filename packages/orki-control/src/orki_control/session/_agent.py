@@ -23,8 +23,8 @@ from orki_control.session._state import (
     HeldAttempt,
     Outcome,
     SendQueue,
+    identity,
     joined,
-    result_of,
 )
 from orki_control.session._tables import (
     AGENT,
@@ -141,7 +141,7 @@ class AgentSession:
         # The orchestrator counts the lease from the time it reads the answer, which is later.
         held.renewed_at = now
         self._attempts.lease_changed(held)
-        self._work(attempt, held, pb.Accepted, accepted=pb.Accepted(attempt=attempt.ref()))
+        self._work(attempt, held, pb.Accepted, accepted=pb.Accepted(attempt=held.ref))
         return True
 
     def decline(self, attempt: AttemptKey, error: OrkiError) -> bool:
@@ -167,7 +167,7 @@ class AgentSession:
             raise TooLarge(f"{attempt}: a progress of {len(payload)} bytes; the maximum is {self.max_payload_bytes}")
         self._step(attempt, held, pb.Progress, LocalProtocolError)
         held.index += 1
-        progress = pb.Progress(attempt=attempt.ref(), index=held.index, payload=payload)
+        progress = pb.Progress(attempt=held.ref, index=held.index, payload=payload)
         self._work(attempt, held, pb.Progress, len(payload), progress=progress)
         return True
 
@@ -201,7 +201,13 @@ class AgentSession:
             self._attempts.block(attempt)
             if self.state in _LIVE:
                 self._send_heartbeat(now)  # It overtakes the result, so the slot is not offered again.
-        held.result = result_of(attempt, outcome)
+        held.result = pb.Result(attempt=held.ref)
+        if isinstance(outcome, bytes):
+            held.result.response = outcome
+        elif isinstance(outcome, Failure):
+            held.result.failure.CopyFrom(outcome)
+        else:
+            held.result.cancelled.CopyFrom(outcome)
         if self.state in _LIVE:
             self._send_result(attempt, held)
         return True
@@ -274,7 +280,7 @@ class AgentSession:
         self._move(pb.Welcome, RemoteProtocolError)
         welcome = message.welcome
         check_welcome(welcome)
-        keep = {AttemptKey.of(ref) for ref in welcome.keep}
+        keep = {AttemptKey(*identity(ref)) for ref in welcome.keep}
         self.session_epoch = welcome.session_epoch
         self._heartbeats.set_interval(welcome.heartbeat_interval_ms / 1000, now)
         self._peer_bytes = welcome.max_message_bytes
@@ -306,7 +312,7 @@ class AgentSession:
             self._session_refused(refused.failure)
             return
         self._move(pb.Refused, RemoteProtocolError)
-        key = AttemptKey.of(refused.attempt)
+        key = AttemptKey(*identity(refused.attempt))
         held = self._attempts.get(key)
         if held is not None:
             self._revoke(key, held, pb.Refused, refused.failure)
@@ -326,10 +332,10 @@ class AgentSession:
     def _offer(self, message: pb.OrchestratorMessage, now: float) -> None:
         self._move(pb.Offer, RemoteProtocolError)
         offer = message.offer
-        key = AttemptKey.of(offer.attempt)
+        key = AttemptKey(*identity(offer.attempt))
         if not key.task_id or not key.fence or not key.attempt or not offer.lease_ms:
             raise RemoteProtocolError(f"offer: {key} lacks a task, an attempt, a fence or a lease")
-        held = HeldAttempt(AttemptState.OFFERED, message.traceparent, offer.lease_ms / 1000, now)
+        held = HeldAttempt(offer.attempt, message.traceparent, offer.lease_ms / 1000, now)
         attempts = self._attempts
         if self.state is AgentState.DRAINING:
             self._send_declined(key, message.traceparent, Reason.REASON_DRAINING, "the agent drains")
@@ -345,7 +351,7 @@ class AgentSession:
     def _cancel(self, message: pb.OrchestratorMessage, now: float) -> None:
         self._move(pb.Cancel, RemoteProtocolError)
         cancel = message.cancel
-        key = AttemptKey.of(cancel.attempt)
+        key = AttemptKey(*identity(cancel.attempt))
         held = self._attempts.get(key)
         if held is None:
             self._attempts.remember_cancel(key)
@@ -358,7 +364,7 @@ class AgentSession:
     def _directive(self, message: pb.OrchestratorMessage, now: float) -> None:
         self._move(pb.Directive, RemoteProtocolError)
         directive = message.directive
-        key = AttemptKey.of(directive.attempt)
+        key = AttemptKey(*identity(directive.attempt))
         held = self._attempts.get(key)
         if held is not None:
             self._step(key, held, pb.Directive, RemoteProtocolError)
@@ -366,7 +372,7 @@ class AgentSession:
 
     def _result_acknowledged(self, message: pb.OrchestratorMessage, now: float) -> None:
         self._move(pb.ResultAcknowledged, RemoteProtocolError)
-        key = AttemptKey.of(message.result_acknowledged.attempt)
+        key = AttemptKey(*identity(message.result_acknowledged.attempt))
         held = self._attempts.get(key)
         if held is not None:
             self._step(key, held, pb.ResultAcknowledged, RemoteProtocolError)
@@ -431,7 +437,7 @@ class AgentSession:
         size = len(held.result.response)
         if size > self.max_payload_bytes:
             text = f"the response has {size} bytes; the orchestrator accepts {self.max_payload_bytes}"
-            held.result = result_of(key, Failure(reason=Reason.REASON_TOO_LARGE, message=text))
+            held.result = pb.Result(attempt=held.ref, failure=Failure(reason=Reason.REASON_TOO_LARGE, message=text))
             size = 0
         self._work(key, held, pb.Result, size, result=held.result)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Container, ItemsView, Iterable
+from operator import attrgetter
 from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 from orki.control.v1 import session_pb2 as pb
@@ -43,7 +44,7 @@ class AttemptKey(NamedTuple):
     @classmethod
     def of(cls, ref: AttemptRef) -> AttemptKey:
         """Return the key of a reference from the wire."""
-        return cls(ref.task_id, ref.attempt, ref.fence)
+        return cls(*identity(ref))
 
     def ref(self) -> AttemptRef:
         """Return the reference for the wire."""
@@ -53,19 +54,15 @@ class AttemptKey(NamedTuple):
         return f"attempt {self.attempt} of task {self.task_id} (fence {self.fence})"
 
 
-def result_of(attempt: AttemptKey, outcome: Outcome) -> pb.Result:
-    """Return the result message of an outcome."""
-    if isinstance(outcome, bytes):
-        return pb.Result(attempt=attempt.ref(), response=outcome)
-    if isinstance(outcome, Failure):
-        return pb.Result(attempt=attempt.ref(), failure=outcome)
-    return pb.Result(attempt=attempt.ref(), cancelled=outcome)
+identity = attrgetter("task_id", "attempt", "fence")
+"""Returns the fields of an AttemptKey from a reference. It is compiled code, as every message needs it."""
 
 
 class HeldAttempt:
     """One attempt at the agent.
 
     Attributes:
+        ref: Reference to the attempt for messages.
         state: Its state.
         traceparent: Of its task's span.
         lease: Seconds that it survives without a renewal.
@@ -74,10 +71,11 @@ class HeldAttempt:
         result: Its result, once it has ended.
     """
 
-    __slots__ = ("index", "lease", "renewed_at", "result", "state", "traceparent")
+    __slots__ = ("index", "lease", "ref", "renewed_at", "result", "state", "traceparent")
 
-    def __init__(self, state: AttemptState, traceparent: str, lease: float, renewed_at: float) -> None:
-        self.state = state
+    def __init__(self, ref: AttemptRef, traceparent: str, lease: float, renewed_at: float) -> None:
+        self.ref = ref
+        self.state = AttemptState.OFFERED
         self.traceparent = traceparent
         self.lease = lease
         self.renewed_at = renewed_at
@@ -190,7 +188,7 @@ class AttemptTable:
     def resumable(self) -> list[pb.HeldAttempt]:
         """Return the held attempts for a hello, each with whether its result waits."""
         return [
-            pb.HeldAttempt(attempt=key.ref(), has_result=held.state is AttemptState.REPORTED)
+            pb.HeldAttempt(attempt=held.ref, has_result=held.state is AttemptState.REPORTED)
             for key, held in self._held.items()
         ]
 
