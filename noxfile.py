@@ -41,6 +41,7 @@ LONG_TESTS = (
     "test_observer_*.py",
 )
 PACKAGE_TESTS = ("packages/*/tests", "examples/*/tests")
+RIG_TESTS = ("tests/bench", "tests/chaos")
 # The number of cores in CI; with more workers, tests with real processes miss their deadlines.
 PACKAGE_WORKERS = 2
 
@@ -76,14 +77,14 @@ def types(session: nox.Session) -> None:
     """Check types strictly: hand-written code, generated code and files that use the public API."""
     dev = ensure(session, DEV)
     roots = [str(root) for root in source_roots(Path.cwd())]
-    own = ["noxw", "noxfile.py", "nox_sessions", *_folders("tests/typing")]
+    own = ["noxw", "noxfile.py", "nox_sessions", *_folders("tests/typing", "chaos", "benchmarks", *RIG_TESTS)]
     dev.run(session, "mypy", *roots, *own, env={"MYPYPATH": os.pathsep.join(roots)})
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the packages' tests without buf and protoc; `-- ARGS` go to pytest."""
-    _pytest(session, ensure(session, RUN), *PACKAGE_TESTS, workers=PACKAGE_WORKERS)
+    _pytest(session, ensure(session, RUN), *PACKAGE_TESTS, *RIG_TESTS, workers=PACKAGE_WORKERS)
 
 
 @nox.session(default=False)

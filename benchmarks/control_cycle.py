@@ -35,8 +35,8 @@ async def measure(report: Report) -> None:
             processes = [(each.name, each.pid) for each in (server, agent, client)] + [("redis", redis_pid)]
             echo = await enter(side("echo", *python(_SIDES, "echo", "-"), ready=False))
             ping = await enter(side("ping", *python(_SIDES, "ping", (await echo.answer())["address"])))
-            ours, theirs = await in_turns(rounds, lambda: client.ask(f"one {one}"), lambda: ping.ask(f"one {one * 5}"))
-            cpu = await cpu_per_operation(one, processes, lambda: client.ask(f"one {one}"))
+            ours, theirs = await in_turns(rounds, (client, f"one {one}"), (ping, f"one {one * 5}"))
+            cpu = await cpu_per_operation(one, processes, client, f"one {one}")
             report.add(
                 "submit to result, one at a time",
                 "us",
@@ -51,10 +51,8 @@ async def measure(report: Report) -> None:
             hand_target = (await hand_server.answer())["address"]
             await enter(side("hand agent", *python(_SIDES, "hand-agent", hand_target)))
             hand = await enter(side("hand client", *python(_SIDES, "hand-client", hand_target)))
-            ours, theirs = await in_turns(
-                rounds, lambda: client.ask(f"flood {flood}"), lambda: hand.ask(f"flood {flood}")
-            )
-            cpu = await cpu_per_operation(flood, processes, lambda: client.ask(f"flood {flood}"))
+            ours, theirs = await in_turns(rounds, (client, f"flood {flood}"), (hand, f"flood {flood}"))
+            cpu = await cpu_per_operation(flood, processes, client, f"flood {flood}")
             report.add(
                 "durable cycles, submitted in batches, all results awaited",
                 "tasks/s",

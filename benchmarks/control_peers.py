@@ -52,7 +52,7 @@ async def measure(report: Report) -> None:
             for waiters, count in loads.items():
                 command = f"many {waiters} {count}"
                 values = await client.ask(command)
-                cpu = await cpu_per_operation(count, processes, lambda command=command: client.ask(command))
+                cpu = await cpu_per_operation(count, processes, client, command)
                 rate, name = best[command.split()[1]]
                 report.add(
                     f"{waiters} waiting submitters, full cycles",
@@ -79,14 +79,12 @@ async def _compare(
 ) -> None:
     """Add the rows of one peer, and remember the best durable one for each load."""
     command = f"one {one}"
-    ours, theirs = await in_turns(rounds, lambda: client.ask(command), lambda: other.ask(command))
+    ours, theirs = await in_turns(rounds, (client, command), (other, command))
     reach = ("<=", 1.0) if peer != AUTOGEN else None
     report.add("submit to result, one at a time", "us", ours, baseline=peer, against=theirs, reach=reach)
     for waiters, count in loads.items():
         command = f"many {waiters} {count}"
-        ours, theirs = await in_turns(
-            rounds, lambda command=command: client.ask(command), lambda command=command: other.ask(command)
-        )
+        ours, theirs = await in_turns(rounds, (client, command), (other, command))
         reach = (">=", 1.0) if peer == AUTOGEN else None
         row = f"{waiters} waiting submitters, full cycles"
         report.add(row, "tasks/s", ours, baseline=peer, against=theirs, reach=reach)

@@ -69,12 +69,12 @@ async def client(target: str) -> None:
 async def echo(_: str) -> None:
     """Serve a bidirectional stream that returns each message."""
 
-    async def handler(_requests: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+    async def handler(_requests: Any, context: Any) -> None:
         while (message := await context.read()) is not grpc.aio.EOF:
             await context.write(message)
 
     server = grpc.aio.server(options=_OPTIONS)
-    methods = {"Echo": grpc.stream_stream_rpc_method_handler(handler)}
+    methods: dict[str, Any] = {"Echo": grpc.stream_stream_rpc_method_handler(handler)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench.Echo", methods),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -197,7 +197,7 @@ async def hand_server(url: str) -> None:
     server = grpc.aio.server(options=_OPTIONS)
     unary = grpc.unary_unary_rpc_method_handler
     submit, results = pb.SubmitRequest.FromString, pb.SubmitResponse.FromString
-    handlers = {
+    handlers: dict[str, Any] = {
         "Submit": unary(served.submit, submit, pb.SubmitResponse.SerializeToString),
         "Results": unary(served.results, results, pb.SubmitResponse.SerializeToString),
         "Connect": grpc.stream_stream_rpc_method_handler(

@@ -18,12 +18,10 @@ async def measure(report: Report) -> None:
         await hand.ask(f"fill {count}")
         for row, name, reach in rows:
             command = f"{name} {count}"
-            ours, theirs = await in_turns(
-                rounds, lambda command=command: typed.ask(command), lambda command=command: hand.ask(command)
-            )
-            cpu = await cpu_per_operation(count, processes, lambda command=command: typed.ask(command))
+            ours, theirs = await in_turns(rounds, (typed, command), (hand, command))
+            cpu = await cpu_per_operation(count, processes, typed, command)
             report.add(row, "events/s", ours, baseline=HAND, against=theirs, reach=(">=", reach), cpu_us=cpu)
     async with both_sides() as (typed, hand, _):
         command = f"latency {turns}"
-        ours, theirs = await in_turns(rounds, lambda: typed.ask(command), lambda: hand.ask(command))
+        ours, theirs = await in_turns(rounds, (typed, command), (hand, command))
         report.add("publish to handler, light load", "us", ours, baseline=HAND, against=theirs, reach=("<=", 1.25))

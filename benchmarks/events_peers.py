@@ -83,8 +83,6 @@ async def _compare(
     reach: float | None,
 ) -> None:
     """Add one row: the same work on both sides, in turns."""
-    ours, theirs = await in_turns(
-        rounds, lambda: typed.ask(f"{names[0]} {count}"), lambda: other.ask(f"{names[1]} {count}")
-    )
+    ours, theirs = await in_turns(rounds, (typed, f"{names[0]} {count}"), (other, f"{names[1]} {count}"))
     wanted = None if reach is None else (">=", reach)
     report.add(row, "events/s", ours, baseline=other.name, against=theirs, reach=wanted)

@@ -34,11 +34,9 @@ async def measure(report: Report) -> None:
     async with both_sides() as (typed, hand, processes):
         for row, name, reach in rows:
             command = f"{name} {count}"
-            ours, theirs = await in_turns(
-                rounds, lambda command=command: typed.ask(command), lambda command=command: hand.ask(command)
-            )
-            cpu = await cpu_per_operation(count, processes, lambda command=command: typed.ask(command))
+            ours, theirs = await in_turns(rounds, (typed, command), (hand, command))
+            cpu = await cpu_per_operation(count, processes, typed, command)
             report.add(row, "events/s", ours, baseline=HAND, against=theirs, reach=(">=", reach), cpu_us=cpu)
         command = f"publish_one {count // 20}"
-        ours, theirs = await in_turns(rounds, lambda: typed.ask(command), lambda: hand.ask(command))
+        ours, theirs = await in_turns(rounds, (typed, command), (hand, command))
         report.add("publish, one at a time", "us", ours, baseline=HAND, against=theirs, reach=("<=", 1.3))

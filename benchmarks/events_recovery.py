@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,6 +22,10 @@ async def _until(condition: Callable[[], bool], timeout: float = 60.0) -> None:
         if time.monotonic() > end:
             raise TimeoutError(f"the condition did not hold within {timeout:g} s")
         await asyncio.sleep(0.001)
+
+
+def _more(found: Sized, than: int) -> bool:
+    return len(found) > than
 
 
 async def measure(report: Report) -> None:
@@ -61,7 +66,7 @@ async def _measure(report: Report, server: RedisServer, rounds: int) -> None:
             before = len(handled)
             await asyncio.to_thread(server.start)
             begun = time.perf_counter()
-            await _until(lambda before=before: len(handled) > before)
+            await _until(partial(_more, handled, before))
             taken.append(time.perf_counter() - begun)
         publishing.clear()
         await flowing

@@ -201,7 +201,7 @@ class Hand:
     def __init__(self, port: int) -> None:
         self._wire = Wire(port)
         self._blocking = Wire(port)
-        self._add = (b"XADD", KEY.encode() if isinstance(KEY, str) else KEY, b"MAXLEN", b"~", b"1000000", b"*")
+        self._add = (b"XADD", KEY.encode(), b"MAXLEN", b"~", b"1000000", b"*")
 
     async def publish(self, count: int) -> list[float]:
         """Pipelines of 500 XADDs."""

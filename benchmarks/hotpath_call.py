@@ -88,9 +88,9 @@ async def _measure_sync(report: Report, size: int, placement: tuple[int, int], w
                 c_pair = ((program, "serve"), (program, "call"))
                 native, _ = await enter(pair("C", *c_pair, size + _HEADER_BYTES, placement))
                 sides.append(native)
-            taken = await in_turns(rounds, *[lambda each=each: each.ask(command) for each in sides])
+            taken = await in_turns(rounds, *[(each, command) for each in sides])
             processes = [("client", plain.pid), ("bridge", served.pid)]
-            cpu = await cpu_per_operation(count * 10, processes, lambda: plain.ask(f"one {count * 10}"))
+            cpu = await cpu_per_operation(count * 10, processes, plain, f"one {count * 10}")
     row = f"sync call, {size} B, {where}"
     report.add(row, "us", taken[0], baseline=RAW, against=taken[2], reach=("<=", 1.5), cpu_us=cpu)
     report.add(f"{row}, traced and recorded", "us", taken[1], baseline=RAW, against=taken[2], reach=("<=", 1.5))
@@ -106,14 +106,12 @@ async def _measure_async(report: Report, size: int, placement: tuple[int, int]) 
         pair("asyncio", *raw, size, placement) as (echo, _),
     ):
         command = f"one {count}"
-        taken, base = await in_turns(rounds, lambda: client.ask(command), lambda: echo.ask(command))
+        taken, base = await in_turns(rounds, (client, command), (echo, command))
         processes = [("client", client.pid), ("bridge", served.pid)]
-        cpu = await cpu_per_operation(count * 10, processes, lambda: client.ask(f"one {count * 10}"))
+        cpu = await cpu_per_operation(count * 10, processes, client, f"one {count * 10}")
         row = f"async call, {size} B, one core, traced and recorded"
         report.add(row, "us", taken, baseline="bare asyncio.Protocol echo", against=base, reach=("<=", 1.5), cpu_us=cpu)
-        deep, flat = await in_turns(
-            rounds, lambda: client.ask(f"many 32 {count * 4}"), lambda: client.ask(f"many 1 {count}")
-        )
+        deep, flat = await in_turns(rounds, (client, f"many 32 {count * 4}"), (client, f"many 1 {count}"))
         report.add(
             f"async calls, {size} B, 32 in flight",
             "calls/s",

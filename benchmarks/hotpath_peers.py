@@ -24,8 +24,6 @@ async def measure(report: Report) -> None:
     async with pair("call", *ours("call"), _SIZE, (core, core)) as (client, _):
         for name, (server, caller, reach) in peers.items():
             async with pair(name, server, caller, _SIZE, (core, core)) as (other, _):
-                taken, base = await in_turns(
-                    rounds, lambda: client.ask(command), lambda other=other: other.ask(command)
-                )
+                taken, base = await in_turns(rounds, (client, command), (other, command))
             row = f"sync call, {_SIZE} B, one core"
             report.add(row, "us", taken, baseline=name, against=base, reach=("<=", reach))

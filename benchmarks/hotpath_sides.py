@@ -209,7 +209,7 @@ def grpc_echo(path: str, _size: int) -> None:
     import grpc
 
     server = grpc.server(ThreadPoolExecutor(2))
-    methods = {"Echo": grpc.unary_unary_rpc_method_handler(lambda request, _context: request)}
+    methods: dict[str, Any] = {"Echo": grpc.unary_unary_rpc_method_handler(lambda request, _context: request)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench.Echo", methods),))
     server.add_insecure_port(f"unix:{path}")
     server.start()
@@ -223,7 +223,7 @@ def grpc_call(path: str, size: int) -> None:
 
     message = bytes(size)
     with grpc.insecure_channel(f"unix:{path}") as channel:
-        echo = channel.unary_unary("/bench.Echo/Echo")
+        echo: Any = channel.unary_unary("/bench.Echo/Echo")
         serve_blocking(lambda: echo(message))
 
 

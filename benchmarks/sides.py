@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -186,23 +186,23 @@ def peer_environment(peer: str) -> str:
     return program
 
 
-async def in_turns(rounds: int, *sides: Callable[[], Awaitable[list[float]]]) -> list[list[float]]:
-    """Run the sides in turns (A B A B …), one unmeasured round first; return the values of each side."""
+async def in_turns(rounds: int, *sides: tuple[Side, str]) -> list[list[float]]:
+    """Send each side its command in turns (A B A B …), one unmeasured round first; return the values of each side."""
     taken: list[list[float]] = [[] for _ in sides]
     for number in range(rounds + 1):
-        for run, sink in zip(sides, taken, strict=True):
-            values = await run()
+        for (asked, command), sink in zip(sides, taken, strict=True):
+            values = await asked.ask(command)
             if number:
                 sink.extend(values)
     return taken
 
 
 async def cpu_per_operation(
-    operations: int, processes: Sequence[tuple[str, int]], run: Callable[[], Awaitable[object]]
+    operations: int, processes: Sequence[tuple[str, int]], asked: Side, command: str
 ) -> dict[str, float]:
-    """Run something once; return the CPU microseconds per operation of each process, by name."""
+    """Send a command once; return the CPU microseconds per operation of each process, by name."""
     before = [cpu_of(pid) for _, pid in processes]
-    await run()
+    await asked.ask(command)
     after = [cpu_of(pid) for _, pid in processes]
     return {
         name: round((later - earlier) / operations * 1e6, 1)

@@ -125,11 +125,12 @@ async def _recordings(target: str, folder: Path, children: dict[str, subprocess.
             await reviews.review_file(ReviewFileRequest(path=b"a.py"))
             ended = time.monotonic_ns()
             _recording = False
-            calls = [tuple(each) for each in _record]
+            calls = list(_record)
             for name, process in children.items():
                 process.send_signal(signal.SIGUSR2)
                 await asyncio.to_thread(_await, folder / f"{name}.json", process)
-                calls += [tuple(each) for each in json.loads((folder / f"{name}.json").read_text())]
+                written: list[list[Any]] = json.loads((folder / f"{name}.json").read_text())
+                calls += [(at, file) for at, file in written]
             paths.append([file for at, file in sorted(calls) if begun <= at <= ended])
     return paths
 

@@ -132,6 +132,9 @@ class ControlSuite:
             await asyncio.to_thread(process.kill)
             await asyncio.sleep(fault.duration)
             await asyncio.to_thread(self._redis.start if fault.target == "redis" else process.start)
+            if fault.target in _ORCHESTRATORS:
+                # An orchestrator that finds no store at its start exits, so the next fault waits for it.
+                await self._rig.until(partial(self._answers, fault.target), f"{fault.target} is ready again", 40)
         elif fault.kind.startswith("pause_") and process is not None:
             process.signal(signal.SIGSTOP)
             await asyncio.sleep(fault.duration)

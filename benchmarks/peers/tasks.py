@@ -183,10 +183,9 @@ def dramatiq(role: str, url: str) -> None:
     from dramatiq.results import Results
     from dramatiq.results.backends import RedisBackend
 
+    url = f"{url}?max_connections=2048"
     broker = RedisBroker(url=url)
-    broker.add_middleware(
-        Results(backend=RedisBackend(url=f"{url}?max_connections=2048"), store_results=True, result_ttl=60_000)
-    )
+    broker.add_middleware(Results(backend=RedisBackend(url=url), store_results=True, result_ttl=60_000))
     library.set_broker(broker)
 
     @library.actor(actor_name="noop")

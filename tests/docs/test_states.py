@@ -39,7 +39,7 @@ _LAWS: Final[tuple[tuple[str, str, str], ...]] = (
     (
         "Hello first",
         "AWAITING_HELLO, CHECKING_HELLO, AWAITING_WELCOME: nothing but hello and welcome",
-        "test_nothing_comes_before_the_hello_and_nothing_before_the_welcome",
+        "test_other_messages_before_the_hello_or_the_welcome_are_refused",
     ),
     ("Newest instance wins", "any + Replaced → ENDED", "test_a_newer_instance_replaces_the_older"),
     (
@@ -52,13 +52,13 @@ _LAWS: Final[tuple[tuple[str, str, str], ...]] = (
     (
         "An offer is answered",
         "OFFERED + OfferWithdrawn → CLOSED",
-        "test_an_offer_that_nobody_answers_is_withdrawn",
+        "test_an_unanswered_offer_is_withdrawn",
     ),
-    ("Fences only rise", "any + Refused → CLOSED", "test_reports_about_what_is_not_held_change_nothing"),
+    ("Fences only rise", "any + Refused → CLOSED", "test_reports_about_attempts_that_are_not_held_are_refused"),
     (
         "A stream's end revokes nothing",
         "OPEN + Disconnected → DISCONNECTED; RUNNING + LeaseEnded → CLOSED",
-        "test_a_lease_ends_before_the_orchestrator_may_give_it_away",
+        "test_an_attempt_stops_before_its_lease_ends",
     ),
     (
         "A result is kept until it is acknowledged",
@@ -75,8 +75,8 @@ _LAWS: Final[tuple[tuple[str, str, str], ...]] = (
         "CANCELLING + CancelAcknowledged → CANCELLING",
         "test_a_cancel_is_acknowledged_while_the_thread_is_blocked",
     ),
-    ("A reconnect synchronises", "any + Dropped → CLOSED", "test_what_the_welcome_does_not_keep_is_stopped"),
-    ("Silence is death", "OPEN + Disconnected", "test_silence_is_a_reason_for_a_new_channel"),
+    ("A reconnect synchronises", "any + Dropped → CLOSED", "test_attempts_that_the_welcome_does_not_keep_are_stopped"),
+    ("Silence ends a session", "OPEN + PeerSilent → DISCONNECTED", "test_a_silent_orchestrator_loses_the_session"),
     (
         "An end of stream is a lost connection",
         "OPEN + Disconnected → DISCONNECTED",
@@ -87,7 +87,7 @@ _LAWS: Final[tuple[tuple[str, str, str], ...]] = (
         "OPEN + AgentDrain → DRAINING; OPEN + OrchestratorDrain → PEER_DRAINING",
         "test_a_drain_ends_when_the_last_result_is_acknowledged",
     ),
-    ("Unknown kinds are ignored", "none", "test_whatever_an_agent_says_the_orchestrator_stands"),
+    ("Unknown kinds are ignored", "none", "test_the_orchestrator_survives_any_messages_of_an_agent"),
 )
 
 

@@ -1,15 +1,22 @@
-"""The submitters' client against a servicer of the tests: submitting, waiting, and an orchestrator that goes away."""
+"""Tests of the client against a fake servicer: submitting, waiting, and reconnecting."""
 
 from __future__ import annotations
 
 import asyncio
+import re
+import subprocess
+import sys
+import textwrap
 from collections.abc import AsyncIterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 from google.protobuf.wrappers_pb2 import BytesValue, StringValue, UInt32Value
 
+import orki_control
 from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import AttemptRef, Failure, TaskState
 from orki.control.v1.task_pb2_grpc import (
@@ -279,7 +286,9 @@ async def test_a_wait_ends_and_the_task_goes_on(server: Orchestrator, client: Cl
     assert (await handle.result(10)).value == "x"
 
 
-async def test_how_tasks_end_otherwise(server: Orchestrator, client: Client) -> None:
+async def test_failed_cancelled_and_undecodable_results_raise_typed_errors(
+    server: Orchestrator, client: Client
+) -> None:
     failed = await client.submit(ECHO, StringValue())
     failure = Failure(reason=Reason.REASON_HANDLER_FAILED, message="odd", error_type="ValueError")
     await server.move(failed.task_id, TaskState.TASK_STATE_FAILED, failure=failure)
@@ -295,7 +304,7 @@ async def test_how_tasks_end_otherwise(server: Orchestrator, client: Client) -> 
         await strange.result(10)
 
 
-async def test_directives(server: Orchestrator, client: Client) -> None:
+async def test_a_directive_reaches_a_running_task_only(server: Orchestrator, client: Client) -> None:
     handle = await client.submit(ECHO, StringValue())
     with pytest.raises(NotDirectable):
         await handle.direct(StringValue(value="go"))
@@ -304,7 +313,7 @@ async def test_directives(server: Orchestrator, client: Client) -> None:
     assert server.directives == [StringValue(value="go").SerializeToString()]
 
 
-async def test_looking_around(server: Orchestrator, client: Client) -> None:
+async def test_tasks_agents_and_services_are_listed(server: Orchestrator, client: Client) -> None:
     await client.submit_many(ECHO, [StringValue()] * 5)
     assert [task.task_id async for task in client.list_tasks()] == ["t1", "t2", "t3", "t4", "t5"]
     assert [each.agent_id for each in await client.list_agents()] == ["a1"]
@@ -343,14 +352,14 @@ async def test_retryable_errors_are_tried_again_and_others_are_not(server: Orche
         await client.submit(ECHO, StringValue(), idempotency_key="k")
 
 
-async def test_an_orchestrator_that_stays_away_is_reported(unused_tcp_port: int) -> None:
+async def test_an_unreachable_orchestrator_raises_after_the_patience(unused_tcp_port: int) -> None:
     options = ClientOptions(patience=0.3, backoff=JitterOptions(initial=0.02, maximum=0.05))
     async with Client(f"127.0.0.1:{unused_tcp_port}", options) as client:
         with pytest.raises(OrchestratorUnavailable, match=f"127.0.0.1:{unused_tcp_port}"):
             await client.get("t1")
 
 
-async def test_something_else_on_the_port_is_named(server: Orchestrator) -> None:
+async def test_another_grpc_server_on_the_port_raises_protocol_version(server: Orchestrator) -> None:
     other = grpc.aio.server()
     port = other.add_insecure_port("127.0.0.1:0")
     await other.start()
@@ -360,14 +369,14 @@ async def test_something_else_on_the_port_is_named(server: Orchestrator) -> None
     await other.stop(None)
 
 
-async def test_too_large_an_answer_is_typed(server: Orchestrator) -> None:
+async def test_a_response_that_is_too_large_raises_a_typed_error(server: Orchestrator) -> None:
     server.tasks["t1"] = pb.TaskSnapshot(task_id="t1", response=BytesValue(value=b"x" * 300_000).SerializeToString())
     async with Client(server.target, ClientOptions(patience=0, max_message_bytes=200_000)) as client:
         with pytest.raises(TooLarge):
             await client.get("t1")
 
 
-async def test_wrong_use_is_named(server: Orchestrator, client: Client) -> None:
+async def test_wrong_use_of_the_client_raises_a_clear_error(server: Orchestrator, client: Client) -> None:
     with pytest.raises(InvalidArgument, match="takes StringValue, not UInt32Value"):
         await client.submit(ECHO, UInt32Value())
     with pytest.raises(InvalidArgument, match="exceeds 256 bytes"):
@@ -401,6 +410,41 @@ def test_options_are_checked(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("options", [{"initial": 0}, {"initial": 2, "maximum": 1}, {"stable": -1}])
-def test_waits_are_checked(options: dict[str, Any]) -> None:
+def test_back_off_options_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidSetting):
         JitterOptions(**options)
+
+
+async def test_the_example_of_the_readme_runs(server: Orchestrator, client: Client) -> None:
+    await client.submit(ECHO, StringValue())
+    example = _example((Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8"), server)
+    run = await asyncio.create_subprocess_exec(sys.executable, "-W", "error", "-c", example, stdout=subprocess.PIPE)
+    output, _ = await run.communicate()
+    assert (run.returncode, output.decode()) == (0, "a1\nt1 test.v1.EchoService/Echo\n")
+
+
+async def test_the_example_of_the_docstring_runs(
+    server: Orchestrator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generated: Any = ModuleType("greenhouse.v1.watering_orki")
+    generated.WaterBedRequest = lambda bed: StringValue(value=bed)
+    generated.WateringServiceClient = lambda channel: SimpleNamespace(water_bed=TaskStub(channel, ECHO))
+    monkeypatch.setitem(sys.modules, generated.__name__, generated)
+    example = _example(orki_control.__doc__ or "", server) + "return response"
+    names: dict[str, Any] = {}
+    exec(compile("async def main():\n" + textwrap.indent(example, "    "), "docstring", "exec"), names)
+    running = asyncio.create_task(names["main"]())
+    for number, task_id in enumerate(("t1", "t2"), 1):
+        while task_id not in server.tasks:
+            await asyncio.sleep(0.01)
+        await server.tell(task_id, number)
+        await server.move(task_id, TaskState.TASK_STATE_SUCCEEDED)
+    assert (await asyncio.wait_for(running, 10)).value == "south"
+    assert capsys.readouterr().out == "value: 2\n\n"
+    assert server.keys["south-monday"] == "t2"
+
+
+def _example(text: str, server: Orchestrator) -> str:
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert "127.0.0.1:50051" in example
+    return str(example).replace("127.0.0.1:50051", server.target)

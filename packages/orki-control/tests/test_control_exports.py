@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
+import subprocess
+import sys
 
 import pytest
 
@@ -40,3 +43,15 @@ def test_every_other_module_is_internal() -> None:
     found = {each.name for each in pkgutil.walk_packages(orki_control.__path__, "orki_control.")}
     public = {name for name in found if not any(part.startswith("_") for part in name.split("."))}
     assert public == set(PUBLIC) - {"orki_control"}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_importing_a_public_module_stays_cheap(name: str) -> None:
+    script = (
+        f"import json, sys; before = set(sys.modules); import {name}; print(json.dumps([*set(sys.modules) - before]))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded: list[str] = json.loads(run.stdout)
+    packages = {each.partition(".")[0] for each in loaded}
+    assert packages.isdisjoint({"click", "grpc", "opentelemetry", "redis", "rich"})
+    assert len(loaded) < 230

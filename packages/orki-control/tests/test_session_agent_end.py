@@ -1,4 +1,4 @@
-"""The agent's end of a session by itself, with an orchestrator that keeps the laws and with one that does not."""
+"""Tests of the agent's end of a session, with orchestrators that keep and break the laws."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_result_is_sent_after_every_welcome_until_it_is_acknowledged() -> None
     assert session.attempts == {}
 
 
-def test_what_the_welcome_does_not_keep_is_stopped() -> None:
+def test_attempts_that_the_welcome_does_not_keep_are_stopped() -> None:
     session = open_agent(slots=1)
     running(session)
     session.connection_lost(1.0)
@@ -129,7 +129,7 @@ def test_what_the_welcome_does_not_keep_is_stopped() -> None:
     assert session.free_slots == 1
 
 
-def test_a_lease_ends_before_the_orchestrator_may_give_it_away() -> None:
+def test_an_attempt_stops_before_its_lease_ends() -> None:
     session = open_agent()
     running(session, now=0.0)
     assert session.handle_timer(0.0) == []
@@ -142,7 +142,7 @@ def test_a_lease_ends_before_the_orchestrator_may_give_it_away() -> None:
     assert session.next_timer() is None
 
 
-def test_short_leases_quicken_the_pulse() -> None:
+def test_short_leases_shorten_the_heartbeat_interval() -> None:
     session = open_agent()
     session.receive_batch((pb.OrchestratorMessage(offer=offer(lease_ms=900)),), 0.0)
     session.accept(KEY, 0.0)
@@ -150,7 +150,7 @@ def test_short_leases_quicken_the_pulse() -> None:
     assert session.next_timer() == pytest.approx(0.3)
 
 
-def test_a_cancel_is_acknowledged_at_once_and_as_often_as_it_comes() -> None:
+def test_every_cancel_is_acknowledged_at_once() -> None:
     session = open_agent()
     running(session)
     cancel = pb.OrchestratorMessage(traceparent=TRACE, cancel=pb.Cancel(attempt=KEY.ref(), grace_ms=50))
@@ -204,7 +204,9 @@ def test_a_cancel_is_acknowledged_at_once_and_as_often_as_it_comes() -> None:
         ),
     ],
 )
-def test_an_orchestrator_that_breaks_a_law_is_named(messages: list[pb.OrchestratorMessage], words: str) -> None:
+def test_an_orchestrator_that_breaks_a_law_causes_a_remote_error(
+    messages: list[pb.OrchestratorMessage], words: str
+) -> None:
     session = open_agent()
     with pytest.raises(RemoteProtocolError, match=words):
         session.receive_batch(messages, 0.0)
@@ -214,14 +216,14 @@ def test_an_orchestrator_that_breaks_a_law_is_named(messages: list[pb.Orchestrat
 @pytest.mark.parametrize(
     "bad", [{"protocol": 2}, {"protocol": 0}, {"heartbeat_interval_ms": 0}, {"max_message_bytes": 1}]
 )
-def test_a_welcome_that_makes_no_sense_is_refused(bad: dict[str, Any]) -> None:
+def test_an_invalid_welcome_causes_a_remote_error(bad: dict[str, Any]) -> None:
     session = agent()
     session.connection_made(0.0)
     with pytest.raises(RemoteProtocolError, match="welcome"):
         session.receive_batch((welcome(**bad),), 0.0)
 
 
-def test_a_refusal_is_final_only_where_another_try_cannot_help() -> None:
+def test_a_refusal_is_final_only_if_a_retry_cannot_help() -> None:
     def refused(error: OrkiError) -> tuple[s.AgentSession, list[s.AgentEvent]]:
         session = agent()
         session.connection_made(0.0)
@@ -239,7 +241,7 @@ def test_a_refusal_is_final_only_where_another_try_cannot_help() -> None:
     assert session.state is s.AgentState.DISCONNECTED
 
 
-def test_silence_is_a_reason_for_a_new_channel() -> None:
+def test_a_silent_orchestrator_loses_the_session() -> None:
     session = agent(hello_timeout=4.0)
     session.connection_made(0.0)
     assert session.next_timer() == 4.0
@@ -267,7 +269,7 @@ def test_a_drain_ends_when_the_last_result_is_acknowledged() -> None:
     assert session.receive_batch((acknowledged,), 0.0)[-1] == s.DrainCompleted()
 
 
-def test_we_break_no_law_ourselves() -> None:
+def test_an_illegal_call_raises_a_local_error() -> None:
     session = open_agent()
     session.receive_batch((pb.OrchestratorMessage(offer=offer()),), 0.0)
     for act in (lambda: session.progress(KEY, b""), lambda: session.report(KEY, b"", 0.0)):
@@ -312,7 +314,7 @@ def test_the_orchestrators_options_are_checked(options: dict[str, Any]) -> None:
         s.BatchBounds(count=0)
 
 
-def test_nothing_is_started_after_it_was_replaced() -> None:
+def test_a_replaced_agent_starts_nothing() -> None:
     session = open_agent()
     batch = [
         pb.OrchestratorMessage(offer=offer()),

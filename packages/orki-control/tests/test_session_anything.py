@@ -1,4 +1,4 @@
-"""Whatever a peer says, in whatever order, a machine ends the session by name or stands."""
+"""Both machines survive any messages in any order, or end the session with a typed error."""
 
 from __future__ import annotations
 
@@ -119,7 +119,9 @@ orchestrator_bodies = st.one_of(
 
 @settings(max_examples=300, deadline=None)
 @given(batches=st.lists(st.lists(agent_bodies, max_size=5), max_size=8), welcomed=st.booleans())
-def test_whatever_an_agent_says_the_orchestrator_stands(batches: list[list[pb.AgentMessage]], welcomed: bool) -> None:
+def test_the_orchestrator_survives_any_messages_of_an_agent(
+    batches: list[list[pb.AgentMessage]], welcomed: bool
+) -> None:
     session = open_orchestrator() if welcomed else orchestrator()
     for now, batch in enumerate(batches):
         if session.free_slots and not session.attempts:
@@ -134,7 +136,7 @@ def test_whatever_an_agent_says_the_orchestrator_stands(batches: list[list[pb.Ag
 
 @settings(max_examples=300, deadline=None)
 @given(batches=st.lists(st.lists(orchestrator_bodies, max_size=5), max_size=8), answer=st.booleans())
-def test_whatever_an_orchestrator_says_the_agent_stands(
+def test_the_agent_survives_any_messages_of_an_orchestrator(
     batches: list[list[pb.OrchestratorMessage]], answer: bool
 ) -> None:
     session = open_agent()

@@ -1,8 +1,8 @@
-"""Both ends of a session, an honest store and honest handlers, joined by a wire that does whatever a wire can do.
+"""A model of both ends of a session with a store, handlers and an unreliable connection.
 
 Streams break at any point and are noticed late, old streams go on beside new ones, the two directions run at their own
 speed, time jumps, and cancels race results. Whatever the order, the laws of `session.proto` must hold, and neither end
-may accuse the other.
+may report a protocol error of the other.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Work:
 
 
 class Process:
-    """An agent process: its machine, its handlers, and whichever stream it has."""
+    """An agent process: its machine, its handlers, and its current stream."""
 
     def __init__(self, instance: str, slots: int) -> None:
         options = s.AgentSessionOptions(
@@ -61,7 +61,7 @@ class Process:
 
 
 class Stream:
-    """Two queues of gRPC messages, and whether each end still believes in it."""
+    """Two queues of gRPC messages, and whether each end still considers the stream open."""
 
     def __init__(self, process: Process, now: float) -> None:
         self.process = process
@@ -105,7 +105,7 @@ class Fleet(RuleBasedStateMachine):
     @precondition(lambda self: len(self.processes) < 3)
     @rule()
     def new_instance(self) -> None:
-        """The agent is started again; the old process may still be there."""
+        """Start the agent again; the old process may still run."""
         self.start_process()
 
     @precondition(lambda self: any(p.stream is None and not p.closed for p in self.processes))
@@ -125,7 +125,7 @@ class Fleet(RuleBasedStateMachine):
     @precondition(lambda self: any(each.broken for each in self.streams))
     @rule(data=st.data(), agent=st.booleans())
     def notice(self, data: st.DataObject, agent: bool) -> None:
-        """One end learns of a cut, after what had reached it."""
+        """Report a cut to one end, after the messages that had reached it."""
         stream = data.draw(st.sampled_from([each for each in self.streams if each.broken]))
         if agent:
             if stream.process.stream is stream:
@@ -142,18 +142,18 @@ class Fleet(RuleBasedStateMachine):
     @precondition(lambda self: bool(self.streams))
     @rule(data=st.data(), up=st.booleans(), count=st.integers(1, 4))
     def carry(self, data: st.DataObject, up: bool, count: int) -> None:
-        """Some gRPC messages are written in one direction and some are read."""
+        """Write and read some gRPC messages in one direction."""
         self.move(data.draw(st.sampled_from(self.streams)), up, count)
 
     @rule(up=st.booleans())
     def carry_all_one_way(self, up: bool) -> None:
-        """One direction is quick."""
+        """Deliver all messages of one direction."""
         for stream in list(self.streams):
             self.move(stream, up, 50)
 
     @rule()
     def settle(self) -> None:
-        """Everything that can arrive does."""
+        """Deliver everything that can arrive."""
         for _ in range(6):
             for stream in list(self.streams):
                 self.move(stream, True, 50)
@@ -333,7 +333,7 @@ class Fleet(RuleBasedStateMachine):
                         self.answer(process, offer.attempt)
                 case s.ResultsAcknowledged(attempts):
                     for key in attempts:
-                        # What was cancelled before it could start, the machine reports by itself.
+                        # The machine itself reports an attempt that was cancelled before it started.
                         assert key in process.unacknowledged or key not in process.started
                         process.unacknowledged.discard(key)
                 case s.AttemptsRevoked(revocations):
@@ -406,7 +406,7 @@ class Fleet(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.1, 0.5, 1.0, 2.5, 7.0, 30.0]))
     def time_passes(self, seconds: float) -> None:
-        """Timers fire in their order; nothing is carried meanwhile."""
+        """Fire the timers in their order; no message is delivered meanwhile."""
         until = self.now + seconds
         for _ in range(400):
             due = self.next_due()
@@ -462,7 +462,7 @@ class Fleet(RuleBasedStateMachine):
                 assert process.running == {key for key, state in states if state in AT_WORK}
 
     def teardown(self) -> None:
-        """Once the wire is whole and the agent is there, everything ends: nothing hangs for ever."""
+        """With a working connection and a running agent, every task must end."""
         process = self.processes[-1]
         for _ in range(60):
             if process.closed:
@@ -497,4 +497,4 @@ Fleet.TestCase.settings = settings(max_examples=80, stateful_step_count=50, dead
 
 @pytest.mark.timeout(300)
 class TestInterleavings(Fleet.TestCase):  # type: ignore[misc, valid-type]
-    """Runs the model; the assertions are its invariants."""
+    """Runs the model and checks its invariants."""

@@ -1,4 +1,4 @@
-"""The orchestrator's end of a session by itself, with an agent that keeps the laws and with one that does not."""
+"""Tests of the orchestrator's end of a session, with agents that keep and break the laws."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def running(session: s.AgentSession, key: AttemptKey = KEY, now: float = 0.0) ->
         ({"held": [pb.HeldAttempt(attempt=AttemptRef(task_id="t"))]}, "held"),
     ],
 )
-def test_a_malformed_hello_is_refused_by_name(changes: dict[str, Any], words: str) -> None:
+def test_a_malformed_hello_is_refused(changes: dict[str, Any], words: str) -> None:
     session = orchestrator()
     with pytest.raises(RemoteProtocolError, match=words):
         session.receive_batch((pb.AgentMessage(hello=hello(**changes)),), 0.0)
@@ -114,7 +114,7 @@ def test_a_malformed_hello_is_refused_by_name(changes: dict[str, Any], words: st
     assert [each.refused.failure.reason for each in sent(session)] == [Reason.REASON_PROTOCOL_VIOLATION]
 
 
-def test_a_protocol_version_that_nobody_speaks_is_refused() -> None:
+def test_an_unsupported_protocol_version_is_refused() -> None:
     session = orchestrator()
     (ended,) = session.receive_batch((pb.AgentMessage(hello=hello(protocol_min=9, protocol_max=10)),), 0.0)
     assert isinstance(ended, s.SessionEnded)
@@ -141,7 +141,7 @@ def test_no_hello_in_time_ends_the_stream() -> None:
         pb.AgentMessage(drain=pb.AgentDrain()),
     ],
 )
-def test_nothing_comes_before_the_hello_and_nothing_before_the_welcome(message: pb.AgentMessage) -> None:
+def test_other_messages_before_the_hello_or_the_welcome_are_refused(message: pb.AgentMessage) -> None:
     with pytest.raises(RemoteProtocolError, match="AWAITING_HELLO"):
         orchestrator().receive_batch((message,), 0.0)
     session = orchestrator()
@@ -161,7 +161,7 @@ def test_nothing_comes_before_the_hello_and_nothing_before_the_welcome(message: 
         lambda session: session.welcome(session_epoch=1, now=0.0),
     ],
 )
-def test_we_say_nothing_before_the_hello(act: Callable[[Any], object]) -> None:
+def test_a_call_before_the_hello_raises_a_local_error(act: Callable[[Any], object]) -> None:
     with pytest.raises(LocalProtocolError, match="AWAITING_HELLO"):
         act(orchestrator())
 
@@ -177,7 +177,7 @@ def test_slots_bound_offers() -> None:
         session.offer(offer(AttemptKey("t3", 1, 9)), TRACE, 0.0)
 
 
-def test_handlers_that_were_given_up_take_slots() -> None:
+def test_blocked_handlers_occupy_slots() -> None:
     session = open_orchestrator()
     session.receive_batch((pb.AgentMessage(heartbeat=pb.Heartbeat(number=1, free_slots=1)),), 0.0)
     assert session.free_slots == 1
@@ -185,7 +185,7 @@ def test_handlers_that_were_given_up_take_slots() -> None:
     assert session.free_slots == 2
 
 
-def test_an_offer_that_nobody_answers_is_withdrawn() -> None:
+def test_an_unanswered_offer_is_withdrawn() -> None:
     session = open_orchestrator()
     session.offer(offer(), TRACE, 1.0)
     sent(session)
@@ -201,14 +201,14 @@ def test_an_offer_that_nobody_answers_is_withdrawn() -> None:
     assert sent(session)[0].refused.failure.reason == Reason.REASON_STALE_FENCE
 
 
-def test_an_offer_that_did_not_leave_in_time_never_does() -> None:
+def test_an_offer_that_expires_in_the_queue_is_never_sent() -> None:
     session = open_orchestrator()
     session.offer(offer(), TRACE, 1.0)
     session.handle_timer(3.0)
     assert kinds(session) == ["refused"]
 
 
-def test_reports_about_what_is_not_held_change_nothing() -> None:
+def test_reports_about_attempts_that_are_not_held_are_refused() -> None:
     session = open_orchestrator()
     stranger = AttemptKey("t9", 1, 99).ref()
     reports = [
@@ -249,7 +249,9 @@ def test_reports_about_what_is_not_held_change_nothing() -> None:
         ),
     ],
 )
-def test_an_agent_that_breaks_a_law_is_told_and_cut_off(messages: list[pb.AgentMessage], words: str) -> None:
+def test_an_agent_that_breaks_a_law_is_refused_and_its_session_ends(
+    messages: list[pb.AgentMessage], words: str
+) -> None:
     session = open_orchestrator()
     session.offer(offer(), TRACE, 0.0)
     sent(session)
@@ -274,7 +276,7 @@ def test_control_messages_overtake_work_and_batches_are_bounded() -> None:
     assert session.messages_to_send() is None
 
 
-def test_what_the_store_says_after_the_end_is_dropped() -> None:
+def test_calls_after_the_end_of_the_session_have_no_effect() -> None:
     session = open_orchestrator()
     session.offer(offer(), TRACE, 0.0)
     (ended,) = session.connection_lost(0.0)
@@ -291,7 +293,7 @@ def test_what_the_store_says_after_the_end_is_dropped() -> None:
         session.offer(offer(), TRACE, 0.0)
 
 
-def test_a_drain_takes_back_what_has_not_left() -> None:
+def test_a_drain_removes_unsent_offers() -> None:
     session = open_orchestrator()
     session.offer(offer(), TRACE, 0.0)
     assert session.drain(3000) == (KEY,)
@@ -302,7 +304,7 @@ def test_a_drain_takes_back_what_has_not_left() -> None:
         session.offer(offer(), TRACE, 0.0)
 
 
-def test_a_silent_agent_is_given_up_and_its_leases_go_on() -> None:
+def test_a_silent_agent_ends_its_session_and_keeps_its_leases() -> None:
     session = open_orchestrator(heartbeat_interval=2.0)
     session.offer(offer(), TRACE, 0.0)
     session.receive_batch((pb.AgentMessage(accepted=pb.Accepted(attempt=KEY.ref())),), 1.0)
@@ -312,14 +314,14 @@ def test_a_silent_agent_is_given_up_and_its_leases_go_on() -> None:
     assert (ended.running, ended.unanswered) == ((KEY,), ())
 
 
-def test_only_what_was_held_can_be_kept() -> None:
+def test_only_held_attempts_can_be_kept() -> None:
     session = orchestrator()
     session.receive_batch((pb.AgentMessage(hello=hello()),), 0.0)
     with pytest.raises(LocalProtocolError, match="does not hold"):
         session.welcome(session_epoch=1, keep=[(KEY, TRACE)], now=0.0)
 
 
-def test_oversize_is_refused_where_it_is_made() -> None:
+def test_a_message_that_is_too_large_raises_a_local_error() -> None:
     session = open_orchestrator()
     large = offer()
     large.request = b"x" * (1 << 20)

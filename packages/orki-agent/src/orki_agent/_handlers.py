@@ -24,7 +24,7 @@ from orki.events.v1.usage_pb2 import UsageEvent
 from orki_agent._services import CURRENT_ATTEMPT, AgentServices, Handler, Offered
 from orki_agent._threads import Mailbox
 from orki_agent.hotpath._thread_pool import ThreadPool
-from orki_contract import EventStream, SyncToolChannel, Task, TaskChannel, ToolChannel
+from orki_contract import EventStream, SyncToolChannel, TaskChannel, ToolChannel
 from orki_contract.errors import Cancelled, HandlerFailed, HandlerRejected, InvalidArgument, OrkiError, Reason, TooLarge
 from orki_contract.trace import Span, use_span
 from orki_control.session import AttemptKey, Outcome
@@ -55,9 +55,9 @@ def decode(message: type[Any], payload: bytes, method: str) -> Any:
         raise Undecodable(f"{method}: the payload is not a {message.__name__} ({error})") from None
 
 
-def outcome_of_response(task: Task[Any, Any, Any, Any], response: object) -> Outcome:
+def outcome_of_response(handler: Handler, response: object) -> Outcome:
     """Return the outcome of a handler that returned."""
-    expected, method = task.response, task.contract.full_name
+    expected, method = handler.task.response, handler.name
     if not isinstance(response, expected):
         text = f"{method} returned {_name(type(response))}; its contract declares {_name(expected)}"
         return Failure(reason=Reason.REASON_INVALID_RESPONSE, message=text)
@@ -143,10 +143,10 @@ class Execution(ABC):
         """Take the handler's response or exception. Call it once, in the handler's thread or loop."""
         self.ended = True
         if error is None:
-            self._on_end(outcome_of_response(self.handler.task, response))
+            self._on_end(outcome_of_response(self.handler, response))
             return
         outcome = outcome_of_error(error, cancelled=self.cancelled)
-        name = self.handler.task.contract.full_name
+        name = self.handler.name
         if self.cancelled:
             _log.info("%s of %s ended after its cancel: %r", self.offered.attempt, name, error)
         else:
@@ -230,7 +230,7 @@ class HandlerContext:
     def _progress_payload(self, delta: Any) -> tuple[AttemptKey, bytes]:
         execution = self._execution
         expected = execution.handler.task.progress
-        name = execution.handler.task.contract.full_name
+        name = execution.handler.name
         if not isinstance(delta, expected) or not isinstance(delta, Message):
             declared = expected.__name__ if issubclass(expected, Message) else "no progress"
             raise InvalidArgument(f"{name} declares {declared} as its progress, not {type(delta).__name__}")
@@ -290,7 +290,7 @@ class AsyncExecution(Execution):
             return
         context = contextvars.copy_context()
         context.run(CURRENT_ATTEMPT.set, self.offered.attempt)
-        name = f"{self.handler.task.contract.full_name} {self.offered.attempt.task_id}"
+        name = f"{self.handler.name} {self.offered.attempt.task_id}"
         self._task = asyncio.get_running_loop().create_task(self._run(), name=name, context=context)
         # A task that is cancelled before its first step never enters `_run`.
         self._task.add_done_callback(self._done)
@@ -298,7 +298,7 @@ class AsyncExecution(Execution):
     async def _run(self) -> Any:
         with use_span(self.offered.span):
             task = self.handler.task
-            request = decode(task.request, self.offered.request, task.contract.full_name)
+            request = decode(task.request, self.offered.request, self.handler.name)
             try:
                 return await self.handler.call(request, AsyncHandlerContext(self))
             except (SystemExit, KeyboardInterrupt) as error:
@@ -354,7 +354,7 @@ class AsyncHandlerContext(HandlerContext):
             if payload is None:
                 execution.directives.put_nowait(None)  # Other iterators must end as well.
                 return
-            yield decode(directive, payload, execution.handler.task.contract.full_name)
+            yield decode(directive, payload, execution.handler.name)
 
     async def publish(self, stream: EventStream[E, Any], event: E) -> None:
         """Publish an event in the attempt's trace; return once the server has it."""
@@ -437,7 +437,7 @@ class SyncExecution(Execution):
                 if self.cancelled:
                     raise Cancelled("cancelled before it started")
                 task = self.handler.task
-                request = decode(task.request, self.offered.request, task.contract.full_name)
+                request = decode(task.request, self.offered.request, self.handler.name)
                 response = self.handler.call(request, SyncHandlerContext(self))
         except BaseException as raised:
             error = raised
@@ -468,7 +468,7 @@ class SyncHandlerContext(HandlerContext):
         execution = self._execution
         directive = execution.handler.task.directive
         while (payload := execution.directives.get()) is not None:
-            yield decode(directive, payload, execution.handler.task.contract.full_name)
+            yield decode(directive, payload, execution.handler.name)
         execution.directives.put(None)  # Other iterators must end as well.
 
     def publish(self, stream: EventStream[E, Any], event: E) -> None:

@@ -36,11 +36,13 @@ class Handler:
 
     Attributes:
         task: The method.
+        name: Full name of the method, `package.Service/Method`.
         call: The bound handler.
         is_async: Whether the handler is a coroutine function. A blocking handler runs in a thread.
     """
 
     task: Task[Any, Any, Any, Any]
+    name: str
     call: Callable[[Any, Any], Any]
     is_async: bool
 
@@ -118,7 +120,9 @@ def find_handlers(services: tuple[TaskServices, ...]) -> Mapping[str, Handler]:
             name = task.contract.full_name
             if name in handlers:
                 raise InvalidSetting(f"two services handle {name}: give an agent one instance for each contract")
-            handlers[name] = Handler(task, getattr(service, task.attribute), isinstance(service, AsyncTaskService))
+            handlers[name] = Handler(
+                task, name, getattr(service, task.attribute), isinstance(service, AsyncTaskService)
+            )
     return handlers
 
 

@@ -1,4 +1,4 @@
-"""For tests of observers and commands: real Valkey, real processes, a user's contract with secrets in it."""
+"""Fixtures for observers and commands: a real Valkey, real processes, and a contract with sensitive fields."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _WAIT_S = 30.0
 
 @dataclass
 class Observer:
-    """An observer's process, or any command's that says when it is ready."""
+    """A process that prints a readiness line, such as an observer."""
 
     arguments: list[str]
     folder: Path
@@ -39,7 +39,7 @@ class Observer:
     where: str = ""
 
     def start(self) -> Observer:
-        """Starts it and waits for its line."""
+        """Start the process and wait for its readiness line."""
         with (self.folder / "observer.log").open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "orki_server", *self.arguments],
@@ -59,7 +59,7 @@ class Observer:
         return (self.folder / "observer.log").read_text()
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Signals it and waits; its exit code."""
+        """Send a signal, wait, and return the exit code."""
         process, self.process = self.process, None
         if process is None:
             return 0
@@ -76,13 +76,13 @@ class Observer:
 
 @pytest.fixture
 def canary() -> str:
-    """The secret that `UserContract.filled` hides; it must appear nowhere."""
+    """The secret in every sensitive field of `UserContract.filled`; it must never be shown."""
     return CANARY
 
 
 @pytest.fixture
 def observer(tmp_path: Path) -> Iterator[Callable[..., Observer]]:
-    """Starts observers: `observer("observe", "feed", "--redis", url)`."""
+    """Start observers: `observer("observe", "feed", "--redis", url)`."""
     started: list[Observer] = []
 
     def start(*arguments: str) -> Observer:
@@ -102,7 +102,7 @@ def shared_valkey() -> Iterator[EmbeddedServer]:
 
 @pytest.fixture
 def valkey_url(shared_valkey: EmbeddedServer) -> str:
-    """URL of the session's server, emptied."""
+    """URL of the shared server, emptied."""
 
     async def empty() -> None:
         link = Connection(parse_address(shared_valkey.url), name="tests", connect_timeout=10, answer_timeout=10)
@@ -115,7 +115,7 @@ def valkey_url(shared_valkey: EmbeddedServer) -> str:
 
 @pytest.fixture
 async def link(valkey_url: str) -> AsyncIterator[Connection]:
-    """A connection of the test's own."""
+    """A Redis connection for the test."""
     opened = Connection(parse_address(valkey_url), name="tests", connect_timeout=10, answer_timeout=10)
     yield opened
     await opened.close()
@@ -123,21 +123,21 @@ async def link(valkey_url: str) -> AsyncIterator[Connection]:
 
 @pytest.fixture
 async def events(valkey_url: str) -> AsyncIterator[Events]:
-    """The event plane on the session's server."""
+    """The event plane on the shared server."""
     async with connect(valkey_url) as opened:
         yield opened
 
 
 @dataclass(frozen=True)
 class UserContract:
-    """A contract that a user wrote: `acmewatch.v1.SecretEvent` on the stream `secrets`, two partitions."""
+    """A user's contract: `acmewatch.v1.SecretEvent` on the stream `secrets`, two partitions."""
 
     stream: EventStream[Any, Any]
     event: type[Message]
     inner: type[Message]
 
     def filled(self, repository: str, number: int = 0) -> Any:
-        """An event with the canary in every sensitive place."""
+        """Return an event with the canary in every sensitive field."""
         inner = self.inner(password=CANARY, note="shown")
         event: Any = self.event(repository=repository, number=number, token=CANARY, inner=inner, inners=[inner])
         event.by_name["k"].CopyFrom(inner)
@@ -146,7 +146,7 @@ class UserContract:
 
 
 def _user_image() -> bytes:
-    """An image as `nox -s generate` would make it, without needing protoc."""
+    """Return an image like those of `nox -s generate`, without protoc."""
     schema = Schema(image_of("orki.events.v1"))
     names = ["google/protobuf/descriptor.proto", "orki/options/v1/options.proto"]
     classes = message_factory.GetMessageClassesForFiles(names, schema.pool)
@@ -212,7 +212,7 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> UserContract:
 
 @pytest.fixture
 def until() -> Callable[..., Any]:
-    """Waits for a condition, with a generous limit."""
+    """Wait for a condition, with a generous limit."""
 
     async def wait(condition: Callable[[], Any], limit_s: float = _WAIT_S) -> None:
         end = time.monotonic() + limit_s
@@ -225,7 +225,7 @@ def until() -> Callable[..., Any]:
 
 @pytest.fixture
 def dead_port() -> Iterator[int]:
-    """A port on loopback at which nobody answers."""
+    """A loopback port without a listener."""
     import socket
 
     with socket.socket() as taken:
@@ -235,13 +235,13 @@ def dead_port() -> Iterator[int]:
 
 @pytest.fixture
 def redis_only(valkey_url: str, dead_port: int) -> dict[str, str]:
-    """The environment of commands: Valkey, and no orchestrator."""
+    """Environment for commands with Valkey and without an orchestrator."""
     return {"ORKI_REDIS_URL": valkey_url, "ORKI_ORCHESTRATOR": f"127.0.0.1:{dead_port}", "COLUMNS": "80"}
 
 
 @dataclass(frozen=True)
 class Ended:
-    """What a command did."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -250,7 +250,7 @@ class Ended:
 
 @pytest.fixture
 def orki(tmp_path: Path) -> Callable[..., Awaitable[Ended]]:
-    """Runs `orki ARGS…` as a process, beside servers of the test's own loop; further settings by environment."""
+    """Run `orki ARGS…` as a process without blocking the event loop; settings go to its environment."""
 
     async def run(*arguments: str, stdin: str = "", **settings: str) -> Ended:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ORKI_")}
@@ -274,7 +274,7 @@ def orki(tmp_path: Path) -> Callable[..., Awaitable[Ended]]:
 
 @pytest.fixture
 def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs `orki ARGS…` as a process."""
+    """Run `orki ARGS…` as a process."""
 
     def run(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ORKI_")}

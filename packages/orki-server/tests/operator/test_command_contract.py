@@ -1,4 +1,4 @@
-"""`orki contract`: against real Valkey, orchestrators and agents; once as a process."""
+"""`orki contract` against a real Valkey, orchestrators and agents."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Edit = Callable[[FileDescriptorProto], None]
 
 
 def keep(file: FileDescriptorProto) -> None:
-    """The contract as it is."""
+    """The unchanged contract."""
 
 
 def retype(file: FileDescriptorProto) -> None:
@@ -80,7 +80,7 @@ def stream_image(edit: Edit = keep, *, reader: bool = False) -> bytes:
 
 
 def wheel(folder: Path, version: str, **images: bytes) -> str:
-    """A wheel with these images by package; a `_` in a package's name stands for a dot."""
+    """Build a wheel with images by package name; `_` in a name replaces a dot."""
     path = folder / f"acme_things-{version}-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         for package, image in images.items():
@@ -91,9 +91,9 @@ def wheel(folder: Path, version: str, **images: bytes) -> str:
 
 @pytest.fixture
 def quick() -> Iterator[Callable[..., Any]]:
-    """Runs `orki ARGS…` in a thread of this process, which takes a tenth of the time of a process of its own."""
+    """Run `orki ARGS…` in a thread, ten times faster than as a process."""
     pool = ThreadPoolExecutor(1)
-    # Click 8.1 mixes both outputs unless it is told not to; later ones never do, and cannot be told.
+    # Click 8.1 mixes both outputs by default. Later versions never do and have no such option.
     apart = {"mix_stderr": False} if "mix_stderr" in signature(CliRunner).parameters else {}
     runner = CliRunner(**apart)
 
@@ -171,7 +171,7 @@ async def test_a_breaking_contract_prevents_the_whole_apply(
 async def test_an_applied_group_reads_events_published_before_its_first_consumer(
     valkey_url: str, quick: Any, tmp_path: Path
 ) -> None:
-    """Also a group that begins with the latest entry, and that the publisher never heard of."""
+    """Includes a group that starts at the latest entry and that the publisher does not know."""
     source = wheel(tmp_path, "1.0.0", acmenotes_v1=stream_image(), acmereader_v1=stream_image(reader=True))
     ended = await quick("contract", "apply", source, "--redis", valkey_url)
     assert ended.code == 0, ended.err

@@ -1,4 +1,4 @@
-"""`orki doctor` against servers in every state it tells apart, as a process."""
+"""`orki doctor` as a process, against servers in every state that it reports."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _AT_ONCE = ConsumeOptions(backoff=Backoff(initial=0.001, maximum=0.001), sweep_i
 
 @pytest.fixture
 def own_valkey() -> Iterator[EmbeddedServer]:
-    """A server to be mistreated."""
+    """A server that the test may misconfigure and stop."""
     with EmbeddedServer() as server:
         yield server
 
@@ -105,7 +105,7 @@ async def test_another_server_on_the_orchestrators_port_is_reported(orki: Any, o
 async def test_dead_letters_are_bad_until_they_are_replayed(
     orchestrator: Any, user: Any, redis_url: str, orki: Any
 ) -> None:
-    """Looked at and replayed by the commands that the doctor names."""
+    """Uses the commands that the doctor suggests."""
     async with connect(redis_url) as events:
         await events.publish(user.stream, user.filled("r", 7))
 

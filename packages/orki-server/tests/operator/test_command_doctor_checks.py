@@ -1,4 +1,4 @@
-"""The doctor's verdicts: each state it knows, made by the figure that means it."""
+"""The checks of the doctor: each state, produced from the values that indicate it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`orki streams` and its tail, and what commands that need Redis say without it."""
+"""`orki streams` and its subcommands, and the errors of commands without Redis."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON to requests: what fits, and how what does not fit is told."""
+"""Parsing JSON requests and finding methods for `orki submit`."""
 
 from __future__ import annotations
 

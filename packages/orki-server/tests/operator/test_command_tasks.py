@@ -1,4 +1,4 @@
-"""submit, tasks, agents, cancel: against a real orchestrator, as processes, exit codes and all."""
+"""submit, tasks, agents and cancel as processes, against a real orchestrator."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def body(text: str) -> str:
 
 @pytest.fixture
 async def fleet(orchestrator: Any, stand_in: Callable[..., Any]) -> Any:
-    """An orchestrator with one agent that echoes."""
+    """An orchestrator and an agent that echoes requests."""
     agent = stand_in(orchestrator.address)
     await agent.ready()
     return agent
@@ -38,7 +38,7 @@ async def fleet(orchestrator: Any, stand_in: Callable[..., Any]) -> Any:
 
 @pytest.fixture
 def at(orchestrator: Any) -> dict[str, str]:
-    """The environment of commands."""
+    """Environment for commands."""
     return {"ORKI_ORCHESTRATOR": orchestrator.address, "COLUMNS": "80"}
 
 

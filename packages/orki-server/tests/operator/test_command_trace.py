@@ -1,4 +1,4 @@
-"""`orki trace`: one tree from real entries, by any unambiguous id, as a process."""
+"""`orki trace` as a process, with real entries."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ METHOD = "acme.v1.Review/File"
 
 
 async def publish_story(events: Events, user: Any, task_id: str = TASK) -> Span:
-    """A task that was lost once, with a tool call, usage and a user's event."""
+    """Publish a task with one lost attempt, a tool call, usage and a user's event."""
     root = new_span()
     first, second = root.child(), root.child()
     await events.publish(

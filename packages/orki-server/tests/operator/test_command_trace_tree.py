@@ -1,4 +1,4 @@
-"""The trace tree from entries alone: what belongs where, what is lost, what is silent."""
+"""Building and rendering the trace tree from entries."""
 
 from __future__ import annotations
 

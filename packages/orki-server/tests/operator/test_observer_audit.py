@@ -1,4 +1,4 @@
-"""The audit observer as a process: every event of every stream once, over kill -9, redacted, a full disk waited for."""
+"""The audit observer as a process: each event once despite kills, redaction, a full disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The audit log's file under crashes: torn ends, repetitions, a full disk, a second writer."""
+"""The audit log after crashes: incomplete lines, repeated events, a full disk, a second writer."""
 
 from __future__ import annotations
 

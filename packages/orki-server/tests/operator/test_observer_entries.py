@@ -1,4 +1,4 @@
-"""The feed's cursor: what is written reads back, and nothing else is taken."""
+"""The cursor of the feed: formatting, parsing, and refusing other text."""
 
 from __future__ import annotations
 

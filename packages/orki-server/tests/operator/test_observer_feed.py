@@ -1,4 +1,4 @@
-"""The feed as a process: live, resumed exactly over kill -9, redacted, for this machine alone, slow clients dropped."""
+"""The feed as a process: live events, exact resumption after a kill, redaction, slow clients, bad requests."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
 
 
 class Stream:
-    """A client's connection, block by block."""
+    """A client of the feed that reads block by block."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self.response = response
         self.last_id = ""
 
     async def block(self) -> dict[str, str]:
-        """The next block that is no comment."""
+        """Return the next block that is not a comment."""
         fields: dict[str, str] = {}
         while True:
             line = (await self.response.content.readline()).decode()
@@ -273,13 +273,18 @@ async def test_a_client_that_reads_nothing_is_disconnected_and_others_continue(
     await events.prepare(user.stream)
     slow = socket.create_connection((urlsplit(url).hostname, urlsplit(url).port))
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-    slow.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    slow.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(slow, b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    greeting = b""
+    while b"event: hello" not in greeting:
+        greeting += await loop.sock_recv(slow, 4096)
     async with followed(http, url) as stream:
         big = user.event(repository="r", picked_text="x" * 100_000)
         for _ in range(120):
             await events.publish(user.stream, big)
             await asyncio.wait_for(stream.event(), 20)
-    await until(lambda: "disconnected a client" in caplog.text)
+        await until(lambda: "disconnected a client" in caplog.text)
     slow.settimeout(10)
     assert _received(slow) < 120 * 100_000
     slow.close()
@@ -288,7 +293,7 @@ async def test_a_client_that_reads_nothing_is_disconnected_and_others_continue(
 
 
 def _received(connection: socket.socket) -> int:
-    """Bytes until the connection was cut off."""
+    """Count the bytes received until the connection ends."""
     count = 0
     try:
         while part := connection.recv(1 << 20):

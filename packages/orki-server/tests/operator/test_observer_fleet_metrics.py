@@ -1,4 +1,4 @@
-"""What the metrics observer counts."""
+"""The metrics that events produce."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The metrics observer as a process: figures of what happened, over kill -9, and an orderly end."""
+"""The metrics observer as a process: values after events, kills and a clean stop."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def scraped(url: str) -> str:
 
 
 async def shown(url: str, *wanted: str, limit_s: float = 30.0) -> str:
-    """The figures, once each of the wanted lines is among them."""
+    """Return the metrics once they contain all wanted lines."""
     text = ""
     for _ in range(int(limit_s / 0.1)):
         text = await scraped(url)

@@ -1,4 +1,4 @@
-"""Redaction over protos made on the spot: every shape in which a secret can hide."""
+"""Redaction of generated protos: every kind of field that can contain a secret."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ from orki_control.session._state import (
     HeldAttempt,
     Outcome,
     SendQueue,
+    identity,
     joined,
-    result_of,
 )
 from orki_control.session._tables import (
     AGENT,
@@ -34,7 +34,9 @@ from orki_control.session._tables import (
     Connected,
     Disconnected,
     Dropped,
+    HelloTimeout,
     LeaseEnded,
+    PeerSilent,
     SessionRefused,
     Stopped,
 )
@@ -65,7 +67,6 @@ class AgentSession:
         self._drain_wanted = False
         self._drained = False
         self._heartbeats = Heartbeats()
-        self._load = (0, 0)
         self._connected_at = 0.0
 
     # --- State. ---
@@ -94,19 +95,14 @@ class AgentSession:
     def connection_made(self, now: float) -> None:
         """Start a new stream: the hello is the first message."""
         self._move(Connected)
-        options = self._options
         self._connected_at = now
-        self._heartbeats.begin(now + options.hello_timeout)
+        self._heartbeats.begin(now + self._options.hello_timeout)
         self._queue.clear_control()
-        resume = [
-            pb.HeldAttempt(attempt=key.ref(), has_result=held.state is AttemptState.REPORTED)
-            for key, held in self._attempts.items()
-        ]
-        self._control(hello=build_hello(options, resume))
+        self._control(hello=build_hello(self._options, self._attempts.resumable()))
 
     def connection_lost(self, now: float, cause: str = "the stream ended") -> list[events.AgentEvent]:
         """Note that the stream has ended. Attempts go on, and leases continue (laws 8 and 14)."""
-        self._lose(cause, silent=False)
+        self._lose(Disconnected, cause)
         return self._finish()
 
     def receive_batch(self, messages: Iterable[pb.OrchestratorMessage], now: float) -> list[events.AgentEvent]:
@@ -145,7 +141,7 @@ class AgentSession:
         # The orchestrator counts the lease from the time it reads the answer, which is later.
         held.renewed_at = now
         self._attempts.lease_changed(held)
-        self._work(attempt, held, pb.Accepted, accepted=pb.Accepted(attempt=attempt.ref()))
+        self._work(attempt, held, pb.Accepted, accepted=pb.Accepted(attempt=held.ref))
         return True
 
     def decline(self, attempt: AttemptKey, error: OrkiError) -> bool:
@@ -171,7 +167,7 @@ class AgentSession:
             raise TooLarge(f"{attempt}: a progress of {len(payload)} bytes; the maximum is {self.max_payload_bytes}")
         self._step(attempt, held, pb.Progress, LocalProtocolError)
         held.index += 1
-        progress = pb.Progress(attempt=attempt.ref(), index=held.index, payload=payload)
+        progress = pb.Progress(attempt=held.ref, index=held.index, payload=payload)
         self._work(attempt, held, pb.Progress, len(payload), progress=progress)
         return True
 
@@ -205,7 +201,13 @@ class AgentSession:
             self._attempts.block(attempt)
             if self.state in _LIVE:
                 self._send_heartbeat(now)  # It overtakes the result, so the slot is not offered again.
-        held.result = result_of(attempt, outcome)
+        held.result = pb.Result(attempt=held.ref)
+        if isinstance(outcome, bytes):
+            held.result.response = outcome
+        elif isinstance(outcome, Failure):
+            held.result.failure.CopyFrom(outcome)
+        else:
+            held.result.cancelled.CopyFrom(outcome)
         if self.state in _LIVE:
             self._send_result(attempt, held)
         return True
@@ -217,7 +219,7 @@ class AgentSession:
 
     def set_load(self, *, loop_lag_us: int, memory_bytes: int) -> None:
         """Set the load that the next heartbeats report."""
-        self._load = (loop_lag_us, memory_bytes)
+        self._heartbeats.load = (loop_lag_us, memory_bytes)
 
     def drain(self, now: float) -> list[events.AgentEvent]:
         """Accept no more offers. `DrainCompleted` follows when nothing is held any more."""
@@ -264,9 +266,10 @@ class AgentSession:
             self._step(key, held, LeaseEnded, LocalProtocolError)
             self._events.append((events.LeasesLost, key))
         if self.state is not AgentState.DISCONNECTED and now >= self._heartbeats.silent_at:
-            awaiting_welcome = self.state is AgentState.AWAITING_WELCOME
-            cause = "the welcome did not arrive in time" if awaiting_welcome else "the orchestrator fell silent"
-            self._lose(cause, silent=True)
+            if self.state is AgentState.AWAITING_WELCOME:
+                self._lose(HelloTimeout, "the welcome did not arrive in time")
+            else:
+                self._lose(PeerSilent, "the orchestrator fell silent")
         if self.state in _LIVE and now >= self._heartbeats.due_at:
             self._send_heartbeat(now)
         return self._finish()
@@ -277,7 +280,7 @@ class AgentSession:
         self._move(pb.Welcome, RemoteProtocolError)
         welcome = message.welcome
         check_welcome(welcome)
-        keep = {AttemptKey.of(ref) for ref in welcome.keep}
+        keep = {AttemptKey(*identity(ref)) for ref in welcome.keep}
         self.session_epoch = welcome.session_epoch
         self._heartbeats.set_interval(welcome.heartbeat_interval_ms / 1000, now)
         self._peer_bytes = welcome.max_message_bytes
@@ -309,7 +312,7 @@ class AgentSession:
             self._session_refused(refused.failure)
             return
         self._move(pb.Refused, RemoteProtocolError)
-        key = AttemptKey.of(refused.attempt)
+        key = AttemptKey(*identity(refused.attempt))
         held = self._attempts.get(key)
         if held is not None:
             self._revoke(key, held, pb.Refused, refused.failure)
@@ -329,10 +332,10 @@ class AgentSession:
     def _offer(self, message: pb.OrchestratorMessage, now: float) -> None:
         self._move(pb.Offer, RemoteProtocolError)
         offer = message.offer
-        key = AttemptKey.of(offer.attempt)
+        key = AttemptKey(*identity(offer.attempt))
         if not key.task_id or not key.fence or not key.attempt or not offer.lease_ms:
             raise RemoteProtocolError(f"offer: {key} lacks a task, an attempt, a fence or a lease")
-        held = HeldAttempt(AttemptState.OFFERED, message.traceparent, offer.lease_ms / 1000, now)
+        held = HeldAttempt(offer.attempt, message.traceparent, offer.lease_ms / 1000, now)
         attempts = self._attempts
         if self.state is AgentState.DRAINING:
             self._send_declined(key, message.traceparent, Reason.REASON_DRAINING, "the agent drains")
@@ -348,7 +351,7 @@ class AgentSession:
     def _cancel(self, message: pb.OrchestratorMessage, now: float) -> None:
         self._move(pb.Cancel, RemoteProtocolError)
         cancel = message.cancel
-        key = AttemptKey.of(cancel.attempt)
+        key = AttemptKey(*identity(cancel.attempt))
         held = self._attempts.get(key)
         if held is None:
             self._attempts.remember_cancel(key)
@@ -361,7 +364,7 @@ class AgentSession:
     def _directive(self, message: pb.OrchestratorMessage, now: float) -> None:
         self._move(pb.Directive, RemoteProtocolError)
         directive = message.directive
-        key = AttemptKey.of(directive.attempt)
+        key = AttemptKey(*identity(directive.attempt))
         held = self._attempts.get(key)
         if held is not None:
             self._step(key, held, pb.Directive, RemoteProtocolError)
@@ -369,7 +372,7 @@ class AgentSession:
 
     def _result_acknowledged(self, message: pb.OrchestratorMessage, now: float) -> None:
         self._move(pb.ResultAcknowledged, RemoteProtocolError)
-        key = AttemptKey.of(message.result_acknowledged.attempt)
+        key = AttemptKey(*identity(message.result_acknowledged.attempt))
         held = self._attempts.get(key)
         if held is not None:
             self._step(key, held, pb.ResultAcknowledged, RemoteProtocolError)
@@ -410,12 +413,12 @@ class AgentSession:
             self._attempts.block(key)
         self._events.append((events.AttemptsRevoked, events.Revocation(key, why)))
 
-    def _lose(self, cause: str, *, silent: bool) -> None:
+    def _lose(self, event: type, cause: str) -> None:
         before = self.state
-        self._move(Disconnected)
+        self._move(event)
         if before not in (AgentState.DISCONNECTED, AgentState.ENDED):
             self._cut()
-            self._events.append(events.SessionLost(cause, silent))
+            self._events.append(events.SessionLost(cause, silent=event is not Disconnected))
 
     def _cut(self) -> None:
         """Drop what belonged to the stream. Progress waits for the next one; results stay with their attempts."""
@@ -427,25 +430,14 @@ class AgentSession:
                 self._revoke(key, held, Dropped, Failure(reason=Reason.REASON_OFFER_TIMEOUT, message=text))
 
     def _send_heartbeat(self, now: float) -> None:
-        running = self._attempts.renewable()
-        number = self._heartbeats.send(now, running, self._attempts.shortest_lease)
-        lag, memory = self._load
-        self._control(
-            heartbeat=pb.Heartbeat(
-                number=number,
-                running=[key.ref() for key in running],
-                free_slots=self._attempts.free_slots,
-                loop_lag_us=lag,
-                memory_bytes=memory,
-            )
-        )
+        self._control(heartbeat=self._heartbeats.send(now, self._attempts))
 
     def _send_result(self, key: AttemptKey, held: HeldAttempt) -> None:
         assert held.result is not None
         size = len(held.result.response)
         if size > self.max_payload_bytes:
             text = f"the response has {size} bytes; the orchestrator accepts {self.max_payload_bytes}"
-            held.result = result_of(key, Failure(reason=Reason.REASON_TOO_LARGE, message=text))
+            held.result = pb.Result(attempt=held.ref, failure=Failure(reason=Reason.REASON_TOO_LARGE, message=text))
             size = 0
         self._work(key, held, pb.Result, size, result=held.result)
 

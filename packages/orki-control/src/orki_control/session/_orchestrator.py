@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from orki.control.v1 import session_pb2 as pb
-from orki.control.v1.attempt_pb2 import Failure
+from orki.control.v1.attempt_pb2 import AttemptRef, Failure
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import LocalProtocolError, OrkiError, ProtocolVersion, RemoteProtocolError, TooLarge
 from orki_control.session._events import (
@@ -32,14 +32,16 @@ from orki_control.session._events import (
     SessionEnded,
 )
 from orki_control.session._options import SILENT_INTERVALS, OrchestratorSessionOptions, check_hello, chosen_protocol
-from orki_control.session._state import OCCUPYING, OVERHEAD_BYTES, AttemptKey, SendQueue, joined
+from orki_control.session._state import OCCUPYING, OVERHEAD_BYTES, AttemptKey, SendQueue, identity, joined
 from orki_control.session._tables import (
     ATTEMPT,
     ORCHESTRATOR,
     AttemptState,
     Disconnected,
+    HelloTimeout,
     OfferWithdrawn,
     OrchestratorState,
+    PeerSilent,
     SessionRefused,
 )
 
@@ -47,9 +49,10 @@ _STALE: Final = "this session does not hold the attempt: it was withdrawn, has e
 
 
 class _Attempt:
-    __slots__ = ("answer_by", "last_index", "state", "traceparent")
+    __slots__ = ("answer_by", "last_index", "ref", "state", "traceparent")
 
-    def __init__(self, state: AttemptState, traceparent: str, answer_by: float | None) -> None:
+    def __init__(self, ref: AttemptRef, state: AttemptState, traceparent: str, answer_by: float | None) -> None:
+        self.ref = ref
         self.state = state
         self.traceparent = traceparent
         self.answer_by = answer_by
@@ -150,11 +153,11 @@ class OrchestratorSession:
         hello = self.hello
         self._move(pb.Welcome)
         assert hello is not None
-        held = {AttemptKey.of(each.attempt) for each in hello.held}
+        held = {AttemptKey(*identity(each.attempt)) for each in hello.held}
         for key, traceparent in keep:
             if key not in held:
                 raise LocalProtocolError(f"welcome: the agent does not hold {key}")
-            self._attempts[key] = _Attempt(AttemptState.RUNNING, traceparent, None)
+            self._attempts[key] = _Attempt(key.ref(), AttemptState.RUNNING, traceparent, None)
         self._occupied = len(self._attempts)
         self.session_epoch = session_epoch
         self._heard_by = now + SILENT_INTERVALS * self._options.heartbeat_interval
@@ -192,7 +195,7 @@ class OrchestratorSession:
             TooLarge: The agent accepts no message of that size.
         """
         self._check(pb.Offer)
-        key = AttemptKey.of(offer.attempt)
+        key = AttemptKey(*identity(offer.attempt))
         if self.free_slots < 1:
             raise LocalProtocolError(f"offer: no slot is free for {key}")
         if key in self._attempts:
@@ -205,7 +208,7 @@ class OrchestratorSession:
                 f"of at most {self.hello.max_message_bytes} bytes"
             )
         answer_by = now + offer.accept_timeout_ms / 1000
-        self._attempts[key] = _Attempt(AttemptState.OFFERED, traceparent, answer_by)
+        self._attempts[key] = _Attempt(offer.attempt, AttemptState.OFFERED, traceparent, answer_by)
         self._occupied += 1
         heapq.heappush(self._answers, (answer_by, key))
         self._queue.put_work(
@@ -214,8 +217,7 @@ class OrchestratorSession:
 
     def cancel(self, attempt: AttemptKey, *, grace_ms: int, message: str = "") -> bool:
         """Cancel an attempt, also repeatedly; return False when this session does not hold it."""
-        cancel = pb.Cancel(attempt=attempt.ref(), grace_ms=grace_ms, message=message)
-        return self._notify(attempt, pb.Cancel, "cancel", cancel)
+        return self._notify(attempt, "cancel", pb.Cancel(grace_ms=grace_ms, message=message))
 
     def direct(self, attempt: AttemptKey, payload: bytes) -> bool:
         """Send a directive to a running attempt; return False when this session does not hold it.
@@ -230,21 +232,19 @@ class OrchestratorSession:
         if len(payload) + OVERHEAD_BYTES > self.hello.max_message_bytes:
             raise TooLarge(f"{attempt}: a directive of {len(payload)} bytes exceeds the agent's limit")
         self._step(attempt, known, pb.Directive, LocalProtocolError)
-        directive = pb.Directive(attempt=attempt.ref(), payload=payload)
+        directive = pb.Directive(attempt=known.ref, payload=payload)
         message = pb.OrchestratorMessage(traceparent=known.traceparent, directive=directive)
         self._queue.put_work(attempt, pb.Directive, message, len(payload))
         return True
 
     def acknowledge(self, attempt: AttemptKey) -> bool:
         """Acknowledge a stored result; return False when this session does not hold the attempt."""
-        return self._notify(
-            attempt, pb.ResultAcknowledged, "result_acknowledged", pb.ResultAcknowledged(attempt=attempt.ref())
-        )
+        return self._notify(attempt, "result_acknowledged", pb.ResultAcknowledged())
 
     def refuse(self, attempt: AttemptKey, error: OrkiError) -> bool:
         """Tell the agent that it no longer holds an attempt; return False when this session does not hold it."""
         failure = Failure(reason=error.reason, message=error.message)
-        return self._notify(attempt, pb.Refused, "refused", pb.Refused(failure=failure, attempt=attempt.ref()))
+        return self._notify(attempt, "refused", pb.Refused(failure=failure))
 
     def echo(self, number: int) -> None:
         """Answer a heartbeat. The leases that it renewed count from the time it was sent.
@@ -302,8 +302,8 @@ class OrchestratorSession:
                 self._control(
                     refused=_refusal(Reason.REASON_HELLO_TIMEOUT, "the hello did not arrive within the hello timeout")
                 )
-                return self._end(Disconnected, "the hello did not arrive in time", Reason.REASON_HELLO_TIMEOUT)
-            return self._end(Disconnected, "the agent fell silent", Reason.REASON_PEER_LOST)
+                return self._end(HelloTimeout, "the hello did not arrive in time", Reason.REASON_HELLO_TIMEOUT)
+            return self._end(PeerSilent, "the agent fell silent", Reason.REASON_PEER_LOST)
         while self._answers and self._answers[0][0] <= now:
             deadline, key = heapq.heappop(self._answers)
             if self._awaits_answer(deadline, key):
@@ -328,7 +328,7 @@ class OrchestratorSession:
             return
         self.hello = hello
         self._queue.limit(hello.max_message_bytes)
-        held = tuple((AttemptKey.of(each.attempt), each.has_result) for each in hello.held)
+        held = tuple((AttemptKey(*identity(each.attempt)), each.has_result) for each in hello.held)
         self._events.append(HelloArrived(hello, held))
 
     def _accepted(self, message: pb.AgentMessage, now: float) -> None:
@@ -356,14 +356,14 @@ class OrchestratorSession:
     def _result(self, message: pb.AgentMessage, now: float) -> None:
         result = message.result
         if result.WhichOneof("outcome") is None:
-            raise RemoteProtocolError(f"{AttemptKey.of(result.attempt)}: a result without an outcome")
+            raise RemoteProtocolError(f"{AttemptKey(*identity(result.attempt))}: a result without an outcome")
         key = self._report(pb.Result, result)
         if key is not None:
             self._events.append((ResultsArrived, ArrivedResult(key, result)))
 
     def _cancel_acknowledged(self, message: pb.AgentMessage, now: float) -> None:
         self._move(pb.CancelAcknowledged, RemoteProtocolError)
-        key = AttemptKey.of(message.cancel_acknowledged.attempt)
+        key = AttemptKey(*identity(message.cancel_acknowledged.attempt))
         attempt = self._attempts.get(key)
         # It may arrive after the result, when the attempt is closed.
         if attempt is not None:
@@ -379,7 +379,7 @@ class OrchestratorSession:
         self._heartbeats = heartbeat.number
         running = []
         for ref in heartbeat.running:
-            key = AttemptKey.of(ref)
+            key = AttemptKey(*identity(ref))
             if key in self._attempts:
                 running.append(key)
             else:
@@ -402,7 +402,7 @@ class OrchestratorSession:
     def _report(self, kind: type, body: Any) -> AttemptKey | None:
         """Step the attempt of a report; refuse the report and return None when this session does not hold it."""
         self._move(kind, RemoteProtocolError)
-        key = AttemptKey.of(body.attempt)
+        key = AttemptKey(*identity(body.attempt))
         attempt = self._attempts.get(key)
         if attempt is None:
             self._control(refused=_refusal(Reason.REASON_STALE_FENCE, _STALE, key))
@@ -429,11 +429,12 @@ class OrchestratorSession:
         self._check(event)
         return None if self.state is OrchestratorState.ENDED else self._attempts.get(key)
 
-    def _notify(self, key: AttemptKey, event: type, field: str, body: object) -> bool:
-        attempt = self._live(event, key)
+    def _notify(self, key: AttemptKey, field: str, body: pb.Cancel | pb.ResultAcknowledged | pb.Refused) -> bool:
+        attempt = self._live(type(body), key)
         if attempt is None:
             return False
-        self._step(key, attempt, event, LocalProtocolError)
+        self._step(key, attempt, type(body), LocalProtocolError)
+        body.attempt.CopyFrom(attempt.ref)
         self._control_about(attempt, **{field: body})
         return True
 

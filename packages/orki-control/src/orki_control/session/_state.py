@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Container, ItemsView, Iterable
+from operator import attrgetter
 from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
+from orki.control.v1 import session_pb2 as pb
 from orki.control.v1.attempt_pb2 import AttemptRef, Failure
-from orki.control.v1.session_pb2 import CancelledOutcome, Result
 from orki_contract.errors import RemoteProtocolError
 from orki_control.session._options import SILENT_INTERVALS, BatchBounds
 from orki_control.session._tables import AttemptState
@@ -20,7 +21,7 @@ LEASE_SHARE: Final = 0.9
 """Share of a lease after which the agent stops the attempt, so that it has stopped when the lease ends (law 8)."""
 OCCUPYING: Final = frozenset({AttemptState.OFFERED, AttemptState.RUNNING, AttemptState.CANCELLING})
 """States in which an attempt occupies a slot."""
-Outcome: TypeAlias = bytes | Failure | CancelledOutcome
+Outcome: TypeAlias = bytes | Failure | pb.CancelledOutcome
 """The end of an attempt: the serialised response, a failure, or a cancellation."""
 _REMEMBERED_CANCELS: Final = 1024
 _REMEMBERED_FENCES: Final = 8192
@@ -43,7 +44,7 @@ class AttemptKey(NamedTuple):
     @classmethod
     def of(cls, ref: AttemptRef) -> AttemptKey:
         """Return the key of a reference from the wire."""
-        return cls(ref.task_id, ref.attempt, ref.fence)
+        return cls(*identity(ref))
 
     def ref(self) -> AttemptRef:
         """Return the reference for the wire."""
@@ -53,19 +54,15 @@ class AttemptKey(NamedTuple):
         return f"attempt {self.attempt} of task {self.task_id} (fence {self.fence})"
 
 
-def result_of(attempt: AttemptKey, outcome: Outcome) -> Result:
-    """Return the result message of an outcome."""
-    if isinstance(outcome, bytes):
-        return Result(attempt=attempt.ref(), response=outcome)
-    if isinstance(outcome, Failure):
-        return Result(attempt=attempt.ref(), failure=outcome)
-    return Result(attempt=attempt.ref(), cancelled=outcome)
+identity = attrgetter("task_id", "attempt", "fence")
+"""Returns the fields of an AttemptKey from a reference. It is compiled code, as every message needs it."""
 
 
 class HeldAttempt:
     """One attempt at the agent.
 
     Attributes:
+        ref: Reference to the attempt for messages.
         state: Its state.
         traceparent: Of its task's span.
         lease: Seconds that it survives without a renewal.
@@ -74,15 +71,16 @@ class HeldAttempt:
         result: Its result, once it has ended.
     """
 
-    __slots__ = ("index", "lease", "renewed_at", "result", "state", "traceparent")
+    __slots__ = ("index", "lease", "ref", "renewed_at", "result", "state", "traceparent")
 
-    def __init__(self, state: AttemptState, traceparent: str, lease: float, renewed_at: float) -> None:
-        self.state = state
+    def __init__(self, ref: AttemptRef, traceparent: str, lease: float, renewed_at: float) -> None:
+        self.ref = ref
+        self.state = AttemptState.OFFERED
         self.traceparent = traceparent
         self.lease = lease
         self.renewed_at = renewed_at
         self.index = 0
-        self.result: Result | None = None
+        self.result: pb.Result | None = None
 
     @property
     def stops_at(self) -> float:
@@ -187,6 +185,13 @@ class AttemptTable:
         """Return the attempts whose leases a heartbeat renews."""
         return [key for key, held in self._held.items() if held.state in OCCUPYING]
 
+    def resumable(self) -> list[pb.HeldAttempt]:
+        """Return the held attempts for a hello, each with whether its result waits."""
+        return [
+            pb.HeldAttempt(attempt=held.ref, has_result=held.state is AttemptState.REPORTED)
+            for key, held in self._held.items()
+        ]
+
     def lease_changed(self, held: HeldAttempt) -> None:
         """Take account of one new lease."""
         end = held.stops_at
@@ -216,11 +221,13 @@ class Heartbeats:
     Attributes:
         due_at: Time of the next heartbeat.
         silent_at: Time at which the peer counts as lost unless it is heard before.
+        load: Lag of the event loop in microseconds and resident memory in bytes, for the next heartbeats.
     """
 
     def __init__(self) -> None:
         self.due_at = 0.0
         self.silent_at = 0.0
+        self.load = (0, 0)
         self._interval = 1.0
         self._number = 0
         self._unanswered: dict[int, tuple[float, list[AttemptKey]]] = {}
@@ -244,15 +251,23 @@ class Heartbeats:
         """Make the next heartbeat due at once."""
         self.due_at = 0.0
 
-    def send(self, now: float, renewed: list[AttemptKey], shortest_lease: float) -> int:
-        """Count a heartbeat and return its number. A short lease shortens the interval."""
+    def send(self, now: float, attempts: AttemptTable) -> pb.Heartbeat:
+        """Return the next heartbeat, which renews the leases. A short lease shortens the interval."""
+        renewed = attempts.renewable()
         self._number += 1
         self._unanswered[self._number] = (now, renewed)
         if len(self._unanswered) > _REMEMBERED_HEARTBEATS:
             del self._unanswered[min(self._unanswered)]
-        wanted = shortest_lease / SILENT_INTERVALS if shortest_lease else self._interval
+        wanted = attempts.shortest_lease / SILENT_INTERVALS if attempts.shortest_lease else self._interval
         self.due_at = now + min(self._interval, wanted)
-        return self._number
+        loop_lag_us, memory_bytes = self.load
+        return pb.Heartbeat(
+            number=self._number,
+            running=[key.ref() for key in renewed],
+            free_slots=attempts.free_slots,
+            loop_lag_us=loop_lag_us,
+            memory_bytes=memory_bytes,
+        )
 
     def answered(self, number: int) -> tuple[float, list[AttemptKey]]:
         """Return when an echoed heartbeat was sent and which attempts it renewed.

@@ -153,7 +153,17 @@ class Connected:
 
 @dataclass(frozen=True, slots=True)
 class Disconnected:
-    """The stream has ended, for any cause; also the silence timer."""
+    """The stream has ended, for any cause."""
+
+
+@dataclass(frozen=True, slots=True)
+class HelloTimeout:
+    """Timer: the hello, or the welcome that answers it, did not arrive in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSilent:
+    """Timer: the peer of an established session was not heard for too long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +192,7 @@ AGENT: Final = Transitions(
             Welcome: AgentState.OPEN,
             SessionRefused: AgentState.DISCONNECTED,
             Replaced: AgentState.ENDED,
+            HelloTimeout: AgentState.DISCONNECTED,
             Disconnected: AgentState.DISCONNECTED,
             Stopped: AgentState.ENDED,
         },
@@ -193,6 +204,7 @@ AGENT: Final = Transitions(
             OrchestratorDrain: AgentState.PEER_DRAINING,
             SessionRefused: AgentState.DISCONNECTED,
             Replaced: AgentState.ENDED,
+            PeerSilent: AgentState.DISCONNECTED,
             Disconnected: AgentState.DISCONNECTED,
             Stopped: AgentState.ENDED,
         },
@@ -203,6 +215,7 @@ AGENT: Final = Transitions(
             AgentDrain: AgentState.DRAINING,
             SessionRefused: AgentState.DISCONNECTED,
             Replaced: AgentState.ENDED,
+            PeerSilent: AgentState.DISCONNECTED,
             Disconnected: AgentState.DISCONNECTED,
             Stopped: AgentState.ENDED,
         },
@@ -213,6 +226,7 @@ AGENT: Final = Transitions(
             OrchestratorDrain: AgentState.DRAINING,
             SessionRefused: AgentState.DISCONNECTED,
             Replaced: AgentState.ENDED,
+            PeerSilent: AgentState.DISCONNECTED,
             Disconnected: AgentState.DISCONNECTED,
             Stopped: AgentState.ENDED,
         },
@@ -231,6 +245,7 @@ ORCHESTRATOR: Final = Transitions(
         OrchestratorState.AWAITING_HELLO: {
             Hello: OrchestratorState.CHECKING_HELLO,
             SessionRefused: OrchestratorState.ENDED,
+            HelloTimeout: OrchestratorState.ENDED,
             Disconnected: OrchestratorState.ENDED,
         },
         OrchestratorState.CHECKING_HELLO: {
@@ -247,6 +262,7 @@ ORCHESTRATOR: Final = Transitions(
             OrchestratorDrain: OrchestratorState.DRAINING,
             SessionRefused: OrchestratorState.ENDED,
             Replaced: OrchestratorState.ENDED,
+            PeerSilent: OrchestratorState.ENDED,
             Disconnected: OrchestratorState.ENDED,
         },
         OrchestratorState.AGENT_DRAINING: {
@@ -255,6 +271,7 @@ ORCHESTRATOR: Final = Transitions(
             OrchestratorDrain: OrchestratorState.DRAINING,
             SessionRefused: OrchestratorState.ENDED,
             Replaced: OrchestratorState.ENDED,
+            PeerSilent: OrchestratorState.ENDED,
             Disconnected: OrchestratorState.ENDED,
         },
         OrchestratorState.DRAINING: {
@@ -264,6 +281,7 @@ ORCHESTRATOR: Final = Transitions(
             OrchestratorDrain: OrchestratorState.DRAINING,
             SessionRefused: OrchestratorState.ENDED,
             Replaced: OrchestratorState.ENDED,
+            PeerSilent: OrchestratorState.ENDED,
             Disconnected: OrchestratorState.ENDED,
         },
         OrchestratorState.ENDED: {

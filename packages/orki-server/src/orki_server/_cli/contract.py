@@ -290,10 +290,10 @@ async def _withdraw(name: str, digest: str, redis_url: str, events_url: str) -> 
         found = [each for each in (await contracts.registered([name]))[name] if each.digest.startswith(digest)]
         if len(found) > 1:
             digests = ", ".join(each.digest[:19] for each in found)
-            raise click.UsageError(f"{name} has {len(found)} contracts: give the digest of one of them ({digests})")
+            raise click.UsageError(f"{name} has {len(found)} contracts: add the digest of one of them ({digests})")
         if found:
             if not await admission.withdraw(found[0]):
-                raise OrkiError(f"{name} is used under {found[0].digest[:19]}: stop its agents and let its tasks end")
+                raise OrkiError(f"{name} is in use under {found[0].digest[:19]}: stop its agents and let its tasks end")
             return f"service {name}: {found[0].digest[:19]} is withdrawn"
         if not digest and await StreamRegistry().withdraw(link, name):
             return f"stream {name}: its registration is withdrawn; entries and groups stay"

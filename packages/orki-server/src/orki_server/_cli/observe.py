@@ -98,11 +98,10 @@ Examples:
 def metrics(host: str, port: int, redis_url: str) -> None:
     """Serve Prometheus metrics at /metrics: tokens and cost, tools, tasks, agents, streams and groups."""
     from orki_server._observers.http_server import ServerOptions
-    from orki_server._observers.metrics import MetricsOptions, run_metrics
+    from orki_server._observers.metrics import run_metrics
 
     _log_to_stderr()
-    options = MetricsOptions(server=ServerOptions(host=host, port=port))
-    run_until_stopped(partial(run_metrics, redis_url, options))
+    run_until_stopped(partial(run_metrics, redis_url, ServerOptions(host=host, port=port)))
 
 
 @click.command(
@@ -127,10 +126,10 @@ def audit(file: Path, fsync: str, redis_url: str) -> None:
     The observer also follows streams that are registered while it runs. It only appends to FILE. Restart it with the
     same FILE: its lines tell the observer which events it has already written.
     """
-    from orki_server._observers.audit import AuditLogOptions, AuditOptions, Fsync, run_audit
+    from orki_server._observers.audit import AuditLogOptions, Fsync, run_audit
 
     _log_to_stderr()
-    options = AuditOptions(log=AuditLogOptions(path=file, fsync=Fsync(fsync)))
+    options = AuditLogOptions(path=file, fsync=Fsync(fsync))
     run_until_stopped(partial(run_audit, redis_url, options))
 
 

@@ -10,7 +10,6 @@ from typing import Any, Final
 import click
 from click.core import ParameterSource
 
-from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import UnknownStream
 from orki_contract.model import milliseconds
 from orki_events import DeadLetterEntry, Events, RegisteredStream, Tuned, Tuning, connect
@@ -19,7 +18,7 @@ from orki_events.tuning import effective_retention, read_tunings
 from orki_server._cli.formats import Column, counted, duration, print_json, print_table
 from orki_server._cli.options import json_option, open_redis, redis_option, run, run_repeatedly
 from orki_server._observers.entries import MultiStreamReader
-from orki_server._observers.redaction import safe_json
+from orki_server._observers.redaction import reason_text, safe_json
 from orki_server._observers.stream_stats import StreamStats, read_stream_stats
 
 _UNITS: Final = {"ms": 1, "s": 1_000, "m": 60_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
@@ -196,10 +195,10 @@ Examples:
 @redis_option
 @click.pass_context
 def dead(ctx: click.Context, name: str, group: str, limit: int, replay: bool, as_json: bool, redis_url: str) -> None:
-    """List a group's dead letters, oldest first: entries that failed as often as the group allows.
+    """List a group's dead letters, oldest first.
 
-    With --replay, the entries become pending again and their dead letters are deleted. A dead letter whose entry has
-    been trimmed is kept.
+    A dead letter is an entry that failed as often as the group allows. With --replay, the entries become pending again
+    and their dead letters are deleted. A dead letter whose entry has been trimmed is kept.
     """
     redis_url = _inherited_url(ctx, redis_url)
     letters, replayed = run(_dead(redis_url, name, group, limit, replay))
@@ -224,15 +223,11 @@ async def _dead(
 
 
 def _json(letter: DeadLetterEntry[Any]) -> dict[str, Any]:
-    try:
-        reason = Reason.Name(letter.reason.reason).removeprefix("REASON_")
-    except ValueError:
-        reason = str(letter.reason.reason)
     return {
         "letter_id": letter.letter_id,
         "entry_id": letter.reason.entry_id,
         "deliveries": letter.reason.deliveries,
-        "reason": reason,
+        "reason": reason_text(letter.reason.reason),
         "message": letter.reason.message,
     }
 

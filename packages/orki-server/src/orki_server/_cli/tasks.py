@@ -11,11 +11,10 @@ import click
 
 from orki.control.v1.attempt_pb2 import Failure, TaskState
 from orki.control.v1.task_pb2 import AgentSnapshot, TaskSnapshot
-from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.trace import parse_traceparent
 from orki_server._cli.formats import Column, age, duration, print_json, print_table, size
 from orki_server._cli.options import json_option, open_client, run, run_repeatedly, with_orchestrator
-from orki_server._observers.redaction import time_text
+from orki_server._observers.redaction import reason_text, time_text
 
 _PREFIX: Final = "TASK_STATE_"
 
@@ -83,12 +82,8 @@ def time_or_none(time_us: int) -> str | None:
 
 
 def _failure(failure: Failure) -> dict[str, str]:
-    try:
-        reason = Reason.Name(failure.reason)
-    except ValueError:
-        reason = str(failure.reason)
     return {
-        "reason": reason.removeprefix("REASON_"),
+        "reason": reason_text(failure.reason),
         "message": failure.message,
         "error_type": failure.error_type,
     }

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Final
 
 import click
@@ -21,7 +22,7 @@ from orki_events.connection import Connection
 from orki_events.registry import StreamRegistry
 from orki_server._cli.formats import duration, offset, print_json, size, stderr_console, stdout_console
 from orki_server._cli.options import json_option, open_client, open_redis, redis_option, run, with_orchestrator
-from orki_server._cli.trace_scan import ScanProgress, TraceRange, check_id, find_trace, scan_trace, task_range
+from orki_server._cli.trace_scan import ScanProgress, TraceRange, check_id, find_trace, scan_trace, trace_range
 from orki_server._cli.trace_tree import Node, Trace, build_trace
 from orki_server._observers.redaction import safe_json, safe_text
 
@@ -201,7 +202,7 @@ async def _range_from_orchestrator(wanted: str, orchestrator: str, insecure: boo
     span = parse_traceparent(task.traceparent)
     if span is None or not task.submitted_us:
         return None
-    return TraceRange(trace_id=span.trace_id, bounds=task_range(task.submitted_us, task.ended_us))
+    return trace_range(span.trace_id, task.submitted_us, task.ended_us)
 
 
 async def _read_trace(link: Connection, found: TraceRange, progress: ScanProgress) -> tuple[Trace, list[str]]:
@@ -215,7 +216,7 @@ async def _read_trace(link: Connection, found: TraceRange, progress: ScanProgres
 
 async def _follow(link: Connection, found: TraceRange, tree: Trace, as_json: bool) -> tuple[Trace, list[str]]:
     """Read the trace repeatedly until it has ended, and a little longer for late events."""
-    open_end = TraceRange(trace_id=found.trace_id, bounds=task_range((found.bounds.start_ms + 1000) * 1000, 0))
+    open_end = replace(found, end_ms=None)
     console = Console(quiet=True) if as_json else stdout_console()
     ended_at: float | None = None
     trimmed: list[str] = []

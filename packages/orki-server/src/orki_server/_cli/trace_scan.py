@@ -31,29 +31,18 @@ ScanProgress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bounds:
-    """The time range of a trace.
-
-    Attributes:
-        start_ms: A time before its first event, in milliseconds since the Unix epoch.
-        end_ms: A time after its last event; None while one of its tasks runs.
-    """
-
-    start_ms: int
-    end_ms: int | None
-
-
-@dataclass(slots=True, kw_only=True)
 class TraceRange:
     """A trace and its time range.
 
     Attributes:
         trace_id: 32 hex digits.
-        bounds: Its time range.
+        start_ms: A time before its first event, in milliseconds since the Unix epoch.
+        end_ms: A time after its last event; None while one of its tasks runs.
     """
 
     trace_id: str
-    bounds: Bounds
+    start_ms: int
+    end_ms: int | None
 
 
 @dataclass(slots=True)
@@ -97,15 +86,13 @@ async def find_trace(
         some = ", ".join(sorted(matching)[:4])
         raise UnknownTask(f'"{wanted}" matches {len(matching)} tasks or traces ({some}, …); use a longer prefix')
     candidate = candidates[traces[0]]
-    end_ms = None if candidate.open else candidate.end_us // 1000 + _AFTER_MS
-    return TraceRange(
-        trace_id=traces[0], bounds=Bounds(start_ms=candidate.start_us // 1000 - _BEFORE_MS, end_ms=end_ms)
-    )
+    return trace_range(traces[0], candidate.start_us, 0 if candidate.open else candidate.end_us)
 
 
-def task_range(submitted_us: int, ended_us: int) -> Bounds:
-    """Return the time range of a task from its submission and end; `ended_us` is 0 while it runs."""
-    return Bounds(start_ms=submitted_us // 1000 - _BEFORE_MS, end_ms=ended_us // 1000 + _AFTER_MS if ended_us else None)
+def trace_range(trace_id: str, start_us: int, end_us: int) -> TraceRange:
+    """Return the range of a trace with a margin around its start and end; `end_us` is 0 while it continues."""
+    end_ms = end_us // 1000 + _AFTER_MS if end_us else None
+    return TraceRange(trace_id=trace_id, start_ms=start_us // 1000 - _BEFORE_MS, end_ms=end_ms)
 
 
 async def scan_trace(
@@ -119,11 +106,11 @@ async def scan_trace(
     Raises:
         OrkiError: The server does not answer or refuses the command.
     """
-    start, end = str(trace.bounds.start_ms), "+" if trace.bounds.end_ms is None else str(trace.bounds.end_ms)
+    start, end = str(trace.start_ms), "+" if trace.end_ms is None else str(trace.end_ms)
     records: list[TraceRecord] = []
     trimmed = []
     for stream in streams:
-        if await _trimmed_since(link, stream, trace.bounds.start_ms):
+        if await _trimmed_since(link, stream, trace.start_ms):
             trimmed.append(stream.contract.name)
         needle = trace.trace_id.encode()
         entries = scan(link, stream, start, end, progress, needle)
@@ -134,7 +121,7 @@ async def scan_trace(
             async for entry in scan(link, stream, "-", end, progress, b""):
                 if entry.body is not None and entry.body.get("instance_id") in instances:
                     records.append(_record(entry))
-    return _relevant(records, trace.bounds), trimmed
+    return _relevant(records, trace.start_ms), trimmed
 
 
 async def scan(
@@ -184,11 +171,11 @@ def _index_entry(entry: DecodedEntry, candidates: dict[str, _Candidate], matchin
         matching[span.trace_id] = span.trace_id
 
 
-def _relevant(records: list[TraceRecord], bounds: Bounds) -> list[TraceRecord]:
+def _relevant(records: list[TraceRecord], start_ms: int) -> list[TraceRecord]:
     """Drop agent events from before the trace, except each agent's start."""
     kept = []
     for record in records:
-        if record.message == "orki.events.v1.AgentEvent" and record.time_us // 1000 < bounds.start_ms:
+        if record.message == "orki.events.v1.AgentEvent" and record.time_us // 1000 < start_ms:
             if "spawned" in record.body:
                 kept.append(record)
         else:

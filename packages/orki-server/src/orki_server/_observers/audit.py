@@ -199,32 +199,21 @@ _RETRY_DELAY: Final = 1.0
 _GROUP: Final = Group(name=AUDIT_GROUP.name, max_deliveries=1_000_000)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AuditOptions:
-    """Options of the audit observer.
-
-    Attributes:
-        log: The log file.
-    """
-
-    log: AuditLogOptions
-
-
-async def run_audit(redis_url: str, options: AuditOptions, stopped: asyncio.Event) -> None:
+async def run_audit(redis_url: str, options: AuditLogOptions, stopped: asyncio.Event) -> None:
     """Write events until `stopped` is set, then finish the current batches.
 
     Raises:
         InvalidSetting: The file or the URL cannot be used.
         OrkiError: The event server refuses permanently.
     """
-    log = AuditLog(options.log)
+    log = AuditLog(options)
     events = connect(redis_url, options=EventOptions(dedupe_window=0))
     removed = log.open()
     if removed:
         _log.warning("removed %d bytes of an incomplete last line; its event was not acknowledged", removed)
     try:
         async with events:
-            audit = _Audit(events, log, options.log.path, stopped)
+            audit = _Audit(events, log, options.path, stopped)
             try:
                 await poll_registry(events, stopped, audit.follow, _log)
             finally:

@@ -11,7 +11,6 @@ import logging
 import socket
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 from aiohttp import web
@@ -33,6 +32,7 @@ from orki_events import EventOptions, Events, RegisteredStream, connect
 from orki_events.connection import Connection, parse_address
 from orki_server._observers.entries import MultiStreamReader, poll_registry
 from orki_server._observers.http_server import ServerOptions, print_ready_line, serve_http
+from orki_server._observers.redaction import reason_text
 from orki_server._observers.stream_stats import StreamStats, read_stream_stats
 
 _MAX_SEEN_EVENTS: Final = 100_000
@@ -197,12 +197,7 @@ class FleetMetrics:
 
 def _reason(reason: Reason.ValueType) -> str:
     """Return a reason as a label: `none`, its name in lower case, or the number of an unknown one."""
-    if reason == Reason.REASON_UNSPECIFIED:
-        return "none"
-    try:
-        return Reason.Name(reason).removeprefix("REASON_").lower()
-    except ValueError:
-        return str(reason)
+    return "none" if reason == Reason.REASON_UNSPECIFIED else reason_text(reason).lower()
 
 
 _log = logging.getLogger("orki.metrics")
@@ -214,34 +209,25 @@ _STREAMS: Final[tuple[EventStream[Any, Any], ...]] = (AGENTS, TASKS, TOOLS, USAG
 _AGENT_STEPS: Final = ("spawned", "connected", "disconnected", "replaced", "stopped")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MetricsOptions:
-    """Options of the metrics observer.
-
-    Attributes:
-        server: Address of the HTTP server. With a fixed port, the consumer has the same name at every start and
-            receives unacknowledged events again at once; with port 0, after the groups' acknowledgement deadline.
-    """
-
-    server: ServerOptions = field(default_factory=ServerOptions)
-
-
-async def run_metrics(redis_url: str, options: MetricsOptions, stopped: asyncio.Event) -> None:
+async def run_metrics(redis_url: str, server: ServerOptions, stopped: asyncio.Event) -> None:
     """Count events and serve metrics until `stopped` is set.
+
+    With a fixed port, the consumer has the same name at every start and receives unacknowledged events again at once;
+    with port 0, after the groups' acknowledgement deadline.
 
     Raises:
         InvalidSetting: The port is taken, or the URL is invalid.
         OrkiError: The event server refuses permanently.
     """
     metrics = FleetMetrics()
-    port = options.server.port
+    port = server.port
     consumer = f"metrics.{socket.gethostname()}.{port}" if port else None
     events = connect(redis_url, options=EventOptions(dedupe_window=0))
     link = Connection(parse_address(redis_url), name="orki:metrics", connect_timeout=5.0, answer_timeout=10.0)
     agents = Connection(parse_address(redis_url), name="orki:metrics:agents", connect_timeout=5.0, answer_timeout=10.0)
     app = web.Application()
     app.router.add_get("/metrics", _metrics_handler(metrics))
-    async with serve_http(app, options.server) as url, events:
+    async with serve_http(app, server) as url, events:
         print_ready_line("metrics", f"{url}/metrics")
         tasks = [asyncio.create_task(_count(events, each, metrics, consumer, stopped)) for each in _STREAMS]
         tasks.append(asyncio.create_task(_follow_agents(agents, metrics)))

@@ -21,6 +21,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.model import SensitiveField
 
 REDACTED: Final = "[redacted]"
@@ -151,6 +152,14 @@ def _unknown_numbers(message: Message) -> list[int]:
 
 def _map_key(key: Any) -> str:
     return ("true" if key else "false") if isinstance(key, bool) else str(key)
+
+
+def reason_text(reason: int) -> str:
+    """Return a reason's name without its prefix, such as `LEASE_EXPIRED`; the number of an unknown one."""
+    try:
+        return Reason.Name(cast("Reason.ValueType", reason)).removeprefix("REASON_")
+    except ValueError:
+        return str(reason)
 
 
 def time_text(time_us: int) -> str:

@@ -1,4 +1,4 @@
-"""gRPC ignores an option whose name it does not know: every name that we set is one that its library holds."""
+"""gRPC ignores unknown channel options, so each option that orki sets must exist in gRPC's library."""
 
 from __future__ import annotations
 
