@@ -33,13 +33,12 @@ from orki_agent.hotpath._machine import (
     HandlerReturned,
     HelloDeadline,
     ReplyReceived,
-    ThreadsExhausted,
     UnnumberedFrame,
 )
 from orki_contract.errors import Draining, LocalProtocolError, RemoteProtocolError, TooManyCalls
 from orki_contract.transitions import Transitions
 
-ENDS = (HelloDeadline, FrameDeadline, BridgeStopped, ThreadsExhausted)
+ENDS = (HelloDeadline, FrameDeadline, BridgeStopped)
 EVENTS: tuple[type, ...] = (
     *ENDS,
     HelloFrame,
@@ -68,20 +67,17 @@ EXPECTED = {
         HANDSHAKE HelloDeadline    CLOSING
         HANDSHAKE FrameDeadline    CLOSING
         HANDSHAKE BridgeStopped    CLOSING
-        HANDSHAKE ThreadsExhausted CLOSING
         HANDSHAKE ConnectionLost   CLOSED
         OPEN      CallReceived     OPEN
         OPEN      CancelFrame      OPEN
         OPEN      DrainStarted     DRAINING
         OPEN      FrameDeadline    CLOSING
         OPEN      BridgeStopped    CLOSING
-        OPEN      ThreadsExhausted CLOSING
         OPEN      ConnectionLost   CLOSED
         DRAINING  CallReceived     DRAINING
         DRAINING  CancelFrame      DRAINING
         DRAINING  FrameDeadline    CLOSING
         DRAINING  BridgeStopped    CLOSING
-        DRAINING  ThreadsExhausted CLOSING
         DRAINING  ConnectionLost   CLOSED
         CLOSING   HelloFrame       CLOSING
         CLOSING   CallReceived     CLOSING
