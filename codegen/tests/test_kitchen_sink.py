@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orki_codegen.buf import Buf
+from orki_codegen._buf import Buf
 from orki_contract.images import IMAGE_NAME
 from orki_contract.model import dump
 from orki_contract.read import read_image
@@ -131,6 +131,25 @@ assert set(sink_orki.OTHER_EVENTS.contract.groups) == {each.group for each in co
 print(len(contract.streams), len(contract.tasks), len(contract.tools), len(contract.frames))
 """
     assert assert_runs(kitchen, program) == "5 4 4 5\n"
+
+
+def test_modules_reexport_their_messages_and_payloads(kitchen: Path) -> None:
+    program = """
+from google.protobuf.empty_pb2 import Empty
+from kitchen.v1 import both_orki, both_pb2, my_dashed_orki, sink_orki, sink_pb2
+assert both_orki.CallRequest is both_pb2.CallRequest
+assert sink_orki.OrderEvent is sink_pb2.OrderEvent
+assert sink_orki.Outer is sink_pb2.Outer
+assert sink_orki.Mood is sink_pb2.Mood
+# A payload of another file is re-exported, whether it is a message or a frame.
+assert sink_orki.Empty is Empty
+assert sink_orki.DashedFrame is my_dashed_orki.DashedFrame
+# A message of the file wins over one of the same name in another file, and a frame class over its message.
+assert sink_orki.Sink is sink_pb2.Sink
+assert sink_orki.Final is not sink_pb2.Final
+assert sink_orki.Nothing is not sink_pb2.Nothing
+"""
+    assert_runs(kitchen, program)
 
 
 # By hand: bool, u8 and i16, the reserved bytes that version 2 took, u64, u8 with 3 reserved, enum, 20 bytes with 4

@@ -9,19 +9,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import assert_type
 
-from sourcereview.v1.review_orki import REVIEW_FINDINGS, SourceReviewServiceBase, SourceReviewServiceSyncBase
-from sourcereview.v1.review_pb2 import FindingEvent, ReviewFileRequest, ReviewFileResponse, ReviewProgress
+from sourcereview.v1.review_orki import (
+    REVIEW_FINDINGS,
+    FindingEvent,
+    ReviewFileRequest,
+    ReviewFileResponse,
+    ReviewProgress,
+    SourceReviewServiceBase,
+    SourceReviewServiceSyncBase,
+)
 from sourcereview.v1.tools_orki import (
     MEASURE_FILE,
     READ_FILE,
     MeasureFileRequest,
     MeasureFileResponse,
+    ReadFileRequest,
+    ReadFileResponse,
     SourceToolServiceBase,
     SourceToolServiceClient,
     SourceToolServiceSyncBase,
     SourceToolServiceSyncClient,
 )
-from sourcereview.v1.tools_pb2 import ReadFileRequest, ReadFileResponse
 
 from orki_agent import Agent, RunSettings
 from orki_agent.hotpath import AsyncToolClient, SyncToolClient, ToolBridge, ToolRecord

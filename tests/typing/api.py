@@ -11,23 +11,26 @@ from typing import Literal, assert_type
 from sourcereview.v1.review_orki import (
     REVIEW_FILE,
     REVIEW_FINDINGS,
+    FindingEvent,
+    ReviewFileRequest,
+    ReviewFileResponse,
     ReviewFindingsGroup,
+    ReviewProgress,
     SourceReviewServiceBase,
     SourceReviewServiceClient,
     SourceReviewServiceSyncBase,
 )
-from sourcereview.v1.review_pb2 import FindingEvent, ReviewFileRequest, ReviewFileResponse, ReviewProgress
 from sourcereview.v1.tools_orki import (
     MeasureFileRequest,
     MeasureFileResponse,
+    ReadFileRequest,
+    ReadFileResponse,
     SourceToolServiceBase,
     SourceToolServiceClient,
     SourceToolServiceSyncClient,
 )
-from sourcereview.v1.tools_pb2 import ReadFileRequest, ReadFileResponse
 
-from orki.events.v1.agent_orki import AGENTS
-from orki.events.v1.agent_pb2 import AgentEvent
+from orki.events.v1.agent_orki import AGENTS, AgentEvent
 from orki_contract import SyncTaskContext, TaskContext, TaskHandle, ToolCall
 from orki_control import Client
 from orki_events import connect

@@ -9,8 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import assert_type
 
-from sourcereview.v1.review_orki import REVIEW_FILE, REVIEW_FINDINGS, ReviewFindingsGroup, SourceReviewServiceClient
-from sourcereview.v1.review_pb2 import FindingEvent, ReviewFileRequest, ReviewFileResponse, ReviewProgress
+from sourcereview.v1.review_orki import (
+    REVIEW_FILE,
+    REVIEW_FINDINGS,
+    FindingEvent,
+    ReviewFileRequest,
+    ReviewFileResponse,
+    ReviewFindingsGroup,
+    ReviewProgress,
+    SourceReviewServiceClient,
+)
 
 from orki.control.v1.attempt_pb2 import AttemptRef, TaskState
 from orki.control.v1.task_pb2 import AgentSnapshot, ServiceSnapshot, TaskSnapshot

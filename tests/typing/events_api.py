@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import assert_type
 
-from orki.events.v1.agent_pb2 import AgentEvent
-from orki.events.v1.usage_orki import USAGE
-from orki.events.v1.usage_pb2 import UsageEvent
+from orki.events.v1.agent_orki import AgentEvent
+from orki.events.v1.usage_orki import USAGE, UsageEvent
 from orki_events import Consumer, Delivery, DeliveryBatch, StreamLedger, connect, consumer
 
 

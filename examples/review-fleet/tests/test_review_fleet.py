@@ -9,8 +9,7 @@ import pytest
 from review_fleet.measure import LONG_FUNCTION_LINES, measure_source
 from review_fleet.tools import MAX_PIECE_BYTES, SourceTools
 from review_fleet.tree import python_files
-from sourcereview.v1.tools_orki import MeasureFileRequest
-from sourcereview.v1.tools_pb2 import ReadFileRequest
+from sourcereview.v1.tools_orki import MeasureFileRequest, ReadFileRequest
 
 from orki_contract.errors import ToolFailed
 

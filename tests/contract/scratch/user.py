@@ -8,6 +8,11 @@ from typing import Any, assert_type
 from acme.billing.v1 import readers_orki
 from acme.ship.v1.ship_orki import (
     PARCELS,
+    PackDirective,
+    PackProgress,
+    PackRequest,
+    PackResponse,
+    ParcelEvent,
     ScaleToolServiceBase,
     ScaleToolServiceClient,
     ScaleToolServiceSyncBase,
@@ -17,9 +22,8 @@ from acme.ship.v1.ship_orki import (
     ShippingServiceSyncBase,
     Weight,
 )
-from acme.ship.v1.ship_pb2 import PackDirective, PackProgress, PackRequest, PackResponse, ParcelEvent
 
-from orki.events.v1.agent_pb2 import AgentEvent
+from orki.events.v1.agent_orki import AgentEvent
 from orki_contract import (
     EventStream,
     SyncTaskContext,

@@ -8,8 +8,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from sourcereview.v1.review_orki import REVIEW_FINDINGS, SourceReviewServiceBase
-from sourcereview.v1.review_pb2 import (
+from sourcereview.v1.review_orki import (
+    REVIEW_FINDINGS,
     EmptyFile,
     FindingEvent,
     LongFunction,
@@ -17,12 +17,11 @@ from sourcereview.v1.review_pb2 import (
     ReviewFileRequest,
     ReviewFileResponse,
     ReviewProgress,
+    SourceReviewServiceBase,
 )
-from sourcereview.v1.tools_orki import MeasureFileRequest, SourceToolServiceClient
-from sourcereview.v1.tools_pb2 import ReadFileRequest
+from sourcereview.v1.tools_orki import MeasureFileRequest, ReadFileRequest, SourceToolServiceClient
 
-from orki_agent import Agent
-from orki_contract import TaskContext
+from orki_agent import Agent, TaskContext
 from orki_contract.errors import ToolFailed
 from review_fleet.measure import LARGE_BYTES, Measured, measure_source
 from review_fleet.tools import MAX_PIECE_BYTES, SourceTools

@@ -22,8 +22,12 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from sourcereview.v1.review_orki import REVIEW_FINDINGS, SourceReviewServiceClient
-from sourcereview.v1.review_pb2 import ReviewFileRequest, ReviewFileResponse
+from sourcereview.v1.review_orki import (
+    REVIEW_FINDINGS,
+    ReviewFileRequest,
+    ReviewFileResponse,
+    SourceReviewServiceClient,
+)
 
 from orki_contract import TaskHandle
 from orki_contract.errors import OrkiError

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 
-from sourcereview.v1.review_orki import REVIEW_FINDINGS
-from sourcereview.v1.review_pb2 import FindingEvent
+from sourcereview.v1.review_orki import REVIEW_FINDINGS, FindingEvent
 
 from orki_events import Consumer, Delivery, consumer
 

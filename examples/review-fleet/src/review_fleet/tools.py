@@ -6,10 +6,15 @@ import os
 import stat
 from pathlib import Path
 
-from sourcereview.v1.tools_orki import MeasureFileRequest, MeasureFileResponse, SourceToolServiceSyncBase
-from sourcereview.v1.tools_pb2 import ReadFileRequest, ReadFileResponse
+from sourcereview.v1.tools_orki import (
+    MeasureFileRequest,
+    MeasureFileResponse,
+    ReadFileRequest,
+    ReadFileResponse,
+    SourceToolServiceSyncBase,
+)
 
-from orki_contract import ToolCall
+from orki_agent import ToolCall
 from orki_contract.errors import ToolFailed
 
 __all__ = ["MAX_PIECE_BYTES", "SourceTools"]

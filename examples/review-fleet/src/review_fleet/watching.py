@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 
-from orki.events.v1.task_orki import TASKS
-from orki.events.v1.task_pb2 import TaskEvent
+from orki.events.v1.task_orki import TASKS, TaskEvent
 from orki.events.v1.tool_orki import TOOLS
 from orki_events import Events
 

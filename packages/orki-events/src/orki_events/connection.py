@@ -31,24 +31,29 @@ __all__ = [
 ]
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import hiredis
 
 from orki_contract.errors import LocalProtocolError, OrkiError
 from orki_events._address import Address, GroupExists, GroupMissing, Role, ScriptMissing, parse_address
 
-if TYPE_CHECKING:
-    from orki_events._redis_py import Channel
-
 Command = Sequence[bytes | str | int]
 """Name and arguments of one command."""
 Reply = Any
 """A reply as RESP2 delivers it: bytes, int, list or None; an OrkiError instead of an error reply."""
 _pack: Callable[[tuple[bytes | str | int, ...]], bytes] = cast(Any, hiredis).pack_command
+
+
+def _redis_py() -> Any:
+    """Return redis-py, imported when a connection is opened: that takes longer than importing all of orki_events."""
+    import redis.asyncio
+
+    return redis
 
 
 def pack(command: Command) -> bytes:
@@ -90,7 +95,9 @@ class Connection:
         self.answer_timeout = answer_timeout
         self._name = "".join(letter if "!" <= letter <= "~" else "-" for letter in name)
         self._connect_timeout = connect_timeout
-        self._channel: Channel | None = None
+        self._open: Any = None
+        # Whether every command that was sent has been answered.
+        self._synchronized = True
         self._lock = asyncio.Lock()
         self.client_id: int | None = None
         self._ended = False
@@ -110,7 +117,7 @@ class Connection:
                 unknown.
             OrkiError: The server refused the connection.
         """
-        return await self.exchange(b"".join(map(pack, commands)), len(commands), timeout=timeout)
+        return await self.exchange(b"".join(map(_pack, map(tuple, commands))), len(commands), timeout=timeout)
 
     async def execute(self, command: Command, *, timeout: float | None = None) -> Reply:
         """Send one command and raise an error reply. Otherwise as `pipeline`."""
@@ -129,9 +136,7 @@ class Connection:
         for reply in replies:
             if isinstance(reply, OrkiError):
                 raise reply
-        from orki_events._redis_py import error_text
-
-        return [self.address.error(error_text(each)) if isinstance(each, Exception) else each for each in replies[-1]]
+        return [self.address.error(_error_text(each)) if isinstance(each, Exception) else each for each in replies[-1]]
 
     async def run_script(self, script: Script, keys: Sequence[bytes], *arguments: bytes | str | int) -> Reply:
         """Run a script, loading it if the server does not have it. Raises as `execute`."""
@@ -153,15 +158,18 @@ class Connection:
         async with self._lock:
             if self._ended:
                 raise LocalProtocolError(f"the connection to {self.address.shown} was ended by this process")
-            channel = await self._usable()
+            await self._connect()
+            self._synchronized = False
             try:
                 async with asyncio.timeout(limit):
-                    return await channel.exchange(packed, count)
+                    replies = await self._replies(packed, count)
+                self._synchronized = True
+                return replies
             except TimeoutError as error:
                 raise self.address.unavailable(f"no reply within {limit:g} s") from error
             finally:
                 # After an incomplete exchange, the remaining replies would answer the next one.
-                if not channel.synchronized:
+                if not self._synchronized:
                     await self._drop()
 
     async def fetch_client_id(self) -> None:
@@ -185,18 +193,83 @@ class Connection:
         async with self._lock:
             await self._drop(wait=True)
 
-    async def _usable(self) -> Channel:
-        if self._channel is not None:
-            if await self._channel.is_usable():
-                return self._channel
+    async def _connect(self) -> None:
+        """Connect and authenticate, unless an open connection is usable."""
+        redis = _redis_py()
+        if self._open is not None:
+            with contextlib.suppress(redis.RedisError, OSError):
+                # Between exchanges, only the connection's end can arrive.
+                if not await self._open.can_read():
+                    return
             await self._drop()
-        # Imports redis-py, which takes longer than all of orki_events.
-        from orki_events._redis_py import Channel
+        settings = dict(self.address.settings)
+        kind = redis.asyncio.SSLConnection if self.address.tls else redis.asyncio.Connection
+        if "path" in settings:
+            kind = redis.asyncio.UnixDomainSocketConnection
+        elif not self.address.tls:
+            settings["socket_keepalive"] = True
+        connection = kind(
+            **settings,
+            protocol=2,
+            client_name=self._name,
+            driver_info=None,
+            # `exchange` limits a whole exchange; redis-py would arm a timer for every single reply.
+            socket_timeout=None,
+            socket_connect_timeout=self._connect_timeout,
+            retry=redis.asyncio.retry.Retry(redis.backoff.NoBackoff(), 0),
+            health_check_interval=0,
+        )
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                await connection.connect()
+            self._open = connection
+        except TimeoutError as error:
+            raise self.address.unavailable(f"no connection within {self._connect_timeout:g} s") from error
+        except (redis.RedisError, OSError) as error:
+            raise self._failure(error) from error
+        finally:
+            if self._open is None:
+                await connection.disconnect(nowait=True)
 
-        self._channel = await Channel.open(self.address, self._name, self._connect_timeout)
-        return self._channel
+    def _failure(self, error: Exception) -> OrkiError:
+        """Return the error for a connection that failed or was refused."""
+        redis = _redis_py()
+        refused = (redis.ResponseError, redis.BusyLoadingError, redis.AuthenticationError)
+        if isinstance(error, refused) or (isinstance(error, redis.ConnectionError) and error.status_code):
+            return self.address.error(_error_text(error))
+        return self.address.unavailable(str(error) or type(error).__name__)
+
+    async def _replies(self, packed: bytes, count: int) -> list[Reply]:
+        redis = _redis_py()
+        connection = self._open
+        replies: list[Reply] = []
+        try:
+            await connection.send_packed_command([packed], check_health=False)
+            while len(replies) < count:
+                try:
+                    replies.append(await connection.read_response(disable_decoding=True))
+                except (redis.ResponseError, redis.BusyLoadingError, redis.AuthenticationError) as error:
+                    if not connection.is_connected:
+                        raise
+                    replies.append(self.address.error(_error_text(error)))
+        except (redis.RedisError, OSError) as error:
+            raise self.address.unavailable(str(error) or type(error).__name__) from error
+        return replies
 
     async def _drop(self, *, wait: bool = False) -> None:
-        channel, self._channel, self.client_id = self._channel, None, None
-        if channel is not None:
-            await channel.close(wait=wait)
+        connection, self._open, self.client_id = self._open, None, None
+        if connection is not None:
+            redis = _redis_py()
+            with contextlib.suppress(redis.RedisError, OSError, TimeoutError):
+                await connection.disconnect(nowait=not wait)
+
+
+def _error_text(error: Any) -> str:
+    """Return an error reply as the server sent it: redis-py removes the codes that it knows."""
+    redis = _redis_py()
+    code = error.status_code if isinstance(error, redis.RedisError) else None
+    if isinstance(error, redis.BusyLoadingError):
+        code = "LOADING"
+    elif isinstance(error, redis.AuthenticationError | redis.exceptions.AuthenticationWrongNumberOfArgsError):
+        code = "WRONGPASS" if code in (None, "ERR") else code
+    return f"{code} {error}" if code else str(error)

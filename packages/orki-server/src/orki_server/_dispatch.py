@@ -105,7 +105,9 @@ class Dispatcher:
 
     def _free_sessions(self) -> list[tuple[int, AgentSession]]:
         """Return sessions with their numbers of free slots: those with more slots first, equal ones in turn."""
-        sessions = [(slots, each) for each in self._sessions if each.methods and (slots := each.free_slots)]
+        sessions = [
+            (slots, each) for each in self._sessions.values() if each.methods and (slots := each.machine.free_slots)
+        ]
         self._turn += 1
         start = self._turn % len(sessions) if sessions else 0
         return sorted(sessions[start:] + sessions[:start], key=lambda pair: -pair[0])

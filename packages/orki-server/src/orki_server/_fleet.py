@@ -123,7 +123,8 @@ class Handshake:
             for service, digest in session.digests.items()
             for method in self._registry.methods_of(service, digest)
         )
-        older = self._sessions.add(session)
+        older = self._sessions.get(session.agent_id)
+        self._sessions[session.agent_id] = session
         replaced = ""
         if older is not None:
             replaced = older.instance_id if older.instance_id != session.instance_id else ""

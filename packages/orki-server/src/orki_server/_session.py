@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeAlias
 
 import grpc
@@ -44,6 +44,8 @@ class AgentSession:
 
     Attributes:
         machine: The session's state machine.
+        agent_id: The agent; empty before its hello.
+        instance_id: The agent's process; empty before its hello.
         epoch: Number of the session among the agent's; 0 before the welcome.
         methods: Full names of the tasks that the agent serves; empty before the welcome.
         cause: Why the stream ended; empty while it is open.
@@ -56,6 +58,7 @@ class AgentSession:
         handle: Callable[[AgentSession, Sequence[OrchestratorEvent]], None],
     ) -> None:
         self.machine = OrchestratorSession(options, time.monotonic())
+        self.agent_id = self.instance_id = ""
         self.epoch = 0
         self.methods: tuple[str, ...] = ()
         self.cause = ""
@@ -71,20 +74,6 @@ class AgentSession:
         self._last_heartbeat_us = 0
         self._directives = 0
         self.changed()
-
-    @property
-    def agent_id(self) -> str:
-        """The agent; empty before its hello."""
-        return self.machine.hello.agent_id if self.machine.hello else ""
-
-    @property
-    def instance_id(self) -> str:
-        """The agent's process; empty before its hello."""
-        return self.machine.hello.instance_id if self.machine.hello else ""
-
-    @property
-    def free_slots(self) -> int:
-        return self.machine.free_slots
 
     @property
     def over(self) -> bool:
@@ -131,7 +120,7 @@ class AgentSession:
             self._timer.cancel()
         self._due = due
         # The loop's clock and the machine's are the same monotonic clock.
-        self._timer = None if due is None or self.over else self._loop.call_at(due, self._timer_fired)
+        self._timer = None if due is None or self._over.is_set() else self._loop.call_at(due, self._timer_fired)
 
     def direct(self, attempt: AttemptKey, payload: bytes) -> bool:
         """Send a directive to a running attempt. Returns False if this session does not hold the attempt.
@@ -198,7 +187,7 @@ class AgentSession:
 
     async def _read(self, context: StreamContext) -> None:
         try:
-            while not self.over:
+            while not self._over.is_set():
                 request: Any = await context.read()
                 if request is grpc.aio.EOF:
                     self.end("the agent ended the stream")
@@ -219,6 +208,8 @@ class AgentSession:
             _log.warning("agent %s violated the session protocol: %s", self.agent_id or "(unknown)", error.message)
             self.end(error.message)
             return
+        if self.machine.hello is not None:
+            self.agent_id, self.instance_id = self.machine.hello.agent_id, self.machine.hello.instance_id
         self._emit(events)
         self.changed()
 
@@ -228,7 +219,7 @@ class AgentSession:
                 batch = self.machine.messages_to_send()
                 if batch is None:
                     self._directives = 0
-                    if self.over:
+                    if self._over.is_set():
                         return
                     self._writable.clear()
                     await self._writable.wait()
@@ -256,30 +247,12 @@ class AgentSession:
             self._handle(self, events)
 
 
-class SessionRegistry:
-    """The newest session of each agent."""
-
-    def __init__(self) -> None:
-        self._sessions: dict[str, AgentSession] = {}
-
-    def __len__(self) -> int:
-        return len(self._sessions)
-
-    def __iter__(self) -> Iterator[AgentSession]:
-        return iter(list(self._sessions.values()))
-
-    def get(self, agent_id: str) -> AgentSession | None:
-        return self._sessions.get(agent_id)
-
-    def add(self, session: AgentSession) -> AgentSession | None:
-        """Add a welcomed session, which must be the agent's newest. Returns the session that it replaces."""
-        older = self._sessions.get(session.agent_id)
-        self._sessions[session.agent_id] = session
-        return older
+class SessionRegistry(dict[str, AgentSession]):
+    """The newest session of each agent, by agent id."""
 
     def remove(self, session: AgentSession) -> bool:
         """Remove a session. Returns False, and changes nothing, if the agent has a newer one."""
-        if self._sessions.get(session.agent_id) is not session:
+        if self.get(session.agent_id) is not session:
             return False
-        del self._sessions[session.agent_id]
+        del self[session.agent_id]
         return True

@@ -297,11 +297,11 @@ class SessionServicer(SessionServiceServicer):
     async def drain(self, grace: float) -> None:
         """Send Drain to all agents, wait for running attempts for at most `grace`, then end all streams."""
         self._draining = True
-        for session in self._sessions:
+        for session in list(self._sessions.values()):
             unsent = session.machine.drain(round(grace * 1000))
             self._reports.withdrawn(session, unsent)
             session.changed()
-        await _until(lambda: not any(session.machine.attempts for session in self._sessions), grace)
+        await _until(lambda: not any(session.machine.attempts for session in self._sessions.values()), grace)
         self.end_all("the orchestrator is stopping")
         await _until(lambda: not self._open, _END_TIMEOUT)
         for task in list(self._handshakes):

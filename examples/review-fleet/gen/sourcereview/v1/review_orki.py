@@ -9,11 +9,14 @@ from abc import abstractmethod
 from typing import Final, Literal
 
 import orki_contract as oc
-from sourcereview.v1 import review_pb2 as pb
+from sourcereview.v1.review_pb2 import EmptyFile as EmptyFile, FindingEvent as FindingEvent
+from sourcereview.v1.review_pb2 import LongFunction as LongFunction, NotPython as NotPython
+from sourcereview.v1.review_pb2 import ReviewFileRequest as ReviewFileRequest, ReviewFileResponse as ReviewFileResponse
+from sourcereview.v1.review_pb2 import ReviewProgress as ReviewProgress
 
 ReviewFindingsGroup = Literal["audit", "report"]
-REVIEW_FINDINGS: Final[oc.EventStream[pb.FindingEvent, ReviewFindingsGroup]] = oc.EventStream(
-    pb.FindingEvent,
+REVIEW_FINDINGS: Final[oc.EventStream[FindingEvent, ReviewFindingsGroup]] = oc.EventStream(
+    FindingEvent,
     oc.Stream(
         name="review_findings",
         message="sourcereview.v1.FindingEvent",
@@ -34,9 +37,9 @@ REVIEW_FINDINGS: Final[oc.EventStream[pb.FindingEvent, ReviewFindingsGroup]] = o
 
 REVIEW_FILE: Final = oc.Task.declare(
     "sourcereview.v1.SourceReviewService/ReviewFile",
-    request=pb.ReviewFileRequest,
-    response=pb.ReviewFileResponse,
-    progress=pb.ReviewProgress,
+    request=ReviewFileRequest,
+    response=ReviewFileResponse,
+    progress=ReviewProgress,
     heartbeat_timeout=3.0,
     attempt_timeout=60.0,
     max_attempts=5,
@@ -51,24 +54,22 @@ class SourceReviewServiceBase(oc.AsyncTaskService):
 
     @abstractmethod
     async def review_file(
-        self, request: pb.ReviewFileRequest, ctx: oc.TaskContext[pb.ReviewProgress, None]
-    ) -> pb.ReviewFileResponse:
+        self, request: ReviewFileRequest, ctx: oc.TaskContext[ReviewProgress, None]
+    ) -> ReviewFileResponse:
         """Reads one file and says what is in it. A file that is not Python is a finding, never a failure."""
 
 
 class SourceReviewServiceSyncBase(oc.SyncTaskService):
-    """As SourceReviewServiceBase, for handlers that block."""
+    """SourceReviewServiceBase for blocking handlers."""
 
     TASKS = (REVIEW_FILE,)
 
     @abstractmethod
     def review_file(
-        self, request: pb.ReviewFileRequest, ctx: oc.SyncTaskContext[pb.ReviewProgress, None]
-    ) -> pb.ReviewFileResponse: ...
+        self, request: ReviewFileRequest, ctx: oc.SyncTaskContext[ReviewProgress, None]
+    ) -> ReviewFileResponse: ...
 
 
 class SourceReviewServiceClient:
-    """Work for agents."""
-
     def __init__(self, channel: oc.TaskChannel) -> None:
         self.review_file = oc.TaskStub(channel, REVIEW_FILE)

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from typing import Final
 
 import orki_contract as oc
-from sourcereview.v1 import tools_pb2 as pb
+from sourcereview.v1.tools_pb2 import ReadFileRequest as ReadFileRequest, ReadFileResponse as ReadFileResponse
 
 
 @oc.frame("sourcereview.v1.MeasureFileRequest", version=1, block_length=0)
@@ -41,8 +41,8 @@ MEASURE_FILE: Final = oc.Tool.declare(
 READ_FILE: Final = oc.Tool.declare(
     "sourcereview.v1.SourceToolService/ReadFile",
     opcode=0x2102,
-    request=pb.ReadFileRequest,
-    response=pb.ReadFileResponse,
+    request=ReadFileRequest,
+    response=ReadFileResponse,
     timeout=10.0,
     idempotent=True,
 )
@@ -58,12 +58,12 @@ class SourceToolServiceBase(oc.AsyncToolService):
         """Size of a file and the newline bytes in it, without moving its content."""
 
     @abstractmethod
-    async def read_file(self, request: pb.ReadFileRequest, call: oc.ToolCall) -> pb.ReadFileResponse:
+    async def read_file(self, request: ReadFileRequest, call: oc.ToolCall) -> ReadFileResponse:
         """A piece of a file."""
 
 
 class SourceToolServiceSyncBase(oc.SyncToolService):
-    """As SourceToolServiceBase, for handlers that block."""
+    """SourceToolServiceBase for blocking handlers."""
 
     TOOLS = (MEASURE_FILE, READ_FILE)
 
@@ -71,20 +71,16 @@ class SourceToolServiceSyncBase(oc.SyncToolService):
     def measure_file(self, request: MeasureFileRequest, call: oc.ToolCall) -> MeasureFileResponse: ...
 
     @abstractmethod
-    def read_file(self, request: pb.ReadFileRequest, call: oc.ToolCall) -> pb.ReadFileResponse: ...
+    def read_file(self, request: ReadFileRequest, call: oc.ToolCall) -> ReadFileResponse: ...
 
 
 class SourceToolServiceClient:
-    """Reads files below one folder."""
-
     def __init__(self, channel: oc.ToolChannel) -> None:
         self.measure_file = oc.ToolStub(channel, MEASURE_FILE)
         self.read_file = oc.ToolStub(channel, READ_FILE)
 
 
 class SourceToolServiceSyncClient:
-    """Reads files below one folder."""
-
     def __init__(self, channel: oc.SyncToolChannel) -> None:
         self.measure_file = oc.SyncToolStub(channel, MEASURE_FILE)
         self.read_file = oc.SyncToolStub(channel, READ_FILE)

@@ -3,6 +3,7 @@
 from __future__ import annotations  # isort: skip_file
 
 import orki_contract as oc
+from orki.hotpath.v1.tool_pb2 import ControlOpcode as ControlOpcode
 
 
 @oc.frame("orki.hotpath.v1.HelloFrame", version=1, block_length=40)

@@ -5,11 +5,13 @@ from __future__ import annotations  # isort: skip_file
 from typing import Final, Literal
 
 import orki_contract as oc
-from orki.events.v1 import agent_pb2 as pb
+from orki.events.v1.agent_pb2 import AgentConnected as AgentConnected, AgentDisconnected as AgentDisconnected
+from orki.events.v1.agent_pb2 import AgentEvent as AgentEvent, AgentReplaced as AgentReplaced
+from orki.events.v1.agent_pb2 import AgentSpawned as AgentSpawned, AgentStopped as AgentStopped
 
 AgentsGroup = Literal["audit", "metrics"]
-AGENTS: Final[oc.EventStream[pb.AgentEvent, AgentsGroup]] = oc.EventStream(
-    pb.AgentEvent,
+AGENTS: Final[oc.EventStream[AgentEvent, AgentsGroup]] = oc.EventStream(
+    AgentEvent,
     oc.Stream(
         name="agents",
         message="orki.events.v1.AgentEvent",

@@ -5,11 +5,11 @@ from __future__ import annotations  # isort: skip_file
 from typing import Final, Literal
 
 import orki_contract as oc
-from orki.events.v1 import audit_pb2 as pb
+from orki.events.v1.audit_pb2 import AuditEvent as AuditEvent
 
 AuditGroup = Literal["audit"]
-AUDIT: Final[oc.EventStream[pb.AuditEvent, AuditGroup]] = oc.EventStream(
-    pb.AuditEvent,
+AUDIT: Final[oc.EventStream[AuditEvent, AuditGroup]] = oc.EventStream(
+    AuditEvent,
     oc.Stream(
         name="audit",
         message="orki.events.v1.AuditEvent",

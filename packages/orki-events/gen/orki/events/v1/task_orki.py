@@ -5,11 +5,16 @@ from __future__ import annotations  # isort: skip_file
 from typing import Final, Literal
 
 import orki_contract as oc
-from orki.events.v1 import task_pb2 as pb
+from orki.events.v1.task_pb2 import TaskAttemptEnded as TaskAttemptEnded
+from orki.events.v1.task_pb2 import TaskCancelAcknowledged as TaskCancelAcknowledged
+from orki.events.v1.task_pb2 import TaskCancelRequested as TaskCancelRequested, TaskCancelled as TaskCancelled
+from orki.events.v1.task_pb2 import TaskDirected as TaskDirected, TaskEvent as TaskEvent, TaskFailed as TaskFailed
+from orki.events.v1.task_pb2 import TaskOffered as TaskOffered, TaskStarted as TaskStarted
+from orki.events.v1.task_pb2 import TaskSubmitted as TaskSubmitted, TaskSucceeded as TaskSucceeded
 
 TasksGroup = Literal["audit", "metrics"]
-TASKS: Final[oc.EventStream[pb.TaskEvent, TasksGroup]] = oc.EventStream(
-    pb.TaskEvent,
+TASKS: Final[oc.EventStream[TaskEvent, TasksGroup]] = oc.EventStream(
+    TaskEvent,
     oc.Stream(
         name="tasks",
         message="orki.events.v1.TaskEvent",

@@ -5,11 +5,11 @@ from __future__ import annotations  # isort: skip_file
 from typing import Final, Literal
 
 import orki_contract as oc
-from orki.events.v1 import tool_pb2 as pb
+from orki.events.v1.tool_pb2 import ToolEvent as ToolEvent
 
 ToolsGroup = Literal["audit", "metrics"]
-TOOLS: Final[oc.EventStream[pb.ToolEvent, ToolsGroup]] = oc.EventStream(
-    pb.ToolEvent,
+TOOLS: Final[oc.EventStream[ToolEvent, ToolsGroup]] = oc.EventStream(
+    ToolEvent,
     oc.Stream(
         name="tools",
         message="orki.events.v1.ToolEvent",

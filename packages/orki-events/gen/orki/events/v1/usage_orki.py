@@ -5,11 +5,11 @@ from __future__ import annotations  # isort: skip_file
 from typing import Final, Literal
 
 import orki_contract as oc
-from orki.events.v1 import usage_pb2 as pb
+from orki.events.v1.usage_pb2 import UsageEvent as UsageEvent
 
 UsageGroup = Literal["audit", "metrics"]
-USAGE: Final[oc.EventStream[pb.UsageEvent, UsageGroup]] = oc.EventStream(
-    pb.UsageEvent,
+USAGE: Final[oc.EventStream[UsageEvent, UsageGroup]] = oc.EventStream(
+    UsageEvent,
     oc.Stream(
         name="usage",
         message="orki.events.v1.UsageEvent",

@@ -6,13 +6,13 @@ another alias where it must (`oc_`), so that no message, field or rpc can shadow
 
 from __future__ import annotations
 
-__all__ = ["FrameClass", "FrameMember", "Method", "Module", "Names", "Service", "StreamConstant", "build"]
-
+import keyword
+from collections import Counter
 from dataclasses import dataclass, fields
 
-from google.protobuf.descriptor_pb2 import FieldDescriptorProto
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
 
-from orki_codegen.code import Call, Code, Raw, Sequence, expression, quote
+from orki_codegen._code import WIDTH, Call, Code, Raw, Sequence, expression, quote, width
 from orki_contract.descriptors import MessageNode, MethodNode, Schema, ServiceNode, field_path
 from orki_contract.model import FrameField, Scalar, Stream, TaskMethod, ToolMethod
 from orki_contract.naming import (
@@ -33,6 +33,8 @@ _PYTHON_TYPES = {
     FieldDescriptorProto.TYPE_BYTES: "bytes",
     FieldDescriptorProto.TYPE_STRING: "str",
 }
+# Attributes of the generated classes and of the module; a message of such a name is not re-exported.
+_HIDDEN = frozenset({"TASKS", "TOOLS", "annotations"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,8 @@ class _Builder:
         self.file = file
         self.frames = {frame.message for each in read.files for frame in each.contract.frames}
         self.taken = self._declared()
+        self.exports = self._exports()
+        self.taken.update(self.exports.values())
         self.aliases: dict[str, str] = {}
         self.names = Names(
             oc=self._alias("oc"),
@@ -164,6 +168,30 @@ class _Builder:
         for service in self._services():
             names |= {service.proto.name + suffix for suffix in ("Base", "SyncBase", "Client", "SyncClient")}
         return names
+
+    def _exports(self) -> dict[str, str]:
+        """Local names of the messages and enums that the module re-exports, by full name.
+
+        These are those of its own file and the payloads of its methods. A name that clashes with another name of the
+        module is left out; the code then reaches it through its `_pb2` module.
+        """
+        path = self.file.path
+        own = [node.full_name for node in self.schema.messages_of.get(path, ())]
+        own += [name for name, (file, _) in self.schema.enums.items() if file.name == path]
+        own = [name for name in own if name not in self.frames and "." not in self._local(name)]
+        contract = self.file.contract
+        used = {each.message for each in contract.external_groups}
+        for method in contract.tasks + contract.tools:
+            used |= {method.request, method.response}
+        for task in contract.tasks:
+            used |= {task.progress, task.directive} - {""}
+        foreign = [name for name in used if self._file_of(name).name != path and "." not in self._local(name)]
+        exports: dict[str, str] = {}
+        for names in (own, foreign):
+            count = Counter(map(self._local, names))
+            hidden = self.taken.union(exports.values(), _HIDDEN, keyword.kwlist)
+            exports |= {name: local for name in names if count[local := self._local(name)] == 1 and local not in hidden}
+        return exports
 
     def _alias(self, name: str) -> str:
         alias = unused(name, self.taken)
@@ -298,7 +326,7 @@ class _Builder:
 
     def _payload(self, full_name: str) -> str:
         """The class of a message: its frame class where it is a frame."""
-        if full_name not in self.frames:
+        if full_name not in self.frames or full_name in self.exports:
             return self._message(full_name)
         node = self.schema.messages[full_name]
         name = frame_class(full_name, node.file.package)
@@ -306,15 +334,20 @@ class _Builder:
 
     def _message(self, full_name: str) -> str:
         """The protobuf class of a message or an enum, as the module reaches it."""
-        if full_name in self.schema.messages:
-            file = self.schema.messages[full_name].file
-        else:
-            file = self.schema.enums[full_name][0]
-        return f"{self._module(file.name, '_pb2')}.{reference(full_name, file.package)}"
+        file, local = self._file_of(full_name), self._local(full_name)
+        outermost = full_name.removesuffix(local) + local.partition(".")[0]
+        return local if outermost in self.exports else f"{self._module(file.name, '_pb2')}.{local}"
+
+    def _file_of(self, full_name: str) -> FileDescriptorProto:
+        node = self.schema.messages.get(full_name)
+        return node.file if node is not None else self.schema.enums[full_name][0]
+
+    def _local(self, full_name: str) -> str:
+        return reference(full_name, self._file_of(full_name).package)
 
     def _module(self, file: str, suffix: str) -> str:
         """The alias of a module that is made from a proto file; the module is imported."""
-        dotted = module_path(file, suffix).removesuffix(".py").replace("/", ".")
+        dotted = _dotted(file, suffix)
         if dotted not in self.aliases:
             base = dotted.rpartition(".")[2]
             alias = dotted.replace(".", "_") if base in self.taken else base
@@ -337,10 +370,32 @@ class _Builder:
             members = ", ".join(name if name == alias else f"{name} as {alias}" for name, alias in typing)
             lines.append(f"from typing import {members}")
         lines += [""] * bool(lines) + [_import("", "orki_contract", names.oc)]
-        for dotted, alias in sorted(self.aliases.items()):
-            package, _, base = dotted.rpartition(".")
-            lines.append(_import(package, base, alias))
-        return lines
+        found = [(dotted, _import(*dotted.rpartition(".")[::2], alias)) for dotted, alias in self.aliases.items()]
+        exported: dict[str, list[str]] = {}
+        for full_name, local in self.exports.items():
+            suffix = "_orki" if full_name in self.frames else "_pb2"
+            exported.setdefault(_dotted(self._file_of(full_name).name, suffix), []).append(local)
+        found += [(dotted, line) for dotted, names in exported.items() for line in _reexports(dotted, sorted(names))]
+        return lines + [line for _, line in sorted(found)]
+
+
+def _dotted(file: str, suffix: str) -> str:
+    return module_path(file, suffix).removesuffix(".py").replace("/", ".")
+
+
+def _reexports(module: str, names: list[str]) -> list[str]:
+    """Imports that type checkers take as re-exports, since each name is its own alias; as few lines as fit."""
+    lines: list[str] = []
+    for name in names:
+        pair = f"{name} as {name}"
+        longer = f"{lines[-1]}, {pair}" if lines else ""
+        if longer and width(longer) <= WIDTH:
+            lines[-1] = longer
+        elif width(line := f"from {module} import {pair}") <= WIDTH:
+            lines.append(line)
+        else:
+            lines.append(f"from {module} import (\n    {pair},\n)")
+    return lines
 
 
 def _import(package: str, name: str, alias: str) -> str:
