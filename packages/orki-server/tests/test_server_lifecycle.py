@@ -16,9 +16,9 @@ from orki_contract.trace import new_span
 from orki_control.session import AttemptKey
 from orki_server._keys import ShardKeys
 from orki_server._store import lifecycle, operations
-from orki_server._store.lifecycle import TASK_LIFE, TIMERS, VISIBLE, Life, shard_script
+from orki_server._store.lifecycle import TASK_LIFE, TIMERS, VISIBLE, Life
 from orki_server._store.operations import Operation, Recipient, new_task_id
-from orki_server._store.store import Store
+from orki_server._store.store import Store, shard_script
 
 METHOD = TaskMethod(service="acme.v1.WorkService", name="Do", request="q", response="r", backoff=Backoff(initial=60.0))
 KEYS = ShardKeys(0)

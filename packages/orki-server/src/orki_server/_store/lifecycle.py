@@ -1,6 +1,4 @@
-"""The life of a task as a transition table, and the script that holds to it.
-
-The script's legal moves and the diagram in the docs are generated from the table.
+"""The life of a task as a transition table. The scripts' legal moves and the diagram in the docs are generated from it.
 
 An event is what one operation or one timer of the store does to a task. Where an operation has two outcomes, it is two
 events: an attempt that failed moves by the event of its cause, or by `AttemptsExhausted` if no attempt is left. A task
@@ -11,18 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, auto
-from importlib.resources import files
 from typing import Final
 
 from orki.control.v1.attempt_pb2 import TaskState
-from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.transitions import Transitions
-from orki_events.connection import Script
-from orki_server import _keys as keys
-
-EPOCH_STEP: Final = 1 << 44
-"""Distance between the first fences of two store epochs: the epoch is in the high 20 bits of a fence."""
-_REASONS: Final = ("CANCELLED", "TOTAL_TIMEOUT", "OFFER_TIMEOUT", "ATTEMPT_TIMEOUT", "LEASE_EXPIRED", "STALLED")
 
 
 class Life(Enum):
@@ -248,7 +238,8 @@ TIMERS: Final = {
 """The event of each timer field of a task. If several timers are due, the first one here counts."""
 
 
-def _lua_moves() -> str:
+def lua_moves() -> str:
+    """Return the table and the timers as Lua source."""
     lines = ["local MOVES = {"]
     for state, row in TASK_LIFE.rows.items():
         moves = ", ".join(f"{event.__name__} = '{following.name}'" for event, following in row.items())
@@ -258,20 +249,3 @@ def _lua_moves() -> str:
     lines += ["}", "local TIMERS = {"]
     lines += [f"  {{ '{field}', '{event.__name__}' }}," for field, event in TIMERS.items()]
     return "\n".join([*lines, "}", ""])
-
-
-def shard_script(retention: float) -> Script:
-    """Return the script that applies a batch of operations to one shard.
-
-    Names, legal moves and reasons are generated in front of the files in `lua/`.
-
-    Args:
-        retention: Time for which a finished task is kept.
-    """
-    constants = [f"local REASON_{name} = '{Reason.Value(f'REASON_{name}')}'" for name in _REASONS]
-    constants.append(f"local RETENTION = {round(retention * 1000)}")
-    # The first fence depends on the clock: a store that lost everything continues above the fences that it gave before.
-    constants.append(f"local function first_fence(now) return string.format('%.0f', {EPOCH_STEP} + now) end\n")
-    folder = files("orki_server._store") / "lua"
-    written = [(folder / f"{part}.lua").read_text(encoding="utf-8") for part in ("task", "operations")]
-    return Script("\n".join([keys.lua_names(), _lua_moves(), "\n".join(constants), *written]))

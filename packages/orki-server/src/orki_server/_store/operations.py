@@ -20,8 +20,8 @@ from orki_contract.errors import UnknownTask
 from orki_contract.model import TaskMethod, milliseconds
 from orki_contract.trace import Span
 from orki_control.session import AttemptKey
-from orki_server._keys import SNAPSHOT
-from orki_server._store.lifecycle import EPOCH_STEP, VISIBLE, Life
+from orki_server._keys import EPOCH_STEP, SNAPSHOT
+from orki_server._store.lifecycle import VISIBLE, Life
 
 R = TypeVar("R")
 Argument: TypeAlias = bytes | str | int

@@ -12,14 +12,16 @@ import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any, Final, TypeVar
 
+from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import InvalidSetting, OrkiError, StoreUnavailable
 from orki_control.session import AttemptKey
 from orki_events.connection import Command, Connection, Reply, Script, ScriptMissing, parse_address
-from orki_server._keys import LAYOUT_VERSION, FleetKeys, ShardKeys
-from orki_server._store.lifecycle import shard_script
+from orki_server._keys import EPOCH_STEP, LAYOUT_VERSION, FleetKeys, ShardKeys, lua_names
+from orki_server._store.lifecycle import lua_moves
 from orki_server._store.operations import Argument, OfferedAttempt, Operation, raise_epoch, shard_of
 
 R = TypeVar("R")
@@ -32,6 +34,7 @@ _BATCH_OPERATIONS: Final = 256
 _BATCH_BYTES: Final = 8 << 20
 _WAITING: Final = 100_000
 """Maximum number of operations in memory."""
+_REASONS: Final = ("CANCELLED", "TOTAL_TIMEOUT", "OFFER_TIMEOUT", "ATTEMPT_TIMEOUT", "LEASE_EXPIRED", "STALLED")
 
 
 class StoreConnection:
@@ -299,6 +302,23 @@ class Batcher:
             self._waiting = deque(entry for entry in self._waiting if entry.operation.patient)
             self._fail(impatient, self._connection.cause)
         self._wake.set()
+
+
+def shard_script(retention: float) -> Script:
+    """Return the script that applies a batch of operations to one shard.
+
+    Names, legal moves and reasons are generated in front of the files in `lua/`.
+
+    Args:
+        retention: Time for which a finished task is kept.
+    """
+    constants = [f"local REASON_{name} = '{Reason.Value(f'REASON_{name}')}'" for name in _REASONS]
+    constants.append(f"local RETENTION = {round(retention * 1000)}")
+    # The first fence depends on the clock: a store that lost everything continues above the fences that it gave before.
+    constants.append(f"local function first_fence(now) return string.format('%.0f', {EPOCH_STEP} + now) end\n")
+    folder = files("orki_server._store") / "lua"
+    written = [(folder / f"{part}.lua").read_text(encoding="utf-8") for part in ("task", "operations")]
+    return Script("\n".join([lua_names(), lua_moves(), "\n".join(constants), *written]))
 
 
 class Store:
