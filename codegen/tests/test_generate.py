@@ -207,7 +207,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert caught.value.code == 0
     said = capsys.readouterr().out
     assert "--check" in said
-    assert "Nothing is written where anything is wrong" in " ".join(said.split())
+    assert "nothing is written if there is an error" in " ".join(said.split())
 
 
 def test_unknown_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,7 +88,7 @@ def test_the_name_comes_from_the_folder(
 def test_what_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "README.md").write_text("mine", encoding="utf-8")
     assert main(["init", str(tmp_path), "--name", "acme-review"]) == 0
-    assert "README.md is there already, and stays as it is" in capsys.readouterr().out
+    assert "README.md exists already and is kept" in capsys.readouterr().out
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert main(["init", str(tmp_path), "--name", "acme-review"]) == 0
@@ -98,20 +98,20 @@ def test_what_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("name", "package", "words"),
     [
-        ("", "", "no name for a distribution"),
-        ("Acme", "", "no name for a distribution"),
-        ("acme--review", "", "no name for a distribution"),
-        ("../acme", "", "no name for a distribution"),
-        ("a" * 41, "", "40 at the most"),
+        ("", "", "not a valid distribution name"),
+        ("Acme", "", "not a valid distribution name"),
+        ("acme--review", "", "not a valid distribution name"),
+        ("../acme", "", "not a valid distribution name"),
+        ("a" * 41, "", "at most 40 characters"),
         ("acme", "acme.review", "a version at the end"),
-        ("acme", "Acme.v1", "no name for a proto package"),
-        ("acme", "v1", "no name for a proto package"),
-        ("acme", "a." * 30 + "v1", "no name for a proto package"),
+        ("acme", "Acme.v1", "not a valid proto package name"),
+        ("acme", "v1", "not a valid proto package name"),
+        ("acme", "a." * 30 + "v1", "not a valid proto package name"),
         ("class", "acme.v1", "is a Python keyword"),
-        ("json", "acme.v1", "another module under the name"),
-        ("acme", "json.v1", "another module under the name"),
-        ("orki-agent", "acme.v1", "another module under the name"),
-        ("acme", "orki.mine.v1", "another module under the name"),
+        ("json", "acme.v1", "another module named"),
+        ("acme", "json.v1", "another module named"),
+        ("orki-agent", "acme.v1", "another module named"),
+        ("acme", "orki.mine.v1", "another module named"),
         ("acme", "acme.class.v1", "is a Python keyword"),
     ],
 )
@@ -123,11 +123,11 @@ def test_names_that_cannot_be_used(name: str, package: str, words: str) -> None:
 def test_places_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     assert main(["init", str(tmp_path / "file"), "--name", "acme"]) == 1
-    assert "is a file: name a folder" in capsys.readouterr().err
+    assert "is a file: give a folder" in capsys.readouterr().err
     assert main(["init", str(tmp_path / "file" / "below"), "--name", "acme"]) == 1
     assert "cannot be written" in capsys.readouterr().err
     (tmp_path / "noxfile.py").mkdir()
-    with pytest.raises(InvalidSetting, match="noxfile.py is in the way"):
+    with pytest.raises(InvalidSetting, match="noxfile.py exists and is not a file"):
         lay_out(tmp_path, names_for("acme"))
 
 

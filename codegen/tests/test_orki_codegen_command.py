@@ -138,8 +138,8 @@ def test_vendor_keeps_settings_and_renews_the_options(
     (tmp_path / "buf.yaml").write_text("own", encoding="utf-8")
     assert main(["vendor"]) == 0
     said = capsys.readouterr().out
-    assert "buf.yaml is there already" in said
-    assert "options.proto brought up to date" in said
+    assert "buf.yaml exists already" in said
+    assert "options.proto updated" in said
     assert (tmp_path / "buf.yaml").read_text(encoding="utf-8") == "own"
     assert options.read_text(encoding="utf-8") != "old"
 

@@ -149,7 +149,7 @@ def test_plain_protos_are_generated_and_no_rule_of_ours_minds_them(
     gen = lay_out(tmp_path, PLAIN, '"", "acme.new", "acme.old"')
     assert main(["generate"]) == 0
     assert main(["generate", "--check"]) == 0
-    assert "what the protos say" in capsys.readouterr().out
+    assert "generated code is up to date" in capsys.readouterr().out
 
     # What lies in no package has no image, and above all none in the file system's root.
     assert not Path("/contract.binpb").exists()

@@ -1,1 +1,1 @@
-"""The generator of orki contracts."""
+"""Generator of orki contracts."""

@@ -1,4 +1,4 @@
-"""buf, the one program that is run: it compiles the protos, and calls the plugins of buf.gen.yaml."""
+"""Runs buf, which compiles the protos and calls the plugins of buf.gen.yaml."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from typing import Final
 from orki_contract.errors import InvalidContract, InvalidSetting
 
 _FOUND: Final = 100
-"""buf's exit status where it ran well and found something."""
+"""Exit status of buf for findings."""
 
 
-# How buf writes down what its compiler refuses, such as a wrong word or a type that is not there.
-_REFUSAL: Final = re.compile(r"^(?P<place>\S.*?:\d+:\d+): ?(?P<message>.+)$", re.MULTILINE)
+# A compile error of buf.
+_REFUSAL: Final = re.compile(r"^(?P<path>\S.*?:\d+:\d+): ?(?P<message>.+)$", re.MULTILINE)
 
 
 class BufFailed(InvalidContract):
-    """buf refused the protos; the message is what it said, a compiler's complaints in the form of our own."""
+    """buf refused the protos; the message is its output, with compile errors in the form of orki violations."""
 
 
 class Buf:
-    """buf in one workspace, with this interpreter's environment first on the PATH."""
+    """Runs buf in one workspace, with the environment of this interpreter first in PATH."""
 
     def __init__(self, root: Path) -> None:
-        """Finds buf.
+        """Find buf.
 
         Raises:
-            InvalidSetting: There is none.
+            InvalidSetting: buf is not installed.
         """
         beside = str(Path(sys.executable).parent)
         self._path = os.pathsep.join([beside, os.environ.get("PATH", os.defpath)])
@@ -41,34 +41,34 @@ class Buf:
         program = shutil.which("buf", path=self._path)
         if program is None:
             raise InvalidSetting(
-                "buf is not installed beside this Python, nor on the PATH: it comes with orki-codegen, "
-                "so run the generator in the environment that holds it (`nox -s generate`)"
+                "buf is not installed beside this Python, nor on the PATH: run the generator in the environment of "
+                "orki-codegen, which installs buf (`nox -s generate`)"
             )
         self._program = program
 
     def image(self) -> bytes:
-        """The whole tree as a FileDescriptorSet with source information."""
+        """Return all protos as a FileDescriptorSet with source information."""
         return self._run("build", "--as-file-descriptor-set", "--output", "-")
 
     def files(self) -> Mapping[str, str]:
-        """Where each proto file lies: its path relative to the root, by the path under which it is imported."""
+        """Return the path of each proto file relative to the root, by its import path."""
         lines = self._run("ls-files", "--format", "json").decode().splitlines()
         entries = [json.loads(line) for line in lines if line]
         return {entry["import_path"]: entry["path"] for entry in entries}
 
     def breaking(self, before: Path, after: Path, config: str) -> list[str]:
-        """What buf's own rules say of two images; each line is a JSON object.
+        """Compare two images by the rules of buf and return its findings as JSON lines.
 
         Args:
             before: The old image.
             after: The new image.
-            config: What stands for buf.yaml: that of the workspace would judge by its own modules.
+            config: The configuration, instead of the buf.yaml of the workspace.
         """
         arguments = [str(after), "--against", str(before), "--config", config, "--error-format", "json"]
         return self._run("breaking", *arguments, also=_FOUND).decode().splitlines()
 
     def configured_rules(self, kind: str) -> list[str]:
-        """The rules that buf.yaml switches on; each line is a JSON object.
+        """Return the rules that buf.yaml enables, as JSON lines.
 
         Args:
             kind: `breaking` or `lint`.
@@ -77,7 +77,7 @@ class Buf:
         return listed.decode().splitlines()
 
     def generate(self, paths: Sequence[str], out: Path) -> None:
-        """Runs buf.gen.yaml on some files; the folders named in it are made below `out`."""
+        """Run buf.gen.yaml for some paths; its folders are created below `out`."""
         chosen = [argument for path in paths for argument in ("--path", path)]
         self._run("generate", "--output", str(out), *chosen)
 
@@ -86,8 +86,8 @@ class Buf:
         command = [self._program, *arguments]
         ran = subprocess.run(command, cwd=self._root, env=environment, capture_output=True, check=False)
         if ran.returncode not in (0, also):
-            said = ran.stderr.decode(errors="replace").strip() or f"buf {arguments[0]} failed without a word"
+            output = ran.stderr.decode(errors="replace").strip() or f"buf {arguments[0]} failed without output"
             raise BufFailed(
-                _REFUSAL.sub(r"\g<place>: \g<message> [COMPILE]", said) if arguments[0] == "build" else said
+                _REFUSAL.sub(r"\g<path>: \g<message> [COMPILE]", output) if arguments[0] == "build" else output
             )
         return ran.stdout

@@ -1,6 +1,6 @@
-"""Python source as it must look: one line where it fits, else one element a line with a comma behind the last.
+"""Lays out Python source: on one line if it fits, else one element per line with a trailing comma.
 
-`ruff format` leaves what is laid out here as it is; a test holds that. Widths are those of a terminal, as ruff counts.
+`ruff format` does not change the result. Widths are terminal columns, as in ruff.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ Code = Raw | Call | Sequence
 
 
 def expression(value: Any, vocabulary: str) -> Code:
-    """The source that makes a value of the model again; what has its default is left out.
+    """Return the source of a model value, without fields that have their defaults.
 
     Args:
-        value: A dataclass of `orki_contract.model`, or a part of one.
-        vocabulary: Name under which `orki_contract` is imported.
+        value: A dataclass of `orki_contract.model`, or a field of one.
+        vocabulary: Alias of `orki_contract`.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         named = tuple(
@@ -70,13 +70,13 @@ def expression(value: Any, vocabulary: str) -> Code:
 
 
 def quote(text: str) -> str:
-    """A string literal in double quotes where that needs no escape."""
+    """Return a string literal, in double quotes if that needs no escape."""
     plain = repr(text)
     return f'"{plain[1:-1]}"' if '"' not in text and plain[0] == "'" else plain
 
 
 def lay(prefix: str, code: Code, suffix: str = "", indent: int = 0) -> str:
-    """The lines of `prefix` + code + `suffix`, from column `indent` on; the first line comes without its indent."""
+    """Return the lines of `prefix` + code + `suffix` at column `indent`; the first line is not indented."""
     flat = _flat(code)
     if indent + width(prefix) + width(flat) + width(suffix) <= WIDTH or isinstance(code, Raw):
         return f"{prefix}{flat}{suffix}"
@@ -89,7 +89,7 @@ def lay(prefix: str, code: Code, suffix: str = "", indent: int = 0) -> str:
 
 
 def assigned(prefix: str, value: Code, indent: int = 0) -> str:
-    """The lines of `prefix` + value, such as `name = value`; in parentheses where not even its opening fits."""
+    """Return the lines of `prefix` + value, such as `name = value`; in parentheses if the opening does not fit."""
     column = indent + width(prefix)
     if column + width(_parts(value)[0]) <= WIDTH or column + 1 > WIDTH:
         return lay(prefix, value, "", indent)
@@ -98,12 +98,12 @@ def assigned(prefix: str, value: Code, indent: int = 0) -> str:
 
 
 def annotated(name: str, annotation: Sequence, value: Code, indent: int = 0) -> str:
-    """The lines of `name: annotation = value`; the annotation is broken where not even a parenthesis fits behind."""
+    """Return the lines of `name: annotation = value`; the annotation is broken if no parenthesis fits behind it."""
     prefix = f"{name}: {_flat(annotation)} = "
     if indent + width(prefix) + 1 <= WIDTH:
         return assigned(prefix, value, indent)
     inner = indent + _STEP
-    # No comma behind a single element: it would be a tuple.
+    # A comma behind a single element would make a tuple.
     comma = "" if len(annotation.items) == 1 else ","
     lines = [f"{' ' * inner}{lay('', each, comma, inner)}" for each in annotation.items]
     opened = "\n".join([f"{name}: {annotation.name}[", *lines])
@@ -111,7 +111,7 @@ def annotated(name: str, annotation: Sequence, value: Code, indent: int = 0) -> 
 
 
 def signature(head: str, parameters: tuple[tuple[str, Code], ...], result: str, indent: int, body: str = "") -> str:
-    """A function's first line or lines, such as `def name(self, a: int) -> int:`, from column `indent` on.
+    """Return the head of a function, such as `def name(self, a: int) -> int:`, at column `indent`.
 
     Args:
         head: Such as `async def name`.
@@ -135,7 +135,7 @@ def signature(head: str, parameters: tuple[tuple[str, Code], ...], result: str, 
 
 
 def docstring(comment: str, indent: int, otherwise: str) -> str:
-    """A comment of a proto file as a docstring, from column `indent` on; `otherwise` where there is no comment."""
+    """Return a proto comment, or `otherwise` without one, as a docstring at column `indent`."""
     lines = [_clean(line) for line in textwrap.dedent(comment.replace("\t", "    ")).splitlines()]
     text = "\n".join(lines).strip("\n") or otherwise
     text = text.replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
@@ -148,7 +148,7 @@ def docstring(comment: str, indent: int, otherwise: str) -> str:
 
 
 def width(text: str) -> int:
-    """Columns that a text takes: wide characters take two, combining ones none."""
+    """Return the columns of a text: two for wide characters, none for combining ones."""
     if text.isascii():
         return len(text)
     return sum(_columns(character) for character in text)
@@ -165,7 +165,7 @@ def _flat(code: Code) -> str:
         return code.text
     opening, closing, parts = _parts(code)
     inner = ", ".join(f"{key}{_flat(each)}" for key, each in parts)
-    # A tuple of one needs its comma.
+    # A tuple of one element needs a comma.
     comma = "," if isinstance(code, Sequence) and not code.name and len(parts) == 1 else ""
     return f"{opening}{inner}{comma}{closing}"
 
@@ -181,13 +181,13 @@ def _parts(code: Code) -> tuple[str, str, list[tuple[str, Code]]]:
 
 
 def _clean(line: str) -> str:
-    """A line without what has no place in source: control and formatting characters."""
+    """Remove control and formatting characters."""
     kept = (" " if unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp") else character for character in line)
     return "".join(kept).rstrip()
 
 
 def _fitted(paragraph: str, room: int) -> str:
-    """The paragraph as it is where its lines fit, else its words in lines that do; the quotes need room as well."""
+    """Return the paragraph, wrapped if a line is too long for the width less the quotes."""
     longest = room - 6
     if all(width(line) <= longest for line in paragraph.split("\n")):
         return paragraph

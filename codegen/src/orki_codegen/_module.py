@@ -1,7 +1,6 @@
-"""What one generated module holds: its names, its imports, and the pieces that the template prints.
+"""The content of a generated module: its names, its imports and the parts that the template prints.
 
-Everything that can clash is decided here. Names that a proto gives are never changed; what the module imports takes
-another alias where it must (`oc_`), so that no message, field or rpc can shadow the vocabulary.
+Names from a proto are never changed. An import that clashes with one gets another alias (`oc_`).
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _HIDDEN = frozenset({"TASKS", "TOOLS", "annotations"})
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """The aliases of what the module imports, none of which a declaration of the module uses."""
+    """Aliases of the imports of a module, which no declaration uses."""
 
     oc: str
     abstractmethod: str
@@ -50,7 +49,7 @@ class Names:
 
 @dataclass(frozen=True, slots=True)
 class StreamConstant:
-    """A stream of the file's own, or groups on another one's."""
+    """A stream of the file, or external groups on another stream."""
 
     constant: str
     groups_alias: str
@@ -62,7 +61,7 @@ class StreamConstant:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One task or tool: its constant, and the method that stands for it; `news` is a task's progress and directive."""
+    """One task or tool: its constant and its method; `news` is the progress and directive of a task."""
 
     constant: str
     attribute: str
@@ -106,7 +105,7 @@ class FrameClass:
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """All that the template prints."""
+    """The input of the template."""
 
     path: str
     source: str
@@ -119,12 +118,12 @@ class Module:
 
 
 def build(read: ReadContract, file: FileContract) -> Module:
-    """The module of one file that declares something."""
+    """Build the module of one file with declarations."""
     return _Builder(read, file).module()
 
 
 class _Builder:
-    """Gathers the pieces of one module; imports are added as the pieces need them."""
+    """Builds one module; imports are added as needed."""
 
     def __init__(self, read: ReadContract, file: FileContract) -> None:
         self.read = read
@@ -144,7 +143,7 @@ class _Builder:
         )
 
     def module(self) -> Module:
-        """All pieces, as they stand in the file, and the imports that they need."""
+        """Build all parts in order, then the imports."""
         streams = tuple(map(self._stream, self.file.contract.streams))
         subscriptions = tuple(self._subscriptions())
         frames = tuple(self._frame(node) for node in self._frame_nodes())
@@ -154,7 +153,7 @@ class _Builder:
         return Module(path, self.file.path, self.names, imports, streams, subscriptions, frames, services)
 
     def _declared(self) -> set[str]:
-        """Every name that the protos give to something in the module, on whatever level."""
+        """Return all names that the protos define in the module, at any level."""
         contract = self.file.contract
         names = {constant_name(each.name) for each in contract.streams}
         names |= {constant_name(each.stream) for each in contract.external_groups}
@@ -170,10 +169,10 @@ class _Builder:
         return names
 
     def _exports(self) -> dict[str, str]:
-        """Local names of the messages and enums that the module re-exports, by full name.
+        """Return the names of the re-exported messages and enums, by full name.
 
-        These are those of its own file and the payloads of its methods. A name that clashes with another name of the
-        module is left out; the code then reaches it through its `_pb2` module.
+        The module re-exports those of its file and the payloads of its methods. A name that clashes with another name
+        of the module is not re-exported; the code then uses its `_pb2` module.
         """
         path = self.file.path
         own = [node.full_name for node in self.schema.messages_of.get(path, ())]
@@ -199,7 +198,7 @@ class _Builder:
         return alias
 
     def _builtins(self) -> str:
-        """Alias of the module `builtins`, where a frame's field hides the name of a type; empty for none."""
+        """Return the alias of `builtins` if a field of a frame hides a type; else an empty string."""
         hidden = {"bool", "bytes", "float", "int", "str"} & self.taken
         return self._alias("builtins") if hidden else ""
 
@@ -256,7 +255,7 @@ class _Builder:
         for index, proto in enumerate(node.proto.field):
             comment = self.schema.comment(node.file.name, field_path(node, index))
             members.append(self._member(proto, layouts.get(proto.name), comment))
-        # As FrameBase has it: version 1, the tail, later versions.
+        # The order of FrameBase: version 1, the tail, later versions.
         order = {proto.name: _rank(layouts.get(proto.name), proto.number) for proto in node.proto.field}
         layout = (("version", Raw(f"{frame.version}")), ("block_length", Raw(f"{frame.block_length}")))
         return FrameClass(
@@ -325,7 +324,7 @@ class _Builder:
         )
 
     def _payload(self, full_name: str) -> str:
-        """The class of a message: its frame class where it is a frame."""
+        """Return the class of a message; the frame class for a frame."""
         if full_name not in self.frames or full_name in self.exports:
             return self._message(full_name)
         node = self.schema.messages[full_name]
@@ -333,7 +332,7 @@ class _Builder:
         return name if node.file.name == self.file.path else f"{self._module(node.file.name, '_orki')}.{name}"
 
     def _message(self, full_name: str) -> str:
-        """The protobuf class of a message or an enum, as the module reaches it."""
+        """Return the name of the protobuf class of a message or an enum in the module."""
         file, local = self._file_of(full_name), self._local(full_name)
         outermost = full_name.removesuffix(local) + local.partition(".")[0]
         return local if outermost in self.exports else f"{self._module(file.name, '_pb2')}.{local}"
@@ -346,7 +345,7 @@ class _Builder:
         return reference(full_name, self._file_of(full_name).package)
 
     def _module(self, file: str, suffix: str) -> str:
-        """The alias of a module that is made from a proto file; the module is imported."""
+        """Import the generated module of a proto file and return its alias."""
         dotted = _dotted(file, suffix)
         if dotted not in self.aliases:
             base = dotted.rpartition(".")[2]
@@ -384,7 +383,7 @@ def _dotted(file: str, suffix: str) -> str:
 
 
 def _reexports(module: str, names: list[str]) -> list[str]:
-    """Imports that type checkers take as re-exports, since each name is its own alias; as few lines as fit."""
+    """Return few import lines in which each name is its own alias, which type checkers treat as re-exports."""
     lines: list[str] = []
     for name in names:
         pair = f"{name} as {name}"
@@ -410,7 +409,7 @@ def _rank(layout: FrameField | None, number: int) -> tuple[int, int, int]:
 
 
 def _settings(method: TaskMethod | ToolMethod, vocabulary: str) -> list[tuple[str, Code]]:
-    """What of a method differs from the defaults, beyond its names."""
+    """Return the settings of a method that differ from the defaults."""
     skip = {"service", "name", "request", "response", "progress", "directive", "opcode"}
     return [
         (field.name, expression(getattr(method, field.name), vocabulary))

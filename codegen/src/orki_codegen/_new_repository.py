@@ -21,11 +21,11 @@ VENDORED: Final[Mapping[str, str]] = {
     "buf.gen.yaml": "buf.gen.yaml",
     "options.proto": "proto/orki/options/v1/options.proto",
 }
-"""Where each lies, by its name in this package."""
+"""The path of each copy, by its name in this package."""
 
 
 def bring_up_to_date(root: Path) -> Iterator[str]:
-    """Writes what is missing, and renews options.proto, which nobody edits; a line on each file.
+    """Write missing files, update options.proto, and yield a line for each file.
 
     Raises:
         InvalidSetting: A file cannot be written.
@@ -34,9 +34,9 @@ def bring_up_to_date(root: Path) -> Iterator[str]:
         content = (resources.files("orki_codegen") / "vendored" / name).read_bytes()
         path = root / place
         if path.is_file() and (path.read_bytes() == content or name != "options.proto"):
-            yield f"{place} is there already"
+            yield f"{place} exists already"
             continue
-        word = "brought up to date" if path.is_file() else "written"
+        word = "updated" if path.is_file() else "written"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
@@ -53,14 +53,14 @@ RELEASED: Final[Mapping[str, str]] = {
     "orki-events": "0.1.0",
     "orki-server": "0.1.0",
 }
-"""The oldest release of each distribution for which this one writes; its ranges end where a release may break it."""
+"""The oldest supported release of each distribution; ranges end at the next release that may break."""
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _PACKAGE: Final = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*\.v[1-9][0-9]*((alpha|beta)[1-9][0-9]*)?")
 _LONGEST: Final = 40
 _TAKEN: Final = frozenset({"google", "grpc", "mypy", "nox", "orki", "pytest", "tests"})
 
-# Template, and where it becomes a file.
+# The path of each template.
 _FILES: Final[Mapping[str, str]] = {
     "README.md": "README.md",
     "constraints.txt": "constraints.txt",
@@ -87,7 +87,7 @@ _PROGRAMS: Final = frozenset({"noxw"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Names:
-    """What things are called.
+    """The names in a new repository.
 
     Attributes:
         name: The distribution, such as `acme-review`.
@@ -101,46 +101,46 @@ class Names:
 
 
 def names_for(name: str, package: str = "") -> Names:
-    """Judges the names of a new repository, and makes the others of them.
+    """Check the names of a new repository and derive the others.
 
     Args:
-        name: Of the distribution.
-        package: The proto package; made from the name where it is empty.
+        name: The name of the distribution.
+        package: The proto package; derived from the name if empty.
 
     Raises:
-        InvalidSetting: A name cannot be used; the message says why, and what to give.
+        InvalidSetting: A name cannot be used.
     """
     if not _NAME.fullmatch(name) or len(name) > _LONGEST:
         raise InvalidSetting(
-            f'"{name}" is no name for a distribution: give --name with lower-case letters, digits and single dashes, '
-            f"a letter first, {_LONGEST} at the most, such as --name acme-review"
+            f'"{name}" is not a valid distribution name: give --name with lower-case letters, digits and single '
+            f"dashes, beginning with a letter, at most {_LONGEST} characters, such as --name acme-review"
         )
-    # A word that begins with a digit cannot stand alone between dots.
+    # A part of a package name cannot begin with a digit.
     package = package or re.sub(r"-(?=\d)", "_", name).replace("-", ".") + ".v1"
     if not _PACKAGE.fullmatch(package) or len(package) > _LONGEST + 3:
         raise InvalidSetting(
-            f'"{package}" is no name for a proto package: give --package with words of lower-case letters and digits '
-            f"between dots, and a version at the end, {_LONGEST + 3} characters at the most, "
+            f'"{package}" is not a valid proto package name: give --package with words of lower-case letters and '
+            f"digits between dots, and a version at the end, at most {_LONGEST + 3} characters, "
             "such as --package acme.review.v1"
         )
     module = name.replace("-", "_")
     if module == package.partition(".")[0]:
-        # Generated code lies in a namespace package of this name, which a package with an __init__.py would hide.
+        # A package with an __init__.py would hide the namespace package of the generated code.
         module += "_agent"
     for given, word in ((module, "--name"), (package.partition(".")[0], "--package")):
         if given in sys.stdlib_module_names or given in _TAKEN or given.startswith("orki_"):
-            raise InvalidSetting(f'Python finds another module under the name "{given}": give another {word}')
+            raise InvalidSetting(f'Python has another module named "{given}": give another {word}')
     for part in [module, *package.split(".")]:
         if iskeyword(part):
-            raise InvalidSetting(f'"{part}" is a Python keyword, and a module would be called so: give another name')
+            raise InvalidSetting(f'"{part}" is a Python keyword and cannot name a module: give another name')
     return Names(name=name, package=package, module=module)
 
 
 def lay_out(folder: Path, names: Names) -> tuple[list[str], list[str]]:
-    """Writes the files of a new repository; what is there already stays as it is.
+    """Write the files of a new repository; existing files are kept.
 
     Returns:
-        Paths relative to the folder, sorted: those that were written, and those that were there.
+        The written and the kept paths, relative to the folder and sorted.
 
     Raises:
         InvalidSetting: A file cannot be written.
@@ -156,7 +156,7 @@ def lay_out(folder: Path, names: Names) -> tuple[list[str], list[str]]:
                 path.chmod(0o755)
         except FileExistsError:
             if not path.is_file():
-                raise InvalidSetting(f"{path} is in the way: a file must go there") from None
+                raise InvalidSetting(f"{path} exists and is not a file") from None
             kept.append(place)
         except OSError as error:
             raise InvalidSetting(f"{path} cannot be written: {error.strerror}") from error
@@ -166,7 +166,7 @@ def lay_out(folder: Path, names: Names) -> tuple[list[str], list[str]]:
 
 
 def _contents(names: Names) -> dict[str, bytes]:
-    """Every file, by its place."""
+    """Return every file by its path."""
     environment = Environment(
         loader=PackageLoader("orki_codegen", "templates/repository"),
         undefined=StrictUndefined,
@@ -177,7 +177,7 @@ def _contents(names: Names) -> dict[str, bytes]:
         variable_end_string=">>",
         block_start_string="<%",
         block_end_string="%>",
-        # Never found in a template: what begins a comment in jinja begins one in a shell's `${#`.
+        # The default `{#` appears in shell code.
         comment_start_string="<#",
         comment_end_string="#>",
     )
@@ -205,7 +205,7 @@ def _contents(names: Names) -> dict[str, bytes]:
 
 
 def _imports(modules: Iterable[tuple[str, str]]) -> str:
-    """Import statements of one section, in the order and the form that ruff gives them."""
+    """Return the import statements of one section in the format of ruff."""
     lines = []
     for module, names in sorted(modules):
         line = f"from {module} import {names}"
@@ -216,6 +216,6 @@ def _imports(modules: Iterable[tuple[str, str]]) -> str:
 
 
 def _range(version: str) -> str:
-    """From a release up to what may break: before 1.0 that is the next minor one."""
+    """Return the range from a release to the next one that may break: before 1.0 the next minor release."""
     major, minor, *_ = (int(part) for part in re.findall(r"\d+", version)[:3])
     return f">={version},<{major + 1}" if major else f">={version},<0.{minor + 1}.0"

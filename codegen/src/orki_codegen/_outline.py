@@ -1,4 +1,4 @@
-"""A contract as flat subjects, for saying in words how two of them differ.
+"""A contract as flat subjects, to describe the differences between two contracts.
 
 Every declaration is a subject such as `stream "findings"` or `field acme.v1.Finding.path`, with the attributes that a
 reader cares about. Two outlines differ by subjects and by attributes; nothing else need be known of them.
@@ -22,8 +22,8 @@ class Subject:
     """One declaration.
 
     Attributes:
-        parent: The subject that holds it; empty at the top. What comes or goes with its parent is not told.
-        attributes: What may change while it stays the same subject.
+        parent: The containing subject; empty at the top. Additions and removals with the parent are not reported.
+        attributes: The attributes that may change.
     """
 
     parent: str
@@ -34,7 +34,7 @@ Outline = Mapping[str, Subject]
 
 
 def outline(read: ReadContract, packages: Collection[str]) -> Outline:
-    """The subjects that some proto packages declare."""
+    """Return the subjects that the proto packages declare."""
     found: dict[str, Subject] = {}
     for file in read.files:
         if file.package in packages:
@@ -61,22 +61,22 @@ def outline(read: ReadContract, packages: Collection[str]) -> Outline:
 
 
 def changes(old: Outline, new: Outline) -> list[str]:
-    """What came (`+`), went (`-`) and changed (`~`), in words, sorted by subject."""
-    told = []
+    """Describe additions (`+`), removals (`-`) and changes (`~`), sorted by subject."""
+    lines = []
     for name in sorted({*old, *new}):
         before, after = old.get(name), new.get(name)
         if before is None and after is not None:
             if after.parent not in new or after.parent in old:
-                told.append(f"+ {name}{_words(after.attributes)}")
+                lines.append(f"+ {name}{_words(after.attributes)}")
         elif before is not None and after is None:
             if before.parent not in old or before.parent in new:
-                told.append(f"- {name}")
+                lines.append(f"- {name}")
         elif before is not None and after is not None:
             for key in sorted({*before.attributes, *after.attributes}):
                 was, now = before.attributes.get(key, "none"), after.attributes.get(key, "none")
                 if was != now:
-                    told.append(f"~ {name}: {key} {was} → {now}")
-    return told
+                    lines.append(f"~ {name}: {key} {was} → {now}")
+    return lines
 
 
 def _words(attributes: Mapping[str, str]) -> str:
@@ -85,7 +85,7 @@ def _words(attributes: Mapping[str, str]) -> str:
 
 
 def _subject(parent: str, value: Any, *skipped: str) -> Subject:
-    """The attributes of a value of the model, those of values within it too; what is empty or absent is left out."""
+    """Return a subject with the attributes of a model value, including nested ones, without empty ones."""
     return Subject(parent, dict(_attributes("", dump(value), frozenset(skipped))))
 
 
@@ -100,7 +100,7 @@ def _attributes(prefix: str, value: Mapping[str, Any], skipped: frozenset[str]) 
 
 
 def _plain(read: ReadContract, path: str, services: frozenset[str]) -> Iterator[tuple[str, Subject]]:
-    """Messages, enums and plain services of one file."""
+    """Yield the messages, enums and plain services of one file."""
     schema = read.schema
     for node in schema.messages_of.get(path, ()):
         if node.proto.options.map_entry:

@@ -1,4 +1,4 @@
-"""The reference pages: what a proto package declares, for people, from the same model as the code."""
+"""Renders the reference pages of proto packages from the same model as the code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from orki_contract.model import ExternalGroup, Frame, Retention, Stream, TaskMet
 from orki_contract.read import ReadContract
 
 REFERENCE: Final = "docs/reference"
-"""Where the pages lie, from the workspace's root."""
+"""Folder of the pages, relative to the root."""
 
 _ENVIRONMENT: Final = Environment(
     loader=PackageLoader("orki_codegen"),
@@ -28,12 +28,12 @@ _ENVIRONMENT: Final = Environment(
 
 
 def pages(read: ReadContract, packages: Sequence[str], places: Mapping[str, str]) -> dict[str, bytes]:
-    """The text of each page by its name: one for each package, and `README.md`, which lists them.
+    """Return the text of each page by name: one for each package, and `README.md` as the index.
 
     Args:
-        read: The whole tree's contract.
-        packages: The proto packages to describe, sorted. What lies in no package has no page: it holds no contract.
-        places: Where each proto file lies, by the path under which it is imported.
+        read: The contract of the repository.
+        packages: The proto packages to describe, sorted. Files without a package have no contract and no page.
+        places: The path of each proto file, by its import path.
     """
     described = [_Page(read, name, places) for name in packages if name]
     made = {f"{page.package}.md": _render("package.md.j2", page=page) for page in described}
@@ -79,7 +79,7 @@ class _Page:
         return _line(self._schema.comment(node.file.name, node.path))
 
     def services(self, kind: str) -> list[ServiceNode]:
-        """The package's services of a kind: `task`, `tool` or `plain`."""
+        """Return the services of a kind: `task`, `tool` or `plain`."""
         names = {
             "task": {each.service for each in self.tasks},
             "tool": {each.service for each in self.tools},
@@ -88,12 +88,12 @@ class _Page:
         return [self._schema.services[name] for name in sorted(names[kind])]
 
     def methods(self, service: ServiceNode) -> list[TaskMethod | ToolMethod]:
-        """The task or tool methods of a service, by name."""
+        """Return the task or tool methods of a service, by name."""
         methods: list[TaskMethod | ToolMethod] = [*self.tasks, *self.tools]
         return [each for each in methods if each.service == service.full_name]
 
     def rpcs(self, service: ServiceNode) -> Iterator[tuple[str, str, str, str]]:
-        """Name, request, response and comment of each rpc of a plain service."""
+        """Yield name, request, response and comment of each rpc of a plain service."""
         for method in service.methods:
             proto = method.proto
             takes = "stream of " * proto.client_streaming + self.link(proto.input_type.removeprefix("."))
@@ -101,7 +101,7 @@ class _Page:
             yield proto.name, takes, gives, _cell(self._schema.comment(service.file.name, method.path))
 
     def text(self, service: ServiceNode, name: str = "") -> str:
-        """The comment of a service, or of its method of that name, on one line."""
+        """Return the comment of a service or one of its methods on one line."""
         path: Path = service.path
         for method in service.methods:
             if method.proto.name == name:
@@ -109,11 +109,11 @@ class _Page:
         return _line(self._schema.comment(service.file.name, path))
 
     def readers(self, stream: Stream) -> list[ExternalGroup]:
-        """The groups that other packages declare on a stream."""
+        """Return the groups that other packages declare on a stream."""
         return [each for each in self._read.contract.external_groups if each.stream == stream.name]
 
     def rows(self, frame: Frame) -> Iterator[_Row]:
-        """The bytes of a frame's block in order, reserved ones too, and the tail."""
+        """Yield the bytes of a block in order, including reserved ones, and the tail."""
         node = self._schema.messages[frame.message]
         comments = {field.name: self._field_comment(node, index) for index, field in enumerate(node.proto.field)}
         end = 0
@@ -131,23 +131,23 @@ class _Page:
             yield _Row(f"from {frame.block_length}", frame.tail, kind, "1", comments[frame.tail])
 
     def messages(self) -> list[MessageNode]:
-        """The package's messages that are no frames and no map entries."""
+        """Return the messages of the package except frames and map entries."""
         frames = {frame.message for frame in self.frames}
         nodes = [node for each in self._files for node in self._schema.messages_of.get(each.path, ())]
         return [node for node in nodes if node.full_name not in frames and not node.proto.options.map_entry]
 
     def local(self, full_name: str) -> str:
-        """A name as the package itself calls it."""
+        """Return a name relative to the package."""
         return full_name.removeprefix(f"{self.package}.")
 
     def fields(self, node: MessageNode) -> Iterator[tuple[int, str, str, str]]:
-        """Number, name, type and comment of each field of a message."""
+        """Yield number, name, type and comment of each field of a message."""
         for index, field in enumerate(node.proto.field):
             sensitive = " Sensitive." if self._schema.option(field.options, "sensitive") else ""
             yield field.number, field.name, self._type(node, field), self._field_comment(node, index) + sensitive
 
     def enums(self) -> Iterator[tuple[str, str, list[tuple[int, str, str]]]]:
-        """Name, comment and values (number, name, comment) of each enum on the top level of a file."""
+        """Yield name, comment and values (number, name, comment) of each top-level enum."""
         for each in self._files:
             file: FileDescriptorProto = self._schema.files[each.path]
             for index, enum in enumerate(file.enum_type):
@@ -155,7 +155,7 @@ class _Page:
                 yield enum.name, comment, self._values(file.name, (5, index), enum)
 
     def link(self, full_name: str) -> str:
-        """A message or enum, as a link where the page or another one describes it."""
+        """Return the name of a message or enum, linked if a page describes it."""
         node = self._schema.messages.get(full_name)
         package = node.file.package if node is not None else self._schema.enums[full_name][0].package
         name = self.local(full_name)
@@ -196,7 +196,7 @@ def _cell(comment: str) -> str:
 
 
 def _anchor(name: str) -> str:
-    """The fragment that a heading of this text gets."""
+    """Return the link fragment of a heading."""
     return "".join(each for each in name.lower().replace(" ", "-") if each.isalnum() or each in "-_")
 
 
@@ -205,7 +205,7 @@ def _bytes(first: int, end: int) -> str:
 
 
 def tuning(retention: Retention) -> str:
-    """What a deployment may set, such as `10 to 1,000 entries and an age of 1 h to 7 days`."""
+    """Describe the bounds of a retention, such as `10 to 1,000 entries and an age of 1 h to 7 days`."""
     least, most = retention.entries_bounds
     shortest, longest = retention.age_bounds
     words = [f"{least:,} to {most:,} entries"] if least < most else []

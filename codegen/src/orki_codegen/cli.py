@@ -1,4 +1,4 @@
-"""The command `orki-codegen`: what a repository of the user's own needs of the generator."""
+"""The command `orki-codegen`."""
 
 from __future__ import annotations
 
@@ -22,37 +22,39 @@ from orki_contract.printing import print_line
 from orki_contract.read import read_image
 
 _INIT: Final = """\
-Makes a repository of your own: a first contract (a task, a stream with a group, a tool), an agent, a consumer, their
-tests, a noxfile with its launcher, a workflow; and generates the code. What is there already stays as it is.
+Create a repository with a first contract (a task, a stream with a group, a tool), an agent, a consumer, tests, a
+noxfile with its launcher and a workflow, and generate the code. Existing files are kept.
 
-Its README names the two commands that come next: ./noxw -s demo and ./noxw.
+Next, run ./noxw -s demo and ./noxw in it.
 """
 
 _VENDOR: Final = """\
-Writes buf.yaml, buf.gen.yaml and proto/orki/options/v1/options.proto where they are missing. What is there already
-stays; options.proto is brought up to date, as it is a copy of orki's.
+Write buf.yaml, buf.gen.yaml and proto/orki/options/v1/options.proto. Existing settings are kept; options.proto is
+updated.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status."""
-    parser = argparse.ArgumentParser(prog="orki-codegen", description="Turns contracts into code and pages.")
+    """Run the command and return its exit status."""
+    parser = argparse.ArgumentParser(prog="orki-codegen", description="Generate code and pages from contracts.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     raw = argparse.RawDescriptionHelpFormatter
     generating = commands.add_parser(
-        "generate", help="write the generated code of every owner", description=generate.HELP, formatter_class=raw
+        "generate", help="write the generated code", description=generate.HELP, formatter_class=raw
     )
     generating.add_argument("--check", action="store_true", help="write nothing, and fail if anything would change")
     documenting = commands.add_parser(
-        "docs", help="write the reference pages alone", description="Writes the reference pages into a folder."
+        "docs", help="write the reference pages", description="Write the reference pages into a folder."
     )
-    documenting.add_argument("folder", metavar="FOLDER", type=Path, help="where; made if it is missing")
-    founding = commands.add_parser("init", help="make a repository of your own", description=_INIT, formatter_class=raw)
-    founding.add_argument("folder", metavar="FOLDER", type=Path, nargs="?", default=Path(), help="where; default: here")
-    founding.add_argument("--name", default="", help="of the distribution; default: the folder's name")
-    founding.add_argument("--package", default="", help="proto package; default: made from the name")
+    documenting.add_argument("folder", metavar="FOLDER", type=Path, help="target folder, created if missing")
+    founding = commands.add_parser("init", help="create a repository", description=_INIT, formatter_class=raw)
+    founding.add_argument(
+        "folder", metavar="FOLDER", type=Path, nargs="?", default=Path(), help="default: the current folder"
+    )
+    founding.add_argument("--name", default="", help="name of the distribution; default: the name of the folder")
+    founding.add_argument("--package", default="", help="proto package; default: derived from the name")
     commands.add_parser(
-        "vendor", help="write or renew buf's files and the options", description=_VENDOR, formatter_class=raw
+        "vendor", help="write the buf files and update the options", description=_VENDOR, formatter_class=raw
     )
     gate.register(commands)
     given = parser.parse_args(arguments)
@@ -85,22 +87,22 @@ def _docs(folder: Path) -> None:
 
 
 def _init(folder: Path, name: str, package: str) -> int:
-    """Writes what is missing, and generates.
+    """Write missing files and generate the code.
 
     Raises:
         InvalidSetting: A name cannot be used, or a file cannot be written.
     """
     root = folder.absolute()
     if root.exists() and not root.is_dir():
-        raise InvalidSetting(f"{folder} is a file: name a folder, which need not be there yet")
+        raise InvalidSetting(f"{folder} is a file: give a folder")
     names = names_for(name or re.sub(r"[-_. ]+", "-", root.resolve().name.lower()), package)
     written, kept = lay_out(root, names)
-    for place in kept:
-        print_line(f"{place} is there already, and stays as it is")
+    for path in kept:
+        print_line(f"{path} exists already and is kept")
     print_line(f"{len(written)} files written below {folder}: distribution {names.name}, proto package {names.package}")
     status = generate.run(root, check=False)
     if status == 0:
-        print_line(f"next, in {folder}: ./noxw -s demo (what it does), ./noxw (what must be green)")
+        print_line(f"next, in {folder}: ./noxw -s demo (the example), ./noxw (all checks)")
     return status
 
 

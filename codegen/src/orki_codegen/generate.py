@@ -1,4 +1,4 @@
-"""From proto/ to the generated code of every owner: `python -m orki_codegen.generate [--check]`."""
+"""Generates the code of every owner from proto/: `python -m orki_codegen.generate [--check]`."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from orki_contract.read import ReadContract, read_image
 from orki_contract.validate import Owners, validate
 
 HELP: Final = """\
-Reads every proto file below the modules of buf.yaml, checks the contracts in them against all rules, and writes the
-Python code, the images (contract.binpb) and the reference pages of every proto package. Who owns which package is
-read from `[tool.orki] contracts` of the pyproject.toml files. Nothing is written where anything is wrong; and nothing
-but the owners' gen/ and docs/reference/ is ever touched.
+Read all proto files in the modules of buf.yaml, check their contracts, and write the Python code, the images
+(contract.binpb) and the reference pages of every proto package. `[tool.orki] contracts` in the pyproject.toml files
+names the owner of each package. Only the gen/ folders of the owners and docs/reference/ are changed, and nothing is
+written if there is an error.
 """
 
-_STALE: Final = "Generated code is not what the protos say: run `nox -s generate` and commit what it writes."
+_STALE: Final = "Generated code is out of date: run `nox -s generate` and commit the result."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generated:
-    """What a run made, in memory.
+    """The result of a run, in memory.
 
     Attributes:
         trees: The files below each generated folder.
-        read: The contract that they were made from.
+        read: The contract of the protos.
     """
 
     trees: tuple[Tree, ...]
@@ -48,7 +48,7 @@ class Generated:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; 0: done, or nothing to do; 1: the protos are wrong, or `--check` found a difference."""
+    """Run the command; the exit status is 1 for invalid protos or a difference with `--check`."""
     parser = argparse.ArgumentParser(
         prog="python -m orki_codegen.generate",
         description=HELP,
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(root: Path, *, check: bool) -> int:
-    """Generates, or compares, in one repository; the exit status is that of `main`."""
+    """Generate or compare the code of one repository and return the exit status."""
     try:
         workspace = find_workspace(root)
         generated = generate(workspace, _tell)
@@ -76,15 +76,15 @@ def run(root: Path, *, check: bool) -> int:
 
 
 def generate(workspace: Workspace, tell: Callable[[str], None]) -> Generated:
-    """Makes all generated files of a workspace.
+    """Generate all files of a workspace.
 
     Args:
         workspace: The repository.
-        tell: Takes a line on every step.
+        tell: Called with a line for every step.
 
     Raises:
-        InvalidContract: The protos are wrong; the message has a line for every place.
-        InvalidSetting: The workspace or the toolchain is.
+        InvalidContract: The protos are invalid; the message has a line for each violation.
+        InvalidSetting: The workspace or the toolchain is invalid.
     """
     buf = Buf(workspace.root)
     with ThreadPoolExecutor(2) as pool:
@@ -98,7 +98,7 @@ def generate(workspace: Workspace, tell: Callable[[str], None]) -> Generated:
             lines = [*map(str, found), f"{len(found)} violations: nothing was written" if len(found) > 1 else ""]
             raise InvalidContract("\n".join(filter(None, lines)))
 
-        # A file without a package is plain protobuf, never a contract: it has no folder in which an image could lie.
+        # A file without a package is plain protobuf and has no image.
         images = package_images(image, {*workspace.declared()} - {""})
 
         def make(owner: Owner) -> Tree:
@@ -130,7 +130,7 @@ def _owner_tree(
 
 
 def _fewest_paths(own: Sequence[str], every: Sequence[str]) -> list[str]:
-    """The fewest paths that choose exactly these files: folders where all below is chosen, else files."""
+    """Return the fewest paths that select exactly these files: folders if all their files are selected, else files."""
     foreign = {str(parent) for path in {*every} - {*own} for parent in PurePosixPath(path).parents}
     folders = {path: str(PurePosixPath(path).parent) for path in own}
     return sorted({path if folder in foreign else folder for path, folder in folders.items()})
@@ -141,12 +141,12 @@ def _report_drift(differences: Sequence[tuple[Tree, Difference]]) -> int:
     if lines:
         print("\n".join([*lines, _STALE]), file=sys.stderr)
         return 1
-    print_line("generated code is what the protos say")
+    print_line("generated code is up to date")
     return 0
 
 
 def _report_changes(workspace: Workspace, generated: Generated, differences: Sequence[tuple[Tree, Difference]]) -> None:
-    """Says for each owner how its contract changed, and how many files are written for it."""
+    """Report the contract changes and the number of written files of each owner."""
     by_root = {tree.root: found for tree, found in differences}
     for owner in workspace.owners:
         root = f"{owner.folder}/gen"
@@ -156,7 +156,7 @@ def _report_changes(workspace: Workspace, generated: Generated, differences: Seq
         packages = [package for package, _ in owner.packages if package]
         told = changes(_installed(workspace.root / root), outline(generated.read, packages))
         _tell(f"{owner.name}: {found.summary()}")
-        for line in told or ["contract unchanged: only comments, places or the generator changed"]:
+        for line in told or ["contract unchanged: only comments, paths or the generator changed"]:
             _tell(f"  {line}")
     for tree, found in differences:
         if not found.empty and tree.root not in {f"{owner.folder}/gen" for owner in workspace.owners}:
@@ -166,14 +166,14 @@ def _report_changes(workspace: Workspace, generated: Generated, differences: Seq
 
 
 def _installed(root: Path) -> dict[str, Subject]:
-    """The outline of what lies in a gen folder already; what cannot be read there counts as nothing."""
+    """Return the outline of an existing gen folder, ignoring unreadable images."""
     found: dict[str, Subject] = {}
     for path in sorted(root.glob(f"**/{IMAGE_NAME}")):
         package = path.parent.relative_to(root).as_posix().replace("/", ".")
         try:
             found.update(outline(read_image(path.read_bytes()), [package]))
         except InvalidContract as error:
-            _tell(f"{path.relative_to(root)}: {error.message}; it is written anew")
+            _tell(f"{path.relative_to(root)}: {error.message}; it is rewritten")
     return found
 
 

@@ -1,8 +1,7 @@
 """protoc's own Python generators as one plugin of the protoc protocol, for buf: `python -m orki_codegen.protoc_shim`.
 
-gRPC has no such plugin, and its generators write what wheels should not carry: imports of orki's options, which nothing
-reads at run time, and gRPC stubs for task and tool services, or for no service at all. The shim takes both away before
-the generators see them. Its parameter lists the generators to run: `python`, `grpc_python`, `mypy_grpc`.
+gRPC has no such plugin. The shim also removes the options of orki, which are not used at run time, and task and tool
+services, which need no gRPC stubs. Its parameter lists the generators to run: `python`, `grpc_python`, `mypy_grpc`.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ _SERVICE: Final = 6  # field number of FileDescriptorProto.service, with which s
 
 
 def main() -> None:
-    """Answers one request on standard input."""
+    """Read a request from standard input and write the response."""
     request = CodeGeneratorRequest.FromString(sys.stdin.buffer.read())
     sys.stdout.buffer.write(respond(request).SerializeToString())
 
 
 def respond(request: CodeGeneratorRequest) -> CodeGeneratorResponse:
-    """What protoc's generators write for a request, sorted by name; or the error that stopped them."""
+    """Return the generated files sorted by name, or the error."""
     response = CodeGeneratorResponse(
         supported_features=CodeGeneratorResponse.FEATURE_PROTO3_OPTIONAL
         | CodeGeneratorResponse.FEATURE_SUPPORTS_EDITIONS,
@@ -106,7 +105,7 @@ def _with_services(files: Iterable[FileDescriptorProto], request: CodeGeneratorR
 
 
 def _protoc(generator: str, files: list[FileDescriptorProto], wanted: Iterable[str]) -> dict[str, str]:
-    """Runs one generator of protoc's own."""
+    """Run one generator of protoc."""
     names = sorted(wanted)
     if not names:
         return {}
@@ -117,26 +116,26 @@ def _protoc(generator: str, files: list[FileDescriptorProto], wanted: Iterable[s
         out.mkdir()
         arguments = ["protoc", f"--descriptor_set_in={image}", f"--{generator}_out={out}", *names]
         if (code := protoc.main(arguments)) != 0:
-            raise OrkiError(f"protoc's generator {generator} failed with exit code {code}; what it said stands above")
+            raise OrkiError(f"protoc's generator {generator} failed with exit code {code}; see its output above")
         written = (path for path in out.rglob("*") if path.is_file())
         return {path.relative_to(out).as_posix(): path.read_text("utf-8") for path in written}
 
 
 def _without_options(request: CodeGeneratorRequest, schema: Schema) -> list[FileDescriptorProto]:
-    """The files without orki's options and without imports of them, in the request's order: imports first."""
+    """Return the files without orki options and their imports, in the order of the request: imports first."""
     return [_stripped(schema, file.name) for file in request.proto_file if not _is_options(schema, file.name)]
 
 
 def _stripped(schema: Schema, name: str) -> FileDescriptorProto:
-    # A copy, of the schema's own class, for which the options are no unknown fields.
+    # A copy of the class of the schema, which knows the options.
     known = type(schema.files[name])()
     known.CopyFrom(schema.files[name])
     _clear_options(known)
     plain = FileDescriptorProto.FromString(known.SerializeToString())
-    gone = [index for index, each in enumerate(known.dependency) if _is_options(schema, each)]
-    plain.dependency[:] = [each for index, each in enumerate(known.dependency) if index not in gone]
+    removed = [index for index, each in enumerate(known.dependency) if _is_options(schema, each)]
+    plain.dependency[:] = [each for index, each in enumerate(known.dependency) if index not in removed]
     for indexes in (plain.public_dependency, plain.weak_dependency):
-        indexes[:] = [each - sum(index < each for index in gone) for each in indexes if each not in gone]
+        indexes[:] = [each - sum(index < each for index in removed) for each in indexes if each not in removed]
     return plain
 
 
@@ -145,7 +144,7 @@ def _is_options(schema: Schema, name: str) -> bool:
 
 
 def _clear_options(message: Message) -> None:
-    """Takes orki's options from a descriptor and all within it; an options message left empty goes too."""
+    """Remove the orki options from a descriptor and its children, and empty options messages."""
     found: list[tuple[Any, Any]] = list(message.ListFields())
     for field, value in found:
         if field.is_extension:
@@ -159,7 +158,7 @@ def _clear_options(message: Message) -> None:
 
 
 def _only_services(file: FileDescriptorProto, kept: frozenset[str]) -> FileDescriptorProto:
-    """The file with only the services of these full names, and with the comments of those."""
+    """Return the file with only some services and their comments."""
     prefix = f"{file.package}." if file.package else ""
     indexes = [index for index, service in enumerate(file.service) if prefix + service.name in kept]
     if len(indexes) == len(file.service):
