@@ -52,11 +52,7 @@ class _Candidate:
 
 
 def check_id(wanted: str) -> None:
-    """Check that `wanted` can be a prefix of a task id or a trace id.
-
-    Raises:
-        InvalidArgument: It cannot.
-    """
+    """Raise InvalidArgument unless `wanted` can be a prefix of a task id or a trace id."""
     if not _TASK_ID.fullmatch(wanted) and not _TRACE_ID.fullmatch(wanted):
         raise InvalidArgument(f'"{wanted}" is neither a task id (such as t3-01jc…) nor a trace id (32 hex digits)')
 
@@ -66,8 +62,7 @@ async def find_trace(
 ) -> TraceRange:
     """Find the trace whose id, or one of whose task ids, starts with `wanted`, by scanning the task events.
 
-    Raises:
-        UnknownTask: No trace or several match.
+    Raises UnknownTask if no trace or several match.
     """
     candidates: dict[str, _Candidate] = {}
     matching: dict[str, str] = {}
@@ -141,8 +136,8 @@ async def scan(
             if len(page) < _PAGE:
                 break
             if not first:
-                first = parse_id(page[0][0]).milliseconds
-                last = await _last_ms(link, key)
+                newest = await link.execute((b"XREVRANGE", key, b"+", b"-", b"COUNT", 1))
+                first, last = parse_id(page[0][0]).milliseconds, parse_id(newest[0][0]).milliseconds if newest else 0
             reached = parse_id(page[-1][0]).milliseconds
             progress(name, (reached - first) / max(1, last - first))
             low = f"({page[-1][0].decode()}"
@@ -179,8 +174,3 @@ async def _trimmed_since(link: Connection, stream: RegisteredStream, start_ms: i
         if state.added > state.length and (not state.first_id or parse_id(state.first_id).milliseconds > start_ms):
             return True
     return False
-
-
-async def _last_ms(link: Connection, key: str) -> int:
-    last = await link.execute((b"XREVRANGE", key, b"+", b"-", b"COUNT", 1))
-    return parse_id(last[0][0]).milliseconds if last else 0

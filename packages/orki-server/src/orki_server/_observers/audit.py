@@ -211,7 +211,9 @@ class _Audit:
         self._events = events
         self._log = log
         self._stopped = stopped
-        self._consumer = consumer_name(log.path)
+        # The name depends only on host and file, so that a restarted observer receives its pending events at once.
+        digest = hashlib.sha256(str(log.path.resolve()).encode()).hexdigest()[:12]
+        self._consumer = f"audit.{socket.gethostname()}.{digest}"
         self._decoders = EntryDecoders()
         self._registered: dict[str, RegisteredStream] = {}
         self._tasks: dict[str, tuple[int, asyncio.Task[None]]] = {}
@@ -272,9 +274,3 @@ class _Audit:
                 if self._stopped.is_set():
                     raise
                 await asyncio.sleep(_RETRY_DELAY)
-
-
-def consumer_name(path: Path) -> str:
-    """Return a consumer name that depends only on host and file."""
-    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
-    return f"audit.{socket.gethostname()}.{digest}"

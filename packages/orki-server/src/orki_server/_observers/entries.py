@@ -7,6 +7,7 @@ need no restart. Of an entry that cannot be decoded only the size is shown, sinc
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import logging
 import re
@@ -108,15 +109,12 @@ class EntryDecoder:
                 self._problem = f"the contract registered with the stream is invalid: {error.message}"
 
     def _load(self, image: bytes) -> None:
-        classes: dict[str, type[Message] | None] = {}
-
+        @functools.cache
         def known(full_name: str) -> type[Message] | None:
-            if full_name not in classes:
-                try:
-                    classes[full_name] = message_class(image, full_name)
-                except InvalidContract:
-                    classes[full_name] = None
-            return classes[full_name]
+            try:
+                return message_class(image, full_name)
+            except InvalidContract:
+                return None
 
         self._redaction = Redaction(read_image(image).contract.sensitive, known)
         self._class = message_class(image, self._message)
@@ -215,11 +213,7 @@ class MultiStreamReader:
 
     @property
     def cursor(self) -> str:
-        """The cursor after the entries that `read` returned, as formatted by `format_feed_cursor`.
-
-        Raises:
-            TooLarge: There are too many streams for one cursor.
-        """
+        """The cursor after the entries that `read` returned, as formatted by `format_feed_cursor`."""
         return format_feed_cursor(self._cursors)
 
     async def start(self) -> list[dict[str, str]]:
@@ -233,7 +227,6 @@ class MultiStreamReader:
             UnknownStream: A name is not registered; the error lists the registered names.
             InvalidArgument: A cursor has another number of partitions than its stream.
             TooLarge: There are too many streams for one cursor.
-            OrkiError: The server does not answer or refuses the command.
         """
         registered = await self._registry.streams(self._link)
         known = {each.contract.name for each in registered}
@@ -375,11 +368,7 @@ def format_feed_cursor(cursors: Mapping[str, str]) -> str:
 
 
 def parse_feed_cursor(cursor: str) -> dict[str, str]:
-    """Return the cursors of the streams in a feed cursor; an empty one has none.
-
-    Raises:
-        InvalidArgument: The text is not the result of `format_feed_cursor`.
-    """
+    """Return the cursors of the streams in a feed cursor, none for an empty one; raises InvalidArgument if invalid."""
     cursors: dict[str, str] = {}
     for part in cursor.split(";") if cursor not in ("", _EMPTY_CURSOR) else ():
         match = _PART.fullmatch(part)

@@ -19,8 +19,6 @@ class GroupStats:
     """Progress of a consumer group over all partitions.
 
     Attributes:
-        stream: Name of the stream.
-        group: Name of the group.
         missing: Whether the group is missing on a partition that exists in Redis.
         lag: Entries not delivered yet; None if the server does not know.
         pending: Entries delivered and not acknowledged.
@@ -43,15 +41,7 @@ class GroupStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamStats:
-    """Size of a stream and progress of its groups.
-
-    Attributes:
-        stream: Name of the stream.
-        message: Full name of its message.
-        partitions: Number of partitions.
-        entries: Entries in all partitions.
-        groups: Its declared groups.
-    """
+    """Size of a stream over all partitions, and progress of its declared groups."""
 
     stream: str
     message: str
