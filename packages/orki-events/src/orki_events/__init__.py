@@ -1,9 +1,12 @@
 """Typed events over Redis Streams: at-least-once delivery to declared groups, with retries and dead letters.
 
-A contract declares each stream with its message, groups and retention; a generated module provides its handle, such as
-`USAGE`. `connect` opens the event plane:
+A contract declares each stream with its message, groups and retention. Its generated module contains a handle for each
+stream, such as `USAGE`. `connect` opens the event plane:
 
 ```python
+from orki.events.v1.usage_orki import USAGE, UsageEvent
+from orki_events import connect
+
 async with connect("redis://127.0.0.1:6379/0") as events:
     await events.publish(USAGE, UsageEvent(model="m"))
     async with events.deliveries(USAGE, group="metrics") as deliveries:
