@@ -6,13 +6,20 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
+from orki_agent.hotpath._machine import BRIDGE_CALL, BRIDGE_CONNECTION, CLIENT_CALL, CLIENT_CONNECTION
 from orki_contract.transitions import Transitions
 from orki_control.session import AGENT, ATTEMPT, ORCHESTRATOR
 from orki_events._delivery_table import TRANSITIONS as DELIVERY
+from orki_server._store.lifecycle import TASK_LIFE
 
 ROOT = Path(__file__).resolve().parents[2]
 
 MACHINES: Final[tuple[tuple[str, str, Transitions[Any]], ...]] = (
+    (
+        "A task",
+        "The store's scripts take the legal moves of a task from this table. `orki_server/_store/lifecycle.py`",
+        TASK_LIFE,
+    ),
     (
         "One attempt",
         "Both ends of a session step through this table, each at its own time. `orki_control/session/_tables.py`",
@@ -33,6 +40,14 @@ MACHINES: Final[tuple[tuple[str, str, Transitions[Any]], ...]] = (
         "One machine for each consumer of a group. `orki_events/_delivery_table.py`",
         DELIVERY,
     ),
+    (
+        "A tool connection at the bridge",
+        "One machine for each connection. `orki_agent/hotpath/_machine.py`",
+        BRIDGE_CONNECTION,
+    ),
+    ("A tool call at the bridge", "One row of states for each call of a connection.", BRIDGE_CALL),
+    ("A tool connection at the client", "One machine for each connection.", CLIENT_CONNECTION),
+    ("A tool call at the client", "One row of states for each call of a connection.", CLIENT_CALL),
 )
 
 _LAWS: Final[tuple[tuple[str, str, str], ...]] = (

@@ -11,7 +11,7 @@ import pytest
 from orki_server import _keys as keys
 from orki_server._events import OutboxRecord
 from orki_server._keys import FleetKeys, ShardKeys
-from orki_server._store.lifecycle import TASK_LIFE, TIMERS
+from orki_server._store.lifecycle import TIMERS
 
 PAGE = Path(__file__).parents[3] / "docs" / "keys.md"
 SHARD = ShardKeys(7)
@@ -86,4 +86,3 @@ def test_the_page_shows_the_tables_and_the_life_of_a_task() -> None:
     assert keys.table_markdown() in page
     assert keys.fields_markdown(keys.TASK_FIELDS) in page
     assert keys.fields_markdown(keys.RECORD_FIELDS) in page
-    assert f"```mermaid\n{TASK_LIFE.mermaid()}```" in page

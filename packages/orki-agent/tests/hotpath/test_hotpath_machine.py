@@ -1,13 +1,9 @@
-"""The state machines of a tool connection: every pair of state and event, and the rules around the tables.
-
-Run this file as a script to write the diagrams to `docs/hotpath-states.md`.
-"""
+"""The state machines of a tool connection: every pair of state and event, and the rules around the tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,13 +33,12 @@ from orki_agent.hotpath._machine import (
     HandlerReturned,
     HelloDeadline,
     ReplyReceived,
-    ThreadsExhausted,
     UnnumberedFrame,
 )
 from orki_contract.errors import Draining, LocalProtocolError, RemoteProtocolError, TooManyCalls
 from orki_contract.transitions import Transitions
 
-ENDS = (HelloDeadline, FrameDeadline, BridgeStopped, ThreadsExhausted)
+ENDS = (HelloDeadline, FrameDeadline, BridgeStopped)
 EVENTS: tuple[type, ...] = (
     *ENDS,
     HelloFrame,
@@ -72,20 +67,17 @@ EXPECTED = {
         HANDSHAKE HelloDeadline    CLOSING
         HANDSHAKE FrameDeadline    CLOSING
         HANDSHAKE BridgeStopped    CLOSING
-        HANDSHAKE ThreadsExhausted CLOSING
         HANDSHAKE ConnectionLost   CLOSED
         OPEN      CallReceived     OPEN
         OPEN      CancelFrame      OPEN
         OPEN      DrainStarted     DRAINING
         OPEN      FrameDeadline    CLOSING
         OPEN      BridgeStopped    CLOSING
-        OPEN      ThreadsExhausted CLOSING
         OPEN      ConnectionLost   CLOSED
         DRAINING  CallReceived     DRAINING
         DRAINING  CancelFrame      DRAINING
         DRAINING  FrameDeadline    CLOSING
         DRAINING  BridgeStopped    CLOSING
-        DRAINING  ThreadsExhausted CLOSING
         DRAINING  ConnectionLost   CLOSED
         CLOSING   HelloFrame       CLOSING
         CLOSING   CallReceived     CLOSING
@@ -128,25 +120,6 @@ EXPECTED = {
         ABANDONED ConnectionLost ENDED
     """,
 }
-
-
-PAGE = Path(__file__).parents[4] / "docs" / "hotpath-states.md"
-
-
-def page() -> str:
-    intro = """# State machines of a tool connection
-
-Drawn from the tables in `orki_agent/hotpath/_machine.py`. An event that a state does not list is an error:
-`LocalProtocolError` if this end made it, `RemoteProtocolError` if the peer did."""
-    parts = [intro]
-    for table in EXPECTED:
-        parts.append(f"## {table.name.capitalize()}")
-        parts.append(f"```mermaid\n{table.mermaid()}```")
-    return "\n\n".join(parts) + "\n"
-
-
-def test_the_page_shows_the_tables() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(), f"run `python {Path(__file__).name}`"
 
 
 def pairs() -> Iterator[tuple[Transitions[Any], Enum, type, str | None]]:
@@ -288,7 +261,3 @@ def test_a_lost_connection_reports_the_state_of_each_call() -> None:
     assert [before.name for _, before in client.end_all()] == ["UNSENT", "SENT", "ABANDONED"]
     assert client.calls == {}
     assert client.state is ClientConnectionState.CLOSED
-
-
-if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")

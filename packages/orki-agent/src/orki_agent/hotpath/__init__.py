@@ -1,9 +1,8 @@
 """The hot path: typed tool calls over Unix sockets."""
 
-from orki_agent.hotpath._async_client import AsyncToolClient
 from orki_agent.hotpath._bridge import ToolBridge
+from orki_agent.hotpath._clients import AsyncToolClient, SyncToolClient
 from orki_agent.hotpath._options import BridgeOptions, CallHook, ToolClientOptions, ToolRecord
-from orki_agent.hotpath._sync_client import SyncToolClient
 
 __all__ = [
     "AsyncToolClient",

@@ -14,20 +14,8 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from orki.hotpath.v1.tool_orki import ErrorFrame, WelcomeFrame
+from orki_agent.hotpath import _machine as machines
 from orki_agent.hotpath._handshake import CONTRACT_TOOL, check_contract, contract_request, read_welcome
-from orki_agent.hotpath._machine import (
-    CLIENT_CALL,
-    CallCancelled,
-    CallDeadline,
-    ClientCall,
-    ClientCallState,
-    ClientClosed,
-    ClientConnectionState,
-    ClientMachine,
-    ConnectDeadline,
-    ConnectionLost,
-    FrameWritten,
-)
 from orki_agent.hotpath._options import ToolClientOptions
 from orki_agent.hotpath._platform import NO_SIGNAL, Platform, connect_nonblocking
 from orki_agent.hotpath._tool_codec import RemoteTool
@@ -41,22 +29,15 @@ from orki_agent.hotpath.frames import (
     decode_error,
     encode_cancel,
 )
-from orki_contract.errors import (
-    LocalProtocolError,
-    OrkiError,
-    PeerLost,
-    RemoteProtocolError,
-    ToolDeadline,
-    UnknownOpcode,
-)
+from orki_contract import errors
 
 _CONNECT_AGAIN: Final = 0.005
-_OPEN: Final = ClientConnectionState.OPEN
-_UNSENT: Final = CLIENT_CALL.initial
-_SENT: Final = CLIENT_CALL.next(_UNSENT, FrameWritten, LocalProtocolError)
+_OPEN: Final = machines.ClientConnectionState.OPEN
+_UNSENT: Final = machines.CLIENT_CALL.initial
+_SENT: Final = machines.CLIENT_CALL.next(_UNSENT, machines.FrameWritten, errors.LocalProtocolError)
 
 
-class PendingCall(ClientCall):
+class PendingCall(machines.ClientCall):
     """A call that has no reply yet.
 
     Attributes:
@@ -68,7 +49,11 @@ class PendingCall(ClientCall):
     __slots__ = ("deadline", "future", "tool")
 
     def __init__(
-        self, state: ClientCallState, future: asyncio.Future[tuple[Any, int]], tool: RemoteTool, deadline: float
+        self,
+        state: machines.ClientCallState,
+        future: asyncio.Future[tuple[Any, int]],
+        tool: RemoteTool,
+        deadline: float,
     ) -> None:
         self.state = state
         self.future = future
@@ -89,20 +74,14 @@ class AsyncTransport:
         self,
         sock: socket.socket,
         decoder: FrameDecoder,
-        machine: ClientMachine[PendingCall],
+        machine: machines.ClientMachine[PendingCall],
         welcome: WelcomeFrame,
         options: ToolClientOptions,
         changed: Callable[[], None],
     ) -> None:
-        """Take over a connected socket.
+        """Take over a non-blocking socket, with the decoder and the machine that have received the welcome.
 
-        Args:
-            sock: Non-blocking.
-            decoder: The decoder that has read the welcome.
-            machine: The machine that has received the welcome.
-            welcome: The bridge's limits.
-            options: The client's limits.
-            changed: Called when another call may be possible, or the connection has ended.
+        `changed` is called when another call may be possible, or the connection has ended.
         """
         self.checked: set[str] = set()
         self.machine = machine
@@ -123,7 +102,6 @@ class AsyncTransport:
 
     @property
     def alive(self) -> bool:
-        """Whether the connection is open."""
         return self.machine.state is _OPEN
 
     @property
@@ -133,13 +111,11 @@ class AsyncTransport:
 
     @property
     def ready(self) -> bool:
-        """Whether the connection is open and not full."""
         machine = self.machine
         return machine.state is _OPEN and len(machine.calls) < self._max_calls and not self._unsent
 
     @property
     def next_number(self) -> int:
-        """Correlation of the next call."""
         return self._last + 1
 
     def call(self, tool: RemoteTool, frame: bytes, timeout_us: int) -> asyncio.Future[tuple[Any, int]]:
@@ -155,7 +131,7 @@ class AsyncTransport:
         state = _SENT if self._write(number, frame) else _UNSENT
         machine = self.machine
         if machine.state is not _OPEN:
-            raise PeerLost("the tool bridge closed the connection", fully_written=False)
+            raise errors.PeerLost("the tool bridge closed the connection", fully_written=False)
         machine.calls[number] = PendingCall(state, future, tool, deadline)
         if self._timer is None or deadline < self._timer_at:
             self._set_timer(deadline)
@@ -175,9 +151,9 @@ class AsyncTransport:
                 frame = CONTRACT_TOOL.frame(request, number, timeout_us, NO_TRACE)
                 answer, _ = await self.call(CONTRACT_TOOL, frame, timeout_us)
                 check_contract(service, answer)
-            except (PeerLost, ToolDeadline) as error:
-                raise PeerLost(error.message, fully_written=False) from None
-            except UnknownOpcode:
+            except (errors.PeerLost, errors.ToolDeadline) as error:
+                raise errors.PeerLost(error.message, fully_written=False) from None
+            except errors.UnknownOpcode:
                 pass  # The bridge is older than the contract check.
             except asyncio.CancelledError:
                 self.cancel(number)
@@ -186,28 +162,28 @@ class AsyncTransport:
 
     def cancel(self, number: int) -> None:
         """Ask the bridge to cancel a call, which counts as in flight until the bridge answers."""
-        if self.machine.abandon(number, CallCancelled):
+        if self.machine.abandon(number, machines.CallCancelled):
             self._write(0, encode_cancel(number))
 
     def close(self) -> None:
         """Close the connection; waiting calls get `PeerLost`."""
         if self.alive:
-            self.machine.apply(ClientClosed)
+            self.machine.apply(machines.ClientClosed)
             self._end("the client was closed")
 
     def close_descriptor(self) -> None:
         """Close the descriptor without using the loop, which a forked child shares with its parent."""
         if self.alive:
-            self.machine.apply(ClientClosed)
+            self.machine.apply(machines.ClientClosed)
         self._sock.close()
 
-    def _lose(self, reason: str, error: Callable[[], OrkiError] | None = None) -> None:
+    def _lose(self, reason: str, error: Callable[[], errors.OrkiError] | None = None) -> None:
         """End a lost connection; waiting calls get what `error` returns, or `PeerLost`."""
         if self.alive:
-            self.machine.apply(ConnectionLost)
+            self.machine.apply(machines.ConnectionLost)
             self._end(reason, error)
 
-    def _end(self, reason: str, error: Callable[[], OrkiError] | None = None) -> None:
+    def _end(self, reason: str, error: Callable[[], errors.OrkiError] | None = None) -> None:
         self._loop.remove_reader(self._sock)
         self._loop.remove_writer(self._sock)
         self._sock.close()
@@ -217,11 +193,9 @@ class AsyncTransport:
         self._unsent.clear()
         for call, state in self.machine.end_all():
             if not call.future.done():
-                lost = PeerLost(f"the tool bridge is lost: {reason}", fully_written=state is not _UNSENT)
+                lost = errors.PeerLost(f"the tool bridge is lost: {reason}", fully_written=state is not _UNSENT)
                 call.future.set_exception(error() if error is not None else lost)
         self._changed()
-
-    # -- receiving ----------------------------------------------------------------------------------------------------
 
     def _readable(self) -> None:
         decoder = self._decoder
@@ -241,7 +215,7 @@ class AsyncTransport:
             while fields is not None and machine.state is _OPEN:
                 self._take(fields)
                 fields = decoder.next_frame() if decoder.filled else None
-        except OrkiError as error:
+        except errors.OrkiError as error:
             kind, reason = type(error), error.message
             self._lose(reason, lambda: kind(reason))
 
@@ -254,7 +228,7 @@ class AsyncTransport:
             self._end("it ended the connection", lambda: decode_error(frame))
             return
         if not flags & FLAG_REPLY:
-            raise RemoteProtocolError(f"the bridge sent a frame (opcode {opcode:#06x}) that is no reply")
+            raise errors.RemoteProtocolError(f"the bridge sent a frame (opcode {opcode:#06x}) that is no reply")
         call = machine.receive_reply(number)
         if call is not None and not call.future.done():
             tool = call.tool
@@ -262,16 +236,14 @@ class AsyncTransport:
                 call.future.set_exception(decode_error(Frame(*fields)))
             elif opcode != tool.opcode:
                 wrong = f"the bridge answered {tool.method} with opcode {opcode:#06x}"
-                call.future.set_exception(RemoteProtocolError(wrong))
-                raise RemoteProtocolError(wrong)
+                call.future.set_exception(errors.RemoteProtocolError(wrong))
+                raise errors.RemoteProtocolError(wrong)
             else:
                 try:
                     call.future.set_result((tool.decode(body, block_length, version), len(body)))
                 except Exception as error:
                     call.future.set_exception(tool.unreadable(error))
         self._changed()
-
-    # -- sending ------------------------------------------------------------------------------------------------------
 
     def _write(self, number: int, frame: bytes) -> bool:
         """Send a frame and queue what the kernel does not accept; 0 is the number of a frame that is no call.
@@ -313,8 +285,6 @@ class AsyncTransport:
             self._loop.remove_writer(self._sock)
             self._changed()
 
-    # -- deadlines ----------------------------------------------------------------------------------------------------
-
     def _set_timer(self, deadline: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -328,10 +298,10 @@ class AsyncTransport:
         waiting = []
         for number, call in self.machine.calls.items():
             if call.deadline > now:
-                if call.state is not ClientCallState.ABANDONED:
+                if call.state is not machines.ClientCallState.ABANDONED:
                     waiting.append(call.deadline)
-            elif self.machine.abandon(number, CallDeadline) and not call.future.done():
-                call.future.set_exception(ToolDeadline(f"no reply of {call.tool.method} arrived in time"))
+            elif self.machine.abandon(number, machines.CallDeadline) and not call.future.done():
+                call.future.set_exception(errors.ToolDeadline(f"no reply of {call.tool.method} arrived in time"))
         if waiting:
             self._set_timer(min(waiting))
 
@@ -347,7 +317,7 @@ async def open_transport(
         OrkiError: Another error of the bridge.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    machine: ClientMachine[PendingCall] = ClientMachine()
+    machine: machines.ClientMachine[PendingCall] = machines.ClientMachine()
     try:
         sock.setblocking(False)
         decoder = FrameDecoder(options.max_frame_bytes)
@@ -360,11 +330,11 @@ async def open_transport(
                     sock.send(hello, NO_SIGNAL)
                 welcome = read_welcome(machine, await _first_frame(sock, decoder))
         except TimeoutError:
-            machine.apply(ConnectDeadline)
-            raise PeerLost(f"the tool bridge at {path} did not answer in time", fully_written=False) from None
+            machine.apply(machines.ConnectDeadline)
+            raise errors.PeerLost(f"the tool bridge at {path} did not answer in time", fully_written=False) from None
         except OSError as error:
-            machine.apply(ConnectionLost)
-            raise PeerLost(f"no tool bridge at {path}: {error.strerror}", fully_written=False) from None
+            machine.apply(machines.ConnectionLost)
+            raise errors.PeerLost(f"no tool bridge at {path}: {error.strerror}", fully_written=False) from None
         return AsyncTransport(sock, decoder, machine, welcome, options, changed)
     except BaseException:
         sock.close()
@@ -377,5 +347,5 @@ async def _first_frame(sock: socket.socket, decoder: FrameDecoder) -> Frame:
     while (fields := decoder.next_frame(count)) is None:
         count = await loop.sock_recv_into(sock, decoder.writable())
         if not count:
-            raise PeerLost("the tool bridge closed the connection before its welcome", fully_written=False)
+            raise errors.PeerLost("the tool bridge closed the connection before its welcome", fully_written=False)
     return Frame(*fields)

@@ -15,11 +15,10 @@ from math import inf
 from types import TracebackType
 from typing import Final, Self
 
-from orki_agent.hotpath._bridge_state import BridgeState
-from orki_agent.hotpath._connection import Connection
+from orki_agent.hotpath._connection import BridgeState, Connection
 from orki_agent.hotpath._handlers import HandlerLoop, handlers_of
 from orki_agent.hotpath._handshake import TOKEN_BYTES, contract_handler
-from orki_agent.hotpath._machine import BridgeStopped, ThreadsExhausted
+from orki_agent.hotpath._machine import BridgeStopped
 from orki_agent.hotpath._options import BridgeOptions
 from orki_agent.hotpath._platform import SYSTEM, Platform, SocketPath, after_fork
 from orki_agent.hotpath.frames import OP_CONTRACT, encode_error
@@ -187,11 +186,7 @@ class _RunningBridge:
 
 
 class Monitor:
-    """A thread that accepts connections and applies their timers.
-
-    Attributes:
-        connections: The open connections.
-    """
+    """A thread that accepts connections and applies their timers."""
 
     def __init__(self, listener: socket.socket, state: BridgeState, platform: Platform) -> None:
         self.connections: set[Connection] = set()
@@ -302,7 +297,7 @@ class Monitor:
         try:
             state.pool.start(connection.run)
         except RuntimeError:
-            connection.expel(ThreadsExhausted, Overloaded("the bridge has no thread left"))
+            connection.expel(BridgeStopped, Overloaded("the bridge has no thread left"))
             connection.close_descriptor()
             self._closed(connection)
 

@@ -7,6 +7,7 @@ the answer and ends. A lock serialises the machine, so exactly one thread answer
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
@@ -17,48 +18,14 @@ from time import monotonic
 from typing import Any, Final
 
 from orki.hotpath.v1.tool_orki import CancelFrame, HelloFrame
-from orki_agent.hotpath._bridge_state import BridgeState
+from orki_agent.hotpath import _machine as machines
+from orki_agent.hotpath import frames
 from orki_agent.hotpath._frame_writer import FrameWriter
-from orki_agent.hotpath._handlers import Call, Origin, ToolHandler, error_frame, reply_frame
+from orki_agent.hotpath._handlers import Call, HandlerLoop, Origin, ToolHandler, error_frame, reply_frame
 from orki_agent.hotpath._handshake import HELLO_BYTES, accept_hello
-from orki_agent.hotpath._machine import (
-    BRIDGE_CALL,
-    BridgeCallState,
-    BridgeConnectionState,
-    BridgeMachine,
-    BridgeStopped,
-    CallDeadline,
-    CallReceived,
-    ConnectionLost,
-    DrainStarted,
-    FrameDeadline,
-    HandlerReturned,
-    HelloDeadline,
-    ReplyReceived,
-    ThreadsExhausted,
-    UnnumberedFrame,
-)
-from orki_agent.hotpath.frames import (
-    FIRST_TOOL_OPCODE,
-    FLAG_REPLY,
-    OP_CANCEL,
-    OP_HELLO,
-    Fields,
-    Frame,
-    FrameDecoder,
-    encode_error,
-    unpack_span,
-)
-from orki_contract.errors import (
-    FrameMalformed,
-    HelloTimeout,
-    LocalProtocolError,
-    OrkiError,
-    Overloaded,
-    ToolCancelled,
-    ToolDeadline,
-    UnknownOpcode,
-)
+from orki_agent.hotpath._options import BridgeOptions
+from orki_agent.hotpath._thread_pool import ThreadPool
+from orki_contract import errors
 from orki_contract.trace import Span, use_span
 
 BLOCKING_AFTER: Final = 0.002
@@ -67,9 +34,9 @@ _CLOSE_AGAIN: Final = 0.02
 """Seconds between attempts to shut down a connection on which another thread is writing."""
 _MAX_LISTED: Final = 32
 
-_OPEN: Final = BridgeConnectionState.OPEN
-_INLINE: Final = BridgeCallState.INLINE
-_RETURNED: Final = BRIDGE_CALL.next(_INLINE, HandlerReturned, LocalProtocolError)
+_OPEN: Final = machines.BridgeConnectionState.OPEN
+_INLINE: Final = machines.BridgeCallState.INLINE
+_RETURNED: Final = machines.BRIDGE_CALL.next(_INLINE, machines.HandlerReturned, errors.LocalProtocolError)
 """The step of a call that the monitor does not detach, looked up once: it is part of every quick call."""
 
 _log = logging.getLogger("orki_agent.hotpath")
@@ -85,27 +52,71 @@ def _context_in(span: Span | None) -> Context:
     return Context().run(capture)
 
 
-class Connection:
-    """A connection from its acceptance to its end.
+class BridgeState:
+    """The state that the connections of a bridge share.
 
     Attributes:
-        uid: The user at the other end.
-        machine: States of the connection and its calls.
+        pool: Threads that read connections, run blocking handlers and finish writes.
+        handler_loop: Runs async handlers; None if there are none.
+        blocked: Number of blocking handlers that run in threads of their own.
+        changed: Notified when a connection closes and, while draining, when a call ends.
+        monitor_asleep: Whether the monitor has to be woken to notice a new call in time.
+        wakeup: Becomes readable when the monitor has to wake.
     """
+
+    def __init__(self, options: BridgeOptions, token: bytes, tools: dict[int, ToolHandler]) -> None:
+        self.options = options
+        self.token = token
+        self.tools = tools
+        self.pool = ThreadPool("orki-tools")
+        self.handler_loop: HandlerLoop | None = None
+        self.max_timeout_us = int(options.call_timeout * 1_000_000)
+        self.draining = False
+        self.blocked = 0
+        self.changed = threading.Condition()
+        self.monitor_asleep = False
+        self.wakeup, self._wake = socket.socketpair()
+        self.wakeup.setblocking(False)
+        self._wake.setblocking(False)
+        self._lock = threading.Lock()
+
+    def wake_monitor(self) -> None:
+        self.monitor_asleep = False
+        # A full pipe wakes the monitor as well; after `close` there is none.
+        with contextlib.suppress(OSError):
+            self._wake.send(b"\0")
+
+    def notify(self) -> None:
+        """Wake a thread that waits for calls or connections to end."""
+        with self.changed:
+            self.changed.notify_all()
+
+    def acquire_thread(self) -> bool:
+        """Reserve a thread for a blocking handler; return False if `max_blocked` are in use."""
+        with self._lock:
+            if self.blocked >= self.options.max_blocked:
+                return False
+            self.blocked += 1
+            return True
+
+    def release_thread(self) -> None:
+        with self._lock:
+            self.blocked -= 1
+
+    def close(self) -> None:
+        self.wakeup.close()
+        self._wake.close()
+
+
+class Connection:
+    """A connection from its acceptance to its end."""
 
     def __init__(
         self, sock: socket.socket, uid: int, bridge: BridgeState, closed: Callable[[Connection], None]
     ) -> None:
-        """Wrap an accepted socket; `run` reads it.
-
-        Args:
-            sock: Blocking; owned by the connection.
-            uid: The user at the other end.
-            bridge: Shared state.
-            closed: Called at the end.
-        """
+        """Take over an accepted, blocking socket; `run` reads it, and `closed` is called at the end."""
         self.uid = uid
-        self.machine: BridgeMachine[Call] = BridgeMachine(bridge.options.max_calls)
+        self.machine: machines.BridgeMachine[Call] = machines.BridgeMachine(bridge.options.max_calls)
         self._lock = threading.Lock()
         self._bridge = bridge
         self._tools = bridge.tools
@@ -114,7 +125,7 @@ class Connection:
         self._closed = closed
         self._sock = sock
         self._receive = sock.recv_into
-        self._decoder = FrameDecoder(min(self._max_frame_bytes, HELLO_BYTES))
+        self._decoder = frames.FrameDecoder(min(self._max_frame_bytes, HELLO_BYTES))
         self._writer = FrameWriter(sock, bridge.pool, bridge.options.frame_timeout)
         self._put_now = self._writer.put_now
         self._client = ""
@@ -125,14 +136,12 @@ class Connection:
         self._origin: Origin = ("", None)
         self._context = _context_in(None)
 
-    # -- reading ------------------------------------------------------------------------------------------------------
-
     def run(self) -> None:
         """Read until the connection ends or another thread reads it."""
         try:
             handed_over = self._read()
-        except OrkiError as error:
-            self._writer.put(encode_error(0, error), may_block=True)
+        except errors.OrkiError as error:
+            self._writer.put(frames.encode_error(0, error), may_block=True)
         except OSError:
             pass  # The peer has closed the connection.
         except Exception:
@@ -163,7 +172,7 @@ class Connection:
             if not self._take(fields):
                 return True
 
-    def _take(self, fields: Fields) -> bool:
+    def _take(self, fields: frames.Fields) -> bool:
         """Handle a frame; return False if another thread reads now."""
         flags, opcode, block_length, version, correlation, timeout_us, trace, body = fields
         machine = self.machine
@@ -176,16 +185,16 @@ class Connection:
             or not correlation
             or (calls and (correlation in calls or len(calls) >= self._max_calls))
         ):
-            handled = self._take_other(Frame(*fields))
+            handled = self._take_other(frames.Frame(*fields))
             if handled or tool is None:
                 return True
         try:
             request = tool.decode(body, block_length, version)
         except Exception as error:
-            self._writer.put(encode_error(correlation, _malformed(tool, error)), may_block=True)
+            self._writer.put(frames.encode_error(correlation, _malformed(tool, error)), may_block=True)
             return True
         if trace != self._trace:
-            span = unpack_span(trace)
+            span = frames.unpack_span(trace)
             self._trace, self._origin, self._context = trace, (self._client, span), _context_in(span)
         call = Call(self._origin, tool, correlation, timeout_us)
         if tool.detached:
@@ -260,72 +269,71 @@ class Connection:
         if self._bridge.monitor_asleep:
             self._bridge.wake_monitor()
 
-    def _take_other(self, frame: Frame) -> bool:
+    def _take_other(self, frame: frames.Frame) -> bool:
         """Handle a frame that may not be a call to run; return False if it is one after all.
 
         Raises:
             RemoteProtocolError, PeerRefused, FrameVersion, FrameMalformed, InvalidArgument: The connection must end.
         """
         event, correlation = _event_of(frame), frame.correlation
-        if event is HelloFrame and self.machine.state is BridgeConnectionState.HANDSHAKE:
+        if event is HelloFrame and self.machine.state is machines.BridgeConnectionState.HANDSHAKE:
             self._welcome(frame)
             return True
         with self._lock:
             self.machine.receive(event)
             if not self.machine.reading:
                 return True
-            refusal = self.machine.refusal(correlation) if event is CallReceived else None
+            refusal = self.machine.refusal(correlation) if event is machines.CallReceived else None
         if event is CancelFrame:
-            self._abandon(correlation, CancelFrame, ToolCancelled("the caller cancelled the call"))
+            self._abandon(correlation, CancelFrame, errors.ToolCancelled("the caller cancelled the call"))
             return True
         if frame.opcode not in self._tools:
-            refusal = UnknownOpcode(f"opcode {frame.opcode:#06x} is not served here; served are {self._served()}")
+            refusal = errors.UnknownOpcode(
+                f"opcode {frame.opcode:#06x} is not served here; served are {self._served()}"
+            )
         if refusal is None:
             return False  # Another thread has just answered the call that was in the way.
-        self._writer.put(encode_error(correlation, refusal), may_block=True)
+        self._writer.put(frames.encode_error(correlation, refusal), may_block=True)
         return True
 
-    def _welcome(self, frame: Frame) -> None:
+    def _welcome(self, frame: frames.Frame) -> None:
         self._client, welcome = accept_hello(frame, self._bridge.token, self._bridge.options)
         with self._lock:
             self.machine.receive(HelloFrame)
             if self._bridge.draining and self.machine.reading:
-                self.machine.apply(DrainStarted)
+                self.machine.apply(machines.DrainStarted)
         self._decoder.max_frame_bytes = self._max_frame_bytes
         self._writer.put(welcome, may_block=True)
 
     def _served(self) -> str:
         """List the first opcodes that users declared, for a message."""
-        served = sorted((opcode, tool) for opcode, tool in self._tools.items() if opcode >= FIRST_TOOL_OPCODE)
+        served = sorted((opcode, tool) for opcode, tool in self._tools.items() if opcode >= frames.FIRST_TOOL_OPCODE)
         return ", ".join(f"{opcode:#06x} ({tool.name})" for opcode, tool in served[:_MAX_LISTED])
 
-    # -- answering and ending -----------------------------------------------------------------------------------------
-
-    def end_calls(self, error: OrkiError) -> None:
+    def end_calls(self, error: errors.OrkiError) -> None:
         """Answer every detached call with an error because the bridge stops, and tell the handler that runs inline."""
         for correlation in tuple(self.machine.calls.copy()):
-            self._abandon(correlation, BridgeStopped, error)
+            self._abandon(correlation, machines.BridgeStopped, error)
         with self._lock:
             call = self.machine.stop_inline()
         if call is not None:
             call.tell_cancelled()
 
     def drain(self) -> None:
-        """Refuse new calls from now on."""
         with self._lock:
-            if self.machine.reading and self.machine.state is not BridgeConnectionState.DRAINING:
-                self.machine.apply(DrainStarted)
+            if self.machine.reading and self.machine.state is not machines.BridgeConnectionState.DRAINING:
+                self.machine.apply(machines.DrainStarted)
 
-    def expel(self, event: type, error: OrkiError | None = None) -> None:
+    def expel(self, event: type, error: errors.OrkiError | None = None) -> None:
         """End the connection because of `event`, and send the error if there is one. Does not block."""
         with self._lock:
             first = self.machine.reading
-            if event is HelloDeadline and self.machine.state is not BridgeConnectionState.HANDSHAKE:
+            if event is machines.HelloDeadline and self.machine.state is not machines.BridgeConnectionState.HANDSHAKE:
                 return  # The hello has just arrived.
             if first:
                 self.machine.apply(event)
         if first and error is not None:
-            self._writer.put(encode_error(0, error), may_block=False)
+            self._writer.put(frames.encode_error(0, error), may_block=False)
         self._writer.shut_down()
 
     def close_descriptor(self) -> None:
@@ -344,30 +352,28 @@ class Connection:
         if self._bridge.draining:
             self._bridge.notify()
 
-    def _abandon(self, correlation: int, event: type, error: OrkiError) -> None:
+    def _abandon(self, correlation: int, event: type, error: errors.OrkiError) -> None:
         """Answer a detached call with an error and tell its handler; does nothing if it was answered before."""
         with self._lock:
             call = self.machine.abandon(correlation, event)
         if call is not None:
-            self._writer.put(encode_error(correlation, error), may_block=False)
+            self._writer.put(frames.encode_error(correlation, error), may_block=False)
             call.tell_cancelled()
 
     def _close(self) -> None:
         self._writer.close()
         with self._lock:
-            self.machine.apply(ConnectionLost)
-            lost = self.machine.abandon_all(ConnectionLost)
+            self.machine.apply(machines.ConnectionLost)
+            lost = self.machine.abandon_all(machines.ConnectionLost)
         for call in lost:
             call.tell_cancelled()
         self._closed(self)
-
-    # -- called by the monitor ----------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> float:
         """Apply the timers that are due; return the time of the next tick. Does not block."""
         machine = self.machine
         again = self._watch_stream(now) if machine.reading else now + _CLOSE_AGAIN
-        if machine.state is BridgeConnectionState.CLOSING:
+        if machine.state is machines.BridgeConnectionState.CLOSING:
             self._writer.shut_down()  # A shutdown does nothing while another thread is writing.
         inline = machine.inline
         if inline is not None and inline.state is _INLINE:
@@ -375,8 +381,8 @@ class Connection:
         for call in machine.calls.copy().values():
             if now >= call.deadline:
                 limit = call.deadline - call.started
-                error = ToolDeadline(f"{call.tool.name} did not end within {limit:.3f} s")
-                self._abandon(call.correlation, CallDeadline, error)
+                error = errors.ToolDeadline(f"{call.tool.name} did not end within {limit:.3f} s")
+                self._abandon(call.correlation, machines.CallDeadline, error)
             else:
                 again = min(again, call.deadline)
         return again
@@ -391,15 +397,15 @@ class Connection:
     def _watch_stream(self, now: float) -> float:
         """Apply the deadlines of the hello and of an unfinished frame."""
         options, again = self._bridge.options, inf
-        if self.machine.state is BridgeConnectionState.HANDSHAKE:
+        if self.machine.state is machines.BridgeConnectionState.HANDSHAKE:
             again = self._opened + options.handshake_timeout
             if now >= again:
-                self.expel(HelloDeadline, HelloTimeout("no hello arrived in time"))
+                self.expel(machines.HelloDeadline, errors.HelloTimeout("no hello arrived in time"))
                 return now + _CLOSE_AGAIN
         if begun := self._frame_begun:
             limit = begun + options.frame_timeout
             if now >= limit:
-                self.expel(FrameDeadline, FrameMalformed("a frame was not finished in time"))
+                self.expel(machines.FrameDeadline, errors.FrameMalformed("a frame was not finished in time"))
                 return now + _CLOSE_AGAIN
             again = min(again, limit)
         return again
@@ -427,19 +433,20 @@ class Connection:
         try:
             self._bridge.pool.start(self.run)
         except RuntimeError:
-            self.expel(ThreadsExhausted, Overloaded("the bridge has no thread left to read the connection"))
+            error = errors.Overloaded("the bridge has no thread left to read the connection")
+            self.expel(machines.BridgeStopped, error)
         return now + BLOCKING_AFTER
 
 
-def _event_of(frame: Frame) -> type:
+def _event_of(frame: frames.Frame) -> type:
     """Return the machine's event for a frame of a client."""
-    if frame.flags & FLAG_REPLY:
-        return ReplyReceived
+    if frame.flags & frames.FLAG_REPLY:
+        return machines.ReplyReceived
     if not frame.correlation:
-        return HelloFrame if frame.opcode == OP_HELLO else UnnumberedFrame
-    return CancelFrame if frame.opcode == OP_CANCEL else CallReceived
+        return HelloFrame if frame.opcode == frames.OP_HELLO else machines.UnnumberedFrame
+    return CancelFrame if frame.opcode == frames.OP_CANCEL else machines.CallReceived
 
 
-def _malformed(tool: ToolHandler, error: Exception) -> OrkiError:
-    reason = error.message if isinstance(error, OrkiError) else f"{type(error).__name__}: {error}"
-    return FrameMalformed(f"the request is no {tool.request.kind.__name__} of {tool.name}: {reason}")
+def _malformed(tool: ToolHandler, error: Exception) -> errors.OrkiError:
+    reason = error.message if isinstance(error, errors.OrkiError) else f"{type(error).__name__}: {error}"
+    return errors.FrameMalformed(f"the request is no {tool.request.kind.__name__} of {tool.name}: {reason}")

@@ -14,22 +14,12 @@ from typing import Any, Final
 from orki_agent.hotpath._machine import BRIDGE_CALL, BridgeCall
 from orki_agent.hotpath._tool_codec import PayloadCodec, codec_of
 from orki_agent.hotpath.frames import HEADER, HEADER_BYTES, NO_TRACE, REPLY_PREFIX, encode_error
-from orki_contract import AsyncToolService, SyncToolService, Tool
-from orki_contract.errors import (
-    FrameTooLarge,
-    InvalidArgument,
-    InvalidResponse,
-    InvalidSetting,
-    Overloaded,
-    TooLarge,
-    ToolCancelled,
-    ToolFailed,
-)
+from orki_contract import AsyncToolService, SyncToolService, Tool, errors
 from orki_contract.trace import Span
 
 _log = logging.getLogger("orki_agent.hotpath")
 
-_PASSED_ON: Final = (ToolFailed, InvalidArgument, Overloaded, TooLarge)
+_PASSED_ON: Final = (errors.ToolFailed, errors.InvalidArgument, errors.Overloaded, errors.TooLarge)
 """Errors of a handler that reach the caller unchanged; any other becomes `ToolFailed`."""
 
 _INITIAL: Final = BRIDGE_CALL.initial
@@ -43,30 +33,9 @@ class ToolHandler:
     """A tool and its handler.
 
     Attributes:
-        opcode: Number of the tool.
-        name: Full name of the tool.
-        handler: Takes request and call; a coroutine function if `is_async`.
-        is_async: Whether the handler runs on the bridge's event loop.
-        request: Codec of the request.
-        decode: `request.decode`.
-        response: Codec of the response.
-        timeout: Timeout in seconds of a call that has none.
         detached: Whether the handler does not run on the reading thread: an async handler, or a sync one that blocked.
         quick_runs: Quick runs in a row since the handler blocked.
     """
-
-    __slots__ = (
-        "decode",
-        "detached",
-        "handler",
-        "is_async",
-        "name",
-        "opcode",
-        "quick_runs",
-        "request",
-        "response",
-        "timeout",
-    )
 
     def __init__(self, tool: Tool[Any, Any], handler: Callable[[Any, Any], Any], is_async: bool) -> None:
         self.opcode: Final = tool.contract.opcode
@@ -97,15 +66,15 @@ def handlers_of(services: Iterable[AsyncToolService | SyncToolService]) -> dict[
     for service in services:
         known: object = service  # callers may not run a type checker
         if not isinstance(known, AsyncToolService | SyncToolService) or not service.TOOLS:
-            raise InvalidSetting(f"{type(service).__name__} is no tool service: derive it from a generated base")
+            raise errors.InvalidSetting(f"{type(service).__name__} is no tool service: derive it from a generated base")
         for tool in service.TOOLS:
             entry = ToolHandler(tool, getattr(service, tool.attribute), isinstance(service, AsyncToolService))
             if entry.opcode in handlers:
                 other = handlers[entry.opcode].name
-                raise InvalidSetting(f"{entry.name} and {other} both have opcode {entry.opcode:#06x}")
+                raise errors.InvalidSetting(f"{entry.name} and {other} both have opcode {entry.opcode:#06x}")
             handlers[entry.opcode] = entry
     if not handlers:
-        raise InvalidSetting("a tool bridge needs at least one tool service")
+        raise errors.InvalidSetting("a tool bridge needs at least one tool service")
     return handlers
 
 
@@ -150,7 +119,6 @@ class Call(BridgeCall):
         return self._origin[1]
 
     def start_clock(self, now: float, max_timeout_us: int) -> None:
-        """Start the call's timeout."""
         self.started = now
         limit = min(self.timeout_us, max_timeout_us) / 1_000_000 if self.timeout_us else self.tool.timeout
         self.deadline = now + limit
@@ -168,16 +136,16 @@ def reply_frame(call: Call, reply: Any, max_frame_bytes: int) -> bytes:
     codec = tool.response
     if type(reply) is not codec.kind:
         reason = f"{tool.name} returned {type(reply).__name__} instead of {codec.kind.__name__}"
-        return encode_error(call.correlation, InvalidResponse(reason))
+        return encode_error(call.correlation, errors.InvalidResponse(reason))
     try:
         body = codec.encode(reply)
     except Exception as error:
         reason = f"{tool.name} returned a reply that cannot be encoded: {error}"
-        return encode_error(call.correlation, InvalidResponse(reason))
+        return encode_error(call.correlation, errors.InvalidResponse(reason))
     length = HEADER_BYTES + len(body)
     if length > max_frame_bytes:
         reason = f"the reply of {tool.name} makes a frame of {length} bytes, the maximum is {max_frame_bytes}"
-        return encode_error(call.correlation, FrameTooLarge(reason))
+        return encode_error(call.correlation, errors.FrameTooLarge(reason))
     # Inlined `encode_reply`: the function call would add measurably to each tool call.
     return (
         _pack(REPLY_PREFIX, tool.opcode, codec.block_length, length, codec.version, call.correlation, 0, NO_TRACE)
@@ -190,9 +158,9 @@ def error_frame(call: Call, error: BaseException) -> bytes:
     if isinstance(error, _PASSED_ON):
         return encode_error(call.correlation, error)
     if call.cancelled:
-        return encode_error(call.correlation, ToolCancelled(f"{call.tool.name} was cancelled"))
+        return encode_error(call.correlation, errors.ToolCancelled(f"{call.tool.name} was cancelled"))
     _log.error("the handler of %s failed", call.tool.name, exc_info=error)
-    return encode_error(call.correlation, ToolFailed(f"{call.tool.name}: {type(error).__name__}: {error}"))
+    return encode_error(call.correlation, errors.ToolFailed(f"{call.tool.name}: {type(error).__name__}: {error}"))
 
 
 Finish = Callable[[Call, bytes], object]
@@ -215,7 +183,7 @@ class HandlerLoop:
         try:
             self._loop.call_soon_threadsafe(self._start, call, request, context, finish)
         except RuntimeError:
-            finish(call, encode_error(call.correlation, ToolCancelled("the bridge stops")))
+            finish(call, encode_error(call.correlation, errors.ToolCancelled("the bridge stops")))
 
     def close(self, timeout: float) -> bool:
         """Cancel the tasks and stop the loop; return whether its thread has ended."""

@@ -14,44 +14,25 @@ from functools import cache, lru_cache
 from typing import Any, Final
 
 from orki.hotpath.v1.tool_orki import ContractAnswerFrame, ContractFrame, ErrorFrame, HelloFrame, WelcomeFrame
+from orki_agent.hotpath import frames
 from orki_agent.hotpath._handlers import ToolHandler
 from orki_agent.hotpath._machine import ClientMachine, ReplyReceived
 from orki_agent.hotpath._options import BridgeOptions
 from orki_agent.hotpath._tool_codec import RemoteTool
-from orki_agent.hotpath.frames import (
-    HEADER_BYTES,
-    OP_CONTRACT,
-    OP_ERROR,
-    OP_WELCOME,
-    PROTOCOL,
-    Frame,
-    decode_error,
-    encode_hello,
-    encode_welcome,
-)
-from orki_contract import Tool
-from orki_contract.errors import (
-    ContractMismatch,
-    FrameVersion,
-    InvalidArgument,
-    InvalidContract,
-    InvalidSetting,
-    PeerRefused,
-    RemoteProtocolError,
-    UnknownMethod,
-)
+from orki_agent.hotpath.frames import PROTOCOL, Frame
+from orki_contract import Tool, errors
 from orki_contract.findings import Fit, service_fit
 from orki_contract.images import image_of, package_version, service_digest
 from orki_contract.read import read_image
 
 TOKEN_BYTES: Final = 32
 _NAME_BYTES: Final = 256
-HELLO_BYTES: Final = HEADER_BYTES + 40 + _NAME_BYTES + 512
+HELLO_BYTES: Final = frames.HEADER_BYTES + 40 + _NAME_BYTES + 512
 """Longest frame before the handshake is complete; leaves room for fields of later versions."""
 
 _CONTRACT: Final = Tool.declare(
     "orki.hotpath.v1.ToolBridge/Contract",
-    opcode=OP_CONTRACT,
+    opcode=frames.OP_CONTRACT,
     request=ContractFrame,
     response=ContractAnswerFrame,
 )
@@ -71,10 +52,10 @@ def hello_frame(token: bytes, name: str) -> bytes:
         InvalidSetting: Token or name have the wrong length.
     """
     if len(token) != TOKEN_BYTES:
-        raise InvalidSetting(f"the token has {len(token)} bytes, it must have {TOKEN_BYTES} bytes")
+        raise errors.InvalidSetting(f"the token has {len(token)} bytes, it must have {TOKEN_BYTES} bytes")
     if not 0 < len(name.encode()) <= _NAME_BYTES:
-        raise InvalidSetting(f"the client's name must have 1 to {_NAME_BYTES} bytes of UTF-8")
-    return encode_hello(HelloFrame(token=token, protocol_min=PROTOCOL, protocol_max=PROTOCOL, client=name))
+        raise errors.InvalidSetting(f"the client's name must have 1 to {_NAME_BYTES} bytes of UTF-8")
+    return frames.encode_hello(HelloFrame(token=token, protocol_min=PROTOCOL, protocol_max=PROTOCOL, client=name))
 
 
 def accept_hello(frame: Frame, token: bytes, options: BridgeOptions) -> tuple[str, bytes]:
@@ -88,18 +69,18 @@ def accept_hello(frame: Frame, token: bytes, options: BridgeOptions) -> tuple[st
         InvalidArgument: The name has the wrong length.
     """
     if frame.flags:
-        raise RemoteProtocolError(f"the hello has flags ({frame.flags:#04x}), it must have none")
+        raise errors.RemoteProtocolError(f"the hello has flags ({frame.flags:#04x}), it must have none")
     hello = HelloFrame.decode(frame.body, frame.block_length, frame.version)
     if not hmac.compare_digest(hello.token or b"", token):
-        raise PeerRefused("the token is not this bridge's")
+        raise errors.PeerRefused("the token is not this bridge's")
     if not (hello.protocol_min or 0) <= PROTOCOL <= (hello.protocol_max or 0):
-        raise FrameVersion(
+        raise errors.FrameVersion(
             f"the client speaks protocol versions {hello.protocol_min} to {hello.protocol_max}, the bridge {PROTOCOL}"
         )
     if not 0 < len(hello.client.encode()) <= _NAME_BYTES:
-        raise InvalidArgument(f"the client's name must have 1 to {_NAME_BYTES} bytes")
+        raise errors.InvalidArgument(f"the client's name must have 1 to {_NAME_BYTES} bytes")
     welcome = WelcomeFrame(max_frame_bytes=options.max_frame_bytes, max_calls=options.max_calls, protocol=PROTOCOL)
-    return hello.client, encode_welcome(welcome)
+    return hello.client, frames.encode_welcome(welcome)
 
 
 def read_welcome(machine: ClientMachine[Any], frame: Frame) -> WelcomeFrame:
@@ -110,13 +91,15 @@ def read_welcome(machine: ClientMachine[Any], frame: Frame) -> WelcomeFrame:
         RemoteProtocolError: The frame is no answer to a hello.
         FrameVersion: The bridge chose another protocol version.
     """
-    if frame.opcode == OP_ERROR:
+    if frame.opcode == frames.OP_ERROR:
         machine.receive(ErrorFrame)
-        raise decode_error(frame)
-    machine.receive(WelcomeFrame if frame.opcode == OP_WELCOME and not frame.correlation else ReplyReceived)
+        raise frames.decode_error(frame)
+    machine.receive(WelcomeFrame if frame.opcode == frames.OP_WELCOME and not frame.correlation else ReplyReceived)
     welcome = WelcomeFrame.decode(frame.body, frame.block_length, frame.version)
     if welcome.protocol != PROTOCOL:
-        raise FrameVersion(f"the bridge chose protocol version {welcome.protocol}, this client speaks {PROTOCOL}")
+        raise errors.FrameVersion(
+            f"the bridge chose protocol version {welcome.protocol}, this client speaks {PROTOCOL}"
+        )
     return welcome
 
 
@@ -147,13 +130,15 @@ def check_contract(service: str, answer: ContractAnswerFrame) -> None:
     if own is None:
         return
     if not answer.served:
-        raise UnknownMethod(f"the tool bridge does not serve {service}: pass an instance of that service to ToolBridge")
+        raise errors.UnknownMethod(
+            f"the tool bridge does not serve {service}: pass an instance of that service to ToolBridge"
+        )
     if answer.digest in (own.digest, _NO_DIGEST):
         return
     fit = _fit(service, own.image, answer.image)
     if not fit.compatible:
         direction = "client's to the bridge's" if fit.breaks is fit.forward else "bridge's to the client's"
-        raise ContractMismatch(
+        raise errors.ContractMismatch(
             f"the tool bridge serves {service} under the contract {_short(answer.digest)}, which is incompatible with "
             f"this client's {_named(service, own.digest)}. From the {direction}, {fit}. Install compatible versions of "
             "the contract's package at both ends"
@@ -179,7 +164,7 @@ def _own_contract(service: str) -> _OwnContract | None:
     try:
         image = image_of(service.rpartition(".")[0])
         digest = service_digest(image, service)
-    except InvalidContract:
+    except errors.InvalidContract:
         return None
     return _OwnContract(bytes.fromhex(digest.removeprefix(_PREFIX)), image)
 
@@ -188,7 +173,7 @@ def _own_contract(service: str) -> _OwnContract | None:
 def _fit(service: str, own: bytes, other: bytes) -> Fit:
     read = read_image(other)
     if not any(tool.service == service for tool in read.contract.tools):
-        raise InvalidContract(f"the bridge's image of {service} declares no such tool service")
+        raise errors.InvalidContract(f"the bridge's image of {service} declares no such tool service")
     return service_fit(service, read_image(own), read)
 
 

@@ -104,12 +104,7 @@ class DrainStarted:
 
 @dataclass(frozen=True, slots=True)
 class BridgeStopped:
-    """The bridge stops now."""
-
-
-@dataclass(frozen=True, slots=True)
-class ThreadsExhausted:
-    """No thread is left to read the connection."""
+    """The bridge stops now, or has no thread left to read the connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +148,6 @@ BRIDGE_CONNECTION: Final = Transitions(
             HelloDeadline: _B.CLOSING,
             FrameDeadline: _B.CLOSING,
             BridgeStopped: _B.CLOSING,
-            ThreadsExhausted: _B.CLOSING,
             ConnectionLost: _B.CLOSED,
         },
         _B.OPEN: {
@@ -162,7 +156,6 @@ BRIDGE_CONNECTION: Final = Transitions(
             DrainStarted: _B.DRAINING,
             FrameDeadline: _B.CLOSING,
             BridgeStopped: _B.CLOSING,
-            ThreadsExhausted: _B.CLOSING,
             ConnectionLost: _B.CLOSED,
         },
         _B.DRAINING: {
@@ -170,7 +163,6 @@ BRIDGE_CONNECTION: Final = Transitions(
             CancelFrame: _B.DRAINING,
             FrameDeadline: _B.CLOSING,
             BridgeStopped: _B.CLOSING,
-            ThreadsExhausted: _B.CLOSING,
             ConnectionLost: _B.CLOSED,
         },
         # Frames that were received before the shutdown are dropped.

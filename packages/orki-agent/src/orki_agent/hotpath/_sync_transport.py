@@ -8,18 +8,8 @@ from time import monotonic
 from typing import Any, Final
 
 from orki.hotpath.v1.tool_orki import ErrorFrame
+from orki_agent.hotpath import _machine as machines
 from orki_agent.hotpath._handshake import CONTRACT_TOOL, check_contract, contract_request, read_welcome
-from orki_agent.hotpath._machine import (
-    CLIENT_CALL,
-    CallDeadline,
-    ClientCall,
-    ClientClosed,
-    ClientConnectionState,
-    ClientMachine,
-    ConnectDeadline,
-    FrameWritten,
-    ReplyReceived,
-)
 from orki_agent.hotpath._options import ToolClientOptions
 from orki_agent.hotpath._platform import NO_SIGNAL, Platform, set_timeout
 from orki_agent.hotpath._tool_codec import RemoteTool
@@ -35,23 +25,16 @@ from orki_agent.hotpath.frames import (
     FrameDecoder,
     decode_error,
 )
-from orki_contract.errors import (
-    LocalProtocolError,
-    OrkiError,
-    PeerLost,
-    RemoteProtocolError,
-    ToolDeadline,
-    UnknownOpcode,
-)
+from orki_contract import errors
 
 _pack: Final = HEADER.pack
 _MAX_ABANDONED: Final = 4
 """Abandoned calls whose replies may still arrive; with more, the connection is closed."""
-_CLOSED: Final = ClientConnectionState.CLOSED
+_CLOSED: Final = machines.ClientConnectionState.CLOSED
 
 # A call that succeeds takes these two steps of the table, looked up once. Only an abandoned call enters the machine.
-_SENT: Final = CLIENT_CALL.next(CLIENT_CALL.initial, FrameWritten, LocalProtocolError)
-CLIENT_CALL.next(_SENT, ReplyReceived, LocalProtocolError)
+_SENT: Final = machines.CLIENT_CALL.next(machines.CLIENT_CALL.initial, machines.FrameWritten, errors.LocalProtocolError)
+machines.CLIENT_CALL.next(_SENT, machines.ReplyReceived, errors.LocalProtocolError)
 
 
 class SyncTransport:
@@ -67,21 +50,6 @@ class SyncTransport:
         reply_bytes: Length of block and tail of the last reply.
     """
 
-    __slots__ = (
-        "_connect_us",
-        "_decoder",
-        "_machine",
-        "_receive",
-        "_send",
-        "_sock",
-        "_socket_timeout_us",
-        "checked",
-        "last",
-        "max_frame_bytes",
-        "reply_bytes",
-        "sent_bytes",
-    )
-
     def __init__(self, path: str, hello: bytes, options: ToolClientOptions, platform: Platform) -> None:
         """Connect and complete the handshake.
 
@@ -94,7 +62,7 @@ class SyncTransport:
         self._send = self._sock.send
         self._receive = self._sock.recv_into
         self._decoder = FrameDecoder(options.max_frame_bytes)
-        self._machine: ClientMachine[ClientCall] = ClientMachine()
+        self._machine: machines.ClientMachine[machines.ClientCall] = machines.ClientMachine()
         self._connect_us = int(options.connect_timeout * 1_000_000)
         self._socket_timeout_us = 0
         self.checked: set[str] = set()
@@ -155,7 +123,7 @@ class SyncTransport:
         _, opcode, block_length, version, _, _, _, reply_body = reply
         if opcode != tool.opcode:
             self.close()
-            raise RemoteProtocolError(f"the bridge answered {tool.method} with opcode {opcode:#06x}")
+            raise errors.RemoteProtocolError(f"the bridge answered {tool.method} with opcode {opcode:#06x}")
         self.reply_bytes = len(reply_body)
         try:
             return tool.decode(reply_body, block_length, version)
@@ -173,9 +141,9 @@ class SyncTransport:
         if request is not None:
             try:
                 check_contract(service, self.call(CONTRACT_TOOL, request, self._connect_us, NO_TRACE))
-            except (PeerLost, ToolDeadline) as error:
-                raise PeerLost(error.message, fully_written=False) from None
-            except UnknownOpcode:
+            except (errors.PeerLost, errors.ToolDeadline) as error:
+                raise errors.PeerLost(error.message, fully_written=False) from None
+            except errors.UnknownOpcode:
                 pass  # The bridge is older than the contract check.
             finally:
                 self.sent_bytes = HEADER_BYTES
@@ -184,7 +152,7 @@ class SyncTransport:
     def close(self) -> None:
         """Close the connection; the bridge then cancels a call that is running."""
         if self._machine.state is not _CLOSED:
-            self._machine.apply(ClientClosed)
+            self._machine.apply(machines.ClientClosed)
         self._sock.close()
 
     def _connect(self, path: str, hello: bytes, options: ToolClientOptions, platform: Platform) -> int:
@@ -193,9 +161,11 @@ class SyncTransport:
         try:
             self._sock.connect(path)
         except BlockingIOError:
-            raise PeerLost(f"the tool bridge at {path} accepts no connections now", fully_written=False) from None
+            raise errors.PeerLost(
+                f"the tool bridge at {path} accepts no connections now", fully_written=False
+            ) from None
         except OSError as error:
-            raise PeerLost(f"no tool bridge at {path}: {error.strerror}", fully_written=False) from None
+            raise errors.PeerLost(f"no tool bridge at {path}: {error.strerror}", fully_written=False) from None
         platform.check_peer(self._sock, options.bridge_uids, "bridge")
         # A bridge that refuses at once has closed the connection already; its error can be read all the same.
         with contextlib.suppress(OSError):
@@ -205,10 +175,10 @@ class SyncTransport:
             while (fields := self._decoder.next_frame(count)) is None:
                 count = self._fill(deadline)
         except BlockingIOError:
-            self._machine.apply(ConnectDeadline)
-            raise PeerLost(f"the tool bridge at {path} did not answer the hello", fully_written=False) from None
-        except PeerLost as error:
-            raise PeerLost(error.message, fully_written=False) from None
+            self._machine.apply(machines.ConnectDeadline)
+            raise errors.PeerLost(f"the tool bridge at {path} did not answer the hello", fully_written=False) from None
+        except errors.PeerLost as error:
+            raise errors.PeerLost(error.message, fully_written=False) from None
         return read_welcome(self._machine, Frame(*fields)).max_frame_bytes
 
     def _set_timeout(self, timeout_us: int) -> None:
@@ -252,9 +222,11 @@ class SyncTransport:
                 self._machine.receive(ErrorFrame)
                 raise decode_error(frame)
             if not frame.flags & FLAG_REPLY:
-                raise RemoteProtocolError(f"the bridge sent a frame (opcode {frame.opcode:#06x}) that is no reply")
+                raise errors.RemoteProtocolError(
+                    f"the bridge sent a frame (opcode {frame.opcode:#06x}) that is no reply"
+                )
             self._machine.receive_reply(frame.correlation)
-        except OrkiError:
+        except errors.OrkiError:
             self.close()
             raise
 
@@ -279,21 +251,21 @@ class SyncTransport:
             raise self._lost("it closed the connection", fully_written=True)
         return count
 
-    def _not_sent(self, error: OSError) -> OrkiError:
+    def _not_sent(self, error: OSError) -> errors.OrkiError:
         if isinstance(error, BlockingIOError):
             # Part of the frame may have been written: nothing can follow it.
             self.close()
-            return ToolDeadline("the bridge did not read the request in time")
+            return errors.ToolDeadline("the bridge did not read the request in time")
         return self._lost(error.strerror or "broken pipe", fully_written=False)
 
-    def _not_received(self, error: OSError) -> OrkiError:
+    def _not_received(self, error: OSError) -> errors.OrkiError:
         if isinstance(error, BlockingIOError):
-            self._machine.calls[self.last] = ClientCall(_SENT)
-            self._machine.abandon(self.last, CallDeadline)
-            return ToolDeadline("no reply arrived in time")
+            self._machine.calls[self.last] = machines.ClientCall(_SENT)
+            self._machine.abandon(self.last, machines.CallDeadline)
+            return errors.ToolDeadline("no reply arrived in time")
         return self._lost(error.strerror or "connection reset", fully_written=True)
 
-    def _lost(self, reason: str, *, fully_written: bool) -> OrkiError:
+    def _lost(self, reason: str, *, fully_written: bool) -> errors.OrkiError:
         """Close a lost connection; return the error that the bridge sent before, or `PeerLost`."""
         try:
             with contextlib.suppress(OSError):
@@ -303,8 +275,8 @@ class SyncTransport:
                         if fields[0] & FLAG_ERROR and not fields[4]:
                             return decode_error(Frame(*fields))
                         fields = self._decoder.next_frame()
-        except OrkiError as error:
+        except errors.OrkiError as error:
             return error
         finally:
             self.close()
-        return PeerLost(f"the tool bridge closed the connection: {reason}", fully_written=fully_written)
+        return errors.PeerLost(f"the tool bridge closed the connection: {reason}", fully_written=fully_written)

@@ -68,19 +68,6 @@ def _frame_codec(kind: type[Any]) -> PayloadCodec:
 class RemoteTool:
     """Opcode, codecs and default timeout of a tool, computed once."""
 
-    __slots__ = (
-        "block_length",
-        "decode",
-        "encode",
-        "method",
-        "opcode",
-        "request",
-        "response",
-        "service",
-        "timeout_us",
-        "version",
-    )
-
     def __init__(self, tool: Tool[Any, Any]) -> None:
         request, response = codec_of(tool.request), codec_of(tool.response)
         self.opcode: Final = tool.contract.opcode
@@ -107,13 +94,11 @@ class RemoteTool:
         return encode_call(self.opcode, self.block_length, self.version, number, timeout_us, trace, body)
 
     def wrong_class(self, request: Any) -> InvalidArgument:
-        """Return the error for a request of another class."""
         # With the modules, because a generated frame and its message class have the same name.
         wanted, given = (f"{each.__module__}.{each.__qualname__}" for each in (self.request, type(request)))
         return InvalidArgument(f"{self.method} takes {wanted}, not {given}")
 
     def too_long(self, length: int, maximum: int) -> FrameTooLarge:
-        """Return the error for a frame that exceeds the bridge's limit."""
         return FrameTooLarge(f"the request of {self.method} makes a frame of {length} bytes, the maximum is {maximum}")
 
     def unreadable(self, error: Exception) -> FrameMalformed:
