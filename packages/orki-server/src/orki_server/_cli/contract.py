@@ -10,7 +10,7 @@ import click
 
 from orki_contract.errors import InvalidContract, OrkiError
 from orki_events.connection import Connection
-from orki_events.registry import RegisteredStream, StreamRegistry
+from orki_events.registry import StreamRegistry, StreamVersion
 from orki_server._admission import Admission, Liveness, ServiceContract
 from orki_server._apply import Applied, Declared, apply, check_declared, open_admission, read_declared
 from orki_server._cli.formats import Column, counted, print_json, print_table
@@ -98,7 +98,7 @@ def _service(registered: RegisteredContract, live: Liveness, leading: str) -> Co
     )
 
 
-def _stream(registered: RegisteredStream, figures: StreamStats) -> ContractRow:
+def _stream(registered: StreamVersion, figures: StreamStats) -> ContractRow:
     return ContractRow(
         kind="stream",
         name=registered.contract.name,
