@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from orki_codegen._tree import compare, install
+from orki_codegen._workspace import find_workspace
 from orki_codegen.generate import Generated, generate
-from orki_codegen.tree import compare, install
-from orki_codegen.workspace import find_workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 KITCHEN = Path(__file__).with_name("kitchen")

@@ -12,14 +12,14 @@ import pytest
 from google.protobuf import json_format
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 
-from orki_codegen.checks.rulebook import BREAKING, CATEGORIES, LINT, category_of
-from orki_codegen.checks.wire import CHECK, RPC, Wire
+from orki_codegen.checks._messages import CHECK, RPC, Messages
+from orki_codegen.checks._procedures import BREAKING, CATEGORIES, LINT, category_of
 from orki_contract.descriptors import Schema
 from orki_contract.images import image_of
 
 SERVICE = f"/{CHECK}.CheckService"
 EVENTS = image_of("orki.events.v1")
-WIRE = Wire()
+WIRE = Messages()
 
 
 def call(*arguments: str, sent: bytes = b"") -> subprocess.CompletedProcess[bytes]:
@@ -86,7 +86,7 @@ def test_the_handshake_imports_nothing() -> None:
 
 
 def test_a_check_imports_neither_templates_nor_grpc() -> None:
-    code = "import sys; import orki_codegen.checks.procedures; print(sorted(sys.modules))"
+    code = "import sys; import orki_codegen.checks._procedures; print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"jinja2", "grpc", "grpc_tools", "google.protobuf.json_format"} & set(done.stdout.split("'"))
 
@@ -130,7 +130,7 @@ def test_only_the_rules_that_are_asked_for_are_checked() -> None:
     assert len(answered("Check", "CheckResponse", asked).annotations) == 1
 
 
-def test_what_is_only_imported_is_not_judged() -> None:
+def test_imported_files_are_not_checked() -> None:
     request = check_request(lowered(), EVENTS)
     for each in request.file_descriptors:
         each.is_import = True
@@ -145,15 +145,15 @@ def test_what_makes_no_sense_is_refused_as_an_answer() -> None:
     assert 'no rule "NO_SUCH_RULE"' in answered("Check", "", check_request(EVENTS, b"", "NO_SUCH_RULE")).message
     request = check_request(EVENTS)
     request.options.add(key="depth")
-    assert 'no option "depth"' in answered("Check", "", request).message
+    assert 'no options, but got "depth"' in answered("Check", "", request).message
     request = check_request(EVENTS)
     names = [each.file_descriptor_proto.name for each in request.file_descriptors]
     del request.file_descriptors[names.index("orki/options/v1/options.proto")]
     assert "lacks" in answered("Check", "", request).message
     assert "cannot be read" in answered("Check", "", sent=b"\xff\xff").message
-    assert "is asked for" in answered("Check", "", WIRE.new(f"{CHECK}.ListRulesRequest", page_size=1)).message
+    assert "instead of a" in answered("Check", "", WIRE.new(f"{CHECK}.ListRulesRequest", page_size=1)).message
     request = WIRE.new(f"{CHECK}.ListRulesRequest", page_token="seven")
-    assert "no page" in answered("ListRules", "", request).message
+    assert "is not a page token" in answered("ListRules", "", request).message
 
 
 @pytest.mark.parametrize("arguments", [(), ("--what",), ("/no.Service/Method",), ("--spec", "--format", "xml")])

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from orki_codegen._workspace import find_workspace
 from orki_codegen.generate import main
-from orki_codegen.workspace import find_workspace
 from orki_contract.errors import InvalidSetting
 
 GEN = Path("packages/acme-kitchen/gen")
@@ -182,7 +182,7 @@ def test_outside_a_workspace_the_error_says_so(command: Command, fresh: Path, mi
     (fresh / missing).unlink()
     code, _, err = command()
     assert code == 1
-    assert f"holds no {missing}: start from the root of the repository" in err
+    assert f"has no {missing}: start from the root of the repository" in err
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orki_codegen.buf import Buf
+from orki_codegen._buf import Buf
 from orki_contract.images import IMAGE_NAME
 from orki_contract.model import dump
 from orki_contract.read import read_image

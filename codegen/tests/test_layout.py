@@ -11,8 +11,8 @@ from google.protobuf.compiler.plugin_pb2 import CodeGeneratorRequest
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 
 from orki_codegen import plugin
-from orki_codegen.buf import Buf
-from orki_codegen.code import Call, Raw, Sequence, docstring, expression, lay, quote, signature, width
+from orki_codegen._buf import Buf
+from orki_codegen._code import Call, Raw, Sequence, docstring, expression, lay, quote, signature, width
 from orki_contract.model import Backoff, Group, Start
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from orki_codegen._new_repository import RELEASED, lay_out, names_for
 from orki_codegen.cli import main
-from orki_codegen.new_repository import RELEASED, lay_out, names_for
 from orki_contract.errors import InvalidSetting
 
 ROOT = Path(__file__).resolve().parents[2]

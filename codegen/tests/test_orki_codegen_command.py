@@ -158,7 +158,7 @@ def test_docs_outside_a_workspace(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["docs", "pages"]) == 1
-    assert "holds no buf.yaml" in capsys.readouterr().err
+    assert "has no buf.yaml" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

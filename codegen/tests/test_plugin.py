@@ -13,7 +13,7 @@ from google.protobuf.compiler.plugin_pb2 import CodeGeneratorRequest, CodeGenera
 from google.protobuf.descriptor_pb2 import Edition, FileDescriptorProto, FileDescriptorSet
 
 from orki_codegen import plugin, protoc_shim
-from orki_codegen.buf import Buf
+from orki_codegen._buf import Buf
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from orki_codegen._workspace import find_workspace
 from orki_codegen.generate import generate, main
-from orki_codegen.workspace import find_workspace
 from orki_contract.descriptors import Location
 from orki_contract.errors import InvalidContract
 from orki_contract.validate import RULES, Violation

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Final
 
 from orki_codegen import generate
+from orki_codegen._buf import Buf
 from orki_codegen._gate import command as gate
-from orki_codegen.buf import Buf
-from orki_codegen.new_repository import lay_out, names_for
-from orki_codegen.reference import pages
-from orki_codegen.vendored_files import bring_up_to_date
-from orki_codegen.workspace import find_workspace
+from orki_codegen._new_repository import bring_up_to_date, lay_out, names_for
+from orki_codegen._reference import pages
+from orki_codegen._workspace import find_workspace
 from orki_contract.errors import InvalidSetting, OrkiError
 from orki_contract.printing import print_line
 from orki_contract.read import read_image

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from orki_codegen.buf import Buf
-from orki_codegen.outline import Subject, changes, outline
-from orki_codegen.reference import REFERENCE, pages
-from orki_codegen.tree import Difference, Tree, compare, install
-from orki_codegen.workspace import Owner, Workspace, find_workspace
+from orki_codegen._buf import Buf
+from orki_codegen._outline import Subject, changes, outline
+from orki_codegen._reference import REFERENCE, pages
+from orki_codegen._tree import Difference, Tree, compare, install
+from orki_codegen._workspace import Owner, Workspace, find_workspace
 from orki_contract.errors import InvalidContract, OrkiError
 from orki_contract.images import IMAGE_NAME, package_images
 from orki_contract.printing import print_line

@@ -1,31 +1,43 @@
-"""`protoc-gen-orki`: the generator as a plugin of protoc and buf; it reads one request and writes one response."""
+"""`protoc-gen-orki`: the generator as a plugin of protoc and buf."""
 
 from __future__ import annotations
 
 __all__ = ["main", "respond"]
 
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 from google.protobuf.compiler.plugin_pb2 import CodeGeneratorRequest, CodeGeneratorResponse
 from google.protobuf.descriptor_pb2 import Edition
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from orki_codegen.module import build
-from orki_codegen.render import render
+from orki_codegen import _code
+from orki_codegen._code import WIDTH, Call, Code, Raw, annotated, assigned, docstring, lay, signature, width
+from orki_codegen._module import Method, Module, Service, build
 from orki_contract.descriptors import Schema
 from orki_contract.errors import OrkiError
 from orki_contract.read import ReadContract, read_schema
 from orki_contract.validate import check
 
+_ENVIRONMENT: Final = Environment(
+    loader=PackageLoader("orki_codegen"),
+    undefined=StrictUndefined,
+    autoescape=False,
+    keep_trailing_newline=True,
+    trim_blocks=False,
+)
+
 
 def main() -> None:
-    """Answers one request on standard input."""
+    """Read a request from standard input and write the response."""
     request = CodeGeneratorRequest.FromString(sys.stdin.buffer.read())
     sys.stdout.buffer.write(respond(request).SerializeToString())
 
 
 def respond(request: CodeGeneratorRequest) -> CodeGeneratorResponse:
-    """The modules of the files to generate, sorted by name; or all that is wrong with them, and no file."""
+    """Return the generated modules sorted by name, or all errors and no module."""
     response = CodeGeneratorResponse(
         supported_features=CodeGeneratorResponse.FEATURE_PROTO3_OPTIONAL
         | CodeGeneratorResponse.FEATURE_SUPPORTS_EDITIONS,
@@ -33,7 +45,7 @@ def respond(request: CodeGeneratorRequest) -> CodeGeneratorResponse:
         maximum_edition=Edition.EDITION_2023,
     )
     if request.parameter:
-        response.error = f'protoc-gen-orki knows no option "{request.parameter}": it has none'
+        response.error = f'protoc-gen-orki has no options, but got "{request.parameter}"'
         return response
     try:
         read = read_schema(Schema.of_files(request.proto_file))
@@ -47,10 +59,64 @@ def respond(request: CodeGeneratorRequest) -> CodeGeneratorResponse:
 
 
 def modules(read: ReadContract, paths: Sequence[str]) -> list[tuple[str, str]]:
-    """Path and text of each module that the files of these paths become, sorted."""
+    """Return the path and text of the module of each given file that declares something, sorted."""
     wanted = frozenset(paths)
     built = [build(read, file) for file in read.files if file.path in wanted and not file.empty]
-    return sorted((module.path, render(module)) for module in built)
+    return sorted((module.path, _render(module)) for module in built)
+
+
+def _render(module: Module) -> str:
+    """Return the text of one `*_orki.py`, formatted as by `ruff format`."""
+    template = _ENVIRONMENT.get_template("module.py.j2")
+
+    oc = module.names.oc
+
+    def handler(head: str, service: Service, method: Method, prefix: str) -> str:
+        context: Code = Raw(f"{oc}.ToolCall")
+        if service.kind == "Task":
+            context = _code.Sequence(method.news, f"{oc}.{prefix}TaskContext")
+        second = "ctx" if service.kind == "Task" else "call"
+        parameters = (("self", Raw("")), ("request", Raw(method.request)), (second, context))
+        return signature(f"{head} {method.attribute}", parameters, method.response, 4, " ..." * bool(prefix))
+
+    def stub(service: Service, method: Method, prefix: str) -> str:
+        call = Call(f"{oc}.{prefix}{service.kind}Stub", (Raw("channel"), Raw(method.constant)))
+        return assigned(f"self.{method.attribute} = ", call, 8)
+
+    def head(name: str, base: str) -> str:
+        return lay("class ", Call(name, (Raw(base),)), ":")
+
+    text = template.render(
+        module=module,
+        header=_header(module.source),
+        annotated=annotated,
+        assigned=assigned,
+        docstring=docstring,
+        handler=handler,
+        head=head,
+        lay=lay,
+        stub=stub,
+    )
+    # At most two empty lines between top-level statements.
+    text = re.sub(r"\n{3,}(?=[^\n])", "\n\n\n", text)
+    return "".join(f"{line}\n" for line in _marked(text.rstrip("\n").split("\n")))
+
+
+def _marked(lines: list[str]) -> Iterator[str]:
+    """Add `noqa` to code lines that cannot be broken."""
+    inside = False
+    for line in lines:
+        quotes = line.count('"""')
+        code = not inside and not quotes
+        inside ^= quotes % 2 == 1
+        # Ruff accepts a long line without spaces.
+        yield f"{line}  # noqa: E501" if code and width(line) > WIDTH and " " in line.strip() else line
+
+
+def _header(source: str) -> str:
+    advice = "Generated by orki, do not edit: change the proto, then `nox -s generate`."
+    line = f"Contracts of {source}. {advice}"
+    return line if width(line) + 6 <= WIDTH else f"Contracts of {source}.\n\n{advice}\n"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from evolution_pairs import PAIRS, ROOT, Pair, lay_out
 
-from orki_codegen.checks.rulebook import BREAKING, CATEGORIES, LINT, category_of
+from orki_codegen.checks._procedures import BREAKING, CATEGORIES, LINT, category_of
 from orki_contract.findings import RULES, Bump, Finding, findings
 from orki_contract.read import ReadContract, read_image
 
@@ -103,7 +103,7 @@ def test_a_break_is_reported_on_its_line(pair: Pair, broken: list[Report]) -> No
     if any(old for _, _, old in pair.marks):
         # Nothing of it is left: buf shows the file, or none, and the message tells where it stood.
         said = " ".join(message for rule, _, _, message in ours if rule == pair.rule)
-        told = {(file, int(line)) for file, line in re.findall(r"which stood at (\S+?):(\d+):\d+", said)}
+        told = {(file, int(line)) for file, line in re.findall(r"formerly at (\S+?):(\d+):\d+", said)}
         assert told == {(file, line) for file, line, _ in pair.marks}
     else:
         assert places == {(file, line) for file, line, _ in pair.marks}

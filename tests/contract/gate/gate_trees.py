@@ -9,12 +9,12 @@ from datetime import date
 from functools import cache
 from pathlib import Path
 
+from orki_codegen._buf import Buf
 from orki_codegen._gate.accepted import parse_accepted
 from orki_codegen._gate.contracts import read_tree
 from orki_codegen._gate.distributions import Baseline, Release, find_members
 from orki_codegen._gate.evaluate import Policy, evaluate
 from orki_codegen._gate.findings import Evaluation
-from orki_codegen.buf import Buf
 from orki_contract.images import package_images
 from orki_contract.versions import ContractVersion, version_at
 

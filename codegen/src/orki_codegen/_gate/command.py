@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from orki_codegen._buf import Buf
 from orki_codegen._gate.accepted import FILE as ACCEPTED
 from orki_codegen._gate.accepted import parse_accepted, read_accepted
 from orki_codegen._gate.baseline import (
@@ -27,7 +28,6 @@ from orki_codegen._gate.distributions import Member, find_members
 from orki_codegen._gate.evaluate import Policy, evaluate
 from orki_codegen._gate.findings import as_github, as_json, as_text
 from orki_codegen._gate.index import Index, index_settings
-from orki_codegen.buf import Buf
 from orki_contract.errors import InvalidSetting, OrkiError
 
 _HELP: Final = """\

@@ -13,10 +13,10 @@ from typing import Any, Final
 
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 
+from orki_codegen._buf import Buf
 from orki_codegen._gate.distributions import Baseline, Member
 from orki_codegen._gate.findings import Finding
-from orki_codegen.buf import Buf
-from orki_codegen.checks.rulebook import BREAKING
+from orki_codegen.checks._procedures import BREAKING
 from orki_contract.descriptors import Location
 from orki_contract.errors import InvalidContract, InvalidSetting
 from orki_contract.findings import RULES, Bump, Category, Plane

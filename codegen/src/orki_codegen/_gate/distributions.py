@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from orki_codegen.workspace import PLACES
+from orki_codegen._workspace import Project, find_projects
 from orki_contract.descriptors import Location
 from orki_contract.errors import InvalidSetting
 from orki_contract.versions import ContractVersion
@@ -130,26 +129,19 @@ def find_members(root: Path) -> dict[str, Member]:
         InvalidSetting: A pyproject.toml cannot be read, or two distributions have the same name.
     """
     found: dict[str, Member] = {}
-    for file in sorted({file for pattern in PLACES for file in root.glob(pattern)}):
-        folder = file.parent.relative_to(root).as_posix()
-        if any(part.startswith(".") for part in Path(folder).parts):
-            continue
-        member = _member(file.read_text(encoding="utf-8"), folder)
+    for project in find_projects(root):
+        member = _member(project)
         if member is None:
             continue
         if member.name in found:
-            raise InvalidSetting(f"{folder} and {found[member.name].folder} are both called {member.name}")
+            raise InvalidSetting(f"{member.folder} and {found[member.name].folder} are both called {member.name}")
         found[member.name] = member
     return found
 
 
-def _member(text: str, folder: str) -> Member | None:
-    path = f"{folder}/pyproject.toml"
-    try:
-        table: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InvalidSetting(f"{path}: {error}") from error
-    project = table.get("project")
+def _member(file: Project) -> Member | None:
+    path, orki = file.path, file.settings
+    project = file.table.get("project")
     if project is None:
         return None
     if "name" not in project or "version" not in project:
@@ -159,40 +151,32 @@ def _member(text: str, folder: str) -> Member | None:
         python = SpecifierSet(project.get("requires-python", ""))
     except (InvalidVersion, InvalidSpecifier) as error:
         raise InvalidSetting(f"{path}: {error}") from error
-    orki = table.get("tool", {}).get("orki", {})
     optional = project.get("optional-dependencies", {})
     lists = [project.get("dependencies", []), *optional.values()]
-    top = _location(path, text, r"^\[project\]")
+    top = file.locate(r"^\[project\]")
     extras: dict[str, Location] = {
-        canonicalize_name(each): _location(path, text, rf'^"?{re.escape(each)}"?\s*=') for each in optional
+        canonicalize_name(each): file.locate(rf'^"?{re.escape(each)}"?\s*=') for each in optional
     }
     return Member(
         name=canonicalize_name(project["name"]),
-        folder=folder,
+        folder=file.folder,
         version=version,
-        location=_location(path, text, r"^version\s*="),
+        location=file.locate(r"^version\s*="),
         contracts=frozenset(orki.get("contracts", [])),
         api=frozenset(orki["api"]) if "api" in orki else None,
         commands=frozenset(project.get("scripts", {})),
-        dependencies=tuple(_dependencies(path, text, (each for listed in lists for each in listed))),
+        dependencies=tuple(_dependencies(file, (each for listed in lists for each in listed))),
         private=_PRIVATE in project.get("classifiers", []),
         extras=extras,
-        extras_location=_location(path, text, r"^\[project\.optional-dependencies\]", top),
+        extras_location=file.locate(r"^\[project\.optional-dependencies\]", top),
         python=python,
-        python_location=_location(path, text, r"^requires-python\s*=", top),
+        python_location=file.locate(r"^requires-python\s*=", top),
     )
 
 
-def _dependencies(path: str, text: str, listed: Iterable[str]) -> Iterable[Dependency]:
+def _dependencies(file: Project, listed: Iterable[str]) -> Iterable[Dependency]:
     for each in listed:
         try:
-            yield Dependency(requirement=Requirement(each), location=_location(path, text, re.escape(each)))
+            yield Dependency(requirement=Requirement(each), location=file.locate(re.escape(each)))
         except InvalidRequirement as error:
-            raise InvalidSetting(f'{path}: "{each}" is not a valid requirement: {error}') from error
-
-
-def _location(path: str, text: str, pattern: str, default: Location | None = None) -> Location:
-    for number, line in enumerate(text.splitlines(), 1):
-        if match := re.search(pattern, line):
-            return Location(path, number, match.start() + 1)
-    return default or Location(path)
+            raise InvalidSetting(f'{file.path}: "{each}" is not a valid requirement: {error}') from error

@@ -9,13 +9,13 @@ from typing import Final
 
 from packaging.version import Version
 
+from orki_codegen._buf import Buf
 from orki_codegen._gate.accepted import Accepted
 from orki_codegen._gate.contracts import Tree, contract_findings
 from orki_codegen._gate.distributions import Baseline, Dependency, Member, Release
 from orki_codegen._gate.findings import Evaluation, Finding
 from orki_codegen._gate.python_api import api_findings, imported_modules
 from orki_codegen._gate.wheels import content_findings, metadata_findings
-from orki_codegen.buf import Buf
 from orki_contract.descriptors import Location
 from orki_contract.findings import Bump
 

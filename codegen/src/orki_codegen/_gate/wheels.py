@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import tomllib
 import zipfile
 from collections.abc import Iterator, Mapping
 from email.message import Message
@@ -25,6 +24,7 @@ from packaging.version import Version
 
 from orki_codegen._gate.distributions import Member, Release
 from orki_codegen._gate.findings import Finding
+from orki_codegen._workspace import read_project
 from orki_contract.descriptors import Location
 from orki_contract.errors import InvalidContract, InvalidSetting
 from orki_contract.findings import Bump
@@ -196,7 +196,7 @@ def build_wheel(root: Path, folder: str, out: Path) -> Path:
     Raises:
         InvalidSetting: It cannot be built.
     """
-    table = tomllib.loads((root / folder / "pyproject.toml").read_text(encoding="utf-8"))
+    table = read_project(root, folder).table
     backend = table.get("build-system", {}).get("build-backend", "setuptools.build_meta")
     # An installed backend need not be installed again into an isolated environment.
     installed = importlib.util.find_spec(backend.partition(".")[0].partition(":")[0]) is not None

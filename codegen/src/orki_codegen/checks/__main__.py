@@ -1,9 +1,7 @@
-"""`python -m orki_codegen.checks`, for where no console script is installed."""
-
-from __future__ import annotations
+"""Runs `orki-checks` without its console script."""
 
 import sys
 
-from orki_codegen.checks.plugin import main
+from orki_codegen.checks import main
 
 sys.exit(main())

@@ -67,9 +67,8 @@ __all__ = [
     "status_of",
 ]
 
-from collections.abc import Callable
 from enum import IntEnum
-from typing import ClassVar, Final, TypeVar
+from typing import ClassVar, Final
 
 from orki.errors.v1.errors_pb2 import Reason
 
@@ -103,14 +102,21 @@ class OrkiError(Exception):
     reason: ClassVar[Reason.ValueType] = Reason.REASON_UNSPECIFIED
     retryable: ClassVar[bool] = False
 
+    def __init_subclass__(
+        cls, *, reason: Reason.ValueType | None = None, status: Status = Status.UNKNOWN, retryable: bool = False
+    ) -> None:
+        super().__init_subclass__()
+        # A subclass without a reason has the reason of its base class.
+        if reason is not None:
+            cls.reason, cls.retryable = reason, retryable
+            _TABLE[reason] = cls, status
+
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
 
 
 _TABLE: Final[dict[Reason.ValueType, tuple[type[OrkiError], Status]]] = {}
-
-E = TypeVar("E", bound=OrkiError)
 
 
 def error_for(reason: Reason.ValueType, message: str) -> OrkiError:
@@ -126,242 +132,195 @@ def status_of(reason: Reason.ValueType) -> Status:
     return _TABLE[reason][1] if reason in _TABLE else Status.UNKNOWN
 
 
-def _error(reason: Reason.ValueType, status: Status, *, retryable: bool = False) -> Callable[[type[E]], type[E]]:
-    def register(error: type[E]) -> type[E]:
-        error.reason, error.retryable = reason, retryable
-        _TABLE[reason] = error, status
-        return error
-
-    return register
-
-
-@_error(Reason.REASON_INVALID_ARGUMENT, Status.INVALID_ARGUMENT)
-class InvalidArgument(OrkiError):
+class InvalidArgument(OrkiError, reason=Reason.REASON_INVALID_ARGUMENT, status=Status.INVALID_ARGUMENT):
     """A request field is missing, malformed or out of range."""
 
 
-@_error(Reason.REASON_UNKNOWN_TASK, Status.NOT_FOUND)
-class UnknownTask(OrkiError):
+class UnknownTask(OrkiError, reason=Reason.REASON_UNKNOWN_TASK, status=Status.NOT_FOUND):
     """The task does not exist or belongs to another caller."""
 
 
-@_error(Reason.REASON_UNKNOWN_METHOD, Status.NOT_FOUND)
-class UnknownMethod(OrkiError):
+class UnknownMethod(OrkiError, reason=Reason.REASON_UNKNOWN_METHOD, status=Status.NOT_FOUND):
     """No registered contract has this service and method."""
 
 
-@_error(Reason.REASON_STALE_FENCE, Status.FAILED_PRECONDITION)
-class StaleFence(OrkiError):
+class StaleFence(OrkiError, reason=Reason.REASON_STALE_FENCE, status=Status.FAILED_PRECONDITION):
     """The attempt's fence is older than the task's current fence."""
 
 
-@_error(Reason.REASON_IDEMPOTENCY_CONFLICT, Status.ALREADY_EXISTS)
-class IdempotencyConflict(OrkiError):
+class IdempotencyConflict(OrkiError, reason=Reason.REASON_IDEMPOTENCY_CONFLICT, status=Status.ALREADY_EXISTS):
     """The idempotency key was already used with a different request."""
 
 
-@_error(Reason.REASON_CONTRACT_MISMATCH, Status.FAILED_PRECONDITION)
-class ContractMismatch(OrkiError):
+class ContractMismatch(OrkiError, reason=Reason.REASON_CONTRACT_MISMATCH, status=Status.FAILED_PRECONDITION):
     """The service is already registered with an incompatible contract."""
 
 
-@_error(Reason.REASON_PROTOCOL_VIOLATION, Status.INVALID_ARGUMENT)
-class RemoteProtocolError(OrkiError):
+class RemoteProtocolError(OrkiError, reason=Reason.REASON_PROTOCOL_VIOLATION, status=Status.INVALID_ARGUMENT):
     """The peer violated the protocol."""
 
 
-@_error(Reason.REASON_PROTOCOL_VERSION, Status.FAILED_PRECONDITION)
-class ProtocolVersion(OrkiError):
+class ProtocolVersion(OrkiError, reason=Reason.REASON_PROTOCOL_VERSION, status=Status.FAILED_PRECONDITION):
     """The two sides share no protocol version."""
 
 
-@_error(Reason.REASON_REPLACED, Status.ABORTED)
-class Replaced(OrkiError):
+class Replaced(OrkiError, reason=Reason.REASON_REPLACED, status=Status.ABORTED):
     """A newer instance has taken over the session."""
 
 
-@_error(Reason.REASON_HELLO_TIMEOUT, Status.DEADLINE_EXCEEDED, retryable=True)
-class HelloTimeout(OrkiError):
+class HelloTimeout(OrkiError, reason=Reason.REASON_HELLO_TIMEOUT, status=Status.DEADLINE_EXCEEDED, retryable=True):
     """The hello message did not arrive in time."""
 
 
-@_error(Reason.REASON_TOO_LARGE, Status.RESOURCE_EXHAUSTED)
-class TooLarge(OrkiError):
+class TooLarge(OrkiError, reason=Reason.REASON_TOO_LARGE, status=Status.RESOURCE_EXHAUSTED):
     """A message exceeds its receiver's size limit."""
 
 
-@_error(Reason.REASON_STORE_UNAVAILABLE, Status.UNAVAILABLE, retryable=True)
-class StoreUnavailable(OrkiError):
+class StoreUnavailable(OrkiError, reason=Reason.REASON_STORE_UNAVAILABLE, status=Status.UNAVAILABLE, retryable=True):
     """The orchestrator's store does not respond."""
 
 
-@_error(Reason.REASON_ORCHESTRATOR_UNAVAILABLE, Status.UNAVAILABLE, retryable=True)
-class OrchestratorUnavailable(OrkiError):
+class OrchestratorUnavailable(
+    OrkiError, reason=Reason.REASON_ORCHESTRATOR_UNAVAILABLE, status=Status.UNAVAILABLE, retryable=True
+):
     """The orchestrator cannot be reached."""
 
 
-@_error(Reason.REASON_DRAINING, Status.UNAVAILABLE, retryable=True)
-class Draining(OrkiError):
+class Draining(OrkiError, reason=Reason.REASON_DRAINING, status=Status.UNAVAILABLE, retryable=True):
     """The peer is draining and accepts no new work."""
 
 
-@_error(Reason.REASON_WAIT_TIMEOUT, Status.DEADLINE_EXCEEDED, retryable=True)
-class WaitTimeout(OrkiError):
+class WaitTimeout(OrkiError, reason=Reason.REASON_WAIT_TIMEOUT, status=Status.DEADLINE_EXCEEDED, retryable=True):
     """The caller's own wait limit has elapsed."""
 
 
-@_error(Reason.REASON_TASK_ENDED, Status.FAILED_PRECONDITION)
-class TaskEnded(OrkiError):
+class TaskEnded(OrkiError, reason=Reason.REASON_TASK_ENDED, status=Status.FAILED_PRECONDITION):
     """The task has already ended."""
 
 
-@_error(Reason.REASON_NOT_DIRECTABLE, Status.FAILED_PRECONDITION)
-class NotDirectable(OrkiError):
+class NotDirectable(OrkiError, reason=Reason.REASON_NOT_DIRECTABLE, status=Status.FAILED_PRECONDITION):
     """The task accepts no directives or is not running."""
 
 
-@_error(Reason.REASON_OVERLOADED, Status.RESOURCE_EXHAUSTED, retryable=True)
-class Overloaded(OrkiError):
+class Overloaded(OrkiError, reason=Reason.REASON_OVERLOADED, status=Status.RESOURCE_EXHAUSTED, retryable=True):
     """A bounded queue is full."""
 
 
-@_error(Reason.REASON_HANDLER_FAILED, Status.UNKNOWN, retryable=True)
-class HandlerFailed(OrkiError):
+class HandlerFailed(OrkiError, reason=Reason.REASON_HANDLER_FAILED, status=Status.UNKNOWN, retryable=True):
     """The handler raised an error."""
 
 
-@_error(Reason.REASON_HANDLER_REJECTED, Status.FAILED_PRECONDITION)
-class HandlerRejected(OrkiError):
+class HandlerRejected(OrkiError, reason=Reason.REASON_HANDLER_REJECTED, status=Status.FAILED_PRECONDITION):
     """The handler rejected the task permanently. Raise it in a handler to prevent further attempts."""
 
 
-@_error(Reason.REASON_LEASE_EXPIRED, Status.ABORTED, retryable=True)
-class LeaseExpired(OrkiError):
+class LeaseExpired(OrkiError, reason=Reason.REASON_LEASE_EXPIRED, status=Status.ABORTED, retryable=True):
     """The agent sent no heartbeat within the heartbeat timeout."""
 
 
-@_error(Reason.REASON_STALLED, Status.DEADLINE_EXCEEDED, retryable=True)
-class Stalled(OrkiError):
+class Stalled(OrkiError, reason=Reason.REASON_STALLED, status=Status.DEADLINE_EXCEEDED, retryable=True):
     """The attempt made no progress within the stall timeout."""
 
 
-@_error(Reason.REASON_ATTEMPT_TIMEOUT, Status.DEADLINE_EXCEEDED, retryable=True)
-class AttemptTimeout(OrkiError):
+class AttemptTimeout(OrkiError, reason=Reason.REASON_ATTEMPT_TIMEOUT, status=Status.DEADLINE_EXCEEDED, retryable=True):
     """The attempt ran longer than the attempt timeout."""
 
 
-@_error(Reason.REASON_TOTAL_TIMEOUT, Status.DEADLINE_EXCEEDED)
-class TotalTimeout(OrkiError):
+class TotalTimeout(OrkiError, reason=Reason.REASON_TOTAL_TIMEOUT, status=Status.DEADLINE_EXCEEDED):
     """The task ran longer than the total timeout."""
 
 
-@_error(Reason.REASON_CANCELLED, Status.CANCELLED)
-class Cancelled(OrkiError):
+class Cancelled(OrkiError, reason=Reason.REASON_CANCELLED, status=Status.CANCELLED):
     """The task was cancelled."""
 
 
-@_error(Reason.REASON_CANCEL_UNRESPONSIVE, Status.CANCELLED)
-class CancelUnresponsive(OrkiError):
+class CancelUnresponsive(OrkiError, reason=Reason.REASON_CANCEL_UNRESPONSIVE, status=Status.CANCELLED):
     """The handler did not end within the cancel grace."""
 
 
-@_error(Reason.REASON_ABANDONED, Status.UNAVAILABLE, retryable=True)
-class TaskAbandoned(OrkiError):
+class TaskAbandoned(OrkiError, reason=Reason.REASON_ABANDONED, status=Status.UNAVAILABLE, retryable=True):
     """The agent returned the attempt without finishing it."""
 
 
-@_error(Reason.REASON_OFFER_TIMEOUT, Status.UNAVAILABLE, retryable=True)
-class OfferTimeout(OrkiError):
+class OfferTimeout(OrkiError, reason=Reason.REASON_OFFER_TIMEOUT, status=Status.UNAVAILABLE, retryable=True):
     """The agent did not answer an offer in time."""
 
 
-@_error(Reason.REASON_INVALID_RESPONSE, Status.INTERNAL)
-class InvalidResponse(OrkiError):
+class InvalidResponse(OrkiError, reason=Reason.REASON_INVALID_RESPONSE, status=Status.INTERNAL):
     """The handler returned a value that is not the method's response message."""
 
 
-@_error(Reason.REASON_UNKNOWN_STREAM, Status.NOT_FOUND)
-class UnknownStream(OrkiError):
+class UnknownStream(OrkiError, reason=Reason.REASON_UNKNOWN_STREAM, status=Status.NOT_FOUND):
     """No known contract declares the stream."""
 
 
-@_error(Reason.REASON_UNKNOWN_GROUP, Status.NOT_FOUND)
-class UnknownGroup(OrkiError):
+class UnknownGroup(OrkiError, reason=Reason.REASON_UNKNOWN_GROUP, status=Status.NOT_FOUND):
     """The stream declares no such group."""
 
 
-@_error(Reason.REASON_EVENTS_UNAVAILABLE, Status.UNAVAILABLE, retryable=True)
-class EventsUnavailable(OrkiError):
+class EventsUnavailable(OrkiError, reason=Reason.REASON_EVENTS_UNAVAILABLE, status=Status.UNAVAILABLE, retryable=True):
     """The event server does not respond."""
 
 
-@_error(Reason.REASON_EVENTS_OUT_OF_MEMORY, Status.RESOURCE_EXHAUSTED, retryable=True)
-class EventsOutOfMemory(OrkiError):
+class EventsOutOfMemory(
+    OrkiError, reason=Reason.REASON_EVENTS_OUT_OF_MEMORY, status=Status.RESOURCE_EXHAUSTED, retryable=True
+):
     """The event server is out of memory."""
 
 
-@_error(Reason.REASON_EVENTS_READ_ONLY, Status.UNAVAILABLE, retryable=True)
-class EventsReadOnly(OrkiError):
+class EventsReadOnly(OrkiError, reason=Reason.REASON_EVENTS_READ_ONLY, status=Status.UNAVAILABLE, retryable=True):
     """The event server rejects writes."""
 
 
-@_error(Reason.REASON_EVENTS_NOT_PERSISTING, Status.UNAVAILABLE, retryable=True)
-class EventsNotPersisting(OrkiError):
+class EventsNotPersisting(
+    OrkiError, reason=Reason.REASON_EVENTS_NOT_PERSISTING, status=Status.UNAVAILABLE, retryable=True
+):
     """The event server cannot write to its disk."""
 
 
-@_error(Reason.REASON_EVENTS_LOADING, Status.UNAVAILABLE, retryable=True)
-class EventsLoading(OrkiError):
+class EventsLoading(OrkiError, reason=Reason.REASON_EVENTS_LOADING, status=Status.UNAVAILABLE, retryable=True):
     """The event server is still loading its data."""
 
 
-@_error(Reason.REASON_EVENTS_REFUSED, Status.FAILED_PRECONDITION)
-class EventsRefused(OrkiError):
+class EventsRefused(OrkiError, reason=Reason.REASON_EVENTS_REFUSED, status=Status.FAILED_PRECONDITION):
     """The event server refused the command."""
 
 
-@_error(Reason.REASON_EVENTS_BUFFER_FULL, Status.RESOURCE_EXHAUSTED, retryable=True)
-class EventsBufferFull(OrkiError):
+class EventsBufferFull(
+    OrkiError, reason=Reason.REASON_EVENTS_BUFFER_FULL, status=Status.RESOURCE_EXHAUSTED, retryable=True
+):
     """The publisher's buffer is full."""
 
 
-@_error(Reason.REASON_EVENT_UNDECODABLE, Status.INVALID_ARGUMENT)
-class EventUndecodable(OrkiError):
+class EventUndecodable(OrkiError, reason=Reason.REASON_EVENT_UNDECODABLE, status=Status.INVALID_ARGUMENT):
     """The entry does not contain the message that the stream's contract declares."""
 
 
-@_error(Reason.REASON_DELIVERIES_EXHAUSTED, Status.ABORTED)
-class DeliveriesExhausted(OrkiError):
+class DeliveriesExhausted(OrkiError, reason=Reason.REASON_DELIVERIES_EXHAUSTED, status=Status.ABORTED):
     """The entry has reached its group's maximum number of deliveries."""
 
 
-@_error(Reason.REASON_FRAME_MALFORMED, Status.INVALID_ARGUMENT)
-class FrameMalformed(OrkiError):
+class FrameMalformed(OrkiError, reason=Reason.REASON_FRAME_MALFORMED, status=Status.INVALID_ARGUMENT):
     """The bytes are not a frame of this protocol."""
 
 
-@_error(Reason.REASON_FRAME_TOO_LARGE, Status.RESOURCE_EXHAUSTED)
-class FrameTooLarge(OrkiError):
+class FrameTooLarge(OrkiError, reason=Reason.REASON_FRAME_TOO_LARGE, status=Status.RESOURCE_EXHAUSTED):
     """The frame exceeds its receiver's size limit."""
 
 
-@_error(Reason.REASON_FRAME_VERSION, Status.FAILED_PRECONDITION)
-class FrameVersion(OrkiError):
+class FrameVersion(OrkiError, reason=Reason.REASON_FRAME_VERSION, status=Status.FAILED_PRECONDITION):
     """The frame's protocol version is not supported."""
 
 
-@_error(Reason.REASON_UNKNOWN_OPCODE, Status.NOT_FOUND)
-class UnknownOpcode(OrkiError):
+class UnknownOpcode(OrkiError, reason=Reason.REASON_UNKNOWN_OPCODE, status=Status.NOT_FOUND):
     """No handler serves the opcode."""
 
 
-@_error(Reason.REASON_TOOL_DEADLINE, Status.DEADLINE_EXCEEDED, retryable=True)
-class ToolDeadline(OrkiError):
+class ToolDeadline(OrkiError, reason=Reason.REASON_TOOL_DEADLINE, status=Status.DEADLINE_EXCEEDED, retryable=True):
     """The tool call did not end in time."""
 
 
-@_error(Reason.REASON_PEER_LOST, Status.UNAVAILABLE, retryable=True)
-class PeerLost(OrkiError):
+class PeerLost(OrkiError, reason=Reason.REASON_PEER_LOST, status=Status.UNAVAILABLE, retryable=True):
     """The connection broke before the reply arrived.
 
     Attributes:
@@ -373,13 +332,11 @@ class PeerLost(OrkiError):
         self.fully_written = fully_written
 
 
-@_error(Reason.REASON_PEER_REFUSED, Status.PERMISSION_DENIED)
-class PeerRefused(OrkiError):
+class PeerRefused(OrkiError, reason=Reason.REASON_PEER_REFUSED, status=Status.PERMISSION_DENIED):
     """The peer is not allowed to connect."""
 
 
-@_error(Reason.REASON_TOOL_FAILED, Status.UNKNOWN)
-class ToolFailed(OrkiError):
+class ToolFailed(OrkiError, reason=Reason.REASON_TOOL_FAILED, status=Status.UNKNOWN):
     """The tool's handler raised an error. Raise it in a handler to return an error code to the caller.
 
     Attributes:
@@ -391,31 +348,25 @@ class ToolFailed(OrkiError):
         self.code = code
 
 
-@_error(Reason.REASON_TOO_MANY_CALLS, Status.RESOURCE_EXHAUSTED, retryable=True)
-class TooManyCalls(OrkiError):
+class TooManyCalls(OrkiError, reason=Reason.REASON_TOO_MANY_CALLS, status=Status.RESOURCE_EXHAUSTED, retryable=True):
     """The connection has reached its limit of concurrent calls."""
 
 
-@_error(Reason.REASON_SOCKET_UNSAFE, Status.PERMISSION_DENIED)
-class SocketUnsafe(OrkiError):
+class SocketUnsafe(OrkiError, reason=Reason.REASON_SOCKET_UNSAFE, status=Status.PERMISSION_DENIED):
     """The permissions or ownership of the socket's path are unsafe."""
 
 
-@_error(Reason.REASON_TOOL_CANCELLED, Status.CANCELLED)
-class ToolCancelled(OrkiError):
+class ToolCancelled(OrkiError, reason=Reason.REASON_TOOL_CANCELLED, status=Status.CANCELLED):
     """The caller cancelled the tool call."""
 
 
-@_error(Reason.REASON_INVALID_SETTING, Status.INVALID_ARGUMENT)
-class InvalidSetting(OrkiError):
+class InvalidSetting(OrkiError, reason=Reason.REASON_INVALID_SETTING, status=Status.INVALID_ARGUMENT):
     """A setting is unknown, malformed or out of range."""
 
 
-@_error(Reason.REASON_INVALID_CONTRACT, Status.INVALID_ARGUMENT)
-class InvalidContract(OrkiError):
+class InvalidContract(OrkiError, reason=Reason.REASON_INVALID_CONTRACT, status=Status.INVALID_ARGUMENT):
     """A contract cannot be read or is not valid."""
 
 
-@_error(Reason.REASON_LOCAL_PROTOCOL, Status.INTERNAL)
-class LocalProtocolError(OrkiError):
+class LocalProtocolError(OrkiError, reason=Reason.REASON_LOCAL_PROTOCOL, status=Status.INTERNAL):
     """This side violated the protocol. It indicates a bug."""

@@ -218,6 +218,8 @@ def _follows(registered: StreamVersion, own: StreamVersion) -> bool:
 
 
 def _release(version: str) -> tuple[int, ...] | None:
+    # Only release numbers are compared: a pre-release of a version must not replace it, nor be replaced by it. PEP 440
+    # parsing (`packaging`) would be a run-time dependency for this one comparison.
     found = re.match(r"\d+(\.\d+)*", version)
     return tuple(map(int, found.group().split("."))) if found else None
 

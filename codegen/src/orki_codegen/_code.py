@@ -5,21 +5,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "WIDTH",
-    "Call",
-    "Code",
-    "Raw",
-    "Sequence",
-    "annotated",
-    "docstring",
-    "expression",
-    "lay",
-    "quote",
-    "signature",
-    "width",
-]
-
 import dataclasses
 import re
 import textwrap

@@ -1,12 +1,11 @@
-"""The messages that buf and its check plugins exchange, in a pool of their own.
+"""The messages of PluginRPC and of buf check plugins, in a descriptor pool of their own.
 
-Written down here by field numbers, as the packages `pluginrpc.v1` and `buf.plugin.{check,descriptor,option}.v1` define
-them, without their validation options: no generated code, so nothing that would have to fit the protobuf runtime.
+The messages are defined here by field numbers, as in the packages `pluginrpc.v1` and
+`buf.plugin.{check,descriptor,option}.v1`, without their validation options. Generated code would depend on the protobuf
+runtime.
 """
 
 from __future__ import annotations
-
-__all__ = ["CHECK", "RPC", "Wire"]
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
@@ -42,7 +41,7 @@ _ENUMS: Final[Mapping[str, tuple[str, ...]]] = {
     f"{CHECK}.RuleType": ("UNSPECIFIED", "LINT", "BREAKING"),
 }
 
-# For each message its fields: name, number and type; a star behind the type says that the field is repeated.
+# The fields of each message: name, number and type; `*` marks a repeated field.
 _MESSAGES: Final[Mapping[str, tuple[tuple[str, int, str], ...]]] = {
     f"{RPC}.Procedure": (("path", 1, "string"), ("args", 2, "string*")),
     f"{RPC}.Spec": (("procedures", 1, f"{RPC}.Procedure*"),),
@@ -99,15 +98,19 @@ _SCALARS: Final = {
 }
 
 
-class Wire:
-    """Classes of those messages.
+class Messages:
+    """Creates messages by name.
 
     Attributes:
-        pool: The pool that holds them.
+        pool: The descriptor pool.
     """
 
     def __init__(self, known: Iterable[FileDescriptorProto] = ()) -> None:
-        """Args: known: Files whose extensions JSON may name; they import descriptor.proto and its like alone."""
+        """Build the pool.
+
+        Args:
+            known: Files whose extensions JSON may contain.
+        """
         self.pool = descriptor_pool.DescriptorPool()
         for module in (descriptor_pb2, any_pb2):
             self.pool.AddSerializedFile(module.DESCRIPTOR.serialized_pb)
@@ -115,17 +118,17 @@ class Wire:
             self.pool.AddSerializedFile(file.SerializeToString())
 
     def new(self, name: str, **fields: Any) -> Any:
-        """A message by its full name."""
+        """Return a new message of a type."""
         return message_factory.GetMessageClass(self.pool.FindMessageTypeByName(name))(**fields)
 
     def packed(self, message: Any) -> Any:
-        """A message as an Any."""
+        """Return an Any that contains the message."""
         url = f"type.googleapis.com/{message.DESCRIPTOR.full_name}"
         return self.new("google.protobuf.Any", type_url=url, value=message.SerializeToString())
 
 
 def _files() -> list[FileDescriptorProto]:
-    """One file for each package, those that are imported first."""
+    """One file for each package, imported files first."""
     return [
         _file(RPC, "google/protobuf/any.proto"),
         _file(_DESCRIPTOR, "google/protobuf/descriptor.proto"),

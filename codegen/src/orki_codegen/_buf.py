@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Buf", "BufFailed"]
-
 import json
 import os
 import re

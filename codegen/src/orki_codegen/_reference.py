@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["REFERENCE", "pages"]
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -11,7 +9,7 @@ from typing import Final
 from google.protobuf.descriptor_pb2 import EnumDescriptorProto, FieldDescriptorProto, FileDescriptorProto
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from orki_codegen.tree import MARK
+from orki_codegen._tree import MARK
 from orki_contract.descriptors import MessageNode, Path, Schema, ServiceNode, field_path, is_repeated
 from orki_contract.model import ExternalGroup, Frame, Retention, Stream, TaskMethod, ToolMethod, duration_text
 from orki_contract.read import ReadContract

@@ -6,15 +6,13 @@ another alias where it must (`oc_`), so that no message, field or rpc can shadow
 
 from __future__ import annotations
 
-__all__ = ["FrameClass", "FrameMember", "Method", "Module", "Names", "Service", "StreamConstant", "build"]
-
 import keyword
 from collections import Counter
 from dataclasses import dataclass, fields
 
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
 
-from orki_codegen.code import WIDTH, Call, Code, Raw, Sequence, expression, quote, width
+from orki_codegen._code import WIDTH, Call, Code, Raw, Sequence, expression, quote, width
 from orki_contract.descriptors import MessageNode, MethodNode, Schema, ServiceNode, field_path
 from orki_contract.model import FrameField, Scalar, Stream, TaskMethod, ToolMethod
 from orki_contract.naming import (

@@ -6,8 +6,6 @@ reader cares about. Two outlines differ by subjects and by attributes; nothing e
 
 from __future__ import annotations
 
-__all__ = ["Outline", "Subject", "changes", "outline"]
-
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any

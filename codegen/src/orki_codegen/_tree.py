@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["MARK", "Difference", "Tree", "compare", "install"]
-
 import os
 import tempfile
 from collections.abc import Iterator

@@ -1,12 +1,10 @@
-"""A repository of the user's own: which files it begins with, and what they are called after."""
+"""Files of a new repository, and the copies of orki files that a repository holds."""
 
 from __future__ import annotations
 
-__all__ = ["RELEASED", "Names", "lay_out", "names_for"]
-
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from keyword import iskeyword
@@ -15,9 +13,37 @@ from typing import Final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from orki_codegen.vendored_files import VENDORED
 from orki_contract.errors import InvalidSetting
 from orki_contract.naming import constant_name
+
+VENDORED: Final[Mapping[str, str]] = {
+    "buf.yaml": "buf.yaml",
+    "buf.gen.yaml": "buf.gen.yaml",
+    "options.proto": "proto/orki/options/v1/options.proto",
+}
+"""Where each lies, by its name in this package."""
+
+
+def bring_up_to_date(root: Path) -> Iterator[str]:
+    """Writes what is missing, and renews options.proto, which nobody edits; a line on each file.
+
+    Raises:
+        InvalidSetting: A file cannot be written.
+    """
+    for name, place in VENDORED.items():
+        content = (resources.files("orki_codegen") / "vendored" / name).read_bytes()
+        path = root / place
+        if path.is_file() and (path.read_bytes() == content or name != "options.proto"):
+            yield f"{place} is there already"
+            continue
+        word = "brought up to date" if path.is_file() else "written"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        except OSError as error:
+            raise InvalidSetting(f"{place} cannot be written: {error.strerror}") from error
+        yield f"{place} {word}"
+
 
 RELEASED: Final[Mapping[str, str]] = {
     "orki-agent": "0.1.0",

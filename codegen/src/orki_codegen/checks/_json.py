@@ -1,8 +1,9 @@
-"""Requests and responses as JSON: for people who call the plugin by hand, and for callers other than buf."""
+"""Requests and responses as JSON, for calls by hand and callers other than buf.
+
+Imported only for `--format json`, since buf uses the binary form and starts the plugin often.
+"""
 
 from __future__ import annotations
-
-__all__ = ["from_json", "to_json"]
 
 import json
 from collections.abc import Mapping
@@ -11,36 +12,36 @@ from typing import Any
 from google.protobuf import json_format
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 
-from orki_codegen.checks.wire import Wire
+from orki_codegen.checks._messages import Messages
 from orki_contract.descriptors import OPTIONS_PACKAGE
 
-# What the options import, and so what their own file needs in a pool.
+# The import of the options file.
 _IMPORTED = "google/protobuf/duration.proto"
 _SIDES = ("fileDescriptors", "againstFileDescriptors", "file_descriptors", "against_file_descriptors")
 
 
-def to_json(wire: Wire, message: Any) -> bytes:
-    """A message as JSON, with a newline at the end."""
-    return (json_format.MessageToJson(message, descriptor_pool=wire.pool) + "\n").encode()
+def to_json(messages: Messages, message: Any) -> bytes:
+    """Return a message as JSON with a trailing newline."""
+    return (json_format.MessageToJson(message, descriptor_pool=messages.pool) + "\n").encode()
 
 
-def from_json(wire: Wire, name: str, sent: bytes) -> tuple[str, bytes]:
-    """The type and the binary form of what a `pluginrpc.v1.Request` in JSON holds; nothing at all holds nothing.
+def from_json(messages: Messages, name: str, sent: bytes) -> tuple[str, bytes]:
+    """Return the type and the binary form of the value of a `pluginrpc.v1.Request` in JSON; empty input is empty.
 
-    Each side of a check brings its own options, by whose names its files speak of them.
+    Each side of a check is read with its own options.
 
     Raises:
-        ValueError: It cannot be read.
+        ValueError: The JSON is invalid.
     """
     if not sent.strip():
         return name, b""
     try:
         value: dict[str, Any] = dict(json.loads(sent).get("value") or {})
         url = str(value.pop("@type", name))
-        parts = [_binary(wire, name, {key: each for key, each in value.items() if key not in _SIDES})]
+        parts = [_binary(messages, name, {key: each for key, each in value.items() if key not in _SIDES})]
         for side in _SIDES:
             if side in value:
-                parts.append(_binary(Wire(_options(value[side])), name, {side: value[side]}))
+                parts.append(_binary(Messages(_options(value[side])), name, {side: value[side]}))
     except (json_format.Error, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     # Repeated fields of concatenated messages are read as one list.
@@ -54,7 +55,7 @@ def _options(side: list[Mapping[str, Any]]) -> list[FileDescriptorProto]:
     return [json_format.ParseDict(file, FileDescriptorProto(), ignore_unknown_fields=True) for file in known]
 
 
-def _binary(wire: Wire, name: str, value: Mapping[str, Any]) -> bytes:
-    message = wire.new(name)
-    json_format.ParseDict(dict(value), message, ignore_unknown_fields=True, descriptor_pool=wire.pool)
+def _binary(messages: Messages, name: str, value: Mapping[str, Any]) -> bytes:
+    message = messages.new(name)
+    json_format.ParseDict(dict(value), message, ignore_unknown_fields=True, descriptor_pool=messages.pool)
     return bytes(message.SerializeToString())
