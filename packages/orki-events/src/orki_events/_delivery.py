@@ -310,11 +310,10 @@ class DeliveryMachine:
                 self._issue(ack, commands)
         if not self._reading and self._read_at is None:
             self._read(commands)
-        unfinished = (
-            self._open or self._repeats or self.held or any(each.unfinished for each in self._partitions.values())
-        )
-        if self.state is State.DRAINING and not unfinished:
-            self._apply(table.Drained(), now, commands)
+        if self.state is State.DRAINING:
+            unfinished = any(each.unfinished for each in self._partitions.values())
+            if not (unfinished or self._open or self._repeats or self.held):
+                self._apply(table.Drained(), now, commands)
 
     def _sweeps_due(self, now: float) -> Iterator[Partition]:
         return (each for each in self._partitions.values() if not each.sweeping and each.sweep_at <= now)

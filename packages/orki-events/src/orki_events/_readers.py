@@ -196,9 +196,8 @@ async def list_dead_letters(
                 event = decode(raw)
             except DecodeError:
                 event = None
-        found.append(
-            DeadLetterEntry(letter_id.decode(), reason, event, values.get(layout.ENVELOPE_FIELD, b""), raw or b"")
-        )
+        envelope = values.get(layout.ENVELOPE_FIELD, b"")
+        found.append(DeadLetterEntry(letter_id.decode(), reason, event, envelope, raw or b""))
     return found
 
 
