@@ -20,7 +20,7 @@ from orki_server._registry import ContractRegistry
 from orki_server._session import AgentSession, SessionRegistry
 from orki_server._store.contracts import Contracts
 from orki_server._store.fleet import Fleet, SessionGrant
-from orki_server._store.operations import Resume, ResumedAttempt, shard_of
+from orki_server._store.operations import ResumedAttempt, resume, shard_of
 from orki_server._store.store import Store
 from orki_server._tasks import Context, typed
 
@@ -112,7 +112,7 @@ class Handshake:
                     self._store.connection.address.shown,
                     shard,
                 )
-            still_held = await self._store.apply(Resume(shard, hello.agent_id, tuple(keys)))
+            still_held = await self._store.apply(resume(shard, hello.agent_id, keys))
             resumed += still_held
         return resumed
 

@@ -42,22 +42,9 @@ from orki_control.transport import abort
 from orki_server._events import AgentEvents
 from orki_server._fleet import FleetUpdates, Handshake
 from orki_server._session import AgentSession, SessionRegistry, StreamContext
+from orki_server._store import operations
 from orki_server._store.lifecycle import TERMINAL
-from orki_server._store.operations import (
-    Accept,
-    AcknowledgeCancel,
-    ConfirmCancelled,
-    Decline,
-    Fail,
-    Renew,
-    ReportProgress,
-    ReportReply,
-    ReportStatus,
-    Succeed,
-    failure_text,
-    shard_of,
-)
-from orki_server._store.script import Operation
+from orki_server._store.operations import Operation, ReportReply, ReportStatus, failure_text, shard_of
 from orki_server._store.store import Store
 
 R = TypeVar("R")
@@ -109,7 +96,7 @@ class Reports:
 
     def accepted(self, session: AgentSession, attempts: Iterable[AttemptKey]) -> None:
         for key in attempts:
-            self._put(session, key, Accept(session.agent_id, key), self._handle_report)
+            self._put(session, key, operations.accept(session.agent_id, key), self._handle_report)
 
     def declined(self, session: AgentSession, declines: Iterable[ArrivedDecline]) -> None:
         """The agent declined offers. A late decline changes nothing."""
@@ -128,7 +115,7 @@ class Reports:
             if self.store.waiting > _PROGRESS_WAITING:
                 self.counts.progress_dropped += 1
                 continue
-            report = ReportProgress(session.agent_id, key, self.progress_kept, number, payload)
+            report = operations.report_progress(session.agent_id, key, self.progress_kept, number, payload)
             self._put(session, key, report, self._handle_report)
 
     def ended(self, session: AgentSession, results: Iterable[ArrivedResult]) -> None:
@@ -138,7 +125,7 @@ class Reports:
     def cancel_acknowledged(self, session: AgentSession, attempts: Iterable[AttemptKey]) -> None:
         """The agent received cancels. An acknowledgement after the attempt's end is legal."""
         for key in attempts:
-            self._put(session, key, AcknowledgeCancel(session.agent_id, key), self._handle_returned)
+            self._put(session, key, operations.acknowledge_cancel(session.agent_id, key), self._handle_returned)
 
     def heartbeat(self, session: AgentSession, heartbeat: HeartbeatArrived) -> None:
         """Renew the agent's leases, then echo the heartbeat."""
@@ -156,7 +143,7 @@ class Reports:
                 session.machine.echo(heartbeat.number)
 
         for shard, keys in shards.items():
-            self._enqueue(session, Renew(shard, session.agent_id, tuple(keys)), renewed)
+            self._enqueue(session, operations.renew(shard, session.agent_id, tuple(keys)), renewed)
         if not shards or not self.store.up:
             session.machine.echo(heartbeat.number)
 
@@ -170,13 +157,13 @@ class Reports:
         """An assigned task cannot be offered to its agent: queue it again, or fail it if it never can be."""
         message = failure_text(error.message)
         if isinstance(error, TooLarge):
-            fail = Fail(session.agent_id, key, error.reason, message, "", False)
+            fail = operations.fail(session.agent_id, key, error.reason, message, "", False)
             self._put(session, key, fail, self._handle_returned)
         else:
             self._decline(session, key, Reason.REASON_ABANDONED, message)
 
     def _decline(self, session: AgentSession, key: AttemptKey, reason: Reason.ValueType, message: str) -> None:
-        self._put(session, key, Decline(session.agent_id, key, reason, message, True), self._handle_returned)
+        self._put(session, key, operations.decline(session.agent_id, key, reason, message, True), self._handle_returned)
 
     def _handle_report(self, session: AgentSession, key: AttemptKey, reply: ReportReply) -> None:
         if reply.status is ReportStatus.STALE:
@@ -221,7 +208,7 @@ class Reports:
 
     def _enqueue(self, session: AgentSession, operation: Operation[R], handle: Callable[[R], None]) -> None:
         try:
-            future = self.store.put(operation)
+            future = self.store.apply(operation)
         except StoreUnavailable as error:
             # Too many operations wait. The agent keeps its reports and sends them again on its next stream.
             session.end(error.message)
@@ -243,13 +230,13 @@ class Reports:
 
 def _result_report(agent_id: str, key: AttemptKey, result: Result) -> Operation[ReportReply]:
     if result.WhichOneof("outcome") == "response":
-        return Succeed(agent_id, key, result.response)
+        return operations.succeed(agent_id, key, result.response)
     if result.WhichOneof("outcome") == "cancelled":
-        return ConfirmCancelled(agent_id, key, result.cancelled.reason or Reason.REASON_CANCELLED)
+        return operations.confirm_cancelled(agent_id, key, result.cancelled.reason or Reason.REASON_CANCELLED)
     failure: Failure = result.failure
     reason = failure.reason or Reason.REASON_HANDLER_FAILED
     message, error_type = failure_text(failure.message), failure_text(failure.error_type)[:200]
-    return Fail(agent_id, key, reason, message, error_type, error_for(reason, "").retryable)
+    return operations.fail(agent_id, key, reason, message, error_type, error_for(reason, "").retryable)
 
 
 class SessionServicer(SessionServiceServicer):

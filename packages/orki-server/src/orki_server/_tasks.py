@@ -33,19 +33,11 @@ from orki_control.session import AttemptKey
 from orki_control.transport import abort
 from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._session import SessionRegistry
+from orki_server._store import operations
 from orki_server._store.lifecycle import TERMINAL
-from orki_server._store.operations import failure_text, new_task_id, shard_of, shard_of_key
+from orki_server._store.operations import failure_text, new_task_id, shard_of, shard_of_key, submission_digest
 from orki_server._store.store import Store
-from orki_server._store.tasks import (
-    Cancel,
-    Direct,
-    ReadTask,
-    Submit,
-    Submitted,
-    TaskFilter,
-    list_tasks,
-    submission_digest,
-)
+from orki_server._store.tasks import TaskFilter, list_tasks
 
 Q = TypeVar("Q")
 R = TypeVar("R")
@@ -223,7 +215,7 @@ class Watchers:
             while True:
                 watcher.changed.clear()
                 try:
-                    view = await self._store.apply(ReadTask(task_id, _PROGRESS, after))
+                    view = await self._store.apply(operations.read_task(task_id, _PROGRESS, after))
                 except StoreUnavailable:
                     if not revision:
                         raise
@@ -331,7 +323,7 @@ class TaskServicer(TaskServiceServicer):
         parent = parse_traceparent(submission.traceparent)
         span = parent.child() if parent else new_span()
         submitted = await self._store.apply(
-            Submit(
+            operations.submit(
                 task_id=new_task_id(shard),
                 method=method,
                 request=submission.request,
@@ -368,7 +360,7 @@ class TaskServicer(TaskServiceServicer):
         """Request a task's end. The request is stored before it is sent to the agent."""
         self._rules.cancel(request)
         message = failure_text(request.message)
-        reply = await self._store.apply(Cancel(request.task_id, message, actor_of(context)))
+        reply = await self._store.apply(operations.cancel(request.task_id, message, actor_of(context)))
         if reply.status == "unknown":
             raise UnknownTask(f"there is no task {request.task_id}")
         session = self._sessions.get(reply.agent_id)
@@ -398,7 +390,7 @@ class TaskServicer(TaskServiceServicer):
         if any(each.full_name == task.method and not each.directive for each in served):
             raise NotDirectable(f"agent {task.agent_id} serves {task.method} by a contract that declares no directive")
         key = AttemptKey.of(task.attempt)
-        reply = await self._store.apply(Direct(key, len(request.payload), actor_of(context)))
+        reply = await self._store.apply(operations.direct(key, len(request.payload), actor_of(context)))
         if reply.status != "running":
             raise NotDirectable(f"task {task.task_id} no longer runs attempt {key.attempt}")
         try:
@@ -418,13 +410,13 @@ class TaskServicer(TaskServiceServicer):
         return pb.ListResponse(tasks=tasks, next_page_token=token)
 
     async def _read(self, task_id: str) -> pb.TaskSnapshot:
-        view = await self._store.apply(ReadTask(task_id))
+        view = await self._store.apply(operations.read_task(task_id))
         if view is None:
             raise UnknownTask(f"there is no task {task_id}")
         return view.task
 
 
-def _new_snapshot(submitted: Submitted, method: str, traceparent: str) -> pb.TaskSnapshot:
+def _new_snapshot(submitted: operations.Submitted, method: str, traceparent: str) -> pb.TaskSnapshot:
     """Return the snapshot of a new task without reading it from the store."""
     return pb.TaskSnapshot(
         task_id=submitted.task_id,

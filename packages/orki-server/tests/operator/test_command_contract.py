@@ -94,7 +94,7 @@ def quick() -> Iterator[Callable[..., Any]]:
     """Run `orki ARGS…` in a thread, ten times faster than as a process."""
     pool = ThreadPoolExecutor(1)
     # Click 8.1 mixes both outputs by default. Later versions never do and have no such option.
-    apart = {"mix_stderr": False} if "mix_stderr" in signature(CliRunner).parameters else {}
+    apart: dict[str, Any] = {"mix_stderr": False} if "mix_stderr" in signature(CliRunner).parameters else {}
     runner = CliRunner(**apart)
 
     async def run(*arguments: str, **settings: str) -> Any:

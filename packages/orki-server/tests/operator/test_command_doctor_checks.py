@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 
 from orki_server._cli.doctor import Health, check_dead_letters, check_groups, check_store, parse_info
@@ -28,7 +30,7 @@ def _verdicts(changes: str = "") -> dict[str, tuple[Health, str]]:
     for check in checks:
         assert bool(check.cause) == (check.verdict is not Health.OK), check
         assert bool(check.next_step) == (check.verdict is not Health.OK), check
-        assert sorted(check.to_json()) == ["cause", "figure", "name", "next_step", "verdict"]
+        assert sorted(asdict(check)) == ["cause", "figure", "name", "next_step", "verdict"]
     return {check.name: (check.verdict, check.figure) for check in checks}
 
 

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from orki_contract.trace import Span
 from orki_server._cli.trace import render
-from orki_server._cli.trace_tree import Node, Trace, TraceRecord, build_trace
+from orki_server._cli.trace_tree import Node, Trace, build_trace
+from orki_server._observers.entries import DecodedEntry
 
 ZERO = 1_700_000_000_000_000
 ROOT = Span("a" * 32, "1" * 16)
@@ -20,23 +21,29 @@ SECOND = Span("a" * 32, "3" * 16, ROOT.span_id)
 METHOD = "acme.v1.Review/File"
 
 
-def _record(at_us: int, message: str, span: Span | None, body: dict[str, Any], stream: str = "tasks") -> TraceRecord:
-    return TraceRecord(
+def _record(at_us: int, message: str, span: Span | None, body: dict[str, Any], stream: str = "tasks") -> DecodedEntry:
+    return DecodedEntry(
         stream=stream,
+        key=stream,
+        entry_id=f"{at_us}-0",
+        producer="",
+        sequence=0,
+        traceparent="",
         event_id=f"{at_us}{message}{sorted(body)}",
         time_us=ZERO + at_us,
         span=span,
         message=message if "." in message else f"orki.events.v1.{message}",
         body=body,
+        problem="",
     )
 
 
-def _task(at_us: int, span: Span, attempt: int, task_id: str = "t1", **step: dict[str, Any]) -> TraceRecord:
+def _task(at_us: int, span: Span, attempt: int, task_id: str = "t1", **step: dict[str, Any]) -> DecodedEntry:
     body = {"task_id": task_id, "method": METHOD, "attempt": attempt, "fence": str(100 + attempt)}
     return _record(at_us, "TaskEvent", span, {**body, "agent_id": f"agent-{attempt}", **step})
 
 
-def _story() -> list[TraceRecord]:
+def _story() -> list[DecodedEntry]:
     tool = {"method": "acme.v1.Tools/Read", "task_id": "t1", "attempt": 2, "duration_ns": "400000", "request_bytes": 9}
     usage = {"model": "m", "task_id": "t1", "attempt": 2, "input_tokens": "812", "output_tokens": "90"}
     return [
@@ -140,7 +147,7 @@ def test_a_cancelled_task_is_shown_as_cancelled() -> None:
 
 
 def test_a_session_reported_by_both_ends_is_shown_once_after_the_spawn() -> None:
-    def step(at_us: int, **what: Any) -> TraceRecord:
+    def step(at_us: int, **what: Any) -> DecodedEntry:
         return _record(at_us, "AgentEvent", None, {"agent_id": "a", "instance_id": "i", **what}, "agents")
 
     told = [
@@ -164,13 +171,13 @@ def test_json_keys_are_stable() -> None:
 
 
 @given(st.permutations(_story()), st.lists(st.integers(0, 11), max_size=6))
-def test_order_and_repetition_of_entries_do_not_matter(story: list[TraceRecord], again: list[int]) -> None:
+def test_order_and_repetition_of_entries_do_not_matter(story: list[DecodedEntry], again: list[int]) -> None:
     repeated = [*story, *(story[index] for index in again)]
     assert build_trace("a" * 32, repeated).to_json() == build_trace("a" * 32, _story()).to_json()
 
 
 @given(st.lists(st.sampled_from(_story()), max_size=12))
-def test_the_tree_is_built_with_any_entries_missing(part: list[TraceRecord]) -> None:
+def test_the_tree_is_built_with_any_entries_missing(part: list[DecodedEntry]) -> None:
     trace = build_trace("a" * 32, part)
     leaves = sum(len(list(root.walk())) for root in trace.roots)
     assert leaves >= len({each.event_id for each in part})

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from orki_contract.errors import InvalidSetting, OrkiError
 from orki_server._observers import audit as audit_log
-from orki_server._observers.audit import AuditLog, AuditLogOptions, Fsync
+from orki_server._observers.audit import AuditLog, Fsync
 
 
 def _line(number: int, body: str = "") -> tuple[str, str]:
@@ -22,7 +22,7 @@ def _line(number: int, body: str = "") -> tuple[str, str]:
 
 
 def _opened(path: Path, remember: int = 1000) -> AuditLog:
-    log = AuditLog(AuditLogOptions(path=path, fsync=Fsync.NEVER, remember=remember))
+    log = AuditLog(path, fsync=Fsync.NEVER, remember=remember)
     log.open()
     return log
 
@@ -112,7 +112,7 @@ def test_a_full_disk_writes_nothing_of_the_batch(tmp_path: Path) -> None:
 
 def test_synced_batches_are_written(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
-    log = AuditLog(AuditLogOptions(path=path))
+    log = AuditLog(path)
     assert log.open() == 0
     assert log.append([_line(1)]) == 1
     log.close()
@@ -132,4 +132,4 @@ def test_other_lines_are_kept(tmp_path: Path) -> None:
 
 def test_a_small_remember_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidSetting, match="1000 or more"):
-        AuditLogOptions(path=tmp_path / "a", remember=10)
+        AuditLog(tmp_path / "a", remember=10)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
 from typing import Any, Final
 
 import click
@@ -12,68 +13,19 @@ from orki_contract.errors import InvalidContract, OrkiError
 from orki_events.connection import Connection
 from orki_events.registry import StreamRegistry, StreamVersion
 from orki_server._admission import Admission, Liveness, ServiceContract
-from orki_server._apply import Applied, Declared, apply, check_declared, open_admission, read_declared
-from orki_server._cli.formats import Column, counted, print_json, print_table
-from orki_server._cli.options import json_option, open_redis, redis_option, run
-from orki_server._cli.root import CommandError, LazyGroup
+from orki_server._apply import Applied, apply, check_declared, open_admission, read_declared
+from orki_server._cli.formats import Columns, counted, print_json, print_rows, print_table
+from orki_server._cli.options import F, json_option, open_redis, redis_option, run_async
+from orki_server._cli.root import CommandError
 from orki_server._observers.stream_stats import StreamStats, read_stream_stats
 from orki_server._store.contracts import Contracts, RegisteredContract
 
 _DIGEST_CHARS: Final = 19
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ContractRow:
-    """One registered version of a service or stream.
-
-    Attributes:
-        kind: `service` or `stream`.
-        name: Name of the service or stream.
-        version: Version of its package; empty if unknown.
-        digest: Digest of the service's contract, or of the image of the stream's package; empty without one.
-        state: `live`, `applied` or `idle`.
-        leading: Whether new tasks are submitted under this version; always true for a stream.
-        agents: Ids of the agents that serve it.
-        unfinished_tasks: Number of its tasks that have not ended.
-        groups: The stream's groups: name, number of consumers, and whether the group is missing in Redis.
-    """
-
-    kind: str
-    name: str
-    version: str
-    digest: str
-    state: str
-    leading: bool
-    agents: tuple[str, ...] = ()
-    unfinished_tasks: int = 0
-    groups: tuple[dict[str, Any], ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the row as JSON with stable keys."""
-        return asdict(self)
-
-    def cells(self) -> tuple[str, ...]:
-        """Return the cells of the table row."""
-        name = f"{self.name} *" if self.leading and self.kind == "service" else self.name
-        return self.kind, name, self.version or "-", self.digest[:_DIGEST_CHARS] or "-", self.state, self._served()
-
-    def _served(self) -> str:
-        users = list(self.agents)
-        if self.unfinished_tasks:
-            users.append(counted(self.unfinished_tasks, "unfinished task"))
-        for group in self.groups:
-            count = "missing" if group["missing"] else str(group["consumers"])
-            users.append(f"{group['name']} ({count})")
-        return ", ".join(users) or "-"
-
-
-async def registered_rows(admission: Admission, contracts: Contracts, link: Connection) -> list[ContractRow]:
-    """Return all registered versions: services, then streams, by name.
-
-    Raises:
-        OrkiError: A server does not answer or refuses the command.
-    """
-    rows: list[ContractRow] = []
+async def _registered(admission: Admission, contracts: Contracts, link: Connection) -> list[dict[str, Any]]:
+    """Return all registered versions as JSON with stable keys: services, then streams, by name."""
+    rows: list[dict[str, Any]] = []
     leading = {each.service: each.digest for each in await contracts.leading()}
     for name, seen in sorted((await contracts.registered(sorted(leading))).items()):
         live = await admission.liveness(name, seen)
@@ -84,69 +36,66 @@ async def registered_rows(admission: Admission, contracts: Contracts, link: Conn
     return rows
 
 
-def _service(registered: RegisteredContract, live: Liveness, leading: str) -> ContractRow:
+def _service(registered: RegisteredContract, live: Liveness, leading: str) -> dict[str, Any]:
     contract = ServiceContract.of(registered)
-    return ContractRow(
-        kind="service",
-        name=contract.service,
-        version=contract.version,
-        digest=contract.digest,
-        state="live" if live.agents or live.tasks else "applied" if live.ahead else "idle",
-        leading=contract.digest == leading,
-        agents=live.agents,
-        unfinished_tasks=live.tasks,
-    )
+    return {
+        "kind": "service",
+        "name": contract.service,
+        "version": contract.version,
+        "digest": contract.digest,
+        "state": "live" if live.agents or live.tasks else "applied" if live.ahead else "idle",
+        "leading": contract.digest == leading,
+        "agents": live.agents,
+        "unfinished_tasks": live.tasks,
+        "groups": [],
+    }
 
 
-def _stream(registered: StreamVersion, figures: StreamStats) -> ContractRow:
-    return ContractRow(
-        kind="stream",
-        name=registered.contract.name,
-        version=registered.version,
-        digest=registered.digest,
-        state="applied" if registered.ahead else "live",
-        leading=True,
-        groups=tuple(_groups(figures)),
-    )
+def _stream(registered: StreamVersion, figures: StreamStats) -> dict[str, Any]:
+    return {
+        "kind": "stream",
+        "name": registered.contract.name,
+        "version": registered.version,
+        "digest": registered.digest,
+        "state": "applied" if registered.ahead else "live",
+        "leading": True,
+        "agents": [],
+        "unfinished_tasks": 0,
+        "groups": [
+            {"name": each.group, "consumers": each.consumers, "missing": each.missing} for each in figures.groups
+        ],
+    }
 
 
-def _groups(figures: StreamStats) -> Iterable[dict[str, Any]]:
-    for each in figures.groups:
-        yield {"name": each.group, "consumers": each.consumers, "missing": each.missing}
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    name = f"{row['name']} *" if row["leading"] and row["kind"] == "service" else row["name"]
+    users = [*row["agents"]]
+    if row["unfinished_tasks"]:
+        users.append(counted(row["unfinished_tasks"], "unfinished task"))
+    users += [f"{each['name']} ({'missing' if each['missing'] else each['consumers']})" for each in row["groups"]]
+    digest = row["digest"][:_DIGEST_CHARS]
+    return row["kind"], name, row["version"] or "-", digest or "-", row["state"], ", ".join(users) or "-"
 
 
-_APPLIED = (
-    Column(name="KIND", uncut=True),
-    Column(name="NAME"),
-    Column(name="VERSION"),
-    Column(name="DIGEST"),
-    Column(name="OUTCOME", uncut=True),
+_APPLIED: Final = Columns(("KIND", "NAME", "VERSION", "DIGEST", "OUTCOME"), uncut={"KIND", "OUTCOME"})
+_LISTED: Final = Columns(
+    ("KIND", "NAME", "VERSION", "DIGEST", "STATE", "SERVED BY"), uncut={"KIND", "DIGEST"}, wraps={"NAME", "SERVED BY"}
 )
-_LISTED = (
-    Column(name="KIND", uncut=True),
-    Column(name="NAME", wraps=True),
-    Column(name="VERSION"),
-    Column(name="DIGEST", uncut=True),
-    Column(name="STATE", uncut=True, colored=True),
-    Column(name="SERVED BY", wraps=True),
-)
 
-events_option = click.option(
-    "--events",
-    "events_url",
-    metavar="URL",
-    default="",
-    help="Redis for the event plane; by default, the same as --redis.",
-)
+
+def _servers(command: F) -> F:
+    """Add `--redis` and `--events`."""
+    text = "Redis for the event plane; by default, the same as --redis."
+    return redis_option(click.option("--events", "events_url", metavar="URL", default="", help=text)(command))
+
+
+@asynccontextmanager
+async def _open(redis_url: str, events_url: str) -> AsyncIterator[tuple[Admission, Contracts, Connection]]:
+    async with open_admission(redis_url) as (admission, contracts, _), open_redis(events_url or redis_url) as link:
+        yield admission, contracts, link
 
 
 @click.group(
-    cls=LazyGroup,
-    lazy={
-        "apply": ("orki_server._cli.contract:apply_command", "Register a contract before it is used."),
-        "list": ("orki_server._cli.contract:list_command", "List the registered contracts and their users."),
-        "withdraw": ("orki_server._cli.contract:withdraw_command", "Remove the registration of an unused contract."),
-    },
     epilog="""\b
 Examples:
   orki contract list
@@ -163,8 +112,9 @@ def contract() -> None:
     """
 
 
-@click.command(
+@contract.command(
     "apply",
+    short_help="Register a contract before it is used.",
     epilog="""\b
 SOURCE is one of:
   acme-1.3.0-….whl   a wheel; every contract.binpb in it is read
@@ -189,9 +139,9 @@ Exit codes:
 @click.option("--check", is_flag=True, help="Check compatibility only; write nothing.")
 @click.option("--package-version", default="", metavar="VERSION", help="Version of the packages, if SOURCE has none.")
 @json_option
-@redis_option
-@events_option
-def apply_command(
+@_servers
+@run_async
+async def apply_command(
     source: str, check: bool, package_version: str, as_json: bool, redis_url: str, events_url: str
 ) -> None:
     """Register the contracts of SOURCE before they are used.
@@ -205,29 +155,26 @@ def apply_command(
         declared = read_declared(source, package_version)
     except InvalidContract as error:
         raise click.UsageError(error.message) from error
-    done, refusals = run(_apply(declared, redis_url, events_url, check))
+    registry = StreamRegistry()
+    done: list[Applied] = []
+    async with _open(redis_url, events_url) as (admission, _, link):
+        refusals = await check_declared(declared, admission, registry, link)
+        if not refusals and not check:
+            done = await apply(declared, admission, registry, link)
     if as_json:
         print_json({"applied": [asdict(each) for each in done], "refused": refusals})
     elif done:
-        rows = [(each.kind, each.name, each.version or "-", each.digest[:19], each.outcome) for each in done]
-        print_table(_APPLIED, rows, empty="")
+        rows = [(each.kind, each.name, each.version or "-", each.digest[:_DIGEST_CHARS], each.outcome) for each in done]
+        print_table(_APPLIED, rows)
     elif not refusals:
         click.echo("everything is compatible with the live and registered contracts; nothing was written (--check)")
     if refusals:
         raise CommandError("; ".join(refusals))
 
 
-async def _apply(declared: Declared, redis_url: str, events_url: str, check: bool) -> tuple[list[Applied], list[str]]:
-    registry = StreamRegistry()
-    async with open_admission(redis_url) as (admission, _, _), open_redis(events_url or redis_url) as link:
-        refusals = await check_declared(declared, admission, registry, link)
-        if refusals or check:
-            return [], refusals
-        return await apply(declared, admission, registry, link), []
-
-
-@click.command(
+@contract.command(
     "list",
+    short_help="List the registered contracts and their users.",
     epilog="""\b
 Examples:
   orki contract list
@@ -235,9 +182,9 @@ Examples:
 """,
 )
 @json_option
-@redis_option
-@events_option
-def list_command(as_json: bool, redis_url: str, events_url: str) -> None:
+@_servers
+@run_async
+async def list_command(as_json: bool, redis_url: str, events_url: str) -> None:
     """List every registered version of each task service and stream.
 
     \b
@@ -247,24 +194,14 @@ def list_command(as_json: bool, redis_url: str, events_url: str) -> None:
     *          new tasks are submitted under this version
     SERVED BY  agents and unfinished tasks, or a stream's groups with their numbers of consumers
     """
-    rows = run(_rows(redis_url, events_url))
-    if as_json:
-        print_json([each.to_json() for each in rows])
-    else:
-        print_table(
-            _LISTED,
-            [each.cells() for each in rows],
-            empty="no contracts yet: nothing has registered one",
-        )
+    async with _open(redis_url, events_url) as servers:
+        rows = await _registered(*servers)
+    print_rows(as_json, rows, _LISTED, map(_cells, rows), empty="no contracts yet: nothing has registered one")
 
 
-async def _rows(redis_url: str, events_url: str) -> list[ContractRow]:
-    async with open_admission(redis_url) as (admission, contracts, _), open_redis(events_url or redis_url) as link:
-        return await registered_rows(admission, contracts, link)
-
-
-@click.command(
+@contract.command(
     "withdraw",
+    short_help="Remove the registration of an unused contract.",
     epilog="""\b
 Examples:
   orki contract withdraw acme.review.v1.ReviewService sha256:1f0c
@@ -273,29 +210,29 @@ Examples:
 )
 @click.argument("name")
 @click.argument("digest", required=False, default="")
-@redis_option
-@events_option
-def withdraw_command(name: str, digest: str, redis_url: str, events_url: str) -> None:
+@_servers
+@run_async
+async def withdraw_command(name: str, digest: str, redis_url: str, events_url: str) -> None:
     """Remove the registration of the task service or stream NAME.
 
     If a service has several contracts, DIGEST or its beginning selects one. A contract that agents serve or that has
     unfinished tasks is not removed. For a stream, only the registration is removed: entries and groups stay, and the
     next publisher registers the stream again. Stop its old publishers and consumers first.
     """
-    click.echo(run(_withdraw(name, digest, redis_url, events_url)))
-
-
-async def _withdraw(name: str, digest: str, redis_url: str, events_url: str) -> str:
-    async with open_admission(redis_url) as (admission, contracts, _), open_redis(events_url or redis_url) as link:
+    async with _open(redis_url, events_url) as (admission, contracts, link):
         found = [each for each in (await contracts.registered([name]))[name] if each.digest.startswith(digest)]
         if len(found) > 1:
-            digests = ", ".join(each.digest[:19] for each in found)
+            digests = ", ".join(each.digest[:_DIGEST_CHARS] for each in found)
             raise click.UsageError(f"{name} has {len(found)} contracts: add the digest of one of them ({digests})")
         if found:
             if not await admission.withdraw(found[0]):
-                raise OrkiError(f"{name} is in use under {found[0].digest[:19]}: stop its agents and let its tasks end")
-            return f"service {name}: {found[0].digest[:19]} is withdrawn"
+                raise OrkiError(
+                    f"{name} is in use under {found[0].digest[:_DIGEST_CHARS]}: stop its agents and let its tasks end"
+                )
+            click.echo(f"service {name}: {found[0].digest[:_DIGEST_CHARS]} is withdrawn")
+            return
         if not digest and await StreamRegistry().withdraw(link, name):
-            return f"stream {name}: its registration is withdrawn; entries and groups stay"
+            click.echo(f"stream {name}: its registration is withdrawn; entries and groups stay")
+            return
     which = " with that digest" if digest else ""
     raise OrkiError(f"no service or stream {name!r} is registered{which}; see: orki contract list")

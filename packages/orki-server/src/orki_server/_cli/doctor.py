@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlsplit
 
 import click
@@ -16,9 +16,9 @@ import click
 from orki_contract.errors import EventsLoading, EventsUnavailable, OrkiError
 from orki_events.connection import Connection, parse_address
 from orki_events.registry import StreamRegistry
-from orki_server._cli.formats import Column, counted, duration, print_json, print_table, sentence, size
-from orki_server._cli.options import json_option, redis_option, run, with_orchestrator
-from orki_server._observers.stream_stats import GroupStats, read_stream_stats
+from orki_server._cli.formats import Columns, counted, duration, print_rows, sentence, size
+from orki_server._cli.options import json_option, redis_option, run_async, with_orchestrator
+from orki_server._observers.stream_stats import GroupStats, checked, read_stream_stats
 
 _OLDEST_VERSION: Final = (6, 2)
 _MEMORY_WARN, _MEMORY_BAD = 0.80, 0.95
@@ -33,7 +33,7 @@ class Health(StrEnum):
     BAD = "bad"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Check:
     """One check and its result.
 
@@ -50,10 +50,6 @@ class Check:
     figure: str
     cause: str = ""
     next_step: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the check as JSON with stable keys."""
-        return asdict(self)
 
 
 def parse_info(text: str) -> dict[str, str]:
@@ -84,132 +80,81 @@ def check_groups(groups: Iterable[GroupStats]) -> Iterator[Check]:
         lag = "unknown" if each.lag is None else f"{each.lag:,}"
         figure = f"lag {lag}, pending {each.pending:,}, oldest {duration(each.oldest_pending_ms * 1000)}"
         if each.missing:
-            yield Check(
-                name=name,
-                verdict=Health.BAD,
-                figure="missing",
-                cause="The stream's contract declares the group, but the server does not have it.",
-                next_step="Start a consumer of the group or publish to the stream: both create declared groups.",
-            )
+            cause = "The stream's contract declares the group, but the server does not have it."
+            step = "Start a consumer of the group or publish to the stream: both create declared groups."
+            yield Check(name, Health.BAD, "missing", cause, step)
         elif each.oldest_pending_ms > 2_000 * each.ack_deadline:
-            yield Check(
-                name=name,
-                verdict=Health.WARN,
-                figure=figure,
-                cause="A consumer has held an entry past its deadline, and no other consumer has claimed it.",
-                next_step="Check that a consumer of this group runs, and read its log.",
-            )
+            cause = "A consumer has held an entry past its deadline, and no other consumer has claimed it."
+            yield Check(name, Health.WARN, figure, cause, "Check that a consumer of this group runs, and read its log.")
         elif each.lag is not None and each.lag > _LAG_WARN:
-            yield Check(
-                name=name,
-                verdict=Health.WARN,
-                figure=figure,
-                cause="The group's consumers do not run, or are slower than the stream's publishers.",
-                next_step="Start more consumers of this group before retention trims unread entries.",
-            )
+            cause = "The group's consumers do not run, or are slower than the stream's publishers."
+            step = "Start more consumers of this group before retention trims unread entries."
+            yield Check(name, Health.WARN, figure, cause, step)
         else:
-            yield Check(name=name, verdict=Health.OK, figure=figure)
+            yield Check(name, Health.OK, figure)
 
 
 def check_dead_letters(groups: Iterable[GroupStats]) -> Iterator[Check]:
     """Report each group that has dead letters: entries that were never processed successfully."""
     for each in groups:
         if each.dead_letters:
+            name = f"events.{each.stream}.{each.group}.dead_letters"
             command = f"orki streams dead {each.stream} {each.group}"
-            yield Check(
-                name=f"events.{each.stream}.{each.group}.dead_letters",
-                verdict=Health.BAD,
-                figure=counted(each.dead_letters, "dead letter"),
-                cause="Each entry failed as often as the group allows and became a dead letter.",
-                next_step=f"See the reasons with {command}; once the cause is fixed, retry with {command} --replay.",
-            )
+            cause = "Each entry failed as often as the group allows and became a dead letter."
+            step = f"See the reasons with {command}; once the cause is fixed, retry with {command} --replay."
+            yield Check(name, Health.BAD, counted(each.dead_letters, "dead letter"), cause, step)
 
 
 def _version(info: Mapping[str, str]) -> Check:
     product = "valkey" if "valkey_version" in info else "redis"
     text = info.get(f"{product}_version", "")
     numbers = tuple(int(each) for each in re.findall(r"\d+", text)[:3])
-    figure = f"{product} {text or 'unknown'}"
-    name = "store.version"
+    name, figure, step = "store.version", f"{product} {text or 'unknown'}", "Use Valkey, or Redis 6.2 or newer."
     if not numbers:
-        return Check(
-            name=name,
-            verdict=Health.WARN,
-            figure=figure,
-            cause="The server does not report its version.",
-            next_step="Use Valkey, or Redis 6.2 or newer.",
-        )
+        return Check(name, Health.WARN, figure, "The server does not report its version.", step)
     if numbers < _OLDEST_VERSION:
-        return Check(
-            name=name,
-            verdict=Health.BAD,
-            figure=figure,
-            cause="The server lacks stream commands that orki needs.",
-            next_step="Use Valkey, or Redis 6.2 or newer.",
-        )
+        return Check(name, Health.BAD, figure, "The server lacks stream commands that orki needs.", step)
     if product == "redis" and (8, 2, 0) <= numbers < (8, 2, 3):
-        return Check(
-            name=name,
-            verdict=Health.WARN,
-            figure=figure,
-            cause="A stream command can make this version run arbitrary code (CVE-2025-62507).",
-            next_step="Update Redis to 8.2.3 or newer.",
-        )
-    return Check(name=name, verdict=Health.OK, figure=figure)
+        cause = "A stream command can make this version run arbitrary code (CVE-2025-62507)."
+        return Check(name, Health.WARN, figure, cause, "Update Redis to 8.2.3 or newer.")
+    return Check(name, Health.OK, figure)
 
 
 def _role(info: Mapping[str, str]) -> Check:
     role = info.get("role", "unknown")
     if role in ("slave", "replica"):
-        return Check(
-            name="store.role",
-            verdict=Health.BAD,
-            figure=f"replica of {info.get('master_host', '?')}:{info.get('master_port', '?')}",
-            cause="A replica refuses writes.",
-            next_step="Use the URL of the primary.",
-        )
-    return Check(name="store.role", verdict=Health.OK, figure="primary" if role == "master" else role)
+        figure = f"replica of {info.get('master_host', '?')}:{info.get('master_port', '?')}"
+        return Check("store.role", Health.BAD, figure, "A replica refuses writes.", "Use the URL of the primary.")
+    return Check("store.role", Health.OK, "primary" if role == "master" else role)
 
 
 def _loading(info: Mapping[str, str]) -> Check:
     if info.get("loading", "0") == "0":
-        return Check(name="store.loading", verdict=Health.OK, figure="loaded")
-    return Check(
-        name="store.loading",
-        verdict=Health.BAD,
-        figure=f"{info.get('loading_loaded_perc', '?')} % loaded",
-        cause="The server is still loading its data from the disk.",
-        next_step=f"Wait about {info.get('loading_eta_seconds', '?')} s.",
-    )
+        return Check("store.loading", Health.OK, "loaded")
+    figure = f"{info.get('loading_loaded_perc', '?')} % loaded"
+    step = f"Wait about {info.get('loading_eta_seconds', '?')} s."
+    return Check("store.loading", Health.BAD, figure, "The server is still loading its data from the disk.", step)
 
 
 def _eviction(info: Mapping[str, str]) -> Check:
     policy = info.get("maxmemory_policy", "unknown")
-    if policy in ("noeviction", "unknown"):
-        verdict = Health.OK if policy == "noeviction" else Health.WARN
-        cause = "" if policy == "noeviction" else "The server does not report its eviction policy."
-        step = "" if policy == "noeviction" else "Check that maxmemory-policy is noeviction."
-        return Check(name="store.eviction", verdict=verdict, figure=policy, cause=cause, next_step=step)
-    return Check(
-        name="store.eviction",
-        verdict=Health.BAD,
-        figure=policy,
-        cause="If memory runs out, the server deletes tasks and whole streams with their groups.",
-        next_step="Run CONFIG SET maxmemory-policy noeviction, and set it in the server's configuration too.",
-    )
+    if policy == "noeviction":
+        return Check("store.eviction", Health.OK, policy)
+    if policy == "unknown":
+        cause, step = "The server does not report its eviction policy.", "Check that maxmemory-policy is noeviction."
+        return Check("store.eviction", Health.WARN, policy, cause, step)
+    cause = "If memory runs out, the server deletes tasks and whole streams with their groups."
+    step = "Run CONFIG SET maxmemory-policy noeviction, and set it in the server's configuration too."
+    return Check("store.eviction", Health.BAD, policy, cause, step)
 
 
 def _evicted(info: Mapping[str, str]) -> Check:
     evicted = _number(info, "evicted_keys")
     if evicted == 0:
-        return Check(name="store.evicted", verdict=Health.OK, figure="0 keys")
-    return Check(
-        name="store.evicted",
-        verdict=Health.WARN,
-        figure=f"{evicted:,} keys",
-        cause="The server has evicted keys since its start to free memory; tasks or streams may be among them.",
-        next_step="Set maxmemory-policy to noeviction, then check the groups below for missing ones.",
-    )
+        return Check("store.evicted", Health.OK, "0 keys")
+    cause = "The server has evicted keys since its start to free memory; tasks or streams may be among them."
+    step = "Set maxmemory-policy to noeviction, then check the groups below for missing ones."
+    return Check("store.evicted", Health.WARN, f"{evicted:,} keys", cause, step)
 
 
 def _memory(info: Mapping[str, str]) -> Check:
@@ -217,18 +162,14 @@ def _memory(info: Mapping[str, str]) -> Check:
     against = "maxmemory" if limit else "the machine's memory"
     limit = limit or _number(info, "total_system_memory")
     if not limit:
-        return Check(name="store.memory", verdict=Health.OK, figure=size(used))
+        return Check("store.memory", Health.OK, size(used))
     share = used / limit
     figure = f"{size(used)} of {size(limit)} ({share:.0%} of {against})"
     if share < _MEMORY_WARN:
-        return Check(name="store.memory", verdict=Health.OK, figure=figure)
-    return Check(
-        name="store.memory",
-        verdict=Health.BAD if share >= _MEMORY_BAD else Health.WARN,
-        figure=figure,
-        cause="Memory is nearly full. When it is full, submitting and publishing fail.",
-        next_step="Raise maxmemory, reduce retention (orki streams tune), or start the consumers that lag.",
-    )
+        return Check("store.memory", Health.OK, figure)
+    cause = "Memory is nearly full. When it is full, submitting and publishing fail."
+    step = "Raise maxmemory, reduce retention (orki streams tune), or start the consumers that lag."
+    return Check("store.memory", Health.BAD if share >= _MEMORY_BAD else Health.WARN, figure, cause, step)
 
 
 def _persistence(info: Mapping[str, str]) -> Check:
@@ -239,22 +180,14 @@ def _persistence(info: Mapping[str, str]) -> Check:
         if info.get(name, "ok") != "ok" and (append_only or not name.startswith("aof"))
     ]
     if broken:
-        return Check(
-            name="store.persistence",
-            verdict=Health.BAD,
-            figure=", ".join(f"{name} {info[name]}" for name in broken),
-            cause="The server cannot save its data to the disk and may refuse writes.",
-            next_step="Check free disk space and the server's log.",
-        )
+        figure = ", ".join(f"{name} {info[name]}" for name in broken)
+        cause = "The server cannot save its data to the disk and may refuse writes."
+        return Check("store.persistence", Health.BAD, figure, cause, "Check free disk space and the server's log.")
     if append_only:
-        return Check(name="store.persistence", verdict=Health.OK, figure="append-only file")
-    return Check(
-        name="store.persistence",
-        verdict=Health.WARN,
-        figure="no append-only file",
-        cause="If the server crashes, everything since its last snapshot is lost.",
-        next_step="Set appendonly to yes, except for development.",
-    )
+        return Check("store.persistence", Health.OK, "append-only file")
+    cause = "If the server crashes, everything since its last snapshot is lost."
+    step = "Set appendonly to yes, except for development."
+    return Check("store.persistence", Health.WARN, "no append-only file", cause, step)
 
 
 def _number(info: Mapping[str, str], name: str) -> int:
@@ -262,11 +195,8 @@ def _number(info: Mapping[str, str], name: str) -> int:
     return int(text) if text.isdigit() else 0
 
 
-_COLUMNS = (
-    Column(name="CHECK", uncut=True),
-    Column(name="STATE", uncut=True, colored=True),
-    Column(name="VALUE", wraps=True),
-    Column(name="CAUSE AND NEXT STEP", wraps=True),
+_COLUMNS: Final = Columns(
+    ("CHECK", "STATE", "VALUE", "CAUSE AND NEXT STEP"), uncut={"CHECK"}, wraps={"VALUE", "CAUSE AND NEXT STEP"}
 )
 
 
@@ -295,7 +225,8 @@ Exit codes:
 @json_option
 @redis_option
 @with_orchestrator
-def doctor(timeout: float, as_json: bool, redis_url: str, orchestrator: str, insecure: bool) -> None:
+@run_async
+async def doctor(timeout: float, as_json: bool, redis_url: str, orchestrator: str, insecure: bool) -> None:
     """Check the store, the orchestrator and the consumer groups.
 
     Each check is ok, warn or bad and shows the measured value. A check that is not ok also shows its cause and the next
@@ -305,23 +236,14 @@ def doctor(timeout: float, as_json: bool, redis_url: str, orchestrator: str, ins
 
     link = Connection(parse_address(redis_url), name="orki:doctor", connect_timeout=timeout, answer_timeout=timeout)
     target = check_target(orchestrator, insecure=insecure)
-    checks = run(_run_checks(link, redis_url, target, timeout))
+    store, orchestrator_check = await asyncio.gather(_store(link, redis_url, timeout), _orchestrator(target, timeout))
+    checks = [*store, orchestrator_check]
     healthy = all(check.verdict is not Health.BAD for check in checks)
-    if as_json:
-        print_json({"healthy": healthy, "checks": [check.to_json() for check in checks]})
-    else:
-        rows = [
-            (check.name, check.verdict.value, check.figure, " ".join(filter(None, (check.cause, check.next_step))))
-            for check in checks
-        ]
-        print_table(_COLUMNS, rows, empty="")
+    value = {"healthy": healthy, "checks": [asdict(check) for check in checks]}
+    rows = [(each.name, each.verdict.value, each.figure, f"{each.cause} {each.next_step}".strip()) for each in checks]
+    print_rows(as_json, value, _COLUMNS, rows)
     if not healthy:
         click.get_current_context().exit(1)
-
-
-async def _run_checks(link: Connection, redis_url: str, target: str, timeout: float) -> list[Check]:
-    store, orchestrator = await asyncio.gather(_store(link, redis_url, timeout), _orchestrator(target, timeout))
-    return [*store, orchestrator]
 
 
 async def _store(link: Connection, redis_url: str, timeout: float) -> list[Check]:
@@ -329,16 +251,14 @@ async def _store(link: Connection, redis_url: str, timeout: float) -> list[Check
         pong, info = await link.pipeline((b"PING",), (b"INFO",))
         if isinstance(pong, EventsLoading) and not isinstance(info, OrkiError):
             return [*check_store(parse_info(info.decode()))]
-        for reply in (pong, info):
-            if isinstance(reply, OrkiError):
-                raise reply
-        found = [Check(name="store.reachable", verdict=Health.OK, figure=link.address.shown)]
-        found += check_store(parse_info(info.decode()))
+        checked(pong)
+        found = [Check("store.reachable", Health.OK, link.address.shown)]
+        found += check_store(parse_info(checked(info).decode()))
         figures = await read_stream_stats(link, await StreamRegistry().streams(link))
         groups = [group for stream in figures for group in stream.groups]
         found += [*check_groups(groups), *check_dead_letters(groups)]
         if not figures:
-            found.append(Check(name="events.streams", verdict=Health.OK, figure="none registered yet"))
+            found.append(Check("events.streams", Health.OK, "none registered yet"))
         return found
     except OrkiError as error:
         return [await _unreachable(link, redis_url, error, timeout)]
@@ -349,28 +269,15 @@ async def _store(link: Connection, redis_url: str, timeout: float) -> list[Check
 async def _unreachable(link: Connection, redis_url: str, error: OrkiError, timeout: float) -> Check:
     name = "store.reachable"
     if not isinstance(error, EventsUnavailable):
-        return Check(
-            name=name,
-            verdict=Health.BAD,
-            figure=f"{link.address.shown} refuses",
-            cause=sentence(error.message),
-            next_step="Fix the cause. Set user and password in ORKI_REDIS_URL.",
-        )
+        step = "Fix the cause. Set user and password in ORKI_REDIS_URL."
+        return Check(name, Health.BAD, f"{link.address.shown} refuses", sentence(error.message), step)
     if await _accepts(redis_url, timeout):
-        return Check(
-            name=name,
-            verdict=Health.BAD,
-            figure=f"hung: {link.address.shown} accepts connections but has not answered within {timeout:g} s",
-            cause="The server process is suspended, runs a long command, or waits for its disk.",
-            next_step="Check its process and its log. Restart it if it does not recover.",
-        )
-    return Check(
-        name=name,
-        verdict=Health.BAD,
-        figure=f"unreachable: {link.address.shown}",
-        cause=sentence(error.message),
-        next_step="Start the server, or use another URL with --redis.",
-    )
+        figure = f"hung: {link.address.shown} accepts connections but has not answered within {timeout:g} s"
+        cause = "The server process is suspended, runs a long command, or waits for its disk."
+        step = "Check its process and its log. Restart it if it does not recover."
+        return Check(name, Health.BAD, figure, cause, step)
+    step = "Start the server, or use another URL with --redis."
+    return Check(name, Health.BAD, f"unreachable: {link.address.shown}", sentence(error.message), step)
 
 
 async def _accepts(redis_url: str, timeout: float) -> bool:
@@ -405,20 +312,11 @@ async def _orchestrator(target: str, timeout: float) -> Check:
     except grpc.aio.AioRpcError as error:
         hung = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         silence = f"has not answered within {timeout:g} s" if hung else "does not answer"
-        return Check(
-            name=name,
-            verdict=Health.BAD,
-            figure=f"{target} {silence}",
-            cause=f"{error.code().name}: {' '.join((error.details() or '').split())}",
-            next_step="Start it with orki serve, or use another address with --orchestrator.",
-        )
-    status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+        cause = f"{error.code().name}: {' '.join((error.details() or '').split())}"
+        step = "Start it with orki serve, or use another address with --orchestrator."
+        return Check(name, Health.BAD, f"{target} {silence}", cause, step)
+    figure = f"{target} {health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)}"
     if answer.status == health_pb2.HealthCheckResponse.SERVING:
-        return Check(name=name, verdict=Health.OK, figure=f"{target} {status}")
-    return Check(
-        name=name,
-        verdict=Health.BAD,
-        figure=f"{target} {status}",
-        cause="The orchestrator runs but accepts no new work, usually because its store does not answer.",
-        next_step="See the store's checks above and the orchestrator's log.",
-    )
+        return Check(name, Health.OK, figure)
+    cause = "The orchestrator runs but accepts no new work, usually because its store does not answer."
+    return Check(name, Health.BAD, figure, cause, "See the store's checks above and the orchestrator's log.")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import click
 from rich.console import Console
@@ -86,23 +86,21 @@ _STYLES: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Column:
-    """A column of a table.
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The columns of a table. Values of the column STATE are colored and never cut.
 
     Attributes:
-        name: The heading.
-        right: Align to the right, for numbers.
-        uncut: Never cut or wrap values, such as ids that people copy.
-        colored: Color values that are states.
-        wraps: Wrap long values; otherwise they are cut.
+        names: The headings.
+        right: Columns that are aligned to the right, for numbers.
+        uncut: Columns whose values are never cut or wrapped, such as ids that people copy.
+        wraps: Columns that wrap long values; the others cut them.
     """
 
-    name: str
-    right: bool = False
-    uncut: bool = False
-    colored: bool = False
-    wraps: bool = False
+    names: tuple[str, ...]
+    right: Collection[str] = ()
+    uncut: Collection[str] = ()
+    wraps: Collection[str] = ()
 
 
 def stdout_console() -> Console:
@@ -117,26 +115,23 @@ def stderr_console() -> Console:
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
-def print_table(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, empty: str) -> None:
+def print_table(columns: Columns, rows: Iterable[Sequence[str]], *, empty: str = "") -> None:
     """Print a table, or the sentence `empty` if there are no rows."""
-    stdout_console().print(build_table(columns, rows, empty=empty))
-
-
-def build_table(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, empty: str) -> Table | Text:
-    """Return the table, or `empty` as text if there are no rows."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for column in columns:
-        justify: Literal["left", "right"] = "right" if column.right else "left"
-        overflow: Literal["fold", "ellipsis"] = "fold" if column.wraps else "ellipsis"
-        table.add_column(column.name, justify=justify, overflow=overflow, no_wrap=not column.wraps)
-    count = 0
+    for name in columns.names:
+        wraps = name in columns.wraps
+        table.add_column(
+            name,
+            justify="right" if name in columns.right else "left",
+            overflow="fold" if wraps else "ellipsis",
+            no_wrap=not wraps,
+        )
     for row in rows:
-        table.add_row(*(_cell(column, value) for column, value in zip(columns, row, strict=True)))
-        count += 1
-    for column, shown in zip(columns, table.columns, strict=True):
-        if column.uncut:
+        table.add_row(*(_cell(name, value) for name, value in zip(columns.names, row, strict=True)))
+    for name, shown in zip(columns.names, table.columns, strict=True):
+        if name in columns.uncut or name == "STATE":
             shown.min_width = max((len(str(cell)) for cell in shown.cells), default=0)
-    return table if count else Text(empty)
+    stdout_console().print(table if table.row_count else Text(empty))
 
 
 def print_json(value: Any) -> None:
@@ -144,6 +139,14 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def _cell(column: Column, value: str) -> Text:
+def print_rows(as_json: bool, value: Any, columns: Columns, rows: Iterable[Sequence[str]], *, empty: str = "") -> None:
+    """Print `value` as JSON or, without `as_json`, the rows as a table."""
+    if as_json:
+        print_json(value)
+    else:
+        print_table(columns, rows, empty=empty)
+
+
+def _cell(name: str, value: str) -> Text:
     text = safe_text(value)
-    return Text(text, style=_STYLES.get(text.lower(), "") if column.colored else "")
+    return Text(text, style=_STYLES.get(text.lower(), "") if name == "STATE" else "")

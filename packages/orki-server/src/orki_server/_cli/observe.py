@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
 
 import click
 
-from orki_server._cli.options import redis_option
-from orki_server._cli.root import LazyGroup
+from orki_server._cli.options import FEED_PORT, METRICS_PORT, F, log_to_stderr, redis_option
 from orki_server._process import run_until_stopped
 
 # The observers are imported when they run: they need aiohttp, prometheus_client and Redis, and `--help` does not.
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-_METRICS_PORT: Final = 9464
-_FEED_PORT: Final = 9465
-
 
 @click.group(
-    cls=LazyGroup,
-    lazy={
-        "audit": ("orki_server._cli.observe:audit", "Write every event of every stream to a file, redacted."),
-        "feed": ("orki_server._cli.observe:feed", "Serve all events live, as server-sent events and as a page."),
-        "metrics": ("orki_server._cli.observe:metrics", "Serve Prometheus metrics."),
-    },
     epilog="""\b
 Examples:
   orki observe metrics --port 9464
@@ -62,14 +48,15 @@ def _http_options(default_port: int) -> Callable[[F], F]:
     return lambda command: host(port(command))
 
 
-@click.command(
+@observe.command(
+    short_help="Serve all events live, as server-sent events and as a page.",
     epilog="""\b
 Examples:
   orki observe feed --port 9465
   curl -N http://127.0.0.1:9465/events?stream=tasks
 """,
 )
-@_http_options(_FEED_PORT)
+@_http_options(FEED_PORT)
 @redis_option
 def feed(host: str, port: int, redis_url: str) -> None:
     """Serve all events live: server-sent events at /events, a page at /.
@@ -79,32 +66,31 @@ def feed(host: str, port: int, redis_url: str) -> None:
     """
     from orki_events.connection import parse_address
     from orki_server._observers.feed import FeedOptions, run_feed
-    from orki_server._observers.http_server import ServerOptions
 
-    _log_to_stderr()
-    options = FeedOptions(server=ServerOptions(host=host, port=port))
-    run_until_stopped(partial(run_feed, parse_address(redis_url), options))
+    log_to_stderr()
+    run_until_stopped(partial(run_feed, parse_address(redis_url), FeedOptions(host=host, port=port)))
 
 
-@click.command(
+@observe.command(
+    short_help="Serve Prometheus metrics.",
     epilog="""\b
 Examples:
   orki observe metrics
   curl http://127.0.0.1:9464/metrics
 """,
 )
-@_http_options(_METRICS_PORT)
+@_http_options(METRICS_PORT)
 @redis_option
 def metrics(host: str, port: int, redis_url: str) -> None:
     """Serve Prometheus metrics at /metrics: tokens and cost, tools, tasks, agents, streams and groups."""
-    from orki_server._observers.http_server import ServerOptions
     from orki_server._observers.metrics import run_metrics
 
-    _log_to_stderr()
-    run_until_stopped(partial(run_metrics, redis_url, ServerOptions(host=host, port=port)))
+    log_to_stderr()
+    run_until_stopped(partial(run_metrics, redis_url, host, port))
 
 
-@click.command(
+@observe.command(
+    short_help="Write every event of every stream to a file, redacted.",
     epilog="""\b
 Examples:
   orki observe audit audit.jsonl
@@ -126,12 +112,7 @@ def audit(file: Path, fsync: str, redis_url: str) -> None:
     The observer also follows streams that are registered while it runs. It only appends to FILE. Restart it with the
     same FILE: its lines tell the observer which events it has already written.
     """
-    from orki_server._observers.audit import AuditLogOptions, Fsync, run_audit
+    from orki_server._observers.audit import AuditLog, Fsync, run_audit
 
-    _log_to_stderr()
-    options = AuditLogOptions(path=file, fsync=Fsync(fsync))
-    run_until_stopped(partial(run_audit, redis_url, options))
-
-
-def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr()
+    run_until_stopped(partial(run_audit, redis_url, AuditLog(file, fsync=Fsync(fsync))))

@@ -3,44 +3,47 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+import functools
+import logging
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 import click
+
+from orki_contract.errors import OrkiError
+from orki_server._observers.redaction import safe_text
 
 if TYPE_CHECKING:
     # Imported at run time only where used, so that commands without gRPC or Redis start without them.
     from orki_control import Client
     from orki_events.connection import Connection
-import sys
-from collections.abc import Awaitable
 
-from orki_contract.errors import OrkiError
-from orki_server._observers.redaction import safe_text
-
-A = TypeVar("A")
 F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
 
-_ORCHESTRATOR: Final = "127.0.0.1:50051"
-_REDIS: Final = "redis://127.0.0.1:6379/0"
-_PATIENCE: Final = 2.0
+ORCHESTRATOR: Final = "127.0.0.1:50051"
+FEED_PORT: Final = 9465
+METRICS_PORT: Final = 9464
 _ANSWER_TIMEOUT: Final = 5.0
+_WATCH_INTERVAL: Final = 1.0
 
 redis_option = click.option(
     "--redis",
     "redis_url",
     metavar="URL",
     envvar="ORKI_REDIS_URL",
-    default=_REDIS,
+    default="redis://127.0.0.1:6379/0",
     show_default=True,
     show_envvar=True,
     help="Redis that holds the events. Pass a URL with a password in the environment: `ps` shows arguments.",
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON with stable keys.")
-
+ready_json_option = click.option("--json", "as_json", is_flag=True, help="Print the readiness line as JSON.")
+watch_option = click.option("--watch", is_flag=True, help="Repeat every second until interrupted.")
 
 ready_file_option = click.option(
     "--ready-file",
@@ -56,7 +59,7 @@ def with_orchestrator(command: F) -> F:
         "--orchestrator",
         metavar="HOST:PORT",
         envvar="ORKI_ORCHESTRATOR",
-        default=_ORCHESTRATOR,
+        default=ORCHESTRATOR,
         show_default=True,
         show_envvar=True,
         help="Address of the orchestrator.",
@@ -65,7 +68,7 @@ def with_orchestrator(command: F) -> F:
     return where(insecure(command))
 
 
-def open_client(orchestrator: str, insecure: bool, *, patience: float = _PATIENCE) -> Client:
+def open_client(orchestrator: str, insecure: bool, *, patience: float = 2.0) -> Client:
     """Return a client with a short patience, since a person can repeat the command."""
     from orki_control import Client, ClientOptions
 
@@ -74,11 +77,7 @@ def open_client(orchestrator: str, insecure: bool, *, patience: float = _PATIENC
 
 @asynccontextmanager
 async def open_redis(redis_url: str) -> AsyncIterator[Connection]:
-    """Open a connection to the event server.
-
-    Raises:
-        InvalidSetting: The URL is invalid.
-    """
+    """Open a connection to the event server; raises InvalidSetting if the URL is invalid."""
     from orki_events.connection import Connection, parse_address
 
     link = Connection(
@@ -90,12 +89,19 @@ async def open_redis(redis_url: str) -> AsyncIterator[Connection]:
         await link.close()
 
 
-def run(work: Coroutine[Any, Any, A]) -> A:
-    """Run a command's coroutine on a new event loop."""
-    return asyncio.run(work)
+def run_async(command: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+    """Turn a coroutine function into a command that runs it on a new event loop."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        asyncio.run(command(*args, **kwargs))
+
+    return run
 
 
-_WATCH_INTERVAL: Final = 1.0
+def log_to_stderr(level: int = logging.INFO) -> None:
+    """Log messages of this level or above."""
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 async def run_repeatedly(show: Callable[[], Awaitable[None]], watch: bool) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from orki_contract.errors import EventsUnavailable, InvalidSetting, StoreUnavailable
-from orki_server._cli.options import ready_file_option
+from orki_server._cli.options import F, log_to_stderr, ready_file_option, ready_json_option
 from orki_server._cli.root import CommandError
 from orki_server._process import print_ready, run_until_stopped
 from orki_server._settings import OrchestratorOptions, default_settings, load_options
@@ -23,8 +22,6 @@ class InvalidUsage(CommandError):
 
     exit_code = 2
 
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 _FLAGS = (
     ("listen", "--listen", "HOST:PORT", str, "Loopback address for agents and submitters; port 0 chooses a free one."),
@@ -88,7 +85,7 @@ Exit codes:
 """,
 )
 @orchestrator_options
-@click.option("--json", "as_json", is_flag=True, help="Print the readiness line as JSON.")
+@ready_json_option
 @ready_file_option
 @click.option("--verbose", is_flag=True, help="Log agents that connect and disconnect.")
 def serve(config: Path | None, as_json: bool, ready_file: Path | None, verbose: bool, **flags: Any) -> None:
@@ -98,9 +95,7 @@ def serve(config: Path | None, as_json: bool, ready_file: Path | None, verbose: 
     orchestrator cleanly: it notifies the agents and waits for running attempts until the drain grace ends. Attempts
     that still run then continue under the next orchestrator.
     """
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    log_to_stderr(logging.INFO if verbose else logging.WARNING)
     try:
         options = load_options(flags, os.environ, config)
     except InvalidSetting as error:

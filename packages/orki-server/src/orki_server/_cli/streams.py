@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any, Final
 
 import click
-from click.core import ParameterSource
 
 from orki_contract.errors import UnknownStream
 from orki_contract.model import milliseconds
 from orki_events import DeadLetterEntry, Events, StreamVersion, Tuned, Tuning, connect
 from orki_events.registry import StreamRegistry
 from orki_events.tuning import effective_retention, read_tunings
-from orki_server._cli.formats import Column, counted, duration, print_json, print_table
-from orki_server._cli.options import json_option, open_redis, redis_option, run, run_repeatedly
+from orki_server._cli.formats import Columns, counted, duration, print_json, print_rows, print_table
+from orki_server._cli.options import json_option, open_redis, redis_option, run_async, run_repeatedly, watch_option
 from orki_server._observers.entries import MultiStreamReader
 from orki_server._observers.redaction import reason_text, safe_json
 from orki_server._observers.stream_stats import StreamStats, read_stream_stats
@@ -56,15 +56,9 @@ trims the oldest entries at once, read or not. Check LAG in `orki streams` first
 @click.option("--reset", is_flag=True, help="Restore the contract's retention.")
 @json_option
 @redis_option
-@click.pass_context
-def tune(
-    ctx: click.Context,
-    name: str,
-    max_entries: int | None,
-    max_age: int | None,
-    reset: bool,
-    as_json: bool,
-    redis_url: str,
+@run_async
+async def tune(
+    name: str, max_entries: int | None, max_age: int | None, reset: bool, as_json: bool, redis_url: str
 ) -> None:
     """Show the retention of a stream, or set it within the bounds of its contract.
 
@@ -72,10 +66,16 @@ def tune(
     """
     if reset and (max_entries or max_age):
         raise click.UsageError("--reset cannot be combined with --max-entries or --max-age")
-    redis_url = _inherited_url(ctx, redis_url)
     changes = {"max_entries": max_entries, "max_age": max_age and max_age / 1_000}
-    wanted = {key: value for key, value in changes.items() if value is not None}
-    stream, tuning, tuned = run(_tune(redis_url, name, wanted, reset))
+    wanted: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
+    tuned: Tuned | None = None
+    async with connect(redis_url) as events:
+        stream = await _registered(events, name)
+        tuning = None if reset else (await events.tunings()).get(name)
+        if wanted:
+            tuning = replace(tuning or Tuning(), **wanted)
+        if reset or wanted:
+            tuned = await events.tune(name, tuning)
     shown = retention_json(stream, tuning)
     if as_json:
         print_json({"stream": name, **shown, "trimmed": tuned.trimmed if tuned else 0})
@@ -91,13 +91,14 @@ def retention_json(registered: StreamVersion, tuning: Tuning | None) -> dict[str
     """Return the contract's retention, its bounds, the deployment's setting (None without one), and the result."""
     retention = registered.contract.retention
     now = effective_retention(retention, tuning)
+    chosen = tuning and {"max_entries": tuning.max_entries, "max_age_ms": milliseconds(tuning.max_age)}
     return {
         "contract": {"max_entries": retention.max_entries, "max_age_ms": milliseconds(retention.max_age)},
         "bounds": {
             "entries": [*retention.entries_bounds],
             "age_ms": [milliseconds(each) for each in retention.age_bounds],
         },
-        "set": _set(tuning),
+        "set": chosen,
         "kept": {"max_entries": now.max_entries, "max_age_ms": milliseconds(now.max_age)},
     }
 
@@ -117,37 +118,11 @@ def retention_text(shown: dict[str, Any]) -> str:
     return f"{text}*" if shown["set"] else text
 
 
-async def _tune(
-    redis_url: str, name: str, wanted: dict[str, Any], reset: bool
-) -> tuple[StreamVersion, Tuning | None, Tuned | None]:
-    async with connect(redis_url) as events:
-        stream = await _registered(events, name)
-        tuning = (await events.tunings()).get(name)
-        if reset:
-            return stream, None, await events.tune(name, None)
-        if not wanted:
-            return stream, tuning, None
-        tuning = replace(tuning or Tuning(), **wanted)
-        return stream, tuning, await events.tune(name, tuning)
-
-
 async def _registered(events: Events, name: str) -> StreamVersion:
     known = {each.contract.name: each for each in await events.registered_streams()}
     if name not in known:
         raise UnknownStream(f'no stream "{name}" is registered (registered: {", ".join(sorted(known)) or "none"})')
     return known[name]
-
-
-def _inherited_url(ctx: click.Context, redis_url: str) -> str:
-    """Return the `--redis` of `orki streams` if the subcommand has none."""
-    default = ctx.get_parameter_source("redis_url") is ParameterSource.DEFAULT
-    return ctx.obj if default and isinstance(ctx.obj, str) else redis_url
-
-
-def _set(tuning: Tuning | None) -> dict[str, int] | None:
-    if tuning is None:
-        return None
-    return {"max_entries": tuning.max_entries, "max_age_ms": milliseconds(tuning.max_age)}
 
 
 def _retention_line(entries: int, age_ms: int) -> str:
@@ -163,13 +138,9 @@ def _bounds(bounds: dict[str, list[int]]) -> str:
     return ", ".join(parts) or "none declared: only the contract sets the retention"
 
 
-_DEAD_COLUMNS: Final = (
-    Column(name="ENTRY", uncut=True),
-    Column(name="TRIES", right=True, uncut=True),
-    Column(name="REASON", uncut=True),
-    Column(name="MESSAGE", wraps=True),
+_DEAD_COLUMNS: Final = Columns(
+    ("ENTRY", "TRIES", "REASON", "MESSAGE"), right={"TRIES"}, uncut={"ENTRY", "TRIES", "REASON"}, wraps={"MESSAGE"}
 )
-_PAGE: Final = 100
 
 
 @click.command(
@@ -185,7 +156,7 @@ Examples:
 @click.option(
     "--limit",
     type=click.IntRange(1),
-    default=_PAGE,
+    default=100,
     show_default=True,
     metavar="COUNT",
     help="Maximum number of dead letters.",
@@ -193,15 +164,17 @@ Examples:
 @click.option("--replay", is_flag=True, help="Deliver these entries to this group again, and to no other.")
 @json_option
 @redis_option
-@click.pass_context
-def dead(ctx: click.Context, name: str, group: str, limit: int, replay: bool, as_json: bool, redis_url: str) -> None:
+@run_async
+async def dead(name: str, group: str, limit: int, replay: bool, as_json: bool, redis_url: str) -> None:
     """List a group's dead letters, oldest first.
 
     A dead letter is an entry that failed as often as the group allows. With --replay, the entries become pending again
     and their dead letters are deleted. A dead letter whose entry has been trimmed is kept.
     """
-    redis_url = _inherited_url(ctx, redis_url)
-    letters, replayed = run(_dead(redis_url, name, group, limit, replay))
+    async with connect(redis_url) as events:
+        stream = (await _registered(events, name)).contract
+        letters = await events.raw_dead_letters(stream, group=group, count=limit)
+        replayed = await events.replay(stream, group=group, letters=letters) if replay else []
     if as_json:
         print_json([{**_json(each), "replayed": each.letter_id in replayed} for each in letters])
         return
@@ -211,15 +184,6 @@ def dead(ctx: click.Context, name: str, group: str, limit: int, replay: bool, as
         left = len(letters) - len(replayed)
         kept = f"; {counted(left, 'dead letter')} kept because the entry was trimmed" if left else ""
         click.echo(f"{len(replayed)} of {len(letters)} replayed{kept}", err=True)
-
-
-async def _dead(
-    redis_url: str, name: str, group: str, limit: int, replay: bool
-) -> tuple[list[DeadLetterEntry[bytes]], list[str]]:
-    async with connect(redis_url) as events:
-        stream = (await _registered(events, name)).contract
-        found = await events.raw_dead_letters(stream, group=group, count=limit)
-        return found, await events.replay(stream, group=group, letters=found) if replay else []
 
 
 def _json(letter: DeadLetterEntry[Any]) -> dict[str, Any]:
@@ -232,16 +196,9 @@ def _json(letter: DeadLetterEntry[Any]) -> dict[str, Any]:
     }
 
 
-_COLUMNS = (
-    Column(name="STREAM"),
-    Column(name="PARTS", right=True),
-    Column(name="ENTRIES", right=True),
-    Column(name="KEEPS", right=True),
-    Column(name="GROUP"),
-    Column(name="LAG", right=True),
-    Column(name="PENDING", right=True),
-    Column(name="OLDEST", right=True),
-    Column(name="DEAD", right=True),
+_COLUMNS: Final = Columns(
+    ("STREAM", "PARTS", "ENTRIES", "KEEPS", "GROUP", "LAG", "PENDING", "OLDEST", "DEAD"),
+    right={"PARTS", "ENTRIES", "KEEPS", "LAG", "PENDING", "OLDEST", "DEAD"},
 )
 
 
@@ -256,7 +213,7 @@ Examples:
   orki streams tune review_findings --max-age 12h
 """,
 )
-@click.option("--watch", is_flag=True, help="Repeat every second until interrupted.")
+@watch_option
 @json_option
 @redis_option
 @click.pass_context
@@ -271,7 +228,8 @@ def streams(ctx: click.Context, watch: bool, as_json: bool, redis_url: str) -> N
     DEAD     dead letters of the group
     """
     if ctx.invoked_subcommand is not None:
-        ctx.obj = redis_url
+        # An explicit --redis or the environment takes precedence in the subcommand.
+        ctx.default_map = {name: {"redis_url": redis_url} for name in streams.commands}
         return
 
     async def show() -> None:
@@ -279,13 +237,11 @@ def streams(ctx: click.Context, watch: bool, as_json: bool, redis_url: str) -> N
             known = await StreamRegistry().streams(link)
             found, tunings = await read_stream_stats(link, known), await read_tunings(link)
         kept = {each.contract.name: retention_json(each, tunings.get(each.contract.name)) for each in known}
-        if as_json:
-            print_json([{**asdict(each), "retention": kept[each.stream]} for each in found])
-        else:
-            rows = [row for each in found for row in _rows(each, retention_text(kept[each.stream]))]
-            print_table(_COLUMNS, rows, empty="no streams yet: nothing has published or consumed")
+        value = [{**asdict(each), "retention": kept[each.stream]} for each in found]
+        rows = [row for each in found for row in _rows(each, retention_text(kept[each.stream]))]
+        print_rows(as_json, value, _COLUMNS, rows, empty="no streams yet: nothing has published or consumed")
 
-    run(run_repeatedly(show, watch))
+    asyncio.run(run_repeatedly(show, watch))
 
 
 @streams.command(
@@ -300,33 +256,24 @@ Examples:
 @click.option("--limit", type=click.IntRange(1), metavar="COUNT", help="Stop after this many entries.")
 @click.option("--json", "as_json", is_flag=True, help="Print each entry as one line of JSON.")
 @redis_option
-@click.pass_context
-def tail(ctx: click.Context, name: str, from_start: bool, limit: int | None, as_json: bool, redis_url: str) -> None:
+@run_async
+async def tail(name: str, from_start: bool, limit: int | None, as_json: bool, redis_url: str) -> None:
     """Print the entries of a stream as they arrive, with sensitive fields redacted.
 
     This uses no consumer group and acknowledges nothing.
     """
-    redis_url = _inherited_url(ctx, redis_url)
-
-    async def follow() -> None:
-        left = limit
-        async with open_redis(redis_url) as link:
-            reader = MultiStreamReader(link, names=[name], cursors={} if from_start else None)
-            await reader.start()
-            while left is None or left > 0:
-                for _, entry in await reader.read():
-                    if as_json:
-                        click.echo(safe_json(entry.to_json()))
-                    else:
-                        shown = entry.to_json()
-                        body = entry.problem or safe_json(entry.body)
-                        click.echo(f"{shown['time']}  {entry.entry_id}  {body}")
-                    if left is not None:
-                        left -= 1
-                        if left == 0:
-                            return
-
-    run(follow())
+    async with open_redis(redis_url) as link:
+        reader = MultiStreamReader(link, names=[name], cursors={} if from_start else None)
+        await reader.start()
+        printed = 0
+        while True:
+            for _, entry in await reader.read():
+                shown = entry.to_json()
+                body = entry.problem or safe_json(entry.body)
+                click.echo(safe_json(shown) if as_json else f"{shown['time']}  {entry.entry_id}  {body}")
+                printed += 1
+                if printed == limit:
+                    return
 
 
 streams.add_command(dead)

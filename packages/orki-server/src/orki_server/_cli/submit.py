@@ -25,7 +25,7 @@ from orki_contract.read import read_image
 from orki_contract.trace import new_span
 from orki_control import Client, error_of
 from orki_server._cli.formats import print_json, stderr_console
-from orki_server._cli.options import json_option, open_client, run, with_orchestrator
+from orki_server._cli.options import ORCHESTRATOR, json_option, open_client, with_orchestrator
 from orki_server._cli.tasks import state_name, task_json
 from orki_server._observers.redaction import Redaction, safe_json, safe_text
 
@@ -100,17 +100,9 @@ class _Method:
         return message_class(self.image, full_name)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _SubmitOptions:
-    wait: bool
-    idempotency_key: str
-    timeout: float | None
-    as_json: bool
-
-
 def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Complete the methods that the orchestrator knows; return none if it does not answer within a second."""
-    orchestrator = str(ctx.params.get("orchestrator") or "127.0.0.1:50051")
+    orchestrator = str(ctx.params.get("orchestrator") or ORCHESTRATOR)
 
     async def names() -> list[str]:
         async with open_client(orchestrator, bool(ctx.params.get("insecure")), patience=0) as client:
@@ -118,7 +110,7 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
         return sorted(each.contract.full_name.replace("/", ".") for each in registered_methods(services))
 
     try:
-        return [name for name in run(names()) if incomplete.replace("/", ".").lower() in name.lower()]
+        return [name for name in asyncio.run(names()) if incomplete.replace("/", ".").lower() in name.lower()]
     except (OrkiError, TimeoutError):
         return []
 
@@ -156,36 +148,45 @@ Exit codes:
 )
 @json_option
 @with_orchestrator
-def submit(method: str, request_text: str, orchestrator: str, insecure: bool, **options: Any) -> None:
+def submit(request_text: str, **options: Any) -> None:
     """Submit a task, wait for it, and print its response as JSON.
 
     SERVICE.METHOD may omit the package if only one service has that name. JSON is the request; `-` reads it from
     standard input, and without JSON the request is empty. Progress is printed to standard error.
     """
+    # Read before the event loop starts: asyncio would not let Ctrl-C interrupt it.
     text = sys.stdin.read() if request_text == "-" else request_text
-    run(_submit(open_client(orchestrator, insecure), method, text, _SubmitOptions(**options)))
+    asyncio.run(_submit(text, **options))
 
 
-async def _submit(client: Client, name: str, text: str, options: _SubmitOptions) -> None:
-    async with client:
-        method = find_method(name, registered_methods(await client.list_services()))
-        request = request_from_json(text, method.kind(method.contract.request))
+async def _submit(
+    text: str,
+    method: str,
+    wait: bool,
+    idempotency_key: str,
+    timeout: float | None,
+    as_json: bool,
+    **connection: Any,
+) -> None:
+    async with open_client(**connection) as client:
+        found = find_method(method, registered_methods(await client.list_services()))
+        request = request_from_json(text, found.kind(found.contract.request))
         submission = Submission(
-            method=method.contract.full_name,
+            method=found.contract.full_name,
             request=request.SerializeToString(),
             # The client repeats a call whose reply was lost. With a key, the repeated call finds the same task.
-            idempotency_key=options.idempotency_key or f"once-{uuid.uuid4().hex}",
+            idempotency_key=idempotency_key or f"once-{uuid.uuid4().hex}",
             traceparent=new_span().traceparent,
         )
         (task,) = await client.submit_raw([submission])
-        if not options.wait:
-            if options.as_json:
-                print_json(task_json(task))
-            else:
-                click.echo(task.task_id)
-            return
-        task = await _wait(client, method, task, options.timeout)
-    _print_result(method, task, options.as_json)
+        if wait:
+            task = await _wait(client, found, task, timeout)
+    if wait:
+        _print_result(found, task, as_json)
+    elif as_json:
+        print_json(task_json(task))
+    else:
+        click.echo(task.task_id)
 
 
 async def _wait(client: Client, method: _Method, task: TaskSnapshot, timeout: float | None) -> TaskSnapshot:
@@ -230,7 +231,7 @@ def _print_result(method: _Method, task: TaskSnapshot, as_json: bool) -> None:
     if as_json:
         print_json(task_json(task, response))
     elif response is not None:
-        click.echo(json.dumps(response, indent=2, ensure_ascii=False))
+        print_json(response)
     if task.state != TaskState.TASK_STATE_SUCCEEDED:
         raise error_of(task)
 

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from orki.control.v1.attempt_pb2 import Failure, TaskState
 from orki.control.v1.task_pb2 import AgentSnapshot, TaskSnapshot
 from orki_contract.trace import parse_traceparent
-from orki_server._cli.formats import Column, age, duration, print_json, print_table, size
-from orki_server._cli.options import json_option, open_client, run, run_repeatedly, with_orchestrator
+from orki_server._cli.formats import Columns, age, duration, print_json, print_rows, print_table, size
+from orki_server._cli.options import (
+    json_option,
+    open_client,
+    run_async,
+    run_repeatedly,
+    watch_option,
+    with_orchestrator,
+)
 from orki_server._observers.redaction import reason_text, time_text
+
+if TYPE_CHECKING:
+    from orki_control import Client
 
 _PREFIX: Final = "TASK_STATE_"
 
-STATES: Final[Mapping[str, TaskState.ValueType]] = {
-    name.removeprefix(_PREFIX).lower(): number for name, number in TaskState.items() if number
-}
+STATES: Final = {name.removeprefix(_PREFIX).lower(): number for name, number in TaskState.items() if number}
 """Task states by their names on the command line."""
 
 
@@ -82,30 +89,13 @@ def time_or_none(time_us: int) -> str | None:
 
 
 def _failure(failure: Failure) -> dict[str, str]:
-    return {
-        "reason": reason_text(failure.reason),
-        "message": failure.message,
-        "error_type": failure.error_type,
-    }
+    return {"reason": reason_text(failure.reason), "message": failure.message, "error_type": failure.error_type}
 
 
-_COLUMNS = (
-    Column(name="TASK", uncut=True),
-    Column(name="METHOD"),
-    Column(name="STATE", colored=True, uncut=True),
-    Column(name="TRY", right=True),
-    Column(name="AGENT"),
-    Column(name="AGE", right=True, uncut=True),
-    Column(name="TOOK", right=True),
+_COLUMNS: Final = Columns(
+    ("TASK", "METHOD", "STATE", "TRY", "AGENT", "AGE", "TOOK"), right={"TRY", "AGE", "TOOK"}, uncut={"TASK", "AGE"}
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Filters:
-    states: tuple[str, ...]
-    method: str
-    agent: str
-    limit: int
+_UNFILTERED: Final[dict[str, Any]] = {"states": (), "method": "", "agent": "", "limit": 50}
 
 
 @click.command(
@@ -130,44 +120,40 @@ Examples:
 @click.option(
     "--limit", default=50, show_default=True, type=click.IntRange(1, 100_000), help="Maximum number of tasks."
 )
-@click.option("--watch", is_flag=True, help="Repeat every second until interrupted.")
+@watch_option
 @json_option
 @with_orchestrator
-def tasks(
-    task_id: str | None, watch: bool, as_json: bool, orchestrator: str, insecure: bool, **filters: object
+@run_async
+async def tasks(
+    task_id: str | None, watch: bool, as_json: bool, orchestrator: str, insecure: bool, **filters: Any
 ) -> None:
     """List tasks, newest first.
 
     With TASK, show one task with its state, times, and the failures of its attempts.
     """
-    wanted = _Filters(**filters)  # type: ignore[arg-type]
     if task_id is not None and filters != _UNFILTERED:
         raise click.UsageError("filters cannot be combined with TASK.")
 
     async def show() -> None:
         async with open_client(orchestrator, insecure) as client:
             if task_id is not None:
-                found = [await client.get(task_id)]
-            else:
-                found = []
-                page = min(wanted.limit, 1000)
-                states = [STATES[name] for name in wanted.states]
-                listed = client.list_tasks(states=states, method=wanted.method, agent_id=wanted.agent, page_size=page)
-                async for each in listed:
-                    found.append(each)
-                    if len(found) == wanted.limit:
-                        break
-        if as_json:
-            print_json([task_json(each) for each in found] if task_id is None else task_json(found[0]))
-        elif task_id is None:
-            print_table(_COLUMNS, map(_row, found), empty="no such tasks" if any(filters.values()) else "no tasks yet")
-        else:
-            _print_one(found[0])
+                _print_one(await client.get(task_id), as_json)
+                return
+            found = await _list(client, **filters)
+        empty = "no such tasks" if any(filters.values()) else "no tasks yet"
+        print_rows(as_json, [task_json(each) for each in found], _COLUMNS, map(_row, found), empty=empty)
 
-    run(run_repeatedly(show, watch))
+    await run_repeatedly(show, watch)
 
 
-_UNFILTERED: dict[str, object] = {"states": (), "method": "", "agent": "", "limit": 50}
+async def _list(client: Client, states: Sequence[str], method: str, agent: str, limit: int) -> list[TaskSnapshot]:
+    numbers = [STATES[name] for name in states]
+    found = []
+    async for each in client.list_tasks(states=numbers, method=method, agent_id=agent, page_size=min(limit, 1000)):
+        found.append(each)
+        if len(found) == limit:
+            break
+    return found
 
 
 def _row(task: TaskSnapshot) -> tuple[str, ...]:
@@ -183,28 +169,27 @@ def _row(task: TaskSnapshot) -> tuple[str, ...]:
     )
 
 
-def _print_one(task: TaskSnapshot) -> None:
+def _print_one(task: TaskSnapshot, as_json: bool) -> None:
     shown = task_json(task)
+    if as_json:
+        print_json(shown)
+        return
     rows = [(name, str(shown[name])) for name in ("task_id", "method", "state", "attempt", "fence", "agent_id")]
     rows += [(name, shown[name] or "-") for name in ("submitted", "ended", "trace_id")]
     rows += [("earlier failure", _failure_text(each)) for each in shown["earlier_failures"]]
     if shown["failure"]:
         rows.append(("failure", _failure_text(shown["failure"])))
-    print_table((Column(name="", uncut=True), Column(name="", wraps=True)), rows, empty="")
+    print_table(Columns(("", " "), uncut={""}, wraps={" "}), rows)
 
 
 def _failure_text(failure: dict[str, str]) -> str:
     return ", ".join(each for each in (failure["reason"], failure["error_type"], failure["message"]) if each)
 
 
-_AGENT_COLUMNS = (
-    Column(name="AGENT"),
-    Column(name="STATE", colored=True, uncut=True),
-    Column(name="BUSY", right=True, uncut=True),
-    Column(name="SERVES"),
-    Column(name="SEEN", right=True, uncut=True),
-    Column(name="LAG", right=True),
-    Column(name="MEMORY", right=True),
+_AGENT_COLUMNS: Final = Columns(
+    ("AGENT", "STATE", "BUSY", "SERVES", "SEEN", "LAG", "MEMORY"),
+    right={"BUSY", "SEEN", "LAG", "MEMORY"},
+    uncut={"BUSY", "SEEN"},
 )
 _STATES: Final = {
     (True, False): "connected",
@@ -222,10 +207,11 @@ Examples:
   orki agents --json | jq -r '.[] | select(.connected | not) | .agent_id'
 """,
 )
-@click.option("--watch", is_flag=True, help="Repeat every second until interrupted.")
+@watch_option
 @json_option
 @with_orchestrator
-def agents(watch: bool, as_json: bool, orchestrator: str, insecure: bool) -> None:
+@run_async
+async def agents(watch: bool, as_json: bool, orchestrator: str, insecure: bool) -> None:
     """List the agents that are connected or were connected recently.
 
     \b
@@ -241,16 +227,10 @@ def agents(watch: bool, as_json: bool, orchestrator: str, insecure: bool) -> Non
     async def show() -> None:
         async with open_client(orchestrator, insecure) as client:
             found = await client.list_agents()
-        if as_json:
-            print_json([agent_json(each) for each in found])
-        else:
-            print_table(
-                _AGENT_COLUMNS,
-                map(_agent_row, found),
-                empty="no agents yet: start one with `orki-agent run MODULE:ATTRIBUTE`",
-            )
+        empty = "no agents yet: start one with `orki-agent run MODULE:ATTRIBUTE`"
+        print_rows(as_json, [agent_json(each) for each in found], _AGENT_COLUMNS, map(_agent_row, found), empty=empty)
 
-    run(run_repeatedly(show, watch))
+    await run_repeatedly(show, watch)
 
 
 def _agent_row(agent: AgentSnapshot) -> tuple[str, ...]:
@@ -275,18 +255,15 @@ Example:
 @click.option("--message", default="", help="Reason, shown in the task's trace.")
 @json_option
 @with_orchestrator
-def cancel(task_id: str, message: str, as_json: bool, orchestrator: str, insecure: bool) -> None:
+@run_async
+async def cancel(task_id: str, message: str, as_json: bool, orchestrator: str, insecure: bool) -> None:
     """Request cancellation of a task.
 
     The agent stops the attempt and acknowledges. Cancelling a task twice, or after its end, has no effect.
     """
-
-    async def ask() -> None:
-        async with open_client(orchestrator, insecure) as client:
-            task = await client.cancel(task_id, message)
-        if as_json:
-            print_json(task_json(task))
-        else:
-            click.echo(f"{task.task_id} is {state_name(task.state)}")
-
-    run(ask())
+    async with open_client(orchestrator, insecure) as client:
+        task = await client.cancel(task_id, message)
+    if as_json:
+        print_json(task_json(task))
+    else:
+        click.echo(f"{task.task_id} is {state_name(task.state)}")

@@ -21,7 +21,7 @@ from orki_contract.trace import parse_traceparent
 from orki_events.connection import Connection
 from orki_events.registry import StreamRegistry
 from orki_server._cli.formats import duration, offset, print_json, size, stderr_console, stdout_console
-from orki_server._cli.options import json_option, open_client, open_redis, redis_option, run, with_orchestrator
+from orki_server._cli.options import json_option, open_client, open_redis, redis_option, run_async, with_orchestrator
 from orki_server._cli.trace_scan import ScanProgress, TraceRange, check_id, find_trace, scan_trace, trace_range
 from orki_server._cli.trace_tree import Node, Trace, build_trace
 from orki_server._observers.redaction import safe_json, safe_text
@@ -29,6 +29,9 @@ from orki_server._observers.redaction import safe_json, safe_text
 _STYLES: Final = {"ok": "green", "failed": "red", "lost": "red", "cancelled": "yellow", "running": "cyan"}
 _MAX_LINE: Final = 160
 _MIN_GAP_US: Final = 50_000
+_TASK_ID_LENGTH: Final = 28
+_FOLLOW_INTERVAL: Final = 0.5
+_LATE_EVENTS_WAIT: Final = 1.5
 
 
 def render(trace: Trace) -> Tree:
@@ -62,8 +65,7 @@ def _grow(tree: Tree, node: Node, zero_us: int, gap_us: int) -> None:
 
 
 def _describe(node: Node) -> str:
-    write = _WRITERS.get(node.kind, _step)
-    words = safe_text(write(node))
+    words = safe_text(_WRITERS.get(node.kind, _step)(node))
     return words if len(words) <= _MAX_LINE else words[: _MAX_LINE - 1] + "…"
 
 
@@ -104,20 +106,18 @@ def _event(node: Node) -> str:
 
 
 def _step(node: Node) -> str:
-    facts = {name: value for name, value in node.details.items() if name not in ("reason", "message")}
-    shown = ", ".join(f"{name} {_plain(value)}" for name, value in facts.items())
+    shown = ", ".join(
+        f"{name} {value if isinstance(value, str) else safe_json(value)}"
+        for name, value in node.details.items()
+        if name not in ("reason", "message")
+    )
     return f"{node.title}{f' ({shown})' if shown else ''}{_because(node.details)}"
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else safe_json(value)
 
 
 def _outcome(node: Node) -> str:
     if node.end_us is None:
         return "running"
-    word = {"ok": "succeeded"}.get(node.status, node.status)
-    return f"{word} after {_length(node)}"
+    return f"{'succeeded' if node.status == 'ok' else node.status} after {_length(node)}"
 
 
 def _length(node: Node) -> str:
@@ -141,11 +141,6 @@ _WRITERS: Final = {
 }
 
 
-_TASK_ID_LENGTH: Final = 28
-_FOLLOW_INTERVAL: Final = 0.5
-_LATE_EVENTS_WAIT: Final = 1.5
-
-
 @click.command(
     epilog="""\b
 Examples:
@@ -159,7 +154,8 @@ Examples:
 @json_option
 @redis_option
 @with_orchestrator
-def trace(wanted: str, follow: bool, as_json: bool, redis_url: str, orchestrator: str, insecure: bool) -> None:
+@run_async
+async def trace(wanted: str, follow: bool, as_json: bool, redis_url: str, orchestrator: str, insecure: bool) -> None:
     """Show the history of a task as a tree, from the start of its agent and its submission to the result.
 
     ID is a task id or a trace id, or a unique prefix of one. The tree shows attempts and why they ended, tool calls,
@@ -167,16 +163,13 @@ def trace(wanted: str, follow: bool, as_json: bool, redis_url: str, orchestrator
     tree is built from the events in Redis, so the orchestrator need not run.
     """
     check_id(wanted)
-    run(_trace(wanted, follow, as_json, redis_url, (orchestrator, insecure)))
-
-
-async def _trace(wanted: str, follow: bool, as_json: bool, redis_url: str, client: tuple[str, bool]) -> None:
     async with open_redis(redis_url) as link:
         with _progress() as progress:
             streams = await StreamRegistry().streams(link)
             if not streams:
                 raise UnknownStream("no streams yet: nothing has published, so there is nothing to trace")
-            found = await _range_from_orchestrator(wanted, *client) or await find_trace(link, streams, wanted, progress)
+            found = await _range_from_orchestrator(wanted, orchestrator, insecure)
+            found = found or await find_trace(link, streams, wanted, progress)
             tree, trimmed = await _read_trace(link, found, progress)
         if follow and not tree.finished:
             tree, trimmed = await _follow(link, found, tree, as_json)
@@ -236,7 +229,7 @@ async def _follow(link: Connection, found: TraceRange, tree: Trace, as_json: boo
 
 
 def _silent(_: str, __: float) -> None:
-    """Ignore progress."""
+    pass
 
 
 @contextmanager

@@ -16,13 +16,12 @@ from orki_events.connection import Connection
 from orki_events.entries import parse_id, stream_keys
 from orki_events.groups import parse_stream_state
 from orki_events.registry import StreamVersion
-from orki_server._cli.trace_tree import TASK_EVENT, TraceRecord
+from orki_server._cli.trace_tree import AGENT_EVENT, ENDS, TASK_EVENT
 from orki_server._observers.entries import DecodedEntry, EntryDecoders
 
 _PAGE: Final = 1000
 _BEFORE_MS: Final = 1_000
 _AFTER_MS: Final = 60_000
-_ENDS: Final = ("succeeded", "failed", "cancelled")
 _TASK_ID: Final = re.compile(r"t[0-9]{1,4}(-[0-9a-z]{0,26})?")
 _TRACE_ID: Final = re.compile(r"[0-9a-f]{1,32}")
 
@@ -69,7 +68,6 @@ async def find_trace(
 
     Raises:
         UnknownTask: No trace or several match.
-        OrkiError: The server does not answer or refuses the command.
     """
     candidates: dict[str, _Candidate] = {}
     matching: dict[str, str] = {}
@@ -97,31 +95,32 @@ def trace_range(trace_id: str, start_us: int, end_us: int) -> TraceRange:
 
 async def scan_trace(
     link: Connection, streams: Sequence[StreamVersion], trace: TraceRange, progress: ScanProgress
-) -> tuple[list[TraceRecord], list[str]]:
+) -> tuple[list[DecodedEntry], list[str]]:
     """Read all entries of a trace and the lifecycle events of its agents.
 
     Returns:
         The entries, and the names of the streams whose entries of that time may have been trimmed.
-
-    Raises:
-        OrkiError: The server does not answer or refuses the command.
     """
     start, end = str(trace.start_ms), "+" if trace.end_ms is None else str(trace.end_ms)
-    records: list[TraceRecord] = []
+    records: list[DecodedEntry] = []
     trimmed = []
     for stream in streams:
         if await _trimmed_since(link, stream, trace.start_ms):
             trimmed.append(stream.contract.name)
         needle = trace.trace_id.encode()
         entries = scan(link, stream, start, end, progress, needle)
-        records += [_record(entry) async for entry in entries if entry.span and entry.span.trace_id == trace.trace_id]
-    instances = {str(each.body.get("instance_id", "")) for each in records if each.message == TASK_EVENT} - {""}
+        records += [entry async for entry in entries if entry.span and entry.span.trace_id == trace.trace_id]
+    instances = {str(each.fields.get("instance_id", "")) for each in records if each.message == TASK_EVENT} - {""}
     for stream in streams:
-        if instances and stream.contract.message == "orki.events.v1.AgentEvent":
-            async for entry in scan(link, stream, "-", end, progress, b""):
-                if entry.body is not None and entry.body.get("instance_id") in instances:
-                    records.append(_record(entry))
-    return _relevant(records, trace.start_ms), trimmed
+        if instances and stream.contract.message == AGENT_EVENT:
+            entries = scan(link, stream, "-", end, progress, b"")
+            records += [entry async for entry in entries if entry.fields.get("instance_id") in instances]
+    # Of the agent events from before the trace, only each agent's start is shown.
+    return [
+        each
+        for each in records
+        if each.message != AGENT_EVENT or each.time_us // 1000 >= trace.start_ms or "spawned" in each.fields
+    ], trimmed
 
 
 async def scan(
@@ -160,7 +159,7 @@ def _index_entry(entry: DecodedEntry, candidates: dict[str, _Candidate], matchin
     task_id = str(body.get("task_id", ""))
     candidate = candidates.setdefault(span.trace_id, _Candidate(entry.time_us))
     candidate.start_us = min(candidate.start_us, entry.time_us)
-    if any(step in body for step in _ENDS):
+    if any(step in body for step in ENDS):
         candidate.open.discard(task_id)
         candidate.end_us = max(candidate.end_us, entry.time_us)
     elif "submitted" in body:
@@ -169,18 +168,6 @@ def _index_entry(entry: DecodedEntry, candidates: dict[str, _Candidate], matchin
         matching[task_id] = span.trace_id
     if span.trace_id.startswith(wanted):
         matching[span.trace_id] = span.trace_id
-
-
-def _relevant(records: list[TraceRecord], start_ms: int) -> list[TraceRecord]:
-    """Drop agent events from before the trace, except each agent's start."""
-    kept = []
-    for record in records:
-        if record.message == "orki.events.v1.AgentEvent" and record.time_us // 1000 < start_ms:
-            if "spawned" in record.body:
-                kept.append(record)
-        else:
-            kept.append(record)
-    return kept
 
 
 async def _trimmed_since(link: Connection, stream: StreamVersion, start_ms: int) -> bool:
@@ -197,15 +184,3 @@ async def _trimmed_since(link: Connection, stream: StreamVersion, start_ms: int)
 async def _last_ms(link: Connection, key: str) -> int:
     last = await link.execute((b"XREVRANGE", key, b"+", b"-", b"COUNT", 1))
     return parse_id(last[0][0]).milliseconds if last else 0
-
-
-def _record(entry: DecodedEntry) -> TraceRecord:
-    body = entry.body if entry.body is not None else {"problem": entry.problem}
-    return TraceRecord(
-        stream=entry.stream,
-        event_id=entry.event_id,
-        time_us=entry.time_us,
-        span=entry.span,
-        message=entry.message,
-        body=body,
-    )

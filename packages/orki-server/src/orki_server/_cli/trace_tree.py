@@ -11,38 +11,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from orki_contract.trace import Span
+from orki_server._observers.entries import DecodedEntry
 
 TASK_EVENT: Final = "orki.events.v1.TaskEvent"
 AGENT_EVENT: Final = "orki.events.v1.AgentEvent"
-TOOL_EVENT: Final = "orki.events.v1.ToolEvent"
-USAGE_EVENT: Final = "orki.events.v1.UsageEvent"
 
-_ENDS: Final = ("succeeded", "failed", "cancelled")
-_TASK_STEPS: Final = ("submitted", "cancel_requested", "directed", *_ENDS)
+ENDS: Final = ("succeeded", "failed", "cancelled")
+_TASK_STEPS: Final = ("submitted", "cancel_requested", "directed", *ENDS)
 _ATTEMPT_STEPS: Final = ("offered", "started", "attempt_ended", "cancel_acknowledged")
 _AGENT_STEPS: Final = ("spawned", "connected", "disconnected", "replaced", "stopped")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TraceRecord:
-    """The parts of a stream entry that a trace needs.
-
-    Attributes:
-        stream: Name of the stream.
-        event_id: Id of the event, hex.
-        time_us: Time of the event, in microseconds since the Unix epoch.
-        span: Span of the envelope; None outside a trace.
-        message: Full name of the entry's message.
-        body: The message as JSON, redacted.
-    """
-
-    stream: str
-    event_id: str
-    time_us: int
-    span: Span | None
-    message: str
-    body: dict[str, Any]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -100,24 +77,18 @@ class Trace:
         }
 
 
-def build_trace(trace_id: str, records: Sequence[TraceRecord]) -> Trace:
+def build_trace(trace_id: str, records: Sequence[DecodedEntry]) -> Trace:
     """Build the tree from the records of the trace and the lifecycle events of its agents."""
     builder = _Builder()
     once = {each.event_id: each for each in records}
     ordered = sorted(once.values(), key=lambda each: each.time_us)
-    by_message: dict[str, list[TraceRecord]] = {}
+    for message, add in builder.writers.items():
+        for record in ordered:
+            if record.message == message:
+                add(record)
     for record in ordered:
-        by_message.setdefault(record.message, []).append(record)
-    for record in by_message.pop(TASK_EVENT, []):
-        builder.task_event(record)
-    for record in by_message.pop(AGENT_EVENT, []):
-        builder.agent_event(record)
-    for record in by_message.pop(TOOL_EVENT, []):
-        builder.tool_event(record)
-    for record in by_message.pop(USAGE_EVENT, []):
-        builder.usage_event(record)
-    for record in sorted((each for rest in by_message.values() for each in rest), key=lambda each: each.time_us):
-        builder.other_event(record)
+        if record.message not in builder.writers:
+            builder.other_event(record)
     return builder.trace(trace_id)
 
 
@@ -129,9 +100,16 @@ class _Builder:
         self._attempts: dict[tuple[str, int], Node] = {}
         self._spans: dict[str, Node] = {}
         self._unattached: list[Node] = []
+        # In this order: later ones are attached to the nodes of earlier ones.
+        self.writers = {
+            TASK_EVENT: self.task_event,
+            AGENT_EVENT: self.agent_event,
+            "orki.events.v1.ToolEvent": self.tool_event,
+            "orki.events.v1.UsageEvent": self.usage_event,
+        }
 
-    def task_event(self, record: TraceRecord) -> None:
-        body = record.body
+    def task_event(self, record: DecodedEntry) -> None:
+        body = record.fields
         task_id, attempt = str(body.get("task_id", "")), int(body.get("attempt", 0))
         task = self._task(task_id, record)
         step = next((each for each in (*_TASK_STEPS, *_ATTEMPT_STEPS) if each in body), "event")
@@ -143,13 +121,13 @@ class _Builder:
                 self._parents[task_id] = record.span.parent_id
         facts = dict(body.get(step, {}))
         owner.children.append(_instant(step, record.time_us, details=facts))
-        if step in _ENDS:
+        if step in ENDS:
             self._end_task(task, task_id, attempt, step, record, facts)
         elif step == "attempt_ended":
             _end_attempt(owner, record.time_us, facts)
 
-    def agent_event(self, record: TraceRecord) -> None:
-        body = record.body
+    def agent_event(self, record: DecodedEntry) -> None:
+        body = record.fields
         instance = str(body.get("instance_id", ""))
         agent = self._agents.get(instance)
         if agent is None:
@@ -168,22 +146,22 @@ class _Builder:
         agent.status = {"stopped": "ok", "disconnected": "lost", "replaced": "lost"}.get(step, "running")
         agent.end_us = record.time_us if step in ("stopped", "replaced") else None
 
-    def tool_event(self, record: TraceRecord) -> None:
-        body = record.body
+    def tool_event(self, record: DecodedEntry) -> None:
+        body = record.fields
         begun = record.time_us - int(body.get("duration_ns", 0)) // 1000
         node = Node(kind="tool", title=str(body.get("method", "")), start_us=begun, end_us=record.time_us)
         node.status = "failed" if "reason" in body else "ok"
         node.details = _without(body, "method", "task_id", "attempt", "agent_id")
         self._attach(node, record)
 
-    def usage_event(self, record: TraceRecord) -> None:
-        node = _instant("usage", record.time_us, title=str(record.body.get("model", "")))
-        node.details = _without(record.body, "model", "task_id", "attempt", "agent_id")
+    def usage_event(self, record: DecodedEntry) -> None:
+        node = _instant("usage", record.time_us, title=str(record.fields.get("model", "")))
+        node.details = _without(record.fields, "model", "task_id", "attempt", "agent_id")
         self._attach(node, record)
 
-    def other_event(self, record: TraceRecord) -> None:
+    def other_event(self, record: DecodedEntry) -> None:
         node = _instant("event", record.time_us, title=record.message.rpartition(".")[2])
-        node.details = {"stream": record.stream, "event": record.body}
+        node.details = {"stream": record.stream, "event": record.fields}
         self._attach(node, record)
 
     def trace(self, trace_id: str) -> Trace:
@@ -204,19 +182,19 @@ class _Builder:
         finished = bool(self._tasks) and all(each.end_us is not None for each in self._tasks.values())
         return Trace(trace_id=trace_id, started_us=min(starts), finished=finished, roots=roots)
 
-    def _task(self, task_id: str, record: TraceRecord) -> Node:
+    def _task(self, task_id: str, record: DecodedEntry) -> Node:
         task = self._tasks.get(task_id)
         if task is None:
-            method = str(record.body.get("method", ""))
+            method = str(record.fields.get("method", ""))
             task = Node(kind="task", title=method, start_us=record.time_us, end_us=None, status="running")
             task.details = {"task_id": task_id, "method": method}
             self._tasks[task_id] = task
         return task
 
-    def _attempt(self, task_id: str, number: int, record: TraceRecord) -> Node:
+    def _attempt(self, task_id: str, number: int, record: DecodedEntry) -> Node:
         attempt = self._attempts.get((task_id, number))
         if attempt is None:
-            body = record.body
+            body = record.fields
             title = f"attempt {number} on {body.get('agent_id', '')}"
             attempt = Node(kind="attempt", title=title, start_us=record.time_us, end_us=None, status="running")
             attempt.details = {"attempt": number, **_only(body, "fence", "agent_id", "instance_id")}
@@ -225,7 +203,7 @@ class _Builder:
         return attempt
 
     def _end_task(
-        self, task: Node, task_id: str, attempt: int, step: str, record: TraceRecord, facts: dict[str, Any]
+        self, task: Node, task_id: str, attempt: int, step: str, record: DecodedEntry, facts: dict[str, Any]
     ) -> None:
         task.end_us, task.status = record.time_us, "ok" if step == "succeeded" else step
         task.details["outcome"] = {"state": step, **facts}
@@ -235,8 +213,8 @@ class _Builder:
             if "reason" in facts:
                 running.details["reason"] = facts["reason"]
 
-    def _attach(self, node: Node, record: TraceRecord) -> None:
-        body, span = record.body, record.span
+    def _attach(self, node: Node, record: DecodedEntry) -> None:
+        body, span = record.fields, record.span
         owner = None
         if span is not None:
             owner = self._spans.get(span.span_id) or self._spans.get(span.parent_id)

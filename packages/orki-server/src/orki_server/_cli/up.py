@@ -10,32 +10,18 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
 from orki_contract.errors import InvalidSetting
-from orki_server._cli.options import ready_file_option
+from orki_server._cli.options import FEED_PORT, METRICS_PORT, ORCHESTRATOR, ready_file_option, ready_json_option
 from orki_server._process import Part, PartEnded, Supervisor, print_ready, run_until_stopped
 from orki_server.embedded import EmbeddedOptions, EmbeddedServer
 
 _POLL_INTERVAL: Final = 0.5
 _REDIS_PORT: Final = 6379
-_METRICS_PORT: Final = 9464
-_FEED_PORT: Final = 9465
-_LISTEN: Final = "127.0.0.1:50051"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _UpOptions:
-    listen: str
-    redis_url: str
-    directory: Path | None
-    observers: bool
-    as_json: bool
-    ready_file: Path | None
 
 
 @click.command(
@@ -47,7 +33,7 @@ Examples:
 """,
 )
 @click.option(
-    "--listen", metavar="HOST:PORT", default=_LISTEN, show_default=True, help="Address for agents and submitters."
+    "--listen", metavar="HOST:PORT", default=ORCHESTRATOR, show_default=True, help="Address for agents and submitters."
 )
 @click.option("--redis", "redis_url", metavar="URL", default="", help="Use this Redis instead of starting one.")
 @click.option(
@@ -57,19 +43,18 @@ Examples:
     help="Keep the store and the audit file in DIR; by default, both are deleted at the end.",
 )
 @click.option("--observers/--no-observers", default=True, help="Also run the observers: metrics, audit and feed.")
-@click.option("--json", "as_json", is_flag=True, help="Print the readiness line as JSON.")
+@ready_json_option
 @ready_file_option
-def up(**flags: Any) -> None:
+def up(redis_url: str, directory: Path | None, **options: Any) -> None:
     """Run a Valkey server, an orchestrator and the observers until interrupted.
 
     Use this command for development. For production, see `orki serve`.
     """
-    options = _UpOptions(**flags)
-    if "@" in options.redis_url:
+    if "@" in redis_url:
         raise InvalidSetting("--redis: other users can read a password on the command line; set ORKI_REDIS_URL instead")
-    url = options.redis_url or os.environ.get("ORKI_REDIS_URL", "")
+    url = redis_url or os.environ.get("ORKI_REDIS_URL", "")
     with ExitStack() as stack:
-        home = options.directory or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orki-")))
+        home = directory or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orki-")))
         try:
             home.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -78,27 +63,38 @@ def up(**flags: Any) -> None:
             ) from error
         if not url:
             embedded = EmbeddedOptions(
-                directory=home / "valkey", append_only=options.directory is not None, usual_port=_REDIS_PORT
+                directory=home / "valkey", append_only=directory is not None, usual_port=_REDIS_PORT
             )
             server = stack.enter_context(EmbeddedServer(embedded))
-            run_until_stopped(lambda stopped: _run(options, server.url, home, stopped, server))
+            run_until_stopped(lambda stopped: _run(server.url, home, stopped, server, **options))
         else:
-            run_until_stopped(lambda stopped: _run(options, url, home, stopped, None))
+            run_until_stopped(lambda stopped: _run(url, home, stopped, None, **options))
 
 
 async def _run(
-    options: _UpOptions, url: str, home: Path, stopped: asyncio.Event, embedded: EmbeddedServer | None
+    url: str,
+    home: Path,
+    stopped: asyncio.Event,
+    embedded: EmbeddedServer | None,
+    *,
+    listen: str,
+    observers: bool,
+    as_json: bool,
+    ready_file: Path | None,
 ) -> None:
     supervisor = Supervisor()
     try:
         # All parts start together. The orchestrator stops first, so that the observers see its last events.
-        parts = [_orchestrator(options, url), *(_observers(url, home) if options.observers else ())]
+        parts = [
+            _part("serve", url, "serve", "--listen", listen, "--json", essential=True),
+            *(_observers(url, home) if observers else ()),
+        ]
         children = await asyncio.gather(*(supervisor.add(part) for part in parts))
         facts: dict[str, Any] = {"address": json.loads(children[0].ready)["address"], "redis_url": url}
         # An observer's line reads `orki NAME ready: WHERE`.
         facts |= {child.part.name: child.ready.partition(": ")[2] for child in children[1:]}
         facts["pids"] = {child.part.name: child.pid for child in children}
-        print_ready("up", _summary(facts), facts, options.as_json, options.ready_file)
+        print_ready("up", _summary(facts), facts, as_json, ready_file)
         waiting = asyncio.create_task(stopped.wait())
         watching = asyncio.create_task(_until_ended(embedded))
         await asyncio.wait((waiting, watching, supervisor.failed), return_when=asyncio.FIRST_COMPLETED)
@@ -131,34 +127,23 @@ def _summary(facts: dict[str, Any]) -> str:
     return "\n".join(["", *(f"  {name:<13} {where}" for name, where in rows), f"  elsewhere     {hint}"])
 
 
-def _orchestrator(options: _UpOptions, url: str) -> Part:
-    return Part(
-        name="serve",
-        argv=(*_orki(), "serve", "--listen", options.listen, "--json"),
-        environment={"ORKI_REDIS_URL": url},
-        essential=True,
-    )
+def _part(name: str, url: str, *arguments: str, essential: bool = False) -> Part:
+    argv = (sys.executable, "-m", "orki_server", *arguments)
+    return Part(name=name, argv=argv, environment={"ORKI_REDIS_URL": url}, essential=essential)
 
 
 def _observers(url: str, home: Path) -> Iterator[Part]:
-    for name, arguments in (
-        ("metrics", ("--port", str(_port(_METRICS_PORT)))),
-        ("feed", ("--port", str(_port(_FEED_PORT)))),
-        ("audit", (str(home / "audit.jsonl"),)),
-    ):
-        yield Part(name=name, argv=(*_orki(), "observe", name, *arguments), environment={"ORKI_REDIS_URL": url})
+    yield _part("metrics", url, "observe", "metrics", "--port", _port(METRICS_PORT))
+    yield _part("feed", url, "observe", "feed", "--port", _port(FEED_PORT))
+    yield _part("audit", url, "observe", "audit", str(home / "audit.jsonl"))
 
 
-def _orki() -> tuple[str, ...]:
-    return (sys.executable, "-m", "orki_server")
-
-
-def _port(wanted: int) -> int:
-    """Return `wanted` if it is free, else 0."""
+def _port(wanted: int) -> str:
+    """Return `wanted` if it is free, else 0, as an argument."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", wanted))
         except OSError:
-            return 0
-        return wanted
+            return "0"
+        return str(wanted)

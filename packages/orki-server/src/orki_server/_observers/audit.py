@@ -23,11 +23,12 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import socket
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
@@ -39,10 +40,14 @@ from orki_server._observers.entries import EntryDecoders, poll_registry
 from orki_server._observers.http_server import print_ready_line
 from orki_server._observers.redaction import safe_json
 
-_START: Final = b'{"event_id":"'
-_DIGITS: Final = 32
-_HEX: Final = frozenset(b"0123456789abcdef")
+_EVENT_ID: Final = re.compile(rb'\{"event_id":"([0-9a-f]{32})')
 _BLOCK: Final = 1 << 18
+_BATCH: Final = 500
+_RETRY_DELAY: Final = 1.0
+# A crash counts as a delivery, and crashes must not turn an event into a dead letter.
+_GROUP: Final = Group(name=AUDIT_GROUP.name, max_deliveries=1_000_000)
+
+_log = logging.getLogger("orki.audit")
 
 
 class Fsync(StrEnum):
@@ -56,30 +61,22 @@ class Fsync(StrEnum):
     NEVER = "never"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AuditLogOptions:
-    """Options of the log file.
-
-    Attributes:
-        path: The file; its directory must exist.
-        fsync: When lines are synced to the disk.
-        remember: Number of ids kept in memory to recognize repeated events, at least 1000.
-    """
-
-    path: Path
-    fsync: Fsync = Fsync.BATCH
-    remember: int = 200_000
-
-    def __post_init__(self) -> None:
-        if self.remember < 1000:
-            raise InvalidSetting(f"remember is {self.remember}; it must be 1000 or more")
-
-
 class AuditLog:
-    """An open audit log. Not thread-safe."""
+    """An audit log. Not thread-safe."""
 
-    def __init__(self, settings: AuditLogOptions) -> None:
-        self._settings = settings
+    def __init__(self, path: Path, *, fsync: Fsync = Fsync.BATCH, remember: int = 200_000) -> None:
+        """Create a log; `open` must be called before `append`.
+
+        Args:
+            path: The file; its directory must exist.
+            fsync: When lines are synced to the disk.
+            remember: Number of ids kept in memory to recognize repeated events, at least 1000.
+        """
+        if remember < 1000:
+            raise InvalidSetting(f"remember is {remember}; it must be 1000 or more")
+        self.path = path
+        self._fsync = fsync
+        self._remember = remember
         self._descriptor = -1
         self._seen: OrderedDict[str, None] = OrderedDict()
 
@@ -92,7 +89,7 @@ class AuditLog:
         Raises:
             InvalidSetting: The file cannot be opened, or another process writes to it.
         """
-        path = self._settings.path
+        path = self.path
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -110,7 +107,6 @@ class AuditLog:
         return removed
 
     def close(self) -> None:
-        """Close the file; closing it again has no effect."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -131,7 +127,7 @@ class AuditLog:
         if fresh:
             self._write("".join(f"{line}\n" for line in fresh.values()).encode("ascii"))
             self._seen.update(dict.fromkeys(fresh))
-            while len(self._seen) > self._settings.remember:
+            while len(self._seen) > self._remember:
                 self._seen.popitem(last=False)
         return len(fresh)
 
@@ -141,14 +137,13 @@ class AuditLog:
             written = 0
             while written < len(block):
                 written += os.write(self._descriptor, block[written:])
-            if self._settings.fsync is Fsync.BATCH:
+            if self._fsync is Fsync.BATCH:
                 os.fdatasync(self._descriptor)
         except OSError as error:
             with contextlib.suppress(OSError):  # the next start removes the incomplete line
                 os.ftruncate(self._descriptor, end)
             raise OrkiError(
-                f"{self._settings.path} cannot be written: {error.strerror}; "
-                "free disk space; until then no event is acknowledged"
+                f"{self.path} cannot be written: {error.strerror}; free disk space; until then no event is acknowledged"
             ) from error
 
     def _remove_incomplete_line(self) -> int:
@@ -165,7 +160,7 @@ class AuditLog:
 
     def _last_ids(self) -> Iterator[str]:
         """Yield up to `remember` ids from the last line backwards."""
-        left = self._settings.remember
+        left = self._remember
         rest = b""
         for start, block in self._blocks_from_end(os.fstat(self._descriptor).st_size):
             lines = (block + rest).split(b"\n")
@@ -185,35 +180,24 @@ class AuditLog:
 
 
 def _event_id(line: bytes) -> str | None:
-    found = line[len(_START) : len(_START) + _DIGITS]
-    if line.startswith(_START) and len(found) == _DIGITS and _HEX.issuperset(found):
-        return found.decode("ascii")
-    return None
+    found = _EVENT_ID.match(line)
+    return found[1].decode("ascii") if found else None
 
 
-_log = logging.getLogger("orki.audit")
-
-_BATCH: Final = 500
-_RETRY_DELAY: Final = 1.0
-# A crash counts as a delivery, and crashes must not turn an event into a dead letter.
-_GROUP: Final = Group(name=AUDIT_GROUP.name, max_deliveries=1_000_000)
-
-
-async def run_audit(redis_url: str, options: AuditLogOptions, stopped: asyncio.Event) -> None:
+async def run_audit(redis_url: str, log: AuditLog, stopped: asyncio.Event) -> None:
     """Write events until `stopped` is set, then finish the current batches.
 
     Raises:
         InvalidSetting: The file or the URL cannot be used.
         OrkiError: The event server refuses permanently.
     """
-    log = AuditLog(options)
     events = connect(redis_url, options=EventOptions(dedupe_window=0))
     removed = log.open()
     if removed:
         _log.warning("removed %d bytes of an incomplete last line; its event was not acknowledged", removed)
     try:
         async with events:
-            audit = _Audit(events, log, options.path, stopped)
+            audit = _Audit(events, log, stopped)
             try:
                 await poll_registry(events, stopped, audit.follow, _log)
             finally:
@@ -223,12 +207,11 @@ async def run_audit(redis_url: str, options: AuditLogOptions, stopped: asyncio.E
 
 
 class _Audit:
-    def __init__(self, events: Events, log: AuditLog, path: Path, stopped: asyncio.Event) -> None:
+    def __init__(self, events: Events, log: AuditLog, stopped: asyncio.Event) -> None:
         self._events = events
         self._log = log
-        self._path = path
         self._stopped = stopped
-        self._consumer = consumer_name(path)
+        self._consumer = consumer_name(log.path)
         self._decoders = EntryDecoders()
         self._registered: dict[str, StreamVersion] = {}
         self._tasks: dict[str, tuple[int, asyncio.Task[None]]] = {}
@@ -250,7 +233,7 @@ class _Audit:
             self._tasks[name] = (partitions, asyncio.create_task(self._consume(each.contract), name=f"audit {name}"))
         if not self._announced:
             self._announced = True
-            print_ready_line("audit", str(self._path))
+            print_ready_line("audit", str(self._log.path))
 
     async def end(self) -> None:
         """Stop all consumers cleanly."""

@@ -23,19 +23,16 @@ from orki_contract.images import message_class
 from orki_contract.read import read_image
 from orki_contract.trace import Span
 from orki_events import Events
+from orki_events import entries as stream_entries
 from orki_events.connection import Connection
-from orki_events.entries import (
-    ZERO_ID,
-    decode_envelope,
-    envelope_span,
-    format_cursor,
-    parse_cursor,
-    parse_id,
-    stream_keys,
-)
+from orki_events.entries import ZERO_ID, parse_id, stream_keys
 from orki_events.groups import parse_stream_state
 from orki_events.registry import StreamRegistry, StreamVersion
 from orki_server._observers.redaction import Redaction, time_text
+from orki_server._observers.stream_stats import checked
+
+_PAGE: Final = 200
+_REGISTRY_INTERVAL: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +66,11 @@ class DecodedEntry:
     message: str
     body: dict[str, Any] | None
     problem: str
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of the message; if it cannot be decoded, the problem."""
+        return {"problem": self.problem} if self.body is None else self.body
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON with stable keys, `event_id` first; `event` is null and `problem` set if decoding failed."""
@@ -133,7 +135,7 @@ class EntryDecoder:
             producer=envelope.producer if envelope else "",
             sequence=envelope.sequence if envelope else 0,
             traceparent=envelope.traceparent if envelope else "",
-            span=envelope_span(envelope) if envelope else None,
+            span=stream_entries.envelope_span(envelope) if envelope else None,
             message=self._message,
             body=body,
             problem="; ".join(each for each in (problem, why) if each),
@@ -169,29 +171,9 @@ def _envelope(raw: bytes | None) -> tuple[Envelope | None, str]:
     if raw is None:
         return None, "the entry has no envelope"
     try:
-        return decode_envelope(raw), ""
+        return stream_entries.decode_envelope(raw), ""
     except EventUndecodable:
         return None, f"an invalid envelope of {len(raw)} bytes"
-
-
-_PAGE: Final = 200
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PossibleGap:
-    """Entries after a cursor may have been trimmed before they were read.
-
-    Attributes:
-        stream: Name of the stream.
-        key: Redis key of the partition.
-        after: Entry id of the cursor.
-        first: Id of the oldest remaining entry.
-    """
-
-    stream: str
-    key: str
-    after: str
-    first: str
 
 
 class MultiStreamReader:
@@ -240,11 +222,12 @@ class MultiStreamReader:
         """
         return format_feed_cursor(self._cursors)
 
-    async def start(self) -> list[PossibleGap]:
+    async def start(self) -> list[dict[str, str]]:
         """Read the registry and set the start positions.
 
         Returns:
-            Gaps since the cursors were made.
+            Partitions whose entries after the cursor may have been trimmed: `stream`, `key`, `after` (entry id of the
+            cursor) and `first` (id of the oldest remaining entry).
 
         Raises:
             UnknownStream: A name is not registered; the error lists the registered names.
@@ -274,11 +257,10 @@ class MultiStreamReader:
         if time.monotonic() - self._registry_read_at > _REGISTRY_INTERVAL:
             self._follow(await self._registry.streams(self._link), {})
             self._registry_read_at = time.monotonic()
-        positions = list(self._positions.items())
-        if not positions:
+        if not self._positions:
             return await self._wait()
         command = (b"XREAD", b"COUNT", _PAGE, b"BLOCK", round(self._max_wait * 1000), b"STREAMS")
-        keys, ids = zip(*positions, strict=True)
+        keys, ids = zip(*self._positions.items(), strict=True)
         timeout = self._link.answer_timeout + self._max_wait
         reply = await self._link.execute((*command, *keys, *ids), timeout=timeout)
         decoded = [self._decode(key.decode(), entry) for key, entries in reply or () for entry in entries]
@@ -291,14 +273,12 @@ class MultiStreamReader:
         return self.cursor
 
     def _stream_cursor(self, name: str) -> str:
-        return format_cursor(self._positions[key] for key in stream_keys(self._streams[name].contract))
+        return stream_entries.format_cursor(self._positions[key] for key in stream_keys(self._streams[name].contract))
 
     async def _wait(self) -> list[tuple[str, DecodedEntry]]:
         # Blocks in the server, so that a lost connection is noticed.
-        await self._link.execute(
-            (b"BLPOP", b"orki:nothing-is-here", b"%.3f" % self._max_wait),
-            timeout=self._link.answer_timeout + 1.0,
-        )
+        command = (b"BLPOP", b"orki:nothing-is-here", b"%.3f" % self._max_wait)
+        await self._link.execute(command, timeout=self._link.answer_timeout + 1.0)
         return []
 
     def _decode(self, key: str, entry: Any) -> DecodedEntry:
@@ -314,7 +294,10 @@ class MultiStreamReader:
                 continue
             keys = stream_keys(each.contract)
             if name not in self._streams and self._given and name in self._given:
-                newest = {**newest, **dict(zip(keys, parse_cursor(self._given[name], len(keys)), strict=True))}
+                newest = {
+                    **newest,
+                    **dict(zip(keys, stream_entries.parse_cursor(self._given[name], len(keys)), strict=True)),
+                }
             self._streams[name] = each
             for key in keys:
                 self._owner[key] = name
@@ -324,37 +307,21 @@ class MultiStreamReader:
     async def _newest(self, registered: list[StreamVersion]) -> dict[str, str]:
         keys = [key for each in registered for key in stream_keys(each.contract)]
         replies = await self._link.pipeline(*((b"XREVRANGE", key, b"+", b"-", b"COUNT", 1) for key in keys))
-        return {
-            key: _checked(reply)[0][0].decode() for key, reply in zip(keys, replies, strict=True) if _checked(reply)
-        }
+        return {key: reply[0][0].decode() for key, reply in zip(keys, map(checked, replies), strict=True) if reply}
 
-    async def _gaps(self) -> list[PossibleGap]:
+    async def _gaps(self) -> list[dict[str, str]]:
         keys = [key for key, position in self._positions.items() if position != ZERO_ID]
         if not keys:
             return []
         types = await self._link.pipeline(*((b"TYPE", key) for key in keys))
-        existing = [key for key, reply in zip(keys, types, strict=True) if _checked(reply) == b"stream"]
+        existing = [key for key, reply in zip(keys, types, strict=True) if checked(reply) == b"stream"]
         states = await self._link.pipeline(*((b"XINFO", b"STREAM", key) for key in existing)) if existing else []
         gaps = []
         for key, reply in zip(existing, states, strict=True):
-            state = parse_stream_state(_checked(reply))
-            if (
-                state.added > state.length
-                and state.first_id
-                and parse_id(state.first_id) > parse_id(self._positions[key])
-            ):
-                gap = PossibleGap(stream=self._owner[key], key=key, after=self._positions[key], first=state.first_id)
-                gaps.append(gap)
+            state, after = parse_stream_state(checked(reply)), self._positions[key]
+            if state.added > state.length and state.first_id and parse_id(state.first_id) > parse_id(after):
+                gaps.append({"stream": self._owner[key], "key": key, "after": after, "first": state.first_id})
         return gaps
-
-
-def _checked(reply: Any) -> Any:
-    if isinstance(reply, OrkiError):
-        raise reply
-    return reply
-
-
-_REGISTRY_INTERVAL: Final = 1.0
 
 
 async def poll_registry(
@@ -397,11 +364,7 @@ _PART: Final = re.compile(r"([a-z][a-z0-9_.-]{0,63})=([0-9]+-[0-9]+(?:_[0-9]+-[0
 
 
 def format_feed_cursor(cursors: Mapping[str, str]) -> str:
-    """Join the cursors of streams into one feed cursor.
-
-    Raises:
-        TooLarge: There are more streams and partitions than fit into a header.
-    """
+    """Join the cursors of streams into one feed cursor; raises TooLarge if it does not fit into a header."""
     cursor = ";".join(f"{stream}={cursors[stream]}" for stream in sorted(cursors)) or _EMPTY_CURSOR
     if len(cursor) > MAX_CURSOR:
         raise TooLarge(

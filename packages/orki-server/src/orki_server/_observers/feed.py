@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import InvalidArgument, InvalidSetting, OrkiError, UnknownStream
 from orki_events.connection import Address, Connection
 from orki_server._observers.entries import DecodedEntry, MultiStreamReader, parse_feed_cursor
-from orki_server._observers.http_server import ServerOptions, print_ready_line, serve_http
+from orki_server._observers.http_server import print_ready_line, serve_http
 from orki_server._observers.redaction import safe_json
 
 _log = logging.getLogger("orki.feed")
@@ -45,7 +45,8 @@ class FeedOptions:
     """Options of the feed.
 
     Attributes:
-        server: Address of the HTTP server.
+        host: A loopback address to listen on.
+        port: The port; 0 chooses a free one.
         clients: Maximum number of clients; further ones are refused.
         heartbeat_interval: Seconds without an event after which a comment is sent.
         send_timeout: Seconds after which a client that reads nothing is disconnected. Until then, at most one batch of
@@ -53,7 +54,8 @@ class FeedOptions:
         event_bytes: Maximum size of an event in bytes; a longer one is sent without its body.
     """
 
-    server: ServerOptions = field(default_factory=ServerOptions)
+    host: str = "127.0.0.1"
+    port: int = 0
     clients: int = 64
     heartbeat_interval: float = 10.0
     send_timeout: float = 10.0
@@ -78,7 +80,7 @@ async def run_feed(address: Address, options: FeedOptions, stopped: asyncio.Even
     for path, (name, kind) in _PAGE.items():
         app.router.add_get(path, _static(name, kind))
     app.router.add_get("/events", feed.events)
-    async with serve_http(app, options.server) as url:
+    async with serve_http(app, options.host, options.port) as url:
         print_ready_line("feed", f"{url}/")
         await stopped.wait()
         await feed.ended()
@@ -137,8 +139,7 @@ class _Feed:
         try:
             await client.send(_block("hello", safe_json({"streams": reader.streams}), reader.cursor, retry=True))
             for gap in gaps:
-                shown = {"stream": gap.stream, "key": gap.key, "after": gap.after, "first": gap.first}
-                await client.send(_block("gap", safe_json(shown)))
+                await client.send(_block("gap", safe_json(gap)))
             await self._copy(reader, client)
         except (TimeoutError, ConnectionError):
             client.drop()

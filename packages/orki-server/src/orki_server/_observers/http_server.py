@@ -5,37 +5,10 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 from aiohttp import web
 
 from orki_contract.errors import InvalidSetting
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerOptions:
-    """Address of an observer's HTTP server. It has no password, so it serves loopback addresses only.
-
-    Attributes:
-        host: A loopback address.
-        port: The port; 0 chooses a free one.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 0
-
-    def __post_init__(self) -> None:
-        try:
-            loopback = ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            loopback = False
-        if not loopback:
-            raise InvalidSetting(
-                f'the observer cannot listen on "{self.host}": it has no password, so use a loopback address such as '
-                "127.0.0.1, with a proxy of your own in front for access from other hosts"
-            )
-        if not 0 <= self.port <= 65_535:
-            raise InvalidSetting(f"the port is {self.port}; it must be from 0 to 65535")
 
 
 def print_ready_line(observer: str, where: str) -> None:
@@ -44,23 +17,26 @@ def print_ready_line(observer: str, where: str) -> None:
 
 
 @asynccontextmanager
-async def serve_http(app: web.Application, options: ServerOptions) -> AsyncIterator[str]:
-    """Serve an application on a loopback address; yields its URL.
+async def serve_http(app: web.Application, host: str, port: int) -> AsyncIterator[str]:
+    """Serve an application on a loopback address and port, 0 for a free one; yields its URL.
 
     Raises:
-        InvalidSetting: The port is taken.
+        InvalidSetting: The address is not a loopback address, or the port is taken.
     """
+    if not _is_loopback(host):
+        raise InvalidSetting(
+            f'the observer cannot listen on "{host}": it has no password, so use a loopback address such as '
+            "127.0.0.1, with a proxy of your own in front for access from other hosts"
+        )
     app.middlewares.append(_only_this_machine)
     # Cancel the handler of a client that disconnects; otherwise it would notice only at its next write.
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     try:
         try:
-            await web.TCPSite(runner, options.host, options.port).start()
+            await web.TCPSite(runner, host, port).start()
         except OSError as error:
-            raise InvalidSetting(
-                f"cannot listen on {options.host}:{options.port}: {error.strerror}; choose another --port"
-            ) from error
+            raise InvalidSetting(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
         host, port = runner.addresses[0][:2]
         yield f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     finally:

@@ -11,6 +11,7 @@ import logging
 import socket
 from collections import OrderedDict
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Final
 
 from aiohttp import web
@@ -31,7 +32,7 @@ from orki_contract.errors import InvalidSetting, OrkiError, UnknownStream
 from orki_events import EventOptions, Events, StreamVersion, connect
 from orki_events.connection import Connection, parse_address
 from orki_server._observers.entries import MultiStreamReader, poll_registry
-from orki_server._observers.http_server import ServerOptions, print_ready_line, serve_http
+from orki_server._observers.http_server import print_ready_line, serve_http
 from orki_server._observers.redaction import reason_text
 from orki_server._observers.stream_stats import StreamStats, read_stream_stats
 
@@ -39,6 +40,13 @@ _MAX_SEEN_EVENTS: Final = 100_000
 _TOOL_BUCKETS: Final = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)
 _TASK_BUCKETS: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 7200.0)
 _MAX_OPEN_TASKS: Final = 200_000
+_GROUP: Final = "metrics"
+_BATCH: Final = 500
+_RETRY_DELAY: Final = 1.0
+_STREAMS: Final[tuple[EventStream[Any, Any], ...]] = (AGENTS, TASKS, TOOLS, USAGE)
+_AGENT_STEPS: Final = ("spawned", "connected", "disconnected", "replaced", "stopped")
+
+_log = logging.getLogger("orki.metrics")
 
 
 class FleetMetrics:
@@ -49,64 +57,31 @@ class FleetMetrics:
         self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._submitted: OrderedDict[str, int] = OrderedDict()
         self._connected: dict[str, str] = {}
-        self._create_stream_metrics()
-        self._create_task_metrics()
-
-    def _create_stream_metrics(self) -> None:
-        registry = self._registry
-        self._events = Counter("orki_events", "Events counted.", ["stream"], registry=registry)
-        by_group = ["stream", "group"]
-        self._entries = Gauge("orki_stream_entries", "Entries in a stream.", ["stream"], registry=registry)
-        self._lag = Gauge(
-            "orki_group_lag_entries",
-            "Entries not delivered to a consumer group yet; NaN if the server does not know.",
-            by_group,
-            registry=registry,
-        )
-        self._pending = Gauge(
-            "orki_group_pending_entries", "Entries delivered and not acknowledged.", by_group, registry=registry
-        )
-        self._oldest = Gauge(
-            "orki_group_oldest_pending_seconds",
-            "Age of the oldest entry delivered and not acknowledged.",
-            by_group,
-            registry=registry,
-        )
-        self._dead = Gauge(
-            "orki_group_dead_letters", "Entries in a group's dead letter stream.", by_group, registry=registry
-        )
-
-    def _create_task_metrics(self) -> None:
-        registry = self._registry
-        by_model = ["model", "provider", "agent"]
-        self._tokens = Counter("orki_tokens", "Language model tokens.", [*by_model, "kind"], registry=registry)
-        self._cost = Counter("orki_cost_dollars", "Cost of language models in US dollars.", by_model, registry=registry)
-        self._tools = Histogram(
-            "orki_tool_duration_seconds",
-            "Time from the call of a tool to its end.",
-            ["method", "reason"],
-            registry=registry,
-            buckets=_TOOL_BUCKETS,
-        )
-        self._tasks = Counter(
-            "orki_tasks", "Tasks that ended, by outcome and reason.", ["method", "outcome", "reason"], registry=registry
-        )
-        self._durations = Histogram(
-            "orki_task_duration_seconds",
-            "Time from the submission of a task to its end.",
-            ["method", "outcome"],
-            registry=registry,
-            buckets=_TASK_BUCKETS,
-        )
-        self._attempts = Counter(
-            "orki_attempts_ended",
-            "Attempts that ended without a result, by reason.",
-            ["method", "reason"],
-            registry=registry,
-        )
-        self._submissions = Counter("orki_tasks_submitted", "Tasks accepted.", ["method"], registry=registry)
-        self._agent_steps = Counter("orki_agent_steps", "Lifecycle steps of agents.", ["step"], registry=registry)
-        self._agents = Gauge("orki_agents_connected", "Agents with a session.", registry=registry)
+        counter = partial(Counter, registry=self._registry)
+        gauge = partial(Gauge, registry=self._registry)
+        histogram = partial(Histogram, registry=self._registry)
+        by_group, by_model = ["stream", "group"], ["model", "provider", "agent"]
+        self._events = counter("orki_events", "Events counted.", ["stream"])
+        self._entries = gauge("orki_stream_entries", "Entries in a stream.", ["stream"])
+        text = "Entries not delivered to a consumer group yet; NaN if the server does not know."
+        self._lag = gauge("orki_group_lag_entries", text, by_group)
+        self._pending = gauge("orki_group_pending_entries", "Entries delivered and not acknowledged.", by_group)
+        text = "Age of the oldest entry delivered and not acknowledged."
+        self._oldest = gauge("orki_group_oldest_pending_seconds", text, by_group)
+        self._dead = gauge("orki_group_dead_letters", "Entries in a group's dead letter stream.", by_group)
+        self._tokens = counter("orki_tokens", "Language model tokens.", [*by_model, "kind"])
+        self._cost = counter("orki_cost_dollars", "Cost of language models in US dollars.", by_model)
+        text = "Time from the call of a tool to its end."
+        self._tools = histogram("orki_tool_duration_seconds", text, ["method", "reason"], buckets=_TOOL_BUCKETS)
+        text = "Tasks that ended, by outcome and reason."
+        self._tasks = counter("orki_tasks", text, ["method", "outcome", "reason"])
+        text = "Time from the submission of a task to its end."
+        self._durations = histogram("orki_task_duration_seconds", text, ["method", "outcome"], buckets=_TASK_BUCKETS)
+        text = "Attempts that ended without a result, by reason."
+        self._attempts = counter("orki_attempts_ended", text, ["method", "reason"])
+        self._submissions = counter("orki_tasks_submitted", "Tasks accepted.", ["method"])
+        self._agent_steps = counter("orki_agent_steps", "Lifecycle steps of agents.", ["step"])
+        self._agents = gauge("orki_agents_connected", "Agents with a session.")
 
     def count(self, stream: str, event_id: bytes, time_us: int, event: Message) -> bool:
         """Count one event of orki's own streams.
@@ -184,12 +159,8 @@ class FleetMetrics:
 
     def _usage(self, event: UsageEvent) -> None:
         labels = (event.model, event.provider, event.agent_id)
-        for kind, tokens in (
-            ("input", event.input_tokens),
-            ("output", event.output_tokens),
-            ("cached", event.cached_tokens),
-        ):
-            if tokens:
+        for kind in ("input", "output", "cached"):
+            if tokens := getattr(event, f"{kind}_tokens"):
                 self._tokens.labels(*labels, kind).inc(tokens)
         if event.cost_micros:
             self._cost.labels(*labels).inc(event.cost_micros / 1e6)
@@ -200,34 +171,24 @@ def _reason(reason: Reason.ValueType) -> str:
     return "none" if reason == Reason.REASON_UNSPECIFIED else reason_text(reason).lower()
 
 
-_log = logging.getLogger("orki.metrics")
-
-_GROUP: Final = "metrics"
-_BATCH: Final = 500
-_RETRY_DELAY: Final = 1.0
-_STREAMS: Final[tuple[EventStream[Any, Any], ...]] = (AGENTS, TASKS, TOOLS, USAGE)
-_AGENT_STEPS: Final = ("spawned", "connected", "disconnected", "replaced", "stopped")
-
-
-async def run_metrics(redis_url: str, server: ServerOptions, stopped: asyncio.Event) -> None:
+async def run_metrics(redis_url: str, host: str, port: int, stopped: asyncio.Event) -> None:
     """Count events and serve metrics until `stopped` is set.
 
     With a fixed port, the consumer has the same name at every start and receives unacknowledged events again at once;
     with port 0, after the groups' acknowledgement deadline.
 
     Raises:
-        InvalidSetting: The port is taken, or the URL is invalid.
+        InvalidSetting: The address or the URL is invalid, or the port is taken.
         OrkiError: The event server refuses permanently.
     """
     metrics = FleetMetrics()
-    port = server.port
     consumer = f"metrics.{socket.gethostname()}.{port}" if port else None
     events = connect(redis_url, options=EventOptions(dedupe_window=0))
     link = Connection(parse_address(redis_url), name="orki:metrics", connect_timeout=5.0, answer_timeout=10.0)
     agents = Connection(parse_address(redis_url), name="orki:metrics:agents", connect_timeout=5.0, answer_timeout=10.0)
     app = web.Application()
     app.router.add_get("/metrics", _metrics_handler(metrics))
-    async with serve_http(app, server) as url, events:
+    async with serve_http(app, host, port) as url, events:
         print_ready_line("metrics", f"{url}/metrics")
         tasks = [asyncio.create_task(_count(events, each, metrics, consumer, stopped)) for each in _STREAMS]
         tasks.append(asyncio.create_task(_follow_agents(agents, metrics)))

@@ -30,36 +30,13 @@ REDACTED: Final = "[redacted]"
 UNKNOWN_FIELDS: Final = "(unknown fields)"
 """Key for the numbers of unknown fields; no proto field can have this name."""
 
-_WIDE: Final = frozenset(
-    {
-        FieldDescriptor.TYPE_INT64,
-        FieldDescriptor.TYPE_UINT64,
-        FieldDescriptor.TYPE_SINT64,
-        FieldDescriptor.TYPE_FIXED64,
-        FieldDescriptor.TYPE_SFIXED64,
-    }
+_WIDE: Final = (FieldDescriptor.CPPTYPE_INT64, FieldDescriptor.CPPTYPE_UINT64)
+_OWN_JSON: Final = (
+    *("Duration", "FieldMask", "ListValue", "Struct", "Timestamp", "Value"),
+    *("BoolValue", "BytesValue", "DoubleValue", "FloatValue", "StringValue"),
+    *("Int32Value", "Int64Value", "UInt32Value", "UInt64Value"),
 )
-
-_OWN_JSON: Final = frozenset(
-    f"google.protobuf.{name}"
-    for name in (
-        "BoolValue",
-        "BytesValue",
-        "DoubleValue",
-        "Duration",
-        "FieldMask",
-        "FloatValue",
-        "Int32Value",
-        "Int64Value",
-        "ListValue",
-        "StringValue",
-        "Struct",
-        "Timestamp",
-        "UInt32Value",
-        "UInt64Value",
-        "Value",
-    )
-)
+"""Messages of `google.protobuf` with a JSON form of their own."""
 
 
 def safe_json(value: Any) -> str:
@@ -119,14 +96,15 @@ class Redaction:
             return named.name if named is not None else value
         if field.type == FieldDescriptor.TYPE_BYTES:
             return base64.b64encode(value).decode("ascii")
-        if field.type in _WIDE:
+        if field.cpp_type in _WIDE:
             return str(value)
         if isinstance(value, float) and not math.isfinite(value):
             return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
         return value
 
     def _message(self, message: Message) -> Any:
-        if message.DESCRIPTOR.full_name in _OWN_JSON:
+        package, _, name = message.DESCRIPTOR.full_name.rpartition(".")
+        if package == "google.protobuf" and name in _OWN_JSON:
             try:
                 return json_format.MessageToDict(message)
             except (ValueError, json_format.Error):

@@ -61,19 +61,15 @@ class StreamStats:
 
 
 async def read_stream_stats(link: Connection, streams: Sequence[StreamVersion]) -> list[StreamStats]:
-    """Read the statistics of streams, in their order. Takes few round trips for any number of streams.
-
-    Raises:
-        OrkiError: The server does not answer or refuses the command.
-    """
+    """Read the statistics of streams, in their order. Takes few round trips for any number of streams."""
     contracts = [each.contract for each in streams]
     keys = [key for each in contracts for key in stream_keys(each)]
     if not keys:
         return []
     (clock, *types) = await link.pipeline((b"TIME",), *((b"TYPE", key) for key in keys))
-    seconds, micros = _checked(clock)
+    seconds, micros = checked(clock)
     now_ms = int(seconds) * 1000 + int(micros) // 1000
-    existing = [key for key, kind in zip(keys, types, strict=True) if _checked(kind) == b"stream"]
+    existing = [key for key, kind in zip(keys, types, strict=True) if checked(kind) == b"stream"]
     stats = _StatsReader(now_ms)
     await stats.read_streams(link, existing)
     await stats.read_pending(link, contracts)
@@ -143,10 +139,11 @@ class _StatsReader:
 
 
 async def _execute(link: Connection, commands: list[Command]) -> list[Any]:
-    return [_checked(reply) for reply in await link.pipeline(*commands)] if commands else []
+    return [checked(reply) for reply in await link.pipeline(*commands)] if commands else []
 
 
-def _checked(reply: Any) -> Any:
+def checked(reply: Any) -> Any:
+    """Return a reply of a pipeline; raise it if it is an error."""
     if isinstance(reply, OrkiError):
         raise reply
     return reply
