@@ -23,7 +23,7 @@ from orki_events._ledger import GroupLedger, StreamLedger
 from orki_events._options import ConsumeOptions, EventOptions, Gap, GapKind
 from orki_events._publisher import Outgoing
 from orki_events._readers import DeadLetterEntry, TailEntry
-from orki_events.registry import RegisteredStream
+from orki_events.registry import StreamVersion
 from orki_events.tuning import Tuned, Tuning
 
 __all__ = [
@@ -38,8 +38,8 @@ __all__ = [
     "GapKind",
     "GroupLedger",
     "Outgoing",
-    "RegisteredStream",
     "StreamLedger",
+    "StreamVersion",
     "Subscription",
     "TailEntry",
     "Tuned",
