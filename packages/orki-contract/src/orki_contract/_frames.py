@@ -43,14 +43,7 @@ _UNSET: Final[Any] = dataclasses.MISSING
 
 
 def at(
-    offset: int,
-    scalar: Scalar,
-    *,
-    number: int,
-    size: int = 0,
-    since: int = 1,
-    enum: str = "",
-    default: Any = _UNSET,
+    offset: int, scalar: Scalar, *, number: int, size: int = 0, since: int = 1, enum: str = "", default: Any = _UNSET
 ) -> Any:
     """Declare a field of the block of a generated frame class.
 

@@ -68,7 +68,6 @@ class _Reader:
 
 
 def _message(reader: _Reader, message: Descriptor | None, path: Path, found: dict[Path, int]) -> None:
-    """Read from an opening brace to after its closing one."""
     closing = _OPENING[reader.value]
     reader.advance()
     counts: dict[Path, int] = {}
@@ -77,7 +76,7 @@ def _message(reader: _Reader, message: Descriptor | None, path: Path, found: dic
         reader.advance()
         if name in (",", ";"):
             continue
-        if name == "[":  # an extension, or an Any: nothing that orki's options hold
+        if name == "[":  # an extension or an Any, which orki's options do not have
             while reader.kind and reader.value != "]":
                 reader.advance()
             reader.advance()
@@ -106,7 +105,6 @@ def _message(reader: _Reader, message: Descriptor | None, path: Path, found: dic
 
 
 def _element(field: Path, counts: dict[Path, int]) -> Path:
-    """Path of the next element of a repeated field."""
     counts[field] = counts.get(field, -1) + 1
     return (*field, counts[field])
 

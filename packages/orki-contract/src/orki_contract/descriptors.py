@@ -18,6 +18,7 @@ __all__ = [
     "field_path",
     "is_repeated",
     "reachable",
+    "without_source",
 ]
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -146,6 +147,7 @@ class Schema:
         options = [file.name for file in plain.file if file.package == OPTIONS_PACKAGE]
         parsed = _with_options(self.pool, sorted(options), image) if options else plain
         self._texts: Final = texts or {}
+        self._sources: Final[dict[str, tuple[dict[Path, Sequence[int]], dict[Path, str]]]] = {}
         self._literals: Final[dict[tuple[str, Path], Mapping[Path, tuple[int, int]]]] = {}
         self.files: Final = {file.name: file for file in sorted(parsed.file, key=lambda file: file.name)}
 
@@ -240,7 +242,7 @@ class Schema:
 
         Compilers omit messages inside an option's value: their first part is used instead.
         """
-        spans = self._spans(file)
+        spans, _ = self._source(file)
         if path not in spans:
             inside = [span for known, span in spans.items() if known[: len(path)] == path]
             if inside and path:
@@ -298,7 +300,7 @@ class Schema:
 
     def comment(self, file: str, path: Path) -> str:
         """Return the leading comment of an element without comment marks; empty for none."""
-        return self._comments(file).get(path, "")
+        return self._source(file)[1].get(path, "")
 
     @cached_property
     def _extensions(self) -> dict[str, Any]:
@@ -313,19 +315,13 @@ class Schema:
     def _literal(self, file: str, option: Path, value: Message) -> Mapping[Path, tuple[int, int]]:
         known = self._literals.get((file, option))
         if known is None:
-            text, span = self._texts.get(file), self._spans(file).get(option)
+            text, span = self._texts.get(file), self._source(file)[0].get(option)
             known = {}
             if text is not None and span is not None:
                 start = sum(len(line) for line in text.splitlines(keepends=True)[: span[0]]) + span[1]
                 known = literal_places(text, start, cast("Descriptor", value.DESCRIPTOR))
             self._literals[file, option] = known
         return known
-
-    def _spans(self, file: str) -> dict[Path, Sequence[int]]:
-        return self._source(file)[0]
-
-    def _comments(self, file: str) -> dict[Path, str]:
-        return self._source(file)[1]
 
     def _source(self, file: str) -> tuple[dict[Path, Sequence[int]], dict[Path, str]]:
         cached = self._sources.get(file)
@@ -340,10 +336,6 @@ class Schema:
             cached = self._sources[file] = (spans, comments)
         return cached
 
-    @cached_property
-    def _sources(self) -> dict[str, tuple[dict[Path, Sequence[int]], dict[Path, str]]]:
-        return {}
-
 
 def reachable(files: Mapping[str, FileDescriptorProto], roots: Iterable[str]) -> frozenset[str]:
     """Return the paths of some files and of all their direct and indirect imports."""
@@ -355,6 +347,19 @@ def reachable(files: Mapping[str, FileDescriptorProto], roots: Iterable[str]) ->
             seen.add(name)
             waiting.extend(files[name].dependency)
     return frozenset(seen)
+
+
+def without_source(file: FileDescriptorProto) -> FileDescriptorProto:
+    """Return a copy of the file without source information and without the fields that buf adds to its images."""
+    kept = type(file)()
+    for field, value in file.ListFields():
+        if field.name == "source_code_info":
+            continue
+        if is_repeated(field) or field.message_type is not None:
+            getattr(kept, field.name).MergeFrom(value)
+        else:
+            setattr(kept, field.name, value)
+    return kept
 
 
 def field_path(message: MessageNode, index: int) -> Path:
