@@ -75,7 +75,7 @@ class Dispatcher:
                     await self._wake.wait()
             except TimeoutError:
                 self.mark_all()
-            await self._store.connection.wait_up()
+            await self._store.connection.up.wait()
             self._wake.clear()
             with contextlib.suppress(OrkiError):
                 await self._round()
@@ -176,7 +176,7 @@ class Sweeper:
                 async with asyncio.timeout_at(max(self._due, self._paused_until)):
                     await self._wake.wait()
             self._wake.clear()
-            await self._store.connection.wait_up()
+            await self._store.connection.up.wait()
             if loop.time() < max(self._due, self._paused_until):
                 continue
             self._due = loop.time() + self._interval

@@ -162,7 +162,7 @@ class FleetUpdates:
     async def run(self) -> None:
         while True:
             await self._wake.wait()
-            await self._store.connection.wait_up()
+            await self._store.connection.up.wait()
             with contextlib.suppress(OrkiError):
                 await self.flush()
             await asyncio.sleep(_UPDATE_INTERVAL)

@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.backoff import Jitter, JitterOptions
-from orki_contract.errors import InvalidSetting, OrkiError, StoreUnavailable
+from orki_contract.errors import InvalidSetting, OrkiError, StoreUnavailable, UnknownTask
 from orki_control.session import AttemptKey
 from orki_events.connection import Command, Connection, Reply, Script, ScriptMissing, parse_address
 from orki_server._keys import EPOCH_STEP, LAYOUT_VERSION, FleetKeys, ShardKeys, lua_names
@@ -41,10 +41,12 @@ class StoreConnection:
     """The connection to the store's server, which is up or down.
 
     An error that is due to the server's state takes it down. A probe then tries until the server accepts a write.
-    Meanwhile commands fail at once; `wait_up` waits.
+    Meanwhile commands fail at once.
 
     Attributes:
         address: The server.
+        up: Set while the server accepts commands.
+        cause: The error that took the connection down last.
     """
 
     def __init__(self, url: str) -> None:
@@ -59,26 +61,12 @@ class StoreConnection:
             Connection(self.address, name=name, connect_timeout=_CONNECT_TIMEOUT, answer_timeout=_ANSWER_TIMEOUT)
             for name in ("orki-store-operations", "orki-store")
         )
-        self._up = asyncio.Event()
-        self._up.set()
-        self._cause: OrkiError = StoreUnavailable(f"{self.address.shown} was not reached yet")
+        self.up = asyncio.Event()
+        self.up.set()
+        self.cause: OrkiError = StoreUnavailable(f"{self.address.shown} was not reached yet")
         self._probe: asyncio.Task[None] | None = None
         self._checks: list[Callable[[], Awaitable[None]]] = []
         self._listeners: list[Callable[[bool], None]] = []
-
-    @property
-    def up(self) -> bool:
-        """Whether the server replied last time."""
-        return self._up.is_set()
-
-    @property
-    def cause(self) -> OrkiError:
-        """The error that took the connection down last."""
-        return self._cause
-
-    async def wait_up(self) -> None:
-        """Wait until the server accepts writes."""
-        await self._up.wait()
 
     def on_recovery(self, check: Callable[[], Awaitable[None]]) -> None:
         """Run `check` each time that the server is back, before anything else uses it."""
@@ -114,8 +102,8 @@ class StoreConnection:
         return await self._exchange(self._operations, commands)
 
     async def _exchange(self, connection: Connection, commands: Sequence[Command]) -> list[Reply]:
-        if not self.up:
-            raise self._cause
+        if not self.up.is_set():
+            raise self.cause
         return await self._send(connection, commands)
 
     async def _send(self, connection: Connection, commands: Sequence[Command]) -> list[Reply]:
@@ -134,9 +122,9 @@ class StoreConnection:
     def failed(self, error: OrkiError) -> OrkiError:
         """Take the connection down if the error is due to the server's state. Returns the error."""
         if isinstance(error, StoreUnavailable):
-            self._cause = error
-            if self.up:
-                self._up.clear()
+            self.cause = error
+            if self.up.is_set():
+                self.up.clear()
                 self._notify(False)
                 self._probe = asyncio.get_running_loop().create_task(self._recover(), name="orki store probe")
         return error
@@ -147,7 +135,7 @@ class StoreConnection:
 
     async def _recover(self) -> None:
         jitter = Jitter(_PROBES)
-        while not self.up:
+        while not self.up.is_set():
             await asyncio.sleep(jitter.failed())
             try:
                 # A server that replies may still refuse writes.
@@ -155,9 +143,9 @@ class StoreConnection:
                 for check in self._checks:
                     await check()
             except OrkiError as error:
-                self._cause = error
+                self.cause = error
             else:
-                self._up.set()
+                self.up.set()
         self._notify(True)
 
     async def close(self) -> None:
@@ -210,11 +198,14 @@ class Batcher:
         """Enqueue an operation. The future gets its outcome, or a LocalProtocolError: the script failed, a defect.
 
         Raises:
+            UnknownTask: The store has no such shard.
             StoreUnavailable: The store is down and the operation is not patient, or too many operations wait. The
                 future gets the same error if the store goes down; the operation may have been applied, and may be
                 sent again.
         """
-        if not self._connection.up and not operation.patient:
+        if operation.shard >= len(self._prefixes):
+            raise UnknownTask(f"there is no task {operation.arguments[0]!r}")
+        if not self._connection.up.is_set() and not operation.patient:
             raise self._connection.cause
         if len(self._waiting) >= _WAITING:
             raise StoreUnavailable(f"{self._connection.address.shown} is too slow: {_WAITING} operations wait")
@@ -229,7 +220,7 @@ class Batcher:
             if not self._waiting:
                 self._wake.clear()
                 await self._wake.wait()
-            await self._connection.wait_up()
+            await self._connection.up.wait()
             batch = self._take()
             if not batch:
                 continue
@@ -368,7 +359,7 @@ class Store:
     @property
     def up(self) -> bool:
         """Whether the server replied last time."""
-        return self.connection.up
+        return self.connection.up.is_set()
 
     @property
     def waiting(self) -> int:
