@@ -1,4 +1,4 @@
-"""What a deployment may set for a stream: read, judged, compared, and unknown to images of older options."""
+"""Bounds of a deployment's retention settings: reading, validation, comparison, and images of older options."""
 
 from __future__ import annotations
 
