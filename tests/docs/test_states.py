@@ -121,7 +121,7 @@ def page() -> str:
         "",
         "## Laws of the session",
         "",
-        "Each law of `proto/orki/control/v1/session.proto`, the rows that hold it, and a test that fails without them.",
+        "Each law of `proto/orki/control/v1/session.proto`, the table rows that enforce it, and a test that fails without these rows.",
         "",
         "| law | rows | test |",
         "|---|---|---|",
