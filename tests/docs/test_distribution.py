@@ -9,8 +9,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import pytest
-
 from nox_sessions.workspace import distributions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +38,7 @@ def run(folder: Path, *command: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_distribution_of_contributing_builds_a_complete_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_distribution_of_contributing_builds_a_complete_wheel(tmp_path: Path) -> None:
     for name in ("buf.yaml", "buf.gen.yaml"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "proto/orki/options", tmp_path / "proto/orki/options")
