@@ -29,7 +29,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(SCRATCH, root, dirs_exist_ok=True)
     agent = root / "proto/orki/events/v1/agent.proto"
     text = agent.read_text(encoding="utf-8")
-    marker = "  // What happened.\n  oneof event {"
+    marker = "  // The event.\n  oneof event {"
     assert marker in text
     agent.write_text(text.replace(marker, f"  // Where it runs.\n  string region = 100;\n{marker}"), encoding="utf-8")
     return root

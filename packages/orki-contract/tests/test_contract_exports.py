@@ -24,6 +24,7 @@ EXPORTS = {
     "orki_contract.backoff": "Jitter JitterOptions",
     "orki_contract.descriptors": (
         "Location MessageNode MethodNode OPTIONS_PACKAGE Path Schema ServiceNode field_path is_repeated reachable"
+        " without_source"
     ),
     "orki_contract.findings": (
         "Bump CATEGORIES Category Finding Fit Plane RULES Rule findings required_bump service_fit stream_fit"

@@ -19,11 +19,11 @@ from orki_contract.errors import ContractMismatch, InvalidContract, InvalidSetti
 from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import new_span
 from orki_server._admission import Admission, ContractSet, ServiceContract, most_patient
-from orki_server._store.contracts import ContractChange, Contracts, RegisteredContract
+from orki_server._store import operations
+from orki_server._store.contracts import Contracts, RegisteredContract
 from orki_server._store.fleet import Fleet, open_fleet
-from orki_server._store.operations import Offer, Recipient, Succeed, new_task_id
+from orki_server._store.operations import Recipient, new_task_id
 from orki_server._store.store import Store
-from orki_server._store.tasks import Cancel, Submit
 
 SERVICE = "servertests.v1.WorkService"
 Make = Callable[..., Any]
@@ -81,18 +81,20 @@ async def open_session(store: Store, agent_id: str, contract: ServiceContract, *
 
 async def test_a_change_based_on_an_outdated_view_does_nothing(store: Store, three: Any) -> None:
     old, new, _ = three
-    first = ContractChange(service=SERVICE, seen=[], removed=[], added=row(old), leading=old.digest)
-    assert await Contracts(store.connection, store.shards).change(first)
-    assert not await Contracts(store.connection, store.shards).change(first), "it saw an empty store"
+    first: dict[str, Any] = {"seen": [], "removed": [], "added": row(old), "leading": old.digest}
+    assert await Contracts(store.connection, store.shards).change(SERVICE, **first)
+    assert not await Contracts(store.connection, store.shards).change(SERVICE, **first), "it saw an empty store"
     (seen,) = (await Contracts(store.connection, store.shards).registered([SERVICE]))[SERVICE]
-    exchange = ContractChange(service=SERVICE, seen=[seen], removed=[seen], added=row(new), leading=new.digest)
+    exchange: dict[str, Any] = {"seen": [seen], "removed": [seen], "added": row(new), "leading": new.digest}
     assert await open_session(store, "a", old) == ""
-    assert not await Contracts(store.connection, store.shards).change(exchange), "what goes was used since it was seen"
+    assert not await Contracts(store.connection, store.shards).change(SERVICE, **exchange), (
+        "what goes was used since it was seen"
+    )
     (seen,) = (await Contracts(store.connection, store.shards).registered([SERVICE]))[SERVICE]
     assert seen.admissions == 1
     before = await Contracts(store.connection, store.shards).revisions()
-    again = ContractChange(service=SERVICE, seen=[seen], removed=[seen], added=row(new), leading=new.digest)
-    assert await Contracts(store.connection, store.shards).change(again)
+    again: dict[str, Any] = {"seen": [seen], "removed": [seen], "added": row(new), "leading": new.digest}
+    assert await Contracts(store.connection, store.shards).change(SERVICE, **again)
     assert await digests(store) == {new.digest}
     assert before[SERVICE] != (await Contracts(store.connection, store.shards).revisions())[SERVICE]
     assert await open_session(store, "a", old) == SERVICE, "its contract is not registered any more"
@@ -116,7 +118,7 @@ async def test_withdrawing_the_last_contract_removes_the_keys_of_its_service(
 async def test_tasks_without_a_digest_keep_every_contract_live(store: Store, admission: Admission, three: Any) -> None:
     old, new, broken = three
     await admission.admit(old, "test has")
-    submit = Submit(
+    submit = operations.submit(
         task_id=new_task_id(1),
         method=TaskMethod(service=SERVICE, name="Do", request="q", response="r"),
         request=b"q",
@@ -130,7 +132,7 @@ async def test_tasks_without_a_digest_keep_every_contract_live(store: Store, adm
         await admission.admit(broken, "test has")
     assert (await admission.admit(new, "test has")).leading.digest == new.digest
     assert await digests(store) == {old.digest, new.digest}
-    await store.apply(Cancel(submit.task_id, "", "t"))
+    await store.apply(operations.cancel(str(submit.arguments[0]), "", "t"))
     assert (await admission.admit(broken, "test has")).leading.digest == broken.digest
 
 
@@ -183,7 +185,7 @@ async def test_unfinished_tasks_are_counted_by_contract(store: Store) -> None:
     async def submit(shard: int, contract: str) -> str:
         task_id = new_task_id(shard)
         await store.apply(
-            Submit(
+            operations.submit(
                 task_id=task_id,
                 method=method,
                 request=b"q",
@@ -199,14 +201,14 @@ async def test_unfinished_tasks_are_counted_by_contract(store: Store) -> None:
     tasks = [await submit(0, "sha256:a"), await submit(1, "sha256:a"), await submit(1, "sha256:b"), await submit(2, "")]
     assert await Contracts(store.connection, store.shards).unfinished(SERVICE) == {"sha256:a": 2, "sha256:b": 1, "": 1}
     assert await Contracts(store.connection, store.shards).unfinished("servertests.v1.Work") == {}
-    await store.apply(Cancel(tasks[0], "", "t"))
-    (offered,) = await store.offer(Offer(1, 60.0, (Recipient("a", "i", 1, (method.full_name,)),)))
-    await store.apply(Succeed("a", offered.attempt, b"r"))
+    await store.apply(operations.cancel(tasks[0], "", "t"))
+    (offered,) = await store.offer(operations.offer(1, 60.0, (Recipient("a", "i", 1, (method.full_name,)),)))
+    await store.apply(operations.succeed("a", offered.attempt, b"r"))
     left = await Contracts(store.connection, store.shards).unfinished(SERVICE)
     assert sum(left.values()) == 2
     assert left.get("sha256:a", 0) + left.get("sha256:b", 0) == 1
     for task in tasks:
-        await store.apply(Cancel(task, "", "t"))
+        await store.apply(operations.cancel(task, "", "t"))
     assert await Contracts(store.connection, store.shards).unfinished(SERVICE) == {}
 
 

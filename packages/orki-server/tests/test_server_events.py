@@ -24,9 +24,9 @@ from orki_control.session import ArrivedOffer
 from orki_events import connect
 from orki_server._events import _KINDS, Outbox, OutboxPublisher
 from orki_server._orchestrator import Orchestrator
+from orki_server._store import operations
 from orki_server._store.operations import new_task_id
 from orki_server._store.store import Store
-from orki_server._store.tasks import Submit
 
 DO = "servertests.v1.WorkService/Do"
 Make = Callable[..., Any]
@@ -136,7 +136,7 @@ async def test_a_crash_between_publishing_and_trimming_repeats_only_known_event_
 ) -> None:
     method = TaskMethod(service="s.v1.S", name="Do", request="q", response="r")
     for shard in range(3):
-        submit = Submit(
+        submit = operations.submit(
             task_id=new_task_id(shard),
             method=method,
             request=b"q",

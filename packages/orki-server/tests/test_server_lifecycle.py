@@ -15,25 +15,10 @@ from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import new_span
 from orki_control.session import AttemptKey
 from orki_server._keys import ShardKeys
-from orki_server._store import lifecycle
+from orki_server._store import lifecycle, operations
 from orki_server._store.lifecycle import TASK_LIFE, TIMERS, VISIBLE, Life
-from orki_server._store.operations import (
-    Accept,
-    AcknowledgeCancel,
-    ConfirmCancelled,
-    Decline,
-    Fail,
-    Offer,
-    Recipient,
-    Renew,
-    ReportProgress,
-    Succeed,
-    Sweep,
-    new_task_id,
-)
-from orki_server._store.script import Operation, shard_script
-from orki_server._store.store import Store
-from orki_server._store.tasks import Cancel, Direct, ReadTask, Submit
+from orki_server._store.operations import Operation, Recipient, new_task_id
+from orki_server._store.store import Store, shard_script
 
 METHOD = TaskMethod(service="acme.v1.WorkService", name="Do", request="q", response="r", backoff=Backoff(initial=60.0))
 KEYS = ShardKeys(0)
@@ -65,7 +50,7 @@ class Subject:
         return {name: self.redis.dump(name) for name in self.redis.scan_iter(f"{KEYS.base}*", count=1000)}
 
     async def submitted(self) -> None:
-        operation = Submit(
+        operation = operations.submit(
             task_id=self.task_id,
             method=METHOD,
             request=b"q",
@@ -78,14 +63,14 @@ class Subject:
 
     async def offered(self) -> None:
         recipient = Recipient("a1", "i1", 1, (METHOD.full_name,))
-        for offered in await self.store.offer(Offer(0, 60.0, (recipient,))):
+        for offered in await self.store.offer(operations.offer(0, 60.0, (recipient,))):
             self.agent, self.attempt = "a1", offered.attempt
 
     async def cancel(self) -> None:
-        await self.apply(Cancel(self.task_id, "", "t"))
+        await self.apply(operations.cancel(self.task_id, "", "t"))
 
     async def fail(self, retryable: bool) -> None:
-        await self.apply(Fail(self.agent, self.attempt, Reason.REASON_HANDLER_FAILED, "", "", retryable))
+        await self.apply(operations.fail(self.agent, self.attempt, Reason.REASON_HANDLER_FAILED, "", "", retryable))
 
     async def bring_to(self, state: Life) -> None:
         """Bring a new task to a state by legal operations."""
@@ -96,12 +81,12 @@ class Subject:
             Life.CANCELLING_OFFER: [self.submitted, self.offered, self.cancel],
             Life.CANCELLED: [self.submitted, self.cancel],
         }
-        running = [self.submitted, self.offered, lambda: self.apply(Accept(self.agent, self.attempt))]
+        running = [self.submitted, self.offered, lambda: self.apply(operations.accept(self.agent, self.attempt))]
         steps[Life.RUNNING] = running
         steps[Life.WAITING] = [*running, lambda: self.fail(True)]
         steps[Life.FAILED] = [*running, lambda: self.fail(False)]
         steps[Life.CANCELLING] = [*running, self.cancel]
-        steps[Life.SUCCEEDED] = [*running, lambda: self.apply(Succeed(self.agent, self.attempt, b""))]
+        steps[Life.SUCCEEDED] = [*running, lambda: self.apply(operations.succeed(self.agent, self.attempt, b""))]
         for step in steps[state]:
             await step()
         assert self.state() is state
@@ -119,23 +104,27 @@ class Subject:
     async def cause(self, event: type) -> None:
         """Send the operation that causes an event in the states in which it is legal."""
         agent, key = self.agent, self.attempt
-        operations: dict[type, Callable[[], Awaitable[None]]] = {
+        causes: dict[type, Callable[[], Awaitable[None]]] = {
             lifecycle.Submitted: self.submitted,
             lifecycle.Offered: self.offered,
-            lifecycle.Started: lambda: self.apply(Accept(agent, key)),
-            lifecycle.OfferDeclined: lambda: self.apply(Decline(agent, key, Reason.REASON_DRAINING, "", False)),
-            lifecycle.Progressed: lambda: self.apply(ReportProgress(agent, key, 10, 1, b"p")),
-            lifecycle.Renewed: lambda: self.apply(Renew(0, agent, (key,))),
-            lifecycle.Directed: lambda: self.apply(Direct(key, 1, "t")),
-            lifecycle.AttemptSucceeded: lambda: self.apply(Succeed(agent, key, b"r")),
+            lifecycle.Started: lambda: self.apply(operations.accept(agent, key)),
+            lifecycle.OfferDeclined: lambda: self.apply(
+                operations.decline(agent, key, Reason.REASON_DRAINING, "", False)
+            ),
+            lifecycle.Progressed: lambda: self.apply(operations.report_progress(agent, key, 10, 1, b"p")),
+            lifecycle.Renewed: lambda: self.apply(operations.renew(0, agent, (key,))),
+            lifecycle.Directed: lambda: self.apply(operations.direct(key, 1, "t")),
+            lifecycle.AttemptSucceeded: lambda: self.apply(operations.succeed(agent, key, b"r")),
             lifecycle.AttemptFailed: lambda: self.fail(True),
             lifecycle.AttemptsExhausted: lambda: self.fail(False),
-            lifecycle.AttemptCancelled: lambda: self.apply(ConfirmCancelled(agent, key, Reason.REASON_CANCELLED)),
-            lifecycle.CancelAcknowledged: lambda: self.apply(AcknowledgeCancel(agent, key)),
+            lifecycle.AttemptCancelled: lambda: self.apply(
+                operations.confirm_cancelled(agent, key, Reason.REASON_CANCELLED)
+            ),
+            lifecycle.CancelAcknowledged: lambda: self.apply(operations.acknowledge_cancel(agent, key)),
             lifecycle.CancelRequested: self.cancel,
-            **{event: lambda: self.apply(Sweep(0, 10)) for event in TIMERS.values()},
+            **{event: lambda: self.apply(operations.sweep(0, 10)) for event in TIMERS.values()},
         }
-        await operations[event]()
+        await causes[event]()
 
 
 @pytest.fixture
@@ -203,7 +192,7 @@ def _lua() -> str:
 @pytest.mark.parametrize("state", VISIBLE, ids=lambda state: state.name)
 async def test_submitters_see_a_task_state_for_each_state(subject: Subject, state: Life) -> None:
     await subject.bring_to(state)
-    view = await subject.store.apply(ReadTask(subject.task_id))
+    view = await subject.store.apply(operations.read_task(subject.task_id))
     assert (view.task.state if view else TaskState.TASK_STATE_UNSPECIFIED) == VISIBLE[state]
 
 

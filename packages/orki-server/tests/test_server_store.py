@@ -13,36 +13,19 @@ from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import Span, new_span
 from orki_control.session import AttemptKey
 from orki_server._events import Outbox
+from orki_server._store import operations
 from orki_server._store.operations import (
-    Accept,
-    AcknowledgeCancel,
-    ConfirmCancelled,
-    Decline,
-    Fail,
-    Offer,
     OfferedAttempt,
     Recipient,
-    Renew,
-    ReportProgress,
     ReportStatus,
-    Resume,
-    Succeed,
-    Sweep,
+    Submitted,
+    TaskView,
     new_task_id,
     shard_of,
-)
-from orki_server._store.store import Store
-from orki_server._store.tasks import (
-    Cancel,
-    Direct,
-    ReadTask,
-    Submit,
-    Submitted,
-    TaskFilter,
-    TaskView,
-    list_tasks,
     submission_digest,
 )
+from orki_server._store.store import Store
+from orki_server._store.tasks import TaskFilter, list_tasks
 
 METHOD = TaskMethod(
     service="acme.v1.WorkService",
@@ -59,7 +42,7 @@ async def submit(
     store: Store, *, key: str = "", request: bytes = b"q", method: TaskMethod = METHOD, span: Span | None = None
 ) -> Submitted:
     return await store.apply(
-        Submit(
+        operations.submit(
             task_id=new_task_id(SHARD),
             method=method,
             request=request,
@@ -73,19 +56,19 @@ async def submit(
 
 async def take(store: Store, agent: str = "a1", slots: int = 1, accept_timeout: float = 2.0) -> list[OfferedAttempt]:
     recipient = Recipient(agent, f"{agent}-1", slots, (METHOD.full_name,))
-    return await store.offer(Offer(SHARD, accept_timeout, (recipient,)))
+    return await store.offer(operations.offer(SHARD, accept_timeout, (recipient,)))
 
 
 async def started(store: Store, agent: str = "a1", method: TaskMethod = METHOD) -> AttemptKey:
     await submit(store, method=method)
     (offered,) = await take(store, agent)
-    answer = await store.apply(Accept(agent, offered.attempt))
+    answer = await store.apply(operations.accept(agent, offered.attempt))
     assert answer.status is ReportStatus.ACCEPTED
     return offered.attempt
 
 
 async def look(store: Store, task_id: str, limit: int = 0, after: str = "") -> TaskView:
-    seen = await store.apply(ReadTask(task_id, limit, after))
+    seen = await store.apply(operations.read_task(task_id, limit, after))
     assert seen is not None
     return seen
 
@@ -106,9 +89,9 @@ async def test_a_task_runs_from_submission_to_response(store: Store) -> None:
     assert offered.attempt.task_id == submitted.task_id
     assert offered.attempt.fence >> 44 == 1
     assert (await look(store, submitted.task_id)).task.state == TaskState.TASK_STATE_OFFERED
-    accepted = await store.apply(Accept("a1", offered.attempt))
+    accepted = await store.apply(operations.accept("a1", offered.attempt))
     assert accepted.state == TaskState.TASK_STATE_RUNNING
-    result = await store.apply(Succeed("a1", offered.attempt, b"\x00response"))
+    result = await store.apply(operations.succeed("a1", offered.attempt, b"\x00response"))
     assert (result.status, result.state) == (ReportStatus.ACCEPTED, TaskState.TASK_STATE_SUCCEEDED)
     seen = (await look(store, submitted.task_id)).task
     assert seen.response == b"\x00response"
@@ -136,7 +119,7 @@ async def test_an_idempotency_key_gives_the_same_task_or_a_conflict(store: Store
 
 async def test_a_submission_sent_twice_is_one_task(store: Store) -> None:
     span = new_span()
-    submission = Submit(
+    submission = operations.submit(
         task_id=new_task_id(SHARD),
         method=METHOD,
         request=b"q",
@@ -157,51 +140,53 @@ async def test_reports_of_other_agents_and_old_fences_change_nothing(store: Stor
     unknown = AttemptKey(new_task_id(SHARD), 1, attempt.fence)
     for agent, key in (("a2", attempt), ("a1", attempt._replace(fence=attempt.fence + 1)), ("a1", unknown)):
         reports = (
-            Accept(agent, key),
-            Decline(agent, key, Reason.REASON_DRAINING, "", True),
-            ReportProgress(agent, key, 10, 1, b""),
-            Succeed(agent, key, b""),
-            Fail(agent, key, Reason.REASON_HANDLER_FAILED, "", "", True),
-            ConfirmCancelled(agent, key, Reason.REASON_CANCELLED),
-            AcknowledgeCancel(agent, key),
+            operations.accept(agent, key),
+            operations.decline(agent, key, Reason.REASON_DRAINING, "", True),
+            operations.report_progress(agent, key, 10, 1, b""),
+            operations.succeed(agent, key, b""),
+            operations.fail(agent, key, Reason.REASON_HANDLER_FAILED, "", "", True),
+            operations.confirm_cancelled(agent, key, Reason.REASON_CANCELLED),
+            operations.acknowledge_cancel(agent, key),
         )
         answers = await asyncio.gather(*(store.apply(report) for report in reports))
         assert {answer.status for answer in answers} == {ReportStatus.STALE}
         assert {answer.state for answer in answers} == {TaskState.TASK_STATE_UNSPECIFIED}
-        assert await store.apply(Renew(SHARD, agent, (key,))) == [key]
-        assert await store.apply(Resume(SHARD, agent, (key,))) == []
+        assert await store.apply(operations.renew(SHARD, agent, (key,))) == [key]
+        assert await store.apply(operations.resume(SHARD, agent, (key,))) == []
     assert await look(store, attempt.task_id) == before
 
 
 async def test_a_result_is_accepted_once_and_acknowledged_again(store: Store) -> None:
     attempt = await started(store)
-    assert (await store.apply(Succeed("a1", attempt, b"one"))).status is ReportStatus.ACCEPTED
-    assert (await store.apply(Succeed("a1", attempt, b"two"))).status is ReportStatus.REPEATED
-    assert (await store.apply(Succeed("a2", attempt, b"two"))).status is ReportStatus.STALE
+    assert (await store.apply(operations.succeed("a1", attempt, b"one"))).status is ReportStatus.ACCEPTED
+    assert (await store.apply(operations.succeed("a1", attempt, b"two"))).status is ReportStatus.REPEATED
+    assert (await store.apply(operations.succeed("a2", attempt, b"two"))).status is ReportStatus.STALE
     assert (await look(store, attempt.task_id)).task.response == b"one"
-    (kept,) = await store.apply(Resume(SHARD, "a1", (attempt,)))
+    (kept,) = await store.apply(operations.resume(SHARD, "a1", (attempt,)))
     assert kept.state == TaskState.TASK_STATE_SUCCEEDED
 
 
 async def test_a_failed_attempt_is_followed_by_another_under_a_higher_fence(store: Store) -> None:
     first = await started(store)
-    failed = await store.apply(Fail("a1", first, Reason.REASON_HANDLER_FAILED, "it broke", "ValueError", True))
+    failed = await store.apply(
+        operations.fail("a1", first, Reason.REASON_HANDLER_FAILED, "it broke", "ValueError", True)
+    )
     assert (failed.status, failed.state, failed.retry_after) == (
         ReportStatus.ACCEPTED,
         TaskState.TASK_STATE_QUEUED,
         0.001,
     )
     assert (
-        await store.apply(Fail("a1", first, Reason.REASON_HANDLER_FAILED, "", "", True))
+        await store.apply(operations.fail("a1", first, Reason.REASON_HANDLER_FAILED, "", "", True))
     ).status is ReportStatus.REPEATED
     await asyncio.sleep(0.005)
-    swept = await store.apply(Sweep(SHARD, 10))
+    swept = await store.apply(operations.sweep(SHARD, 10))
     assert [each.kind for each in swept.expired] == ["retry"]
     (second,) = await take(store, "a2")
     assert (second.attempt.attempt, second.attempt.task_id) == (2, first.task_id)
     assert second.attempt.fence > first.fence
     # The first attempt's failure was accepted, so further reports under its fence change nothing.
-    assert (await store.apply(Succeed("a1", first, b""))).status is ReportStatus.REPEATED
+    assert (await store.apply(operations.succeed("a1", first, b""))).status is ReportStatus.REPEATED
     seen = (await look(store, first.task_id)).task
     assert seen.state == TaskState.TASK_STATE_OFFERED
     assert [(each.message, each.error_type) for each in seen.earlier_failures] == [("it broke", "ValueError")]
@@ -209,7 +194,7 @@ async def test_a_failed_attempt_is_followed_by_another_under_a_higher_fence(stor
 
 async def test_the_failure_of_the_last_attempt_is_the_task_s_failure(store: Store) -> None:
     attempt = await started(store)
-    rejected = await store.apply(Fail("a1", attempt, Reason.REASON_HANDLER_REJECTED, "never", "E", False))
+    rejected = await store.apply(operations.fail("a1", attempt, Reason.REASON_HANDLER_REJECTED, "never", "E", False))
     assert (rejected.state, rejected.retry_after) == (TaskState.TASK_STATE_FAILED, None)
     seen = (await look(store, attempt.task_id)).task
     assert (seen.failure.reason, seen.failure.message) == (Reason.REASON_HANDLER_REJECTED, "never")
@@ -221,10 +206,12 @@ async def test_attempts_run_out(store: Store) -> None:
     states = []
     for number in (1, 2, 3):
         await asyncio.sleep(0.005)
-        await store.apply(Sweep(SHARD, 10))
+        await store.apply(operations.sweep(SHARD, 10))
         (offered,) = await take(store)
-        await store.apply(Accept("a1", offered.attempt))
-        answer = await store.apply(Fail("a1", offered.attempt, Reason.REASON_HANDLER_FAILED, f"{number}", "", True))
+        await store.apply(operations.accept("a1", offered.attempt))
+        answer = await store.apply(
+            operations.fail("a1", offered.attempt, Reason.REASON_HANDLER_FAILED, f"{number}", "", True)
+        )
         states.append(answer.state)
     assert states == [TaskState.TASK_STATE_QUEUED, TaskState.TASK_STATE_QUEUED, TaskState.TASK_STATE_FAILED]
     (task,), _ = await list_tasks(store, TaskFilter(), 10, "")
@@ -240,7 +227,7 @@ async def test_an_unanswered_offer_costs_no_attempt(store: Store) -> None:
         (offered,) = await take(store, accept_timeout=0)
         fences.append(offered.attempt.fence)
         await asyncio.sleep(0.002)
-        swept = await store.apply(Sweep(SHARD, 10))
+        swept = await store.apply(operations.sweep(SHARD, 10))
         assert [each.kind for each in swept.expired] == ["offer"]
         next_timers.append(swept.next_timer)
     assert fences == sorted(set(fences))
@@ -252,21 +239,21 @@ async def test_an_unanswered_offer_costs_no_attempt(store: Store) -> None:
 async def test_a_declined_task_goes_to_another_agent(store: Store) -> None:
     await submit(store)
     (offered,) = await take(store)
-    answer = await store.apply(Decline("a1", offered.attempt, Reason.REASON_DRAINING, "bye", True))
+    answer = await store.apply(operations.decline("a1", offered.attempt, Reason.REASON_DRAINING, "bye", True))
     assert (answer.status, answer.retry_after) == (ReportStatus.ACCEPTED, 0)
     (again,) = await take(store, "a2")
     assert again.attempt.attempt == 2
-    accepted = await store.apply(Accept("a2", again.attempt))
+    accepted = await store.apply(operations.accept("a2", again.attempt))
     assert accepted.status is ReportStatus.ACCEPTED
     assert (
-        await store.apply(Decline("a2", again.attempt, Reason.REASON_DRAINING, "", True))
+        await store.apply(operations.decline("a2", again.attempt, Reason.REASON_DRAINING, "", True))
     ).status is ReportStatus.STALE
 
 
 async def test_a_cancel_before_the_start_ends_the_task(store: Store) -> None:
     submitted = await submit(store)
-    assert (await store.apply(Cancel(submitted.task_id, "no need", "me"))).status == "done"
-    assert (await store.apply(Cancel(submitted.task_id, "again", "me"))).status == "ended"
+    assert (await store.apply(operations.cancel(submitted.task_id, "no need", "me"))).status == "done"
+    assert (await store.apply(operations.cancel(submitted.task_id, "again", "me"))).status == "ended"
     assert await take(store) == []
     seen = (await look(store, submitted.task_id)).task
     assert (seen.state, seen.failure.message) == (TaskState.TASK_STATE_CANCELLED, "no need")
@@ -275,14 +262,14 @@ async def test_a_cancel_before_the_start_ends_the_task(store: Store) -> None:
 
 async def test_a_cancel_of_a_running_task_is_requested_acknowledged_and_confirmed(store: Store) -> None:
     attempt = await started(store)
-    asked = await store.apply(Cancel(attempt.task_id, "stop", "me"))
+    asked = await store.apply(operations.cancel(attempt.task_id, "stop", "me"))
     assert (asked.status, asked.agent_id, asked.attempt, asked.cancel_grace) == ("requested", "a1", attempt, 5.0)
-    assert (await store.apply(Cancel(attempt.task_id, "stop", "me"))).status == "repeated"
-    assert (await store.apply(AcknowledgeCancel("a1", attempt))).status is ReportStatus.ACCEPTED
-    assert (await store.apply(AcknowledgeCancel("a1", attempt))).status is ReportStatus.REPEATED
-    ended = await store.apply(ConfirmCancelled("a1", attempt, Reason.REASON_CANCELLED))
+    assert (await store.apply(operations.cancel(attempt.task_id, "stop", "me"))).status == "repeated"
+    assert (await store.apply(operations.acknowledge_cancel("a1", attempt))).status is ReportStatus.ACCEPTED
+    assert (await store.apply(operations.acknowledge_cancel("a1", attempt))).status is ReportStatus.REPEATED
+    ended = await store.apply(operations.confirm_cancelled("a1", attempt, Reason.REASON_CANCELLED))
     assert ended.state == TaskState.TASK_STATE_CANCELLED
-    assert (await store.apply(Succeed("a1", attempt, b""))).status is ReportStatus.REPEATED
+    assert (await store.apply(operations.succeed("a1", attempt, b""))).status is ReportStatus.REPEATED
     assert await kinds(store, attempt.task_id) == [
         "submitted",
         "offered",
@@ -295,22 +282,22 @@ async def test_a_cancel_of_a_running_task_is_requested_acknowledged_and_confirme
 
 async def test_a_result_after_a_cancel_request_is_accepted(store: Store) -> None:
     attempt = await started(store)
-    await store.apply(Cancel(attempt.task_id, "", "me"))
-    assert (await store.apply(Succeed("a1", attempt, b"r"))).state == TaskState.TASK_STATE_SUCCEEDED
-    assert (await store.apply(Cancel(attempt.task_id, "", "me"))).status == "ended"
+    await store.apply(operations.cancel(attempt.task_id, "", "me"))
+    assert (await store.apply(operations.succeed("a1", attempt, b"r"))).state == TaskState.TASK_STATE_SUCCEEDED
+    assert (await store.apply(operations.cancel(attempt.task_id, "", "me"))).status == "ended"
 
 
 async def test_a_cancelled_attempt_that_fails_is_not_retried(store: Store) -> None:
     attempt = await started(store)
-    await store.apply(Cancel(attempt.task_id, "", "me"))
-    answer = await store.apply(Fail("a1", attempt, Reason.REASON_HANDLER_FAILED, "broke", "", True))
+    await store.apply(operations.cancel(attempt.task_id, "", "me"))
+    answer = await store.apply(operations.fail("a1", attempt, Reason.REASON_HANDLER_FAILED, "broke", "", True))
     assert (answer.state, answer.retry_after) == (TaskState.TASK_STATE_CANCELLED, None)
 
 
 async def test_progress_is_stored_once_and_in_order(store: Store) -> None:
     attempt = await started(store)
     for index in (1, 2, 2, 1, 3):
-        await store.apply(ReportProgress("a1", attempt, 1000, index, b"p%d" % index))
+        await store.apply(operations.report_progress("a1", attempt, 1000, index, b"p%d" % index))
     seen = await look(store, attempt.task_id, 100)
     assert [(each.index, each.payload, each.attempt) for each in seen.progress] == [
         (1, b"p1", 1),
@@ -324,11 +311,13 @@ async def test_progress_is_stored_once_and_in_order(store: Store) -> None:
 
 async def test_directives_go_to_the_running_attempt_only(store: Store) -> None:
     attempt = await started(store)
-    assert (await store.apply(Direct(attempt, 7, "me"))).status == "running"
-    assert (await store.apply(Direct(attempt._replace(fence=1), 7, "me"))).status == "idle"
-    await store.apply(Succeed("a1", attempt, b""))
-    assert (await store.apply(Direct(attempt, 7, "me"))).status == "ended"
-    assert (await store.apply(Direct(attempt._replace(task_id=new_task_id(SHARD)), 7, "me"))).status == "unknown"
+    assert (await store.apply(operations.direct(attempt, 7, "me"))).status == "running"
+    assert (await store.apply(operations.direct(attempt._replace(fence=1), 7, "me"))).status == "idle"
+    await store.apply(operations.succeed("a1", attempt, b""))
+    assert (await store.apply(operations.direct(attempt, 7, "me"))).status == "ended"
+    assert (
+        await store.apply(operations.direct(attempt._replace(task_id=new_task_id(SHARD)), 7, "me"))
+    ).status == "unknown"
 
 
 @pytest.mark.parametrize(
@@ -346,18 +335,18 @@ async def test_each_timer_ends_the_attempt_with_its_reason(
     method = TaskMethod(**values, **timers, backoff=Backoff(initial=0.001))  # type: ignore[arg-type]
     attempt = await started(store, method=method)
     await asyncio.sleep(0.01)
-    (expired,) = (await store.apply(Sweep(SHARD, 10))).expired
+    (expired,) = (await store.apply(operations.sweep(SHARD, 10))).expired
     assert (expired.kind, expired.agent_id, expired.attempt) == ("attempt", "a1", attempt)
     seen = (await look(store, attempt.task_id)).task
     assert (seen.state, seen.earlier_failures[0].reason) == (TaskState.TASK_STATE_QUEUED, reason)
-    assert (await store.apply(Succeed("a1", attempt, b""))).status is ReportStatus.STALE
+    assert (await store.apply(operations.succeed("a1", attempt, b""))).status is ReportStatus.STALE
 
 
 async def test_the_total_timeout_ends_a_queued_task(store: Store) -> None:
     method = TaskMethod(service=METHOD.service, name="Do", request="q", response="r", total_timeout=0.001)
     waiting = (await submit(store, method=method)).task_id
     await asyncio.sleep(0.01)
-    (expired,) = (await store.apply(Sweep(SHARD, 10))).expired
+    (expired,) = (await store.apply(operations.sweep(SHARD, 10))).expired
     assert expired.kind == "task"
     seen = (await look(store, waiting)).task
     assert (seen.state, seen.failure.reason) == (TaskState.TASK_STATE_FAILED, Reason.REASON_TOTAL_TIMEOUT)
@@ -371,9 +360,9 @@ async def test_a_lease_is_renewed_by_heartbeats_and_by_resuming(store: Store) ->
     attempt = await started(store, method=method)
     for _ in range(4):
         await asyncio.sleep(0.15)
-        assert await store.apply(Renew(SHARD, "a1", (attempt,))) == []
-        assert (await store.apply(Sweep(SHARD, 10))).expired == ()
-    (kept,) = await store.apply(Resume(SHARD, "a1", (attempt,)))
+        assert await store.apply(operations.renew(SHARD, "a1", (attempt,))) == []
+        assert (await store.apply(operations.sweep(SHARD, 10))).expired == ()
+    (kept,) = await store.apply(operations.resume(SHARD, "a1", (attempt,)))
     assert (kept.attempt, kept.state) == (attempt, TaskState.TASK_STATE_RUNNING)
     assert kept.traceparent
 
@@ -383,11 +372,11 @@ async def test_finished_tasks_are_removed_with_all_their_keys(redis_url: str) ->
     await store.open()
     submitted = await submit(store, key="k")
     (offered,) = await take(store)
-    await store.apply(ReportProgress("a1", offered.attempt, 10, 1, b""))
-    await store.apply(Succeed("a1", offered.attempt, b""))
+    await store.apply(operations.report_progress("a1", offered.attempt, 10, 1, b""))
+    await store.apply(operations.succeed("a1", offered.attempt, b""))
     await asyncio.sleep(0.01)
-    await store.apply(Sweep(SHARD, 10))
-    assert await store.apply(ReadTask(submitted.task_id)) is None
+    await store.apply(operations.sweep(SHARD, 10))
+    assert await store.apply(operations.read_task(submitted.task_id)) is None
     assert await list_tasks(store, TaskFilter(), 10, "") == ([], "")
     assert (await submit(store, key="k")).status == "new"
     await store.close()
@@ -396,14 +385,14 @@ async def test_finished_tasks_are_removed_with_all_their_keys(redis_url: str) ->
 async def test_tasks_go_to_recipients_in_turn_oldest_first(store: Store) -> None:
     ids = [(await submit(store)).task_id for _ in range(5)]
     recipients = tuple(Recipient(name, f"{name}-1", 2, (METHOD.full_name,)) for name in ("a", "b"))
-    offered = await store.offer(Offer(SHARD, 1.0, recipients))
+    offered = await store.offer(operations.offer(SHARD, 1.0, recipients))
     assert [(each.recipient, each.attempt.task_id) for each in offered] == [
         (0, ids[0]),
         (1, ids[1]),
         (0, ids[2]),
         (1, ids[3]),
     ]
-    assert await store.offer(Offer(SHARD, 1.0, (Recipient("c", "c-1", 9, ("other.v1.Service/Do",)),))) == []
+    assert await store.offer(operations.offer(SHARD, 1.0, (Recipient("c", "c-1", 9, ("other.v1.Service/Do",)),))) == []
 
 
 async def test_lists_are_paged_newest_first_and_filtered(store: Store) -> None:
@@ -412,7 +401,7 @@ async def test_lists_are_paged_newest_first_and_filtered(store: Store) -> None:
         task_id = new_task_id(number % 4)
         ids.append(task_id)
         await store.apply(
-            Submit(
+            operations.submit(
                 task_id=task_id,
                 method=METHOD,
                 request=b"",
@@ -430,7 +419,7 @@ async def test_lists_are_paged_newest_first_and_filtered(store: Store) -> None:
         if not token:
             break
     assert found == ids[::-1]
-    await store.apply(Cancel(ids[0], "", ""))
+    await store.apply(operations.cancel(ids[0], "", ""))
     only = await list_tasks(store, TaskFilter(states=frozenset({TaskState.TASK_STATE_CANCELLED})), 3, "")
     assert [task.task_id for task in only[0]] == [ids[0]]
     assert (await list_tasks(store, TaskFilter(method="x/y"), 3, ""))[0] == []

@@ -30,27 +30,17 @@ from orki_control.session import AttemptKey
 from orki_server import _keys as keys
 from orki_server._events import Outbox
 from orki_server._keys import ShardKeys
+from orki_server._store import operations
 from orki_server._store.operations import (
-    Accept,
-    AcknowledgeCancel,
-    ConfirmCancelled,
-    Decline,
-    Fail,
-    Offer,
+    Operation,
     Recipient,
-    Renew,
-    ReportProgress,
     ReportStatus,
-    Resume,
-    Succeed,
-    Sweep,
     new_task_id,
     shard_of,
     shard_of_key,
+    submission_digest,
 )
-from orki_server._store.script import Operation
 from orki_server._store.store import Store
-from orki_server._store.tasks import Cancel, Direct, ReadTask, Submit, submission_digest
 from orki_server.embedded import EmbeddedServer
 
 METHOD = TaskMethod(
@@ -153,7 +143,10 @@ class StoreLaws(RuleBasedStateMachine):
         return self.runner.run(work)
 
     def apply(self, transition: Operation[Any]) -> Any:
-        return self.run(self.store.apply(transition))
+        async def applied() -> Any:
+            return await self.store.apply(transition)
+
+        return self.run(applied())
 
     def teardown(self) -> None:
         self.run(self.store.close())
@@ -178,7 +171,7 @@ class StoreLaws(RuleBasedStateMachine):
         shard = shard_of_key(key, SHARDS) if key else len(self.models) % SHARDS
         task_id = new_task_id(shard)
         submitted = self.apply(
-            Submit(
+            operations.submit(
                 task_id=task_id,
                 method=replace(METHOD, max_attempts=most),
                 request=request,
@@ -200,7 +193,7 @@ class StoreLaws(RuleBasedStateMachine):
 
     @rule(task_id=tasks)
     def cancel(self, task_id: str) -> None:
-        asked, model = self.apply(Cancel(task_id, "why", "t")), self.models[task_id]
+        asked, model = self.apply(operations.cancel(task_id, "why", "t")), self.models[task_id]
         if model.state in TERMINAL:
             assert asked.status == "ended"
         elif model.state == CANCELLING:
@@ -217,7 +210,7 @@ class StoreLaws(RuleBasedStateMachine):
     @rule(held=attempts)
     def direct(self, held: Held) -> None:
         key, _ = held
-        asked, model = self.apply(Direct(key, 3, "t")), self.models.get(key.task_id)
+        asked, model = self.apply(operations.direct(key, 3, "t")), self.models.get(key.task_id)
         if model is None:
             assert asked.status == "unknown"
         elif model.state in TERMINAL:
@@ -233,7 +226,11 @@ class StoreLaws(RuleBasedStateMachine):
     @rule(target=attempts, shard=st.integers(0, SHARDS - 1), agent=st.sampled_from(AGENTS))
     def offer(self, shard: int, agent: str) -> Any:
         recipient = Recipient(agent, agent + "-1", 1, (METHOD.full_name,))
-        offered = self.run(self.store.offer(Offer(shard, 60.0, (recipient,))))
+
+        async def applied() -> Any:
+            return await self.store.offer(operations.offer(shard, 60.0, (recipient,)))
+
+        offered = self.run(applied())
         queued = [
             each
             for each in self.models.values()
@@ -258,7 +255,7 @@ class StoreLaws(RuleBasedStateMachine):
     @rule(held=attempts, stranger=STRANGER)
     def accept(self, held: Held, stranger: bool) -> None:
         key, agent = named(held, stranger)
-        answer, model = self.apply(Accept(agent, key)), self.models.get(key.task_id)
+        answer, model = self.apply(operations.accept(agent, key)), self.models.get(key.task_id)
         if model is None or not model.holds(agent, key):
             assert answer.status is ReportStatus.STALE
             return
@@ -268,7 +265,7 @@ class StoreLaws(RuleBasedStateMachine):
     @rule(held=attempts, stranger=STRANGER)
     def decline(self, held: Held, stranger: bool) -> None:
         key, agent = named(held, stranger)
-        answer = self.apply(Decline(agent, key, Reason.REASON_DRAINING, "no", True))
+        answer = self.apply(operations.decline(agent, key, Reason.REASON_DRAINING, "no", True))
         model = self.models.get(key.task_id)
         if model is None or not model.holds(agent, key) or not model.unanswered:
             assert answer.status is ReportStatus.STALE
@@ -280,7 +277,10 @@ class StoreLaws(RuleBasedStateMachine):
     @rule(held=attempts, stranger=STRANGER, index=st.integers(1, 3))
     def progress(self, held: Held, stranger: bool, index: int) -> None:
         key, agent = named(held, stranger)
-        answer, model = self.apply(ReportProgress(agent, key, 100, index, b"p")), self.models.get(key.task_id)
+        answer, model = (
+            self.apply(operations.report_progress(agent, key, 100, index, b"p")),
+            self.models.get(key.task_id),
+        )
         if model is None or not model.holds(agent, key):
             assert answer.status is ReportStatus.STALE
         elif index <= model.progress_index:
@@ -293,7 +293,7 @@ class StoreLaws(RuleBasedStateMachine):
     @rule(held=attempts, stranger=STRANGER)
     def acknowledge_cancel(self, held: Held, stranger: bool) -> None:
         key, agent = named(held, stranger)
-        answer, model = self.apply(AcknowledgeCancel(agent, key)), self.models.get(key.task_id)
+        answer, model = self.apply(operations.acknowledge_cancel(agent, key)), self.models.get(key.task_id)
         if model is None or not model.holds(agent, key) or model.state != CANCELLING:
             assert answer.status is ReportStatus.STALE
         elif model.acknowledged:
@@ -311,11 +311,11 @@ class StoreLaws(RuleBasedStateMachine):
         key, agent = named(held, stranger)
         transition: Operation[Any]
         if outcome == "response":
-            transition = Succeed(agent, key, b"r%d" % key.fence)
+            transition = operations.succeed(agent, key, b"r%d" % key.fence)
         elif outcome == "cancelled":
-            transition = ConfirmCancelled(agent, key, Reason.REASON_CANCELLED)
+            transition = operations.confirm_cancelled(agent, key, Reason.REASON_CANCELLED)
         else:
-            transition = Fail(agent, key, Reason.REASON_HANDLER_FAILED, "m", "E", outcome == "failure")
+            transition = operations.fail(agent, key, Reason.REASON_HANDLER_FAILED, "m", "E", outcome == "failure")
         model = self.models.get(key.task_id)
         expected = model.report(agent, key) if model else ReportStatus.STALE
         answer = self.apply(transition)
@@ -335,14 +335,14 @@ class StoreLaws(RuleBasedStateMachine):
     @rule(held=attempts, stranger=STRANGER)
     def renew(self, held: Held, stranger: bool) -> None:
         key, agent = named(held, stranger)
-        stale = self.apply(Renew(shard_of(key.task_id), agent, (key,)))
+        stale = self.apply(operations.renew(shard_of(key.task_id), agent, (key,)))
         model = self.models.get(key.task_id)
         assert stale == ([] if model is not None and model.holds(agent, key) else [key])
 
     @rule(held=attempts, stranger=STRANGER)
     def come_back(self, held: Held, stranger: bool) -> None:
         key, agent = named(held, stranger)
-        kept = self.apply(Resume(shard_of(key.task_id), agent, (key,)))
+        kept = self.apply(operations.resume(shard_of(key.task_id), agent, (key,)))
         model = self.models.get(key.task_id)
         if model is not None and model.holds(agent, key):
             model.start()
@@ -362,7 +362,7 @@ class StoreLaws(RuleBasedStateMachine):
         timer = "retry_due" if model.waiting else "offer_due" if model.unanswered else "lease_due"
         self.redis.hset(names.task(task_id), timer, "1")
         self.redis.zadd(f"{names.base}timers", {task_id: 1})
-        swept = self.apply(Sweep(shard_of(task_id), 100))
+        swept = self.apply(operations.sweep(shard_of(task_id), 100))
         (expired,) = [each for each in swept.expired if each.attempt.task_id == task_id]
         if timer == "retry_due":
             assert expired.kind == "retry"
@@ -387,7 +387,7 @@ class StoreLaws(RuleBasedStateMachine):
             by_task.setdefault(record.task_id, []).append(record.kind)
             assert record.revision == len(by_task[record.task_id])
         for task_id, model in self.models.items():
-            task = self.apply(ReadTask(task_id)).task
+            task = self.apply(operations.read_task(task_id)).task
             assert (task.state, task.revision) == (model.state, len(model.kinds))
             assert (task.attempt.attempt, task.attempt.fence, task.agent_id) == (
                 model.attempt,

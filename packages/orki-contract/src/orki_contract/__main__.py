@@ -56,13 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=_DUMP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    dumping.add_argument(
-        "source",
-        metavar="SOURCE",
-        nargs="?",
-        default=".",
-        help="image, wheel, folder or package (default: .)",
-    )
+    help_text = "image, wheel, folder or package (default: .)"
+    dumping.add_argument("source", metavar="SOURCE", nargs="?", default=".", help=help_text)
     dumping.add_argument("--json", action="store_true", help="print JSON: an object for each proto package")
     _add_diff(commands)
     given = parser.parse_args(arguments)
@@ -183,12 +178,12 @@ _NAMES = frozenset({"name", "service", "opcode", "request", "response", "progres
 
 def _words(value: Group | TaskMethod | ToolMethod | Backoff) -> str:
     """Describe the settings that differ from their defaults."""
-    told = []
+    words = []
     for field in fields(value):
         given = getattr(value, field.name)
         if field.name not in _NAMES and given != field.default:
-            told.append(f"{field.name} ({_words(given)})" if isinstance(given, Backoff) else f"{field.name} {given}")
-    return ", ".join(told)
+            words.append(f"{field.name} ({_words(given)})" if isinstance(given, Backoff) else f"{field.name} {given}")
+    return ", ".join(words)
 
 
 _DIFF = """\
@@ -205,18 +200,13 @@ OLD and NEW are each one of:
 For a wheel or a folder of images, only the packages that it owns are compared.
 """
 
-_DIFF_STATUS = """\
-Exit status: 0, compatible; 1, a change requires a major bump; 2, OLD or NEW cannot be read.
-"""
-
 
 def _add_diff(commands: Any) -> None:
-    """Adds the command to an argparse parser's commands."""
     parser = commands.add_parser(
         "diff",
         help="show the changes between two contracts",
         description=_DIFF,
-        epilog=_DIFF_STATUS,
+        epilog="Exit status: 0, compatible; 1, a change requires a major bump; 2, OLD or NEW cannot be read.\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("old", metavar="OLD", help="the released version")
@@ -227,12 +217,7 @@ def _add_diff(commands: Any) -> None:
 
 
 def _diff(given: argparse.Namespace) -> int:
-    """Run the command and return its exit status."""
-    try:
-        old, new = version_at(given.old), version_at(given.new)
-    except OrkiError as error:
-        print(f"orki-contract: {error.message}", file=sys.stderr)
-        return 2
+    old, new = version_at(given.old), version_at(given.new)
     found = _of_packages(findings(old.read, new.read), old, new)
     show = _as_json if given.json else _as_github if given.github else _as_table
     print_line(show(found, old, new))
@@ -240,7 +225,6 @@ def _diff(given: argparse.Namespace) -> int:
 
 
 def _of_packages(found: tuple[Finding, ...], old: ContractVersion, new: ContractVersion) -> list[Finding]:
-    """Return the findings of the packages that the sides own."""
     sides = [side.packages for side in (old, new) if side.packages is not None]
     if not sides:
         return list(found)
@@ -253,7 +237,6 @@ _ORDER: Final = {Bump.MAJOR: 0, Bump.MINOR: 1, Bump.PATCH: 2}
 
 
 def _as_json(found: Sequence[Finding], old: ContractVersion, new: ContractVersion) -> str:
-    """Return JSON: both labels, the overall bump, the bump of each package, and the findings."""
     shown = [_placed(finding, old, new) for finding in found]
     whole = {
         "old": old.label,
@@ -266,7 +249,6 @@ def _as_json(found: Sequence[Finding], old: ContractVersion, new: ContractVersio
 
 
 def _as_github(found: Sequence[Finding], old: ContractVersion, new: ContractVersion) -> str:
-    """Return GitHub workflow commands: errors for breaking changes, notices for others, and the bump."""
     lines = []
     for finding in _sorted(_placed(each, old, new) for each in found):
         kind = "error" if finding.bump is Bump.MAJOR else "notice"
@@ -287,9 +269,8 @@ def _as_github(found: Sequence[Finding], old: ContractVersion, new: ContractVers
 
 
 def _as_table(found: Sequence[Finding], old: ContractVersion, new: ContractVersion) -> str:
-    """Return a table of the findings, breaking changes first, followed by the bumps."""
     width = max(shutil.get_terminal_size((120, 24)).columns, _NARROWEST)
-    # What is left after two narrow columns and the spaces between all four.
+    # Two narrow columns and the spaces between all four take their width first.
     rest = width - 5 - 8 - 3 * 2
     widths = (5, 8, rest * 2 // 3, rest - rest * 2 // 3)
     lines: list[str] = []
@@ -326,7 +307,6 @@ def _summary(found: Sequence[Finding], old: ContractVersion, new: ContractVersio
 
 
 def _bumps(found: Sequence[Finding]) -> Mapping[str, Bump]:
-    """Return the required bump of each package."""
     names = sorted({finding.package for finding in found})
     return {name: required_bump(each for each in found if each.package == name) for name in names}
 
@@ -336,7 +316,6 @@ def _sorted(found: Iterator[Finding]) -> list[Finding]:
 
 
 def _placed(finding: Finding, old: ContractVersion, new: ContractVersion) -> Finding:
-    """Return the finding with source paths."""
     location = _reached(finding.location, (old if finding.gone else new).paths)
     return replace(finding, location=location, before=_reached(finding.before, old.paths))
 
@@ -346,12 +325,10 @@ def _reached(location: Location, paths: Mapping[str, str]) -> Location:
 
 
 def _text(text: str) -> str:
-    """Escape the text of a GitHub workflow command."""
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
 def _property(text: str) -> str:
-    """Escape a property of a GitHub workflow command."""
     return _text(text).replace(":", "%3A").replace(",", "%2C")
 
 

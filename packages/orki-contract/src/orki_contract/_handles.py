@@ -202,12 +202,7 @@ class Tool(Generic[TQ, TR]):
 
     @staticmethod
     def declare(
-        method: str,
-        *,
-        opcode: int,
-        request: type[TQ],
-        response: type[TR],
-        **settings: Unpack[ToolSettings],
+        method: str, *, opcode: int, request: type[TQ], response: type[TR], **settings: Unpack[ToolSettings]
     ) -> Tool[TQ, TR]:
         """Create a tool method; generated code calls this.
 

@@ -26,15 +26,9 @@ _OPENING: Final = {"{": "}", "<": ">"}
 
 
 def literal_places(text: str, start: int, message: Descriptor) -> Mapping[Path, tuple[int, int]]:
-    """Return line and column, from 1, of each field and list element of the first literal after `start`.
+    """Return line and column, from 1, of each field and list element of the first literal after `start`, by path.
 
-    Args:
-        text: The whole file.
-        start: An index before the option's name and `=`.
-        message: The type of the literal.
-
-    Returns:
-        The positions by path. A path consists of field numbers, each followed by an index if the field is repeated.
+    A path consists of field numbers, each followed by an index if the field is repeated.
     """
     reader = _Reader(text, start)
     while reader.kind and reader.value != "=":
@@ -68,7 +62,6 @@ class _Reader:
 
 
 def _message(reader: _Reader, message: Descriptor | None, path: Path, found: dict[Path, int]) -> None:
-    """Read from an opening brace to after its closing one."""
     closing = _OPENING[reader.value]
     reader.advance()
     counts: dict[Path, int] = {}
@@ -77,7 +70,7 @@ def _message(reader: _Reader, message: Descriptor | None, path: Path, found: dic
         reader.advance()
         if name in (",", ";"):
             continue
-        if name == "[":  # an extension, or an Any: nothing that orki's options hold
+        if name == "[":  # an extension or an Any, which orki's options do not have
             while reader.kind and reader.value != "]":
                 reader.advance()
             reader.advance()
@@ -106,7 +99,6 @@ def _message(reader: _Reader, message: Descriptor | None, path: Path, found: dic
 
 
 def _element(field: Path, counts: dict[Path, int]) -> Path:
-    """Path of the next element of a repeated field."""
     counts[field] = counts.get(field, -1) + 1
     return (*field, counts[field])
 

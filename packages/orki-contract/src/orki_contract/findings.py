@@ -17,30 +17,14 @@ __all__ = [
     "stream_fit",
 ]
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from orki_contract._findings import enums, frames, messages, options, services, streams
-from orki_contract._findings.comparison import Bump, Category, Comparison, Finding, Plane, Reach, Rule
+from orki_contract._findings.comparison import Comparison, Finding, Plane, Reach
+from orki_contract._findings.rules import CATEGORIES, RULES, Bump, Category, Rule
 from orki_contract.read import ReadContract
-
-RULES: Final[Mapping[str, Rule]] = {
-    rule.id: rule for part in (streams, frames, services, messages, enums, options) for rule in part.RULES
-}
-"""Every rule of change, by its id."""
-
-CATEGORIES: Final[Mapping[Category, str]] = {
-    Category.STREAM: "Streams and groups of the event plane.",
-    Category.FRAME: "Frames of the hot path.",
-    Category.TASK: "Tasks of the control plane.",
-    Category.TOOL: "Tools of the hot path.",
-    Category.SERVICE: "Services of any kind, and plain gRPC.",
-    Category.MESSAGE: "Messages, fields and enums that travel.",
-    Category.OPTION: "Values of options in general.",
-    Category.NAME: "Names, and the files that hold them.",
-}
-"""The subject of each category of rules."""
 
 
 def findings(old: ReadContract, new: ReadContract) -> tuple[Finding, ...]:
@@ -48,13 +32,9 @@ def findings(old: ReadContract, new: ReadContract) -> tuple[Finding, ...]:
 
     The packages of the options and of protobuf are ignored. Locations have lines if the image has source information.
     """
-    comparison = Comparison(old, new, RULES)
-    streams.compare(comparison)
-    frames.compare(comparison)
-    services.compare(comparison)
-    messages.compare(comparison)
-    enums.compare(comparison)
-    options.compare(comparison)
+    comparison = Comparison(old, new)
+    for part in (streams, frames, services, messages, enums, options):
+        part.compare(comparison)
     return tuple(sorted(set(comparison.found)))
 
 
@@ -94,16 +74,16 @@ class Fit:
         return Fit(self.backward, self.forward)
 
     def describe(self, *, forward: bool) -> str:
-        """The first breaks in one direction with their rules and subjects, or `compatible`."""
+        """Return the first breaks in one direction with their rules, or `compatible`."""
         if self.compatible:
             return "compatible"
         breaks = self.forward if forward else self.backward
-        told = [f"{each.message} [{each.rule}]" for each in breaks[:_SHOWN]]
+        shown = [f"{each.message} [{each.rule}]" for each in breaks[:_SHOWN]]
         more = len(breaks) - _SHOWN
-        return "; ".join([*told, f"and {more} more"] if more > 0 else told)
+        return "; ".join([*shown, f"and {more} more"] if more > 0 else shown)
 
     def __str__(self) -> str:
-        """The first breaks with their rules and subjects, in the direction in which less breaks, or `compatible`."""
+        """Return `describe` for the direction with fewer breaks."""
         return self.describe(forward=self.breaks is self.forward)
 
 

@@ -37,7 +37,7 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 from google.protobuf.message import Message
 
-from orki_contract.descriptors import MessageNode, Schema, reachable
+from orki_contract.descriptors import MessageNode, Schema, reachable, without_source
 from orki_contract.errors import InvalidContract
 from orki_contract.model import DURATIONS, Stream, TaskMethod, ToolMethod, dump, milliseconds
 from orki_contract.read import read_schema
@@ -67,7 +67,7 @@ def package_image(image: bytes, package: str) -> bytes:
     """Extract the image of one package from a larger image.
 
     Raises:
-        InvalidContract: The image is not one, or has no file of that package.
+        InvalidContract: The image cannot be parsed or has no file of that package.
     """
     return package_images(image, [package])[package]
 
@@ -75,7 +75,11 @@ def package_image(image: bytes, package: str) -> bytes:
 def package_images(image: bytes, packages: Iterable[str]) -> dict[str, bytes]:
     """Extract the images of several packages. Errors are those of `package_image`."""
     files = dict(sorted(Schema(image).plain.items()))
-    bare = {name: _bare(file) for name, file in files.items()}
+
+    @cache
+    def bare(name: str) -> FileDescriptorProto:
+        return without_source(files[name])
+
     owned: dict[str, list[str]] = {}
     for name, file in files.items():
         owned.setdefault(file.package, []).append(name)
@@ -84,28 +88,18 @@ def package_images(image: bytes, packages: Iterable[str]) -> dict[str, bytes]:
         if package not in owned:
             raise InvalidContract(f'the image has no file of the package "{package}"')
         wanted = reachable(files, owned[package])
-        chosen = FileDescriptorSet(file=[bare[name] for name in sorted(wanted)])
+        chosen = FileDescriptorSet(file=[bare(name) for name in sorted(wanted)])
         cut[package] = chosen.SerializeToString(deterministic=True)
     return cut
 
 
-def _bare(file: FileDescriptorProto) -> FileDescriptorProto:
-    """The file without source information, and without what buf adds to each file of its images."""
-    kept = FileDescriptorProto()
-    for field, value in file.ListFields():
-        if field.name != "source_code_info":
-            _copy(kept, field.name, value)
-    return kept
-
-
 def service_digest(image: bytes, service: str) -> str:
-    """Digest of a task or tool service: its methods, and the shape of every message that they reach.
+    """Return the digest of a task or tool service: its methods, and the shape of every message that they reach.
 
-    Comments, file names, the order of anything and messages out of reach do not change it; a default that is written
-    out does not either.
+    It does not depend on comments, file names, any order, unreachable messages, or explicitly written defaults.
 
     Args:
-        image: Holds the service and what it imports.
+        image: An image with the service and its imports.
         service: Full name.
 
     Returns:
@@ -120,13 +114,14 @@ def service_digest(image: bytes, service: str) -> str:
     if not methods:
         raise InvalidContract(f'the image declares no task or tool service "{service}"')
     roots = {name for each in methods for name in (each.request, each.response)}
-    roots.update(name for each in read.contract.tasks if each.service == service for name in (each.progress,))
-    roots.update(name for each in read.contract.tasks if each.service == service for name in (each.directive,))
+    for task in read.contract.tasks:
+        if task.service == service:
+            roots |= {task.progress, task.directive}
     return _digest(read.schema, methods, roots - {""})
 
 
 def stream_digest(image: bytes, stream: str) -> str:
-    """Digest of a stream: its declaration with the owner's groups, and the shape of every message that it reaches.
+    """Return the digest of a stream: its declaration with the owner's groups, and the shapes of reachable messages.
 
     Raises:
         InvalidContract: The image declares no stream of that name.
@@ -139,27 +134,17 @@ def stream_digest(image: bytes, stream: str) -> str:
 
 
 def message_class(image: bytes, full_name: str) -> type[Message]:
-    """A class for a message, in a pool of its own; for decoding what no generated code at hand describes.
+    """Return a class for a message, in its own pool, to decode messages without generated code.
 
-    Building one costs milliseconds: keep it.
+    Creating a class takes milliseconds, so keep it.
 
     Raises:
-        InvalidContract: The image is not one, or has no such message.
+        InvalidContract: The image cannot be parsed or has no such message.
     """
     schema = Schema(image)
     if full_name not in schema.messages:
         raise InvalidContract(f'the image has no message "{full_name}"')
     return message_factory.GetMessageClass(schema.pool.FindMessageTypeByName(full_name))
-
-
-def _copy(target: Message, field: str, value: Any) -> None:
-    """Sets one field of a message to a value of another message of its class."""
-    if isinstance(value, Message):
-        getattr(target, field).CopyFrom(value)
-    elif isinstance(value, str | int):
-        setattr(target, field, value)
-    else:
-        getattr(target, field).extend(value)
 
 
 def _digest(schema: Schema, declared: Iterable[Stream | TaskMethod | ToolMethod], roots: Iterable[str]) -> str:
@@ -304,9 +289,9 @@ def _read_file(path: Path) -> bytes:
 
 
 def _in_folder(root: Path) -> dict[str, bytes]:
-    """The images below a folder; hidden folders hold environments and caches, not contracts."""
     found = {}
     for folder, names, files in os.walk(root):
+        # Hidden folders hold environments and caches, not contracts.
         names[:] = [name for name in names if not name.startswith(".")]
         if IMAGE_NAME in files:
             path = Path(folder, IMAGE_NAME)
@@ -343,10 +328,9 @@ def _installed(name: str) -> dict[str, bytes]:
 
 
 def _editable(name: str) -> dict[str, bytes]:
-    """The images of a distribution that is installed from its source folder, whose metadata lists no files.
+    """Return the images of a distribution that is installed from its source folder, whose metadata lists no files.
 
-    They lie below the folders that its `.pth` files put on the path; where those name none, below `gen` and `src` of
-    the source folder.
+    Its `.pth` files name the folders with the images; without them, `gen` and `src` of the source folder are searched.
     """
     distribution = metadata.distribution(name)
     roots: list[Path] = []

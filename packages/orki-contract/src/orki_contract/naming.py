@@ -36,12 +36,12 @@ def module_path(file: str, suffix: str) -> str:
 
 def frame_class(full_name: str, package: str) -> str:
     """Return the class name of a frame; names of nested messages are joined by an underscore."""
-    return _local(full_name, package).replace(".", "_")
+    return reference(full_name, package).replace(".", "_")
 
 
 def reference(full_name: str, package: str) -> str:
     """Return the name of a message within its `_pb2` module, such as `Outer.Inner`."""
-    return _local(full_name, package)
+    return full_name.removeprefix(f"{package}.") if package else full_name
 
 
 def unused(name: str, taken: Collection[str]) -> str:
@@ -49,7 +49,3 @@ def unused(name: str, taken: Collection[str]) -> str:
     while name in taken:
         name += "_"
     return name
-
-
-def _local(full_name: str, package: str) -> str:
-    return full_name.removeprefix(f"{package}.") if package else full_name

@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ["FileContract", "ReadContract", "merged", "read_image", "read_schema", "resolve", "seconds_of"]
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
@@ -123,14 +123,11 @@ def read_schema(schema: Schema) -> ReadContract:
 def merged(parts: Iterable[Contract]) -> Contract:
     """Merge several contracts; each part is sorted."""
     every = list(parts)
-    return Contract(
-        streams=tuple(sorted(each for part in every for each in part.streams)),
-        external_groups=tuple(sorted(each for part in every for each in part.external_groups)),
-        tasks=tuple(sorted(each for part in every for each in part.tasks)),
-        tools=tuple(sorted(each for part in every for each in part.tools)),
-        frames=tuple(sorted(each for part in every for each in part.frames)),
-        sensitive=tuple(sorted(each for part in every for each in part.sensitive)),
-    )
+
+    def joined(name: str) -> tuple[Any, ...]:
+        return tuple(sorted(each for part in every for each in getattr(part, name)))
+
+    return Contract(**{field.name: joined(field.name) for field in fields(Contract)})
 
 
 def seconds_of(duration: Any, default: float = 0.0) -> float:
@@ -165,7 +162,7 @@ def _file(schema: Schema, file: FileDescriptorProto, locations: dict[str, Locati
         mark = len(tasks) + len(tools)
         for method in service.methods:
             if (options := schema.option(method.proto.options, "task")) is not None:
-                tasks.append(_task(schema, file, method, options))
+                tasks.append(_task(file, method, options))
             elif (options := schema.option(method.proto.options, "tool")) is not None:
                 tools.append(_tool(method, options))
             locations[method.full_name] = schema.location(file.name, method.path)
@@ -226,7 +223,7 @@ def _external_groups(
         yield ExternalGroup(package=file.package, stream=option.stream, message=message, group=group)
 
 
-def _task(schema: Schema, file: FileDescriptorProto, method: MethodNode, option: Any) -> TaskMethod:
+def _task(file: FileDescriptorProto, method: MethodNode, option: Any) -> TaskMethod:
     default = TaskMethod(service="", name="", request="", response="")
     backoff = option.retry_backoff
     return TaskMethod(
@@ -264,7 +261,7 @@ def _tool(method: MethodNode, option: Any) -> ToolMethod:
 
 
 def _frame(schema: Schema, node: MessageNode, option: Any) -> Frame:
-    fields = []
+    block = []
     tail: FieldDescriptorProto | None = None
     for field in node.proto.field:
         offset = schema.option(field.options, "offset")
@@ -276,22 +273,15 @@ def _frame(schema: Schema, node: MessageNode, option: Any) -> Frame:
             size = scalar_size(scalar, schema.option(field.options, "size") or 0)
             enum = field.type_name.removeprefix(".") if field.type == _Field.TYPE_ENUM else ""
             since = schema.option(field.options, "since") or 1
-            fields.append(
-                FrameField(
-                    offset=offset,
-                    name=field.name,
-                    number=field.number,
-                    scalar=scalar,
-                    size=size,
-                    since=since,
-                    enum=enum,
-                )
+            known = FrameField(
+                offset=offset, name=field.name, number=field.number, scalar=scalar, size=size, since=since, enum=enum
             )
+            block.append(known)
     return Frame(
         message=node.full_name,
         version=option.version,
         block_length=option.block_length,
-        fields=tuple(sorted(fields)),
+        fields=tuple(sorted(block)),
         tail=tail.name if tail is not None else "",
         tail_text=tail is not None and tail.type == _Field.TYPE_STRING,
     )

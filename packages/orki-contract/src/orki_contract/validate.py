@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "OWNER_RULES",
-    "RULES",
-    "Owners",
-    "Violation",
-    "check",
-    "validate",
-]
+__all__ = ["OWNER_RULES", "RULES", "Owners", "Violation", "check", "validate"]
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,13 +23,7 @@ OWNER_RULES: Final[dict[Rule, str]] = {
 
 
 def _check_owners(report: Report, owners: Mapping[str, Sequence[Location]], files: Collection[str]) -> None:
-    """Check the owners of proto packages.
-
-    Args:
-        report: Collects the violations.
-        owners: Locations that claim each proto package.
-        files: Paths of the tree's own files; imported files need no owner here.
-    """
+    """Check the owners of the proto packages of the tree's own files; imported files need no owner."""
     packages: dict[str, str] = {}
     for path in sorted(files):
         if path in report.schema.files:
@@ -46,21 +33,17 @@ def _check_owners(report: Report, owners: Mapping[str, Sequence[Location]], file
             report.add("ORKI_OWNER_OPTIONS", places[0], f"{package} is never generated: remove it from contracts")
         elif package not in packages:
             known = quoted(sorted(set(packages) - {OPTIONS_PACKAGE}))
-            report.add(
-                "ORKI_OWNER_UNKNOWN",
-                places[0],
-                f'no proto file has the package "{package}": correct or remove it (known: {known})',
-            )
+            text = f'no proto file has the package "{package}": correct or remove it (known: {known})'
+            report.add("ORKI_OWNER_UNKNOWN", places[0], text)
         for place in places[1:]:
             report.add("ORKI_OWNER_ONE", place, f"{package} already belongs to {places[0].file}: remove one")
     for package, path in sorted(packages.items()):
         if package != OPTIONS_PACKAGE and package not in owners:
-            report.add(
-                "ORKI_OWNER_MISSING",
-                report.schema.location(path, (2,)),
+            text = (
                 f'no distribution owns the package "{package}": add it to one pyproject.toml, '
-                f'under [tool.orki], contracts = ["{package}"]',
+                f'under [tool.orki], contracts = ["{package}"]'
             )
+            report.add("ORKI_OWNER_MISSING", report.schema.location(path, (2,)), text)
 
 
 RULES: Final[Mapping[str, str]] = {

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "ContractVersion",
-    "checked_out",
-    "commit_of",
-    "version_at",
-]
+__all__ = ["ContractVersion", "checked_out", "commit_of", "version_at"]
 
 import json
 import os
@@ -73,7 +68,6 @@ def version_at(source: str) -> ContractVersion:
 
 
 def _wanted(path: str) -> bool:
-    """Whether a file of a git tree is part of a contract."""
     name = path.rpartition("/")[2]
     return name.endswith(".proto") or name in ("buf.yaml", "buf.lock", "buf.work.yaml", IMAGE_NAME)
 
@@ -115,13 +109,13 @@ def _compiled(buf: str, folder: Path, label: str) -> ContractVersion:
 def _run(buf: str, folder: Path, label: str, *arguments: str) -> bytes:
     ran = subprocess.run([buf, *arguments], cwd=folder, capture_output=True, check=False)
     if ran.returncode != 0:
-        said = (ran.stderr + ran.stdout).decode(errors="replace").strip()
-        raise InvalidContract(f"buf cannot compile {label}:\n{said}")
+        output = (ran.stderr + ran.stdout).decode(errors="replace").strip()
+        raise InvalidContract(f"buf cannot compile {label}:\n{output}")
     return ran.stdout
 
 
 def _of_images(label: str, images: Iterable[Image]) -> ContractVersion:
-    """One contract of all the images that a wheel, a folder or a distribution ships."""
+    """Merge all images of a wheel, a folder or a distribution into one contract."""
     found = list(images)
     if len(found) == 1 and not found[0].shipped:
         return ContractVersion(label=label, read=_read(found[0].content, found[0].place, {}), packages=None)
@@ -136,8 +130,8 @@ def _of_images(label: str, images: Iterable[Image]) -> ContractVersion:
         own |= packages
         for file in parsed.file:
             content = file.SerializeToString()
-            # Each package's own image is the one to believe. What all of them import, such as the options, only grows:
-            # where two images brought versions of it, the longer one is the newer.
+            # A package's own image is authoritative. Shared imports, such as the options, only grow, so of two
+            # versions the longer one is newer.
             if file.package in packages or len(content) > len(files.get(file.name, b"")):
                 files[file.name] = content
         for file in parsed.file:
@@ -150,7 +144,7 @@ def _of_images(label: str, images: Iterable[Image]) -> ContractVersion:
 
 
 def _owned(image: Image, parsed: FileDescriptorSet) -> set[str]:
-    """The packages that an image was made for: by the folder that it lies in, or else those that nothing imports."""
+    """Return the packages that an image owns: by its folder, or else those that no other file imports."""
     home = image.place.replace("!", "/").rpartition("/")[0]
     packages = {file.package for file in parsed.file}
     placed = {each for each in packages if each and f"/{home}".endswith("/" + each.replace(".", "/"))}
@@ -219,6 +213,6 @@ def _git(*arguments: str, sent: bytes = b"") -> subprocess.CompletedProcess[byte
 
 def _checked(ran: subprocess.CompletedProcess[bytes], commit: str) -> bytes:
     if ran.returncode != 0:
-        said = ran.stderr.decode(errors="replace").strip()
-        raise InvalidContract(f"git cannot read the commit {commit[:10]}: {said}")
+        output = ran.stderr.decode(errors="replace").strip()
+        raise InvalidContract(f"git cannot read the commit {commit[:10]}: {output}")
     return ran.stdout

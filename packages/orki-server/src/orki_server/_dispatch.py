@@ -18,7 +18,7 @@ from orki.control.v1.session_pb2 import Offer as OfferMessage
 from orki_contract.errors import OrkiError, error_for
 from orki_server._session import AgentSession, SessionRegistry
 from orki_server._sessions import Reports
-from orki_server._store.operations import Expired, Offer, OfferedAttempt, Recipient, Sweep, shard_of
+from orki_server._store.operations import Expired, OfferedAttempt, Recipient, offer, shard_of, sweep
 from orki_server._store.store import Store
 
 _POLL: Final = 0.5
@@ -75,7 +75,7 @@ class Dispatcher:
                     await self._wake.wait()
             except TimeoutError:
                 self.mark_all()
-            await self._store.connection.wait_up()
+            await self._store.connection.up.wait()
             self._wake.clear()
             with contextlib.suppress(OrkiError):
                 await self._round()
@@ -92,7 +92,7 @@ class Dispatcher:
                 for slots, each in sessions
             )
             try:
-                offered = await self._store.offer(Offer(shard, self._accept_timeout + _STORE_SLACK, recipients))
+                offered = await self._store.offer(offer(shard, self._accept_timeout + _STORE_SLACK, recipients))
             except OrkiError as error:
                 _log.warning("no tasks were assigned: %s", error.message)
                 self._marked[shard] = None
@@ -176,7 +176,7 @@ class Sweeper:
                 async with asyncio.timeout_at(max(self._due, self._paused_until)):
                     await self._wake.wait()
             self._wake.clear()
-            await self._store.connection.wait_up()
+            await self._store.connection.up.wait()
             if loop.time() < max(self._due, self._paused_until):
                 continue
             self._due = loop.time() + self._interval
@@ -194,7 +194,7 @@ class Sweeper:
             StoreUnavailable: The store is down.
         """
         sweeps = await asyncio.gather(
-            *(self._store.apply(Sweep(shard, _SWEEP_LIMIT)) for shard in range(self._store.shards))
+            *(self._store.apply(sweep(shard, _SWEEP_LIMIT)) for shard in range(self._store.shards))
         )
         for swept in sweeps:
             for expired in swept.expired:

@@ -145,7 +145,7 @@ class OutboxPublisher:
                 async with asyncio.timeout(_POLL):
                     await self.wake.wait()
             await asyncio.sleep(_COLLECT)
-            await self._store.connection.wait_up()
+            await self._store.connection.up.wait()
             try:
                 await self.publish_all()
                 jitter.reset()

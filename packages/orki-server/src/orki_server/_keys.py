@@ -13,6 +13,8 @@ from typing import Final
 
 LAYOUT_VERSION: Final = 2
 """Increases when a key or a field changes its meaning. An orchestrator refuses a store of another version."""
+EPOCH_STEP: Final = 1 << 44
+"""Distance between the first fences of two store epochs: the epoch is in the high 20 bits of a fence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -107,7 +107,7 @@ class Orchestrator:
             PayloadCheck(contracts, self._registry),
             sessions,
             watchers,
-            RequestRules(options.max_payload_bytes, options.shards),
+            RequestRules(options.max_payload_bytes),
             self._dispatcher.queued,
             watchers.changed,
         )

@@ -67,7 +67,7 @@ class ContractRegistry:
         cleaned = time.monotonic()
         while True:
             await asyncio.sleep(_REFRESH_INTERVAL)
-            await self._connection.wait_up()
+            await self._connection.up.wait()
             with contextlib.suppress(OrkiError):
                 await self.refresh()
                 if time.monotonic() - cleaned >= _CLEAN_INTERVAL:

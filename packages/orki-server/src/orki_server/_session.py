@@ -210,7 +210,8 @@ class AgentSession:
             return
         if self.machine.hello is not None:
             self.agent_id, self.instance_id = self.machine.hello.agent_id, self.machine.hello.instance_id
-        self._emit(events)
+        if events:
+            self._handle(self, events)
         self.changed()
 
     async def _write(self, context: StreamContext) -> None:

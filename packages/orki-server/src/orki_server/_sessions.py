@@ -12,6 +12,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from orki.control.v1.attempt_pb2 import Failure
@@ -42,22 +43,9 @@ from orki_control.transport import abort
 from orki_server._events import AgentEvents
 from orki_server._fleet import FleetUpdates, Handshake
 from orki_server._session import AgentSession, SessionRegistry, StreamContext
+from orki_server._store import operations
 from orki_server._store.lifecycle import TERMINAL
-from orki_server._store.operations import (
-    Accept,
-    AcknowledgeCancel,
-    ConfirmCancelled,
-    Decline,
-    Fail,
-    Renew,
-    ReportProgress,
-    ReportReply,
-    ReportStatus,
-    Succeed,
-    failure_text,
-    shard_of,
-)
-from orki_server._store.script import Operation
+from orki_server._store.operations import Operation, ReportReply, ReportStatus, failure_text, shard_of
 from orki_server._store.store import Store
 
 R = TypeVar("R")
@@ -109,7 +97,7 @@ class Reports:
 
     def accepted(self, session: AgentSession, attempts: Iterable[AttemptKey]) -> None:
         for key in attempts:
-            self._put(session, key, Accept(session.agent_id, key), self._handle_report)
+            self._put(session, key, self._handle_report, operations.accept)
 
     def declined(self, session: AgentSession, declines: Iterable[ArrivedDecline]) -> None:
         """The agent declined offers. A late decline changes nothing."""
@@ -128,17 +116,17 @@ class Reports:
             if self.store.waiting > _PROGRESS_WAITING:
                 self.counts.progress_dropped += 1
                 continue
-            report = ReportProgress(session.agent_id, key, self.progress_kept, number, payload)
-            self._put(session, key, report, self._handle_report)
+            details = (self.progress_kept, number, payload)
+            self._put(session, key, self._handle_report, operations.report_progress, *details)
 
     def ended(self, session: AgentSession, results: Iterable[ArrivedResult]) -> None:
         for key, result in results:
-            self._put(session, key, _result_report(session.agent_id, key, result), self._handle_result)
+            self._put(session, key, self._handle_result, _result_report, result)
 
     def cancel_acknowledged(self, session: AgentSession, attempts: Iterable[AttemptKey]) -> None:
         """The agent received cancels. An acknowledgement after the attempt's end is legal."""
         for key in attempts:
-            self._put(session, key, AcknowledgeCancel(session.agent_id, key), self._handle_returned)
+            self._put(session, key, self._handle_returned, operations.acknowledge_cancel)
 
     def heartbeat(self, session: AgentSession, heartbeat: HeartbeatArrived) -> None:
         """Renew the agent's leases, then echo the heartbeat."""
@@ -156,7 +144,7 @@ class Reports:
                 session.machine.echo(heartbeat.number)
 
         for shard, keys in shards.items():
-            self._enqueue(session, Renew(shard, session.agent_id, tuple(keys)), renewed)
+            self._enqueue(session, partial(operations.renew, shard, session.agent_id, keys), renewed)
         if not shards or not self.store.up:
             session.machine.echo(heartbeat.number)
 
@@ -170,13 +158,12 @@ class Reports:
         """An assigned task cannot be offered to its agent: queue it again, or fail it if it never can be."""
         message = failure_text(error.message)
         if isinstance(error, TooLarge):
-            fail = Fail(session.agent_id, key, error.reason, message, "", False)
-            self._put(session, key, fail, self._handle_returned)
+            self._put(session, key, self._handle_returned, operations.fail, error.reason, message, "", False)
         else:
             self._decline(session, key, Reason.REASON_ABANDONED, message)
 
     def _decline(self, session: AgentSession, key: AttemptKey, reason: Reason.ValueType, message: str) -> None:
-        self._put(session, key, Decline(session.agent_id, key, reason, message, True), self._handle_returned)
+        self._put(session, key, self._handle_returned, operations.decline, reason, message, True)
 
     def _handle_report(self, session: AgentSession, key: AttemptKey, reply: ReportReply) -> None:
         if reply.status is ReportStatus.STALE:
@@ -214,14 +201,17 @@ class Reports:
         self,
         session: AgentSession,
         key: AttemptKey,
-        report: Operation[ReportReply],
         handle: Callable[[AgentSession, AttemptKey, ReportReply], None],
+        report: Callable[..., Operation[ReportReply]],
+        *details: Any,
     ) -> None:
-        self._enqueue(session, report, lambda reply: handle(session, key, reply))
+        """Apply `report(agent id, key, *details)`, and pass the reply to `handle`."""
+        build = partial(report, session.agent_id, key, *details)
+        self._enqueue(session, build, lambda reply: handle(session, key, reply))
 
-    def _enqueue(self, session: AgentSession, operation: Operation[R], handle: Callable[[R], None]) -> None:
+    def _enqueue(self, session: AgentSession, build: Callable[[], Operation[R]], handle: Callable[[R], None]) -> None:
         try:
-            future = self.store.put(operation)
+            future = self.store.apply(build())
         except StoreUnavailable as error:
             # Too many operations wait. The agent keeps its reports and sends them again on its next stream.
             session.end(error.message)
@@ -243,13 +233,13 @@ class Reports:
 
 def _result_report(agent_id: str, key: AttemptKey, result: Result) -> Operation[ReportReply]:
     if result.WhichOneof("outcome") == "response":
-        return Succeed(agent_id, key, result.response)
+        return operations.succeed(agent_id, key, result.response)
     if result.WhichOneof("outcome") == "cancelled":
-        return ConfirmCancelled(agent_id, key, result.cancelled.reason or Reason.REASON_CANCELLED)
+        return operations.confirm_cancelled(agent_id, key, result.cancelled.reason or Reason.REASON_CANCELLED)
     failure: Failure = result.failure
     reason = failure.reason or Reason.REASON_HANDLER_FAILED
     message, error_type = failure_text(failure.message), failure_text(failure.error_type)[:200]
-    return Fail(agent_id, key, reason, message, error_type, error_for(reason, "").retryable)
+    return operations.fail(agent_id, key, reason, message, error_type, error_for(reason, "").retryable)
 
 
 class SessionServicer(SessionServiceServicer):
@@ -351,12 +341,13 @@ class SessionServicer(SessionServiceServicer):
             return
         if welcomed is None:
             return
-        if welcomed.replaced:
-            self._events.replaced(session, welcomed.replaced)
-        self._events.connected(session, welcomed.resumed)
+        resumed, replaced = welcomed
+        if replaced:
+            self._events.replaced(session, replaced)
+        self._events.connected(session, resumed)
         self._updates.changed(session)
         self._on_slots(True)
-        _log.info("agent %s connected: session %d, %d attempts resumed", agent_id, session.epoch, welcomed.resumed)
+        _log.info("agent %s connected: session %d, %d attempts resumed", agent_id, session.epoch, resumed)
 
     def _handshake_done(self, task: asyncio.Task[None]) -> None:
         self._handshakes.discard(task)

@@ -33,19 +33,11 @@ from orki_control.session import AttemptKey
 from orki_control.transport import abort
 from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._session import SessionRegistry
+from orki_server._store import operations
 from orki_server._store.lifecycle import TERMINAL
-from orki_server._store.operations import failure_text, new_task_id, shard_of, shard_of_key
+from orki_server._store.operations import failure_text, new_task_id, shard_of_key, submission_digest
 from orki_server._store.store import Store
-from orki_server._store.tasks import (
-    Cancel,
-    Direct,
-    ReadTask,
-    Submit,
-    Submitted,
-    TaskFilter,
-    list_tasks,
-    submission_digest,
-)
+from orki_server._store.tasks import TaskFilter, list_tasks
 
 Q = TypeVar("Q")
 R = TypeVar("R")
@@ -120,17 +112,10 @@ def actor_of(context: Context) -> str:
 
 
 class RequestRules:
-    """Validates requests. Its methods raise InvalidArgument, TooLarge or UnknownTask for an invalid field."""
+    """Validates requests. Its methods raise InvalidArgument or TooLarge for an invalid field."""
 
-    def __init__(self, max_payload_bytes: int, shards: int) -> None:
+    def __init__(self, max_payload_bytes: int) -> None:
         self._max_payload_bytes = max_payload_bytes
-        self._shards = shards
-
-    def task_id(self, task_id: str) -> str:
-        """Validate a task id and return it."""
-        if shard_of(task_id) >= self._shards:
-            raise UnknownTask(f"there is no task {task_id!r}")
-        return task_id
 
     def submission(self, submission: pb.Submission) -> None:
         _check_method("method", submission.method)
@@ -139,16 +124,13 @@ class RequestRules:
             raise InvalidArgument(f"idempotency_key: at most {_KEY_BYTES} bytes; hash a longer key")
 
     def cancel(self, request: pb.CancelRequest) -> None:
-        self.task_id(request.task_id)
         if len(request.message) > _MESSAGE:
             raise InvalidArgument(f"message: at most {_MESSAGE} characters, not {len(request.message)}")
 
     def direct(self, request: pb.DirectRequest) -> None:
-        self.task_id(request.task_id)
         self._check_payload("payload", request.payload)
 
     def watch(self, request: pb.WatchRequest) -> None:
-        self.task_id(request.task_id)
         if request.after and not _CURSOR.match(request.after):
             raise InvalidArgument(
                 f"after: Watch did not return the cursor {request.after[:40]!r}; leave it empty to begin"
@@ -223,11 +205,11 @@ class Watchers:
             while True:
                 watcher.changed.clear()
                 try:
-                    view = await self._store.apply(ReadTask(task_id, _PROGRESS, after))
+                    view = await self._store.apply(operations.read_task(task_id, _PROGRESS, after))
                 except StoreUnavailable:
                     if not revision:
                         raise
-                    await self._store.connection.wait_up()
+                    await self._store.connection.up.wait()
                     continue
                 if view is None:
                     raise UnknownTask(f"there is no task {task_id}")
@@ -326,12 +308,13 @@ class TaskServicer(TaskServiceServicer):
         self._rules.submission(submission)
         method = await self._registry.method(submission.method)
         await self._payloads.request(method, submission.request)
-        key = submission.idempotency_key
-        shard = shard_of_key(key, self._store.shards) if key else next(self._numbers) % self._store.shards
+        contract = self._registry.leading(method.service)
         parent = parse_traceparent(submission.traceparent)
         span = parent.child() if parent else new_span()
+        key = submission.idempotency_key
+        shard = shard_of_key(key, self._store.shards) if key else next(self._numbers) % self._store.shards
         submitted = await self._store.apply(
-            Submit(
+            operations.submit(
                 task_id=new_task_id(shard),
                 method=method,
                 request=submission.request,
@@ -339,13 +322,21 @@ class TaskServicer(TaskServiceServicer):
                 idempotency_key=key,
                 span=span,
                 actor=actor,
-                contract=self._registry.leading(method.service),
+                contract=contract,
             )
         )
         if submitted.status == "new":
-            self._on_queued(shard)
             self._on_change(submitted.task_id, False)
-            return _new_snapshot(submitted, submission.method, span.traceparent)
+            self._on_queued(shard)
+            # The snapshot of a new task is known without reading it.
+            return pb.TaskSnapshot(
+                task_id=submitted.task_id,
+                method=submission.method,
+                state=TaskState.TASK_STATE_QUEUED,
+                submitted_us=submitted.submitted_us,
+                traceparent=span.traceparent,
+                revision=1,
+            )
         if submitted.status == "conflict":
             raise IdempotencyConflict(
                 f"idempotency_key {key[:64]!r} belongs to task {submitted.task_id}, which has another method or request"
@@ -354,7 +345,7 @@ class TaskServicer(TaskServiceServicer):
 
     @typed
     async def Get(self, request: pb.GetRequest, context: Context) -> pb.GetResponse:
-        return pb.GetResponse(task=await self._read(self._rules.task_id(request.task_id)))
+        return pb.GetResponse(task=await self._read(request.task_id))
 
     @typed_stream
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchResponse]:
@@ -368,7 +359,7 @@ class TaskServicer(TaskServiceServicer):
         """Request a task's end. The request is stored before it is sent to the agent."""
         self._rules.cancel(request)
         message = failure_text(request.message)
-        reply = await self._store.apply(Cancel(request.task_id, message, actor_of(context)))
+        reply = await self._store.apply(operations.cancel(request.task_id, message, actor_of(context)))
         if reply.status == "unknown":
             raise UnknownTask(f"there is no task {request.task_id}")
         session = self._sessions.get(reply.agent_id)
@@ -398,7 +389,7 @@ class TaskServicer(TaskServiceServicer):
         if any(each.full_name == task.method and not each.directive for each in served):
             raise NotDirectable(f"agent {task.agent_id} serves {task.method} by a contract that declares no directive")
         key = AttemptKey.of(task.attempt)
-        reply = await self._store.apply(Direct(key, len(request.payload), actor_of(context)))
+        reply = await self._store.apply(operations.direct(key, len(request.payload), actor_of(context)))
         if reply.status != "running":
             raise NotDirectable(f"task {task.task_id} no longer runs attempt {key.attempt}")
         try:
@@ -418,19 +409,7 @@ class TaskServicer(TaskServiceServicer):
         return pb.ListResponse(tasks=tasks, next_page_token=token)
 
     async def _read(self, task_id: str) -> pb.TaskSnapshot:
-        view = await self._store.apply(ReadTask(task_id))
+        view = await self._store.apply(operations.read_task(task_id))
         if view is None:
             raise UnknownTask(f"there is no task {task_id}")
         return view.task
-
-
-def _new_snapshot(submitted: Submitted, method: str, traceparent: str) -> pb.TaskSnapshot:
-    """Return the snapshot of a new task without reading it from the store."""
-    return pb.TaskSnapshot(
-        task_id=submitted.task_id,
-        method=method,
-        state=TaskState.TASK_STATE_QUEUED,
-        submitted_us=submitted.submitted_us,
-        traceparent=traceparent,
-        revision=1,
-    )

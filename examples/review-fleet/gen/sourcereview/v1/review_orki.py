@@ -33,7 +33,7 @@ REVIEW_FINDINGS: Final[oc.EventStream[FindingEvent, ReviewFindingsGroup]] = oc.E
         groups=(oc.Group(name="audit"), oc.Group(name="report", max_deliveries=8)),
     ),
 )
-"""What reviewers noticed, for whoever listens."""
+"""A finding of a review."""
 
 REVIEW_FILE: Final = oc.Task.declare(
     "sourcereview.v1.SourceReviewService/ReviewFile",
@@ -48,7 +48,7 @@ REVIEW_FILE: Final = oc.Task.declare(
 
 
 class SourceReviewServiceBase(oc.AsyncTaskService):
-    """Work for agents."""
+    """Reviews source files."""
 
     TASKS = (REVIEW_FILE,)
 
@@ -56,7 +56,7 @@ class SourceReviewServiceBase(oc.AsyncTaskService):
     async def review_file(
         self, request: ReviewFileRequest, ctx: oc.TaskContext[ReviewProgress, None]
     ) -> ReviewFileResponse:
-        """Reads one file and says what is in it. A file that is not Python is a finding, never a failure."""
+        """Reviews one file. A file that is not Python is a finding, not a failure."""
 
 
 class SourceReviewServiceSyncBase(oc.SyncTaskService):

@@ -14,20 +14,20 @@ from sourcereview.v1.tools_pb2 import ReadFileRequest as ReadFileRequest, ReadFi
 
 @oc.frame("sourcereview.v1.MeasureFileRequest", version=1, block_length=0)
 class MeasureFileRequest(oc.FrameBase):
-    """Which file, as a frame."""
+    """The file to measure."""
 
     path: bytes = oc.tail(default=b"")
-    """Path below the root, as the file system's bytes."""
+    """Path relative to the root, as bytes."""
 
 
 @oc.frame("sourcereview.v1.MeasureFileResponse", version=1, block_length=16)
 class MeasureFileResponse(oc.FrameBase):
-    """What a file weighs, as a frame."""
+    """The size of a file."""
 
     size: int = oc.at(0, oc.Scalar.U64, number=1)
     """Size in bytes."""
     newlines: int = oc.at(8, oc.Scalar.U64, number=2)
-    """Newline bytes."""
+    """Number of newline bytes."""
 
 
 MEASURE_FILE: Final = oc.Tool.declare(
@@ -55,11 +55,11 @@ class SourceToolServiceBase(oc.AsyncToolService):
 
     @abstractmethod
     async def measure_file(self, request: MeasureFileRequest, call: oc.ToolCall) -> MeasureFileResponse:
-        """Size of a file and the newline bytes in it, without moving its content."""
+        """Returns the size of a file and its number of newline bytes."""
 
     @abstractmethod
     async def read_file(self, request: ReadFileRequest, call: oc.ToolCall) -> ReadFileResponse:
-        """A piece of a file."""
+        """Returns a part of a file."""
 
 
 class SourceToolServiceSyncBase(oc.SyncToolService):

@@ -1,4 +1,4 @@
-"""Findings, the rules behind them, and the comparison of two contracts."""
+"""Findings and the comparison of two contracts."""
 
 from __future__ import annotations
 
@@ -9,32 +9,11 @@ from functools import cached_property
 from typing import Any, Final
 
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
-from google.protobuf.message import Message
 
-from orki_contract.descriptors import OPTIONS_PACKAGE, Location, MessageNode, MethodNode, Path
+from orki_contract._findings.rules import RULES, Bump
+from orki_contract.descriptors import OPTIONS_PACKAGE, Location, MessageNode, MethodNode
 from orki_contract.model import ExternalGroup, Frame, Stream, TaskMethod, ToolMethod
 from orki_contract.read import ReadContract
-
-
-class Bump(StrEnum):
-    """A version bump."""
-
-    MAJOR = "major"
-    MINOR = "minor"
-    PATCH = "patch"
-
-
-class Category(StrEnum):
-    """Groups of rules; buf's configuration uses these names."""
-
-    STREAM = "ORKI_STREAM"
-    FRAME = "ORKI_FRAME"
-    TASK = "ORKI_TASK"
-    TOOL = "ORKI_TOOL"
-    SERVICE = "ORKI_SERVICE"
-    MESSAGE = "ORKI_MESSAGE"
-    OPTION = "ORKI_OPTION"
-    NAME = "ORKI_NAME"
 
 
 class Plane(StrEnum):
@@ -45,25 +24,6 @@ class Plane(StrEnum):
     HOTPATH = "hotpath"
     SERVICE = "service"
     MESSAGES = "messages"
-
-
-@dataclass(frozen=True, order=True, slots=True, kw_only=True)
-class Rule:
-    """A kind of contract change.
-
-    Attributes:
-        id: Such as `ORKI_STREAM_REMOVED`.
-        purpose: The requirement, or the change, as a sentence.
-        category: Its category.
-        bump: The version bump that the change requires.
-        wire: Whether processes of the two versions are incompatible; False if only source code must change, or nothing.
-    """
-
-    id: str
-    purpose: str
-    category: Category
-    bump: Bump
-    wire: bool
 
 
 @dataclass(frozen=True, order=True, slots=True, kw_only=True)
@@ -101,30 +61,9 @@ class Finding:
         return f"{self.location}: {self.message} [{self.rule}]"
 
 
-def breaking(category: Category, rule: str, purpose: str) -> Rule:
-    """Create a rule for changes that break running processes."""
-    return Rule(id=rule, purpose=purpose, category=category, bump=Bump.MAJOR, wire=True)
-
-
-def source_breaking(category: Category, rule: str, purpose: str) -> Rule:
-    """Create a rule for changes that break source code but not the wire."""
-    return Rule(id=rule, purpose=purpose, category=category, bump=Bump.MAJOR, wire=False)
-
-
-def additive(category: Category, rule: str, purpose: str) -> Rule:
-    """Create a rule for additions and relaxations that are compatible with old processes."""
-    return Rule(id=rule, purpose=purpose, category=category, bump=Bump.MINOR, wire=False)
-
-
 @dataclass(frozen=True, order=True, slots=True)
 class Use:
-    """A declaration that uses messages.
-
-    Attributes:
-        name: Such as `stream "findings"`.
-        package: The package that declares it.
-        plane: Its plane.
-    """
+    """A declaration that uses messages; its name is such as `stream "findings"`."""
 
     name: str
     package: str
@@ -167,7 +106,6 @@ class Reach:
 
     @cached_property
     def _holders(self) -> dict[str, set[str]]:
-        """The messages that have a field of each message or enum."""
         found: dict[str, set[str]] = {}
         for name, node in self._read.schema.messages.items():
             for field in node.proto.field:
@@ -201,8 +139,8 @@ class Reach:
                     yield name.removeprefix("."), use
 
 
-# The options themselves, and the files that compilers ship.
-_NOT_JUDGED: Final = frozenset({OPTIONS_PACKAGE, "google.protobuf"})
+# The options, and the files that compilers ship.
+_IGNORED: Final = frozenset({OPTIONS_PACKAGE, "google.protobuf"})
 
 Places = tuple[Location | None, Location | None]
 """Locations in the old and in the new contract."""
@@ -214,22 +152,16 @@ class Side:
     def __init__(self, read: ReadContract) -> None:
         self.read = read
         self.schema = read.schema
-
-    @cached_property
-    def reach(self) -> Reach:
-        """The declarations that use each message."""
-        return Reach(self.read)
-
-    @cached_property
-    def streams(self) -> Mapping[str, Stream]:
-        """Streams by name; the first one of a duplicate name."""
-        return _first((each.name, each) for each in self.read.contract.streams)
-
-    @cached_property
-    def external_groups(self) -> Mapping[tuple[str, str, str], ExternalGroup]:
-        """External groups by package, stream and group."""
-        found = self.read.contract.external_groups
-        return _first(((each.package, each.stream, each.group.name), each) for each in found)
+        self.reach = Reach(read)
+        contract = read.contract
+        # Of a duplicate name, only the first declaration is compared.
+        self.streams: Mapping[str, Stream] = _first((each.name, each) for each in contract.streams)
+        self.external_groups: Mapping[tuple[str, str, str], ExternalGroup] = _first(
+            ((each.package, each.stream, each.group.name), each) for each in contract.external_groups
+        )
+        self.tasks: Mapping[str, TaskMethod] = _first((each.full_name, each) for each in contract.tasks)
+        self.tools: Mapping[str, ToolMethod] = _first((each.full_name, each) for each in contract.tools)
+        self.frames: Mapping[str, Frame] = _first((each.message, each) for each in contract.frames)
 
     @cached_property
     def consumed(self) -> Mapping[tuple[str, str], Sequence[tuple[FileDescriptorProto, int, Any]]]:
@@ -241,27 +173,12 @@ class Side:
         return found
 
     @cached_property
-    def tasks(self) -> Mapping[str, TaskMethod]:
-        """By full name."""
-        return _first((each.full_name, each) for each in self.read.contract.tasks)
-
-    @cached_property
-    def tools(self) -> Mapping[str, ToolMethod]:
-        """By full name."""
-        return _first((each.full_name, each) for each in self.read.contract.tools)
-
-    @cached_property
-    def frames(self) -> Mapping[str, Frame]:
-        """By the message's full name."""
-        return _first((each.message, each) for each in self.read.contract.frames)
-
-    @cached_property
     def methods(self) -> Mapping[str, tuple[str, MethodNode]]:
         """Compared rpcs by full name, with the path of their file."""
         return {
             method.full_name: (service.file.name, method)
             for service in self.schema.services.values()
-            if service.file.package not in _NOT_JUDGED
+            if service.file.package not in _IGNORED
             for method in service.methods
         }
 
@@ -271,87 +188,72 @@ class Side:
         return {
             name: node
             for name, node in self.schema.messages.items()
-            if node.file.package not in _NOT_JUDGED and not node.proto.options.map_entry
+            if node.file.package not in _IGNORED and not node.proto.options.map_entry
         }
 
     @cached_property
     def enums(self) -> Mapping[str, str]:
         """Paths of the files of compared enums, by full name."""
-        return {name: file.name for name, (file, _) in self.schema.enums.items() if file.package not in _NOT_JUDGED}
+        return {name: file.name for name, (file, _) in self.schema.enums.items() if file.package not in _IGNORED}
 
     @cached_property
     def files(self) -> Mapping[str, str]:
         """Packages of the compared files, by path."""
-        return {name: file.package for name, file in self.schema.files.items() if file.package not in _NOT_JUDGED}
-
-    def place(self, file: str, path: Path, options: Message, option: str, *inside: str | int) -> Location:
-        """Return the location of an option or of a part of its value; see `Schema.locate`."""
-        return self.schema.locate(file, path, options, option, *inside)
+        return {name: file.package for name, file in self.schema.files.items() if file.package not in _IGNORED}
 
     def message_place(self, message: str, option: str = "", *inside: str | int) -> Location:
         """Return the location of a message or of a part of its option."""
         node = self.schema.messages[message]
         if not option or self.schema.option(node.proto.options, option) is None:
             return self.schema.location(node.file.name, node.path)
-        return self.place(node.file.name, node.path, node.proto.options, option, *inside)
+        return self.schema.locate(node.file.name, node.path, node.proto.options, option, *inside)
 
     def method_place(self, full_name: str, option: str = "", *inside: str | int) -> Location:
         """Return the location of an rpc or of a part of its option."""
         file, method = self.methods[full_name]
         if not option or self.schema.option(method.proto.options, option) is None:
             return self.schema.location(file, method.path)
-        return self.place(file, method.path, method.proto.options, option, *inside)
+        return self.schema.locate(file, method.path, method.proto.options, option, *inside)
 
 
 class Comparison:
     """Two contracts and the findings of all rules."""
 
-    def __init__(self, old: ReadContract, new: ReadContract, known: Mapping[str, Rule]) -> None:
+    def __init__(self, old: ReadContract, new: ReadContract) -> None:
         self.old = Side(old)
         self.new = Side(new)
         self.found: list[Finding] = []
-        self._known = known
 
     def report(
         self,
         rule: str,
         subject: str,
         package: str,
-        message: str,
-        *,
-        plane: Plane,
+        text: str,
         places: Places,
+        plane: Plane,
         affected: Iterable[str] = (),
     ) -> None:
-        """Add a finding.
-
-        Args:
-            rule: Id of the rule.
-            subject: The changed declaration.
-            package: The package that declares it.
-            message: The change, as a sentence without a full stop.
-            plane: The affected plane.
-            places: Locations in the old and in the new contract; None where it does not exist.
-            affected: Other affected declarations and packages.
-        """
-        known = self._known[rule]
+        """Add a finding. Its message is the subject followed by `text`, which describes the change."""
         before, after = places
-        location = after or before or Location("")
-        self.found.append(
-            Finding(
-                location=location,
-                rule=rule,
-                subject=subject,
-                package=package,
-                message=message,
-                plane=plane,
-                bump=known.bump,
-                wire=known.wire,
-                affected=tuple(sorted(set(affected))),
-                gone=after is None,
-                before=before or Location(""),
-            )
+        finding = Finding(
+            location=after or before or Location(""),
+            rule=rule,
+            subject=subject,
+            package=package,
+            message=f"{subject} {text}",
+            plane=plane,
+            bump=RULES[rule].bump,
+            wire=RULES[rule].wire,
+            affected=tuple(sorted(set(affected))),
+            gone=after is None,
+            before=before or Location(""),
         )
+        self.found.append(finding)
+
+    def report_users(self, rule: str, subject: str, package: str, text: str, places: Places, name: str) -> None:
+        """Add a finding on a message or an enum, which affects all that use it. `name` is its full name."""
+        self.report(rule, subject, package, text, places, self.plane(name), self.users(name, package))
 
     def users(self, name: str, package: str) -> set[str]:
         """Return the declarations and the other packages that use a message on either side."""

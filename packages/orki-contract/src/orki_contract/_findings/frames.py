@@ -8,54 +8,14 @@ readers that older frames lack it. A frame with the option `fixed`, such as a he
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Final
 
 from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto
 
-from orki_contract._findings.comparison import (
-    Category,
-    Comparison,
-    Places,
-    Plane,
-    Rule,
-    Side,
-    additive,
-    breaking,
-    left_at,
-    was,
-)
+from orki_contract._findings.comparison import Comparison, Places, Plane, Side, left_at, was
 from orki_contract._findings.shapes import reserves, withdrawn
 from orki_contract.descriptors import Location, MessageNode, field_path
 from orki_contract.model import Frame, FrameField
-
-_FRAME: Final = Category.FRAME
-
-RULES: Final[tuple[Rule, ...]] = (
-    breaking(_FRAME, "ORKI_FRAME_REMOVED", "A frame is not removed or renamed."),
-    breaking(_FRAME, "ORKI_FRAME_KIND", "A frame stays a frame, and a plain message stays plain."),
-    breaking(_FRAME, "ORKI_FRAME_FIXED_CHANGED", "A fixed frame never changes."),
-    breaking(_FRAME, "ORKI_FRAME_BLOCK_SHRUNK", "A frame's block does not shrink."),
-    breaking(_FRAME, "ORKI_FRAME_VERSION_KEPT", "A frame's version increases with every layout change."),
-    breaking(_FRAME, "ORKI_FRAME_FIELD_MOVED", "A frame's field keeps its offset and its number."),
-    breaking(_FRAME, "ORKI_FRAME_FIELD_RETYPED", "A frame's field keeps its type and its length."),
-    breaking(_FRAME, "ORKI_FRAME_FIELD_REMOVED", "A removed frame field leaves its number and its bytes reserved."),
-    breaking(
-        _FRAME,
-        "ORKI_FRAME_FIELD_RETIRED",
-        "A frame's field is not removed; older readers would read zeros.",
-    ),
-    breaking(
-        _FRAME, "ORKI_FRAME_FIELD_RENAMED", "A frame's field keeps its name; a new name may have another meaning."
-    ),
-    breaking(_FRAME, "ORKI_FRAME_FIELD_PLACED", "A new frame field uses bytes that no earlier field used."),
-    breaking(_FRAME, "ORKI_FRAME_SINCE_WRONG", "A frame field's `since` names the version that added it."),
-    breaking(_FRAME, "ORKI_FRAME_RESERVED_WITHDRAWN", "A frame's reserved numbers stay reserved."),
-    breaking(_FRAME, "ORKI_FRAME_TAIL_CHANGED", "A frame's tail keeps its type and number."),
-    additive(_FRAME, "ORKI_FRAME_ADDED", "A frame is added."),
-    additive(_FRAME, "ORKI_FRAME_GROWN", "A frame is extended."),
-)
 
 
 def compare(comparison: Comparison) -> None:
@@ -81,17 +41,11 @@ def compare(comparison: Comparison) -> None:
 
 
 def _report(comparison: Comparison, rule: str, frame: Frame, text: str, places: Places, subject: str = "") -> None:
-    side = comparison.new if frame.message in comparison.new.messages else comparison.old
-    package = side.schema.messages[frame.message].file.package
-    comparison.report(
-        rule,
-        subject or f"frame {frame.message}",
-        package,
-        f"{subject or f'frame {frame.message}'} {text}",
-        plane=Plane.HOTPATH,
-        places=places,
-        affected=comparison.users(frame.message, package),
-    )
+    name = frame.message
+    side = comparison.new if name in comparison.new.messages else comparison.old
+    package = side.schema.messages[name].file.package
+    users = comparison.users(name, package)
+    comparison.report(rule, subject or f"frame {name}", package, text, places, Plane.HOTPATH, users)
 
 
 class _Frame:
@@ -133,8 +87,8 @@ class _Frame:
         self._reserved()
 
     def _fixed(self) -> None:
-        """Compare fixed frames, which must not change."""
-        options = [side.schema.option(node.proto.options, "frame") for side, node in self._sides()]
+        sides = ((self._old, self._was), (self._new, self._is))
+        options = [side.schema.option(node.proto.options, "frame") for side, node in sides]
         fixed = [bool(getattr(option, "fixed", False)) for option in options]
         if not fixed[0] and fixed[1]:
             self._report("ORKI_FRAME_GROWN", "became fixed")
@@ -151,11 +105,10 @@ class _Frame:
         if heir is None:
             self._removed(field)
             return
-        subject = f"frame field {self._after.message}.{heir.name}"
 
         def report(rule: str, text: str, option: str) -> None:
             places = (_field_place(self._old, self._was, field.name, option), self._field_place(heir.name, option))
-            _report(self._comparison, rule, self._after, text, places, subject)
+            self._report_field(rule, heir.name, text, places)
 
         if heir.name != field.name:
             report("ORKI_FRAME_FIELD_RENAMED", f'was called "{field.name}"', "")
@@ -166,7 +119,7 @@ class _Frame:
         if (heir.scalar, heir.size) != (field.scalar, field.size):
             text = f"changed its type: {was(field, heir, lambda each: f'{each.scalar} of {each.size} bytes')}"
             report("ORKI_FRAME_FIELD_RETYPED", text, "scalar")
-        elif (now := _strange(self._new, self._is, heir)) != (former := _strange(self._old, self._was, field)):
+        elif (now := _new_scalar(self._new, self._is, heir)) != (former := _new_scalar(self._old, self._was, field)):
             report(
                 "ORKI_FRAME_FIELD_RETYPED",
                 f"changed to a scalar that this version does not know: {was(former, now)}",
@@ -180,39 +133,32 @@ class _Frame:
 
     def _removed(self, field: FrameField) -> None:
         place = _field_place(self._old, self._was, field.name)
-        subject = f"frame field {self._before.message}.{field.name}"
+        places = place, self._new.message_place(self._after.message)
         others = [each for each in self._after.fields if _overlap(each, field)]
         end = field.offset + field.size - 1
         if self._after.tail == field.name or _named(self._is.proto, field.name):
-            self._retyped(field)
+            # The field still exists, as the tail or with an unsupported type.
+            places = place, self._field_place(field.name)
+            self._report_field("ORKI_FRAME_FIELD_RETYPED", field.name, "is no longer in the block", places)
         elif others or not reserves(self._is.proto, field.number):
             reason = f'"{others[0].name}" uses its bytes' if others else f"{field.number} is not reserved"
             text = f"was removed, and {reason} (bytes {field.offset}..{end}){left_at(place)}"
-            _report(self._comparison, "ORKI_FRAME_FIELD_REMOVED", self._after, text, self._whole(place), subject)
+            self._report_field("ORKI_FRAME_FIELD_REMOVED", field.name, text, places)
         else:
             text = f"was removed: older readers find zeros in bytes {field.offset}..{end}{left_at(place)}"
-            _report(self._comparison, "ORKI_FRAME_FIELD_RETIRED", self._after, text, self._whole(place), subject)
-
-    def _retyped(self, field: FrameField) -> None:
-        """Report a field that left the block but still exists, as the tail or with an unsupported type."""
-        subject = f"frame field {self._after.message}.{field.name}"
-        places = (_field_place(self._old, self._was, field.name), self._field_place(field.name))
-        text = "is no longer in the block"
-        _report(self._comparison, "ORKI_FRAME_FIELD_RETYPED", self._after, text, places, subject)
+            self._report_field("ORKI_FRAME_FIELD_RETIRED", field.name, text, places)
 
     def _added(self, field: FrameField) -> None:
-        subject = f"frame field {self._after.message}.{field.name}"
-
         def report(rule: str, text: str, option: str) -> None:
-            _report(self._comparison, rule, self._after, text, (None, self._field_place(field.name, option)), subject)
+            self._report_field(rule, field.name, text, (None, self._field_place(field.name, option)))
 
         if field.since <= self._before.version:
             text = f"is new, but its since = {field.since} is not above version {self._before.version}, which lacks it"
             report("ORKI_FRAME_SINCE_WRONG", text, "since")
         inside = field.offset < self._before.block_length
-        lain = [each.name for each in self._before.fields if _overlap(each, field)]
-        if lain or (inside and self._was.proto.reserved_range):
-            reason = f'"{lain[0]}" used these bytes' if lain else "a reserved field used bytes of that block"
+        before = [each.name for each in self._before.fields if _overlap(each, field)]
+        if before or (inside and self._was.proto.reserved_range):
+            reason = f'"{before[0]}" used these bytes' if before else "a reserved field used bytes of that block"
             text = f"is at offset {field.offset}, and {reason}: move it to {self._before.block_length} or higher"
             report("ORKI_FRAME_FIELD_PLACED", text, "offset")
         report("ORKI_FRAME_GROWN", "is new", "")
@@ -225,13 +171,11 @@ class _Frame:
             self._report("ORKI_FRAME_TAIL_CHANGED", f'lost its tail "{before.name}"')
         elif before is not None and after is not None:
             places = (_field_place(self._old, self._was, before.name), self._field_place(after.name))
-            subject = f"frame field {self._after.message}.{after.name}"
             if (before.type, before.number) != (after.type, after.number):
                 text = "is the tail, and its type or number changed"
-                _report(self._comparison, "ORKI_FRAME_TAIL_CHANGED", self._after, text, places, subject)
+                self._report_field("ORKI_FRAME_TAIL_CHANGED", after.name, text, places)
             if before.name != after.name:
-                text = f'was called "{before.name}"'
-                _report(self._comparison, "ORKI_FRAME_FIELD_RENAMED", self._after, text, places, subject)
+                self._report_field("ORKI_FRAME_FIELD_RENAMED", after.name, f'was called "{before.name}"', places)
 
     def _reserved(self) -> None:
         lost = withdrawn(self._was.proto, self._is.proto)
@@ -244,12 +188,8 @@ class _Frame:
         places = (self._old.message_place(name, "frame", *inside), self._new.message_place(name, "frame", *inside))
         _report(self._comparison, rule, self._after, text, places)
 
-    def _sides(self) -> Iterator[tuple[Side, MessageNode]]:
-        yield self._old, self._was
-        yield self._new, self._is
-
-    def _whole(self, place: Location) -> Places:
-        return place, self._new.message_place(self._after.message)
+    def _report_field(self, rule: str, field: str, text: str, places: Places) -> None:
+        _report(self._comparison, rule, self._after, text, places, f"frame field {self._after.message}.{field}")
 
     def _field_place(self, name: str, option: str = "") -> Location:
         return _field_place(self._new, self._is, name, option)
@@ -266,8 +206,8 @@ def _frozen(frame: Frame) -> Frame:
     return replace(frame, fields=tuple(replace(each, name="") for each in frame.fields), tail="x" * bool(frame.tail))
 
 
-def _strange(side: Side, node: MessageNode, field: FrameField) -> int:
-    """The number of a scalar that is newer than this code; 0 for one that the layout knows."""
+def _new_scalar(side: Side, node: MessageNode, field: FrameField) -> int:
+    """Return the number of a scalar that is newer than this code; 0 for a known scalar."""
     proto = next(each for each in node.proto.field if each.name == field.name)
     number = int(side.schema.option(proto.options, "scalar") or 0)
     return 0 if number <= 4 else number
@@ -291,6 +231,6 @@ def _field_place(side: Side, node: MessageNode, name: str, option: str = "") -> 
         if field.name == name:
             path = field_path(node, index)
             if option and side.schema.option(field.options, option) is not None:
-                return side.place(node.file.name, path, field.options, option)
+                return side.schema.locate(node.file.name, path, field.options, option)
             return side.schema.location(node.file.name, path)
     return side.schema.location(node.file.name, node.path)

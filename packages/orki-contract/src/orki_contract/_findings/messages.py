@@ -2,46 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto
 
-from orki_contract._findings.comparison import (
-    Category,
-    Comparison,
-    Places,
-    Rule,
-    Side,
-    additive,
-    breaking,
-    left_at,
-    source_breaking,
-    was,
-)
+from orki_contract._findings.comparison import Comparison, Places, Side, left_at, was
 from orki_contract._findings.shapes import FieldShape, field_shapes, reserves, shape_of, withdrawn
 from orki_contract.descriptors import Location, MessageNode, Path, field_path
-
-_MESSAGE: Final = Category.MESSAGE
-
-RULES: Final[tuple[Rule, ...]] = (
-    breaking(_MESSAGE, "ORKI_MESSAGE_REMOVED", "A message is not removed or renamed."),
-    breaking(_MESSAGE, "ORKI_MESSAGE_RESERVED_WITHDRAWN", "A message's reserved numbers stay reserved."),
-    breaking(_MESSAGE, "ORKI_FIELD_REMOVED", "A removed field leaves its number reserved."),
-    source_breaking(_MESSAGE, "ORKI_FIELD_RETIRED", "A field is not removed while code may use it."),
-    breaking(_MESSAGE, "ORKI_FIELD_RENUMBERED", "A field's name keeps its number."),
-    breaking(_MESSAGE, "ORKI_FIELD_RENAMED", "A field keeps its name; a new name may have another meaning."),
-    breaking(_MESSAGE, "ORKI_FIELD_RETYPED", "A field keeps its type."),
-    breaking(_MESSAGE, "ORKI_FIELD_CARDINALITY", "A field stays single, optional, required or repeated."),
-    breaking(_MESSAGE, "ORKI_FIELD_ONEOF_CHANGED", "A field does not move into or out of a oneof."),
-    breaking(_MESSAGE, "ORKI_FIELD_DEFAULT_CHANGED", "A field keeps its default value."),
-    breaking(_MESSAGE, "ORKI_FIELD_UTF8_CHANGED", "A string keeps its UTF-8 validation."),
-    breaking(_MESSAGE, "ORKI_FIELD_REQUIRED_ADDED", "A new field is not required."),
-    breaking(_MESSAGE, "ORKI_SENSITIVE_WITHDRAWN", "A sensitive field stays sensitive."),
-    additive(_MESSAGE, "ORKI_MESSAGE_ADDED", "A message is added."),
-    additive(_MESSAGE, "ORKI_FIELD_ADDED", "A field is added."),
-    additive(_MESSAGE, "ORKI_SENSITIVE_ADDED", "A field becomes sensitive."),
-)
 
 
 def compare(comparison: Comparison) -> None:
@@ -81,15 +49,7 @@ def _enums(side: Side) -> dict[str, bytes]:
 
 def _report(comparison: Comparison, rule: str, node: MessageNode, field: str, text: str, places: Places) -> None:
     subject = f"field {node.full_name}.{field}" if field else f"message {node.full_name}"
-    comparison.report(
-        rule,
-        subject,
-        node.file.package,
-        f"{subject} {text}",
-        plane=comparison.plane(node.full_name),
-        places=places,
-        affected=comparison.users(node.full_name, node.file.package),
-    )
+    comparison.report_users(rule, subject, node.file.package, text, places, node.full_name)
 
 
 class _Message:
@@ -108,9 +68,8 @@ class _Message:
             moved = self._numbers.get(field.name, number)
             if moved != number:
                 text = f"changed its number: {was(number, moved)}"
-                self._report(
-                    "ORKI_FIELD_RENUMBERED", field.name, text, (self._old(field), self._new(self._after[moved]))
-                )
+                places = self._old(field), self._new(self._after[moved])
+                self._report("ORKI_FIELD_RENUMBERED", field.name, text, places)
             if heir is not None:
                 self._pair(field, heir, renamed=moved == number)
             elif moved == number:
@@ -127,12 +86,9 @@ class _Message:
     def _removed(self, field: FieldShape) -> None:
         place = self._old(field)
         places = (place, _whole(self._comparison.new, self._is))
-        if reserves(self._is.proto, field.number):
-            text = f"was removed, and its number {field.number} is reserved{left_at(place)}"
-            self._report("ORKI_FIELD_RETIRED", field.name, text, places)
-        else:
-            text = f"was removed, and its number {field.number} is not reserved{left_at(place)}"
-            self._report("ORKI_FIELD_REMOVED", field.name, text, places)
+        reserved = reserves(self._is.proto, field.number)
+        text = f"was removed, and its number {field.number} is {'' if reserved else 'not '}reserved{left_at(place)}"
+        self._report("ORKI_FIELD_RETIRED" if reserved else "ORKI_FIELD_REMOVED", field.name, text, places)
 
     def _pair(self, before: FieldShape, after: FieldShape, *, renamed: bool) -> None:
         places = (self._old(before), self._new(after))
@@ -205,7 +161,7 @@ def _field_place(side: Side, node: MessageNode, index: int) -> Location:
     path = field_path(node, index)
     options = node.proto.field[index].options
     if side.schema.option(options, "sensitive") is not None:
-        return side.place(node.file.name, path, options, "sensitive")
+        return side.schema.locate(node.file.name, path, options, "sensitive")
     return side.schema.location(node.file.name, path)
 
 
@@ -236,16 +192,14 @@ def _compare_extensions(comparison: Comparison) -> None:
         heir = after.get(key)
         if heir is None:
             # Nothing can reserve the number of an extension.
-            _report_extension(
-                comparison, "ORKI_FIELD_REMOVED", extension, f"of {extension.extended} is gone", (extension.place, None)
-            )
+            text = f"of {extension.extended} is gone"
+            _report_extension(comparison, "ORKI_FIELD_REMOVED", extension, text, (extension.place, None))
         else:
             _compare_extension(comparison, extension, heir)
     for key, extension in after.items():
         if key not in before:
-            _report_extension(
-                comparison, "ORKI_FIELD_ADDED", extension, f"of {extension.extended} is new", (None, extension.place)
-            )
+            text = f"of {extension.extended} is new"
+            _report_extension(comparison, "ORKI_FIELD_ADDED", extension, text, (None, extension.place))
 
 
 def _compare_extension(comparison: Comparison, before: _Extension, after: _Extension) -> None:
@@ -267,35 +221,19 @@ def _compare_extension(comparison: Comparison, before: _Extension, after: _Exten
 
 def _report_extension(comparison: Comparison, rule: str, extension: _Extension, text: str, places: Places) -> None:
     subject = f"extension {extension.name}"
-    comparison.report(
-        rule,
-        subject,
-        extension.package,
-        f"{subject} {text}",
-        plane=comparison.plane(extension.extended),
-        places=places,
-        affected=comparison.users(extension.extended, extension.package),
-    )
+    comparison.report_users(rule, subject, extension.package, text, places, extension.extended)
 
 
 def _extensions(side: Side) -> dict[tuple[str, int], _Extension]:
-    """By the extended message and the number."""
-    found = {}
-    for file, scope, proto, path in _written(side):
-        extension = _Extension(side, file, scope, proto, path)
-        found[extension.extended, proto.number] = extension
-    return found
-
-
-def _written(side: Side) -> Iterator[tuple[str, str, FieldDescriptorProto, Path]]:
-    for path, package in side.files.items():
-        yield from _each(path, package, side.schema.files[path].extension, (_FILE_EXTENSION,))
+    """Return the extensions by extended message and number."""
+    scopes: list[tuple[str, str, Sequence[FieldDescriptorProto], Path]] = [
+        (path, package, side.schema.files[path].extension, (_FILE_EXTENSION,)) for path, package in side.files.items()
+    ]
     for name, node in side.messages.items():
-        yield from _each(node.file.name, name, node.proto.extension, (*node.path, _MESSAGE_EXTENSION))
-
-
-def _each(
-    file: str, scope: str, extensions: Sequence[FieldDescriptorProto], path: Path
-) -> Iterator[tuple[str, str, FieldDescriptorProto, Path]]:
-    for index, proto in enumerate(extensions):
-        yield file, scope, proto, (*path, index)
+        scopes.append((node.file.name, name, node.proto.extension, (*node.path, _MESSAGE_EXTENSION)))
+    found = {}
+    for file, scope, extensions, path in scopes:
+        for index, proto in enumerate(extensions):
+            extension = _Extension(side, file, scope, proto, (*path, index))
+            found[extension.extended, proto.number] = extension
+    return found

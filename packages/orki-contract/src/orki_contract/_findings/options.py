@@ -7,38 +7,16 @@ from typing import Any, Final
 
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 
-from orki_contract._findings.comparison import (
-    Category,
-    Comparison,
-    Plane,
-    Rule,
-    Side,
-    additive,
-    breaking,
-    source_breaking,
-)
-from orki_contract.descriptors import OPTIONS_PACKAGE, Location, Path, field_path, is_repeated
-
-RULES: Final[tuple[Rule, ...]] = (
-    breaking(Category.OPTION, "ORKI_OPTION_UNKNOWN", "An option that this version does not know is not changed."),
-    source_breaking(Category.NAME, "ORKI_DECLARATION_MOVED", "A message, enum or service stays in its file."),
-    additive(Category.NAME, "ORKI_FILE_CHANGED", "A file changes in a way that no other rule covers."),
-)
+from orki_contract._findings.comparison import Comparison, Plane, Side
+from orki_contract.descriptors import OPTIONS_PACKAGE, Location, Path, field_path, is_repeated, without_source
 
 # Options that the other rules cover. Unknown options are always reported.
 _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "": frozenset({"consume", "stream", "frame", "sensitive", "offset", "scalar", "size", "since", "task", "tool"}),
     "TaskOptions": frozenset(
         {
-            "progress",
-            "directive",
-            "heartbeat_timeout",
-            "attempt_timeout",
-            "stall_timeout",
-            "total_timeout",
-            "max_attempts",
-            "retry_backoff",
-            "cancel_grace",
+            *("progress", "directive", "max_attempts", "retry_backoff"),
+            *("heartbeat_timeout", "attempt_timeout", "stall_timeout", "total_timeout", "cancel_grace"),
         }
     ),
     "RetryBackoff": frozenset({"initial", "maximum", "multiplier"}),
@@ -56,21 +34,16 @@ _PREFIX: Final = f"{OPTIONS_PACKAGE}."
 
 def compare(comparison: Comparison) -> None:
     """Report everything that is left; call this after all other rules."""
-    before, after = dict(_strange(comparison.old)), dict(_strange(comparison.new))
+    before, after = dict(_unknown_options(comparison.old)), dict(_unknown_options(comparison.new))
     subjects = {*_subjects(comparison.old)} & {*_subjects(comparison.new)}
     for key in sorted({*before, *after}):
         old, new = before.get(key), after.get(key)
         if key[0] in subjects and (old or ("", None))[0] != (new or ("", None))[0]:
             file = comparison.new.files.get(key[1], "") or comparison.old.files.get(key[1], "")
             name = f"option ({_PREFIX}{key[2]}) of {key[0]}"
-            comparison.report(
-                "ORKI_OPTION_UNKNOWN",
-                name,
-                file,
-                f"{name} changed, but this version does not know it and cannot tell whether that is compatible",
-                plane=Plane.MESSAGES,
-                places=(old[1] if old else None, new[1] if new else None),
-            )
+            text = "changed, but this version does not know it and cannot tell whether that is compatible"
+            places = (old[1] if old else None, new[1] if new else None)
+            comparison.report("ORKI_OPTION_UNKNOWN", name, file, text, places, Plane.MESSAGES)
     _moves(comparison)
     _files(comparison)
 
@@ -83,7 +56,7 @@ def _subjects(side: Side) -> Iterator[str]:
         yield subject
 
 
-def _strange(side: Side) -> Iterator[tuple[_Key, tuple[str, Location]]]:
+def _unknown_options(side: Side) -> Iterator[tuple[_Key, tuple[str, Location]]]:
     """Find the unknown parts of orki options: subject, file and name; value and location."""
     for subject, file, path, options in _elements(side):
         for field, value in options.ListFields():
@@ -138,19 +111,15 @@ def _moves(comparison: Comparison) -> None:
     for subject, (file, path) in old.items():
         if subject in new and new[subject][0] != file:
             now = new[subject][0]
-            comparison.report(
-                "ORKI_DECLARATION_MOVED",
-                subject,
-                comparison.new.files[now],
-                f"{subject} moved: {file} → {now}",
-                plane=Plane.MESSAGES,
-                places=(comparison.old.schema.location(file, path), comparison.new.schema.location(*new[subject])),
-                affected=comparison.users(subject.partition(" ")[2], comparison.new.files[now]),
-            )
+            package = comparison.new.files[now]
+            users = comparison.users(subject.partition(" ")[2], package)
+            places = comparison.old.schema.location(file, path), comparison.new.schema.location(*new[subject])
+            text = f"moved: {file} → {now}"
+            comparison.report("ORKI_DECLARATION_MOVED", subject, package, text, places, Plane.MESSAGES, users)
 
 
 def _homes(side: Side) -> dict[str, tuple[str, Path]]:
-    """The file of every declaration on the top level, and its place there."""
+    """Return the file and the source path of every top-level declaration."""
     found: dict[str, tuple[str, Path]] = {}
     for path in side.files:
         file = side.schema.files[path]
@@ -167,39 +136,26 @@ def _homes(side: Side) -> dict[str, tuple[str, Path]]:
 
 
 def _files(comparison: Comparison) -> None:
-    """A difference that no finding tells is told here, so that equal versions mean equal code."""
-    told = {finding.package for finding in comparison.found}
+    """Report changed files without any other finding in their package, so that equal versions mean equal code."""
+    reported = {finding.package for finding in comparison.found}
     old, new = comparison.old, comparison.new
     for path in sorted({*old.files, *new.files}):
         package = new.files.get(path) or old.files.get(path, "")
         before, after = old.schema.files.get(path), new.schema.files.get(path)
-        if package not in told and _plain(before) != _plain(after):
-            comparison.report(
-                "ORKI_FILE_CHANGED",
-                f"file {path}",
-                package,
-                f"file {path} differs in what no rule names",
-                plane=Plane.MESSAGES,
-                places=(
-                    old.schema.location(path) if before is not None else None,
-                    new.schema.location(path) if after is not None else None,
-                ),
+        if package not in reported and _plain(before) != _plain(after):
+            places = (
+                old.schema.location(path) if before is not None else None,
+                new.schema.location(path) if after is not None else None,
             )
+            text = "differs in what no rule names"
+            comparison.report("ORKI_FILE_CHANGED", f"file {path}", package, text, places, Plane.MESSAGES)
 
 
 def _plain(file: FileDescriptorProto | None) -> bytes:
-    """A file without what says nothing: comments and places, and names in JSON where they are the usual ones."""
+    """Serialize a file without comments, locations and default JSON names."""
     if file is None:
         return b""
-    copy = type(file)()
-    # Field by field: what buf adds to each file of its images stays behind.
-    for each, value in file.ListFields():
-        if each.name == "source_code_info":
-            continue
-        if is_repeated(each) or each.message_type is not None:
-            getattr(copy, each.name).MergeFrom(value)
-        else:
-            setattr(copy, each.name, value)
+    copy = without_source(file)
     waiting = [*copy.message_type]
     while waiting:
         message = waiting.pop()
@@ -211,6 +167,6 @@ def _plain(file: FileDescriptorProto | None) -> bytes:
 
 
 def _camel(name: str) -> str:
-    """protoc's own name of a field in JSON."""
+    """Return the JSON name that protoc gives a field."""
     head, *others = name.split("_")
     return head + "".join(part[:1].upper() + part[1:] for part in others)

@@ -5,54 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from orki_contract._findings.comparison import (
-    Category,
-    Comparison,
-    Places,
-    Plane,
-    Rule,
-    Side,
-    additive,
-    breaking,
-    left_at,
-    was,
-)
+from orki_contract._findings.comparison import Comparison, Places, Plane, Side, left_at, was
 from orki_contract.descriptors import Location
 from orki_contract.model import Backoff, TaskMethod, ToolMethod, duration_text
 
-_TASK, _TOOL, _SERVICE = Category.TASK, Category.TOOL, Category.SERVICE
-
-RULES: Final[tuple[Rule, ...]] = (
-    breaking(_TASK, "ORKI_TASK_REMOVED", "A task is not removed, renamed or turned into another kind of method."),
-    breaking(_TASK, "ORKI_TASK_REQUEST_CHANGED", "A task keeps its request message."),
-    breaking(_TASK, "ORKI_TASK_RESPONSE_CHANGED", "A task keeps its response message."),
-    breaking(_TASK, "ORKI_TASK_PROGRESS_CHANGED", "A task keeps its progress message."),
-    breaking(_TASK, "ORKI_TASK_DIRECTIVE_CHANGED", "A task keeps its directive message."),
-    breaking(_TASK, "ORKI_TASK_LEASE_SHORTENED", "A task's heartbeat timeout does not decrease."),
-    breaking(_TASK, "ORKI_TASK_TIMEOUT_SHORTENED", "A task's timeouts do not decrease."),
-    breaking(_TASK, "ORKI_TASK_ATTEMPTS_LOWERED", "A task's number of attempts does not decrease."),
-    breaking(_TASK, "ORKI_TASK_REPEATED", "A task with one attempt does not get retries."),
-    additive(_TASK, "ORKI_TASK_ADDED", "A task is added."),
-    additive(_TASK, "ORKI_TASK_RELAXED", "A task gets more time, more attempts, or additional messages."),
-    breaking(_TOOL, "ORKI_TOOL_REMOVED", "A tool is not removed, renamed or turned into another kind of method."),
-    breaking(_TOOL, "ORKI_TOOL_OPCODE_CHANGED", "A tool keeps its opcode."),
-    breaking(_TOOL, "ORKI_TOOL_OPCODE_REUSED", "An opcode is not reused by another tool."),
-    breaking(_TOOL, "ORKI_TOOL_REQUEST_CHANGED", "A tool keeps its request message."),
-    breaking(_TOOL, "ORKI_TOOL_RESPONSE_CHANGED", "A tool keeps its response message."),
-    breaking(_TOOL, "ORKI_TOOL_TIMEOUT_SHORTENED", "A tool's timeout does not decrease."),
-    breaking(_TOOL, "ORKI_TOOL_IDEMPOTENCY_WITHDRAWN", "An idempotent tool stays idempotent."),
-    breaking(_TOOL, "ORKI_TOOL_IDEMPOTENCY_CLAIMED", "A tool that is not idempotent does not become idempotent."),
-    additive(_TOOL, "ORKI_TOOL_ADDED", "A tool is added."),
-    additive(_TOOL, "ORKI_TOOL_RELAXED", "A tool's timeout increases."),
-    breaking(_SERVICE, "ORKI_RPC_REMOVED", "A plain rpc is not removed, renamed or turned into a task or tool."),
-    breaking(_SERVICE, "ORKI_RPC_REQUEST_CHANGED", "A plain rpc keeps its request message."),
-    breaking(_SERVICE, "ORKI_RPC_RESPONSE_CHANGED", "A plain rpc keeps its response message."),
-    breaking(_SERVICE, "ORKI_RPC_STREAMING_CHANGED", "A plain rpc keeps its streaming mode."),
-    additive(_SERVICE, "ORKI_RPC_ADDED", "A plain rpc is added."),
-)
-
 _PLANES: Final = {"task": Plane.CONTROL, "tool": Plane.HOTPATH, "plain": Plane.SERVICE}
-_NOUNS: Final = {"task": "task", "tool": "tool", "plain": "rpc"}
 _IDS: Final = {"task": "ORKI_TASK", "tool": "ORKI_TOOL", "plain": "ORKI_RPC"}
 _TIMEOUTS: Final = ("attempt_timeout", "stall_timeout", "total_timeout", "cancel_grace")
 
@@ -97,18 +54,25 @@ def _report(comparison: Comparison, rule: str, name: str, kind: str, text: str, 
     side = comparison.new if name in comparison.new.methods else comparison.old
     file, method = side.methods[name]
     package = side.schema.files[file].package
-    subject = f"{_NOUNS[kind]} {name}"
+    subject = f"{'rpc' if kind == 'plain' else kind} {name}"
     noun = "service" if kind == "plain" else f"{kind} service"
     affected = {f"{noun} {method.service}"}
     for each in (comparison.old, comparison.new):
         affected.update(f"package {user}" for user in _importers(each, file) if user != package)
-    comparison.report(
-        rule, subject, package, f"{subject} {text}", plane=_PLANES[kind], places=places, affected=affected
-    )
+    comparison.report(rule, subject, package, text, places, _PLANES[kind], affected)
+
+
+def _reporter(comparison: Comparison, name: str, kind: str) -> Callable[..., None]:
+    """Return a function that reports a change of an rpc, or of a part of its option."""
+
+    def report(rule: str, text: str, *inside: str) -> None:
+        _report(comparison, rule, name, kind, text, _places(comparison, name, kind, *inside))
+
+    return report
 
 
 def _importers(side: Side, path: str) -> set[str]:
-    """Packages of the files that import a file."""
+    """Return the packages of the files that import a file."""
     return {side.files[name] for name in side.files if path in side.schema.files[name].dependency}
 
 
@@ -126,7 +90,6 @@ def _gone(comparison: Comparison, name: str, before: str, after: str) -> None:
 
 
 def _types(comparison: Comparison, before: Any, after: Any, names: tuple[str, ...], kind: str) -> None:
-    """Compare the messages of a method by name."""
     name = after.full_name
     for each in names:
         one, other = getattr(before, each), getattr(after, each)
@@ -142,11 +105,7 @@ def _types(comparison: Comparison, before: Any, after: Any, names: tuple[str, ..
 
 
 def _task(comparison: Comparison, before: TaskMethod, after: TaskMethod) -> None:
-    name = after.full_name
-
-    def report(rule: str, text: str, *inside: str) -> None:
-        _report(comparison, rule, name, "task", text, _places(comparison, name, "task", *inside))
-
+    report = _reporter(comparison, after.full_name, "task")
     _types(comparison, before, after, ("request", "response", "progress", "directive"), "task")
     _time(before, after, "heartbeat_timeout", "ORKI_TASK_LEASE_SHORTENED", "ORKI_TASK_RELAXED", report)
     for each in _TIMEOUTS:
@@ -160,16 +119,12 @@ def _task(comparison: Comparison, before: TaskMethod, after: TaskMethod) -> None
     elif after.max_attempts > before.max_attempts:
         report("ORKI_TASK_RELAXED", f"allows more attempts: {attempts}", "max_attempts")
     if after.backoff != before.backoff:
-        told = was(before.backoff, after.backoff, _backoff)
-        report("ORKI_TASK_RELAXED", f"changed its retry backoff: {told}", "retry_backoff")
+        text = f"changed its retry backoff: {was(before.backoff, after.backoff, _backoff)}"
+        report("ORKI_TASK_RELAXED", text, "retry_backoff")
 
 
 def _tool(comparison: Comparison, before: ToolMethod, after: ToolMethod) -> None:
-    name = after.full_name
-
-    def report(rule: str, text: str, *inside: str) -> None:
-        _report(comparison, rule, name, "tool", text, _places(comparison, name, "tool", *inside))
-
+    report = _reporter(comparison, after.full_name, "tool")
     if before.opcode != after.opcode:
         text = f"changed its opcode: {was(before.opcode, after.opcode, '0x{:04x}'.format)}"
         report("ORKI_TOOL_OPCODE_CHANGED", text, "opcode")
@@ -186,10 +141,8 @@ def _tool(comparison: Comparison, before: ToolMethod, after: ToolMethod) -> None
 def _plain(comparison: Comparison, name: str) -> None:
     one, other = comparison.old.methods[name][1].proto, comparison.new.methods[name][1].proto
     places = _places(comparison, name, "")
-    for kind, before, after in (
-        ("REQUEST", one.input_type, other.input_type),
-        ("RESPONSE", one.output_type, other.output_type),
-    ):
+    inputs, outputs = (one.input_type, other.input_type), (one.output_type, other.output_type)
+    for kind, (before, after) in (("REQUEST", inputs), ("RESPONSE", outputs)):
         if before != after:
             text = f"changed its {kind.lower()}: {was(before.removeprefix('.'), after.removeprefix('.'))}"
             _report(comparison, f"ORKI_RPC_{kind}_CHANGED", name, "plain", text, places)
@@ -219,9 +172,5 @@ def _backoff(value: Backoff) -> str:
 
 
 def _streaming(value: tuple[bool, bool]) -> str:
-    return {
-        (False, False): "nothing",
-        (True, False): "requests",
-        (False, True): "responses",
-        (True, True): "both",
-    }[value]
+    client, server = value
+    return "both" if client and server else "requests" if client else "responses" if server else "nothing"

@@ -32,11 +32,11 @@ class FieldShape:
         number: On the wire.
         json: In JSON.
         index: Among the fields of its message.
-        kind: Its type in words, such as `string`, `acme.v1.Finding` or `map<string, int32>`.
-        cardinality: `single`, `optional` (it knows whether it is set), `required` or `repeated`.
-        oneof: Name of the oneof that it is in; empty for none.
+        kind: Its type, such as `string`, `acme.v1.Finding` or `map<string, int32>`.
+        cardinality: `single`, `optional` (with presence), `required` or `repeated`.
+        oneof: Name of its oneof; empty for none.
         default: Value of an absent field; empty for messages and repeated fields.
-        checked: Whether strings that are no UTF-8 are refused; True for other types.
+        checked: Whether strings must be valid UTF-8; True for other types.
     """
 
     name: str
@@ -51,7 +51,7 @@ class FieldShape:
 
 
 def field_shapes(schema: Schema, node: MessageNode) -> Mapping[int, FieldShape]:
-    """The fields of a message by their numbers."""
+    """Return the fields of a message by number."""
     descriptor: Descriptor = schema.pool.FindMessageTypeByName(node.full_name)
     return {
         proto.number: shape_of(node.file, descriptor.fields_by_number[proto.number], proto, index)
@@ -60,7 +60,7 @@ def field_shapes(schema: Schema, node: MessageNode) -> Mapping[int, FieldShape]:
 
 
 def shape_of(file: FileDescriptorProto, field: FieldDescriptor, proto: FieldDescriptorProto, index: int) -> FieldShape:
-    """The shape of one field or extension, as the file's pool resolves it."""
+    """Return the shape of one field or extension, as the file's pool resolves it."""
     oneof = field.containing_oneof
     return FieldShape(
         name=field.name,
@@ -76,7 +76,7 @@ def shape_of(file: FileDescriptorProto, field: FieldDescriptor, proto: FieldDesc
 
 
 def names_by_number(proto: EnumDescriptorProto) -> Mapping[int, tuple[str, ...]]:
-    """The names of each value of an enum; by the first one it is shown, in JSON as well."""
+    """Return the names of each number of an enum; the first one is its primary name, also in JSON."""
     found: dict[int, tuple[str, ...]] = {}
     for value in proto.value:
         found[value.number] = (*found.get(value.number, ()), value.name)
@@ -84,7 +84,7 @@ def names_by_number(proto: EnumDescriptorProto) -> Mapping[int, tuple[str, ...]]
 
 
 def closed(schema: Schema, enum: str) -> bool:
-    """Whether readers of an enum put values that they do not know aside, as if the field were absent."""
+    """Whether readers treat unknown values of an enum as an absent field."""
     return bool(schema.pool.FindEnumTypeByName(enum).is_closed)
 
 
@@ -103,7 +103,7 @@ def _cardinality(field: FieldDescriptor, proto: FieldDescriptorProto) -> str:
         return "repeated"
     if _required(field):
         return "required"
-    # A message knows whether it is set anyway, and so does what is in a oneof.
+    # Messages and members of a oneof always have presence.
     if field.message_type is not None or (field.containing_oneof is not None and not proto.proto3_optional):
         return "single"
     return "optional" if field.has_presence else "single"
@@ -118,7 +118,6 @@ def _required(field: Any) -> bool:
 
 
 def _checks_utf8(file: FileDescriptorProto, proto: FieldDescriptorProto) -> bool:
-    """As the field says, or else its file."""
     if file.syntax != "editions":
         return file.syntax == "proto3"
     for options in (proto.options, file.options):
@@ -136,7 +135,7 @@ def reserves(proto: DescriptorProto | EnumDescriptorProto, number: int) -> bool:
 def withdrawn(
     before: DescriptorProto | EnumDescriptorProto, after: DescriptorProto | EnumDescriptorProto
 ) -> int | None:
-    """The lowest number that was reserved before and is not any more; None for none."""
+    """Return the lowest number that is no longer reserved; None for none."""
     kept = _ranges(after)
     for start, end in _ranges(before):
         at = start
@@ -149,7 +148,7 @@ def withdrawn(
 
 
 def _ranges(proto: DescriptorProto | EnumDescriptorProto) -> list[tuple[int, int]]:
-    """The reserved ranges in order, each from its first number to the one behind its last."""
+    """Return the sorted half-open reserved ranges."""
     # An enum's range includes its end, a message's does not.
     more = 1 if proto.DESCRIPTOR.name == "EnumDescriptorProto" else 0
     return sorted((each.start, each.end + more) for each in proto.reserved_range)

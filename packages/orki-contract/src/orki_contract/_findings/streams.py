@@ -4,51 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import partial
+from typing import Any
 
-from google.protobuf.descriptor_pb2 import FileDescriptorProto
-
-from orki_contract._findings.comparison import (
-    Category,
-    Comparison,
-    Places,
-    Plane,
-    Rule,
-    Side,
-    additive,
-    breaking,
-    left_at,
-    source_breaking,
-    was,
-)
+from orki_contract._findings.comparison import Comparison, Places, Plane, Side, left_at, was
 from orki_contract.descriptors import Location
 from orki_contract.model import Group, Retention, Stream, duration_text
-
-_STREAM: Final = Category.STREAM
-
-RULES: Final[tuple[Rule, ...]] = (
-    breaking(_STREAM, "ORKI_STREAM_REMOVED", "A stream is not removed or renamed."),
-    breaking(_STREAM, "ORKI_STREAM_MOVED", "A stream keeps its message."),
-    breaking(_STREAM, "ORKI_STREAM_ENTRIES_LOWERED", "A stream's maximum number of entries does not decrease."),
-    breaking(_STREAM, "ORKI_STREAM_AGE_LOWERED", "A stream's maximum age does not decrease."),
-    breaking(_STREAM, "ORKI_STREAM_LIMITS", "A stream does not gain or lose an age limit."),
-    breaking(_STREAM, "ORKI_STREAM_LEAST_LOWERED", "The lowest retention that a deployment may set does not decrease."),
-    source_breaking(_STREAM, "ORKI_STREAM_BOUNDS_NARROWED", "The range that a deployment may set does not narrow."),
-    breaking(_STREAM, "ORKI_STREAM_OVERFLOW_CHANGED", "A stream keeps its overflow policy."),
-    breaking(_STREAM, "ORKI_STREAM_PARTITIONS_CHANGED", "A stream keeps its number of partitions."),
-    breaking(_STREAM, "ORKI_STREAM_KEY_CHANGED", "A stream keeps its partition key."),
-    additive(_STREAM, "ORKI_STREAM_ADDED", "A stream is added."),
-    additive(_STREAM, "ORKI_STREAM_RELAXED", "A stream's retention or its upper bound increases."),
-    breaking(_STREAM, "ORKI_GROUP_REMOVED", "A group is not removed, renamed or moved to another package."),
-    breaking(_STREAM, "ORKI_GROUP_START_CHANGED", "A group keeps its start position."),
-    breaking(_STREAM, "ORKI_GROUP_DELIVERIES_LOWERED", "A group's maximum number of deliveries does not decrease."),
-    breaking(_STREAM, "ORKI_GROUP_DEADLINE_LOWERED", "A group's acknowledgement deadline does not decrease."),
-    breaking(_STREAM, "ORKI_GROUP_DEAD_LETTER_CHANGED", "A group keeps its dead-letter stream."),
-    additive(_STREAM, "ORKI_GROUP_ADDED", "A group is added."),
-    additive(_STREAM, "ORKI_GROUP_RELAXED", "A group allows more deliveries or more time."),
-)
-
-_Where = Callable[..., Location]
 
 
 def compare(comparison: Comparison) -> None:
@@ -129,7 +90,7 @@ def _bounds(before: Retention, after: Retention, report: Callable[..., None]) ->
         kinds.append(("age", before.age_bounds, after.age_bounds, before.max_age, after.max_age))
     for kind, old, new, was_kept, is_kept in kinds:
         shown = f"{_range(old, kind)} → {_range(new, kind)}"
-        # A lower value of the contract's own is told already, unless a deployment may go below even that.
+        # The contract's own lower value is reported separately, unless a deployment may go even lower.
         if new[0] < old[0] and (new[0] < is_kept or is_kept >= was_kept):
             text = f"has a lower minimum setting: {shown}"
             report("ORKI_STREAM_LEAST_LOWERED", text, "retention", f"least_{kind}")
@@ -149,19 +110,13 @@ def _range(bounds: tuple[float, float], kind: str) -> str:
 def _report(comparison: Comparison, rule: str, stream: Stream, text: str, places: Places) -> None:
     side = comparison.new if stream.message in comparison.new.messages else comparison.old
     subject = f'stream "{stream.name}"'
-    comparison.report(
-        rule,
-        subject,
-        side.schema.messages[stream.message].file.package,
-        f"{subject} {text}",
-        plane=Plane.EVENTS,
-        places=places,
-        affected=_readers(comparison, stream),
-    )
+    package = side.schema.messages[stream.message].file.package
+    readers = _readers(comparison, stream)
+    comparison.report(rule, subject, package, text, places, Plane.EVENTS, readers)
 
 
 def _readers(comparison: Comparison, stream: Stream) -> Iterator[str]:
-    """Groups of the stream on either side, and the packages of those that readers declare."""
+    """Return the stream's groups on either side, and the packages that declare external groups."""
     for side in (comparison.old, comparison.new):
         known = side.streams.get(stream.name)
         for group in known.groups if known is not None else ():
@@ -172,11 +127,8 @@ def _readers(comparison: Comparison, stream: Stream) -> Iterator[str]:
                 yield f"package {subscription.package}"
 
 
-def _place(side: Side, stream: Stream) -> _Where:
-    def where(*inside: str | int) -> Location:
-        return side.message_place(stream.message, "stream", *inside)
-
-    return where
+def _place(side: Side, stream: Stream) -> Callable[..., Location]:
+    return partial(side.message_place, stream.message, "stream")
 
 
 def _overflow(side: Side, stream: Stream) -> str:
@@ -186,7 +138,7 @@ def _overflow(side: Side, stream: Stream) -> str:
 
 
 def _key(side: Side, stream: Stream) -> int:
-    """Number of the field that picks the partition; 0 for none."""
+    """Return the number of the field that selects the partition; 0 for none."""
     fields = side.schema.messages[stream.message].proto.field
     return next((field.number for field in fields if field.name == stream.partition_key), 0)
 
@@ -197,13 +149,9 @@ def _shown_key(value: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Declared:
-    """A group as declared on one side.
+    """A group as declared on one side; an implicit `audit` has no option.
 
-    Attributes:
-        group: The group.
-        option: Its option; None for an implicit `audit`.
-        package: The package that declares it.
-        place: Returns the location of the group or of a part of it.
+    `place` returns the location of the group or of a part of it.
     """
 
     group: Group
@@ -280,19 +228,11 @@ def _report_group(comparison: Comparison, rule: str, stream: str, group: _Declar
         if known is not None:
             affected.add(f"package {side.schema.messages[known.message].file.package}")
     affected.discard(f"package {group.package}")
-    comparison.report(
-        rule,
-        subject,
-        group.package,
-        f"{subject} {text}",
-        plane=Plane.EVENTS,
-        places=places,
-        affected=affected,
-    )
+    comparison.report(rule, subject, group.package, text, places, Plane.EVENTS, affected)
 
 
 def _owned(side: Side, stream: Stream) -> Iterator[tuple[str, _Declared]]:
-    """The groups that a stream's owner declares, including `audit`."""
+    """Return the groups that a stream's owner declares, including `audit`."""
     node = side.schema.messages[stream.message]
     written = side.schema.option(node.proto.options, "stream").groups
     names = [each.name for each in written]
@@ -300,20 +240,16 @@ def _owned(side: Side, stream: Stream) -> Iterator[tuple[str, _Declared]]:
         index = names.index(group.name) if group.name in names else -1
 
         def place(*inside: str | int, _index: int = index) -> Location:
-            steps = ("groups", _index, *inside) if _index >= 0 else ("name",)
-            return side.message_place(stream.message, "stream", *steps)
+            return _place(side, stream)(*(("groups", _index, *inside) if _index >= 0 else ("name",)))
 
         option = written[index] if index >= 0 else None
         yield group.name, _Declared(group=group, option=option, package=node.file.package, place=place)
 
 
 def _read(side: Side, package: str, stream: str) -> Iterator[tuple[str, _Declared]]:
-    """The groups that a package declares on another package's stream."""
+    """Return the groups that a package declares on another package's stream."""
     for file, index, option in side.consumed.get((package, stream), ()):
-
-        def place(*inside: str | int, _file: FileDescriptorProto = file, _index: int = index) -> Location:
-            return side.place(_file.name, (), _file.options, "consume", _index, "group", *inside)
-
+        place = partial(side.schema.locate, file.name, (), file.options, "consume", index, "group")
         group = side.external_groups[package, stream, option.group.name].group
         yield group.name, _Declared(group=group, option=option.group, package=package, place=place)
 

@@ -1,1 +1,1 @@
-"""The rules of contracts, by what they judge."""
+"""Rules for one contract, by subject."""

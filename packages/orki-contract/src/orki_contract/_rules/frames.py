@@ -1,7 +1,8 @@
-"""Frames: where fields lie, and which there may be."""
+"""Rules for frames and the positions of their fields."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Final
 
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto
@@ -52,21 +53,13 @@ def check(report: Report) -> None:
 
 
 def _frame(report: Report, node: MessageNode, option: Any, layout: Frame) -> None:
-    def place(name: str) -> Location:
-        return report.schema.locate(node.file.name, node.path, node.proto.options, "frame", name)
-
+    place = partial(report.schema.locate, node.file.name, node.path, node.proto.options, "frame")
     if not 1 <= option.version <= 0xFFFF:
-        report.add(
-            "ORKI_FRAME_VERSION",
-            place("version"),
-            f"frame {node.full_name} has the version {option.version}: use 1 to 65535",
-        )
+        text = f"frame {node.full_name} has the version {option.version}: use 1 to 65535"
+        report.add("ORKI_FRAME_VERSION", place("version"), text)
     if option.block_length % 8 or option.block_length > 65528:
-        report.add(
-            "ORKI_FRAME_BLOCK_LENGTH",
-            place("block_length"),
-            f"the block of {node.full_name} has {option.block_length} bytes: use a multiple of 8, at most 65528",
-        )
+        text = f"the block of {node.full_name} has {option.block_length} bytes: use a multiple of 8, at most 65528"
+        report.add("ORKI_FRAME_BLOCK_LENGTH", place("block_length"), text)
     fields = {field.name: field for field in layout.fields}
     tail = ""
     for index, field in enumerate(node.proto.field):
@@ -78,18 +71,12 @@ def _frame(report: Report, node: MessageNode, option: Any, layout: Frame) -> Non
             reason = f'field "{field.name}" has no offset, so it is the tail'
             _stray(report, node, index, field, ("scalar", "size", "since"), reason)
             if tail:
-                report.add(
-                    "ORKI_FRAME_ONE_TAIL",
-                    report.schema.location(node.file.name, field_path(node, index)),
-                    f'frame field "{field.name}" is a second tail besides "{tail}": add an offset and a size',
-                )
+                text = f'frame field "{field.name}" is a second tail besides "{tail}": add an offset and a size'
+                report.add("ORKI_FRAME_ONE_TAIL", report.schema.location(node.file.name, field_path(node, index)), text)
             tail = tail or field.name
         else:
-            report.add(
-                "ORKI_FRAME_FIELD_OFFSET",
-                report.schema.location(node.file.name, field_path(node, index)),
-                f'frame field "{field.name}" has no offset: add one',
-            )
+            text = f'frame field "{field.name}" has no offset: add one'
+            report.add("ORKI_FRAME_FIELD_OFFSET", report.schema.location(node.file.name, field_path(node, index)), text)
     _overlaps(report, node, layout)
 
 
@@ -98,11 +85,8 @@ def _stray(
 ) -> None:
     for name in options:
         if report.schema.option(field.options, name) is not None:
-            report.add(
-                "ORKI_FRAME_OPTION_STRAY",
-                report.schema.locate(node.file.name, field_path(node, index), field.options, name),
-                f'{reason}: remove the option {name} from "{field.name}"',
-            )
+            place = report.schema.locate(node.file.name, field_path(node, index), field.options, name)
+            report.add("ORKI_FRAME_OPTION_STRAY", place, f'{reason}: remove the option {name} from "{field.name}"')
 
 
 def _supported(report: Report, node: MessageNode, index: int, field: FieldDescriptorProto) -> bool:
@@ -117,56 +101,44 @@ def _supported(report: Report, node: MessageNode, index: int, field: FieldDescri
         what = "a string in the block"
     else:
         return True
-    report.add(
-        "ORKI_FRAME_FIELD_TYPE",
-        report.schema.location(node.file.name, field_path(node, index)),
+    text = (
         f'frame field "{field.name}" is {what}: a block holds single numbers, bools, enums and bytes of fixed length, '
-        "and one string or bytes may follow as the tail",
+        "and one string or bytes may follow as the tail"
     )
+    report.add("ORKI_FRAME_FIELD_TYPE", report.schema.location(node.file.name, field_path(node, index)), text)
     return False
 
 
 def _block_field(
     report: Report, node: MessageNode, index: int, field: FieldDescriptorProto, layout: FrameField, option: Any
 ) -> None:
-    def place(name: str) -> Location:
-        return report.schema.locate(node.file.name, field_path(node, index), field.options, name)
-
+    place = partial(report.schema.locate, node.file.name, field_path(node, index), field.options)
     if layout.offset + layout.size > option.block_length:
-        report.add(
-            "ORKI_FRAME_FIELD_OUTSIDE",
-            place("offset"),
+        text = (
             f'frame field "{field.name}" {_bytes(layout)} ends after the block of {option.block_length} bytes: '
-            "move it or enlarge the block",
+            "move it or enlarge the block"
         )
+        report.add("ORKI_FRAME_FIELD_OUTSIDE", place("offset"), text)
     if layout.scalar is not Scalar.BYTES and layout.offset % layout.size:
-        report.add(
-            "ORKI_FRAME_FIELD_ALIGNED",
-            place("offset"),
+        text = (
             f'frame field "{field.name}" has {layout.size} bytes and the offset {layout.offset}: '
-            f"use an offset that is a multiple of {layout.size}",
+            f"use an offset that is a multiple of {layout.size}"
         )
+        report.add("ORKI_FRAME_FIELD_ALIGNED", place("offset"), text)
     size = report.schema.option(field.options, "size")
     if layout.scalar is Scalar.BYTES and not size:
-        report.add(
-            "ORKI_FRAME_SIZE",
-            place("size" if size is not None else "offset"),
-            f'frame field "{field.name}" has no size: add its number of bytes',
-        )
+        text = f'frame field "{field.name}" has no size: add its number of bytes'
+        report.add("ORKI_FRAME_SIZE", place("size" if size is not None else "offset"), text)
     elif layout.scalar is not Scalar.BYTES and size is not None:
-        report.add(
-            "ORKI_FRAME_SIZE",
-            place("size"),
-            f'frame field "{field.name}" always has {layout.size} bytes: remove its size',
-        )
+        text = f'frame field "{field.name}" always has {layout.size} bytes: remove its size'
+        report.add("ORKI_FRAME_SIZE", place("size"), text)
     since = report.schema.option(field.options, "since")
     if since is not None and not 1 <= since <= option.version:
-        report.add(
-            "ORKI_FRAME_SINCE",
-            place("since"),
+        text = (
             f'frame field "{field.name}" has since = {since} but the frame has version {option.version}: '
-            "increase the frame's version or correct since",
+            "increase the frame's version or correct since"
         )
+        report.add("ORKI_FRAME_SINCE", place("since"), text)
     _scalar(report, field, place("scalar"))
 
 
@@ -182,21 +154,17 @@ def _scalar(report: Report, field: FieldDescriptorProto, place: Location) -> Non
     name, types, least, greatest = known
     if field.type not in types:
         kind = "uint32, fixed32" if types is _UNSIGNED else "int32, sint32, sfixed32"
-        report.add(
-            "ORKI_FRAME_SCALAR",
-            place,
-            f'{name} does not match the proto type of frame field "{field.name}": use {kind} or an enum',
-        )
+        text = f'{name} does not match the proto type of frame field "{field.name}": use {kind} or an enum'
+        report.add("ORKI_FRAME_SCALAR", place, text)
     elif field.type == _Field.TYPE_ENUM:
         enum = report.schema.enums[field.type_name.removeprefix(".")][1]
         for value in enum.value:
             if not least <= value.number <= greatest:
-                report.add(
-                    "ORKI_FRAME_SCALAR",
-                    place,
+                text = (
                     f'{value.name} = {value.number} does not fit {name} of frame field "{field.name}": '
-                    "use a wider scalar",
+                    "use a wider scalar"
                 )
+                report.add("ORKI_FRAME_SCALAR", place, text)
 
 
 def _overlaps(report: Report, node: MessageNode, layout: Frame) -> None:
@@ -207,11 +175,9 @@ def _overlaps(report: Report, node: MessageNode, layout: Frame) -> None:
             first, last = field.offset, min(end, field.offset + field.size) - 1
             index = indexes[field.name]
             options = node.proto.field[index].options
-            report.add(
-                "ORKI_FRAME_FIELD_OVERLAP",
-                report.schema.locate(node.file.name, field_path(node, index), options, "offset"),
-                f'frame field "{field.name}" overlaps "{holder}" (bytes {first}..{last}): move one of them',
-            )
+            place = report.schema.locate(node.file.name, field_path(node, index), options, "offset")
+            text = f'frame field "{field.name}" overlaps "{holder}" (bytes {first}..{last}): move one of them'
+            report.add("ORKI_FRAME_FIELD_OVERLAP", place, text)
         if field.offset + field.size > end:
             end, holder = field.offset + field.size, field.name
 

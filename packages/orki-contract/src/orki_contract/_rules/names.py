@@ -22,7 +22,7 @@ RULES: Final[dict[Rule, str]] = {
     "ORKI_PACKAGE_SHADOWS": "A package's first part is not a module of Python, protobuf or orki.",
 }
 
-# What FrameBase and the generated classes have already.
+# Attributes of FrameBase and of the generated classes.
 _RESERVED: Final = frozenset({"FRAME", "decode", "encode"})
 _TAKEN_PACKAGES: Final = frozenset({"google", "grpc", "orki_contract"})
 
@@ -40,22 +40,16 @@ def check(report: Report) -> None:
             _messages(report, file)
         module = module_path(file.path, "").casefold()
         if module in modules:
-            report.add(
-                "ORKI_NAME_MODULE",
-                report.schema.location(file.path),
-                f"{file.path} and {modules[module]} become the same Python module: rename one",
-            )
+            text = f"{file.path} and {modules[module]} become the same Python module: rename one"
+            report.add("ORKI_NAME_MODULE", report.schema.location(file.path), text)
         modules.setdefault(module, file.path)
 
 
 def _file(report: Report, file: FileContract) -> None:
     stem = file.path.removesuffix(".proto").rpartition("/")[2].replace("-", "_")
     if not stem.isidentifier():
-        report.add(
-            "ORKI_NAME_FILE",
-            report.schema.location(file.path),
-            f'"{stem}" is not a valid Python module name: use letters, digits and underscores',
-        )
+        text = f'"{stem}" is not a valid Python module name: use letters, digits and underscores'
+        report.add("ORKI_NAME_FILE", report.schema.location(file.path), text)
 
 
 def _package(report: Report, file: FileContract) -> None:
@@ -63,37 +57,32 @@ def _package(report: Report, file: FileContract) -> None:
     parts = file.package.split(".") if file.package else []
     folder = "/".join(parts)
     if file.path.rpartition("/")[0] != folder or not parts:
-        report.add(
-            "ORKI_PACKAGE_FOLDER",
-            place,
+        text = (
             f'the file is in "{file.path.rpartition("/")[0]}" but its package is "{file.package}": '
-            "move the file or rename the package",
+            "move the file or rename the package"
         )
+        report.add("ORKI_PACKAGE_FOLDER", place, text)
     for part in parts:
         _keyword(report, place, part, f'the part "{part}" of package {file.package}')
     if parts and (parts[0] in sys.stdlib_module_names or parts[0] in _TAKEN_PACKAGES):
-        report.add(
-            "ORKI_PACKAGE_SHADOWS",
-            place,
+        text = (
             f'package {file.package} begins with "{parts[0]}", which is another Python module: '
-            "put your own name in front",
+            "put your own name in front"
         )
+        report.add("ORKI_PACKAGE_SHADOWS", place, text)
 
 
 def _declarations(report: Report, file: FileContract) -> None:
     seen: dict[str, str] = {}
     for name, subject, place in _declared(report, file):
         if seen.get(name, subject) != subject:
-            report.add(
-                "ORKI_NAME_CLASH",
-                place,
-                f"{subject} and {seen[name]} would both be {name} in Python: rename one or move it to another file",
-            )
+            text = f"{subject} and {seen[name]} would both be {name} in Python: rename one or move it to another file"
+            report.add("ORKI_NAME_CLASH", place, text)
         seen.setdefault(name, subject)
 
 
 def _declared(report: Report, file: FileContract) -> Iterator[tuple[str, str, Location]]:
-    """Every name on the top level of a file's module, with what it comes from and where that stands."""
+    """Return every top-level name of a file's module, with its declaration and the declaration's location."""
     contract, places = file.contract, report.read.locations
     for stream in contract.streams:
         for name in (constant_name(stream.name), f"{class_name(stream.name)}Group"):

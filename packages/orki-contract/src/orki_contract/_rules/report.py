@@ -13,7 +13,7 @@ Rule = str
 """An id such as `ORKI_STREAM_NAME_UNIQUE`."""
 
 LONGEST_MS: Final = 3650 * 24 * 3600 * 1000
-"""The longest duration that a contract may name: 3,650 days."""
+"""The longest duration that a contract may set: 3,650 days."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -51,11 +51,11 @@ class Report:
         self.found.append(Violation(self.shown(location), rule, message))
 
     def shown(self, location: Location) -> Location:
-        """The location as people reach it: the file by where it lies, not by how it is imported."""
+        """Return the location with the file's path in the source tree instead of its import path."""
         return replace(location, file=self._places.get(location.file, location.file))
 
     def messages(self, option: str) -> Iterator[tuple[MessageNode, Any]]:
-        """Every message that carries an option of orki's, with the option's value."""
+        """Return every message with the option, and the option's value."""
         for node in self.schema.messages.values():
             value = self.schema.option(node.proto.options, option)
             if value is not None:
@@ -69,11 +69,7 @@ class Report:
         length = value.seconds * 1_000_000_000 + value.nanos
         if not 1_000_000 <= length <= LONGEST_MS * 1_000_000:
             given = f"{length / 1_000_000_000:.9f}".rstrip("0").rstrip(".")
-            self.add(
-                "ORKI_DURATION",
-                place,
-                f"{name} of {subject} is {given} s: use 1 ms to 3650 days, or remove it",
-            )
+            self.add("ORKI_DURATION", place, f"{name} of {subject} is {given} s: use 1 ms to 3650 days, or remove it")
 
 
 def quoted(names: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Final
 
 from orki_contract._rules.report import Report, Rule
@@ -24,13 +25,7 @@ RULES: Final[dict[Rule, str]] = {
     "ORKI_TOOL_OPCODE_UNIQUE": "A tool's opcode is unique.",
 }
 
-_TASK_DURATIONS: Final = (
-    "heartbeat_timeout",
-    "attempt_timeout",
-    "stall_timeout",
-    "total_timeout",
-    "cancel_grace",
-)
+_TASK_DURATIONS: Final = ("heartbeat_timeout", "attempt_timeout", "stall_timeout", "total_timeout", "cancel_grace")
 
 
 def check(report: Report) -> None:
@@ -43,11 +38,9 @@ def check(report: Report) -> None:
             tool = report.schema.option(method.proto.options, "tool")
             kinds[method.full_name] = "task" if task is not None else "tool" if tool is not None else "plain"
             if task is not None and tool is not None:
-                report.add(
-                    "ORKI_METHOD_ONE_KIND",
-                    report.schema.locate(service.file.name, method.path, method.proto.options, "tool"),
-                    f"{method.full_name} is a task and a tool: keep one of the two options",
-                )
+                place = report.schema.locate(service.file.name, method.path, method.proto.options, "tool")
+                text = f"{method.full_name} is a task and a tool: keep one of the two options"
+                report.add("ORKI_METHOD_ONE_KIND", place, text)
             if task is not None:
                 _task(report, service, method, task)
             if tool is not None:
@@ -56,15 +49,12 @@ def check(report: Report) -> None:
                 _unary(report, service, method)
         if len(set(kinds.values())) > 1:
             parts = ", ".join(f"{name.partition('/')[2]} is {_article(kind)}" for name, kind in kinds.items())
-            report.add(
-                "ORKI_SERVICE_MIXED",
-                report.schema.location(service.file.name, service.path),
-                f"{service.full_name} mixes kinds of methods ({parts}): split it into one service per kind",
-            )
+            text = f"{service.full_name} mixes kinds of methods ({parts}): split it into one service per kind"
+            report.add("ORKI_SERVICE_MIXED", report.schema.location(service.file.name, service.path), text)
 
 
 def _opcodes(report: Report) -> dict[int, list[tuple[str, Location]]]:
-    """Full name and place of every tool, by its opcode."""
+    """Return the full name and the location of every tool by opcode."""
     found: dict[int, list[tuple[str, Location]]] = {}
     for service in report.schema.services.values():
         for method in service.methods:
@@ -82,26 +72,18 @@ def _article(kind: str) -> str:
 
 def _unary(report: Report, service: ServiceNode, method: MethodNode) -> None:
     if method.proto.client_streaming or method.proto.server_streaming:
-        report.add(
-            "ORKI_METHOD_UNARY",
-            report.schema.location(service.file.name, method.path),
-            f"{method.full_name} streams: remove `stream` (tasks report progress with their progress message)",
-        )
+        text = f"{method.full_name} streams: remove `stream` (tasks report progress with their progress message)"
+        report.add("ORKI_METHOD_UNARY", report.schema.location(service.file.name, method.path), text)
 
 
 def _task(report: Report, service: ServiceNode, method: MethodNode, option: Any) -> None:
-    def place(*inside: str | int) -> Location:
-        return report.schema.locate(service.file.name, method.path, method.proto.options, "task", *inside)
-
+    place = partial(report.schema.locate, service.file.name, method.path, method.proto.options, "task")
     subject = method.full_name
     for name in _TASK_DURATIONS:
         report.duration(place(name), option, name, subject)
     if option.max_attempts > 1000:
-        report.add(
-            "ORKI_TASK_MAX_ATTEMPTS",
-            place("max_attempts"),
-            f"{subject} has max_attempts = {option.max_attempts}: set it to 1 to 1000",
-        )
+        text = f"{subject} has max_attempts = {option.max_attempts}: set it to 1 to 1000"
+        report.add("ORKI_TASK_MAX_ATTEMPTS", place("max_attempts"), text)
     _backoff(report, option, place("retry_backoff"), place, subject)
     for name in ("progress", "directive"):
         _message(report, service, getattr(option, name), place(name), f"the {name} of {subject}")
@@ -115,21 +97,17 @@ def _backoff(report: Report, option: Any, whole: Location, place: Any, subject: 
     for name in ("initial", "maximum"):
         report.duration(place("retry_backoff", name), backoff, name, f"the retry_backoff of {subject}")
     if backoff.multiplier and not (math.isfinite(backoff.multiplier) and backoff.multiplier >= 1):
-        report.add(
-            "ORKI_TASK_BACKOFF_MULTIPLIER",
-            place("retry_backoff", "multiplier"),
-            f"the retry multiplier of {subject} is {backoff.multiplier:g}: set it to at least 1",
-        )
+        text = f"the retry multiplier of {subject} is {backoff.multiplier:g}: set it to at least 1"
+        report.add("ORKI_TASK_BACKOFF_MULTIPLIER", place("retry_backoff", "multiplier"), text)
     default = Backoff()
     first = seconds_of(backoff.initial if backoff.HasField("initial") else None, default.initial)
     longest = seconds_of(backoff.maximum if backoff.HasField("maximum") else None, default.maximum)
     if first > longest:
-        report.add(
-            "ORKI_TASK_BACKOFF_ORDER",
-            whole,
+        text = (
             f"the initial retry delay of {subject} ({duration_text(first)}) exceeds the maximum "
-            f"({duration_text(longest)}): lower initial or raise maximum",
+            f"({duration_text(longest)}): lower initial or raise maximum"
         )
+        report.add("ORKI_TASK_BACKOFF_ORDER", whole, text)
 
 
 def _message(report: Report, service: ServiceNode, name: str, place: Location, subject: str) -> None:
@@ -138,18 +116,12 @@ def _message(report: Report, service: ServiceNode, name: str, place: Location, s
     full_name = resolve(service.file.package, name)
     node = report.schema.messages.get(full_name)
     if node is None:
-        report.add(
-            "ORKI_TASK_MESSAGE",
-            place,
-            f'{subject} names the unknown message "{full_name}": correct the name or add its package',
-        )
+        text = f'{subject} names the unknown message "{full_name}": correct the name or add its package'
+        report.add("ORKI_TASK_MESSAGE", place, text)
         return
     if node.file.name not in report.schema.imports(service.file.name):
-        report.add(
-            "ORKI_TASK_MESSAGE_IMPORT",
-            place,
-            f'{subject} is declared in {node.file.name}, which this file must import: import "{node.file.name}";',
-        )
+        text = f'{subject} is declared in {node.file.name}, which this file must import: import "{node.file.name}";'
+        report.add("ORKI_TASK_MESSAGE_IMPORT", place, text)
     _no_frame(report, full_name, place, subject)
 
 
@@ -166,21 +138,13 @@ def _tool(
     option: Any,
     opcodes: dict[int, list[tuple[str, Location]]],
 ) -> None:
-    def place(*inside: str | int) -> Location:
-        return report.schema.locate(service.file.name, method.path, method.proto.options, "tool", *inside)
-
+    place = partial(report.schema.locate, service.file.name, method.path, method.proto.options, "tool")
     report.duration(place("timeout"), option, "timeout", method.full_name)
     if not 0x0100 <= option.opcode <= 0xFFFF:
-        report.add(
-            "ORKI_TOOL_OPCODE",
-            place("opcode"),
-            f"{method.full_name} has the opcode 0x{option.opcode:04x}: use 0x0100 to 0xffff",
-        )
+        text = f"{method.full_name} has the opcode 0x{option.opcode:04x}: use 0x0100 to 0xffff"
+        report.add("ORKI_TOOL_OPCODE", place("opcode"), text)
         return
     others = [f"{name} at {spot}" for name, spot in opcodes[option.opcode] if name != method.full_name]
     if others:
-        report.add(
-            "ORKI_TOOL_OPCODE_UNIQUE",
-            place("opcode"),
-            f"{method.full_name} shares the opcode 0x{option.opcode:04x} with {', '.join(others)}: use another one",
-        )
+        text = f"{method.full_name} shares the opcode 0x{option.opcode:04x} with {', '.join(others)}: use another one"
+        report.add("ORKI_TOOL_OPCODE_UNIQUE", place("opcode"), text)

@@ -1,9 +1,9 @@
-"""Streams, their groups, and groups that readers declare."""
+"""Rules for streams, their groups and external groups."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
@@ -40,24 +40,15 @@ RULES: Final[dict[Rule, str]] = {
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9._-]{0,63}")
 _GROUP: Final = re.compile(r"[a-z][a-z0-9_-]{0,63}")
-# By the numbers of orki.options.v1: a value of newer options than these is not known here.
+# Numbers of orki.options.v1; newer options may have other values.
 _OVERFLOWS: Final = frozenset({0, 1})
 _STARTS: Final = frozenset({0, 1, 2})
 _KEY_TYPES: Final = frozenset(
-    {
-        FieldDescriptorProto.TYPE_STRING,
-        FieldDescriptorProto.TYPE_BYTES,
-        FieldDescriptorProto.TYPE_INT32,
-        FieldDescriptorProto.TYPE_INT64,
-        FieldDescriptorProto.TYPE_UINT32,
-        FieldDescriptorProto.TYPE_UINT64,
-        FieldDescriptorProto.TYPE_SINT32,
-        FieldDescriptorProto.TYPE_SINT64,
-        FieldDescriptorProto.TYPE_FIXED32,
-        FieldDescriptorProto.TYPE_FIXED64,
-        FieldDescriptorProto.TYPE_SFIXED32,
-        FieldDescriptorProto.TYPE_SFIXED64,
-    }
+    FieldDescriptorProto.Type.Value(f"TYPE_{name}")
+    for name in (
+        *("STRING", "BYTES", "INT32", "INT64", "UINT32", "UINT64"),
+        *("SINT32", "SINT64", "FIXED32", "FIXED64", "SFIXED32", "SFIXED64"),
+    )
 )
 
 
@@ -71,73 +62,50 @@ def check(report: Report) -> None:
     taken = {
         (stream.name, group.name): "its owner" for stream in report.read.contract.streams for group in stream.groups
     }
-    for file, index, option in _external_groups(report):
-        _external_group(report, file, index, option, taken)
+    for file in report.schema.files.values():
+        for index, option in enumerate(report.schema.option(file.options, "consume") or ()):
+            _external_group(report, file, index, option, taken)
 
 
 def _stream(report: Report, node: MessageNode, option: Any, namesakes: list[MessageNode]) -> None:
-    """Check one stream.
-
-    Args:
-        report: Collects the violations.
-        node: The stream's message.
-        option: Its option.
-        namesakes: Messages of other streams with the same name.
-    """
-
-    def place(*inside: str | int) -> Location:
-        return report.schema.locate(node.file.name, node.path, node.proto.options, "stream", *inside)
-
+    """Check one stream; `namesakes` are the messages of other streams with the same name."""
+    place = partial(report.schema.locate, node.file.name, node.path, node.proto.options, "stream")
     subject = f'stream "{option.name}"'
     if report.schema.option(node.proto.options, "frame") is not None:
         report.add("ORKI_MESSAGE_ONE_KIND", place(), f"{node.full_name} is both a stream and a frame: remove one")
     if not _NAME.fullmatch(option.name):
-        report.add(
-            "ORKI_STREAM_NAME",
-            place("name"),
-            f'"{option.name}" is no valid stream name: use {_words("STREAM_NAME")}',
-        )
+        text = f'"{option.name}" is no valid stream name: use {_words("STREAM_NAME")}'
+        report.add("ORKI_STREAM_NAME", place("name"), text)
     elif namesakes:
         others = (
             report.schema.locate(each.file.name, each.path, each.proto.options, "stream", "name") for each in namesakes
         )
-        report.add(
-            "ORKI_STREAM_NAME_UNIQUE",
-            place("name"),
-            f"{subject} is also declared at {', '.join(map(str, map(report.shown, others)))}: rename one",
-        )
+        text = f"{subject} is also declared at {', '.join(map(str, map(report.shown, others)))}: rename one"
+        report.add("ORKI_STREAM_NAME_UNIQUE", place("name"), text)
     if not option.HasField("retention"):
         report.add("ORKI_STREAM_RETENTION", place(), f"{subject} has no retention: add one")
     else:
         if not 1 <= option.retention.max_entries < 1 << 63:
-            report.add(
-                "ORKI_STREAM_MAX_ENTRIES",
-                place("retention", "max_entries"),
-                f"{subject} has max_entries = {option.retention.max_entries}: set it to 1 to 2^63-1",
-            )
+            text = f"{subject} has max_entries = {option.retention.max_entries}: set it to 1 to 2^63-1"
+            report.add("ORKI_STREAM_MAX_ENTRIES", place("retention", "max_entries"), text)
         for age in ("max_age", "least_age", "most_age"):
             report.duration(place("retention", age), option.retention, age, f"the retention of {subject}")
         _bounds(report, option.retention, partial(place, "retention"), subject)
         if option.retention.overflow not in _OVERFLOWS:
-            report.add(
-                "ORKI_STREAM_OVERFLOW",
-                place("retention", "overflow"),
-                f"{subject} has an overflow policy that this version does not know: {option.retention.overflow}",
-            )
+            text = f"{subject} has an overflow policy that this version does not know: {option.retention.overflow}"
+            report.add("ORKI_STREAM_OVERFLOW", place("retention", "overflow"), text)
     _partitions(report, node, option, subject)
     seen: set[str] = set()
     for index, group in enumerate(option.groups):
         where = partial(place, "groups", index)
         _group(report, group, where, option.name)
         if group.name in seen:
-            report.add(
-                "ORKI_GROUP_UNIQUE", where("name"), f'{subject} declares the group "{group.name}" twice: remove one'
-            )
+            text = f'{subject} declares the group "{group.name}" twice: remove one'
+            report.add("ORKI_GROUP_UNIQUE", where("name"), text)
         seen.add(group.name)
 
 
 def _bounds(report: Report, retention: Any, place: Callable[..., Location], subject: str) -> None:
-    """Check that the contract's own retention is within its bounds."""
     if "least_entries" not in retention.DESCRIPTOR.fields_by_name:
         # Options that are older than bounds.
         return
@@ -146,162 +114,109 @@ def _bounds(report: Report, retention: Any, place: Callable[..., Location], subj
         if kind == "age" and not retention.HasField("max_age"):
             for name in ("least_age", "most_age"):
                 if retention.HasField(name):
-                    report.add(
-                        "ORKI_STREAM_BOUNDS_AGE",
-                        place(name),
-                        f"{subject} has {name} but no max_age: add max_age or remove {name}",
-                    )
+                    text = f"{subject} has {name} but no max_age: add max_age or remove {name}"
+                    report.add("ORKI_STREAM_BOUNDS_AGE", place(name), text)
             continue
         if least and least > kept:
-            report.add(
-                "ORKI_STREAM_BOUNDS",
-                place(f"least_{kind}"),
-                f"{subject} has a least_{kind} above its max_{kind}: lower it",
-            )
+            text = f"{subject} has a least_{kind} above its max_{kind}: lower it"
+            report.add("ORKI_STREAM_BOUNDS", place(f"least_{kind}"), text)
         if most and (most < kept or (kind == "entries" and most >= 1 << 63)):
-            report.add(
-                "ORKI_STREAM_BOUNDS",
-                place(f"most_{kind}"),
-                f"{subject} has a most_{kind} below its max_{kind} or above 2^63-1: correct it",
-            )
+            text = f"{subject} has a most_{kind} below its max_{kind} or above 2^63-1: correct it"
+            report.add("ORKI_STREAM_BOUNDS", place(f"most_{kind}"), text)
 
 
 def _amount(retention: Any, name: str) -> float:
-    """Entries, or seconds of an age; 0 where it is left out or negative."""
+    """Return entries, or seconds of an age; 0 if absent or negative."""
     value = getattr(retention, name)
     return value if isinstance(value, int) else seconds_of(value)
 
 
 def _partitions(report: Report, node: MessageNode, option: Any, subject: str) -> None:
-    def place(*inside: str | int) -> Location:
-        return report.schema.locate(node.file.name, node.path, node.proto.options, "stream", *inside)
-
+    place = partial(report.schema.locate, node.file.name, node.path, node.proto.options, "stream")
     if option.partitions > 1024:
-        report.add(
-            "ORKI_STREAM_PARTITIONS",
-            place("partitions"),
-            f"{subject} has {option.partitions} partitions: set 1 to 1024",
-        )
+        text = f"{subject} has {option.partitions} partitions: set 1 to 1024"
+        report.add("ORKI_STREAM_PARTITIONS", place("partitions"), text)
     if not option.partition_key:
         if option.partitions > 1:
-            report.add(
-                "ORKI_STREAM_KEY_REQUIRED",
-                place("partitions"),
-                f"{subject} has {option.partitions} partitions but no partition_key: add one",
-            )
+            text = f"{subject} has {option.partitions} partitions but no partition_key: add one"
+            report.add("ORKI_STREAM_KEY_REQUIRED", place("partitions"), text)
         return
     if option.partitions <= 1:
-        report.add(
-            "ORKI_STREAM_KEY_UNUSED",
-            place("partition_key"),
-            f"{subject} has a partition_key but only one partition: remove the key or add partitions",
-        )
+        text = f"{subject} has a partition_key but only one partition: remove the key or add partitions"
+        report.add("ORKI_STREAM_KEY_UNUSED", place("partition_key"), text)
     fields = {field.name: field for field in node.proto.field}
     key = fields.get(option.partition_key)
     if key is None:
-        report.add(
-            "ORKI_STREAM_KEY_FIELD",
-            place("partition_key"),
-            f'{node.full_name} has no field "{option.partition_key}" for the key (fields: {quoted([*fields])})',
-        )
+        text = f'{node.full_name} has no field "{option.partition_key}" for the key (fields: {quoted([*fields])})'
+        report.add("ORKI_STREAM_KEY_FIELD", place("partition_key"), text)
     elif key.type not in _KEY_TYPES or is_repeated(key):
-        report.add(
-            "ORKI_STREAM_KEY_TYPE",
-            place("partition_key"),
-            f'field "{key.name}" cannot be a partition key: use a string, bytes or integer field that is not repeated',
+        text = (
+            f'field "{key.name}" cannot be a partition key: use a string, bytes or integer field that is not repeated'
         )
+        report.add("ORKI_STREAM_KEY_TYPE", place("partition_key"), text)
 
 
 def _group(report: Report, group: Any, place: Callable[..., Location], stream: str) -> None:
     subject = f'group "{group.name}" of stream "{stream}"'
     if not _GROUP.fullmatch(group.name):
-        report.add(
-            "ORKI_GROUP_NAME", place("name"), f'"{group.name}" is no valid group name: use {_words("GROUP_NAME")}'
-        )
+        text = f'"{group.name}" is no valid group name: use {_words("GROUP_NAME")}'
+        report.add("ORKI_GROUP_NAME", place("name"), text)
     if group.start not in _STARTS:
-        report.add(
-            "ORKI_GROUP_START",
-            place("start"),
-            f"{subject} has a start that this version does not know ({group.start}): "
-            "use START_EARLIEST or START_LATEST",
+        text = (
+            f"{subject} has a start that this version does not know ({group.start}): use START_EARLIEST or START_LATEST"
         )
+        report.add("ORKI_GROUP_START", place("start"), text)
     if group.name == "audit" and group.start == 2:
         report.add("ORKI_GROUP_AUDIT", place("start"), f"{subject} must start at the earliest entry: remove its start")
     if group.max_deliveries > 1000:
-        report.add(
-            "ORKI_GROUP_MAX_DELIVERIES",
-            place("max_deliveries"),
-            f"{subject} has max_deliveries = {group.max_deliveries}: set it to 1 to 1000",
-        )
+        text = f"{subject} has max_deliveries = {group.max_deliveries}: set it to 1 to 1000"
+        report.add("ORKI_GROUP_MAX_DELIVERIES", place("max_deliveries"), text)
     report.duration(place("ack_deadline"), group, "ack_deadline", subject)
     declared = report.schema.stream_messages
     if group.dead_letter and not _NAME.fullmatch(group.dead_letter):
-        report.add(
-            "ORKI_GROUP_DEAD_LETTER",
-            place("dead_letter"),
+        text = (
             f'{subject} sends dead letters to "{group.dead_letter}", which is no valid stream name: use '
-            f"{_words('STREAM_NAME')}",
+            f"{_words('STREAM_NAME')}"
         )
+        report.add("ORKI_GROUP_DEAD_LETTER", place("dead_letter"), text)
     target = group.dead_letter or f"{stream}.{group.name}.dead"
     if target in declared:
-        report.add(
-            "ORKI_GROUP_DEAD_LETTER",
-            place("dead_letter"),
+        text = (
             f'{subject} sends dead letters to the stream "{target}", which {declared[target]} declares: '
-            "use another dead_letter",
+            "use another dead_letter"
         )
-
-
-def _external_groups(report: Report) -> Iterator[tuple[FileDescriptorProto, int, Any]]:
-    for file in report.schema.files.values():
-        for index, option in enumerate(report.schema.option(file.options, "consume") or ()):
-            yield file, index, option
+        report.add("ORKI_GROUP_DEAD_LETTER", place("dead_letter"), text)
 
 
 def _external_group(
     report: Report, file: FileDescriptorProto, index: int, option: Any, taken: dict[tuple[str, str], str]
 ) -> None:
-    def place(*inside: str | int) -> Location:
-        return report.schema.locate(file.name, (), file.options, "consume", index, *inside)
-
+    place = partial(report.schema.locate, file.name, (), file.options, "consume", index)
     where = partial(place, "group")
     subject = f'stream "{option.stream}"'
     _group(report, option.group, where, option.stream)
     message = report.schema.stream_messages.get(option.stream)
     if message is None:
         known = quoted(sorted(report.schema.stream_messages))
-        report.add(
-            "ORKI_SUBSCRIPTION_STREAM",
-            place("stream"),
-            f"no given file declares {subject}: correct the name or import its file (declared: {known})",
-        )
+        text = f"no given file declares {subject}: correct the name or import its file (declared: {known})"
+        report.add("ORKI_SUBSCRIPTION_STREAM", place("stream"), text)
         return
     owner = report.schema.messages[message].file
     if owner.package == file.package:
-        report.add(
-            "ORKI_SUBSCRIPTION_OWN",
-            place("stream"),
-            f"{subject} is declared in this package: add the group there, in {owner.name}",
-        )
+        text = f"{subject} is declared in this package: add the group there, in {owner.name}"
+        report.add("ORKI_SUBSCRIPTION_OWN", place("stream"), text)
     elif owner.name not in report.schema.imports(file.name):
-        report.add(
-            "ORKI_SUBSCRIPTION_IMPORT",
-            place("stream"),
+        text = (
             f'{subject} is declared in {owner.name}, which this file must import: import "{owner.name}"; '
-            "(put // buf:lint:ignore IMPORT_USED above it)",
+            "(put // buf:lint:ignore IMPORT_USED above it)"
         )
+        report.add("ORKI_SUBSCRIPTION_IMPORT", place("stream"), text)
     if option.group.name == "audit":
-        report.add(
-            "ORKI_GROUP_AUDIT",
-            where("name"),
-            f'{subject} already has the group "audit", which only its owner configures: use another name',
-        )
+        text = f'{subject} already has the group "audit", which only its owner configures: use another name'
+        report.add("ORKI_GROUP_AUDIT", where("name"), text)
     elif (holder := taken.get((option.stream, option.group.name))) is not None:
-        report.add(
-            "ORKI_GROUP_UNIQUE",
-            where("name"),
-            f'{subject} already has a group "{option.group.name}", declared by {holder}: use another name',
-        )
+        text = f'{subject} already has a group "{option.group.name}", declared by {holder}: use another name'
+        report.add("ORKI_GROUP_UNIQUE", where("name"), text)
     taken.setdefault((option.stream, option.group.name), f"{file.package} in {file.name}")
 
 

@@ -15,7 +15,7 @@ from orki_contract.errors import InvalidArgument, UnknownTask
 from orki_events.connection import Connection
 from orki_events.entries import parse_id, stream_keys
 from orki_events.groups import parse_stream_state
-from orki_events.registry import RegisteredStream
+from orki_events.registry import StreamVersion
 from orki_server._cli.trace_tree import AGENT_EVENT, ENDS, TASK_EVENT
 from orki_server._observers.entries import DecodedEntry, EntryDecoders
 
@@ -58,7 +58,7 @@ def check_id(wanted: str) -> None:
 
 
 async def find_trace(
-    link: Connection, streams: Sequence[RegisteredStream], wanted: str, progress: ScanProgress
+    link: Connection, streams: Sequence[StreamVersion], wanted: str, progress: ScanProgress
 ) -> TraceRange:
     """Find the trace whose id, or one of whose task ids, starts with `wanted`, by scanning the task events.
 
@@ -89,7 +89,7 @@ def trace_range(trace_id: str, start_us: int, end_us: int) -> TraceRange:
 
 
 async def scan_trace(
-    link: Connection, streams: Sequence[RegisteredStream], trace: TraceRange, progress: ScanProgress
+    link: Connection, streams: Sequence[StreamVersion], trace: TraceRange, progress: ScanProgress
 ) -> tuple[list[DecodedEntry], list[str]]:
     """Read all entries of a trace and the lifecycle events of its agents.
 
@@ -119,7 +119,7 @@ async def scan_trace(
 
 
 async def scan(
-    link: Connection, stream: RegisteredStream, start: str, end: str, progress: ScanProgress, needle: bytes
+    link: Connection, stream: StreamVersion, start: str, end: str, progress: ScanProgress, needle: bytes
 ) -> AsyncIterator[DecodedEntry]:
     """Yield the entries between two ids whose raw envelope contains `needle`, page by page."""
     decoder = _DECODERS.of(stream)
@@ -165,7 +165,7 @@ def _index_entry(entry: DecodedEntry, candidates: dict[str, _Candidate], matchin
         matching[span.trace_id] = span.trace_id
 
 
-async def _trimmed_since(link: Connection, stream: RegisteredStream, start_ms: int) -> bool:
+async def _trimmed_since(link: Connection, stream: StreamVersion, start_ms: int) -> bool:
     for key in stream_keys(stream.contract):
         kind = await link.execute((b"TYPE", key))
         if kind != b"stream":

@@ -35,7 +35,7 @@ from typing import Final
 
 from orki_contract.errors import InvalidSetting, OrkiError
 from orki_contract.model import AUDIT_GROUP, Group, Stream
-from orki_events import DeliveryBatch, EventOptions, Events, RegisteredStream, connect
+from orki_events import DeliveryBatch, EventOptions, Events, StreamVersion, connect
 from orki_server._observers.entries import EntryDecoders, poll_registry
 from orki_server._observers.http_server import print_ready_line
 from orki_server._observers.redaction import safe_json
@@ -215,13 +215,13 @@ class _Audit:
         digest = hashlib.sha256(str(log.path.resolve()).encode()).hexdigest()[:12]
         self._consumer = f"audit.{socket.gethostname()}.{digest}"
         self._decoders = EntryDecoders()
-        self._registered: dict[str, RegisteredStream] = {}
+        self._registered: dict[str, StreamVersion] = {}
         self._tasks: dict[str, tuple[int, asyncio.Task[None]]] = {}
         # A single thread serializes the batches of all streams, even if a task is cancelled.
         self._writer = ThreadPoolExecutor(max_workers=1)
         self._announced = False
 
-    async def follow(self, streams: list[RegisteredStream]) -> None:
+    async def follow(self, streams: list[StreamVersion]) -> None:
         """Start consumers for new streams and restart those whose number of partitions changed."""
         for each in streams:
             name, partitions = each.contract.name, each.contract.partitions

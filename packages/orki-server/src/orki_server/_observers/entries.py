@@ -28,7 +28,7 @@ from orki_events import entries as stream_entries
 from orki_events.connection import Connection
 from orki_events.entries import ZERO_ID, parse_id, stream_keys
 from orki_events.groups import parse_stream_state
-from orki_events.registry import RegisteredStream, StreamRegistry
+from orki_events.registry import StreamRegistry, StreamVersion
 from orki_server._observers.redaction import Redaction, time_text
 from orki_server._observers.stream_stats import checked
 
@@ -96,7 +96,7 @@ class DecodedEntry:
 class EntryDecoder:
     """Decodes the entries of one stream."""
 
-    def __init__(self, stream: RegisteredStream) -> None:
+    def __init__(self, stream: StreamVersion) -> None:
         self._name = stream.contract.name
         self._message = stream.contract.message
         self._class: type[Message] | None = None
@@ -156,7 +156,7 @@ class EntryDecoders:
     def __init__(self) -> None:
         self._decoders: dict[str, tuple[tuple[str, str], EntryDecoder]] = {}
 
-    def of(self, stream: RegisteredStream) -> EntryDecoder:
+    def of(self, stream: StreamVersion) -> EntryDecoder:
         """Return the decoder of a stream."""
         name, version = stream.contract.name, (stream.digest, stream.contract.message)
         cached = self._decoders.get(name)
@@ -200,7 +200,7 @@ class MultiStreamReader:
         self._max_wait = max_wait
         self._registry = StreamRegistry()
         self._decoders = EntryDecoders()
-        self._streams: dict[str, RegisteredStream] = {}
+        self._streams: dict[str, StreamVersion] = {}
         self._owner: dict[str, str] = {}
         self._positions: dict[str, str] = {}
         self._cursors: dict[str, str] = {}
@@ -280,7 +280,7 @@ class MultiStreamReader:
         decoder = self._decoders.of(self._streams[self._owner[key]])
         return decoder.decode(key, entry_id.decode(), fields.get(b"e"), fields.get(b"d"))
 
-    def _follow(self, registered: list[RegisteredStream], newest: Mapping[str, str]) -> None:
+    def _follow(self, registered: list[StreamVersion], newest: Mapping[str, str]) -> None:
         for each in registered:
             name = each.contract.name
             if self._names and name not in self._names:
@@ -297,7 +297,7 @@ class MultiStreamReader:
                 self._positions.setdefault(key, newest.get(key, ZERO_ID))
             self._cursors[name] = self._stream_cursor(name)
 
-    async def _newest(self, registered: list[RegisteredStream]) -> dict[str, str]:
+    async def _newest(self, registered: list[StreamVersion]) -> dict[str, str]:
         keys = [key for each in registered for key in stream_keys(each.contract)]
         replies = await self._link.pipeline(*((b"XREVRANGE", key, b"+", b"-", b"COUNT", 1) for key in keys))
         return {key: reply[0][0].decode() for key, reply in zip(keys, map(checked, replies), strict=True) if reply}
@@ -320,7 +320,7 @@ class MultiStreamReader:
 async def poll_registry(
     events: Events,
     stopped: asyncio.Event,
-    callback: Callable[[list[RegisteredStream]], Awaitable[None]],
+    callback: Callable[[list[StreamVersion]], Awaitable[None]],
     log: logging.Logger,
 ) -> None:
     """Call `callback` with all registered streams, about every second, until `stopped` is set.

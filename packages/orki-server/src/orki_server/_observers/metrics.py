@@ -29,7 +29,7 @@ from orki.events.v1.usage_orki import USAGE
 from orki.events.v1.usage_pb2 import UsageEvent
 from orki_contract import EventStream
 from orki_contract.errors import InvalidSetting, OrkiError, UnknownStream
-from orki_events import EventOptions, Events, RegisteredStream, connect
+from orki_events import EventOptions, Events, StreamVersion, connect
 from orki_events.connection import Connection, parse_address
 from orki_server._observers.entries import MultiStreamReader, poll_registry
 from orki_server._observers.http_server import print_ready_line, serve_http
@@ -183,7 +183,7 @@ async def run_metrics(redis_url: str, host: str, port: int, stopped: asyncio.Eve
         tasks = [asyncio.create_task(_count(events, each, metrics, consumer, stopped)) for each in _STREAMS]
         tasks.append(asyncio.create_task(_follow_agents(agents, metrics)))
 
-        async def poll_streams(streams: list[RegisteredStream]) -> None:
+        async def poll_streams(streams: list[StreamVersion]) -> None:
             metrics.set_streams(await read_stream_stats(link, streams))
 
         try:

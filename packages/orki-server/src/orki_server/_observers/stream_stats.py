@@ -11,7 +11,7 @@ from orki_contract.model import Group, Stream
 from orki_events.connection import Command, Connection
 from orki_events.entries import stream_keys, tagged_key
 from orki_events.groups import pairs
-from orki_events.registry import RegisteredStream
+from orki_events.registry import StreamVersion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class StreamStats:
     groups: tuple[GroupStats, ...]
 
 
-async def read_stream_stats(link: Connection, streams: Sequence[RegisteredStream]) -> list[StreamStats]:
+async def read_stream_stats(link: Connection, streams: Sequence[StreamVersion]) -> list[StreamStats]:
     """Read the statistics of streams, in their order. Takes few round trips for any number of streams."""
     contracts = [each.contract for each in streams]
     keys = [key for each in contracts for key in stream_keys(each)]

@@ -1,23 +1,31 @@
-"""Task ids, and the operations of agents and of the orchestrator: arguments for the script and decoded replies."""
+"""Task ids, and the operations of the script: their arguments and their decoded replies."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import re
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar, Final, TypeVar
+from functools import partial
+from typing import Final, Generic, TypeAlias, TypeVar
 
-from orki.control.v1.attempt_pb2 import TaskState
+from orki.control.v1.attempt_pb2 import AttemptRef, Failure, TaskState
+from orki.control.v1.task_pb2 import TaskSnapshot, WatchedProgress
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import UnknownTask
+from orki_contract.model import TaskMethod, milliseconds
+from orki_contract.trace import Span
 from orki_control.session import AttemptKey
-from orki_server._store.script import Argument, Call, Operation
+from orki_server._keys import EPOCH_STEP, SNAPSHOT
+from orki_server._store.lifecycle import VISIBLE, Life
 
 R = TypeVar("R")
+Argument: TypeAlias = bytes | str | int
 
 # Crockford's base 32 in lower case: no letter can be taken for a digit.
 _DIGITS: Final = "0123456789abcdefghjkmnpqrstvwxyz"
@@ -58,6 +66,202 @@ def failure_text(text: str) -> str:
     return text[:_FAILURE_TEXT].replace("\x1e", " ").replace("\x1f", " ")
 
 
+@dataclass(frozen=True, slots=True)
+class Operation(Generic[R]):
+    """One atomic operation of the script. Each may be sent again when its reply was lost.
+
+    Attributes:
+        op: Name of the operation in the script.
+        shard: The shard.
+        arguments: Arguments for the script.
+        outcome: Decodes the script's reply.
+        patient: Whether it waits in memory while the store is down. Reports of agents do; requests of submitters fail.
+    """
+
+    op: str
+    shard: int
+    arguments: Sequence[Argument]
+    outcome: Callable[[list[bytes]], R]
+    patient: bool = True
+
+
+def submission_digest(method: str, request: bytes) -> str:
+    """Return the digest that compares submissions with the same idempotency key: 64 hex digits."""
+    return hashlib.sha256(method.encode() + b"\0" + request).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """The outcome of a submission.
+
+    Attributes:
+        status: `new`, `same` (found by its key) or `conflict` (the key belongs to another request).
+        task_id: The task, new or found.
+        submitted_us: Time of submission of a new task, in microseconds since the Unix epoch.
+    """
+
+    status: str
+    task_id: str
+    submitted_us: int
+
+
+def submit(
+    *,
+    task_id: str,
+    method: TaskMethod,
+    request: bytes,
+    digest: str,
+    idempotency_key: str,
+    span: Span,
+    actor: str,
+    contract: str = "",
+) -> Operation[Submitted]:
+    """Create a task, or find it by its idempotency key.
+
+    Args:
+        task_id: The new id. Its shard is that of the key, if there is one.
+        method: Its method; timeouts and attempts are fixed from now on.
+        request: The request message, serialized.
+        digest: The `submission_digest`.
+        idempotency_key: The key, or empty.
+        span: The task's span; its parent is the submitter's.
+        actor: The submitter.
+        contract: Digest of the service's contract; empty if unknown.
+    """
+    key_digest = hashlib.sha256(idempotency_key.encode()).hexdigest() if idempotency_key else ""
+    arguments = (
+        *(task_id, method.full_name, request, _options(method), digest, key_digest, idempotency_key),
+        *(span.traceparent, span.parent_id, actor, contract),
+    )
+
+    def outcome(reply: list[bytes]) -> Submitted:
+        return Submitted(reply[0].decode(), reply[1].decode(), int(reply[2]))
+
+    return Operation("submit", shard_of(task_id), arguments, outcome, patient=False)
+
+
+@functools.lru_cache(maxsize=1024)
+def _options(method: TaskMethod) -> str:
+    backoff = method.backoff
+    timeouts = (method.heartbeat_timeout, method.attempt_timeout, method.stall_timeout, method.total_timeout)
+    numbers = (
+        *map(milliseconds, timeouts),
+        method.max_attempts,
+        *map(milliseconds, (backoff.initial, backoff.maximum)),
+        f"{backoff.multiplier:f}",
+        milliseconds(method.cancel_grace),
+    )
+    return ",".join(map(str, numbers))
+
+
+@dataclass(frozen=True, slots=True)
+class TaskReply:
+    """The outcome of a cancel or a directive.
+
+    Attributes:
+        status: `unknown`, `ended`; for cancels `done` (the task was not started), `requested`, `repeated`; for
+            directives `idle` and `running`.
+        state: The task's state.
+        agent_id: Holder of the attempt.
+        attempt: The current or last attempt.
+        cancel_grace: Cancel grace of the method.
+    """
+
+    status: str
+    state: TaskState.ValueType
+    agent_id: str
+    attempt: AttemptKey
+    cancel_grace: float
+
+
+def cancel(task_id: str, message: str, actor: str) -> Operation[TaskReply]:
+    """Request the end of a task."""
+    arguments = (task_id, message, actor)
+    return Operation("cancel", shard_of(task_id), arguments, partial(_task_reply, task_id), patient=False)
+
+
+def direct(attempt: AttemptKey, size: int, actor: str) -> Operation[TaskReply]:
+    """Record a directive for a running attempt. When it is sent again, it is recorded again."""
+    task_id = attempt.task_id
+    arguments = (task_id, size, actor, attempt.fence)
+    return Operation("direct", shard_of(task_id), arguments, partial(_task_reply, task_id), patient=False)
+
+
+def _task_reply(task_id: str, reply: list[bytes]) -> TaskReply:
+    status, state, agent, attempt, fence, _, grace = reply
+    return TaskReply(
+        status.decode(),
+        TaskState.ValueType(int(state)),
+        agent.decode(),
+        AttemptKey(task_id, int(attempt), int(fence)),
+        int(grace) / 1000,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TaskView:
+    """A task at one moment.
+
+    Attributes:
+        task: Its snapshot.
+        progress: Progress after the cursor.
+    """
+
+    task: TaskSnapshot
+    progress: tuple[WatchedProgress, ...]
+
+
+def read_task(task_id: str, limit: int = 0, after: str = "") -> Operation[TaskView | None]:
+    """Read a task, with at most `limit` entries of progress after the cursor `after` (empty: from the beginning).
+
+    It changes nothing, but shares the round trips of the operations. The outcome is None if there is no such task.
+    """
+    outcome = partial(_task_view, task_id)
+    return Operation("read", shard_of(task_id), (task_id, limit, after), outcome, patient=False)
+
+
+def _task_view(task_id: str, reply: list[bytes]) -> TaskView | None:
+    if not reply:
+        return None
+    width = len(SNAPSHOT)
+    rows = (reply[at : at + 4] for at in range(width, len(reply), 4))
+    progress = (
+        WatchedProgress(cursor=cursor.decode(), attempt=int(attempt), index=int(index), payload=payload)
+        for cursor, attempt, index, payload in rows
+    )
+    return TaskView(task_snapshot(task_id, dict(zip(SNAPSHOT, reply[:width], strict=True))), tuple(progress))
+
+
+def task_snapshot(task_id: str, field: Mapping[str, bytes]) -> TaskSnapshot:
+    """Return the snapshot of a task from the fields of its hash."""
+    state = VISIBLE[Life[field["state"].decode()]]
+    snapshot = TaskSnapshot(
+        task_id=task_id,
+        method=field["method"].decode(),
+        state=state,
+        agent_id=field["agent_id"].decode(),
+        submitted_us=int(field["submitted_us"]),
+        ended_us=int(field["ended_us"] or 0),
+        traceparent=field["traceparent"].decode(),
+        revision=int(field["revision"]),
+    )
+    if attempt := int(field["attempt"] or 0):
+        snapshot.attempt.CopyFrom(AttemptRef(task_id=task_id, attempt=attempt, fence=int(field["fence"])))
+    if state == TaskState.TASK_STATE_SUCCEEDED:
+        snapshot.response = field.get("response", b"")
+    elif field["failure_reason"]:
+        snapshot.failure.CopyFrom(_failure(*(field[f"failure_{part}"] for part in ("reason", "type", "message"))))
+    for entry in field["earlier_failures"].split(b"\x1e")[:-1]:
+        snapshot.earlier_failures.append(_failure(*entry.split(b"\x1f", 2)))
+    return snapshot
+
+
+def _failure(reason: bytes, error_type: bytes, message: bytes) -> Failure:
+    return Failure(
+        reason=Reason.ValueType(int(reason)), message=message.decode(errors="replace"), error_type=error_type.decode()
+    )
+
+
 class ReportStatus(StrEnum):
     """The outcome of a report."""
 
@@ -83,130 +287,65 @@ class ReportReply:
     retry_after: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Report(Operation[ReportReply]):
-    agent_id: str
-    attempt: AttemptKey
-
-    def call(self) -> Call:
-        return shard_of(self.attempt.task_id), (
-            self.attempt.task_id,
-            self.attempt.fence,
-            self.agent_id,
-            *self.details(),
-        )
-
-    def details(self) -> Sequence[Argument]:
-        """Return the arguments after task, fence and agent."""
-        return ()
-
-    def outcome(self, reply: list[bytes]) -> ReportReply:
-        status, state, retry_ms = reply
-        retry_after = int(retry_ms) / 1000 if int(retry_ms) >= 0 else None
-        return ReportReply(ReportStatus(status.decode()), TaskState.ValueType(int(state)), retry_after)
+def _report(op: str, agent_id: str, attempt: AttemptKey, *details: Argument) -> Operation[ReportReply]:
+    task_id = attempt.task_id
+    return Operation(op, shard_of(task_id), (task_id, attempt.fence, agent_id, *details), _report_reply)
 
 
-@dataclass(frozen=True, slots=True)
-class Accept(_Report):
-    """The agent accepts the offer. Lease and attempt timeout begin."""
-
-    op: ClassVar[str] = "accept"
-
-
-@dataclass(frozen=True, slots=True)
-class Decline(_Report):
-    """The agent returns the offer."""
-
-    op: ClassVar[str] = "decline"
-    reason: Reason.ValueType
-    message: str
-    at_once: bool
-
-    def details(self) -> Sequence[Argument]:
-        return (self.reason, self.message, int(self.at_once))
+def _report_reply(reply: list[bytes]) -> ReportReply:
+    status, state, retry_ms = reply
+    retry_after = int(retry_ms) / 1000 if int(retry_ms) >= 0 else None
+    return ReportReply(ReportStatus(status.decode()), TaskState.ValueType(int(state)), retry_after)
 
 
-@dataclass(frozen=True, slots=True)
-class ReportProgress(_Report):
-    """The attempt made progress. An index that was reported before changes nothing."""
-
-    op: ClassVar[str] = "progress"
-    kept: int
-    index: int
-    payload: bytes
-
-    def details(self) -> Sequence[Argument]:
-        return (self.kept, self.index, self.payload)
+def accept(agent_id: str, attempt: AttemptKey) -> Operation[ReportReply]:
+    """Accept an offer. Lease and attempt timeout begin."""
+    return _report("accept", agent_id, attempt)
 
 
-@dataclass(frozen=True, slots=True)
-class Succeed(_Report):
-    """The attempt has a response."""
-
-    op: ClassVar[str] = "succeed"
-    response: bytes
-
-    def details(self) -> Sequence[Argument]:
-        return (self.response,)
+def decline(
+    agent_id: str, attempt: AttemptKey, reason: Reason.ValueType, message: str, at_once: bool
+) -> Operation[ReportReply]:
+    """Return an offer."""
+    return _report("decline", agent_id, attempt, reason, message, int(at_once))
 
 
-@dataclass(frozen=True, slots=True)
-class Fail(_Report):
-    """The attempt failed."""
-
-    op: ClassVar[str] = "fail"
-    reason: Reason.ValueType
-    message: str
-    error_type: str
-    retryable: bool
-
-    def details(self) -> Sequence[Argument]:
-        return (self.reason, self.message, self.error_type, int(self.retryable))
+def report_progress(
+    agent_id: str, attempt: AttemptKey, kept: int, index: int, payload: bytes
+) -> Operation[ReportReply]:
+    """Report progress of an attempt. An index that was reported before changes nothing."""
+    return _report("progress", agent_id, attempt, kept, index, payload)
 
 
-@dataclass(frozen=True, slots=True)
-class ConfirmCancelled(_Report):
-    """The attempt ended as cancelled."""
-
-    op: ClassVar[str] = "cancelled"
-    reason: Reason.ValueType
-
-    def details(self) -> Sequence[Argument]:
-        return (self.reason,)
+def succeed(agent_id: str, attempt: AttemptKey, response: bytes) -> Operation[ReportReply]:
+    """End an attempt with a response."""
+    return _report("succeed", agent_id, attempt, response)
 
 
-@dataclass(frozen=True, slots=True)
-class AcknowledgeCancel(_Report):
-    """The agent received the cancel."""
-
-    op: ClassVar[str] = "acknowledge_cancel"
-
-
-@dataclass(frozen=True, slots=True)
-class _ShardOperation(Operation[R]):
-    shard: int
+def fail(
+    agent_id: str, attempt: AttemptKey, reason: Reason.ValueType, message: str, error_type: str, retryable: bool
+) -> Operation[ReportReply]:
+    """End an attempt with a failure."""
+    return _report("fail", agent_id, attempt, reason, message, error_type, int(retryable))
 
 
-@dataclass(frozen=True, slots=True)
-class _HeldAttempts(_ShardOperation[R]):
-    agent_id: str
-    attempts: tuple[AttemptKey, ...]
-
-    def call(self) -> Call:
-        flat: list[Argument] = [self.agent_id]
-        for each in self.attempts:
-            flat += (each.task_id, each.fence)
-        return self.shard, flat
+def confirm_cancelled(agent_id: str, attempt: AttemptKey, reason: Reason.ValueType) -> Operation[ReportReply]:
+    """End an attempt as cancelled."""
+    return _report("cancelled", agent_id, attempt, reason)
 
 
-@dataclass(frozen=True, slots=True)
-class Renew(_HeldAttempts[list[AttemptKey]]):
-    """Renews the leases of an agent's attempts on one shard. The outcome lists those that it no longer holds."""
+def acknowledge_cancel(agent_id: str, attempt: AttemptKey) -> Operation[ReportReply]:
+    """Record that the agent received the cancel."""
+    return _report("acknowledge_cancel", agent_id, attempt)
 
-    op: ClassVar[str] = "renew"
 
-    def outcome(self, reply: list[bytes]) -> list[AttemptKey]:
-        return [self.attempts[int(position)] for position in reply]
+def renew(shard: int, agent_id: str, attempts: Sequence[AttemptKey]) -> Operation[list[AttemptKey]]:
+    """Renew the leases of an agent's attempts on one shard. The outcome lists those that it no longer holds."""
+    return Operation("renew", shard, _held(agent_id, attempts), lambda reply: [attempts[int(each)] for each in reply])
+
+
+def _held(agent_id: str, attempts: Sequence[AttemptKey]) -> list[Argument]:
+    return [agent_id, *(argument for each in attempts for argument in (each.task_id, each.fence))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,20 +365,18 @@ class ResumedAttempt:
     cancel_grace: float
 
 
-@dataclass(frozen=True, slots=True)
-class Resume(_HeldAttempts[list[ResumedAttempt]]):
-    """Renews the attempts of a returning agent on one shard. The outcome lists those that it still holds."""
+def resume(shard: int, agent_id: str, attempts: Sequence[AttemptKey]) -> Operation[list[ResumedAttempt]]:
+    """Renew the attempts of a returning agent on one shard. The outcome lists those that it still holds."""
 
-    op: ClassVar[str] = "resume"
-    patient: ClassVar[bool] = False
-
-    def outcome(self, reply: list[bytes]) -> list[ResumedAttempt]:
-        rows = zip(self.attempts, reply[::3], reply[1::3], reply[2::3], strict=True)
+    def outcome(reply: list[bytes]) -> list[ResumedAttempt]:
+        rows = zip(attempts, reply[::3], reply[1::3], reply[2::3], strict=True)
         return [
             ResumedAttempt(attempt, traceparent.decode(), TaskState.ValueType(int(state)), int(grace) / 1000)
             for attempt, traceparent, state, grace in rows
             if traceparent
         ]
+
+    return Operation("resume", shard, _held(agent_id, attempts), outcome, patient=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,38 +419,31 @@ class OfferedAttempt:
     attempt_timeout: float
 
 
-@dataclass(frozen=True, slots=True)
-class Offer(_ShardOperation[list[OfferedAttempt]]):
-    """Assigns queued tasks of one shard to recipients, one to each in turn.
+def offer(shard: int, accept_timeout: float, recipients: Sequence[Recipient]) -> Operation[list[OfferedAttempt]]:
+    """Assign queued tasks of one shard to recipients, one to each in turn.
 
     When it is sent again, it assigns *more* tasks: a lost reply costs an accept timeout, but no attempt.
     """
+    flat: list[Argument] = [round(accept_timeout * 1000)]
+    for each in recipients:
+        flat += (each.agent_id, each.instance_id, each.slots, len(each.methods), *each.methods)
+    return Operation("offer", shard, flat, _offered, patient=False)
 
-    op: ClassVar[str] = "offer"
-    patient: ClassVar[bool] = False
-    accept_timeout: float
-    recipients: tuple[Recipient, ...]
 
-    def call(self) -> Call:
-        flat: list[Argument] = [round(self.accept_timeout * 1000)]
-        for each in self.recipients:
-            flat += (each.agent_id, each.instance_id, each.slots, len(each.methods), *each.methods)
-        return self.shard, flat
-
-    def outcome(self, reply: list[bytes]) -> list[OfferedAttempt]:
-        rows = (reply[at : at + 9] for at in range(0, len(reply), 9))
-        return [
-            OfferedAttempt(
-                int(recipient),
-                AttemptKey(task.decode(), int(attempt), int(fence)),
-                method.decode(),
-                request,
-                traceparent.decode(),
-                int(lease) / 1000,
-                int(timeout) / 1000,
-            )
-            for recipient, task, attempt, fence, method, request, traceparent, lease, timeout in rows
-        ]
+def _offered(reply: list[bytes]) -> list[OfferedAttempt]:
+    rows = (reply[at : at + 9] for at in range(0, len(reply), 9))
+    return [
+        OfferedAttempt(
+            int(recipient),
+            AttemptKey(task.decode(), int(attempt), int(fence)),
+            method.decode(),
+            request,
+            traceparent.decode(),
+            int(lease) / 1000,
+            int(timeout) / 1000,
+        )
+        for recipient, task, attempt, fence, method, request, traceparent, lease, timeout in rows
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,47 +476,26 @@ class Swept:
     expired: tuple[Expired, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Sweep(_ShardOperation[Swept]):
-    """Executes the due timers of one shard, for at most `limit` tasks."""
+def sweep(shard: int, limit: int) -> Operation[Swept]:
+    """Execute the due timers of one shard, for at most `limit` tasks."""
+    return Operation("sweep", shard, (limit,), _swept, patient=False)
 
-    op: ClassVar[str] = "sweep"
-    patient: ClassVar[bool] = False
-    limit: int
 
-    def call(self) -> Call:
-        return self.shard, (self.limit,)
-
-    def outcome(self, reply: list[bytes]) -> Swept:
-        rows = (reply[at : at + 6] for at in range(1, len(reply), 6))
-        expired = (
-            Expired(
-                kind.decode(),
-                agent.decode(),
-                AttemptKey(task.decode(), int(attempt), int(fence)),
-                Reason.ValueType(int(reason)),
-            )
-            for kind, task, agent, attempt, fence, reason in rows
+def _swept(reply: list[bytes]) -> Swept:
+    rows = (reply[at : at + 6] for at in range(1, len(reply), 6))
+    expired = (
+        Expired(
+            kind.decode(),
+            agent.decode(),
+            AttemptKey(task.decode(), int(attempt), int(fence)),
+            Reason.ValueType(int(reason)),
         )
-        return Swept(int(reply[0]) / 1000 if int(reply[0]) >= 0 else None, tuple(expired))
+        for kind, task, agent, attempt, fence, reason in rows
+    )
+    return Swept(int(reply[0]) / 1000 if int(reply[0]) >= 0 else None, tuple(expired))
 
 
-@dataclass(frozen=True, slots=True)
-class RaiseEpoch(_ShardOperation[bool]):
-    """Raises the shard's epoch if the store has not given the fence `seen`. The outcome is whether it was raised.
-
-    Attributes:
-        shard: The shard.
-        seen: A fence that an agent or an orchestrator holds.
-        first: The fence after which the new epoch begins.
-    """
-
-    op: ClassVar[str] = "raise_epoch"
-    seen: int
-    first: int
-
-    def call(self) -> Call:
-        return self.shard, (self.seen, self.first)
-
-    def outcome(self, reply: list[bytes]) -> bool:
-        return reply[0] == b"raised"
+def raise_epoch(shard: int, seen: int) -> Operation[bool]:
+    """Raise the shard's epoch if the store has not given the fence `seen`. The outcome is whether it was raised."""
+    first = (seen // EPOCH_STEP + 1) * EPOCH_STEP
+    return Operation("raise_epoch", shard, (seen, first), lambda reply: reply[0] == b"raised")

@@ -12,15 +12,17 @@ import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any, Final, TypeVar
 
+from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.backoff import Jitter, JitterOptions
-from orki_contract.errors import InvalidSetting, OrkiError, StoreUnavailable
+from orki_contract.errors import InvalidSetting, OrkiError, StoreUnavailable, UnknownTask
 from orki_control.session import AttemptKey
-from orki_events.connection import Command, Connection, Reply, ScriptMissing, parse_address
-from orki_server._keys import LAYOUT_VERSION, FleetKeys, ShardKeys
-from orki_server._store.operations import Offer, OfferedAttempt, RaiseEpoch, shard_of
-from orki_server._store.script import EPOCH_STEP, Argument, Operation, Script, shard_script
+from orki_events.connection import Command, Connection, Reply, Script, ScriptMissing, parse_address
+from orki_server._keys import EPOCH_STEP, LAYOUT_VERSION, FleetKeys, ShardKeys, lua_names
+from orki_server._store.lifecycle import lua_moves
+from orki_server._store.operations import Argument, OfferedAttempt, Operation, raise_epoch, shard_of
 
 R = TypeVar("R")
 
@@ -32,16 +34,19 @@ _BATCH_OPERATIONS: Final = 256
 _BATCH_BYTES: Final = 8 << 20
 _WAITING: Final = 100_000
 """Maximum number of operations in memory."""
+_REASONS: Final = ("CANCELLED", "TOTAL_TIMEOUT", "OFFER_TIMEOUT", "ATTEMPT_TIMEOUT", "LEASE_EXPIRED", "STALLED")
 
 
 class StoreConnection:
     """The connection to the store's server, which is up or down.
 
     An error that is due to the server's state takes it down. A probe then tries until the server accepts a write.
-    Meanwhile commands fail at once; `wait_up` waits.
+    Meanwhile commands fail at once.
 
     Attributes:
         address: The server.
+        up: Set while the server accepts commands.
+        cause: The error that took the connection down last.
     """
 
     def __init__(self, url: str) -> None:
@@ -56,26 +61,12 @@ class StoreConnection:
             Connection(self.address, name=name, connect_timeout=_CONNECT_TIMEOUT, answer_timeout=_ANSWER_TIMEOUT)
             for name in ("orki-store-operations", "orki-store")
         )
-        self._up = asyncio.Event()
-        self._up.set()
-        self._cause: OrkiError = StoreUnavailable(f"{self.address.shown} was not reached yet")
+        self.up = asyncio.Event()
+        self.up.set()
+        self.cause: OrkiError = StoreUnavailable(f"{self.address.shown} was not reached yet")
         self._probe: asyncio.Task[None] | None = None
         self._checks: list[Callable[[], Awaitable[None]]] = []
         self._listeners: list[Callable[[bool], None]] = []
-
-    @property
-    def up(self) -> bool:
-        """Whether the server replied last time."""
-        return self._up.is_set()
-
-    @property
-    def cause(self) -> OrkiError:
-        """The error that took the connection down last."""
-        return self._cause
-
-    async def wait_up(self) -> None:
-        """Wait until the server accepts writes."""
-        await self._up.wait()
 
     def on_recovery(self, check: Callable[[], Awaitable[None]]) -> None:
         """Run `check` each time that the server is back, before anything else uses it."""
@@ -85,22 +76,22 @@ class StoreConnection:
         """Call `listener` with the new state each time that the connection goes up or down."""
         self._listeners.append(listener)
 
-    async def call(self, *command: Any) -> Reply:
-        """Send one command.
+    async def call(self, *command: Any, while_down: bool = False) -> Reply:
+        """Send one command; with `while_down`, even if the connection is down, as recovery checks do.
 
         Raises:
             StoreUnavailable: No reply, or the server's state forbids the command. Whether it ran is unknown.
             LocalProtocolError: The command is wrong: a defect.
         """
-        return (await self.calls([command]))[0]
+        return (await self.calls([command], while_down=while_down))[0]
 
-    async def calls(self, commands: Sequence[Command]) -> list[Reply]:
+    async def calls(self, commands: Sequence[Command], *, while_down: bool = False) -> list[Reply]:
         """Send several commands in one round trip. Raises as `call`, for the first that failed."""
-        return self._first_error(await self._exchange(self._commands, commands))
-
-    async def call_while_down(self, *command: Any) -> Reply:
-        """Send one command even if the connection is down, for recovery checks. Raises as `call`."""
-        return self._first_error(await self._send(self._commands, [command]))[0]
+        replies = await self._send(self._commands, commands, while_down)
+        for reply in replies:
+            if isinstance(reply, OrkiError):
+                raise self.failed(reply)
+        return replies
 
     async def operate(self, commands: Sequence[Command]) -> list[Reply]:
         """Send script calls in one round trip. An error reply is an OrkiError in its position.
@@ -108,32 +99,23 @@ class StoreConnection:
         Raises:
             StoreUnavailable: No reply.
         """
-        return await self._exchange(self._operations, commands)
+        return await self._send(self._operations, commands)
 
-    async def _exchange(self, connection: Connection, commands: Sequence[Command]) -> list[Reply]:
-        if not self.up:
-            raise self._cause
-        return await self._send(connection, commands)
-
-    async def _send(self, connection: Connection, commands: Sequence[Command]) -> list[Reply]:
+    async def _send(self, connection: Connection, commands: Sequence[Command], while_down: bool = False) -> list[Reply]:
+        if not self.up.is_set() and not while_down:
+            raise self.cause
         try:
             return await connection.pipeline(*commands)
         except OrkiError as error:
             self.failed(error)
             raise
 
-    def _first_error(self, replies: list[Reply]) -> list[Reply]:
-        for reply in replies:
-            if isinstance(reply, OrkiError):
-                raise self.failed(reply)
-        return replies
-
     def failed(self, error: OrkiError) -> OrkiError:
         """Take the connection down if the error is due to the server's state. Returns the error."""
         if isinstance(error, StoreUnavailable):
-            self._cause = error
-            if self.up:
-                self._up.clear()
+            self.cause = error
+            if self.up.is_set():
+                self.up.clear()
                 self._notify(False)
                 self._probe = asyncio.get_running_loop().create_task(self._recover(), name="orki store probe")
         return error
@@ -144,17 +126,17 @@ class StoreConnection:
 
     async def _recover(self) -> None:
         jitter = Jitter(_PROBES)
-        while not self.up:
+        while not self.up.is_set():
             await asyncio.sleep(jitter.failed())
             try:
                 # A server that replies may still refuse writes.
-                await self.call_while_down("HSET", FleetKeys.LAYOUT, "probe", "1")
+                await self.call("HSET", FleetKeys.LAYOUT, "probe", "1", while_down=True)
                 for check in self._checks:
                     await check()
             except OrkiError as error:
-                self._cause = error
+                self.cause = error
             else:
-                self._up.set()
+                self.up.set()
         self._notify(True)
 
     async def close(self) -> None:
@@ -171,8 +153,6 @@ class StoreConnection:
 @dataclass(slots=True, eq=False)
 class _Entry:
     operation: Operation[Any]
-    shard: int
-    arguments: Sequence[Argument]
     size: int
     outcome: asyncio.Future[Any]
 
@@ -205,20 +185,24 @@ class Batcher:
     def waiting(self) -> int:
         return len(self._waiting)
 
-    def put(self, operation: Operation[R]) -> asyncio.Future[R]:
-        """Enqueue an operation. The future gets its outcome or error.
+    def apply(self, operation: Operation[R]) -> asyncio.Future[R]:
+        """Enqueue an operation. The future gets its outcome, or a LocalProtocolError: the script failed, a defect.
 
         Raises:
-            StoreUnavailable: The store is down and the operation is not patient, or too many operations wait.
+            UnknownTask: The store has no such shard.
+            StoreUnavailable: The store is down and the operation is not patient, or too many operations wait. The
+                future gets the same error if the store goes down; the operation may have been applied, and may be
+                sent again.
         """
-        if not self._connection.up and not operation.patient:
+        if operation.shard >= len(self._prefixes):
+            raise UnknownTask(f"there is no task {operation.arguments[0]!r}")
+        if not self._connection.up.is_set() and not operation.patient:
             raise self._connection.cause
         if len(self._waiting) >= _WAITING:
             raise StoreUnavailable(f"{self._connection.address.shown} is too slow: {_WAITING} operations wait")
-        shard, arguments = operation.call()
-        size = sum(len(each) for each in arguments if isinstance(each, bytes | str))
+        size = sum(len(each) for each in operation.arguments if isinstance(each, bytes | str))
         outcome: asyncio.Future[R] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Entry(operation, shard, arguments, size, outcome))
+        self._waiting.append(_Entry(operation, size, outcome))
         self._wake.set()
         return outcome
 
@@ -227,7 +211,7 @@ class Batcher:
             if not self._waiting:
                 self._wake.clear()
                 await self._wake.wait()
-            await self._connection.wait_up()
+            await self._connection.up.wait()
             batch = self._take()
             if not batch:
                 continue
@@ -247,7 +231,7 @@ class Batcher:
     async def _send(self, batch: Iterable[_Entry]) -> None:
         shards: dict[int, list[_Entry]] = {}
         for entry in batch:
-            shards.setdefault(entry.shard, []).append(entry)
+            shards.setdefault(entry.operation.shard, []).append(entry)
         commands = [self._command(shard, entries) for shard, entries in shards.items()]
         replies = await self._connection.operate(commands)
         if missing := [position for position, reply in enumerate(replies) if isinstance(reply, ScriptMissing)]:
@@ -263,9 +247,10 @@ class Batcher:
                 self._resolve(entries, reply)
 
     def _command(self, shard: int, entries: Iterable[_Entry]) -> list[Argument]:
-        command: list[Argument] = ["EVALSHA", self._script.sha, 1, self._prefixes[shard]]
+        command: list[Argument] = ["EVALSHA", self._script.digest, 1, self._prefixes[shard]]
         for entry in entries:
-            command += (entry.operation.op, len(entry.arguments), *entry.arguments)
+            arguments = entry.operation.arguments
+            command += (entry.operation.op, len(arguments), *arguments)
         return command
 
     def _resolve(self, entries: list[_Entry], replies: list[list[bytes]]) -> None:
@@ -301,13 +286,30 @@ class Batcher:
         self._wake.set()
 
 
+def shard_script(retention: float) -> Script:
+    """Return the script that applies a batch of operations to one shard.
+
+    Names, legal moves and reasons are generated in front of the files in `lua/`.
+
+    Args:
+        retention: Time for which a finished task is kept.
+    """
+    constants = [f"local REASON_{name} = '{Reason.Value(f'REASON_{name}')}'" for name in _REASONS]
+    constants.append(f"local RETENTION = {round(retention * 1000)}")
+    # The first fence depends on the clock: a store that lost everything continues above the fences that it gave before.
+    constants.append(f"local function first_fence(now) return string.format('%.0f', {EPOCH_STEP} + now) end\n")
+    folder = files("orki_server._store") / "lua"
+    written = [(folder / f"{part}.lua").read_text(encoding="utf-8") for part in ("task", "operations")]
+    return Script("\n".join([lua_names(), lua_moves(), "\n".join(constants), *written]))
+
+
 class Store:
     """Tasks in Redis.
 
     Attributes:
         connection: The connection, for commands that are not operations.
         shards: Number of shards.
-        put: Enqueues an operation; see `Batcher.put`.
+        apply: Enqueues an operation; see `Batcher.apply`.
     """
 
     def __init__(self, url: str, *, shards: int = 8, retention: float = 3600.0) -> None:
@@ -329,7 +331,7 @@ class Store:
         self._loss_listeners: list[Callable[[], None]] = []
         self.connection.on_recovery(self._check_generation)
         self.connection.on_change(self._connection_changed)
-        self.put = self._batcher.put
+        self.apply = self._batcher.apply
 
     async def open(self) -> None:
         """Connect.
@@ -348,7 +350,7 @@ class Store:
     @property
     def up(self) -> bool:
         """Whether the server replied last time."""
-        return self.connection.up
+        return self.connection.up.is_set()
 
     @property
     def waiting(self) -> int:
@@ -358,22 +360,19 @@ class Store:
         """Call `listener` when the store came back without its data: all of it, or its newest writes."""
         self._loss_listeners.append(listener)
 
-    async def apply(self, operation: Operation[R]) -> R:
-        """Apply an operation.
-
-        Raises:
-            StoreUnavailable: The store is down. The operation may have been applied, and may be sent again.
-            LocalProtocolError: The script failed: a defect.
-        """
-        return await self.put(operation)
-
-    async def offer(self, operation: Offer) -> list[OfferedAttempt]:
+    def offer(self, operation: Operation[list[OfferedAttempt]]) -> asyncio.Future[list[OfferedAttempt]]:
         """Apply an offer and remember its fences, to detect a store that forgets them. Raises as `apply`."""
-        offered = await self.put(operation)
-        if offered:
-            highest = max(each.attempt.fence for each in offered)
-            self._highest_fence[operation.shard] = max(highest, self._highest_fence.get(operation.shard, 0))
-        return offered
+
+        def remember(offered: asyncio.Future[list[OfferedAttempt]]) -> None:
+            if not offered.cancelled() and offered.exception() is None:
+                known = self._highest_fence.get(operation.shard, 0)
+                fences = [each.attempt.fence for each in offered.result()]
+                if fences:
+                    self._highest_fence[operation.shard] = max(known, *fences)
+
+        future = self.apply(operation)
+        future.add_done_callback(remember)
+        return future
 
     async def check_fence(self, attempt: AttemptKey) -> bool:
         """Check that the store knows a fence that an agent holds. If not, it has lost its newest writes.
@@ -387,17 +386,13 @@ class Store:
         if attempt.fence <= self._highest_fence.get(shard, 0):
             return False
         self._highest_fence[shard] = attempt.fence
-        return await self.apply(self._next_epoch(shard))
-
-    def _next_epoch(self, shard: int) -> RaiseEpoch:
-        seen = self._highest_fence[shard]
-        return RaiseEpoch(shard, seen, (seen // EPOCH_STEP + 1) * EPOCH_STEP)
+        return await self.apply(raise_epoch(shard, attempt.fence))
 
     def _connection_changed(self, up: bool) -> None:
         if not up:
             # These operations are patient: they run first when the server is back, before any offer.
-            for shard in self._highest_fence:
-                self.put(self._next_epoch(shard)).add_done_callback(self._epoch_checked)
+            for shard, seen in self._highest_fence.items():
+                self.apply(raise_epoch(shard, seen)).add_done_callback(self._epoch_checked)
 
     def _epoch_checked(self, outcome: asyncio.Future[bool]) -> None:
         if not outcome.cancelled() and outcome.exception() is None and outcome.result():
@@ -420,8 +415,8 @@ class Store:
         """
         ours = {"shards": self.shards, "version": LAYOUT_VERSION, "generation": os.urandom(8).hex()}
         for field, value in ours.items():
-            await self.connection.call_while_down("HSETNX", FleetKeys.LAYOUT, field, value)
-        reply = await self.connection.call_while_down("HMGET", FleetKeys.LAYOUT, *ours)
+            await self.connection.call("HSETNX", FleetKeys.LAYOUT, field, value, while_down=True)
+        reply = await self.connection.call("HMGET", FleetKeys.LAYOUT, *ours, while_down=True)
         shards, version, generation = reply
         shown = self.connection.address.shown
         if int(version) != LAYOUT_VERSION:

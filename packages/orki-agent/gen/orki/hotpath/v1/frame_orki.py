@@ -11,7 +11,7 @@ from orki.hotpath.v1.frame_pb2 import FrameFlag as FrameFlag
 
 @oc.frame("orki.hotpath.v1.FrameHeader", version=1, block_length=56)
 class FrameHeader(oc.FrameBase):
-    """What stands before every block."""
+    """Header of every frame."""
 
     magic: int = oc.at(0, oc.Scalar.U16, number=1)
     """Always 0x4bf7."""
@@ -20,17 +20,17 @@ class FrameHeader(oc.FrameBase):
     flags: int = oc.at(3, oc.Scalar.U8, number=3)
     """Bit set of FrameFlag; unknown bits are ignored."""
     opcode: int = oc.at(4, oc.Scalar.U16, number=4)
-    """What the frame is: the tool's opcode in calls and replies; below 0x0100 the protocol's own."""
+    """Opcode of the tool for calls and replies; opcodes below 0x0100 belong to the protocol."""
     block_length: int = oc.at(6, oc.Scalar.U16, number=5)
     """Length of the block in bytes."""
     total_length: int = oc.at(8, oc.Scalar.U32, number=6)
-    """Length of header, block and tail together, in bytes."""
+    """Total length of header, block and tail, in bytes."""
     block_version: int = oc.at(12, oc.Scalar.U16, number=7)
     """Version of the block's layout."""
     correlation: int = oc.at(16, oc.Scalar.U64, number=8)
-    """Number of the call on its connection; the reply carries the same. 0 in the handshake."""
+    """Number of the call on its connection, repeated in the reply. 0 in the handshake."""
     timeout_us: int = oc.at(24, oc.Scalar.U32, number=9)
-    """Time that the caller gives the call, in microseconds from the frame's arrival; 0 for none."""
+    """Timeout of the call, in microseconds from the arrival of the frame; 0 for none."""
     trace_flags: int = oc.at(28, oc.Scalar.U8, number=10)
     """Trace flags of W3C Trace Context; bit 0 is `sampled`."""
     trace_id: bytes = oc.at(32, oc.Scalar.BYTES, number=11, size=16)

@@ -3,9 +3,9 @@
 isort:skip_file
 The header of every frame on a Unix socket.
 
-A frame is the header (56 bytes, this layout for ever), then `block_length` bytes of block, then the tail up to
-`total_length`. All numbers are little-endian. The first byte on the wire is 0xf7: never zero, never printable ASCII,
-so that strangers are noticed at once. Reserved bytes are zero when written and ignored when read.
+A frame consists of the header (56 bytes, in a layout that never changes), a block of `block_length` bytes, and a
+tail up to `total_length`. All numbers are little-endian. The first byte is 0xf7, neither zero nor printable ASCII,
+so that other protocols are detected at once. Reserved bytes are written as zero and ignored when read.
 """
 
 from google.protobuf import descriptor as descriptor
@@ -47,7 +47,7 @@ FRAME_FLAG_ERROR: FrameFlag.ValueType  # 2
 
 @typing.final
 class FrameHeader(message.Message):
-    """What stands before every block."""
+    """Header of every frame."""
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -70,17 +70,17 @@ class FrameHeader(message.Message):
     flags: builtins.int
     """Bit set of FrameFlag; unknown bits are ignored."""
     opcode: builtins.int
-    """What the frame is: the tool's opcode in calls and replies; below 0x0100 the protocol's own."""
+    """Opcode of the tool for calls and replies; opcodes below 0x0100 belong to the protocol."""
     block_length: builtins.int
     """Length of the block in bytes."""
     total_length: builtins.int
-    """Length of header, block and tail together, in bytes."""
+    """Total length of header, block and tail, in bytes."""
     block_version: builtins.int
     """Version of the block's layout."""
     correlation: builtins.int
-    """Number of the call on its connection; the reply carries the same. 0 in the handshake."""
+    """Number of the call on its connection, repeated in the reply. 0 in the handshake."""
     timeout_us: builtins.int
-    """Time that the caller gives the call, in microseconds from the frame's arrival; 0 for none."""
+    """Timeout of the call, in microseconds from the arrival of the frame; 0 for none."""
     trace_flags: builtins.int
     """Trace flags of W3C Trace Context; bit 0 is `sampled`."""
     trace_id: builtins.bytes

@@ -11,7 +11,7 @@ class HelloFrame(oc.FrameBase):
     """Opens a connection."""
 
     token: bytes = oc.at(0, oc.Scalar.BYTES, number=1, size=32)
-    """Secret of the bridge, 32 bytes, handed to the agent out of band."""
+    """Secret of the bridge, 32 bytes, given to the agent out of band."""
     protocol_min: int = oc.at(32, oc.Scalar.U8, number=2)
     """Lowest protocol version that the client speaks."""
     protocol_max: int = oc.at(33, oc.Scalar.U8, number=3)
@@ -25,11 +25,11 @@ class WelcomeFrame(oc.FrameBase):
     """Accepts a connection."""
 
     max_frame_bytes: int = oc.at(0, oc.Scalar.U32, number=1)
-    """Longest frame that the server takes, in bytes, header included."""
+    """Maximum length of a frame that the server accepts, in bytes, header included."""
     max_calls: int = oc.at(4, oc.Scalar.U32, number=2)
-    """Calls that the server takes at once on this connection."""
+    """Maximum number of concurrent calls on this connection."""
     protocol: int = oc.at(8, oc.Scalar.U8, number=3)
-    """Protocol version that both will speak."""
+    """Protocol version of the connection."""
 
 
 @oc.frame("orki.hotpath.v1.ErrorFrame", version=1, block_length=8)
@@ -39,35 +39,35 @@ class ErrorFrame(oc.FrameBase):
     reason: int = oc.at(0, oc.Scalar.U32, number=1)
     """Number of the orki.errors.v1.Reason."""
     tool_code: int = oc.at(4, oc.Scalar.I32, number=2)
-    """The tool's own code; 0 for none."""
+    """Error code of the tool; 0 for none."""
     message: str = oc.tail(default="")
-    """What went wrong in words, UTF-8; never a traceback."""
+    """Error message, UTF-8; never a traceback."""
 
 
 @oc.frame("orki.hotpath.v1.CancelFrame", version=1, block_length=0)
 class CancelFrame(oc.FrameBase):
-    """Asks for the end of a call."""
+    """Cancels a call."""
 
 
 @oc.frame("orki.hotpath.v1.ContractFrame", version=1, block_length=32)
 class ContractFrame(oc.FrameBase):
-    """Asks under which contract the bridge serves a service. A bridge that does not know this frame answers
-    REASON_UNKNOWN_OPCODE; then there is nothing to compare, and calls go on.
+    """Requests the contract of a service at the bridge. A bridge without this frame answers REASON_UNKNOWN_OPCODE;
+    calls then proceed without a check.
     """
 
     digest: bytes = oc.at(0, oc.Scalar.BYTES, number=1, size=32)
-    """SHA-256 of the service's contract as the client's code has it."""
+    """SHA-256 of the contract of the service in the client's code."""
     service: str = oc.tail(default="")
     """Full name of the service, UTF-8."""
 
 
 @oc.frame("orki.hotpath.v1.ContractAnswerFrame", version=1, block_length=40)
 class ContractAnswerFrame(oc.FrameBase):
-    """Tells under which contract the bridge serves a service; the client judges whether it fits."""
+    """Describes the contract of a service at the bridge; the client checks compatibility."""
 
     digest: bytes = oc.at(0, oc.Scalar.BYTES, number=1, size=32)
-    """SHA-256 of the service's contract as the bridge's code has it; zeros where that carries no image."""
+    """SHA-256 of the contract of the service in the bridge's code; zeros if the code has no image."""
     served: bool = oc.at(32, oc.Scalar.BOOL, number=2)
-    """Whether the bridge serves the service at all."""
+    """Whether the bridge serves the service."""
     image: bytes = oc.tail(default=b"")
-    """The image (contract.binpb) of the bridge's contract; empty where the digests are equal."""
+    """The image (contract.binpb) of the bridge's contract; empty if the digests are equal."""

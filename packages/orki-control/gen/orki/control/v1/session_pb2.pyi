@@ -3,35 +3,38 @@
 isort:skip_file
 The session: one bidirectional stream between an agent and an orchestrator.
 
-The laws:
+The laws of the session:
 
- 1. Hello first. The agent's first message is a Hello, within the hello timeout; the orchestrator's first is a Welcome or
-    a Refused. Anything else breaks the protocol.
- 2. Newest instance wins. An agent id has one session. A hello of another instance replaces it: the older is told
-    Replaced and must not come back. A late end of the older stream does not touch the newer session.
- 3. Contracts are judged at the hello. Several contracts of a service may be live at once while they fit; one that
-    breaks with a live one on the wire is refused, before any task is offered, by the rule's name and both versions.
- 4. Every gRPC message is a batch of session messages, applied in their order.
- 5. Slots bound work. Offered, accepted and running attempts together never exceed the slots of the hello.
- 6. An offer is answered. Without Accepted or Declined within the accept timeout it is withdrawn and offered again under
-    a higher fence.
- 7. Fences only rise. Attempt and fence come from the store; a report whose fence is not the task's current one is
-    answered Refused(STALE_FENCE) and changes nothing. "Not yours" and "unknown" look the same.
- 8. A stream's end revokes nothing. A lease ends by its expiry alone. An agent that cannot renew stops its work before
-    the lease ends, on its own monotonic clock.
- 9. A result is kept until it is acknowledged. The agent sends it again after every reconnect; a repetition is
+ 1. Hello first. The agent's first message is a Hello, sent within the hello timeout. The orchestrator's first
+    message is a Welcome or a Refused. Any other first message violates the protocol.
+ 2. Newest instance wins. An agent id has one session. A hello of another instance replaces it. The older instance
+    receives Replaced and must not reconnect. A late end of the older stream does not affect the newer session.
+ 3. Contracts are checked at the hello. Several contracts of a service may be in use at once if they are compatible.
+    A contract that breaks with one in use is refused before any task is offered; the refusal names the rule and both
+    versions.
+ 4. Every gRPC message is a batch of session messages, which are applied in order.
+ 5. Slots bound work. The sum of offered, accepted and running attempts never exceeds the slots of the hello.
+ 6. An offer is answered. An offer without Accepted or Declined within the accept timeout is withdrawn and offered
+    again with a higher fence.
+ 7. Fences only rise. The store assigns attempts and fences. A report with another fence than the task's current one
+    is answered with Refused(STALE_FENCE) and changes nothing. The answer does not reveal whether the task exists.
+ 8. The end of a stream revokes nothing. A lease ends only when it expires. An agent that cannot renew a lease stops
+    the work before the lease ends, by its own monotonic clock.
+ 9. A result is kept until it is acknowledged. The agent sends it again after every reconnect. A repeated result is
     acknowledged again and accepted once.
-10. The first terminal state wins. A cancel that meets a result changes nothing, and a result that meets a finished
-    cancel is refused; both sides learn which.
-11. A cancel is acknowledged at once, by the agent's I/O thread, whatever user code does. Then comes the grace, then
-    the task's cancellation, then the report CANCEL_UNRESPONSIVE. Repeated, early and unknown cancels are harmless.
-12. A reconnect synchronises. The hello lists the attempts that the agent holds, the welcome those that remain its own;
-    the agent ends the others.
-13. Silence is death. Both sides send heartbeats; who hears nothing for three intervals gives the stream up and, as the
-    agent, builds a new channel.
-14. A peer's cancellation or clean end of stream is a lost connection, never a request to stop.
-15. Drain comes before stop. After Drain nothing new is offered; heartbeats go on until the last result is acknowledged.
-16. Unknown kinds of messages are ignored: they come from a newer peer.
+10. The first terminal state wins. A cancel after a result changes nothing, and a result after a finished cancel is
+    refused. Both sides learn the outcome.
+11. The agent's I/O thread acknowledges a cancel at once, independent of user code. The handler then has the grace to
+    end, is cancelled, and is reported as CANCEL_UNRESPONSIVE if it does not end. Repeated, early and unknown cancels
+    are harmless.
+12. A reconnect synchronises. The hello lists the attempts that the agent holds, and the welcome those that it keeps.
+    The agent ends the others.
+13. Silence ends a session. Both sides send heartbeats. A side that receives nothing for three intervals closes the
+    stream; the agent then opens a new channel.
+14. A cancellation or clean end of stream by the peer is a lost connection, never a request to stop.
+15. Drain comes before stop. After Drain, nothing new is offered. Heartbeats continue until the last result is
+    acknowledged.
+16. Messages of unknown kinds are ignored, because they come from a newer peer.
 """
 
 from collections import abc as abc
@@ -60,7 +63,7 @@ class ConnectRequest(message.Message):
     MESSAGES_FIELD_NUMBER: builtins.int
     @builtins.property
     def messages(self) -> containers.RepeatedCompositeFieldContainer[AgentMessage]:
-        """In the order in which they apply."""
+        """The messages, applied in order."""
 
     def __init__(
         self,
@@ -82,7 +85,7 @@ class ConnectResponse(message.Message):
     MESSAGES_FIELD_NUMBER: builtins.int
     @builtins.property
     def messages(self) -> containers.RepeatedCompositeFieldContainer[OrchestratorMessage]:
-        """In the order in which they apply."""
+        """The messages, applied in order."""
 
     def __init__(
         self,
@@ -118,31 +121,31 @@ class AgentMessage(message.Message):
 
     @builtins.property
     def accepted(self) -> Accepted:
-        """Takes an offer; the handler starts."""
+        """Accepts an offer; the handler starts."""
 
     @builtins.property
     def declined(self) -> Declined:
-        """Gives an offer back."""
+        """Declines an offer."""
 
     @builtins.property
     def progress(self) -> Progress:
-        """News of a running attempt."""
+        """Progress of a running attempt."""
 
     @builtins.property
     def result(self) -> Result:
-        """The end of an attempt."""
+        """Result of an attempt."""
 
     @builtins.property
     def cancel_acknowledged(self) -> CancelAcknowledged:
-        """The cancel has arrived."""
+        """Acknowledges a cancel."""
 
     @builtins.property
     def heartbeat(self) -> Heartbeat:
-        """A sign of life that renews leases."""
+        """Renews leases."""
 
     @builtins.property
     def drain(self) -> AgentDrain:
-        """The agent takes no more offers."""
+        """The agent accepts no more offers."""
 
     def __init__(
         self,
@@ -189,23 +192,23 @@ class OrchestratorMessage(message.Message):
 
     @builtins.property
     def refused(self) -> Refused:
-        """Refuses the session, or one report."""
+        """Refuses the session or one report."""
 
     @builtins.property
     def offer(self) -> Offer:
-        """Hands out an attempt."""
+        """Offers an attempt to the agent."""
 
     @builtins.property
     def cancel(self) -> Cancel:
-        """Asks for the end of an attempt."""
+        """Cancels an attempt."""
 
     @builtins.property
     def directive(self) -> Directive:
-        """Pushes a directive to a running attempt."""
+        """Sends a directive to a running attempt."""
 
     @builtins.property
     def result_acknowledged(self) -> ResultAcknowledged:
-        """A result was taken; the agent may forget it."""
+        """Acknowledges a result; the agent may discard it."""
 
     @builtins.property
     def heartbeat_echo(self) -> HeartbeatEcho:
@@ -217,7 +220,7 @@ class OrchestratorMessage(message.Message):
 
     @builtins.property
     def replaced(self) -> Replaced:
-        """A newer instance has the session."""
+        """A newer instance has replaced the session."""
 
     def __init__(
         self,
@@ -256,24 +259,24 @@ class Hello(message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: builtins.int
     HELD_FIELD_NUMBER: builtins.int
     agent_id: builtins.str
-    """Name of the agent in the fleet: letters, digits, `-`, `_`, `.`, 128 at the most."""
+    """Name of the agent in the fleet: at most 128 letters, digits, `-`, `_` and `.`."""
     instance_id: builtins.str
-    """This process; new at every start."""
+    """Id of the process, new at every start."""
     protocol_min: builtins.int
     """Lowest protocol version that the agent speaks."""
     protocol_max: builtins.int
     """Highest protocol version that the agent speaks."""
     slots: builtins.int
-    """Attempts that it takes at once, at least 1."""
+    """Maximum number of concurrent attempts, at least 1."""
     max_message_bytes: builtins.int
-    """Longest gRPC message that it takes, in bytes."""
+    """Maximum size of a gRPC message that the agent accepts, in bytes."""
     @builtins.property
     def services(self) -> containers.RepeatedCompositeFieldContainer[ServedService]:
-        """What it serves."""
+        """The services that the agent serves."""
 
     @builtins.property
     def held(self) -> containers.RepeatedCompositeFieldContainer[HeldAttempt]:
-        """Attempts that it holds from earlier sessions."""
+        """Attempts that the agent holds from earlier sessions."""
 
     def __init__(
         self,
@@ -304,13 +307,13 @@ class ServedService(message.Message):
     IMAGE_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     service: builtins.str
-    """Full name."""
+    """Full name of the service."""
     digest: builtins.str
     """Digest of the service's contract: `sha256:` and 64 hex digits."""
     image: builtins.bytes
     """The contract as an image, a serialised google.protobuf.FileDescriptorSet with the options."""
     version: builtins.str
-    """Version of the package that holds the contract, where it is known."""
+    """Version of the distribution that contains the contract, if known."""
     def __init__(
         self,
         *,
@@ -334,7 +337,7 @@ class HeldAttempt(message.Message):
     ATTEMPT_FIELD_NUMBER: builtins.int
     HAS_RESULT_FIELD_NUMBER: builtins.int
     has_result: builtins.bool
-    """Whether its result waits for acknowledgement; else it is still running."""
+    """Whether its result awaits acknowledgement; false if it is still running."""
     @builtins.property
     def attempt(self) -> attempt_pb2.AttemptRef:
         """The attempt."""
@@ -365,20 +368,20 @@ class Welcome(message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: builtins.int
     EVENTS_URL_FIELD_NUMBER: builtins.int
     protocol: builtins.int
-    """Protocol version that both will speak."""
+    """Protocol version of the session."""
     orchestrator_id: builtins.str
     """Name of the orchestrator."""
     session_epoch: builtins.int
-    """Number of the session among the agent's; rises."""
+    """Number of the session of this agent; rises with every session."""
     heartbeat_interval_ms: builtins.int
     """Time between heartbeats, in milliseconds."""
     max_message_bytes: builtins.int
-    """Longest gRPC message that the orchestrator takes, in bytes."""
+    """Maximum size of a gRPC message that the orchestrator accepts, in bytes."""
     events_url: builtins.str
-    """Where the event plane is, as a URL without credentials; empty when the agent must know by itself."""
+    """URL of the event server without credentials; empty if the agent is configured with it."""
     @builtins.property
     def keep(self) -> containers.RepeatedCompositeFieldContainer[attempt_pb2.AttemptRef]:
-        """Held attempts that remain the agent's own; it ends the others."""
+        """Held attempts that the agent keeps; it ends the others."""
 
     def __init__(
         self,
@@ -399,7 +402,7 @@ class Welcome(message.Message):
 
 @typing.final
 class Refused(message.Message):
-    """Refuses a session (no attempt) or one report (with its attempt)."""
+    """Refuses a session (attempt unset) or one report (attempt set)."""
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -407,11 +410,11 @@ class Refused(message.Message):
     ATTEMPT_FIELD_NUMBER: builtins.int
     @builtins.property
     def failure(self) -> attempt_pb2.Failure:
-        """Why."""
+        """The reason."""
 
     @builtins.property
     def attempt(self) -> attempt_pb2.AttemptRef:
-        """The attempt of the report; unset when the session is refused."""
+        """The attempt of the report; unset if the session is refused."""
 
     def __init__(
         self,
@@ -427,7 +430,7 @@ class Refused(message.Message):
 
 @typing.final
 class Offer(message.Message):
-    """Hands out an attempt."""
+    """Offers an attempt to the agent."""
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -442,11 +445,11 @@ class Offer(message.Message):
     request: builtins.bytes
     """The request message, serialised."""
     lease_ms: builtins.int
-    """Lease: time that the attempt survives without a heartbeat, in milliseconds."""
+    """Time after which the attempt is lost without a heartbeat, in milliseconds."""
     accept_timeout_ms: builtins.int
-    """Time within which the agent answers, in milliseconds."""
+    """Time for the agent to answer, in milliseconds."""
     attempt_timeout_ms: builtins.int
-    """Time that the attempt may take, in milliseconds."""
+    """Maximum duration of the attempt, in milliseconds."""
     @builtins.property
     def attempt(self) -> attempt_pb2.AttemptRef:
         """The attempt."""
@@ -469,7 +472,7 @@ class Offer(message.Message):
 
 @typing.final
 class Accepted(message.Message):
-    """Takes an offer."""
+    """Accepts an offer."""
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -491,7 +494,7 @@ class Accepted(message.Message):
 
 @typing.final
 class Declined(message.Message):
-    """Gives an offer back."""
+    """Declines an offer."""
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -503,7 +506,7 @@ class Declined(message.Message):
 
     @builtins.property
     def failure(self) -> attempt_pb2.Failure:
-        """Why."""
+        """The reason."""
 
     def __init__(
         self,
@@ -519,7 +522,7 @@ class Declined(message.Message):
 
 @typing.final
 class Progress(message.Message):
-    """News of a running attempt."""
+    """Progress of a running attempt."""
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -527,7 +530,7 @@ class Progress(message.Message):
     INDEX_FIELD_NUMBER: builtins.int
     PAYLOAD_FIELD_NUMBER: builtins.int
     index: builtins.int
-    """Number of the news within the attempt, from 1."""
+    """Number of the progress message within the attempt, from 1."""
     payload: builtins.bytes
     """The method's progress message, serialised."""
     @builtins.property
@@ -549,7 +552,7 @@ class Progress(message.Message):
 
 @typing.final
 class Result(message.Message):
-    """The end of an attempt."""
+    """Result of an attempt."""
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -565,11 +568,11 @@ class Result(message.Message):
 
     @builtins.property
     def failure(self) -> attempt_pb2.Failure:
-        """It failed; the reason says whether another attempt can help."""
+        """The attempt failed; the reason determines whether it is retried."""
 
     @builtins.property
     def cancelled(self) -> CancelledOutcome:
-        """It ended because it was cancelled."""
+        """The attempt was cancelled."""
 
     def __init__(
         self,
@@ -589,13 +592,13 @@ class Result(message.Message):
 
 @typing.final
 class CancelledOutcome(message.Message):
-    """An attempt ended because it was cancelled."""
+    """Outcome of a cancelled attempt."""
 
     DESCRIPTOR: descriptor.Descriptor
 
     REASON_FIELD_NUMBER: builtins.int
     reason: errors_pb2.Reason.ValueType
-    """REASON_CANCELLED, or REASON_CANCEL_UNRESPONSIVE where the handler was left behind."""
+    """REASON_CANCELLED, or REASON_CANCEL_UNRESPONSIVE if the handler did not end."""
     def __init__(
         self,
         *,
@@ -609,7 +612,7 @@ class CancelledOutcome(message.Message):
 
 @typing.final
 class Cancel(message.Message):
-    """Asks for the end of an attempt."""
+    """Cancels an attempt."""
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -617,9 +620,9 @@ class Cancel(message.Message):
     GRACE_MS_FIELD_NUMBER: builtins.int
     MESSAGE_FIELD_NUMBER: builtins.int
     grace_ms: builtins.int
-    """Time that the handler has to end by itself, in milliseconds."""
+    """Time for the handler to end by itself, in milliseconds."""
     message: builtins.str
-    """Why, in words."""
+    """Explanation of the cancel."""
     @builtins.property
     def attempt(self) -> attempt_pb2.AttemptRef:
         """The attempt."""
@@ -639,7 +642,7 @@ class Cancel(message.Message):
 
 @typing.final
 class CancelAcknowledged(message.Message):
-    """The cancel has arrived at the agent."""
+    """The agent has received the cancel."""
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -661,7 +664,7 @@ class CancelAcknowledged(message.Message):
 
 @typing.final
 class Directive(message.Message):
-    """Pushes a directive to a running attempt."""
+    """Sends a directive to a running attempt."""
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -687,7 +690,7 @@ class Directive(message.Message):
 
 @typing.final
 class ResultAcknowledged(message.Message):
-    """A result was taken, now or before."""
+    """A result was accepted, now or earlier."""
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -709,7 +712,7 @@ class ResultAcknowledged(message.Message):
 
 @typing.final
 class Heartbeat(message.Message):
-    """A sign of life."""
+    """A heartbeat of the agent."""
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -721,14 +724,14 @@ class Heartbeat(message.Message):
     number: builtins.int
     """Number of the heartbeat on this stream, from 1."""
     free_slots: builtins.int
-    """Slots without an attempt."""
+    """Number of slots without an attempt."""
     loop_lag_us: builtins.int
-    """How late the user's event loop was, in microseconds."""
+    """Lag of the user's event loop, in microseconds."""
     memory_bytes: builtins.int
-    """Resident memory of the agent, in bytes."""
+    """Resident memory of the agent process, in bytes."""
     @builtins.property
     def running(self) -> containers.RepeatedCompositeFieldContainer[attempt_pb2.AttemptRef]:
-        """Attempts whose leases it renews."""
+        """Attempts whose leases are renewed."""
 
     def __init__(
         self,
@@ -767,7 +770,7 @@ class HeartbeatEcho(message.Message):
 
 @typing.final
 class AgentDrain(message.Message):
-    """The agent takes no more offers."""
+    """The agent accepts no more offers."""
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -802,13 +805,13 @@ class OrchestratorDrain(message.Message):
 
 @typing.final
 class Replaced(message.Message):
-    """A newer instance has the session."""
+    """A newer instance has replaced the session."""
 
     DESCRIPTOR: descriptor.Descriptor
 
     SUCCESSOR_INSTANCE_ID_FIELD_NUMBER: builtins.int
     successor_instance_id: builtins.str
-    """The instance."""
+    """Id of the newer instance."""
     def __init__(
         self,
         *,

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class SessionServiceStub(object):
-    """Where agents dial in.
+    """Agent sessions.
     """
 
     def __init__(self, channel):
@@ -43,11 +43,11 @@ class SessionServiceStub(object):
 
 
 class SessionServiceServicer(object):
-    """Where agents dial in.
+    """Agent sessions.
     """
 
     def Connect(self, request_iterator, context):
-        """Opens a session; lasts as long as the connection.
+        """Opens a session, which lasts as long as the stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -70,7 +70,7 @@ def add_SessionServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class SessionService(object):
-    """Where agents dial in.
+    """Agent sessions.
     """
 
     @staticmethod

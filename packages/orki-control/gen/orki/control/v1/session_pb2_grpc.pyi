@@ -3,35 +3,38 @@
 isort:skip_file
 The session: one bidirectional stream between an agent and an orchestrator.
 
-The laws:
+The laws of the session:
 
- 1. Hello first. The agent's first message is a Hello, within the hello timeout; the orchestrator's first is a Welcome or
-    a Refused. Anything else breaks the protocol.
- 2. Newest instance wins. An agent id has one session. A hello of another instance replaces it: the older is told
-    Replaced and must not come back. A late end of the older stream does not touch the newer session.
- 3. Contracts are judged at the hello. Several contracts of a service may be live at once while they fit; one that
-    breaks with a live one on the wire is refused, before any task is offered, by the rule's name and both versions.
- 4. Every gRPC message is a batch of session messages, applied in their order.
- 5. Slots bound work. Offered, accepted and running attempts together never exceed the slots of the hello.
- 6. An offer is answered. Without Accepted or Declined within the accept timeout it is withdrawn and offered again under
-    a higher fence.
- 7. Fences only rise. Attempt and fence come from the store; a report whose fence is not the task's current one is
-    answered Refused(STALE_FENCE) and changes nothing. "Not yours" and "unknown" look the same.
- 8. A stream's end revokes nothing. A lease ends by its expiry alone. An agent that cannot renew stops its work before
-    the lease ends, on its own monotonic clock.
- 9. A result is kept until it is acknowledged. The agent sends it again after every reconnect; a repetition is
+ 1. Hello first. The agent's first message is a Hello, sent within the hello timeout. The orchestrator's first
+    message is a Welcome or a Refused. Any other first message violates the protocol.
+ 2. Newest instance wins. An agent id has one session. A hello of another instance replaces it. The older instance
+    receives Replaced and must not reconnect. A late end of the older stream does not affect the newer session.
+ 3. Contracts are checked at the hello. Several contracts of a service may be in use at once if they are compatible.
+    A contract that breaks with one in use is refused before any task is offered; the refusal names the rule and both
+    versions.
+ 4. Every gRPC message is a batch of session messages, which are applied in order.
+ 5. Slots bound work. The sum of offered, accepted and running attempts never exceeds the slots of the hello.
+ 6. An offer is answered. An offer without Accepted or Declined within the accept timeout is withdrawn and offered
+    again with a higher fence.
+ 7. Fences only rise. The store assigns attempts and fences. A report with another fence than the task's current one
+    is answered with Refused(STALE_FENCE) and changes nothing. The answer does not reveal whether the task exists.
+ 8. The end of a stream revokes nothing. A lease ends only when it expires. An agent that cannot renew a lease stops
+    the work before the lease ends, by its own monotonic clock.
+ 9. A result is kept until it is acknowledged. The agent sends it again after every reconnect. A repeated result is
     acknowledged again and accepted once.
-10. The first terminal state wins. A cancel that meets a result changes nothing, and a result that meets a finished
-    cancel is refused; both sides learn which.
-11. A cancel is acknowledged at once, by the agent's I/O thread, whatever user code does. Then comes the grace, then
-    the task's cancellation, then the report CANCEL_UNRESPONSIVE. Repeated, early and unknown cancels are harmless.
-12. A reconnect synchronises. The hello lists the attempts that the agent holds, the welcome those that remain its own;
-    the agent ends the others.
-13. Silence is death. Both sides send heartbeats; who hears nothing for three intervals gives the stream up and, as the
-    agent, builds a new channel.
-14. A peer's cancellation or clean end of stream is a lost connection, never a request to stop.
-15. Drain comes before stop. After Drain nothing new is offered; heartbeats go on until the last result is acknowledged.
-16. Unknown kinds of messages are ignored: they come from a newer peer.
+10. The first terminal state wins. A cancel after a result changes nothing, and a result after a finished cancel is
+    refused. Both sides learn the outcome.
+11. The agent's I/O thread acknowledges a cancel at once, independent of user code. The handler then has the grace to
+    end, is cancelled, and is reported as CANCEL_UNRESPONSIVE if it does not end. Repeated, early and unknown cancels
+    are harmless.
+12. A reconnect synchronises. The hello lists the attempts that the agent holds, and the welcome those that it keeps.
+    The agent ends the others.
+13. Silence ends a session. Both sides send heartbeats. A side that receives nothing for three intervals closes the
+    stream; the agent then opens a new channel.
+14. A cancellation or clean end of stream by the peer is a lost connection, never a request to stop.
+15. Drain comes before stop. After Drain, nothing new is offered. Heartbeats continue until the last result is
+    acknowledged.
+16. Messages of unknown kinds are ignored, because they come from a newer peer.
 """
 
 from collections import abc as abc
@@ -44,14 +47,14 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class SessionServiceStub:
-    """Where agents dial in."""
+    """Agent sessions."""
 
     def __init__(self, channel: aio.Channel) -> None: ...
     Connect: aio.StreamStreamMultiCallable[session_pb2.ConnectRequest, session_pb2.ConnectResponse]
-    """Opens a session; lasts as long as the connection."""
+    """Opens a session, which lasts as long as the stream."""
 
 class SessionServiceServicer(metaclass=abc_1.ABCMeta):
-    """Where agents dial in."""
+    """Agent sessions."""
 
     @abc_1.abstractmethod
     def Connect(
@@ -59,6 +62,6 @@ class SessionServiceServicer(metaclass=abc_1.ABCMeta):
         request_iterator: abc.AsyncIterator[session_pb2.ConnectRequest],
         context: aio.ServicerContext[abc.AsyncIterator[session_pb2.ConnectRequest], abc.AsyncIterator[session_pb2.ConnectResponse]],
     ) -> abc.AsyncIterator[session_pb2.ConnectResponse]:
-        """Opens a session; lasts as long as the connection."""
+        """Opens a session, which lasts as long as the stream."""
 
 def add_SessionServiceServicer_to_server(servicer: SessionServiceServicer, server: aio.Server) -> None: ...

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class TaskServiceStub(object):
-    """Submitting, watching and ending tasks.
+    """Submits, watches and cancels tasks.
     """
 
     def __init__(self, channel):
@@ -68,32 +68,32 @@ class TaskServiceStub(object):
 
 
 class TaskServiceServicer(object):
-    """Submitting, watching and ending tasks.
+    """Submits, watches and cancels tasks.
     """
 
     def Submit(self, request, context):
-        """Submits one task or many. When it returns, accepted tasks survive the death of the orchestrator.
+        """Submits tasks. Accepted tasks survive a crash of the orchestrator.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Get(self, request, context):
-        """The task as it is now.
+        """The current state of the task.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """Follows a task to its end; begins with a snapshot.
+        """Streams a task to its end, beginning with a snapshot.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Cancel(self, request, context):
-        """Asks for a task's end. Asking again, or too late, is harmless.
+        """Requests the cancellation of a task. Repeated and late requests are harmless.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -155,7 +155,7 @@ def add_TaskServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TaskService(object):
-    """Submitting, watching and ending tasks.
+    """Submits, watches and cancels tasks.
     """
 
     @staticmethod
@@ -322,7 +322,7 @@ class TaskService(object):
 
 
 class FleetServiceStub(object):
-    """Looking at the fleet.
+    """Describes the fleet.
     """
 
     def __init__(self, channel):
@@ -344,18 +344,18 @@ class FleetServiceStub(object):
 
 
 class FleetServiceServicer(object):
-    """Looking at the fleet.
+    """Describes the fleet.
     """
 
     def ListAgents(self, request, context):
-        """Agents that have a session, or lost one not long ago.
+        """Lists agents that have a session or lost one recently.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListServices(self, request, context):
-        """Registered task services, with their contracts.
+        """Lists registered task services with their contracts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -383,7 +383,7 @@ def add_FleetServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class FleetService(object):
-    """Looking at the fleet.
+    """Describes the fleet.
     """
 
     @staticmethod

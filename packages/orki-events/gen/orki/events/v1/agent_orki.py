@@ -19,4 +19,4 @@ AGENTS: Final[oc.EventStream[AgentEvent, AgentsGroup]] = oc.EventStream(
         groups=(oc.Group(name="audit"), oc.Group(name="metrics")),
     ),
 )
-"""One step in the life of an agent process."""
+"""One lifecycle event of an agent process."""

@@ -16,4 +16,4 @@ AUDIT: Final[oc.EventStream[AuditEvent, AuditGroup]] = oc.EventStream(
         retention=oc.Retention(max_entries=1_000_000, max_age=2_592_000.0),
     ),
 )
-"""One deed."""
+"""One audited action."""

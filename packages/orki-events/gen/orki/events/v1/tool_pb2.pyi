@@ -37,17 +37,17 @@ class ToolEvent(message.Message):
     agent_id: builtins.str
     """The calling agent."""
     task_id: builtins.str
-    """The task on whose behalf it was called; empty outside a task."""
+    """The task of the caller; empty outside a task."""
     attempt: builtins.int
     """The task's attempt; 0 outside a task."""
     duration_ns: builtins.int
-    """From the call to its end, in nanoseconds."""
+    """Duration of the call, in nanoseconds."""
     request_bytes: builtins.int
     """Size of the request in bytes."""
     reply_bytes: builtins.int
     """Size of the reply in bytes; 0 without one."""
     reason: errors_pb2.Reason.ValueType
-    """Why the call failed; REASON_UNSPECIFIED when it did not."""
+    """The reason of a failure; REASON_UNSPECIFIED for success."""
     tool_code: builtins.int
     """The tool's own error code; 0 without one."""
     def __init__(
