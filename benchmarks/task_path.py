@@ -2,8 +2,9 @@
 
 A submitter, an orchestrator and an agent run as three processes, each under `sys.setprofile`. After some warm-up tasks
 one task is recorded: each function call in a hand-written module of orki, with its time. The merged record is the
-path of the task. A step is a change of file; a return is a step to a file visited before. Background work (the
-outbox, heartbeats) that falls into the window is part of the path, so the shortest of several recordings is printed.
+path of the task. A step is a change of file within one process; a return is a step to a file that the process has
+visited before. The interleaving of processes depends on the scheduler and does not count. Background work (the outbox,
+heartbeats) that falls into the window is part of the path, so the shortest of several recordings is printed.
 
     python -m benchmarks.task_path [--json FILE] [--steps]
 """
@@ -36,6 +37,9 @@ WARM_UP = 20
 _record: list[tuple[int, str]] = []
 _recording = False
 _names: dict[str, str | None] = {}
+
+Calls = list[tuple[str, str]]
+"""Process and file of each call, in the order of the calls."""
 
 
 def _name(path: str) -> str | None:
@@ -90,8 +94,8 @@ def _await(path: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.01)
 
 
-async def _recordings(target: str, folder: Path, children: dict[str, subprocess.Popen[bytes]]) -> list[list[str]]:
-    """Return the paths of several tasks, each as the list of files in the order of the calls."""
+async def _recordings(target: str, folder: Path, children: dict[str, subprocess.Popen[bytes]]) -> list[Calls]:
+    """Return the calls of several tasks."""
     from sourcereview.v1.review_orki import SourceReviewServiceClient
     from sourcereview.v1.review_pb2 import ReviewFileRequest
 
@@ -99,7 +103,7 @@ async def _recordings(target: str, folder: Path, children: dict[str, subprocess.
     from orki_control import Client
 
     global _recording
-    paths = []
+    recordings = []
     async with Client(target) as orki:
         reviews = SourceReviewServiceClient(orki)
         until = time.monotonic() + 30
@@ -125,30 +129,36 @@ async def _recordings(target: str, folder: Path, children: dict[str, subprocess.
             await reviews.review_file(ReviewFileRequest(path=b"a.py"))
             ended = time.monotonic_ns()
             _recording = False
-            calls = list(_record)
+            calls = [(at, "submitter", file) for at, file in _record]
             for name, process in children.items():
                 process.send_signal(signal.SIGUSR2)
                 await asyncio.to_thread(_await, folder / f"{name}.json", process)
                 written: list[list[Any]] = json.loads((folder / f"{name}.json").read_text())
-                calls += [(at, file) for at, file in written]
-            paths.append([file for at, file in sorted(calls) if begun <= at <= ended])
-    return paths
+                calls += [(at, name, file) for at, file in written]
+            recordings.append([(name, file) for at, name, file in sorted(calls) if begun <= at <= ended])
+    return recordings
 
 
-def returns_of(path: list[str]) -> int:
-    """Count the steps of a path that lead to a file visited before."""
-    seen: set[str] = set()
-    count = 0
-    for before, file in zip(["", *path], path, strict=False):
-        if file != before:
-            count += file in seen
-            seen.add(file)
-    return count
+def steps_of(calls: Calls) -> Calls:
+    """Return the steps: the calls whose file differs from that of the process's previous call."""
+    current: dict[str, str] = {}
+    steps = []
+    for process, file in calls:
+        if current.get(process) != file:
+            current[process] = file
+            steps.append((process, file))
+    return steps
 
 
-def first_uses(path: list[str]) -> list[str]:
+def returns_of(calls: Calls) -> int:
+    """Count the steps to a file that the process has visited before."""
+    steps = steps_of(calls)
+    return len(steps) - len(set(steps))
+
+
+def first_uses(calls: Calls) -> list[str]:
     """Return each file once, in the order of its first call."""
-    return list(dict.fromkeys(path))
+    return list(dict.fromkeys(file for _, file in calls))
 
 
 _AGENT = """
@@ -166,8 +176,8 @@ agent = Agent("no-op", NoOp(), slots=4)
 """
 
 
-def measure() -> list[str]:
-    """Start the three processes and return the shortest recorded path."""
+def measure() -> Calls:
+    """Start the three processes and return the calls of the shortest path."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orki-path-")))
         port, _ = stack.enter_context(redis_server())
@@ -200,10 +210,10 @@ def measure() -> list[str]:
         threading.setprofile(_profile)
         sys.setprofile(_profile)
         try:
-            paths = asyncio.run(_recordings(target, folder, children))
+            recordings = asyncio.run(_recordings(target, folder, children))
         finally:
             sys.setprofile(None)
-    return min(paths, key=lambda path: (len(set(path)), returns_of(path)))
+    return min(recordings, key=lambda calls: (len(first_uses(calls)), returns_of(calls)))
 
 
 def main() -> None:
@@ -215,15 +225,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the path to this file")
     parser.add_argument("--steps", action="store_true", help="print each step, not only the files")
     options = parser.parse_args()
-    path = measure()
-    steps = [file for before, file in zip(["", *path], path, strict=False) if file != before]
-    for number, file in enumerate(first_uses(path), 1):
-        print(f"{number:3} {file} ({path.count(file)} calls, {steps.count(file)} entries)")
+    calls = measure()
+    files, steps = first_uses(calls), steps_of(calls)
+    for number, file in enumerate(files, 1):
+        count = sum(each == file for _, each in calls)
+        print(f"{number:3} {file} ({count} calls, {sum(each == file for _, each in steps)} entries)")
     if options.steps:
-        print("\n".join(steps))
-    print(f"{len(first_uses(path))} files, {len(steps)} steps, {returns_of(path)} returns, {len(path)} calls")
+        print("\n".join(f"{process:9} {file}" for process, file in steps))
+    print(f"{len(files)} files, {len(steps)} steps, {returns_of(calls)} returns, {len(calls)} calls")
     if options.json:
-        options.json.write_text(json.dumps({"files": first_uses(path), "returns": returns_of(path)}, indent=2) + "\n")
+        options.json.write_text(json.dumps({"files": files, "returns": returns_of(calls)}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

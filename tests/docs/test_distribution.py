@@ -1,4 +1,4 @@
-"""The distribution that CONTRIBUTING shows is one: found, generated, built, and whole."""
+"""The `pyproject.toml` in CONTRIBUTING.md makes a distribution that is found, generated and built completely."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-
-import pytest
 
 from nox_sessions.workspace import distributions
 
@@ -40,7 +38,7 @@ def run(folder: Path, *command: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_new_distribution_as_it_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_distribution_of_contributing_builds_a_complete_wheel(tmp_path: Path) -> None:
     for name in ("buf.yaml", "buf.gen.yaml"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "proto/orki/options", tmp_path / "proto/orki/options")

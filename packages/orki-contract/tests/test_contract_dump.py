@@ -79,7 +79,7 @@ def test_sources_that_hold_no_contract(
     assert message in err
 
 
-def test_a_source_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_source_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert dumped(capsys, "nowhere-at-all")[0] == 2
 
 
@@ -121,7 +121,7 @@ def test_a_reader_that_goes_away(command: tuple[str, ...]) -> None:
     assert (ended.returncode, ended.stderr) == (0, b"")
 
 
-def test_the_message_for_what_is_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_source_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     _, _, err = dumped(capsys, "nowhere-at-all")
     assert '"nowhere-at-all" is no file or folder, no installed distribution and no installed proto package' in err
 

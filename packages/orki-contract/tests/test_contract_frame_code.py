@@ -29,7 +29,7 @@ class Single(oc.FrameBase):
 
 @oc.frame("a.v1.Odd", version=3, block_length=16)
 class Odd(oc.FrameBase):
-    """Names that the code around them uses too, and a tail that stands between the fields."""
+    """Field names that the generated code also uses, and a tail between the fields."""
 
     made: int = oc.at(8, oc.Scalar.I32, number=2)
     cls: bytes = oc.at(0, oc.Scalar.BYTES, number=1, size=3)
@@ -72,7 +72,7 @@ def test_both_forms_read_the_same_or_refuse_in_the_same_words(body: bytes, lengt
         assert flat == outcome(cls.decode, memoryview(body), length, version)
 
 
-def test_what_was_read_is_frozen_and_can_be_copied_replaced_and_pickled() -> None:
+def test_a_decoded_frame_is_frozen_and_can_be_copied_replaced_and_pickled() -> None:
     read = Odd.decode(Odd(5, b"abc", b"tail", 6, 7).encode(), 16, 3)
     assert type(read) is Odd
     assert read == Odd(made=5, cls=b"abc", body=b"tail", new=6, self=7)
@@ -96,7 +96,7 @@ def test_what_was_read_is_frozen_and_can_be_copied_replaced_and_pickled() -> Non
         ((1, b"abc", b"", 1, 1, 1), {}, "positional arguments but 7 were given"),
     ],
 )
-def test_wrong_arguments_are_refused_as_pythons_own(positional: Any, named: Any, says: str) -> None:
+def test_wrong_arguments_raise_type_errors_like_a_python_function(positional: Any, named: Any, says: str) -> None:
     with pytest.raises(TypeError, match=says):
         Odd(*positional, **named)
 

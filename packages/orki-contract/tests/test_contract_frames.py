@@ -1,4 +1,4 @@
-"""Frame classes: any value comes back, any bytes are read or refused, older and newer peers understand each other."""
+"""Frame classes: values round-trip, any bytes decode or raise, and versions are compatible."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ readings = st.builds(
 
 
 @given(readings)
-def test_what_was_written_is_read(frame: Reading) -> None:
+def test_an_encoded_frame_decodes_to_an_equal_frame(frame: Reading) -> None:
     wire = frame.encode()
     assert wire[:32] == struct.pack("<qH?5x4s12x", frame.when, frame.level, frame.good, frame.key)
     assert Reading.decode(wire, 32) == frame
@@ -71,14 +71,14 @@ def test_any_bytes_are_read_or_refused(body: bytes, block_length: int, version: 
 
 
 @given(readings)
-def test_peers_of_different_versions_understand_each_other(frame: Reading) -> None:
+def test_peers_of_different_versions_decode_each_others_frames(frame: Reading) -> None:
     later = LaterReading.decode(frame.encode(), 32, 1)
     assert (later.when, later.note, later.ratio, later.extra) == (frame.when, frame.note, None, None)
     newer = LaterReading(frame.when, frame.level, frame.good, frame.key, frame.note, ratio=0.5, extra=7)
     assert Reading.decode(newer.encode(), 40, 2) == frame
 
 
-def test_a_newer_class_must_fill_what_its_version_promises() -> None:
+def test_a_newer_class_must_set_all_fields_of_its_version() -> None:
     with pytest.raises(FrameMalformed, match="ratio = None: a frame of version 2 requires it"):
         LaterReading(1, 2, True, b"abcd").encode()
 
@@ -92,7 +92,7 @@ def test_a_frame_is_a_value() -> None:
         frame.when = 2  # type: ignore[misc]
 
 
-def test_the_layout_is_what_the_class_says() -> None:
+def test_the_layout_matches_the_class() -> None:
     assert (
         oc.Frame(
             message="a.v1.Reading",

@@ -1,4 +1,4 @@
-"""What a deployment may set for a stream: read, judged, compared, and unknown to images of older options."""
+"""Bounds of a deployment's retention settings: reading, validation, comparison, and images of older options."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_bounds_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "told"),
+    ("before", "after", "expected"),
     [
         ({}, {"most_entries": 200}, {"ORKI_STREAM_RELAXED": Bump.MINOR}),
         ({}, {"least_entries": 50}, {"ORKI_STREAM_LEAST_LOWERED": Bump.MAJOR}),
@@ -75,7 +75,7 @@ def test_bounds_are_read() -> None:
         ({"most_age": seconds(99)}, {"most_age": seconds(98)}, {"ORKI_STREAM_BOUNDS_NARROWED": Bump.MAJOR}),
         ({"most_age": seconds(99)}, {"most_age": seconds(100)}, {"ORKI_STREAM_RELAXED": Bump.MINOR}),
         ({}, {"least_age": seconds(9)}, {"ORKI_STREAM_LEAST_LOWERED": Bump.MAJOR}),
-        # A lower value of the contract's own is told once, by its own rule.
+        # The contract's own lower value is reported once, by its own rule.
         ({}, {"max_entries": 90}, {"ORKI_STREAM_ENTRIES_LOWERED": Bump.MAJOR}),
         (
             {},
@@ -86,9 +86,11 @@ def test_bounds_are_read() -> None:
         ({}, {"least_entries": 100}, {"ORKI_FILE_CHANGED": Bump.MINOR}),
     ],
 )
-def test_what_a_change_of_bounds_means(before: dict[str, Any], after: dict[str, Any], told: dict[str, Bump]) -> None:
+def test_a_change_of_bounds_gives_these_findings(
+    before: dict[str, Any], after: dict[str, Any], expected: dict[str, Bump]
+) -> None:
     common: dict[str, Any] = {"max_entries": 100, "max_age": seconds(10)}
-    assert rules(build(**common | before), build(**common | after)) == told
+    assert rules(build(**common | before), build(**common | after)) == expected
 
 
 def test_an_image_of_older_options_has_no_bounds() -> None:

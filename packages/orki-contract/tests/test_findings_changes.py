@@ -43,13 +43,13 @@ def rename_usage(messages: dict[str, Any], option: Callable[[str], Any]) -> None
 
 
 @pytest.mark.parametrize("image", [EVENTS, HOTPATH, CONTROL], ids=["events", "hotpath", "control"])
-def test_a_contract_against_itself_asks_for_a_patch(image: bytes) -> None:
+def test_a_contract_compared_with_itself_requires_a_patch_bump(image: bytes) -> None:
     found = findings(read_image(image), read_image(image))
     assert found == ()
     assert required_bump(found) is Bump.PATCH
 
 
-def test_the_order_of_files_means_nothing() -> None:
+def test_the_order_of_files_is_ignored() -> None:
     turned = FileDescriptorSet(file=reversed(FileDescriptorSet.FromString(EVENTS).file)).SerializeToString()
     assert findings(read_image(EVENTS), read_image(turned)) == ()
 
@@ -125,7 +125,7 @@ def test_the_packages_of_the_options_are_nobodys_contract() -> None:
     assert changes(EVENTS, edit) == ()
 
 
-def test_what_no_rule_names_asks_for_a_minor_version() -> None:
+def test_a_change_without_a_rule_requires_a_minor_bump() -> None:
     def edit(messages: dict[str, Any], option: Callable[[str], Any]) -> None:
         messages["orki.events.v1.AgentStopped"].options.deprecated = True
 
@@ -141,7 +141,7 @@ def test_a_whole_package_that_is_new_breaks_nothing() -> None:
     assert required_bump(gone) is Bump.MAJOR
 
 
-def test_every_rule_says_what_it_asks_for() -> None:
+def test_every_rule_has_its_id_and_a_consistent_bump() -> None:
     for name, rule in RULES.items():
         assert name == rule.id
         assert rule.bump in (Bump.MAJOR, Bump.MINOR)

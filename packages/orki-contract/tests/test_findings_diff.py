@@ -65,7 +65,7 @@ def test_a_table_for_people(images: tuple[str, str], capsys: pytest.CaptureFixtu
     assert lines[-1].endswith(": at least a major bump")
 
 
-def test_what_is_only_new_breaks_nothing(images: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_additions_are_compatible(images: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = diff(capsys, images[0], images[0])
     assert code == 0
     assert out.endswith(": the contracts are the same\n")
@@ -75,12 +75,12 @@ def test_what_is_only_new_breaks_nothing(images: tuple[str, str], capsys: pytest
 
 def test_json_for_programs(images: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = diff(capsys, *images, "--json")
-    told = json.loads(out)
+    shown = json.loads(out)
     assert code == 1
-    assert told["bump"] == "major"
-    assert told["packages"] == {"orki.events.v1": "major"}
-    assert [each["rule"] for each in told["findings"]] == ["ORKI_STREAM_ENTRIES_LOWERED", "ORKI_STREAM_RELAXED"]
-    assert told["findings"][0]["affected"] == ['group "audit"']
+    assert shown["bump"] == "major"
+    assert shown["packages"] == {"orki.events.v1": "major"}
+    assert [each["rule"] for each in shown["findings"]] == ["ORKI_STREAM_ENTRIES_LOWERED", "ORKI_STREAM_RELAXED"]
+    assert shown["findings"][0]["affected"] == ['group "audit"']
 
 
 def test_annotations_for_github(images: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +158,7 @@ def hollow(path: Path) -> str:
     ("source", "said"),
     [(nothing, "no file or folder"), (garbage, "FileDescriptorSet"), (empty, "no contract"), (hollow, "no contract")],
 )
-def test_what_cannot_be_read_is_told_and_is_no_verdict(
+def test_an_unreadable_source_exits_with_2(
     source: Callable[[Path], str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -169,7 +169,7 @@ def test_what_cannot_be_read_is_told_and_is_no_verdict(
         assert said in err
 
 
-def test_protos_without_buf_and_without_images_say_what_is_missing(
+def test_protos_without_buf_and_without_images_are_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "x.proto").write_text('syntax = "proto3";\n', encoding="utf-8")

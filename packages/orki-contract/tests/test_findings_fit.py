@@ -100,7 +100,7 @@ def test_an_evolution_fits_from_both_sides(edit: Edit) -> None:
         ([attempts(1)], "ORKI_TASK_REPEATED"),
     ],
 )
-def test_what_breaks_both_ways_is_told_with_rule_and_subject(edits: list[Edit], rule: str) -> None:
+def test_a_change_that_breaks_both_ways_is_reported_with_rule_and_subject(edits: list[Edit], rule: str) -> None:
     for pair in ((build(), build(*edits)), (build(*edits), build())):
         fit = service_fit(SERVICE, *pair)
         assert not fit.compatible
@@ -123,11 +123,11 @@ def test_a_change_that_is_half_a_step_forward_and_half_a_step_back_fits_not() ->
     ],
     ids=["another message", "an option of the file", "a new message"],
 )
-def test_what_does_not_concern_the_service_does_not_count(edit: Edit) -> None:
+def test_changes_outside_the_service_are_ignored(edit: Edit) -> None:
     assert service_fit(SERVICE, build(), build(edit)).compatible
 
 
-def test_what_only_code_notices_does_not_count() -> None:
+def test_changes_that_affect_only_source_code_are_ignored() -> None:
     def retire(file: Any) -> None:
         del file.message_type[0].field[0]
         file.message_type[0].reserved_range.add(start=1, end=2)
@@ -154,9 +154,9 @@ def test_many_breaks_are_cut_short() -> None:
     def many(kind: int) -> ReadContract:
         return build(*(field(0, number, kind) for number in range(3, 9)))
 
-    told = str(service_fit(SERVICE, many(9), many(3)))
-    assert told.count("[ORKI_") == 3
-    assert told.endswith("and 3 more")
+    text = str(service_fit(SERVICE, many(9), many(3)))
+    assert text.count("[ORKI_") == 3
+    assert text.endswith("and 3 more")
 
 
 @pytest.mark.parametrize("package", ["nobody.has.this", "", "json"])

@@ -25,7 +25,7 @@ def changed(edit: Callable[[dict[str, FileDescriptorProto]], None]) -> bytes:
     return files.SerializeToString()
 
 
-def test_an_image_holds_its_package_and_what_it_imports_without_source_information() -> None:
+def test_an_image_contains_its_package_and_imports_without_source_information() -> None:
     schema = Schema(IMAGE)
     own = {name for name, file in schema.files.items() if file.package == EVENTS}
     assert {"orki/events/v1/task.proto", "orki/events/v1/envelope.proto"} <= own
@@ -35,7 +35,7 @@ def test_an_image_holds_its_package_and_what_it_imports_without_source_informati
     assert names == sorted(names)
 
 
-def test_cutting_an_image_out_of_itself_gives_the_same_bytes_whatever_the_order() -> None:
+def test_extracting_an_image_from_itself_gives_the_same_bytes_for_any_order() -> None:
     files = FileDescriptorSet.FromString(IMAGE)
     shuffled = list(files.file)
     random.Random(5).shuffle(shuffled)
@@ -76,7 +76,7 @@ def test_bytes_that_are_no_image_are_refused(image: bytes) -> None:
             use()
 
 
-def test_an_image_that_lacks_an_import_says_which() -> None:
+def test_the_error_names_a_missing_import() -> None:
     files = FileDescriptorSet.FromString(IMAGE)
     kept = [file for file in files.file if file.name != "orki/errors/v1/errors.proto"]
     with pytest.raises(InvalidContract, match=r"lacks orki/errors/v1/errors.proto, which orki/events/v1"):
@@ -167,12 +167,12 @@ def test_a_sensitive_flag_counts() -> None:
 @pytest.mark.parametrize(
     "use", [lambda: stream_digest(IMAGE, "nope"), lambda: service_digest(IMAGE, "orki.events.v1.Nope")]
 )
-def test_a_digest_of_what_is_not_there_is_refused(use: Callable[[], str]) -> None:
+def test_a_digest_of_an_unknown_declaration_is_an_error(use: Callable[[], str]) -> None:
     with pytest.raises(InvalidContract, match=r"nope|Nope"):
         use()
 
 
-def test_a_class_out_of_an_image_reads_what_generated_code_wrote() -> None:
+def test_a_class_from_an_image_parses_messages_of_generated_code() -> None:
     from orki.events.v1.usage_pb2 import UsageEvent
 
     made = message_class(IMAGE, "orki.events.v1.UsageEvent")
@@ -181,6 +181,6 @@ def test_a_class_out_of_an_image_reads_what_generated_code_wrote() -> None:
     assert {field.name: value for field, value in event.ListFields()} == {"model": "m", "input_tokens": 7}
 
 
-def test_a_class_of_a_message_that_is_not_there_is_refused() -> None:
+def test_a_class_of_an_unknown_message_is_an_error() -> None:
     with pytest.raises(InvalidContract, match=r'no message "orki.events.v1.Nope"'):
         message_class(IMAGE, "orki.events.v1.Nope")

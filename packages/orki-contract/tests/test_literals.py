@@ -66,7 +66,7 @@ def test_any_text_is_read_to_its_end(text: str) -> None:
     assert all(line >= 1 and column >= 1 for line, column in literal_places(text, 0, OPTIONS).values())
 
 
-def test_what_is_no_literal_has_no_places() -> None:
+def test_text_without_a_literal_has_no_locations() -> None:
     assert literal_places("option (x) = 5;", 0, OPTIONS) == {}
     assert literal_places("", 0, OPTIONS) == {}
     assert literal_places("option (x) = {unknown: {name: 1} [ext.one]: 2 name: 3};", 0, OPTIONS)[(1,)] == (1, 47)

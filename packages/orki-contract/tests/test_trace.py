@@ -17,7 +17,7 @@ def test_round_trip() -> None:
     assert parse_traceparent(span.traceparent) == span
 
 
-def test_the_standards_own_example() -> None:
+def test_the_example_of_the_standard_is_parsed() -> None:
     assert parse_traceparent(f"00-{TRACE}-{SPAN}-01") == Span(TRACE, SPAN, "", 1)
 
 
@@ -40,7 +40,7 @@ def test_a_later_version_may_have_more_parts() -> None:
         f"00-{TRACE[:-1]}-{SPAN}-01",
     ],
 )
-def test_what_names_no_span(value: str) -> None:
+def test_an_invalid_traceparent_gives_no_span(value: str) -> None:
     assert parse_traceparent(value) is None
 
 

@@ -133,12 +133,12 @@ def test_records_keep_streams_in_milliseconds_and_ignore_unknown_members() -> No
         partition_key="k",
         groups=(AUDIT_GROUP, Group(name="late", start=Start.LATEST)),
     )
-    record = StreamVersion(stream=stream, package="a", digest="", image=None).record()
+    record = StreamVersion(contract=stream, package="a", digest="", image=None).record()
     dumped = json.loads(record)["contract"]
     assert (dumped["retention"]["max_age_ms"], dumped["groups"][1]["ack_deadline_ms"]) == (7_500, 30_000)
 
     def parsed(contract: Any) -> Stream:
-        return StreamVersion.parse(json.dumps({"contract": contract, "package": "a", "image": ""}), {}).stream
+        return StreamVersion.parse(json.dumps({"contract": contract, "package": "a", "image": ""}), {}).contract
 
     assert parsed(dumped) == stream
     assert parsed(dumped | {"colour": "blue"}) == stream

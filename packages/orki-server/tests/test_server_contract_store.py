@@ -20,7 +20,7 @@ from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import new_span
 from orki_server._admission import Admission, ContractSet, ServiceContract, most_patient
 from orki_server._store import operations
-from orki_server._store.contracts import ContractChange, Contracts, RegisteredContract
+from orki_server._store.contracts import Contracts, RegisteredContract
 from orki_server._store.fleet import Fleet, open_fleet
 from orki_server._store.operations import Recipient, new_task_id
 from orki_server._store.store import Store
@@ -81,18 +81,20 @@ async def open_session(store: Store, agent_id: str, contract: ServiceContract, *
 
 async def test_a_change_based_on_an_outdated_view_does_nothing(store: Store, three: Any) -> None:
     old, new, _ = three
-    first = ContractChange(service=SERVICE, seen=[], removed=[], added=row(old), leading=old.digest)
-    assert await Contracts(store.connection, store.shards).change(first)
-    assert not await Contracts(store.connection, store.shards).change(first), "it saw an empty store"
+    first: dict[str, Any] = {"seen": [], "removed": [], "added": row(old), "leading": old.digest}
+    assert await Contracts(store.connection, store.shards).change(SERVICE, **first)
+    assert not await Contracts(store.connection, store.shards).change(SERVICE, **first), "it saw an empty store"
     (seen,) = (await Contracts(store.connection, store.shards).registered([SERVICE]))[SERVICE]
-    exchange = ContractChange(service=SERVICE, seen=[seen], removed=[seen], added=row(new), leading=new.digest)
+    exchange: dict[str, Any] = {"seen": [seen], "removed": [seen], "added": row(new), "leading": new.digest}
     assert await open_session(store, "a", old) == ""
-    assert not await Contracts(store.connection, store.shards).change(exchange), "what goes was used since it was seen"
+    assert not await Contracts(store.connection, store.shards).change(SERVICE, **exchange), (
+        "what goes was used since it was seen"
+    )
     (seen,) = (await Contracts(store.connection, store.shards).registered([SERVICE]))[SERVICE]
     assert seen.admissions == 1
     before = await Contracts(store.connection, store.shards).revisions()
-    again = ContractChange(service=SERVICE, seen=[seen], removed=[seen], added=row(new), leading=new.digest)
-    assert await Contracts(store.connection, store.shards).change(again)
+    again: dict[str, Any] = {"seen": [seen], "removed": [seen], "added": row(new), "leading": new.digest}
+    assert await Contracts(store.connection, store.shards).change(SERVICE, **again)
     assert await digests(store) == {new.digest}
     assert before[SERVICE] != (await Contracts(store.connection, store.shards).revisions())[SERVICE]
     assert await open_session(store, "a", old) == SERVICE, "its contract is not registered any more"

@@ -289,7 +289,7 @@ async def test_an_orchestrator_with_incompatible_streams_does_not_start(redis_ur
     event.field[0].ClearField("type_name")
     content = image.SerializeToString()
     other = StreamVersion(
-        stream=TASKS.contract, package="orki.events.v1", digest="sha256:other", image=content, version="9.0.0"
+        contract=TASKS.contract, package="orki.events.v1", digest="sha256:other", image=content, version="9.0.0"
     )
     with Redis.from_url(redis_url) as redis:
         redis.hset("orki:images", "sha256:other", content)

@@ -1,4 +1,4 @@
-"""orki's agent runtime: write handlers of tasks and run them as an agent.
+"""orki's agent runtime: write handlers of tasks, and run them as an agent.
 
 ```python
 from greenhouse.v1.watering_orki import WaterBedRequest, WaterBedResponse, WateringServiceBase
@@ -11,9 +11,9 @@ class Gardener(WateringServiceBase):
 agent = Agent("gardener", Gardener(), slots=4)
 ```
 
-`orki-agent run gardener:agent` serves it. The runtime keeps the session with the orchestrator, renews leases, delivers
-cancels and publishes lifecycle events. `orki_agent.testing` runs one handler in a test, and `orki_agent.hotpath` holds
-the tool bridge and its clients.
+`orki-agent run gardener:agent` connects to the orchestrator and runs the handlers. The runtime renews leases, delivers
+cancels and publishes events about the agent. `orki_agent.testing` runs one handler in a test. `orki_agent.hotpath`
+contains the tool bridge and its clients.
 """
 
 from orki_agent._agent import Agent

@@ -1,4 +1,20 @@
-"""The vocabulary of orki's contracts. Depends on protobuf alone."""
+"""The contract model, and the classes that generated code and runtimes share. Depends only on protobuf.
+
+Generated modules declare streams, tasks, tools and frames with these classes. `read_image` reads the same model from an
+image:
+
+```python
+from orki_contract.images import image_of
+from orki_contract.read import read_image
+
+contract = read_image(image_of("orki.events.v1")).contract
+for stream in contract.streams:
+    print(stream.name, stream.retention.max_entries, [group.name for group in stream.groups])
+```
+
+`orki_contract.findings` compares two versions of a contract, and `orki_contract.errors` defines the errors of all orki
+packages.
+"""
 
 from orki_contract._frames import FrameBase, at, frame, tail
 from orki_contract._handles import (

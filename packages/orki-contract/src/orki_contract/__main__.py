@@ -237,7 +237,6 @@ _ORDER: Final = {Bump.MAJOR: 0, Bump.MINOR: 1, Bump.PATCH: 2}
 
 
 def _as_json(found: Sequence[Finding], old: ContractVersion, new: ContractVersion) -> str:
-    """Return JSON: both labels, the overall bump, the bump of each package, and the findings."""
     shown = [_placed(finding, old, new) for finding in found]
     whole = {
         "old": old.label,
@@ -250,7 +249,6 @@ def _as_json(found: Sequence[Finding], old: ContractVersion, new: ContractVersio
 
 
 def _as_github(found: Sequence[Finding], old: ContractVersion, new: ContractVersion) -> str:
-    """Return GitHub workflow commands: errors for breaking changes, notices for others, and the bump."""
     lines = []
     for finding in _sorted(_placed(each, old, new) for each in found):
         kind = "error" if finding.bump is Bump.MAJOR else "notice"
@@ -271,7 +269,6 @@ def _as_github(found: Sequence[Finding], old: ContractVersion, new: ContractVers
 
 
 def _as_table(found: Sequence[Finding], old: ContractVersion, new: ContractVersion) -> str:
-    """Return a table of the findings, breaking changes first, followed by the bumps."""
     width = max(shutil.get_terminal_size((120, 24)).columns, _NARROWEST)
     # Two narrow columns and the spaces between all four take their width first.
     rest = width - 5 - 8 - 3 * 2
@@ -319,7 +316,6 @@ def _sorted(found: Iterator[Finding]) -> list[Finding]:
 
 
 def _placed(finding: Finding, old: ContractVersion, new: ContractVersion) -> Finding:
-    """Return the finding with source paths."""
     location = _reached(finding.location, (old if finding.gone else new).paths)
     return replace(finding, location=location, before=_reached(finding.before, old.paths))
 

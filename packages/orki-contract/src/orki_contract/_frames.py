@@ -121,7 +121,7 @@ class FrameBase:
     _CODEC: ClassVar[_Codec]
 
     def encode(self) -> bytes:
-        """Block and tail.
+        """Return the block and the tail.
 
         Raises:
             FrameMalformed: A value is outside its field's range or of another type; the message names it.
@@ -223,7 +223,6 @@ class _Codec:
         return tuple(values)
 
     def fault(self, frame: Any) -> str:
-        """Describe the value that cannot be encoded."""
         for field in self.fields:
             value = getattr(frame, field.name)
             # Bytes may be a secret, such as a token, so the error shows only their length.
@@ -253,7 +252,6 @@ def _format(fields: tuple[FrameField, ...], length: int) -> str:
 
 
 def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
-    """Return a function that gets the named attributes as a tuple."""
     if len(names) > 1:
         return operator.attrgetter(*names)
     if names:
@@ -262,8 +260,8 @@ def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
     return lambda frame: ()
 
 
+# Exceptions for a value that does not fit its field.
 UNFIT: Final = (StructError, OverflowError, UnicodeEncodeError, TypeError, AttributeError)
-"""Exceptions for a value that does not fit its field."""
 
 # `twin` is a mutable copy of the frozen class `mine`. A frame is filled as a twin, since plain assignments are much
 # faster than those that bypass a frozen class, and then gets the class `mine`.
@@ -303,15 +301,8 @@ def _flatten(
 ) -> None:
     """Generate `__init__`, `encode` and `decode` without loops for one frame class.
 
-    Values and blocks that the generated code does not handle are passed to the general functions.
-
-    Args:
-        cls: The class, frozen, with slots.
-        frame: Its layout, with the fields sorted by offset.
-        members: Its fields in the order of its parameters.
-        struct: The block.
-        general_encode: Encodes any frame or raises the error.
-        general_decode: Decodes any block or raises the error; takes class, body, block length and version.
+    Values and blocks that the generated code does not handle are passed to the general functions. `members` are the
+    fields in the order of the parameters.
     """
     names = [each.name for each in frame.fields]
     known: dict[str, Any] = {

@@ -26,15 +26,9 @@ _OPENING: Final = {"{": "}", "<": ">"}
 
 
 def literal_places(text: str, start: int, message: Descriptor) -> Mapping[Path, tuple[int, int]]:
-    """Return line and column, from 1, of each field and list element of the first literal after `start`.
+    """Return line and column, from 1, of each field and list element of the first literal after `start`, by path.
 
-    Args:
-        text: The whole file.
-        start: An index before the option's name and `=`.
-        message: The type of the literal.
-
-    Returns:
-        The positions by path. A path consists of field numbers, each followed by an index if the field is repeated.
+    A path consists of field numbers, each followed by an index if the field is repeated.
     """
     reader = _Reader(text, start)
     while reader.kind and reader.value != "=":

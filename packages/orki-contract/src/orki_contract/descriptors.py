@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
 from google.protobuf import descriptor_pool, message_factory
 from google.protobuf.descriptor import Descriptor
@@ -118,6 +118,9 @@ class ServiceNode:
             yield MethodNode(self.full_name, method, (*self.path, _SERVICE_METHOD, index))
 
 
+N = TypeVar("N", MessageNode, ServiceNode)
+
+
 class Schema:
     """The parsed files of an image.
 
@@ -169,10 +172,7 @@ class Schema:
     @cached_property
     def messages_of(self) -> Mapping[str, Sequence[MessageNode]]:
         """Messages of each file by path, in file order."""
-        found: dict[str, list[MessageNode]] = {}
-        for node in self.messages.values():
-            found.setdefault(node.file.name, []).append(node)
-        return found
+        return _by_file(self.messages.values())
 
     @cached_property
     def stream_messages(self) -> Mapping[str, str]:
@@ -199,10 +199,7 @@ class Schema:
     @cached_property
     def services_of(self) -> Mapping[str, Sequence[ServiceNode]]:
         """Services of each file by path, in file order."""
-        found: dict[str, list[ServiceNode]] = {}
-        for node in self.services.values():
-            found.setdefault(node.file.name, []).append(node)
-        return found
+        return _by_file(self.services.values())
 
     @cached_property
     def services(self) -> Mapping[str, ServiceNode]:
@@ -254,22 +251,6 @@ class Schema:
                 return Location(file, span[0] + 1, span[1] + 1)
         return Location(file, *((1, 1) if spans else (0, 0)))
 
-    def option_location(self, file: str, option: Path, value: Message, inside: Path) -> Location:
-        """Return the location of a part of an option's value; the nearest enclosing part if it is not written.
-
-        Args:
-            file: The file.
-            option: Source path of the option.
-            value: The option's value.
-            inside: Path of the part within the value.
-        """
-        places = self._literal(file, option, value)
-        for length in range(len(inside), 0, -1):
-            place = places.get(inside[:length])
-            if place is not None:
-                return Location(file, *place)
-        return self.location(file, (*option, *inside))
-
     def locate(self, file: str, path: Path, options: Message, option: str, *inside: str | int) -> Location:
         """Return the location of an option or of a part of its value; the nearest enclosing element if absent.
 
@@ -296,7 +277,12 @@ class Schema:
                 break
             part += (step if isinstance(step, int) else at.DESCRIPTOR.fields_by_name[step].number,)
             at = at[step] if isinstance(step, int) else getattr(at, step)
-        return self.option_location(file, whole, value, part)
+        places = self._literal(file, whole, value)
+        for length in range(len(part), 0, -1):
+            place = places.get(part[:length])
+            if place is not None:
+                return Location(file, *place)
+        return self.location(file, (*whole, *part))
 
     def comment(self, file: str, path: Path) -> str:
         """Return the leading comment of an element without comment marks; empty for none."""
@@ -324,8 +310,8 @@ class Schema:
         return known
 
     def _source(self, file: str) -> tuple[dict[Path, Sequence[int]], dict[Path, str]]:
-        cached = self._sources.get(file)
-        if cached is None:
+        """Return the spans and the leading comments of a file by path."""
+        if file not in self._sources:
             spans: dict[Path, Sequence[int]] = {}
             comments = {}
             for location in self.files[file].source_code_info.location:
@@ -333,8 +319,8 @@ class Schema:
                 spans.setdefault(path, location.span)
                 if location.leading_comments:
                     comments[path] = location.leading_comments
-            cached = self._sources[file] = (spans, comments)
-        return cached
+            self._sources[file] = (spans, comments)
+        return self._sources[file]
 
 
 def reachable(files: Mapping[str, FileDescriptorProto], roots: Iterable[str]) -> frozenset[str]:
@@ -365,6 +351,13 @@ def without_source(file: FileDescriptorProto) -> FileDescriptorProto:
 def field_path(message: MessageNode, index: int) -> Path:
     """Return the source path of a message's field."""
     return (*message.path, 2, index)
+
+
+def _by_file(nodes: Iterable[N]) -> dict[str, list[N]]:
+    found: dict[str, list[N]] = {}
+    for node in nodes:
+        found.setdefault(node.file.name, []).append(node)
+    return found
 
 
 def _join(scope: str, name: str) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, Final
 
 __all__ = [
@@ -202,7 +203,7 @@ class Backoff:
         return min(grown, self.maximum)
 
 
-@dataclass(frozen=True, order=True, slots=True, kw_only=True)
+@dataclass(frozen=True, order=True, kw_only=True)
 class TaskMethod:
     """A task that an orchestrator assigns to an agent. Message names are full; an empty name means "none".
 
@@ -236,7 +237,7 @@ class TaskMethod:
     backoff: Backoff = Backoff()
     cancel_grace: float = 5.0
 
-    @property
+    @cached_property
     def full_name(self) -> str:
         """`package.Service/Method`, the name on the wire."""
         return f"{self.service}/{self.name}"

@@ -23,13 +23,7 @@ OWNER_RULES: Final[dict[Rule, str]] = {
 
 
 def _check_owners(report: Report, owners: Mapping[str, Sequence[Location]], files: Collection[str]) -> None:
-    """Check the owners of proto packages.
-
-    Args:
-        report: Collects the violations.
-        owners: Locations that claim each proto package.
-        files: Paths of the tree's own files; imported files need no owner here.
-    """
+    """Check the owners of the proto packages of the tree's own files; imported files need no owner."""
     packages: dict[str, str] = {}
     for path in sorted(files):
         if path in report.schema.files:

@@ -1,10 +1,8 @@
-"""orki's control plane: submit tasks to an orchestrator, follow them, cancel them.
-
-A generated client takes a `Client` and gives each task method as a callable:
+"""orki's control plane: submit tasks to an orchestrator, follow their progress, and get their results.
 
 ```python
-from orki_control import Client
 from greenhouse.v1.watering_orki import WaterBedRequest, WateringServiceClient
+from orki_control import Client
 
 async with Client("127.0.0.1:50051") as orki:
     watering = WateringServiceClient(orki)
@@ -15,8 +13,8 @@ async with Client("127.0.0.1:50051") as orki:
     response = await task.result(timeout=60)
 ```
 
-`orki_control.session` holds the session as two state machines without I/O. `orki_control.transport` holds the gRPC
-settings and the mapping of errors that both ends share.
+`orki_control.session` contains the state machines of both ends of a session, without I/O. `orki_control.transport`
+contains the gRPC settings and the error mapping that all processes share.
 """
 
 from orki_contract.backoff import JitterOptions

@@ -31,7 +31,7 @@ from orki_contract.errors import (
 from orki_contract.trace import current_span, new_span
 from orki_control._task_handle import SubmittedTask, watch_task
 from orki_control.session._options import DEFAULT_MESSAGE_BYTES
-from orki_control.transport import check_target, open_channel, typed_errors
+from orki_control.transport import check_target, open_channel, typed_error
 
 if TYPE_CHECKING:
     import grpc
@@ -223,8 +223,10 @@ class Client:
         payload = directive if isinstance(directive, bytes) else directive.SerializeToString()
         request = pb.DirectRequest(task_id=task_id, payload=payload)
         self._require_channel()
-        with typed_errors(self.target):
+        try:
             answer = await self._tasks.Direct(request, timeout=self._timeout)
+        except Exception as raised:
+            raise typed_error(raised, self.target) from None
         if not answer.HasField("attempt"):
             raise NotDirectable(f"task {task_id}: the directive reached no attempt")
         return answer.attempt
@@ -286,13 +288,13 @@ class Client:
         jitter: Jitter | None = None
         while True:
             try:
-                with typed_errors(self.target):
-                    return await once()
-            except OrkiError as error:
+                return await once()
+            except Exception as raised:
+                error = typed_error(raised, self.target)
                 jitter = jitter or Jitter(self._options.backoff)
                 wait = jitter.failed()
                 if not error.retryable or loop.time() + wait >= give_up_at:
-                    raise
+                    raise error from None
             await asyncio.sleep(wait)
 
     def _submission(self, task: Task[Q, R, P, D], request: Q, key: str, traceparent: str) -> pb.Submission:

@@ -24,7 +24,7 @@ from orki_contract.errors import (
     error_for,
 )
 from orki_contract.trace import Span, parse_traceparent
-from orki_control.transport import typed_errors
+from orki_control.transport import typed_error
 
 if TYPE_CHECKING:
     from orki.control.v1.task_pb2_grpc import TaskServiceStub
@@ -166,20 +166,20 @@ async def watch_task(
         wait = 0.0
         call = stub.Watch(WatchRequest(task_id=task_id, after=after))
         try:
-            with typed_errors(target):
-                while True:
-                    response = await call.read()
-                    if response is grpc.aio.EOF:
-                        raise OrchestratorUnavailable(f"{target}: the watch of task {task_id} ended before the task")
-                    assert isinstance(response, WatchResponse)
-                    if response.WhichOneof("news") == "progress":
-                        after = response.progress.cursor
-                    yield response
-                    if response.WhichOneof("news") == "task" and response.task.state in TERMINAL_STATES:
-                        return
-        except OrkiError as error:
+            while True:
+                response = await call.read()
+                if response is grpc.aio.EOF:
+                    raise OrchestratorUnavailable(f"{target}: the watch of task {task_id} ended before the task")
+                assert isinstance(response, WatchResponse)
+                if response.WhichOneof("news") == "progress":
+                    after = response.progress.cursor
+                yield response
+                if response.WhichOneof("news") == "task" and response.task.state in TERMINAL_STATES:
+                    return
+        except Exception as raised:
+            error = typed_error(raised, target)
             if not error.retryable:
-                raise
+                raise error from None
             jitter = jitter or Jitter(backoff)
             wait = jitter.failed(loop.time() - opened_at)
             _log.info("watching task %s: %s; trying again in %.2f s", task_id, error.message, wait)

@@ -23,13 +23,11 @@ __all__ = [
     "error_from",
     "open_channel",
     "server_options",
-    "typed_errors",
+    "typed_error",
 ]
 
 import ipaddress
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 from orki.errors.v1.errors_pb2 import Reason
@@ -187,18 +185,18 @@ def error_from(failed: grpc.aio.AioRpcError, target: str) -> OrkiError:
     return known(f"{target}: {details}") if known else OrkiError(f"{target}: {code}: {details}")
 
 
-@contextmanager
-def typed_errors(target: str) -> Iterator[None]:
-    """Turn exceptions of gRPC inside the block into typed errors."""
+def typed_error(raised: Exception, target: str) -> OrkiError:
+    """Return the typed error for an exception of a call; raise the exception again if it is not one of gRPC."""
     import grpc
 
-    try:
-        yield
-    except grpc.aio.AioRpcError as failed:
-        raise error_from(failed, target) from None
-    except grpc.aio.UsageError as failed:
+    if isinstance(raised, OrkiError):
+        return raised
+    if isinstance(raised, grpc.aio.AioRpcError):
+        return error_from(raised, target)
+    if isinstance(raised, grpc.aio.UsageError):
         # The channel was closed during the call.
-        raise OrchestratorUnavailable(f"{target}: {failed}") from None
+        return OrchestratorUnavailable(f"{target}: {raised}")
+    raise raised
 
 
 def _bounded(message: str) -> str:

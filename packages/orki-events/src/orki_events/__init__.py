@@ -1,9 +1,12 @@
 """Typed events over Redis Streams: at-least-once delivery to declared groups, with retries and dead letters.
 
-A contract declares each stream with its message, groups and retention; a generated module provides its handle, such as
-`USAGE`. `connect` opens the event plane:
+A contract declares each stream with its message, groups and retention. Its generated module contains a handle for each
+stream, such as `USAGE`. `connect` opens the event plane:
 
 ```python
+from orki.events.v1.usage_orki import USAGE, UsageEvent
+from orki_events import connect
+
 async with connect("redis://127.0.0.1:6379/0") as events:
     await events.publish(USAGE, UsageEvent(model="m"))
     async with events.deliveries(USAGE, group="metrics") as deliveries:
@@ -20,7 +23,7 @@ from orki_events._ledger import GroupLedger, StreamLedger
 from orki_events._options import ConsumeOptions, EventOptions, Gap, GapKind
 from orki_events._publisher import Outgoing
 from orki_events._readers import DeadLetterEntry, TailEntry
-from orki_events.registry import RegisteredStream
+from orki_events.registry import StreamVersion
 from orki_events.tuning import Tuned, Tuning
 
 __all__ = [
@@ -35,8 +38,8 @@ __all__ = [
     "GapKind",
     "GroupLedger",
     "Outgoing",
-    "RegisteredStream",
     "StreamLedger",
+    "StreamVersion",
     "Subscription",
     "TailEntry",
     "Tuned",

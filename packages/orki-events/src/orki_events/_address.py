@@ -8,18 +8,7 @@ from enum import Enum
 from typing import Any, Final, Literal
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-from orki_contract.errors import (
-    EventsLoading,
-    EventsNotPersisting,
-    EventsOutOfMemory,
-    EventsReadOnly,
-    EventsRefused,
-    EventsUnavailable,
-    InvalidSetting,
-    LocalProtocolError,
-    OrkiError,
-    StoreUnavailable,
-)
+from orki_contract import errors
 
 Role = Literal["event server", "store"]
 """What orki uses a server for; decides the wording and the classes of errors."""
@@ -30,35 +19,35 @@ _BOOLEANS: Final = {"true": True, "yes": True, "1": True, "false": False, "no": 
 _OPTIONS: Final = ("db", "ssl_ca_certs", "ssl_cert_reqs", "ssl_certfile", "ssl_check_hostname", "ssl_keyfile")
 
 
-class GroupMissing(EventsRefused):
+class GroupMissing(errors.EventsRefused):
     """The stream or its group does not exist: never created, flushed, rolled back, evicted or destroyed."""
 
 
-class GroupExists(EventsRefused):
+class GroupExists(errors.EventsRefused):
     """The group exists already."""
 
 
-class ScriptMissing(LocalProtocolError):
+class ScriptMissing(errors.LocalProtocolError):
     """The server does not have the script in its cache."""
 
 
 class _Condition(Enum):
     """A kind of error; its value is the class for an event server and the class for a store."""
 
-    UNAVAILABLE = EventsUnavailable, StoreUnavailable
-    OUT_OF_MEMORY = EventsOutOfMemory, StoreUnavailable
-    READ_ONLY = EventsReadOnly, StoreUnavailable
-    NOT_PERSISTING = EventsNotPersisting, StoreUnavailable
-    LOADING = EventsLoading, StoreUnavailable
-    FORBIDDEN = EventsRefused, StoreUnavailable
-    WRONG_COMMAND = EventsRefused, LocalProtocolError
+    UNAVAILABLE = errors.EventsUnavailable, errors.StoreUnavailable
+    OUT_OF_MEMORY = errors.EventsOutOfMemory, errors.StoreUnavailable
+    READ_ONLY = errors.EventsReadOnly, errors.StoreUnavailable
+    NOT_PERSISTING = errors.EventsNotPersisting, errors.StoreUnavailable
+    LOADING = errors.EventsLoading, errors.StoreUnavailable
+    FORBIDDEN = errors.EventsRefused, errors.StoreUnavailable
+    WRONG_COMMAND = errors.EventsRefused, errors.LocalProtocolError
     SCRIPT_MISSING = ScriptMissing, ScriptMissing
     GROUP_MISSING = GroupMissing, GroupMissing
     GROUP_EXISTS = GroupExists, GroupExists
 
-    def error(self, role: Role, message: str) -> OrkiError:
+    def error(self, role: Role, message: str) -> errors.OrkiError:
         events, store = self.value
-        kind: type[OrkiError] = events if role == "event server" else store
+        kind: type[errors.OrkiError] = events if role == "event server" else store
         return kind(message)
 
 
@@ -120,7 +109,7 @@ class Address:
         """The server for messages, such as `the store at 127.0.0.1:6379`."""
         return f"the {self.role} at {self.location}"
 
-    def error(self, text: str) -> OrkiError:
+    def error(self, text: str) -> errors.OrkiError:
         """Classify an error reply.
 
         Args:
@@ -134,7 +123,7 @@ class Address:
         message = f"{self.shown} {sentence.format(less=_KEEP_LESS[self.role])} ({text.strip()})"
         return condition.error(self.role, message)
 
-    def unavailable(self, cause: str) -> OrkiError:
+    def unavailable(self, cause: str) -> errors.OrkiError:
         """Return the error for a connection that cannot be opened, broke or timed out."""
         return _Condition.UNAVAILABLE.error(self.role, f"{self.shown} does not answer: {cause}")
 
@@ -158,12 +147,12 @@ def parse_address(
     """
     subject = f"the {role}'s URL"
     if not url.startswith(("redis://", "rediss://", "unix://")):
-        raise InvalidSetting(
+        raise errors.InvalidSetting(
             f"{subject} must begin with redis://, rediss:// or unix:// (as in redis://127.0.0.1:6379/0)"
         )
     if re.search(r"[\x00-\x20\x7f]", url):
-        raise InvalidSetting(f"{subject} contains a space or a control character; percent-encode it")
-    malformed = InvalidSetting(
+        raise errors.InvalidSetting(f"{subject} contains a space or a control character; percent-encode it")
+    malformed = errors.InvalidSetting(
         f"{subject} cannot be read: the host or the port is invalid, there is a fragment (#…), or a special character "
         "in the user or password is not percent-encoded"
     )
@@ -181,12 +170,12 @@ def parse_address(
         raise malformed
     query = dict(pairs)
     if len(query) < len(pairs):
-        raise InvalidSetting(f"{subject} has an option twice")
+        raise errors.InvalidSetting(f"{subject} has an option twice")
     settings = _options(subject, split.scheme, query)
     if split.scheme == "unix":
         location = unquote(split.path)
         if host or port or len(location) < 2 or "\0" in location:
-            raise InvalidSetting(f"{subject} must have the form unix:///PATH")
+            raise errors.InvalidSetting(f"{subject} must have the form unix:///PATH")
         settings["path"] = location
         public = f"unix://{split.path}" + (f"?db={settings['db']}" if "db" in settings else "")
     else:
@@ -200,27 +189,26 @@ def parse_address(
 
 
 def _options(subject: str, scheme: str, query: dict[str, str]) -> dict[str, Any]:
-    """Validate the options of a URL and convert them for redis-py."""
     settings: dict[str, Any] = {}
     for name, value in query.items():
         if name not in _OPTIONS:
-            raise InvalidSetting(f'{subject} has an unknown option "{name}" (known: {", ".join(_OPTIONS)})')
+            raise errors.InvalidSetting(f'{subject} has an unknown option "{name}" (known: {", ".join(_OPTIONS)})')
         if name.startswith("ssl_") and scheme != "rediss":
-            raise InvalidSetting(f"{subject} has the option {name}, which requires rediss://")
+            raise errors.InvalidSetting(f"{subject} has the option {name}, which requires rediss://")
         if name == "db":
             settings["db"] = _database(subject, value)
         elif name == "ssl_check_hostname":
             if value.lower() not in _BOOLEANS:
-                raise InvalidSetting(f'{subject} has ssl_check_hostname="{value}"; it must be true or false')
+                raise errors.InvalidSetting(f'{subject} has ssl_check_hostname="{value}"; it must be true or false')
             settings[name] = _BOOLEANS[value.lower()]
         elif name == "ssl_cert_reqs":
             if value not in _CERT_REQS:
-                raise InvalidSetting(
+                raise errors.InvalidSetting(
                     f'{subject} has ssl_cert_reqs="{value}"; it must be one of {", ".join(_CERT_REQS)}'
                 )
             settings[name] = value
         elif not value or "\0" in value:
-            raise InvalidSetting(f"{subject} has the option {name} without a path")
+            raise errors.InvalidSetting(f"{subject} has the option {name} without a path")
         else:
             settings[name] = value
     return settings
@@ -231,10 +219,10 @@ def _read_database(subject: str, split: SplitResult, settings: dict[str, Any]) -
     if path:
         database = _database(subject, path)
         if settings.setdefault("db", database) != database:
-            raise InvalidSetting(f"{subject} names two databases")
+            raise errors.InvalidSetting(f"{subject} names two databases")
 
 
 def _database(subject: str, value: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", value):
-        raise InvalidSetting(f"{subject} must end in the number of a database, as in redis://127.0.0.1:6379/0")
+        raise errors.InvalidSetting(f"{subject} must end in the number of a database, as in redis://127.0.0.1:6379/0")
     return int(value)

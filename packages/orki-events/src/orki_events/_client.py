@@ -11,7 +11,6 @@ import re
 import socket
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import replace
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from google.protobuf.message import Message
@@ -39,7 +38,7 @@ from orki_events._publisher import Outgoing, PublishCounts, Publisher
 from orki_events._readers import DeadLetterEntry, TailEntry, follow_stream, list_dead_letters, replay_dead_letters
 from orki_events.connection import Address, Connection, parse_address
 from orki_events.groups import ConsumerGroups
-from orki_events.registry import RegisteredStream, StreamRegistry
+from orki_events.registry import StreamRegistry, StreamVersion
 from orki_events.tuning import Tuned, Tuning, read_tunings, tune
 
 E = TypeVar("E", bound=Message)
@@ -109,10 +108,7 @@ class Events:
         )
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close; see `close`."""
+    async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
 
     @property
@@ -196,7 +192,7 @@ class Events:
         await self._registry.register(connection, stream, publishes=True)
         await self._groups.ensure(connection, stream.contract, stream.contract.groups)
 
-    async def registered_streams(self) -> list[RegisteredStream]:
+    async def registered_streams(self) -> list[StreamVersion]:
         """Return the streams that the fleet publishes and consumes, by name."""
         return await self._registry.streams(self._command_connection())
 

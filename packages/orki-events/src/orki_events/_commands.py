@@ -12,7 +12,7 @@ from orki_contract.model import Group, Stream, milliseconds
 from orki_events import _delivery_table as table
 from orki_events.connection import Command, Connection, GroupMissing, Script
 from orki_events.entries import REASON_FIELD, stream_keys, tagged_key
-from orki_events.groups import groups_key, pairs
+from orki_events.groups import checked, groups_key, pairs
 from orki_events.tuning import read_retention
 
 HANDED_BACK: Final = "handed-back"
@@ -35,14 +35,7 @@ class CommandExecutor:
     """Executes the commands of one consumer."""
 
     def __init__(self, member: GroupMember, reads: Connection, commands: Connection, block_timeout: float) -> None:
-        """Create the executor.
-
-        Args:
-            member: The consumer.
-            reads: Connection for blocking reads.
-            commands: Connection for everything else.
-            block_timeout: Maximum time for which a read waits in the server.
-        """
+        """Use one connection for blocking reads, of at most `block_timeout` seconds, and one for everything else."""
         self._stream = member.stream
         self._group = member.group
         self._consumer = member.consumer
@@ -146,8 +139,7 @@ class CommandExecutor:
             ).SerializeToString()
             writes.append((b"XADD", key, b"MAXLEN", b"~", limit, b"*", *fields, REASON_FIELD, record))
         for reply in await self._commands.pipeline(*writes):
-            if isinstance(reply, OrkiError):
-                raise reply
+            checked(reply)
         return table.DeadLettered(command)
 
     async def unblock(self) -> None:
@@ -156,7 +148,6 @@ class CommandExecutor:
             await self._commands.execute((b"CLIENT", b"UNBLOCK", self._reads.client_id))
 
     async def leave(self) -> None:
-        """Remove this consumer from the group on each partition where it holds nothing."""
         for key in self._keys:
             await self._commands.run_script(REMOVE_CONSUMER, (key,), self._group.name, self._consumer)
 

@@ -36,12 +36,7 @@ class DeliveryMachine:
     """
 
     def __init__(self, keys: Sequence[str], settings: table.DeliverySettings) -> None:
-        """Create the machine.
-
-        Args:
-            keys: Redis keys of the stream's partitions.
-            settings: The limits.
-        """
+        """Create the machine for the Redis keys of a stream's partitions."""
         self.state = TRANSITIONS.initial
         self.settings = settings
         self._partitions = {key: Partition(key) for key in keys}
@@ -59,7 +54,6 @@ class DeliveryMachine:
 
     @property
     def held(self) -> int:
-        """Number of entries that this consumer holds."""
         return sum(len(partition.held) for partition in self._partitions.values())
 
     def receive(self, event: table.Event, now: float) -> list[Command]:
@@ -307,7 +301,6 @@ class DeliveryMachine:
     # Consequences.
 
     def _plan(self, now: float, commands: list[Command]) -> None:
-        """Issue what has become possible."""
         if self.state is State.RECOVERING and all(each.recovery is None for each in self._partitions.values()):
             self._apply(table.Recovered(), now, commands)
         while self._requests and self._ready:
@@ -317,8 +310,10 @@ class DeliveryMachine:
                 self._issue(ack, commands)
         if not self._reading and self._read_at is None:
             self._read(commands)
-        if self.state is State.DRAINING and not (self._open or self._repeats or self.held or self._unfinished()):
-            self._apply(table.Drained(), now, commands)
+        if self.state is State.DRAINING:
+            unfinished = any(each.unfinished for each in self._partitions.values())
+            if not (unfinished or self._open or self._repeats or self.held):
+                self._apply(table.Drained(), now, commands)
 
     def _sweeps_due(self, now: float) -> Iterator[Partition]:
         return (each for each in self._partitions.values() if not each.sweeping and each.sweep_at <= now)
@@ -367,7 +362,6 @@ class DeliveryMachine:
         now: float,
         commands: list[Command],
     ) -> None:
-        """Hold the new ones among entries that belong to this consumer now."""
         if not self.held:
             self._renew_at = now + self.settings.ack_deadline / 3
         for made, entry_ids in partition.held_by_count(entries).items():
@@ -415,9 +409,6 @@ class DeliveryMachine:
             partition.forget([entry[0] for entry in entries])
             if back:
                 self._issue(table.HandBack(partition.key, back), commands)
-
-    def _unfinished(self) -> bool:
-        return any(partition.unfinished for partition in self._partitions.values())
 
     def _recover(self, keys: Iterable[str]) -> None:
         for key in keys:

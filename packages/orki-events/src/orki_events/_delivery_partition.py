@@ -14,10 +14,6 @@ START: Final = b"0-0"
 _MAX_ACKED: Final = 2_000  # A Lua script cannot unpack more than some 8,000 values.
 
 
-def _no_outcomes() -> dict[Outcome, list[bytes]]:
-    return {outcome: [] for outcome in Outcome}
-
-
 @dataclass(slots=True, eq=False)
 class Partition:
     """One partition, as one consumer sees it.
@@ -47,11 +43,10 @@ class Partition:
     sweeping: bool = False
     renewing: bool = False
     acking: bool = False
-    _waiting: dict[Outcome, list[bytes]] = field(default_factory=_no_outcomes)
+    _waiting: dict[Outcome, list[bytes]] = field(default_factory=lambda: {outcome: [] for outcome in Outcome})
 
     @property
     def unfinished(self) -> bool:
-        """Whether entries remain to be read again or acknowledged."""
         return self.recovery is not None or bool(self.settled) or bool(self.lost_unnamed)
 
     def admit(self, entries: list[Entry], deliveries: Mapping[bytes, int], now: float) -> list[Entry]:
@@ -87,7 +82,6 @@ class Partition:
         self._waiting[outcome].extend(entry_ids)
 
     def forget(self, entry_ids: Sequence[bytes]) -> None:
-        """Stop holding entries."""
         for entry_id in entry_ids:
             self.held.pop(entry_id, None)
         if self.deliveries:

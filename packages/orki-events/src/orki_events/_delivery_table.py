@@ -28,16 +28,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliverySettings:
-    """Limits of one consumer. Durations are in seconds.
-
-    Attributes:
-        prefetch: Maximum number of entries held.
-        max_deliveries: Deliveries of one entry before it is dead-lettered.
-        ack_deadline: Other consumers may claim an entry that was not renewed for this long.
-        sweep_interval: Time between two claims of entries that other consumers abandoned.
-        hold_limit: Maximum time for which an entry is renewed.
-        backoff: Wait before a failed entry is dispatched again.
-    """
+    """Limits of one consumer, as in `ConsumeOptions` and `Group`. Durations are in seconds."""
 
     prefetch: int
     max_deliveries: int
@@ -321,7 +312,6 @@ class Drained(Event):
 
 
 def no_reply(command: CreateGroups | ServerCommand) -> Unanswered | EntriesUnknown:
-    """Return the event for a command without a reply."""
     if isinstance(command, Read | Claim):
         return EntriesUnknown(command)
     return Unanswered(command)

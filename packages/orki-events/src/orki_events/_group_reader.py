@@ -33,11 +33,7 @@ class ReaderServices:
     Attributes:
         reads: The reader's connection for blocking reads.
         commands: The reader's connection for everything else.
-        groups: Creates consumer groups and saves their positions.
-        register: Registers the stream.
-        report: Called with each loss.
         closed: Called when the reader has closed.
-        options: Settings of the event plane.
     """
 
     reads: Connection
@@ -55,14 +51,7 @@ class GroupReader:
     def __init__(
         self, member: GroupMember, services: ReaderServices, options: ConsumeOptions, concurrency: int
     ) -> None:
-        """Create the consumer without starting it.
-
-        Args:
-            member: Its stream, group and name.
-            services: Services of `Events`.
-            options: Its settings.
-            concurrency: Number of entries that the handlers can process at once.
-        """
+        """Create a consumer whose handlers can process `concurrency` entries at once, without starting it."""
         self.member = member
         self.seen = SeenEvents(services.options.dedupe_window)
         self._services = services
@@ -86,11 +75,9 @@ class GroupReader:
 
     @property
     def name(self) -> str:
-        """The consumer for messages."""
         return f'consumer "{self.member.consumer}" of group "{self.member.group.name}" on "{self.member.stream.name}"'
 
     def start(self) -> None:
-        """Start reading."""
         for loop in (self._read_loop(), self._command_loop(), self._maintenance_loop()):
             self._tasks.append(asyncio.create_task(self._guard(loop), name=f"orki-events {self.name}"))
         self._receive(table.Opened())
@@ -123,7 +110,6 @@ class GroupReader:
             self._loop.call_soon(self._flush)
 
     def succeeded_all(self, key: str, entry_ids: Sequence[bytes]) -> None:
-        """Settle entries."""
         if entry_ids:
             self._receive(table.Succeeded(key, entry_ids))
 
@@ -134,7 +120,6 @@ class GroupReader:
         self._receive(table.Failed(key, entries, reason, message, final))
 
     def give_back(self, key: str, entries: list[table.Entry]) -> None:
-        """Return entries whose handling did not begin."""
         self._receive(table.Returned(key, entries))
 
     def end(self) -> None:
@@ -344,7 +329,6 @@ class GroupReader:
                 self._services.report(gap)
 
     async def _maintenance_loop(self) -> None:
-        """Save the group's position, and remove stopped consumers that hold nothing."""
         services = self._services
         swept = self._loop.time()
         while True:
@@ -414,7 +398,6 @@ class SeenEvents:
         return repeated
 
     def discard(self, event_ids: Iterable[bytes]) -> None:
-        """Remove ids."""
         for event_id in event_ids:
             self._young.pop(event_id, None)
             self._old.pop(event_id, None)

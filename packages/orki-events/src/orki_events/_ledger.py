@@ -28,18 +28,9 @@ from google.protobuf.message import DecodeError
 from orki.events.v1.envelope_pb2 import DeadLetter
 from orki_contract.errors import EventUndecodable, OrkiError
 from orki_contract.model import Group, Stream
+from orki_events import entries as layout
 from orki_events._readers import read_entries
 from orki_events.connection import Connection
-from orki_events.entries import (
-    REASON_FIELD,
-    ZERO_ID,
-    EntryId,
-    decode_envelope,
-    parse_id,
-    split_entry,
-    stream_keys,
-    tagged_key,
-)
 from orki_events.groups import Mark, groups_key, pairs, parse_stream_state
 
 _PAGE: Final = 1_000
@@ -99,7 +90,7 @@ class _Scan:
     """Entries of one partition, in order, with the ids of their events."""
 
     key: str
-    ids: list[tuple[EntryId, bytes]] = field(default_factory=list)
+    ids: list[tuple[layout.EntryId, bytes]] = field(default_factory=list)
     trimmed: int = 0
 
 
@@ -108,8 +99,8 @@ class _GroupProgress:
     """A group's state in one partition."""
 
     start: Mark
-    delivered: EntryId
-    pending: set[EntryId]
+    delivered: layout.EntryId
+    pending: set[layout.EntryId]
     counted: dict[str, int]
 
 
@@ -117,9 +108,8 @@ _RANK: Final = ("dead_lettered", "processed", "pending", "unread", "before_start
 
 
 async def read_ledger(connection: Connection, stream: Stream) -> StreamLedger:
-    """Read the ledger of a stream."""
     sequences: dict[str, set[int]] = {}
-    scans = [await _scan(connection, key, sequences) for key in stream_keys(stream)]
+    scans = [await _scan(connection, key, sequences) for key in layout.stream_keys(stream)]
     seen = {event_id for scan in scans for _, event_id in scan.ids}
     trimmed = sum(scan.trimmed for scan in scans)
     entries = sum(len(scan.ids) for scan in scans)
@@ -141,12 +131,12 @@ async def _scan(connection: Connection, key: str, sequences: dict[str, set[int]]
     scan = _Scan(key)
     async for entry_id, fields in read_entries(connection, key):
         try:
-            envelope = decode_envelope(split_entry(fields)[0])
+            envelope = layout.decode_envelope(layout.split_entry(fields)[0])
         except EventUndecodable:
             # Without an envelope, its position identifies it.
-            scan.ids.append((parse_id(entry_id), key.encode() + entry_id))
+            scan.ids.append((layout.parse_id(entry_id), key.encode() + entry_id))
             continue
-        scan.ids.append((parse_id(entry_id), envelope.event_id))
+        scan.ids.append((layout.parse_id(entry_id), envelope.event_id))
         sequences.setdefault(envelope.producer, set()).add(envelope.sequence)
     if await connection.execute((b"EXISTS", key)):
         state = parse_stream_state(await connection.execute((b"XINFO", b"STREAM", key)))
@@ -154,12 +144,11 @@ async def _scan(connection: Connection, key: str, sequences: dict[str, set[int]]
     return scan
 
 
-async def _groups(connection: Connection, key: str) -> dict[str, EntryId]:
-    """Return the last id that each group was given, by the group's name."""
+async def _groups(connection: Connection, key: str) -> dict[str, layout.EntryId]:
     if not await connection.execute((b"EXISTS", key)):
         return {}
     found = map(pairs, await connection.execute((b"XINFO", b"GROUPS", key)))
-    return {each["name"].decode(): parse_id(each["last-delivered-id"]) for each in found}
+    return {each["name"].decode(): layout.parse_id(each["last-delivered-id"]) for each in found}
 
 
 async def _group(connection: Connection, stream: Stream, group: Group, scans: list[_Scan]) -> GroupLedger:
@@ -170,7 +159,7 @@ async def _group(connection: Connection, stream: Stream, group: Group, scans: li
     trimmed_by_outcome = dict.fromkeys(("processed", "dead_lettered", "declared_lost", "before_start", "pending"), 0)
     for scan, progress in zip(scans, states, strict=True):
         letters = dead.get(scan.key, set())
-        start = parse_id(progress.start.entry_id)
+        start = layout.parse_id(progress.start.entry_id)
         in_stream = dict.fromkeys(_RANK, 0)
         for entry_id, event_id in scan.ids:
             if entry_id in letters:
@@ -206,7 +195,7 @@ def _add_trimmed(
     trimmed: int,
     progress: _GroupProgress,
     in_stream: dict[str, int],
-    absent: tuple[set[EntryId], set[EntryId]],
+    absent: tuple[set[layout.EntryId], set[layout.EntryId]],
 ) -> None:
     """Distribute the trimmed entries of a partition by the group's counters; the rest is lost."""
     letters, pending = absent
@@ -227,30 +216,29 @@ def _add_trimmed(
 async def _progress(connection: Connection, key: str, group: str) -> _GroupProgress:
     known = pairs(await connection.execute((b"HGETALL", groups_key(key))))
     counted = {name: int(known.get(f"{name}:{group}", 0)) for name in ("processed", "dead_lettered", "declared_lost")}
-    start = Mark.parse(known.get(f"start:{group}")) or Mark(ZERO_ID, 0)
+    start = Mark.parse(known.get(f"start:{group}")) or Mark(layout.ZERO_ID, 0)
     delivered = (await _groups(connection, key)).get(group)
-    progress = _GroupProgress(start, delivered or parse_id(ZERO_ID), set(), counted)
+    progress = _GroupProgress(start, delivered or layout.parse_id(layout.ZERO_ID), set(), counted)
     if delivered is None:
         return progress
     first = b"-"
     while True:
         page = await connection.execute((b"XPENDING", key, group, first, b"+", _PAGE))
-        progress.pending.update(parse_id(entry_id) for entry_id, _, _, _ in page)
+        progress.pending.update(layout.parse_id(entry_id) for entry_id, _, _, _ in page)
         if len(page) < _PAGE:
             return progress
         first = b"(" + page[-1][0]
 
 
-async def _dead(connection: Connection, stream: Stream, group: Group) -> dict[str, set[EntryId]]:
-    """Return the entries that the group's dead letters name, by partition."""
-    found: dict[str, set[EntryId]] = {}
-    async for _, fields in read_entries(connection, tagged_key("ev", stream.dead_letter(group))):
+async def _dead(connection: Connection, stream: Stream, group: Group) -> dict[str, set[layout.EntryId]]:
+    found: dict[str, set[layout.EntryId]] = {}
+    async for _, fields in read_entries(connection, layout.tagged_key("ev", stream.dead_letter(group))):
         for name, value in zip(fields[::2], fields[1::2], strict=False):
-            if name == REASON_FIELD:
+            if name == layout.REASON_FIELD:
                 try:
                     letter = DeadLetter.FromString(value)
                     if (letter.stream, letter.group) == (stream.name, group.name):
-                        found.setdefault(letter.key, set()).add(parse_id(letter.entry_id))
+                        found.setdefault(letter.key, set()).add(layout.parse_id(letter.entry_id))
                 except (DecodeError, OrkiError):
                     continue
     return found

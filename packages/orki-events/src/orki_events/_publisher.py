@@ -18,19 +18,8 @@ from typing import Any, Final, NamedTuple
 
 from google.protobuf.message import Message
 
-from orki_contract import EventStream
+from orki_contract import EventStream, errors
 from orki_contract.backoff import Jitter, JitterOptions
-from orki_contract.errors import (
-    ContractMismatch,
-    EventsBufferFull,
-    EventsReadOnly,
-    EventsUnavailable,
-    InvalidArgument,
-    InvalidContract,
-    LocalProtocolError,
-    OrkiError,
-    TooLarge,
-)
 from orki_contract.model import milliseconds
 from orki_contract.trace import Span
 from orki_events._options import EventOptions, Gap, GapKind
@@ -89,9 +78,9 @@ class _Ticket:
 
     future: asyncio.Future[None]
     open: int = 0
-    error: OrkiError | None = None
+    error: errors.OrkiError | None = None
 
-    def settle(self, error: OrkiError | None) -> None:
+    def settle(self, error: errors.OrkiError | None) -> None:
         self.open -= 1
         self.error = self.error or error
         if self.open == 0 and not self.future.done():
@@ -179,12 +168,12 @@ class Publisher:
         """
         contract, message = handle.contract, event.message
         if not isinstance(message, handle.message):
-            raise InvalidArgument(
+            raise errors.InvalidArgument(
                 f'stream "{contract.name}" takes {handle.message.DESCRIPTOR.full_name}, not {type(message).__name__}'
             )
         raw = message.SerializeToString()
         if len(raw) > self._options.max_event_bytes:
-            raise TooLarge(
+            raise errors.TooLarge(
                 f'an event for stream "{contract.name}" has {len(raw)} bytes, more than {self._options.max_event_bytes}'
             )
         key = stream_key(contract, message)
@@ -192,9 +181,9 @@ class Publisher:
         time_us = event.time_us if event.time_us is not None else time.time_ns() // 1_000
         with self._guard:
             if self._closing:
-                raise LocalProtocolError("the publisher is closed; publish while its `async with` block runs")
+                raise errors.LocalProtocolError("the publisher is closed; publish while its `async with` block runs")
             if self._entries >= self._options.buffer_entries or self._bytes >= self._options.buffer_bytes:
-                raise EventsBufferFull(
+                raise errors.EventsBufferFull(
                     f"{self._entries} events ({self._bytes} bytes) wait for {self._connection.address.shown}; "
                     "wait with flush() or raise buffer_entries"
                 )
@@ -232,9 +221,9 @@ class Publisher:
                     try:
                         identities.append(self.submit(handle, event, ticket))
                         break
-                    except EventsBufferFull:
+                    except errors.EventsBufferFull:
                         await self._wait_progress()
-        except OrkiError as error:
+        except errors.OrkiError as error:
             ticket.settle(error)
         else:
             ticket.settle(None)
@@ -242,7 +231,6 @@ class Publisher:
         return identities
 
     async def flush(self) -> None:
-        """Wait until all events that are buffered now were sent, refused or abandoned."""
         last = self._submitted
         while self._settled < last and not self._task.done():
             await self._wait_progress()
@@ -262,7 +250,7 @@ class Publisher:
             left = [*self._sending, *self._queue]
             self._queue.clear()
             server = self._connection.address.shown
-            self._end(left, EventsUnavailable(f"{server} did not accept the event before the publisher closed"))
+            self._end(left, errors.EventsUnavailable(f"{server} did not accept the event before the publisher closed"))
 
     def _call(self, function: Callable[[], None]) -> None:
         if threading.get_ident() == self._thread:
@@ -284,7 +272,7 @@ class Publisher:
                 await self._deliver()
             except Exception as error:
                 _log.exception("internal error in the publisher")
-                self._end(self._sending, LocalProtocolError(f"internal error in the publisher: {error!r}"))
+                self._end(self._sending, errors.LocalProtocolError(f"internal error in the publisher: {error!r}"))
 
     def _next_batch(self) -> list[_Item]:
         batch: list[_Item] = []
@@ -300,7 +288,6 @@ class Publisher:
         return batch
 
     async def _deliver(self) -> None:
-        """Send the batch until each event is accepted, refused or out of time."""
         backoff = Jitter(_RETRY)
         doubtful = False
         while self._sending:
@@ -314,19 +301,19 @@ class Publisher:
                     doubtful = False
                     continue
                 replies = await self._send(self._sending)
-            except OrkiError as error:
+            except errors.OrkiError as error:
                 if not error.retryable:
                     self._end(self._sending, error)
                     return
                 failure = error
-                doubtful = doubtful or isinstance(error, EventsUnavailable)
+                doubtful = doubtful or isinstance(error, errors.EventsUnavailable)
                 self._ready.clear()
             else:
                 retryable = self._settle(self._sending, replies)
                 if retryable is None:
                     return
                 failure = retryable
-                if isinstance(failure, EventsReadOnly):
+                if isinstance(failure, errors.EventsReadOnly):
                     # After a failover, the name may resolve to another server.
                     await self._connection.drop()
             self._expire(failure, doubtful)
@@ -354,7 +341,7 @@ class Publisher:
         oldest = max(parse_id(newest).milliseconds - milliseconds(age), 0)
         try:
             await self._connection.execute((b"XTRIM", key, b"MINID", b"~", oldest))
-        except OrkiError as error:
+        except errors.OrkiError as error:
             _log.warning("%s could not be trimmed by age: %s", key, error.message)
 
     async def _prepare(self, batch: Sequence[_Item]) -> None:
@@ -368,7 +355,7 @@ class Publisher:
                 try:
                     # First, so that a contract that does not fit leaves no trace on the server.
                     await self._registry.register(self._connection, item.handle, publishes=True)
-                except (ContractMismatch, InvalidContract) as error:
+                except (errors.ContractMismatch, errors.InvalidContract) as error:
                     refused.add(contract.name)
                     self._end([each for each in batch if each.handle.contract.name == contract.name], error)
                     continue
@@ -378,7 +365,6 @@ class Publisher:
                 self._ready.add(contract.name)
 
     async def _find_published(self, batch: Sequence[_Item]) -> list[_Item]:
-        """Return the events that are in the stream although no reply came."""
         doubtful: dict[str, set[bytes]] = {}
         for item in batch:
             doubtful.setdefault(item.key, set()).add(item.event_id)
@@ -389,9 +375,9 @@ class Publisher:
         self.counts.found += len(published)
         return published
 
-    def _settle(self, batch: list[_Item], replies: list[Any]) -> OrkiError | None:
+    def _settle(self, batch: list[_Item], replies: list[Any]) -> errors.OrkiError | None:
         """Settle events that were accepted or refused. Return the error after which the rest is sent again, if any."""
-        refused = {index: reply for index, reply in enumerate(replies) if isinstance(reply, OrkiError)}
+        refused = {index: reply for index, reply in enumerate(replies) if isinstance(reply, errors.OrkiError)}
         if not refused:
             self._end(batch, None)
             return None
@@ -404,8 +390,7 @@ class Publisher:
                 self._end([batch[index]], reply)
         return retryable
 
-    def _expire(self, error: OrkiError, doubtful: bool) -> None:
-        """Give up events that have waited for `publish_timeout`."""
+    def _expire(self, error: errors.OrkiError, doubtful: bool) -> None:
         now = time.monotonic()
         late = [item for item in self._sending if item.deadline <= now]
         if late:
@@ -413,8 +398,7 @@ class Publisher:
             waited = f"not published within {self._options.publish_timeout:g} s"
             self._end(late, type(error)(f"{waited}{doubt}: {error.message}"))
 
-    def _end(self, batch: Sequence[_Item], error: OrkiError | None) -> None:
-        """Settle events and make room for others."""
+    def _end(self, batch: Sequence[_Item], error: errors.OrkiError | None) -> None:
         ended = {item.number for item in batch}
         self._sending = [item for item in self._sending if item.number not in ended]
         lost: dict[str, int] = {}
@@ -436,10 +420,7 @@ class Publisher:
         else:
             self.counts.refused += len(batch) - abandoned
             for name, count in lost.items():
-                self._report(_abandoned(name, count, error))
+                text = f'{count} collected events of stream "{name}" were not published: {error.message}'
+                kind = GapKind.PUBLISH_ABANDONED
+                self._report(Gap(kind=kind, stream=name, group="", count=count, possible=False, message=text))
         self._progress.set()
-
-
-def _abandoned(stream: str, count: int, error: OrkiError) -> Gap:
-    message = f'{count} collected events of stream "{stream}" were not published: {error.message}'
-    return Gap(kind=GapKind.PUBLISH_ABANDONED, stream=stream, group="", count=count, possible=False, message=message)

@@ -15,23 +15,10 @@ from orki.events.v1.envelope_pb2 import DeadLetter, Envelope
 from orki_contract.errors import EventUndecodable, OrkiError
 from orki_contract.model import Group, Stream, milliseconds
 from orki_contract.trace import Span
+from orki_events import entries as layout
 from orki_events._commands import HANDED_BACK
 from orki_events.connection import Connection
-from orki_events.entries import (
-    DATA_FIELD,
-    ENVELOPE_FIELD,
-    REASON_FIELD,
-    ZERO_ID,
-    decode_envelope,
-    envelope_span,
-    event_id_of,
-    format_cursor,
-    parse_cursor,
-    split_entry,
-    stream_keys,
-    tagged_key,
-)
-from orki_events.groups import groups_key
+from orki_events.groups import checked, groups_key
 
 T = TypeVar("T")
 _BATCH: Final = 500
@@ -66,17 +53,17 @@ class TailEntry(Generic[T]):
         Raises:
             EventUndecodable: The entry has no envelope.
         """
-        return decode_envelope(split_entry(self._fields)[0])
+        return layout.decode_envelope(layout.split_entry(self._fields)[0])
 
     @property
     def event_id(self) -> bytes:
         """Identity of the event (16 bytes). Raises as `envelope`."""
-        return event_id_of(split_entry(self._fields)[0])
+        return layout.event_id_of(layout.split_entry(self._fields)[0])
 
     @property
     def span(self) -> Span | None:
         """Span in which the event happened; None outside a trace. Raises as `envelope`."""
-        return envelope_span(self.envelope)
+        return layout.envelope_span(self.envelope)
 
     @property
     def event(self) -> T:
@@ -85,7 +72,7 @@ class TailEntry(Generic[T]):
         Raises:
             EventUndecodable: The entry does not contain the message of the stream's contract.
         """
-        raw = split_entry(self._fields)[1]
+        raw = layout.split_entry(self._fields)[1]
         try:
             return self._decode(raw)
         except DecodeError as error:
@@ -101,9 +88,9 @@ async def follow_stream(
     block_timeout: float,
 ) -> AsyncIterator[TailEntry[T]]:
     """Yield the entries after a cursor; see `Events.tail`. The connection must not be shared."""
-    keys = stream_keys(stream)
+    keys = layout.stream_keys(stream)
     named = after in ("earliest", "latest")
-    positions = [ZERO_ID] * len(keys) if named else parse_cursor(after, len(keys))
+    positions = [layout.ZERO_ID] * len(keys) if named else layout.parse_cursor(after, len(keys))
     resolved = after != "latest"
     while True:
         try:
@@ -121,7 +108,7 @@ async def follow_stream(
             partition = keys.index(key.decode())
             for entry in entries:
                 positions[partition] = entry[0].decode()
-                yield TailEntry(keys[partition], entry, format_cursor(positions), decode)
+                yield TailEntry(keys[partition], entry, layout.format_cursor(positions), decode)
         if not follow and not found:
             return
 
@@ -129,9 +116,7 @@ async def follow_stream(
 async def _newest(connection: Connection, keys: tuple[str, ...]) -> list[str]:
     positions = []
     for reply in await connection.pipeline(*((b"XREVRANGE", key, b"+", b"-", b"COUNT", 1) for key in keys)):
-        if isinstance(reply, OrkiError):
-            raise reply
-        positions.append(reply[0][0].decode() if reply else ZERO_ID)
+        positions.append(reply[0][0].decode() if checked(reply) else layout.ZERO_ID)
     return positions
 
 
@@ -165,9 +150,9 @@ async def find_published(connection: Connection, key: str, after: str, wanted: s
     async with contextlib.aclosing(read_entries(connection, key, after)) as entries:
         async for _, fields in entries:
             searched += 1
-            raw = dict(zip(fields[::2], fields[1::2], strict=True)).get(ENVELOPE_FIELD, b"")
+            raw = dict(zip(fields[::2], fields[1::2], strict=True)).get(layout.ENVELOPE_FIELD, b"")
             with contextlib.suppress(EventUndecodable):
-                if (event_id := event_id_of(raw)) in wanted:
+                if (event_id := layout.event_id_of(raw)) in wanted:
                     found.add(event_id)
             if found == wanted or searched >= _MAX_SEARCHED:
                 break
@@ -196,23 +181,23 @@ class DeadLetterEntry(Generic[T]):
 async def list_dead_letters(
     connection: Connection, stream: Stream, group: Group, decode: Callable[[bytes], T], count: int, after: str
 ) -> list[DeadLetterEntry[T]]:
-    """Return at most `count` dead letters of a group, oldest first, after the letter id `after`."""
     found = []
     command = (b"XRANGE", _dead_letter_key(stream, group), f"({after}", b"+", b"COUNT", count)
     for letter_id, fields in await connection.execute(command):
         values = dict(zip(fields[::2], fields[1::2], strict=True))
-        reason = _reason(values.get(REASON_FIELD, b""))
+        reason = _reason(values.get(layout.REASON_FIELD, b""))
         if reason.group != group.name or reason.stream != stream.name:
             # Several groups may share one dead letter stream.
             continue
-        raw = values.get(DATA_FIELD)
+        raw = values.get(layout.DATA_FIELD)
         event: T | None = None
         if raw is not None:
             try:
                 event = decode(raw)
             except DecodeError:
                 event = None
-        found.append(DeadLetterEntry(letter_id.decode(), reason, event, values.get(ENVELOPE_FIELD, b""), raw or b""))
+        envelope = values.get(layout.ENVELOPE_FIELD, b"")
+        found.append(DeadLetterEntry(letter_id.decode(), reason, event, envelope, raw or b""))
     return found
 
 
@@ -238,14 +223,13 @@ async def replay_dead_letters(
                 (b"HINCRBY", groups_key(key), f"dead_lettered:{group.name}", -1),
                 (b"XDEL", _dead_letter_key(stream, group), letter.letter_id),
             ):
-                if isinstance(reply, OrkiError):
-                    raise reply
+                checked(reply)
             replayed.append(letter.letter_id)
     return replayed
 
 
 def _dead_letter_key(stream: Stream, group: Group) -> str:
-    return tagged_key("ev", stream.dead_letter(group))
+    return layout.tagged_key("ev", stream.dead_letter(group))
 
 
 def _reason(raw: bytes) -> DeadLetter:

@@ -12,6 +12,7 @@ __all__ = [
     "ConsumerGroups",
     "Mark",
     "StreamState",
+    "checked",
     "group_start",
     "groups_key",
     "pairs",
@@ -136,10 +137,10 @@ class ConsumerGroups:
             kind, info, present, records = await connection.pipeline(
                 (b"TYPE", key), (b"XINFO", b"STREAM", key), (b"XINFO", b"GROUPS", key), (b"HGETALL", groups_key(key))
             )
-            exists = _checked(kind) != b"none"
-            state = parse_stream_state(_checked(info)) if exists else None
-            names = {pairs(each)["name"].decode() for each in _checked(present)} if exists else set()
-            known = pairs(_checked(records))
+            exists = checked(kind) != b"none"
+            state = parse_stream_state(checked(info)) if exists else None
+            names = {pairs(each)["name"].decode() for each in checked(present)} if exists else set()
+            known = pairs(checked(records))
             newest[key] = state.last_id if state else ZERO_ID
             for group in wanted:
                 if group.name not in names:
@@ -154,10 +155,10 @@ class ConsumerGroups:
             info, present, pending = await connection.transaction(
                 (b"XINFO", b"STREAM", key), (b"XINFO", b"GROUPS", key), (b"XPENDING", key, group.name)
             )
-            delivered = {each["name"].decode(): each["last-delivered-id"] for each in map(pairs, _checked(present))}
-            oldest = _checked(pending)[1]
+            delivered = {each["name"].decode(): each["last-delivered-id"] for each in map(pairs, checked(present))}
+            oldest = checked(pending)[1]
             settled = predecessor(parse_id(oldest)) if oldest else parse_id(delivered[group.name])
-            mark = Mark(str(settled), parse_stream_state(_checked(info)).added)
+            mark = Mark(str(settled), parse_stream_state(checked(info)).added)
             if self._marks.get((key, group.name)) != mark:
                 await connection.execute((b"HSET", groups_key(key), f"cursor:{group.name}", mark.text()))
                 self._marks[key, group.name] = mark
@@ -189,7 +190,7 @@ class ConsumerGroups:
         changes.append((b"HSETNX", groups_key(key), f"start:{group.name}", Mark(start, unseen).text()))
         changes.append((b"HSET", groups_key(key), f"cursor:{group.name}", mark.text()))
         for reply in await connection.pipeline(*changes):
-            _checked(reply)
+            checked(reply)
         self._marks[key, group.name] = mark
         if loss is not None:
             self._report(_recreated(stream, group, key, start, loss))
@@ -207,7 +208,8 @@ def _recreated(stream: Stream, group: Group, key: str, start: str, loss: str) ->
     )
 
 
-def _checked(reply: Reply) -> Any:
+def checked(reply: Reply) -> Any:
+    """Return a reply of a pipeline; raise it if it is an error."""
     if isinstance(reply, OrkiError):
         raise reply
     return reply

@@ -13,7 +13,6 @@ the registered one.
 from __future__ import annotations
 
 __all__ = [
-    "RegisteredStream",
     "StreamRegistry",
     "StreamVersion",
     "compare_streams",
@@ -28,13 +27,13 @@ from functools import cached_property
 from typing import Any, Final
 
 from orki_contract import EventStream
-from orki_contract.errors import ContractMismatch, EventsUnavailable, InvalidContract, OrkiError
+from orki_contract.errors import ContractMismatch, EventsUnavailable, InvalidContract
 from orki_contract.findings import Fit, stream_fit
 from orki_contract.images import image_of, package_version
 from orki_contract.model import AUDIT_GROUP, Group, Overflow, Retention, Start, Stream, dump, milliseconds
 from orki_contract.read import ReadContract, read_image
 from orki_events.connection import Connection, Script
-from orki_events.groups import pairs
+from orki_events.groups import checked, pairs
 
 _REGISTER: Final = Script("""\
 -- KEYS: the table of streams.  ARGV: stream, the record that the caller read or "", the record to write.
@@ -52,27 +51,6 @@ _DURATIONS: Final = frozenset({"ack_deadline", "least_age", "max_age", "most_age
 _MAX_TRIES: Final = 20
 _MAX_REFUSALS: Final = 64
 _log = logging.getLogger("orki.events")
-
-
-@dataclass(frozen=True, slots=True)
-class RegisteredStream:
-    """A registered stream.
-
-    Attributes:
-        contract: The stream, with the groups of its owner and those that readers declared.
-        package: Proto package of its message.
-        digest: Digest of the image; empty without one.
-        image: The package's `contract.binpb`; None if missing: then entries can be counted but not decoded.
-        version: Version of the package's distribution; empty if unknown.
-        ahead: Whether it was applied before any publisher or consumer used it.
-    """
-
-    contract: Stream
-    package: str
-    digest: str
-    image: bytes | None = field(repr=False)
-    version: str = ""
-    ahead: bool = False
 
 
 class StreamRegistry:
@@ -94,7 +72,7 @@ class StreamRegistry:
         package = handle.message.DESCRIPTOR.file.package
         digest, image = self._image(package) or ("", None)
         own = StreamVersion(
-            stream=handle.contract,
+            contract=handle.contract,
             package=package,
             digest=digest,
             image=image,
@@ -130,9 +108,9 @@ class StreamRegistry:
                 return chosen
             if own.image is not None:
                 await connection.execute((b"HSETNX", _IMAGES, own.digest, own.image))
-            if await connection.run_script(_REGISTER, (_STREAMS,), own.stream.name, record, chosen.record()):
+            if await connection.run_script(_REGISTER, (_STREAMS,), own.contract.name, record, chosen.record()):
                 return chosen
-        raise EventsUnavailable(f'other processes keep changing the registration of "{own.stream.name}"; try again')
+        raise EventsUnavailable(f'other processes keep changing the registration of "{own.contract.name}"; try again')
 
     async def declare_group(self, connection: Connection, stream: Stream, group: Group) -> None:
         """Register a group that a reader declares."""
@@ -143,25 +121,22 @@ class StreamRegistry:
         """Remove a stream's registration, but not its entries. Return whether it was registered."""
         return bool(await connection.execute((b"HDEL", _STREAMS, stream)))
 
-    async def streams(self, connection: Connection) -> list[RegisteredStream]:
+    async def streams(self, connection: Connection) -> list[StreamVersion]:
         """Return all registered streams, by name."""
         replies = await connection.pipeline((b"HGETALL", _STREAMS), (b"HGETALL", _IMAGES), (b"HGETALL", _SUBSCRIPTIONS))
-        for reply in replies:
-            if isinstance(reply, OrkiError):
-                raise reply
-        records, images, subscriptions = map(pairs, replies)
+        records, images, subscriptions = (pairs(checked(reply)) for reply in replies)
         declared = _declared_groups(subscriptions)
         found = []
         for name, record in sorted(records.items()):
-            version = _parsed(name, record, images)
-            if version is None:
+            registered = _parsed(name, record, images)
+            if registered is None:
                 continue
-            stream = version.stream
-            own = {group.name for group in stream.groups}
+            contract = registered.contract
+            own = {group.name for group in contract.groups}
             extra = (group for group in declared.get(name, ()) if group.name not in own)
-            contract = replace(stream, groups=tuple(sorted((*stream.groups, *extra))))
-            row = (contract, version.package, version.digest, version.image, version.version, version.ahead)
-            found.append(RegisteredStream(*row))
+            found.append(
+                replace(registered, contract=replace(contract, groups=tuple(sorted((*contract.groups, *extra)))))
+            )
         return found
 
     async def check(self, connection: Connection, own: StreamVersion, who: str) -> StreamVersion | None:
@@ -176,7 +151,7 @@ class StreamRegistry:
     async def _compare(
         self, connection: Connection, own: StreamVersion, who: str
     ) -> tuple[bytes, StreamVersion | None]:
-        name = own.stream.name
+        name = own.contract.name
         record = await connection.execute((b"HGET", _STREAMS, name)) or b""
         if not record:
             return b"", None
@@ -223,7 +198,6 @@ class StreamRegistry:
 
 
 def _choose(registered: StreamVersion | None, own: StreamVersion, replaces: bool) -> StreamVersion:
-    """Return which of two compatible versions to register."""
     if registered is None:
         return own
     if registered.digest == own.digest and own.ahead:
@@ -274,9 +248,18 @@ _DIGITS: Final = 12
 
 @dataclass(frozen=True, kw_only=True)
 class StreamVersion:
-    """One version of a stream's contract, with its owner's groups; otherwise as `RegisteredStream`."""
+    """A stream in one version of its package.
 
-    stream: Stream
+    Attributes:
+        contract: The stream with its owner's groups; as registered, also with those that readers declared.
+        package: Proto package of its message.
+        digest: Digest of the image; empty without one.
+        image: The package's `contract.binpb`; None if missing: then entries can be counted but not decoded.
+        version: Version of the package's distribution; empty if unknown.
+        ahead: Whether it was applied before any publisher or consumer used it.
+    """
+
+    contract: Stream
     package: str
     digest: str
     image: bytes | None = field(repr=False)
@@ -289,7 +272,7 @@ class StreamVersion:
         if self.image is None:
             return None
         read = read_image(self.image)
-        return read if any(each.name == self.stream.name for each in read.contract.streams) else None
+        return read if any(each.name == self.contract.name for each in read.contract.streams) else None
 
     def __str__(self) -> str:
         """Return the version and the beginning of the image's digest, if known."""
@@ -299,7 +282,7 @@ class StreamVersion:
     def record(self) -> str:
         """Return the registry's record, which does not contain the image."""
         written: dict[str, Any] = {
-            "contract": _stored(dump(self.stream)),
+            "contract": _stored(dump(self.contract)),
             "package": self.package,
             "image": self.digest,
         }
@@ -320,7 +303,7 @@ class StreamVersion:
             parsed = json.loads(record)
             digest = str(parsed["image"])
             return cls(
-                stream=_stream(parsed["contract"]),
+                contract=_stream(parsed["contract"]),
                 package=str(parsed["package"]),
                 digest=digest,
                 image=images.get(digest),
@@ -342,9 +325,9 @@ def compare_streams(registered: StreamVersion, own: StreamVersion) -> tuple[Fit 
         return Fit((), ()), ""
     one, other = registered.read, own.read
     if one is not None and other is not None:
-        fit = stream_fit(own.stream.name, one, other)
+        fit = stream_fit(own.contract.name, one, other)
         return fit, "" if fit.compatible else str(fit)
-    before, after = registered.stream, own.stream
+    before, after = registered.contract, own.contract
     differences = [
         f'stream "{after.name}" has another {name}: {old or "none"} → {new or "none"} [{rule}]'
         for name, rule, old, new in (

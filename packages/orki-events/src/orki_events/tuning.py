@@ -24,13 +24,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from orki_contract.errors import InvalidContract, InvalidSetting, OrkiError
+from orki_contract.errors import InvalidContract, InvalidSetting
 from orki_contract.model import Retention, Stream, duration_text, milliseconds
 from orki_contract.read import read_image
 from orki_events.connection import Command, Connection
 from orki_events.entries import stream_keys
-from orki_events.groups import pairs
-from orki_events.registry import RegisteredStream
+from orki_events.groups import checked, pairs
+from orki_events.registry import StreamVersion
 
 _REFRESH_INTERVAL: Final = 2.0
 _KEY: Final = b"orki:retention"
@@ -104,7 +104,7 @@ async def read_retention(connection: Connection, stream: Stream) -> Retention:
     return effective_retention(stream.retention, _parsed(stream.name, record) if record else None)
 
 
-async def tune(connection: Connection, registered: RegisteredStream, tuning: Tuning | None) -> Tuned:
+async def tune(connection: Connection, registered: StreamVersion, tuning: Tuning | None) -> Tuned:
     """Set how much of a stream the fleet keeps, and trim the stream.
 
     Args:
@@ -124,7 +124,8 @@ async def tune(connection: Connection, registered: RegisteredStream, tuning: Tun
     retention = effective_retention(stream.retention, tuning)
     # Trim first: a server that is out of memory may accept the setting once entries are trimmed.
     trimmed = await _trim(connection, stream, retention)
-    await connection.execute((b"HSET", _KEY, stream.name, json.dumps(_record(tuning))))
+    record = {"max_entries": tuning.max_entries, "max_age_ms": milliseconds(tuning.max_age)}
+    await connection.execute((b"HSET", _KEY, stream.name, json.dumps(record)))
     return Tuned(retention=retention, trimmed=trimmed)
 
 
@@ -159,7 +160,7 @@ class TuningCache:
         return found
 
 
-def _validate(registered: RegisteredStream, tuning: Tuning) -> None:
+def _validate(registered: StreamVersion, tuning: Tuning) -> None:
     retention = registered.contract.retention
     ages = tuple(map(milliseconds, retention.age_bounds))
     for value, kind, (least, most), unit in (
@@ -179,7 +180,7 @@ def _validate(registered: RegisteredStream, tuning: Tuning) -> None:
             )
 
 
-def _declared(registered: RegisteredStream) -> str:
+def _declared(registered: StreamVersion) -> str:
     """Describe the declaration of the bounds, as far as the registered contract shows it."""
     message = registered.contract.message
     where = f"on {message}"
@@ -195,24 +196,13 @@ def _declared(registered: RegisteredStream) -> str:
 
 async def _trim(connection: Connection, stream: Stream, retention: Retention) -> int:
     (clock,) = await connection.pipeline((b"TIME",))
-    if isinstance(clock, OrkiError):
-        raise clock
-    oldest = int(clock[0]) * 1_000 + int(clock[1]) // 1_000 - milliseconds(retention.max_age)
+    oldest = int(checked(clock)[0]) * 1_000 + int(clock[1]) // 1_000 - milliseconds(retention.max_age)
     commands: list[Command] = []
     for key in stream_keys(stream):
         commands.append((b"XTRIM", key, b"MAXLEN", b"~", retention.max_entries))
         if retention.max_age:
             commands.append((b"XTRIM", key, b"MINID", b"~", max(oldest, 0)))
-    trimmed = 0
-    for reply in await connection.pipeline(*commands):
-        if isinstance(reply, OrkiError):
-            raise reply
-        trimmed += reply
-    return trimmed
-
-
-def _record(tuning: Tuning) -> dict[str, int]:
-    return {"max_entries": tuning.max_entries, "max_age_ms": milliseconds(tuning.max_age)}
+    return sum(map(checked, await connection.pipeline(*commands)))
 
 
 def _parsed(name: str, record: bytes) -> Tuning | None:

@@ -27,7 +27,7 @@ from orki_contract.findings import Fit, service_fit
 from orki_contract.images import service_digest
 from orki_contract.model import TaskMethod
 from orki_contract.read import ReadContract, read_image
-from orki_server._store.contracts import ContractChange, Contracts, RegisteredContract
+from orki_server._store.contracts import Contracts, RegisteredContract
 from orki_server._store.fleet import Fleet
 
 T = TypeVar("T")
@@ -292,7 +292,9 @@ class Admission:
                 registered=0.0,
                 admissions=0,
             )
-            if await self._change(contract.service, seen, removed, added, contracts):
+            if await self._contracts.change(
+                contract.service, seen=seen, removed=removed, added=added, leading=contracts.leading.digest
+            ):
                 return contracts
         raise Overloaded(f"the contracts of {contract.service} keep changing; try again")
 
@@ -312,7 +314,8 @@ class Admission:
         if not removed or len(removed) == len(seen):
             return False
         kept = [ServiceContract.of(each) for each in seen if each not in removed]
-        return await self._change(service, seen, removed, None, await run_in_thread(partial(ContractSet, kept)))
+        leading = (await run_in_thread(partial(ContractSet, kept))).leading.digest
+        return await self._contracts.change(service, seen=seen, removed=removed, added=None, leading=leading)
 
     async def withdraw(self, contract: RegisteredContract) -> bool:
         """Remove an unused contract. Returns False if it is used by now, or the service's contracts changed."""
@@ -322,8 +325,8 @@ class Admission:
         if not removed or live[contract.digest].used:
             return False
         kept = [ServiceContract.of(each) for each in seen if each not in removed]
-        contracts = await run_in_thread(partial(ContractSet, kept)) if kept else None
-        return await self._change(contract.service, seen, removed, None, contracts)
+        leading = (await run_in_thread(partial(ContractSet, kept))).leading.digest if kept else ""
+        return await self._contracts.change(contract.service, seen=seen, removed=removed, added=None, leading=leading)
 
     async def in_use(self, contract: ServiceContract) -> bool:
         """Whether agents serve a contract, or it has unfinished tasks."""
@@ -354,19 +357,6 @@ class Admission:
 
     async def _registered(self, service: str) -> list[RegisteredContract]:
         return (await self._contracts.registered([service]))[service]
-
-    async def _change(
-        self,
-        service: str,
-        seen: Sequence[RegisteredContract],
-        removed: Sequence[RegisteredContract],
-        added: RegisteredContract | None,
-        contracts: ContractSet | None,
-    ) -> bool:
-        leading = contracts.leading.digest if contracts else ""
-        return await self._contracts.change(
-            ContractChange(service=service, seen=seen, removed=removed, added=added, leading=leading)
-        )
 
 
 def _conflict(

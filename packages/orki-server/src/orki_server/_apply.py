@@ -103,7 +103,9 @@ def read_declared(source: str, version: str = "") -> Declared:
             ]
             digest = f"sha256:{sha256(content).hexdigest()}"
             streams += [
-                StreamVersion(stream=stream, package=package, digest=digest, image=content, version=release, ahead=True)
+                StreamVersion(
+                    contract=stream, package=package, digest=digest, image=content, version=release, ahead=True
+                )
                 for file in own
                 for stream in file.contract.streams
             ]
@@ -156,12 +158,12 @@ async def apply(
         done.append(Applied("service", service.service, service.version, service.digest, outcome))
     for version in declared.streams:
         registered = await registry.register_version(connection, version, _SUBJECT, replaces=True)
-        await groups.ensure(connection, version.stream, version.stream.groups)
+        await groups.ensure(connection, version.contract, version.contract.groups)
         outcome = "older" if registered.digest != version.digest else "applied" if registered.ahead else "in use"
-        done.append(Applied("stream", version.stream.name, version.version, version.digest, outcome))
+        done.append(Applied("stream", version.contract.name, version.version, version.digest, outcome))
     for external, version in declared.external_groups:
-        await registry.declare_group(connection, version.stream, external.group)
-        await groups.ensure(connection, version.stream, (external.group,))
+        await registry.declare_group(connection, version.contract, external.group)
+        await groups.ensure(connection, version.contract, (external.group,))
         name = f"{external.stream}/{external.group.name}"
         done.append(Applied("group", name, version.version, version.digest, "applied"))
     return done
@@ -207,7 +209,7 @@ def _stream_of(read: ReadContract, external: ExternalGroup, content: bytes, vers
         )
     package = read.schema.messages[stream.message].file.package
     digest = f"sha256:{sha256(content).hexdigest()}"
-    return StreamVersion(stream=stream, package=package, digest=digest, image=content, version=version)
+    return StreamVersion(contract=stream, package=package, digest=digest, image=content, version=version)
 
 
 def _version(source: str, package: str) -> str:

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from orki.control.v1 import task_pb2 as pb
@@ -31,19 +30,6 @@ _IMAGE_BYTES: Final = 2 << 20
 _log = logging.getLogger("orki.server.sessions")
 
 
-@dataclass(frozen=True, slots=True)
-class Welcomed:
-    """The outcome of an accepted hello.
-
-    Attributes:
-        resumed: Number of attempts that continue from an earlier session.
-        replaced: Instance that lost its session to this one; empty for none or for the same instance.
-    """
-
-    resumed: int
-    replaced: str
-
-
 class Handshake:
     """Checks hellos: contracts, attempts that the agent still holds, and which of its instances is the newest."""
 
@@ -56,8 +42,12 @@ class Handshake:
         self._sessions = sessions
         self._max_sessions = max_sessions
 
-    async def run(self, session: AgentSession, arrived: HelloArrived) -> Welcomed | None:
-        """Welcome or refuse the session. Returns None if it ended meanwhile or a newer instance has the session.
+    async def run(self, session: AgentSession, arrived: HelloArrived) -> tuple[int, str] | None:
+        """Welcome or refuse the session.
+
+        Returns:
+            The number of attempts that continue from an earlier session, and the instance that lost its session to this
+            one (empty for none or for the same instance); None if the session ended meanwhile or was refused.
 
         Raises:
             OrkiError: The session was refused for this reason; the agent has been notified.
@@ -116,7 +106,7 @@ class Handshake:
             resumed += still_held
         return resumed
 
-    def _welcome(self, session: AgentSession, epoch: int, resumed: Sequence[ResumedAttempt]) -> Welcomed:
+    def _welcome(self, session: AgentSession, epoch: int, resumed: Sequence[ResumedAttempt]) -> tuple[int, str]:
         session.epoch = epoch
         session.methods = tuple(
             method.full_name
@@ -137,7 +127,7 @@ class Handshake:
                 grace_ms = round(each.cancel_grace * 1000)
                 session.machine.cancel(each.attempt, grace_ms=grace_ms, message="the cancel of the task was requested")
         session.changed()
-        return Welcomed(len(resumed), replaced)
+        return len(resumed), replaced
 
 
 class FleetUpdates:

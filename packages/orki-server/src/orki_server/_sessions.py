@@ -341,12 +341,13 @@ class SessionServicer(SessionServiceServicer):
             return
         if welcomed is None:
             return
-        if welcomed.replaced:
-            self._events.replaced(session, welcomed.replaced)
-        self._events.connected(session, welcomed.resumed)
+        resumed, replaced = welcomed
+        if replaced:
+            self._events.replaced(session, replaced)
+        self._events.connected(session, resumed)
         self._updates.changed(session)
         self._on_slots(True)
-        _log.info("agent %s connected: session %d, %d attempts resumed", agent_id, session.epoch, welcomed.resumed)
+        _log.info("agent %s connected: session %d, %d attempts resumed", agent_id, session.epoch, resumed)
 
     def _handshake_done(self, task: asyncio.Task[None]) -> None:
         self._handshakes.discard(task)

@@ -38,13 +38,7 @@ _SENT: Final = machines.CLIENT_CALL.next(_UNSENT, machines.FrameWritten, errors.
 
 
 class PendingCall(machines.ClientCall):
-    """A call that has no reply yet.
-
-    Attributes:
-        future: Receives the response and the length of the reply's body.
-        tool: The called tool.
-        deadline: End of the timeout on the loop's clock.
-    """
+    """A call that has no reply yet; its deadline is on the loop's clock."""
 
     __slots__ = ("deadline", "future", "tool")
 
@@ -62,13 +56,7 @@ class PendingCall(machines.ClientCall):
 
 
 class AsyncTransport:
-    """A connection after the handshake.
-
-    Attributes:
-        checked: Services whose contracts are compatible.
-        machine: States of the connection and its calls.
-        max_frame_bytes: Longest frame that the bridge accepts.
-    """
+    """A connection after the handshake; `checked` holds the services whose contracts are compatible."""
 
     def __init__(
         self,
@@ -106,7 +94,6 @@ class AsyncTransport:
 
     @property
     def full(self) -> bool:
-        """Whether another call has to wait."""
         return len(self.machine.calls) >= self._max_calls or bool(self._unsent)
 
     @property

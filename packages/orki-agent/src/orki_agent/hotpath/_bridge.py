@@ -12,7 +12,6 @@ import socket
 import threading
 import time
 from math import inf
-from types import TracebackType
 from typing import Final, Self
 
 from orki_agent.hotpath._connection import BridgeState, Connection
@@ -130,9 +129,7 @@ class ToolBridge:
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
 

@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections import deque
 from time import monotonic, perf_counter_ns
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from orki_agent.hotpath._async_transport import AsyncTransport, open_transport
@@ -79,19 +78,10 @@ class AsyncToolClient(_ToolClient):
     _refusal = ""
 
     async def call(self, tool: Tool[TQ, TR], request: TQ, *, timeout: float | None = None) -> TR:
-        """Call a tool and return its response.
-
-        Args:
-            tool: The tool.
-            request: Its request.
-            timeout: Timeout in seconds; None for the contract's.
+        """Call a tool and return its response. Arguments and errors are those of `SyncToolClient.call`.
 
         Raises:
-            ToolDeadline, ToolFailed, ToolCancelled, PeerLost, UnknownOpcode, TooManyCalls, FrameTooLarge.
-            ContractMismatch: The bridge's contract of the tool's service is incompatible; nothing was sent.
-            UnknownMethod: The bridge does not serve the tool's service; nothing was sent.
-            InvalidArgument: The request has another class, or the timeout is out of range.
-            LocalProtocolError: The client is closed, belongs to another event loop, or was made before a fork.
+            LocalProtocolError: Also if the client belongs to another event loop or was made before a fork.
         """
         remote = self._tools.get(tool) or self._add_tool(tool)
         span = current_span()
@@ -145,9 +135,7 @@ class AsyncToolClient(_ToolClient):
     async def __aenter__(self) -> Self:
         return await self.connect()
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
 
     def _reset(self) -> None:
@@ -264,7 +252,6 @@ class AsyncToolClient(_ToolClient):
         return transport
 
     def _changed(self) -> None:
-        """Wake the first call that waits for room."""
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():
@@ -330,9 +317,7 @@ class SyncToolClient(_ToolClient):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def _reset(self) -> None:

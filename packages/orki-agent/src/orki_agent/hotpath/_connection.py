@@ -137,7 +137,6 @@ class Connection:
         self._context = _context_in(None)
 
     def run(self) -> None:
-        """Read until the connection ends or another thread reads it."""
         try:
             handed_over = self._read()
         except errors.OrkiError as error:
@@ -344,7 +343,6 @@ class Connection:
         self._finish(call, answer, may_block=False)
 
     def _finish(self, call: Call, answer: bytes, *, may_block: bool) -> None:
-        """Send the answer of a detached call, unless it was answered before."""
         with self._lock:
             due = self.machine.finish(call)
         if due:
@@ -353,7 +351,6 @@ class Connection:
             self._bridge.notify()
 
     def _abandon(self, correlation: int, event: type, error: errors.OrkiError) -> None:
-        """Answer a detached call with an error and tell its handler; does nothing if it was answered before."""
         with self._lock:
             call = self.machine.abandon(correlation, event)
         if call is not None:
@@ -395,7 +392,6 @@ class Connection:
         return busy
 
     def _watch_stream(self, now: float) -> float:
-        """Apply the deadlines of the hello and of an unfinished frame."""
         options, again = self._bridge.options, inf
         if self.machine.state is machines.BridgeConnectionState.HANDSHAKE:
             again = self._opened + options.handshake_timeout
@@ -439,7 +435,6 @@ class Connection:
 
 
 def _event_of(frame: frames.Frame) -> type:
-    """Return the machine's event for a frame of a client."""
     if frame.flags & frames.FLAG_REPLY:
         return machines.ReplyReceived
     if not frame.correlation:

@@ -21,12 +21,9 @@ class FrameWriter:
     """
 
     def __init__(self, sock: socket.socket, pool: ThreadPool, frame_timeout: float) -> None:
-        """Wrap the connection's socket; `close` closes it.
+        """Take over a blocking socket; the pool runs writes that have to wait until the peer reads.
 
-        Args:
-            sock: Blocking.
-            pool: Runs writes that have to wait until the peer reads.
-            frame_timeout: Longest time in seconds in which the peer reads nothing, or not the whole of a write.
+        `frame_timeout` is the longest time in seconds in which the peer reads nothing, or not the whole of a write.
         """
         self.waiting: deque[bytes] = deque()
         self._sock = sock
@@ -77,7 +74,6 @@ class FrameWriter:
                 self._writing.release()
 
     def close(self) -> None:
-        """Close the socket."""
         with self._writing:
             self.waiting.clear()
             self._sock.close()

@@ -86,9 +86,7 @@ class Call(BridgeCall):
     """A call: the `orki_contract.ToolCall` of its handler, and the state that the bridge keeps.
 
     Attributes:
-        tool: The called tool.
         timeout_us: The caller's timeout in microseconds; 0 for the contract's.
-        cancelled: Whether the caller does not wait for the answer any more.
         started: Start of the timeout on the monotonic clock; unset while `deadline` is 0.
         deadline: End of the timeout on the monotonic clock; 0 before `start_clock`.
         cancel: Cancels an async handler; unset for a sync one, which has to check `cancelled`.
@@ -110,12 +108,10 @@ class Call(BridgeCall):
 
     @property
     def client(self) -> str:
-        """The caller's name, as given in its hello."""
         return self._origin[0]
 
     @property
     def span(self) -> Span | None:
-        """The caller's span."""
         return self._origin[1]
 
     def start_clock(self, now: float, max_timeout_us: int) -> None:
@@ -124,7 +120,6 @@ class Call(BridgeCall):
         self.deadline = now + limit
 
     def tell_cancelled(self) -> None:
-        """Tell the handler that the caller does not wait any more."""
         self.cancelled = True
         if hasattr(self, "cancel"):
             self.cancel()
@@ -179,7 +174,6 @@ class HandlerLoop:
         self._thread.start()
 
     def start(self, call: Call, request: Any, context: Context, finish: Finish) -> None:
-        """Run a handler and pass its answer to `finish`."""
         try:
             self._loop.call_soon_threadsafe(self._start, call, request, context, finish)
         except RuntimeError:

@@ -300,13 +300,11 @@ class BridgeMachine(_ConnectionMachine[BridgeConnectionState], Generic[B]):
 
     @property
     def in_use(self) -> bool:
-        """Whether a handler runs whose answer is still owed."""
         inline = self.inline
         return bool(self.calls) or (inline is not None and inline.state is BridgeCallState.INLINE)
 
     @property
     def reading(self) -> bool:
-        """Whether frames are taken from the peer."""
         return self.state is not BridgeConnectionState.CLOSING and self.state is not BridgeConnectionState.CLOSED
 
     def refusal(self, correlation: int) -> OrkiError | None:
@@ -347,7 +345,6 @@ class BridgeMachine(_ConnectionMachine[BridgeConnectionState], Generic[B]):
         return call
 
     def abandon_all(self, event: type) -> list[B]:
-        """Abandon every detached call because of `event`."""
         return [call for correlation in tuple(self.calls) if (call := self.abandon(correlation, event)) is not None]
 
     def stop_inline(self) -> B | None:
@@ -399,7 +396,6 @@ class ClientMachine(_ConnectionMachine[ClientConnectionState], Generic[C]):
         return call if before is _SENT else None
 
     def written(self, correlation: int) -> None:
-        """Note that the frame of a call was written."""
         call = self.calls[correlation]
         call.state = CLIENT_CALL.next(call.state, FrameWritten, LocalProtocolError)
 

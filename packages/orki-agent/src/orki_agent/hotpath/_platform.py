@@ -112,7 +112,6 @@ _forkables: weakref.WeakSet[Forkable] = weakref.WeakSet()
 
 
 def after_fork(owner: Forkable) -> None:
-    """Call `owner.after_fork()` in every child that this process forks."""
     _forkables.add(owner)
 
 

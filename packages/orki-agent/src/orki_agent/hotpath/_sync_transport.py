@@ -76,7 +76,6 @@ class SyncTransport:
 
     @property
     def usable(self) -> bool:
-        """Whether another call may be sent."""
         machine = self._machine
         return machine.state is not _CLOSED and not self._decoder.broken and len(machine.calls) <= _MAX_ABANDONED
 
@@ -187,7 +186,6 @@ class SyncTransport:
         set_timeout(self._sock, socket.SO_SNDTIMEO, timeout_us / 1_000_000)
 
     def _send_rest(self, rest: memoryview, deadline: float) -> None:
-        """Send what the kernel did not accept at once."""
         try:
             while rest:
                 left = deadline - monotonic()

@@ -40,7 +40,6 @@ class PayloadCodec:
 
 
 def codec_of(kind: type[Any]) -> PayloadCodec:
-    """Return the codec of a class of payload."""
     if not issubclass(kind, Message):
         return _frame_codec(kind)
     name, parse = kind.DESCRIPTOR.full_name, kind.FromString
@@ -102,7 +101,6 @@ class RemoteTool:
         return FrameTooLarge(f"the request of {self.method} makes a frame of {length} bytes, the maximum is {maximum}")
 
     def unreadable(self, error: Exception) -> FrameMalformed:
-        """Return the error for a reply that `decode` refused."""
         reason = error.message if isinstance(error, OrkiError) else f"{type(error).__name__}: {error}"
         return FrameMalformed(f"the reply of {self.method} is no {self.response.__name__}: {reason}")
 

@@ -63,13 +63,7 @@ class Finding:
 
 @dataclass(frozen=True, order=True, slots=True)
 class Use:
-    """A declaration that uses messages.
-
-    Attributes:
-        name: Such as `stream "findings"`.
-        package: The package that declares it.
-        plane: Its plane.
-    """
+    """A declaration that uses messages; its name is such as `stream "findings"`."""
 
     name: str
     package: str
@@ -159,17 +153,15 @@ class Side:
         self.read = read
         self.schema = read.schema
         self.reach = Reach(read)
-
-    @cached_property
-    def streams(self) -> Mapping[str, Stream]:
-        """Streams by name; the first one of a duplicate name."""
-        return _first((each.name, each) for each in self.read.contract.streams)
-
-    @cached_property
-    def external_groups(self) -> Mapping[tuple[str, str, str], ExternalGroup]:
-        """External groups by package, stream and group."""
-        found = self.read.contract.external_groups
-        return _first(((each.package, each.stream, each.group.name), each) for each in found)
+        contract = read.contract
+        # Of a duplicate name, only the first declaration is compared.
+        self.streams: Mapping[str, Stream] = _first((each.name, each) for each in contract.streams)
+        self.external_groups: Mapping[tuple[str, str, str], ExternalGroup] = _first(
+            ((each.package, each.stream, each.group.name), each) for each in contract.external_groups
+        )
+        self.tasks: Mapping[str, TaskMethod] = _first((each.full_name, each) for each in contract.tasks)
+        self.tools: Mapping[str, ToolMethod] = _first((each.full_name, each) for each in contract.tools)
+        self.frames: Mapping[str, Frame] = _first((each.message, each) for each in contract.frames)
 
     @cached_property
     def consumed(self) -> Mapping[tuple[str, str], Sequence[tuple[FileDescriptorProto, int, Any]]]:
@@ -179,21 +171,6 @@ class Side:
             for index, option in enumerate(self.schema.option(file.options, "consume") or ()):
                 found.setdefault((file.package, option.stream), []).append((file, index, option))
         return found
-
-    @cached_property
-    def tasks(self) -> Mapping[str, TaskMethod]:
-        """By full name."""
-        return _first((each.full_name, each) for each in self.read.contract.tasks)
-
-    @cached_property
-    def tools(self) -> Mapping[str, ToolMethod]:
-        """By full name."""
-        return _first((each.full_name, each) for each in self.read.contract.tools)
-
-    @cached_property
-    def frames(self) -> Mapping[str, Frame]:
-        """By the message's full name."""
-        return _first((each.message, each) for each in self.read.contract.frames)
 
     @cached_property
     def methods(self) -> Mapping[str, tuple[str, MethodNode]]:
@@ -257,17 +234,7 @@ class Comparison:
         plane: Plane,
         affected: Iterable[str] = (),
     ) -> None:
-        """Add a finding.
-
-        Args:
-            rule: Id of the rule.
-            subject: The changed declaration.
-            package: The package that declares it.
-            text: The change, which continues a sentence that starts with the subject; without a full stop.
-            places: Locations in the old and in the new contract; None where it does not exist.
-            plane: The affected plane.
-            affected: Other affected declarations and packages.
-        """
+        """Add a finding. Its message is the subject followed by `text`, which describes the change."""
         before, after = places
         finding = Finding(
             location=after or before or Location(""),

@@ -87,7 +87,6 @@ class _Frame:
         self._reserved()
 
     def _fixed(self) -> None:
-        """Compare fixed frames, which must not change."""
         sides = ((self._old, self._was), (self._new, self._is))
         options = [side.schema.option(node.proto.options, "frame") for side, node in sides]
         fixed = [bool(getattr(option, "fixed", False)) for option in options]
@@ -134,19 +133,20 @@ class _Frame:
 
     def _removed(self, field: FrameField) -> None:
         place = _field_place(self._old, self._was, field.name)
+        places = place, self._new.message_place(self._after.message)
         others = [each for each in self._after.fields if _overlap(each, field)]
         end = field.offset + field.size - 1
         if self._after.tail == field.name or _named(self._is.proto, field.name):
             # The field still exists, as the tail or with an unsupported type.
-            places = (place, self._field_place(field.name))
+            places = place, self._field_place(field.name)
             self._report_field("ORKI_FRAME_FIELD_RETYPED", field.name, "is no longer in the block", places)
         elif others or not reserves(self._is.proto, field.number):
             reason = f'"{others[0].name}" uses its bytes' if others else f"{field.number} is not reserved"
             text = f"was removed, and {reason} (bytes {field.offset}..{end}){left_at(place)}"
-            self._report_field("ORKI_FRAME_FIELD_REMOVED", field.name, text, self._whole(place))
+            self._report_field("ORKI_FRAME_FIELD_REMOVED", field.name, text, places)
         else:
             text = f"was removed: older readers find zeros in bytes {field.offset}..{end}{left_at(place)}"
-            self._report_field("ORKI_FRAME_FIELD_RETIRED", field.name, text, self._whole(place))
+            self._report_field("ORKI_FRAME_FIELD_RETIRED", field.name, text, places)
 
     def _added(self, field: FrameField) -> None:
         def report(rule: str, text: str, option: str) -> None:
@@ -190,9 +190,6 @@ class _Frame:
 
     def _report_field(self, rule: str, field: str, text: str, places: Places) -> None:
         _report(self._comparison, rule, self._after, text, places, f"frame field {self._after.message}.{field}")
-
-    def _whole(self, place: Location) -> Places:
-        return place, self._new.message_place(self._after.message)
 
     def _field_place(self, name: str, option: str = "") -> Location:
         return _field_place(self._new, self._is, name, option)

@@ -15,15 +15,8 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "": frozenset({"consume", "stream", "frame", "sensitive", "offset", "scalar", "size", "since", "task", "tool"}),
     "TaskOptions": frozenset(
         {
-            "progress",
-            "directive",
-            "heartbeat_timeout",
-            "attempt_timeout",
-            "stall_timeout",
-            "total_timeout",
-            "max_attempts",
-            "retry_backoff",
-            "cancel_grace",
+            *("progress", "directive", "max_attempts", "retry_backoff"),
+            *("heartbeat_timeout", "attempt_timeout", "stall_timeout", "total_timeout", "cancel_grace"),
         }
     ),
     "RetryBackoff": frozenset({"initial", "maximum", "multiplier"}),

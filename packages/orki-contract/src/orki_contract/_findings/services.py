@@ -10,7 +10,6 @@ from orki_contract.descriptors import Location
 from orki_contract.model import Backoff, TaskMethod, ToolMethod, duration_text
 
 _PLANES: Final = {"task": Plane.CONTROL, "tool": Plane.HOTPATH, "plain": Plane.SERVICE}
-_NOUNS: Final = {"task": "task", "tool": "tool", "plain": "rpc"}
 _IDS: Final = {"task": "ORKI_TASK", "tool": "ORKI_TOOL", "plain": "ORKI_RPC"}
 _TIMEOUTS: Final = ("attempt_timeout", "stall_timeout", "total_timeout", "cancel_grace")
 
@@ -55,12 +54,21 @@ def _report(comparison: Comparison, rule: str, name: str, kind: str, text: str, 
     side = comparison.new if name in comparison.new.methods else comparison.old
     file, method = side.methods[name]
     package = side.schema.files[file].package
-    subject = f"{_NOUNS[kind]} {name}"
+    subject = f"{'rpc' if kind == 'plain' else kind} {name}"
     noun = "service" if kind == "plain" else f"{kind} service"
     affected = {f"{noun} {method.service}"}
     for each in (comparison.old, comparison.new):
         affected.update(f"package {user}" for user in _importers(each, file) if user != package)
     comparison.report(rule, subject, package, text, places, _PLANES[kind], affected)
+
+
+def _reporter(comparison: Comparison, name: str, kind: str) -> Callable[..., None]:
+    """Return a function that reports a change of an rpc, or of a part of its option."""
+
+    def report(rule: str, text: str, *inside: str) -> None:
+        _report(comparison, rule, name, kind, text, _places(comparison, name, kind, *inside))
+
+    return report
 
 
 def _importers(side: Side, path: str) -> set[str]:
@@ -82,7 +90,6 @@ def _gone(comparison: Comparison, name: str, before: str, after: str) -> None:
 
 
 def _types(comparison: Comparison, before: Any, after: Any, names: tuple[str, ...], kind: str) -> None:
-    """Compare the messages of a method by name."""
     name = after.full_name
     for each in names:
         one, other = getattr(before, each), getattr(after, each)
@@ -98,11 +105,7 @@ def _types(comparison: Comparison, before: Any, after: Any, names: tuple[str, ..
 
 
 def _task(comparison: Comparison, before: TaskMethod, after: TaskMethod) -> None:
-    name = after.full_name
-
-    def report(rule: str, text: str, *inside: str) -> None:
-        _report(comparison, rule, name, "task", text, _places(comparison, name, "task", *inside))
-
+    report = _reporter(comparison, after.full_name, "task")
     _types(comparison, before, after, ("request", "response", "progress", "directive"), "task")
     _time(before, after, "heartbeat_timeout", "ORKI_TASK_LEASE_SHORTENED", "ORKI_TASK_RELAXED", report)
     for each in _TIMEOUTS:
@@ -121,11 +124,7 @@ def _task(comparison: Comparison, before: TaskMethod, after: TaskMethod) -> None
 
 
 def _tool(comparison: Comparison, before: ToolMethod, after: ToolMethod) -> None:
-    name = after.full_name
-
-    def report(rule: str, text: str, *inside: str) -> None:
-        _report(comparison, rule, name, "tool", text, _places(comparison, name, "tool", *inside))
-
+    report = _reporter(comparison, after.full_name, "tool")
     if before.opcode != after.opcode:
         text = f"changed its opcode: {was(before.opcode, after.opcode, '0x{:04x}'.format)}"
         report("ORKI_TOOL_OPCODE_CHANGED", text, "opcode")

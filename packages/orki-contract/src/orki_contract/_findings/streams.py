@@ -149,13 +149,9 @@ def _shown_key(value: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Declared:
-    """A group as declared on one side.
+    """A group as declared on one side; an implicit `audit` has no option.
 
-    Attributes:
-        group: The group.
-        option: Its option; None for an implicit `audit`.
-        package: The package that declares it.
-        place: Returns the location of the group or of a part of it.
+    `place` returns the location of the group or of a part of it.
     """
 
     group: Group

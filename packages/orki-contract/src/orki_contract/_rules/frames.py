@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Final
 
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto
@@ -52,9 +53,7 @@ def check(report: Report) -> None:
 
 
 def _frame(report: Report, node: MessageNode, option: Any, layout: Frame) -> None:
-    def place(name: str) -> Location:
-        return report.schema.locate(node.file.name, node.path, node.proto.options, "frame", name)
-
+    place = partial(report.schema.locate, node.file.name, node.path, node.proto.options, "frame")
     if not 1 <= option.version <= 0xFFFF:
         text = f"frame {node.full_name} has the version {option.version}: use 1 to 65535"
         report.add("ORKI_FRAME_VERSION", place("version"), text)
@@ -113,9 +112,7 @@ def _supported(report: Report, node: MessageNode, index: int, field: FieldDescri
 def _block_field(
     report: Report, node: MessageNode, index: int, field: FieldDescriptorProto, layout: FrameField, option: Any
 ) -> None:
-    def place(name: str) -> Location:
-        return report.schema.locate(node.file.name, field_path(node, index), field.options, name)
-
+    place = partial(report.schema.locate, node.file.name, field_path(node, index), field.options)
     if layout.offset + layout.size > option.block_length:
         text = (
             f'frame field "{field.name}" {_bytes(layout)} ends after the block of {option.block_length} bytes: '

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
@@ -62,20 +62,13 @@ def check(report: Report) -> None:
     taken = {
         (stream.name, group.name): "its owner" for stream in report.read.contract.streams for group in stream.groups
     }
-    for file, index, option in _external_groups(report):
-        _external_group(report, file, index, option, taken)
+    for file in report.schema.files.values():
+        for index, option in enumerate(report.schema.option(file.options, "consume") or ()):
+            _external_group(report, file, index, option, taken)
 
 
 def _stream(report: Report, node: MessageNode, option: Any, namesakes: list[MessageNode]) -> None:
-    """Check one stream.
-
-    Args:
-        report: Collects the violations.
-        node: The stream's message.
-        option: Its option.
-        namesakes: Messages of other streams with the same name.
-    """
-
+    """Check one stream; `namesakes` are the messages of other streams with the same name."""
     place = partial(report.schema.locate, node.file.name, node.path, node.proto.options, "stream")
     subject = f'stream "{option.name}"'
     if report.schema.option(node.proto.options, "frame") is not None:
@@ -113,7 +106,6 @@ def _stream(report: Report, node: MessageNode, option: Any, namesakes: list[Mess
 
 
 def _bounds(report: Report, retention: Any, place: Callable[..., Location], subject: str) -> None:
-    """Check that the contract's own retention is within its bounds."""
     if "least_entries" not in retention.DESCRIPTOR.fields_by_name:
         # Options that are older than bounds.
         return
@@ -194,12 +186,6 @@ def _group(report: Report, group: Any, place: Callable[..., Location], stream: s
             "use another dead_letter"
         )
         report.add("ORKI_GROUP_DEAD_LETTER", place("dead_letter"), text)
-
-
-def _external_groups(report: Report) -> Iterator[tuple[FileDescriptorProto, int, Any]]:
-    for file in report.schema.files.values():
-        for index, option in enumerate(report.schema.option(file.options, "consume") or ()):
-            yield file, index, option
 
 
 def _external_group(

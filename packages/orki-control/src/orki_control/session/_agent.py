@@ -127,7 +127,7 @@ class AgentSession:
                 self._events = []
                 raise
         if self.state in _LIVE:
-            self._heartbeats.heard(now)
+            self._heartbeats.silent_at = now + self._heartbeats.patience
         return self._finish()
 
     # --- Reports about attempts. ---

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Container, ItemsView, Iterable
+from collections.abc import Container, Iterable
 from operator import attrgetter
 from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
@@ -88,7 +88,7 @@ class HeldAttempt:
         return self.renewed_at + self.lease * LEASE_SHARE
 
 
-class AttemptTable:
+class AttemptTable(dict[AttemptKey, HeldAttempt]):
     """All attempts of an agent, bounded by its slots.
 
     Attributes:
@@ -97,31 +97,14 @@ class AttemptTable:
     """
 
     def __init__(self, slots: int) -> None:
+        super().__init__()
         self.leases_end_at: float | None = None
         self.shortest_lease = 0.0
         self._slots = slots
-        self._held: dict[AttemptKey, HeldAttempt] = {}
         self._fences: dict[str, int] = {}
         self._occupied = 0
         self._blocked: set[AttemptKey] = set()
         self._cancelled: dict[AttemptKey, None] = {}
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._held
-
-    def __getitem__(self, key: AttemptKey) -> HeldAttempt:
-        return self._held[key]
-
-    def get(self, key: AttemptKey) -> HeldAttempt | None:
-        """Return the attempt, or None when it is not held."""
-        return self._held.get(key)
-
-    def items(self) -> ItemsView[AttemptKey, HeldAttempt]:
-        """Return all held attempts."""
-        return self._held.items()
 
     @property
     def free_slots(self) -> int:
@@ -135,7 +118,7 @@ class AttemptTable:
             RemoteProtocolError: The attempt is held already, its fence is not higher than one held recently for the
                 task, or the orchestrator offers more than the slots.
         """
-        if key in self._held:
+        if key in self:
             raise RemoteProtocolError(f"offer: {key} is held already")
         if self._fences.get(key.task_id, 0) >= key.fence:
             raise RemoteProtocolError(f"offer: {key} came after fence {self._fences[key.task_id]} of the task")
@@ -143,7 +126,7 @@ class AttemptTable:
             raise RemoteProtocolError(f"offer: {key} exceeds the {self._slots} slots of the hello")
         if not self.free_slots:
             return False
-        self._held[key] = held
+        self[key] = held
         self._fences.pop(key.task_id, None)
         self._fences[key.task_id] = key.fence
         if len(self._fences) > _REMEMBERED_FENCES:
@@ -158,7 +141,7 @@ class AttemptTable:
             self._occupied -= 1
         held.state = state
         if state is AttemptState.CLOSED:
-            del self._held[key]
+            del self[key]
 
     def block(self, key: AttemptKey) -> None:
         """Occupy a slot for a handler that still runs although its attempt has ended."""
@@ -183,13 +166,13 @@ class AttemptTable:
 
     def renewable(self) -> list[AttemptKey]:
         """Return the attempts whose leases a heartbeat renews."""
-        return [key for key, held in self._held.items() if held.state in OCCUPYING]
+        return [key for key, held in self.items() if held.state in OCCUPYING]
 
     def resumable(self) -> list[pb.HeldAttempt]:
         """Return the held attempts for a hello, each with whether its result waits."""
         return [
             pb.HeldAttempt(attempt=held.ref, has_result=held.state is AttemptState.REPORTED)
-            for key, held in self._held.items()
+            for key, held in self.items()
         ]
 
     def lease_changed(self, held: HeldAttempt) -> None:
@@ -202,7 +185,7 @@ class AttemptTable:
 
     def leases_changed(self) -> None:
         """Take account of many new leases."""
-        running = [held for held in self._held.values() if held.state in OCCUPYING]
+        running = [held for held in self.values() if held.state in OCCUPYING]
         self.leases_end_at = min((held.stops_at for held in running), default=None)
         self.shortest_lease = min((held.lease for held in running), default=0.0)
 
@@ -210,7 +193,7 @@ class AttemptTable:
         """Return the attempts that must stop because their leases may end; call it at `leases_end_at`."""
         if self.leases_end_at is None or now < self.leases_end_at:
             return []
-        running = [(key, held) for key, held in self._held.items() if held.state in OCCUPYING]
+        running = [(key, held) for key, held in self.items() if held.state in OCCUPYING]
         self.leases_end_at = min((held.stops_at for _, held in running if now < held.stops_at), default=None)
         return [(key, held) for key, held in running if now >= held.stops_at]
 
@@ -221,12 +204,14 @@ class Heartbeats:
     Attributes:
         due_at: Time of the next heartbeat.
         silent_at: Time at which the peer counts as lost unless it is heard before.
+        patience: Seconds of silence after which the peer counts as lost.
         load: Lag of the event loop in microseconds and resident memory in bytes, for the next heartbeats.
     """
 
     def __init__(self) -> None:
         self.due_at = 0.0
         self.silent_at = 0.0
+        self.patience = float(SILENT_INTERVALS)
         self.load = (0, 0)
         self._interval = 1.0
         self._number = 0
@@ -241,11 +226,8 @@ class Heartbeats:
     def set_interval(self, interval: float, now: float) -> None:
         """Set the interval that the peer asks for; the first heartbeat is due at once."""
         self._interval = interval
+        self.patience = SILENT_INTERVALS * interval
         self.due_at = now
-
-    def heard(self, now: float) -> None:
-        """Note that the peer was heard."""
-        self.silent_at = now + SILENT_INTERVALS * self._interval
 
     def hurry(self) -> None:
         """Make the next heartbeat due at once."""

@@ -11,7 +11,7 @@ import click
 
 from orki_contract.errors import InvalidContract, OrkiError
 from orki_events.connection import Connection
-from orki_events.registry import RegisteredStream, StreamRegistry
+from orki_events.registry import StreamRegistry, StreamVersion
 from orki_server._admission import Admission, Liveness, ServiceContract
 from orki_server._apply import Applied, apply, check_declared, open_admission, read_declared
 from orki_server._cli.formats import Columns, counted, print_json, print_rows, print_table
@@ -51,7 +51,7 @@ def _service(registered: RegisteredContract, live: Liveness, leading: str) -> di
     }
 
 
-def _stream(registered: RegisteredStream, figures: StreamStats) -> dict[str, Any]:
+def _stream(registered: StreamVersion, figures: StreamStats) -> dict[str, Any]:
     return {
         "kind": "stream",
         "name": registered.contract.name,

@@ -59,18 +59,9 @@ def parse_info(text: str) -> dict[str, str]:
 
 
 def check_store(info: Mapping[str, str]) -> Iterator[Check]:
-    """Check the server that holds tasks and events.
-
-    Args:
-        info: Fields of `INFO` as returned by `parse_info`; missing fields are tolerated.
-    """
-    yield _version(info)
-    yield _role(info)
-    yield _loading(info)
-    yield _eviction(info)
-    yield _evicted(info)
-    yield _memory(info)
-    yield _persistence(info)
+    """Check the server that holds tasks and events by its `INFO`; missing fields are tolerated."""
+    for check in (_version, _role, _loading, _eviction, _evicted, _memory, _persistence):
+        yield check(info)
 
 
 def check_groups(groups: Iterable[GroupStats]) -> Iterator[Check]:

@@ -69,21 +69,14 @@ def sentence(text: str) -> str:
 
 
 _WIDE: Final = 400
-_STYLES: Final = {
-    "ok": "green",
-    "succeeded": "green",
-    "connected": "green",
-    "running": "cyan",
-    "offered": "cyan",
-    "live": "green",
-    "applied": "cyan",
-    "warn": "yellow",
-    "cancelling": "yellow",
-    "cancelled": "yellow",
+STYLES: Final = {
+    **dict.fromkeys(("ok", "succeeded", "connected", "live"), "green"),
+    **dict.fromkeys(("running", "offered", "applied"), "cyan"),
+    **dict.fromkeys(("warn", "cancelling", "cancelled"), "yellow"),
+    **dict.fromkeys(("failed", "lost"), "red"),
     "bad": "bold red",
-    "failed": "red",
-    "lost": "red",
 }
+"""Styles of states, in lower case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,4 +142,4 @@ def print_rows(as_json: bool, value: Any, columns: Columns, rows: Iterable[Seque
 
 def _cell(name: str, value: str) -> Text:
     text = safe_text(value)
-    return Text(text, style=_STYLES.get(text.lower(), "") if name == "STATE" else "")
+    return Text(text, style=STYLES.get(text.lower(), "") if name == "STATE" else "")

@@ -105,10 +105,7 @@ def log_to_stderr(level: int = logging.INFO) -> None:
 
 
 async def run_repeatedly(show: Callable[[], Awaitable[None]], watch: bool) -> None:
-    """Call `show` once or, with `watch`, every second until interrupted.
-
-    With `watch`, an `OrkiError` is printed and the loop continues.
-    """
+    """Call `show` once or, with `watch`, every second until interrupted; an `OrkiError` is then only printed."""
     if not watch:
         await show()
         return

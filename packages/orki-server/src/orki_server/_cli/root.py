@@ -15,18 +15,19 @@ from click.shell_completion import CompletionItem
 from orki_contract.errors import EventsUnavailable, OrchestratorUnavailable, OrkiError, StoreUnavailable
 from orki_server._observers.redaction import safe_text
 
-_COMMANDS: Final[dict[str, tuple[str, str]]] = {
-    "agents": ("orki_server._cli.tasks:agents", "List the agents of the fleet."),
-    "cancel": ("orki_server._cli.tasks:cancel", "Request cancellation of a task."),
-    "contract": ("orki_server._cli.contract:contract", "List, register and withdraw contracts."),
-    "doctor": ("orki_server._cli.doctor:doctor", "Check the fleet's health and suggest next steps."),
-    "observe": ("orki_server._cli.observe:observe", "Run an observer: metrics, audit or feed."),
-    "serve": ("orki_server._cli.serve:serve", "Run an orchestrator."),
-    "streams": ("orki_server._cli.streams:streams", "List the event streams and their consumer groups."),
-    "submit": ("orki_server._cli.submit:submit", "Submit a task and wait for its result."),
-    "tasks": ("orki_server._cli.tasks:tasks", "List tasks, or show one task."),
-    "trace": ("orki_server._cli.trace:trace", "Show the history of a task as a tree."),
-    "up": ("orki_server._cli.up:up", "Run everything on this machine, for development."),
+# Each command's module, which has a function of that name, and its description.
+_COMMANDS: Final = {
+    "agents": ("tasks", "List the agents of the fleet."),
+    "cancel": ("tasks", "Request cancellation of a task."),
+    "contract": ("contract", "List, register and withdraw contracts."),
+    "doctor": ("doctor", "Check the fleet's health and suggest next steps."),
+    "observe": ("observe", "Run an observer: metrics, audit or feed."),
+    "serve": ("serve", "Run an orchestrator."),
+    "streams": ("streams", "List the event streams and their consumer groups."),
+    "submit": ("submit", "Submit a task and wait for its result."),
+    "tasks": ("tasks", "List tasks, or show one task."),
+    "trace": ("trace", "Show the history of a task as a tree."),
+    "up": ("up", "Run everything on this machine, for development."),
 }
 
 _REDIS_STEP: Final = "is that Redis running? check --redis and ORKI_REDIS_URL; `orki up` starts one of its own"
@@ -54,17 +55,6 @@ class CommandError(click.ClickException):
 class LazyGroup(click.Group):
     """A group that imports a command only when it is used, so that help and completion start quickly."""
 
-    def __init__(self, *args: Any, lazy: dict[str, tuple[str, str]], **more: Any) -> None:
-        """Create the group.
-
-        Args:
-            args: Passed to click.
-            lazy: For each command, its `MODULE:ATTRIBUTE` and a one-sentence description.
-            more: Passed to click.
-        """
-        super().__init__(*args, **more)
-        self._lazy = lazy
-
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; an `OrkiError` ends it with one sentence and exit code 1."""
         try:
@@ -76,27 +66,27 @@ class LazyGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the command names, sorted."""
-        return sorted({*super().list_commands(ctx), *self._lazy})
+        return sorted(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import and return a command; None if it does not exist."""
-        if cmd_name not in self._lazy:
-            return super().get_command(ctx, cmd_name)
-        module, _, attribute = self._lazy[cmd_name][0].partition(":")
-        command = getattr(importlib.import_module(module), attribute)
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"orki_server._cli.{_COMMANDS[cmd_name][0]}")
+        command = getattr(module, cmd_name)
         assert isinstance(command, click.Command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in sorted(self._lazy.items())])
+            formatter.write_dl([(name, text) for name, (_, text) in sorted(_COMMANDS.items())])
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Complete command names without importing the commands."""
         names = [
             CompletionItem(name, help=text)
-            for name, (_, text) in sorted(self._lazy.items())
+            for name, (_, text) in sorted(_COMMANDS.items())
             if name.startswith(incomplete)
         ]
         return [*names, *click.Command.shell_complete(self, ctx, incomplete)]
@@ -104,7 +94,6 @@ class LazyGroup(click.Group):
 
 @click.group(
     cls=LazyGroup,
-    lazy=_COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": None, "max_content_width": 100},
     epilog="""\b
 Exit codes:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -23,42 +23,32 @@ class InvalidUsage(CommandError):
     exit_code = 2
 
 
-_FLAGS = (
-    ("listen", "--listen", "HOST:PORT", str, "Loopback address for agents and submitters; port 0 chooses a free one."),
-    (
-        "redis_url",
-        "--redis",
-        "URL",
-        str,
-        "Redis or Valkey for the store; put a password in ORKI_REDIS_URL or the file.",
-    ),
-    ("events_url", "--events", "URL", str, "Redis for the event plane; by default, the store's."),
-    ("orchestrator_id", "--orchestrator-id", "NAME", str, "Name of this process; by default, a new one at each start."),
-    ("shards", "--shards", "N", int, "Number of shards of the store; fixed when the store is created."),
-    (
-        "heartbeat_interval_ms",
-        "--heartbeat-interval-ms",
-        "MS",
-        int,
-        "Time between heartbeats; after three missed ones an agent is lost.",
-    ),
-    ("hello_timeout_ms", "--hello-timeout-ms", "MS", int, "Maximum wait for the hello of an agent that connects."),
-    ("accept_timeout_ms", "--accept-timeout-ms", "MS", int, "Maximum time for an agent to answer an offer."),
-    ("max_message_bytes", "--max-message-bytes", "N", int, "Maximum size of a gRPC message."),
-    ("retention_ms", "--retention-ms", "MS", int, "How long finished tasks are kept."),
-    ("progress_kept", "--progress-kept", "N", int, "Approximate number of progress entries kept for each task."),
-    ("drain_grace_ms", "--drain-grace-ms", "MS", int, "Time for running attempts to end before the process stops."),
-    ("sweep_interval_ms", "--sweep-interval-ms", "MS", int, "Maximum time between two checks of the task timers."),
-    ("max_sessions", "--max-sessions", "N", int, "Maximum number of connected agents."),
+_SETTINGS: Final = (
+    ("listen", "HOST:PORT", "Loopback address for agents and submitters; port 0 chooses a free one."),
+    ("redis_url", "URL", "Redis or Valkey for the store; put a password in ORKI_REDIS_URL or the file."),
+    ("events_url", "URL", "Redis for the event plane; by default, the store's."),
+    ("orchestrator_id", "NAME", "Name of this process; by default, a new one at each start."),
+    ("shards", "N", "Number of shards of the store; fixed when the store is created."),
+    ("heartbeat_interval_ms", "MS", "Time between heartbeats; after three missed ones an agent is lost."),
+    ("hello_timeout_ms", "MS", "Maximum wait for the hello of an agent that connects."),
+    ("accept_timeout_ms", "MS", "Maximum time for an agent to answer an offer."),
+    ("max_message_bytes", "N", "Maximum size of a gRPC message."),
+    ("retention_ms", "MS", "How long finished tasks are kept."),
+    ("progress_kept", "N", "Approximate number of progress entries kept for each task."),
+    ("drain_grace_ms", "MS", "Time for running attempts to end before the process stops."),
+    ("sweep_interval_ms", "MS", "Maximum time between two checks of the task timers."),
+    ("max_sessions", "N", "Maximum number of connected agents."),
 )
+"""For each setting: name, unit or form of its value, and description."""
 
 
 def orchestrator_options(command: F) -> F:
     """Add `--config` and a flag for each of the orchestrator's settings."""
     defaults = default_settings()
-    for name, flag, metavar, kind, description in reversed(_FLAGS):
-        default = defaults[name]
-        shown = "" if name in ("events_url", "orchestrator_id") else f"  [default: {default}]"
+    for name, metavar, description in reversed(_SETTINGS):
+        flag = f"--{name.removesuffix('_url').replace('_', '-')}"
+        kind = int if metavar in ("N", "MS") else str
+        shown = "" if name in ("events_url", "orchestrator_id") else f"  [default: {defaults[name]}]"
         text = f"{description}{shown}  [env: ORKI_{name.upper()}]"
         command = click.option(flag, name, metavar=metavar, type=kind, default=None, help=text)(command)
     config = click.option(

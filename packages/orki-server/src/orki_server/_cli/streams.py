@@ -12,7 +12,7 @@ import click
 
 from orki_contract.errors import UnknownStream
 from orki_contract.model import milliseconds
-from orki_events import DeadLetterEntry, Events, RegisteredStream, Tuned, Tuning, connect
+from orki_events import DeadLetterEntry, Events, StreamVersion, Tuned, Tuning, connect
 from orki_events.registry import StreamRegistry
 from orki_events.tuning import effective_retention, read_tunings
 from orki_server._cli.formats import Columns, counted, duration, print_json, print_rows, print_table
@@ -87,7 +87,7 @@ async def tune(
         click.echo(f"set; {counted(tuned.trimmed, 'entry')} trimmed; publishers follow within seconds", err=True)
 
 
-def retention_json(registered: RegisteredStream, tuning: Tuning | None) -> dict[str, Any]:
+def retention_json(registered: StreamVersion, tuning: Tuning | None) -> dict[str, Any]:
     """Return the contract's retention, its bounds, the deployment's setting (None without one), and the result."""
     retention = registered.contract.retention
     now = effective_retention(retention, tuning)
@@ -118,7 +118,7 @@ def retention_text(shown: dict[str, Any]) -> str:
     return f"{text}*" if shown["set"] else text
 
 
-async def _registered(events: Events, name: str) -> RegisteredStream:
+async def _registered(events: Events, name: str) -> StreamVersion:
     known = {each.contract.name: each for each in await events.registered_streams()}
     if name not in known:
         raise UnknownStream(f'no stream "{name}" is registered (registered: {", ".join(sorted(known)) or "none"})')

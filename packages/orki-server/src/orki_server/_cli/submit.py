@@ -9,8 +9,7 @@ import sys
 import uuid
 from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 from google.protobuf import json_format
@@ -89,10 +88,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Method:
-    """A registered method and the image with its message types."""
-
+class _Method(NamedTuple):
     contract: TaskMethod
     image: bytes
 
@@ -160,13 +156,7 @@ def submit(request_text: str, **options: Any) -> None:
 
 
 async def _submit(
-    text: str,
-    method: str,
-    wait: bool,
-    idempotency_key: str,
-    timeout: float | None,
-    as_json: bool,
-    **connection: Any,
+    text: str, method: str, wait: bool, idempotency_key: str, timeout: float | None, as_json: bool, **connection: Any
 ) -> None:
     async with open_client(**connection) as client:
         found = find_method(method, registered_methods(await client.list_services()))
@@ -237,15 +227,14 @@ def _print_result(method: _Method, task: TaskSnapshot, as_json: bool) -> None:
 
 
 def _state_text(task: TaskSnapshot) -> str:
-    if not task.HasField("attempt"):
-        return state_name(task.state)
-    return f"{state_name(task.state)}, attempt {task.attempt.attempt} on {task.agent_id}"
+    attempt = f", attempt {task.attempt.attempt} on {task.agent_id}" if task.HasField("attempt") else ""
+    return f"{state_name(task.state)}{attempt}"
 
 
 def registered_methods(services: Sequence[ServiceSnapshot]) -> list[_Method]:
     """Return the methods of registered services, read from their contracts."""
     return [
-        _Method(contract=contract, image=service.image)
+        _Method(contract, service.image)
         for service in services
         for contract in read_image(service.image).contract.tasks
         if contract.service == service.service
@@ -255,8 +244,7 @@ def registered_methods(services: Sequence[ServiceSnapshot]) -> list[_Method]:
 def find_method(name: str, methods: Sequence[_Method]) -> _Method:
     """Return the method with a full name, or the only one whose name ends with it.
 
-    Raises:
-        UnknownMethod: No method or several match; the error lists similar ones.
+    Raises UnknownMethod, with similar names, if no method or several match.
     """
     wanted = name.replace("/", ".")
     dotted = {each.contract.full_name.replace("/", "."): each for each in methods}

@@ -25,27 +25,18 @@ from orki_server._observers.redaction import reason_text, time_text
 if TYPE_CHECKING:
     from orki_control import Client
 
-_PREFIX: Final = "TASK_STATE_"
-
-STATES: Final = {name.removeprefix(_PREFIX).lower(): number for name, number in TaskState.items() if number}
+_STATE_NAMES: Final = {number: name.removeprefix("TASK_STATE_").lower() for name, number in TaskState.items()}
+STATES: Final = {name: number for number, name in _STATE_NAMES.items() if number}
 """Task states by their names on the command line."""
 
 
 def state_name(state: TaskState.ValueType) -> str:
     """Return a state's name such as `running`, or its number if this version does not know it."""
-    try:
-        return TaskState.Name(state).removeprefix(_PREFIX).lower()
-    except ValueError:
-        return str(state)
+    return _STATE_NAMES.get(state, str(state))
 
 
 def task_json(task: TaskSnapshot, response: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return a task as JSON with stable keys.
-
-    Args:
-        task: The snapshot.
-        response: The task's response as JSON; None if it has none or its type is unknown.
-    """
+    """Return a task as JSON with stable keys; `response` is None if it has none or its type is unknown."""
     span = parse_traceparent(task.traceparent)
     attempt = task.attempt if task.HasField("attempt") else None
     return {
@@ -191,7 +182,7 @@ _AGENT_COLUMNS: Final = Columns(
     right={"BUSY", "SEEN", "LAG", "MEMORY"},
     uncut={"BUSY", "SEEN"},
 )
-_STATES: Final = {
+_AGENT_STATES: Final = {
     (True, False): "connected",
     (True, True): "draining",
     (False, True): "left",
@@ -236,7 +227,7 @@ async def agents(watch: bool, as_json: bool, orchestrator: str, insecure: bool) 
 def _agent_row(agent: AgentSnapshot) -> tuple[str, ...]:
     return (
         agent.agent_id,
-        _STATES[agent.connected, agent.draining],
+        _AGENT_STATES[agent.connected, agent.draining],
         f"{len(agent.attempts)}/{agent.slots}",
         ", ".join(each.rpartition(".")[2] for each in agent.services),
         age(agent.last_heartbeat_us, time.time_ns() // 1000),

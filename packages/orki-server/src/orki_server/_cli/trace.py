@@ -20,13 +20,12 @@ from orki_contract.errors import OrkiError, UnknownStream, UnknownTask
 from orki_contract.trace import parse_traceparent
 from orki_events.connection import Connection
 from orki_events.registry import StreamRegistry
-from orki_server._cli.formats import duration, offset, print_json, size, stderr_console, stdout_console
+from orki_server._cli.formats import STYLES, duration, offset, print_json, size, stderr_console, stdout_console
 from orki_server._cli.options import json_option, open_client, open_redis, redis_option, run_async, with_orchestrator
 from orki_server._cli.trace_scan import ScanProgress, TraceRange, check_id, find_trace, scan_trace, trace_range
 from orki_server._cli.trace_tree import Node, Trace, build_trace
 from orki_server._observers.redaction import safe_json, safe_text
 
-_STYLES: Final = {"ok": "green", "failed": "red", "lost": "red", "cancelled": "yellow", "running": "cyan"}
 _MAX_LINE: Final = 160
 _MIN_GAP_US: Final = 50_000
 _TASK_ID_LENGTH: Final = 28
@@ -45,16 +44,12 @@ def render(trace: Trace) -> Tree:
     return tree
 
 
-def line(node: Node, zero_us: int) -> Text:
-    """Render one node as one line."""
-    text = Text(f"{offset(node.start_us - zero_us)}  ", style="")
-    text.append(_describe(node), style=_STYLES.get(node.status, "") if node.kind in ("task", "attempt", "tool") else "")
-    text.no_wrap = False
-    return text
-
-
 def _grow(tree: Tree, node: Node, zero_us: int, gap_us: int) -> None:
-    branch = tree.add(line(node, zero_us))
+    words = safe_text(_WRITERS.get(node.kind, _step)(node))
+    words = words if len(words) <= _MAX_LINE else words[: _MAX_LINE - 1] + "…"
+    style = STYLES.get(node.status, "") if node.kind in ("task", "attempt", "tool") else ""
+    text = Text(f"{offset(node.start_us - zero_us)}  ", no_wrap=False).append(words, style=style)
+    branch = tree.add(text)
     last: int | None = None
     for child in node.children:
         # The time between two tasks of an agent is no gap of this trace.
@@ -62,11 +57,6 @@ def _grow(tree: Tree, node: Node, zero_us: int, gap_us: int) -> None:
             branch.add(Text(f"⋮ nothing for {duration(child.start_us - last)}", style="dim"))
         _grow(branch, child, zero_us, gap_us)
         last = max(last or 0, child.end_us or child.start_us)
-
-
-def _describe(node: Node) -> str:
-    words = safe_text(_WRITERS.get(node.kind, _step)(node))
-    return words if len(words) <= _MAX_LINE else words[: _MAX_LINE - 1] + "…"
 
 
 def _agent(node: Node) -> str:

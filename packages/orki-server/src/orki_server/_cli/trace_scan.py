@@ -15,7 +15,7 @@ from orki_contract.errors import InvalidArgument, UnknownTask
 from orki_events.connection import Connection
 from orki_events.entries import parse_id, stream_keys
 from orki_events.groups import parse_stream_state
-from orki_events.registry import RegisteredStream
+from orki_events.registry import StreamVersion
 from orki_server._cli.trace_tree import AGENT_EVENT, ENDS, TASK_EVENT
 from orki_server._observers.entries import DecodedEntry, EntryDecoders
 
@@ -52,22 +52,17 @@ class _Candidate:
 
 
 def check_id(wanted: str) -> None:
-    """Check that `wanted` can be a prefix of a task id or a trace id.
-
-    Raises:
-        InvalidArgument: It cannot.
-    """
+    """Raise InvalidArgument unless `wanted` can be a prefix of a task id or a trace id."""
     if not _TASK_ID.fullmatch(wanted) and not _TRACE_ID.fullmatch(wanted):
         raise InvalidArgument(f'"{wanted}" is neither a task id (such as t3-01jc…) nor a trace id (32 hex digits)')
 
 
 async def find_trace(
-    link: Connection, streams: Sequence[RegisteredStream], wanted: str, progress: ScanProgress
+    link: Connection, streams: Sequence[StreamVersion], wanted: str, progress: ScanProgress
 ) -> TraceRange:
     """Find the trace whose id, or one of whose task ids, starts with `wanted`, by scanning the task events.
 
-    Raises:
-        UnknownTask: No trace or several match.
+    Raises UnknownTask if no trace or several match.
     """
     candidates: dict[str, _Candidate] = {}
     matching: dict[str, str] = {}
@@ -94,7 +89,7 @@ def trace_range(trace_id: str, start_us: int, end_us: int) -> TraceRange:
 
 
 async def scan_trace(
-    link: Connection, streams: Sequence[RegisteredStream], trace: TraceRange, progress: ScanProgress
+    link: Connection, streams: Sequence[StreamVersion], trace: TraceRange, progress: ScanProgress
 ) -> tuple[list[DecodedEntry], list[str]]:
     """Read all entries of a trace and the lifecycle events of its agents.
 
@@ -124,7 +119,7 @@ async def scan_trace(
 
 
 async def scan(
-    link: Connection, stream: RegisteredStream, start: str, end: str, progress: ScanProgress, needle: bytes
+    link: Connection, stream: StreamVersion, start: str, end: str, progress: ScanProgress, needle: bytes
 ) -> AsyncIterator[DecodedEntry]:
     """Yield the entries between two ids whose raw envelope contains `needle`, page by page."""
     decoder = _DECODERS.of(stream)
@@ -141,8 +136,8 @@ async def scan(
             if len(page) < _PAGE:
                 break
             if not first:
-                first = parse_id(page[0][0]).milliseconds
-                last = await _last_ms(link, key)
+                newest = await link.execute((b"XREVRANGE", key, b"+", b"-", b"COUNT", 1))
+                first, last = parse_id(page[0][0]).milliseconds, parse_id(newest[0][0]).milliseconds if newest else 0
             reached = parse_id(page[-1][0]).milliseconds
             progress(name, (reached - first) / max(1, last - first))
             low = f"({page[-1][0].decode()}"
@@ -170,7 +165,7 @@ def _index_entry(entry: DecodedEntry, candidates: dict[str, _Candidate], matchin
         matching[span.trace_id] = span.trace_id
 
 
-async def _trimmed_since(link: Connection, stream: RegisteredStream, start_ms: int) -> bool:
+async def _trimmed_since(link: Connection, stream: StreamVersion, start_ms: int) -> bool:
     for key in stream_keys(stream.contract):
         kind = await link.execute((b"TYPE", key))
         if kind != b"stream":
@@ -179,8 +174,3 @@ async def _trimmed_since(link: Connection, stream: RegisteredStream, start_ms: i
         if state.added > state.length and (not state.first_id or parse_id(state.first_id).milliseconds > start_ms):
             return True
     return False
-
-
-async def _last_ms(link: Connection, key: str) -> int:
-    last = await link.execute((b"XREVRANGE", key, b"+", b"-", b"COUNT", 1))
-    return parse_id(last[0][0]).milliseconds if last else 0

@@ -128,13 +128,10 @@ class _Builder:
 
     def agent_event(self, record: DecodedEntry) -> None:
         body = record.fields
-        instance = str(body.get("instance_id", ""))
-        agent = self._agents.get(instance)
-        if agent is None:
-            name = str(body.get("agent_id", ""))
-            agent = Node(kind="agent", title=name, start_us=record.time_us, end_us=None, status="running")
-            agent.details = {"agent_id": name, "instance_id": instance}
-            self._agents[instance] = agent
+        instance, name = str(body.get("instance_id", "")), str(body.get("agent_id", ""))
+        if instance not in self._agents:
+            self._agents[instance] = _running("agent", name, record, {"agent_id": name, "instance_id": instance})
+        agent = self._agents[instance]
         step = next((each for each in _AGENT_STEPS if each in body), "event")
         facts = dict(body.get(step, {}))
         reported = next((each for each in agent.children if _same_step(each, step, facts)), None)
@@ -183,21 +180,17 @@ class _Builder:
         return Trace(trace_id=trace_id, started_us=min(starts), finished=finished, roots=roots)
 
     def _task(self, task_id: str, record: DecodedEntry) -> Node:
-        task = self._tasks.get(task_id)
-        if task is None:
+        if task_id not in self._tasks:
             method = str(record.fields.get("method", ""))
-            task = Node(kind="task", title=method, start_us=record.time_us, end_us=None, status="running")
-            task.details = {"task_id": task_id, "method": method}
-            self._tasks[task_id] = task
-        return task
+            self._tasks[task_id] = _running("task", method, record, {"task_id": task_id, "method": method})
+        return self._tasks[task_id]
 
     def _attempt(self, task_id: str, number: int, record: DecodedEntry) -> Node:
         attempt = self._attempts.get((task_id, number))
         if attempt is None:
-            body = record.fields
-            title = f"attempt {number} on {body.get('agent_id', '')}"
-            attempt = Node(kind="attempt", title=title, start_us=record.time_us, end_us=None, status="running")
-            attempt.details = {"attempt": number, **_only(body, "fence", "agent_id", "instance_id")}
+            title = f"attempt {number} on {record.fields.get('agent_id', '')}"
+            details = {"attempt": number, **_only(record.fields, "fence", "agent_id", "instance_id")}
+            attempt = _running("attempt", title, record, details)
             self._attempts[task_id, number] = attempt
             self._tasks[task_id].children.append(attempt)
         return attempt
@@ -228,6 +221,10 @@ class _Builder:
             owner.children.append(node)
         if span is not None:
             self._spans.setdefault(span.span_id, node)
+
+
+def _running(kind: str, title: str, record: DecodedEntry, details: dict[str, Any]) -> Node:
+    return Node(kind=kind, title=title, start_us=record.time_us, end_us=None, status="running", details=details)
 
 
 def _instant(kind: str, at_us: int, *, title: str = "", details: dict[str, Any] | None = None) -> Node:

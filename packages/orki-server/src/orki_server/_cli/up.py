@@ -21,7 +21,6 @@ from orki_server._process import Part, PartEnded, Supervisor, print_ready, run_u
 from orki_server.embedded import EmbeddedOptions, EmbeddedServer
 
 _POLL_INTERVAL: Final = 0.5
-_REDIS_PORT: Final = 6379
 
 
 @click.command(
@@ -45,7 +44,9 @@ Examples:
 @click.option("--observers/--no-observers", default=True, help="Also run the observers: metrics, audit and feed.")
 @ready_json_option
 @ready_file_option
-def up(redis_url: str, directory: Path | None, **options: Any) -> None:
+def up(
+    listen: str, redis_url: str, directory: Path | None, observers: bool, as_json: bool, ready_file: Path | None
+) -> None:
     """Run a Valkey server, an orchestrator and the observers until interrupted.
 
     Use this command for development. For production, see `orki serve`.
@@ -61,42 +62,31 @@ def up(redis_url: str, directory: Path | None, **options: Any) -> None:
             raise InvalidSetting(
                 f"--directory {home} cannot be created: {error.strerror}; choose a writable directory"
             ) from error
+        server = None
         if not url:
-            embedded = EmbeddedOptions(
-                directory=home / "valkey", append_only=directory is not None, usual_port=_REDIS_PORT
-            )
-            server = stack.enter_context(EmbeddedServer(embedded))
-            run_until_stopped(lambda stopped: _run(server.url, home, stopped, server, **options))
-        else:
-            run_until_stopped(lambda stopped: _run(url, home, stopped, None, **options))
+            options = EmbeddedOptions(directory=home / "valkey", append_only=directory is not None, usual_port=6379)
+            server = stack.enter_context(EmbeddedServer(options))
+            url = server.url
+        # The orchestrator stops first, so that the observers see its last events.
+        parts = [_part("serve", url, "serve", "--listen", listen, "--json", essential=True)]
+        if observers:
+            parts += _observers(url, home)
+        run_until_stopped(lambda stopped: _run(parts, url, stopped, server, as_json, ready_file))
 
 
 async def _run(
-    url: str,
-    home: Path,
-    stopped: asyncio.Event,
-    embedded: EmbeddedServer | None,
-    *,
-    listen: str,
-    observers: bool,
-    as_json: bool,
-    ready_file: Path | None,
+    parts: list[Part], url: str, stopped: asyncio.Event, server: EmbeddedServer | None, as_json: bool, file: Path | None
 ) -> None:
     supervisor = Supervisor()
     try:
-        # All parts start together. The orchestrator stops first, so that the observers see its last events.
-        parts = [
-            _part("serve", url, "serve", "--listen", listen, "--json", essential=True),
-            *(_observers(url, home) if observers else ()),
-        ]
         children = await asyncio.gather(*(supervisor.add(part) for part in parts))
         facts: dict[str, Any] = {"address": json.loads(children[0].ready)["address"], "redis_url": url}
         # An observer's line reads `orki NAME ready: WHERE`.
         facts |= {child.part.name: child.ready.partition(": ")[2] for child in children[1:]}
         facts["pids"] = {child.part.name: child.pid for child in children}
-        print_ready("up", _summary(facts), facts, as_json, ready_file)
+        print_ready("up", _summary(facts), facts, as_json, file)
         waiting = asyncio.create_task(stopped.wait())
-        watching = asyncio.create_task(_until_ended(embedded))
+        watching = asyncio.create_task(_until_ended(server))
         await asyncio.wait((waiting, watching, supervisor.failed), return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         if watching.done():
@@ -109,11 +99,7 @@ async def _run(
 
 
 async def _until_ended(embedded: EmbeddedServer | None) -> None:
-    """Wait until the embedded server ends.
-
-    Raises:
-        PartEnded: The server has ended.
-    """
+    """Wait until the embedded server ends, then raise PartEnded."""
     # The child belongs to another thread, so there is no event to wait for.
     while embedded is None or (code := embedded.exit_code()) is None:  # noqa: ASYNC110
         await asyncio.sleep(_POLL_INTERVAL)

@@ -35,7 +35,7 @@ from typing import Final
 
 from orki_contract.errors import InvalidSetting, OrkiError
 from orki_contract.model import AUDIT_GROUP, Group, Stream
-from orki_events import DeliveryBatch, EventOptions, Events, RegisteredStream, connect
+from orki_events import DeliveryBatch, EventOptions, Events, StreamVersion, connect
 from orki_server._observers.entries import EntryDecoders, poll_registry
 from orki_server._observers.http_server import print_ready_line
 from orki_server._observers.redaction import safe_json
@@ -211,15 +211,17 @@ class _Audit:
         self._events = events
         self._log = log
         self._stopped = stopped
-        self._consumer = consumer_name(log.path)
+        # The name depends only on host and file, so that a restarted observer receives its pending events at once.
+        digest = hashlib.sha256(str(log.path.resolve()).encode()).hexdigest()[:12]
+        self._consumer = f"audit.{socket.gethostname()}.{digest}"
         self._decoders = EntryDecoders()
-        self._registered: dict[str, RegisteredStream] = {}
+        self._registered: dict[str, StreamVersion] = {}
         self._tasks: dict[str, tuple[int, asyncio.Task[None]]] = {}
         # A single thread serializes the batches of all streams, even if a task is cancelled.
         self._writer = ThreadPoolExecutor(max_workers=1)
         self._announced = False
 
-    async def follow(self, streams: list[RegisteredStream]) -> None:
+    async def follow(self, streams: list[StreamVersion]) -> None:
         """Start consumers for new streams and restart those whose number of partitions changed."""
         for each in streams:
             name, partitions = each.contract.name, each.contract.partitions
@@ -272,9 +274,3 @@ class _Audit:
                 if self._stopped.is_set():
                     raise
                 await asyncio.sleep(_RETRY_DELAY)
-
-
-def consumer_name(path: Path) -> str:
-    """Return a consumer name that depends only on host and file."""
-    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
-    return f"audit.{socket.gethostname()}.{digest}"

@@ -7,6 +7,7 @@ need no restart. Of an entry that cannot be decoded only the size is shown, sinc
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import logging
 import re
@@ -27,7 +28,7 @@ from orki_events import entries as stream_entries
 from orki_events.connection import Connection
 from orki_events.entries import ZERO_ID, parse_id, stream_keys
 from orki_events.groups import parse_stream_state
-from orki_events.registry import RegisteredStream, StreamRegistry
+from orki_events.registry import StreamRegistry, StreamVersion
 from orki_server._observers.redaction import Redaction, time_text
 from orki_server._observers.stream_stats import checked
 
@@ -95,7 +96,7 @@ class DecodedEntry:
 class EntryDecoder:
     """Decodes the entries of one stream."""
 
-    def __init__(self, stream: RegisteredStream) -> None:
+    def __init__(self, stream: StreamVersion) -> None:
         self._name = stream.contract.name
         self._message = stream.contract.message
         self._class: type[Message] | None = None
@@ -108,15 +109,12 @@ class EntryDecoder:
                 self._problem = f"the contract registered with the stream is invalid: {error.message}"
 
     def _load(self, image: bytes) -> None:
-        classes: dict[str, type[Message] | None] = {}
-
+        @functools.cache
         def known(full_name: str) -> type[Message] | None:
-            if full_name not in classes:
-                try:
-                    classes[full_name] = message_class(image, full_name)
-                except InvalidContract:
-                    classes[full_name] = None
-            return classes[full_name]
+            try:
+                return message_class(image, full_name)
+            except InvalidContract:
+                return None
 
         self._redaction = Redaction(read_image(image).contract.sensitive, known)
         self._class = message_class(image, self._message)
@@ -158,7 +156,7 @@ class EntryDecoders:
     def __init__(self) -> None:
         self._decoders: dict[str, tuple[tuple[str, str], EntryDecoder]] = {}
 
-    def of(self, stream: RegisteredStream) -> EntryDecoder:
+    def of(self, stream: StreamVersion) -> EntryDecoder:
         """Return the decoder of a stream."""
         name, version = stream.contract.name, (stream.digest, stream.contract.message)
         cached = self._decoders.get(name)
@@ -202,7 +200,7 @@ class MultiStreamReader:
         self._max_wait = max_wait
         self._registry = StreamRegistry()
         self._decoders = EntryDecoders()
-        self._streams: dict[str, RegisteredStream] = {}
+        self._streams: dict[str, StreamVersion] = {}
         self._owner: dict[str, str] = {}
         self._positions: dict[str, str] = {}
         self._cursors: dict[str, str] = {}
@@ -215,11 +213,7 @@ class MultiStreamReader:
 
     @property
     def cursor(self) -> str:
-        """The cursor after the entries that `read` returned, as formatted by `format_feed_cursor`.
-
-        Raises:
-            TooLarge: There are too many streams for one cursor.
-        """
+        """The cursor after the entries that `read` returned, as formatted by `format_feed_cursor`."""
         return format_feed_cursor(self._cursors)
 
     async def start(self) -> list[dict[str, str]]:
@@ -233,7 +227,6 @@ class MultiStreamReader:
             UnknownStream: A name is not registered; the error lists the registered names.
             InvalidArgument: A cursor has another number of partitions than its stream.
             TooLarge: There are too many streams for one cursor.
-            OrkiError: The server does not answer or refuses the command.
         """
         registered = await self._registry.streams(self._link)
         known = {each.contract.name for each in registered}
@@ -287,7 +280,7 @@ class MultiStreamReader:
         decoder = self._decoders.of(self._streams[self._owner[key]])
         return decoder.decode(key, entry_id.decode(), fields.get(b"e"), fields.get(b"d"))
 
-    def _follow(self, registered: list[RegisteredStream], newest: Mapping[str, str]) -> None:
+    def _follow(self, registered: list[StreamVersion], newest: Mapping[str, str]) -> None:
         for each in registered:
             name = each.contract.name
             if self._names and name not in self._names:
@@ -304,7 +297,7 @@ class MultiStreamReader:
                 self._positions.setdefault(key, newest.get(key, ZERO_ID))
             self._cursors[name] = self._stream_cursor(name)
 
-    async def _newest(self, registered: list[RegisteredStream]) -> dict[str, str]:
+    async def _newest(self, registered: list[StreamVersion]) -> dict[str, str]:
         keys = [key for each in registered for key in stream_keys(each.contract)]
         replies = await self._link.pipeline(*((b"XREVRANGE", key, b"+", b"-", b"COUNT", 1) for key in keys))
         return {key: reply[0][0].decode() for key, reply in zip(keys, map(checked, replies), strict=True) if reply}
@@ -327,7 +320,7 @@ class MultiStreamReader:
 async def poll_registry(
     events: Events,
     stopped: asyncio.Event,
-    callback: Callable[[list[RegisteredStream]], Awaitable[None]],
+    callback: Callable[[list[StreamVersion]], Awaitable[None]],
     log: logging.Logger,
 ) -> None:
     """Call `callback` with all registered streams, about every second, until `stopped` is set.
@@ -375,11 +368,7 @@ def format_feed_cursor(cursors: Mapping[str, str]) -> str:
 
 
 def parse_feed_cursor(cursor: str) -> dict[str, str]:
-    """Return the cursors of the streams in a feed cursor; an empty one has none.
-
-    Raises:
-        InvalidArgument: The text is not the result of `format_feed_cursor`.
-    """
+    """Return the cursors of the streams in a feed cursor, none for an empty one; raises InvalidArgument if invalid."""
     cursors: dict[str, str] = {}
     for part in cursor.split(";") if cursor not in ("", _EMPTY_CURSOR) else ():
         match = _PART.fullmatch(part)

@@ -12,8 +12,9 @@ import contextlib
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
-from typing import Any, Final
+from typing import Final
 
 from aiohttp import web
 
@@ -70,15 +71,12 @@ class FeedOptions:
 
 
 async def run_feed(address: Address, options: FeedOptions, stopped: asyncio.Event) -> None:
-    """Serve until `stopped` is set, then end every client's stream.
-
-    Raises:
-        InvalidSetting: The port is taken.
-    """
+    """Serve until `stopped` is set, then end every client's stream; raises InvalidSetting if it cannot listen."""
     feed = _Feed(address, options, stopped)
     app = web.Application()
     for path, (name, kind) in _PAGE.items():
-        app.router.add_get(path, _static(name, kind))
+        text = (resources.files("orki_server._observers") / "page" / name).read_text(encoding="utf-8")
+        app.router.add_get(path, partial(_static, text, kind))
     app.router.add_get("/events", feed.events)
     async with serve_http(app, options.host, options.port) as url:
         print_ready_line("feed", f"{url}/")
@@ -86,13 +84,8 @@ async def run_feed(address: Address, options: FeedOptions, stopped: asyncio.Even
         await feed.ended()
 
 
-def _static(name: str, kind: str) -> Any:
-    text = (resources.files("orki_server._observers") / "page" / name).read_text(encoding="utf-8")
-
-    async def answer(_: web.Request) -> web.Response:
-        return web.Response(text=text, content_type=kind, headers=_HEADERS)
-
-    return answer
+async def _static(text: str, kind: str, _: web.Request) -> web.Response:
+    return web.Response(text=text, content_type=kind, headers=_HEADERS)
 
 
 class _Feed:

@@ -29,7 +29,7 @@ from orki.events.v1.usage_orki import USAGE
 from orki.events.v1.usage_pb2 import UsageEvent
 from orki_contract import EventStream
 from orki_contract.errors import InvalidSetting, OrkiError, UnknownStream
-from orki_events import EventOptions, Events, RegisteredStream, connect
+from orki_events import EventOptions, Events, StreamVersion, connect
 from orki_events.connection import Connection, parse_address
 from orki_server._observers.entries import MultiStreamReader, poll_registry
 from orki_server._observers.http_server import print_ready_line, serve_http
@@ -84,16 +84,9 @@ class FleetMetrics:
         self._agents = gauge("orki_agents_connected", "Agents with a session.")
 
     def count(self, stream: str, event_id: bytes, time_us: int, event: Message) -> bool:
-        """Count one event of orki's own streams.
+        """Count one event of orki's own streams; returns False if it was counted before.
 
-        Args:
-            stream: Name of the stream.
-            event_id: Id of the event.
-            time_us: Time of the event, in microseconds since the Unix epoch.
-            event: The message; of an unknown type, only the number of events is counted.
-
-        Returns:
-            False if this event was counted before.
+        `time_us` is in microseconds since the Unix epoch. Of an unknown message, only the number of events is counted.
         """
         if event_id in self._seen:
             return False
@@ -114,11 +107,8 @@ class FleetMetrics:
     def follow_agent(self, agent_id: str, instance_id: str, step: str) -> None:
         """Update the number of connected agents.
 
-        Args:
-            agent_id: The agent.
-            instance_id: Its process.
-            step: The field of AgentEvent's oneof. The number is right once all steps since the beginning of the stream
-                have been passed in order.
+        `step` is the field of AgentEvent's oneof. The number is right once all steps since the beginning of the stream
+        have been passed in order.
         """
         if step == "connected":
             self._connected[agent_id] = instance_id
@@ -184,16 +174,16 @@ async def run_metrics(redis_url: str, host: str, port: int, stopped: asyncio.Eve
     metrics = FleetMetrics()
     consumer = f"metrics.{socket.gethostname()}.{port}" if port else None
     events = connect(redis_url, options=EventOptions(dedupe_window=0))
-    link = Connection(parse_address(redis_url), name="orki:metrics", connect_timeout=5.0, answer_timeout=10.0)
-    agents = Connection(parse_address(redis_url), name="orki:metrics:agents", connect_timeout=5.0, answer_timeout=10.0)
+    open_link = partial(Connection, parse_address(redis_url), connect_timeout=5.0, answer_timeout=10.0)
+    link, agents = open_link(name="orki:metrics"), open_link(name="orki:metrics:agents")
     app = web.Application()
-    app.router.add_get("/metrics", _metrics_handler(metrics))
+    app.router.add_get("/metrics", partial(_serve_metrics, metrics))
     async with serve_http(app, host, port) as url, events:
         print_ready_line("metrics", f"{url}/metrics")
         tasks = [asyncio.create_task(_count(events, each, metrics, consumer, stopped)) for each in _STREAMS]
         tasks.append(asyncio.create_task(_follow_agents(agents, metrics)))
 
-        async def poll_streams(streams: list[RegisteredStream]) -> None:
+        async def poll_streams(streams: list[StreamVersion]) -> None:
             metrics.set_streams(await read_stream_stats(link, streams))
 
         try:
@@ -206,14 +196,11 @@ async def run_metrics(redis_url: str, host: str, port: int, stopped: asyncio.Eve
             await agents.close()
 
 
-def _metrics_handler(metrics: FleetMetrics) -> Any:
-    async def answer(request: web.Request) -> web.Response:
-        if request.query:
-            return web.json_response({"error": "/metrics takes no parameters"}, status=400)
-        # Set as a header, since aiohttp refuses a content type that contains a charset.
-        return web.Response(body=metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-    return answer
+async def _serve_metrics(metrics: FleetMetrics, request: web.Request) -> web.Response:
+    if request.query:
+        return web.json_response({"error": "/metrics takes no parameters"}, status=400)
+    # Set as a header, since aiohttp refuses a content type that contains a charset.
+    return web.Response(body=metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 async def _count(

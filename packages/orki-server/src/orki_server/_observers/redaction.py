@@ -74,9 +74,9 @@ class Redaction:
         for field, value in message.ListFields():
             key = f"[{field.full_name}]" if field.is_extension else field.name
             shown[key] = REDACTED if (name, field.name) in self._sensitive else self._field(field, value)
-        unknown = _unknown_numbers(message)
-        if unknown:
-            shown[UNKNOWN_FIELDS] = unknown
+        unknown = UnknownFieldSet(message)
+        if numbers := sorted({unknown[index].field_number for index in range(len(unknown))}):
+            shown[UNKNOWN_FIELDS] = numbers
         return shown
 
     def _field(self, field: FieldDescriptor, value: Any) -> Any:
@@ -121,11 +121,6 @@ class Redaction:
             except DecodeError:
                 pass  # shown like an unknown type
         return {"@type": url, "value": f"[{len(packed.value)} bytes of an unknown type]"}
-
-
-def _unknown_numbers(message: Message) -> list[int]:
-    found = UnknownFieldSet(message)
-    return sorted({found[index].field_number for index in range(len(found))})
 
 
 def _map_key(key: Any) -> str:

@@ -11,7 +11,7 @@ from orki_contract.model import Group, Stream
 from orki_events.connection import Command, Connection
 from orki_events.entries import stream_keys, tagged_key
 from orki_events.groups import pairs
-from orki_events.registry import RegisteredStream
+from orki_events.registry import StreamVersion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,8 +19,6 @@ class GroupStats:
     """Progress of a consumer group over all partitions.
 
     Attributes:
-        stream: Name of the stream.
-        group: Name of the group.
         missing: Whether the group is missing on a partition that exists in Redis.
         lag: Entries not delivered yet; None if the server does not know.
         pending: Entries delivered and not acknowledged.
@@ -43,15 +41,7 @@ class GroupStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamStats:
-    """Size of a stream and progress of its groups.
-
-    Attributes:
-        stream: Name of the stream.
-        message: Full name of its message.
-        partitions: Number of partitions.
-        entries: Entries in all partitions.
-        groups: Its declared groups.
-    """
+    """Size of a stream over all partitions, and progress of its declared groups."""
 
     stream: str
     message: str
@@ -60,7 +50,7 @@ class StreamStats:
     groups: tuple[GroupStats, ...]
 
 
-async def read_stream_stats(link: Connection, streams: Sequence[RegisteredStream]) -> list[StreamStats]:
+async def read_stream_stats(link: Connection, streams: Sequence[StreamVersion]) -> list[StreamStats]:
     """Read the statistics of streams, in their order. Takes few round trips for any number of streams."""
     contracts = [each.contract for each in streams]
     keys = [key for each in contracts for key in stream_keys(each)]

@@ -80,25 +80,6 @@ class RegisteredContract:
     admissions: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ContractChange:
-    """A change of a service's registered contracts.
-
-    Attributes:
-        service: Full name of the service.
-        seen: The contracts that were registered when the change was decided.
-        removed: Those of them that are removed.
-        added: The contract that is added; None for none.
-        leading: Digest of the leading contract afterwards; empty if none is left.
-    """
-
-    service: str
-    seen: Sequence[RegisteredContract]
-    removed: Sequence[RegisteredContract]
-    added: RegisteredContract | None
-    leading: str
-
-
 class Contracts:
     """Registered contracts in Redis. All methods raise StoreUnavailable while the store is down."""
 
@@ -140,17 +121,32 @@ class Contracts:
             if image is not None
         ]
 
-    async def change(self, change: ContractChange) -> bool:
-        """Apply a change. Returns False, and changes nothing, if the store is not as it was seen."""
-        added = change.added
+    async def change(
+        self,
+        service: str,
+        *,
+        seen: Sequence[RegisteredContract],
+        removed: Sequence[RegisteredContract],
+        added: RegisteredContract | None,
+        leading: str,
+    ) -> bool:
+        """Change a service's contracts. Returns False, and changes nothing, if the store is not as it was seen.
+
+        Args:
+            service: Full name of the service.
+            seen: The contracts that were registered when the change was decided.
+            removed: Those of them that are removed.
+            added: The contract that is added; None for none.
+            leading: Digest of the leading contract afterwards; empty if none is left.
+        """
         brought: list[Any] = ["", "", "", ""]
         if added is not None:
             brought = [added.digest, added.image, added.version, "1" if added.ahead else ""]
-        arguments = [change.service, int(time.time() * 1000), change.leading, *brought, len(change.seen)]
-        arguments += [each.digest for each in change.seen]
-        for each in change.removed:
+        arguments = [service, int(time.time() * 1000), leading, *brought, len(seen)]
+        arguments += [each.digest for each in seen]
+        for each in removed:
             arguments += [each.digest, each.admissions]
-        keys = (FleetKeys.service(change.service), FleetKeys.SERVICES, FleetKeys.REVISIONS)
+        keys = (FleetKeys.service(service), FleetKeys.SERVICES, FleetKeys.REVISIONS)
         return bool(await self._connection.call("EVAL", _CHANGE, len(keys), *keys, *arguments))
 
     async def unfinished(self, service: str) -> Mapping[str, int]:

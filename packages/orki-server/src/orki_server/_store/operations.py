@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -139,6 +140,7 @@ def submit(
     return Operation("submit", shard_of(task_id), arguments, outcome, patient=False)
 
 
+@functools.lru_cache(maxsize=1024)
 def _options(method: TaskMethod) -> str:
     backoff = method.backoff
     timeouts = (method.heartbeat_timeout, method.attempt_timeout, method.stall_timeout, method.total_timeout)

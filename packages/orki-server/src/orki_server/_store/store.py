@@ -76,22 +76,22 @@ class StoreConnection:
         """Call `listener` with the new state each time that the connection goes up or down."""
         self._listeners.append(listener)
 
-    async def call(self, *command: Any) -> Reply:
-        """Send one command.
+    async def call(self, *command: Any, while_down: bool = False) -> Reply:
+        """Send one command; with `while_down`, even if the connection is down, as recovery checks do.
 
         Raises:
             StoreUnavailable: No reply, or the server's state forbids the command. Whether it ran is unknown.
             LocalProtocolError: The command is wrong: a defect.
         """
-        return (await self.calls([command]))[0]
+        return (await self.calls([command], while_down=while_down))[0]
 
-    async def calls(self, commands: Sequence[Command]) -> list[Reply]:
+    async def calls(self, commands: Sequence[Command], *, while_down: bool = False) -> list[Reply]:
         """Send several commands in one round trip. Raises as `call`, for the first that failed."""
-        return self._first_error(await self._exchange(self._commands, commands))
-
-    async def call_while_down(self, *command: Any) -> Reply:
-        """Send one command even if the connection is down, for recovery checks. Raises as `call`."""
-        return self._first_error(await self._send(self._commands, [command]))[0]
+        replies = await self._send(self._commands, commands, while_down)
+        for reply in replies:
+            if isinstance(reply, OrkiError):
+                raise self.failed(reply)
+        return replies
 
     async def operate(self, commands: Sequence[Command]) -> list[Reply]:
         """Send script calls in one round trip. An error reply is an OrkiError in its position.
@@ -99,25 +99,16 @@ class StoreConnection:
         Raises:
             StoreUnavailable: No reply.
         """
-        return await self._exchange(self._operations, commands)
+        return await self._send(self._operations, commands)
 
-    async def _exchange(self, connection: Connection, commands: Sequence[Command]) -> list[Reply]:
-        if not self.up.is_set():
+    async def _send(self, connection: Connection, commands: Sequence[Command], while_down: bool = False) -> list[Reply]:
+        if not self.up.is_set() and not while_down:
             raise self.cause
-        return await self._send(connection, commands)
-
-    async def _send(self, connection: Connection, commands: Sequence[Command]) -> list[Reply]:
         try:
             return await connection.pipeline(*commands)
         except OrkiError as error:
             self.failed(error)
             raise
-
-    def _first_error(self, replies: list[Reply]) -> list[Reply]:
-        for reply in replies:
-            if isinstance(reply, OrkiError):
-                raise self.failed(reply)
-        return replies
 
     def failed(self, error: OrkiError) -> OrkiError:
         """Take the connection down if the error is due to the server's state. Returns the error."""
@@ -139,7 +130,7 @@ class StoreConnection:
             await asyncio.sleep(jitter.failed())
             try:
                 # A server that replies may still refuse writes.
-                await self.call_while_down("HSET", FleetKeys.LAYOUT, "probe", "1")
+                await self.call("HSET", FleetKeys.LAYOUT, "probe", "1", while_down=True)
                 for check in self._checks:
                     await check()
             except OrkiError as error:
@@ -424,8 +415,8 @@ class Store:
         """
         ours = {"shards": self.shards, "version": LAYOUT_VERSION, "generation": os.urandom(8).hex()}
         for field, value in ours.items():
-            await self.connection.call_while_down("HSETNX", FleetKeys.LAYOUT, field, value)
-        reply = await self.connection.call_while_down("HMGET", FleetKeys.LAYOUT, *ours)
+            await self.connection.call("HSETNX", FleetKeys.LAYOUT, field, value, while_down=True)
+        reply = await self.connection.call("HMGET", FleetKeys.LAYOUT, *ours, while_down=True)
         shards, version, generation = reply
         shown = self.connection.address.shown
         if int(version) != LAYOUT_VERSION:
