@@ -18,7 +18,7 @@ Ledger = dict[str, dict[str, Any]]
 
 
 def balance(ledger: Ledger) -> list[str]:
-    """What does not balance, in sentences: published = processed + dead-lettered + declared lost, for every group."""
+    """Return the imbalances: published = processed + dead-lettered + declared lost must hold for every group."""
     wrong = []
     for stream, row in ledger.items():
         for group, counts in row["groups"].items():

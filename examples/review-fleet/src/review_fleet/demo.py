@@ -62,7 +62,7 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """What `--json` writes."""
+        """Return the content of the `--json` file."""
         killed = self.killed
         return {
             "files": [each.to_json() for each in self.files],
@@ -225,7 +225,7 @@ def _trace(fleet: Fleet, outcome: Outcome) -> str:
 
 
 def _judge(outcome: Outcome, paths: list[bytes]) -> list[str]:
-    """What is not as it must be, in sentences."""
+    """Return the failed expectations."""
     wrong = balance(outcome.ledger)
     if [each.path for each in outcome.files] != paths:
         wrong.append("the files that were reviewed are not the files of the tree")
@@ -238,7 +238,7 @@ def _judge(outcome: Outcome, paths: list[bytes]) -> list[str]:
 
 
 def _end_with_parent() -> None:
-    """Makes SIGTERM, and the end of whoever started us, end the demo in good order, with all that it started."""
+    """Stop the demo and its processes on SIGTERM and when the parent process ends."""
     loop, task, parent = asyncio.get_running_loop(), asyncio.current_task(), os.getppid()
     assert task is not None
     loop.add_signal_handler(signal.SIGTERM, task.cancel)

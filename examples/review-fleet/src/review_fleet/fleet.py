@@ -19,7 +19,7 @@ _READY_SECONDS = 30
 
 
 class Fleet:
-    """A whole fleet on this machine; a context manager.
+    """Runs a fleet on this machine, as a context manager.
 
     Args:
         root: The tree that the agents' tools read.

@@ -1,4 +1,4 @@
-"""What is in a Python file: pure functions over bytes."""
+"""Measures Python files: pure functions of bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the demo prints and writes: pure functions from what was observed."""
+"""Formats the output of the demo: pure functions of the observations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["FileResult", "Killed", "latency_summary", "totals"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileResult:
-    """What the fleet says of one file; `path` is relative to the tree, `error` None or a sentence."""
+    """The review of one file; `path` is relative to the tree, `error` is None or a sentence."""
 
     path: bytes
     lines: int

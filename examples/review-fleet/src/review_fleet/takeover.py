@@ -19,7 +19,7 @@ from review_fleet.report import Killed
 __all__ = ["kill_one_agent"]
 
 _SETTLE_SECONDS = 0.1
-"""What a paused agent sent before it was paused has arrived after this time."""
+"""Time after which all messages of an agent sent before its pause have arrived."""
 _LOOK_SECONDS = 0.01
 
 

@@ -1,4 +1,4 @@
-"""What the demo sees in the event streams while the fleet works: latencies of the planes, and how each task went."""
+"""Watches the event streams of the demo: latencies of the planes, and the course of each task."""
 
 from __future__ import annotations
 
