@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import packages_distributions
@@ -36,9 +37,9 @@ class _Faults(Contract):
         for line in check.metadata["found"]:
             output.print_error(line, bold=False)
 
+    @abstractmethod
     def faults(self, graph: ImportGraph) -> Iterator[str]:
         """Yield one sentence for each fault."""
-        raise NotImplementedError
 
 
 class Declared(_Faults):

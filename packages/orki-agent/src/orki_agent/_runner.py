@@ -49,8 +49,12 @@ class Runner:
         io: Mailbox of the I/O loop.
         window: Maximum number of progress messages of one attempt that wait to be sent.
         changed: Called after the machine was changed.
-        on_other: Receives the events that are not about attempts.
+
+    Attributes:
+        on_other: Receives the events that are not about attempts. Set it before the session starts.
     """
+
+    on_other: Callable[[session.AgentEvent], None]
 
     def __init__(
         self,
@@ -61,7 +65,6 @@ class Runner:
         io: Mailbox,
         window: int,
         changed: Callable[[], None],
-        on_other: Callable[[session.AgentEvent], None],
     ) -> None:
         self._machine = machine
         self._handlers = handlers
@@ -70,7 +73,6 @@ class Runner:
         self._io = io
         self._window = window
         self._changed = changed
-        self._on_other = on_other
         self._pool = ThreadPool("orki-handler")
         self._running: dict[AttemptKey, _Running] = {}
         self._handler_ended = asyncio.Event()
@@ -105,7 +107,7 @@ class Runner:
                 case session.ResultsAcknowledged():
                     pass
                 case _:
-                    self._on_other(event)
+                    self.on_other(event)
 
     def _offers(self, offers: Iterable[session.ArrivedOffer]) -> None:
         loop = asyncio.get_running_loop()

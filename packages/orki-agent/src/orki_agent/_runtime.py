@@ -193,8 +193,8 @@ class Runtime:
             self._io.mailbox or Mailbox(asyncio.get_running_loop()),
             settings.progress_window,
             self._channel.changed,
-            self._on_event,
         )
+        self._runner.on_other = self._on_event
         self._channel.on_events, self._channel.on_sent = self._runner.handle, self._runner.sent
         options = ClientOptions(max_message_bytes=settings.max_message_bytes, insecure=settings.insecure)
         async with Client(settings.orchestrator, options) as self._client:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -40,7 +41,7 @@ _PERMANENT: Final = (HandlerRejected, EventUndecodable)
 _log = logging.getLogger("orki.events")
 
 
-class _Settleable:
+class _Settleable(ABC):
     """Entries of one partition, settled by `async with` or by the first call of a settling method."""
 
     __slots__ = ("_entries", "_key", "_open", "_reader")
@@ -72,8 +73,8 @@ class _Settleable:
             self._reader.seen.discard(map(_event_id, self._entries))
             self._reader.give_back(self._key, list(self._entries))
 
-    def _succeed(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _succeed(self) -> None: ...
 
     def _fail(self, entries: Sequence[Entry], error: Exception) -> None:
         self._reader.seen.discard(map(_event_id, entries))

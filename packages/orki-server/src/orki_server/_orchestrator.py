@@ -109,7 +109,6 @@ class Orchestrator:
             watchers,
             RequestRules(options.max_payload_bytes),
             self._dispatcher.queued,
-            watchers.changed,
         )
         self._fleet = FleetServicer(fleet, contracts, sessions, silence_timeout)
         store.connection.on_change(self._store_changed)

@@ -250,8 +250,7 @@ async def _wait(event: asyncio.Event, timeout: float) -> None:
 class TaskServicer(TaskServiceServicer):
     """Serves submitters.
 
-    It calls `on_queued` with a shard that has a queued task, and `on_change` with a task that changed and whether it
-    ended.
+    It calls `on_queued` with a shard that has a queued task.
 
     Attributes:
         draining: Whether new submissions are refused.
@@ -266,7 +265,6 @@ class TaskServicer(TaskServiceServicer):
         watchers: Watchers,
         rules: RequestRules,
         on_queued: Callable[[int], None],
-        on_change: Callable[[str, bool], None],
     ) -> None:
         self._store = store
         self._registry = registry
@@ -275,7 +273,6 @@ class TaskServicer(TaskServiceServicer):
         self._watchers = watchers
         self._rules = rules
         self._on_queued = on_queued
-        self._on_change = on_change
         self._numbers = itertools.count()
         self.draining = False
 
@@ -326,7 +323,7 @@ class TaskServicer(TaskServiceServicer):
             )
         )
         if submitted.status == "new":
-            self._on_change(submitted.task_id, False)
+            self._watchers.changed(submitted.task_id, False)
             self._on_queued(shard)
             # The snapshot of a new task is known without reading it.
             return pb.TaskSnapshot(
@@ -367,7 +364,7 @@ class TaskServicer(TaskServiceServicer):
             session.machine.cancel(reply.attempt, grace_ms=round(reply.cancel_grace * 1000), message=message)
             session.changed()
         if reply.status in ("requested", "done"):
-            self._on_change(request.task_id, reply.status == "done")
+            self._watchers.changed(request.task_id, reply.status == "done")
         return pb.CancelResponse(task=await self._read(request.task_id))
 
     @typed
@@ -398,7 +395,7 @@ class TaskServicer(TaskServiceServicer):
             sent = False
         if not sent:
             raise NotDirectable(f"agent {task.agent_id} does not hold {key} now; try again in a moment")
-        self._on_change(request.task_id, False)
+        self._watchers.changed(request.task_id, False)
         return pb.DirectResponse(attempt=key.ref())
 
     @typed

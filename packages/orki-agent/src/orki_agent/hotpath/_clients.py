@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from time import monotonic, perf_counter_ns
 from typing import Any, Self, TypeVar
@@ -23,7 +24,7 @@ TQ = TypeVar("TQ", bound=Payload)
 TR = TypeVar("TR", bound=Payload)
 
 
-class _ToolClient:
+class _ToolClient(ABC):
     def __init__(
         self,
         path: str,
@@ -57,12 +58,12 @@ class _ToolClient:
         self._reset()
         after_fork(self)
 
-    def after_fork(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def after_fork(self) -> None: ...
 
+    @abstractmethod
     def _reset(self) -> None:
         """Set the state of a client without connections."""
-        raise NotImplementedError
 
     def _add_tool(self, tool: Tool[Any, Any]) -> RemoteTool:
         remote = self._tools[tool] = RemoteTool(tool)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import re
@@ -11,7 +10,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
+from functools import lru_cache, partial
 from typing import Final, Generic, TypeAlias, TypeVar
 
 from orki.control.v1.attempt_pb2 import AttemptRef, Failure, TaskState
@@ -27,7 +26,6 @@ from orki_server._store.lifecycle import VISIBLE, Life
 R = TypeVar("R")
 Argument: TypeAlias = bytes | str | int
 
-# Crockford's base 32 in lower case: no letter can be taken for a digit.
 _DIGITS: Final = "0123456789abcdefghjkmnpqrstvwxyz"
 _TASK_ID: Final = re.compile(rf"t(0|[1-9][0-9]{{0,3}})-[{_DIGITS}]{{26}}")
 
@@ -140,7 +138,7 @@ def submit(
     return Operation("submit", shard_of(task_id), arguments, outcome, patient=False)
 
 
-@functools.lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024)
 def _options(method: TaskMethod) -> str:
     backoff = method.backoff
     timeouts = (method.heartbeat_timeout, method.attempt_timeout, method.stall_timeout, method.total_timeout)
