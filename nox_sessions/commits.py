@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 # Earlier messages follow no convention.
-START = "8ef0b7d"
+START = "98ed9e9"
 LONGEST = 72
 _AREAS = re.compile(r"(?im)^.*\bareas\b[^:\n]*:\s*((?:`[\w-]+`(?:,|\s|and|\.)*)+)")
 _SUBJECT = re.compile(r"(?P<area>[\w-]+): (?P<subject>\S.*)")
