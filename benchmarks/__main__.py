@@ -55,6 +55,9 @@ def _arguments() -> argparse.Namespace:
     options.names = NAMES if "all" in options.names else options.names
     if unknown := sorted(set(options.names) - set(NAMES)):
         parser.error(f"unknown benchmark {unknown[0]!r}; --list shows those that exist")
+    for path in (options.json, options.page):
+        if path is not None and not path.absolute().parent.is_dir():
+            parser.error(f"{path}: the directory {path.absolute().parent} does not exist")
     if not options.names and not options.list and not options.child:
         parser.error("name a benchmark, or `all`; --list shows those that exist")
     return options
@@ -172,4 +175,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -29,12 +29,22 @@ _SUITES: dict[str, type[ControlSuite] | type[EventsSuite]] = {"control": Control
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="nox -s chaos --", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="+", choices=sorted(_SUITES), metavar="NAME", help=", ".join(sorted(_SUITES)))
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds of each suite (default: 3)")
+    parser.add_argument("--seeds", type=_positive, default=3, metavar="N", help="seeds of each suite (default: 3)")
     parser.add_argument("--seed", type=int, metavar="S", help="run this seed alone, to replay a schedule")
-    parser.add_argument("--faults", type=int, default=10, metavar="N", help="faults of each seed (default: 10)")
+    parser.add_argument("--faults", type=_positive, default=10, metavar="N", help="faults of each seed (default: 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one object for each seed to this file")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep histories and logs in this directory")
-    return parser.parse_args()
+    options = parser.parse_args()
+    for path in (options.json, options.keep):
+        if path is not None and not path.absolute().parent.is_dir():
+            parser.error(f"{path}: the directory {path.absolute().parent} does not exist")
+    return options
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
 
 
 async def _run(name: str, seed: int, faults: list[Fault], folder: Path, progress: Progress) -> dict[str, Any]:
@@ -53,7 +63,7 @@ async def _run(name: str, seed: int, faults: list[Fault], folder: Path, progress
                 progress.advance(task)
             await suite.settle()
             progress.advance(task)
-    except ChildFailed as error:
+    except (ChildFailed, OSError) as error:
         row["violations"] = [f"the run did not finish: {error}"]
     report = suite.check()
     row |= {
@@ -109,4 +119,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

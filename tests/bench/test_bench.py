@@ -59,7 +59,9 @@ def test_the_list_names_every_benchmark_with_its_question() -> None:
     assert all(line.endswith("?") for line in lines)
 
 
-@pytest.mark.parametrize("arguments", [["nothing"], [], ["hotpath_call", "--unknown"]])
+@pytest.mark.parametrize(
+    "arguments", [["nothing"], [], ["hotpath_call", "--unknown"], ["all", "--json", "/no/such/directory/rows.json"]]
+)
 def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     done = run(*arguments)
     assert done.returncode == 2

@@ -102,6 +102,21 @@ async def test_lost_replies_are_counted_and_the_connection_ends(proxy: FaultProx
     assert proxy.lost == 1
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *([], ["nothing"], ["control", "--seeds", "0"], ["control", "--faults", "-1"], ["control", "--seeds", "x"]),
+        ["control", "--json", "/no/such/directory/rows.json"],
+        ["control", "--keep", "/proc/no/such"],
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-m", "chaos", *arguments], cwd=root, capture_output=True, timeout=60)
+    assert done.returncode == 2
+    assert b"Traceback" not in done.stderr
+
+
 async def test_a_process_that_ends_by_itself_is_reported_with_its_log(tmp_path: Path) -> None:
     process = Process("short", [sys.executable, "-c", "raise SystemExit('broken')"], tmp_path / "short.log")
     process.start()
