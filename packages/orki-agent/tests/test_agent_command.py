@@ -187,6 +187,8 @@ async def test_refused_and_replaced_agents_exit_with_3(orchestrator: Any, mismat
         (["an_agent:agent", "--slots", "many"], "is not a valid integer"),
         (["an_agent:agent", "--slots", "0"], "slots 0"),
         (["an_agent:agent", "--agent-id", "a b"], "agent id 'a b'"),
+        (["an_agent:agent", "--events", "redis://u:pw@h:bad/0"], "orki-agent: the event server's URL cannot be read"),
+        (["an_agent:agent", "--events", "127.0.0.1:6379"], "the event server's URL must begin with redis://"),
         (["an_agent:agent", "--orchestrator", "somewhere"], "is not HOST:PORT"),
         (["an_agent:agent", "--orchestrator", "example.org:1"], "not encrypted"),
         (["an_agent:agent", "--drain-grace", "-1"], "drain_grace -1"),
@@ -204,6 +206,7 @@ def test_wrong_usage_exits_with_2(
     monkeypatch.delitem(sys.modules, "an_agent", raising=False)
     result = CliRunner().invoke(main, ["run", *arguments])
     assert (result.exit_code, words in result.output) == (2, True), result.output
+    assert "pw" not in result.output
 
 
 def test_help_teaches(folder: Path) -> None:
@@ -224,6 +227,10 @@ def test_help_teaches(folder: Path) -> None:
             "sample:agent",
             r"a function, not an orki_agent.Agent \(.*sample.py:1\); name the Agent",
         ),
+        *(
+            (f"raise SystemExit({code})", "sample:x", r"failed at .*sample.py:1: SystemExit")
+            for code in ("0", "'no'", "")
+        ),
         ("agent = 5", "sample:agent", r"is an int, not an orki_agent.Agent"),
         (
             "from orki_agent import Agent\nagent = Agent('x')",
@@ -240,6 +247,9 @@ def test_what_is_no_agent_is_described(
     monkeypatch.delitem(sys.modules, "sample", raising=False)
     with pytest.raises(InvalidSetting, match=words):
         load_agent(target)
+    sys.modules.pop("sample", None)
+    result = CliRunner().invoke(main, ["run", target])
+    assert (result.exit_code, result.output.startswith(f"orki-agent: {target}")) == (2, True), result.output
     sys.modules.pop("sample", None)
 
 

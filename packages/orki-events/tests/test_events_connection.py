@@ -52,6 +52,7 @@ ACCEPTED = [
     ("rediss://h/1?ssl_ca_certs=/ca.pem&ssl_cert_reqs=optional", "h:6379", "rediss://h:6379/1"),
     ("unix:///run/valkey.sock", "/run/valkey.sock", "unix:///run/valkey.sock"),
     ("unix://alice:s3cret@/run/valkey.sock?db=3", "/run/valkey.sock", "unix:///run/valkey.sock?db=3"),
+    ("unix:///run/a%40b.sock", "/run/a@b.sock", "unix:///run/a%40b.sock"),
     ("unix:///run/a%20b.sock", "/run/a b.sock", "unix:///run/a%20b.sock"),
 ]
 
@@ -69,6 +70,14 @@ REFUSED = [
     ("redis://alice:#s3cret@127.0.0.1", "cannot be read"),
     ("redis://alice:12/s3cret@127.0.0.1", "cannot be read"),
     ("redis://alice:12?s3cret@127.0.0.1", "cannot be read"),
+    ("redis://alice:12?s3cret", "cannot be read"),
+    ("redis://alice:12?s3cret&db=1", "cannot be read"),
+    ("redis://alice:12?s3cret=x", r"unknown option \(known"),
+    ("rediss://h?ssl_cert_reqs=s3cret", "none, optional, required"),
+    ("rediss://h?ssl_check_hostname=s3cret", "true or false"),
+    ("unix://:/s3cret@/tmp/x.sock", "cannot be read"),
+    ("unix://:/s3cret/x.sock", "unix:///PATH"),
+    ("unix:///s3cret@/tmp/x.sock", "cannot be read"),
     ("redis://two words", "space or a control character"),
     ("redis://127.0.0.1\n", "space or a control character"),
     ("redis://127.0.0.1/fleet", "number of a database"),
@@ -126,14 +135,42 @@ def test_every_url_is_read_or_refused(url: str) -> None:
     assert (again.url, again.location) == (address.url, address.location)
 
 
-@given(PARTS, PARTS, st.sampled_from(["", "/0", "/x", "?db=1", "?x=1"]))
-def test_no_error_shows_a_part_of_a_password(before: str, after: str, rest: str) -> None:
-    for url in (f"redis://user:{before}canary{after}@host{rest}", f"redis://{before}canary{after}@host{rest}"):
-        try:
-            shown = repr(parse_address(url))
-        except InvalidSetting as error:
-            shown = error.message
-        assert "canary" not in shown
+CANARY = "s3cr3tPW"
+
+
+@given(
+    st.sampled_from(["redis", "rediss", "unix"]),
+    st.sampled_from(["", ":", "user:", "12?", "user:12?", "user:12/", "user:12#", "ssl_cert_reqs="]),
+    PARTS,
+    PARTS,
+    st.sampled_from(["host", "host/0", "host/x", "host?db=1", "host?x=1", "/tmp/x.sock", "/tmp/x.sock?db=1", ""]),
+)
+def test_neither_an_address_nor_an_error_shows_a_part_of_a_password(
+    scheme: str, user: str, before: str, after: str, rest: str
+) -> None:
+    _assert_hidden(f"{scheme}://{user}{before}{CANARY}{after}@{rest}")
+
+
+@given(
+    st.sampled_from(["redis", "rediss", "unix"]),
+    st.sampled_from(["?", "#", "/"]),
+    st.text(alphabet="ab12:/?#&=%", max_size=8),
+    st.text(alphabet="ab12:/?#&=%", max_size=8),
+)
+def test_a_password_without_its_host_is_not_shown(scheme: str, mark: str, before: str, after: str) -> None:
+    """The user and the port-like start of the password read as host and port."""
+    _assert_hidden(f"{scheme}://user:12{mark}{before}{CANARY}{after}")
+    _assert_hidden(f"{scheme}://:12{mark}{before}{CANARY}{after}")
+    _assert_hidden(f"{scheme}://:{mark}{before}{CANARY}{after}")
+
+
+def _assert_hidden(url: str) -> None:
+    try:
+        address = parse_address(url)
+        shown = repr(address) + address.shown + address.error("ERR no").message + address.unavailable("down").message
+    except InvalidSetting as error:
+        shown = error.message
+    assert CANARY.lower() not in shown.lower(), url
 
 
 def test_credentials_can_be_passed_apart_from_the_url() -> None:

@@ -297,7 +297,7 @@ def _import(name: str, target: str) -> ModuleType:
         raise InvalidSetting(f"{target}: {_last_line(error)}: {error}; install the missing package") from error
     except OrkiError as error:
         raise InvalidSetting(f"{target}: {_last_line(error)}: {error.message}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InvalidSetting(
             f"{target}: importing {name} failed at {_last_line(error)}: {type(error).__name__}: {error}"
         ) from error

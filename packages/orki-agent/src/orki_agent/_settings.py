@@ -78,6 +78,10 @@ class RunSettings:
             )
         if not 1 <= self.slots <= MAX_SLOTS:
             raise InvalidSetting(f"slots {self.slots}: use a number from 1 to {MAX_SLOTS}")
+        if self.events_url:
+            from orki_events.connection import parse_address  # an agent without a URL of its own starts without it
+
+            parse_address(self.events_url)
         if not 0 <= self.drain_grace <= 86_400:
             raise InvalidSetting(f"drain_grace {self.drain_grace}: use 0 to 86400 seconds")
         if not 1 <= self.progress_window <= 65_536:

@@ -153,20 +153,19 @@ def parse_address(
     if re.search(r"[\x00-\x20\x7f]", url):
         raise errors.InvalidSetting(f"{subject} contains a space or a control character; percent-encode it")
     malformed = errors.InvalidSetting(
-        f"{subject} cannot be read: the host or the port is invalid, there is a fragment (#…), or a special character "
-        "in the user or password is not percent-encoded"
+        f"{subject} cannot be read: the host or the port is invalid, there is a fragment (#…), an option has no =, or "
+        "a special character in the user, password or path is not percent-encoded"
     )
     try:
         split = urlsplit(url)
         host, port = unquote(split.hostname or "").lower(), split.port
-        pairs = parse_qsl(split.query, keep_blank_values=True)
+        pairs = parse_qsl(split.query, keep_blank_values=True, strict_parsing=True) if split.query else []
         host.encode("idna")
     except ValueError:
         # `from None`: the message of urllib quotes a part of the URL that may be the password.
         raise malformed from None
-    path = "" if split.scheme == "unix" else split.path
     # An `@` after the host belongs to a user or password with an unencoded `/`, `?` or `#`.
-    if split.fragment or "@" in path + split.query or port == 0 or re.search(r"[^\w.:-]", host):
+    if split.fragment or "@" in split.path + split.query or port == 0 or re.search(r"[^\w.:-]", host):
         raise malformed
     query = dict(pairs)
     if len(query) < len(pairs):
@@ -174,7 +173,7 @@ def parse_address(
     settings = _options(subject, split.scheme, query)
     if split.scheme == "unix":
         location = unquote(split.path)
-        if host or port or len(location) < 2 or "\0" in location:
+        if split.netloc.rpartition("@")[2] or len(location) < 2 or "\0" in location:
             raise errors.InvalidSetting(f"{subject} must have the form unix:///PATH")
         settings["path"] = location
         public = f"unix://{split.path}" + (f"?db={settings['db']}" if "db" in settings else "")
@@ -192,19 +191,21 @@ def _options(subject: str, scheme: str, query: dict[str, str]) -> dict[str, Any]
     settings: dict[str, Any] = {}
     for name, value in query.items():
         if name not in _OPTIONS:
-            raise errors.InvalidSetting(f'{subject} has an unknown option "{name}" (known: {", ".join(_OPTIONS)})')
+            # Another text may be a part of a password with an unencoded `?`.
+            shown = f' "{name}"' if re.fullmatch(r"[a-z_]+", name) else ""
+            raise errors.InvalidSetting(f"{subject} has an unknown option{shown} (known: {', '.join(_OPTIONS)})")
         if name.startswith("ssl_") and scheme != "rediss":
             raise errors.InvalidSetting(f"{subject} has the option {name}, which requires rediss://")
         if name == "db":
             settings["db"] = _database(subject, value)
         elif name == "ssl_check_hostname":
             if value.lower() not in _BOOLEANS:
-                raise errors.InvalidSetting(f'{subject} has ssl_check_hostname="{value}"; it must be true or false')
+                raise errors.InvalidSetting(f"{subject} has an invalid ssl_check_hostname; it must be true or false")
             settings[name] = _BOOLEANS[value.lower()]
         elif name == "ssl_cert_reqs":
             if value not in _CERT_REQS:
                 raise errors.InvalidSetting(
-                    f'{subject} has ssl_cert_reqs="{value}"; it must be one of {", ".join(_CERT_REQS)}'
+                    f"{subject} has an invalid ssl_cert_reqs; it must be one of {', '.join(_CERT_REQS)}"
                 )
             settings[name] = value
         elif not value or "\0" in value:
