@@ -17,6 +17,9 @@ from pathlib import Path
 # Earlier messages follow no convention.
 START = "98ed9e9"
 LONGEST = 72
+_SCISSORS = "# ------------------------ >8 ------------------------"
+# Messages that git writes itself, or replaces in a rebase.
+_UNCHECKED = ("Merge ", "fixup! ", "squash! ", "amend! ")
 _AREAS = re.compile(r"(?im)^.*\bareas\b[^:\n]*:\s*((?:`[\w-]+`(?:,|\s|and|\.)*)+)")
 _SUBJECT = re.compile(r"(?P<area>[\w-]+): (?P<subject>\S.*)")
 # The endings of past tense and gerund; a few imperatives end alike.
@@ -73,8 +76,13 @@ def main(arguments: Sequence[str]) -> int:
     """Check a file or the history, print the faults and return the exit status."""
     known = areas(Path("CONTRIBUTING.md").read_text(encoding="utf-8"))
     if arguments:
-        text = Path(arguments[0]).read_text(encoding="utf-8")
-        messages: list[tuple[str, str]] | None = [] if text.startswith(("Merge ", "fixup! ")) else [("message", text)]
+        try:
+            # `git commit --verbose` appends the change below a line of scissors.
+            text = Path(arguments[0]).read_text(encoding="utf-8").partition(_SCISSORS)[0]
+        except (OSError, UnicodeDecodeError) as error:
+            print(f"{arguments[0]}: the message cannot be read: {error}", file=sys.stderr)
+            return 1
+        messages: list[tuple[str, str]] | None = [] if text.startswith(_UNCHECKED) else [("message", text)]
     else:
         messages = since(START)
     if messages is None:

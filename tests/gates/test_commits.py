@@ -103,3 +103,23 @@ def test_a_hook_checks_the_message_in_a_file(tmp_path: Path) -> None:
     assert (status, "full stop" in output) == (1, True)
     message.write_text("Merge main", encoding="utf-8")
     assert check(ROOT, str(message))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (GOOD.encode(), 0),
+        (b"squash! events: x\n", 0),
+        (b"amend! events: x\n", 0),
+        (b"events: report entries\n\n# ------------------------ >8 ------------------------\ndiff --git\n", 1),
+        (b"events: report \xff\n\nReason.\n", 1),
+        (None, 1),
+    ],
+)
+def test_a_message_file_is_checked(
+    content: bytes | None, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    if content is not None:
+        (tmp_path / "message").write_bytes(content)
+    assert commits.main([str(tmp_path / "message")]) == status
