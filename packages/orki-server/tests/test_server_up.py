@@ -87,7 +87,7 @@ async def test_up_ends_when_its_orchestrator_ends() -> None:
 def test_up_reports_an_unusable_folder_in_one_sentence(tmp_path: Path, place: str, says: str) -> None:
     (tmp_path / "file").touch()
     ran = CliRunner().invoke(root, ["up", "--directory", str(tmp_path / place)])
-    assert ran.exit_code == 1
+    assert ran.exit_code == 2
     assert ran.output.startswith("orki: --directory ")
     assert says in ran.output
     assert ran.output.count("\n") == 1

@@ -54,6 +54,10 @@ def up(
     if "@" in redis_url:
         raise InvalidSetting("--redis: other users can read a password on the command line; set ORKI_REDIS_URL instead")
     url = redis_url or os.environ.get("ORKI_REDIS_URL", "")
+    if url:
+        from orki_events.connection import parse_address  # slow to import, and `--help` does not need it
+
+        parse_address(url, role="store")
     with ExitStack() as stack:
         home = directory or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orki-")))
         try:
