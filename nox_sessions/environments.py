@@ -164,17 +164,8 @@ def foreign_packages(session: nox.Session, environment: Environment) -> Path:
         text = pins.read_text(encoding="ascii")
         stamp = folder.with_suffix(".made-from")
         if not stamp.is_file() or stamp.read_text(encoding="ascii") != text:
-            command = [
-                "pip",
-                "install",
-                "--quiet",
-                "--python",
-                environment.python,
-                "--target",
-                str(folder),
-                "--no-deps",
-            ]
-            command += ["--upgrade", "--only-binary", ":all:", "--require-hashes", "--requirement", str(pins)]
-            session.run(uv(), *command, external=True)
+            command = ["pip", "install", "--quiet", "--python", environment.python, "--target", str(folder)]
+            command += ["--no-deps", "--upgrade", "--only-binary", ":all:", "--require-hashes", "--requirement"]
+            session.run(uv(), *command, str(pins), external=True)
             stamp.write_text(text, encoding="ascii")
     return top

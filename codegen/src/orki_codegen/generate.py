@@ -9,9 +9,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Final, NamedTuple
 
 from orki_codegen._buf import Buf
 from orki_codegen._outline import Subject, changes, outline
@@ -34,14 +33,8 @@ written if there is an error.
 _STALE: Final = "Generated code is out of date: run `nox -s generate` and commit the result."
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Generated:
-    """The result of a run, in memory.
-
-    Attributes:
-        trees: The files below each generated folder.
-        read: The contract of the protos.
-    """
+class Generated(NamedTuple):
+    """The files below each generated folder, in memory, and the contract of the protos."""
 
     trees: tuple[Tree, ...]
     read: ReadContract
@@ -62,7 +55,7 @@ def run(root: Path, *, check: bool) -> int:
     """Generate or compare the code of one repository and return the exit status."""
     try:
         workspace = find_workspace(root)
-        generated = generate(workspace, _tell)
+        generated = generate(workspace, print_line)
         differences = [(tree, compare(root, tree)) for tree in generated.trees]
         if check:
             return _report_drift(differences)
@@ -75,12 +68,12 @@ def run(root: Path, *, check: bool) -> int:
     return 0
 
 
-def generate(workspace: Workspace, tell: Callable[[str], None]) -> Generated:
+def generate(workspace: Workspace, log: Callable[[str], None]) -> Generated:
     """Generate all files of a workspace.
 
     Args:
         workspace: The repository.
-        tell: Called with a line for every step.
+        log: Called with a line for every step.
 
     Raises:
         InvalidContract: The protos are invalid; the message has a line for each violation.
@@ -92,7 +85,7 @@ def generate(workspace: Workspace, tell: Callable[[str], None]) -> Generated:
         image, places = asked[0].result(), asked[1].result()
         texts = {name: (workspace.root / path).read_text(encoding="utf-8") for name, path in places.items()}
         read = read_image(image, texts)
-        tell(f"{len(places)} proto files, {len(workspace.owners)} owners")
+        log(f"{len(places)} proto files, {len(workspace.owners)} owners")
         found = validate(read, Owners(packages=workspace.declared(), files=places))
         if found:
             lines = [*map(str, found), f"{len(found)} violations: nothing was written" if len(found) > 1 else ""]
@@ -103,7 +96,7 @@ def generate(workspace: Workspace, tell: Callable[[str], None]) -> Generated:
 
         def make(owner: Owner) -> Tree:
             tree = _owner_tree(buf, read, images, places, owner)
-            tell(f"{owner.name}: {len(tree.files)} files made")
+            log(f"{owner.name}: {len(tree.files)} files made")
             return tree
 
         trees = list(pool.map(make, workspace.owners))
@@ -154,15 +147,15 @@ def _report_changes(workspace: Workspace, generated: Generated, differences: Seq
         if found.empty:
             continue
         packages = [package for package, _ in owner.packages if package]
-        told = changes(_installed(workspace.root / root), outline(generated.read, packages))
-        _tell(f"{owner.name}: {found.summary()}")
-        for line in told or ["contract unchanged: only comments, paths or the generator changed"]:
-            _tell(f"  {line}")
+        lines = changes(_installed(workspace.root / root), outline(generated.read, packages))
+        print_line(f"{owner.name}: {found.summary()}")
+        for line in lines or ["contract unchanged: only comments, paths or the generator changed"]:
+            print_line(f"  {line}")
     for tree, found in differences:
         if not found.empty and tree.root not in {f"{owner.folder}/gen" for owner in workspace.owners}:
-            _tell(f"{tree.root}: {found.summary()}")
+            print_line(f"{tree.root}: {found.summary()}")
     if all(found.empty for _, found in differences):
-        _tell("nothing changed")
+        print_line("nothing changed")
 
 
 def _installed(root: Path) -> dict[str, Subject]:
@@ -173,12 +166,8 @@ def _installed(root: Path) -> dict[str, Subject]:
         try:
             found.update(outline(read_image(path.read_bytes()), [package]))
         except InvalidContract as error:
-            _tell(f"{path.relative_to(root)}: {error.message}; it is rewritten")
+            print_line(f"{path.relative_to(root)}: {error.message}; it is rewritten")
     return found
-
-
-def _tell(line: str) -> None:
-    print_line(line)
 
 
 if __name__ == "__main__":

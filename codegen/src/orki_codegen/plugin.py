@@ -6,7 +6,7 @@ __all__ = ["main", "respond"]
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from google.protobuf.compiler.plugin_pb2 import CodeGeneratorRequest, CodeGeneratorResponse
@@ -32,18 +32,25 @@ _ENVIRONMENT: Final = Environment(
 
 def main() -> None:
     """Read a request from standard input and write the response."""
+    serve(respond)
+
+
+def serve(respond: Callable[[CodeGeneratorRequest], CodeGeneratorResponse]) -> None:
+    """Answer the request on standard input."""
     request = CodeGeneratorRequest.FromString(sys.stdin.buffer.read())
     sys.stdout.buffer.write(respond(request).SerializeToString())
 
 
+def empty_response() -> CodeGeneratorResponse:
+    """Return an empty response that declares the supported features and editions."""
+    features = CodeGeneratorResponse.FEATURE_PROTO3_OPTIONAL | CodeGeneratorResponse.FEATURE_SUPPORTS_EDITIONS
+    oldest, newest = Edition.EDITION_PROTO2, Edition.EDITION_2023
+    return CodeGeneratorResponse(supported_features=features, minimum_edition=oldest, maximum_edition=newest)
+
+
 def respond(request: CodeGeneratorRequest) -> CodeGeneratorResponse:
     """Return the generated modules sorted by name, or all errors and no module."""
-    response = CodeGeneratorResponse(
-        supported_features=CodeGeneratorResponse.FEATURE_PROTO3_OPTIONAL
-        | CodeGeneratorResponse.FEATURE_SUPPORTS_EDITIONS,
-        minimum_edition=Edition.EDITION_PROTO2,
-        maximum_edition=Edition.EDITION_2023,
-    )
+    response = empty_response()
     if request.parameter:
         response.error = f'protoc-gen-orki has no options, but got "{request.parameter}"'
         return response

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from google.protobuf.compiler.plugin_pb2 import CodeGeneratorRequest, CodeGeneratorResponse
-from google.protobuf.descriptor_pb2 import Edition, FileDescriptorProto, FileDescriptorSet, SourceCodeInfo
+from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet, SourceCodeInfo
 from google.protobuf.message import Message
 from grpc_tools import protoc
 
+from orki_codegen.plugin import empty_response, serve
 from orki_contract.descriptors import OPTIONS_PACKAGE, Schema
 from orki_contract.errors import OrkiError
 from orki_contract.read import read_schema
@@ -30,18 +31,12 @@ _SERVICE: Final = 6  # field number of FileDescriptorProto.service, with which s
 
 def main() -> None:
     """Read a request from standard input and write the response."""
-    request = CodeGeneratorRequest.FromString(sys.stdin.buffer.read())
-    sys.stdout.buffer.write(respond(request).SerializeToString())
+    serve(respond)
 
 
 def respond(request: CodeGeneratorRequest) -> CodeGeneratorResponse:
     """Return the generated files sorted by name, or the error."""
-    response = CodeGeneratorResponse(
-        supported_features=CodeGeneratorResponse.FEATURE_PROTO3_OPTIONAL
-        | CodeGeneratorResponse.FEATURE_SUPPORTS_EDITIONS,
-        minimum_edition=Edition.EDITION_PROTO2,
-        maximum_edition=Edition.EDITION_2023,
-    )
+    response = empty_response()
     generators = request.parameter.split(",")
     unknown = [name for name in generators if name not in _GENERATORS]
     if unknown:

@@ -30,7 +30,7 @@ EXPORTS = {
         "Bump CATEGORIES Category Finding Fit Plane RULES Rule findings required_bump service_fit stream_fit"
     ),
     "orki_contract.images": (
-        "IMAGE_NAME Image image_of images_in message_class package_image package_images package_version "
+        "IMAGE_NAME Image image_of images_in message_class package_images package_version "
         "service_digest source_folder stream_digest"
     ),
     "orki_contract.model": (

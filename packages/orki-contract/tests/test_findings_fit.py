@@ -10,7 +10,7 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 
 from orki_contract.descriptors import Schema
-from orki_contract.findings import service_fit, stream_fit
+from orki_contract.findings import Fit, service_fit, stream_fit
 from orki_contract.images import image_of, package_version
 from orki_contract.read import ReadContract, read_image
 
@@ -86,7 +86,7 @@ def test_an_evolution_fits_from_both_sides(edit: Edit) -> None:
     assert not fit.forward, "the second is the evolution"
     assert fit.backward, "the first is not one"
     turned = service_fit(SERVICE, new, old)
-    assert turned == fit.reversed()
+    assert turned == Fit(fit.backward, fit.forward)
     assert turned.compatible
 
 

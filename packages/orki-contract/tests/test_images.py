@@ -10,7 +10,7 @@ from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorP
 
 from orki_contract.descriptors import Schema
 from orki_contract.errors import InvalidContract
-from orki_contract.images import image_of, message_class, package_image, service_digest, stream_digest
+from orki_contract.images import image_of, message_class, package_images, service_digest, stream_digest
 from orki_contract.read import read_image
 
 EVENTS = "orki.events.v1"
@@ -39,11 +39,11 @@ def test_extracting_an_image_from_itself_gives_the_same_bytes_for_any_order() ->
     files = FileDescriptorSet.FromString(IMAGE)
     shuffled = list(files.file)
     random.Random(5).shuffle(shuffled)
-    assert package_image(FileDescriptorSet(file=shuffled).SerializeToString(), EVENTS) == IMAGE
+    assert package_images(FileDescriptorSet(file=shuffled).SerializeToString(), [EVENTS]) == {EVENTS: IMAGE}
 
 
 def test_a_smaller_package_is_cut_out_with_its_imports_only() -> None:
-    errors = package_image(IMAGE, "orki.errors.v1")
+    errors = package_images(IMAGE, ["orki.errors.v1"])["orki.errors.v1"]
     assert set(Schema(errors).files) == {"orki/errors/v1/errors.proto"}
     assert errors == image_of("orki.errors.v1")
 
@@ -67,7 +67,7 @@ def test_a_package_without_an_image_is_refused_in_words(package: str, message: s
 def test_bytes_that_are_no_image_are_refused(image: bytes) -> None:
     for use in (
         lambda: read_image(image),
-        lambda: package_image(image, EVENTS),
+        lambda: package_images(image, [EVENTS]),
         lambda: service_digest(image, "a.B"),
         lambda: stream_digest(image, "a"),
         lambda: message_class(image, "a.B"),

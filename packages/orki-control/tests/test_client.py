@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-import subprocess
 import sys
 import textwrap
 from collections.abc import AsyncIterator
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -413,14 +411,6 @@ def test_options_are_checked(options: dict[str, Any]) -> None:
 def test_back_off_options_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidSetting):
         JitterOptions(**options)
-
-
-async def test_the_example_of_the_readme_runs(server: Orchestrator, client: Client) -> None:
-    await client.submit(ECHO, StringValue())
-    example = _example((Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8"), server)
-    run = await asyncio.create_subprocess_exec(sys.executable, "-W", "error", "-c", example, stdout=subprocess.PIPE)
-    output, _ = await run.communicate()
-    assert (run.returncode, output.decode()) == (0, "a1\nt1 test.v1.EchoService/Echo\n")
 
 
 async def test_the_example_of_the_docstring_runs(

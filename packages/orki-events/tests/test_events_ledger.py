@@ -189,10 +189,10 @@ async def test_a_tail_survives_undecodable_entries_and_refuses_invalid_cursors(
     await events.publish(stream, UsageEvent(attempt=1))
     with server.client as client:
         client.xadd(KEY, {"strange": "fields"})
-    raw = [entry async for entry in events.raw_tail(stream.contract, after="earliest", follow=False)]
-    assert raw[0].event == UsageEvent(attempt=1).SerializeToString()
+    entries = [entry async for entry in events.tail(stream, after="earliest", follow=False)]
+    assert entries[0].event == UsageEvent(attempt=1)
     with pytest.raises(EventUndecodable, match="lacks the field e or d"):
-        _ = raw[1].event
+        _ = entries[1].event
     for cursor in ("yesterday", "1-1_2-2", "99999999999999999999-1"):
         with pytest.raises(InvalidArgument):
             async for _ in events.tail(stream, after=cursor):

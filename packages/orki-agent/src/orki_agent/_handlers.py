@@ -245,9 +245,6 @@ class AsyncExecution(Execution):
     """A coroutine handler on the user's loop.
 
     Args:
-        offered: The input of the handler.
-        handler: The handler.
-        agent: The agent.
         on_end: Called in the user's loop with the outcome.
         user: Mailbox of the user's loop.
         window: Maximum number of progress messages that wait to be sent.
@@ -374,9 +371,6 @@ class SyncExecution(Execution):
     """A blocking handler in a thread. Python cannot stop a thread, so a handler must look for its cancel.
 
     Args:
-        offered: The input of the handler.
-        handler: The handler.
-        agent: The agent.
         on_end: Called in the handler's thread with the outcome.
         pool: Provides the thread.
         window: Maximum number of progress messages that wait to be sent.

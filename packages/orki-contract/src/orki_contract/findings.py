@@ -69,10 +69,6 @@ class Fit:
         """The breaking changes of the direction with fewer of them; empty if compatible."""
         return min(self.forward, self.backward, key=len)
 
-    def reversed(self) -> Fit:
-        """Return the compatibility with the versions exchanged."""
-        return Fit(self.backward, self.forward)
-
     def describe(self, *, forward: bool) -> str:
         """Return the first breaks in one direction with their rules, or `compatible`."""
         if self.compatible:

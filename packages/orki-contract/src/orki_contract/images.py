@@ -13,7 +13,6 @@ __all__ = [
     "image_of",
     "images_in",
     "message_class",
-    "package_image",
     "package_images",
     "package_version",
     "service_digest",
@@ -63,17 +62,12 @@ def image_of(package: str) -> bytes:
         ) from error
 
 
-def package_image(image: bytes, package: str) -> bytes:
-    """Extract the image of one package from a larger image.
+def package_images(image: bytes, packages: Iterable[str]) -> dict[str, bytes]:
+    """Extract the image of each package from a larger image.
 
     Raises:
-        InvalidContract: The image cannot be parsed or has no file of that package.
+        InvalidContract: The image cannot be parsed or has no file of a package.
     """
-    return package_images(image, [package])[package]
-
-
-def package_images(image: bytes, packages: Iterable[str]) -> dict[str, bytes]:
-    """Extract the images of several packages. Errors are those of `package_image`."""
     files = dict(sorted(Schema(image).plain.items()))
 
     @cache

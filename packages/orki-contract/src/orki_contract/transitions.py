@@ -19,7 +19,7 @@ S = TypeVar("S", bound=Enum)
 
 
 class Transitions(Generic[S]):
-    """A transition table that can be executed, listed and drawn.
+    """A transition table that can be executed and listed.
 
     Attributes:
         name: Name of the machine, for messages and the diagram.
@@ -57,15 +57,3 @@ class Transitions(Generic[S]):
     def events(self) -> frozenset[type]:
         """Return every event of the table."""
         return frozenset(event for row in self.rows.values() for event in row)
-
-    def mermaid(self) -> str:
-        """Return the table as a Mermaid state diagram; edges between the same two states are joined."""
-        lines = ["stateDiagram-v2", f"    [*] --> {self.initial.name}"]
-        for state, row in self.rows.items():
-            edges: dict[S, list[str]] = {}
-            for event, following in row.items():
-                edges.setdefault(following, []).append(event.__name__)
-            lines += [
-                f"    {state.name} --> {following.name}: {', '.join(events)}" for following, events in edges.items()
-            ]
-        return "\n".join(lines) + "\n"

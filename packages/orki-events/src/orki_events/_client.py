@@ -22,7 +22,6 @@ from orki_contract.trace import Span, current_span
 from orki_events._commands import GroupMember
 from orki_events._consumers import (
     Consumer,
-    Decode,
     Delivery,
     DeliveryBatch,
     PushRun,
@@ -276,7 +275,7 @@ class Events:
         start = self._reader_factory(stream, group, consumer, options, size)
         return Subscription(start, lambda reader: take_batch(reader, bytes, size))
 
-    def tail(
+    async def tail(
         self, stream: EventStream[E, Any], *, after: str = "latest", follow: bool = True
     ) -> AsyncGenerator[TailEntry[E], None]:
         """Return an asynchronous iterator over a stream without a group; it ends when the `Events` closes.
@@ -290,13 +289,22 @@ class Events:
             InvalidArgument: `after` is not a cursor of this stream.
             OrkiError: The server refuses. If it does not answer, `follow` retries; otherwise the error is raised.
         """
-        return self._tail(stream.contract, stream.message.FromString, after, follow)
-
-    def raw_tail(
-        self, stream: Stream, *, after: str = "latest", follow: bool = True
-    ) -> AsyncGenerator[TailEntry[bytes], None]:
-        """As `tail`, without the stream's generated code: the events are undecoded bytes."""
-        return self._tail(stream, bytes, after, follow)
+        self._opened()
+        connection = self._connection(f"tail.{next(self._numbers)}")
+        self._tails.add(connection)
+        entries = follow_stream(
+            connection, stream.contract, stream.message.FromString, after, follow, self.options.block_timeout
+        )
+        try:
+            async for entry in entries:
+                yield entry
+        except LocalProtocolError:
+            if connection in self._tails:
+                raise
+            # `close` has ended the connection.
+        finally:
+            self._tails.discard(connection)
+            await connection.end()
 
     async def dead_letters(
         self, stream: EventStream[E, G], *, group: G, count: int = 100, after: str = "0-0"
@@ -373,23 +381,6 @@ class Events:
                     await connection.close()
             # One turn of the event loop, in which it releases the closed sockets.
             await asyncio.sleep(0)
-
-    async def _tail(
-        self, stream: Stream, decode: Decode[T], after: str, follow: bool
-    ) -> AsyncGenerator[TailEntry[T], None]:
-        self._opened()
-        connection = self._connection(f"tail.{next(self._numbers)}")
-        self._tails.add(connection)
-        try:
-            async for entry in follow_stream(connection, stream, decode, after, follow, self.options.block_timeout):
-                yield entry
-        except LocalProtocolError:
-            if connection in self._tails:
-                raise
-            # `close` has ended the connection.
-        finally:
-            self._tails.discard(connection)
-            await connection.end()
 
     def _reader_factory(
         self,

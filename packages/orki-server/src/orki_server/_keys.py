@@ -316,15 +316,3 @@ def lua_names() -> str:
     lines.append(f"local SNAPSHOT = {array(SNAPSHOT)}")
     lines.append(f"local RECORD_FIELDS = {array(RECORD_FIELDS)}")
     return "\n".join(lines) + "\n"
-
-
-def table_markdown() -> str:
-    """Return the key table for `docs/keys.md`."""
-    rows = [f"| `{row.pattern}` | {row.kind} | {row.holds} | {row.writer} | {row.ends} |" for row in TABLE]
-    return "\n".join(["| Key | Kind | Content | Written by | Removed |", "|---|---|---|---|---|", *rows]) + "\n"
-
-
-def fields_markdown(fields: dict[str, str]) -> str:
-    """Return a table of fields for `docs/keys.md`."""
-    rows = [f"| `{name}` | {holds} |" for name, holds in fields.items()]
-    return "\n".join(["| Field | Content |", "|---|---|", *rows]) + "\n"
