@@ -290,7 +290,7 @@ async def test_serve_refuses_a_taken_port(served: Served, redis_url: str) -> Non
         stderr=asyncio.subprocess.PIPE,
     )
     _, stderr = await process.communicate()
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert b"the port is taken; choose another with --listen" in stderr
     assert b"Traceback" not in stderr
     assert time.monotonic() - started < 60

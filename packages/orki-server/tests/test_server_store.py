@@ -13,6 +13,7 @@ from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import Span, new_span
 from orki_control.session import AttemptKey
 from orki_server._events import Outbox
+from orki_server._keys import FleetKeys
 from orki_server._store import operations
 from orki_server._store.operations import (
     OfferedAttempt,
@@ -24,7 +25,7 @@ from orki_server._store.operations import (
     shard_of,
     submission_digest,
 )
-from orki_server._store.store import Store
+from orki_server._store.store import Store, read_layout
 from orki_server._store.tasks import TaskFilter, list_tasks
 
 METHOD = TaskMethod(
@@ -453,6 +454,18 @@ async def test_a_store_of_another_layout_is_refused(redis_url: str, store: Store
     other = Store(redis_url, shards=5)
     with pytest.raises(InvalidSetting, match="has 4 shards, this orchestrator is set to 5"):
         await other.open()
+    await other.close()
+
+
+@pytest.mark.parametrize("field", ["version", "shards"])
+@pytest.mark.parametrize("value", [b"x", b"", b"-1", b"0", b"1.5", b"\xff", b"9" * 5000])
+async def test_a_damaged_layout_is_one_sentence(redis_url: str, store: Store, field: str, value: bytes) -> None:
+    await store.connection.call("HSET", FleetKeys.LAYOUT, field, value)
+    other = Store(redis_url, shards=store.shards)
+    with pytest.raises(InvalidSetting, match="has a damaged layout: its key orki:{of}:layout was changed"):
+        await other.open()
+    with pytest.raises(InvalidSetting, match="has a damaged layout"):
+        await read_layout(other.connection)
     await other.close()
 
 

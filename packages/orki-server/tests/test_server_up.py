@@ -23,12 +23,12 @@ from orki_server._process import Part, PartEnded, Supervisor
 from orki_server.embedded import EmbeddedOptions, EmbeddedServer
 
 
-async def start(*arguments: str) -> tuple[asyncio.subprocess.Process, dict[str, object]]:
+async def start(*arguments: str, **settings: str) -> tuple[asyncio.subprocess.Process, dict[str, object]]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ORKI_")}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "orki_server", "up", "--json", *arguments),
         stdout=asyncio.subprocess.PIPE,
-        env=environment,
+        env={**environment, **settings},
     )
     assert process.stdout is not None
     async with asyncio.timeout(60):
@@ -71,6 +71,17 @@ async def test_up_starts_everything_and_stops_it_in_order(tmp_path: Path) -> Non
 
 
 @pytest.mark.timeout(120)
+async def test_up_does_not_print_the_password_of_its_redis() -> None:
+    with EmbeddedServer() as server:
+        with Redis.from_url(server.url) as redis:
+            redis.config_set("requirepass", "s3cr3tPW")
+        url = server.url.replace("://", "://:s3cr3tPW@")
+        process, facts = await start("--listen", "127.0.0.1:0", "--no-observers", ORKI_REDIS_URL=url)
+        assert await end(process, signal.SIGTERM) == 0
+    assert facts["redis_url"] == server.url
+
+
+@pytest.mark.timeout(120)
 async def test_up_ends_when_its_orchestrator_ends() -> None:
     process, facts = await start("--listen", "127.0.0.1:0", "--no-observers")
     pids = facts["pids"]
@@ -87,7 +98,7 @@ async def test_up_ends_when_its_orchestrator_ends() -> None:
 def test_up_reports_an_unusable_folder_in_one_sentence(tmp_path: Path, place: str, says: str) -> None:
     (tmp_path / "file").touch()
     ran = CliRunner().invoke(root, ["up", "--directory", str(tmp_path / place)])
-    assert ran.exit_code == 1
+    assert ran.exit_code == 2
     assert ran.output.startswith("orki: --directory ")
     assert says in ran.output
     assert ran.output.count("\n") == 1

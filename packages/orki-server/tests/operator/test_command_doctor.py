@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from orki_contract.errors import OrkiError
 from orki_contract.model import Backoff
 from orki_events import ConsumeOptions, Events, connect
 from orki_events.connection import Connection, parse_address
@@ -79,6 +80,31 @@ async def test_a_hung_store_is_distinguished_from_an_unreachable_one(
     assert (code, checks["store.reachable"]["figure"].split(":")[0]) == (1, "hung")
     code, checks = await doctor(orki, f"redis://127.0.0.1:{dead_port}/0", f"127.0.0.1:{dead_port}")
     assert (code, checks["store.reachable"]["figure"].split(":")[0]) == (1, "unreachable")
+
+
+async def test_a_server_that_runs_a_long_script_is_busy_and_not_hung(
+    own_valkey: EmbeddedServer, orki: Any, dead_port: int
+) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+
+        def opened() -> Connection:
+            link = Connection(parse_address(own_valkey.url), name="t", connect_timeout=5, answer_timeout=60)
+            stack.push_async_callback(link.close)
+            return link
+
+        runs, asks = opened(), opened()
+        await runs.execute((b"CONFIG", b"SET", b"busy-reply-threshold", b"100"))
+        script = asyncio.create_task(runs.execute((b"EVAL", b"while true do end", 0)))
+        await asyncio.sleep(1)
+        code, checks = await doctor(orki, own_valkey.url, f"127.0.0.1:{dead_port}")
+        await asks.execute((b"SCRIPT", b"KILL"))
+        with contextlib.suppress(OrkiError):
+            await script
+    found = checks["store.reachable"]
+    assert (code, found["verdict"], found["figure"].split(":")[0]) == (1, "bad", "busy")
+    assert "runs a long script" in found["figure"]
+    assert "SCRIPT KILL" in found["next_step"]
+    assert "estart" not in json.dumps(found)
 
 
 async def test_a_missing_password_is_reported(own_valkey: EmbeddedServer, orki: Any, dead_port: int) -> None:

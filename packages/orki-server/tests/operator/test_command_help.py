@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -55,6 +56,45 @@ def heavy_imports(arguments: tuple[str, ...], **environment: str) -> list[str]:
 @pytest.mark.parametrize("path", commands(), ids=" ".join)
 def test_help_imports_no_heavy_library(path: tuple[str, ...]) -> None:
     assert heavy_imports((*path, "--help")) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "agents --orchestrator BAD",
+        "cancel t0-00000000000000000000000000 --orchestrator BAD",
+        "contract list --redis BAD",
+        "contract withdraw a.v1.B --redis BAD",
+        "doctor --orchestrator BAD",
+        "doctor --redis BAD",
+        "observe audit audit.jsonl --redis BAD",
+        "observe feed --redis BAD",
+        "observe metrics --redis BAD",
+        "serve --redis BAD",
+        "streams --redis BAD",
+        "streams --watch --redis BAD",
+        "streams dead tasks audit --redis BAD",
+        "streams tail tasks --redis BAD",
+        "streams tune tasks --reset --redis BAD",
+        "submit Do {} --orchestrator BAD",
+        "tasks --orchestrator BAD",
+        "tasks --watch --orchestrator BAD",
+        "trace t0-00000000000000000000000000 --redis BAD",
+        "up --redis BAD",
+        "up --redis redis://h/0?Un=known",
+    ],
+)
+def test_an_invalid_setting_is_one_line_and_exit_code_2(arguments: str, tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "orki_server", *arguments.split()],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1), ended.stderr
+    assert ended.stderr.startswith("orki: ")
 
 
 @pytest.mark.parametrize(

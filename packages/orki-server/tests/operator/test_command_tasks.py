@@ -226,8 +226,8 @@ async def test_without_an_orchestrator(orki: Any, dead_port: int, arguments: lis
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        (["tasks", "--orchestrator", "nonsense"], 1),
-        (["tasks", "--orchestrator", "example.com:80"], 1),
+        (["tasks", "--orchestrator", "nonsense"], 2),
+        (["tasks", "--orchestrator", "example.com:80"], 2),
         (["tasks", "--state", "asleep"], 2),
         (["tasks", "--limit", "0"], 2),
         (["tasks", "t0-1", "--limit", "3"], 2),

@@ -306,8 +306,8 @@ def _received(connection: socket.socket) -> int:
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["--host", "0.0.0.0", "--redis", "redis://127.0.0.1:1"], 1, "loopback"),
-        (["--redis", "http://127.0.0.1"], 1, "redis://"),
+        (["--host", "0.0.0.0", "--redis", "redis://127.0.0.1:1"], 2, "loopback"),
+        (["--redis", "http://127.0.0.1"], 2, "redis://"),
         (["--port", "70000"], 2, "70000"),
         (["--nonsense"], 2, "No such option"),
     ],
@@ -327,6 +327,6 @@ def test_a_taken_port_is_reported(command: Callable[..., Any]) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         ended = command("observe", "feed", "--port", str(taken.getsockname()[1]), "--redis", "redis://127.0.0.1:1")
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     assert "cannot listen" in ended.stderr
     assert ended.stderr.count("\n") == 1

@@ -114,9 +114,9 @@ async def test_without_an_event_server_the_observer_serves_and_stops(observer: S
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["--host", "0.0.0.0"], 1, "loopback"),
+        (["--host", "0.0.0.0"], 2, "loopback"),
         (["--port", "x"], 2, "not a valid integer"),
-        (["--redis", "ftp://x"], 1, "redis://"),
+        (["--redis", "ftp://x"], 2, "redis://"),
         (["extra"], 2, "unexpected extra argument"),
     ],
 )

@@ -262,6 +262,9 @@ async def _unreachable(link: Connection, redis_url: str, error: OrkiError, timeo
     if not isinstance(error, EventsUnavailable):
         step = "Fix the cause. Set user and password in ORKI_REDIS_URL."
         return Check(name, Health.BAD, f"{link.address.shown} refuses", sentence(error.message), step)
+    if "is running a long script" in error.message:
+        step = "Wait, or stop the script with SCRIPT KILL."
+        return Check(name, Health.BAD, f"busy: {link.address.shown} runs a long script", sentence(error.message), step)
     if await _accepts(redis_url, timeout):
         figure = f"hung: {link.address.shown} accepts connections but has not answered within {timeout:g} s"
         cause = "The server process is suspended, runs a long command, or waits for its disk."

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 import click
 
-from orki_contract.errors import OrkiError
+from orki_contract.errors import InvalidSetting, OrkiError
 from orki_server._observers.redaction import safe_text
 
 if TYPE_CHECKING:
@@ -105,7 +105,10 @@ def log_to_stderr(level: int = logging.INFO) -> None:
 
 
 async def run_repeatedly(show: Callable[[], Awaitable[None]], watch: bool) -> None:
-    """Call `show` once or, with `watch`, every second until interrupted; an `OrkiError` is then only printed."""
+    """Call `show` once or, with `watch`, every second until interrupted; an `OrkiError` is then only printed.
+
+    An invalid setting ends it in any case.
+    """
     if not watch:
         await show()
         return
@@ -114,6 +117,8 @@ async def run_repeatedly(show: Callable[[], Awaitable[None]], watch: bool) -> No
             click.clear()
         try:
             await show()
+        except InvalidSetting:
+            raise
         except OrkiError as error:
             click.echo(f"orki: {safe_text(error.message)}", err=True)
         sys.stdout.flush()

@@ -1,6 +1,7 @@
 """The root of the `orki` command: loads subcommands when they are used and turns errors into exit codes.
 
-Exit codes: 0, success; 1, an operation was refused or failed, with one sentence on standard error; 2, wrong usage.
+Exit codes: 0, success; 1, an operation was refused or failed; 2, wrong usage or an invalid setting. The latter two come
+with one sentence on standard error.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import IO, Any, Final
 import click
 from click.shell_completion import CompletionItem
 
-from orki_contract.errors import EventsUnavailable, OrchestratorUnavailable, OrkiError, StoreUnavailable
+from orki_contract.errors import EventsUnavailable, InvalidSetting, OrchestratorUnavailable, OrkiError, StoreUnavailable
 from orki_server._observers.redaction import safe_text
 
 # Each command's module, which has a function of that name, and its description.
@@ -52,13 +53,21 @@ class CommandError(click.ClickException):
         click.echo(f"orki: {safe_text(self.message)}", file=file or sys.stderr)
 
 
+class InvalidUsage(CommandError):
+    """A setting is invalid; exit code 2."""
+
+    exit_code = 2
+
+
 class LazyGroup(click.Group):
     """A group that imports a command only when it is used, so that help and completion start quickly."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; an `OrkiError` ends it with one sentence and exit code 1."""
+        """Run the command; an `OrkiError` ends it with one sentence and exit code 1, an invalid setting with 2."""
         try:
             return super().invoke(ctx)
+        except InvalidSetting as error:
+            raise InvalidUsage(error.message) from error
         except OrkiError as error:
             text, step = _NEXT_STEPS.get(type(error), ("", ""))
             applies = step and text in error.message
@@ -99,7 +108,7 @@ class LazyGroup(click.Group):
 Exit codes:
   0  success
   1  the operation was refused or failed; standard error has one sentence
-  2  wrong usage
+  2  wrong usage, or an invalid setting
 
 Each command has its own help: orki COMMAND --help
 """,

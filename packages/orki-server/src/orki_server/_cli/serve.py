@@ -10,18 +10,10 @@ from typing import Any, Final
 
 import click
 
-from orki_contract.errors import EventsUnavailable, InvalidSetting, StoreUnavailable
+from orki_contract.errors import EventsUnavailable, StoreUnavailable
 from orki_server._cli.options import F, log_to_stderr, ready_file_option, ready_json_option
-from orki_server._cli.root import CommandError
 from orki_server._process import print_ready, run_until_stopped
 from orki_server._settings import OrchestratorOptions, default_settings, load_options
-
-
-class InvalidUsage(CommandError):
-    """A setting is invalid; exit code 2."""
-
-    exit_code = 2
-
 
 _SETTINGS: Final = (
     ("listen", "HOST:PORT", "Loopback address for agents and submitters; port 0 chooses a free one."),
@@ -86,10 +78,7 @@ def serve(config: Path | None, as_json: bool, ready_file: Path | None, verbose: 
     that still run then continue under the next orchestrator.
     """
     log_to_stderr(logging.INFO if verbose else logging.WARNING)
-    try:
-        options = load_options(flags, os.environ, config)
-    except InvalidSetting as error:
-        raise InvalidUsage(error.message) from error
+    options = load_options(flags, os.environ, config)
     run_until_stopped(lambda stopped: _serve(options, stopped, as_json, ready_file))
 
 

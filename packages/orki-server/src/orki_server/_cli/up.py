@@ -53,7 +53,11 @@ def up(
     """
     if "@" in redis_url:
         raise InvalidSetting("--redis: other users can read a password on the command line; set ORKI_REDIS_URL instead")
-    url = redis_url or os.environ.get("ORKI_REDIS_URL", "")
+    url = public = redis_url or os.environ.get("ORKI_REDIS_URL", "")
+    if url:
+        from orki_events.connection import parse_address  # slow to import, and `--help` does not need it
+
+        public = parse_address(url, role="store").url
     with ExitStack() as stack:
         home = directory or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orki-")))
         try:
@@ -66,12 +70,12 @@ def up(
         if not url:
             options = EmbeddedOptions(directory=home / "valkey", append_only=directory is not None, usual_port=6379)
             server = stack.enter_context(EmbeddedServer(options))
-            url = server.url
+            url = public = server.url
         # The orchestrator stops first, so that the observers see its last events.
         parts = [_part("serve", url, "serve", "--listen", listen, "--json", essential=True)]
         if observers:
             parts += _observers(url, home)
-        run_until_stopped(lambda stopped: _run(parts, url, stopped, server, as_json, ready_file))
+        run_until_stopped(lambda stopped: _run(parts, public, stopped, server, as_json, ready_file))
 
 
 async def _run(

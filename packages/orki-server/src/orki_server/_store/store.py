@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -410,41 +411,54 @@ class Store:
         """Write the layout, or compare it with ours. Returns whether the content is another one than at the last call.
 
         Raises:
-            InvalidSetting: The store has another layout.
+            InvalidSetting: The store has another layout, or a damaged one.
             StoreUnavailable: The store is down.
         """
         ours = {"shards": self.shards, "version": LAYOUT_VERSION, "generation": os.urandom(8).hex()}
         for field, value in ours.items():
             await self.connection.call("HSETNX", FleetKeys.LAYOUT, field, value, while_down=True)
         reply = await self.connection.call("HMGET", FleetKeys.LAYOUT, *ours, while_down=True)
-        shards, version, generation = reply
+        generation = reply[2]
+        shards, version = _layout_numbers(self.connection, *reply[:2])
         shown = self.connection.address.shown
-        if int(version) != LAYOUT_VERSION:
+        if version != LAYOUT_VERSION:
             raise InvalidSetting(
-                f"{shown} has layout {int(version)}, this orchestrator writes {LAYOUT_VERSION}; "
+                f"{shown} has layout {version}, this orchestrator writes {LAYOUT_VERSION}; "
                 "use orchestrators of one version, or another Redis database"
             )
-        if int(shards) != self.shards:
+        if shards != self.shards:
             raise InvalidSetting(
-                f"{shown} has {int(shards)} shards, this orchestrator is set to {self.shards}; "
-                f"set shards to {int(shards)}, or use another Redis database"
+                f"{shown} has {shards} shards, this orchestrator is set to {self.shards}; "
+                f"set shards to {shards}, or use another Redis database"
             )
         exchanged = self._generation not in (b"", generation)
         self._generation = generation
         return exchanged
 
 
+def _layout_numbers(connection: StoreConnection, *values: bytes | None) -> list[int]:
+    if not all(re.fullmatch(rb"[1-9][0-9]{0,3}", value or b"") for value in values):
+        raise InvalidSetting(
+            f"{connection.address.shown} has a damaged layout: its key {FleetKeys.LAYOUT} was changed by another "
+            "program; restore the store from a backup, or use another Redis database"
+        )
+    return [int(value or b"") for value in values]
+
+
 async def read_layout(connection: StoreConnection) -> int:
     """Return a store's number of shards; 0 if no orchestrator has used it yet.
 
     Raises:
-        InvalidSetting: The store has the layout of another version.
+        InvalidSetting: The store has the layout of another version, or a damaged one.
         StoreUnavailable: The store is down.
     """
-    shards, version = await connection.call("HMGET", FleetKeys.LAYOUT, "shards", "version")
-    if version is not None and int(version) != LAYOUT_VERSION:
+    reply = await connection.call("HMGET", FleetKeys.LAYOUT, "shards", "version")
+    if None in reply:  # an orchestrator writes the layout just now, or never did
+        return 0
+    shards, version = _layout_numbers(connection, *reply)
+    if version != LAYOUT_VERSION:
         raise InvalidSetting(
-            f"{connection.address.shown} has layout {int(version)}, this command knows {LAYOUT_VERSION}; "
+            f"{connection.address.shown} has layout {version}, this command knows {LAYOUT_VERSION}; "
             "use the command of the orchestrator's version"
         )
-    return int(shards or 0)
+    return shards
