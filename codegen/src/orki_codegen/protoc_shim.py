@@ -61,15 +61,11 @@ def _python(request: CodeGeneratorRequest, schema: Schema) -> dict[str, str]:
 
 
 def _grpc_python(request: CodeGeneratorRequest, schema: Schema) -> dict[str, str]:
-    plain = _plain_services(schema)
-    files = [_only_services(file, plain) for file in _without_options(request, schema)]
-    return _protoc("grpc_python", files, _with_services(files, request))
+    return _protoc("grpc_python", *_plain_grpc(request, schema))
 
 
 def _mypy_grpc(request: CodeGeneratorRequest, schema: Schema) -> dict[str, str]:
-    plain = _plain_services(schema)
-    files = [_only_services(file, plain) for file in _without_options(request, schema)]
-    wanted = _with_services(files, request)
+    files, wanted = _plain_grpc(request, schema)
     if not wanted:
         return {}
     inner = CodeGeneratorRequest(parameter="only_async,readable_stubs,quiet", file_to_generate=wanted)
@@ -91,12 +87,11 @@ _GENERATORS: Final[dict[str, Callable[[CodeGeneratorRequest, Schema], dict[str, 
 }
 
 
-def _plain_services(schema: Schema) -> frozenset[str]:
-    return frozenset(name for file in read_schema(schema).files for name in file.plain_services)
-
-
-def _with_services(files: Iterable[FileDescriptorProto], request: CodeGeneratorRequest) -> list[str]:
-    return sorted({file.name for file in files if file.service}.intersection(request.file_to_generate))
+def _plain_grpc(request: CodeGeneratorRequest, schema: Schema) -> tuple[list[FileDescriptorProto], list[str]]:
+    """Return the files with their plain services only, and the names of those to generate."""
+    plain = frozenset(name for file in read_schema(schema).files for name in file.plain_services)
+    files = [_only_services(file, plain) for file in _without_options(request, schema)]
+    return files, sorted({file.name for file in files if file.service}.intersection(request.file_to_generate))
 
 
 def _protoc(generator: str, files: list[FileDescriptorProto], wanted: Iterable[str]) -> dict[str, str]:

@@ -27,7 +27,7 @@ PUBLIC = {
     ],
     "orki_control.transport": [
         *("MESSAGE_CHARACTERS", "REASON_KEY", "ChannelOptions", "abort", "channel_options", "check_target"),
-        *("error_from", "open_channel", "server_options", "typed_error"),
+        *("error_from", "is_loopback", "open_channel", "server_options", "typed_error"),
     ],
 }
 

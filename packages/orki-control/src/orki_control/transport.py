@@ -21,6 +21,7 @@ __all__ = [
     "channel_options",
     "check_target",
     "error_from",
+    "is_loopback",
     "open_channel",
     "server_options",
     "typed_error",
@@ -122,7 +123,7 @@ def check_target(target: str, *, insecure: bool = False) -> str:
     match = _TARGET.match(target)
     if match is None or not 1 <= int(match["port"]) <= 65_535:
         raise InvalidSetting(f"orchestrator {target!r} is not HOST:PORT, such as 127.0.0.1:50051")
-    if not insecure and not _is_loopback(match["host"].strip("[]")):
+    if not insecure and not is_loopback(match["host"].strip("[]")):
         raise InvalidSetting(
             f"orchestrator {target} is not on this host, and the connection is not encrypted: set `insecure` to allow "
             "that, and only on a network that you trust"
@@ -135,12 +136,13 @@ def open_channel(target: str, max_message_bytes: int = DEFAULT_MESSAGE_BYTES) ->
     import grpc
 
     options = channel_options(max_message_bytes)
-    if _is_loopback(target.rpartition(":")[0].strip("[]")):
+    if is_loopback(target.rpartition(":")[0].strip("[]")):
         options.append(("grpc.enable_http_proxy", 0))
     return grpc.aio.insecure_channel(target, options=options, compression=grpc.Compression.NoCompression)
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether a host, without brackets, is on this machine."""
     if host == "localhost":
         return True
     try:

@@ -8,7 +8,6 @@ name: `--accept-timeout-ms` as a flag, `ORKI_ACCEPT_TIMEOUT_MS` in the environme
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import socket
@@ -20,6 +19,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from orki_contract.errors import InvalidSetting
+from orki_control.transport import is_loopback
 from orki_events.connection import Address, parse_address
 
 TABLE: Final = "orchestrator"
@@ -138,21 +138,12 @@ def parse_listen(listen: str) -> tuple[str, int]:
     if match is None or int(match["port"]) > 65_535:
         raise InvalidSetting(f"listen {listen!r} is not HOST:PORT, such as 127.0.0.1:50051")
     host = match["host"].strip("[]")
-    if not _is_loopback(host):
+    if not is_loopback(host):
         raise InvalidSetting(
             f"listen {listen}: only loopback (127.0.0.1, [::1], localhost) is allowed, as the connection is not "
             "encrypted; for other hosts, use a proxy with TLS"
         )
     return host, int(match["port"])
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def load_options(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from aiohttp import web
 
 from orki_contract.errors import InvalidSetting
+from orki_control.transport import is_loopback
 
 
 def print_ready_line(observer: str, where: str) -> None:
@@ -23,7 +23,7 @@ async def serve_http(app: web.Application, host: str, port: int) -> AsyncIterato
     Raises:
         InvalidSetting: The address is not a loopback address, or the port is taken.
     """
-    if not _is_loopback(host):
+    if not is_loopback(host):
         raise InvalidSetting(
             f'the observer cannot listen on "{host}": it has no password, so use a loopback address such as '
             "127.0.0.1, with a proxy of your own in front for access from other hosts"
@@ -49,13 +49,6 @@ async def _only_this_machine(
 ) -> web.StreamResponse:
     """Refuse other host names, so that a remote page cannot read the server by DNS rebinding."""
     name = request.host.rpartition(":")[0] if not request.host.endswith("]") and ":" in request.host else request.host
-    if name != "localhost" and not _is_loopback(name):
+    if not is_loopback(name.strip("[]")):
         return web.json_response({"error": f'"{name}" is not a name of this machine'}, status=403)
     return await handler(request)
-
-
-def _is_loopback(name: str) -> bool:
-    try:
-        return ipaddress.ip_address(name.strip("[]")).is_loopback
-    except ValueError:
-        return False
