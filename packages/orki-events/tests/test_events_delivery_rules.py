@@ -456,3 +456,22 @@ def walk(seed: int, steps: int) -> None:
 def test_the_rules_hold_on_long_random_walks(batch: int) -> None:
     for seed in range(batch * 50, batch * 50 + 50):
         check_walk(seed, 200)
+
+
+def test_a_drain_hands_back_a_partition_although_the_group_of_another_is_missing() -> None:
+    server, machine = Server(), DeliveryMachine(KEYS, LIMITS)
+    server.partitions["a"].entries[1] = None
+    server.partitions["a"].newest = 1
+    commands = list(machine.receive(Opened(), 0.0))
+    while not (isinstance(command := commands.pop(0), Read) and not command.history):
+        commands += machine.receive(server.run(command), 0.0)
+    server.run(command)  # The reply is lost, so entry 1 is pending.
+    server.partitions["b"].group = False
+    commands += machine.receive(no_reply(command), 0.0)
+    commands += machine.receive(DrainRequested(), 0.0)
+    for step in range(100):
+        while commands:
+            commands += machine.receive(server.run(commands.pop(0)), float(step))
+        commands += machine.handle_timer(float(step))
+    assert machine.state is State.CLOSED
+    assert server.partitions["a"].pending[1].owner == NOBODY

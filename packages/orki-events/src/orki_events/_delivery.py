@@ -44,6 +44,8 @@ class DeliveryMachine:
         self._requests: deque[int] = deque()
         self._open: set[Command] = set()
         self._reading = False
+        self._read_apart = False
+        self._created = False
         self._claiming = 0
         self._read_at: float | None = None
         self._renew_at = 0.0
@@ -120,6 +122,7 @@ class DeliveryMachine:
 
     def _on_groups_ready(self, event: table.GroupsReady, now: float, commands: list[Command]) -> None:
         self._answered(event.command)
+        self._created = True
         if self.state is State.CREATING:
             self._recover(self._partitions)
             for partition in self._partitions.values():
@@ -191,9 +194,11 @@ class DeliveryMachine:
         command = event.command
         self._answered(command)
         match command:
+            case table.Read(positions=((key, _),)):
+                self._partitions[key].recovery = None
             case table.Read():
-                for partition in self._partitions.values():
-                    partition.recovery = None
+                # The other partitions may still have their group and entries of this consumer.
+                self._read_apart = True
             case table.Ack(key=key, entry_ids=entry_ids):
                 self._partitions[key].acking = False
                 for entry_id in entry_ids:
@@ -249,7 +254,7 @@ class DeliveryMachine:
     def _on_drain_requested(self, event: table.DrainRequested, now: float, commands: list[Command]) -> None:
         if self.state in (State.NEW, State.CLOSED, State.DRAINING):
             return
-        if self.state is State.CREATING:
+        if self.state is State.CREATING and not self._created:
             # Without a group, the server cannot have given entries to this consumer.
             for partition in self._partitions.values():
                 partition.recovery = None
@@ -343,7 +348,7 @@ class DeliveryMachine:
             pending = [(each.key, each.recovery) for each in self._partitions.values() if each.recovery is not None]
             # The read skips held entries, so a full consumer must still read while it drains.
             if pending and (free * 2 >= self.settings.prefetch or self.state is State.DRAINING):
-                self._start_read(tuple(pending), free, True, commands)
+                self._start_read(tuple(pending[:1] if self._read_apart else pending), free, True, commands)
         elif self.state is State.READING and free * 2 >= self.settings.prefetch:
             self._start_read(tuple((key, b">") for key in self._partitions), free, False, commands)
 
