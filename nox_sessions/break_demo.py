@@ -59,13 +59,7 @@ class Demo:
         """Run a command and return its result, also if it fails."""
         variables = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "PYTHON"))}
         return subprocess.run(
-            command,
-            cwd=cwd or self.tree,
-            env=variables,
-            text=True,
-            capture_output=True,
-            timeout=LONGEST_S,
-            check=False,
+            command, cwd=cwd or self.tree, env=variables, text=True, capture_output=True, timeout=LONGEST_S, check=False
         )
 
 

@@ -81,10 +81,7 @@ def _environments(
 ) -> dict[str, str]:
     """Return the interpreter of each environment, by `SIDE-CONTRACT`."""
     made = {}
-    for side, role, names in (
-        (published, "published", ("v1",)),
-        (head, "head", ("v1", "v2", "v3", "planted")),
-    ):
+    for side, role, names in ((published, "published", ("v1",)), (head, "head", ("v1", "v2", "v3", "planted"))):
         generator = environment(session, side, f"{role}-generator")
         for name in names:
             wheel = contract_wheel(session, builder, generator, _contract(name))

@@ -112,12 +112,7 @@ def _write_workspace(session: nox.Session, generator: Environment, folder: Path,
 
 
 def _build(
-    session: nox.Session,
-    builder: Environment,
-    root: Path,
-    members: tuple[Distribution, ...],
-    folder: Path,
-    digest: str,
+    session: nox.Session, builder: Environment, root: Path, members: tuple[Distribution, ...], folder: Path, digest: str
 ) -> None:
     """Build wheels into a folder unless it holds those of the same digest."""
     stamp = folder / "made-from"

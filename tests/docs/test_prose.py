@@ -17,7 +17,6 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/**/*.md", "packages/*/*.md", "codegen/*.md", "examples/*/*.md")
     for path in ROOT.glob(pattern)
 )
-WRITTEN_LATER = {"docs/benchmarks.md"}  # by `./noxw -s bench -- all --page docs/benchmarks.md`
 
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
@@ -85,7 +84,7 @@ def named_paths(text: str) -> list[str]:
 
 def path_exists(word: str) -> bool:
     """Return whether a file or folder has this name, or git ignores it by name; `*` matches any part of a name."""
-    if word.lstrip("/") in {line.lstrip("/") for line in read(".gitignore").splitlines()} | WRITTEN_LATER:
+    if word.lstrip("/") in {line.lstrip("/") for line in read(".gitignore").splitlines()}:
         return True
     wanted = re.compile(re.escape(word.rstrip("/").removeprefix("./")).replace(r"\*\*", ".*").replace(r"\*", "[^/]*"))
     return any(wanted.fullmatch(path) for path in tree())
@@ -190,7 +189,7 @@ def test_each_command_and_option_exists() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_each_link_leads_to_a_page_and_an_anchor(page: str) -> None:
     for target, anchor in links(page):
-        assert (ROOT / target).exists() or target in WRITTEN_LATER, f"{page} links to {target}, which does not exist"
+        assert (ROOT / target).exists(), f"{page} links to {target}, which does not exist"
         assert not anchor or anchor in anchors(target), f"{page} links to {target}#{anchor}, which does not exist"
 
 

@@ -14,15 +14,7 @@ from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorP
 from orki_codegen._code import WIDTH, Call, Code, Raw, Sequence, expression, quote, width
 from orki_contract.descriptors import MessageNode, MethodNode, Schema, ServiceNode, field_path
 from orki_contract.model import FrameField, Scalar, Stream, TaskMethod, ToolMethod
-from orki_contract.naming import (
-    class_name,
-    constant_name,
-    frame_class,
-    module_path,
-    reference,
-    snake_name,
-    unused,
-)
+from orki_contract.naming import class_name, constant_name, frame_class, module_path, reference, snake_name, unused
 from orki_contract.read import FileContract, ReadContract
 
 _PYTHON_TYPES = {

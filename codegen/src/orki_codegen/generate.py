@@ -30,8 +30,6 @@ names the owner of each package. Only the gen/ folders of the owners and docs/re
 written if there is an error.
 """
 
-_STALE: Final = "Generated code is out of date: run `nox -s generate` and commit the result."
-
 
 class Generated(NamedTuple):
     """The files below each generated folder, in memory, and the contract of the protos."""
@@ -43,9 +41,7 @@ class Generated(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status is 1 for invalid protos or a difference with `--check`."""
     parser = argparse.ArgumentParser(
-        prog="python -m orki_codegen.generate",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m orki_codegen.generate", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="write nothing, and fail if anything would change")
     return run(Path.cwd(), check=parser.parse_args(arguments).check)
@@ -132,7 +128,12 @@ def _fewest_paths(own: Sequence[str], every: Sequence[str]) -> list[str]:
 def _report_drift(differences: Sequence[tuple[Tree, Difference]]) -> int:
     lines = [line for tree, found in differences for line in found.lines(tree)]
     if lines:
-        print("\n".join([*lines, _STALE]), file=sys.stderr)
+        print(
+            *lines,
+            "Generated code is out of date: run `nox -s generate` and commit the result.",
+            sep="\n",
+            file=sys.stderr,
+        )
         return 1
     print_line("generated code is up to date")
     return 0
