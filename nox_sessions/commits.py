@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 # Earlier messages follow no convention.
-START = "98ed9e9"
+START = "4a45125"
 LONGEST = 72
 _SCISSORS = "# ------------------------ >8 ------------------------"
 # Messages that git writes itself, or replaces in a rebase.
