@@ -122,7 +122,7 @@ SCENARIOS = (
         (
             Edit(
                 "proto/orki/control/v1/task.proto",
-                "  // Registered task services, with their contracts.\n"
+                "  // Lists registered task services with their contracts.\n"
                 "  rpc ListServices(ListServicesRequest) returns (ListServicesResponse);\n",
                 "",
             ),
@@ -133,7 +133,7 @@ SCENARIOS = (
     ),
     Scenario(
         "f: a comment is changed, and nothing else",
-        (Edit(AUDIT, "// One deed.", "// One deed, by whomever."),),
+        (Edit(AUDIT, "// One audited action.", "// One audited action, by anyone."),),
         rule="CONTENT_CHANGED",
         owner="orki-events",
         bump=Bump.PATCH,
