@@ -45,6 +45,12 @@ async def ended(client: Client, task_id: str) -> TaskSnapshot:
     return task
 
 
+async def kill(agent: Any, agent_id: str, orchestrator: Orchestrator) -> None:
+    """End an agent without notice, and wait until the orchestrator has seen the end of its stream."""
+    await agent.close()
+    await agent.until(lambda: agent_id not in orchestrator._sessions._sessions)
+
+
 async def refused(agent: Any) -> str:
     """Return the reason why an agent is refused."""
     await agent.until(lambda: agent.closed is not None or agent.opened)
@@ -125,7 +131,7 @@ async def test_a_task_that_an_old_agent_lacks_is_not_offered_to_it(
     tasks = [await submit(client, "Extra") for _ in range(6)]
     assert {(await ended(client, each)).agent_id for each in tasks} == {"new"}
     assert {offer.offer.method for offer in old.offers} <= {f"{SERVICE}/Do"}
-    await new.close()
+    await kill(new, "new", orchestrator)
     waiting = await submit(client, "Extra")
     taken = await submit(client)
     assert (await ended(client, taken)).agent_id == "old"
@@ -172,7 +178,7 @@ async def test_incompatible_versions_are_refused_in_either_order(
     change = message.partition("From ")[2]
     assert change.index(pair[0].version) < change.index(f"to {pair[1].version}")
     assert "bytes → int64" in change
-    await one.close()
+    await kill(one, "one", orchestrator)
     three = stand_in(orchestrator.address, [second], agent_id="three")
     await three.until(lambda: bool(three.opened or three.closed))
     assert three.closed is None, "nothing is live any more"
@@ -206,7 +212,7 @@ async def test_unfinished_tasks_keep_only_their_contract_live(
     first = stand_in(orchestrator.address, [older(work)], taking=False)
     await first.ready()
     task = await submit(client)
-    await first.close()
+    await kill(first, "agent-1", orchestrator)
     message = await refused(stand_in(orchestrator.address, [broken(work)]))
     check_refusal(message, broken(work), older(work), "1 task of it has not ended")
     await client.cancel(task)
@@ -342,7 +348,7 @@ async def test_a_rolling_upgrade_and_its_rollback(
     registered = (await Contracts(store.connection, store.shards).registered([SERVICE]))[SERVICE]
     assert {each.digest for each in registered} == {older(work).digest, newer(work).digest}
     # No agent serves the newer contract any more, so it is removed.
-    await agents["a"].close()
+    await kill(agents["a"], "a", orchestrator)
     away = stand_in(orchestrator.address, [work(max_attempts=9)], agent_id="a")
     await away.ready()
     registered = (await Contracts(store.connection, store.shards).registered([SERVICE]))[SERVICE]
