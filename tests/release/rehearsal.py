@@ -62,7 +62,7 @@ with EmbeddedServer() as server:
     asyncio.run(publish(12_000))
     assert entries() == 12_000
     refused, why = streams("tune", "tools", "--max-entries", "9999")
-    assert refused == 1 and "10000 to 10000000" in why, why
+    assert refused == 2 and "10000 to 10000000" in why, why
     assert entries() == 12_000
     taken, said = streams("tune", "tools", "--max-entries", "10000")
     assert taken == 0, said
