@@ -103,7 +103,7 @@ class ToolSettings(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Task(Generic[Q, R, P, D]):
-    """A task method; `P` and `D` are `None` where it has no progress or directives.
+    """A task method; `P` is `None` without progress, and `D` is `None` without directives.
 
     Attributes:
         contract: Names and timeouts.
@@ -341,14 +341,14 @@ class TaskHandle(Protocol[R_co, P_co, D_contra]):
         """Iterate over all progress of the task, from its start to its end."""
 
     async def result(self, timeout: float | None = None) -> R_co:
-        """Wait for the response. Without a timeout it waits forever, even if the orchestrator never returns.
+        """Wait for the response. Without a timeout it waits forever, even if the orchestrator stays down.
 
         Args:
             timeout: Maximum wait in seconds; None for no limit. The task continues after a timeout.
 
         Raises:
             WaitTimeout: The timeout has elapsed.
-            OrkiError: The task failed or was cancelled; the type gives the reason.
+            OrkiError: The task failed or was cancelled; the error's class gives the reason.
         """
 
     async def cancel(self, message: str = "") -> None:
@@ -389,7 +389,7 @@ class TaskStub(Generic[Q, R, P, D]):
         return await handle.result(timeout)
 
     async def submit(self, request: Q, *, idempotency_key: str = "") -> TaskHandle[R, P, D]:
-        """Submit a task. The same key and request return the same task."""
+        """Submit a task. Submitting the same request again with the same key returns the same task."""
         return await self._channel.submit(self._task, request, idempotency_key=idempotency_key)
 
     async def submit_many(

@@ -39,7 +39,7 @@ def findings(old: ReadContract, new: ReadContract) -> tuple[Finding, ...]:
 
 
 def required_bump(found: Iterable[Finding]) -> Bump:
-    """Return the version bump that the findings require; `PATCH` for none."""
+    """Return the version bump that the findings require; `PATCH` if there are none."""
     bumps = {finding.bump for finding in found}
     return Bump.MAJOR if Bump.MAJOR in bumps else Bump.MINOR if bumps else Bump.PATCH
 
@@ -87,7 +87,7 @@ def service_fit(service: str, first: ReadContract, second: ReadContract) -> Fit:
     """Return the compatibility of two versions of a task or tool service, including all messages that it uses.
 
     Args:
-        service: Full name.
+        service: Full name of the service.
         first: A contract that declares it.
         second: Another contract that declares it.
     """
@@ -98,7 +98,7 @@ def stream_fit(stream: str, first: ReadContract, second: ReadContract) -> Fit:
     """Return the compatibility of two versions of a stream, including its owner's groups and all messages it uses.
 
     Args:
-        stream: Its name.
+        stream: Name of the stream.
         first: A contract that declares it.
         second: Another contract that declares it.
     """

@@ -1,4 +1,4 @@
-"""Output of commands to a pipe that may be closed, as `head -1` does."""
+"""Prints to standard output, which may be a pipe that its reader closes early, as `head -1` does."""
 
 from __future__ import annotations
 

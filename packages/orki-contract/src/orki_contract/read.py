@@ -86,7 +86,7 @@ class ReadContract:
     """A contract with its source locations.
 
     Attributes:
-        contract: All files together, each part sorted.
+        contract: The declarations of all files, each part sorted.
         files: Each file, by path.
         locations: Location of each declaration. Keys: full names of messages (streams, frames), `Service/Method`
             (tasks, tools), `package:stream/group` (external groups).

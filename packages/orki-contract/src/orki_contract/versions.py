@@ -27,7 +27,7 @@ class ContractVersion:
     """A version of a contract and its origin.
 
     Attributes:
-        label: A description of its origin.
+        label: A description of the version's origin.
         read: The contract.
         packages: The proto packages that shipped images own; None for all packages.
         paths: Paths of source files by import path, as far as known.
@@ -97,7 +97,7 @@ def _find_buf() -> str | None:
 
 
 def _compiled(buf: str, folder: Path, label: str) -> ContractVersion:
-    """Compile a folder with buf; texts make the locations exact."""
+    """Compile a folder with buf; the texts of its files make locations inside options exact."""
     image = _run(buf, folder, label, "build", "--as-file-descriptor-set", "--output", "-")
     listed = _run(buf, folder, label, "ls-files", "--format", "json").decode()
     entries = [json.loads(line) for line in listed.splitlines() if line]
@@ -144,7 +144,7 @@ def _of_images(label: str, images: Iterable[Image]) -> ContractVersion:
 
 
 def _owned(image: Image, parsed: FileDescriptorSet) -> set[str]:
-    """Return the packages that an image owns: by its folder, or else those that no other file imports."""
+    """Return the packages that an image owns: that of its folder or name, else those that no other package imports."""
     home = image.place.replace("!", "/").rpartition("/")[0]
     packages = {file.package for file in parsed.file}
     placed = {each for each in packages if each and f"/{home}".endswith("/" + each.replace(".", "/"))}
@@ -182,12 +182,12 @@ def checked_out(commit: str, folder: Path, wanted: Callable[[str], bool]) -> Non
     """Write some files of a commit into a folder.
 
     Args:
-        commit: Its id.
+        commit: Id of the commit.
         folder: An empty folder.
         wanted: Selects files by path.
 
     Raises:
-        InvalidContract: git cannot read the commit, as in a clone without its history.
+        InvalidContract: git cannot read the commit, such as in a shallow clone.
     """
     names = _checked(_git("ls-tree", "-r", "-z", "--name-only", "--full-tree", commit), commit).split(b"\0")
     # The batch protocol cannot request a path with a newline; protos have none.

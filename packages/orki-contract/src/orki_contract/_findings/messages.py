@@ -186,7 +186,7 @@ class _Extension:
 
 
 def _compare_extensions(comparison: Comparison) -> None:
-    """Compare every extension by the rules of fields; extended message and number identify it."""
+    """Compare every extension by the rules of fields; its extended message and its number identify it."""
     before, after = _extensions(comparison.old), _extensions(comparison.new)
     for key, extension in before.items():
         heir = after.get(key)

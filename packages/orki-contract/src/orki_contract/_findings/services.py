@@ -1,4 +1,4 @@
-"""Services: tasks, tools, and plain gRPC."""
+"""Changes of services: tasks, tools and plain gRPC."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def _plain(comparison: Comparison, name: str) -> None:
 
 
 def _time(before: Any, after: Any, name: str, shorter: str, longer: str, report: Callable[..., None]) -> None:
-    """Compare one duration of a method; 0 is no limit."""
+    """Compare one duration of a method; 0 means no limit."""
     one, other = getattr(before, name), getattr(after, name)
     text = was(one, other, duration_text)
     if other and (not one or other < one):

@@ -28,7 +28,7 @@ def compare(comparison: Comparison) -> None:
 
 
 def _removed(comparison: Comparison, before: Stream) -> None:
-    """Report a removed stream, or a renamed one if its message has another stream now."""
+    """Report a removed stream, or a renamed one if its message now declares a stream of another name."""
     new = comparison.new
     place = _place(comparison.old, before)("name")
     heir = next((each for each in new.streams.values() if each.message == before.message), None)

@@ -21,7 +21,7 @@ class Violation:
     """A violation of a rule.
 
     Attributes:
-        location: Its location.
+        location: Location of the violation.
         rule: Id of the violated rule.
         message: The problem and how to fix it.
     """
