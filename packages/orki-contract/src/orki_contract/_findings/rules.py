@@ -36,7 +36,6 @@ class Rule:
     Attributes:
         id: Such as `ORKI_STREAM_REMOVED`.
         purpose: The requirement, or the change, as a sentence.
-        category: Its category.
         bump: The version bump that the change requires.
         wire: Whether processes of the two versions are incompatible; False if only source code must change, or nothing.
     """
