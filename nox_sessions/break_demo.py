@@ -31,13 +31,7 @@ LONGEST_S = 120
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """The session and folders of one demo.
-
-    Attributes:
-        session: The nox session; it prints.
-        dev: The environment that holds the generator, the gate and the embedded server.
-        top: A temporary folder.
-    """
+    """The session and folders of one demo; `dev` holds the generator, the gate and the embedded server."""
 
     session: nox.Session
     dev: Environment
