@@ -3,8 +3,8 @@
     python -m nox_sessions.skew OUT NAME... [--index URL]
 
 finds the published wheels or commit, in the environment that holds orki-codegen, and prints one JSON object. Without an
-index it names the commit of published.toml; that file exists as long as no index has a release. Without that file it
-uses the index of uv or pip. Distributions that the index lacks come from the commit.
+index it uses the commit that published.toml names; that file exists as long as no index has a release. Without that
+file it uses the index of uv or pip. Distributions that the index lacks come from the commit.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Options:
     Attributes:
         quick: Whether to leave out the lowest and newest dependencies.
         json: The file for the results, or None.
-        published: A commit or an index URL; empty for the commit of published.toml.
+        published: A commit or an index URL; empty for the commit that published.toml names.
     """
 
     quick: bool
@@ -59,7 +59,7 @@ class Options:
         parser = argparse.ArgumentParser(prog="nox -s skew --", description="Run published wheels against the tree's.")
         parser.add_argument("--quick", action="store_true", help="without the lowest and newest dependencies")
         parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
-        help_text = "the published side: a commit or an index URL (default: the commit of published.toml)"
+        help_text = "the published side: a commit or an index URL (default: the commit that published.toml names)"
         parser.add_argument("--published", default="", metavar="COMMIT|INDEX", help=help_text)
         given = parser.parse_args(arguments)
         return cls(quick=given.quick, json=given.json, published=given.published)
@@ -195,8 +195,8 @@ def _required_by(wheels: list[Path]) -> list[str]:
 def published_side(session: nox.Session, builder: Environment, wanted: str) -> Side:
     """Return the published side; the session fails if there is none.
 
-    `wanted` is a commit, an index URL, or empty for the commit of published.toml. The builder has the pinned hatchling
-    and orki-codegen.
+    `wanted` is a commit, an index URL, or empty for the commit that published.toml names. The builder has the pinned
+    hatchling and orki-codegen.
     """
     if wanted and "://" not in wanted:
         return _of_commit(session, builder, wanted)

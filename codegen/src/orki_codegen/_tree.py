@@ -49,7 +49,7 @@ class Difference:
         return (f"{name} {word}" for name, word in sorted(found))
 
     def summary(self) -> str:
-        """Return the numbers of files."""
+        """Return the numbers of new, changed and removed files as text, such as `2 new, 1 changed files`."""
         words = {"new": self.missing, "changed": self.changed, "removed": self.orphans}
         return ", ".join(f"{len(names)} {word}" for word, names in words.items() if names) + " files"
 

@@ -55,7 +55,7 @@ def read_accepted(root: Path) -> tuple[Accepted, ...]:
 
 
 def parse_accepted(text: str) -> tuple[Accepted, ...]:
-    """Parse the text of the file; raises as `read_accepted` does."""
+    """Parse the text of the file; raises the same errors as `read_accepted`."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -131,7 +131,7 @@ def from_commit(ref: str, members: Mapping[str, Member], folder: Path) -> Baseli
 
 
 def from_published(published: PublishedCommit | None, names: Iterable[str], folder: Path) -> Baseline | None:
-    """Return the baseline of some distributions at the commit of published.toml; None without such a file."""
+    """Return the baseline of some distributions at the commit that published.toml names; None without such a file."""
     if published is None:
         return None
     commit = resolved(published.commit)

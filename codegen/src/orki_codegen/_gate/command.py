@@ -44,9 +44,9 @@ applies.
 
 --against names the baseline:
   index        the last wheel of each distribution on the index, and older ones whose entries may remain in streams;
-               for distributions without a release, the commit of published.toml (default)
+               for distributions without a release, the commit that published.toml names (default)
   REF          a branch, tag or commit, for quick feedback during development
-  published    the commit of published.toml
+  published    the commit that published.toml names
 
 A break that affects nobody can be accepted in accepted-breaks.toml; it then needs a minor version:
 

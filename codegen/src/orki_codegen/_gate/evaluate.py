@@ -230,7 +230,7 @@ def _stale_code(tree: Tree) -> Iterator[Finding]:
 
 
 def _unique(findings: Iterable[Finding]) -> list[Finding]:
-    """Remove repetitions by older releases: of equal changes, the one since the newest release is kept."""
+    """Remove repeated changes: of equal findings, the one since the newest release is kept."""
     kept: dict[tuple[object, ...], Finding] = {}
     for each in findings:
         kept.setdefault((each.package, each.rule, each.subject, each.message, each.fails), each)

@@ -27,7 +27,7 @@ class Finding:
         bump: The bump that it needs.
         since: The label of the release before the change; empty for faults of the tree itself.
         needs: The lowest version that may contain it; None if no version can.
-        fails: Whether it makes the gate red.
+        fails: Whether it makes the gate fail.
         wire: Whether running processes would misunderstand or refuse each other.
         affected: The affected agents, groups or services.
     """

@@ -150,13 +150,13 @@ class Events:
         """Publish events in few calls and return their ids, in order, once the server has them all.
 
         Raises:
-            OrkiError: As `publish`; the first error. The other events may have been published.
+            OrkiError: The first error of any event; see `publish`. The other events may have been published.
         """
         parent = span or current_span()
         return await self._opened().publish_all(stream, [Outgoing(message, parent) for message in messages])
 
     async def publish_outgoing(self, stream: EventStream[E, Any], outgoing: Iterable[Outgoing]) -> list[bytes]:
-        """As `publish_many`, for events with a span, id and time of their own, such as those of an outbox."""
+        """Publish events that have their own span, id and time, such as those of an outbox; see `publish_many`."""
         return await self._opened().publish_all(stream, outgoing)
 
     def collect(
@@ -256,7 +256,10 @@ class Events:
         consumer: str | None = None,
         options: ConsumeOptions | None = None,
     ) -> Subscription[DeliveryBatch[E]]:
-        """As `deliveries`, in batches of at most `size`, each of one partition: `async with batch as events:`."""
+        """Return an iterator over batches of at most `size` events of one partition; see `deliveries`.
+
+        Settle each batch with `async with batch as events:`.
+        """
         decode = stream.message.FromString
         start = self._reader_factory(stream, group, consumer, options, size)
         return Subscription(start, lambda reader: take_batch(reader, decode, size))
@@ -270,7 +273,7 @@ class Events:
         consumer: str | None = None,
         options: ConsumeOptions | None = None,
     ) -> Subscription[DeliveryBatch[bytes]]:
-        """As `delivery_batches`, without the stream's generated code: the events are undecoded bytes."""
+        """Return an iterator over batches of undecoded events, without generated code; see `delivery_batches`."""
         start = self._reader_factory(stream, group, consumer, options, size)
         return Subscription(start, lambda reader: take_batch(reader, bytes, size))
 
@@ -286,7 +289,7 @@ class Events:
 
         Raises:
             InvalidArgument: `after` is not a cursor of this stream.
-            OrkiError: The server refuses. If it does not answer, `follow` retries; otherwise the error is raised.
+            OrkiError: The server refuses, or does not answer; with `follow`, the call waits for an answer.
         """
         self._opened()
         connection = self._connection(f"tail.{next(self._numbers)}")
@@ -320,7 +323,7 @@ class Events:
     async def raw_dead_letters(
         self, stream: Stream, *, group: str, count: int = 100, after: str = "0-0"
     ) -> list[DeadLetterEntry[bytes]]:
-        """As `dead_letters`, without the stream's generated code."""
+        """Return the dead letters as `dead_letters` does, without the stream's generated code."""
         connection = self._command_connection()
         return await list_dead_letters(connection, stream, stream.group(group), bytes, count, after)
 

@@ -114,7 +114,7 @@ class CommandExecutor:
         return table.Renewed(command, lost)
 
     async def _hand_back(self, command: table.HandBack) -> table.HandedBack:
-        """Give entries to no process, with an idle time that lets the next sweep of any consumer claim them."""
+        """Return entries to the group, idle for so long that the next sweep of any consumer claims them."""
         by_count: dict[int, list[bytes]] = {}
         for entry_id, made in command.deliveries.items():
             by_count.setdefault(made, []).append(entry_id)
@@ -178,7 +178,7 @@ class CommandExecutor:
         return [[entry_id, None] for entry_id, entry in zip(ids, found, strict=True) if entry == []]
 
     async def _deliveries(self, key: str, entries: list[Any]) -> dict[bytes, int]:
-        """Return the number of deliveries of entries that this consumer holds, by id."""
+        """Return how often each entry that this consumer holds was delivered, by entry id."""
         found: dict[bytes, int] = {}
         start, last = entries[0][0], entries[-1][0]
         while True:

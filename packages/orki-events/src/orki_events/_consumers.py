@@ -63,12 +63,12 @@ class _Settleable(ABC):
             self._succeed()
 
     def retry(self, error: Exception) -> None:
-        """Report a failure: delivered again, or dead-lettered at once for a HandlerRejected."""
+        """Report a failure. The event is delivered again, or dead-lettered at once for a HandlerRejected."""
         if self._close():
             self._fail(self._entries, error)
 
     def give_back(self) -> None:
-        """Return what was not begun, or was interrupted: delivered again, and this delivery does not count."""
+        """Return what was not begun or was interrupted. It is delivered again; this delivery does not count."""
         if self._close():
             self._reader.seen.discard(map(_event_id, self._entries))
             self._reader.give_back(self._key, list(self._entries))

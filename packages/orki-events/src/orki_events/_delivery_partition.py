@@ -21,7 +21,7 @@ class Partition:
     Attributes:
         key: Its Redis key.
         recovery: Id after which the consumer's own pending entries must be read again; None when that is done.
-        held: Time at which each held entry came, by id.
+        held: Time at which each held entry arrived, by id.
         deliveries: Deliveries of held entries that were delivered more than once, by id.
         foreign: Held entries that other consumers have claimed.
         settled: Entries whose acknowledgement is not confirmed yet.
@@ -104,7 +104,7 @@ class Partition:
         return None
 
     def due_for_renewal(self, now: float, interval: float, limit: float) -> list[bytes]:
-        """Return entries held for longer than half an interval and shorter than the limit that are still ours."""
+        """Return entries held for longer than half an interval and shorter than the limit, without claimed ones."""
         return [
             entry_id
             for entry_id, since in self.held.items()

@@ -57,12 +57,12 @@ class TailEntry(Generic[T]):
 
     @property
     def event_id(self) -> bytes:
-        """Identity of the event (16 bytes). Raises as `envelope`."""
+        """Identity of the event (16 bytes). Raises the same errors as `envelope`."""
         return layout.event_id_of(layout.split_entry(self._fields)[0])
 
     @property
     def span(self) -> Span | None:
-        """Span in which the event happened; None outside a trace. Raises as `envelope`."""
+        """Span in which the event happened; None outside a trace. Raises the same errors as `envelope`."""
         return layout.envelope_span(self.envelope)
 
     @property

@@ -139,7 +139,7 @@ class Connection:
         return [self.address.error(_error_text(each)) if isinstance(each, Exception) else each for each in replies[-1]]
 
     async def run_script(self, script: Script, keys: Sequence[bytes], *arguments: bytes | str | int) -> Reply:
-        """Run a script, loading it if the server does not have it. Raises as `execute`."""
+        """Run a script, loading it if the server does not have it. Raises the same errors as `execute`."""
         command = (b"EVALSHA", script.digest, len(keys), *keys, *arguments)
         try:
             return await self.execute(command)

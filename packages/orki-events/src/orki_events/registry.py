@@ -251,7 +251,7 @@ class StreamVersion:
     """A stream in one version of its package.
 
     Attributes:
-        contract: The stream with its owner's groups; as registered, also with those that readers declared.
+        contract: The stream with its owner's groups. In a registered version, also the groups that readers declared.
         package: Proto package of its message.
         digest: Digest of the image; empty without one.
         image: The package's `contract.binpb`; None if missing: then entries can be counted but not decoded.

@@ -38,8 +38,8 @@ _MAX_CLASSES: Final = 256
 class ContractRegistry:
     """Registered services, cached from the store.
 
-    An agent without heartbeat for `silence_timeout` counts as disconnected. `flush` writes the snapshots of agents that
-    left; it is called before a contract is refused.
+    An agent without heartbeat for `silence_timeout` counts as disconnected. `flush` stores which agents have
+    disconnected. It is called before a contract is refused, because the contracts of these agents are not live.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class PayloadCheck:
         await self._check("request", method, method.request, payload)
 
     async def directive(self, method: TaskMethod, payload: bytes) -> None:
-        """Check a directive. Raises as `request`."""
+        """Check a directive. Raises the same errors as `request`."""
         await self._check("payload", method, method.directive, payload)
 
     async def _check(self, field: str, method: TaskMethod, name: str, payload: bytes) -> None:

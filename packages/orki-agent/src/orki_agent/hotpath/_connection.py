@@ -269,7 +269,7 @@ class Connection:
             self._bridge.wake_monitor()
 
     def _take_other(self, frame: frames.Frame) -> bool:
-        """Handle a frame that may not be a call to run; return False if it is one after all.
+        """Handle a frame other than a call that can run; return False if it is such a call.
 
         Raises:
             RemoteProtocolError, PeerRefused, FrameVersion, FrameMalformed, InvalidArgument: The connection must end.

@@ -63,7 +63,7 @@ class Finding:
 
 @dataclass(frozen=True, order=True, slots=True)
 class Use:
-    """A declaration that uses messages; its name is such as `stream "findings"`."""
+    """A declaration that uses messages; `name` describes it, such as `stream "findings"`."""
 
     name: str
     package: str
@@ -252,7 +252,7 @@ class Comparison:
         self.found.append(finding)
 
     def report_users(self, rule: str, subject: str, package: str, text: str, places: Places, name: str) -> None:
-        """Add a finding on a message or an enum, which affects all that use it. `name` is its full name."""
+        """Add a finding about the message or enum `name`; it affects every declaration that uses it."""
         self.report(rule, subject, package, text, places, self.plane(name), self.users(name, package))
 
     def users(self, name: str, package: str) -> set[str]:
@@ -268,7 +268,7 @@ class Comparison:
 
 
 def was(value: Any, other: Any, shown: Callable[[Any], str] = str) -> str:
-    """`5 → 3`."""
+    """Return both values as text, such as `5 → 3`."""
     return f"{shown(value)} → {shown(other)}"
 
 
