@@ -112,7 +112,6 @@ class Options:
     """The options of `publish`.
 
     Attributes:
-        address: The index.
         only: The normalized names of the distributions to upload; empty for all.
         version: The version in the tag, which the distribution in `only` must have; None without a tag.
         dry_run: Whether to stop before the upload.

@@ -47,9 +47,7 @@ Code = Raw | Call | Sequence
 def expression(value: Any, vocabulary: str) -> Code:
     """Return the source of a model value, without fields that have their defaults.
 
-    Args:
-        value: A dataclass of `orki_contract.model`, or a field of one.
-        vocabulary: Alias of `orki_contract`.
+    `vocabulary` is the alias of `orki_contract`.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         named = tuple(

@@ -31,12 +31,7 @@ _ALWAYS: Final = (".proto", ".binpb", ".toml", ".yaml", ".lock")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedCommit:
-    """The commit of published.toml, the baseline before the first release.
-
-    Attributes:
-        commit: Its full id.
-        reason: The reason for this commit.
-    """
+    """The commit of published.toml, by its full id: the baseline before the first release."""
 
     commit: str
     reason: str

@@ -33,14 +33,7 @@ _STREAM: Final = "stream "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tree:
-    """The current tree.
-
-    Attributes:
-        root: Its folder.
-        members: Its distributions by name.
-        contract: The contract of its protos.
-        stale: The path of each generated image that differs from the protos, by proto package.
-    """
+    """The current tree; `stale` is the path of each image that differs from the protos, by proto package."""
 
     root: Path
     members: Mapping[str, Member]
@@ -96,12 +89,7 @@ def read_tree(root: Path, members: Mapping[str, Member], buf: Buf) -> Tree:
 
 
 def contract_findings(baseline: Baseline, tree: Tree, buf: Buf | None) -> list[Finding]:
-    """Return every contract change of a distribution in the tree.
-
-    Args:
-        baseline: The baseline.
-        tree: The current tree.
-        buf: For buf's own rules; None omits them.
+    """Return every contract change of a distribution in the tree; buf's own rules are left out if `buf` is None.
 
     Raises:
         InvalidContract: buf cannot compare the two.

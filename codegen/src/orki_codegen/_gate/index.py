@@ -45,13 +45,7 @@ class IndexSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """One wheel of an index.
-
-    Attributes:
-        version: Its version.
-        file: Its entry in the index.
-        uploaded: The time of its upload; None if the index does not report it.
-    """
+    """One wheel of an index; `uploaded` is None if the index does not report the time."""
 
     version: Version
     file: DistributionPackage

@@ -11,7 +11,6 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from email.message import Message
 from email.parser import HeaderParser
 from pathlib import Path
 from typing import Final
@@ -52,7 +51,8 @@ def release_of(wheel: Path, folder: Path, name: str, version: Version, origin: s
         raise InvalidContract(f"the wheel {wheel.name} of {origin} cannot be read: {error}") from error
     except InvalidContract as error:
         raise InvalidContract(f"the wheel {wheel.name} of {origin} cannot be read: {error.message}") from error
-    heads = list(_heads(folder))
+    files = sorted(folder.glob("*.dist-info/METADATA"))
+    heads = [HeaderParser().parsestr(file.read_text(encoding="utf-8", errors="replace")) for file in files]
     try:
         python = [SpecifierSet(str(each)) for head in heads for each in head.get_all("Requires-Python", [])]
     except InvalidSpecifier as error:
@@ -68,11 +68,6 @@ def release_of(wheel: Path, folder: Path, name: str, version: Version, origin: s
         extras=frozenset(canonicalize_name(each) for head in heads for each in head.get_all("Provides-Extra", [])),
         python=python[0] if python else SpecifierSet(),
     )
-
-
-def _heads(unpacked: Path) -> Iterator[Message]:
-    for file in sorted(unpacked.glob("*.dist-info/METADATA")):
-        yield HeaderParser().parsestr(file.read_text(encoding="utf-8", errors="replace"))
 
 
 def _commands(unpacked: Path) -> frozenset[str]:

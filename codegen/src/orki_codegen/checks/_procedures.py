@@ -142,12 +142,9 @@ _INVALID_ARGUMENT: Final = 3
 
 
 def respond(procedure: str, sent: bytes, *, as_json: bool) -> bytes:
-    """Return the response to a request, or the error.
+    """Return the response of a procedure, given by its path, to a request, or the error.
 
-    Args:
-        procedure: The path of the procedure.
-        sent: The request; empty bytes are an empty request.
-        as_json: Whether request and response are JSON.
+    Empty bytes are an empty request.
 
     Raises:
         KeyError: The procedure is unknown.

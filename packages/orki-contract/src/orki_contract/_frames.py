@@ -73,10 +73,7 @@ _F = TypeVar("_F", bound="FrameBase")
 def frame(message: str, *, version: int, block_length: int) -> Callable[[type[_F]], type[_F]]:
     """Turn a class with `at` and `tail` fields into a frozen dataclass with slots, a layout and a codec.
 
-    Args:
-        message: Full name of the message.
-        version: Version of the layout.
-        block_length: Length of the block in bytes.
+    `message` is the full name of the frame's message, and `block_length` is in bytes.
     """
 
     def complete(cls: type[_F]) -> type[_F]:

@@ -108,10 +108,6 @@ class Task(Generic[Q, R, P, D]):
     Attributes:
         contract: Names and timeouts.
         attribute: Name of the handler's method and of the client's attribute.
-        request: Class of the request.
-        response: Class of the response.
-        progress: Class of the progress, or None.
-        directive: Class of the directives, or None.
     """
 
     contract: TaskMethod
@@ -161,15 +157,9 @@ class Task(Generic[Q, R, P, D]):
         directive: type[Any] = NoneType,
         **settings: Unpack[TaskSettings],
     ) -> Task[Any, Any, Any, Any]:
-        """Create a task method; generated code calls this.
+        """Create the task method `package.Service/Method`; generated code calls this.
 
-        Args:
-            method: `package.Service/Method`.
-            request: Class of the request.
-            response: Class of the response.
-            progress: Class of the progress, if any.
-            directive: Class of the directives, if any.
-            settings: Settings that differ from the defaults of `TaskMethod`.
+        `settings` are those that differ from the defaults of `TaskMethod`.
         """
         service, _, name = method.partition("/")
         contract = TaskMethod(
@@ -191,8 +181,6 @@ class Tool(Generic[TQ, TR]):
     Attributes:
         contract: Opcode and timeout.
         attribute: Name of the handler's method and of the client's.
-        request: Class of the request.
-        response: Class of the response.
     """
 
     contract: ToolMethod
@@ -204,14 +192,9 @@ class Tool(Generic[TQ, TR]):
     def declare(
         method: str, *, opcode: int, request: type[TQ], response: type[TR], **settings: Unpack[ToolSettings]
     ) -> Tool[TQ, TR]:
-        """Create a tool method; generated code calls this.
+        """Create the tool method `package.Service/Method`; generated code calls this.
 
-        Args:
-            method: `package.Service/Method`.
-            opcode: Number of the call.
-            request: Class of the request, a message or a frame.
-            response: Class of the response, a message or a frame.
-            settings: Settings that differ from the defaults of `ToolMethod`.
+        Request and response are messages or frames. `settings` are those that differ from the defaults of `ToolMethod`.
         """
         service, _, name = method.partition("/")
         contract = ToolMethod(

@@ -13,6 +13,7 @@ __all__ = [
     "image_of",
     "images_in",
     "message_class",
+    "owned_packages",
     "package_images",
     "package_version",
     "service_digest",
@@ -24,7 +25,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib import metadata, resources
@@ -246,6 +247,21 @@ class Image:
     place: str
     content: bytes
     shipped: bool
+
+
+def owned_packages(image: Image, files: Collection[FileDescriptorProto]) -> set[str]:
+    """Return the packages that a shipped image owns: by its folder, or else those that no other package imports."""
+    home = image.place.replace("!", "/").rpartition("/")[0]
+    package_of = {file.name: file.package for file in files}
+    packages = set(package_of.values())
+    placed = {each for each in packages if each and f"/{home}".endswith("/" + each.replace(".", "/"))}
+    imported = {
+        package_of[path]
+        for file in files
+        for path in file.dependency
+        if package_of.get(path, file.package) != file.package
+    }
+    return placed or packages & {image.place} or packages - imported
 
 
 def images_in(source: str) -> list[Image]:

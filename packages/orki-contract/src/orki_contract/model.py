@@ -177,7 +177,6 @@ class ExternalGroup:
         package: Proto package that declares the group.
         stream: Name of the stream.
         message: Full name of the stream's message.
-        group: The group.
     """
 
     package: str
@@ -210,15 +209,10 @@ class TaskMethod:
     Attributes:
         service: Full name of the service.
         name: Name of the method in the proto.
-        request: Request message.
-        response: Response message.
-        progress: Progress message.
-        directive: Directive message.
         heartbeat_timeout: Lease of an attempt.
         attempt_timeout: Maximum time of one attempt.
         stall_timeout: Maximum time without progress; 0 for no limit.
         total_timeout: Maximum time over all attempts; 0 for no limit.
-        max_attempts: Maximum number of attempts.
         backoff: Delay between attempts.
         cancel_grace: Time for a cancelled handler to end by itself.
     """

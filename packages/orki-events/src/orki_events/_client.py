@@ -80,7 +80,6 @@ class Events:
 
     Attributes:
         producer: Name under which this process publishes.
-        options: The settings.
     """
 
     def __init__(self, address: Address, producer: str, options: EventOptions) -> None:

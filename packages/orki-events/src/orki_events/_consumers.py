@@ -332,12 +332,10 @@ class Consumer(Generic[P]):
     """A handler with its stream and group, made by `@consumer`. Call it like the function that it decorates.
 
     Attributes:
-        stream: The stream.
         group: One of the groups that the stream declares.
         handler: Called with the event, or a list of events, and the delivery.
         concurrency: Number of concurrent calls.
         batch: Maximum number of events in one call; 0 for calls with single events.
-        options: Further settings.
 
     Raises:
         UnknownGroup: The stream declares no such group.

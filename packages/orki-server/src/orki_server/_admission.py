@@ -44,7 +44,6 @@ class ServiceContract:
     Attributes:
         service: Full name of the service.
         digest: Digest of the contract: `sha256:` and 64 hex digits.
-        image: The contract.
         version: Version of its package; empty if unknown.
     """
 
@@ -110,7 +109,6 @@ class ContractSet:
 
     Attributes:
         contracts: The contracts, by digest.
-        leading: The leading contract.
         methods: Tasks by full name, with the values that apply.
     """
 
@@ -204,10 +202,6 @@ class Liveness:
         return "it was applied ahead" if self.ahead else "it is not live"
 
 
-async def _nothing() -> None:
-    pass
-
-
 class Admission:
     """Checks contracts of services, and changes the registered ones. All methods raise StoreUnavailable."""
 
@@ -216,7 +210,7 @@ class Admission:
         contracts: Contracts,
         fleet: Fleet,
         silent_since: Callable[[], float],
-        flush: Callable[[], Awaitable[None]] = _nothing,
+        flush: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """Create the admission.
 
@@ -274,7 +268,8 @@ class Admission:
             conflict = await run_in_thread(partial(_conflict, contract, known, live))
             if conflict is not None and not flushed:
                 flushed = True
-                await self._flush()
+                if self._flush is not None:
+                    await self._flush()
                 continue
             if conflict is not None:
                 raise _refusal(contract, *conflict, subject, live)
@@ -301,9 +296,7 @@ class Admission:
     async def clean(self, service: str, min_age: float) -> bool:
         """Remove contracts that are not live if another one of the service is. Returns whether any was removed.
 
-        Args:
-            service: Full name of the service.
-            min_age: Contracts that were registered less than this time ago stay.
+        Contracts that were registered less than `min_age` seconds ago stay.
         """
         seen = await self._registered(service)
         if len(seen) < 2:

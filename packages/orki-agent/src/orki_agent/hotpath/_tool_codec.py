@@ -24,7 +24,6 @@ class PayloadCodec:
     A generated frame becomes block and tail; a protobuf message becomes the tail.
 
     Attributes:
-        kind: The class.
         block_length: Length of its block in bytes; 0 for a message.
         version: Version of its layout; 0 for a message.
         encode: Returns block and tail of a payload.

@@ -159,7 +159,9 @@ class FrameDecoder:
         self.filled = filled = self.filled + received
         have = filled - start
         if have < HEADER_BYTES:
-            self._wait_for_header(have)
+            if have:
+                self._check(have)
+                self._wait_for(HEADER_BYTES)
             return None
         prefix, opcode, block_length, total, version, correlation, timeout_us, trace = _unpack_from(self._buffer, start)
         if prefix & 0xFFFFFF != CALL_PREFIX or not HEADER_BYTES + block_length <= total <= self.max_frame_bytes:
@@ -203,11 +205,6 @@ class FrameDecoder:
         """
         if self._failure is None and self.filled:
             self._fail(FrameMalformed(f"the stream ended {self.filled - self._start} bytes into a frame"))
-
-    def _wait_for_header(self, have: int) -> None:
-        if have:
-            self._check(have)
-            self._wait_for(HEADER_BYTES)
 
     def _wait_for(self, total: int) -> None:
         """Make room for a frame of `total` bytes, the first of which are in the buffer.

@@ -36,7 +36,6 @@ class Rule:
     Attributes:
         id: Id of the rule, such as `ORKI_STREAM_REMOVED`.
         purpose: A sentence that states the requirement or describes the change.
-        category: Category of the rule.
         bump: The version bump that the change requires.
         wire: Whether processes of the two versions are incompatible; False if at most source code must change.
     """
