@@ -45,7 +45,7 @@ class _Faults(Contract):
 class Declared(_Faults):
     """Each distribution imports only itself, the standard library and its declared dependencies.
 
-    All distributions of the workspace are installed here, so an undeclared import fails only at a user's.
+    All distributions of the workspace are installed here, so an undeclared import would fail only for users.
     """
 
     type_name = "declared"

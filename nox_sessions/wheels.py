@@ -52,7 +52,7 @@ def _digest(path: Path) -> str:
 
 
 def _faults(wheel: Path, owners: dict[str, str]) -> list[str]:
-    """Return what a wheel lacks, and which of its files another wheel also contains.
+    """Return the faults of a wheel: files that it lacks, and files that another wheel also contains.
 
     `owners` maps each file seen so far to its wheel; this wheel's files are added.
     """

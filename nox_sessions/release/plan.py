@@ -66,7 +66,7 @@ def read_releases(folder: Path) -> tuple[Release, ...]:
     """Read a folder of wheels and sdists; return the releases by name, dependencies first.
 
     Raises:
-        BuiltError: A wheel or sdist is missing, there are two versions of one, or dependencies form a circle.
+        BuiltError: A wheel or sdist is missing, a distribution has two versions, or dependencies form a circle.
     """
     wheels = {parse_wheel_filename(path.name)[:2]: path for path in sorted(folder.glob("*.whl"))}
     sdists = {parse_sdist_filename(path.name): path for path in sorted(folder.glob("*.tar.gz"))}
@@ -140,7 +140,7 @@ class Step:
 
 
 def plan(releases: Iterable[Release], index: Mapping[str, Mapping[str, str]]) -> tuple[Step, ...]:
-    """Compare each built file with the index, given as SHA-256 by file name by project."""
+    """Compare each built file with the index, which maps projects to file names to SHA-256 digests."""
     steps = []
     for release in releases:
         for file in release.files:
@@ -151,9 +151,9 @@ def plan(releases: Iterable[Release], index: Mapping[str, Mapping[str, str]]) ->
 
 
 def but_for_copies(steps: Sequence[Step], same: Callable[[Step], bool]) -> tuple[Step, ...]:
-    """Mark completely published releases that differ only in copies of other owners' contracts.
+    """Set the state COPIES for files of completely published releases that differ only in copies of others' contracts.
 
-    `same` returns whether a file with different bytes differs only in such copies.
+    `same` returns whether a file with different bytes differs only in those copies.
     """
     found = list(steps)
     for name in sorted({step.release.name for step in steps if step.state is State.OTHER}):

@@ -342,7 +342,7 @@ def _post(address: Address, step: Step) -> None:
 
 
 def _anonymous(address: Address) -> dict[str, str]:
-    """Return a name for an index on this machine without credentials, because uv requires one."""
+    """Return variables with a name and password for a local index without credentials, because uv requires them."""
     local = urlsplit(address.upload).hostname in {"127.0.0.1", "::1", "localhost"}
     if not local or any(os.environ.get(f"UV_PUBLISH_{name}") for name in ("TOKEN", "USERNAME", "PASSWORD")):
         return {}
@@ -350,7 +350,7 @@ def _anonymous(address: Address) -> dict[str, str]:
 
 
 def _wait_until_listed(index: Index, steps: Sequence[Step], timeout: float) -> None:
-    """Wait until the index lists the uploaded files; otherwise the upload URL belongs to another index."""
+    """Wait until the index lists the uploaded files; raise FailedError if it does not within `timeout` seconds."""
     waiting = list(steps)
     end = time.monotonic() + timeout
     while True:

@@ -165,8 +165,8 @@ class _Builder:
     def _exports(self) -> dict[str, str]:
         """Return the names of the re-exported messages and enums, by full name.
 
-        The module re-exports those of its file and the payloads of its methods. A name that clashes with another name
-        of the module is not re-exported; the code then uses its `_pb2` module.
+        The module re-exports the messages and enums of its file and the payloads of its methods. A name that clashes
+        with another name of the module is not re-exported; the code then uses its `_pb2` module.
         """
         path = self.file.path
         own = [node.full_name for node in self.schema.messages_of.get(path, ())]
@@ -362,7 +362,7 @@ def _dotted(file: str, suffix: str) -> str:
 
 
 def _reexports(module: str, names: list[str]) -> list[str]:
-    """Return few import lines in which each name is its own alias, which type checkers treat as re-exports."""
+    """Return import lines in which each name is its own alias, which type checkers treat as re-exports."""
     lines: list[str] = []
     for name in names:
         pair = f"{name} as {name}"

@@ -1,7 +1,7 @@
 """A contract as flat subjects, to describe the differences between two contracts.
 
 Every declaration is a subject such as `stream "findings"` or `field acme.v1.Finding.path`, with the attributes that a
-reader cares about. Two outlines differ by subjects and by attributes; nothing else need be known of them.
+reader cares about. A comparison of two outlines needs only subjects and attributes.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def read_accepted(root: Path) -> tuple[Accepted, ...]:
     """Read the file of a workspace; return nothing if it does not exist.
 
     Raises:
-        InvalidSetting: The file is wrong.
+        InvalidSetting: The file is invalid.
     """
     path = root / FILE
     return parse_accepted(path.read_text(encoding="utf-8")) if path.is_file() else ()

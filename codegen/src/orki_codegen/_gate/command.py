@@ -140,6 +140,6 @@ def _baselines(root: Path, given: argparse.Namespace, members: Mapping[str, Memb
 
 
 def _accepted_before(ref: str) -> frozenset[tuple[str, str, str]]:
-    """Return the keys of the breaks that were accepted at a ref: they may describe a break before it."""
+    """Return the keys of the breaks that were accepted at a ref; they may concern breaks from before the ref."""
     text = text_at(resolved(ref), ACCEPTED)
     return frozenset(each.key for each in parse_accepted(text)) if text is not None else frozenset()

@@ -107,7 +107,7 @@ class Baseline:
         releases: The releases by name.
         contract: The contract of all of them.
         streams_only: Whether to evaluate only entries that may remain in streams, because newer releases exist.
-        unpublished: Whether nothing of it was published, so that one version may have different contents.
+        unpublished: Whether no release of it was published, so that one version may have different contents.
     """
 
     releases: Mapping[str, Release]

@@ -45,7 +45,7 @@ def is_sufficient(version: Version, base: Version, bump: Bump) -> bool:
 
 
 def heaviest(bumps: Iterable[Bump]) -> Bump:
-    """Return the heaviest bump; `PATCH` for none."""
+    """Return the heaviest bump; `PATCH` if there are none."""
     return max(bumps, key=_WEIGHT.__getitem__, default=Bump.PATCH)
 
 
@@ -110,7 +110,7 @@ class _Evaluator:
         if member is None:
             self.findings += [replace(each, fails=each.bump is Bump.MAJOR) for each in self._accept(found)]
             return
-        # The modules whose names are public: those listed now or then, and those that siblings import.
+        # The modules whose names are public: those that the tree or the release lists, and those that siblings import.
         public = None if member.api is None else member.api | release.api | self._imported
         api = api_findings(self._tree.root, member, release, public)
         changes = self._accept([*found, *metadata_findings(member, release), *api])

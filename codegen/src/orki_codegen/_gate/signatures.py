@@ -173,7 +173,7 @@ def _subscript(node: ast.Subscript) -> Iterator[str]:
         yield from _alternatives(inner[0])
         yield "None"
     elif outer == "Literal":
-        # Its strings are values and keep their quotes.
+        # The strings of a Literal are values and keep their quotes.
         yield from (f"Literal[{ast.unparse(each)}]" for each in inner)
     elif outer == "Annotated":
         yield f"Annotated[{_text(inner[0])}, {', '.join(ast.unparse(each) for each in inner[1:])}]"

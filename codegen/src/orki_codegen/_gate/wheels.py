@@ -87,7 +87,7 @@ def _commands(unpacked: Path) -> frozenset[str]:
 def metadata_findings(member: Member, release: Release) -> Iterator[Finding]:
     """Yield a finding for each removed or added command or extra, and for a dropped Python version.
 
-    A dropped Python version is a break: its users get no later release, also of the ranges that they were told to use.
+    A dropped Python version is a break: its users get no later release, not even within the ranges that they require.
     """
 
     def finding(rule: str, subject: str, location: Location, message: str, bump: Bump) -> Finding:
@@ -144,7 +144,7 @@ def content_findings(root: Path, member: Member, release: Release) -> Iterator[F
 
 
 def digest(name: str, content: bytes) -> str:
-    """Return the digest of a file; of an image, only of the files of its own package, because others own the rest."""
+    """Return the digest of a file; for an image, that of its own package's files, because others own the rest."""
     folder, _, base = name.rpartition("/")
     if base == IMAGE_NAME:
         content = _own_files(f"{folder}/", content)
@@ -189,7 +189,7 @@ def build_wheel(root: Path, folder: str, out: Path) -> Path:
     """Build the wheel of a distribution of the tree.
 
     Raises:
-        InvalidSetting: It cannot be built.
+        InvalidSetting: The wheel cannot be built.
     """
     table = read_project(root, folder).table
     backend = table.get("build-system", {}).get("build-backend", "setuptools.build_meta")

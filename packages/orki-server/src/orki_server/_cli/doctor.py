@@ -27,7 +27,7 @@ _LAG_WARN: Final = 10_000
 
 
 class Health(StrEnum):
-    """Result of a check: `ok`; `warn`, degraded or risky; `bad`, broken."""
+    """Result of a check: `ok`, `warn` (degraded or at risk) or `bad` (broken)."""
 
     OK = "ok"
     WARN = "warn"
@@ -276,7 +276,7 @@ async def _unreachable(link: Connection, redis_url: str, error: OrkiError, timeo
 
 
 async def _accepts(redis_url: str, timeout: float) -> bool:
-    """Return whether the server accepts connections, so that it is hung and not down."""
+    """Return whether the server accepts connections: one that does so but does not reply is hung, not down."""
     parts = urlsplit(redis_url)
 
     def connect() -> bool:

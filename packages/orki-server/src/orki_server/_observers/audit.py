@@ -9,8 +9,8 @@ line appear once although the process may be killed at any time:
 
 - `append` writes a batch of lines and, with `Fsync.BATCH`, syncs it before it returns. Only then may its events be
   acknowledged. An unacknowledged event is delivered again.
-- `open` reads the ids at the end of the file, and `append` skips events whose ids it knows. It recognizes an event as
-  long as fewer than `remember` others were written since.
+- `open` reads the ids at the end of the file, and `append` skips events whose ids are known. The log recognizes an
+  event as long as fewer than `remember` others were written since.
 - A last line without a newline was cut off by a crash. Its event was never acknowledged, so `open` removes the line.
 - A lock on the file excludes a second writer.
 """

@@ -69,7 +69,7 @@ class DecodedEntry:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The fields of the message; if it cannot be decoded, the problem."""
+        """The fields of the message, or the problem if the message cannot be decoded."""
         return {"problem": self.problem} if self.body is None else self.body
 
     def to_json(self) -> dict[str, Any]:
