@@ -30,7 +30,7 @@ EXPORTS = {
         "Bump CATEGORIES Category Finding Fit Plane RULES Rule findings required_bump service_fit stream_fit"
     ),
     "orki_contract.images": (
-        "IMAGE_NAME Image image_of images_in message_class owned_packages package_images package_version "
+        "IMAGE_NAME Image image_of images_in message_class package_images package_version "
         "service_digest source_folder stream_digest"
     ),
     "orki_contract.model": (
@@ -38,7 +38,7 @@ EXPORTS = {
         "Scalar SensitiveField Start Stream TaskMethod ToolMethod dump duration_text milliseconds to_json"
     ),
     "orki_contract.naming": "class_name constant_name frame_class module_path reference snake_name unused",
-    "orki_contract.printing": "annotation print_line",
+    "orki_contract.printing": "print_line",
     "orki_contract.read": "FileContract ReadContract merged read_image read_schema resolve seconds_of",
     "orki_contract.trace": "Span current_span new_span parse_traceparent use_span",
     "orki_contract.transitions": "Transitions",

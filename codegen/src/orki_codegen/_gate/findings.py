@@ -11,7 +11,6 @@ from packaging.version import Version
 from orki_codegen._gate.distributions import Member
 from orki_contract.descriptors import Location
 from orki_contract.findings import Bump
-from orki_contract.printing import annotation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,12 +120,23 @@ def as_github(evaluation: Evaluation) -> Iterator[str]:
     """Yield GitHub workflow commands: an error for each failing finding, a warning or notice for the others."""
     for each in evaluation.findings:
         needs = f" → {each.package} {each.needs}" if each.needs is not None else ""
+        position = [f"file={_property(each.location.file)}"] if each.location.file else []
+        if position and each.location.line:
+            position += [f"line={each.location.line}", f"col={each.location.column}"]
+        properties = ",".join([*position, f"title={_property(each.rule)}"])
         kind = "error" if each.fails else "warning" if each.bump is Bump.MAJOR else "notice"
-        place = each.location
-        yield annotation(kind, each.rule, f"{each.sentence}{needs}", place.file, place.line, place.column)
+        yield f"::{kind} {properties}::{_escaped(f'{each.sentence}{needs}')}"
 
 
 def _line(finding: Finding, width: int) -> str:
     needs = f"  → {finding.package} {finding.needs}" if finding.needs is not None else ""
     mark = "✗" if finding.fails else " "
     return f"{mark} {finding.location}  {finding.rule:{width}}  {finding.sentence}{needs}"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    return _escaped(text).replace(":", "%3A").replace(",", "%2C")

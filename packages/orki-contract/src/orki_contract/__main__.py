@@ -28,7 +28,7 @@ from orki_contract.model import (
     dump,
     duration_text,
 )
-from orki_contract.printing import annotation, print_line
+from orki_contract.printing import print_line
 from orki_contract.read import ReadContract, merged, read_image
 from orki_contract.validate import validate
 from orki_contract.versions import ContractVersion, version_at
@@ -252,8 +252,11 @@ def _as_github(found: Sequence[Finding], old: ContractVersion, new: ContractVers
         if finding.affected:
             text += f"\naffects {', '.join(finding.affected)}"
         # GitHub cannot annotate removed files and old versions.
-        place = Location("") if finding.gone else finding.location
-        lines.append(annotation(kind, finding.rule, text, place.file, place.line, place.column))
+        position = [] if finding.gone else [f"file={_property(finding.location.file)}"]
+        if position and finding.location.line:
+            position += [f"line={finding.location.line}", f"col={finding.location.column}"]
+        properties = ",".join([*position, f"title={_property(finding.rule)}"])
+        lines.append(f"::{kind} {properties}::{_escaped(text)}")
     lines += _summary(found, old, new)
     return "\n".join(lines)
 
@@ -309,6 +312,14 @@ def _placed(finding: Finding, old: ContractVersion, new: ContractVersion) -> Fin
 
 def _reached(location: Location, paths: Mapping[str, str]) -> Location:
     return replace(location, file=paths.get(location.file, location.file))
+
+
+def _escaped(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    return _escaped(text).replace(":", "%3A").replace(",", "%2C")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ __all__ = [
     "image_of",
     "images_in",
     "message_class",
-    "owned_packages",
     "package_images",
     "package_version",
     "service_digest",

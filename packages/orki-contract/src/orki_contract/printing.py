@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["annotation", "print_line"]
+__all__ = ["print_line"]
 
 import os
 import sys
@@ -20,22 +20,3 @@ def print_line(text: str) -> None:
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, sys.stdout.fileno())
         os.close(devnull)
-
-
-def annotation(kind: str, title: str, text: str, file: str, line: int, column: int) -> str:
-    """Return a GitHub workflow command: an `error`, a `warning` or a `notice`, at a line of a file.
-
-    Line 0 is the whole file, and an empty file the whole run.
-    """
-    position = [f"file={_property(file)}"] if file else []
-    if position and line:
-        position += [f"line={line}", f"col={column}"]
-    return f"::{kind} {','.join([*position, f'title={_property(title)}'])}::{_escaped(text)}"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-
-
-def _property(text: str) -> str:
-    return _escaped(text).replace(":", "%3A").replace(",", "%2C")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from orki_contract.errors import ContractMismatch, InvalidContract
-from orki_contract.images import Image, images_in, owned_packages, package_images, package_version, service_digest
+from orki_contract.images import Image, images_in, package_images, package_version, service_digest
 from orki_contract.model import ExternalGroup, Stream
 from orki_contract.read import ReadContract, read_image
 from orki_contract.validate import validate
@@ -175,11 +175,19 @@ def _packages(image: Image) -> Iterator[tuple[str, bytes]]:
         schema = read_image(image.content).schema
     except InvalidContract as error:
         raise InvalidContract(f"{image.place}: {error.message}") from error
-    files = schema.files.values()
+    packages = {file.package for file in schema.files.values()}
     if not image.shipped:
-        yield from sorted(package_images(image.content, {file.package for file in files}).items())
+        yield from sorted(package_images(image.content, packages).items())
         return
-    for package in sorted(owned_packages(image, files)):
+    home = image.place.replace("!", "/").rpartition("/")[0]
+    placed = {each for each in packages if each and f"/{home}".endswith("/" + each.replace(".", "/"))}
+    imported = {
+        schema.files[path].package
+        for file in schema.files.values()
+        for path in file.dependency
+        if schema.files[path].package != file.package
+    }
+    for package in sorted(placed or packages & {image.place} or packages - imported):
         yield package, image.content
 
 
