@@ -32,7 +32,7 @@ from nox_sessions.workspace import Distribution, distributions
 DRIVER = Path("tests/skew/matrix.py")
 CACHE = Path(".nox/skew")
 CONTRACT = Path("tests/skew/contract")
-# Without the examples, which nothing here runs.
+# The examples are left out, because nothing here runs them.
 FOLDERS = ("packages/*", "codegen")
 RUNTIME = ("orki-agent", "orki-contract", "orki-control", "orki-events", "orki-server")
 TOOLCHAIN = ("orki-codegen", "orki-contract")
@@ -57,7 +57,7 @@ class Options:
     def parse(cls, arguments: Sequence[str]) -> Options:
         """Parse a command line; wrong usage exits with status 2."""
         parser = argparse.ArgumentParser(prog="nox -s skew --", description="Run published wheels against the tree's.")
-        parser.add_argument("--quick", action="store_true", help="without the lowest and newest dependencies")
+        parser.add_argument("--quick", action="store_true", help="skip the lowest and newest dependencies")
         parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
         help_text = "the published side: a commit or an index URL (default: the commit that published.toml names)"
         parser.add_argument("--published", default="", metavar="COMMIT|INDEX", help=help_text)
@@ -123,7 +123,7 @@ def _contract(name: str) -> Contract:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Side:
-    """The wheels of orki's distributions from one source, whose name is such as `commit 0123456789ab`."""
+    """The wheels of orki's distributions from one source; `name` describes it, such as `commit 0123456789ab`."""
 
     name: str
     wheels: tuple[Path, ...]
@@ -283,7 +283,7 @@ def tree_wheels(session: nox.Session, builder: Environment) -> list[Path]:
 
 
 def commit_wheels(session: nox.Session, builder: Environment, commit: str) -> list[Path]:
-    """Return the wheels of a commit; this tree's sessions build them once.
+    """Return the wheels of a commit, which this tree's sessions build once.
 
     The session fails if git does not know the commit.
     """
@@ -345,7 +345,7 @@ def _write_workspace(session: nox.Session, generator: Environment, folder: Path,
 def _build(
     session: nox.Session, builder: Environment, root: Path, members: tuple[Distribution, ...], folder: Path, digest: str
 ) -> None:
-    """Build wheels into a folder unless it holds those of the same digest."""
+    """Build wheels into a folder, unless the folder already holds wheels of the same digest."""
     stamp = folder / "made-from"
     if stamp.is_file() and stamp.read_text(encoding="ascii") == digest:
         return
@@ -362,7 +362,7 @@ def resolve(root: Path, commit: str) -> str:
     """Return the full id of a commit.
 
     Raises:
-        LookupError: The repository does not have it.
+        LookupError: The repository does not have the commit.
     """
     git = ["git", "-C", str(root), "rev-parse"]
     asked = [*git, "--verify", "--quiet", f"{commit}^{{commit}}"]

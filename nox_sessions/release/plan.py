@@ -131,7 +131,7 @@ class State(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One built file, in upload order; `there` is the SHA-256 on the index in hex, None if it is missing there."""
+    """One built file, in upload order; `there` is the SHA-256 on the index in hex, None if the index lacks it."""
 
     release: Release
     file: Built

@@ -19,7 +19,7 @@ from orki_contract.read import ReadContract
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """One declaration; `parent` is empty at the top. Additions and removals with the parent are not reported."""
+    """One declaration; `parent` is empty at the top. If the parent was added or removed, only that is reported."""
 
     parent: str
     attributes: Mapping[str, str]

@@ -77,7 +77,7 @@ def register(commands: Any) -> None:
         epilog=_STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--against", metavar="index|REF|published", default="index", help="the baseline (index)")
+    parser.add_argument("--against", metavar="index|REF|published", default="index", help="baseline (default: index)")
     parser.add_argument("--index", metavar="URL", help="URL of the index's simple API (default: that of uv or pip)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every finding to this file")
     parser.add_argument("--github", action="store_true", help="print annotations for GitHub workflows")

@@ -33,7 +33,7 @@ _STREAM: Final = "stream "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tree:
-    """The current tree; `stale` is the path of each image that differs from the protos, by proto package."""
+    """The current tree; `stale` maps proto packages to the paths of generated images that differ from the protos."""
 
     root: Path
     members: Mapping[str, Member]

@@ -175,7 +175,7 @@ def _owner_findings(release: Release, tree: Tree) -> Iterator[Finding]:
 
 
 def _range_findings(members: Mapping[str, Member], broken: Mapping[str, Version]) -> Iterator[Finding]:
-    """Yield a finding for each wrong range on a sibling; `broken` are the last versions before a break, by name."""
+    """Yield a finding for each wrong range on a sibling; `broken` maps names to the last version before a break."""
     for member in members.values():
         for each in member.dependencies:
             sibling = members.get(each.name)

@@ -21,7 +21,7 @@ class Finding:
         rule: The id of a rule: one of orki's (`ORKI_…`), of buf's, of the Python API's (`API_…`) or of the gate's own.
         package: The distribution whose version must reflect it.
         subject: The changed thing.
-        location: Its location.
+        location: Location of the changed thing.
         message: A sentence without a full stop.
         bump: The bump that it needs.
         since: The label of the release before the change; empty for faults of the tree itself.

@@ -201,7 +201,7 @@ def _public(holder: Any, *, inherited: bool = False) -> dict[str, Any]:
 
 
 def _has_members(each: Any) -> bool:
-    """Return whether the members of an object are compared; those of another distribution are not."""
+    """Return whether the members of an object are compared; those of another distribution's objects are not."""
     return not each.is_alias and (each.is_module or each.is_class)
 
 

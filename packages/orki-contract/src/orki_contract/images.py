@@ -249,7 +249,7 @@ class Image:
 
 
 def owned_packages(image: Image, files: Collection[FileDescriptorProto]) -> set[str]:
-    """Return the packages that a shipped image owns: by its folder, or else those that no other package imports."""
+    """Return the packages that a shipped image owns: that of its folder, else those that no other package imports."""
     home = image.place.replace("!", "/").rpartition("/")[0]
     package_of = {file.name: file.package for file in files}
     packages = set(package_of.values())

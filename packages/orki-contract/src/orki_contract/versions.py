@@ -162,7 +162,7 @@ def checked_out(commit: str, folder: Path, wanted: Callable[[str], bool]) -> Non
     """Write the files of a commit whose paths are `wanted` into an empty folder.
 
     Raises:
-        InvalidContract: git cannot read the commit, such as in a shallow clone.
+        InvalidContract: git cannot read the commit, as in a shallow clone.
     """
     names = _checked(_git("ls-tree", "-r", "-z", "--name-only", "--full-tree", commit), commit).split(b"\0")
     # The batch protocol cannot request a path with a newline; protos have none.

@@ -134,8 +134,8 @@ class Events:
 
         Raises:
             EventsUnavailable: The server did not answer in time; it may or may not have the event.
-            EventsOutOfMemory, EventsReadOnly, EventsNotPersisting, EventsLoading: It did not accept the event in time.
-            EventsRefused: It refuses the event.
+            EventsOutOfMemory, EventsReadOnly, EventsNotPersisting, EventsLoading: The server did not accept it in time.
+            EventsRefused: The server refuses the event.
             ContractMismatch: The stream's contract is incompatible with the registered one.
             InvalidArgument, TooLarge: The event cannot be published.
         """

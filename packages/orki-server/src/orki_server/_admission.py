@@ -151,7 +151,7 @@ def most_patient(methods: Sequence[TaskMethod]) -> TaskMethod:
 
 
 def _leading(contracts: list[ServiceContract]) -> ServiceContract:
-    """Return the contract that evolves most of the others; of equal ones, the one with the highest digest."""
+    """Return the contract that is an evolution of most others; among equals, the one with the highest digest."""
 
     def evolved(each: ServiceContract) -> tuple[int, str]:
         others = [other for other in contracts if other.digest != each.digest]

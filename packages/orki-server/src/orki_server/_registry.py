@@ -201,7 +201,7 @@ class PayloadCheck:
         """Check a request.
 
         Raises:
-            InvalidArgument: It is not a message of the method's class.
+            InvalidArgument: The payload is not a message of the method's class.
             StoreUnavailable: The contract is not cached, and the store is down.
         """
         await self._check("request", method, method.request, payload)

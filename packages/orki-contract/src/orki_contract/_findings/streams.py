@@ -174,7 +174,7 @@ def _each(
     after: Mapping[str, _Declared],
     rest: Location | None,
 ) -> None:
-    """Compare the groups that one package declares on one stream; `rest` is the location for removed groups."""
+    """Compare the groups that one package declares on one stream; `rest` is the location of removed groups."""
     for name, group in before.items():
         heir = after.get(name)
         if heir is None:
