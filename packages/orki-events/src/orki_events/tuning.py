@@ -109,7 +109,7 @@ async def tune(connection: Connection, registered: StreamVersion, tuning: Tuning
 
     Args:
         connection: The server.
-        registered: The stream, by its registered contract.
+        registered: The stream as its registered contract declares it.
         tuning: The setting, which replaces an earlier one; None restores the contract's retention.
 
     Raises:

@@ -225,7 +225,7 @@ SNAPSHOT: Final = (
 
 RECORD_FIELDS: Final[dict[str, str]] = {
     "task_id": "the task",
-    "revision": "number of the transition among the task's, from 1",
+    "revision": "position of this transition among the task's transitions, from 1",
     "kind": "kind of the `TaskEvent`",
     "method": "`package.Service/Method`",
     "attempt": "number of the attempt; 0 before the first",

@@ -212,7 +212,7 @@ class TaskView:
 def read_task(task_id: str, limit: int = 0, after: str = "") -> Operation[TaskView | None]:
     """Read a task, with at most `limit` entries of progress after the cursor `after` (empty: from the beginning).
 
-    It changes nothing, but shares the round trips of the operations. The outcome is None if there is no such task.
+    The operation writes nothing; it shares the round trips of those that do. The outcome is None without such a task.
     """
     outcome = partial(_task_view, task_id)
     return Operation("read", shard_of(task_id), (task_id, limit, after), outcome, patient=False)
