@@ -283,7 +283,7 @@ def tree_wheels(session: nox.Session, builder: Environment) -> list[Path]:
 
 
 def commit_wheels(session: nox.Session, builder: Environment, commit: str) -> list[Path]:
-    """Return the wheels of a commit, which this tree's sessions build once.
+    """Return the wheels of a commit. The first call builds them with the sessions of this tree; later calls reuse them.
 
     The session fails if git does not know the commit.
     """

@@ -87,7 +87,7 @@ def lay(prefix: str, code: Code, suffix: str = "", indent: int = 0) -> str:
 
 
 def assigned(prefix: str, value: Code, indent: int = 0) -> str:
-    """Return the lines of `prefix` + value, such as `name = value`; in parentheses if the opening does not fit."""
+    """Return the lines of `prefix` + value; the value is in parentheses if its first line does not fit."""
     column = indent + width(prefix)
     if column + width(_parts(value)[0]) <= WIDTH or column + 1 > WIDTH:
         return lay(prefix, value, "", indent)

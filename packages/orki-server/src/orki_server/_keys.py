@@ -69,7 +69,7 @@ TABLE: Final = (
     Key(
         pattern="orki:{oN}:idempotency:DIGEST",
         kind="string",
-        holds="digest of the request and id of the task that an idempotency key belongs to",
+        holds="the task's id of an idempotency key, and the digest of its request",
         writer="submit",
         ends="with its task",
         lua="IDEMPOTENCY",
