@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple, TypeVar
 
 from google.protobuf.message import Message
@@ -39,8 +39,8 @@ from orki_server._store.store import Store
 
 E = TypeVar("E", bound=Message)
 
-_BATCH: Final = 250
-"""Maximum number of records read from a shard at once."""
+_BATCH: Final = 32
+"""Maximum number of entries read from a shard at once. Each has the records of one batch of operations."""
 _COLLECT: Final = 0.01
 """Time for which records are collected before they are read."""
 _POLL: Final = 0.5
@@ -83,9 +83,15 @@ _INTEGERS: Final = {"revision", "attempt", "fence", "time_us", "reason", "number
 _DECODERS: Final[list[Callable[[bytes], Any]]] = [int if name in _INTEGERS else _text for name in RECORD_FIELDS]
 
 
-def _record(entry: bytes, fields: list[bytes]) -> OutboxRecord:
-    values = [decode(value) for decode, value in zip(_DECODERS, fields[1::2], strict=True)]
-    return OutboxRecord(entry.decode(), *values)
+def _records(entry: bytes, fields: list[bytes]) -> Iterator[OutboxRecord]:
+    """Yield the records of an entry, which the transitions of one batch wrote."""
+    for packed in fields[1::2]:
+        try:
+            values = [decode(value) for decode, value in zip(_DECODERS, packed.split(b"\x1f"), strict=True)]
+        except ValueError:
+            _log.error("a record of outbox entry %s is damaged and is left out", entry.decode())
+        else:
+            yield OutboxRecord(entry.decode(), *values)
 
 
 class Outbox:
@@ -94,21 +100,20 @@ class Outbox:
     def __init__(self, store: Store) -> None:
         self._connection = store.connection
         self._keys = [ShardKeys(shard).outbox for shard in range(store.shards)]
+        self._last: list[str] = []
 
     async def read(self, limit: int) -> list[list[OutboxRecord]]:
-        """Return the oldest records of each shard, at most `limit` of each."""
+        """Return the records of the oldest entries of each shard, at most `limit` entries of each."""
         replies = await self._connection.calls([("XRANGE", key, "-", "+", "COUNT", limit) for key in self._keys])
-        return [[_record(entry, fields) for entry, fields in reply] for reply in replies]
+        self._last = [reply[-1][0].decode() if reply else "" for reply in replies]
+        return [[record for entry, fields in reply for record in _records(entry, fields)] for reply in replies]
 
-    async def trim(self, published: list[list[OutboxRecord]]) -> None:
-        """Remove published records: of each shard, everything up to the last of these.
-
-        Another orchestrator may have published and removed the same records.
-        """
+    async def trim(self) -> None:
+        """Remove what was read last. Another orchestrator may have published and removed the same records."""
         commands = [
-            ("XTRIM", key, "MINID", "=", _next_id(records[-1].entry))
-            for key, records in zip(self._keys, published, strict=True)
-            if records
+            ("XTRIM", key, "MINID", "=", _next_id(last))
+            for key, last in zip(self._keys, self._last, strict=True)
+            if last
         ]
         if commands:
             await self._connection.calls(commands)
@@ -163,10 +168,9 @@ class OutboxPublisher:
             self.wake.clear()
             shards = await self.outbox.read(_BATCH)
             records = [record for shard in shards for record in shard]
-            if not records:
-                return
-            await self._publish(records)
-            await self.outbox.trim(shards)
+            if records:
+                await self._publish(records)
+            await self.outbox.trim()
             self.published += len(records)
             if all(len(shard) < _BATCH for shard in shards):
                 return

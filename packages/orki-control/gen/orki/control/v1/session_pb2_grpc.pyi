@@ -27,8 +27,9 @@ The laws of the session:
 11. The agent's I/O thread acknowledges a cancel at once, independent of user code. The handler then has the grace to
     end, is cancelled, and is reported as CANCEL_UNRESPONSIVE if it does not end. Repeated, early and unknown cancels
     are harmless.
-12. A reconnect synchronises. The hello lists the attempts that the agent holds, and the welcome those that it keeps.
-    The agent ends the others.
+12. A reconnect synchronises. The hello lists the attempts that the agent holds, each with the proof of its offer, and
+    the welcome those that it keeps. The agent ends the others. An attempt without a valid proof is not kept and has
+    no effect.
 13. Silence ends a session. Both sides send heartbeats. A side that receives nothing for three intervals closes the
     stream; the agent then opens a new channel.
 14. A cancellation or clean end of stream by the peer is a lost connection, never a request to stop.
