@@ -202,7 +202,7 @@ Examples:
 Exit codes:
   0  every check is ok or warn
   1  at least one check is bad
-  2  wrong usage
+  2  wrong usage, or an invalid setting
 """,
 )
 @click.option(
