@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,47 +30,6 @@ from orki_server.embedded import EmbeddedOptions, EmbeddedServer
 
 DO = "servertests.v1.WorkService/Do"
 Make = Callable[..., Any]
-
-
-class Served:
-    """`orki serve` as a child process."""
-
-    def __init__(self, redis_url: str, folder: Path) -> None:
-        self._url = redis_url
-        self._ready = folder / "ready.json"
-        self._listen = "127.0.0.1:0"
-        self.process: asyncio.subprocess.Process | None = None
-        self.address = ""
-
-    async def start(self) -> None:
-        self._ready.unlink(missing_ok=True)
-        arguments = ["--listen", self._listen, "--ready-file", str(self._ready), "--heartbeat-interval-ms", "300"]
-        self.process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "orki_server", "serve", *arguments),
-            env={**os.environ, "ORKI_REDIS_URL": self._url, "ORKI_SHARDS": "4", "ORKI_DRAIN_GRACE_MS": "100"},
-            stdout=asyncio.subprocess.DEVNULL,
-        )
-        async with asyncio.timeout(40):
-            while not self._ready.exists():
-                assert self.process.returncode is None, "orki serve ended before it was ready"
-                await asyncio.sleep(0.02)
-        self.address = json.loads(self._ready.read_text())["address"]
-        self._listen = self.address
-
-    async def end(self, number: signal.Signals) -> None:
-        assert self.process is not None
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(number)
-        await self.process.wait()
-        self.process._transport.close()  # type: ignore[attr-defined]
-
-
-@pytest.fixture
-async def served(redis_url: str, tmp_path: Path) -> AsyncIterator[Served]:
-    process = Served(redis_url, tmp_path)
-    await process.start()
-    yield process
-    await process.end(signal.SIGTERM)
 
 
 def ended_tasks(redis_url: str) -> Counter[str]:
@@ -110,7 +68,7 @@ async def slowly(offer: ArrivedOffer) -> bytes:
 
 
 @pytest.mark.timeout(120)
-async def test_tasks_survive_a_kill_of_the_orchestrator(served: Served, redis_url: str, stand_in: Make) -> None:
+async def test_tasks_survive_a_kill_of_the_orchestrator(served: Any, redis_url: str, stand_in: Make) -> None:
     agents = [stand_in(served.address, agent_id=f"agent-{number}", handler=slowly) for number in range(2)]
     for agent in agents:
         await agent.ready()
@@ -282,7 +240,7 @@ async def test_no_fence_repeats_after_the_store_lost_everything(
     assert second >> 44 == (first >> 44) + 1
 
 
-async def test_serve_refuses_a_taken_port(served: Served, redis_url: str) -> None:
+async def test_serve_refuses_a_taken_port(served: Any, redis_url: str) -> None:
     started = time.monotonic()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "orki_server", "serve", "--listen", served.address),

@@ -28,7 +28,7 @@ _STORE_SLACK: Final = 1.0
 """The store withdraws an unanswered offer later than the session does, for the case that this process has ended."""
 _SWEEP_LIMIT: Final = 100
 _TICK: Final = 0.5
-"""Maximum time between two sweeps. The clock of a shard stands still when none comes for four times as long."""
+"""Maximum time between two sweeps. When none comes for twice as long, nobody could hear the agents."""
 _log = logging.getLogger("orki.server.dispatch")
 
 

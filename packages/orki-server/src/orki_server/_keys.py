@@ -205,6 +205,7 @@ STATE_FIELDS: Final[dict[str, str]] = {
     "instance_id": "process of that agent",
     "host": "orchestrator that heard the agent last",
     "absent": "for how long that orchestrator had been absent then, milliseconds",
+    "excused": "`1` when a timer of the attempt was moved because nobody could hear the agent",
     "progress_index": "index of the attempt's last progress",
     "has_progress": "`1` when the task has a stream of progress",
     "cancel_acknowledged": "`1` when the agent has acknowledged the cancel",

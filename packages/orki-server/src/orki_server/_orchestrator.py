@@ -105,7 +105,7 @@ class Orchestrator:
             max_message_bytes=options.max_message_bytes,
             events_url=options.events_address.url,
         )
-        handshake = Handshake(store, fleet, self._registry, sessions, options.max_sessions)
+        handshake = self._handshake = Handshake(store, fleet, self._registry, sessions, options.max_sessions)
         self._sessions = SessionServicer(
             session_options, sessions, handshake, reports, self._updates, agent_events, self._dispatcher.slots_changed
         )

@@ -1,8 +1,8 @@
 """SessionService: dispatches the events of agents' sessions, applies their reports to the store and sends the replies.
 
 Reports do not wait: operations are enqueued in the order of the reports, and each reply calls back into the session's
-machine. While the store is down, reports wait in memory and heartbeats are echoed at once: the waiting renewals run
-first when the store is back, before anything can expire.
+machine. While the store is down, reports wait in memory and heartbeats are echoed at once: no lease expires because the
+store was down.
 """
 
 from __future__ import annotations
@@ -149,6 +149,9 @@ class Reports:
 
     def heartbeat(self, session: AgentSession, heartbeat: HeartbeatArrived) -> None:
         """Renew the agent's leases, then echo the heartbeat."""
+        if not self.store.up:
+            session.machine.echo(heartbeat.number)
+            return
         shards: dict[int, list[AttemptKey]] = {}
         for key in heartbeat.running:
             shards.setdefault(shard_of(key.task_id), []).append(key)
@@ -159,12 +162,12 @@ class Reports:
             pending -= 1
             for key in stale:
                 self._refuse(session, key)
-            if pending == 0 and self.store.up:
+            if pending == 0:
                 session.machine.echo(heartbeat.number)
 
         for shard, keys in shards.items():
             self._enqueue(session, partial(operations.renew, shard, session.agent_id, keys), renewed)
-        if not shards or not self.store.up:
+        if not shards:
             session.machine.echo(heartbeat.number)
 
     def unknown(self, session: AgentSession, attempts: Iterable[AttemptKey]) -> None:

@@ -34,8 +34,8 @@ _PARTS: Final = ("batch", "life", "operations", "dispatch")
 _REASONS: Final = (
     *("CANCELLED", "TOTAL_TIMEOUT", "OFFER_TIMEOUT", "ATTEMPT_TIMEOUT", "LEASE_EXPIRED", "STALLED", "ABANDONED"),
 )
-_MAX_STEP: Final = 2_000
-"""Longest step of the shard's clock between two batches (ms): four times the interval of the sweeper's batches."""
+_MAX_STEP: Final = 1_000
+"""Longest step of the shard's clock between two batches (ms): twice the longest interval of the sweeper's batches."""
 _GRACE: Final = 6_000
 """Time for agents to connect again after nobody could hear them (ms): a little more than their longest back-off."""
 _MAX_ABANDONED: Final = 50

@@ -297,8 +297,15 @@ def acknowledge_cancel(agent_id: str, attempt: AttemptKey) -> Operation[ReportRe
 
 
 def renew(shard: int, agent_id: str, attempts: Sequence[AttemptKey]) -> Operation[list[AttemptKey]]:
-    """Renew the leases of an agent's attempts on one shard. The outcome lists those that it no longer holds."""
-    return Operation("renew", shard, _held(agent_id, attempts), lambda reply: [attempts[int(each)] for each in reply])
+    """Renew the leases of an agent's attempts on one shard. The outcome lists those that it no longer holds.
+
+    It does not wait while the store is down: the agent may have given up the attempts when it is back.
+    """
+
+    def outcome(reply: list[bytes]) -> list[AttemptKey]:
+        return [attempts[int(each)] for each in reply]
+
+    return Operation("renew", shard, _held(agent_id, attempts), outcome, patient=False)
 
 
 def _held(agent_id: str, attempts: Sequence[AttemptKey]) -> list[Argument]:

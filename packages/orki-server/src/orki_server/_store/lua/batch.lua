@@ -32,18 +32,21 @@ end
 
 -- --- the clock ---
 --
--- Timers are judged by the shard's clock. It advances with the server's clock while orchestrators send batches, and not
--- at all between two batches that are further apart than MAX_STEP, or when the server's clock steps back.
--- So nothing expires while no orchestrator could hear an agent.
+-- Timers are judged by the shard's clock. It advances with the server's clock while orchestrators send batches: by at most
+-- MAX_STEP from one batch to the next, and not at all when the server's clock steps back. A longer step is a gap, in which
+-- no orchestrator could hear an agent.
 
 local WALL_US, CLOCK_US, NOW, ABSENT, NEW_CALLER
 local HOSTS = {}
 
--- -> time of the last batch of an orchestrator (ms), and for how long it has been absent in all (ms)
+-- -> time of the last batch of an orchestrator, for how long it has been absent in all, since when it is there, and the
+-- gaps that it knows (ms)
 local function host_of(name)
   if not HOSTS[name] then
-    local last, absent = string.match(redis.call('HGET', CLOCK, 'host:' .. name) or '', '^(%d+) (%d+)$')
-    HOSTS[name] = { last = tonumber(last) or 0, absent = tonumber(absent) or 0 }
+    local last, absent, since, gaps = string.match(redis.call('HGET', CLOCK, 'host:' .. name) or '',
+      '^(%d+) (%d+) (%d+) (%d+)$')
+    HOSTS[name] = { last = tonumber(last) or 0, absent = tonumber(absent) or 0, since = tonumber(since) or 0,
+      gaps = tonumber(gaps) or 0 }
   end
   return HOSTS[name]
 end
@@ -55,13 +58,18 @@ local function read_clock()
   local wall, clock, gaps = tonumber(stored[1] or ''), tonumber(stored[2] or ''), tonumber(stored[3] or '') or 0
   if not wall or not clock then wall, clock = WALL_US, WALL_US end
   local passed = WALL_US - wall
-  if passed < 0 or passed > MAX_STEP * 1000 then passed, gaps = 0, gaps + GRACE end
+  if passed < 0 or passed > MAX_STEP * 1000 then
+    gaps = gaps + GRACE
+    passed = passed < 0 and 0 or MAX_STEP * 1000
+  end
   CLOCK_US = clock + passed
   NOW = math.floor(CLOCK_US / 1000)
   local host = host_of(CALLER)
   NEW_CALLER = host.last == 0
-  if host.last > 0 and NOW - host.last > MAX_STEP then host.absent = host.absent + NOW - host.last + GRACE end
-  host.last = NOW
+  local is_back = host.last > 0 and NOW - host.last > MAX_STEP
+  if is_back then host.absent = host.absent + NOW - host.last + GRACE end
+  if is_back or gaps ~= host.gaps then host.since = NOW end
+  host.last, host.gaps = NOW, gaps
   ABSENT = { gaps = gaps, own = host.absent + gaps }
 end
 
@@ -80,7 +88,7 @@ local function write_clock()
   if NEW_CALLER then forget_hosts() end
   local host = host_of(CALLER)
   redis.call('HSET', CLOCK, 'wall_us', whole(WALL_US), 'clock_us', whole(CLOCK_US), 'gaps_ms', whole(ABSENT.gaps),
-    'host:' .. CALLER, whole(host.last) .. ' ' .. whole(host.absent))
+    'host:' .. CALLER, table.concat({ whole(host.last), whole(host.absent), whole(host.since), whole(host.gaps) }, ' '))
 end
 
 -- --- memory ---

@@ -68,7 +68,7 @@ local function offer_to(task, recipient, fence, accept_timeout)
   task.attempt = task.attempt + 1
   task.fence, task.agent_id, task.instance_id = fence, recipient.agent_id, recipient.instance_id
   task.offer_due, task.progress_index, task.cancel_acknowledged = NOW + accept_timeout, 0, ''
-  task.suspected, task.host, task.absent = '', CALLER, ABSENT.own
+  task.suspected, task.host, task.absent, task.excused = '', CALLER, ABSENT.own, ''
   record(task, 'offered', {})
   sort(task)
 end
@@ -144,18 +144,15 @@ local function seconds(ms) return string.format('%g s', ms / 1000) end
 local function agent(task) return 'agent "' .. task.agent_id .. '"' end
 
 -- Judges a timer of an attempt, whose agent was heard by one orchestrator. -> nothing, if the agent is at fault; else the
--- time (ms) of the next judgement, or `unheard` if that orchestrator is gone.
+-- time (ms) of the next judgement, or `unheard` if that orchestrator has missed something since it heard the agent.
+-- The agent had to stop the attempt then, as it could not renew the lease, so the attempt is not counted.
 local function excuse(task, due)
-  local host = host_of(task.host)
+  if task.excused == '1' then return 'unheard' end
   local missed = absence(task.host) - task.absent
-  if missed > 0 then
-    task.absent = task.absent + missed
-    return due + missed
-  end
-  if host.last >= due then return nil end
-  local gone = host.last + MAX_STEP + GRACE
-  if NOW <= gone then return gone + 1 end
-  return 'unheard'
+  local last = host_of(task.host).last
+  if missed <= 0 and last >= due then return nil end
+  task.excused = '1'
+  return missed > 0 and NOW + missed or math.max(NOW, last + MAX_STEP) + GRACE
 end
 
 -- Ends an attempt whose timer is due, or moves its timers if nobody could hear the agent.

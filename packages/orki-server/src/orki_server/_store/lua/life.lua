@@ -100,14 +100,16 @@ local function requeue(task, wait, reason, message)
   return wait
 end
 
--- The caller hears the agent. What it missed before is added to the attempt's timers.
+-- The caller hears the agent. What it missed before is added to the attempt's timers. An orchestrator that has just come
+-- back reads what agents sent long ago, also hellos; an agent may have given the attempt up since then.
 local function heard(task)
+  if task.host == CALLER and NOW - host_of(CALLER).since < MAX_STEP then return end
   local missed = task.host == CALLER and ABSENT.own - task.absent or 0
   if missed > 0 then
     if task.stall_due > 0 then task.stall_due = task.stall_due + missed end
     if task.attempt_due > 0 then task.attempt_due = task.attempt_due + missed end
   end
-  task.host, task.absent = CALLER, ABSENT.own
+  task.host, task.absent, task.excused = CALLER, ABSENT.own, ''
 end
 
 -- After a move that answers the offer: counts the attempt and starts its clocks. False if it was answered before.
