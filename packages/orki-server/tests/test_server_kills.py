@@ -252,3 +252,46 @@ async def test_serve_refuses_a_taken_port(served: Any, redis_url: str) -> None:
     assert b"the port is taken; choose another with --listen" in stderr
     assert b"Traceback" not in stderr
     assert time.monotonic() - started < 60
+
+
+def lifecycle(redis_url: str) -> Counter[tuple[str, bytes]]:
+    """Return how often each event of a task is in the stream, by task and event id."""
+    with Redis.from_url(redis_url) as redis:
+        entries: Any = redis.xrange("orki:ev:{tasks}")
+    return Counter(
+        (TaskEvent.FromString(fields[b"d"]).task_id, Envelope.FromString(fields[b"e"]).event_id)
+        for _, fields in entries
+    )
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("kills", [0, 3])
+async def test_each_event_appears_once_with_two_orchestrators(
+    served: Any, redis_url: str, options: Make, launch: Make, stand_in: Make, kills: int
+) -> None:
+    """Two orchestrators under load; one of them is killed again and again, also between publishing and removing."""
+    other = await launch(options(redis_url))
+    for number, address in enumerate((served.address, other.address)):
+        await stand_in(address, agent_id=f"agent-{number}").ready()
+
+    async def load(address: str) -> list[str]:
+        async with Client(address, ClientOptions(patience=60.0)) as client:
+            tasks = []
+            for _ in range(30):
+                tasks += await client.submit_raw([pb.Submission(method=DO, request=b"\n\x01q")] * 20)
+                await asyncio.sleep(0.05)
+            await all_ended(client, [task.task_id for task in tasks])
+            return [task.task_id for task in tasks]
+
+    loads = [asyncio.create_task(load(address)) for address in (served.address, other.address)]
+    for _ in range(kills):
+        await asyncio.sleep(0.5)
+        await served.end(signal.SIGKILL)
+        await served.start()
+    submitted = [task_id for each in loads for task_id in await each]
+    async with asyncio.timeout(30):
+        while await other._outbox.outbox.length():
+            await asyncio.sleep(0.1)
+    events = lifecycle(redis_url)
+    assert {task_id for task_id, _ in events} >= set(submitted)
+    assert {key: count for key, count in events.items() if count > 1} == {}

@@ -8,7 +8,7 @@ begin with `orki:{` belong to the event plane and are not part of this table.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -127,7 +127,8 @@ TABLE: Final = (
         pattern="orki:{oN}:clock",
         kind="hash",
         holds="the shard's clock: `wall_us` and `clock_us`, the server's and the shard's time of the last batch; "
-        "`gaps_ms`, grace for times without any batch; `host:ORCHESTRATOR`, time of its last batch and of its absence",
+        "`gaps_ms`, grace for times without any batch; `host:ORCHESTRATOR`, time of its last batch and of its absence; "
+        "`drainer`, the one that publishes the outbox",
         writer="every batch",
         ends="never; a host, an hour after its last batch",
         lua="CLOCK",
@@ -354,15 +355,45 @@ def lua_names() -> str:
     def array(names: Iterable[str]) -> str:
         return "{ " + ", ".join(f"'{name}'" for name in names) + " }"
 
-    def pattern(names: Sized) -> str:
-        return "'^" + "\\31".join(["([^\\31]*)"] * len(names)) + "$'"
-
     lines = [f"local {row.lua} = KEYS[1] .. '{row.suffix}'" for row in TABLE if row.lua]
     # A key that never exists.
     lines.append("local PROBE = KEYS[1] .. 'probe'")
-    for name, fields in (("STATE", STATE_FIELDS), ("SPEC", SPEC_FIELDS)):
-        lines += [f"local {name} = {array(fields)}", f"local {name}_PATTERN = {pattern(fields)}"]
-    lines.append(f"local NUMBERS = {{ {', '.join(f'{name} = true' for name in NUMBERS)} }}")
+    lines += [_lua_codec("state", STATE_FIELDS), _lua_codec("spec", SPEC_FIELDS)]
     lines.append(f"local SNAPSHOT = {array(SNAPSHOT)}")
     lines.append(f"local RECORD_FIELDS = {array(RECORD_FIELDS)}")
     return "\n".join(lines) + "\n"
+
+
+def _lua_codec(name: str, fields: Mapping[str, str]) -> str:
+    """Return the Lua functions `read_NAME(task, text)`, which is false for a damaged text, and `write_NAME(task)`.
+
+    They are written out field by field, because they are a good part of a transition's time.
+    """
+    names = list(fields)
+    values = {each: f"v{number}" for number, each in enumerate(names)}
+    numbers = [each for each in names if each in NUMBERS]
+
+    def packed(each: str) -> str:
+        # Lua writes numbers with 14 digits.
+        text = f"string.format('%.0f', task.{each})" if each.endswith("_us") else f"task.{each}"
+        return f"task.{each} == 0 and '' or {text}" if each in NUMBERS else f"task.{each}"
+
+    separators = "\\31" * (len(names) - 1)
+    pattern = "\\31".join(["([^\\31]*)"] * len(names))
+    lines = [
+        f"local function read_{name}(task, text)",
+        f"  local {', '.join(values.values())} = string.match(text, '^{pattern}$')",
+        "  if not v0 then return false end",
+        *(f"  {values[each]} = {values[each]} == '' and 0 or tonumber({values[each]}) or -1" for each in numbers),
+        f"  local low, sum = math.min({', '.join(values[each] for each in numbers)}), "
+        f"{' + '.join(values[each] for each in numbers)}",
+        "  if low < 0 or not (sum < 1e17) then return false end",
+        *(f"  task.{each} = {values[each]}" for each in names),
+        "  return true",
+        "end",
+        f"local function write_{name}(task)",
+        f"  return table.concat({{ {', '.join(packed(each) for each in names)} }}, '\\31')",
+        "end",
+        f"local NEW_{name.upper()} = '{'ABSENT' if name == 'state' else ''}{separators}'",
+    ]
+    return "\n".join(lines)

@@ -222,6 +222,7 @@ class Orchestrator:
             with contextlib.suppress(OrkiError):
                 await self._updates.flush()
                 await self._outbox.publish_all()
+                await self._outbox.release()
         await self._server.stop(_STOP_TIMEOUT)
         await self._close_connections()
 

@@ -482,6 +482,15 @@ def _swept(reply: list[bytes]) -> Swept:
     return Swept(int(reply[0]) / 1000 if int(reply[0]) >= 0 else None, tuple(expired), damaged)
 
 
+def drain(shard: int, *, release: bool = False) -> Operation[str]:
+    """Claim a shard's outbox for publishing, or release it.
+
+    The outcome is `kept`, `taken` (another orchestrator had it, or nobody) or `other` (another one has it). The claim
+    of an orchestrator that is not heard of for 3 s ends.
+    """
+    return Operation("drain", shard, (int(release),), lambda reply: reply[0].decode(), patient=False)
+
+
 def raise_epoch(shard: int, seen: int) -> Operation[bool]:
     """Raise the shard's epoch if the store has not given the fence `seen`. The outcome is whether it was raised."""
     first = (seen // EPOCH_STEP + 1) * EPOCH_STEP

@@ -36,7 +36,7 @@ end
 -- MAX_STEP from one batch to the next, and not at all when the server's clock steps back. A longer step is a gap, in which
 -- no orchestrator could hear an agent.
 
-local WALL_US, CLOCK_US, NOW, ABSENT, NEW_CALLER
+local WALL_US, WALL_TEXT, CLOCK_US, NOW, ABSENT, NEW_CALLER
 local HOSTS = {}
 
 -- -> time of the last batch of an orchestrator, for how long it has been absent in all, since when it is there, and the
@@ -54,6 +54,7 @@ end
 local function read_clock()
   local time = redis.call('TIME')
   WALL_US = time[1] * 1000000 + time[2]
+  WALL_TEXT = whole(WALL_US)
   local stored = redis.call('HMGET', CLOCK, 'wall_us', 'clock_us', 'gaps_ms')
   local wall, clock, gaps = tonumber(stored[1] or ''), tonumber(stored[2] or ''), tonumber(stored[3] or '') or 0
   if not wall or not clock then wall, clock = WALL_US, WALL_US end
@@ -131,23 +132,9 @@ local function options(task)
   return o
 end
 
-local function split(task, names, pattern, text)
-  local values = { string.match(text, pattern) }
-  if #values ~= #names then damaged('task ' .. task.id) end
-  for at = 1, #names do
-    local name, value = names[at], values[at]
-    if NUMBERS[name] then
-      value = value == '' and 0 or tonumber(value)
-      if not value or not (value >= 0 and value <= 9007199254740991) then damaged(name .. ' of task ' .. task.id) end
-    end
-    task[name] = value
-  end
-end
-
 -- Sets a task to what is stored, or to what the last successful operation of this batch made of it.
 local function restore(task)
-  split(task, STATE, STATE_PATTERN, task.text)
-  if not MOVES[task.state] then damaged('state of task ' .. task.id) end
+  if not read_state(task, task.text) or not MOVES[task.state] then damaged('state of task ' .. task.id) end
   task.fields, task.touched = task.staged_fields or NOTHING, nil
 end
 
@@ -175,7 +162,7 @@ local function load(id)
   if not values[1] and not values[2] then return nil end
   if not values[1] or not values[2] then damaged('task ' .. id) end
   task = { id = id, text = values[1] }
-  split(task, SPEC, SPEC_PATTERN, values[2])
+  if not read_spec(task, values[2]) then damaged('spec of task ' .. id) end
   options(task)
   restore(task)
   task.shown = shown(task)
@@ -185,22 +172,12 @@ end
 
 -- A new task. It is ABSENT until its first move.
 local function create(id)
-  local task = { id = id, text = 'ABSENT' .. string.rep('\31', #STATE - 1) }
-  for _, name in ipairs(SPEC) do task[name] = NUMBERS[name] and 0 or '' end
+  local task = { id = id, text = NEW_STATE }
+  read_spec(task, NEW_SPEC)
   restore(task)
   task.shown = shown(task)
   TASKS[id] = task
   return task
-end
-
-local function joined(task, names)
-  local values = {}
-  for at = 1, #names do
-    local value = task[names[at]]
-    if NUMBERS[names[at]] then value = value == 0 and '' or whole(value) end
-    values[at] = value
-  end
-  return table.concat(values, '\31')
 end
 
 -- The only place that assigns the state. An event that the table does not list fails.
@@ -227,9 +204,15 @@ end
 
 local OPEN_COUNTS = {}
 
+local OPEN_NAMES = {}
+
 local function open_names(task)
-  local service = string.match(task.method, '^[^/]*')
-  return task.contract == '' and { service } or { service, service .. '@' .. task.contract }
+  local key = task.method .. task.contract
+  if not OPEN_NAMES[key] then
+    local service = string.match(task.method, '^[^/]*')
+    OPEN_NAMES[key] = task.contract == '' and { service } or { service, service .. '@' .. task.contract }
+  end
+  return OPEN_NAMES[key]
 end
 
 local function open_count(name)
@@ -242,7 +225,7 @@ end
 -- Checks all that the writes of a task need.
 local function check(task)
   local before = task.shown
-  task.next_text = joined(task, STATE)
+  task.next_text = write_state(task)
   if task.timer ~= before.timer then typed(NEXT_TIMERS, 'zset') end
   if task.state ~= before.state and (task.state == 'QUEUED' or before.state == 'QUEUED')
     or task.queued_us ~= before.queued_us then typed(QUEUE .. task.method, 'zset') end
@@ -253,17 +236,19 @@ local function check(task)
   end
 end
 
+local function check_all(writes, records)
+  for _, task in ipairs(TOUCHED) do check(task) end
+  if #RECORDS > records then typed(OUTBOX, 'stream') end
+  if TOUCHED[1] or #RECORDS > records or #WRITES > writes then is_full() end
+end
+
 -- Runs a part of the batch. If it fails, nothing of it is left.
 local function attempt(action, arguments)
   local writes, records = #WRITES, #RECORDS
   TOUCHED = {}
   local done, reply = pcall(action, arguments)
-  if done and (TOUCHED[1] or #RECORDS > records or #WRITES > writes) then
-    local checked, problem = pcall(function()
-      for _, task in ipairs(TOUCHED) do check(task) end
-      if #RECORDS > records then typed(OUTBOX, 'stream') end
-      is_full()
-    end)
+  if done then
+    local checked, problem = pcall(check_all, writes, records)
     if not checked then done, reply = false, problem end
   end
   for _, task in ipairs(TOUCHED) do

@@ -69,7 +69,7 @@ local function offer_to(task, recipient, fence, accept_timeout)
   task.fence, task.agent_id, task.instance_id = fence, recipient.agent_id, recipient.instance_id
   task.offer_due, task.progress_index, task.cancel_acknowledged = NOW + accept_timeout, 0, ''
   task.suspected, task.host, task.absent, task.excused = '', CALLER, ABSENT.own, ''
-  record(task, 'offered', {})
+  record(task, 'offered')
   sort(task)
 end
 
@@ -263,6 +263,21 @@ local function until_next_timer()
   flush()
   local row = redis.call('ZRANGE', NEXT_TIMERS, '0', '0', 'WITHSCORES')
   return row[2] and whole(math.max(0, tonumber(row[2]) - NOW)) or '-1'
+end
+
+-- --- the outbox ---
+
+-- "1" to give the outbox up -> kept | taken | other: whether the caller is the only one that publishes the outbox now
+OPS.drain = function(a)
+  local holder = redis.call('HGET', CLOCK, 'drainer')
+  if a[1] == '1' then
+    if holder == CALLER then WRITES[#WRITES + 1] = { 'HDEL', CLOCK, 'drainer' } end
+    return { 'other' }
+  end
+  if holder == CALLER then return { 'kept' } end
+  if holder and NOW - host_of(holder).last <= 3 * MAX_STEP then return { 'other' } end
+  WRITES[#WRITES + 1] = { 'HSET', CLOCK, 'drainer', CALLER }
+  return { 'taken' }
 end
 
 -- --- the batch: an operation that fails leaves the others alone and replies {'error', message} ---

@@ -3,36 +3,41 @@
 local OF_ATTEMPT = { offered = true, started = true, attempt_ended = true }
 
 local function attempt_traceparent(task)
-  return string.sub(task.traceparent, 1, 36) .. string.sub(redis.sha1hex(task.id .. '/' .. whole(task.attempt)), 1, 16)
-    .. string.sub(task.traceparent, 53)
+  if task.span_of ~= task.attempt then
+    task.span_of = task.attempt
+    task.span = string.sub(task.traceparent, 1, 36)
+      .. string.sub(redis.sha1hex(task.id .. '/' .. whole(task.attempt)), 1, 16) .. string.sub(task.traceparent, 53)
+  end
+  return task.span
 end
 
 local function clean(text) return (string.gsub(text, '[\30\31]', ' ')) end
 
--- Adds the outbox record of a transition.
+local NOTHING_MORE = {}
+
+-- Adds the outbox record of a transition: the fields in the order of RECORD_FIELDS in _keys.py.
 local function record(task, kind, more)
+  more = more or NOTHING_MORE
   task.revision = task.revision + 1
   touch(task)
-  local values = {
-    task_id = task.id,
-    revision = whole(task.revision),
-    kind = kind,
-    method = task.method,
-    attempt = whole(task.attempt),
-    fence = task.fence,
-    agent_id = task.agent_id,
-    instance_id = task.instance_id,
-    traceparent = OF_ATTEMPT[kind] and attempt_traceparent(task) or task.traceparent,
-    parent_id = OF_ATTEMPT[kind] and string.sub(task.traceparent, 37, 52) or task.parent_id,
-    time_us = whole(WALL_US),
-    reason = more.reason or '0',
-    text = clean(more.text or ''),
-    number = whole(more.number or 0),
-    actor = clean(more.actor or ''),
-  }
-  local fields = {}
-  for at = 1, #RECORD_FIELDS do fields[at] = values[RECORD_FIELDS[at]] end
-  RECORDS[#RECORDS + 1] = table.concat(fields, '\31')
+  local of_attempt = OF_ATTEMPT[kind]
+  RECORDS[#RECORDS + 1] = table.concat({
+    task.id,
+    task.revision,
+    kind,
+    task.method,
+    task.attempt,
+    task.fence,
+    task.agent_id,
+    task.instance_id,
+    of_attempt and attempt_traceparent(task) or task.traceparent,
+    of_attempt and string.sub(task.traceparent, 37, 52) or task.parent_id,
+    WALL_TEXT,
+    more.reason or '0',
+    more.text and clean(more.text) or '',
+    more.number or 0,
+    more.actor and clean(more.actor) or '',
+  }, '\31')
 end
 
 -- Puts the task at the end of its queue. The shard's clock orders the queue, as the server's may step back.
@@ -120,7 +125,7 @@ local function begin(task)
   task.offer_due, task.refused_offers, task.suspected, task.started = 0, 0, '', task.started + 1
   task.lease_due, task.attempt_due = NOW + o.heartbeat, NOW + o.attempt
   task.stall_due = o.stall > 0 and NOW + o.stall or 0
-  record(task, 'started', {})
+  record(task, 'started')
   return true
 end
 

@@ -22,7 +22,7 @@ OPS.submit = function(a)
   local total = options(task).total
   if total > 0 then task.total_due = NOW + total end
   move(task, 'Submitted')
-  set(task, 'spec', joined(task, SPEC))
+  set(task, 'spec', write_spec(task))
   set(task, 'request', request)
   enqueue(task)
   record(task, 'submitted', { text = key, number = #request, actor = actor })
@@ -210,7 +210,7 @@ OPS.acknowledge_cancel = function(a)
   if task.cancel_acknowledged == '1' then return report_reply('repeated', task) end
   move(task, 'CancelAcknowledged')
   task.cancel_acknowledged = '1'
-  record(task, 'cancel_acknowledged', {})
+  record(task, 'cancel_acknowledged')
   return report_reply('accepted', task)
 end
 
