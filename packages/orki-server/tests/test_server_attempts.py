@@ -19,7 +19,7 @@ from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import AttemptRef, TaskState
 from orki.control.v1.session_pb2_grpc import SessionServiceStub
 from orki.errors.v1.errors_pb2 import Reason
-from orki_contract.errors import TaskAbandoned
+from orki_contract.errors import DamagedRecord, TaskAbandoned
 from orki_control import Client, ClientOptions
 from orki_control.session import ArrivedOffer
 from orki_server._keys import ShardKeys
@@ -299,3 +299,29 @@ async def test_a_stopped_store_charges_nothing(
         assert ended.state == TaskState.TASK_STATE_SUCCEEDED
         assert ended.attempt.attempt == (2 if gives_up else 1)
         await orchestrator.stop()
+
+
+# --- damaged records ---
+
+
+@pytest.mark.parametrize("damage", ["type", "field"])
+async def test_a_damaged_record_is_one_typed_error_and_the_fleet_goes_on(
+    orchestrator: Orchestrator, client: Client, stand_in: Make, redis_url: str, damage: str
+) -> None:
+    agent = stand_in(orchestrator.address)
+    await agent.ready()
+    task_id = await submit(client)
+    await end_of(client, task_id)
+    with Redis.from_url(redis_url) as redis:
+        key = ShardKeys(int(task_id[1])).task(task_id)
+        if damage == "type":
+            redis.delete(key)
+            redis.rpush(key, "x")
+        else:
+            redis.hset(key, "state", "nonsense")
+    with pytest.raises(DamagedRecord):
+        await client.get(task_id)
+    with pytest.raises(DamagedRecord):
+        await end_of(client, task_id)
+    assert (await end_of(client, await submit(client))).state == TaskState.TASK_STATE_SUCCEEDED
+    assert orchestrator._store.up

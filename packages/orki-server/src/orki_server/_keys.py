@@ -355,45 +355,57 @@ def lua_names() -> str:
     def array(names: Iterable[str]) -> str:
         return "{ " + ", ".join(f"'{name}'" for name in names) + " }"
 
-    lines = [f"local {row.lua} = KEYS[1] .. '{row.suffix}'" for row in TABLE if row.lua]
+    lines = ["local redis, string, table, math, tonumber, ipairs, pairs, pcall, unpack, error = "]
+    lines[0] += lines[0].removeprefix("local ").removesuffix(" = ")
+    lines.append("local NOTHING = {}")
+    lines += [f"local {row.lua} = KEYS[1] .. '{row.suffix}'" for row in TABLE if row.lua]
     # A key that never exists.
     lines.append("local PROBE = KEYS[1] .. 'probe'")
-    lines += [_lua_codec("state", STATE_FIELDS), _lua_codec("spec", SPEC_FIELDS)]
+    lines += _lua_parser()
+    lines += [_lua_writer("state", STATE_FIELDS, "ABSENT"), _lua_writer("spec", SPEC_FIELDS, "")]
     lines.append(f"local SNAPSHOT = {array(SNAPSHOT)}")
     lines.append(f"local RECORD_FIELDS = {array(RECORD_FIELDS)}")
     return "\n".join(lines) + "\n"
 
 
-def _lua_codec(name: str, fields: Mapping[str, str]) -> str:
-    """Return the Lua functions `read_NAME(task, text)`, which is false for a damaged text, and `write_NAME(task)`.
+def _lua_parser() -> list[str]:
+    """Return the Lua function `parse(id, state, spec)`: the task, or nil if one of the texts is damaged.
 
-    They are written out field by field, because they are a good part of a transition's time.
+    The functions of this module are written out field by field, because they are a good part of a transition's time.
+    One constructor makes the table in its final size.
     """
-    names = list(fields)
-    values = {each: f"v{number}" for number, each in enumerate(names)}
-    numbers = [each for each in names if each in NUMBERS]
+    values = {name: f"v{number}" for number, name in enumerate([*STATE_FIELDS, *SPEC_FIELDS])}
+    numbers = [values[name] for name in values if name in NUMBERS]
+    lines = ["local function parse(id, state, spec)"]
+    for text, fields in (("state", STATE_FIELDS), ("spec", SPEC_FIELDS)):
+        names = [values[name] for name in fields]
+        pattern = "\\31".join(["([^\\31]*)"] * len(names))
+        lines.append(f"  local {', '.join(names)} = string.match({text}, '^{pattern}$')")
+        lines.append(f"  if not {names[0]} then return nil end")
+    lines += [f"  {each} = {each} == '' and 0 or tonumber({each}) or -1" for each in numbers]
+    lines.append(f"  if math.min({', '.join(numbers)}) < 0 or not ({' + '.join(numbers)} < 1e17) then return nil end")
+    fields_of_script = "id = id, text = state, spec = spec, fields = NOTHING, touched = false, dirty = false"
+    lines.append("  return {")
+    lines.append(
+        f"    {fields_of_script}, staged_fields = NOTHING, shown = false, next_text = '', span = '', span_of = -1,"
+    )
+    lines += [f"    {name} = {value}," for name, value in values.items()]
+    return [*lines, "  }", "end"]
+
+
+def _lua_writer(name: str, fields: Mapping[str, str], first: str) -> str:
+    """Return the Lua function `write_NAME(task)`, the packed fields, and the constant NEW_NAME, those of a new task."""
 
     def packed(each: str) -> str:
         # Lua writes numbers with 14 digits.
         text = f"string.format('%.0f', task.{each})" if each.endswith("_us") else f"task.{each}"
         return f"task.{each} == 0 and '' or {text}" if each in NUMBERS else f"task.{each}"
 
-    separators = "\\31" * (len(names) - 1)
-    pattern = "\\31".join(["([^\\31]*)"] * len(names))
+    separators = "\\31" * (len(fields) - 1)
     lines = [
-        f"local function read_{name}(task, text)",
-        f"  local {', '.join(values.values())} = string.match(text, '^{pattern}$')",
-        "  if not v0 then return false end",
-        *(f"  {values[each]} = {values[each]} == '' and 0 or tonumber({values[each]}) or -1" for each in numbers),
-        f"  local low, sum = math.min({', '.join(values[each] for each in numbers)}), "
-        f"{' + '.join(values[each] for each in numbers)}",
-        "  if low < 0 or not (sum < 1e17) then return false end",
-        *(f"  task.{each} = {values[each]}" for each in names),
-        "  return true",
-        "end",
         f"local function write_{name}(task)",
-        f"  return table.concat({{ {', '.join(packed(each) for each in names)} }}, '\\31')",
+        f"  return table.concat({{ {', '.join(map(packed, fields))} }}, '\\31')",
         "end",
-        f"local NEW_{name.upper()} = '{'ABSENT' if name == 'state' else ''}{separators}'",
+        f"local NEW_{name.upper()} = '{first}{separators}'",
     ]
     return "\n".join(lines)

@@ -116,7 +116,7 @@ end
 
 local TASKS, TOUCHED, WRITES, RECORDS = {}, {}, {}, {}
 
-local OPTIONS, NOTHING = {}, {}
+local OPTIONS = {}
 
 -- Timeouts and waits are in milliseconds; 0 as `stall` or `total` means no limit.
 local function options(task)
@@ -134,8 +134,9 @@ end
 
 -- Sets a task to what is stored, or to what the last successful operation of this batch made of it.
 local function restore(task)
-  if not read_state(task, task.text) or not MOVES[task.state] then damaged('state of task ' .. task.id) end
-  task.fields, task.touched = task.staged_fields or NOTHING, nil
+  local shown, fields, dirty = task.shown, task.staged_fields, task.dirty
+  for name, value in pairs(parse(task.id, task.text, task.spec)) do task[name] = value end
+  task.shown, task.fields, task.staged_fields, task.dirty = shown, fields, fields, dirty
 end
 
 -- Sets a field that transitions do not read.
@@ -155,26 +156,24 @@ local function touch(task)
   if not task.touched then TOUCHED[#TOUCHED + 1], task.touched = task, true end
 end
 
-local function load(id)
+local function load(id, with_request)
   local task = TASKS[id]
   if task then return task.state ~= 'ABSENT' and task or nil end
-  local values = redis.call('HMGET', TASK .. id, 'state', 'spec')
+  local values = with_request and redis.call('HMGET', TASK .. id, 'state', 'spec', 'request')
+    or redis.call('HMGET', TASK .. id, 'state', 'spec')
   if not values[1] and not values[2] then return nil end
   if not values[1] or not values[2] then damaged('task ' .. id) end
-  task = { id = id, text = values[1] }
-  if not read_spec(task, values[2]) then damaged('spec of task ' .. id) end
+  task = parse(id, values[1], values[2])
+  if not task or not MOVES[task.state] then damaged('record of task ' .. id) end
   options(task)
-  restore(task)
-  task.shown = shown(task)
+  task.shown, task.request = shown(task), values[3]
   TASKS[id] = task
   return task
 end
 
 -- A new task. It is ABSENT until its first move.
 local function create(id)
-  local task = { id = id, text = NEW_STATE }
-  read_spec(task, NEW_SPEC)
-  restore(task)
+  local task = parse(id, NEW_STATE, NEW_SPEC)
   task.shown = shown(task)
   TASKS[id] = task
   return task
@@ -252,7 +251,7 @@ local function attempt(action, arguments)
     if not checked then done, reply = false, problem end
   end
   for _, task in ipairs(TOUCHED) do
-    task.touched = nil
+    task.touched = false
     if done then
       task.text, task.dirty, task.staged_fields = task.next_text, true, task.fields
     elseif task.shown.state == 'ABSENT' and not task.dirty then
@@ -341,7 +340,7 @@ local function flush()
     if task.dirty then
       write_task(task)
       compare(task, task.shown, added, removed)
-      task.dirty, task.staged_fields, task.fields, task.shown = nil, nil, NOTHING, shown(task)
+      task.dirty, task.staged_fields, task.fields, task.shown = false, NOTHING, NOTHING, shown(task)
     end
   end
   for key, list in pairs(removed) do write_list('ZREM', key, list) end

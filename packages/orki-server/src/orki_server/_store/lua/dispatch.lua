@@ -7,7 +7,7 @@ local function is_fence(text) return string.find(text, '^[1-9]%d*$') ~= nil and 
 
 -- Returns the fence after this one. Fences exceed Lua's exact numbers, so the last nine digits are added on their own.
 local function after(fence)
-  local head, tail = string.match(fence, '^(%d-)(%d?%d?%d?%d?%d?%d?%d?%d?%d)$')
+  local head, tail = string.sub(fence, 1, -10), string.sub(fence, -9)
   local low = tonumber(tail) + 1
   if #tail < 9 or low < 1000000000 then return head .. string.format('%0' .. #tail .. '.0f', low) end
   return whole((tonumber(head) or 0) + 1) .. '000000000'
@@ -57,7 +57,7 @@ local function pop(queues, methods, found)
     if not best then return nil end
     local id = best[best.next]
     best.next = best.next + 2
-    local task = load_listed(key, id, found)
+    local task = load_listed(key, id, found, true)
     if task and MOVES[task.state].Offered and QUEUE .. task.method == key then return task end
     if task then WRITES[#WRITES + 1] = { 'ZREM', key, id } end
   end
@@ -128,11 +128,10 @@ OPS.offer = function(a)
   for _, each in ipairs(assigned) do
     local task = each[2]
     local o = options(task)
-    for _, value in ipairs({ whole(each[1]), task.id, whole(task.attempt), task.fence, task.method,
-      redis.call('HGET', TASK .. task.id, 'request') or '', attempt_traceparent(task), whole(o.heartbeat),
-      whole(o.attempt) }) do
-      reply[#reply + 1] = value
-    end
+    local n = #reply
+    reply[n + 1], reply[n + 2], reply[n + 3], reply[n + 4] = whole(each[1]), task.id, whole(task.attempt), task.fence
+    reply[n + 5], reply[n + 6] = task.method, task.request or redis.call('HGET', TASK .. task.id, 'request') or ''
+    reply[n + 7], reply[n + 8], reply[n + 9] = attempt_traceparent(task), whole(o.heartbeat), whole(o.attempt)
   end
   return reply
 end

@@ -13,11 +13,9 @@ end
 
 local function clean(text) return (string.gsub(text, '[\30\31]', ' ')) end
 
-local NOTHING_MORE = {}
-
 -- Adds the outbox record of a transition: the fields in the order of RECORD_FIELDS in _keys.py.
 local function record(task, kind, more)
-  more = more or NOTHING_MORE
+  more = more or NOTHING
   task.revision = task.revision + 1
   touch(task)
   local of_attempt = OF_ATTEMPT[kind]
@@ -196,8 +194,8 @@ end
 
 -- The task, or nil if it does not exist or is damaged. A damaged one goes from this key to the list of damaged tasks, so
 -- that it does not stand in the way of others; `found` gets its id.
-local function load_listed(key, id, found)
-  local done, task = pcall(load, id)
+local function load_listed(key, id, found, with_request)
+  local done, task = pcall(load, id, with_request)
   if done and task then return task end
   if not done and not is_damage(task) then error(task, 0) end
   WRITES[#WRITES + 1] = { 'ZREM', key, id }

@@ -22,7 +22,8 @@ OPS.submit = function(a)
   local total = options(task).total
   if total > 0 then task.total_due = NOW + total end
   move(task, 'Submitted')
-  set(task, 'spec', write_spec(task))
+  task.spec = write_spec(task)
+  set(task, 'spec', task.spec)
   set(task, 'request', request)
   enqueue(task)
   record(task, 'submitted', { text = key, number = #request, actor = actor })
