@@ -23,7 +23,7 @@ from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import TaskState
 from orki.events.v1.envelope_pb2 import Envelope
 from orki.events.v1.task_pb2 import TaskEvent
-from orki_contract.errors import OrkiError, StoreUnavailable
+from orki_contract.errors import OrkiError, StoreFull, StoreUnavailable
 from orki_control import Client, ClientOptions
 from orki_control.session import ArrivedOffer
 from orki_server.embedded import EmbeddedOptions, EmbeddedServer
@@ -295,3 +295,29 @@ async def test_each_event_appears_once_with_two_orchestrators(
     events = lifecycle(redis_url)
     assert {task_id for task_id, _ in events} >= set(submitted)
     assert {key: count for key, count in events.items() if count > 1} == {}
+
+
+@pytest.mark.timeout(120)
+async def test_acknowledged_tasks_end_while_the_store_is_full(
+    tmp_path: Path, options: Make, launch: Make, stand_in: Make
+) -> None:
+    with EmbeddedServer(EmbeddedOptions(directory=tmp_path)) as server, Redis.from_url(server.url) as redis:
+        orchestrator = await launch(options(server.url))
+        first = stand_in(orchestrator.address)
+        await first.ready()
+        await first.close()
+        async with Client(orchestrator.address, ClientOptions(patience=0.0)) as client:
+            submission = pb.Submission(method=DO, request=b"\n\x01q")
+            tasks = await client.submit_raw([submission] * 150)
+            redis.config_set("maxmemory", 1_000_000)
+            with pytest.raises(StoreFull, match="is out of memory"):
+                await client.submit_raw([submission])
+            # An agent that connects meanwhile is welcomed.
+            await stand_in(orchestrator.address, agent_id="agent-2").ready()
+            async with asyncio.timeout(60):
+                ended = await all_ended(client, [task.task_id for task in tasks])
+            assert {task.state for task in ended} == {TaskState.TASK_STATE_SUCCEEDED}
+            assert await health(orchestrator.address) == health_pb2.HealthCheckResponse.SERVING
+            redis.config_set("maxmemory", 0)
+            await client.submit_raw([submission])
+        await orchestrator.stop()

@@ -15,7 +15,8 @@ The laws of the session:
  4. Every gRPC message is a batch of session messages, which are applied in order.
  5. Slots bound work. The sum of offered, accepted and running attempts never exceeds the slots of the hello.
  6. An offer is answered. An offer without Accepted or Declined within the accept timeout is withdrawn and offered
-    again with a higher fence.
+    again with a higher fence. If the stream ends before the answer, the agent has the time of a lease to come back
+    with the attempt. Otherwise the attempt counts as one that may have run.
  7. Fences only rise. The store assigns attempts and fences. A report with another fence than the task's current one
     is answered with Refused(STALE_FENCE) and changes nothing. The answer does not reveal whether the task exists.
  8. The end of a stream revokes nothing. A lease ends only when it expires. An agent that cannot renew a lease stops
