@@ -276,11 +276,23 @@ def test_control_messages_overtake_work_and_batches_are_bounded() -> None:
     assert session.messages_to_send() is None
 
 
+def test_the_end_tells_sent_offers_from_unsent_ones() -> None:
+    session = open_orchestrator()
+    session.offer(offer(), TRACE, 0.0)
+    assert session.messages_to_send() is not None
+    other = KEY._replace(task_id="t2")
+    unsent = offer()
+    unsent.attempt.task_id = "t2"
+    session.offer(unsent, TRACE, 0.0)
+    (ended,) = session.connection_lost(0.0)
+    assert (ended.unanswered, ended.unsent, ended.running) == ((KEY,), (other,), ())
+
+
 def test_calls_after_the_end_of_the_session_have_no_effect() -> None:
     session = open_orchestrator()
     session.offer(offer(), TRACE, 0.0)
     (ended,) = session.connection_lost(0.0)
-    assert ended == s.SessionEnded("the stream ended", Reason.REASON_PEER_LOST, (KEY,), ())
+    assert ended == s.SessionEnded("the stream ended", Reason.REASON_PEER_LOST, (), (), unsent=(KEY,))
     assert session.connection_lost(0.0) == []
     assert not session.acknowledge(KEY)
     assert not session.refuse(KEY, StaleFence("no"))

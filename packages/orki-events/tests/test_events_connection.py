@@ -21,6 +21,7 @@ from orki_contract.errors import (
     InvalidSetting,
     LocalProtocolError,
     OrkiError,
+    StoreFull,
     StoreUnavailable,
 )
 from orki_events import connect
@@ -183,7 +184,7 @@ def test_credentials_can_be_passed_apart_from_the_url() -> None:
 
 
 REPLIES: list[tuple[str, type[OrkiError], type[OrkiError]]] = [
-    ("OOM command not allowed when used memory > 'maxmemory'.", EventsOutOfMemory, StoreUnavailable),
+    ("OOM command not allowed when used memory > 'maxmemory'.", EventsOutOfMemory, StoreFull),
     ("READONLY You can't write against a read only replica.", EventsReadOnly, StoreUnavailable),
     ("MASTERDOWN Link with MASTER is down", EventsReadOnly, StoreUnavailable),
     ("NOREPLICAS Not enough good replicas to write.", EventsReadOnly, StoreUnavailable),
@@ -209,10 +210,10 @@ REPLIES: list[tuple[str, type[OrkiError], type[OrkiError]]] = [
     (
         "ERR Error running script (call to f_1): @user_script:4: -OOM command not allowed when used memory",
         EventsOutOfMemory,
-        StoreUnavailable,
+        StoreFull,
     ),
     ("@user_script: 12: -READONLY You can't write against a read only replica.", EventsReadOnly, StoreUnavailable),
-    ("OOM command not allowed. script: 4f, on @user_script:4.", EventsOutOfMemory, StoreUnavailable),
+    ("OOM command not allowed. script: 4f, on @user_script:4.", EventsOutOfMemory, StoreFull),
     ("user_script:3: Script attempted to access nonexistent global variable 'x'", EventsRefused, LocalProtocolError),
 ]
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
+import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -331,6 +335,47 @@ async def stand_in() -> AsyncIterator[Callable[..., StandIn]]:
 
 
 # --- an orchestrator ---
+
+
+class Served:
+    """`orki serve` as a child process."""
+
+    def __init__(self, redis_url: str, folder: Path) -> None:
+        self._url = redis_url
+        self._ready = folder / "ready.json"
+        self._listen = "127.0.0.1:0"
+        self.process: asyncio.subprocess.Process | None = None
+        self.address = ""
+
+    async def start(self) -> None:
+        self._ready.unlink(missing_ok=True)
+        arguments = ["--listen", self._listen, "--ready-file", str(self._ready), "--heartbeat-interval-ms", "300"]
+        self.process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "orki_server", "serve", *arguments),
+            env={**os.environ, "ORKI_REDIS_URL": self._url, "ORKI_SHARDS": "4", "ORKI_DRAIN_GRACE_MS": "100"},
+            stdout=asyncio.subprocess.DEVNULL,
+        )
+        async with asyncio.timeout(40):
+            while not self._ready.exists():
+                assert self.process.returncode is None, "orki serve ended before it was ready"
+                await asyncio.sleep(0.02)
+        self.address = json.loads(self._ready.read_text())["address"]
+        self._listen = self.address
+
+    async def end(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
+        await self.process.wait()
+        self.process._transport.close()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+async def served(redis_url: str, tmp_path: Path) -> AsyncIterator[Served]:
+    process = Served(redis_url, tmp_path)
+    await process.start()
+    yield process
+    await process.end(signal.SIGTERM)
 
 
 def options_for(redis_url: str, **more: Any) -> OrchestratorOptions:

@@ -141,11 +141,11 @@ async def test_a_store_of_an_earlier_layout_is_refused(redis_url: str) -> None:
         redis.hset("orki:{of}:layout", mapping={"shards": 4, "version": 1, "generation": "x"})
     store = Store(redis_url, shards=4)
     with pytest.raises(
-        InvalidSetting, match="has layout 1, this orchestrator writes 2; use orchestrators of one version"
+        InvalidSetting, match="has layout 1, this orchestrator writes 3; use orchestrators of one version"
     ):
         await store.open()
     await store.close()
-    with pytest.raises(InvalidSetting, match="has layout 1, this command knows 2"):
+    with pytest.raises(InvalidSetting, match="has layout 1, this command knows 3"):
         async with open_fleet(redis_url):
             pass
 
@@ -202,7 +202,8 @@ async def test_unfinished_tasks_are_counted_by_contract(store: Store) -> None:
     assert await Contracts(store.connection, store.shards).unfinished(SERVICE) == {"sha256:a": 2, "sha256:b": 1, "": 1}
     assert await Contracts(store.connection, store.shards).unfinished("servertests.v1.Work") == {}
     await store.apply(operations.cancel(tasks[0], "", "t"))
-    (offered,) = await store.offer(operations.offer(1, 60.0, (Recipient("a", "i", 1, (method.full_name,)),)))
+    recipient = Recipient("a", "i", 1, (method.full_name,))
+    (offered,) = (await store.offer(operations.offer(1, 60.0, (recipient,)))).offers
     await store.apply(operations.succeed("a", offered.attempt, b"r"))
     left = await Contracts(store.connection, store.shards).unfinished(SERVICE)
     assert sum(left.values()) == 2

@@ -17,7 +17,8 @@ PAGE = Path(__file__).parents[3] / "docs" / "keys.md"
 SHARD = ShardKeys(7)
 TASK = "t7-01jcabcdefghjkmnpqrstvwxyz"
 LUA = "\n".join(
-    (files("orki_server._store") / "lua" / name).read_text(encoding="utf-8") for name in ("task.lua", "operations.lua")
+    (files("orki_server._store") / "lua" / f"{name}.lua").read_text(encoding="utf-8")
+    for name in ("batch", "life", "operations", "dispatch")
 )
 
 
@@ -30,6 +31,8 @@ LUA = "\n".join(
         (SHARD.open, "orki:{oN}:open"),
         (SHARD.outbox, "orki:{oN}:outbox"),
         (SHARD.fence, "orki:{oN}:fence"),
+        (f"{SHARD.base}clock", "orki:{oN}:clock"),
+        (f"{SHARD.base}damaged", "orki:{oN}:damaged"),
         (FleetKeys.LAYOUT, "orki:{of}:layout"),
         (FleetKeys.AGENTS, "orki:{of}:agents"),
         (FleetKeys.SERVICES, "orki:{of}:services"),
@@ -60,21 +63,36 @@ def test_the_scripts_use_the_names_of_the_table() -> None:
 
 
 def test_the_scripts_use_the_fields_of_the_table() -> None:
-    used = set(re.findall(r"\b(?:task|other|known)\.(\w+)", LUA)) - {"id", "stored", "stored_state"}
-    # HSET and HGET of fields that are not loaded.
-    used |= set(re.findall(r"TASK \.\. [\w.]+, '(\w+)'", LUA))
-    used |= {"failure_message", "failure_type"}
-    assert used | set(TIMERS) | {"request", "earlier_failures"} <= set(keys.TASK_FIELDS)
-    assert used >= set(keys.TASK_FIELDS) - set(TIMERS) - {"submitted_us"}
+    used = set(re.findall(r"\b(?:task|other|known)\.(\w+)", LUA))
+    used -= {"id", "text", "next_text", "fields", "staged_fields", "touched", "dirty", "shown", "span", "span_of"}
+    used -= {"spec", "request"}
+    assert used | set(TIMERS) == {*keys.STATE_FIELDS, *keys.SPEC_FIELDS}
     assert set(TIMERS) == {name for name in keys.NUMBERS if name.endswith("_due")}
-    assert next(iter(keys.TASK_FIELDS)) == keys.SNAPSHOT[0] == "state", "a missing state means a missing task"
-    assert {*keys.NUMBERS, *keys.NOT_LOADED, *keys.SNAPSHOT} <= set(keys.TASK_FIELDS)
+    # Fields of the hash itself.
+    found = re.findall(r"TASK \.\. [\w.]+, '(\w+)'|set\(task, '(\w+)'", LUA)
+    used = {name for names in found for name in names if name}
+    assert used | {"spec"} == set(keys.TASK_FIELDS)
+    assert set(keys.SNAPSHOT) == set(keys.TASK_FIELDS) - {"request"}
+    assert set(keys.NUMBERS) <= {*keys.STATE_FIELDS, *keys.SPEC_FIELDS}
+
+
+def test_packed_fields_are_read_as_they_were_written() -> None:
+    fields: dict[str, str | int] = dict.fromkeys(keys.STATE_FIELDS, "") | {"state": "QUEUED", "revision": 3}
+    read = keys.unpack(keys.STATE_FIELDS, keys.pack(fields).encode())
+    assert (read["state"], read["revision"], read["attempt"], read["agent_id"]) == ("QUEUED", "3", "0", "")
+    for damaged in (b"", b"QUEUED", b"\xff" * 30, keys.pack(fields).replace("3", "x").encode()):
+        with pytest.raises(ValueError, match=r"argument|literal|decode"):
+            keys.unpack(keys.STATE_FIELDS, damaged)
 
 
 def test_the_scripts_write_the_records_that_python_reads() -> None:
     assert OutboxRecord._fields[1:] == tuple(keys.RECORD_FIELDS)
-    record = LUA[LUA.index("local function record(") : LUA.index("local function count_open(")]
-    assert set(re.findall(r"^    (\w+) = ", record, re.M)) == set(keys.RECORD_FIELDS)
+    record = LUA[LUA.index("local function record(") : LUA.index("-- Puts the task at the end")]
+    written = [line.strip() for line in record[record.index("concat({") :].splitlines()[1:] if line.startswith("    ")]
+    assert len(written) == len(keys.RECORD_FIELDS)
+    for field, line in zip(keys.RECORD_FIELDS, written, strict=True):
+        names = {"task_id": "task.id", "time_us": "WALL_TEXT"}
+        assert names.get(field, field) in line
 
 
 def test_all_keys_of_a_shard_share_one_hash_tag() -> None:
@@ -85,6 +103,6 @@ def test_the_page_shows_the_tables_and_the_life_of_a_task() -> None:
     page = PAGE.read_text(encoding="utf-8")
     rows = [f"| `{row.pattern}` | {row.kind} | {row.holds} | {row.writer} | {row.ends} |" for row in keys.TABLE]
     assert "\n".join(["| Key | Kind | Content | Written by | Removed |", "|---|---|---|---|---|", *rows, ""]) in page
-    for fields in (keys.TASK_FIELDS, keys.RECORD_FIELDS):
+    for fields in (keys.TASK_FIELDS, keys.STATE_FIELDS, keys.SPEC_FIELDS, keys.RECORD_FIELDS):
         rows = [f"| `{name}` | {holds} |" for name, holds in fields.items()]
         assert "\n".join(["| Field | Content |", "|---|---|", *rows, ""]) in page

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,54 +23,13 @@ from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import TaskState
 from orki.events.v1.envelope_pb2 import Envelope
 from orki.events.v1.task_pb2 import TaskEvent
-from orki_contract.errors import OrkiError, StoreUnavailable
+from orki_contract.errors import OrkiError, StoreFull, StoreUnavailable
 from orki_control import Client, ClientOptions
 from orki_control.session import ArrivedOffer
 from orki_server.embedded import EmbeddedOptions, EmbeddedServer
 
 DO = "servertests.v1.WorkService/Do"
 Make = Callable[..., Any]
-
-
-class Served:
-    """`orki serve` as a child process."""
-
-    def __init__(self, redis_url: str, folder: Path) -> None:
-        self._url = redis_url
-        self._ready = folder / "ready.json"
-        self._listen = "127.0.0.1:0"
-        self.process: asyncio.subprocess.Process | None = None
-        self.address = ""
-
-    async def start(self) -> None:
-        self._ready.unlink(missing_ok=True)
-        arguments = ["--listen", self._listen, "--ready-file", str(self._ready), "--heartbeat-interval-ms", "300"]
-        self.process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "orki_server", "serve", *arguments),
-            env={**os.environ, "ORKI_REDIS_URL": self._url, "ORKI_SHARDS": "4", "ORKI_DRAIN_GRACE_MS": "100"},
-            stdout=asyncio.subprocess.DEVNULL,
-        )
-        async with asyncio.timeout(40):
-            while not self._ready.exists():
-                assert self.process.returncode is None, "orki serve ended before it was ready"
-                await asyncio.sleep(0.02)
-        self.address = json.loads(self._ready.read_text())["address"]
-        self._listen = self.address
-
-    async def end(self, number: signal.Signals) -> None:
-        assert self.process is not None
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(number)
-        await self.process.wait()
-        self.process._transport.close()  # type: ignore[attr-defined]
-
-
-@pytest.fixture
-async def served(redis_url: str, tmp_path: Path) -> AsyncIterator[Served]:
-    process = Served(redis_url, tmp_path)
-    await process.start()
-    yield process
-    await process.end(signal.SIGTERM)
 
 
 def ended_tasks(redis_url: str) -> Counter[str]:
@@ -110,7 +68,7 @@ async def slowly(offer: ArrivedOffer) -> bytes:
 
 
 @pytest.mark.timeout(120)
-async def test_tasks_survive_a_kill_of_the_orchestrator(served: Served, redis_url: str, stand_in: Make) -> None:
+async def test_tasks_survive_a_kill_of_the_orchestrator(served: Any, redis_url: str, stand_in: Make) -> None:
     agents = [stand_in(served.address, agent_id=f"agent-{number}", handler=slowly) for number in range(2)]
     for agent in agents:
         await agent.ready()
@@ -282,7 +240,7 @@ async def test_no_fence_repeats_after_the_store_lost_everything(
     assert second >> 44 == (first >> 44) + 1
 
 
-async def test_serve_refuses_a_taken_port(served: Served, redis_url: str) -> None:
+async def test_serve_refuses_a_taken_port(served: Any, redis_url: str) -> None:
     started = time.monotonic()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "orki_server", "serve", "--listen", served.address),
@@ -294,3 +252,72 @@ async def test_serve_refuses_a_taken_port(served: Served, redis_url: str) -> Non
     assert b"the port is taken; choose another with --listen" in stderr
     assert b"Traceback" not in stderr
     assert time.monotonic() - started < 60
+
+
+def lifecycle(redis_url: str) -> Counter[tuple[str, bytes]]:
+    """Return how often each event of a task is in the stream, by task and event id."""
+    with Redis.from_url(redis_url) as redis:
+        entries: Any = redis.xrange("orki:ev:{tasks}")
+    return Counter(
+        (TaskEvent.FromString(fields[b"d"]).task_id, Envelope.FromString(fields[b"e"]).event_id)
+        for _, fields in entries
+    )
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("kills", [0, 3])
+async def test_each_event_appears_once_with_two_orchestrators(
+    served: Any, redis_url: str, options: Make, launch: Make, stand_in: Make, kills: int
+) -> None:
+    """Two orchestrators under load; one of them is killed again and again, also between publishing and removing."""
+    other = await launch(options(redis_url))
+    for number, address in enumerate((served.address, other.address)):
+        await stand_in(address, agent_id=f"agent-{number}").ready()
+
+    async def load(address: str) -> list[str]:
+        async with Client(address, ClientOptions(patience=60.0)) as client:
+            tasks = []
+            for _ in range(30):
+                tasks += await client.submit_raw([pb.Submission(method=DO, request=b"\n\x01q")] * 20)
+                await asyncio.sleep(0.05)
+            await all_ended(client, [task.task_id for task in tasks])
+            return [task.task_id for task in tasks]
+
+    loads = [asyncio.create_task(load(address)) for address in (served.address, other.address)]
+    for _ in range(kills):
+        await asyncio.sleep(0.5)
+        await served.end(signal.SIGKILL)
+        await served.start()
+    submitted = [task_id for each in loads for task_id in await each]
+    async with asyncio.timeout(30):
+        while await other._outbox.outbox.length():
+            await asyncio.sleep(0.1)
+    events = lifecycle(redis_url)
+    assert {task_id for task_id, _ in events} >= set(submitted)
+    assert {key: count for key, count in events.items() if count > 1} == {}
+
+
+@pytest.mark.timeout(120)
+async def test_acknowledged_tasks_end_while_the_store_is_full(
+    tmp_path: Path, options: Make, launch: Make, stand_in: Make
+) -> None:
+    with EmbeddedServer(EmbeddedOptions(directory=tmp_path)) as server, Redis.from_url(server.url) as redis:
+        orchestrator = await launch(options(server.url))
+        first = stand_in(orchestrator.address)
+        await first.ready()
+        await first.close()
+        async with Client(orchestrator.address, ClientOptions(patience=0.0)) as client:
+            submission = pb.Submission(method=DO, request=b"\n\x01q")
+            tasks = await client.submit_raw([submission] * 150)
+            redis.config_set("maxmemory", 1_000_000)
+            with pytest.raises(StoreFull, match="is out of memory"):
+                await client.submit_raw([submission])
+            # An agent that connects meanwhile is welcomed.
+            await stand_in(orchestrator.address, agent_id="agent-2").ready()
+            async with asyncio.timeout(60):
+                ended = await all_ended(client, [task.task_id for task in tasks])
+            assert {task.state for task in ended} == {TaskState.TASK_STATE_SUCCEEDED}
+            assert await health(orchestrator.address) == health_pb2.HealthCheckResponse.SERVING
+            redis.config_set("maxmemory", 0)
+            await client.submit_raw([submission])
+        await orchestrator.stop()

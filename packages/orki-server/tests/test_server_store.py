@@ -20,11 +20,11 @@ from orki_server._store.operations import (
     Recipient,
     ReportStatus,
     Submitted,
-    TaskView,
     new_task_id,
     shard_of,
     submission_digest,
 )
+from orki_server._store.records import TaskView
 from orki_server._store.store import Store, read_layout
 from orki_server._store.tasks import TaskFilter, list_tasks
 
@@ -57,7 +57,7 @@ async def submit(
 
 async def take(store: Store, agent: str = "a1", slots: int = 1, accept_timeout: float = 2.0) -> list[OfferedAttempt]:
     recipient = Recipient(agent, f"{agent}-1", slots, (METHOD.full_name,))
-    return await store.offer(operations.offer(SHARD, accept_timeout, (recipient,)))
+    return list((await store.offer(operations.offer(SHARD, accept_timeout, (recipient,)))).offers)
 
 
 async def started(store: Store, agent: str = "a1", method: TaskMethod = METHOD) -> AttemptKey:
@@ -386,14 +386,15 @@ async def test_finished_tasks_are_removed_with_all_their_keys(redis_url: str) ->
 async def test_tasks_go_to_recipients_in_turn_oldest_first(store: Store) -> None:
     ids = [(await submit(store)).task_id for _ in range(5)]
     recipients = tuple(Recipient(name, f"{name}-1", 2, (METHOD.full_name,)) for name in ("a", "b"))
-    offered = await store.offer(operations.offer(SHARD, 1.0, recipients))
+    offered = (await store.offer(operations.offer(SHARD, 1.0, recipients))).offers
     assert [(each.recipient, each.attempt.task_id) for each in offered] == [
         (0, ids[0]),
         (1, ids[1]),
         (0, ids[2]),
         (1, ids[3]),
     ]
-    assert await store.offer(operations.offer(SHARD, 1.0, (Recipient("c", "c-1", 9, ("other.v1.Service/Do",)),))) == []
+    other = Recipient("c", "c-1", 9, ("other.v1.Service/Do",))
+    assert (await store.offer(operations.offer(SHARD, 1.0, (other,)))).offers == ()
 
 
 async def test_lists_are_paged_newest_first_and_filtered(store: Store) -> None:

@@ -29,7 +29,7 @@ from orki_contract.trace import new_span
 from orki_control.session import AttemptKey
 from orki_server import _keys as keys
 from orki_server._events import Outbox
-from orki_server._keys import ShardKeys
+from orki_server._keys import STATE_FIELDS, ShardKeys, pack, unpack
 from orki_server._store import operations
 from orki_server._store.operations import (
     Operation,
@@ -119,6 +119,17 @@ class Model:
         if self.taken == (key.fence, agent):
             return ReportStatus.REPEATED
         return ReportStatus.ACCEPTED if self.holds(agent, key) else ReportStatus.STALE
+
+
+def stored_state(redis: Redis, name: str) -> dict[str, str]:
+    """Return the packed state of the task under this key."""
+    packed: Any = redis.hget(name, "state")
+    return unpack(STATE_FIELDS, packed) if packed else {"state": "ABSENT"}
+
+
+def change_state(redis: Redis, name: str, **fields: str | int) -> None:
+    """Change fields of the packed state of the task under this key."""
+    redis.hset(name, "state", pack({**stored_state(redis, name), **fields}))
 
 
 class StoreLaws(RuleBasedStateMachine):
@@ -228,7 +239,7 @@ class StoreLaws(RuleBasedStateMachine):
         recipient = Recipient(agent, agent + "-1", 1, (METHOD.full_name,))
 
         async def applied() -> Any:
-            return await self.store.offer(operations.offer(shard, 60.0, (recipient,)))
+            return (await self.store.offer(operations.offer(shard, 60.0, (recipient,)))).offers
 
         offered = self.run(applied())
         queued = [
@@ -360,7 +371,7 @@ class StoreLaws(RuleBasedStateMachine):
         if model.state in TERMINAL or (model.state == QUEUED and not model.waiting):
             return
         timer = "retry_due" if model.waiting else "offer_due" if model.unanswered else "lease_due"
-        self.redis.hset(names.task(task_id), timer, "1")
+        change_state(self.redis, names.task(task_id), **{timer: 1, "timer": 1})
         self.redis.zadd(f"{names.base}timers", {task_id: 1})
         swept = self.apply(operations.sweep(shard_of(task_id), 100))
         (expired,) = [each for each in swept.expired if each.attempt.task_id == task_id]
@@ -372,7 +383,7 @@ class StoreLaws(RuleBasedStateMachine):
             if model.state == CANCELLING:
                 model.end("cancelled")
             else:
-                model.again(waiting=int(self.redis.hget(names.task(task_id), "retry_due") or 0) > 0)
+                model.again(waiting=int(stored_state(self.redis, names.task(task_id))["retry_due"]) > 0)
         else:
             assert expired.kind == "attempt"
             model.attempt_failed(True)

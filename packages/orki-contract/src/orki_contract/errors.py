@@ -10,6 +10,7 @@ __all__ = [
     "CancelUnresponsive",
     "Cancelled",
     "ContractMismatch",
+    "DamagedRecord",
     "DeliveriesExhausted",
     "Draining",
     "EventUndecodable",
@@ -48,6 +49,7 @@ __all__ = [
     "StaleFence",
     "Stalled",
     "Status",
+    "StoreFull",
     "StoreUnavailable",
     "TaskAbandoned",
     "TaskEnded",
@@ -88,6 +90,7 @@ class Status(IntEnum):
     ABORTED = 10
     INTERNAL = 13
     UNAVAILABLE = 14
+    DATA_LOSS = 15
 
 
 class OrkiError(Exception):
@@ -178,6 +181,14 @@ class TooLarge(OrkiError, reason=Reason.REASON_TOO_LARGE, status=Status.RESOURCE
 
 class StoreUnavailable(OrkiError, reason=Reason.REASON_STORE_UNAVAILABLE, status=Status.UNAVAILABLE, retryable=True):
     """The orchestrator's store does not respond."""
+
+
+class StoreFull(OrkiError, reason=Reason.REASON_STORE_FULL, status=Status.RESOURCE_EXHAUSTED, retryable=True):
+    """The orchestrator's store is out of memory. Running tasks still end, which frees memory."""
+
+
+class DamagedRecord(OrkiError, reason=Reason.REASON_DAMAGED_RECORD, status=Status.DATA_LOSS):
+    """A record in the orchestrator's store cannot be read."""
 
 
 class OrchestratorUnavailable(

@@ -35,7 +35,7 @@ class _Condition(Enum):
     """A kind of error; its value is the class for an event server and the class for a store."""
 
     UNAVAILABLE = errors.EventsUnavailable, errors.StoreUnavailable
-    OUT_OF_MEMORY = errors.EventsOutOfMemory, errors.StoreUnavailable
+    OUT_OF_MEMORY = errors.EventsOutOfMemory, errors.StoreFull
     READ_ONLY = errors.EventsReadOnly, errors.StoreUnavailable
     NOT_PERSISTING = errors.EventsNotPersisting, errors.StoreUnavailable
     LOADING = errors.EventsLoading, errors.StoreUnavailable

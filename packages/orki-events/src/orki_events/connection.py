@@ -7,7 +7,8 @@ outcome is unknown may be repeated. Every error that leaves this module is an `O
 | condition | event server | store |
 |---|---|---|
 | no connection, no reply, busy, slot not served | `EventsUnavailable` | `StoreUnavailable` |
-| out of memory, read-only, not persisting, loading | `EventsOutOfMemory`, `EventsReadOnly`, … | `StoreUnavailable` |
+| out of memory | `EventsOutOfMemory` | `StoreFull` |
+| read-only, not persisting, loading | `EventsReadOnly`, … | `StoreUnavailable` |
 | credentials or permissions refused | `EventsRefused` | `StoreUnavailable` |
 | the command is wrong | `EventsRefused` | `LocalProtocolError` |
 | the script is not loaded | `ScriptMissing` | `ScriptMissing` |

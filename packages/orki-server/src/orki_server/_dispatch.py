@@ -11,14 +11,14 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from orki.control.v1.session_pb2 import Offer as OfferMessage
-from orki_contract.errors import OrkiError, error_for
+from orki_contract.errors import OrkiError, StoreUnavailable, error_for
 from orki_server._session import AgentSession, SessionRegistry
 from orki_server._sessions import Reports
-from orki_server._store.operations import Expired, OfferedAttempt, Recipient, offer, shard_of, sweep
+from orki_server._store.operations import MAX_OFFERS, Expired, OfferedAttempt, Recipient, Swept, offer, shard_of, sweep
 from orki_server._store.store import Store
 
 _POLL: Final = 0.5
@@ -27,6 +27,8 @@ _OFFERS: Final = 64
 _STORE_SLACK: Final = 1.0
 """The store withdraws an unanswered offer later than the session does, for the case that this process has ended."""
 _SWEEP_LIMIT: Final = 100
+_TICK: Final = 0.5
+"""Maximum time between two sweeps. When none comes for twice as long, nobody could hear the agents."""
 _log = logging.getLogger("orki.server.dispatch")
 
 
@@ -92,12 +94,17 @@ class Dispatcher:
                 for slots, each in sessions
             )
             try:
-                offered = await self._store.offer(offer(shard, self._accept_timeout + _STORE_SLACK, recipients))
-            except OrkiError as error:
+                assigned = await self._store.offer(offer(shard, self._accept_timeout + _STORE_SLACK, recipients))
+            except StoreUnavailable as error:
                 _log.warning("no tasks were assigned: %s", error.message)
                 self._marked[shard] = None
                 raise
-            if len(offered) == sum(each.slots for each in recipients):
+            except OrkiError as error:
+                _log.error("shard %d assigns no tasks: %s", shard, error.message)
+                continue
+            _report_damage(shard, assigned.damaged)
+            offered = assigned.offers
+            if len(offered) >= min(MAX_OFFERS, sum(each.slots for each in recipients)):
                 # Every slot was filled, so the shard may have more tasks.
                 self.queued(shard)
             for each in offered:
@@ -120,6 +127,7 @@ class Dispatcher:
             lease_ms=round(offered.lease * 1000),
             accept_timeout_ms=round(self._accept_timeout * 1000),
             attempt_timeout_ms=round(offered.attempt_timeout * 1000),
+            proof=self._store.proof(session.agent_id, offered.attempt),
         )
         try:
             session.machine.offer(message, offered.traceparent, time.monotonic())
@@ -132,12 +140,18 @@ class Dispatcher:
         session.changed()
 
 
+def _report_damage(shard: int, damaged: Iterable[str]) -> None:
+    for name in damaged:
+        _log.error("%s on shard %d cannot be read and is left out: its record is damaged", name, shard)
+
+
 class Sweeper:
     """Executes the timers of all shards.
 
-    It sweeps when a timer is due and at every `interval`. After a start, and after the store was down, it waits for
-    `pause`: agents must first have the chance to renew their leases. It calls `on_queued` with a shard that has a
-    queued task, and `on_change` with a task that changed and whether it ended.
+    It sweeps when a timer is due and at every `interval`, which is at most half a second: each sweep advances the
+    clocks of the shards. After a start, and after the store was down, it executes no timers for `pause`: agents must
+    first have the chance to renew their leases. It calls `on_queued` with a shard that has a queued task, and
+    `on_change` with a task that changed and whether it ended.
     """
 
     def __init__(
@@ -152,7 +166,7 @@ class Sweeper:
     ) -> None:
         self._store = store
         self._sessions = sessions
-        self._interval = interval
+        self._interval = min(interval, _TICK)
         self._pause = pause
         self._on_queued = on_queued
         self._on_change = on_change
@@ -173,34 +187,46 @@ class Sweeper:
         self._due = loop.time()
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(max(self._due, self._paused_until)):
+                async with asyncio.timeout_at(self._due):
                     await self._wake.wait()
             self._wake.clear()
             await self._store.connection.up.wait()
-            if loop.time() < max(self._due, self._paused_until):
+            if loop.time() < self._due:
                 continue
             self._due = loop.time() + self._interval
             try:
-                next_timer = await self.sweep()
-                if next_timer is not None:
+                paused = loop.time() < self._paused_until
+                next_timer = await self.sweep(0 if paused else _SWEEP_LIMIT)
+                if next_timer is not None and not paused:
                     self.wake_in(next_timer)
             except OrkiError as error:
                 _log.warning("timers are delayed: %s", error.message)
 
-    async def sweep(self) -> float | None:
+    async def sweep(self, limit: int = _SWEEP_LIMIT) -> float | None:
         """Sweep once. Returns the time until the next timer, or None if there is none.
+
+        Args:
+            limit: Maximum number of tasks of each shard; 0 only advances the clocks.
 
         Raises:
             StoreUnavailable: The store is down.
         """
         sweeps = await asyncio.gather(
-            *(self._store.apply(sweep(shard, _SWEEP_LIMIT)) for shard in range(self._store.shards))
+            *(self._store.apply(sweep(shard, limit)) for shard in range(self._store.shards)), return_exceptions=True
         )
-        for swept in sweeps:
+        next_timers = []
+        for shard, swept in enumerate(sweeps):
+            if isinstance(swept, StoreUnavailable) or not isinstance(swept, Swept | OrkiError):
+                raise swept
+            if isinstance(swept, OrkiError):
+                _log.error("the timers of shard %d are delayed: %s", shard, swept.message)
+                continue
+            _report_damage(shard, swept.damaged)
             for expired in swept.expired:
                 self._expired(expired)
-        # The store's clock may be between two milliseconds, so one more is added.
-        return min((swept.next_timer + 0.001 for swept in sweeps if swept.next_timer is not None), default=None)
+            if swept.next_timer is not None:
+                next_timers.append(swept.next_timer + 0.001)  # The store's clock may be between two milliseconds.
+        return min(next_timers, default=None)
 
     def _expired(self, expired: Expired) -> None:
         key = expired.attempt

@@ -1,8 +1,9 @@
 """Publishes events: tasks' transitions from the outbox, agents' sessions, and refusals.
 
-Transitions are written to the outbox together with the task, and cannot be lost. A record is removed once its events
-are published. After a crash in between they are published again under the same event ids, which consist of task and
-revision; readers ignore ids that they have seen. Events of agents are only collected in memory: the fleet's table
+Transitions are written to the outbox together with the task, and cannot be lost. One orchestrator at a time publishes
+the outbox of a shard. A record is removed once its events are published. After a crash in between, the next publisher
+looks for them in the stream first. Event ids consist of task and revision, so that readers can ignore an event that
+comes twice nevertheless. Events of agents are only collected in memory: the fleet's table
 shows the same.
 
 Spans nest as follows: the submitter's span contains the task's span, which contains one span for each attempt, which
@@ -16,7 +17,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Final, NamedTuple, TypeVar
 
 from google.protobuf.message import Message
@@ -30,21 +31,25 @@ from orki.events.v1.audit_pb2 import AuditEvent
 from orki.events.v1.task_orki import TASKS
 from orki_contract import EventStream
 from orki_contract.backoff import Jitter, JitterOptions
-from orki_contract.errors import OrkiError
+from orki_contract.errors import DamagedRecord, OrkiError
 from orki_contract.trace import Span
 from orki_events import Events, Outgoing
+from orki_events.entries import format_cursor, stream_keys
 from orki_server._keys import RECORD_FIELDS, ShardKeys
 from orki_server._session import AgentSession
+from orki_server._store.operations import drain, shard_of
 from orki_server._store.store import Store
 
 E = TypeVar("E", bound=Message)
 
-_BATCH: Final = 250
-"""Maximum number of records read from a shard at once."""
+_BATCH: Final = 32
+"""Maximum number of entries read from a shard at once. Each has the records of one batch of operations."""
 _COLLECT: Final = 0.01
 """Time for which records are collected before they are read."""
-_POLL: Final = 0.5
-"""Maximum time between two reads: another orchestrator may have left records behind."""
+_POLL: Final = 0.2
+"""Maximum time between two reads: another orchestrator may have written records."""
+_CLOCK_SLACK: Final = 10_000
+"""Maximum difference between the clocks of the store and the event server (ms)."""
 _RETRIES: Final = JitterOptions(initial=0.1, maximum=2.0)
 _AUDITED: Final = {"submitted": "submit", "cancel_requested": "cancel", "directed": "direct"}
 _log = logging.getLogger("orki.server.events")
@@ -83,9 +88,15 @@ _INTEGERS: Final = {"revision", "attempt", "fence", "time_us", "reason", "number
 _DECODERS: Final[list[Callable[[bytes], Any]]] = [int if name in _INTEGERS else _text for name in RECORD_FIELDS]
 
 
-def _record(entry: bytes, fields: list[bytes]) -> OutboxRecord:
-    values = [decode(value) for decode, value in zip(_DECODERS, fields[1::2], strict=True)]
-    return OutboxRecord(entry.decode(), *values)
+def _records(entry: bytes, fields: list[bytes]) -> Iterator[OutboxRecord]:
+    """Yield the records of an entry, which the transitions of one batch wrote."""
+    for packed in fields[1::2]:
+        try:
+            values = [decode(value) for decode, value in zip(_DECODERS, packed.split(b"\x1f"), strict=True)]
+        except ValueError:
+            _log.error("a record of outbox entry %s is damaged and is left out", entry.decode())
+        else:
+            yield OutboxRecord(entry.decode(), *values)
 
 
 class Outbox:
@@ -94,21 +105,29 @@ class Outbox:
     def __init__(self, store: Store) -> None:
         self._connection = store.connection
         self._keys = [ShardKeys(shard).outbox for shard in range(store.shards)]
+        self._last: list[str] = []
+        self._damaged: set[int] = set()
 
-    async def read(self, limit: int) -> list[list[OutboxRecord]]:
-        """Return the oldest records of each shard, at most `limit` of each."""
-        replies = await self._connection.calls([("XRANGE", key, "-", "+", "COUNT", limit) for key in self._keys])
-        return [[_record(entry, fields) for entry, fields in reply] for reply in replies]
+    async def read(self, limit: int, shards: Collection[int] | None = None) -> list[list[OutboxRecord]]:
+        """Return the records of the oldest entries of each shard, or of these, at most `limit` entries of each."""
+        wanted = range(len(self._keys)) if shards is None else shards
+        replies: list[Any] = [[] for _ in self._keys]
+        commands = [("XRANGE", self._keys[shard], "-", "+", "COUNT", limit) for shard in wanted]
+        for shard, reply in zip(wanted, await self._connection.replies(commands) if commands else (), strict=True):
+            if not isinstance(reply, OrkiError):
+                replies[shard] = reply
+            elif shard not in self._damaged:
+                self._damaged.add(shard)
+                _log.error("the outbox of shard %d cannot be read; its events are missing: %s", shard, reply.message)
+        self._last = [reply[-1][0].decode() if reply else "" for reply in replies]
+        return [[record for entry, fields in reply for record in _records(entry, fields)] for reply in replies]
 
-    async def trim(self, published: list[list[OutboxRecord]]) -> None:
-        """Remove published records: of each shard, everything up to the last of these.
-
-        Another orchestrator may have published and removed the same records.
-        """
+    async def trim(self) -> None:
+        """Remove what was read last. Another orchestrator may have published and removed the same records."""
         commands = [
-            ("XTRIM", key, "MINID", "=", _next_id(records[-1].entry))
-            for key, records in zip(self._keys, published, strict=True)
-            if records
+            ("XTRIM", key, "MINID", "=", _next_id(last))
+            for key, last in zip(self._keys, self._last, strict=True)
+            if last
         ]
         if commands:
             await self._connection.calls(commands)
@@ -135,6 +154,8 @@ class OutboxPublisher:
         self.outbox = Outbox(store)
         self.wake = asyncio.Event()
         self.published = 0
+        # Shards whose outbox has no records that this process, or another one, may have published.
+        self._checked: set[int] = set()
         self._store = store
         self._events = events
 
@@ -154,22 +175,60 @@ class OutboxPublisher:
                 await asyncio.sleep(jitter.failed())
 
     async def publish_all(self) -> None:
-        """Publish and remove all records.
+        """Publish and remove all records of the outboxes that no other orchestrator publishes.
 
         Raises:
             OrkiError: The store or the event plane is down; no record is lost.
         """
         while True:
             self.wake.clear()
-            shards = await self.outbox.read(_BATCH)
+            claimed = await self._claim()
+            shards = await self.outbox.read(_BATCH, claimed)
             records = [record for shard in shards for record in shard]
-            if not records:
-                return
-            await self._publish(records)
-            await self.outbox.trim(shards)
+            await self._publish_once(records, claimed)
+            await self.outbox.trim()
             self.published += len(records)
             if all(len(shard) < _BATCH for shard in shards):
                 return
+
+    async def _claim(self) -> set[int]:
+        """Claim the outboxes, and return the shards of those that this process publishes now."""
+        claims = await asyncio.gather(
+            *(self._store.apply(drain(shard)) for shard in range(self._store.shards)), return_exceptions=True
+        )
+        claimed = set()
+        for shard, claim in enumerate(claims):
+            if isinstance(claim, BaseException) and not isinstance(claim, DamagedRecord):
+                raise claim
+            if claim != "kept":
+                self._checked.discard(shard)
+            if claim in ("kept", "taken"):
+                claimed.add(shard)
+        return claimed
+
+    async def release(self) -> None:
+        """Let another orchestrator publish at once."""
+        await asyncio.gather(*(self._store.apply(drain(shard, release=True)) for shard in range(self._store.shards)))
+
+    async def _publish_once(self, records: list[OutboxRecord], claimed: set[int]) -> None:
+        """Publish records, except those that were published before by an orchestrator that did not remove them."""
+        unchecked = claimed - self._checked
+        done = set()
+        doubtful = [record for record in records if shard_of(record.task_id) in unchecked]
+        if doubtful:
+            done = await self._published_since(min(record.time_us for record in doubtful))
+        # After an error it is unknown which of them were published.
+        self._checked -= claimed
+        if new := [record for record in records if event_id(record) not in done]:
+            await self._publish(new)
+        self._checked |= claimed
+
+    async def _published_since(self, time_us: int) -> set[bytes]:
+        """Return the ids of the events of tasks since a time."""
+        position = f"{max(0, time_us // 1000 - _CLOCK_SLACK)}-0"
+        cursor = format_cursor([position] * len(stream_keys(TASKS.contract)))
+        entries = self._events.tail(TASKS, after=cursor, follow=False)
+        return {entry.event_id async for entry in entries}
 
     async def _publish(self, records: list[OutboxRecord]) -> None:
         tasks, audits = [], []
@@ -179,9 +238,10 @@ class OutboxPublisher:
             tasks.append(Outgoing(task_event(record), span, event_id(record), record.time_us))
             if record.kind in _AUDITED:
                 audits.append(Outgoing(audit_event(record), span, event_id(record, "audit"), record.time_us))
-        await self._events.publish_outgoing(TASKS, tasks)
+        # The tasks' events are looked for after a crash, so they come last.
         if audits:
             await self._events.publish_outgoing(AUDIT, audits)
+        await self._events.publish_outgoing(TASKS, tasks)
 
 
 def event_id(record: OutboxRecord, part: str = "task") -> bytes:

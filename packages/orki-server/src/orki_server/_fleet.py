@@ -13,7 +13,7 @@ from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import TaskState
 from orki.control.v1.session_pb2 import Hello
 from orki.control.v1.task_pb2_grpc import FleetServiceServicer
-from orki_contract.errors import OrkiError, Overloaded, Replaced, UnknownTask
+from orki_contract.errors import OrkiError, Overloaded, Replaced
 from orki_control.session import AttemptKey, HelloArrived
 from orki_server._registry import ContractRegistry
 from orki_server._session import AgentSession, SessionRegistry
@@ -31,7 +31,11 @@ _log = logging.getLogger("orki.server.sessions")
 
 
 class Handshake:
-    """Checks hellos: contracts, attempts that the agent still holds, and which of its instances is the newest."""
+    """Checks hellos: contracts, attempts that the agent still holds, and which of its instances is the newest.
+
+    Attributes:
+        false_claims: Number of attempts that agents claimed without the proof of an offer.
+    """
 
     def __init__(
         self, store: Store, fleet: Fleet, registry: ContractRegistry, sessions: SessionRegistry, max_sessions: int
@@ -41,6 +45,7 @@ class Handshake:
         self._registry = registry
         self._sessions = sessions
         self._max_sessions = max_sessions
+        self.false_claims = 0
 
     async def run(self, session: AgentSession, arrived: HelloArrived) -> tuple[int, str] | None:
         """Welcome or refuse the session.
@@ -57,7 +62,7 @@ class Handshake:
             if len(self._sessions) >= self._max_sessions and self._sessions.get(hello.agent_id) is None:
                 raise Overloaded(f"this orchestrator has its maximum of {self._max_sessions} sessions; try another one")
             await self._registry.admit(hello.agent_id, hello.services)
-            resumed = await self._resume(hello, [key for key, _ in arrived.held])
+            resumed = await self._resume(hello)
             grant = await self._open(session, hello)
         except OrkiError as error:
             if not session.over:
@@ -83,17 +88,30 @@ class Handshake:
             await self._registry.admit(hello.agent_id, hello.services)
         raise Overloaded("the contracts of the agent's services keep changing; connect again")
 
-    async def _resume(self, hello: Hello, held: Sequence[AttemptKey]) -> list[ResumedAttempt]:
+    def _proven(self, hello: Hello) -> dict[int, list[AttemptKey]]:
+        """Return the attempts that the agent holds with the proofs of their offers, by shard.
+
+        Others are claims without effect: anybody can read a fence or make one up.
+        """
         shards: dict[int, list[AttemptKey]] = {}
-        for key in held:
-            try:
-                shard = shard_of(key.task_id)
-            except UnknownTask:
-                continue
-            if shard < self._store.shards:
-                shards.setdefault(shard, []).append(key)
+        false = []
+        for held in hello.held:
+            key = AttemptKey.of(held.attempt)
+            if self._store.is_proven(hello.agent_id, key, held.proof):
+                shards.setdefault(shard_of(key.task_id), []).append(key)
+            else:
+                false.append(key)
+        if false:
+            self.false_claims += len(false)
+            _log.warning(
+                "agent %s claims %d attempts without the proof of an offer; they are ignored (the first is %s)",
+                *(hello.agent_id, len(false), false[0]),
+            )
+        return shards
+
+    async def _resume(self, hello: Hello) -> list[ResumedAttempt]:
         resumed: list[ResumedAttempt] = []
-        for shard, keys in shards.items():
+        for shard, keys in self._proven(hello).items():
             if await self._store.check_fence(max(keys, key=lambda key: key.fence)):
                 _log.warning(
                     "agent %s holds a fence that %s does not know: the store has lost its newest writes; "

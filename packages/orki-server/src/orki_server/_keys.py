@@ -8,10 +8,11 @@ begin with `orki:{` belong to the event plane and are not part of this table.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-LAYOUT_VERSION: Final = 2
+LAYOUT_VERSION: Final = 3
 """Increases when a key or a field changes its meaning. An orchestrator refuses a store of another version."""
 EPOCH_STEP: Final = 1 << 44
 """Distance between the first fences of two store epochs: the epoch is in the high 20 bits of a fence."""
@@ -117,15 +118,34 @@ TABLE: Final = (
     Key(
         pattern="orki:{oN}:outbox",
         kind="stream",
-        holds="the outbox: one record for each transition; see the fields below",
+        holds="the outbox: a record for each transition, see the fields below; an entry has the records of one batch",
         writer="every transition; the outbox publisher trims",
         ends="never; an entry, when it is published",
         lua="OUTBOX",
     ),
     Key(
+        pattern="orki:{oN}:clock",
+        kind="hash",
+        holds="the shard's clock: `wall_us` and `clock_us`, the server's and the shard's time of the last batch; "
+        "`gaps_ms`, grace for times without any batch; `host:ORCHESTRATOR`, time of its last batch and of its absence; "
+        "`drainer`, the one that publishes the outbox",
+        writer="every batch",
+        ends="never; a host, an hour after its last batch",
+        lua="CLOCK",
+    ),
+    Key(
+        pattern="orki:{oN}:damaged",
+        kind="sorted set",
+        holds="tasks whose record is damaged, by the time at which it was found, in microseconds",
+        writer="offer, sweep",
+        ends="never",
+        lua="DAMAGED",
+    ),
+    Key(
         pattern="orki:{of}:layout",
         kind="hash",
-        holds="`version` of the layout, number of `shards`, and `generation`, a random name of this store's content",
+        holds="`version` of the layout, number of `shards`, `generation`, a random name of this store's content, and "
+        "`secret`, the key of the proofs that agents return for held attempts",
         writer="first start",
         ends="never",
     ),
@@ -168,33 +188,37 @@ TABLE: Final = (
 )
 
 TASK_FIELDS: Final[dict[str, str]] = {
-    "state": "state of the task's life",
-    "method": "`package.Service/Method`",
+    "state": "the fields that transitions change, packed; see below",
+    "spec": "the fields that never change, packed; see below",
     "request": "the request message, serialized",
     "response": "the response message, serialized",
-    "options": "timeouts, attempts and back-off of the method at submission",
-    "contract": "digest of the contract at submission",
-    "idempotency": "SHA-256 of the idempotency key; empty without one",
-    "submitted_us": "time of submission, microseconds",
-    "ended_us": "time of the end, microseconds",
+    "failure": "reason, error type and message of the final failure, separated by US",
+    "failures": "failures of earlier attempts, each as `failure` and ended by RS",
+}
+"""Fields of a task's hash. Only `state` and `spec` are always there."""
+
+STATE_FIELDS: Final[dict[str, str]] = {
+    "state": "state of the task's life",
     "revision": "number of transitions",
-    "traceparent": "the task's span",
-    "parent_id": "the span above the task's",
     "attempt": "number of the current or last attempt",
     "fence": "fence of that attempt",
     "agent_id": "agent of that attempt",
     "instance_id": "process of that agent",
-    "attempt_traceparent": "span of that attempt",
+    "host": "orchestrator that heard the agent last",
+    "absent": "for how long that orchestrator had been absent then, milliseconds",
+    "excused": "`1` when a timer of the attempt was moved because nobody could hear the agent",
     "progress_index": "index of the attempt's last progress",
+    "has_progress": "`1` when the task has a stream of progress",
     "cancel_acknowledged": "`1` when the agent has acknowledged the cancel",
-    "started": "number of attempts that were started",
+    "suspected": "`1` when the session of the offer has ended without an answer",
+    "started": "number of attempts that were started and count",
+    "abandoned": "number of attempts that ended without a failure of the agent",
     "refused_offers": "number of offers in a row that no agent accepted",
     "result_fence": "fence of the last accepted result",
     "result_agent": "agent of the last accepted result",
-    "failure_reason": "reason of the final failure, a number of `orki.errors.v1.Reason`",
-    "failure_message": "message of the final failure",
-    "failure_type": "error type of the final failure",
-    "earlier_failures": "failures of earlier attempts: reason, type, message, separated by US and RS",
+    "queued_us": "time of the last queueing by the shard's clock, microseconds",
+    "ended_us": "time of the end, microseconds",
+    "timer": "the task's score in the sorted set of timers",
     "offer_due": "time when the offer expires, milliseconds",
     "lease_due": "time when the lease expires, milliseconds",
     "attempt_due": "time when the attempt times out, milliseconds",
@@ -203,25 +227,46 @@ TASK_FIELDS: Final[dict[str, str]] = {
     "retry_due": "time when a waiting task is queued again, milliseconds",
     "forget_due": "time when a finished task is removed, milliseconds",
 }
-"""Fields of a task's hash. A missing field is empty or 0."""
+"""The packed fields of `state`, in their order. Numbers of 0 are empty. The `_due` times are of the shard's clock."""
+
+SPEC_FIELDS: Final[dict[str, str]] = {
+    "method": "`package.Service/Method`",
+    "options": "timeouts, attempts and back-off of the method at submission",
+    "contract": "digest of the contract at submission",
+    "idempotency": "SHA-256 of the idempotency key; empty without one",
+    "submitted_us": "time of submission, microseconds",
+    "traceparent": "the task's span",
+    "parent_id": "the span above the task's",
+}
+"""The packed fields of `spec`, in their order."""
 
 NUMBERS: Final = (
-    *("revision", "attempt", "progress_index", "started", "refused_offers"),
+    *("revision", "attempt", "absent", "progress_index", "started", "abandoned", "refused_offers"),
+    *("queued_us", "ended_us", "submitted_us", "timer"),
     *("offer_due", "lease_due", "attempt_due", "stall_due", "total_due", "retry_due", "forget_due"),
 )
-"""The fields that the scripts load as numbers. Fences exceed Lua's exact integers and stay strings."""
+"""The packed fields that are numbers. Fences exceed Lua's exact integers and stay strings."""
 
-NOT_LOADED: Final = (
-    *("request", "response", "submitted_us", "ended_us"),
-    *("failure_reason", "failure_message", "failure_type", "earlier_failures"),
-)
-"""The fields that a transition does not read."""
-
-SNAPSHOT: Final = (
-    *("state", "method", "attempt", "fence", "agent_id", "submitted_us", "ended_us", "traceparent", "revision"),
-    *("failure_reason", "failure_message", "failure_type", "earlier_failures", "response"),
-)
+SNAPSHOT: Final = ("state", "spec", "failure", "failures", "response")
 """The fields of a task's snapshot, in the order in which `read` returns them."""
+
+
+def pack(fields: Mapping[str, str | int]) -> str:
+    """Return packed fields: their values, separated by US."""
+    return "\x1f".join("" if name in NUMBERS and not int(value or 0) else str(value) for name, value in fields.items())
+
+
+def unpack(names: Iterable[str], text: bytes) -> dict[str, str]:
+    """Return packed fields by name; numbers of 0 as "0".
+
+    Raises:
+        ValueError: The text does not hold these fields: it is damaged.
+    """
+    fields = dict(zip(names, text.decode().split("\x1f"), strict=True))
+    for name in fields.keys() & set(NUMBERS):
+        fields[name] = str(int(fields[name] or 0))
+    return fields
+
 
 RECORD_FIELDS: Final[dict[str, str]] = {
     "task_id": "the task",
@@ -240,7 +285,7 @@ RECORD_FIELDS: Final[dict[str, str]] = {
     "number": "size in bytes or time in milliseconds, depending on the kind",
     "actor": "requester of the transition, if there is one",
 }
-"""Fields of an outbox record, in the order in which they are written."""
+"""Fields of an outbox record, in their order, separated by US."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,12 +352,60 @@ def match(name: str) -> Key | None:
 def lua_names() -> str:
     """Return the Lua source that defines the names of this module for the scripts."""
 
-    def array(names: tuple[str, ...] | dict[str, str]) -> str:
+    def array(names: Iterable[str]) -> str:
         return "{ " + ", ".join(f"'{name}'" for name in names) + " }"
 
-    lines = [f"local {row.lua} = KEYS[1] .. '{row.suffix}'" for row in TABLE if row.lua]
-    lines.append(f"local FIELDS = {array(tuple(name for name in TASK_FIELDS if name not in NOT_LOADED))}")
-    lines.append(f"local NUMBERS = {{ {', '.join(f'{name} = true' for name in NUMBERS)} }}")
+    lines = ["local redis, string, table, math, tonumber, ipairs, pairs, pcall, unpack, error = "]
+    lines[0] += lines[0].removeprefix("local ").removesuffix(" = ")
+    lines.append("local NOTHING = {}")
+    lines += [f"local {row.lua} = KEYS[1] .. '{row.suffix}'" for row in TABLE if row.lua]
+    # A key that never exists.
+    lines.append("local PROBE = KEYS[1] .. 'probe'")
+    lines += _lua_parser()
+    lines += [_lua_writer("state", STATE_FIELDS, "ABSENT"), _lua_writer("spec", SPEC_FIELDS, "")]
     lines.append(f"local SNAPSHOT = {array(SNAPSHOT)}")
     lines.append(f"local RECORD_FIELDS = {array(RECORD_FIELDS)}")
     return "\n".join(lines) + "\n"
+
+
+def _lua_parser() -> list[str]:
+    """Return the Lua function `parse(id, state, spec)`: the task, or nil if one of the texts is damaged.
+
+    The functions of this module are written out field by field, because they are a good part of a transition's time.
+    One constructor makes the table in its final size.
+    """
+    values = {name: f"v{number}" for number, name in enumerate([*STATE_FIELDS, *SPEC_FIELDS])}
+    numbers = [values[name] for name in values if name in NUMBERS]
+    lines = ["local function parse(id, state, spec)"]
+    for text, fields in (("state", STATE_FIELDS), ("spec", SPEC_FIELDS)):
+        names = [values[name] for name in fields]
+        pattern = "\\31".join(["([^\\31]*)"] * len(names))
+        lines.append(f"  local {', '.join(names)} = string.match({text}, '^{pattern}$')")
+        lines.append(f"  if not {names[0]} then return nil end")
+    lines += [f"  {each} = {each} == '' and 0 or tonumber({each}) or -1" for each in numbers]
+    lines.append(f"  if math.min({', '.join(numbers)}) < 0 or not ({' + '.join(numbers)} < 1e17) then return nil end")
+    fields_of_script = "id = id, text = state, spec = spec, fields = NOTHING, touched = false, dirty = false"
+    lines.append("  return {")
+    lines.append(
+        f"    {fields_of_script}, staged_fields = NOTHING, shown = false, next_text = '', span = '', span_of = -1,"
+    )
+    lines += [f"    {name} = {value}," for name, value in values.items()]
+    return [*lines, "  }", "end"]
+
+
+def _lua_writer(name: str, fields: Mapping[str, str], first: str) -> str:
+    """Return the Lua function `write_NAME(task)`, the packed fields, and the constant NEW_NAME, those of a new task."""
+
+    def packed(each: str) -> str:
+        # Lua writes numbers with 14 digits.
+        text = f"string.format('%.0f', task.{each})" if each.endswith("_us") else f"task.{each}"
+        return f"task.{each} == 0 and '' or {text}" if each in NUMBERS else f"task.{each}"
+
+    separators = "\\31" * (len(fields) - 1)
+    lines = [
+        f"local function write_{name}(task)",
+        f"  return table.concat({{ {', '.join(map(packed, fields))} }}, '\\31')",
+        "end",
+        f"local NEW_{name.upper()} = '{first}{separators}'",
+    ]
+    return "\n".join(lines)

@@ -31,6 +31,7 @@ from orki_server._store.contracts import Contracts
 from orki_server._store.fleet import Fleet
 from orki_server._store.store import Store
 from orki_server._tasks import RequestRules, TaskServicer, Watchers
+from orki_server._unanswered import UnansweredOffers
 
 SERVICES: Final = tuple(
     file.services_by_name[name].full_name
@@ -55,7 +56,12 @@ class Orchestrator:
     def __init__(self, options: OrchestratorOptions) -> None:
         self.options = options
         self.address = ""
-        self._store = Store(options.redis_url, shards=options.shards, retention=options.retention)
+        self._store = Store(
+            options.redis_url,
+            shards=options.shards,
+            retention=options.retention,
+            caller=options.orchestrator_id,
+        )
         self._events: Events = connect(options.events_at, producer=options.orchestrator_id)
         self._tasks: list[asyncio.Task[None]] = []
         self._failed = asyncio.Event()
@@ -80,7 +86,9 @@ class Orchestrator:
             on_change=watchers.changed,
             on_queued=self._task_queued,
             on_refused=agent_events.refused,
+            on_unanswered=lambda session, attempts: self._unanswered.add(session, attempts),
         )
+        self._unanswered = UnansweredOffers(store, fleet, reports.settled)
         self._dispatcher = Dispatcher(store, sessions, reports, options.accept_timeout, watchers.changed)
         self._sweeper = Sweeper(
             store,
@@ -97,7 +105,7 @@ class Orchestrator:
             max_message_bytes=options.max_message_bytes,
             events_url=options.events_address.url,
         )
-        handshake = Handshake(store, fleet, self._registry, sessions, options.max_sessions)
+        handshake = self._handshake = Handshake(store, fleet, self._registry, sessions, options.max_sessions)
         self._sessions = SessionServicer(
             session_options, sessions, handshake, reports, self._updates, agent_events, self._dispatcher.slots_changed
         )
@@ -161,6 +169,7 @@ class Orchestrator:
             ("sweeper", self._sweeper.run()),
             ("outbox publisher", self._outbox.run()),
             ("fleet updates", self._updates.run()),
+            ("unanswered offers", self._unanswered.run()),
             ("contract registry", self._registry.run()),
             ("health", self._report_health()),
         ):
@@ -213,6 +222,7 @@ class Orchestrator:
             with contextlib.suppress(OrkiError):
                 await self._updates.flush()
                 await self._outbox.publish_all()
+                await self._outbox.release()
         await self._server.stop(_STOP_TIMEOUT)
         await self._close_connections()
 

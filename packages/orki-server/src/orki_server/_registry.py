@@ -23,9 +23,9 @@ from orki_contract.errors import InvalidArgument, InvalidContract, OrkiError, Un
 from orki_contract.images import message_class
 from orki_contract.model import TaskMethod
 from orki_server._admission import Admission, ContractSet, ServiceContract, run_in_thread
+from orki_server._store.connection import StoreConnection
 from orki_server._store.contracts import Contracts
 from orki_server._store.fleet import Fleet
-from orki_server._store.store import StoreConnection
 
 _REFRESH_INTERVAL: Final = 1.0
 """Time between two reads of the contracts that other orchestrators registered."""

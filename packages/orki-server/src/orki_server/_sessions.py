@@ -1,8 +1,8 @@
 """SessionService: dispatches the events of agents' sessions, applies their reports to the store and sends the replies.
 
 Reports do not wait: operations are enqueued in the order of the reports, and each reply calls back into the session's
-machine. While the store is down, reports wait in memory and heartbeats are echoed at once: the waiting renewals run
-first when the store is back, before anything can expire.
+machine. While the store is down, reports wait in memory and heartbeats are echoed at once: no lease expires because the
+store was down.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ from orki.control.v1.attempt_pb2 import Failure
 from orki.control.v1.session_pb2 import ConnectRequest, Result
 from orki.control.v1.session_pb2_grpc import SessionServiceServicer
 from orki.errors.v1.errors_pb2 import Reason
-from orki_contract.errors import Draining, OrkiError, StaleFence, StoreUnavailable, TooLarge, error_for
+from orki_contract.errors import (
+    DamagedRecord,
+    Draining,
+    OrkiError,
+    StaleFence,
+    StoreFull,
+    StoreUnavailable,
+    TooLarge,
+    error_for,
+)
 from orki_control.session import (
     AgentDraining,
     ArrivedProgress,
@@ -66,7 +75,7 @@ class ReportCounts:
         accepted: Accepted results.
         repeated: Results that had been accepted before.
         stale: Reports from agents that did not hold the attempt.
-        progress_dropped: Progress that was dropped while the store was down.
+        progress_dropped: Progress that was dropped while the store was down or full.
     """
 
     accepted: int = 0
@@ -85,6 +94,7 @@ class Reports:
         on_change: Called with a task that changed, and whether it ended.
         on_queued: Called with a shard that has a queued task, and the wait before it is queued.
         on_refused: Called with agent, task and error of a refused report.
+        on_unanswered: Called with a session that ended and the offers that it did not answer.
         counts: Numbers of reports.
     """
 
@@ -93,6 +103,7 @@ class Reports:
     on_change: Callable[[str, bool], None]
     on_queued: Callable[[int, float], None]
     on_refused: Callable[[str, str, OrkiError], None]
+    on_unanswered: Callable[[AgentSession, Iterable[AttemptKey]], None]
     counts: ReportCounts = field(default_factory=ReportCounts)
 
     def accepted(self, session: AgentSession, attempts: Iterable[AttemptKey]) -> None:
@@ -110,6 +121,14 @@ class Reports:
         message = f'agent "{session.agent_id}" did not answer the offer in time'
         for key in attempts:
             self._decline(session, key, Reason.REASON_OFFER_TIMEOUT, message)
+
+    def unanswered(self, session: AgentSession, ended: SessionEnded) -> None:
+        """The session ended before offers were answered, or even sent."""
+        for key in ended.unsent:
+            self._decline(session, key, Reason.REASON_ABANDONED, "the session ended before the offer was sent")
+        for key in ended.unanswered:
+            self._put(session, key, self._handle_returned, operations.suspect)
+        self.on_unanswered(session, ended.unanswered)
 
     def progressed(self, session: AgentSession, progress: Iterable[ArrivedProgress]) -> None:
         for key, number, payload in progress:
@@ -130,6 +149,9 @@ class Reports:
 
     def heartbeat(self, session: AgentSession, heartbeat: HeartbeatArrived) -> None:
         """Renew the agent's leases, then echo the heartbeat."""
+        if not self.store.up:
+            session.machine.echo(heartbeat.number)
+            return
         shards: dict[int, list[AttemptKey]] = {}
         for key in heartbeat.running:
             shards.setdefault(shard_of(key.task_id), []).append(key)
@@ -140,12 +162,12 @@ class Reports:
             pending -= 1
             for key in stale:
                 self._refuse(session, key)
-            if pending == 0 and self.store.up:
+            if pending == 0:
                 session.machine.echo(heartbeat.number)
 
         for shard, keys in shards.items():
             self._enqueue(session, partial(operations.renew, shard, session.agent_id, keys), renewed)
-        if not shards or not self.store.up:
+        if not shards:
             session.machine.echo(heartbeat.number)
 
     def unknown(self, session: AgentSession, attempts: Iterable[AttemptKey]) -> None:
@@ -173,7 +195,7 @@ class Reports:
 
     def _handle_returned(self, session: AgentSession, key: AttemptKey, reply: ReportReply) -> None:
         if reply.status is ReportStatus.ACCEPTED:
-            self._accepted(key, reply)
+            self.settled(key, reply)
 
     def _handle_result(self, session: AgentSession, key: AttemptKey, reply: ReportReply) -> None:
         if reply.status is ReportStatus.STALE:
@@ -181,12 +203,13 @@ class Reports:
             return
         if reply.status is ReportStatus.ACCEPTED:
             self.counts.accepted += 1
-            self._accepted(key, reply)
+            self.settled(key, reply)
         else:
             self.counts.repeated += 1
         session.machine.acknowledge(key)
 
-    def _accepted(self, key: AttemptKey, reply: ReportReply) -> None:
+    def settled(self, key: AttemptKey, reply: ReportReply) -> None:
+        """An attempt ended."""
         self.on_change(key.task_id, reply.state in TERMINAL)
         if reply.retry_after is not None:
             self.on_queued(shard_of(key.task_id), reply.retry_after)
@@ -207,9 +230,15 @@ class Reports:
     ) -> None:
         """Apply `report(agent id, key, *details)`, and pass the reply to `handle`."""
         build = partial(report, session.agent_id, key, *details)
-        self._enqueue(session, build, lambda reply: handle(session, key, reply))
+        self._enqueue(session, build, lambda reply: handle(session, key, reply), key)
 
-    def _enqueue(self, session: AgentSession, build: Callable[[], Operation[R]], handle: Callable[[R], None]) -> None:
+    def _enqueue(
+        self,
+        session: AgentSession,
+        build: Callable[[], Operation[R]],
+        handle: Callable[[R], None],
+        key: AttemptKey | None = None,
+    ) -> None:
         try:
             future = self.store.apply(build())
         except StoreUnavailable as error:
@@ -224,6 +253,12 @@ class Reports:
             if error is None:
                 handle(outcome.result())
                 session.changed()
+            elif isinstance(error, DamagedRecord) and key is not None:
+                # The agent would send it again for ever.
+                self._refuse(session, key)
+                session.changed()
+            elif isinstance(error, StoreFull):
+                self.counts.progress_dropped += 1
             elif not isinstance(error, StoreUnavailable):
                 _log.error("agent %s: a report could not be stored: %s", session.agent_id, error)
                 session.end("a report could not be stored")
@@ -330,6 +365,7 @@ class SessionServicer(SessionServiceServicer):
                     self._updates.changed(session)
                 case SessionEnded(cause):
                     session.end(cause)
+                    self._reports.unanswered(session, event)
 
     async def _shake_hands(self, session: AgentSession, arrived: HelloArrived) -> None:
         agent_id = arrived.hello.agent_id

@@ -335,7 +335,7 @@ class AgentSession:
         key = AttemptKey(*identity(offer.attempt))
         if not key.task_id or not key.fence or not key.attempt or not offer.lease_ms:
             raise RemoteProtocolError(f"offer: {key} lacks a task, an attempt, a fence or a lease")
-        held = HeldAttempt(offer.attempt, message.traceparent, offer.lease_ms / 1000, now)
+        held = HeldAttempt(offer.attempt, message.traceparent, offer.lease_ms / 1000, now, offer.proof)
         attempts = self._attempts
         if self.state is AgentState.DRAINING:
             self._send_declined(key, message.traceparent, Reason.REASON_DRAINING, "the agent drains")

@@ -160,7 +160,8 @@ class SessionEnded:
     Attributes:
         cause: Why, as a sentence.
         reason: Why; `REASON_PEER_LOST` when the stream broke or fell silent.
-        unanswered: Offers without an answer.
+        unanswered: Offers that were sent and have no answer.
+        unsent: Offers that were not sent.
         running: Accepted attempts without a result.
     """
 
@@ -168,6 +169,7 @@ class SessionEnded:
     reason: Reason.ValueType
     unanswered: tuple[AttemptKey, ...]
     running: tuple[AttemptKey, ...]
+    unsent: tuple[AttemptKey, ...] = ()
 
 
 # --- Events of the agent's end. ---

@@ -454,12 +454,15 @@ class OrchestratorSession:
         return [] if already else [self._ended(cause, reason)]
 
     def _ended(self, cause: str, reason: Reason.ValueType) -> SessionEnded:
-        states = self.attempts
-        unanswered = tuple(key for key, attempt in self._attempts.items() if attempt.answer_by is not None)
+        waiting = set(self._queue.waiting(pb.Offer))
+        offered = [key for key, attempt in self._attempts.items() if attempt.answer_by is not None]
         running = tuple(
-            key for key, state in states.items() if state is not AttemptState.REPORTED and key not in set(unanswered)
+            key
+            for key, attempt in self._attempts.items()
+            if attempt.answer_by is None and attempt.state is not AttemptState.REPORTED
         )
-        return SessionEnded(cause, reason, unanswered, running)
+        unanswered = tuple(key for key in offered if key not in waiting)
+        return SessionEnded(cause, reason, unanswered, running, tuple(key for key in offered if key in waiting))
 
     def _refuse_session(self, error: RemoteProtocolError) -> None:
         self._move(SessionRefused)

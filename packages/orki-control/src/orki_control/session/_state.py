@@ -67,18 +67,20 @@ class HeldAttempt:
         traceparent: Of its task's span.
         lease: Seconds that it survives without a renewal.
         renewed_at: Earliest time at which the orchestrator can have renewed the lease last.
+        proof: Of its offer; it goes back unread in the next hello.
         index: Number of its last progress.
         result: Its result, once it has ended.
     """
 
-    __slots__ = ("index", "lease", "ref", "renewed_at", "result", "state", "traceparent")
+    __slots__ = ("index", "lease", "proof", "ref", "renewed_at", "result", "state", "traceparent")
 
-    def __init__(self, ref: AttemptRef, traceparent: str, lease: float, renewed_at: float) -> None:
+    def __init__(self, ref: AttemptRef, traceparent: str, lease: float, renewed_at: float, proof: bytes = b"") -> None:
         self.ref = ref
         self.state = AttemptState.OFFERED
         self.traceparent = traceparent
         self.lease = lease
         self.renewed_at = renewed_at
+        self.proof = proof
         self.index = 0
         self.result: pb.Result | None = None
 
@@ -169,10 +171,10 @@ class AttemptTable(dict[AttemptKey, HeldAttempt]):
         return [key for key, held in self.items() if held.state in OCCUPYING]
 
     def resumable(self) -> list[pb.HeldAttempt]:
-        """Return the held attempts for a hello, each with whether its result waits."""
+        """Return the held attempts for a hello, each with whether its result waits and its proof."""
         return [
-            pb.HeldAttempt(attempt=held.ref, has_result=held.state is AttemptState.REPORTED)
-            for key, held in self.items()
+            pb.HeldAttempt(attempt=held.ref, has_result=held.state is AttemptState.REPORTED, proof=held.proof)
+            for held in self.values()
         ]
 
     def lease_changed(self, held: HeldAttempt) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from orki.control.v1.task_pb2 import ServiceSnapshot
 from orki_server._keys import FleetKeys, ShardKeys
-from orki_server._store.store import StoreConnection
+from orki_server._store.connection import StoreConnection
 
 # KEYS: service, services, revisions. ARGV: service, now (ms), leading digest; of the added contract the digest, image,
 # version and "1" for ahead (or four times ""); the number of digests that the caller saw, and these; then digest and

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
 from orki.control.v1.task_pb2 import AgentSnapshot
 from orki_server._keys import FleetKeys
+from orki_server._store.connection import StoreConnection
 from orki_server._store.contracts import Contracts
-from orki_server._store.store import StoreConnection, read_layout
+from orki_server._store.store import read_layout
 
 _KEPT: Final = 86_400
 """Seconds for which an agent is kept after its last message."""
@@ -20,6 +21,7 @@ _KEPT: Final = 86_400
 # the digest of each service.
 # -> session epoch, previous instance; or "" and the position (from 1) of a service whose contract is not registered
 _OPEN_SESSION: Final = """
+redis.call('DEL', KEYS[1] .. ':none') -- Out of memory, Redis refuses only a script's first write.
 for at = 3, #KEYS do
   if redis.call('HEXISTS', KEYS[at], 'image:' .. ARGV[at + 4]) == 0 then return { '', tostring(at - 2) } end
 end
@@ -38,6 +40,7 @@ return { tostring(epoch), previous }
 # KEYS: agent, agents. ARGV: agent id, session epoch, snapshot, now (ms), kept (s), "1" to keep the time of the last
 # message. -> 1 if the session is the agent's newest
 _UPDATE: Final = """
+redis.call('DEL', KEYS[1] .. ':none') -- Out of memory, Redis refuses only a script's first write.
 if redis.call('HGET', KEYS[1], 'session_epoch') ~= ARGV[2] then return 0 end
 redis.call('HSET', KEYS[1], 'snapshot', ARGV[3])
 if ARGV[6] ~= '1' then
@@ -123,6 +126,21 @@ class Fleet:
             commands.append(("EVAL", _UPDATE, 2, FleetKeys.agent(agent.agent_id), FleetKeys.AGENTS, *row))
         if commands:
             await self._connection.calls(commands)
+
+    async def current_sessions(self, agent_ids: Iterable[str]) -> dict[str, tuple[int, str]]:
+        """Return epoch and instance of each agent's newest session; 0 and empty for an agent without any.
+
+        Raises:
+            StoreUnavailable: The store is down.
+        """
+        names = list(agent_ids)
+        replies = await self._connection.calls(
+            [("HMGET", FleetKeys.agent(name), "session_epoch", "instance_id") for name in names]
+        )
+        return {
+            name: (int(epoch or 0), (instance or b"").decode())
+            for name, (epoch, instance) in zip(names, replies, strict=True)
+        }
 
     async def agents(self) -> list[AgentContracts]:
         """Return the agents that sent a message within a day, by id.

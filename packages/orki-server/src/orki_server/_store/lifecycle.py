@@ -77,6 +77,16 @@ class OfferTimedOut:
 
 
 @dataclass(frozen=True, slots=True)
+class OfferSuspected:
+    """The session of a delivered offer ended without an answer. The agent has the time of a lease to come back."""
+
+
+@dataclass(frozen=True, slots=True)
+class OfferLost:
+    """The process that got the offer is gone, so the attempt may have run. It counts, and another one is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
 class Progressed:
     """The attempt reported progress."""
 
@@ -99,6 +109,11 @@ class AttemptSucceeded:
 @dataclass(frozen=True, slots=True)
 class AttemptFailed:
     """The attempt reported a failure, and another attempt is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptAbandoned:
+    """The attempt ended without a failure: its agent returned it, or no orchestrator could hear the agent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +189,10 @@ TASK_LIFE: Final = Transitions(
             Progressed: Life.RUNNING,
             OfferDeclined: Life.WAITING,
             OfferTimedOut: Life.WAITING,
+            OfferSuspected: Life.OFFERED,
+            OfferLost: Life.WAITING,
             AttemptFailed: Life.WAITING,
+            AttemptAbandoned: Life.WAITING,
             AttemptSucceeded: Life.SUCCEEDED,
             AttemptsExhausted: Life.FAILED,
             CancelRequested: Life.CANCELLING_OFFER,
@@ -186,6 +204,7 @@ TASK_LIFE: Final = Transitions(
             Renewed: Life.RUNNING,
             Directed: Life.RUNNING,
             AttemptFailed: Life.WAITING,
+            AttemptAbandoned: Life.WAITING,
             LeaseExpired: Life.WAITING,
             AttemptTimedOut: Life.WAITING,
             Stalled: Life.WAITING,
@@ -202,7 +221,10 @@ TASK_LIFE: Final = Transitions(
             AttemptSucceeded: Life.SUCCEEDED,
             OfferDeclined: Life.CANCELLED,
             OfferTimedOut: Life.CANCELLED,
+            OfferSuspected: Life.CANCELLING_OFFER,
+            OfferLost: Life.CANCELLED,
             AttemptFailed: Life.CANCELLED,
+            AttemptAbandoned: Life.CANCELLED,
             AttemptsExhausted: Life.CANCELLED,
             AttemptCancelled: Life.CANCELLED,
             TotalTimedOut: Life.CANCELLED,
@@ -213,6 +235,7 @@ TASK_LIFE: Final = Transitions(
             CancelAcknowledged: Life.CANCELLING,
             AttemptSucceeded: Life.SUCCEEDED,
             AttemptFailed: Life.CANCELLED,
+            AttemptAbandoned: Life.CANCELLED,
             LeaseExpired: Life.CANCELLED,
             AttemptTimedOut: Life.CANCELLED,
             Stalled: Life.CANCELLED,

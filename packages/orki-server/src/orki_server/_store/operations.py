@@ -7,21 +7,20 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache, partial
 from typing import Final, Generic, TypeAlias, TypeVar
 
-from orki.control.v1.attempt_pb2 import AttemptRef, Failure, TaskState
-from orki.control.v1.task_pb2 import TaskSnapshot, WatchedProgress
+from orki.control.v1.attempt_pb2 import TaskState
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import UnknownTask
 from orki_contract.model import TaskMethod, milliseconds
 from orki_contract.trace import Span
 from orki_control.session import AttemptKey
-from orki_server._keys import EPOCH_STEP, SNAPSHOT
-from orki_server._store.lifecycle import VISIBLE, Life
+from orki_server._keys import EPOCH_STEP
+from orki_server._store.records import TaskView, task_view
 
 R = TypeVar("R")
 Argument: TypeAlias = bytes | str | int
@@ -29,6 +28,8 @@ Argument: TypeAlias = bytes | str | int
 _DIGITS: Final = "0123456789abcdefghjkmnpqrstvwxyz"
 _TASK_ID: Final = re.compile(rf"t(0|[1-9][0-9]{{0,3}})-[{_DIGITS}]{{26}}")
 
+MAX_OFFERS: Final = 256
+"""Maximum number of tasks that one operation assigns."""
 _FAILURE_TEXT: Final = 4_000
 """Maximum length of a stored failure text, in characters."""
 
@@ -186,7 +187,7 @@ def direct(attempt: AttemptKey, size: int, actor: str) -> Operation[TaskReply]:
 
 
 def _task_reply(task_id: str, reply: list[bytes]) -> TaskReply:
-    status, state, agent, attempt, fence, _, grace = reply
+    status, state, agent, attempt, fence, grace = reply
     return TaskReply(
         status.decode(),
         TaskState.ValueType(int(state)),
@@ -196,68 +197,13 @@ def _task_reply(task_id: str, reply: list[bytes]) -> TaskReply:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class TaskView:
-    """A task at one moment.
-
-    Attributes:
-        task: Its snapshot.
-        progress: Progress after the cursor.
-    """
-
-    task: TaskSnapshot
-    progress: tuple[WatchedProgress, ...]
-
-
 def read_task(task_id: str, limit: int = 0, after: str = "") -> Operation[TaskView | None]:
     """Read a task, with at most `limit` entries of progress after the cursor `after` (empty: from the beginning).
 
     The operation writes nothing; it shares the round trips of those that do. The outcome is None without such a task.
     """
-    outcome = partial(_task_view, task_id)
+    outcome = partial(task_view, task_id)
     return Operation("read", shard_of(task_id), (task_id, limit, after), outcome, patient=False)
-
-
-def _task_view(task_id: str, reply: list[bytes]) -> TaskView | None:
-    if not reply:
-        return None
-    width = len(SNAPSHOT)
-    rows = (reply[at : at + 4] for at in range(width, len(reply), 4))
-    progress = (
-        WatchedProgress(cursor=cursor.decode(), attempt=int(attempt), index=int(index), payload=payload)
-        for cursor, attempt, index, payload in rows
-    )
-    return TaskView(task_snapshot(task_id, dict(zip(SNAPSHOT, reply[:width], strict=True))), tuple(progress))
-
-
-def task_snapshot(task_id: str, field: Mapping[str, bytes]) -> TaskSnapshot:
-    """Return the snapshot of a task from the fields of its hash."""
-    state = VISIBLE[Life[field["state"].decode()]]
-    snapshot = TaskSnapshot(
-        task_id=task_id,
-        method=field["method"].decode(),
-        state=state,
-        agent_id=field["agent_id"].decode(),
-        submitted_us=int(field["submitted_us"]),
-        ended_us=int(field["ended_us"] or 0),
-        traceparent=field["traceparent"].decode(),
-        revision=int(field["revision"]),
-    )
-    if attempt := int(field["attempt"] or 0):
-        snapshot.attempt.CopyFrom(AttemptRef(task_id=task_id, attempt=attempt, fence=int(field["fence"])))
-    if state == TaskState.TASK_STATE_SUCCEEDED:
-        snapshot.response = field.get("response", b"")
-    elif field["failure_reason"]:
-        snapshot.failure.CopyFrom(_failure(*(field[f"failure_{part}"] for part in ("reason", "type", "message"))))
-    for entry in field["earlier_failures"].split(b"\x1e")[:-1]:
-        snapshot.earlier_failures.append(_failure(*entry.split(b"\x1f", 2)))
-    return snapshot
-
-
-def _failure(reason: bytes, error_type: bytes, message: bytes) -> Failure:
-    return Failure(
-        reason=Reason.ValueType(int(reason)), message=message.decode(errors="replace"), error_type=error_type.decode()
-    )
 
 
 class ReportStatus(StrEnum):
@@ -308,6 +254,19 @@ def decline(
     return _report("decline", agent_id, attempt, reason, message, int(at_once))
 
 
+def suspect(agent_id: str, attempt: AttemptKey) -> Operation[ReportReply]:
+    """Note that the session of a delivered offer ended without an answer.
+
+    The agent has the time of a lease to come back with the attempt. Otherwise the attempt counts, as it may have run.
+    """
+    return _report("suspect", agent_id, attempt)
+
+
+def lose(agent_id: str, attempt: AttemptKey, message: str) -> Operation[ReportReply]:
+    """End a delivered offer whose process is gone. It counts as an attempt, as it may have run."""
+    return _report("lose", agent_id, attempt, message)
+
+
 def report_progress(
     agent_id: str, attempt: AttemptKey, kept: int, index: int, payload: bytes
 ) -> Operation[ReportReply]:
@@ -338,8 +297,15 @@ def acknowledge_cancel(agent_id: str, attempt: AttemptKey) -> Operation[ReportRe
 
 
 def renew(shard: int, agent_id: str, attempts: Sequence[AttemptKey]) -> Operation[list[AttemptKey]]:
-    """Renew the leases of an agent's attempts on one shard. The outcome lists those that it no longer holds."""
-    return Operation("renew", shard, _held(agent_id, attempts), lambda reply: [attempts[int(each)] for each in reply])
+    """Renew the leases of an agent's attempts on one shard. The outcome lists those that it no longer holds.
+
+    It does not wait while the store is down: the agent may have given up the attempts when it is back.
+    """
+
+    def outcome(reply: list[bytes]) -> list[AttemptKey]:
+        return [attempts[int(each)] for each in reply]
+
+    return Operation("renew", shard, _held(agent_id, attempts), outcome, patient=False)
 
 
 def _held(agent_id: str, attempts: Sequence[AttemptKey]) -> list[Argument]:
@@ -417,20 +383,39 @@ class OfferedAttempt:
     attempt_timeout: float
 
 
-def offer(shard: int, accept_timeout: float, recipients: Sequence[Recipient]) -> Operation[list[OfferedAttempt]]:
-    """Assign queued tasks of one shard to recipients, one to each in turn.
+@dataclass(frozen=True, slots=True)
+class Assigned:
+    """The outcome of an offer.
+
+    Attributes:
+        offers: The tasks that were assigned.
+        damaged: Tasks and queues that cannot be read and were left out.
+    """
+
+    offers: tuple[OfferedAttempt, ...]
+    damaged: tuple[str, ...] = ()
+
+
+def offer(shard: int, accept_timeout: float, recipients: Sequence[Recipient]) -> Operation[Assigned]:
+    """Assign queued tasks of one shard to recipients, one to each in turn, at most `MAX_OFFERS`.
 
     When it is sent again, it assigns *more* tasks: a lost reply costs an accept timeout, but no attempt.
     """
     flat: list[Argument] = [round(accept_timeout * 1000)]
     for each in recipients:
         flat += (each.agent_id, each.instance_id, each.slots, len(each.methods), *each.methods)
-    return Operation("offer", shard, flat, _offered, patient=False)
+    return Operation("offer", shard, flat, _assigned, patient=False)
 
 
-def _offered(reply: list[bytes]) -> list[OfferedAttempt]:
-    rows = (reply[at : at + 9] for at in range(0, len(reply), 9))
-    return [
+def _damaged(reply: list[bytes], at: int) -> tuple[str, ...]:
+    """Return the names that follow their number at a position."""
+    return tuple(each.decode(errors="replace") for each in reply[at + 1 : at + 1 + int(reply[at])])
+
+
+def _assigned(reply: list[bytes]) -> Assigned:
+    damaged = _damaged(reply, 0)
+    rows = (reply[at : at + 9] for at in range(1 + len(damaged), len(reply), 9))
+    offers = (
         OfferedAttempt(
             int(recipient),
             AttemptKey(task.decode(), int(attempt), int(fence)),
@@ -441,7 +426,8 @@ def _offered(reply: list[bytes]) -> list[OfferedAttempt]:
             int(timeout) / 1000,
         )
         for recipient, task, attempt, fence, method, request, traceparent, lease, timeout in rows
-    ]
+    )
+    return Assigned(tuple(offers), damaged)
 
 
 @dataclass(frozen=True, slots=True)
@@ -468,19 +454,22 @@ class Swept:
     Attributes:
         next_timer: Time until the shard's next timer; None if it has none.
         expired: Tasks that changed.
+        damaged: Tasks that cannot be read and were left out.
     """
 
     next_timer: float | None
     expired: tuple[Expired, ...]
+    damaged: tuple[str, ...] = ()
 
 
 def sweep(shard: int, limit: int) -> Operation[Swept]:
-    """Execute the due timers of one shard, for at most `limit` tasks."""
+    """Execute the due timers of one shard, for at most `limit` tasks. It also advances the shard's clock."""
     return Operation("sweep", shard, (limit,), _swept, patient=False)
 
 
 def _swept(reply: list[bytes]) -> Swept:
-    rows = (reply[at : at + 6] for at in range(1, len(reply), 6))
+    damaged = _damaged(reply, 1)
+    rows = (reply[at : at + 6] for at in range(2 + len(damaged), len(reply), 6))
     expired = (
         Expired(
             kind.decode(),
@@ -490,7 +479,16 @@ def _swept(reply: list[bytes]) -> Swept:
         )
         for kind, task, agent, attempt, fence, reason in rows
     )
-    return Swept(int(reply[0]) / 1000 if int(reply[0]) >= 0 else None, tuple(expired))
+    return Swept(int(reply[0]) / 1000 if int(reply[0]) >= 0 else None, tuple(expired), damaged)
+
+
+def drain(shard: int, *, release: bool = False) -> Operation[str]:
+    """Claim a shard's outbox for publishing, or release it.
+
+    The outcome is `kept`, `taken` (another orchestrator had it, or nobody) or `other` (another one has it). The claim
+    of an orchestrator that is not heard of for 3 s ends.
+    """
+    return Operation("drain", shard, (int(release),), lambda reply: reply[0].decode(), patient=False)
 
 
 def raise_epoch(shard: int, seen: int) -> Operation[bool]:

@@ -7,14 +7,19 @@ import binascii
 from dataclasses import dataclass
 from typing import Final
 
-from orki.control.v1.attempt_pb2 import TaskState
+from orki.control.v1.attempt_pb2 import Failure, TaskState
 from orki.control.v1.task_pb2 import TaskSnapshot
-from orki_contract.errors import InvalidArgument, UnknownTask
+from orki.errors.v1.errors_pb2 import Reason
+from orki_contract.errors import DamagedRecord, InvalidArgument, OrkiError, UnknownTask
+from orki_events.connection import Reply
 from orki_server._keys import SNAPSHOT, ShardKeys
-from orki_server._store.operations import shard_of, task_snapshot
+from orki_server._store.operations import shard_of
+from orki_server._store.records import task_snapshot
 from orki_server._store.store import Store
 
 _WITHOUT_RESPONSE: Final = tuple(name for name in SNAPSHOT if name != "response")
+_WINDOW: Final = 256
+"""Minimum number of index entries that are read at once."""
 _SCAN: Final = 5_000
 """Maximum number of tasks that one page examines before it ends early."""
 
@@ -48,8 +53,11 @@ async def list_tasks(
 
     A page may have fewer tasks than `page_size`, or none, and not be the last: the number of examined tasks is limited.
 
+    A task whose record is damaged has no state, and a failure that says so; only a list without a filter shows it.
+
     Raises:
         InvalidArgument: The token is not one that this function returned.
+        DamagedRecord: The list of a shard's tasks cannot be read.
         StoreUnavailable: The store is down.
     """
     below, last_id = _read_token(page_token)
@@ -70,31 +78,48 @@ async def list_tasks(
 
 
 async def _newest(store: Store, below: int, last_id: str, count: int) -> list[tuple[int, str]]:
+    """Return the newest tasks before a position: time of submission and id, which are a total order."""
     top = str(below) if below else "+inf"
-    commands = [
-        ("ZREVRANGEBYSCORE", ShardKeys(shard).index, top, "-inf", "WITHSCORES", "LIMIT", 0, count + 1)
-        for shard in range(store.shards)
-    ]
-    rows = [
-        (int(float(score)), task_id.decode())
-        for reply in await store.connection.calls(commands)
-        for task_id, score in zip(reply[::2], reply[1::2], strict=True)
-    ]
-    rows.sort(reverse=True)
-    # Earlier pages showed the tasks of the token's microsecond up to the token's id.
-    return [row for row in rows if not below or row < (below, last_id)][:count]
+    found: dict[int, list[tuple[int, str]]] = {shard: [] for shard in range(store.shards)}
+    size = max(count + 1, _WINDOW)
+    unread, offset = list(found), 0
+    # Many tasks may share the position's microsecond, and those up to the position are skipped here.
+    while unread:
+        replies = await store.connection.replies(
+            [
+                ("ZREVRANGEBYSCORE", ShardKeys(shard).index, top, "-inf", "WITHSCORES", "LIMIT", offset, size)
+                for shard in unread
+            ]
+        )
+        for shard, reply in zip(list(unread), replies, strict=True):
+            if isinstance(reply, OrkiError):
+                raise DamagedRecord(f"the list of tasks of shard {shard} cannot be read: {reply.message}")
+            rows = [(int(float(score)), each.decode()) for each, score in zip(reply[::2], reply[1::2], strict=True)]
+            found[shard] += [row for row in rows if not below or row < (below, last_id)]
+            if len(rows) < size or len(found[shard]) >= count:
+                unread.remove(shard)
+        offset += size
+    return sorted((row for rows in found.values() for row in rows), reverse=True)[:count]
 
 
 async def _read(store: Store, rows: list[tuple[int, str]]) -> list[TaskSnapshot | None]:
-    replies = await store.connection.calls(
+    replies = await store.connection.replies(
         [("HMGET", ShardKeys(shard_of(task_id)).task(task_id), *_WITHOUT_RESPONSE) for _, task_id in rows]
     )
-    return [
-        task_snapshot(task_id, {name: value or b"" for name, value in zip(_WITHOUT_RESPONSE, values, strict=True)})
-        if values[0] is not None
-        else None
-        for (_, task_id), values in zip(rows, replies, strict=True)
-    ]
+    return [_snapshot(*row, values) for row, values in zip(rows, replies, strict=True)]
+
+
+def _snapshot(submitted_us: int, task_id: str, values: Reply) -> TaskSnapshot | None:
+    """Return a task's snapshot; one with a failure and without a state if its record is damaged."""
+    if not isinstance(values, OrkiError) and values[0] is None and values[1] is None:
+        return None
+    try:
+        if isinstance(values, OrkiError):
+            raise ValueError(values.message)
+        return task_snapshot(task_id, dict(zip(_WITHOUT_RESPONSE, (value or b"" for value in values), strict=True)))
+    except (ValueError, KeyError) as error:
+        failure = Failure(reason=Reason.REASON_DAMAGED_RECORD, message=f"the record cannot be read: {error}")
+        return TaskSnapshot(task_id=task_id, submitted_us=submitted_us, failure=failure)
 
 
 def _token(submitted_us: int, task_id: str) -> str:

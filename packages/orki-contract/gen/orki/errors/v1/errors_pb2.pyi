@@ -62,6 +62,10 @@ class _ReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTyp
     """The method declares no directive, or the task is not running."""
     REASON_OVERLOADED: _Reason.ValueType  # 18
     """A bounded queue is full; try again later."""
+    REASON_STORE_FULL: _Reason.ValueType  # 19
+    """The orchestrator's store is out of memory; running tasks still end. Try again later."""
+    REASON_DAMAGED_RECORD: _Reason.ValueType  # 20
+    """A record in the orchestrator's store cannot be read: something else has changed it."""
     REASON_HANDLER_FAILED: _Reason.ValueType  # 100
     """The handler raised an error."""
     REASON_HANDLER_REJECTED: _Reason.ValueType  # 101
@@ -178,6 +182,10 @@ REASON_NOT_DIRECTABLE: Reason.ValueType  # 17
 """The method declares no directive, or the task is not running."""
 REASON_OVERLOADED: Reason.ValueType  # 18
 """A bounded queue is full; try again later."""
+REASON_STORE_FULL: Reason.ValueType  # 19
+"""The orchestrator's store is out of memory; running tasks still end. Try again later."""
+REASON_DAMAGED_RECORD: Reason.ValueType  # 20
+"""A record in the orchestrator's store cannot be read: something else has changed it."""
 REASON_HANDLER_FAILED: Reason.ValueType  # 100
 """The handler raised an error."""
 REASON_HANDLER_REJECTED: Reason.ValueType  # 101

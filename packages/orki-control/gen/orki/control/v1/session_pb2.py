@@ -26,7 +26,7 @@ from orki.control.v1 import attempt_pb2 as orki_dot_control_dot_v1_dot_attempt__
 from orki.errors.v1 import errors_pb2 as orki_dot_errors_dot_v1_dot_errors__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dorki/control/v1/session.proto\x12\x0forki.control.v1\x1a\x1dorki/control/v1/attempt.proto\x1a\x1borki/errors/v1/errors.proto\"K\n\x0e\x43onnectRequest\x12\x39\n\x08messages\x18\x01 \x03(\x0b\x32\x1d.orki.control.v1.AgentMessageR\x08messages\"S\n\x0f\x43onnectResponse\x12@\n\x08messages\x18\x01 \x03(\x0b\x32$.orki.control.v1.OrchestratorMessageR\x08messages\"\x8f\x04\n\x0c\x41gentMessage\x12 \n\x0btraceparent\x18\x01 \x01(\tR\x0btraceparent\x12.\n\x05hello\x18\x02 \x01(\x0b\x32\x16.orki.control.v1.HelloH\x00R\x05hello\x12\x37\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x0b\x32\x19.orki.control.v1.AcceptedH\x00R\x08\x61\x63\x63\x65pted\x12\x37\n\x08\x64\x65\x63lined\x18\x04 \x01(\x0b\x32\x19.orki.control.v1.DeclinedH\x00R\x08\x64\x65\x63lined\x12\x37\n\x08progress\x18\x05 \x01(\x0b\x32\x19.orki.control.v1.ProgressH\x00R\x08progress\x12\x31\n\x06result\x18\x06 \x01(\x0b\x32\x17.orki.control.v1.ResultH\x00R\x06result\x12V\n\x13\x63\x61ncel_acknowledged\x18\x07 \x01(\x0b\x32#.orki.control.v1.CancelAcknowledgedH\x00R\x12\x63\x61ncelAcknowledged\x12:\n\theartbeat\x18\x08 \x01(\x0b\x32\x1a.orki.control.v1.HeartbeatH\x00R\theartbeat\x12\x33\n\x05\x64rain\x18\t \x01(\x0b\x32\x1b.orki.control.v1.AgentDrainH\x00R\x05\x64rainB\x06\n\x04\x62ody\"\xe0\x04\n\x13OrchestratorMessage\x12 \n\x0btraceparent\x18\x01 \x01(\tR\x0btraceparent\x12\x34\n\x07welcome\x18\x02 \x01(\x0b\x32\x18.orki.control.v1.WelcomeH\x00R\x07welcome\x12\x34\n\x07refused\x18\x03 \x01(\x0b\x32\x18.orki.control.v1.RefusedH\x00R\x07refused\x12.\n\x05offer\x18\x04 \x01(\x0b\x32\x16.orki.control.v1.OfferH\x00R\x05offer\x12\x31\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x17.orki.control.v1.CancelH\x00R\x06\x63\x61ncel\x12:\n\tdirective\x18\x06 \x01(\x0b\x32\x1a.orki.control.v1.DirectiveH\x00R\tdirective\x12V\n\x13result_acknowledged\x18\x07 \x01(\x0b\x32#.orki.control.v1.ResultAcknowledgedH\x00R\x12resultAcknowledged\x12G\n\x0eheartbeat_echo\x18\x08 \x01(\x0b\x32\x1e.orki.control.v1.HeartbeatEchoH\x00R\rheartbeatEcho\x12:\n\x05\x64rain\x18\t \x01(\x0b\x32\".orki.control.v1.OrchestratorDrainH\x00R\x05\x64rain\x12\x37\n\x08replaced\x18\n \x01(\x0b\x32\x19.orki.control.v1.ReplacedH\x00R\x08replacedB\x06\n\x04\x62ody\"\xb9\x02\n\x05Hello\x12\x19\n\x08\x61gent_id\x18\x01 \x01(\tR\x07\x61gentId\x12\x1f\n\x0binstance_id\x18\x02 \x01(\tR\ninstanceId\x12!\n\x0cprotocol_min\x18\x03 \x01(\rR\x0bprotocolMin\x12!\n\x0cprotocol_max\x18\x04 \x01(\rR\x0bprotocolMax\x12:\n\x08services\x18\x05 \x03(\x0b\x32\x1e.orki.control.v1.ServedServiceR\x08services\x12\x14\n\x05slots\x18\x06 \x01(\rR\x05slots\x12*\n\x11max_message_bytes\x18\x07 \x01(\rR\x0fmaxMessageBytes\x12\x30\n\x04held\x18\x08 \x03(\x0b\x32\x1c.orki.control.v1.HeldAttemptR\x04held\"q\n\rServedService\x12\x18\n\x07service\x18\x01 \x01(\tR\x07service\x12\x16\n\x06\x64igest\x18\x02 \x01(\tR\x06\x64igest\x12\x14\n\x05image\x18\x03 \x01(\x0cR\x05image\x12\x18\n\x07version\x18\x04 \x01(\tR\x07version\"c\n\x0bHeldAttempt\x12\x35\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\x12\x1d\n\nhas_result\x18\x02 \x01(\x08R\thasResult\"\xa3\x02\n\x07Welcome\x12\x1a\n\x08protocol\x18\x01 \x01(\rR\x08protocol\x12\'\n\x0forchestrator_id\x18\x02 \x01(\tR\x0eorchestratorId\x12#\n\rsession_epoch\x18\x03 \x01(\x04R\x0csessionEpoch\x12/\n\x04keep\x18\x04 \x03(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x04keep\x12\x32\n\x15heartbeat_interval_ms\x18\x05 \x01(\rR\x13heartbeatIntervalMs\x12*\n\x11max_message_bytes\x18\x06 \x01(\rR\x0fmaxMessageBytes\x12\x1d\n\nevents_url\x18\x07 \x01(\tR\teventsUrl\"t\n\x07Refused\x12\x32\n\x07\x66\x61ilure\x18\x01 \x01(\x0b\x32\x18.orki.control.v1.FailureR\x07\x66\x61ilure\x12\x35\n\x07\x61ttempt\x18\x02 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\"\xe5\x01\n\x05Offer\x12\x35\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\x12\x16\n\x06method\x18\x02 \x01(\tR\x06method\x12\x18\n\x07request\x18\x03 \x01(\x0cR\x07request\x12\x19\n\x08lease_ms\x18\x04 \x01(\rR\x07leaseMs\x12*\n\x11\x61\x63\x63\x65pt_timeout_ms\x18\x05 \x01(\rR\x0f\x61\x63\x63\x65ptTimeoutMs\x12,\n\x12\x61ttempt_timeout_ms\x18\x06 \x01(\x04R\x10\x61ttemptTimeoutMs\"A\n\x08\x41\x63\x63\x65pted\x12\x35\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\"u\n\x08\x44\x65\x63lined\x12\x35\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\x12\x32\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x18.orki.control.v1.FailureR\x07\x66\x61ilure\"q\n\x08Progress\x12\x35\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\x12\x14\n\x05index\x18\x02 \x01(\x04R\x05index\x12\x18\n\x07payload\x18\x03 \x01(\x0cR\x07payload\"\xe1\x01\n\x06Result\x12\x35\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\x12\x1c\n\x08response\x18\x02 \x01(\x0cH\x00R\x08response\x12\x34\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x18.orki.control.v1.FailureH\x00R\x07\x66\x61ilure\x12\x41\n\tcancelled\x18\x04 \x01(\x0b\x32!.orki.control.v1.CancelledOutcomeH\x00R\tcancelledB\t\n\x07outcome\"B\n\x10\x43\x61ncelledOutcome\x12.\n\x06reason\x18\x01 \x01(\x0e\x32\x16.orki.errors.v1.ReasonR\x06reason\"t\n\x06\x43\x61ncel\x12\x35\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\x12\x19\n\x08grace_ms\x18\x02 \x01(\rR\x07graceMs\x12\x18\n\x07message\x18\x03 \x01(\tR\x07message\"K\n\x12\x43\x61ncelAcknowledged\x12\x35\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\"\\\n\tDirective\x12\x35\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\x12\x18\n\x07payload\x18\x02 \x01(\x0cR\x07payload\"K\n\x12ResultAcknowledged\x12\x35\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\"\xbc\x01\n\tHeartbeat\x12\x16\n\x06number\x18\x01 \x01(\x04R\x06number\x12\x35\n\x07running\x18\x02 \x03(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07running\x12\x1d\n\nfree_slots\x18\x03 \x01(\rR\tfreeSlots\x12\x1e\n\x0bloop_lag_us\x18\x04 \x01(\x04R\tloopLagUs\x12!\n\x0cmemory_bytes\x18\x05 \x01(\x04R\x0bmemoryBytes\"\'\n\rHeartbeatEcho\x12\x16\n\x06number\x18\x01 \x01(\x04R\x06number\"\x0c\n\nAgentDrain\".\n\x11OrchestratorDrain\x12\x19\n\x08grace_ms\x18\x01 \x01(\rR\x07graceMs\">\n\x08Replaced\x12\x32\n\x15successor_instance_id\x18\x01 \x01(\tR\x13successorInstanceId2b\n\x0eSessionService\x12P\n\x07\x43onnect\x12\x1f.orki.control.v1.ConnectRequest\x1a .orki.control.v1.ConnectResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dorki/control/v1/session.proto\x12\x0forki.control.v1\x1a\x1dorki/control/v1/attempt.proto\x1a\x1borki/errors/v1/errors.proto\"K\n\x0e\x43onnectRequest\x12\x39\n\x08messages\x18\x01 \x03(\x0b\x32\x1d.orki.control.v1.AgentMessageR\x08messages\"S\n\x0f\x43onnectResponse\x12@\n\x08messages\x18\x01 \x03(\x0b\x32$.orki.control.v1.OrchestratorMessageR\x08messages\"\x8f\x04\n\x0c\x41gentMessage\x12 \n\x0btraceparent\x18\x01 \x01(\tR\x0btraceparent\x12.\n\x05hello\x18\x02 \x01(\x0b\x32\x16.orki.control.v1.HelloH\x00R\x05hello\x12\x37\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x0b\x32\x19.orki.control.v1.AcceptedH\x00R\x08\x61\x63\x63\x65pted\x12\x37\n\x08\x64\x65\x63lined\x18\x04 \x01(\x0b\x32\x19.orki.control.v1.DeclinedH\x00R\x08\x64\x65\x63lined\x12\x37\n\x08progress\x18\x05 \x01(\x0b\x32\x19.orki.control.v1.ProgressH\x00R\x08progress\x12\x31\n\x06result\x18\x06 \x01(\x0b\x32\x17.orki.control.v1.ResultH\x00R\x06result\x12V\n\x13\x63\x61ncel_acknowledged\x18\x07 \x01(\x0b\x32#.orki.control.v1.CancelAcknowledgedH\x00R\x12\x63\x61ncelAcknowledged\x12:\n\theartbeat\x18\x08 \x01(\x0b\x32\x1a.orki.control.v1.HeartbeatH\x00R\theartbeat\x12\x33\n\x05\x64rain\x18\t \x01(\x0b\x32\x1b.orki.control.v1.AgentDrainH\x00R\x05\x64rainB\x06\n\x04\x62ody\"\xe0\x04\n\x13OrchestratorMessage\x12 \n\x0btraceparent\x18\x01 \x01(\tR\x0btraceparent\x12\x34\n\x07welcome\x18\x02 \x01(\x0b\x32\x18.orki.control.v1.WelcomeH\x00R\x07welcome\x12\x34\n\x07refused\x18\x03 \x01(\x0b\x32\x18.orki.control.v1.RefusedH\x00R\x07refused\x12.\n\x05offer\x18\x04 \x01(\x0b\x32\x16.orki.control.v1.OfferH\x00R\x05offer\x12\x31\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x17.orki.control.v1.CancelH\x00R\x06\x63\x61ncel\x12:\n\tdirective\x18\x06 \x01(\x0b\x32\x1a.orki.control.v1.DirectiveH\x00R\tdirective\x12V\n\x13result_acknowledged\x18\x07 \x01(\x0b\x32#.orki.control.v1.ResultAcknowledgedH\x00R\x12resultAcknowledged\x12G\n\x0eheartbeat_echo\x18\x08 \x01(\x0b\x32\x1e.orki.control.v1.HeartbeatEchoH\x00R\rheartbeatEcho\x12:\n\x05\x64rain\x18\t \x01(\x0b\x32\".orki.control.v1.OrchestratorDrainH\x00R\x05\x64rain\x12\x37\n\x08replaced\x18\n \x01(\x0b\x32\x19.orki.control.v1.ReplacedH\x00R\x08replacedB\x06\n\x04\x62ody\"\xb9\x02\n\x05Hello\x12\x19\n\x08\x61gent_id\x18\x01 \x01(\tR\x07\x61gentId\x12\x1f\n\x0binstance_id\x18\x02 \x01(\tR\ninstanceId\x12!\n\x0cprotocol_min\x18\x03 \x01(\rR\x0bprotocolMin\x12!\n\x0cprotocol_max\x18\x04 \x01(\rR\x0bprotocolMax\x12:\n\x08services\x18\x05 \x03(\x0b\x32\x1e.orki.control.v1.ServedServiceR\x08services\x12\x14\n\x05slots\x18\x06 \x01(\rR\x05slots\x12*\n\x11max_message_bytes\x18\x07 \x01(\rR\x0fmaxMessageBytes\x12\x30\n\x04held\x18\x08 \x03(\x0b\x32\x1c.orki.control.v1.HeldAttemptR\x04held\"q\n\rServedService\x12\x18\n\x07service\x18\x01 \x01(\tR\x07service\x12\x16\n\x06\x64igest\x18\x02 \x01(\tR\x06\x64igest\x12\x14\n\x05image\x18\x03 \x01(\x0cR\x05image\x12\x18\n\x07version\x18\x04 \x01(\tR\x07version\"y\n\x0bHeldAttempt\x12\x35\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\x12\x1d\n\nhas_result\x18\x02 \x01(\x08R\thasResult\x12\x14\n\x05proof\x18\x03 \x01(\x0cR\x05proof\"\xa3\x02\n\x07Welcome\x12\x1a\n\x08protocol\x18\x01 \x01(\rR\x08protocol\x12\'\n\x0forchestrator_id\x18\x02 \x01(\tR\x0eorchestratorId\x12#\n\rsession_epoch\x18\x03 \x01(\x04R\x0csessionEpoch\x12/\n\x04keep\x18\x04 \x03(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x04keep\x12\x32\n\x15heartbeat_interval_ms\x18\x05 \x01(\rR\x13heartbeatIntervalMs\x12*\n\x11max_message_bytes\x18\x06 \x01(\rR\x0fmaxMessageBytes\x12\x1d\n\nevents_url\x18\x07 \x01(\tR\teventsUrl\"t\n\x07Refused\x12\x32\n\x07\x66\x61ilure\x18\x01 \x01(\x0b\x32\x18.orki.control.v1.FailureR\x07\x66\x61ilure\x12\x35\n\x07\x61ttempt\x18\x02 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\"\xfb\x01\n\x05Offer\x12\x35\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\x12\x16\n\x06method\x18\x02 \x01(\tR\x06method\x12\x18\n\x07request\x18\x03 \x01(\x0cR\x07request\x12\x19\n\x08lease_ms\x18\x04 \x01(\rR\x07leaseMs\x12*\n\x11\x61\x63\x63\x65pt_timeout_ms\x18\x05 \x01(\rR\x0f\x61\x63\x63\x65ptTimeoutMs\x12,\n\x12\x61ttempt_timeout_ms\x18\x06 \x01(\x04R\x10\x61ttemptTimeoutMs\x12\x14\n\x05proof\x18\x07 \x01(\x0cR\x05proof\"A\n\x08\x41\x63\x63\x65pted\x12\x35\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\"u\n\x08\x44\x65\x63lined\x12\x35\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\x12\x32\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x18.orki.control.v1.FailureR\x07\x66\x61ilure\"q\n\x08Progress\x12\x35\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\x12\x14\n\x05index\x18\x02 \x01(\x04R\x05index\x12\x18\n\x07payload\x18\x03 \x01(\x0cR\x07payload\"\xe1\x01\n\x06Result\x12\x35\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\x12\x1c\n\x08response\x18\x02 \x01(\x0cH\x00R\x08response\x12\x34\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x18.orki.control.v1.FailureH\x00R\x07\x66\x61ilure\x12\x41\n\tcancelled\x18\x04 \x01(\x0b\x32!.orki.control.v1.CancelledOutcomeH\x00R\tcancelledB\t\n\x07outcome\"B\n\x10\x43\x61ncelledOutcome\x12.\n\x06reason\x18\x01 \x01(\x0e\x32\x16.orki.errors.v1.ReasonR\x06reason\"t\n\x06\x43\x61ncel\x12\x35\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\x12\x19\n\x08grace_ms\x18\x02 \x01(\rR\x07graceMs\x12\x18\n\x07message\x18\x03 \x01(\tR\x07message\"K\n\x12\x43\x61ncelAcknowledged\x12\x35\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\"\\\n\tDirective\x12\x35\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\x12\x18\n\x07payload\x18\x02 \x01(\x0cR\x07payload\"K\n\x12ResultAcknowledged\x12\x35\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\"\xbc\x01\n\tHeartbeat\x12\x16\n\x06number\x18\x01 \x01(\x04R\x06number\x12\x35\n\x07running\x18\x02 \x03(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07running\x12\x1d\n\nfree_slots\x18\x03 \x01(\rR\tfreeSlots\x12\x1e\n\x0bloop_lag_us\x18\x04 \x01(\x04R\tloopLagUs\x12!\n\x0cmemory_bytes\x18\x05 \x01(\x04R\x0bmemoryBytes\"\'\n\rHeartbeatEcho\x12\x16\n\x06number\x18\x01 \x01(\x04R\x06number\"\x0c\n\nAgentDrain\".\n\x11OrchestratorDrain\x12\x19\n\x08grace_ms\x18\x01 \x01(\rR\x07graceMs\">\n\x08Replaced\x12\x32\n\x15successor_instance_id\x18\x01 \x01(\tR\x13successorInstanceId2b\n\x0eSessionService\x12P\n\x07\x43onnect\x12\x1f.orki.control.v1.ConnectRequest\x1a .orki.control.v1.ConnectResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,41 +46,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SERVEDSERVICE']._serialized_start=1729
   _globals['_SERVEDSERVICE']._serialized_end=1842
   _globals['_HELDATTEMPT']._serialized_start=1844
-  _globals['_HELDATTEMPT']._serialized_end=1943
-  _globals['_WELCOME']._serialized_start=1946
-  _globals['_WELCOME']._serialized_end=2237
-  _globals['_REFUSED']._serialized_start=2239
-  _globals['_REFUSED']._serialized_end=2355
-  _globals['_OFFER']._serialized_start=2358
-  _globals['_OFFER']._serialized_end=2587
-  _globals['_ACCEPTED']._serialized_start=2589
-  _globals['_ACCEPTED']._serialized_end=2654
-  _globals['_DECLINED']._serialized_start=2656
-  _globals['_DECLINED']._serialized_end=2773
-  _globals['_PROGRESS']._serialized_start=2775
-  _globals['_PROGRESS']._serialized_end=2888
-  _globals['_RESULT']._serialized_start=2891
-  _globals['_RESULT']._serialized_end=3116
-  _globals['_CANCELLEDOUTCOME']._serialized_start=3118
-  _globals['_CANCELLEDOUTCOME']._serialized_end=3184
-  _globals['_CANCEL']._serialized_start=3186
-  _globals['_CANCEL']._serialized_end=3302
-  _globals['_CANCELACKNOWLEDGED']._serialized_start=3304
-  _globals['_CANCELACKNOWLEDGED']._serialized_end=3379
-  _globals['_DIRECTIVE']._serialized_start=3381
-  _globals['_DIRECTIVE']._serialized_end=3473
-  _globals['_RESULTACKNOWLEDGED']._serialized_start=3475
-  _globals['_RESULTACKNOWLEDGED']._serialized_end=3550
-  _globals['_HEARTBEAT']._serialized_start=3553
-  _globals['_HEARTBEAT']._serialized_end=3741
-  _globals['_HEARTBEATECHO']._serialized_start=3743
-  _globals['_HEARTBEATECHO']._serialized_end=3782
-  _globals['_AGENTDRAIN']._serialized_start=3784
-  _globals['_AGENTDRAIN']._serialized_end=3796
-  _globals['_ORCHESTRATORDRAIN']._serialized_start=3798
-  _globals['_ORCHESTRATORDRAIN']._serialized_end=3844
-  _globals['_REPLACED']._serialized_start=3846
-  _globals['_REPLACED']._serialized_end=3908
-  _globals['_SESSIONSERVICE']._serialized_start=3910
-  _globals['_SESSIONSERVICE']._serialized_end=4008
+  _globals['_HELDATTEMPT']._serialized_end=1965
+  _globals['_WELCOME']._serialized_start=1968
+  _globals['_WELCOME']._serialized_end=2259
+  _globals['_REFUSED']._serialized_start=2261
+  _globals['_REFUSED']._serialized_end=2377
+  _globals['_OFFER']._serialized_start=2380
+  _globals['_OFFER']._serialized_end=2631
+  _globals['_ACCEPTED']._serialized_start=2633
+  _globals['_ACCEPTED']._serialized_end=2698
+  _globals['_DECLINED']._serialized_start=2700
+  _globals['_DECLINED']._serialized_end=2817
+  _globals['_PROGRESS']._serialized_start=2819
+  _globals['_PROGRESS']._serialized_end=2932
+  _globals['_RESULT']._serialized_start=2935
+  _globals['_RESULT']._serialized_end=3160
+  _globals['_CANCELLEDOUTCOME']._serialized_start=3162
+  _globals['_CANCELLEDOUTCOME']._serialized_end=3228
+  _globals['_CANCEL']._serialized_start=3230
+  _globals['_CANCEL']._serialized_end=3346
+  _globals['_CANCELACKNOWLEDGED']._serialized_start=3348
+  _globals['_CANCELACKNOWLEDGED']._serialized_end=3423
+  _globals['_DIRECTIVE']._serialized_start=3425
+  _globals['_DIRECTIVE']._serialized_end=3517
+  _globals['_RESULTACKNOWLEDGED']._serialized_start=3519
+  _globals['_RESULTACKNOWLEDGED']._serialized_end=3594
+  _globals['_HEARTBEAT']._serialized_start=3597
+  _globals['_HEARTBEAT']._serialized_end=3785
+  _globals['_HEARTBEATECHO']._serialized_start=3787
+  _globals['_HEARTBEATECHO']._serialized_end=3826
+  _globals['_AGENTDRAIN']._serialized_start=3828
+  _globals['_AGENTDRAIN']._serialized_end=3840
+  _globals['_ORCHESTRATORDRAIN']._serialized_start=3842
+  _globals['_ORCHESTRATORDRAIN']._serialized_end=3888
+  _globals['_REPLACED']._serialized_start=3890
+  _globals['_REPLACED']._serialized_end=3952
+  _globals['_SESSIONSERVICE']._serialized_start=3954
+  _globals['_SESSIONSERVICE']._serialized_end=4052
 # @@protoc_insertion_point(module_scope)

@@ -15,7 +15,8 @@ The laws of the session:
  4. Every gRPC message is a batch of session messages, which are applied in order.
  5. Slots bound work. The sum of offered, accepted and running attempts never exceeds the slots of the hello.
  6. An offer is answered. An offer without Accepted or Declined within the accept timeout is withdrawn and offered
-    again with a higher fence.
+    again with a higher fence. If the stream ends before the answer, the agent has the time of a lease to come back
+    with the attempt. Otherwise the attempt counts as one that may have run.
  7. Fences only rise. The store assigns attempts and fences. A report with another fence than the task's current one
     is answered with Refused(STALE_FENCE) and changes nothing. The answer does not reveal whether the task exists.
  8. The end of a stream revokes nothing. A lease ends only when it expires. An agent that cannot renew a lease stops
@@ -27,8 +28,9 @@ The laws of the session:
 11. The agent's I/O thread acknowledges a cancel at once, independent of user code. The handler then has the grace to
     end, is cancelled, and is reported as CANCEL_UNRESPONSIVE if it does not end. Repeated, early and unknown cancels
     are harmless.
-12. A reconnect synchronises. The hello lists the attempts that the agent holds, and the welcome those that it keeps.
-    The agent ends the others.
+12. A reconnect synchronises. The hello lists the attempts that the agent holds, each with the proof of its offer, and
+    the welcome those that it keeps. The agent ends the others. An attempt without a valid proof is not kept and has
+    no effect.
 13. Silence ends a session. Both sides send heartbeats. A side that receives nothing for three intervals closes the
     stream; the agent then opens a new channel.
 14. A cancellation or clean end of stream by the peer is a lost connection, never a request to stop.
@@ -336,8 +338,11 @@ class HeldAttempt(message.Message):
 
     ATTEMPT_FIELD_NUMBER: builtins.int
     HAS_RESULT_FIELD_NUMBER: builtins.int
+    PROOF_FIELD_NUMBER: builtins.int
     has_result: builtins.bool
     """Whether its result awaits acknowledgement; false if it is still running."""
+    proof: builtins.bytes
+    """The proof of its offer."""
     @builtins.property
     def attempt(self) -> attempt_pb2.AttemptRef:
         """The attempt."""
@@ -347,10 +352,11 @@ class HeldAttempt(message.Message):
         *,
         attempt: attempt_pb2.AttemptRef | None = ...,
         has_result: builtins.bool = ...,
+        proof: builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "has_result", b"has_result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "has_result", b"has_result", "proof", b"proof"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -440,6 +446,7 @@ class Offer(message.Message):
     LEASE_MS_FIELD_NUMBER: builtins.int
     ACCEPT_TIMEOUT_MS_FIELD_NUMBER: builtins.int
     ATTEMPT_TIMEOUT_MS_FIELD_NUMBER: builtins.int
+    PROOF_FIELD_NUMBER: builtins.int
     method: builtins.str
     """Service and method, as `package.Service/Method`."""
     request: builtins.bytes
@@ -450,6 +457,10 @@ class Offer(message.Message):
     """Time for the agent to answer, in milliseconds."""
     attempt_timeout_ms: builtins.int
     """Maximum duration of the attempt, in milliseconds."""
+    proof: builtins.bytes
+    """Shows that the orchestrator made this offer to this agent. The agent returns it unread when it connects with the
+    attempt.
+    """
     @builtins.property
     def attempt(self) -> attempt_pb2.AttemptRef:
         """The attempt."""
@@ -463,10 +474,11 @@ class Offer(message.Message):
         lease_ms: builtins.int = ...,
         accept_timeout_ms: builtins.int = ...,
         attempt_timeout_ms: builtins.int = ...,
+        proof: builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["accept_timeout_ms", b"accept_timeout_ms", "attempt", b"attempt", "attempt_timeout_ms", b"attempt_timeout_ms", "lease_ms", b"lease_ms", "method", b"method", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["accept_timeout_ms", b"accept_timeout_ms", "attempt", b"attempt", "attempt_timeout_ms", b"attempt_timeout_ms", "lease_ms", b"lease_ms", "method", b"method", "proof", b"proof", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -15,7 +15,8 @@ The laws of the session:
  4. Every gRPC message is a batch of session messages, which are applied in order.
  5. Slots bound work. The sum of offered, accepted and running attempts never exceeds the slots of the hello.
  6. An offer is answered. An offer without Accepted or Declined within the accept timeout is withdrawn and offered
-    again with a higher fence.
+    again with a higher fence. If the stream ends before the answer, the agent has the time of a lease to come back
+    with the attempt. Otherwise the attempt counts as one that may have run.
  7. Fences only rise. The store assigns attempts and fences. A report with another fence than the task's current one
     is answered with Refused(STALE_FENCE) and changes nothing. The answer does not reveal whether the task exists.
  8. The end of a stream revokes nothing. A lease ends only when it expires. An agent that cannot renew a lease stops
@@ -27,8 +28,9 @@ The laws of the session:
 11. The agent's I/O thread acknowledges a cancel at once, independent of user code. The handler then has the grace to
     end, is cancelled, and is reported as CANCEL_UNRESPONSIVE if it does not end. Repeated, early and unknown cancels
     are harmless.
-12. A reconnect synchronises. The hello lists the attempts that the agent holds, and the welcome those that it keeps.
-    The agent ends the others.
+12. A reconnect synchronises. The hello lists the attempts that the agent holds, each with the proof of its offer, and
+    the welcome those that it keeps. The agent ends the others. An attempt without a valid proof is not kept and has
+    no effect.
 13. Silence ends a session. Both sides send heartbeats. A side that receives nothing for three intervals closes the
     stream; the agent then opens a new channel.
 14. A cancellation or clean end of stream by the peer is a lost connection, never a request to stop.

@@ -1,0 +1,218 @@
+"""The batches of operations, and the script that applies them.
+
+Operations that arrive during one round trip are sent together in the next. A round trip carries one script call for
+each shard that has operations. There is one round trip at a time, so operations apply in the order of their arrival.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, Final, TypeVar
+
+from orki.errors.v1.errors_pb2 import Reason
+from orki_contract.errors import DamagedRecord, LocalProtocolError, OrkiError, StoreUnavailable, UnknownTask
+from orki_events.connection import Script, ScriptMissing
+from orki_server._keys import EPOCH_STEP, ShardKeys, lua_names
+from orki_server._store.connection import StoreConnection
+from orki_server._store.lifecycle import lua_moves
+from orki_server._store.operations import MAX_OFFERS, Argument, Operation
+
+R = TypeVar("R")
+
+_BATCH_OPERATIONS: Final = 256
+"""Maximum number of operations in one round trip; limits how long a script blocks the server."""
+_BATCH_BYTES: Final = 8 << 20
+_WAITING: Final = 100_000
+"""Maximum number of operations in memory."""
+_PARTS: Final = ("batch", "life", "operations", "dispatch")
+_REASONS: Final = (
+    *("CANCELLED", "TOTAL_TIMEOUT", "OFFER_TIMEOUT", "ATTEMPT_TIMEOUT", "LEASE_EXPIRED", "STALLED", "ABANDONED"),
+)
+_MAX_STEP: Final = 1_000
+"""Longest step of the shard's clock between two batches (ms): twice the longest interval of the sweeper's batches."""
+_GRACE: Final = 6_000
+"""Time for agents to connect again after nobody could hear them (ms): a little more than their longest back-off."""
+_MAX_ABANDONED: Final = 50
+"""Number of abandoned attempts after which others count as failed."""
+_log = logging.getLogger("orki.server.store")
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    operation: Operation[Any]
+    size: int
+    outcome: asyncio.Future[Any]
+
+
+class Batcher:
+    """Sends operations in batches.
+
+    Attributes:
+        damaged: Number of operations that were refused because a record is damaged.
+    """
+
+    def __init__(self, connection: StoreConnection, script: Script, shards: int, caller: str) -> None:
+        self.damaged = 0
+        self._connection = connection
+        self._caller = caller
+        self._script = script
+        self._prefixes = [ShardKeys(shard).base for shard in range(shards)]
+        self._waiting: deque[_Entry] = deque()
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        connection.on_change(self._connection_changed)
+
+    def start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="orki store operations")
+
+    async def close(self) -> None:
+        """Stop. Operations that still wait fail with StoreUnavailable."""
+        if self._task:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self._fail(list(self._waiting), StoreUnavailable("the orchestrator is stopping"))
+        self._waiting.clear()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def apply(self, operation: Operation[R]) -> asyncio.Future[R]:
+        """Enqueue an operation. The future gets its outcome, or an error: DamagedRecord (a record cannot be read),
+        StoreFull (the operation needs memory, and there is none) or LocalProtocolError (the script failed, a defect).
+
+        Raises:
+            UnknownTask: The store has no such shard.
+            StoreUnavailable: The store is down and the operation is not patient, or too many operations wait. The
+                future gets the same error if the store goes down; the operation may have been applied, and may be
+                sent again.
+        """
+        if operation.shard >= len(self._prefixes):
+            raise UnknownTask(f"there is no task {operation.arguments[0]!r}")
+        if not self._connection.up.is_set() and not operation.patient:
+            raise self._connection.cause
+        if len(self._waiting) >= _WAITING:
+            raise StoreUnavailable(f"{self._connection.address.shown} is too slow: {_WAITING} operations wait")
+        size = sum(len(each) for each in operation.arguments if isinstance(each, bytes | str))
+        outcome: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Entry(operation, size, outcome))
+        self._wake.set()
+        return outcome
+
+    async def _run(self) -> None:
+        while True:
+            if not self._waiting:
+                self._wake.clear()
+                await self._wake.wait()
+            await self._connection.up.wait()
+            batch = self._take()
+            if not batch:
+                continue
+            try:
+                await self._send(batch)
+            except OrkiError as error:
+                self._return(batch, error)
+            except Exception as error:
+                _log.exception("a batch of operations failed: a defect; the next one follows")
+                self._fail(batch, LocalProtocolError(f"a batch of operations failed: {type(error).__name__}"))
+
+    def _take(self) -> list[_Entry]:
+        batch: list[_Entry] = []
+        size = 0
+        while self._waiting and len(batch) < _BATCH_OPERATIONS and (size < _BATCH_BYTES or not batch):
+            batch.append(self._waiting.popleft())
+            size += batch[-1].size
+        return batch
+
+    async def _send(self, batch: Iterable[_Entry]) -> None:
+        shards: dict[int, list[_Entry]] = {}
+        for entry in batch:
+            shards.setdefault(entry.operation.shard, []).append(entry)
+        commands = [self._command(shard, entries) for shard, entries in shards.items()]
+        replies = await self._connection.operate(commands)
+        if missing := [position for position, reply in enumerate(replies) if isinstance(reply, ScriptMissing)]:
+            # Only these are sent again: the others were applied.
+            load = ("SCRIPT", "LOAD", self._script.text)
+            _, *again = await self._connection.operate([load, *(commands[position] for position in missing)])
+            for position, reply in zip(missing, again, strict=True):
+                replies[position] = reply
+        for entries, reply in zip(shards.values(), replies, strict=True):
+            if isinstance(reply, OrkiError):
+                self._return(entries, self._connection.failed(reply))
+            else:
+                self._resolve(entries, reply)
+
+    def _command(self, shard: int, entries: Iterable[_Entry]) -> list[Argument]:
+        command: list[Argument] = ["EVALSHA", self._script.digest, 1, self._prefixes[shard], self._caller]
+        for entry in entries:
+            arguments = entry.operation.arguments
+            command += (entry.operation.op, len(arguments), *arguments)
+        return command
+
+    def _resolve(self, entries: list[_Entry], replies: list[list[bytes]]) -> None:
+        for entry, reply in zip(entries, replies, strict=True):
+            if reply and reply[0] == b"error":
+                self._return([entry], self._error(entry.operation, reply[1].decode(errors="replace")))
+            elif not entry.outcome.done():
+                try:
+                    entry.outcome.set_result(entry.operation.outcome(reply))
+                except (ValueError, KeyError, TypeError) as error:
+                    self._fail([entry], self._damage(entry.operation, f"{type(error).__name__}: {error}"))
+
+    def _error(self, operation: Operation[Any], text: str) -> OrkiError:
+        if "DAMAGED " in text or "WRONGTYPE " in text:
+            return self._damage(operation, text)
+        return self._connection.failed(self._connection.address.error(text))
+
+    def _damage(self, operation: Operation[Any], text: str) -> DamagedRecord:
+        self.damaged += 1
+        shown = self._connection.address.shown
+        error = DamagedRecord(f"{shown} has a damaged record on shard {operation.shard}: {text}")
+        _log.error("%s was refused: %s", operation.op, error.message)
+        return error
+
+    def _return(self, entries: list[_Entry], error: OrkiError) -> None:
+        """Put patient operations back to the front if the store is down; fail the others."""
+        down = isinstance(error, StoreUnavailable)
+        self._fail([entry for entry in entries if not (down and entry.operation.patient)], error)
+        kept = [entry for entry in entries if down and entry.operation.patient and not entry.outcome.cancelled()]
+        self._waiting.extendleft(reversed(kept))
+
+    @staticmethod
+    def _fail(entries: Iterable[_Entry], error: OrkiError) -> None:
+        for entry in entries:
+            if not entry.outcome.done():
+                entry.outcome.set_exception(type(error)(error.message))
+
+    def _connection_changed(self, up: bool) -> None:
+        if not up:
+            impatient = [entry for entry in self._waiting if not entry.operation.patient]
+            self._waiting = deque(entry for entry in self._waiting if entry.operation.patient)
+            self._fail(impatient, self._connection.cause)
+        self._wake.set()
+
+
+def shard_script(retention: float) -> Script:
+    """Return the script that applies a batch of operations to one shard.
+
+    Names, legal moves and reasons are generated in front of the files in `lua/`.
+
+    Args:
+        retention: Time for which a finished task is kept.
+    """
+    constants = [f"local REASON_{name} = '{Reason.Value(f'REASON_{name}')}'" for name in _REASONS]
+    limits = {"RETENTION": round(retention * 1000), "MAX_STEP": _MAX_STEP, "GRACE": _GRACE}
+    limits |= {"MAX_OFFERS": MAX_OFFERS, "MAX_ABANDONED": _MAX_ABANDONED}
+    constants += [f"local {name} = {value}" for name, value in limits.items()]
+    # The first fence depends on the clock: a store that lost everything continues above the fences that it gave before.
+    constants.append(f"local function first_fence(now) return string.format('%.0f', {EPOCH_STEP} + now) end\n")
+    folder = files("orki_server._store") / "lua"
+    written = [(folder / f"{part}.lua").read_text(encoding="utf-8") for part in _PARTS]
+    return Script("\n".join([lua_names(), lua_moves(), "\n".join(constants), *written]))

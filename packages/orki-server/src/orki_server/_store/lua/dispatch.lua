@@ -1,0 +1,313 @@
+-- The orchestrator's own operations: offers, timers, fences; and the loop over the batch.
+
+-- --- fences ---
+
+-- Whether a text is a fence that Redis and the agents can hold, with room for more.
+local function is_fence(text) return string.find(text, '^[1-9]%d*$') ~= nil and #text <= 18 end
+
+-- Returns the fence after this one. Fences exceed Lua's exact numbers, so the last nine digits are added on their own.
+local function after(fence)
+  local head, tail = string.sub(fence, 1, -10), string.sub(fence, -9)
+  local low = tonumber(tail) + 1
+  if #tail < 9 or low < 1000000000 then return head .. string.format('%0' .. #tail .. '.0f', low) end
+  return whole((tonumber(head) or 0) + 1) .. '000000000'
+end
+
+local function is_lower(fence, other)
+  if #fence ~= #other then return #fence < #other end
+  return fence < other
+end
+
+local function last_fence()
+  local fence = redis.call('GET', FENCE) or first_fence(WALL_US / 1000)
+  if not is_fence(fence) then damaged('key ' .. FENCE .. ' holds no fence') end
+  return fence
+end
+
+-- a fence that an agent holds, the first fence of the epoch after it -> raised | current | refused, the store's last fence
+OPS.raise_epoch = function(a)
+  local stored = redis.call('GET', FENCE) or '0'
+  if not is_lower(stored, a[1]) then return { 'current', stored } end
+  if not is_fence(a[1]) or not is_fence(a[2]) then return { 'refused', stored } end
+  WRITES[#WRITES + 1] = { 'SET', FENCE, a[2] }
+  return { 'raised', a[2] }
+end
+
+-- --- offers ---
+
+-- The oldest queued tasks of a method, at most `count`: ids and scores in turn. A damaged queue is empty.
+local function heads(method, count, found)
+  local key = QUEUE .. method
+  local done, rows = pcall(redis.call, 'ZRANGE', key, '0', whole(count - 1), 'WITHSCORES')
+  if done then return rows end
+  if not is_damage(rows) then error(rows, 0) end
+  found[#found + 1] = key
+  return {}
+end
+
+-- Takes the longest queued task of these methods.
+local function pop(queues, methods, found)
+  while true do
+    local best, key
+    for _, method in ipairs(methods) do
+      local queue = queues[method]
+      local score = tonumber(queue[queue.next + 1])
+      if score and (not best or score < tonumber(best[best.next + 1])) then best, key = queue, QUEUE .. method end
+    end
+    if not best then return nil end
+    local id = best[best.next]
+    best.next = best.next + 2
+    local task = load_listed(key, id, found, true)
+    if task and MOVES[task.state].Offered and QUEUE .. task.method == key then return task end
+    if task then WRITES[#WRITES + 1] = { 'ZREM', key, id } end
+  end
+end
+
+local function offer_to(task, recipient, fence, accept_timeout)
+  move(task, 'Offered')
+  task.attempt = task.attempt + 1
+  task.fence, task.agent_id, task.instance_id = fence, recipient.agent_id, recipient.instance_id
+  task.offer_due, task.progress_index, task.cancel_acknowledged = NOW + accept_timeout, 0, ''
+  task.suspected, task.host, task.absent, task.excused = '', CALLER, ABSENT.own, ''
+  record(task, 'offered')
+  sort(task)
+end
+
+local function read_recipients(a)
+  local recipients, slots, at = {}, 0, 2
+  while at <= #a do
+    local recipient = { agent_id = a[at], instance_id = a[at + 1], slots = tonumber(a[at + 2]), methods = {} }
+    local count = tonumber(a[at + 3])
+    for offset = 1, count do recipient.methods[offset] = a[at + 3 + offset] end
+    slots = slots + recipient.slots
+    recipients[#recipients + 1], at = recipient, at + 4 + count
+  end
+  return recipients, slots
+end
+
+-- One task for each recipient in turn, until no recipient has slots left or no task fits.
+local function assign(recipients, queues, accept_timeout, damage)
+  local assigned, fence, found = {}, nil, true
+  while found do
+    found = false
+    for number, recipient in ipairs(recipients) do
+      local task = recipient.slots > 0 and #assigned < MAX_OFFERS and pop(queues, recipient.methods, damage)
+      if task then
+        found = true
+        fence = after(fence or last_fence())
+        offer_to(task, recipient, fence, accept_timeout)
+        recipient.slots = recipient.slots - 1
+        assigned[#assigned + 1] = { number - 1, task }
+      end
+    end
+  end
+  if fence then
+    if not is_fence(fence) then damaged('key ' .. FENCE .. ' has no fences left') end
+    WRITES[#WRITES + 1] = { 'SET', FENCE, fence }
+  end
+  return assigned
+end
+
+-- accept timeout (ms), then for each recipient: agent, instance, slots, number of methods, methods
+-- -> number of damaged tasks and queues, their names, then for each offer: position of the recipient (from 0), task,
+--    attempt, fence, method, request, attempt's traceparent, lease (ms), attempt timeout (ms)
+OPS.offer = function(a)
+  flush()
+  local recipients, slots = read_recipients(a)
+  local queues, found = {}, {}
+  for _, recipient in ipairs(recipients) do
+    for _, method in ipairs(recipient.methods) do
+      if not queues[method] then
+        queues[method] = heads(method, math.min(slots, MAX_OFFERS), found)
+        queues[method].next = 1
+      end
+    end
+  end
+  local assigned = assign(recipients, queues, tonumber(a[1]), found)
+  local reply = { whole(#found), unpack(found) }
+  for _, each in ipairs(assigned) do
+    local task = each[2]
+    local o = options(task)
+    local n = #reply
+    reply[n + 1], reply[n + 2], reply[n + 3], reply[n + 4] = whole(each[1]), task.id, whole(task.attempt), task.fence
+    reply[n + 5], reply[n + 6] = task.method, task.request or redis.call('HGET', TASK .. task.id, 'request') or ''
+    reply[n + 7], reply[n + 8], reply[n + 9] = attempt_traceparent(task), whole(o.heartbeat), whole(o.attempt)
+  end
+  return reply
+end
+
+-- --- timers ---
+
+local function seconds(ms) return string.format('%g s', ms / 1000) end
+
+local function agent(task) return 'agent "' .. task.agent_id .. '"' end
+
+-- Judges a timer of an attempt, whose agent was heard by one orchestrator. -> nothing, if the agent is at fault; else the
+-- time (ms) of the next judgement, or `unheard` if that orchestrator has missed something since it heard the agent.
+-- The agent had to stop the attempt then, as it could not renew the lease, so the attempt is not counted.
+local function excuse(task, due)
+  if task.excused == '1' then return 'unheard' end
+  local missed = absence(task.host) - task.absent
+  local last = host_of(task.host).last
+  if missed <= 0 and last >= due then return nil end
+  task.excused = '1'
+  return missed > 0 and NOW + missed or math.max(NOW, last + MAX_STEP) + GRACE
+end
+
+-- Ends an attempt whose timer is due, or moves its timers if nobody could hear the agent.
+local function expire_attempt(task, event, timer, reason, message)
+  local later = excuse(task, task[timer])
+  touch(task)
+  if later == 'unheard' and task.offer_due > 0 then
+    end_offer(task, 'OfferTimedOut', reason, message, true)
+    return 'offer', reason
+  elseif later == 'unheard' then
+    abandon(task, reason, 'the orchestrator of ' .. agent(task) .. ' was not heard of')
+    return 'attempt', reason
+  elseif later then
+    local by = later - task[timer]
+    for _, name in ipairs({ 'lease_due', 'attempt_due', 'stall_due', 'offer_due' }) do
+      if task[name] > 0 then task[name] = task[name] + by end
+    end
+    sort(task)
+    return nil
+  end
+  end_attempt(task, event, reason, message, '', true)
+  return 'attempt', reason
+end
+
+-- The effect of each timer; returns kind and reason for the reply, or nothing if it is not due yet.
+local EXPIRE = {
+  TotalTimedOut = function(task, o)
+    move(task, 'TotalTimedOut')
+    if task.state == 'CANCELLED' then
+      finish_cancelled(task, REASON_CANCELLED, 'the task was cancelled; its total timeout passed')
+    else
+      finish_failed(task, REASON_TOTAL_TIMEOUT, 'the task did not end within its total timeout of ' .. seconds(o.total), '')
+    end
+    return 'task', REASON_TOTAL_TIMEOUT
+  end,
+  RetryDue = function(task)
+    move(task, 'RetryDue')
+    task.retry_due = 0
+    enqueue(task)
+    sort(task)
+    return 'retry', '0'
+  end,
+  OfferTimedOut = function(task)
+    if task.suspected == '1' then
+      return expire_attempt(task, 'OfferLost', 'offer_due', REASON_LEASE_EXPIRED, agent(task)
+        .. ' got the offer and was not heard of again')
+    end
+    end_offer(task, 'OfferTimedOut', REASON_OFFER_TIMEOUT, agent(task) .. ' did not answer the offer in time', true)
+    return 'offer', REASON_OFFER_TIMEOUT
+  end,
+  AttemptTimedOut = function(task, o)
+    return expire_attempt(task, 'AttemptTimedOut', 'attempt_due', REASON_ATTEMPT_TIMEOUT, 'the attempt on ' .. agent(task)
+      .. ' did not end within its timeout of ' .. seconds(o.attempt))
+  end,
+  LeaseExpired = function(task, o)
+    return expire_attempt(task, 'LeaseExpired', 'lease_due', REASON_LEASE_EXPIRED, agent(task) .. ' sent no heartbeat for '
+      .. seconds(o.heartbeat))
+  end,
+  Stalled = function(task, o)
+    return expire_attempt(task, 'Stalled', 'stall_due', REASON_STALLED, 'the attempt on ' .. agent(task)
+      .. ' made no progress for ' .. seconds(o.stall))
+  end,
+}
+
+local function due_event(task)
+  for _, timer in ipairs(TIMERS) do
+    local due = task[timer[1]]
+    if due > 0 and due <= NOW and MOVES[task.state][timer[2]] then return timer[2] end
+  end
+end
+
+local function forget(task)
+  move(task, 'Forgotten')
+  task.timer = 0
+  WRITES[#WRITES + 1] = { 'DEL', TASK .. task.id, PROGRESS .. task.id }
+  if task.idempotency ~= '' then WRITES[#WRITES + 1] = { 'DEL', IDEMPOTENCY .. task.idempotency } end
+end
+
+-- maximum number of tasks
+-- -> time until the next timer (ms; -1 for none), number of damaged tasks, their ids, then for each task that changed:
+--    kind (offer, attempt, task, retry), task, agent, attempt, fence, reason
+OPS.sweep = function(a)
+  flush()
+  local found, expired = {}, {}
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', NEXT_TIMERS, '-inf', whole(NOW), 'LIMIT', '0', a[1])) do
+    local task = load_listed(NEXT_TIMERS, id, found)
+    local event = task and due_event(task)
+    if event == 'Forgotten' then
+      forget(task)
+    elseif event then
+      local agent_id, number, fence = task.agent_id, task.attempt, task.fence
+      local kind, reason = EXPIRE[event](task, options(task))
+      if kind then
+        for _, value in ipairs({ kind, id, agent_id, whole(number), fence, reason }) do expired[#expired + 1] = value end
+      end
+    elseif task then
+      touch(task)
+      sort(task) -- The timer has moved away.
+    end
+  end
+  local reply = { '-1', whole(#found), unpack(found) }
+  for at = 1, #expired do reply[#reply + 1] = expired[at] end
+  return reply
+end
+
+-- Time until the next timer (ms), after the sweep has been written.
+local function until_next_timer()
+  flush()
+  local row = redis.call('ZRANGE', NEXT_TIMERS, '0', '0', 'WITHSCORES')
+  return row[2] and whole(math.max(0, tonumber(row[2]) - NOW)) or '-1'
+end
+
+-- --- the outbox ---
+
+-- "1" to give the outbox up -> kept | taken | other: whether the caller is the only one that publishes the outbox now
+OPS.drain = function(a)
+  local holder = redis.call('HGET', CLOCK, 'drainer')
+  if a[1] == '1' then
+    if holder == CALLER then WRITES[#WRITES + 1] = { 'HDEL', CLOCK, 'drainer' } end
+    return { 'other' }
+  end
+  if holder == CALLER then return { 'kept' } end
+  if holder and NOW - host_of(holder).last <= 3 * MAX_STEP then return { 'other' } end
+  WRITES[#WRITES + 1] = { 'HSET', CLOCK, 'drainer', CALLER }
+  return { 'taken' }
+end
+
+-- --- the batch: an operation that fails leaves the others alone and replies {'error', message} ---
+
+local function failure(reply)
+  return { 'error', type(reply) == 'table' and (reply.err or 'unknown') or tostring(reply) }
+end
+
+local ready, trouble = pcall(read_clock)
+local replies, at = {}, 2
+while at <= #ARGV do
+  local count, arguments = tonumber(ARGV[at + 1]), {}
+  for offset = 1, count do arguments[offset] = ARGV[at + 1 + offset] end
+  local done, reply = ready, trouble
+  if ready then done, reply = attempt(OPS[ARGV[at]], arguments) end
+  if done and ARGV[at] == 'sweep' then
+    local read, next_timer = pcall(until_next_timer)
+    if read then reply[1] = next_timer else done, reply = false, next_timer end
+  end
+  replies[#replies + 1] = done and reply or failure(reply)
+  at = at + 2 + count
+end
+if ready then
+  local done, problem = pcall(function()
+    is_full()
+    flush()
+    write_clock()
+  end)
+  if not done then PROBLEM = problem end
+end
+if PROBLEM then
+  for number = 1, #replies do replies[number] = failure(PROBLEM) end
+end
+return replies
