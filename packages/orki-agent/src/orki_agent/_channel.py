@@ -62,9 +62,11 @@ class SessionChannel:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
+        self._arming = False
         self._to_write = asyncio.Event()
         self._over: asyncio.Future[SessionLost] | None = None
         self._stopping = asyncio.Event()
+        session.on_change = self._changed
 
     async def run(self) -> None:
         """Keep a session until `stop` is called or the machine closes it for good."""
@@ -94,30 +96,15 @@ class SessionChannel:
                 await channel.close()
             await asyncio.sleep(0)  # Deliver the last events.
 
-    def changed(self) -> None:
-        """Write the machine's messages and arm its timer, after the machine was changed."""
-        self._to_write.set()
-        due = self._session.next_timer()
-        if due is None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-        elif self._timer is None or due < self._timer_at or self._timer_at < self._loop.time():
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer_at = due
-            self._timer = self._loop.call_at(due, self._wake)
-
     def take(self, events: Sequence[AgentEvent]) -> None:
-        """Write the machine's messages, then deliver its events."""
+        """Deliver the machine's events."""
         for event in events:
             if isinstance(event, SessionLost):
                 self._end_stream(event)
             elif isinstance(event, SessionClosed):
                 self._end_stream(SessionLost(event.error.message, silent=False))
-        self.changed()
         if events:
-            # The writer is woken first, so an acknowledgement is sent before its event is handled.
+            # The machine has woken the writer before, so an acknowledgement is sent before its event is handled.
             self._loop.call_soon(self.on_events, events)
 
     def stop(self) -> None:
@@ -132,7 +119,6 @@ class SessionChannel:
         self._over = over
         call = SessionServiceStub(channel).Connect()
         self._session.connection_made(self._loop.time())
-        self.changed()
         tasks = [
             self._loop.create_task(self._read(call), name="orki session reader"),
             self._loop.create_task(self._write(call, over), name="orki session writer"),
@@ -194,16 +180,33 @@ class SessionChannel:
         if self._over is not None and not self._over.done():
             self._over.set_result(lost)
 
-    # --- Timers. ---
+    # --- The machine's wake-ups and its timer. ---
 
-    def _wake(self) -> None:
+    def _changed(self) -> None:
+        """Wake the writer, and arm the timer once for all changes of this turn of the loop."""
+        self._to_write.set()
+        if not self._arming:
+            self._arming = True
+            self._loop.call_soon(self._arm)
+
+    def _arm(self) -> None:
+        self._arming = False
+        due = self._session.next_timer()
+        if self._timer is not None:
+            if due is not None and due >= self._timer_at:
+                return  # It fires early and is armed again.
+            self._timer.cancel()
+        self._timer_at = due or 0.0
+        self._timer = None if due is None else self._loop.call_at(due, self._timer_fired)
+
+    def _timer_fired(self) -> None:
         self._timer = None
         self._on_timer()
         try:
             self.take(self._session.handle_timer(self._loop.time()))
         except OrkiError:
             _log.exception("the session's timer failed: this is a defect")
-            self.changed()
+        self._arm()
 
     async def _pause(self, delay: float) -> None:
         try:
