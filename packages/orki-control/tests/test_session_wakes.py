@@ -20,7 +20,7 @@ from orki_control.session import AttemptKey
 KEY = AttemptKey("t1", 1, 7)
 NEXT = AttemptKey("t2", 1, 8)
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-HELLO = pb.Hello(agent_id="a", instance_id="i", protocol_min=1, protocol_max=1, slots=4, max_message_bytes=1 << 20)
+HELLO = pb.Hello(agent_id="a", instance_id="i", protocol_min=1, protocol_max=2, slots=4, max_message_bytes=1 << 20)
 LONG = 5_000
 """Heartbeat interval in milliseconds. No message may wait for a heartbeat."""
 
@@ -109,12 +109,19 @@ AGENT_CALLS: dict[str, list[Callable[[s.AgentSession], Any]]] = {
         lambda m, body=body: m.receive_batch(from_orchestrator(**body), 1.0)
         for body in (
             {"welcome": WELCOME},
-            {"welcome": pb.Welcome.FromString(WELCOME.SerializeToString() + pb.Welcome(keep=[KEY.ref()]).SerializeToString())},
+            {
+                "welcome": pb.Welcome.FromString(
+                    WELCOME.SerializeToString() + pb.Welcome(keep=[KEY.ref()]).SerializeToString()
+                )
+            },
             {"offer": offer(NEXT)},
             {"offer": offer(NEXT, lease_ms=10)},
             {"cancel": pb.Cancel(attempt=KEY.ref(), grace_ms=1)},
             {"cancel": pb.Cancel(attempt=NEXT.ref(), grace_ms=1)},
             {"directive": pb.Directive(attempt=KEY.ref())},
+            {"progress_acknowledged": pb.ProgressAcknowledged(attempt=KEY.ref())},
+            {"progress_acknowledged": pb.ProgressAcknowledged(attempt=KEY.ref(), replay=True)},
+            {"directive": pb.Directive(attempt=KEY.ref(), number=1)},
             {"heartbeat_echo": pb.HeartbeatEcho(number=1)},
             {"result_acknowledged": pb.ResultAcknowledged(attempt=KEY.ref())},
             {"drain": pb.OrchestratorDrain(grace_ms=1)},
@@ -132,7 +139,7 @@ AGENT_CALLS: dict[str, list[Callable[[s.AgentSession], Any]]] = {
     "stop": [lambda m: m.stop()],
     "set_load": [lambda m: m.set_load(loop_lag_us=1, memory_bytes=1)],
     "handle_timer": [lambda m, at=at: m.handle_timer(at) for at in (0.1, 4.9, 6.0, 9.0, 60.0)],
-    "backlog": [lambda m: m.backlog(KEY)],
+    "unstored": [lambda m: m.unstored(KEY)],
 }
 
 
@@ -168,6 +175,8 @@ ORCHESTRATOR_CALLS: dict[str, list[Callable[[s.OrchestratorSession], Any]]] = {
             {"progress": pb.Progress(attempt=KEY.ref(), index=1)},
             {"result": pb.Result(attempt=KEY.ref(), response=b"r")},
             {"result": pb.Result(attempt=NEXT.ref(), response=b"r")},
+            {"progress": pb.Progress(attempt=KEY.ref(), index=2, missing=1)},
+            {"directive_acknowledged": pb.DirectiveAcknowledged(attempt=KEY.ref(), number=1)},
             {"cancel_acknowledged": pb.CancelAcknowledged(attempt=KEY.ref())},
             {"heartbeat": pb.Heartbeat(number=2, running=[NEXT.ref()])},
             {"drain": pb.AgentDrain()},
@@ -181,6 +190,8 @@ ORCHESTRATOR_CALLS: dict[str, list[Callable[[s.OrchestratorSession], Any]]] = {
     "cancel": [lambda m: m.cancel(KEY, grace_ms=1)],
     "direct": [lambda m: m.direct(KEY, b"d")],
     "acknowledge": [lambda m: m.acknowledge(KEY)],
+    "acknowledge_progress": [lambda m: m.acknowledge_progress(KEY, 1)],
+    "replay_progress": [lambda m: m.replay_progress(KEY), lambda m: m.replay_progress(KEY, 3)],
     "refuse": [lambda m: m.refuse(KEY, StaleFence("no"))],
     "echo": [lambda m: m.echo(1)],
     "drain": [lambda m: m.drain(1)],

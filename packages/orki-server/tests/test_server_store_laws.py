@@ -34,12 +34,12 @@ from orki_server._store import operations
 from orki_server._store.operations import (
     Operation,
     Recipient,
-    ReportStatus,
     new_task_id,
     shard_of,
     shard_of_key,
     submission_digest,
 )
+from orki_server._store.replies import ReportStatus
 from orki_server._store.store import Store
 from orki_server.embedded import EmbeddedServer
 

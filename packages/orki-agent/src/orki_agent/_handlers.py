@@ -27,7 +27,7 @@ from orki_agent.hotpath._thread_pool import ThreadPool
 from orki_contract import EventStream, SyncToolChannel, TaskChannel, ToolChannel
 from orki_contract.errors import Cancelled, HandlerFailed, HandlerRejected, InvalidArgument, OrkiError, Reason, TooLarge
 from orki_contract.trace import Span, use_span
-from orki_control.session import AttemptKey, Outcome
+from orki_control.session import DEFAULT_PROGRESS_BYTES, AttemptKey, Outcome
 
 C = TypeVar("C")
 E = TypeVar("E", bound=Message)
@@ -136,8 +136,8 @@ class Execution(ABC):
         """Deliver a directive."""
 
     @abstractmethod
-    def grant(self, count: int) -> None:
-        """Return credits for progress that was sent."""
+    def grant(self, count: int, size: int) -> None:
+        """Return credits for progress that was stored: its number and its payload bytes."""
 
     def finish(self, response: object, error: BaseException | None) -> None:
         """Take the handler's response or exception. Call it once, in the handler's thread or loop."""
@@ -154,6 +154,30 @@ class Execution(ABC):
             trace = (type(error), error, error.__traceback__)
             _log.warning("%s of %s failed", self.offered.attempt, name, exc_info=trace)
         self._on_end(outcome)
+
+
+class Credits:
+    """The progress that a handler may send before some of it is stored, in count and payload bytes."""
+
+    __slots__ = ("_count", "_size", "_window")
+
+    def __init__(self, window: int, size: int = DEFAULT_PROGRESS_BYTES) -> None:
+        self._window = window
+        self._count = window
+        self._size = size
+
+    def take(self, size: int) -> bool:
+        """Take the credits for one delta, if there are enough. A delta that is too large is sent alone."""
+        if not self._count or (size > self._size and self._count < self._window):
+            return False
+        self._count -= 1
+        self._size -= size
+        return True
+
+    def give(self, count: int, size: int) -> None:
+        """Return credits."""
+        self._count += count
+        self._size += size
 
 
 class HandlerContext:
@@ -247,7 +271,7 @@ class AsyncExecution(Execution):
     Args:
         on_end: Called in the user's loop with the outcome.
         user: Mailbox of the user's loop.
-        window: Maximum number of progress messages that wait to be sent.
+        window: Maximum number of progress messages that are not stored.
     """
 
     def __init__(
@@ -262,7 +286,7 @@ class AsyncExecution(Execution):
         super().__init__(offered, handler, agent, on_end)
         self._user = user
         self._task: asyncio.Task[Any] | None = None
-        self.credits = window
+        self.credits = Credits(window)
         self.credit_returned = asyncio.Event()
         self.directives: asyncio.Queue[bytes | None] = asyncio.Queue()
 
@@ -276,8 +300,8 @@ class AsyncExecution(Execution):
     def direct(self, payload: bytes) -> None:
         self._user.post(self.directives.put_nowait, payload)
 
-    def grant(self, count: int) -> None:
-        self._user.post(self._granted, count)
+    def grant(self, count: int, size: int) -> None:
+        self._user.post(self._granted, count, size)
 
     # --- On the user's loop. ---
 
@@ -315,8 +339,8 @@ class AsyncExecution(Execution):
         if self._task is not None:
             self._task.cancel("the attempt was cancelled")
 
-    def _granted(self, count: int) -> None:
-        self.credits += count
+    def _granted(self, count: int, size: int) -> None:
+        self.credits.give(count, size)
         self.credit_returned.set()
 
 
@@ -328,7 +352,7 @@ class AsyncHandlerContext(HandlerContext):
     _execution: AsyncExecution
 
     async def progress(self, delta: Any) -> None:
-        """Send progress; wait while too many messages wait to be sent.
+        """Send progress. While too much is not stored, the contract's progress policy applies.
 
         Raises:
             InvalidArgument: `delta` is not the method's progress message.
@@ -336,10 +360,9 @@ class AsyncHandlerContext(HandlerContext):
         """
         attempt, payload = self._progress_payload(delta)
         execution = self._execution
-        while execution.credits < 1:
+        while not execution.credits.take(len(payload)):
             execution.credit_returned.clear()
             await execution.credit_returned.wait()
-        execution.credits -= 1
         execution.agent.send_progress(attempt, payload)
 
     async def directives(self) -> AsyncIterator[Any]:
@@ -373,7 +396,7 @@ class SyncExecution(Execution):
     Args:
         on_end: Called in the handler's thread with the outcome.
         pool: Provides the thread.
-        window: Maximum number of progress messages that wait to be sent.
+        window: Maximum number of progress messages that are not stored.
     """
 
     def __init__(
@@ -387,7 +410,7 @@ class SyncExecution(Execution):
     ) -> None:
         super().__init__(offered, handler, agent, on_end)
         self._pool = pool
-        self._credits = window
+        self._credits = Credits(window)
         self._changed = threading.Condition()
         self.directives: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
@@ -405,22 +428,22 @@ class SyncExecution(Execution):
     def direct(self, payload: bytes) -> None:
         self.directives.put(payload)
 
-    def grant(self, count: int) -> None:
+    def grant(self, count: int, size: int) -> None:
         with self._changed:
-            self._credits += count
+            self._credits.give(count, size)
             self._changed.notify_all()
 
-    def take_credit(self) -> None:
-        """Wait until progress may be sent.
+    def take_credit(self, size: int) -> None:
+        """Wait until a delta of this size may be sent.
 
         Raises:
             Cancelled: The attempt was cancelled meanwhile.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._credits > 0 or self.cancelled)
-            if self._credits < 1:
-                raise Cancelled(f"{self.offered.attempt} was cancelled")
-            self._credits -= 1
+            while not self._credits.take(size):
+                if self.cancelled:
+                    raise Cancelled(f"{self.offered.attempt} was cancelled")
+                self._changed.wait()
 
     def _work(self) -> None:
         CURRENT_ATTEMPT.set(self.offered.attempt)
@@ -446,7 +469,7 @@ class SyncHandlerContext(HandlerContext):
     _execution: SyncExecution
 
     def progress(self, delta: Any) -> None:
-        """Send progress; wait while too many messages wait to be sent.
+        """Send progress. While too much is not stored, the contract's progress policy applies.
 
         Raises:
             InvalidArgument: `delta` is not the method's progress message.
@@ -454,7 +477,7 @@ class SyncHandlerContext(HandlerContext):
             Cancelled: The attempt was cancelled during the wait.
         """
         attempt, payload = self._progress_payload(delta)
-        self._execution.take_credit()
+        self._execution.take_credit(len(payload))
         self._execution.agent.send_progress(attempt, payload)
 
     def directives(self) -> Iterator[Any]:

@@ -51,7 +51,8 @@ class RunSettings:
         tools: A tool bridge outside this process; None for the agent's own tools.
         insecure: Whether plaintext may leave this host.
         drain_grace: Seconds that running attempts may go on while the agent drains. Then they are given back.
-        progress_window: Maximum number of unsent progress messages of one attempt, before its handler waits.
+        progress_window: Maximum number of progress messages of one attempt that are not stored, before the contract's
+            progress policy applies.
         switch_interval: Python's thread switch interval while the agent runs, so that a busy handler does not delay
             the session; 0 keeps the interpreter's setting.
         max_message_bytes: Maximum gRPC message size in either direction.

@@ -233,7 +233,7 @@ class _TestAgent:
     def send_progress(self, attempt: AttemptKey, payload: bytes) -> None:
         self._run.progress.append(decode(self._handler.task.progress, payload, "progress"))
         assert self.execution is not None
-        self.execution.grant(1)
+        self.execution.grant(1, len(payload))
 
     def collect(self, stream: EventStream[E, Any], event: E, span: Span) -> None:
         if stream is USAGE:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
 from orki.control.v1.attempt_pb2 import AttemptRef, Failure, TaskState
-from orki.control.v1.task_pb2 import TaskSnapshot, WatchRequest, WatchResponse
-from orki_contract import Task
+from orki.control.v1.task_pb2 import ProgressPosition, TaskSnapshot, WatchRequest, WatchResponse
+from orki_contract import ProgressGap, Task
 from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import (
     Cancelled,
@@ -76,16 +76,26 @@ class SubmittedTask(Generic[R, P, D]):
         """The task's span; None before the task was read."""
         return parse_traceparent(self.snapshot.traceparent)
 
-    async def progress(self) -> AsyncIterator[P]:
+    async def progress(self, on_gap: Callable[[ProgressGap], object] | None = None) -> AsyncIterator[P]:
         """Yield the progress of all attempts, from the beginning until the task ends.
 
         While the orchestrator is unavailable this waits without a limit; use `asyncio.timeout` to bound it.
+
+        Args:
+            on_gap: Called in place of deltas that are missing, before the next delta. Without it, each gap is logged
+                as a warning.
         """
         parse = self._task.progress
-        async with aclosing(self._watch()) as payloads:
-            async for payload in payloads:
-                if payload is not None and issubclass(parse, Message):
-                    yield self._decoded(parse, payload)
+        async with aclosing(self._watch()) as found:
+            async for news in found:
+                if isinstance(news, ProgressGap):
+                    (on_gap or self._warn)(news)
+                elif news is not None and issubclass(parse, Message):
+                    yield self._decoded(parse, news)
+
+    def _warn(self, gap: ProgressGap) -> None:
+        text = "task %s: progress %d to %d of attempt %d is missing"
+        _log.warning(text, self.task_id, gap.first, gap.last, gap.attempt)
 
     async def result(self, timeout: float | None = None) -> R:
         """Wait for the task's end and return the response.
@@ -127,8 +137,8 @@ class SubmittedTask(Generic[R, P, D]):
         assert isinstance(directive, Message)
         await self._calls.direct(self.task_id, directive)
 
-    async def _watch(self) -> AsyncGenerator[bytes | None, None]:
-        """Yield payloads of progress, and None for each snapshot, which is stored."""
+    async def _watch(self) -> AsyncGenerator[bytes | ProgressGap | None, None]:
+        """Yield payloads of progress, gaps, and None for each snapshot, which is stored."""
         async with aclosing(self._calls.watch(self.task_id)) as responses:
             async for response in responses:
                 if response.WhichOneof("news") == "task":
@@ -136,6 +146,9 @@ class SubmittedTask(Generic[R, P, D]):
                     yield None
                 elif response.WhichOneof("news") == "progress":
                     yield response.progress.payload
+                elif response.WhichOneof("news") == "gap":
+                    gap = response.gap
+                    yield ProgressGap(gap.attempt, gap.first_index, gap.last_index)
 
     def _decoded(self, message: type[Any], payload: bytes) -> Any:
         try:
@@ -160,22 +173,31 @@ async def watch_task(
     import grpc
 
     jitter: Jitter | None = None
+    position: ProgressPosition | None = None
     loop = asyncio.get_running_loop()
     while True:
         opened_at = loop.time()
         wait = 0.0
-        call = stub.Watch(WatchRequest(task_id=task_id, after=after))
+        call = stub.Watch(WatchRequest(task_id=task_id, after=after, position=position, batched=True))
         try:
             while True:
                 response = await call.read()
                 if response is grpc.aio.EOF:
                     raise OrchestratorUnavailable(f"{target}: the watch of task {task_id} ended before the task")
                 assert isinstance(response, WatchResponse)
-                if response.WhichOneof("news") == "progress":
-                    after = response.progress.cursor
-                yield response
-                if response.WhichOneof("news") == "task" and response.task.state in TERMINAL_STATES:
-                    return
+                for update in response.batch.updates if response.HasField("batch") else (response,):
+                    news = update.WhichOneof("news")
+                    if news == "progress":
+                        seen = update.progress
+                        after = seen.cursor
+                        position = ProgressPosition(attempt=seen.attempt, index=seen.index, number=seen.number)
+                    elif news == "gap":
+                        gap = update.gap
+                        after = gap.cursor
+                        position = ProgressPosition(attempt=gap.attempt, index=gap.last_index, number=gap.number)
+                    yield update
+                    if news == "task" and update.task.state in TERMINAL_STATES:
+                        return
         except Exception as raised:
             error = typed_error(raised, target)
             if not error.retryable:

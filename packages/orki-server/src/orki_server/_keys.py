@@ -61,7 +61,8 @@ TABLE: Final = (
     Key(
         pattern="orki:{oN}:progress:TASK",
         kind="stream",
-        holds="progress of the task, bounded: `attempt`, `index`, `payload`",
+        holds="progress of the task, bounded: `attempt`, `index`, `payload`, `number` over all attempts, and "
+        "`dropped`, which is `1` for the end of a gap",
         writer="progress",
         ends="with its task",
         lua="PROGRESS",
@@ -186,6 +187,7 @@ TASK_FIELDS: Final[dict[str, str]] = {
     "instance_id": "process of that agent",
     "attempt_traceparent": "span of that attempt",
     "progress_index": "index of the attempt's last progress",
+    "progress_number": "number of deltas over all attempts, with those that are missing",
     "cancel_acknowledged": "`1` when the agent has acknowledged the cancel",
     "started": "number of attempts that were started",
     "refused_offers": "number of offers in a row that no agent accepted",
@@ -206,7 +208,7 @@ TASK_FIELDS: Final[dict[str, str]] = {
 """Fields of a task's hash. A missing field is empty or 0."""
 
 NUMBERS: Final = (
-    *("revision", "attempt", "progress_index", "started", "refused_offers"),
+    *("revision", "attempt", "progress_index", "progress_number", "started", "refused_offers"),
     *("offer_due", "lease_due", "attempt_due", "stall_due", "total_due", "retry_due", "forget_due"),
 )
 """The fields that the scripts load as numbers. Fences exceed Lua's exact integers and stay strings."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeAlias
 
 import grpc
@@ -17,10 +17,11 @@ import grpc
 from orki.control.v1.attempt_pb2 import AttemptRef
 from orki.control.v1.session_pb2 import ConnectRequest, ConnectResponse
 from orki.control.v1.task_pb2 import AgentSnapshot
-from orki_contract.errors import OrkiError, Overloaded, RemoteProtocolError
+from orki_contract.errors import NotDirectable, OrkiError, Overloaded, RemoteProtocolError
 from orki_control.session import (
     AttemptKey,
     AttemptState,
+    DirectiveAnswer,
     HeartbeatArrived,
     OrchestratorEvent,
     OrchestratorSession,
@@ -35,7 +36,7 @@ _FLUSH_TIMEOUT: Final = 2.0
 _WRITE_TIMEOUT: Final = 20.0
 """Maximum time for one write: an agent that does not read must not fill the memory."""
 _DIRECTIVES: Final = 1_000
-"""Maximum number of directives that wait to be written."""
+"""Maximum number of directives that wait for the agent's answer."""
 _log = logging.getLogger("orki.server.sessions")
 
 
@@ -50,6 +51,8 @@ class AgentSession:
         methods: Full names of the tasks that the agent serves; empty before the welcome.
         cause: Why the stream ended; empty while it is open.
         left: Whether the agent ended it after it had drained.
+        postponed: Attempts whose progress was set aside while the store was overloaded; the agent sends it again.
+        skipped: Index of the last progress that was dropped, of each attempt of an agent that cannot send it again.
     """
 
     def __init__(
@@ -72,7 +75,9 @@ class AgentSession:
         self._due = 0.0
         self._heartbeat: HeartbeatArrived | None = None
         self._last_heartbeat_us = 0
-        self._directives = 0
+        self.postponed: set[AttemptKey] = set()
+        self.skipped: dict[AttemptKey, int] = {}
+        self._directives: dict[tuple[AttemptKey, int], asyncio.Future[bool]] = {}
         self._arming = False
         self.machine.on_change = self._changed
         self._arm()
@@ -112,21 +117,45 @@ class AgentSession:
         self._last_heartbeat_us = time.time_ns() // 1000
         self._heartbeat = heartbeat or self._heartbeat
 
-    def direct(self, attempt: AttemptKey, payload: bytes) -> bool:
-        """Send a directive to a running attempt. Returns False if this session does not hold the attempt.
+    def direct(self, attempt: AttemptKey, payload: bytes) -> asyncio.Future[bool] | None:
+        """Send a directive to a running attempt.
+
+        Returns:
+            The agent's answer: whether the handler receives it. NotDirectable if the session ends before. None if this
+            session does not hold the attempt.
 
         Raises:
             Overloaded: The agent does not read its directives fast enough.
             LocalProtocolError: The attempt is not accepted yet.
             TooLarge: The agent takes no message of that size.
         """
-        if self._directives >= _DIRECTIVES:
+        if len(self._directives) >= _DIRECTIVES:
             raise Overloaded(
                 f"{_DIRECTIVES} directives wait for agent {self.agent_id}; send more once it has read them"
             )
-        sent = self.machine.direct(attempt, payload)
-        self._directives += sent
-        return sent
+        number = self.machine.direct(attempt, payload)
+        if not number:
+            return None
+        answer: asyncio.Future[bool] = self._loop.create_future()
+        if self.machine.acknowledges:
+            self._directives[attempt, number] = answer
+        else:
+            answer.set_result(True)
+        return answer
+
+    def directive_acknowledged(self, answers: Iterable[DirectiveAnswer]) -> None:
+        for attempt, number, delivered in answers:
+            answer = self._directives.pop((attempt, number), None)
+            if answer is not None and not answer.done():
+                answer.set_result(delivered)
+
+    def _give_up_directives(self) -> None:
+        for (attempt, _), answer in self._directives.items():
+            if not answer.done():
+                text = f"the session of agent {self.agent_id} ended before it acknowledged the directive to {attempt}"
+                answer.set_exception(NotDirectable(f"{text}; it may have arrived"))
+                answer.exception()  # The caller may have gone.
+        self._directives.clear()
 
     def refuse(self, error: OrkiError) -> None:
         if self.machine.state in (OrchestratorState.AWAITING_HELLO, OrchestratorState.CHECKING_HELLO):
@@ -162,6 +191,7 @@ class AgentSession:
             writer.cancel()
             await asyncio.gather(reader, writer, return_exceptions=True)
             self.cause = self.cause or "the stream ended"
+            self._give_up_directives()
             if self.machine.state is not OrchestratorState.ENDED:
                 self._detect_leave()
                 self._emit(self.machine.connection_lost(time.monotonic()))
@@ -207,7 +237,6 @@ class AgentSession:
             while True:
                 batch = self.machine.messages_to_send()
                 if batch is None:
-                    self._directives = 0
                     if self._over.is_set():
                         return
                     self._writable.clear()

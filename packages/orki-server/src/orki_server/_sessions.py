@@ -26,6 +26,7 @@ from orki_control.session import (
     ArrivedResult,
     AttemptKey,
     CancelsAcknowledged,
+    DirectivesAcknowledged,
     HeartbeatArrived,
     HelloArrived,
     OffersAccepted,
@@ -45,7 +46,8 @@ from orki_server._fleet import FleetUpdates, Handshake
 from orki_server._session import AgentSession, SessionRegistry, StreamContext
 from orki_server._store import operations
 from orki_server._store.lifecycle import TERMINAL
-from orki_server._store.operations import Operation, ReportReply, ReportStatus, failure_text, shard_of
+from orki_server._store.operations import Operation, failure_text, shard_of
+from orki_server._store.replies import ProgressReply, ReportReply, ReportStatus
 from orki_server._store.store import Store
 
 R = TypeVar("R")
@@ -53,7 +55,7 @@ R = TypeVar("R")
 _END_TIMEOUT: Final = 3.0
 """Maximum wait for the streams to end."""
 _PROGRESS_WAITING: Final = 20_000
-"""Number of waiting operations above which progress is dropped, to leave room for results."""
+"""Number of waiting operations above which no progress is taken, to leave room for results."""
 _STALE: Final = "the agent does not hold this attempt: it was withdrawn, has ended, or runs under a higher fence"
 _log = logging.getLogger("orki.server.sessions")
 
@@ -66,7 +68,7 @@ class ReportCounts:
         accepted: Accepted results.
         repeated: Results that had been accepted before.
         stale: Reports from agents that did not hold the attempt.
-        progress_dropped: Progress that was dropped while the store was down.
+        progress_dropped: Progress of agents with session protocol 1 that was dropped while the store was down.
     """
 
     accepted: int = 0
@@ -94,6 +96,7 @@ class Reports:
     on_queued: Callable[[int, float], None]
     on_refused: Callable[[str, str, OrkiError], None]
     counts: ReportCounts = field(default_factory=ReportCounts)
+    _postponed: set[AgentSession] = field(default_factory=set, init=False)
 
     def accepted(self, session: AgentSession, attempts: Iterable[AttemptKey]) -> None:
         for key in attempts:
@@ -112,15 +115,25 @@ class Reports:
             self._decline(session, key, Reason.REASON_OFFER_TIMEOUT, message)
 
     def progressed(self, session: AgentSession, progress: Iterable[ArrivedProgress]) -> None:
-        for key, number, payload in progress:
-            if self.store.waiting > _PROGRESS_WAITING:
+        """Store progress. If too many operations wait, the agent sends it again later; an older agent's is dropped."""
+        for key, number, payload, missing in progress:
+            if self.store.waiting <= _PROGRESS_WAITING:
+                session.skipped.pop(key, None)
+                details = (self.progress_kept, number, payload, missing)
+                self._put(session, key, self._handle_progress, operations.report_progress, *details)
+            elif session.machine.acknowledges:
+                session.postponed.add(key)
+                self._postponed.add(session)
+            else:
+                session.skipped[key] = number
                 self.counts.progress_dropped += 1
-                continue
-            details = (self.progress_kept, number, payload)
-            self._put(session, key, self._handle_report, operations.report_progress, *details)
 
     def ended(self, session: AgentSession, results: Iterable[ArrivedResult]) -> None:
         for key, result in results:
+            if last := max(session.skipped.pop(key, 0), result.progress):
+                # If the last progress is not stored, watchers see a gap.
+                details = (self.progress_kept, last, b"", last - 1, True)
+                self._put(session, key, self._handle_progress, operations.report_progress, *details)
             self._put(session, key, self._handle_result, _result_report, result)
 
     def cancel_acknowledged(self, session: AgentSession, attempts: Iterable[AttemptKey]) -> None:
@@ -171,6 +184,23 @@ class Reports:
         else:
             self.on_change(key.task_id, reply.state in TERMINAL)
 
+    def _handle_progress(self, session: AgentSession, key: AttemptKey, reply: ProgressReply) -> None:
+        if reply.status is ReportStatus.STALE:
+            self._refuse(session, key)
+        elif reply.status is ReportStatus.GAP:
+            session.machine.replay_progress(key, reply.index)
+        else:
+            session.machine.acknowledge_progress(key, reply.index)
+            self.on_change(key.task_id, reply.state in TERMINAL)
+
+    def _take_postponed(self) -> None:
+        """Ask for the progress that was set aside, as the store keeps up again."""
+        sessions, self._postponed = self._postponed, set()
+        for session in sessions:
+            for key in session.postponed:
+                session.machine.replay_progress(key)
+            session.postponed.clear()
+
     def _handle_returned(self, session: AgentSession, key: AttemptKey, reply: ReportReply) -> None:
         if reply.status is ReportStatus.ACCEPTED:
             self._accepted(key, reply)
@@ -201,8 +231,8 @@ class Reports:
         self,
         session: AgentSession,
         key: AttemptKey,
-        handle: Callable[[AgentSession, AttemptKey, ReportReply], None],
-        report: Callable[..., Operation[ReportReply]],
+        handle: Callable[[AgentSession, AttemptKey, R], None],
+        report: Callable[..., Operation[R]],
         *details: Any,
     ) -> None:
         """Apply `report(agent id, key, *details)`, and pass the reply to `handle`."""
@@ -223,6 +253,8 @@ class Reports:
             error = outcome.exception()
             if error is None:
                 handle(outcome.result())
+                if self._postponed and self.store.waiting < _PROGRESS_WAITING // 2:
+                    self._take_postponed()
             elif not isinstance(error, StoreUnavailable):
                 _log.error("agent %s: a report could not be stored: %s", session.agent_id, error)
                 session.end("a report could not be stored")
@@ -316,6 +348,8 @@ class SessionServicer(SessionServiceServicer):
                 case OffersExpired(attempts):
                     self._reports.withdrawn(session, attempts)
                     self._on_slots(False)
+                case DirectivesAcknowledged(answers):
+                    session.directive_acknowledged(answers)
                 case CancelsAcknowledged(attempts):
                     self._reports.cancel_acknowledged(session, attempts)
                 case HelloArrived():

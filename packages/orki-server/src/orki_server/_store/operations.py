@@ -7,21 +7,19 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import lru_cache, partial
 from typing import Final, Generic, TypeAlias, TypeVar
 
-from orki.control.v1.attempt_pb2 import AttemptRef, Failure, TaskState
-from orki.control.v1.task_pb2 import TaskSnapshot, WatchedProgress
+from orki.control.v1.attempt_pb2 import TaskState
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import UnknownTask
 from orki_contract.model import TaskMethod, milliseconds
 from orki_contract.trace import Span
 from orki_control.session import AttemptKey
-from orki_server._keys import EPOCH_STEP, SNAPSHOT
-from orki_server._store.lifecycle import VISIBLE, Life
+from orki_server._keys import EPOCH_STEP
+from orki_server._store.replies import ProgressReply, ReportReply, TaskView, progress_reply, report_reply, task_view
 
 R = TypeVar("R")
 Argument: TypeAlias = bytes | str | int
@@ -196,104 +194,18 @@ def _task_reply(task_id: str, reply: list[bytes]) -> TaskReply:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class TaskView:
-    """A task at one moment.
-
-    Attributes:
-        task: Its snapshot.
-        progress: Progress after the cursor.
-    """
-
-    task: TaskSnapshot
-    progress: tuple[WatchedProgress, ...]
-
-
 def read_task(task_id: str, limit: int = 0, after: str = "") -> Operation[TaskView | None]:
     """Read a task, with at most `limit` entries of progress after the cursor `after` (empty: from the beginning).
 
     It changes nothing, but shares the round trips of the operations. The outcome is None if there is no such task.
     """
-    outcome = partial(_task_view, task_id)
+    outcome = partial(task_view, task_id)
     return Operation("read", shard_of(task_id), (task_id, limit, after), outcome, patient=False)
-
-
-def _task_view(task_id: str, reply: list[bytes]) -> TaskView | None:
-    if not reply:
-        return None
-    width = len(SNAPSHOT)
-    rows = (reply[at : at + 4] for at in range(width, len(reply), 4))
-    progress = (
-        WatchedProgress(cursor=cursor.decode(), attempt=int(attempt), index=int(index), payload=payload)
-        for cursor, attempt, index, payload in rows
-    )
-    return TaskView(task_snapshot(task_id, dict(zip(SNAPSHOT, reply[:width], strict=True))), tuple(progress))
-
-
-def task_snapshot(task_id: str, field: Mapping[str, bytes]) -> TaskSnapshot:
-    """Return the snapshot of a task from the fields of its hash."""
-    state = VISIBLE[Life[field["state"].decode()]]
-    snapshot = TaskSnapshot(
-        task_id=task_id,
-        method=field["method"].decode(),
-        state=state,
-        agent_id=field["agent_id"].decode(),
-        submitted_us=int(field["submitted_us"]),
-        ended_us=int(field["ended_us"] or 0),
-        traceparent=field["traceparent"].decode(),
-        revision=int(field["revision"]),
-    )
-    if attempt := int(field["attempt"] or 0):
-        snapshot.attempt.CopyFrom(AttemptRef(task_id=task_id, attempt=attempt, fence=int(field["fence"])))
-    if state == TaskState.TASK_STATE_SUCCEEDED:
-        snapshot.response = field.get("response", b"")
-    elif field["failure_reason"]:
-        snapshot.failure.CopyFrom(_failure(*(field[f"failure_{part}"] for part in ("reason", "type", "message"))))
-    for entry in field["earlier_failures"].split(b"\x1e")[:-1]:
-        snapshot.earlier_failures.append(_failure(*entry.split(b"\x1f", 2)))
-    return snapshot
-
-
-def _failure(reason: bytes, error_type: bytes, message: bytes) -> Failure:
-    return Failure(
-        reason=Reason.ValueType(int(reason)), message=message.decode(errors="replace"), error_type=error_type.decode()
-    )
-
-
-class ReportStatus(StrEnum):
-    """The outcome of a report."""
-
-    ACCEPTED = "accepted"
-    REPEATED = "repeated"
-    """It was accepted before."""
-    STALE = "stale"
-    """The agent does not hold the attempt, or no longer."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReportReply:
-    """The reply to a report.
-
-    Attributes:
-        status: Whether it was accepted.
-        state: The task's state afterwards; unspecified for a stale report.
-        retry_after: Wait before the next attempt; None if no attempt follows from this report.
-    """
-
-    status: ReportStatus
-    state: TaskState.ValueType
-    retry_after: float | None = None
 
 
 def _report(op: str, agent_id: str, attempt: AttemptKey, *details: Argument) -> Operation[ReportReply]:
     task_id = attempt.task_id
-    return Operation(op, shard_of(task_id), (task_id, attempt.fence, agent_id, *details), _report_reply)
-
-
-def _report_reply(reply: list[bytes]) -> ReportReply:
-    status, state, retry_ms = reply
-    retry_after = int(retry_ms) / 1000 if int(retry_ms) >= 0 else None
-    return ReportReply(ReportStatus(status.decode()), TaskState.ValueType(int(state)), retry_after)
+    return Operation(op, shard_of(task_id), (task_id, attempt.fence, agent_id, *details), report_reply)
 
 
 def accept(agent_id: str, attempt: AttemptKey) -> Operation[ReportReply]:
@@ -309,10 +221,31 @@ def decline(
 
 
 def report_progress(
-    agent_id: str, attempt: AttemptKey, kept: int, index: int, payload: bytes
-) -> Operation[ReportReply]:
-    """Report progress of an attempt. An index that was reported before changes nothing."""
-    return _report("progress", agent_id, attempt, kept, index, payload)
+    agent_id: str,
+    attempt: AttemptKey,
+    kept: int,
+    index: int,
+    payload: bytes,
+    missing: int = 0,
+    dropped: bool = False,
+) -> Operation[ProgressReply]:
+    """Report progress of an attempt.
+
+    An index that was reported before changes nothing. An index that does not follow the last one is refused with `GAP`
+    unless at most `missing` deltas are between them; then the gap is stored.
+
+    Args:
+        agent_id: The agent.
+        attempt: The attempt.
+        kept: Approximate number of entries that the task keeps.
+        index: Number of the delta within the attempt, from 1.
+        payload: The progress message, serialized.
+        missing: Number of deltas directly before it that may be missing.
+        dropped: Whether the delta itself is missing.
+    """
+    task_id = attempt.task_id
+    arguments = (task_id, attempt.fence, agent_id, kept, index, payload, missing, int(dropped))
+    return Operation("progress", shard_of(task_id), arguments, progress_reply)
 
 
 def succeed(agent_id: str, attempt: AttemptKey, response: bytes) -> Operation[ReportReply]:

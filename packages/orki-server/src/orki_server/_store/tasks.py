@@ -11,7 +11,8 @@ from orki.control.v1.attempt_pb2 import TaskState
 from orki.control.v1.task_pb2 import TaskSnapshot
 from orki_contract.errors import InvalidArgument, UnknownTask
 from orki_server._keys import SNAPSHOT, ShardKeys
-from orki_server._store.operations import shard_of, task_snapshot
+from orki_server._store.operations import shard_of
+from orki_server._store.replies import task_snapshot
 from orki_server._store.store import Store
 
 _WITHOUT_RESPONSE: Final = tuple(name for name in SNAPSHOT if name != "response")

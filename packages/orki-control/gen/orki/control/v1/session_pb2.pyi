@@ -35,6 +35,18 @@ The laws of the session:
 15. Drain comes before stop. After Drain, nothing new is offered. Heartbeats continue until the last result is
     acknowledged.
 16. Messages of unknown kinds are ignored, because they come from a newer peer.
+17. Progress is kept until it is stored. The indexes of an attempt's deltas rise by one, from 1. The orchestrator
+    acknowledges stored deltas cumulatively. The agent keeps the others in a bounded window and sends them again after
+    every reconnect. Repeated deltas are ignored.
+18. No delta is lost silently. A delta follows its predecessor, or names the number of deltas before it that are
+    missing. The store refuses other gaps, and the orchestrator asks for the deltas again. A result names the index of
+    the last delta. A gap that remains is stored and shown to every watcher.
+19. The contract decides what happens when the window is full: the handler waits, the newest unsent delta is replaced,
+    or the new delta is dropped. Replaced and dropped deltas are gaps by law 18.
+20. A directive is acknowledged. The agent states whether the handler received it. A directive without an
+    acknowledgement at the session's end is reported to its sender as undelivered. It is never sent again.
+
+`docs/states.md` lists the table rows that enforce each law, and a test that fails without them.
 """
 
 from collections import abc as abc
@@ -113,6 +125,7 @@ class AgentMessage(message.Message):
     CANCEL_ACKNOWLEDGED_FIELD_NUMBER: builtins.int
     HEARTBEAT_FIELD_NUMBER: builtins.int
     DRAIN_FIELD_NUMBER: builtins.int
+    DIRECTIVE_ACKNOWLEDGED_FIELD_NUMBER: builtins.int
     traceparent: builtins.str
     """W3C traceparent of the task's span, on every message about an attempt; empty elsewhere."""
     @builtins.property
@@ -147,6 +160,10 @@ class AgentMessage(message.Message):
     def drain(self) -> AgentDrain:
         """The agent accepts no more offers."""
 
+    @builtins.property
+    def directive_acknowledged(self) -> DirectiveAcknowledged:
+        """Acknowledges a directive. Since protocol 2."""
+
     def __init__(
         self,
         *,
@@ -159,12 +176,13 @@ class AgentMessage(message.Message):
         cancel_acknowledged: CancelAcknowledged | None = ...,
         heartbeat: Heartbeat | None = ...,
         drain: AgentDrain | None = ...,
+        directive_acknowledged: DirectiveAcknowledged | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["accepted", b"accepted", "body", b"body", "cancel_acknowledged", b"cancel_acknowledged", "declined", b"declined", "drain", b"drain", "heartbeat", b"heartbeat", "hello", b"hello", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["accepted", b"accepted", "body", b"body", "cancel_acknowledged", b"cancel_acknowledged", "declined", b"declined", "directive_acknowledged", b"directive_acknowledged", "drain", b"drain", "heartbeat", b"heartbeat", "hello", b"hello", "progress", b"progress", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["accepted", b"accepted", "body", b"body", "cancel_acknowledged", b"cancel_acknowledged", "declined", b"declined", "drain", b"drain", "heartbeat", b"heartbeat", "hello", b"hello", "progress", b"progress", "result", b"result", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["accepted", b"accepted", "body", b"body", "cancel_acknowledged", b"cancel_acknowledged", "declined", b"declined", "directive_acknowledged", b"directive_acknowledged", "drain", b"drain", "heartbeat", b"heartbeat", "hello", b"hello", "progress", b"progress", "result", b"result", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = typing.Literal["hello", "accepted", "declined", "progress", "result", "cancel_acknowledged", "heartbeat", "drain"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = typing.Literal["hello", "accepted", "declined", "progress", "result", "cancel_acknowledged", "heartbeat", "drain", "directive_acknowledged"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -184,6 +202,7 @@ class OrchestratorMessage(message.Message):
     HEARTBEAT_ECHO_FIELD_NUMBER: builtins.int
     DRAIN_FIELD_NUMBER: builtins.int
     REPLACED_FIELD_NUMBER: builtins.int
+    PROGRESS_ACKNOWLEDGED_FIELD_NUMBER: builtins.int
     traceparent: builtins.str
     """W3C traceparent of the task's span, on every message about an attempt; empty elsewhere."""
     @builtins.property
@@ -222,6 +241,10 @@ class OrchestratorMessage(message.Message):
     def replaced(self) -> Replaced:
         """A newer instance has replaced the session."""
 
+    @builtins.property
+    def progress_acknowledged(self) -> ProgressAcknowledged:
+        """Acknowledges stored progress. Since protocol 2."""
+
     def __init__(
         self,
         *,
@@ -235,12 +258,13 @@ class OrchestratorMessage(message.Message):
         heartbeat_echo: HeartbeatEcho | None = ...,
         drain: OrchestratorDrain | None = ...,
         replaced: Replaced | None = ...,
+        progress_acknowledged: ProgressAcknowledged | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["body", b"body", "cancel", b"cancel", "directive", b"directive", "drain", b"drain", "heartbeat_echo", b"heartbeat_echo", "offer", b"offer", "refused", b"refused", "replaced", b"replaced", "result_acknowledged", b"result_acknowledged", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["body", b"body", "cancel", b"cancel", "directive", b"directive", "drain", b"drain", "heartbeat_echo", b"heartbeat_echo", "offer", b"offer", "progress_acknowledged", b"progress_acknowledged", "refused", b"refused", "replaced", b"replaced", "result_acknowledged", b"result_acknowledged", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["body", b"body", "cancel", b"cancel", "directive", b"directive", "drain", b"drain", "heartbeat_echo", b"heartbeat_echo", "offer", b"offer", "refused", b"refused", "replaced", b"replaced", "result_acknowledged", b"result_acknowledged", "traceparent", b"traceparent", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["body", b"body", "cancel", b"cancel", "directive", b"directive", "drain", b"drain", "heartbeat_echo", b"heartbeat_echo", "offer", b"offer", "progress_acknowledged", b"progress_acknowledged", "refused", b"refused", "replaced", b"replaced", "result_acknowledged", b"result_acknowledged", "traceparent", b"traceparent", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = typing.Literal["welcome", "refused", "offer", "cancel", "directive", "result_acknowledged", "heartbeat_echo", "drain", "replaced"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = typing.Literal["welcome", "refused", "offer", "cancel", "directive", "result_acknowledged", "heartbeat_echo", "drain", "replaced", "progress_acknowledged"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -522,17 +546,22 @@ class Declined(message.Message):
 
 @typing.final
 class Progress(message.Message):
-    """Progress of a running attempt."""
+    """One delta of the progress of a running attempt."""
 
     DESCRIPTOR: descriptor.Descriptor
 
     ATTEMPT_FIELD_NUMBER: builtins.int
     INDEX_FIELD_NUMBER: builtins.int
     PAYLOAD_FIELD_NUMBER: builtins.int
+    MISSING_FIELD_NUMBER: builtins.int
     index: builtins.int
     """Number of the progress message within the attempt, from 1."""
     payload: builtins.bytes
     """The method's progress message, serialised."""
+    missing: builtins.int
+    """Number of deltas directly before this one that are missing: the agent dropped them, or no longer has them. Since
+    protocol 2.
+    """
     @builtins.property
     def attempt(self) -> attempt_pb2.AttemptRef:
         """The attempt."""
@@ -543,10 +572,43 @@ class Progress(message.Message):
         attempt: attempt_pb2.AttemptRef | None = ...,
         index: builtins.int = ...,
         payload: builtins.bytes = ...,
+        missing: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "index", b"index", "payload", b"payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "index", b"index", "missing", b"missing", "payload", b"payload"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ProgressAcknowledged(message.Message):
+    """All progress of the attempt up to an index is stored; the agent may discard it."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    INDEX_FIELD_NUMBER: builtins.int
+    REPLAY_FIELD_NUMBER: builtins.int
+    index: builtins.int
+    """Index of the last stored progress; 0 for none."""
+    replay: builtins.bool
+    """True: the orchestrator lacks the progress that follows. The agent sends everything after the index again, and names
+    the number of deltas that it no longer has.
+    """
+    @builtins.property
+    def attempt(self) -> attempt_pb2.AttemptRef:
+        """The attempt."""
+
+    def __init__(
+        self,
+        *,
+        attempt: attempt_pb2.AttemptRef | None = ...,
+        index: builtins.int = ...,
+        replay: builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "index", b"index", "replay", b"replay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -560,8 +622,11 @@ class Result(message.Message):
     RESPONSE_FIELD_NUMBER: builtins.int
     FAILURE_FIELD_NUMBER: builtins.int
     CANCELLED_FIELD_NUMBER: builtins.int
+    PROGRESS_FIELD_NUMBER: builtins.int
     response: builtins.bytes
     """The response message, serialised."""
+    progress: builtins.int
+    """Index of the attempt's last progress, stored or dropped; 0 for none. Since protocol 2."""
     @builtins.property
     def attempt(self) -> attempt_pb2.AttemptRef:
         """The attempt."""
@@ -581,10 +646,11 @@ class Result(message.Message):
         response: builtins.bytes = ...,
         failure: attempt_pb2.Failure | None = ...,
         cancelled: CancelledOutcome | None = ...,
+        progress: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "cancelled", b"cancelled", "failure", b"failure", "outcome", b"outcome", "response", b"response"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "cancelled", b"cancelled", "failure", b"failure", "outcome", b"outcome", "response", b"response"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "cancelled", b"cancelled", "failure", b"failure", "outcome", b"outcome", "progress", b"progress", "response", b"response"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_outcome: _TypeAlias = typing.Literal["response", "failure", "cancelled"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = typing.Literal["outcome", b"outcome"]  # noqa: Y015
@@ -670,8 +736,11 @@ class Directive(message.Message):
 
     ATTEMPT_FIELD_NUMBER: builtins.int
     PAYLOAD_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
     payload: builtins.bytes
     """The method's directive message, serialised."""
+    number: builtins.int
+    """Number of the directive on this session and attempt, from 1; 0 before protocol 2."""
     @builtins.property
     def attempt(self) -> attempt_pb2.AttemptRef:
         """The attempt."""
@@ -681,10 +750,41 @@ class Directive(message.Message):
         *,
         attempt: attempt_pb2.AttemptRef | None = ...,
         payload: builtins.bytes = ...,
+        number: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "payload", b"payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "number", b"number", "payload", b"payload"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class DirectiveAcknowledged(message.Message):
+    """The agent has received a directive."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
+    DELIVERED_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """Number of the directive."""
+    delivered: builtins.bool
+    """Whether the attempt was running, so that its handler receives the directive."""
+    @builtins.property
+    def attempt(self) -> attempt_pb2.AttemptRef:
+        """The attempt."""
+
+    def __init__(
+        self,
+        *,
+        attempt: attempt_pb2.AttemptRef | None = ...,
+        number: builtins.int = ...,
+        delivered: builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "delivered", b"delivered", "number", b"number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

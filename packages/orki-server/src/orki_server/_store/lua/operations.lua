@@ -69,7 +69,8 @@ OPS.direct = function(a)
 end
 
 -- id, maximum number of progress entries, cursor ("" for the beginning)
--- -> nothing for an unknown task; else the fields of SNAPSHOT, then cursor, attempt, index and payload of each entry
+-- -> nothing for an unknown task; else the fields of SNAPSHOT, then cursor, attempt, index, payload, number and dropped
+--    of each entry
 OPS.read = function(a)
   local values = redis.call('HMGET', TASK .. a[1], unpack(SNAPSHOT))
   if not values[1] then return {} end
@@ -78,7 +79,10 @@ OPS.read = function(a)
     local from = a[3] == '' and '-' or '(' .. a[3]
     for _, entry in ipairs(redis.call('XRANGE', PROGRESS .. a[1], from, '+', 'COUNT', a[2])) do
       local fields = entry[2]
-      for _, value in ipairs({ entry[1], fields[2], fields[4], fields[6] }) do values[#values + 1] = value end
+      -- Entries of an older version have no number.
+      for _, value in ipairs({ entry[1], fields[2], fields[4], fields[6], fields[8] or '0', fields[10] or '' }) do
+        values[#values + 1] = value
+      end
     end
   end
   return values
@@ -89,6 +93,16 @@ end
 -- -> accepted | repeated | stale, state afterwards, wait before the next attempt (ms; -1 for none)
 local function report_reply(status, task, wait)
   return { status, task and VISIBLE[task.state] or '0', whole(wait or -1) }
+end
+
+-- The task if the agent holds its attempt, and nil; or nil and the reply to a report that was accepted before or is stale.
+local function reporting(a)
+  local task, other = held(a[1], a[2], a[3])
+  local known = task or other
+  if known and known.result_fence == a[2] and known.result_agent == a[3] then
+    return nil, report_reply('repeated', known)
+  end
+  return task, report_reply('stale')
 end
 
 -- id, fence, agent
@@ -109,15 +123,20 @@ OPS.decline = function(a)
   return report_reply('accepted', task, end_offer(task, 'OfferDeclined', a[4], a[5], a[6] == '1'))
 end
 
--- id, fence, agent, number of entries kept, index, payload
+-- id, fence, agent, number of entries kept, index, payload, number of deltas before it that may be missing, "1" if it
+-- was dropped itself
+-- -> accepted | repeated | gap (deltas before it are missing) | stale, state afterwards, index of the last delta
 OPS.progress = function(a)
-  local task = held(a[1], a[2], a[3])
-  if not task then return report_reply('stale') end
+  local task, reply = reporting(a)
+  if not task then return { reply[1], reply[2], a[5] } end
   local index = tonumber(a[5])
-  if index <= task.progress_index then return report_reply('repeated', task) end
+  local missing = index - task.progress_index - 1
+  local status = missing < 0 and 'repeated' or missing > tonumber(a[7]) and 'gap'
+  if status then return report_reply(status, task, task.progress_index) end
   move(task, 'Progressed')
+  task.progress_number = task.progress_number + missing + 1
   redis.call('XADD', PROGRESS .. task.id, 'MAXLEN', '~', a[4], '*', 'attempt', whole(task.attempt), 'index', a[5],
-    'payload', a[6])
+    'payload', a[6], 'number', whole(task.progress_number), 'dropped', a[8])
   task.progress_index = index
   if begin(task) then
     save(task)
@@ -126,7 +145,7 @@ OPS.progress = function(a)
     if task.stall_due > 0 then task.stall_due = NOW + options(task).stall end
     write(task)
   end
-  return report_reply('accepted', task)
+  return report_reply('accepted', task, index)
 end
 
 -- agent, then id and fence of each attempt -> positions (from 0) of the stale ones
@@ -143,16 +162,6 @@ OPS.renew = function(a)
     end
   end
   return stale
-end
-
--- The task if the agent holds its attempt, and nil; or nil and the reply to a report that was accepted before or is stale.
-local function reporting(a)
-  local task, other = held(a[1], a[2], a[3])
-  local known = task or other
-  if known and known.result_fence == a[2] and known.result_agent == a[3] then
-    return nil, report_reply('repeated', known)
-  end
-  return task, report_reply('stale')
 end
 
 -- id, fence, agent, response
