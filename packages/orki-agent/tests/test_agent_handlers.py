@@ -21,8 +21,12 @@ def plain(self: Any, request: Any, ctx: Any) -> Any: ...
 async def coroutine(self: Any, request: Any, ctx: Any) -> Any: ...
 def generator(self: Any, request: Any, ctx: Any) -> Any:
     yield 1
+
+
 async def async_generator(self: Any, request: Any, ctx: Any) -> Any:
     yield 1
+
+
 async def coroutine_of_one(self: Any, request: Any) -> Any: ...
 async def coroutine_of_three(self: Any, request: Any, ctx: Any, more: Any) -> Any: ...
 async def coroutine_of_keywords(self: Any, *, request: Any, ctx: Any) -> Any: ...
@@ -52,7 +56,11 @@ def made(base: Any, attribute: Any) -> Any:
 REFUSED: dict[str, tuple[str, Any, str]] = {
     "a plain function in an async base": ("async", plain, "not a coroutine function"),
     "a decorated plain function": ("async", logged(plain), "not a coroutine function"),
-    "a partial of a plain function": ("async", staticmethod(functools.partial(plain, None)), "not a coroutine function"),
+    "a partial of a plain function": (
+        "async",
+        staticmethod(functools.partial(plain, None)),
+        "not a coroutine function",
+    ),
     "an object with a plain call": ("async", Callable_(), "not a coroutine function"),
     "an async generator": ("async", async_generator, "generator"),
     "a generator in an async base": ("async", generator, "generator"),

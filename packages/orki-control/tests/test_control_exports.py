@@ -27,7 +27,15 @@ PUBLIC = {
     ],
     "orki_control.transport": [
         *("MESSAGE_CHARACTERS", "REASON_KEY", "Addresses", "ChannelOptions", "Peer", "abort", "channel_options"),
-        *("check_target", "check_targets", "error_from", "is_loopback", "open_channel", "server_options", "typed_error"),
+        *(
+            "check_target",
+            "check_targets",
+            "error_from",
+            "is_loopback",
+            "open_channel",
+            "server_options",
+            "typed_error",
+        ),
     ],
 }
 

@@ -109,7 +109,11 @@ AGENT_CALLS: dict[str, list[Callable[[s.AgentSession], Any]]] = {
         lambda m, body=body: m.receive_batch(from_orchestrator(**body), 1.0)
         for body in (
             {"welcome": WELCOME},
-            {"welcome": pb.Welcome.FromString(WELCOME.SerializeToString() + pb.Welcome(keep=[KEY.ref()]).SerializeToString())},
+            {
+                "welcome": pb.Welcome.FromString(
+                    WELCOME.SerializeToString() + pb.Welcome(keep=[KEY.ref()]).SerializeToString()
+                )
+            },
             {"offer": offer(NEXT)},
             {"offer": offer(NEXT, lease_ms=10)},
             {"cancel": pb.Cancel(attempt=KEY.ref(), grace_ms=1)},

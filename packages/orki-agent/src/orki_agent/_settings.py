@@ -45,7 +45,7 @@ class RunSettings:
     """Settings of one run of an agent.
 
     Attributes:
-        orchestrator: `HOST:PORT`; several separated by commas, or a sequence. After a loss the agent tries the next one.
+        orchestrator: `HOST:PORT`; several separated by commas, or a sequence. After a loss the agent uses the next one.
         agent_id: Name in the fleet; unique among running agents.
         slots: Maximum number of concurrent attempts.
         events_url: URL of the event plane; empty for the one that the orchestrator sends.

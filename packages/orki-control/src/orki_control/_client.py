@@ -296,7 +296,7 @@ class Client:
         return self._links
 
     async def _call(self, once: Callable[[Link], Awaitable[A]]) -> A:
-        """Make a call; repeat it, at each address once and while `patience` allows, if the orchestrator is unavailable."""
+        """Make a call; repeat it, at each address and as long as `patience` allows, while it is unavailable."""
         links = self._opened()
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + self._options.patience

@@ -151,8 +151,8 @@ async def watch_task(
 ) -> AsyncGenerator[WatchResponse, None]:
     """Yield snapshots and progress of a task; the last one is a terminal snapshot.
 
-    A stream that ends earlier, cleanly or not, is a lost connection. The watch is opened again at the next address, after
-    the last progress that was received, without a maximum number of tries.
+    A stream that ends earlier, cleanly or not, is a lost connection. The watch is opened again at the next address and
+    after the last progress that was received, without a maximum number of tries.
 
     Raises:
         UnknownTask: No task has this id.

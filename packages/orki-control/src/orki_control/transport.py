@@ -129,7 +129,7 @@ def check_targets(targets: str | Sequence[str], *, insecure: bool = False) -> tu
         insecure: Whether plaintext may leave this host.
 
     Raises:
-        InvalidSetting: There is no address, one is not `HOST:PORT`, or one is on another host and `insecure` is not set.
+        InvalidSetting: There is no address, one is not `HOST:PORT`, or one is on another host without `insecure`.
     """
     given = targets.split(",") if isinstance(targets, str) else targets
     found = dict.fromkeys(check_target(target.strip(), insecure=insecure) for target in given)

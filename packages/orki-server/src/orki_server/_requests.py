@@ -29,7 +29,7 @@ class Undecodable:
         self.error = error
 
 
-class TypedRequests(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
+class TypedRequests(grpc.aio.ServerInterceptor):
     """Aborts calls with undecodable requests. A method that reads from its context gets the `Undecodable` itself."""
 
     def __init__(self) -> None:
@@ -53,8 +53,7 @@ def _typed(handler: Any, method: str) -> Any:
         try:
             return deserialize(payload)
         except Exception as error:
-            expected = getattr(deserialize, "__self__", None)
-            name = expected.DESCRIPTOR.full_name if hasattr(expected, "DESCRIPTOR") else "request"
+            name = deserialize.__self__.DESCRIPTOR.full_name  # It is `FromString` of a message class.
             return Undecodable(InvalidArgument(f"{method.strip('/')}: the request is not a {name} ({error})"))
 
     if handler.request_streaming:

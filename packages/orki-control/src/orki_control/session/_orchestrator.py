@@ -32,7 +32,15 @@ from orki_control.session._events import (
     SessionEnded,
 )
 from orki_control.session._options import SILENT_INTERVALS, OrchestratorSessionOptions, check_hello, chosen_protocol
-from orki_control.session._state import OCCUPYING, OVERHEAD_BYTES, AttemptKey, SendQueue, SessionMachine, identity, joined
+from orki_control.session._state import (
+    OCCUPYING,
+    OVERHEAD_BYTES,
+    AttemptKey,
+    SendQueue,
+    SessionMachine,
+    identity,
+    joined,
+)
 from orki_control.session._tables import (
     ATTEMPT,
     ORCHESTRATOR,

@@ -14,7 +14,7 @@ from orki_control.session._options import SILENT_INTERVALS, BatchBounds
 from orki_control.session._tables import AttemptState
 
 M = TypeVar("M")
-T = TypeVar("T", float, float | None)
+T = TypeVar("T", bound=float | None)
 
 OVERHEAD_BYTES: Final = 256
 """Upper estimate of a session message's size without its payload."""

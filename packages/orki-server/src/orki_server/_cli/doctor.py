@@ -227,10 +227,9 @@ async def doctor(timeout: float, as_json: bool, redis_url: str, orchestrator: st
 
     link = Connection(parse_address(redis_url), name="orki:doctor", connect_timeout=timeout, answer_timeout=timeout)
     targets = check_targets(orchestrator, insecure=insecure)
-    store, *orchestrators = await asyncio.gather(
-        _store(link, redis_url, timeout), *(_orchestrator(target, timeout) for target in targets)
-    )
-    checks = [*store, *orchestrators]
+    orchestrators = asyncio.gather(*(_orchestrator(target, timeout) for target in targets))
+    store, answers = await asyncio.gather(_store(link, redis_url, timeout), orchestrators)
+    checks = [*store, *answers]
     healthy = all(check.verdict is not Health.BAD for check in checks)
     value = {"healthy": healthy, "checks": [asdict(check) for check in checks]}
     rows = [(each.name, each.verdict.value, each.figure, f"{each.cause} {each.next_step}".strip()) for each in checks]
