@@ -19,7 +19,7 @@ from orki_agent._settings import RunSettings
 from orki_contract.backoff import Jitter
 from orki_contract.errors import OrkiError, RemoteProtocolError
 from orki_control.session import AgentEvent, AgentSession, AgentState, SessionClosed, SessionLost
-from orki_control.transport import error_from, open_channel
+from orki_control.transport import Addresses, Peer, check_targets, error_from, open_channel
 
 _log = logging.getLogger("orki.agent.session")
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class SessionChannel:
-    """The agent's streams to its orchestrator, one after another. Belongs to the I/O loop.
+    """The agent's streams to its orchestrators, one after another. Belongs to the I/O loop.
 
     Args:
         session: The session machine.
@@ -66,28 +66,33 @@ class SessionChannel:
         self._to_write = asyncio.Event()
         self._over: asyncio.Future[SessionLost] | None = None
         self._stopping = asyncio.Event()
+        self._peer = Peer("", "")
         session.on_change = self._changed
 
     async def run(self) -> None:
         """Keep a session until `stop` is called or the machine closes it for good."""
-        jitter = Jitter(self._settings.backoff)
+        settings = self._settings
+        addresses = Addresses(check_targets(settings.orchestrator, insecure=settings.insecure))
+        self._peer = await addresses.next()
+        jitter = Jitter(settings.backoff)
         channel: grpc.aio.Channel | None = None
         failures = 0
         try:
             while not self._done():
-                channel = channel or open_channel(self._settings.orchestrator, self._settings.max_message_bytes)
+                channel = channel or open_channel(self._peer, settings.max_message_bytes)
                 connected_at = self._loop.time()
                 lost = await self._one_stream(channel)
                 if self._done():
                     break
                 lasted = self._loop.time() - connected_at
-                failures = 0 if lasted > self._settings.backoff.stable else failures + 1
+                failures = 0 if lasted > settings.backoff.stable else failures + 1
                 wait = jitter.failed(lasted)
-                if lost.silent or failures >= _FAILURES_OF_A_CHANNEL:
+                before, self._peer = self._peer, await addresses.next()
+                if lost.silent or failures >= _FAILURES_OF_A_CHANNEL or self._peer != before:
                     await channel.close()
                     channel, failures = None, 0
                 level = logging.WARNING if jitter.failures % _LOG_EVERY == 1 else logging.DEBUG
-                _log.log(level, "no session: %s; connecting again in %.2f s", lost.cause, wait)
+                _log.log(level, "no session: %s; connecting to %s in %.2f s", lost.cause, self._peer, wait)
                 await self._pause(wait)
         finally:
             if self._timer is not None:
@@ -170,8 +175,8 @@ class SessionChannel:
 
     def _cause(self, error: BaseException) -> str:
         if isinstance(error, grpc.aio.AioRpcError):
-            return error_from(error, self._settings.orchestrator).message
-        return f"{self._settings.orchestrator}: the call was ended ({type(error).__name__})"
+            return error_from(error, str(self._peer)).message
+        return f"{self._peer}: the call was ended ({type(error).__name__})"
 
     def _lose(self, cause: str) -> None:
         self._end_stream(SessionLost(cause, silent=False))

@@ -27,7 +27,7 @@ from orki_contract.trace import Span, parse_traceparent
 from orki_control.transport import typed_error
 
 if TYPE_CHECKING:
-    from orki.control.v1.task_pb2_grpc import TaskServiceStub
+    from orki_control._links import Links
 
 R = TypeVar("R", bound=Message)
 P = TypeVar("P")
@@ -160,12 +160,12 @@ class SubmittedTask(Generic[R, P, D]):
 
 
 async def watch_task(
-    stub: TaskServiceStub, target: str, task_id: str, *, after: str, backoff: JitterOptions
+    links: Links, task_id: str, *, after: str, backoff: JitterOptions
 ) -> AsyncGenerator[WatchResponse, None]:
     """Yield snapshots and progress of a task; the last one is a terminal snapshot.
 
-    A stream that ends earlier, cleanly or not, is a lost connection. The watch is opened again after the last progress
-    that was received, without a maximum number of tries.
+    A stream that ends earlier, cleanly or not, is a lost connection. The watch is opened again at the next address and
+    after the last progress that was received, without a maximum number of tries.
 
     Raises:
         UnknownTask: No task has this id.
@@ -178,37 +178,43 @@ async def watch_task(
     while True:
         opened_at = loop.time()
         wait = 0.0
-        call = stub.Watch(WatchRequest(task_id=task_id, after=after, position=position, batched=True))
-        try:
-            while True:
-                response = await call.read()
-                if response is grpc.aio.EOF:
-                    raise OrchestratorUnavailable(f"{target}: the watch of task {task_id} ended before the task")
-                assert isinstance(response, WatchResponse)
-                for update in response.batch.updates if response.HasField("batch") else (response,):
-                    news = update.WhichOneof("news")
-                    if news == "progress":
-                        seen = update.progress
-                        after = seen.cursor
-                        position = ProgressPosition(attempt=seen.attempt, index=seen.index, number=seen.number)
-                    elif news == "gap":
-                        gap = update.gap
-                        after = gap.cursor
-                        position = ProgressPosition(attempt=gap.attempt, index=gap.last_index, number=gap.number)
-                    yield update
-                    if news == "task" and update.task.state in TERMINAL_STATES:
-                        return
-        except Exception as raised:
-            error = typed_error(raised, target)
-            if not error.retryable:
-                raise error from None
-            jitter = jitter or Jitter(backoff)
-            wait = jitter.failed(loop.time() - opened_at)
-            _log.info("watching task %s: %s; trying again in %.2f s", task_id, error.message, wait)
-        finally:
-            # grpc.aio never ends a call that is only dropped.
-            call.cancel()
+        with await links.current() as link:
+            call = link.tasks.Watch(WatchRequest(task_id=task_id, after=after, position=position, batched=True))
+            try:
+                while True:
+                    response = await call.read()
+                    if response is grpc.aio.EOF:
+                        raise OrchestratorUnavailable(f"{link.peer}: the watch of task {task_id} ended before the task")
+                    assert isinstance(response, WatchResponse)
+                    for update in response.batch.updates if response.HasField("batch") else (response,):
+                        after, position = _seen(update) or (after, position)
+                        yield update
+                        if update.HasField("task") and update.task.state in TERMINAL_STATES:
+                            return
+            except Exception as raised:
+                error = typed_error(raised, str(link.peer))
+                if not error.retryable:
+                    raise error from None
+                links.failed(link)
+                jitter = jitter or Jitter(backoff)
+                wait = jitter.failed(loop.time() - opened_at)
+                _log.info("watching task %s: %s; trying again in %.2f s", task_id, error.message, wait)
+            finally:
+                # grpc.aio never ends a call that is only dropped.
+                call.cancel()
         await asyncio.sleep(wait)
+
+
+def _seen(update: WatchResponse) -> tuple[str, ProgressPosition] | None:
+    """Return the cursor and the position of progress or a gap; None for a snapshot."""
+    if update.HasField("progress"):
+        progress = update.progress
+        position = ProgressPosition(attempt=progress.attempt, index=progress.index, number=progress.number)
+        return progress.cursor, position
+    if update.HasField("gap"):
+        gap = update.gap
+        return gap.cursor, ProgressPosition(attempt=gap.attempt, index=gap.last_index, number=gap.number)
+    return None
 
 
 def error_of(task: TaskSnapshot) -> OrkiError:

@@ -28,6 +28,7 @@ from orki_control.session import (
     OrchestratorSessionOptions,
     OrchestratorState,
 )
+from orki_server._requests import Undecodable
 
 StreamContext: TypeAlias = grpc.aio.ServicerContext[ConnectRequest, ConnectResponse]
 
@@ -50,6 +51,7 @@ class AgentSession:
         epoch: Number of the session among the agent's; 0 before the welcome.
         methods: Full names of the tasks that the agent serves; empty before the welcome.
         cause: Why the stream ended; empty while it is open.
+        refusal: The error with which the stream ends; None for a stream that ends well.
         left: Whether the agent ended it after it had drained.
         postponed: Attempts whose progress was set aside while the store was overloaded; the agent sends it again.
         skipped: Index of the last progress that was dropped, of each attempt of an agent that cannot send it again.
@@ -65,6 +67,7 @@ class AgentSession:
         self.epoch = 0
         self.methods: tuple[str, ...] = ()
         self.cause = ""
+        self.refusal: OrkiError | None = None
         self.left = False
         self._orchestrator_id = options.orchestrator_id
         self._handle = handle
@@ -210,6 +213,10 @@ class AgentSession:
                 request: Any = await context.read()
                 if request is grpc.aio.EOF:
                     self.end("the agent ended the stream")
+                    return
+                if isinstance(request, Undecodable):
+                    self.refusal = request.error
+                    self.end(request.error.message)
                     return
                 self._receive(request)
         except (grpc.RpcError, grpc.aio.BaseError) as error:

@@ -306,6 +306,8 @@ class SessionServicer(SessionServiceServicer):
         self._open.add(session)
         try:
             await session.run(context)
+            if session.refusal is not None:
+                await abort(context, session.refusal)
         finally:
             self._open.discard(session)
             self._ended(session)

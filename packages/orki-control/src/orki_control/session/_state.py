@@ -13,7 +13,7 @@ from orki_control.session._options import SILENT_INTERVALS
 from orki_control.session._progress import ProgressWindow
 from orki_control.session._tables import AttemptState
 
-T = TypeVar("T", float, float | None)
+T = TypeVar("T", bound=float | None)
 
 LEASE_SHARE: Final = 0.9
 """Share of a lease after which the agent stops the attempt, so that it has stopped when the lease ends (law 8)."""
