@@ -124,6 +124,12 @@ _LAWS: Final[tuple[tuple[str, str, str], ...]] = (
         "RUNNING + DirectiveAcknowledged → RUNNING; REPORTED + DirectiveAcknowledged → REPORTED",
         "test_a_directive_that_a_cut_swallows_is_reported_to_its_sender",
     ),
+    (
+        "Bulk waits for what is small",
+        "OPEN + Chunk → OPEN; OPEN + ChunkAcknowledged → OPEN",
+        "test_small_messages_overtake_a_transfer",
+    ),
+    ("Reassembly is bounded", "OPEN + Chunk → OPEN", "test_a_transfer_above_the_limit_is_refused"),
 )
 
 

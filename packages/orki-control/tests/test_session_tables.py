@@ -73,6 +73,8 @@ OPEN          Cancel             OPEN
 OPEN          Directive          OPEN
 OPEN          ResultAcknowledged OPEN
 OPEN          ProgressAcknowledged OPEN
+OPEN Chunk OPEN
+OPEN ChunkAcknowledged OPEN
 OPEN          HeartbeatEcho      OPEN
 OPEN          Offer              OPEN
 OPEN          AgentDrain         DRAINING
@@ -94,6 +96,8 @@ PEER_DRAINING Cancel             PEER_DRAINING
 PEER_DRAINING Directive          PEER_DRAINING
 PEER_DRAINING ResultAcknowledged PEER_DRAINING
 PEER_DRAINING ProgressAcknowledged PEER_DRAINING
+PEER_DRAINING Chunk PEER_DRAINING
+PEER_DRAINING ChunkAcknowledged PEER_DRAINING
 PEER_DRAINING HeartbeatEcho      PEER_DRAINING
 PEER_DRAINING OrchestratorDrain  PEER_DRAINING
 PEER_DRAINING AgentDrain         DRAINING
@@ -114,6 +118,8 @@ DRAINING      Cancel             DRAINING
 DRAINING      Directive          DRAINING
 DRAINING      ResultAcknowledged DRAINING
 DRAINING      ProgressAcknowledged DRAINING
+DRAINING Chunk DRAINING
+DRAINING ChunkAcknowledged DRAINING
 DRAINING      HeartbeatEcho      DRAINING
 DRAINING      Offer              DRAINING
 DRAINING      OrchestratorDrain  DRAINING
@@ -147,6 +153,8 @@ OPEN           Cancel             OPEN
 OPEN           Directive          OPEN
 OPEN           ResultAcknowledged OPEN
 OPEN ProgressAcknowledged OPEN
+OPEN Chunk OPEN
+OPEN ChunkAcknowledged OPEN
 OPEN           HeartbeatEcho      OPEN
 OPEN           Offer              OPEN
 OPEN           AgentDrain         AGENT_DRAINING
@@ -167,6 +175,8 @@ AGENT_DRAINING Cancel             AGENT_DRAINING
 AGENT_DRAINING Directive          AGENT_DRAINING
 AGENT_DRAINING ResultAcknowledged AGENT_DRAINING
 AGENT_DRAINING ProgressAcknowledged AGENT_DRAINING
+AGENT_DRAINING Chunk AGENT_DRAINING
+AGENT_DRAINING ChunkAcknowledged AGENT_DRAINING
 AGENT_DRAINING HeartbeatEcho      AGENT_DRAINING
 AGENT_DRAINING OrchestratorDrain  DRAINING
 AGENT_DRAINING SessionRefused     ENDED
@@ -185,6 +195,8 @@ DRAINING       Cancel             DRAINING
 DRAINING       Directive          DRAINING
 DRAINING       ResultAcknowledged DRAINING
 DRAINING ProgressAcknowledged DRAINING
+DRAINING Chunk DRAINING
+DRAINING ChunkAcknowledged DRAINING
 DRAINING       HeartbeatEcho      DRAINING
 DRAINING       AgentDrain         DRAINING
 DRAINING       OrchestratorDrain  DRAINING
@@ -197,6 +209,8 @@ ENDED          Cancel             ENDED
 ENDED          Directive          ENDED
 ENDED          ResultAcknowledged ENDED
 ENDED ProgressAcknowledged ENDED
+ENDED Chunk ENDED
+ENDED ChunkAcknowledged ENDED
 ENDED          HeartbeatEcho      ENDED
 ENDED          OrchestratorDrain  ENDED
 ENDED          SessionRefused     ENDED

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
+from google.protobuf.message import DecodeError
+
 from orki.control.v1 import session_pb2 as pb
 from orki.control.v1.attempt_pb2 import Failure
 from orki.errors.v1.errors_pb2 import Reason
-from orki_contract.errors import LocalProtocolError, RemoteProtocolError, Replaced, error_for
+from orki_contract.errors import LocalProtocolError, RemoteProtocolError, Replaced, TooLarge, error_for
 from orki_control.session import _events as events
 from orki_control.session._options import (
     PROGRESS_PROTOCOL,
@@ -168,6 +170,7 @@ class AgentSession(AgentReports):
         self._peer_bytes = welcome.max_message_bytes
         self._acknowledged = welcome.protocol >= PROGRESS_PROTOCOL
         self._queue.limit(welcome.max_message_bytes)
+        self._queue.transfers.limit = welcome.max_transfer_bytes if self._acknowledged else 0
         not_kept = Failure(reason=Reason.REASON_STALE_FENCE, message="the orchestrator did not keep the attempt")
         resumed = []
         for key, held in list(self._attempts.items()):
@@ -285,6 +288,25 @@ class AgentSession(AgentReports):
             held.progress.acknowledge(acknowledged.index)
         self._events.append((events.ProgressAcknowledged, key))
 
+    def _chunk(self, message: pb.OrchestratorMessage, now: float) -> None:
+        self._move(pb.Chunk, RemoteProtocolError)
+        try:
+            received, whole = self._assemblies.receive(message.chunk)
+            offered = pb.OrchestratorMessage.FromString(whole) if whole is not None else None
+        except (DecodeError, TooLarge) as error:
+            raise RemoteProtocolError(f"an offer in chunks: {error}") from None
+        if received:
+            answer = pb.ChunkAcknowledged(transfer=message.chunk.transfer, received=received)
+            self._control(chunk_acknowledged=answer)
+        if offered is not None:
+            if not offered.HasField("offer"):
+                raise RemoteProtocolError("chunks of a message that is not an offer")
+            self._offer(offered, now)
+
+    def _chunk_acknowledged(self, message: pb.OrchestratorMessage, now: float) -> None:
+        self._move(pb.ChunkAcknowledged, RemoteProtocolError)
+        self._queue.chunks_arrived(message.chunk_acknowledged)
+
     def _heartbeat_echo(self, message: pb.OrchestratorMessage, now: float) -> None:
         self._move(pb.HeartbeatEcho, RemoteProtocolError)
         sent_at, renewed = self._heartbeats.answered(message.heartbeat_echo.number)
@@ -324,6 +346,7 @@ class AgentSession(AgentReports):
     def _cut(self) -> None:
         """Drop what belonged to the stream. Progress and results stay with their attempts."""
         self._queue.clear()
+        self._assemblies.clear()
         for key, held in list(self._attempts.items()):
             if held.state is AttemptState.OFFERED:
                 text = "the stream ended before the offer was answered"
@@ -349,6 +372,8 @@ _RECEIVE: Final[dict[str, Callable[[AgentSession, pb.OrchestratorMessage, float]
     "directive": AgentSession._directive,
     "result_acknowledged": AgentSession._result_acknowledged,
     "progress_acknowledged": AgentSession._progress_acknowledged,
+    "chunk": AgentSession._chunk,
+    "chunk_acknowledged": AgentSession._chunk_acknowledged,
     "heartbeat_echo": AgentSession._heartbeat_echo,
     "drain": AgentSession._drain,
     "replaced": AgentSession._replaced,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import heapq
 from typing import Any, Final
 
+from google.protobuf.message import DecodeError
+
 from orki.control.v1 import session_pb2 as pb
 from orki.control.v1.attempt_pb2 import AttemptRef, Failure
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import LocalProtocolError, OrkiError, RemoteProtocolError, TooLarge
+from orki_control.session._chunks import CHUNKED_ABOVE, Assemblies
 from orki_control.session._events import (
     ArrivedProgress,
     ArrivedResult,
@@ -22,12 +25,14 @@ from orki_control.session._events import (
     ReportsRefused,
     ResultsArrived,
 )
-from orki_control.session._options import PROGRESS_PROTOCOL, OrchestratorSessionOptions, chosen_protocol
+from orki_control.session._options import PROGRESS_PROTOCOL, OrchestratorSessionOptions, chosen_protocol, transfer_bytes
 from orki_control.session._progress import OVERHEAD_BYTES
 from orki_control.session._queue import SendQueue
 from orki_control.session._state import OCCUPYING, AttemptKey, SessionMachine, identity
 from orki_control.session._tables import ATTEMPT, ORCHESTRATOR, AttemptState, OrchestratorState
 
+_SLOWEST_LINK: Final = 1024 * 1024
+"""Bytes in a second that a link carries at least."""
 STALE: Final = "this session does not hold the attempt: it was withdrawn, has ended, or runs under a higher fence"
 
 
@@ -60,7 +65,10 @@ class AttemptReports(SessionMachine):
         super().__init__()
         self.state = OrchestratorState.AWAITING_HELLO
         self.hello: pb.Hello | None = None
-        self._queue: SendQueue[pb.OrchestratorMessage] = SendQueue(options.bounds, self._changed)
+        self._queue: SendQueue[pb.OrchestratorMessage] = SendQueue(
+            options.bounds, self._changed, lambda chunk: pb.OrchestratorMessage(chunk=chunk)
+        )
+        self._assemblies = Assemblies(transfer_bytes(options))
         self._attempts: dict[AttemptKey, Attempt] = {}
         self._stored: dict[AttemptKey, int] = {}
         self._occupied = 0
@@ -106,6 +114,8 @@ class AttemptReports(SessionMachine):
                 f"of at most {self.hello.max_message_bytes} bytes"
             )
         answer_by = now + offer.accept_timeout_ms / 1000
+        if size > CHUNKED_ABOVE:
+            answer_by += size / _SLOWEST_LINK  # It takes its time to arrive.
         self._attempts[key] = Attempt(offer.attempt, AttemptState.OFFERED, traceparent, answer_by)
         self._occupied += 1
         heapq.heappush(self._answers, (answer_by, key))
@@ -217,6 +227,28 @@ class AttemptReports(SessionMachine):
         key = self._report(pb.Result, result)
         if key is not None:
             self._events.append((ResultsArrived, ArrivedResult(key, result)))
+
+    def _chunk(self, message: pb.AgentMessage, now: float) -> None:
+        self._move(pb.Chunk, RemoteProtocolError)
+        chunk = message.chunk
+        try:
+            received, whole = self._assemblies.receive(chunk)
+            reported = pb.AgentMessage.FromString(whole) if whole is not None else None
+        except DecodeError as error:
+            raise RemoteProtocolError(f"a result in chunks: {error}") from None
+        except TooLarge as error:
+            self._control(refused=refusal(error.reason, error.message, AttemptKey(*identity(chunk.attempt))))
+            return
+        if received:
+            self._control(chunk_acknowledged=pb.ChunkAcknowledged(transfer=chunk.transfer, received=received))
+        if reported is not None:
+            if not reported.HasField("result"):
+                raise RemoteProtocolError("chunks of a message that is not a result")
+            self._result(reported, now)
+
+    def _chunk_acknowledged(self, message: pb.AgentMessage, now: float) -> None:
+        self._move(pb.ChunkAcknowledged, RemoteProtocolError)
+        self._queue.chunks_arrived(message.chunk_acknowledged)
 
     def _cancel_acknowledged(self, message: pb.AgentMessage, now: float) -> None:
         self._move(pb.CancelAcknowledged, RemoteProtocolError)

@@ -56,7 +56,8 @@ class AgentSessionOptions:
         instance_id: Id of this process; new at every start.
         services: Contracts of the services that it serves.
         slots: Maximum number of concurrent attempts.
-        max_message_bytes: Maximum size of a received gRPC message.
+        max_message_bytes: Maximum size of a received gRPC message, and of a payload in chunks.
+        max_transfer_bytes: Maximum size of all payloads that arrive in chunks at a time; 0 for twice the above.
         hello_timeout: Maximum wait for the welcome in seconds.
         progress_window: Maximum number of deltas of one attempt that are kept until they are stored.
         progress_bytes: Maximum size of these deltas. A single larger one is kept alone.
@@ -68,6 +69,7 @@ class AgentSessionOptions:
     services: tuple[ServedService, ...]
     slots: int = 4
     max_message_bytes: int = DEFAULT_MESSAGE_BYTES
+    max_transfer_bytes: int = 0
     hello_timeout: float = 10.0
     progress_window: int = 64
     progress_bytes: int = DEFAULT_PROGRESS_BYTES
@@ -100,7 +102,8 @@ class OrchestratorSessionOptions:
         orchestrator_id: Name of the orchestrator.
         heartbeat_interval: Seconds between an agent's heartbeats, at most a third of the shortest lease.
         hello_timeout: Maximum wait for the hello in seconds.
-        max_message_bytes: Maximum size of a received gRPC message.
+        max_message_bytes: Maximum size of a received gRPC message, and of a payload in chunks.
+        max_transfer_bytes: Maximum size of all payloads that arrive in chunks at a time; 0 for twice the above.
         events_url: URL of the event plane for agents; empty when they have their own setting.
         bounds: Bounds of a batch.
     """
@@ -109,6 +112,7 @@ class OrchestratorSessionOptions:
     heartbeat_interval: float = 2.0
     hello_timeout: float = 10.0
     max_message_bytes: int = DEFAULT_MESSAGE_BYTES
+    max_transfer_bytes: int = 0
     events_url: str = ""
     bounds: BatchBounds = BatchBounds()
 
@@ -123,6 +127,11 @@ class OrchestratorSessionOptions:
             raise InvalidSetting(f"max_message_bytes {self.max_message_bytes}: use at least 1024")
 
 
+def transfer_bytes(options: AgentSessionOptions | OrchestratorSessionOptions) -> int:
+    """Return the maximum size of all payloads that arrive in chunks at a time."""
+    return options.max_transfer_bytes or 2 * options.max_message_bytes
+
+
 def build_hello(options: AgentSessionOptions, held: Iterable[HeldAttempt]) -> Hello:
     """Build the hello of an agent that holds some attempts."""
     return Hello(
@@ -133,6 +142,7 @@ def build_hello(options: AgentSessionOptions, held: Iterable[HeldAttempt]) -> He
         services=options.services,
         slots=options.slots,
         max_message_bytes=options.max_message_bytes,
+        max_transfer_bytes=transfer_bytes(options),
         held=held,
     )
 

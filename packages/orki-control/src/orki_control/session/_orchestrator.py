@@ -24,7 +24,13 @@ from orki_control.session._events import (
     ReportsRefused,
     SessionEnded,
 )
-from orki_control.session._options import SILENT_INTERVALS, OrchestratorSessionOptions, check_hello, chosen_protocol
+from orki_control.session._options import (
+    SILENT_INTERVALS,
+    OrchestratorSessionOptions,
+    check_hello,
+    chosen_protocol,
+    transfer_bytes,
+)
 from orki_control.session._queue import joined
 from orki_control.session._state import AttemptKey, identity
 from orki_control.session._tables import (
@@ -129,6 +135,7 @@ class OrchestratorSession(AttemptReports):
                 keep=[key.ref() for key, _ in keep],
                 heartbeat_interval_ms=round(self._options.heartbeat_interval * 1000),
                 max_message_bytes=self._options.max_message_bytes,
+                max_transfer_bytes=transfer_bytes(self._options),
                 events_url=self._options.events_url,
             )
         )
@@ -230,6 +237,7 @@ class OrchestratorSession(AttemptReports):
             return
         self.hello = hello
         self._queue.limit(hello.max_message_bytes)
+        self._queue.transfers.limit = hello.max_transfer_bytes if self.acknowledges else 0
         held = tuple((AttemptKey(*identity(each.attempt)), each.has_result) for each in hello.held)
         self._events.append(HelloArrived(hello, held))
 
@@ -296,6 +304,8 @@ _RECEIVE: Final[dict[str, Callable[[OrchestratorSession, pb.AgentMessage, float]
     "result": OrchestratorSession._result,
     "cancel_acknowledged": OrchestratorSession._cancel_acknowledged,
     "directive_acknowledged": OrchestratorSession._directive_acknowledged,
+    "chunk": OrchestratorSession._chunk,
+    "chunk_acknowledged": OrchestratorSession._chunk_acknowledged,
     "heartbeat": OrchestratorSession._heartbeat,
     "drain": OrchestratorSession._drain,
 }

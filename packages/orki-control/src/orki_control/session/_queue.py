@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Container, Iterable
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
+from orki.control.v1 import session_pb2 as pb
+from orki_control.session._chunks import CHUNK_BYTES, CHUNKED_ABOVE, Transfers
 from orki_control.session._options import BatchBounds
 from orki_control.session._progress import OVERHEAD_BYTES
 from orki_control.session._state import AttemptKey
+
+_CHUNKED: Final = (pb.Result, pb.Offer)
 
 M = TypeVar("M")
 M_co = TypeVar("M_co", covariant=True)
@@ -34,23 +38,27 @@ class _Waiting(NamedTuple, Generic[M]):
 
 
 class SendQueue(Generic[M]):
-    """Messages to the peer. Control messages go first; work follows in its order. Batches are bounded.
+    """Messages to the peer. Control messages go first; work follows in its order, and one chunk of a large message.
+
+    Batches are bounded.
 
     Work about an attempt that is no longer held is dropped when a batch is taken, so the queue is never searched.
     Each message that is added calls `on_change`.
     """
 
-    __slots__ = ("_bounds", "_control", "_on_change", "_size", "_work")
+    __slots__ = ("_bounds", "_control", "_most", "_on_change", "_size", "_work", "_wrap", "transfers")
 
-    def __init__(self, bounds: BatchBounds, on_change: Callable[[], None]) -> None:
+    def __init__(self, bounds: BatchBounds, on_change: Callable[[], None], wrap: Callable[[pb.Chunk], M]) -> None:
         self._on_change = on_change
+        self._wrap = wrap
+        self.transfers = Transfers()
         self._bounds = bounds
-        self._size = bounds.size
+        self._size = self._most = bounds.size
         self._control: deque[M] = deque()
         self._work: deque[_Waiting[M]] = deque()
 
     def __len__(self) -> int:
-        return len(self._control) + len(self._work)
+        return len(self._control) + len(self._work) + len(self.transfers)
 
     def put_control(self, message: M) -> None:
         """Add a message that overtakes all work."""
@@ -71,6 +79,7 @@ class SendQueue(Generic[M]):
     def limit(self, message_bytes: int) -> None:
         """Keep batches below the longest message that the peer accepts."""
         self._size = min(self._bounds.size, message_bytes)
+        self._most = message_bytes
 
     def take_control(self) -> list[M]:
         """Remove and return the next batch of control messages."""
@@ -92,6 +101,11 @@ class SendQueue(Generic[M]):
             useful = waiting.kind is always or waiting.attempt in held
             source = waiting.source
             weight = waiting.size if source is None else source.next_size
+            if useful and weight > CHUNKED_ABOVE and waiting.kind in _CHUNKED and self.transfers.limit:
+                work.popleft()
+                whole: Any = waiting.message
+                self.transfers.add(waiting.attempt, waiting.kind, whole.SerializeToString())
+                continue
             if useful and batch and size + weight > self._size:
                 break
             work.popleft()
@@ -99,16 +113,31 @@ class SendQueue(Generic[M]):
             if useful and message is not None:
                 batch.append(message)
                 size += weight
+        if not batch or size + OVERHEAD_BYTES + CHUNK_BYTES <= self._most:
+            chunk = self.transfers.take(held)
+            if chunk is not None:
+                batch.append(self._wrap(chunk))
         return batch
 
     def clear(self) -> None:
         """Drop all messages: they belonged to a stream that has ended."""
         self._control.clear()
         self._work.clear()
+        self.transfers.clear()
+
+    def chunks_arrived(self, acknowledged: pb.ChunkAcknowledged) -> None:
+        """Send further chunks, as some have arrived.
+
+        Raises:
+            RemoteProtocolError: They were not sent.
+        """
+        self.transfers.acknowledge(acknowledged.transfer, acknowledged.received)
+        self._on_change()
 
     def waiting(self, kind: type) -> list[AttemptKey]:
         """Return the attempts with a waiting message of a kind."""
-        return [waiting.attempt for waiting in self._work if waiting.kind is kind]
+        queued = [waiting.attempt for waiting in self._work if waiting.kind is kind]
+        return queued + self.transfers.unfinished(kind)
 
 
 def joined(events: Iterable[Any]) -> list[Any]:

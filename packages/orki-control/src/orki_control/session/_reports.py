@@ -9,7 +9,8 @@ from orki.control.v1.attempt_pb2 import Failure
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract import ProgressPolicy
 from orki_contract.errors import LocalProtocolError, OrkiError, TooLarge
-from orki_control.session._options import DEFAULT_MESSAGE_BYTES, AgentSessionOptions
+from orki_control.session._chunks import Assemblies
+from orki_control.session._options import DEFAULT_MESSAGE_BYTES, AgentSessionOptions, transfer_bytes
 from orki_control.session._progress import OVERHEAD_BYTES
 from orki_control.session._queue import SendQueue
 from orki_control.session._state import AttemptKey, AttemptTable, Heartbeats, HeldAttempt, Outcome, SessionMachine
@@ -28,10 +29,13 @@ class AgentReports(SessionMachine):
         super().__init__()
         self.state = AgentState.DISCONNECTED
         self._options = options
-        self._queue: SendQueue[pb.AgentMessage] = SendQueue(options.bounds, self._changed)
+        self._queue: SendQueue[pb.AgentMessage] = SendQueue(
+            options.bounds, self._changed, lambda chunk: pb.AgentMessage(chunk=chunk)
+        )
         self._attempts = AttemptTable(options.slots, self._changed)
         self._heartbeats = Heartbeats(self._changed)
         self._peer_bytes = DEFAULT_MESSAGE_BYTES
+        self._assemblies = Assemblies(transfer_bytes(options))
 
     @property
     def attempts(self) -> dict[AttemptKey, AttemptState]:

@@ -17,6 +17,8 @@ from orki.control.v1.session_pb2 import (
     AgentDrain,
     Cancel,
     CancelAcknowledged,
+    Chunk,
+    ChunkAcknowledged,
     Declined,
     Directive,
     DirectiveAcknowledged,
@@ -185,8 +187,26 @@ class Stopped:
     """The agent's process ends the session."""
 
 
-_AGENT_WORK: Final = (Accepted, Declined, Progress, Result, CancelAcknowledged, DirectiveAcknowledged, Heartbeat)
-_ORCHESTRATOR_WORK: Final = (Refused, Cancel, Directive, ProgressAcknowledged, ResultAcknowledged, HeartbeatEcho)
+_CHUNKS: Final = (Chunk, ChunkAcknowledged)
+_AGENT_WORK: Final = (
+    *_CHUNKS,
+    Accepted,
+    Declined,
+    Progress,
+    Result,
+    CancelAcknowledged,
+    DirectiveAcknowledged,
+    Heartbeat,
+)
+_ORCHESTRATOR_WORK: Final = (
+    *_CHUNKS,
+    Refused,
+    Cancel,
+    Directive,
+    ProgressAcknowledged,
+    ResultAcknowledged,
+    HeartbeatEcho,
+)
 
 AGENT: Final = Transitions(
     "agent's session",

@@ -45,6 +45,11 @@ The laws of the session:
     or the new delta is dropped. Replaced and dropped deltas are gaps by law 18.
 20. A directive is acknowledged. The agent states whether the handler received it. A directive without an
     acknowledgement at the session's end is reported to its sender as undelivered. It is never sent again.
+21. Bulk waits for what is small. A result or an offer above 256 KiB is a transfer in chunks. A batch has at most one
+    chunk, behind its other messages, and at most 256 KiB of chunks are not acknowledged. A transfer ends with its
+    stream.
+22. Reassembly is bounded. The transfers under way never exceed the bytes that the receiver declares. A transfer above
+    that is refused with REASON_TOO_LARGE. A checksum proves the whole.
 
 `docs/states.md` lists the table rows that enforce each law, and a test that fails without them.
 """
@@ -126,6 +131,8 @@ class AgentMessage(message.Message):
     HEARTBEAT_FIELD_NUMBER: builtins.int
     DRAIN_FIELD_NUMBER: builtins.int
     DIRECTIVE_ACKNOWLEDGED_FIELD_NUMBER: builtins.int
+    CHUNK_FIELD_NUMBER: builtins.int
+    CHUNK_ACKNOWLEDGED_FIELD_NUMBER: builtins.int
     traceparent: builtins.str
     """W3C traceparent of the task's span, on every message about an attempt; empty elsewhere."""
     @builtins.property
@@ -164,6 +171,14 @@ class AgentMessage(message.Message):
     def directive_acknowledged(self) -> DirectiveAcknowledged:
         """Acknowledges a directive. Since protocol 2."""
 
+    @builtins.property
+    def chunk(self) -> Chunk:
+        """Part of a large result. Since protocol 2."""
+
+    @builtins.property
+    def chunk_acknowledged(self) -> ChunkAcknowledged:
+        """Acknowledges chunks. Since protocol 2."""
+
     def __init__(
         self,
         *,
@@ -177,12 +192,14 @@ class AgentMessage(message.Message):
         heartbeat: Heartbeat | None = ...,
         drain: AgentDrain | None = ...,
         directive_acknowledged: DirectiveAcknowledged | None = ...,
+        chunk: Chunk | None = ...,
+        chunk_acknowledged: ChunkAcknowledged | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["accepted", b"accepted", "body", b"body", "cancel_acknowledged", b"cancel_acknowledged", "declined", b"declined", "directive_acknowledged", b"directive_acknowledged", "drain", b"drain", "heartbeat", b"heartbeat", "hello", b"hello", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["accepted", b"accepted", "body", b"body", "cancel_acknowledged", b"cancel_acknowledged", "chunk", b"chunk", "chunk_acknowledged", b"chunk_acknowledged", "declined", b"declined", "directive_acknowledged", b"directive_acknowledged", "drain", b"drain", "heartbeat", b"heartbeat", "hello", b"hello", "progress", b"progress", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["accepted", b"accepted", "body", b"body", "cancel_acknowledged", b"cancel_acknowledged", "declined", b"declined", "directive_acknowledged", b"directive_acknowledged", "drain", b"drain", "heartbeat", b"heartbeat", "hello", b"hello", "progress", b"progress", "result", b"result", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["accepted", b"accepted", "body", b"body", "cancel_acknowledged", b"cancel_acknowledged", "chunk", b"chunk", "chunk_acknowledged", b"chunk_acknowledged", "declined", b"declined", "directive_acknowledged", b"directive_acknowledged", "drain", b"drain", "heartbeat", b"heartbeat", "hello", b"hello", "progress", b"progress", "result", b"result", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = typing.Literal["hello", "accepted", "declined", "progress", "result", "cancel_acknowledged", "heartbeat", "drain", "directive_acknowledged"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = typing.Literal["hello", "accepted", "declined", "progress", "result", "cancel_acknowledged", "heartbeat", "drain", "directive_acknowledged", "chunk", "chunk_acknowledged"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -203,6 +220,8 @@ class OrchestratorMessage(message.Message):
     DRAIN_FIELD_NUMBER: builtins.int
     REPLACED_FIELD_NUMBER: builtins.int
     PROGRESS_ACKNOWLEDGED_FIELD_NUMBER: builtins.int
+    CHUNK_FIELD_NUMBER: builtins.int
+    CHUNK_ACKNOWLEDGED_FIELD_NUMBER: builtins.int
     traceparent: builtins.str
     """W3C traceparent of the task's span, on every message about an attempt; empty elsewhere."""
     @builtins.property
@@ -245,6 +264,14 @@ class OrchestratorMessage(message.Message):
     def progress_acknowledged(self) -> ProgressAcknowledged:
         """Acknowledges stored progress. Since protocol 2."""
 
+    @builtins.property
+    def chunk(self) -> Chunk:
+        """Part of a large offer. Since protocol 2."""
+
+    @builtins.property
+    def chunk_acknowledged(self) -> ChunkAcknowledged:
+        """Acknowledges chunks. Since protocol 2."""
+
     def __init__(
         self,
         *,
@@ -259,12 +286,14 @@ class OrchestratorMessage(message.Message):
         drain: OrchestratorDrain | None = ...,
         replaced: Replaced | None = ...,
         progress_acknowledged: ProgressAcknowledged | None = ...,
+        chunk: Chunk | None = ...,
+        chunk_acknowledged: ChunkAcknowledged | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["body", b"body", "cancel", b"cancel", "directive", b"directive", "drain", b"drain", "heartbeat_echo", b"heartbeat_echo", "offer", b"offer", "progress_acknowledged", b"progress_acknowledged", "refused", b"refused", "replaced", b"replaced", "result_acknowledged", b"result_acknowledged", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["body", b"body", "cancel", b"cancel", "chunk", b"chunk", "chunk_acknowledged", b"chunk_acknowledged", "directive", b"directive", "drain", b"drain", "heartbeat_echo", b"heartbeat_echo", "offer", b"offer", "progress_acknowledged", b"progress_acknowledged", "refused", b"refused", "replaced", b"replaced", "result_acknowledged", b"result_acknowledged", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["body", b"body", "cancel", b"cancel", "directive", b"directive", "drain", b"drain", "heartbeat_echo", b"heartbeat_echo", "offer", b"offer", "progress_acknowledged", b"progress_acknowledged", "refused", b"refused", "replaced", b"replaced", "result_acknowledged", b"result_acknowledged", "traceparent", b"traceparent", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["body", b"body", "cancel", b"cancel", "chunk", b"chunk", "chunk_acknowledged", b"chunk_acknowledged", "directive", b"directive", "drain", b"drain", "heartbeat_echo", b"heartbeat_echo", "offer", b"offer", "progress_acknowledged", b"progress_acknowledged", "refused", b"refused", "replaced", b"replaced", "result_acknowledged", b"result_acknowledged", "traceparent", b"traceparent", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = typing.Literal["welcome", "refused", "offer", "cancel", "directive", "result_acknowledged", "heartbeat_echo", "drain", "replaced", "progress_acknowledged"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = typing.Literal["welcome", "refused", "offer", "cancel", "directive", "result_acknowledged", "heartbeat_echo", "drain", "replaced", "progress_acknowledged", "chunk", "chunk_acknowledged"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -282,6 +311,7 @@ class Hello(message.Message):
     SLOTS_FIELD_NUMBER: builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: builtins.int
     HELD_FIELD_NUMBER: builtins.int
+    MAX_TRANSFER_BYTES_FIELD_NUMBER: builtins.int
     agent_id: builtins.str
     """Name of the agent in the fleet: at most 128 letters, digits, `-`, `_` and `.`."""
     instance_id: builtins.str
@@ -294,6 +324,8 @@ class Hello(message.Message):
     """Maximum number of concurrent attempts, at least 1."""
     max_message_bytes: builtins.int
     """Maximum size of a gRPC message that the agent accepts, in bytes."""
+    max_transfer_bytes: builtins.int
+    """Maximum size of the transfers under way to the agent, in bytes; 0: it takes no chunks."""
     @builtins.property
     def services(self) -> containers.RepeatedCompositeFieldContainer[ServedService]:
         """The services that the agent serves."""
@@ -313,10 +345,11 @@ class Hello(message.Message):
         slots: builtins.int = ...,
         max_message_bytes: builtins.int = ...,
         held: abc.Iterable[HeldAttempt] | None = ...,
+        max_transfer_bytes: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_id", b"agent_id", "held", b"held", "instance_id", b"instance_id", "max_message_bytes", b"max_message_bytes", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "services", b"services", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_id", b"agent_id", "held", b"held", "instance_id", b"instance_id", "max_message_bytes", b"max_message_bytes", "max_transfer_bytes", b"max_transfer_bytes", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "services", b"services", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -391,6 +424,7 @@ class Welcome(message.Message):
     HEARTBEAT_INTERVAL_MS_FIELD_NUMBER: builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: builtins.int
     EVENTS_URL_FIELD_NUMBER: builtins.int
+    MAX_TRANSFER_BYTES_FIELD_NUMBER: builtins.int
     protocol: builtins.int
     """Protocol version of the session."""
     orchestrator_id: builtins.str
@@ -403,6 +437,8 @@ class Welcome(message.Message):
     """Maximum size of a gRPC message that the orchestrator accepts, in bytes."""
     events_url: builtins.str
     """URL of the event server without credentials; empty if the agent is configured with it."""
+    max_transfer_bytes: builtins.int
+    """Maximum size of the transfers under way to the orchestrator, in bytes; 0: it takes no chunks."""
     @builtins.property
     def keep(self) -> containers.RepeatedCompositeFieldContainer[attempt_pb2.AttemptRef]:
         """Held attempts that the agent keeps; it ends the others."""
@@ -417,10 +453,11 @@ class Welcome(message.Message):
         heartbeat_interval_ms: builtins.int = ...,
         max_message_bytes: builtins.int = ...,
         events_url: builtins.str = ...,
+        max_transfer_bytes: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["events_url", b"events_url", "heartbeat_interval_ms", b"heartbeat_interval_ms", "keep", b"keep", "max_message_bytes", b"max_message_bytes", "orchestrator_id", b"orchestrator_id", "protocol", b"protocol", "session_epoch", b"session_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["events_url", b"events_url", "heartbeat_interval_ms", b"heartbeat_interval_ms", "keep", b"keep", "max_message_bytes", b"max_message_bytes", "max_transfer_bytes", b"max_transfer_bytes", "orchestrator_id", b"orchestrator_id", "protocol", b"protocol", "session_epoch", b"session_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -920,5 +957,71 @@ class Replaced(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["successor_instance_id", b"successor_instance_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Chunk(message.Message):
+    """Part of a transfer: a session message in chunks."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TRANSFER_FIELD_NUMBER: builtins.int
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
+    TOTAL_FIELD_NUMBER: builtins.int
+    DATA_FIELD_NUMBER: builtins.int
+    CRC_FIELD_NUMBER: builtins.int
+    transfer: builtins.int
+    """Number of the transfer on this stream and in this direction, from 1."""
+    offset: builtins.int
+    """Position of the data in the serialised message."""
+    total: builtins.int
+    """Size of the serialised message; 0: the transfer is abandoned."""
+    data: builtins.bytes
+    """The data."""
+    crc: builtins.int
+    """CRC-32 of the whole serialised message, in the last chunk."""
+    @builtins.property
+    def attempt(self) -> attempt_pb2.AttemptRef:
+        """The attempt of the message."""
+
+    def __init__(
+        self,
+        *,
+        transfer: builtins.int = ...,
+        attempt: attempt_pb2.AttemptRef | None = ...,
+        offset: builtins.int = ...,
+        total: builtins.int = ...,
+        data: builtins.bytes = ...,
+        crc: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "crc", b"crc", "data", b"data", "offset", b"offset", "total", b"total", "transfer", b"transfer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ChunkAcknowledged(message.Message):
+    """Chunks have arrived."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TRANSFER_FIELD_NUMBER: builtins.int
+    RECEIVED_FIELD_NUMBER: builtins.int
+    transfer: builtins.int
+    """The transfer."""
+    received: builtins.int
+    """Number of bytes that have arrived."""
+    def __init__(
+        self,
+        *,
+        transfer: builtins.int = ...,
+        received: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["received", b"received", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

@@ -45,6 +45,11 @@ The laws of the session:
     or the new delta is dropped. Replaced and dropped deltas are gaps by law 18.
 20. A directive is acknowledged. The agent states whether the handler received it. A directive without an
     acknowledgement at the session's end is reported to its sender as undelivered. It is never sent again.
+21. Bulk waits for what is small. A result or an offer above 256 KiB is a transfer in chunks. A batch has at most one
+    chunk, behind its other messages, and at most 256 KiB of chunks are not acknowledged. A transfer ends with its
+    stream.
+22. Reassembly is bounded. The transfers under way never exceed the bytes that the receiver declares. A transfer above
+    that is refused with REASON_TOO_LARGE. A checksum proves the whole.
 
 `docs/states.md` lists the table rows that enforce each law, and a test that fails without them.
 """
