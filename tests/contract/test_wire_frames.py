@@ -94,20 +94,25 @@ def vectors() -> Iterator[tuple[str, str, str, bytes]]:
     contract = encode_call(OP_CONTRACT, 32, 1, 1, 5_000_000, NO_TRACE, request)
     yield (
         "contract",
-        "Before its first call of a service: which contract is it?",
+        "Before its first call of a service, a client asks for the bridge's contract of that service.",
         "orki.hotpath.v1.ContractFrame",
         contract,
     )
     contract_answer = ContractAnswerFrame(digest=bytes(range(32)), served=True).encode()
     answer = encode_reply(OP_CONTRACT, 40, 1, 1, contract_answer)
-    yield "agreement", "The same one, so no image follows.", "orki.hotpath.v1.ContractAnswerFrame", answer
+    yield (
+        "agreement",
+        "The bridge has the same contract, so its answer contains no image.",
+        "orki.hotpath.v1.ContractAnswerFrame",
+        answer,
+    )
     call = encode_call(0x0101, 24, 2, 1, 250_000, pack_span(SPAN), read.encode())
     yield "call", "A call whose request is a frame, traced, with 250 ms to go.", "example.v1.ReadRequest", call
     response = ReadResponse(length=5, content=b"hello")
     reply = encode_reply(0x0101, 8, 1, 1, response.encode())
     yield "reply", "Its reply: same opcode, same correlation.", "example.v1.ReadResponse", reply
     failed = encode_error(1, ToolFailed("no such file", code=-2))
-    yield "error", "The other way in which a call ends: the tool's own code.", "orki.hotpath.v1.ErrorFrame", failed
+    yield "error", "A call that fails with an error code of the tool.", "orki.hotpath.v1.ErrorFrame", failed
     yield "cancel", "The caller asks for the end of call 7.", "orki.hotpath.v1.CancelFrame", encode_cancel(7)
     older = encode_call(0x0101, 16, 1, 2, 0, NO_TRACE, read.encode()[:16] + read.path.encode())
     yield "call-older", "A call by a client of version 1: its block is shorter.", "example.v1.ReadRequest", older

@@ -33,7 +33,7 @@ MACHINES: Final[tuple[tuple[str, str, Transitions[Any]], ...]] = (
     ),
     (
         "The orchestrator's end of a session",
-        "One machine for each stream. `orki_control/session/_orchestrator.py`",
+        "One machine for each gRPC stream of an agent. `orki_control/session/_orchestrator.py`",
         ORCHESTRATOR,
     ),
     (
@@ -46,9 +46,9 @@ MACHINES: Final[tuple[tuple[str, str, Transitions[Any]], ...]] = (
         "One machine for each connection. `orki_agent/hotpath/_machine.py`",
         BRIDGE_CONNECTION,
     ),
-    ("A tool call at the bridge", "One row of states for each call of a connection.", BRIDGE_CALL),
+    ("A tool call at the bridge", "Each call of a connection passes through these states.", BRIDGE_CALL),
     ("A tool connection at the client", "One machine for each connection.", CLIENT_CONNECTION),
-    ("A tool call at the client", "One row of states for each call of a connection.", CLIENT_CALL),
+    ("A tool call at the client", "Each call of a connection passes through these states.", CLIENT_CALL),
 )
 
 _LAWS: Final[tuple[tuple[str, str, str], ...]] = (
@@ -72,7 +72,7 @@ _LAWS: Final[tuple[tuple[str, str, str], ...]] = (
     ),
     ("Fences only rise", "any + Refused → CLOSED", "test_reports_about_attempts_that_are_not_held_are_refused"),
     (
-        "A stream's end revokes nothing",
+        "Attempts continue when the session's gRPC stream ends",
         "OPEN + Disconnected → DISCONNECTED; RUNNING + LeaseEnded → CLOSED",
         "test_an_attempt_stops_before_its_lease_ends",
     ),

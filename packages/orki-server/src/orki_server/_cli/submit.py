@@ -122,7 +122,7 @@ Examples:
 Exit codes:
   0  the task succeeded, or was submitted with --no-wait
   1  the task was refused, failed or was cancelled, or has not ended within --timeout
-  2  wrong usage
+  2  wrong usage, or an invalid setting
 """,
 )
 @click.argument("method", metavar="SERVICE.METHOD", shell_complete=_complete)
