@@ -50,7 +50,7 @@ async def slow_link(port: int) -> AsyncIterator[str]:
 
 async def test_cancels_and_small_tasks_pass_a_large_result(orchestrator: Any, work: SimpleNamespace) -> None:
     most = 80 * MIB
-    orchestrator.options = replace(orchestrator.options, max_message_bytes=most)
+    orchestrator.options = replace(orchestrator.options, max_message_bytes=most, heartbeat_interval=2.0)
     bulk = asyncio.Event()
 
     class Service(work.WorkServiceBase):  # type: ignore[misc, name-defined]
