@@ -108,6 +108,32 @@ _LAWS: Final[tuple[tuple[str, str, str], ...]] = (
         "test_a_drain_ends_when_the_last_result_is_acknowledged",
     ),
     ("Unknown kinds are ignored", "none", "test_the_orchestrator_survives_any_messages_of_an_agent"),
+    (
+        "Progress is kept until it is stored",
+        "RUNNING + ProgressAcknowledged → RUNNING; REPORTED + ProgressAcknowledged → REPORTED",
+        "test_no_delta_is_lost_or_doubled_whatever_happens",
+    ),
+    (
+        "No delta is lost silently",
+        "RUNNING + Progress → RUNNING; REPORTED + Progress → REPORTED",
+        "test_a_gap_without_a_count_is_refused_until_it_is_explicit",
+    ),
+    (
+        "The contract decides about a full window",
+        "RUNNING + Progress → RUNNING",
+        "test_a_full_window_follows_the_policy",
+    ),
+    (
+        "A directive is acknowledged",
+        "RUNNING + DirectiveAcknowledged → RUNNING; REPORTED + DirectiveAcknowledged → REPORTED",
+        "test_a_directive_that_a_cut_swallows_is_reported_to_its_sender",
+    ),
+    (
+        "Bulk waits for what is small",
+        "OPEN + Chunk → OPEN; OPEN + ChunkAcknowledged → OPEN",
+        "test_small_messages_overtake_a_transfer",
+    ),
+    ("Reassembly is bounded", "OPEN + Chunk → OPEN", "test_a_transfer_above_the_limit_is_refused"),
 )
 
 

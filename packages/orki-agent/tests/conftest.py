@@ -154,6 +154,7 @@ class Orchestrator(SessionServiceServicer, TaskServiceServicer):
         self.traceparents: set[tuple[str, str]] = set()
         self.refuse_with: OrkiError | None = None
         self.acknowledging = True
+        self.storing = True
         self.echoing = True
         self.ended: list[s.SessionEnded] = []
         self.drained = False
@@ -334,6 +335,8 @@ class Orchestrator(SessionServiceServicer, TaskServiceServicer):
                 case s.ProgressArrived(progress):
                     for each in progress:
                         self.jobs[each.attempt.task_id].progress.append(each)
+                        if self.storing:
+                            stream.session.acknowledge_progress(each.attempt, each.number)
                 case s.ResultsArrived(results):
                     for key, result in results:
                         self._result(stream, key, result)

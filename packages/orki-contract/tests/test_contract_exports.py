@@ -16,7 +16,8 @@ from orki_contract import errors
 EXPORTS = {
     "orki_contract": (
         "AUDIT_GROUP AsyncTaskService AsyncToolService Backoff Contract EventStream ExternalGroup Frame "
-        "FrameBase FrameField FrameType Group Overflow Payload Retention Scalar SensitiveField Start Stream "
+        "FrameBase FrameField FrameType Group Overflow Payload ProgressGap ProgressPolicy "
+        "Retention Scalar SensitiveField Start Stream "
         "SyncTaskContext SyncTaskService SyncToolChannel SyncToolService SyncToolStub Task TaskChannel "
         "TaskContext TaskHandle TaskMethod TaskStub Tool ToolCall ToolChannel ToolMethod ToolStub at frame "
         "tail"
@@ -34,12 +35,15 @@ EXPORTS = {
         "service_digest source_folder stream_digest"
     ),
     "orki_contract.model": (
-        "AUDIT_GROUP Backoff Contract DURATIONS ExternalGroup Frame FrameField Group Overflow Retention "
+        "AUDIT_GROUP Backoff Contract DURATIONS ExternalGroup Frame FrameField Group Overflow ProgressPolicy "
+        "Retention "
         "Scalar SensitiveField Start Stream TaskMethod ToolMethod dump duration_text milliseconds to_json"
     ),
     "orki_contract.naming": "class_name constant_name frame_class module_path reference snake_name unused",
     "orki_contract.printing": "print_line",
-    "orki_contract.read": "FileContract ReadContract merged read_image read_schema resolve seconds_of",
+    "orki_contract.read": (
+        "FileContract PROGRESS_POLICIES ReadContract merged read_image read_schema resolve seconds_of"
+    ),
     "orki_contract.trace": "Span current_span new_span parse_traceparent use_span",
     "orki_contract.transitions": "Transitions",
     "orki_contract.validate": "OWNER_RULES Owners RULES Violation check validate",

@@ -148,6 +148,7 @@ class StandIn:
         revoked: Attempts that were taken away, with the reasons.
         cancels: Cancels that arrived.
         directives: Directives that arrived.
+        deaf: Whether arriving messages are lost.
         closed: Why the instance must not come back, once it must not.
     """
 
@@ -169,6 +170,7 @@ class StandIn:
         self.closed: OrkiError | None = None
         self.handler: Callable[[ArrivedOffer], Awaitable[bytes]] | None = None
         self.taking = True
+        self.deaf = False
         self._changed = asyncio.Event()
         self._writable = asyncio.Event()
         self._task = asyncio.create_task(self._live())
@@ -226,6 +228,8 @@ class StandIn:
                 if batch is grpc.aio.EOF:
                     return
                 assert isinstance(batch, ConnectResponse)
+                if self.deaf:
+                    continue
                 self._take(self.machine.receive_batch(batch.messages, time.monotonic()))
         finally:
             self._call.cancel()

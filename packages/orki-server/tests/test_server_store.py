@@ -18,13 +18,12 @@ from orki_server._store import operations
 from orki_server._store.operations import (
     OfferedAttempt,
     Recipient,
-    ReportStatus,
     Submitted,
     new_task_id,
     shard_of,
     submission_digest,
 )
-from orki_server._store.records import TaskView
+from orki_server._store.replies import ReportStatus, TaskView
 from orki_server._store.store import Store, read_layout
 from orki_server._store.tasks import TaskFilter, list_tasks
 

@@ -21,7 +21,8 @@ from orki_server._events import Outbox
 from orki_server._keys import STATE_FIELDS, ShardKeys, pack, unpack
 from orki_server._store import operations
 from orki_server._store.batcher import shard_script
-from orki_server._store.operations import OfferedAttempt, Operation, Recipient, ReportStatus, new_task_id
+from orki_server._store.operations import OfferedAttempt, Operation, Recipient, new_task_id
+from orki_server._store.replies import ReportStatus
 from orki_server._store.store import Store
 from orki_server._store.tasks import TaskFilter, list_tasks
 from orki_server.embedded import EmbeddedServer

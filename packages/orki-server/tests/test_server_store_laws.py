@@ -34,12 +34,12 @@ from orki_server._store import operations
 from orki_server._store.operations import (
     Operation,
     Recipient,
-    ReportStatus,
     new_task_id,
     shard_of,
     shard_of_key,
     submission_digest,
 )
+from orki_server._store.replies import ReportStatus
 from orki_server._store.store import Store
 from orki_server.embedded import EmbeddedServer
 
@@ -285,17 +285,20 @@ class StoreLaws(RuleBasedStateMachine):
         else:
             model.again(waiting=answer.retry_after > 0)
 
-    @rule(held=attempts, stranger=STRANGER, index=st.integers(1, 3))
-    def progress(self, held: Held, stranger: bool, index: int) -> None:
+    @rule(held=attempts, stranger=STRANGER, index=st.integers(1, 4), missing=st.integers(0, 2))
+    def progress(self, held: Held, stranger: bool, index: int, missing: int) -> None:
         key, agent = named(held, stranger)
         answer, model = (
-            self.apply(operations.report_progress(agent, key, 100, index, b"p")),
+            self.apply(operations.report_progress(agent, key, 100, index, b"p", missing)),
             self.models.get(key.task_id),
         )
-        if model is None or not model.holds(agent, key):
-            assert answer.status is ReportStatus.STALE
+        expected = model.report(agent, key) if model else ReportStatus.STALE
+        if model is None or expected is not ReportStatus.ACCEPTED:
+            assert answer.status is expected
         elif index <= model.progress_index:
             assert answer.status is ReportStatus.REPEATED
+        elif index - model.progress_index - 1 > missing:
+            assert answer.status is ReportStatus.GAP
         else:
             assert answer.status is ReportStatus.ACCEPTED
             model.start()

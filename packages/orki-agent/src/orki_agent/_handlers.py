@@ -15,91 +15,26 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Final, TypeVar
 
-from google.protobuf.message import DecodeError, EncodeError, Message
+from google.protobuf.message import Message
 
 from orki.control.v1.attempt_pb2 import Failure
-from orki.control.v1.session_pb2 import CancelledOutcome
 from orki.events.v1.usage_orki import USAGE
 from orki.events.v1.usage_pb2 import UsageEvent
-from orki_agent._services import CURRENT_ATTEMPT, AgentServices, Handler, Offered
+from orki_agent._outcomes import decode, log_error, name_of, outcome_of_error, outcome_of_response, text_of
+from orki_agent._services import CURRENT_ATTEMPT, AgentServices, Handler, Offered, place_of
 from orki_agent._threads import Mailbox
 from orki_agent.hotpath._thread_pool import ThreadPool
 from orki_contract import EventStream, SyncToolChannel, TaskChannel, ToolChannel
-from orki_contract.errors import Cancelled, HandlerFailed, HandlerRejected, InvalidArgument, OrkiError, Reason, TooLarge
+from orki_contract.errors import Cancelled, HandlerFailed, InvalidArgument, TooLarge
 from orki_contract.trace import Span, use_span
-from orki_control.session import AttemptKey, Outcome
+from orki_control.session import DEFAULT_PROGRESS_BYTES, AttemptKey, Outcome
 
 C = TypeVar("C")
 E = TypeVar("E", bound=Message)
 
 _log = logging.getLogger("orki.agent")
 
-MESSAGE_CHARACTERS: Final = 2000
-"""Maximum length of a failure's message."""
 _MOST_TOKENS: Final = 2**64 - 1
-
-
-class Undecodable(InvalidArgument):
-    """A payload is not the contract's message, so another attempt cannot help."""
-
-
-def decode(message: type[Any], payload: bytes, method: str) -> Any:
-    """Parse a payload.
-
-    Raises:
-        Undecodable: The payload is not a `message`.
-    """
-    try:
-        return message.FromString(payload)
-    except DecodeError as error:
-        raise Undecodable(f"{method}: the payload is not a {message.__name__} ({error})") from None
-
-
-def outcome_of_response(handler: Handler, response: object) -> Outcome:
-    """Return the outcome of a handler that returned."""
-    expected, method = handler.task.response, handler.name
-    if not isinstance(response, expected):
-        text = f"{method} returned {_name(type(response))}; its contract declares {_name(expected)}"
-        return Failure(reason=Reason.REASON_INVALID_RESPONSE, message=text)
-    assert isinstance(response, Message)
-    try:
-        return response.SerializeToString()
-    except EncodeError as error:
-        text = f"{method} returned a response that cannot be serialised: {error}"
-        return Failure(reason=Reason.REASON_INVALID_RESPONSE, message=_bounded(text))
-
-
-def outcome_of_error(error: BaseException, *, cancelled: bool) -> Outcome:
-    """Return the outcome of a handler that raised.
-
-    Args:
-        error: The exception.
-        cancelled: Whether the attempt was cancelled before; then a cancellation error confirms the cancel.
-    """
-    if cancelled and isinstance(error, asyncio.CancelledError | Cancelled):
-        return CancelledOutcome(reason=Reason.REASON_CANCELLED)
-    reason = Reason.REASON_HANDLER_FAILED
-    if isinstance(error, HandlerRejected):
-        reason = Reason.REASON_HANDLER_REJECTED
-    elif isinstance(error, Undecodable):
-        reason = Reason.REASON_INVALID_ARGUMENT
-    text = error.message if isinstance(error, OrkiError) else _text(error)
-    return Failure(reason=reason, message=_bounded(text), error_type=_name(type(error))[:200])
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:
-        return "an error whose text cannot be read"
-
-
-def _name(kind: type) -> str:
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _bounded(text: str) -> str:
-    return text if len(text) <= MESSAGE_CHARACTERS else text[: MESSAGE_CHARACTERS - 1] + "…"
 
 
 class Execution(ABC):
@@ -136,24 +71,55 @@ class Execution(ABC):
         """Deliver a directive."""
 
     @abstractmethod
-    def grant(self, count: int) -> None:
-        """Return credits for progress that was sent."""
+    def grant(self, count: int, size: int) -> None:
+        """Return credits for progress that was stored: its number and its payload bytes."""
 
     def finish(self, response: object, error: BaseException | None) -> None:
         """Take the handler's response or exception. Call it once, in the handler's thread or loop."""
         self.ended = True
         if error is None:
-            self._on_end(outcome_of_response(self.handler, response))
-            return
-        outcome = outcome_of_error(error, cancelled=self.cancelled)
-        name = self.handler.name
-        if self.cancelled:
-            _log.info("%s of %s ended after its cancel: %r", self.offered.attempt, name, error)
+            outcome = outcome_of_response(self.handler, response)
         else:
-            # Only the log carries the traceback.
-            trace = (type(error), error, error.__traceback__)
-            _log.warning("%s of %s failed", self.offered.attempt, name, exc_info=trace)
-        self._on_end(outcome)
+            outcome = outcome_of_error(error, cancelled=self.cancelled)
+        try:
+            self._log_end(outcome, error)
+        finally:
+            self._on_end(outcome)
+
+    def _log_end(self, outcome: Outcome, error: BaseException | None) -> None:
+        # Only the log carries the traceback, and the place of a handler that returned something else.
+        what = f"{self.offered.attempt} of {self.handler.name}"
+        if error is None:
+            if isinstance(outcome, Failure):
+                _log.warning("%s failed: %s (%s)", what, outcome.message, place_of(self.handler.call))
+        elif self.cancelled:
+            _log.info("%s ended after its cancel: %s: %s", what, name_of(type(error)), text_of(error))
+        else:
+            log_error(_log, logging.WARNING, f"{what} failed", error)
+
+
+class Credits:
+    """The progress that a handler may send before some of it is stored, in count and payload bytes."""
+
+    __slots__ = ("_count", "_size", "_window")
+
+    def __init__(self, window: int, size: int = DEFAULT_PROGRESS_BYTES) -> None:
+        self._window = window
+        self._count = window
+        self._size = size
+
+    def take(self, size: int) -> bool:
+        """Take the credits for one delta, if there are enough. A delta that is too large is sent alone."""
+        if not self._count or (size > self._size and self._count < self._window):
+            return False
+        self._count -= 1
+        self._size -= size
+        return True
+
+    def give(self, count: int, size: int) -> None:
+        """Return credits."""
+        self._count += count
+        self._size += size
 
 
 class HandlerContext:
@@ -247,7 +213,7 @@ class AsyncExecution(Execution):
     Args:
         on_end: Called in the user's loop with the outcome.
         user: Mailbox of the user's loop.
-        window: Maximum number of progress messages that wait to be sent.
+        window: Maximum number of progress messages that are not stored.
     """
 
     def __init__(
@@ -262,7 +228,7 @@ class AsyncExecution(Execution):
         super().__init__(offered, handler, agent, on_end)
         self._user = user
         self._task: asyncio.Task[Any] | None = None
-        self.credits = window
+        self.credits = Credits(window)
         self.credit_returned = asyncio.Event()
         self.directives: asyncio.Queue[bytes | None] = asyncio.Queue()
 
@@ -276,8 +242,8 @@ class AsyncExecution(Execution):
     def direct(self, payload: bytes) -> None:
         self._user.post(self.directives.put_nowait, payload)
 
-    def grant(self, count: int) -> None:
-        self._user.post(self._granted, count)
+    def grant(self, count: int, size: int) -> None:
+        self._user.post(self._granted, count, size)
 
     # --- On the user's loop. ---
 
@@ -300,7 +266,7 @@ class AsyncExecution(Execution):
                 return await self.handler.call(request, AsyncHandlerContext(self))
             except (SystemExit, KeyboardInterrupt) as error:
                 # asyncio would end the whole agent.
-                raise HandlerFailed(f"the handler raised {type(error).__name__}: {error}") from error
+                raise HandlerFailed(f"the handler raised {type(error).__name__}: {text_of(error)}") from error
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self.directives.put_nowait(None)
@@ -315,8 +281,8 @@ class AsyncExecution(Execution):
         if self._task is not None:
             self._task.cancel("the attempt was cancelled")
 
-    def _granted(self, count: int) -> None:
-        self.credits += count
+    def _granted(self, count: int, size: int) -> None:
+        self.credits.give(count, size)
         self.credit_returned.set()
 
 
@@ -328,7 +294,7 @@ class AsyncHandlerContext(HandlerContext):
     _execution: AsyncExecution
 
     async def progress(self, delta: Any) -> None:
-        """Send progress; wait while too many messages wait to be sent.
+        """Send progress. While too much is not stored, the contract's progress policy applies.
 
         Raises:
             InvalidArgument: `delta` is not the method's progress message.
@@ -336,10 +302,9 @@ class AsyncHandlerContext(HandlerContext):
         """
         attempt, payload = self._progress_payload(delta)
         execution = self._execution
-        while execution.credits < 1:
+        while not execution.credits.take(len(payload)):
             execution.credit_returned.clear()
             await execution.credit_returned.wait()
-        execution.credits -= 1
         execution.agent.send_progress(attempt, payload)
 
     async def directives(self) -> AsyncIterator[Any]:
@@ -373,7 +338,7 @@ class SyncExecution(Execution):
     Args:
         on_end: Called in the handler's thread with the outcome.
         pool: Provides the thread.
-        window: Maximum number of progress messages that wait to be sent.
+        window: Maximum number of progress messages that are not stored.
     """
 
     def __init__(
@@ -387,7 +352,7 @@ class SyncExecution(Execution):
     ) -> None:
         super().__init__(offered, handler, agent, on_end)
         self._pool = pool
-        self._credits = window
+        self._credits = Credits(window)
         self._changed = threading.Condition()
         self.directives: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
@@ -405,22 +370,22 @@ class SyncExecution(Execution):
     def direct(self, payload: bytes) -> None:
         self.directives.put(payload)
 
-    def grant(self, count: int) -> None:
+    def grant(self, count: int, size: int) -> None:
         with self._changed:
-            self._credits += count
+            self._credits.give(count, size)
             self._changed.notify_all()
 
-    def take_credit(self) -> None:
-        """Wait until progress may be sent.
+    def take_credit(self, size: int) -> None:
+        """Wait until a delta of this size may be sent.
 
         Raises:
             Cancelled: The attempt was cancelled meanwhile.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._credits > 0 or self.cancelled)
-            if self._credits < 1:
-                raise Cancelled(f"{self.offered.attempt} was cancelled")
-            self._credits -= 1
+            while not self._credits.take(size):
+                if self.cancelled:
+                    raise Cancelled(f"{self.offered.attempt} was cancelled")
+                self._changed.wait()
 
     def _work(self) -> None:
         CURRENT_ATTEMPT.set(self.offered.attempt)
@@ -446,7 +411,7 @@ class SyncHandlerContext(HandlerContext):
     _execution: SyncExecution
 
     def progress(self, delta: Any) -> None:
-        """Send progress; wait while too many messages wait to be sent.
+        """Send progress. While too much is not stored, the contract's progress policy applies.
 
         Raises:
             InvalidArgument: `delta` is not the method's progress message.
@@ -454,7 +419,7 @@ class SyncHandlerContext(HandlerContext):
             Cancelled: The attempt was cancelled during the wait.
         """
         attempt, payload = self._progress_payload(delta)
-        self._execution.take_credit()
+        self._execution.take_credit(len(payload))
         self._execution.agent.send_progress(attempt, payload)
 
     def directives(self) -> Iterator[Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
@@ -18,6 +17,7 @@ from orki_agent._handlers import AsyncExecution, Execution, SyncExecution
 from orki_agent._services import AgentServices, Handler, Offered
 from orki_agent._threads import Mailbox
 from orki_agent.hotpath._thread_pool import ThreadPool
+from orki_contract import ProgressPolicy
 from orki_contract.errors import OrkiError, Overloaded, Reason, UnknownMethod
 from orki_contract.trace import new_span, parse_traceparent
 from orki_control import session
@@ -47,8 +47,7 @@ class Runner:
         agent: The agent, for contexts.
         user: Mailbox of the user's loop.
         io: Mailbox of the I/O loop.
-        window: Maximum number of progress messages of one attempt that wait to be sent.
-        changed: Called after the machine was changed.
+        window: Maximum number of progress messages of one attempt that are not stored.
 
     Attributes:
         on_other: Receives the events that are not about attempts. Set it before the session starts.
@@ -64,7 +63,6 @@ class Runner:
         user: Mailbox,
         io: Mailbox,
         window: int,
-        changed: Callable[[], None],
     ) -> None:
         self._machine = machine
         self._handlers = handlers
@@ -72,11 +70,10 @@ class Runner:
         self._user = user
         self._io = io
         self._window = window
-        self._changed = changed
         self._pool = ThreadPool("orki-handler")
         self._running: dict[AttemptKey, _Running] = {}
         self._handler_ended = asyncio.Event()
-        self._unsent: Counter[AttemptKey] = Counter()
+        self._unstored: dict[AttemptKey, tuple[int, int]] = {}
 
     async def idle(self) -> None:
         """Wait until no handler runs."""
@@ -104,6 +101,8 @@ class Runner:
                 case session.LeasesLost(attempts):
                     for attempt in attempts:
                         self._revoke(attempt, "its lease could not be renewed")
+                case session.ProgressAcknowledged():
+                    self.grant()
                 case session.ResultsAcknowledged():
                     pass
                 case _:
@@ -172,7 +171,6 @@ class Runner:
                 failure = Failure(reason=Reason.REASON_ABANDONED, message=f"{why}; the handler had started")
                 self._leave_behind(attempt, running, failure)
             running.execution.cancel()
-        self._changed()
 
     def cancel_all(self) -> None:
         """Cancel every handler."""
@@ -189,29 +187,36 @@ class Runner:
         """Queue progress of a handler; call it from any thread."""
         self._io.post(self._progress, attempt, payload)
 
-    def sent(self) -> None:
-        """Return credits to handlers whose progress was sent."""
-        for attempt in list(self._unsent):
-            left = self._unsent[attempt] - self._machine.backlog(attempt)
-            if left > 0:
-                self._unsent[attempt] -= left
-                if not self._unsent[attempt]:
-                    del self._unsent[attempt]
-                running = self._running.get(attempt)
-                if running is not None:
-                    running.execution.grant(left)
+    def grant(self) -> None:
+        """Return credits to handlers whose progress was stored, or sent to an orchestrator with protocol 1."""
+        for attempt, (count, size) in list(self._unstored.items()):
+            left, left_size = self._machine.unstored(attempt)
+            if left == count:
+                continue
+            running = self._running.get(attempt)
+            if running is not None:
+                running.execution.grant(count - left, size - left_size)
+            if left:
+                self._unstored[attempt] = left, left_size
+            else:
+                del self._unstored[attempt]
 
     def _progress(self, attempt: AttemptKey, payload: bytes) -> None:
         running = self._running.get(attempt)
         if running is None or running.left_behind:
             return
+        policy = running.execution.handler.task.contract.progress_policy
         try:
-            if self._machine.progress(attempt, payload):
-                self._unsent[attempt] += 1
+            kept = self._machine.progress(attempt, payload, policy) and policy is ProgressPolicy.BLOCK
         except OrkiError as error:
             _log.warning("%s: progress was dropped: %s", attempt, error.message)
-            running.execution.grant(1)
-        self._changed()
+            kept = False
+        if kept:
+            count, size = self._unstored.get(attempt, (0, 0))
+            self._unstored[attempt] = count + 1, size + len(payload)
+        else:
+            # Only the policy `BLOCK` waits for the store.
+            running.execution.grant(1, len(payload))
 
     # --- Ends of attempts. ---
 
@@ -224,7 +229,6 @@ class Runner:
             self._machine.release(attempt)
         else:
             self._machine.report(attempt, outcome, asyncio.get_running_loop().time())
-        self._changed()
 
     def _timed_out(self, attempt: AttemptKey) -> None:
         running = self._running[attempt]
@@ -249,4 +253,3 @@ class Runner:
         """Report the end of an attempt whose handler still runs."""
         running.left_behind = True
         self._machine.report(attempt, outcome, asyncio.get_running_loop().time(), still_running=True)
-        self._changed()

@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
@@ -25,7 +26,7 @@ from orki_agent._services import Handler
 from orki_agent._settings import RunSettings
 from orki_agent._threads import IoThread, LoopProbe, Mailbox, cross, in_thread, resident_bytes, send
 from orki_agent._tools import ToolAccess, ToolServices
-from orki_contract import EventStream, SyncToolChannel, Task, TaskChannel, TaskHandle, ToolChannel
+from orki_contract import EventStream, ProgressGap, SyncToolChannel, Task, TaskChannel, TaskHandle, ToolChannel
 from orki_contract.errors import OrkiError
 from orki_contract.trace import Span, new_span
 from orki_control import Client, ClientOptions, session
@@ -82,6 +83,7 @@ class Runtime:
                 services=services,
                 slots=settings.slots,
                 max_message_bytes=settings.max_message_bytes,
+                progress_window=settings.progress_window,
             )
         )
         self._orchestrator_id = ""
@@ -192,10 +194,9 @@ class Runtime:
             self._user,
             self._io.mailbox or Mailbox(asyncio.get_running_loop()),
             settings.progress_window,
-            self._channel.changed,
         )
         self._runner.on_other = self._on_event
-        self._channel.on_events, self._channel.on_sent = self._runner.handle, self._runner.sent
+        self._channel.on_events, self._channel.on_sent = self._runner.handle, self._runner.grant
         options = ClientOptions(max_message_bytes=settings.max_message_bytes, insecure=settings.insecure)
         async with Client(settings.orchestrator, options) as self._client:
             for call in self._early:
@@ -319,8 +320,14 @@ class _TaskHandle(Generic[R, P, D]):
     def task_id(self) -> str:
         return self._handle.task_id
 
-    async def progress(self) -> AsyncIterator[P]:
-        deltas = self._handle.progress()
+    async def progress(self, on_gap: Callable[[ProgressGap], object] | None = None) -> AsyncIterator[P]:
+        loop = asyncio.get_running_loop()
+
+        def forward(gap: ProgressGap) -> None:
+            assert on_gap is not None
+            loop.call_soon_threadsafe(partial(on_gap, gap))
+
+        deltas = self._handle.progress(forward if on_gap else None)
         assert isinstance(deltas, AsyncGenerator)
         try:
             while (delta := await cross(self._loop, _next(deltas))) is not _END:

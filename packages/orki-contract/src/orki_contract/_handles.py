@@ -10,11 +10,22 @@ from abc import ABC
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
 from types import NoneType
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypedDict, Unpack, overload, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Protocol,
+    Self,
+    TypedDict,
+    Unpack,
+    overload,
+    runtime_checkable,
+)
 
 from google.protobuf.message import Message
 
-from orki_contract.model import Backoff, Frame, Group, Stream, TaskMethod, ToolMethod
+from orki_contract.model import Backoff, Frame, Group, ProgressPolicy, Stream, TaskMethod, ToolMethod
 from orki_contract.naming import snake_name
 from orki_contract.trace import Span
 
@@ -92,6 +103,7 @@ class TaskSettings(TypedDict, total=False):
     max_attempts: int
     backoff: Backoff
     cancel_grace: float
+    progress_policy: ProgressPolicy
 
 
 class ToolSettings(TypedDict, total=False):
@@ -271,7 +283,7 @@ if TYPE_CHECKING:
         """The context of an async handler: `TaskContext[Progress, Directive]`; `Directive` is optional."""
 
         async def progress(self, delta: P_contra) -> None:
-            """Send progress to watchers. Waits while too much progress is unsent."""
+            """Send progress to watchers. While too much is not stored, the contract's progress policy applies."""
 
         def directives(self) -> AsyncIterator[D_co]:
             """Iterate over directives as they arrive, until the attempt ends."""
@@ -290,7 +302,7 @@ if TYPE_CHECKING:
         """The context of a sync handler. Its methods block the handler's thread."""
 
         def progress(self, delta: P_contra) -> None:
-            """Send progress to watchers. Waits while too much progress is unsent."""
+            """Send progress to watchers. While too much is not stored, the contract's progress policy applies."""
 
         def directives(self) -> Iterator[D_co]:
             """Iterate over directives as they arrive, until the attempt ends."""
@@ -313,6 +325,26 @@ else:
         """The context of a sync handler. Its methods block the handler's thread."""
 
 
+@dataclass(frozen=True, slots=True)
+class ProgressGap:
+    """Deltas of a task that a watcher cannot get: they were dropped, lost, or trimmed before the watcher read them.
+
+    Attributes:
+        attempt: The attempt. If whole attempts are missing, the first of them.
+        first: Number of the first missing delta within the attempt, from 1.
+        last: Number of the last missing delta, counted on from the first.
+    """
+
+    attempt: int
+    first: int
+    last: int
+
+    @property
+    def count(self) -> int:
+        """Number of missing deltas."""
+        return self.last - self.first + 1
+
+
 class TaskHandle(Protocol[R_co, P_co, D_contra]):
     """A submitted task."""
 
@@ -320,8 +352,13 @@ class TaskHandle(Protocol[R_co, P_co, D_contra]):
     def task_id(self) -> str:
         """Id of the task."""
 
-    def progress(self) -> AsyncIterator[P_co]:
-        """Iterate over all progress of the task, from its start to its end."""
+    def progress(self, on_gap: Callable[[ProgressGap], object] | None = None) -> AsyncIterator[P_co]:
+        """Iterate over all progress of the task, from its start to its end.
+
+        Args:
+            on_gap: Called in place of deltas that are missing, before the next delta. Without it, each gap is logged
+                as a warning.
+        """
 
     async def result(self, timeout: float | None = None) -> R_co:
         """Wait for the response. Without a timeout it waits forever, even if the orchestrator stays down.

@@ -23,6 +23,7 @@ __all__ = [
     "FrameField",
     "Group",
     "Overflow",
+    "ProgressPolicy",
     "Retention",
     "Scalar",
     "SensitiveField",
@@ -48,6 +49,17 @@ class Overflow(StrEnum):
     """What a stream does when it reaches its retention."""
 
     DROP_OLDEST = "drop_oldest"
+
+
+class ProgressPolicy(StrEnum):
+    """What happens when a handler sends progress faster than it is stored."""
+
+    BLOCK = "block"
+    """The handler waits."""
+    KEEP_LATEST = "keep_latest"
+    """The newest delta replaces the one that waits to be sent; watchers see a gap."""
+    DROP = "drop"
+    """The newest delta is dropped; watchers see a gap."""
 
 
 class Scalar(StrEnum):
@@ -215,6 +227,7 @@ class TaskMethod:
         total_timeout: Maximum time over all attempts; 0 for no limit.
         backoff: Delay between attempts.
         cancel_grace: Time for a cancelled handler to end by itself.
+        progress_policy: What happens when the handler sends progress faster than it is stored.
     """
 
     service: str
@@ -230,6 +243,7 @@ class TaskMethod:
     max_attempts: int = 3
     backoff: Backoff = Backoff()
     cancel_grace: float = 5.0
+    progress_policy: ProgressPolicy = ProgressPolicy.BLOCK
 
     @cached_property
     def full_name(self) -> str:

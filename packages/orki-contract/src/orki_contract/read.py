@@ -6,7 +6,16 @@ other sources.
 
 from __future__ import annotations
 
-__all__ = ["FileContract", "ReadContract", "merged", "read_image", "read_schema", "resolve", "seconds_of"]
+__all__ = [
+    "PROGRESS_POLICIES",
+    "FileContract",
+    "ReadContract",
+    "merged",
+    "read_image",
+    "read_schema",
+    "resolve",
+    "seconds_of",
+]
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -25,6 +34,7 @@ from orki_contract.model import (
     FrameField,
     Group,
     Overflow,
+    ProgressPolicy,
     Retention,
     Scalar,
     SensitiveField,
@@ -56,6 +66,15 @@ _BY_TYPE: Final[Mapping[int, Scalar]] = {
 
 # By the numbers of orki.options.v1.Scalar.
 _BY_OPTION: Final[Mapping[int, Scalar]] = {1: Scalar.U8, 2: Scalar.U16, 3: Scalar.I8, 4: Scalar.I16}
+
+
+PROGRESS_POLICIES: Final[Mapping[int, ProgressPolicy]] = {
+    0: ProgressPolicy.BLOCK,
+    1: ProgressPolicy.BLOCK,
+    2: ProgressPolicy.KEEP_LATEST,
+    3: ProgressPolicy.DROP,
+}
+"""The policies by the numbers of orki.options.v1.ProgressPolicy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,6 +260,8 @@ def _task(file: FileDescriptorProto, method: MethodNode, option: Any) -> TaskMet
             multiplier=backoff.multiplier or default.backoff.multiplier,
         ),
         cancel_grace=seconds_of(_set(option, "cancel_grace"), default.cancel_grace),
+        # An image may hold options of an older version, which lacks the field, or a policy of a newer one.
+        progress_policy=PROGRESS_POLICIES.get(getattr(option, "progress_policy", 0), default.progress_policy),
     )
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
 from orki.control.v1.attempt_pb2 import AttemptRef, Failure, TaskState
-from orki.control.v1.task_pb2 import TaskSnapshot, WatchRequest, WatchResponse
-from orki_contract import Task
+from orki.control.v1.task_pb2 import ProgressPosition, TaskSnapshot, WatchRequest, WatchResponse
+from orki_contract import ProgressGap, Task
 from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import (
     Cancelled,
@@ -27,7 +27,7 @@ from orki_contract.trace import Span, parse_traceparent
 from orki_control.transport import typed_error
 
 if TYPE_CHECKING:
-    from orki.control.v1.task_pb2_grpc import TaskServiceStub
+    from orki_control._links import Links
 
 R = TypeVar("R", bound=Message)
 P = TypeVar("P")
@@ -76,16 +76,26 @@ class SubmittedTask(Generic[R, P, D]):
         """The task's span; None before the task was read."""
         return parse_traceparent(self.snapshot.traceparent)
 
-    async def progress(self) -> AsyncIterator[P]:
+    async def progress(self, on_gap: Callable[[ProgressGap], object] | None = None) -> AsyncIterator[P]:
         """Yield the progress of all attempts, from the beginning until the task ends.
 
         While the orchestrator is unavailable this waits without a limit; use `asyncio.timeout` to bound it.
+
+        Args:
+            on_gap: Called in place of deltas that are missing, before the next delta. Without it, each gap is logged
+                as a warning.
         """
         parse = self._task.progress
-        async with aclosing(self._watch()) as payloads:
-            async for payload in payloads:
-                if payload is not None and issubclass(parse, Message):
-                    yield self._decoded(parse, payload)
+        async with aclosing(self._watch()) as found:
+            async for news in found:
+                if isinstance(news, ProgressGap):
+                    (on_gap or self._warn)(news)
+                elif news is not None and issubclass(parse, Message):
+                    yield self._decoded(parse, news)
+
+    def _warn(self, gap: ProgressGap) -> None:
+        text = "task %s: progress %d to %d of attempt %d is missing"
+        _log.warning(text, self.task_id, gap.first, gap.last, gap.attempt)
 
     async def result(self, timeout: float | None = None) -> R:
         """Wait for the task's end and return the response.
@@ -127,8 +137,8 @@ class SubmittedTask(Generic[R, P, D]):
         assert isinstance(directive, Message)
         await self._calls.direct(self.task_id, directive)
 
-    async def _watch(self) -> AsyncGenerator[bytes | None, None]:
-        """Yield payloads of progress, and None for each snapshot, which is stored."""
+    async def _watch(self) -> AsyncGenerator[bytes | ProgressGap | None, None]:
+        """Yield payloads of progress, gaps, and None for each snapshot, which is stored."""
         async with aclosing(self._calls.watch(self.task_id)) as responses:
             async for response in responses:
                 if response.WhichOneof("news") == "task":
@@ -136,6 +146,9 @@ class SubmittedTask(Generic[R, P, D]):
                     yield None
                 elif response.WhichOneof("news") == "progress":
                     yield response.progress.payload
+                elif response.WhichOneof("news") == "gap":
+                    gap = response.gap
+                    yield ProgressGap(gap.attempt, gap.first_index, gap.last_index)
 
     def _decoded(self, message: type[Any], payload: bytes) -> Any:
         try:
@@ -147,12 +160,12 @@ class SubmittedTask(Generic[R, P, D]):
 
 
 async def watch_task(
-    stub: TaskServiceStub, target: str, task_id: str, *, after: str, backoff: JitterOptions
+    links: Links, task_id: str, *, after: str, backoff: JitterOptions
 ) -> AsyncGenerator[WatchResponse, None]:
     """Yield snapshots and progress of a task; the last one is a terminal snapshot.
 
-    A stream that ends earlier, cleanly or not, is a lost connection. The watch is opened again after the last progress
-    that was received, without a maximum number of tries.
+    A stream that ends earlier, cleanly or not, is a lost connection. The watch is opened again at the next address and
+    after the last progress that was received, without a maximum number of tries.
 
     Raises:
         UnknownTask: No task has this id.
@@ -160,33 +173,48 @@ async def watch_task(
     import grpc
 
     jitter: Jitter | None = None
+    position: ProgressPosition | None = None
     loop = asyncio.get_running_loop()
     while True:
         opened_at = loop.time()
         wait = 0.0
-        call = stub.Watch(WatchRequest(task_id=task_id, after=after))
-        try:
-            while True:
-                response = await call.read()
-                if response is grpc.aio.EOF:
-                    raise OrchestratorUnavailable(f"{target}: the watch of task {task_id} ended before the task")
-                assert isinstance(response, WatchResponse)
-                if response.WhichOneof("news") == "progress":
-                    after = response.progress.cursor
-                yield response
-                if response.WhichOneof("news") == "task" and response.task.state in TERMINAL_STATES:
-                    return
-        except Exception as raised:
-            error = typed_error(raised, target)
-            if not error.retryable:
-                raise error from None
-            jitter = jitter or Jitter(backoff)
-            wait = jitter.failed(loop.time() - opened_at)
-            _log.info("watching task %s: %s; trying again in %.2f s", task_id, error.message, wait)
-        finally:
-            # grpc.aio never ends a call that is only dropped.
-            call.cancel()
+        with await links.current() as link:
+            call = link.tasks.Watch(WatchRequest(task_id=task_id, after=after, position=position, batched=True))
+            try:
+                while True:
+                    response = await call.read()
+                    if response is grpc.aio.EOF:
+                        raise OrchestratorUnavailable(f"{link.peer}: the watch of task {task_id} ended before the task")
+                    assert isinstance(response, WatchResponse)
+                    for update in response.batch.updates if response.HasField("batch") else (response,):
+                        after, position = _seen(update) or (after, position)
+                        yield update
+                        if update.HasField("task") and update.task.state in TERMINAL_STATES:
+                            return
+            except Exception as raised:
+                error = typed_error(raised, str(link.peer))
+                if not error.retryable:
+                    raise error from None
+                links.failed(link)
+                jitter = jitter or Jitter(backoff)
+                wait = jitter.failed(loop.time() - opened_at)
+                _log.info("watching task %s: %s; trying again in %.2f s", task_id, error.message, wait)
+            finally:
+                # grpc.aio never ends a call that is only dropped.
+                call.cancel()
         await asyncio.sleep(wait)
+
+
+def _seen(update: WatchResponse) -> tuple[str, ProgressPosition] | None:
+    """Return the cursor and the position of progress or a gap; None for a snapshot."""
+    if update.HasField("progress"):
+        progress = update.progress
+        position = ProgressPosition(attempt=progress.attempt, index=progress.index, number=progress.number)
+        return progress.cursor, position
+    if update.HasField("gap"):
+        gap = update.gap
+        return gap.cursor, ProgressPosition(attempt=gap.attempt, index=gap.last_index, number=gap.number)
+    return None
 
 
 def error_of(task: TaskSnapshot) -> OrkiError:

@@ -147,6 +147,7 @@ def most_patient(methods: Sequence[TaskMethod]) -> TaskMethod:
         max_attempts=max(each.max_attempts for each in methods),
         backoff=backoff,
         cancel_grace=max(each.cancel_grace for each in methods),
+        progress_policy=min(each.progress_policy for each in methods),
     )
 
 

@@ -137,7 +137,6 @@ class Dispatcher:
             return
         self.offered += 1
         self._on_change(offered.attempt.task_id, False)
-        session.changed()
 
 
 def _report_damage(shard: int, damaged: Iterable[str]) -> None:
@@ -236,7 +235,6 @@ class Sweeper:
         if expired.kind != "retry" and session is not None:
             error = error_for(expired.reason, "the attempt timed out, and the agent no longer holds it")
             session.machine.refuse(key, error)
-            session.changed()
 
     def _store_changed(self, up: bool) -> None:
         if up:

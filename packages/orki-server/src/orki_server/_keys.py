@@ -62,7 +62,8 @@ TABLE: Final = (
     Key(
         pattern="orki:{oN}:progress:TASK",
         kind="stream",
-        holds="progress of the task, bounded: `attempt`, `index`, `payload`",
+        holds="progress of the task, bounded: `attempt`, `index`, `payload`, `number` over all attempts, and "
+        "`dropped`, which is `1` for the end of a gap",
         writer="progress",
         ends="with its task",
         lua="PROGRESS",
@@ -208,7 +209,7 @@ STATE_FIELDS: Final[dict[str, str]] = {
     "absent": "for how long that orchestrator had been absent then, milliseconds",
     "excused": "`1` when a timer of the attempt was moved because nobody could hear the agent",
     "progress_index": "index of the attempt's last progress",
-    "has_progress": "`1` when the task has a stream of progress",
+    "progress_number": "number of deltas over all attempts, with those that are missing",
     "cancel_acknowledged": "`1` when the agent has acknowledged the cancel",
     "suspected": "`1` when the session of the offer has ended without an answer",
     "started": "number of attempts that were started and count",
@@ -241,7 +242,7 @@ SPEC_FIELDS: Final[dict[str, str]] = {
 """The packed fields of `spec`, in their order."""
 
 NUMBERS: Final = (
-    *("revision", "attempt", "absent", "progress_index", "started", "abandoned", "refused_offers"),
+    *("revision", "attempt", "absent", "progress_index", "progress_number", "started", "abandoned", "refused_offers"),
     *("queued_us", "ended_us", "submitted_us", "timer"),
     *("offer_due", "lease_due", "attempt_due", "stall_due", "total_due", "retry_due", "forget_due"),
 )

@@ -1,6 +1,6 @@
 """One agent's session: its gRPC stream, its state machine and its timer; and the registry of all sessions.
 
-Events of the machine go to a callback. Code that calls the machine from outside calls `changed` afterwards. The stream
+Events of the machine go to a callback. The machine wakes the writer and arms its timer, whoever calls it. The stream
 has one reader and one writer for its whole life: gRPC ends the call when one of them is cancelled.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeAlias
 
 import grpc
@@ -17,16 +17,18 @@ import grpc
 from orki.control.v1.attempt_pb2 import AttemptRef
 from orki.control.v1.session_pb2 import ConnectRequest, ConnectResponse
 from orki.control.v1.task_pb2 import AgentSnapshot
-from orki_contract.errors import OrkiError, Overloaded, RemoteProtocolError
+from orki_contract.errors import NotDirectable, OrkiError, Overloaded, RemoteProtocolError
 from orki_control.session import (
     AttemptKey,
     AttemptState,
+    DirectiveAnswer,
     HeartbeatArrived,
     OrchestratorEvent,
     OrchestratorSession,
     OrchestratorSessionOptions,
     OrchestratorState,
 )
+from orki_server._requests import Undecodable
 
 StreamContext: TypeAlias = grpc.aio.ServicerContext[ConnectRequest, ConnectResponse]
 
@@ -35,7 +37,7 @@ _FLUSH_TIMEOUT: Final = 2.0
 _WRITE_TIMEOUT: Final = 20.0
 """Maximum time for one write: an agent that does not read must not fill the memory."""
 _DIRECTIVES: Final = 1_000
-"""Maximum number of directives that wait to be written."""
+"""Maximum number of directives that wait for the agent's answer."""
 _log = logging.getLogger("orki.server.sessions")
 
 
@@ -49,7 +51,10 @@ class AgentSession:
         epoch: Number of the session among the agent's; 0 before the welcome.
         methods: Full names of the tasks that the agent serves; empty before the welcome.
         cause: Why the stream ended; empty while it is open.
+        refusal: The error with which the stream ends; None for a stream that ends well.
         left: Whether the agent ended it after it had drained.
+        postponed: Attempts whose progress was set aside while the store was overloaded; the agent sends it again.
+        skipped: Index of the last progress that was dropped, of each attempt of an agent that cannot send it again.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class AgentSession:
         self.epoch = 0
         self.methods: tuple[str, ...] = ()
         self.cause = ""
+        self.refusal: OrkiError | None = None
         self.left = False
         self._orchestrator_id = options.orchestrator_id
         self._handle = handle
@@ -69,11 +75,15 @@ class AgentSession:
         self._over = asyncio.Event()
         self._writable = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
-        self._due: float | None = None
+        self._due = 0.0
         self._heartbeat: HeartbeatArrived | None = None
         self._last_heartbeat_us = 0
-        self._directives = 0
-        self.changed()
+        self.postponed: set[AttemptKey] = set()
+        self.skipped: dict[AttemptKey, int] = {}
+        self._directives: dict[tuple[AttemptKey, int], asyncio.Future[bool]] = {}
+        self._arming = False
+        self.machine.on_change = self._changed
+        self._arm()
 
     @property
     def over(self) -> bool:
@@ -110,34 +120,45 @@ class AgentSession:
         self._last_heartbeat_us = time.time_ns() // 1000
         self._heartbeat = heartbeat or self._heartbeat
 
-    def changed(self) -> None:
-        """Send the machine's new messages and arm its timer; called after each call of the machine."""
-        self._writable.set()
-        due = self.machine.next_timer()
-        if due == self._due:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        self._due = due
-        # The loop's clock and the machine's are the same monotonic clock.
-        self._timer = None if due is None or self._over.is_set() else self._loop.call_at(due, self._timer_fired)
+    def direct(self, attempt: AttemptKey, payload: bytes) -> asyncio.Future[bool] | None:
+        """Send a directive to a running attempt.
 
-    def direct(self, attempt: AttemptKey, payload: bytes) -> bool:
-        """Send a directive to a running attempt. Returns False if this session does not hold the attempt.
+        Returns:
+            The agent's answer: whether the handler receives it. NotDirectable if the session ends before. None if this
+            session does not hold the attempt.
 
         Raises:
             Overloaded: The agent does not read its directives fast enough.
             LocalProtocolError: The attempt is not accepted yet.
             TooLarge: The agent takes no message of that size.
         """
-        if self._directives >= _DIRECTIVES:
+        if len(self._directives) >= _DIRECTIVES:
             raise Overloaded(
                 f"{_DIRECTIVES} directives wait for agent {self.agent_id}; send more once it has read them"
             )
-        sent = self.machine.direct(attempt, payload)
-        self._directives += sent
-        self.changed()
-        return sent
+        number = self.machine.direct(attempt, payload)
+        if not number:
+            return None
+        answer: asyncio.Future[bool] = self._loop.create_future()
+        if self.machine.acknowledges:
+            self._directives[attempt, number] = answer
+        else:
+            answer.set_result(True)
+        return answer
+
+    def directive_acknowledged(self, answers: Iterable[DirectiveAnswer]) -> None:
+        for attempt, number, delivered in answers:
+            answer = self._directives.pop((attempt, number), None)
+            if answer is not None and not answer.done():
+                answer.set_result(delivered)
+
+    def _give_up_directives(self) -> None:
+        for (attempt, _), answer in self._directives.items():
+            if not answer.done():
+                text = f"the session of agent {self.agent_id} ended before it acknowledged the directive to {attempt}"
+                answer.set_exception(NotDirectable(f"{text}; it may have arrived"))
+                answer.exception()  # The caller may have gone.
+        self._directives.clear()
 
     def refuse(self, error: OrkiError) -> None:
         if self.machine.state in (OrchestratorState.AWAITING_HELLO, OrchestratorState.CHECKING_HELLO):
@@ -156,7 +177,7 @@ class AgentSession:
         """End the stream after the remaining messages are written."""
         self.cause = self.cause or cause
         self._over.set()
-        self.changed()
+        self._changed()
 
     async def run(self, context: StreamContext) -> None:
         reader = asyncio.create_task(self._read(context), name="orki session reader")
@@ -173,6 +194,7 @@ class AgentSession:
             writer.cancel()
             await asyncio.gather(reader, writer, return_exceptions=True)
             self.cause = self.cause or "the stream ended"
+            self._give_up_directives()
             if self.machine.state is not OrchestratorState.ENDED:
                 self._detect_leave()
                 self._emit(self.machine.connection_lost(time.monotonic()))
@@ -191,6 +213,10 @@ class AgentSession:
                 request: Any = await context.read()
                 if request is grpc.aio.EOF:
                     self.end("the agent ended the stream")
+                    return
+                if isinstance(request, Undecodable):
+                    self.refusal = request.error
+                    self.end(request.error.message)
                     return
                 self._receive(request)
         except (grpc.RpcError, grpc.aio.BaseError) as error:
@@ -212,14 +238,12 @@ class AgentSession:
             self.agent_id, self.instance_id = self.machine.hello.agent_id, self.machine.hello.instance_id
         if events:
             self._handle(self, events)
-        self.changed()
 
     async def _write(self, context: StreamContext) -> None:
         try:
             while True:
                 batch = self.machine.messages_to_send()
                 if batch is None:
-                    self._directives = 0
                     if self._over.is_set():
                         return
                     self._writable.clear()
@@ -238,10 +262,28 @@ class AgentSession:
         _log.warning("%s; its stream is ended", error.message)
         self.end(error.message)
 
+    def _changed(self) -> None:
+        """Wake the writer, and arm the timer once for all changes of this turn of the loop."""
+        self._writable.set()
+        if not self._arming:
+            self._arming = True
+            self._loop.call_soon(self._arm)
+
+    def _arm(self) -> None:
+        self._arming = False
+        due = None if self._over.is_set() else self.machine.next_timer()
+        if self._timer is not None:
+            if due is not None and due >= self._due:
+                return  # It fires early and is armed again.
+            self._timer.cancel()
+        self._due = due or 0.0
+        # The loop's clock and the machine's are the same monotonic clock.
+        self._timer = None if due is None else self._loop.call_at(due, self._timer_fired)
+
     def _timer_fired(self) -> None:
-        self._due = None
+        self._timer = None
         self._emit(self.machine.handle_timer(time.monotonic()))
-        self.changed()
+        self._arm()
 
     def _emit(self, events: Sequence[OrchestratorEvent]) -> None:
         if events:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +36,7 @@ from orki_control.session import (
     ArrivedResult,
     AttemptKey,
     CancelsAcknowledged,
+    DirectivesAcknowledged,
     HeartbeatArrived,
     HelloArrived,
     OffersAccepted,
@@ -54,7 +56,8 @@ from orki_server._fleet import FleetUpdates, Handshake
 from orki_server._session import AgentSession, SessionRegistry, StreamContext
 from orki_server._store import operations
 from orki_server._store.lifecycle import TERMINAL
-from orki_server._store.operations import Operation, ReportReply, ReportStatus, failure_text, shard_of
+from orki_server._store.operations import Operation, failure_text, shard_of
+from orki_server._store.replies import ProgressReply, ReportReply, ReportStatus
 from orki_server._store.store import Store
 
 R = TypeVar("R")
@@ -62,7 +65,9 @@ R = TypeVar("R")
 _END_TIMEOUT: Final = 3.0
 """Maximum wait for the streams to end."""
 _PROGRESS_WAITING: Final = 20_000
-"""Number of waiting operations above which progress is dropped, to leave room for results."""
+"""Number of waiting operations above which no progress is taken, to leave room for results."""
+_FULL_PAUSE: Final = 1.0
+"""Minimum wait before agents send progress again that a full store has refused."""
 _STALE: Final = "the agent does not hold this attempt: it was withdrawn, has ended, or runs under a higher fence"
 _log = logging.getLogger("orki.server.sessions")
 
@@ -75,7 +80,7 @@ class ReportCounts:
         accepted: Accepted results.
         repeated: Results that had been accepted before.
         stale: Reports from agents that did not hold the attempt.
-        progress_dropped: Progress that was dropped while the store was down or full.
+        progress_dropped: Progress of agents with session protocol 1 that was dropped while the store was down or full.
     """
 
     accepted: int = 0
@@ -105,6 +110,8 @@ class Reports:
     on_refused: Callable[[str, str, OrkiError], None]
     on_unanswered: Callable[[AgentSession, Iterable[AttemptKey]], None]
     counts: ReportCounts = field(default_factory=ReportCounts)
+    _postponed: set[AgentSession] = field(default_factory=set, init=False)
+    _postponed_until: float = field(default=0.0, init=False)
 
     def accepted(self, session: AgentSession, attempts: Iterable[AttemptKey]) -> None:
         for key in attempts:
@@ -131,15 +138,23 @@ class Reports:
         self.on_unanswered(session, ended.unanswered)
 
     def progressed(self, session: AgentSession, progress: Iterable[ArrivedProgress]) -> None:
-        for key, number, payload in progress:
+        """Store progress. If the store cannot take it, the agent sends it again later; an older agent's is dropped."""
+        for key, number, payload, missing in progress:
             if self.store.waiting > _PROGRESS_WAITING:
-                self.counts.progress_dropped += 1
+                self._set_aside(session, key, number)
                 continue
-            details = (self.progress_kept, number, payload)
-            self._put(session, key, self._handle_report, operations.report_progress, *details)
+            session.skipped.pop(key, None)
+            details = (self.progress_kept, number, payload, missing)
+            build = partial(operations.report_progress, session.agent_id, key, *details)
+            handle = partial(self._handle_progress, session, key)
+            self._enqueue(session, build, handle, key, partial(self._refuse_as_full, session, key, number))
 
     def ended(self, session: AgentSession, results: Iterable[ArrivedResult]) -> None:
         for key, result in results:
+            if last := max(session.skipped.pop(key, 0), result.progress):
+                # If the last progress is not stored, watchers see a gap.
+                details = (self.progress_kept, last, b"", last - 1, True)
+                self._put(session, key, self._handle_progress, operations.report_progress, *details)
             self._put(session, key, self._handle_result, _result_report, result)
 
     def cancel_acknowledged(self, session: AgentSession, attempts: Iterable[AttemptKey]) -> None:
@@ -193,6 +208,38 @@ class Reports:
         else:
             self.on_change(key.task_id, reply.state in TERMINAL)
 
+    def _handle_progress(self, session: AgentSession, key: AttemptKey, reply: ProgressReply) -> None:
+        if reply.status is ReportStatus.STALE:
+            self._refuse(session, key)
+        elif reply.status is ReportStatus.GAP:
+            if key not in session.postponed:  # Otherwise the agent is asked once the store may take it.
+                session.machine.replay_progress(key, reply.index)
+        else:
+            session.machine.acknowledge_progress(key, reply.index)
+            self.on_change(key.task_id, reply.state in TERMINAL)
+
+    def _refuse_as_full(self, session: AgentSession, key: AttemptKey, number: int) -> None:
+        self._set_aside(session, key, number)
+        self._postponed_until = time.monotonic() + _FULL_PAUSE
+
+    def _set_aside(self, session: AgentSession, key: AttemptKey, number: int) -> None:
+        if session.machine.acknowledges:
+            session.postponed.add(key)
+            self._postponed.add(session)
+        else:
+            session.skipped[key] = number
+            self.counts.progress_dropped += 1
+
+    def _take_postponed(self) -> None:
+        """Ask for the progress that was set aside, if the store may take it again."""
+        if self.store.waiting >= _PROGRESS_WAITING // 2 or time.monotonic() < self._postponed_until:
+            return
+        sessions, self._postponed = self._postponed, set()
+        for session in sessions:
+            for key in session.postponed:
+                session.machine.replay_progress(key)
+            session.postponed.clear()
+
     def _handle_returned(self, session: AgentSession, key: AttemptKey, reply: ReportReply) -> None:
         if reply.status is ReportStatus.ACCEPTED:
             self.settled(key, reply)
@@ -224,8 +271,8 @@ class Reports:
         self,
         session: AgentSession,
         key: AttemptKey,
-        handle: Callable[[AgentSession, AttemptKey, ReportReply], None],
-        report: Callable[..., Operation[ReportReply]],
+        handle: Callable[[AgentSession, AttemptKey, R], None],
+        report: Callable[..., Operation[R]],
         *details: Any,
     ) -> None:
         """Apply `report(agent id, key, *details)`, and pass the reply to `handle`."""
@@ -238,6 +285,7 @@ class Reports:
         build: Callable[[], Operation[R]],
         handle: Callable[[R], None],
         key: AttemptKey | None = None,
+        refused_as_full: Callable[[], None] | None = None,
     ) -> None:
         try:
             future = self.store.apply(build())
@@ -252,13 +300,13 @@ class Reports:
             error = outcome.exception()
             if error is None:
                 handle(outcome.result())
-                session.changed()
+                if self._postponed:
+                    self._take_postponed()
             elif isinstance(error, DamagedRecord) and key is not None:
                 # The agent would send it again for ever.
                 self._refuse(session, key)
-                session.changed()
-            elif isinstance(error, StoreFull):
-                self.counts.progress_dropped += 1
+            elif isinstance(error, StoreFull) and refused_as_full is not None:
+                refused_as_full()
             elif not isinstance(error, StoreUnavailable):
                 _log.error("agent %s: a report could not be stored: %s", session.agent_id, error)
                 session.end("a report could not be stored")
@@ -310,6 +358,8 @@ class SessionServicer(SessionServiceServicer):
         self._open.add(session)
         try:
             await session.run(context)
+            if session.refusal is not None:
+                await abort(context, session.refusal)
         finally:
             self._open.discard(session)
             self._ended(session)
@@ -325,7 +375,6 @@ class SessionServicer(SessionServiceServicer):
         for session in list(self._sessions.values()):
             unsent = session.machine.drain(round(grace * 1000))
             self._reports.withdrawn(session, unsent)
-            session.changed()
         await _until(lambda: not any(session.machine.attempts for session in self._sessions.values()), grace)
         self.end_all("the orchestrator is stopping")
         await _until(lambda: not self._open, _END_TIMEOUT)
@@ -353,6 +402,8 @@ class SessionServicer(SessionServiceServicer):
                 case OffersExpired(attempts):
                     self._reports.withdrawn(session, attempts)
                     self._on_slots(False)
+                case DirectivesAcknowledged(answers):
+                    session.directive_acknowledged(answers)
                 case CancelsAcknowledged(attempts):
                     self._reports.cancel_acknowledged(session, attempts)
                 case HelloArrived():

@@ -36,6 +36,7 @@ from orki_server._session import SessionRegistry
 from orki_server._store import operations
 from orki_server._store.lifecycle import TERMINAL
 from orki_server._store.operations import failure_text, new_task_id, shard_of_key, submission_digest
+from orki_server._store.replies import StoredProgress
 from orki_server._store.store import Store
 from orki_server._store.tasks import TaskFilter, list_tasks
 
@@ -58,6 +59,8 @@ _AGENT_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,128}\Z")
 _CURSOR: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,20}\Z")
 _PROGRESS: Final = 100
 """Maximum number of progress entries in one read."""
+_BATCH_BYTES: Final = 64 * 1024
+"""Maximum size of a batch of updates."""
 _SETTLE: Final = 0.005
 """Transitions come in bursts: one read serves those that follow within this time. An end is read at once."""
 _POLL: Final = 1.0
@@ -165,6 +168,43 @@ def _check_method(field: str, method: str) -> None:
         raise InvalidArgument(f"{field}: {method[:80]!r} does not have the form package.Service/Method")
 
 
+class GapFinder:
+    """Finds the progress that is missing between the entries that one watcher reads.
+
+    Args:
+        after: Cursor at which the watcher begins; empty for the beginning.
+        position: Position of the last progress or gap that the watcher has; None if it is unknown.
+    """
+
+    def __init__(self, after: str, position: pb.ProgressPosition | None) -> None:
+        self._cursor = after
+        self._last = (position.attempt, position.index, position.number) if position else (0, 0, 0)
+        # Progress that an older orchestrator stored has no number.
+        self._known = self._last[2] > 0 or not after
+
+    def before(self, entry: StoredProgress) -> list[pb.ProgressGap]:
+        """Return the gaps before an entry, and the entry itself if it only ends a gap."""
+        cursor, attempt, index, number = entry.cursor, entry.attempt, entry.index, entry.number
+        last_attempt, last_index, last_number = self._last
+        missing = max(0, number - last_number - 1) if self._known else 0
+        here = min(missing, index - 1)
+        gaps = []
+        if missing > here:
+            # The rest of an earlier attempt, and perhaps whole attempts after it, were trimmed.
+            last = last_index + missing - here
+            gaps.append(self._gap(self._cursor, last_attempt or 1, last_index + 1, last, last_number + missing - here))
+        if here or entry.dropped:
+            before = 0 if entry.dropped else 1
+            end = cursor if entry.dropped else self._cursor
+            gaps.append(self._gap(end, attempt, index - here, index - before, number - before))
+        self._cursor, self._known, self._last = cursor, number > 0, (attempt, index, number)
+        return gaps
+
+    @staticmethod
+    def _gap(cursor: str, attempt: int, first: int, last: int, number: int) -> pb.ProgressGap:
+        return pb.ProgressGap(cursor=cursor, attempt=attempt, first_index=first, last_index=last, number=number)
+
+
 @dataclass(slots=True, eq=False)
 class _Watcher:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -186,8 +226,10 @@ class Watchers:
             if ended:
                 watcher.ended.set()
 
-    async def follow(self, task_id: str, after: str) -> AsyncIterator[pb.WatchResponse]:
-        """Yield a task's snapshots and progress until its end.
+    async def follow(
+        self, task_id: str, after: str, position: pb.ProgressPosition | None = None
+    ) -> AsyncIterator[list[pb.WatchResponse]]:
+        """Yield a task's snapshots and progress until its end, as lists of what is there together.
 
         A snapshot comes first and after every transition. The last message is the snapshot with the final state. For a
         task that has ended already, the progress comes before that snapshot, which is the only one.
@@ -195,12 +237,14 @@ class Watchers:
         Args:
             task_id: The task.
             after: Cursor of the last progress that the caller has; empty for the beginning.
+            position: Position of the last progress or gap that the caller has; None if it is unknown.
 
         Raises:
             UnknownTask: The task does not exist, or no longer.
             StoreUnavailable: The store is down at the first read; later reads wait for it.
         """
         revision = 0
+        gaps = GapFinder(after, position)
         with self._watch(task_id) as watcher:
             while True:
                 watcher.changed.clear()
@@ -214,16 +258,30 @@ class Watchers:
                 if view is None:
                     raise UnknownTask(f"there is no task {task_id}")
                 ended = view.task.state in TERMINAL
+                news = []
                 if view.task.revision != revision and not ended:
-                    yield pb.WatchResponse(task=view.task)
+                    news.append(pb.WatchResponse(task=view.task))
                 revision = view.task.revision
-                for progress in view.progress:
-                    after = progress.cursor
-                    yield pb.WatchResponse(progress=progress)
-                if len(view.progress) == _PROGRESS:
+                for stored in view.progress:
+                    after = stored.cursor
+                    news += [pb.WatchResponse(gap=gap) for gap in gaps.before(stored)]
+                    if not stored.dropped:
+                        progress = pb.WatchedProgress(
+                            cursor=stored.cursor,
+                            attempt=stored.attempt,
+                            index=stored.index,
+                            payload=stored.payload,
+                            number=stored.number,
+                        )
+                        news.append(pb.WatchResponse(progress=progress))
+                more = len(view.progress) == _PROGRESS
+                if ended and not more:
+                    news.append(pb.WatchResponse(task=view.task))
+                if news:
+                    yield news
+                if more:
                     continue
                 if ended:
-                    yield pb.WatchResponse(task=view.task)
                     return
                 await _wait(watcher.changed, _POLL)
                 await _wait(watcher.ended, _SETTLE)
@@ -239,6 +297,21 @@ class Watchers:
             others.discard(watcher)
             if not others:
                 del self._watchers[task_id]
+
+
+def _batches(news: list[pb.WatchResponse]) -> Iterator[list[pb.WatchResponse]]:
+    """Divide updates into batches of bounded size. A large update is alone."""
+    batch: list[pb.WatchResponse] = []
+    size = 0
+    for each in news:
+        weight = each.ByteSize()
+        if batch and size + weight > _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(each)
+        size += weight
+    if batch:
+        yield batch
 
 
 async def _wait(event: asyncio.Event, timeout: float) -> None:
@@ -348,8 +421,14 @@ class TaskServicer(TaskServiceServicer):
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchResponse]:
         """Follow a task to its end; see `Watchers.follow`."""
         self._rules.watch(request)
-        async for response in self._watchers.follow(request.task_id, request.after):
-            yield response
+        position = request.position if request.HasField("position") else None
+        async for news in self._watchers.follow(request.task_id, request.after, position):
+            if not request.batched:
+                for response in news:
+                    yield response
+                continue
+            for batch in _batches(news):
+                yield batch[0] if len(batch) == 1 else pb.WatchResponse(batch=pb.WatchBatch(updates=batch))
 
     @typed
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
@@ -362,7 +441,6 @@ class TaskServicer(TaskServiceServicer):
         session = self._sessions.get(reply.agent_id)
         if reply.status in ("requested", "repeated") and session is not None:
             session.machine.cancel(reply.attempt, grace_ms=round(reply.cancel_grace * 1000), message=message)
-            session.changed()
         if reply.status in ("requested", "done"):
             self._watchers.changed(request.task_id, reply.status == "done")
         return pb.CancelResponse(task=await self._read(request.task_id))
@@ -390,11 +468,13 @@ class TaskServicer(TaskServiceServicer):
         if reply.status != "running":
             raise NotDirectable(f"task {task.task_id} no longer runs attempt {key.attempt}")
         try:
-            sent = session.direct(key, request.payload)
+            answer = session.direct(key, request.payload)
         except LocalProtocolError:
-            sent = False
-        if not sent:
+            answer = None
+        if answer is None:
             raise NotDirectable(f"agent {task.agent_id} does not hold {key} now; try again in a moment")
+        if not await answer:
+            raise NotDirectable(f"{key} had ended when the directive arrived")
         self._watchers.changed(request.task_id, False)
         return pb.DirectResponse(attempt=key.ref())
 

@@ -20,7 +20,7 @@ from orki_control.session import AttemptKey
 from orki_server._session import AgentSession
 from orki_server._store import operations
 from orki_server._store.fleet import Fleet
-from orki_server._store.operations import ReportReply, ReportStatus
+from orki_server._store.replies import ReportReply, ReportStatus
 from orki_server._store.store import Store
 
 _POLL: Final = 0.5

@@ -15,7 +15,7 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "": frozenset({"consume", "stream", "frame", "sensitive", "offset", "scalar", "size", "since", "task", "tool"}),
     "TaskOptions": frozenset(
         {
-            *("progress", "directive", "max_attempts", "retry_backoff"),
+            *("progress", "progress_policy", "directive", "max_attempts", "retry_backoff"),
             *("heartbeat_timeout", "attempt_timeout", "stall_timeout", "total_timeout", "cancel_grace"),
         }
     ),

@@ -120,6 +120,7 @@ _ALL: Final = (
     _breaking(_TASK, "ORKI_TASK_REQUEST_CHANGED", "A task keeps its request message."),
     _breaking(_TASK, "ORKI_TASK_RESPONSE_CHANGED", "A task keeps its response message."),
     _breaking(_TASK, "ORKI_TASK_PROGRESS_CHANGED", "A task keeps its progress message."),
+    _breaking(_TASK, "ORKI_TASK_PROGRESS_LOSSY", "A task whose handlers wait does not begin to drop progress."),
     _breaking(_TASK, "ORKI_TASK_DIRECTIVE_CHANGED", "A task keeps its directive message."),
     _breaking(_TASK, "ORKI_TASK_LEASE_SHORTENED", "A task's heartbeat timeout does not decrease."),
     _breaking(_TASK, "ORKI_TASK_TIMEOUT_SHORTENED", "A task's timeouts do not decrease."),

@@ -7,7 +7,8 @@ from typing import Any, Final
 
 from orki_contract._findings.comparison import Comparison, Places, Plane, Side, left_at, was
 from orki_contract.descriptors import Location
-from orki_contract.model import Backoff, TaskMethod, ToolMethod, duration_text
+from orki_contract.model import Backoff, ProgressPolicy, TaskMethod, ToolMethod, duration_text
+from orki_contract.read import PROGRESS_POLICIES
 
 _PLANES: Final = {"task": Plane.CONTROL, "tool": Plane.HOTPATH, "plain": Plane.SERVICE}
 _IDS: Final = {"task": "ORKI_TASK", "tool": "ORKI_TOOL", "plain": "ORKI_RPC"}
@@ -114,6 +115,11 @@ def _task(comparison: Comparison, before: TaskMethod, after: TaskMethod) -> None
         report("ORKI_TASK_REPEATED", text, "max_attempts")
     elif after.max_attempts > before.max_attempts:
         report("ORKI_TASK_RELAXED", f"allows more attempts: {attempts}", "max_attempts")
+    policies = _policy(comparison.old, before), _policy(comparison.new, after)
+    if policies[0] != policies[1]:
+        text = f"changed its progress policy: {was(*policies)}"
+        lossy = policies[0] == ProgressPolicy.BLOCK
+        report("ORKI_TASK_PROGRESS_LOSSY" if lossy else "ORKI_TASK_RELAXED", text, "progress_policy")
     if after.backoff != before.backoff:
         text = f"changed its retry backoff: {was(before.backoff, after.backoff, _backoff)}"
         report("ORKI_TASK_RELAXED", text, "retry_backoff")
@@ -161,6 +167,13 @@ def _time(before: Any, after: Any, name: str, shorter: str, longer: str, report:
 def _places(comparison: Comparison, name: str, option: str, *inside: str) -> tuple[Location, Location]:
     old, new = comparison.old, comparison.new
     return old.method_place(name, option, *inside), new.method_place(name, option, *inside)
+
+
+def _policy(side: Side, task: TaskMethod) -> str:
+    """Return a progress policy; the number of one that this version does not know."""
+    option = side.schema.option(side.methods[task.full_name][1].proto.options, "task")
+    number = getattr(option, "progress_policy", 0)
+    return str(task.progress_policy) if number in PROGRESS_POLICIES else str(number)
 
 
 def _backoff(value: Backoff) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Final
 from orki_contract._rules.report import Report, Rule
 from orki_contract.descriptors import Location, MethodNode, ServiceNode
 from orki_contract.model import Backoff, duration_text
-from orki_contract.read import resolve, seconds_of
+from orki_contract.read import PROGRESS_POLICIES, resolve, seconds_of
 
 RULES: Final[dict[Rule, str]] = {
     "ORKI_SERVICE_MIXED": "The methods of a service are all plain gRPC, all tasks, or all tools.",
@@ -19,6 +19,7 @@ RULES: Final[dict[Rule, str]] = {
     "ORKI_TASK_MESSAGE": "A task's progress and directive name existing messages.",
     "ORKI_TASK_MESSAGE_IMPORT": "A task's progress and directive are declared in its own file or in an imported one.",
     "ORKI_TASK_MAX_ATTEMPTS": "A task has 1 to 1000 attempts.",
+    "ORKI_TASK_PROGRESS_POLICY": "A task's progress policy is known to this version.",
     "ORKI_TASK_BACKOFF_MULTIPLIER": "The retry multiplier is finite and at least 1.",
     "ORKI_TASK_BACKOFF_ORDER": "The initial retry delay does not exceed the maximum.",
     "ORKI_TOOL_OPCODE": "A tool's opcode is between 0x0100 and 0xffff.",
@@ -82,6 +83,9 @@ def _task(report: Report, service: ServiceNode, method: MethodNode, option: Any)
     if option.max_attempts > 1000:
         text = f"{subject} has max_attempts = {option.max_attempts}: set it to 1 to 1000"
         report.add("ORKI_TASK_MAX_ATTEMPTS", place("max_attempts"), text)
+    if (policy := getattr(option, "progress_policy", 0)) not in PROGRESS_POLICIES:
+        text = f"{subject} has a progress policy that this version does not know: {policy}"
+        report.add("ORKI_TASK_PROGRESS_POLICY", place("progress_policy"), text)
     _backoff(report, option, place("retry_backoff"), place, subject)
     for name in ("progress", "directive"):
         _message(report, service, getattr(option, name), place(name), f"the {name} of {subject}")

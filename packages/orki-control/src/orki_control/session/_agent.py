@@ -9,26 +9,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
+from google.protobuf.message import DecodeError
+
 from orki.control.v1 import session_pb2 as pb
 from orki.control.v1.attempt_pb2 import Failure
 from orki.errors.v1.errors_pb2 import Reason
-from orki_contract.errors import LocalProtocolError, OrkiError, RemoteProtocolError, Replaced, TooLarge, error_for
+from orki_contract.errors import LocalProtocolError, RemoteProtocolError, Replaced, TooLarge, error_for
 from orki_control.session import _events as events
-from orki_control.session._options import DEFAULT_MESSAGE_BYTES, AgentSessionOptions, build_hello, check_welcome
+from orki_control.session._options import (
+    PROGRESS_PROTOCOL,
+    AgentSessionOptions,
+    build_hello,
+    check_welcome,
+)
+from orki_control.session._progress import ProgressWindow
+from orki_control.session._queue import joined
+from orki_control.session._reports import LIVE, AgentReports
 from orki_control.session._state import (
-    OVERHEAD_BYTES,
     AttemptKey,
-    AttemptTable,
-    Heartbeats,
     HeldAttempt,
-    Outcome,
-    SendQueue,
     identity,
-    joined,
 )
 from orki_control.session._tables import (
-    AGENT,
-    ATTEMPT,
     AgentState,
     AttemptState,
     Connected,
@@ -41,15 +43,13 @@ from orki_control.session._tables import (
     Stopped,
 )
 
-_LIVE: Final = frozenset({AgentState.OPEN, AgentState.PEER_DRAINING, AgentState.DRAINING})
 
-
-class AgentSession:
+class AgentSession(AgentReports):
     """The agent's end.
 
-    The shell opens a stream and calls `connection_made`. It passes received messages to `receive_batch`, writes the
-    messages of `messages_to_send` after every call, calls `handle_timer` at `next_timer`, and calls `connection_lost`
-    when the stream has ended. `now` is a monotonic time in seconds.
+    The shell opens a stream and calls `connection_made`. It passes received messages to `receive_batch`, calls
+    `handle_timer` at `next_timer`, and calls `connection_lost` when the stream has ended. `now` is a monotonic time in
+    seconds. Whatever is called, the machine calls `on_change` when there may be messages to send or an earlier timer.
 
     Attributes:
         state: State of the session.
@@ -57,38 +57,13 @@ class AgentSession:
     """
 
     def __init__(self, options: AgentSessionOptions) -> None:
-        self.state = AgentState.DISCONNECTED
+        super().__init__(options)
         self.session_epoch = 0
-        self._options = options
-        self._queue: SendQueue[pb.AgentMessage] = SendQueue(options.bounds)
-        self._attempts = AttemptTable(options.slots)
         self._events: list[Any] = []
-        self._peer_bytes = DEFAULT_MESSAGE_BYTES
+        self._acknowledged = True
         self._drain_wanted = False
         self._drained = False
-        self._heartbeats = Heartbeats()
         self._connected_at = 0.0
-
-    # --- State. ---
-
-    @property
-    def attempts(self) -> dict[AttemptKey, AttemptState]:
-        """States of the held attempts, including those whose result is not acknowledged yet."""
-        return {key: held.state for key, held in self._attempts.items()}
-
-    @property
-    def free_slots(self) -> int:
-        """Number of slots without an attempt and without a blocked handler."""
-        return self._attempts.free_slots
-
-    @property
-    def max_payload_bytes(self) -> int:
-        """Maximum payload size that the orchestrator accepts, as far as is known."""
-        return self._peer_bytes - OVERHEAD_BYTES
-
-    def backlog(self, attempt: AttemptKey) -> int:
-        """Return the number of messages about an attempt that are not sent yet."""
-        return self._queue.backlog(attempt)
 
     # --- The stream. ---
 
@@ -97,7 +72,7 @@ class AgentSession:
         self._move(Connected)
         self._connected_at = now
         self._heartbeats.begin(now + self._options.hello_timeout)
-        self._queue.clear_control()
+        self._queue.clear()
         self._control(hello=build_hello(self._options, self._attempts.resumable()))
 
     def connection_lost(self, now: float, cause: str = "the stream ended") -> list[events.AgentEvent]:
@@ -126,106 +101,15 @@ class AgentSession:
             except RemoteProtocolError:
                 self._events = []
                 raise
-        if self.state in _LIVE:
+        if self.state in LIVE:
             self._heartbeats.silent_at = now + self._heartbeats.patience
         return self._finish()
-
-    # --- Reports about attempts. ---
-
-    def accept(self, attempt: AttemptKey, now: float) -> bool:
-        """Accept an offer; return False when it is no longer held, and then nothing may be started."""
-        held = self._answerable(pb.Accepted, attempt)
-        if held is None:
-            return False
-        self._step(attempt, held, pb.Accepted, LocalProtocolError)
-        # The orchestrator counts the lease from the time it reads the answer, which is later.
-        held.renewed_at = now
-        self._attempts.lease_changed(held)
-        self._work(attempt, held, pb.Accepted, accepted=pb.Accepted(attempt=held.ref))
-        return True
-
-    def decline(self, attempt: AttemptKey, error: OrkiError) -> bool:
-        """Decline an offer; return False when it is no longer held."""
-        held = self._answerable(pb.Declined, attempt)
-        if held is None:
-            return False
-        self._step(attempt, held, pb.Declined, LocalProtocolError)
-        self._send_declined(attempt, held.traceparent, error.reason, error.message)
-        return True
-
-    def progress(self, attempt: AttemptKey, payload: bytes) -> bool:
-        """Queue progress of a running attempt, also while there is no stream; return False when it is no longer held.
-
-        Raises:
-            TooLarge: The orchestrator accepts no message of that size.
-            LocalProtocolError: The attempt was not accepted, or has a result.
-        """
-        held = self._attempts.get(attempt)
-        if held is None:
-            return False
-        if len(payload) > self.max_payload_bytes:
-            raise TooLarge(f"{attempt}: a progress of {len(payload)} bytes; the maximum is {self.max_payload_bytes}")
-        self._step(attempt, held, pb.Progress, LocalProtocolError)
-        held.index += 1
-        progress = pb.Progress(attempt=held.ref, index=held.index, payload=payload)
-        self._work(attempt, held, pb.Progress, len(payload), progress=progress)
-        return True
-
-    def report(
-        self,
-        attempt: AttemptKey,
-        outcome: Outcome,
-        now: float,
-        *,
-        still_running: bool = False,
-    ) -> bool:
-        """Report the end of an attempt. The result is kept and sent again after every reconnect until acknowledged.
-
-        Args:
-            attempt: The attempt.
-            outcome: Its outcome. A response that is too large for the orchestrator becomes a TOO_LARGE failure.
-            now: The time.
-            still_running: Whether the handler still runs: its slot stays occupied until `release`.
-
-        Returns:
-            False when the attempt is no longer held, and its result is not needed.
-
-        Raises:
-            LocalProtocolError: The attempt was not accepted, or has a result.
-        """
-        held = self._attempts.get(attempt)
-        if held is None:
-            return False
-        self._step(attempt, held, pb.Result, LocalProtocolError)
-        if still_running:
-            self._attempts.block(attempt)
-            if self.state in _LIVE:
-                self._send_heartbeat(now)  # It overtakes the result, so the slot is not offered again.
-        held.result = pb.Result(attempt=held.ref)
-        if isinstance(outcome, bytes):
-            held.result.response = outcome
-        elif isinstance(outcome, Failure):
-            held.result.failure.CopyFrom(outcome)
-        else:
-            held.result.cancelled.CopyFrom(outcome)
-        if self.state in _LIVE:
-            self._send_result(attempt, held)
-        return True
-
-    def release(self, attempt: AttemptKey) -> None:
-        """Free the slot of a blocked handler that has ended."""
-        if self._attempts.release(attempt):
-            self._heartbeats.hurry()
-
-    def set_load(self, *, loop_lag_us: int, memory_bytes: int) -> None:
-        """Set the load that the next heartbeats report."""
-        self._heartbeats.load = (loop_lag_us, memory_bytes)
 
     def drain(self, now: float) -> list[events.AgentEvent]:
         """Accept no more offers. `DrainCompleted` follows when nothing is held any more."""
         if not self._drain_wanted:
             self._drain_wanted = True
-            if self.state in _LIVE:
+            if self.state in LIVE:
                 self._send_drain()
         return self._finish()
 
@@ -237,7 +121,7 @@ class AgentSession:
 
     def messages_to_send(self) -> pb.ConnectRequest | None:
         """Remove and return the next batch to write; None when nothing waits."""
-        if self.state in _LIVE:
+        if self.state in LIVE:
             batch = self._queue.take(self._attempts, always=pb.Declined)
         elif self.state is AgentState.AWAITING_WELCOME:
             batch = self._queue.take_control()
@@ -252,7 +136,7 @@ class AgentSession:
         due = [] if self._attempts.leases_end_at is None else [self._attempts.leases_end_at]
         if self.state is not AgentState.DISCONNECTED:
             due.append(self._heartbeats.silent_at)
-        if self.state in _LIVE:
+        if self.state in LIVE:
             due.append(self._heartbeats.due_at)
         return min(due, default=None)
 
@@ -270,7 +154,7 @@ class AgentSession:
                 self._lose(HelloTimeout, "the welcome did not arrive in time")
             else:
                 self._lose(PeerSilent, "the orchestrator fell silent")
-        if self.state in _LIVE and now >= self._heartbeats.due_at:
+        if self.state in LIVE and now >= self._heartbeats.due_at:
             self._send_heartbeat(now)
         return self._finish()
 
@@ -284,7 +168,9 @@ class AgentSession:
         self.session_epoch = welcome.session_epoch
         self._heartbeats.set_interval(welcome.heartbeat_interval_ms / 1000, now)
         self._peer_bytes = welcome.max_message_bytes
+        self._acknowledged = welcome.protocol >= PROGRESS_PROTOCOL
         self._queue.limit(welcome.max_message_bytes)
+        self._queue.transfers.limit = welcome.max_transfer_bytes if self._acknowledged else 0
         not_kept = Failure(reason=Reason.REASON_STALE_FENCE, message="the orchestrator did not keep the attempt")
         resumed = []
         for key, held in list(self._attempts.items()):
@@ -294,9 +180,10 @@ class AgentSession:
                 continue
             self._revoke(key, held, Dropped, not_kept)
         self._attempts.leases_changed()
-        self._queue.keep_work(pb.Progress, keep)
         for key in resumed:
             held = self._attempts[key]
+            held.progress.acknowledged = self._acknowledged
+            self._queue.put_source(key, pb.Progress, held.progress, held.progress.rewind())
             if held.state is AttemptState.REPORTED:
                 self._send_result(key, held)
         opened = events.SessionOpened(
@@ -335,7 +222,11 @@ class AgentSession:
         key = AttemptKey(*identity(offer.attempt))
         if not key.task_id or not key.fence or not key.attempt or not offer.lease_ms:
             raise RemoteProtocolError(f"offer: {key} lacks a task, an attempt, a fence or a lease")
-        held = HeldAttempt(offer.attempt, message.traceparent, offer.lease_ms / 1000, now, offer.proof)
+        options = self._options
+        window = ProgressWindow(
+            offer.attempt, message.traceparent, options.progress_window, options.progress_bytes, self._acknowledged
+        )
+        held = HeldAttempt(offer.attempt, message.traceparent, offer.lease_ms / 1000, now, window, offer.proof)
         attempts = self._attempts
         if self.state is AgentState.DRAINING:
             self._send_declined(key, message.traceparent, Reason.REASON_DRAINING, "the agent drains")
@@ -366,9 +257,13 @@ class AgentSession:
         directive = message.directive
         key = AttemptKey(*identity(directive.attempt))
         held = self._attempts.get(key)
+        delivered = held is not None and held.state is not AttemptState.REPORTED
         if held is not None:
             self._step(key, held, pb.Directive, RemoteProtocolError)
             self._events.append((events.DirectivesArrived, events.ArrivedDirective(key, directive.payload)))
+        if directive.number:
+            answer = pb.DirectiveAcknowledged(attempt=directive.attempt, number=directive.number, delivered=delivered)
+            self._queue.put_control(pb.AgentMessage(traceparent=message.traceparent, directive_acknowledged=answer))
 
     def _result_acknowledged(self, message: pb.OrchestratorMessage, now: float) -> None:
         self._move(pb.ResultAcknowledged, RemoteProtocolError)
@@ -377,6 +272,40 @@ class AgentSession:
         if held is not None:
             self._step(key, held, pb.ResultAcknowledged, RemoteProtocolError)
             self._events.append((events.ResultsAcknowledged, key))
+
+    def _progress_acknowledged(self, message: pb.OrchestratorMessage, now: float) -> None:
+        self._move(pb.ProgressAcknowledged, RemoteProtocolError)
+        acknowledged = message.progress_acknowledged
+        key = AttemptKey(*identity(acknowledged.attempt))
+        held = self._attempts.get(key)
+        if held is None:
+            return
+        self._step(key, held, pb.ProgressAcknowledged, RemoteProtocolError)
+        if acknowledged.replay:
+            places = held.progress.replay_after(acknowledged.index)
+            self._queue.put_source(key, pb.Progress, held.progress, places)
+        else:
+            held.progress.acknowledge(acknowledged.index)
+        self._events.append((events.ProgressAcknowledged, key))
+
+    def _chunk(self, message: pb.OrchestratorMessage, now: float) -> None:
+        self._move(pb.Chunk, RemoteProtocolError)
+        try:
+            received, whole = self._assemblies.receive(message.chunk)
+            offered = pb.OrchestratorMessage.FromString(whole) if whole is not None else None
+        except (DecodeError, TooLarge) as error:
+            raise RemoteProtocolError(f"an offer in chunks: {error}") from None
+        if received:
+            answer = pb.ChunkAcknowledged(transfer=message.chunk.transfer, received=received)
+            self._control(chunk_acknowledged=answer)
+        if offered is not None:
+            if not offered.HasField("offer"):
+                raise RemoteProtocolError("chunks of a message that is not an offer")
+            self._offer(offered, now)
+
+    def _chunk_acknowledged(self, message: pb.OrchestratorMessage, now: float) -> None:
+        self._move(pb.ChunkAcknowledged, RemoteProtocolError)
+        self._queue.chunks_arrived(message.chunk_acknowledged)
 
     def _heartbeat_echo(self, message: pb.OrchestratorMessage, now: float) -> None:
         self._move(pb.HeartbeatEcho, RemoteProtocolError)
@@ -400,12 +329,6 @@ class AgentSession:
 
     # --- Transitions. ---
 
-    def _step(self, key: AttemptKey, held: HeldAttempt, event: type, error: type[OrkiError]) -> None:
-        following = ATTEMPT.rows[held.state].get(event)
-        if following is None:
-            raise error(f"{key}: {ATTEMPT.illegal(held.state, event)}")
-        self._attempts.change(key, held, following)
-
     def _revoke(self, key: AttemptKey, held: HeldAttempt, event: type, why: Failure) -> None:
         running = held.state in (AttemptState.RUNNING, AttemptState.CANCELLING)
         self._step(key, held, event, RemoteProtocolError)
@@ -421,55 +344,17 @@ class AgentSession:
             self._events.append(events.SessionLost(cause, silent=event is not Disconnected))
 
     def _cut(self) -> None:
-        """Drop what belonged to the stream. Progress waits for the next one; results stay with their attempts."""
-        self._queue.clear_control()
-        self._queue.keep_work(pb.Progress)
+        """Drop what belonged to the stream. Progress and results stay with their attempts."""
+        self._queue.clear()
+        self._assemblies.clear()
         for key, held in list(self._attempts.items()):
             if held.state is AttemptState.OFFERED:
                 text = "the stream ended before the offer was answered"
                 self._revoke(key, held, Dropped, Failure(reason=Reason.REASON_OFFER_TIMEOUT, message=text))
 
-    def _send_heartbeat(self, now: float) -> None:
-        self._control(heartbeat=self._heartbeats.send(now, self._attempts))
-
-    def _send_result(self, key: AttemptKey, held: HeldAttempt) -> None:
-        assert held.result is not None
-        size = len(held.result.response)
-        if size > self.max_payload_bytes:
-            text = f"the response has {size} bytes; the orchestrator accepts {self.max_payload_bytes}"
-            held.result = pb.Result(attempt=held.ref, failure=Failure(reason=Reason.REASON_TOO_LARGE, message=text))
-            size = 0
-        self._work(key, held, pb.Result, size, result=held.result)
-
-    def _send_declined(self, key: AttemptKey, traceparent: str, reason: Reason.ValueType, text: str) -> None:
-        declined = pb.Declined(attempt=key.ref(), failure=Failure(reason=reason, message=text))
-        self._queue.put_work(key, pb.Declined, pb.AgentMessage(traceparent=traceparent, declined=declined))
-
     def _send_drain(self) -> None:
         self._move(pb.AgentDrain)
         self._control(drain=pb.AgentDrain())
-
-    def _answerable(self, event: type, attempt: AttemptKey) -> HeldAttempt | None:
-        """Return the attempt if its offer can be answered."""
-        held = self._attempts.get(attempt)
-        if held is None or held.state is AttemptState.REPORTED or self.state is AgentState.ENDED:
-            return None
-        if event not in AGENT.rows[self.state]:
-            raise LocalProtocolError(AGENT.illegal(self.state, event))
-        return held
-
-    def _move(self, event: type, error: type[OrkiError] = LocalProtocolError) -> None:
-        following = AGENT.rows[self.state].get(event)
-        if following is None:
-            raise error(AGENT.illegal(self.state, event))
-        self.state = following
-
-    def _control(self, **body: Any) -> None:
-        self._queue.put_control(pb.AgentMessage(**body))
-
-    def _work(self, key: AttemptKey, held: HeldAttempt, kind: type, payload_bytes: int = 0, **body: Any) -> None:
-        message = pb.AgentMessage(traceparent=held.traceparent, **body)
-        self._queue.put_work(key, kind, message, payload_bytes)
 
     def _finish(self) -> list[events.AgentEvent]:
         if self._drain_wanted and not self._drained and not len(self._attempts) and self.state is not AgentState.ENDED:
@@ -486,6 +371,9 @@ _RECEIVE: Final[dict[str, Callable[[AgentSession, pb.OrchestratorMessage, float]
     "cancel": AgentSession._cancel,
     "directive": AgentSession._directive,
     "result_acknowledged": AgentSession._result_acknowledged,
+    "progress_acknowledged": AgentSession._progress_acknowledged,
+    "chunk": AgentSession._chunk,
+    "chunk_acknowledged": AgentSession._chunk_acknowledged,
     "heartbeat_echo": AgentSession._heartbeat_echo,
     "drain": AgentSession._drain,
     "replaced": AgentSession._replaced,

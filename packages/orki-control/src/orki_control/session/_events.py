@@ -20,11 +20,19 @@ class Decline(NamedTuple):
 
 
 class ArrivedProgress(NamedTuple):
-    """A progress message: its number within the attempt, from 1, and its serialised payload."""
+    """A progress message.
+
+    Attributes:
+        attempt: The attempt.
+        number: Its number within the attempt, from 1.
+        payload: Its serialised payload.
+        missing: Maximum number of deltas directly before it that may be missing.
+    """
 
     attempt: AttemptKey
     number: int
     payload: bytes
+    missing: int = 0
 
 
 class ArrivedResult(NamedTuple):
@@ -103,7 +111,7 @@ class OffersExpired:
 
 @dataclass(frozen=True, slots=True)
 class ProgressArrived:
-    """Progress of running attempts."""
+    """Progress to store; then call `acknowledge_progress`, or `replay_progress` when earlier progress is missing."""
 
     progress: tuple[ArrivedProgress, ...]
 
@@ -120,6 +128,21 @@ class CancelsAcknowledged:
     """Cancels that the agent acknowledged."""
 
     attempts: tuple[AttemptKey, ...]
+
+
+class DirectiveAnswer(NamedTuple):
+    """The agent's answer to a directive: its number, and whether the handler receives it."""
+
+    attempt: AttemptKey
+    number: int
+    delivered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DirectivesAcknowledged:
+    """Directives that the agent answered."""
+
+    answers: tuple[DirectiveAnswer, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +244,13 @@ class ResultsAcknowledged:
 
 
 @dataclass(frozen=True, slots=True)
+class ProgressAcknowledged:
+    """Attempts whose progress was stored; see `AgentSession.unstored`."""
+
+    attempts: tuple[AttemptKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class AttemptsRevoked:
     """Attempts that the agent no longer holds: stop each handler, report nothing, then call `release`."""
 
@@ -280,6 +310,7 @@ OrchestratorEvent: TypeAlias = (
     | ProgressArrived
     | ResultsArrived
     | CancelsAcknowledged
+    | DirectivesAcknowledged
     | HeartbeatArrived
     | ReportsRefused
     | AgentDraining
@@ -293,6 +324,7 @@ AgentEvent: TypeAlias = (
     | CancelsArrived
     | DirectivesArrived
     | ResultsAcknowledged
+    | ProgressAcknowledged
     | AttemptsRevoked
     | LeasesLost
     | OrchestratorDraining

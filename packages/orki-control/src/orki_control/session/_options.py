@@ -12,12 +12,16 @@ from orki_contract.errors import InvalidSetting, ProtocolVersion, RemoteProtocol
 
 PROTOCOL_MIN: Final = 1
 """Lowest supported version of the session protocol."""
-PROTOCOL_MAX: Final = 1
+PROTOCOL_MAX: Final = 2
 """Highest supported version of the session protocol."""
+PROGRESS_PROTOCOL: Final = 2
+"""Version that acknowledges progress and directives."""
 SILENT_INTERVALS: Final = 3
 """Number of silent heartbeat intervals after which a peer counts as lost (law 13)."""
 DEFAULT_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 """Maximum message size; gRPC's own default."""
+DEFAULT_PROGRESS_BYTES: Final = 1024 * 1024
+"""Maximum size of one attempt's progress that is not stored."""
 MAX_SLOTS: Final = 4096
 """Maximum number of concurrent attempts of one agent. One heartbeat names all of them."""
 AGENT_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,128}\Z")
@@ -52,8 +56,11 @@ class AgentSessionOptions:
         instance_id: Id of this process; new at every start.
         services: Contracts of the services that it serves.
         slots: Maximum number of concurrent attempts.
-        max_message_bytes: Maximum size of a received gRPC message.
+        max_message_bytes: Maximum size of a received gRPC message, and of a payload in chunks.
+        max_transfer_bytes: Maximum size of all payloads that arrive in chunks at a time; 0 for twice the above.
         hello_timeout: Maximum wait for the welcome in seconds.
+        progress_window: Maximum number of deltas of one attempt that are kept until they are stored.
+        progress_bytes: Maximum size of these deltas. A single larger one is kept alone.
         bounds: Bounds of a batch.
     """
 
@@ -62,7 +69,10 @@ class AgentSessionOptions:
     services: tuple[ServedService, ...]
     slots: int = 4
     max_message_bytes: int = DEFAULT_MESSAGE_BYTES
+    max_transfer_bytes: int = 0
     hello_timeout: float = 10.0
+    progress_window: int = 64
+    progress_bytes: int = DEFAULT_PROGRESS_BYTES
     bounds: BatchBounds = BatchBounds()
 
     def __post_init__(self) -> None:
@@ -76,6 +86,10 @@ class AgentSessionOptions:
             raise InvalidSetting(f"slots {self.slots}: use a number from 1 to {MAX_SLOTS}")
         if self.max_message_bytes < 1024:
             raise InvalidSetting(f"max_message_bytes {self.max_message_bytes}: use at least 1024")
+        if self.progress_window < 1 or self.progress_bytes < 1:
+            raise InvalidSetting(
+                f"progress_window {self.progress_window} and progress_bytes {self.progress_bytes}: use at least 1"
+            )
         if self.hello_timeout <= 0:
             raise InvalidSetting(f"hello_timeout {self.hello_timeout}: use more than 0 seconds")
 
@@ -88,7 +102,8 @@ class OrchestratorSessionOptions:
         orchestrator_id: Name of the orchestrator.
         heartbeat_interval: Seconds between an agent's heartbeats, at most a third of the shortest lease.
         hello_timeout: Maximum wait for the hello in seconds.
-        max_message_bytes: Maximum size of a received gRPC message.
+        max_message_bytes: Maximum size of a received gRPC message, and of a payload in chunks.
+        max_transfer_bytes: Maximum size of all payloads that arrive in chunks at a time; 0 for twice the above.
         events_url: URL of the event plane for agents; empty when they have their own setting.
         bounds: Bounds of a batch.
     """
@@ -97,6 +112,7 @@ class OrchestratorSessionOptions:
     heartbeat_interval: float = 2.0
     hello_timeout: float = 10.0
     max_message_bytes: int = DEFAULT_MESSAGE_BYTES
+    max_transfer_bytes: int = 0
     events_url: str = ""
     bounds: BatchBounds = BatchBounds()
 
@@ -111,6 +127,11 @@ class OrchestratorSessionOptions:
             raise InvalidSetting(f"max_message_bytes {self.max_message_bytes}: use at least 1024")
 
 
+def transfer_bytes(options: AgentSessionOptions | OrchestratorSessionOptions) -> int:
+    """Return the maximum size of all payloads that arrive in chunks at a time."""
+    return options.max_transfer_bytes or 2 * options.max_message_bytes
+
+
 def build_hello(options: AgentSessionOptions, held: Iterable[HeldAttempt]) -> Hello:
     """Build the hello of an agent that holds some attempts."""
     return Hello(
@@ -121,6 +142,7 @@ def build_hello(options: AgentSessionOptions, held: Iterable[HeldAttempt]) -> He
         services=options.services,
         slots=options.slots,
         max_message_bytes=options.max_message_bytes,
+        max_transfer_bytes=transfer_bytes(options),
         held=held,
     )
 

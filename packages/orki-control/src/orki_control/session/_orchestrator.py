@@ -8,34 +8,32 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+from typing import Final
 
 from orki.control.v1 import session_pb2 as pb
-from orki.control.v1.attempt_pb2 import AttemptRef, Failure
+from orki.control.v1.attempt_pb2 import Failure
 from orki.errors.v1.errors_pb2 import Reason
-from orki_contract.errors import LocalProtocolError, OrkiError, ProtocolVersion, RemoteProtocolError, TooLarge
+from orki_contract.errors import LocalProtocolError, OrkiError, ProtocolVersion, RemoteProtocolError
+from orki_control.session._assigned import STALE, Attempt, AttemptReports, refusal
 from orki_control.session._events import (
     AgentDraining,
-    ArrivedProgress,
-    ArrivedResult,
-    CancelsAcknowledged,
-    Decline,
     HeartbeatArrived,
     HelloArrived,
-    OffersAccepted,
-    OffersDeclined,
     OffersExpired,
     OrchestratorEvent,
-    ProgressArrived,
     ReportsRefused,
-    ResultsArrived,
     SessionEnded,
 )
-from orki_control.session._options import SILENT_INTERVALS, OrchestratorSessionOptions, check_hello, chosen_protocol
-from orki_control.session._state import OCCUPYING, OVERHEAD_BYTES, AttemptKey, SendQueue, identity, joined
+from orki_control.session._options import (
+    SILENT_INTERVALS,
+    OrchestratorSessionOptions,
+    check_hello,
+    chosen_protocol,
+    transfer_bytes,
+)
+from orki_control.session._queue import joined
+from orki_control.session._state import AttemptKey, identity
 from orki_control.session._tables import (
-    ATTEMPT,
-    ORCHESTRATOR,
     AttemptState,
     Disconnected,
     HelloTimeout,
@@ -45,26 +43,13 @@ from orki_control.session._tables import (
     SessionRefused,
 )
 
-_STALE: Final = "this session does not hold the attempt: it was withdrawn, has ended, or runs under a higher fence"
 
-
-class _Attempt:
-    __slots__ = ("answer_by", "last_index", "ref", "state", "traceparent")
-
-    def __init__(self, ref: AttemptRef, state: AttemptState, traceparent: str, answer_by: float | None) -> None:
-        self.ref = ref
-        self.state = state
-        self.traceparent = traceparent
-        self.answer_by = answer_by
-        self.last_index = 0
-
-
-class OrchestratorSession:
+class OrchestratorSession(AttemptReports):
     """One stream, from its hello to its end.
 
-    The shell passes received messages to `receive_batch`, writes the messages of `messages_to_send` after every call,
-    calls `handle_timer` at `next_timer`, and calls `connection_lost` when the stream has ended. `now` is a monotonic
-    time in seconds.
+    The shell passes received messages to `receive_batch`, calls `handle_timer` at `next_timer`, and calls
+    `connection_lost` when the stream has ended. `now` is a monotonic time in seconds. Whatever is called, the machine
+    calls `on_change` when there may be messages to send or an earlier timer.
 
     Attributes:
         state: State of the session.
@@ -73,37 +58,18 @@ class OrchestratorSession:
     """
 
     def __init__(self, options: OrchestratorSessionOptions, now: float) -> None:
-        self.state = OrchestratorState.AWAITING_HELLO
-        self.hello: pb.Hello | None = None
+        super().__init__(options)
         self.session_epoch = 0
         self._options = options
-        self._queue: SendQueue[pb.OrchestratorMessage] = SendQueue(options.bounds)
-        self._attempts: dict[AttemptKey, _Attempt] = {}
-        self._occupied = 0
-        self._blocked = 0
-        self._events: list[Any] = []
-        self._answers: list[tuple[float, AttemptKey]] = []
         self._heard_by = now + options.hello_timeout
         self._heartbeats = 0
 
     # --- State. ---
 
     @property
-    def free_slots(self) -> int:
-        """Number of offers that may be made now; 0 unless the session is open."""
-        if self.state is not OrchestratorState.OPEN or self.hello is None:
-            return 0
-        return max(0, self.hello.slots - self._occupied - self._blocked)
-
-    @property
     def draining(self) -> bool:
         """Whether either side drains."""
         return self.state in (OrchestratorState.DRAINING, OrchestratorState.AGENT_DRAINING)
-
-    @property
-    def attempts(self) -> dict[AttemptKey, AttemptState]:
-        """States of the attempts on this session."""
-        return {key: attempt.state for key, attempt in self._attempts.items()}
 
     # --- Messages of the agent. ---
 
@@ -157,7 +123,7 @@ class OrchestratorSession:
         for key, traceparent in keep:
             if key not in held:
                 raise LocalProtocolError(f"welcome: the agent does not hold {key}")
-            self._attempts[key] = _Attempt(key.ref(), AttemptState.RUNNING, traceparent, None)
+            self._attempts[key] = Attempt(key.ref(), AttemptState.RUNNING, traceparent, None)
         self._occupied = len(self._attempts)
         self.session_epoch = session_epoch
         self._heard_by = now + SILENT_INTERVALS * self._options.heartbeat_interval
@@ -169,6 +135,7 @@ class OrchestratorSession:
                 keep=[key.ref() for key, _ in keep],
                 heartbeat_interval_ms=round(self._options.heartbeat_interval * 1000),
                 max_message_bytes=self._options.max_message_bytes,
+                max_transfer_bytes=transfer_bytes(self._options),
                 events_url=self._options.events_url,
             )
         )
@@ -186,65 +153,6 @@ class OrchestratorSession:
             return []
         self._control(replaced=pb.Replaced(successor_instance_id=successor_instance_id))
         return [self._ended(f"instance {successor_instance_id} has the session", Reason.REASON_REPLACED)]
-
-    def offer(self, offer: pb.Offer, traceparent: str, now: float) -> None:
-        """Offer an attempt.
-
-        Raises:
-            LocalProtocolError: No slot is free, the session is not open, or the attempt was offered before.
-            TooLarge: The agent accepts no message of that size.
-        """
-        self._check(pb.Offer)
-        key = AttemptKey(*identity(offer.attempt))
-        if self.free_slots < 1:
-            raise LocalProtocolError(f"offer: no slot is free for {key}")
-        if key in self._attempts:
-            raise LocalProtocolError(f"offer: {key} is on this session already")
-        assert self.hello is not None
-        size = len(offer.request) + OVERHEAD_BYTES
-        if size > self.hello.max_message_bytes:
-            raise TooLarge(
-                f"{key}: the request has {len(offer.request)} bytes, and agent {self.hello.agent_id} accepts messages "
-                f"of at most {self.hello.max_message_bytes} bytes"
-            )
-        answer_by = now + offer.accept_timeout_ms / 1000
-        self._attempts[key] = _Attempt(offer.attempt, AttemptState.OFFERED, traceparent, answer_by)
-        self._occupied += 1
-        heapq.heappush(self._answers, (answer_by, key))
-        self._queue.put_work(
-            key, pb.Offer, pb.OrchestratorMessage(traceparent=traceparent, offer=offer), len(offer.request)
-        )
-
-    def cancel(self, attempt: AttemptKey, *, grace_ms: int, message: str = "") -> bool:
-        """Cancel an attempt, also repeatedly; return False when this session does not hold it."""
-        return self._notify(attempt, "cancel", pb.Cancel(grace_ms=grace_ms, message=message))
-
-    def direct(self, attempt: AttemptKey, payload: bytes) -> bool:
-        """Send a directive to a running attempt; return False when this session does not hold it.
-
-        Raises:
-            LocalProtocolError: The attempt is not accepted yet.
-            TooLarge: The agent accepts no message of that size.
-        """
-        known = self._live(pb.Directive, attempt)
-        if known is None or self.hello is None:
-            return False
-        if len(payload) + OVERHEAD_BYTES > self.hello.max_message_bytes:
-            raise TooLarge(f"{attempt}: a directive of {len(payload)} bytes exceeds the agent's limit")
-        self._step(attempt, known, pb.Directive, LocalProtocolError)
-        directive = pb.Directive(attempt=known.ref, payload=payload)
-        message = pb.OrchestratorMessage(traceparent=known.traceparent, directive=directive)
-        self._queue.put_work(attempt, pb.Directive, message, len(payload))
-        return True
-
-    def acknowledge(self, attempt: AttemptKey) -> bool:
-        """Acknowledge a stored result; return False when this session does not hold the attempt."""
-        return self._notify(attempt, "result_acknowledged", pb.ResultAcknowledged())
-
-    def refuse(self, attempt: AttemptKey, error: OrkiError) -> bool:
-        """Tell the agent that it no longer holds an attempt; return False when this session does not hold it."""
-        failure = Failure(reason=error.reason, message=error.message)
-        return self._notify(attempt, "refused", pb.Refused(failure=failure))
 
     def echo(self, number: int) -> None:
         """Answer a heartbeat. The leases that it renewed count from the time it was sent.
@@ -278,6 +186,7 @@ class OrchestratorSession:
 
     def messages_to_send(self) -> pb.ConnectResponse | None:
         """Remove and return the next batch to write; None when nothing waits."""
+        self._put_progress_acknowledgements()
         if not len(self._queue):
             return None
         batch = self._queue.take(() if self.state is OrchestratorState.ENDED else self._attempts)
@@ -300,7 +209,7 @@ class OrchestratorSession:
         if now >= self._heard_by:
             if self.state is OrchestratorState.AWAITING_HELLO:
                 self._control(
-                    refused=_refusal(Reason.REASON_HELLO_TIMEOUT, "the hello did not arrive within the hello timeout")
+                    refused=refusal(Reason.REASON_HELLO_TIMEOUT, "the hello did not arrive within the hello timeout")
                 )
                 return self._end(HelloTimeout, "the hello did not arrive in time", Reason.REASON_HELLO_TIMEOUT)
             return self._end(PeerSilent, "the agent fell silent", Reason.REASON_PEER_LOST)
@@ -310,7 +219,7 @@ class OrchestratorSession:
                 attempt = self._attempts[key]
                 self._step(key, attempt, OfferWithdrawn, LocalProtocolError)
                 self._control_about(
-                    attempt, refused=_refusal(Reason.REASON_OFFER_TIMEOUT, "the offer was not answered in time", key)
+                    attempt, refused=refusal(Reason.REASON_OFFER_TIMEOUT, "the offer was not answered in time", key)
                 )
                 self._events.append((OffersExpired, key))
         return self._finish()
@@ -328,47 +237,9 @@ class OrchestratorSession:
             return
         self.hello = hello
         self._queue.limit(hello.max_message_bytes)
+        self._queue.transfers.limit = hello.max_transfer_bytes if self.acknowledges else 0
         held = tuple((AttemptKey(*identity(each.attempt)), each.has_result) for each in hello.held)
         self._events.append(HelloArrived(hello, held))
-
-    def _accepted(self, message: pb.AgentMessage, now: float) -> None:
-        key = self._report(pb.Accepted, message.accepted)
-        if key is not None:
-            self._attempts[key].answer_by = None
-            self._events.append((OffersAccepted, key))
-
-    def _declined(self, message: pb.AgentMessage, now: float) -> None:
-        key = self._report(pb.Declined, message.declined)
-        if key is not None:
-            self._events.append((OffersDeclined, Decline(key, message.declined.failure)))
-
-    def _progress(self, message: pb.AgentMessage, now: float) -> None:
-        progress = message.progress
-        key = self._report(pb.Progress, progress)
-        if key is None:
-            return
-        attempt = self._attempts[key]
-        if progress.index <= attempt.last_index:
-            raise RemoteProtocolError(f"{key}: progress {progress.index} came after progress {attempt.last_index}")
-        attempt.last_index = progress.index
-        self._events.append((ProgressArrived, ArrivedProgress(key, progress.index, progress.payload)))
-
-    def _result(self, message: pb.AgentMessage, now: float) -> None:
-        result = message.result
-        if result.WhichOneof("outcome") is None:
-            raise RemoteProtocolError(f"{AttemptKey(*identity(result.attempt))}: a result without an outcome")
-        key = self._report(pb.Result, result)
-        if key is not None:
-            self._events.append((ResultsArrived, ArrivedResult(key, result)))
-
-    def _cancel_acknowledged(self, message: pb.AgentMessage, now: float) -> None:
-        self._move(pb.CancelAcknowledged, RemoteProtocolError)
-        key = AttemptKey(*identity(message.cancel_acknowledged.attempt))
-        attempt = self._attempts.get(key)
-        # It may arrive after the result, when the attempt is closed.
-        if attempt is not None:
-            self._step(key, attempt, pb.CancelAcknowledged, RemoteProtocolError)
-            self._events.append((CancelsAcknowledged, key))
 
     def _heartbeat(self, message: pb.AgentMessage, now: float) -> None:
         self._move(pb.Heartbeat, RemoteProtocolError)
@@ -383,7 +254,7 @@ class OrchestratorSession:
             if key in self._attempts:
                 running.append(key)
             else:
-                self._control(refused=_refusal(Reason.REASON_STALE_FENCE, _STALE, key))
+                self._control(refused=refusal(Reason.REASON_STALE_FENCE, STALE, key))
                 self._events.append((ReportsRefused, key))
         # Handlers that outlive their attempts occupy slots.
         self._blocked = max(0, self.hello.slots - heartbeat.free_slots - len(heartbeat.running))
@@ -398,55 +269,6 @@ class OrchestratorSession:
         self._events.append(AgentDraining())
 
     # --- Transitions. ---
-
-    def _report(self, kind: type, body: Any) -> AttemptKey | None:
-        """Step the attempt of a report; refuse the report and return None when this session does not hold it."""
-        self._move(kind, RemoteProtocolError)
-        key = AttemptKey(*identity(body.attempt))
-        attempt = self._attempts.get(key)
-        if attempt is None:
-            self._control(refused=_refusal(Reason.REASON_STALE_FENCE, _STALE, key))
-            self._events.append((ReportsRefused, key))
-            return None
-        self._step(key, attempt, kind, RemoteProtocolError)
-        return key
-
-    def _step(self, key: AttemptKey, attempt: _Attempt, event: type, error: type[OrkiError]) -> None:
-        occupied = attempt.state in OCCUPYING
-        following = ATTEMPT.rows[attempt.state].get(event)
-        if following is None:
-            raise error(f"{key}: {ATTEMPT.illegal(attempt.state, event)}")
-        attempt.state = following
-        if attempt.state is AttemptState.CLOSED:
-            del self._attempts[key]
-        if occupied and attempt.state not in OCCUPYING:
-            self._occupied -= 1
-
-    def _forget(self, key: AttemptKey) -> None:
-        self._step(key, self._attempts[key], pb.Refused, LocalProtocolError)
-
-    def _live(self, event: type, key: AttemptKey) -> _Attempt | None:
-        self._check(event)
-        return None if self.state is OrchestratorState.ENDED else self._attempts.get(key)
-
-    def _notify(self, key: AttemptKey, field: str, body: pb.Cancel | pb.ResultAcknowledged | pb.Refused) -> bool:
-        attempt = self._live(type(body), key)
-        if attempt is None:
-            return False
-        self._step(key, attempt, type(body), LocalProtocolError)
-        body.attempt.CopyFrom(attempt.ref)
-        self._control_about(attempt, **{field: body})
-        return True
-
-    def _check(self, event: type) -> None:
-        if event not in ORCHESTRATOR.rows[self.state]:
-            raise LocalProtocolError(ORCHESTRATOR.illegal(self.state, event))
-
-    def _move(self, event: type, error: type[OrkiError] = LocalProtocolError) -> None:
-        following = ORCHESTRATOR.rows[self.state].get(event)
-        if following is None:
-            raise error(ORCHESTRATOR.illegal(self.state, event))
-        self.state = following
 
     def _end(self, event: type, cause: str, reason: Reason.ValueType) -> list[OrchestratorEvent]:
         already = self.state is OrchestratorState.ENDED
@@ -466,7 +288,7 @@ class OrchestratorSession:
 
     def _refuse_session(self, error: RemoteProtocolError) -> None:
         self._move(SessionRefused)
-        self._control(refused=_refusal(error.reason, error.message))
+        self._control(refused=refusal(error.reason, error.message))
 
     def _awaits_answer(self, deadline: float, key: AttemptKey) -> bool:
         attempt = self._attempts.get(key)
@@ -476,17 +298,6 @@ class OrchestratorSession:
         events, self._events = self._events, []
         return joined(events) if events else events
 
-    def _control(self, **body: Any) -> None:
-        self._queue.put_control(pb.OrchestratorMessage(**body))
-
-    def _control_about(self, attempt: _Attempt, **body: Any) -> None:
-        self._queue.put_control(pb.OrchestratorMessage(traceparent=attempt.traceparent, **body))
-
-
-def _refusal(reason: Reason.ValueType, message: str, key: AttemptKey | None = None) -> pb.Refused:
-    failure = Failure(reason=reason, message=message)
-    return pb.Refused(failure=failure, attempt=key.ref() if key else None)
-
 
 _RECEIVE: Final[dict[str, Callable[[OrchestratorSession, pb.AgentMessage, float], None]]] = {
     "hello": OrchestratorSession._hello,
@@ -495,6 +306,9 @@ _RECEIVE: Final[dict[str, Callable[[OrchestratorSession, pb.AgentMessage, float]
     "progress": OrchestratorSession._progress,
     "result": OrchestratorSession._result,
     "cancel_acknowledged": OrchestratorSession._cancel_acknowledged,
+    "directive_acknowledged": OrchestratorSession._directive_acknowledged,
+    "chunk": OrchestratorSession._chunk,
+    "chunk_acknowledged": OrchestratorSession._chunk_acknowledged,
     "heartbeat": OrchestratorSession._heartbeat,
     "drain": OrchestratorSession._drain,
 }

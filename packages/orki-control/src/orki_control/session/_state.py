@@ -1,22 +1,20 @@
-"""The state of a session: attempts with their slots and leases, heartbeats, and batches in both directions."""
+"""The state of a session: attempts with their slots and leases, and heartbeats."""
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Container, Iterable
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 from orki.control.v1 import session_pb2 as pb
 from orki.control.v1.attempt_pb2 import AttemptRef, Failure
 from orki_contract.errors import RemoteProtocolError
-from orki_control.session._options import SILENT_INTERVALS, BatchBounds
+from orki_control.session._options import SILENT_INTERVALS
+from orki_control.session._progress import ProgressWindow
 from orki_control.session._tables import AttemptState
 
-M = TypeVar("M")
+T = TypeVar("T", bound=float | None)
 
-OVERHEAD_BYTES: Final = 256
-"""Upper estimate of a session message's size without its payload."""
 LEASE_SHARE: Final = 0.9
 """Share of a lease after which the agent stops the attempt, so that it has stopped when the lease ends (law 8)."""
 OCCUPYING: Final = frozenset({AttemptState.OFFERED, AttemptState.RUNNING, AttemptState.CANCELLING})
@@ -58,6 +56,50 @@ identity = attrgetter("task_id", "attempt", "fence")
 """Returns the fields of an AttemptKey from a reference. It is compiled code, as every message needs it."""
 
 
+def _nothing() -> None:
+    pass
+
+
+class SessionMachine:
+    """The common part of both ends.
+
+    Attributes:
+        on_change: Called when there may be messages to send or an earlier timer. It must not call the machine.
+        state: State of the session.
+    """
+
+    state: Any
+
+    def __init__(self) -> None:
+        self.on_change: Callable[[], None] = _nothing
+
+    def _changed(self) -> None:
+        self.on_change()
+
+    def _enter(self, state: Any) -> None:
+        # Messages that wait may be sent in the new state, and other timers count.
+        if state is not self.state:
+            self.state = state
+            self.on_change()
+
+
+class _Deadline(Generic[T]):
+    """A time at which the machine's timer is due. Assigning an earlier time calls the owner's `on_change`."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> T:
+        found: T = instance.__dict__[self._name]
+        return found
+
+    def __set__(self, instance: Any, value: T) -> None:
+        before = instance.__dict__.get(self._name)
+        instance.__dict__[self._name] = value
+        if value is not None and (before is None or value < before):
+            instance.on_change()
+
+
 class HeldAttempt:
     """One attempt at the agent.
 
@@ -67,21 +109,29 @@ class HeldAttempt:
         traceparent: Of its task's span.
         lease: Seconds that it survives without a renewal.
         renewed_at: Earliest time at which the orchestrator can have renewed the lease last.
+        progress: Its progress that is not acknowledged.
         proof: Of its offer; it goes back unread in the next hello.
-        index: Number of its last progress.
         result: Its result, once it has ended.
     """
 
-    __slots__ = ("index", "lease", "proof", "ref", "renewed_at", "result", "state", "traceparent")
+    __slots__ = ("lease", "progress", "proof", "ref", "renewed_at", "result", "state", "traceparent")
 
-    def __init__(self, ref: AttemptRef, traceparent: str, lease: float, renewed_at: float, proof: bytes = b"") -> None:
+    def __init__(
+        self,
+        ref: AttemptRef,
+        traceparent: str,
+        lease: float,
+        renewed_at: float,
+        progress: ProgressWindow,
+        proof: bytes = b"",
+    ) -> None:
         self.ref = ref
         self.state = AttemptState.OFFERED
         self.traceparent = traceparent
         self.lease = lease
         self.renewed_at = renewed_at
+        self.progress = progress
         self.proof = proof
-        self.index = 0
         self.result: pb.Result | None = None
 
     @property
@@ -98,9 +148,12 @@ class AttemptTable(dict[AttemptKey, HeldAttempt]):
         shortest_lease: Shortest lease of the held attempts in seconds; 0 for none.
     """
 
-    def __init__(self, slots: int) -> None:
+    leases_end_at = _Deadline[float | None]()
+
+    def __init__(self, slots: int, on_change: Callable[[], None] = _nothing) -> None:
         super().__init__()
-        self.leases_end_at: float | None = None
+        self.on_change = on_change
+        self.leases_end_at = None
         self.shortest_lease = 0.0
         self._slots = slots
         self._fences: dict[str, int] = {}
@@ -210,7 +263,11 @@ class Heartbeats:
         load: Lag of the event loop in microseconds and resident memory in bytes, for the next heartbeats.
     """
 
-    def __init__(self) -> None:
+    due_at = _Deadline[float]()
+    silent_at = _Deadline[float]()
+
+    def __init__(self, on_change: Callable[[], None] = _nothing) -> None:
+        self.on_change = on_change
         self.due_at = 0.0
         self.silent_at = 0.0
         self.patience = float(SILENT_INTERVALS)
@@ -265,113 +322,3 @@ class Heartbeats:
         for older in [each for each in self._unanswered if each <= number]:
             del self._unanswered[older]
         return sent_at, renewed
-
-
-class _Waiting(NamedTuple, Generic[M]):
-    attempt: AttemptKey
-    kind: type
-    message: M
-    size: int
-
-
-class SendQueue(Generic[M]):
-    """Messages to the peer. Control messages go first; work follows in its order. Batches are bounded.
-
-    Work about an attempt that is no longer held is dropped when a batch is taken, so the queue is never searched.
-    """
-
-    __slots__ = ("_bounds", "_control", "_size", "_waiting", "_work")
-
-    def __init__(self, bounds: BatchBounds) -> None:
-        self._bounds = bounds
-        self._size = bounds.size
-        self._control: deque[M] = deque()
-        self._work: deque[_Waiting[M]] = deque()
-        self._waiting: Counter[AttemptKey] = Counter()
-
-    def __len__(self) -> int:
-        return len(self._control) + len(self._work)
-
-    def put_control(self, message: M) -> None:
-        """Add a message that overtakes all work."""
-        self._control.append(message)
-
-    def put_work(self, attempt: AttemptKey, kind: type, message: M, payload_bytes: int = 0) -> None:
-        """Add a message about an attempt behind earlier work."""
-        self._work.append(_Waiting(attempt, kind, message, OVERHEAD_BYTES + payload_bytes))
-        self._waiting[attempt] += 1
-
-    def limit(self, message_bytes: int) -> None:
-        """Keep batches below the longest message that the peer accepts."""
-        self._size = min(self._bounds.size, message_bytes)
-
-    def backlog(self, attempt: AttemptKey) -> int:
-        """Return the number of waiting messages about an attempt."""
-        return self._waiting.get(attempt, 0)
-
-    def take_control(self) -> list[M]:
-        """Remove and return the next batch of control messages."""
-        control = self._control
-        return [control.popleft() for _ in range(min(len(control), self._bounds.count))]
-
-    def take(self, held: Container[AttemptKey], always: type | None = None) -> list[M]:
-        """Remove and return the next batch; empty when nothing waits.
-
-        Args:
-            held: Attempts whose work is sent; work about others is dropped.
-            always: Kind of work that is sent in any case.
-        """
-        work, count = self._work, self._bounds.count
-        batch = self.take_control()
-        size = len(batch) * OVERHEAD_BYTES
-        while work and len(batch) < count:
-            waiting = work[0]
-            useful = waiting.kind is always or waiting.attempt in held
-            if useful and batch and size + waiting.size > self._size:
-                break
-            work.popleft()
-            left = self._waiting[waiting.attempt] - 1
-            if left:
-                self._waiting[waiting.attempt] = left
-            else:
-                del self._waiting[waiting.attempt]
-            if useful:
-                batch.append(waiting.message)
-                size += waiting.size
-        return batch
-
-    def clear_control(self) -> None:
-        """Drop all control messages: they belonged to a stream that has ended."""
-        self._control.clear()
-
-    def keep_work(self, kind: type, held: Container[AttemptKey] | None = None) -> None:
-        """Drop all work except that of one kind, and of some attempts if `held` is given."""
-        kept = (waiting for waiting in self._work if waiting.kind is kind and (held is None or waiting.attempt in held))
-        self._work = deque(kept)
-        self._waiting = Counter(waiting.attempt for waiting in self._work)
-
-    def waiting(self, kind: type) -> list[AttemptKey]:
-        """Return the attempts with a waiting message of a kind."""
-        return [waiting.attempt for waiting in self._work if waiting.kind is kind]
-
-
-def joined(events: Iterable[Any]) -> list[Any]:
-    """Return events with neighbours of one kind joined.
-
-    Args:
-        events: Events, and pairs of an event class and one item. The class has a tuple of such items as its only field.
-    """
-    found: list[Any] = []
-    kind: Any = None
-    items: list[Any] = []
-    for event in [*events, None]:
-        pair = type(event) is tuple
-        if kind is not None and not (pair and event[0] is kind):
-            found.append(kind(tuple(items)))
-            kind, items = None, []
-        if pair:
-            kind = event[0]
-            items.append(event[1])
-        elif event is not None:
-            found.append(event)
-    return found

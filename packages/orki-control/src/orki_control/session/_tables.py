@@ -17,14 +17,18 @@ from orki.control.v1.session_pb2 import (
     AgentDrain,
     Cancel,
     CancelAcknowledged,
+    Chunk,
+    ChunkAcknowledged,
     Declined,
     Directive,
+    DirectiveAcknowledged,
     Heartbeat,
     HeartbeatEcho,
     Hello,
     Offer,
     OrchestratorDrain,
     Progress,
+    ProgressAcknowledged,
     Refused,
     Replaced,
     Result,
@@ -79,7 +83,9 @@ ATTEMPT: Final = Transitions(
         },
         AttemptState.RUNNING: {
             Progress: AttemptState.RUNNING,
+            ProgressAcknowledged: AttemptState.RUNNING,
             Directive: AttemptState.RUNNING,
+            DirectiveAcknowledged: AttemptState.RUNNING,
             Cancel: AttemptState.CANCELLING,
             Result: AttemptState.REPORTED,
             Refused: AttemptState.CLOSED,
@@ -90,7 +96,9 @@ ATTEMPT: Final = Transitions(
             Accepted: AttemptState.CANCELLING,
             Declined: AttemptState.CLOSED,
             Progress: AttemptState.CANCELLING,
+            ProgressAcknowledged: AttemptState.CANCELLING,
             Directive: AttemptState.CANCELLING,
+            DirectiveAcknowledged: AttemptState.CANCELLING,
             Cancel: AttemptState.CANCELLING,
             CancelAcknowledged: AttemptState.CANCELLING,
             Result: AttemptState.REPORTED,
@@ -99,7 +107,10 @@ ATTEMPT: Final = Transitions(
             Dropped: AttemptState.CLOSED,
         },
         AttemptState.REPORTED: {
+            Progress: AttemptState.REPORTED,
+            ProgressAcknowledged: AttemptState.REPORTED,
             Directive: AttemptState.REPORTED,
+            DirectiveAcknowledged: AttemptState.REPORTED,
             Cancel: AttemptState.REPORTED,
             CancelAcknowledged: AttemptState.REPORTED,
             ResultAcknowledged: AttemptState.CLOSED,
@@ -176,8 +187,26 @@ class Stopped:
     """The agent's process ends the session."""
 
 
-_AGENT_WORK: Final = (Accepted, Declined, Progress, Result, CancelAcknowledged, Heartbeat)
-_ORCHESTRATOR_WORK: Final = (Refused, Cancel, Directive, ResultAcknowledged, HeartbeatEcho)
+_CHUNKS: Final = (Chunk, ChunkAcknowledged)
+_AGENT_WORK: Final = (
+    *_CHUNKS,
+    Accepted,
+    Declined,
+    Progress,
+    Result,
+    CancelAcknowledged,
+    DirectiveAcknowledged,
+    Heartbeat,
+)
+_ORCHESTRATOR_WORK: Final = (
+    *_CHUNKS,
+    Refused,
+    Cancel,
+    Directive,
+    ProgressAcknowledged,
+    ResultAcknowledged,
+    HeartbeatEcho,
+)
 
 AGENT: Final = Transitions(
     "agent's session",

@@ -193,6 +193,10 @@ async def _wait(client: Client, method: _Method, task: TaskSnapshot, timeout: fl
                     printed, before = _state_text(task), printed
                     if printed != before:
                         console.print(safe_text(printed))
+                elif response.WhichOneof("news") == "gap":
+                    gap = response.gap
+                    text = f"attempt {gap.attempt}: progress {gap.first_index} to {gap.last_index} is missing"
+                    console.print(text)
                 elif progress is not None:
                     try:
                         shown = safe_json(redaction.redacted(progress.FromString(response.progress.payload)))

@@ -9,7 +9,6 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import lru_cache, partial
 from typing import Final, Generic, TypeAlias, TypeVar
 
@@ -20,7 +19,7 @@ from orki_contract.model import TaskMethod, milliseconds
 from orki_contract.trace import Span
 from orki_control.session import AttemptKey
 from orki_server._keys import EPOCH_STEP
-from orki_server._store.records import TaskView, task_view
+from orki_server._store.replies import ProgressReply, ReportReply, TaskView, progress_reply, report_reply, task_view
 
 R = TypeVar("R")
 Argument: TypeAlias = bytes | str | int
@@ -206,40 +205,9 @@ def read_task(task_id: str, limit: int = 0, after: str = "") -> Operation[TaskVi
     return Operation("read", shard_of(task_id), (task_id, limit, after), outcome, patient=False)
 
 
-class ReportStatus(StrEnum):
-    """The outcome of a report."""
-
-    ACCEPTED = "accepted"
-    REPEATED = "repeated"
-    """It was accepted before."""
-    STALE = "stale"
-    """The agent does not hold the attempt, or no longer."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReportReply:
-    """The reply to a report.
-
-    Attributes:
-        status: Whether it was accepted.
-        state: The task's state afterwards; unspecified for a stale report.
-        retry_after: Wait before the next attempt; None if no attempt follows from this report.
-    """
-
-    status: ReportStatus
-    state: TaskState.ValueType
-    retry_after: float | None = None
-
-
 def _report(op: str, agent_id: str, attempt: AttemptKey, *details: Argument) -> Operation[ReportReply]:
     task_id = attempt.task_id
-    return Operation(op, shard_of(task_id), (task_id, attempt.fence, agent_id, *details), _report_reply)
-
-
-def _report_reply(reply: list[bytes]) -> ReportReply:
-    status, state, retry_ms = reply
-    retry_after = int(retry_ms) / 1000 if int(retry_ms) >= 0 else None
-    return ReportReply(ReportStatus(status.decode()), TaskState.ValueType(int(state)), retry_after)
+    return Operation(op, shard_of(task_id), (task_id, attempt.fence, agent_id, *details), report_reply)
 
 
 def accept(agent_id: str, attempt: AttemptKey) -> Operation[ReportReply]:
@@ -268,10 +236,31 @@ def lose(agent_id: str, attempt: AttemptKey, message: str) -> Operation[ReportRe
 
 
 def report_progress(
-    agent_id: str, attempt: AttemptKey, kept: int, index: int, payload: bytes
-) -> Operation[ReportReply]:
-    """Report progress of an attempt. An index that was reported before changes nothing."""
-    return _report("progress", agent_id, attempt, kept, index, payload)
+    agent_id: str,
+    attempt: AttemptKey,
+    kept: int,
+    index: int,
+    payload: bytes,
+    missing: int = 0,
+    dropped: bool = False,
+) -> Operation[ProgressReply]:
+    """Report progress of an attempt.
+
+    An index that was reported before changes nothing. An index that does not follow the last one is refused with `GAP`
+    unless at most `missing` deltas are between them; then the gap is stored.
+
+    Args:
+        agent_id: The agent.
+        attempt: The attempt.
+        kept: Approximate number of entries that the task keeps.
+        index: Number of the delta within the attempt, from 1.
+        payload: The progress message, serialized.
+        missing: Number of deltas directly before it that may be missing.
+        dropped: Whether the delta itself is missing.
+    """
+    task_id = attempt.task_id
+    arguments = (task_id, attempt.fence, agent_id, kept, index, payload, missing, int(dropped))
+    return Operation("progress", shard_of(task_id), arguments, progress_reply)
 
 
 def succeed(agent_id: str, attempt: AttemptKey, response: bytes) -> Operation[ReportReply]:

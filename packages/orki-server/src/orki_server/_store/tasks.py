@@ -14,7 +14,7 @@ from orki_contract.errors import DamagedRecord, InvalidArgument, OrkiError, Unkn
 from orki_events.connection import Reply
 from orki_server._keys import SNAPSHOT, ShardKeys
 from orki_server._store.operations import shard_of
-from orki_server._store.records import task_snapshot
+from orki_server._store.replies import task_snapshot
 from orki_server._store.store import Store
 
 _WITHOUT_RESPONSE: Final = tuple(name for name in SNAPSHOT if name != "response")

@@ -37,6 +37,23 @@ The laws of the session:
 15. Drain comes before stop. After Drain, nothing new is offered. Heartbeats continue until the last result is
     acknowledged.
 16. Messages of unknown kinds are ignored, because they come from a newer peer.
+17. Progress is kept until it is stored. The indexes of an attempt's deltas rise by one, from 1. The orchestrator
+    acknowledges stored deltas cumulatively. The agent keeps the others in a bounded window and sends them again after
+    every reconnect. Repeated deltas are ignored.
+18. No delta is lost silently. A delta follows its predecessor, or names the number of deltas before it that are
+    missing. The store refuses other gaps, and the orchestrator asks for the deltas again. A result names the index of
+    the last delta. A gap that remains is stored and shown to every watcher.
+19. The contract decides what happens when the window is full: the handler waits, the newest unsent delta is replaced,
+    or the new delta is dropped. Replaced and dropped deltas are gaps by law 18.
+20. A directive is acknowledged. The agent states whether the handler received it. A directive without an
+    acknowledgement at the session's end is reported to its sender as undelivered. It is never sent again.
+21. Bulk waits for what is small. A result or an offer above 256 KiB is a transfer in chunks. A batch has at most one
+    chunk, behind its other messages, and at most 256 KiB of chunks are not acknowledged. A transfer ends with its
+    stream.
+22. Reassembly is bounded. The transfers under way never exceed the bytes that the receiver declares. A transfer above
+    that is refused with REASON_TOO_LARGE. A checksum proves the whole.
+
+`docs/states.md` lists the table rows that enforce each law, and a test that fails without them.
 """
 
 from collections import abc as abc
@@ -115,6 +132,9 @@ class AgentMessage(message.Message):
     CANCEL_ACKNOWLEDGED_FIELD_NUMBER: builtins.int
     HEARTBEAT_FIELD_NUMBER: builtins.int
     DRAIN_FIELD_NUMBER: builtins.int
+    DIRECTIVE_ACKNOWLEDGED_FIELD_NUMBER: builtins.int
+    CHUNK_FIELD_NUMBER: builtins.int
+    CHUNK_ACKNOWLEDGED_FIELD_NUMBER: builtins.int
     traceparent: builtins.str
     """W3C traceparent of the task's span, on every message about an attempt; empty elsewhere."""
     @builtins.property
@@ -149,6 +169,18 @@ class AgentMessage(message.Message):
     def drain(self) -> AgentDrain:
         """The agent accepts no more offers."""
 
+    @builtins.property
+    def directive_acknowledged(self) -> DirectiveAcknowledged:
+        """Acknowledges a directive. Since protocol 2."""
+
+    @builtins.property
+    def chunk(self) -> Chunk:
+        """Part of a large result. Since protocol 2."""
+
+    @builtins.property
+    def chunk_acknowledged(self) -> ChunkAcknowledged:
+        """Acknowledges chunks. Since protocol 2."""
+
     def __init__(
         self,
         *,
@@ -161,12 +193,15 @@ class AgentMessage(message.Message):
         cancel_acknowledged: CancelAcknowledged | None = ...,
         heartbeat: Heartbeat | None = ...,
         drain: AgentDrain | None = ...,
+        directive_acknowledged: DirectiveAcknowledged | None = ...,
+        chunk: Chunk | None = ...,
+        chunk_acknowledged: ChunkAcknowledged | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["accepted", b"accepted", "body", b"body", "cancel_acknowledged", b"cancel_acknowledged", "declined", b"declined", "drain", b"drain", "heartbeat", b"heartbeat", "hello", b"hello", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["accepted", b"accepted", "body", b"body", "cancel_acknowledged", b"cancel_acknowledged", "chunk", b"chunk", "chunk_acknowledged", b"chunk_acknowledged", "declined", b"declined", "directive_acknowledged", b"directive_acknowledged", "drain", b"drain", "heartbeat", b"heartbeat", "hello", b"hello", "progress", b"progress", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["accepted", b"accepted", "body", b"body", "cancel_acknowledged", b"cancel_acknowledged", "declined", b"declined", "drain", b"drain", "heartbeat", b"heartbeat", "hello", b"hello", "progress", b"progress", "result", b"result", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["accepted", b"accepted", "body", b"body", "cancel_acknowledged", b"cancel_acknowledged", "chunk", b"chunk", "chunk_acknowledged", b"chunk_acknowledged", "declined", b"declined", "directive_acknowledged", b"directive_acknowledged", "drain", b"drain", "heartbeat", b"heartbeat", "hello", b"hello", "progress", b"progress", "result", b"result", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = typing.Literal["hello", "accepted", "declined", "progress", "result", "cancel_acknowledged", "heartbeat", "drain"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = typing.Literal["hello", "accepted", "declined", "progress", "result", "cancel_acknowledged", "heartbeat", "drain", "directive_acknowledged", "chunk", "chunk_acknowledged"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -186,6 +221,9 @@ class OrchestratorMessage(message.Message):
     HEARTBEAT_ECHO_FIELD_NUMBER: builtins.int
     DRAIN_FIELD_NUMBER: builtins.int
     REPLACED_FIELD_NUMBER: builtins.int
+    PROGRESS_ACKNOWLEDGED_FIELD_NUMBER: builtins.int
+    CHUNK_FIELD_NUMBER: builtins.int
+    CHUNK_ACKNOWLEDGED_FIELD_NUMBER: builtins.int
     traceparent: builtins.str
     """W3C traceparent of the task's span, on every message about an attempt; empty elsewhere."""
     @builtins.property
@@ -224,6 +262,18 @@ class OrchestratorMessage(message.Message):
     def replaced(self) -> Replaced:
         """A newer instance has replaced the session."""
 
+    @builtins.property
+    def progress_acknowledged(self) -> ProgressAcknowledged:
+        """Acknowledges stored progress. Since protocol 2."""
+
+    @builtins.property
+    def chunk(self) -> Chunk:
+        """Part of a large offer. Since protocol 2."""
+
+    @builtins.property
+    def chunk_acknowledged(self) -> ChunkAcknowledged:
+        """Acknowledges chunks. Since protocol 2."""
+
     def __init__(
         self,
         *,
@@ -237,12 +287,15 @@ class OrchestratorMessage(message.Message):
         heartbeat_echo: HeartbeatEcho | None = ...,
         drain: OrchestratorDrain | None = ...,
         replaced: Replaced | None = ...,
+        progress_acknowledged: ProgressAcknowledged | None = ...,
+        chunk: Chunk | None = ...,
+        chunk_acknowledged: ChunkAcknowledged | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["body", b"body", "cancel", b"cancel", "directive", b"directive", "drain", b"drain", "heartbeat_echo", b"heartbeat_echo", "offer", b"offer", "refused", b"refused", "replaced", b"replaced", "result_acknowledged", b"result_acknowledged", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["body", b"body", "cancel", b"cancel", "chunk", b"chunk", "chunk_acknowledged", b"chunk_acknowledged", "directive", b"directive", "drain", b"drain", "heartbeat_echo", b"heartbeat_echo", "offer", b"offer", "progress_acknowledged", b"progress_acknowledged", "refused", b"refused", "replaced", b"replaced", "result_acknowledged", b"result_acknowledged", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["body", b"body", "cancel", b"cancel", "directive", b"directive", "drain", b"drain", "heartbeat_echo", b"heartbeat_echo", "offer", b"offer", "refused", b"refused", "replaced", b"replaced", "result_acknowledged", b"result_acknowledged", "traceparent", b"traceparent", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["body", b"body", "cancel", b"cancel", "chunk", b"chunk", "chunk_acknowledged", b"chunk_acknowledged", "directive", b"directive", "drain", b"drain", "heartbeat_echo", b"heartbeat_echo", "offer", b"offer", "progress_acknowledged", b"progress_acknowledged", "refused", b"refused", "replaced", b"replaced", "result_acknowledged", b"result_acknowledged", "traceparent", b"traceparent", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = typing.Literal["welcome", "refused", "offer", "cancel", "directive", "result_acknowledged", "heartbeat_echo", "drain", "replaced"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = typing.Literal["welcome", "refused", "offer", "cancel", "directive", "result_acknowledged", "heartbeat_echo", "drain", "replaced", "progress_acknowledged", "chunk", "chunk_acknowledged"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -260,6 +313,7 @@ class Hello(message.Message):
     SLOTS_FIELD_NUMBER: builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: builtins.int
     HELD_FIELD_NUMBER: builtins.int
+    MAX_TRANSFER_BYTES_FIELD_NUMBER: builtins.int
     agent_id: builtins.str
     """Name of the agent in the fleet: at most 128 letters, digits, `-`, `_` and `.`."""
     instance_id: builtins.str
@@ -272,6 +326,8 @@ class Hello(message.Message):
     """Maximum number of concurrent attempts, at least 1."""
     max_message_bytes: builtins.int
     """Maximum size of a gRPC message that the agent accepts, in bytes."""
+    max_transfer_bytes: builtins.int
+    """Maximum size of the transfers under way to the agent, in bytes; 0: it takes no chunks."""
     @builtins.property
     def services(self) -> containers.RepeatedCompositeFieldContainer[ServedService]:
         """The services that the agent serves."""
@@ -291,10 +347,11 @@ class Hello(message.Message):
         slots: builtins.int = ...,
         max_message_bytes: builtins.int = ...,
         held: abc.Iterable[HeldAttempt] | None = ...,
+        max_transfer_bytes: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_id", b"agent_id", "held", b"held", "instance_id", b"instance_id", "max_message_bytes", b"max_message_bytes", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "services", b"services", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_id", b"agent_id", "held", b"held", "instance_id", b"instance_id", "max_message_bytes", b"max_message_bytes", "max_transfer_bytes", b"max_transfer_bytes", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "services", b"services", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -373,6 +430,7 @@ class Welcome(message.Message):
     HEARTBEAT_INTERVAL_MS_FIELD_NUMBER: builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: builtins.int
     EVENTS_URL_FIELD_NUMBER: builtins.int
+    MAX_TRANSFER_BYTES_FIELD_NUMBER: builtins.int
     protocol: builtins.int
     """Protocol version of the session."""
     orchestrator_id: builtins.str
@@ -385,6 +443,8 @@ class Welcome(message.Message):
     """Maximum size of a gRPC message that the orchestrator accepts, in bytes."""
     events_url: builtins.str
     """URL of the event server without credentials; empty if the agent is configured with it."""
+    max_transfer_bytes: builtins.int
+    """Maximum size of the transfers under way to the orchestrator, in bytes; 0: it takes no chunks."""
     @builtins.property
     def keep(self) -> containers.RepeatedCompositeFieldContainer[attempt_pb2.AttemptRef]:
         """Held attempts that the agent keeps; it ends the others."""
@@ -399,10 +459,11 @@ class Welcome(message.Message):
         heartbeat_interval_ms: builtins.int = ...,
         max_message_bytes: builtins.int = ...,
         events_url: builtins.str = ...,
+        max_transfer_bytes: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["events_url", b"events_url", "heartbeat_interval_ms", b"heartbeat_interval_ms", "keep", b"keep", "max_message_bytes", b"max_message_bytes", "orchestrator_id", b"orchestrator_id", "protocol", b"protocol", "session_epoch", b"session_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["events_url", b"events_url", "heartbeat_interval_ms", b"heartbeat_interval_ms", "keep", b"keep", "max_message_bytes", b"max_message_bytes", "max_transfer_bytes", b"max_transfer_bytes", "orchestrator_id", b"orchestrator_id", "protocol", b"protocol", "session_epoch", b"session_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -534,17 +595,22 @@ class Declined(message.Message):
 
 @typing.final
 class Progress(message.Message):
-    """Progress of a running attempt."""
+    """One delta of the progress of a running attempt."""
 
     DESCRIPTOR: descriptor.Descriptor
 
     ATTEMPT_FIELD_NUMBER: builtins.int
     INDEX_FIELD_NUMBER: builtins.int
     PAYLOAD_FIELD_NUMBER: builtins.int
+    MISSING_FIELD_NUMBER: builtins.int
     index: builtins.int
     """Number of the progress message within the attempt, from 1."""
     payload: builtins.bytes
     """The method's progress message, serialised."""
+    missing: builtins.int
+    """Number of deltas directly before this one that are missing: the agent dropped them, or no longer has them. Since
+    protocol 2.
+    """
     @builtins.property
     def attempt(self) -> attempt_pb2.AttemptRef:
         """The attempt."""
@@ -555,10 +621,43 @@ class Progress(message.Message):
         attempt: attempt_pb2.AttemptRef | None = ...,
         index: builtins.int = ...,
         payload: builtins.bytes = ...,
+        missing: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "index", b"index", "payload", b"payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "index", b"index", "missing", b"missing", "payload", b"payload"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ProgressAcknowledged(message.Message):
+    """All progress of the attempt up to an index is stored; the agent may discard it."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    INDEX_FIELD_NUMBER: builtins.int
+    REPLAY_FIELD_NUMBER: builtins.int
+    index: builtins.int
+    """Index of the last stored progress; 0 for none."""
+    replay: builtins.bool
+    """True: the orchestrator lacks the progress that follows. The agent sends everything after the index again, and names
+    the number of deltas that it no longer has.
+    """
+    @builtins.property
+    def attempt(self) -> attempt_pb2.AttemptRef:
+        """The attempt."""
+
+    def __init__(
+        self,
+        *,
+        attempt: attempt_pb2.AttemptRef | None = ...,
+        index: builtins.int = ...,
+        replay: builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "index", b"index", "replay", b"replay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -572,8 +671,11 @@ class Result(message.Message):
     RESPONSE_FIELD_NUMBER: builtins.int
     FAILURE_FIELD_NUMBER: builtins.int
     CANCELLED_FIELD_NUMBER: builtins.int
+    PROGRESS_FIELD_NUMBER: builtins.int
     response: builtins.bytes
     """The response message, serialised."""
+    progress: builtins.int
+    """Index of the attempt's last progress, stored or dropped; 0 for none. Since protocol 2."""
     @builtins.property
     def attempt(self) -> attempt_pb2.AttemptRef:
         """The attempt."""
@@ -593,10 +695,11 @@ class Result(message.Message):
         response: builtins.bytes = ...,
         failure: attempt_pb2.Failure | None = ...,
         cancelled: CancelledOutcome | None = ...,
+        progress: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "cancelled", b"cancelled", "failure", b"failure", "outcome", b"outcome", "response", b"response"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "cancelled", b"cancelled", "failure", b"failure", "outcome", b"outcome", "response", b"response"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "cancelled", b"cancelled", "failure", b"failure", "outcome", b"outcome", "progress", b"progress", "response", b"response"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_outcome: _TypeAlias = typing.Literal["response", "failure", "cancelled"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = typing.Literal["outcome", b"outcome"]  # noqa: Y015
@@ -682,8 +785,11 @@ class Directive(message.Message):
 
     ATTEMPT_FIELD_NUMBER: builtins.int
     PAYLOAD_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
     payload: builtins.bytes
     """The method's directive message, serialised."""
+    number: builtins.int
+    """Number of the directive on this session and attempt, from 1; 0 before protocol 2."""
     @builtins.property
     def attempt(self) -> attempt_pb2.AttemptRef:
         """The attempt."""
@@ -693,10 +799,41 @@ class Directive(message.Message):
         *,
         attempt: attempt_pb2.AttemptRef | None = ...,
         payload: builtins.bytes = ...,
+        number: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "payload", b"payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "number", b"number", "payload", b"payload"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class DirectiveAcknowledged(message.Message):
+    """The agent has received a directive."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
+    DELIVERED_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """Number of the directive."""
+    delivered: builtins.bool
+    """Whether the attempt was running, so that its handler receives the directive."""
+    @builtins.property
+    def attempt(self) -> attempt_pb2.AttemptRef:
+        """The attempt."""
+
+    def __init__(
+        self,
+        *,
+        attempt: attempt_pb2.AttemptRef | None = ...,
+        number: builtins.int = ...,
+        delivered: builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "delivered", b"delivered", "number", b"number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -832,5 +969,71 @@ class Replaced(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["successor_instance_id", b"successor_instance_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Chunk(message.Message):
+    """Part of a transfer: a session message in chunks."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TRANSFER_FIELD_NUMBER: builtins.int
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
+    TOTAL_FIELD_NUMBER: builtins.int
+    DATA_FIELD_NUMBER: builtins.int
+    CRC_FIELD_NUMBER: builtins.int
+    transfer: builtins.int
+    """Number of the transfer on this stream and in this direction, from 1."""
+    offset: builtins.int
+    """Position of the data in the serialised message."""
+    total: builtins.int
+    """Size of the serialised message; 0: the transfer is abandoned."""
+    data: builtins.bytes
+    """The data."""
+    crc: builtins.int
+    """CRC-32 of the whole serialised message, in the last chunk."""
+    @builtins.property
+    def attempt(self) -> attempt_pb2.AttemptRef:
+        """The attempt of the message."""
+
+    def __init__(
+        self,
+        *,
+        transfer: builtins.int = ...,
+        attempt: attempt_pb2.AttemptRef | None = ...,
+        offset: builtins.int = ...,
+        total: builtins.int = ...,
+        data: builtins.bytes = ...,
+        crc: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "crc", b"crc", "data", b"data", "offset", b"offset", "total", b"total", "transfer", b"transfer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ChunkAcknowledged(message.Message):
+    """Chunks have arrived."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TRANSFER_FIELD_NUMBER: builtins.int
+    RECEIVED_FIELD_NUMBER: builtins.int
+    transfer: builtins.int
+    """The transfer."""
+    received: builtins.int
+    """Number of bytes that have arrived."""
+    def __init__(
+        self,
+        *,
+        transfer: builtins.int = ...,
+        received: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["received", b"received", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

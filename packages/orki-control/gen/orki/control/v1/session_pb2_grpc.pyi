@@ -37,6 +37,23 @@ The laws of the session:
 15. Drain comes before stop. After Drain, nothing new is offered. Heartbeats continue until the last result is
     acknowledged.
 16. Messages of unknown kinds are ignored, because they come from a newer peer.
+17. Progress is kept until it is stored. The indexes of an attempt's deltas rise by one, from 1. The orchestrator
+    acknowledges stored deltas cumulatively. The agent keeps the others in a bounded window and sends them again after
+    every reconnect. Repeated deltas are ignored.
+18. No delta is lost silently. A delta follows its predecessor, or names the number of deltas before it that are
+    missing. The store refuses other gaps, and the orchestrator asks for the deltas again. A result names the index of
+    the last delta. A gap that remains is stored and shown to every watcher.
+19. The contract decides what happens when the window is full: the handler waits, the newest unsent delta is replaced,
+    or the new delta is dropped. Replaced and dropped deltas are gaps by law 18.
+20. A directive is acknowledged. The agent states whether the handler received it. A directive without an
+    acknowledgement at the session's end is reported to its sender as undelivered. It is never sent again.
+21. Bulk waits for what is small. A result or an offer above 256 KiB is a transfer in chunks. A batch has at most one
+    chunk, behind its other messages, and at most 256 KiB of chunks are not acknowledged. A transfer ends with its
+    stream.
+22. Reassembly is bounded. The transfers under way never exceed the bytes that the receiver declares. A transfer above
+    that is refused with REASON_TOO_LARGE. A checksum proves the whole.
+
+`docs/states.md` lists the table rows that enforce each law, and a test that fails without them.
 """
 
 from collections import abc as abc

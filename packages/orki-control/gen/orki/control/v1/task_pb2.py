@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from orki.control.v1 import attempt_pb2 as orki_dot_control_dot_v1_dot_attempt__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aorki/control/v1/task.proto\x12\x0forki.control.v1\x1a\x1dorki/control/v1/attempt.proto\"\x89\x01\n\nSubmission\x12\x16\n\x06method\x18\x01 \x01(\tR\x06method\x12\x18\n\x07request\x18\x02 \x01(\x0cR\x07request\x12\'\n\x0fidempotency_key\x18\x03 \x01(\tR\x0eidempotencyKey\x12 \n\x0btraceparent\x18\x04 \x01(\tR\x0btraceparent\"N\n\rSubmitRequest\x12=\n\x0bsubmissions\x18\x01 \x03(\x0b\x32\x1b.orki.control.v1.SubmissionR\x0bsubmissions\"L\n\x0eSubmitResponse\x12:\n\x08outcomes\x18\x01 \x03(\x0b\x32\x1e.orki.control.v1.SubmitOutcomeR\x08outcomes\"\x85\x01\n\rSubmitOutcome\x12\x33\n\x04task\x18\x01 \x01(\x0b\x32\x1d.orki.control.v1.TaskSnapshotH\x00R\x04task\x12\x34\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x18.orki.control.v1.FailureH\x00R\x07\x66\x61ilureB\t\n\x07outcome\"\xd4\x03\n\x0cTaskSnapshot\x12\x17\n\x07task_id\x18\x01 \x01(\tR\x06taskId\x12\x16\n\x06method\x18\x02 \x01(\tR\x06method\x12\x30\n\x05state\x18\x03 \x01(\x0e\x32\x1a.orki.control.v1.TaskStateR\x05state\x12\x35\n\x07\x61ttempt\x18\x04 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\x12\x19\n\x08\x61gent_id\x18\x05 \x01(\tR\x07\x61gentId\x12\x1a\n\x08response\x18\x06 \x01(\x0cR\x08response\x12\x32\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32\x18.orki.control.v1.FailureR\x07\x66\x61ilure\x12\x43\n\x10\x65\x61rlier_failures\x18\x08 \x03(\x0b\x32\x18.orki.control.v1.FailureR\x0f\x65\x61rlierFailures\x12!\n\x0csubmitted_us\x18\t \x01(\x03R\x0bsubmittedUs\x12\x19\n\x08\x65nded_us\x18\n \x01(\x03R\x07\x65ndedUs\x12 \n\x0btraceparent\x18\x0b \x01(\tR\x0btraceparent\x12\x1a\n\x08revision\x18\x0c \x01(\x04R\x08revision\"%\n\nGetRequest\x12\x17\n\x07task_id\x18\x01 \x01(\tR\x06taskId\"@\n\x0bGetResponse\x12\x31\n\x04task\x18\x01 \x01(\x0b\x32\x1d.orki.control.v1.TaskSnapshotR\x04task\"=\n\x0cWatchRequest\x12\x17\n\x07task_id\x18\x01 \x01(\tR\x06taskId\x12\x14\n\x05\x61\x66ter\x18\x02 \x01(\tR\x05\x61\x66ter\"\x8c\x01\n\rWatchResponse\x12\x33\n\x04task\x18\x01 \x01(\x0b\x32\x1d.orki.control.v1.TaskSnapshotH\x00R\x04task\x12>\n\x08progress\x18\x02 \x01(\x0b\x32 .orki.control.v1.WatchedProgressH\x00R\x08progressB\x06\n\x04news\"s\n\x0fWatchedProgress\x12\x16\n\x06\x63ursor\x18\x01 \x01(\tR\x06\x63ursor\x12\x18\n\x07\x61ttempt\x18\x02 \x01(\rR\x07\x61ttempt\x12\x14\n\x05index\x18\x03 \x01(\x04R\x05index\x12\x18\n\x07payload\x18\x04 \x01(\x0cR\x07payload\"B\n\rCancelRequest\x12\x17\n\x07task_id\x18\x01 \x01(\tR\x06taskId\x12\x18\n\x07message\x18\x02 \x01(\tR\x07message\"C\n\x0e\x43\x61ncelResponse\x12\x31\n\x04task\x18\x01 \x01(\x0b\x32\x1d.orki.control.v1.TaskSnapshotR\x04task\"B\n\rDirectRequest\x12\x17\n\x07task_id\x18\x01 \x01(\tR\x06taskId\x12\x18\n\x07payload\x18\x02 \x01(\x0cR\x07payload\"G\n\x0e\x44irectResponse\x12\x35\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\"\xb0\x01\n\x0bListRequest\x12\x32\n\x06states\x18\x01 \x03(\x0e\x32\x1a.orki.control.v1.TaskStateR\x06states\x12\x16\n\x06method\x18\x02 \x01(\tR\x06method\x12\x19\n\x08\x61gent_id\x18\x03 \x01(\tR\x07\x61gentId\x12\x1b\n\tpage_size\x18\x04 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x05 \x01(\tR\tpageToken\"k\n\x0cListResponse\x12\x33\n\x05tasks\x18\x01 \x03(\x0b\x32\x1d.orki.control.v1.TaskSnapshotR\x05tasks\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x13\n\x11ListAgentsRequest\"L\n\x12ListAgentsResponse\x12\x36\n\x06\x61gents\x18\x01 \x03(\x0b\x32\x1e.orki.control.v1.AgentSnapshotR\x06\x61gents\"\x88\x03\n\rAgentSnapshot\x12\x19\n\x08\x61gent_id\x18\x01 \x01(\tR\x07\x61gentId\x12\x1f\n\x0binstance_id\x18\x02 \x01(\tR\ninstanceId\x12\x1c\n\tconnected\x18\x03 \x01(\x08R\tconnected\x12\'\n\x0forchestrator_id\x18\x04 \x01(\tR\x0eorchestratorId\x12\x14\n\x05slots\x18\x05 \x01(\rR\x05slots\x12\x37\n\x08\x61ttempts\x18\x06 \x03(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x08\x61ttempts\x12\x1a\n\x08services\x18\x07 \x03(\tR\x08services\x12*\n\x11last_heartbeat_us\x18\x08 \x01(\x03R\x0flastHeartbeatUs\x12\x1e\n\x0bloop_lag_us\x18\t \x01(\x04R\tloopLagUs\x12!\n\x0cmemory_bytes\x18\n \x01(\x04R\x0bmemoryBytes\x12\x1a\n\x08\x64raining\x18\x0b \x01(\x08R\x08\x64raining\"/\n\x13ListServicesRequest\x12\x18\n\x07service\x18\x01 \x01(\tR\x07service\"T\n\x14ListServicesResponse\x12<\n\x08services\x18\x01 \x03(\x0b\x32 .orki.control.v1.ServiceSnapshotR\x08services\"v\n\x0fServiceSnapshot\x12\x18\n\x07service\x18\x01 \x01(\tR\x07service\x12\x16\n\x06\x64igest\x18\x02 \x01(\tR\x06\x64igest\x12\x14\n\x05image\x18\x03 \x01(\x0cR\x05image\x12\x1b\n\tagent_ids\x18\x04 \x03(\tR\x08\x61gentIds2\xbf\x03\n\x0bTaskService\x12I\n\x06Submit\x12\x1e.orki.control.v1.SubmitRequest\x1a\x1f.orki.control.v1.SubmitResponse\x12@\n\x03Get\x12\x1b.orki.control.v1.GetRequest\x1a\x1c.orki.control.v1.GetResponse\x12H\n\x05Watch\x12\x1d.orki.control.v1.WatchRequest\x1a\x1e.orki.control.v1.WatchResponse0\x01\x12I\n\x06\x43\x61ncel\x12\x1e.orki.control.v1.CancelRequest\x1a\x1f.orki.control.v1.CancelResponse\x12I\n\x06\x44irect\x12\x1e.orki.control.v1.DirectRequest\x1a\x1f.orki.control.v1.DirectResponse\x12\x43\n\x04List\x12\x1c.orki.control.v1.ListRequest\x1a\x1d.orki.control.v1.ListResponse2\xc2\x01\n\x0c\x46leetService\x12U\n\nListAgents\x12\".orki.control.v1.ListAgentsRequest\x1a#.orki.control.v1.ListAgentsResponse\x12[\n\x0cListServices\x12$.orki.control.v1.ListServicesRequest\x1a%.orki.control.v1.ListServicesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aorki/control/v1/task.proto\x12\x0forki.control.v1\x1a\x1dorki/control/v1/attempt.proto\"\x89\x01\n\nSubmission\x12\x16\n\x06method\x18\x01 \x01(\tR\x06method\x12\x18\n\x07request\x18\x02 \x01(\x0cR\x07request\x12\'\n\x0fidempotency_key\x18\x03 \x01(\tR\x0eidempotencyKey\x12 \n\x0btraceparent\x18\x04 \x01(\tR\x0btraceparent\"N\n\rSubmitRequest\x12=\n\x0bsubmissions\x18\x01 \x03(\x0b\x32\x1b.orki.control.v1.SubmissionR\x0bsubmissions\"L\n\x0eSubmitResponse\x12:\n\x08outcomes\x18\x01 \x03(\x0b\x32\x1e.orki.control.v1.SubmitOutcomeR\x08outcomes\"\x85\x01\n\rSubmitOutcome\x12\x33\n\x04task\x18\x01 \x01(\x0b\x32\x1d.orki.control.v1.TaskSnapshotH\x00R\x04task\x12\x34\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x18.orki.control.v1.FailureH\x00R\x07\x66\x61ilureB\t\n\x07outcome\"\xd4\x03\n\x0cTaskSnapshot\x12\x17\n\x07task_id\x18\x01 \x01(\tR\x06taskId\x12\x16\n\x06method\x18\x02 \x01(\tR\x06method\x12\x30\n\x05state\x18\x03 \x01(\x0e\x32\x1a.orki.control.v1.TaskStateR\x05state\x12\x35\n\x07\x61ttempt\x18\x04 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\x12\x19\n\x08\x61gent_id\x18\x05 \x01(\tR\x07\x61gentId\x12\x1a\n\x08response\x18\x06 \x01(\x0cR\x08response\x12\x32\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32\x18.orki.control.v1.FailureR\x07\x66\x61ilure\x12\x43\n\x10\x65\x61rlier_failures\x18\x08 \x03(\x0b\x32\x18.orki.control.v1.FailureR\x0f\x65\x61rlierFailures\x12!\n\x0csubmitted_us\x18\t \x01(\x03R\x0bsubmittedUs\x12\x19\n\x08\x65nded_us\x18\n \x01(\x03R\x07\x65ndedUs\x12 \n\x0btraceparent\x18\x0b \x01(\tR\x0btraceparent\x12\x1a\n\x08revision\x18\x0c \x01(\x04R\x08revision\"%\n\nGetRequest\x12\x17\n\x07task_id\x18\x01 \x01(\tR\x06taskId\"@\n\x0bGetResponse\x12\x31\n\x04task\x18\x01 \x01(\x0b\x32\x1d.orki.control.v1.TaskSnapshotR\x04task\"\x96\x01\n\x0cWatchRequest\x12\x17\n\x07task_id\x18\x01 \x01(\tR\x06taskId\x12\x14\n\x05\x61\x66ter\x18\x02 \x01(\tR\x05\x61\x66ter\x12=\n\x08position\x18\x03 \x01(\x0b\x32!.orki.control.v1.ProgressPositionR\x08position\x12\x18\n\x07\x62\x61tched\x18\x04 \x01(\x08R\x07\x62\x61tched\"Z\n\x10ProgressPosition\x12\x18\n\x07\x61ttempt\x18\x01 \x01(\rR\x07\x61ttempt\x12\x14\n\x05index\x18\x02 \x01(\x04R\x05index\x12\x16\n\x06number\x18\x03 \x01(\x04R\x06number\"\xf3\x01\n\rWatchResponse\x12\x33\n\x04task\x18\x01 \x01(\x0b\x32\x1d.orki.control.v1.TaskSnapshotH\x00R\x04task\x12>\n\x08progress\x18\x02 \x01(\x0b\x32 .orki.control.v1.WatchedProgressH\x00R\x08progress\x12\x30\n\x03gap\x18\x03 \x01(\x0b\x32\x1c.orki.control.v1.ProgressGapH\x00R\x03gap\x12\x33\n\x05\x62\x61tch\x18\x04 \x01(\x0b\x32\x1b.orki.control.v1.WatchBatchH\x00R\x05\x62\x61tchB\x06\n\x04news\"F\n\nWatchBatch\x12\x38\n\x07updates\x18\x01 \x03(\x0b\x32\x1e.orki.control.v1.WatchResponseR\x07updates\"\x8b\x01\n\x0fWatchedProgress\x12\x16\n\x06\x63ursor\x18\x01 \x01(\tR\x06\x63ursor\x12\x18\n\x07\x61ttempt\x18\x02 \x01(\rR\x07\x61ttempt\x12\x14\n\x05index\x18\x03 \x01(\x04R\x05index\x12\x18\n\x07payload\x18\x04 \x01(\x0cR\x07payload\x12\x16\n\x06number\x18\x05 \x01(\x04R\x06number\"\x97\x01\n\x0bProgressGap\x12\x16\n\x06\x63ursor\x18\x01 \x01(\tR\x06\x63ursor\x12\x18\n\x07\x61ttempt\x18\x02 \x01(\rR\x07\x61ttempt\x12\x1f\n\x0b\x66irst_index\x18\x03 \x01(\x04R\nfirstIndex\x12\x1d\n\nlast_index\x18\x04 \x01(\x04R\tlastIndex\x12\x16\n\x06number\x18\x05 \x01(\x04R\x06number\"B\n\rCancelRequest\x12\x17\n\x07task_id\x18\x01 \x01(\tR\x06taskId\x12\x18\n\x07message\x18\x02 \x01(\tR\x07message\"C\n\x0e\x43\x61ncelResponse\x12\x31\n\x04task\x18\x01 \x01(\x0b\x32\x1d.orki.control.v1.TaskSnapshotR\x04task\"B\n\rDirectRequest\x12\x17\n\x07task_id\x18\x01 \x01(\tR\x06taskId\x12\x18\n\x07payload\x18\x02 \x01(\x0cR\x07payload\"G\n\x0e\x44irectResponse\x12\x35\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x07\x61ttempt\"\xb0\x01\n\x0bListRequest\x12\x32\n\x06states\x18\x01 \x03(\x0e\x32\x1a.orki.control.v1.TaskStateR\x06states\x12\x16\n\x06method\x18\x02 \x01(\tR\x06method\x12\x19\n\x08\x61gent_id\x18\x03 \x01(\tR\x07\x61gentId\x12\x1b\n\tpage_size\x18\x04 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x05 \x01(\tR\tpageToken\"k\n\x0cListResponse\x12\x33\n\x05tasks\x18\x01 \x03(\x0b\x32\x1d.orki.control.v1.TaskSnapshotR\x05tasks\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x13\n\x11ListAgentsRequest\"L\n\x12ListAgentsResponse\x12\x36\n\x06\x61gents\x18\x01 \x03(\x0b\x32\x1e.orki.control.v1.AgentSnapshotR\x06\x61gents\"\x88\x03\n\rAgentSnapshot\x12\x19\n\x08\x61gent_id\x18\x01 \x01(\tR\x07\x61gentId\x12\x1f\n\x0binstance_id\x18\x02 \x01(\tR\ninstanceId\x12\x1c\n\tconnected\x18\x03 \x01(\x08R\tconnected\x12\'\n\x0forchestrator_id\x18\x04 \x01(\tR\x0eorchestratorId\x12\x14\n\x05slots\x18\x05 \x01(\rR\x05slots\x12\x37\n\x08\x61ttempts\x18\x06 \x03(\x0b\x32\x1b.orki.control.v1.AttemptRefR\x08\x61ttempts\x12\x1a\n\x08services\x18\x07 \x03(\tR\x08services\x12*\n\x11last_heartbeat_us\x18\x08 \x01(\x03R\x0flastHeartbeatUs\x12\x1e\n\x0bloop_lag_us\x18\t \x01(\x04R\tloopLagUs\x12!\n\x0cmemory_bytes\x18\n \x01(\x04R\x0bmemoryBytes\x12\x1a\n\x08\x64raining\x18\x0b \x01(\x08R\x08\x64raining\"/\n\x13ListServicesRequest\x12\x18\n\x07service\x18\x01 \x01(\tR\x07service\"T\n\x14ListServicesResponse\x12<\n\x08services\x18\x01 \x03(\x0b\x32 .orki.control.v1.ServiceSnapshotR\x08services\"v\n\x0fServiceSnapshot\x12\x18\n\x07service\x18\x01 \x01(\tR\x07service\x12\x16\n\x06\x64igest\x18\x02 \x01(\tR\x06\x64igest\x12\x14\n\x05image\x18\x03 \x01(\x0cR\x05image\x12\x1b\n\tagent_ids\x18\x04 \x03(\tR\x08\x61gentIds2\xbf\x03\n\x0bTaskService\x12I\n\x06Submit\x12\x1e.orki.control.v1.SubmitRequest\x1a\x1f.orki.control.v1.SubmitResponse\x12@\n\x03Get\x12\x1b.orki.control.v1.GetRequest\x1a\x1c.orki.control.v1.GetResponse\x12H\n\x05Watch\x12\x1d.orki.control.v1.WatchRequest\x1a\x1e.orki.control.v1.WatchResponse0\x01\x12I\n\x06\x43\x61ncel\x12\x1e.orki.control.v1.CancelRequest\x1a\x1f.orki.control.v1.CancelResponse\x12I\n\x06\x44irect\x12\x1e.orki.control.v1.DirectRequest\x1a\x1f.orki.control.v1.DirectResponse\x12\x43\n\x04List\x12\x1c.orki.control.v1.ListRequest\x1a\x1d.orki.control.v1.ListResponse2\xc2\x01\n\x0c\x46leetService\x12U\n\nListAgents\x12\".orki.control.v1.ListAgentsRequest\x1a#.orki.control.v1.ListAgentsResponse\x12[\n\x0cListServices\x12$.orki.control.v1.ListServicesRequest\x1a%.orki.control.v1.ListServicesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,38 +46,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETREQUEST']._serialized_end=1020
   _globals['_GETRESPONSE']._serialized_start=1022
   _globals['_GETRESPONSE']._serialized_end=1086
-  _globals['_WATCHREQUEST']._serialized_start=1088
-  _globals['_WATCHREQUEST']._serialized_end=1149
-  _globals['_WATCHRESPONSE']._serialized_start=1152
-  _globals['_WATCHRESPONSE']._serialized_end=1292
-  _globals['_WATCHEDPROGRESS']._serialized_start=1294
-  _globals['_WATCHEDPROGRESS']._serialized_end=1409
-  _globals['_CANCELREQUEST']._serialized_start=1411
-  _globals['_CANCELREQUEST']._serialized_end=1477
-  _globals['_CANCELRESPONSE']._serialized_start=1479
-  _globals['_CANCELRESPONSE']._serialized_end=1546
-  _globals['_DIRECTREQUEST']._serialized_start=1548
-  _globals['_DIRECTREQUEST']._serialized_end=1614
-  _globals['_DIRECTRESPONSE']._serialized_start=1616
-  _globals['_DIRECTRESPONSE']._serialized_end=1687
-  _globals['_LISTREQUEST']._serialized_start=1690
-  _globals['_LISTREQUEST']._serialized_end=1866
-  _globals['_LISTRESPONSE']._serialized_start=1868
-  _globals['_LISTRESPONSE']._serialized_end=1975
-  _globals['_LISTAGENTSREQUEST']._serialized_start=1977
-  _globals['_LISTAGENTSREQUEST']._serialized_end=1996
-  _globals['_LISTAGENTSRESPONSE']._serialized_start=1998
-  _globals['_LISTAGENTSRESPONSE']._serialized_end=2074
-  _globals['_AGENTSNAPSHOT']._serialized_start=2077
-  _globals['_AGENTSNAPSHOT']._serialized_end=2469
-  _globals['_LISTSERVICESREQUEST']._serialized_start=2471
-  _globals['_LISTSERVICESREQUEST']._serialized_end=2518
-  _globals['_LISTSERVICESRESPONSE']._serialized_start=2520
-  _globals['_LISTSERVICESRESPONSE']._serialized_end=2604
-  _globals['_SERVICESNAPSHOT']._serialized_start=2606
-  _globals['_SERVICESNAPSHOT']._serialized_end=2724
-  _globals['_TASKSERVICE']._serialized_start=2727
-  _globals['_TASKSERVICE']._serialized_end=3174
-  _globals['_FLEETSERVICE']._serialized_start=3177
-  _globals['_FLEETSERVICE']._serialized_end=3371
+  _globals['_WATCHREQUEST']._serialized_start=1089
+  _globals['_WATCHREQUEST']._serialized_end=1239
+  _globals['_PROGRESSPOSITION']._serialized_start=1241
+  _globals['_PROGRESSPOSITION']._serialized_end=1331
+  _globals['_WATCHRESPONSE']._serialized_start=1334
+  _globals['_WATCHRESPONSE']._serialized_end=1577
+  _globals['_WATCHBATCH']._serialized_start=1579
+  _globals['_WATCHBATCH']._serialized_end=1649
+  _globals['_WATCHEDPROGRESS']._serialized_start=1652
+  _globals['_WATCHEDPROGRESS']._serialized_end=1791
+  _globals['_PROGRESSGAP']._serialized_start=1794
+  _globals['_PROGRESSGAP']._serialized_end=1945
+  _globals['_CANCELREQUEST']._serialized_start=1947
+  _globals['_CANCELREQUEST']._serialized_end=2013
+  _globals['_CANCELRESPONSE']._serialized_start=2015
+  _globals['_CANCELRESPONSE']._serialized_end=2082
+  _globals['_DIRECTREQUEST']._serialized_start=2084
+  _globals['_DIRECTREQUEST']._serialized_end=2150
+  _globals['_DIRECTRESPONSE']._serialized_start=2152
+  _globals['_DIRECTRESPONSE']._serialized_end=2223
+  _globals['_LISTREQUEST']._serialized_start=2226
+  _globals['_LISTREQUEST']._serialized_end=2402
+  _globals['_LISTRESPONSE']._serialized_start=2404
+  _globals['_LISTRESPONSE']._serialized_end=2511
+  _globals['_LISTAGENTSREQUEST']._serialized_start=2513
+  _globals['_LISTAGENTSREQUEST']._serialized_end=2532
+  _globals['_LISTAGENTSRESPONSE']._serialized_start=2534
+  _globals['_LISTAGENTSRESPONSE']._serialized_end=2610
+  _globals['_AGENTSNAPSHOT']._serialized_start=2613
+  _globals['_AGENTSNAPSHOT']._serialized_end=3005
+  _globals['_LISTSERVICESREQUEST']._serialized_start=3007
+  _globals['_LISTSERVICESREQUEST']._serialized_end=3054
+  _globals['_LISTSERVICESRESPONSE']._serialized_start=3056
+  _globals['_LISTSERVICESRESPONSE']._serialized_end=3140
+  _globals['_SERVICESNAPSHOT']._serialized_start=3142
+  _globals['_SERVICESNAPSHOT']._serialized_end=3260
+  _globals['_TASKSERVICE']._serialized_start=3263
+  _globals['_TASKSERVICE']._serialized_end=3710
+  _globals['_FLEETSERVICE']._serialized_start=3713
+  _globals['_FLEETSERVICE']._serialized_end=3907
 # @@protoc_insertion_point(module_scope)

@@ -245,19 +245,57 @@ class WatchRequest(message.Message):
 
     TASK_ID_FIELD_NUMBER: builtins.int
     AFTER_FIELD_NUMBER: builtins.int
+    POSITION_FIELD_NUMBER: builtins.int
+    BATCHED_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     """The task."""
     after: builtins.str
     """Cursor of the last progress seen; empty to begin at the first."""
+    batched: builtins.bool
+    """Whether several updates may come in one batch."""
+    @builtins.property
+    def position(self) -> ProgressPosition:
+        """Position of the last progress or gap seen. Without it, a gap directly after the cursor is not reported."""
+
     def __init__(
         self,
         *,
         task_id: builtins.str = ...,
         after: builtins.str = ...,
+        position: ProgressPosition | None = ...,
+        batched: builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["position", b"position"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["after", b"after", "batched", b"batched", "position", b"position", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ProgressPosition(message.Message):
+    """Position of a delta."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    INDEX_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
+    attempt: builtins.int
+    """The attempt."""
+    index: builtins.int
+    """Number of the delta within the attempt, from 1."""
+    number: builtins.int
+    """Number of the delta within the task, over all attempts, from 1."""
+    def __init__(
+        self,
+        *,
+        attempt: builtins.int = ...,
+        index: builtins.int = ...,
+        number: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["after", b"after", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "index", b"index", "number", b"number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -269,6 +307,8 @@ class WatchResponse(message.Message):
 
     TASK_FIELD_NUMBER: builtins.int
     PROGRESS_FIELD_NUMBER: builtins.int
+    GAP_FIELD_NUMBER: builtins.int
+    BATCH_FIELD_NUMBER: builtins.int
     @builtins.property
     def task(self) -> TaskSnapshot:
         """The current state of the task; sent first and at every transition."""
@@ -277,19 +317,51 @@ class WatchResponse(message.Message):
     def progress(self) -> WatchedProgress:
         """Progress of an attempt."""
 
+    @builtins.property
+    def gap(self) -> ProgressGap:
+        """Progress that the watcher cannot get."""
+
+    @builtins.property
+    def batch(self) -> WatchBatch:
+        """Several updates, in their order. Only for WatchRequest.batched."""
+
     def __init__(
         self,
         *,
         task: TaskSnapshot | None = ...,
         progress: WatchedProgress | None = ...,
+        gap: ProgressGap | None = ...,
+        batch: WatchBatch | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["news", b"news", "progress", b"progress", "task", b"task"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["batch", b"batch", "gap", b"gap", "news", b"news", "progress", b"progress", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["news", b"news", "progress", b"progress", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["batch", b"batch", "gap", b"gap", "news", b"news", "progress", b"progress", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_news: _TypeAlias = typing.Literal["task", "progress"]  # noqa: Y015
+    _WhichOneofReturnType_news: _TypeAlias = typing.Literal["task", "progress", "gap", "batch"]  # noqa: Y015
     _WhichOneofArgType_news: _TypeAlias = typing.Literal["news", b"news"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_news) -> _WhichOneofReturnType_news | None: ...
+
+@typing.final
+class WatchBatch(message.Message):
+    """Several updates of a watched task."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    UPDATES_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def updates(self) -> containers.RepeatedCompositeFieldContainer[WatchResponse]:
+        """The updates; none of them is a batch."""
+
+    def __init__(
+        self,
+        *,
+        updates: abc.Iterable[WatchResponse] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["updates", b"updates"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
 class WatchedProgress(message.Message):
@@ -301,6 +373,7 @@ class WatchedProgress(message.Message):
     ATTEMPT_FIELD_NUMBER: builtins.int
     INDEX_FIELD_NUMBER: builtins.int
     PAYLOAD_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
     cursor: builtins.str
     """Cursor of this progress, for WatchRequest.after."""
     attempt: builtins.int
@@ -309,6 +382,8 @@ class WatchedProgress(message.Message):
     """Number of the progress message within the attempt, from 1."""
     payload: builtins.bytes
     """The method's progress message, serialised."""
+    number: builtins.int
+    """Number of the delta within the task, over all attempts, from 1; 0 if it was stored by an older orchestrator."""
     def __init__(
         self,
         *,
@@ -316,10 +391,49 @@ class WatchedProgress(message.Message):
         attempt: builtins.int = ...,
         index: builtins.int = ...,
         payload: builtins.bytes = ...,
+        number: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "cursor", b"cursor", "index", b"index", "payload", b"payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "cursor", b"cursor", "index", b"index", "number", b"number", "payload", b"payload"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ProgressGap(message.Message):
+    """Deltas that are missing: the method's progress policy dropped them, the agent or the store lost them, or the store
+    trimmed them before the watcher read them.
+    """
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    CURSOR_FIELD_NUMBER: builtins.int
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    FIRST_INDEX_FIELD_NUMBER: builtins.int
+    LAST_INDEX_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
+    cursor: builtins.str
+    """Cursor for WatchRequest.after."""
+    attempt: builtins.int
+    """The attempt. If whole attempts are missing, the first of them."""
+    first_index: builtins.int
+    """Number of the first missing delta within the attempt."""
+    last_index: builtins.int
+    """Number of the last missing delta, counted on from the first."""
+    number: builtins.int
+    """Number of the last missing delta within the task, over all attempts."""
+    def __init__(
+        self,
+        *,
+        cursor: builtins.str = ...,
+        attempt: builtins.int = ...,
+        first_index: builtins.int = ...,
+        last_index: builtins.int = ...,
+        number: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "cursor", b"cursor", "first_index", b"first_index", "last_index", b"last_index", "number", b"number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

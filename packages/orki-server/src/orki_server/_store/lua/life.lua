@@ -53,7 +53,7 @@ local function finish(task)
   -- Without any orchestrator, Redis removes the keys a minute after the sweep would have done so.
   local last = whole(RETENTION + 60000)
   WRITES[#WRITES + 1] = { 'PEXPIRE', TASK .. task.id, last }
-  if task.has_progress == '1' then WRITES[#WRITES + 1] = { 'PEXPIRE', PROGRESS .. task.id, last } end
+  if task.progress_number > 0 then WRITES[#WRITES + 1] = { 'PEXPIRE', PROGRESS .. task.id, last } end
   if task.idempotency ~= '' then WRITES[#WRITES + 1] = { 'PEXPIRE', IDEMPOTENCY .. task.idempotency, last } end
 end
 

@@ -65,7 +65,8 @@ OPS.direct = function(a)
 end
 
 -- id, maximum number of progress entries, cursor ("" for the beginning)
--- -> nothing for an unknown task; else the fields of SNAPSHOT, then cursor, attempt, index and payload of each entry
+-- -> nothing for an unknown task; else the fields of SNAPSHOT, then cursor, attempt, index, payload, number and dropped
+--    of each entry
 OPS.read = function(a)
   if not load(a[1]) then return {} end
   flush()
@@ -75,7 +76,10 @@ OPS.read = function(a)
     local from = a[3] == '' and '-' or '(' .. a[3]
     for _, entry in ipairs(redis.call('XRANGE', PROGRESS .. a[1], from, '+', 'COUNT', a[2])) do
       local fields = entry[2]
-      for _, value in ipairs({ entry[1], fields[2], fields[4], fields[6] }) do values[#values + 1] = value end
+      -- Entries of an older version have no number.
+      for _, value in ipairs({ entry[1], fields[2], fields[4], fields[6], fields[8] or '0', fields[10] or '' }) do
+        values[#values + 1] = value
+      end
     end
   end
   return values
@@ -86,6 +90,16 @@ end
 -- -> accepted | repeated | stale, state afterwards, wait before the next attempt (ms; -1 for none)
 local function report_reply(status, task, wait)
   return { status, task and VISIBLE[task.state] or '0', whole(wait or -1) }
+end
+
+-- The task if the agent holds its attempt, and nil; or nil and the reply to a report that was accepted before or is stale.
+local function reporting(a)
+  local task, other = held(a[1], a[2], a[3])
+  local known = task or other
+  if known and known.result_fence == a[2] and known.result_agent == a[3] then
+    return nil, report_reply('repeated', known)
+  end
+  return task, report_reply('stale')
 end
 
 -- id, fence, agent
@@ -125,23 +139,30 @@ OPS.lose = function(a)
   return report_reply('accepted', task, end_attempt(task, 'OfferLost', REASON_LEASE_EXPIRED, a[4], '', true))
 end
 
--- id, fence, agent, number of entries kept, index, payload
+-- id, fence, agent, number of entries kept, index, payload, number of deltas before it that may be missing, "1" if it
+-- was dropped itself
+-- -> accepted | repeated | gap (deltas before it are missing) | stale, state afterwards, index of the last delta
 OPS.progress = function(a)
-  local task = held(a[1], a[2], a[3])
-  if not task then return report_reply('stale') end
+  local task, reply = reporting(a)
+  if not task then return { reply[1], reply[2], a[5] } end
   local index = tonumber(a[5])
-  if index <= task.progress_index then return report_reply('repeated', task) end
-  refuse_if_full()
+  local missing = index - task.progress_index - 1
+  local status = missing < 0 and 'repeated' or missing > tonumber(a[7]) and 'gap'
+  if status then return report_reply(status, task, task.progress_index) end
+  -- A full store takes the end of a gap: it is small, and the task's result follows and frees memory.
+  if a[8] ~= '1' then refuse_if_full() end
   typed(PROGRESS .. task.id, 'stream')
   move(task, 'Progressed')
-  WRITES[#WRITES + 1] = { 'XADD', PROGRESS .. task.id, 'MAXLEN', '~', a[4], '*', 'attempt', whole(task.attempt), 'index',
-    a[5], 'payload', a[6] }
-  task.progress_index, task.has_progress = index, '1'
+  task.progress_index, task.progress_number = index, task.progress_number + missing + 1
+  local entry = { 'XADD', PROGRESS .. task.id, 'MAXLEN', '~', a[4], '*', 'attempt', whole(task.attempt), 'index', a[5],
+    'payload', a[6], 'number', whole(task.progress_number) }
+  if a[8] == '1' then entry[#entry + 1], entry[#entry + 2] = 'dropped', '1' end
+  WRITES[#WRITES + 1] = entry
   local began = begin(task)
   heard(task)
   if task.stall_due > 0 then task.stall_due = NOW + options(task).stall end
   sort(task, not began)
-  return report_reply('accepted', task)
+  return report_reply('accepted', task, index)
 end
 
 -- agent, then id and fence of each attempt -> positions (from 0) of the stale ones
@@ -161,17 +182,6 @@ OPS.renew = function(a)
   return stale
 end
 
--- The task if the agent holds its attempt, and nil; or nil and the reply to a report that was accepted before or is stale.
-local function reporting(a)
-  local task, other = held(a[1], a[2], a[3])
-  local known = task or other
-  if known and known.result_fence == a[2] and known.result_agent == a[3] then
-    return nil, report_reply('repeated', known)
-  end
-  if task then touch(task) end
-  return task, report_reply('stale')
-end
-
 -- id, fence, agent, response
 OPS.succeed = function(a)
   local task, reply = reporting(a)
@@ -189,6 +199,7 @@ end
 OPS.fail = function(a)
   local task, reply = reporting(a)
   if not task then return reply end
+  touch(task)
   task.result_fence, task.result_agent = a[2], a[3]
   if a[4] == REASON_ABANDONED then return report_reply('accepted', task, abandon(task, a[4], a[5])) end
   return report_reply('accepted', task, end_attempt(task, 'AttemptFailed', a[4], a[5], a[6], a[7] == '1'))

@@ -1,0 +1,148 @@
+"""The replies of the script: tasks as they are read, and the answers to reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from orki.control.v1.attempt_pb2 import AttemptRef, Failure, TaskState
+from orki.control.v1.task_pb2 import TaskSnapshot
+from orki.errors.v1.errors_pb2 import Reason
+from orki_server._keys import SNAPSHOT, SPEC_FIELDS, STATE_FIELDS, unpack
+from orki_server._store.lifecycle import VISIBLE, Life
+
+
+@dataclass(frozen=True, slots=True)
+class StoredProgress:
+    """One entry of a task's progress.
+
+    Attributes:
+        cursor: Position in the task's stream.
+        attempt: The attempt.
+        index: Number of the delta within the attempt, from 1.
+        payload: The progress message, serialized.
+        number: Number of the delta over all attempts, from 1. A jump is a gap. 0 if an older version stored it.
+        dropped: Whether the delta itself is missing.
+    """
+
+    cursor: str
+    attempt: int
+    index: int
+    payload: bytes
+    number: int
+    dropped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TaskView:
+    """A task at one moment.
+
+    Attributes:
+        task: Its snapshot.
+        progress: Progress after the cursor.
+    """
+
+    task: TaskSnapshot
+    progress: tuple[StoredProgress, ...]
+
+
+def task_view(task_id: str, reply: list[bytes]) -> TaskView | None:
+    """Decode the reply of `read`. Raises ValueError or KeyError for a damaged record."""
+    if not reply:
+        return None
+    width = len(SNAPSHOT)
+    rows = (reply[at : at + 6] for at in range(width, len(reply), 6))
+    progress = (
+        StoredProgress(cursor.decode(), int(attempt), int(index), payload, int(number), dropped == b"1")
+        for cursor, attempt, index, payload, number, dropped in rows
+    )
+    return TaskView(task_snapshot(task_id, dict(zip(SNAPSHOT, reply[:width], strict=True))), tuple(progress))
+
+
+def task_snapshot(task_id: str, field: Mapping[str, bytes]) -> TaskSnapshot:
+    """Return the snapshot of a task from the fields of its hash. Raises ValueError or KeyError for a damaged record."""
+    now, spec = unpack(STATE_FIELDS, field["state"]), unpack(SPEC_FIELDS, field["spec"])
+    state = VISIBLE[Life[now["state"]]]
+    snapshot = TaskSnapshot(
+        task_id=task_id,
+        method=spec["method"],
+        state=state,
+        agent_id=now["agent_id"],
+        submitted_us=int(spec["submitted_us"]),
+        ended_us=int(now["ended_us"]),
+        traceparent=spec["traceparent"],
+        revision=int(now["revision"]),
+    )
+    if attempt := int(now["attempt"]):
+        snapshot.attempt.CopyFrom(AttemptRef(task_id=task_id, attempt=attempt, fence=int(now["fence"])))
+    if state == TaskState.TASK_STATE_SUCCEEDED:
+        snapshot.response = field.get("response", b"")
+    elif field["failure"]:
+        snapshot.failure.CopyFrom(_failure(*field["failure"].split(b"\x1f", 2)))
+    for entry in field["failures"].split(b"\x1e")[:-1]:
+        snapshot.earlier_failures.append(_failure(*entry.split(b"\x1f", 2)))
+    return snapshot
+
+
+def _failure(reason: bytes, error_type: bytes, message: bytes) -> Failure:
+    return Failure(
+        reason=Reason.ValueType(int(reason)),
+        message=message.decode(errors="replace"),
+        error_type=error_type.decode(errors="replace"),
+    )
+
+
+class ReportStatus(StrEnum):
+    """The outcome of a report."""
+
+    ACCEPTED = "accepted"
+    REPEATED = "repeated"
+    """It was accepted before."""
+    STALE = "stale"
+    """The agent does not hold the attempt, or no longer."""
+    GAP = "gap"
+    """Earlier progress of the attempt is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReportReply:
+    """The reply to a report.
+
+    Attributes:
+        status: Whether it was accepted.
+        state: The task's state afterwards; unspecified for a stale report.
+        retry_after: Wait before the next attempt; None if no attempt follows from this report.
+    """
+
+    status: ReportStatus
+    state: TaskState.ValueType
+    retry_after: float | None = None
+
+
+def report_reply(reply: list[bytes]) -> ReportReply:
+    """Decode the reply to a report."""
+    status, state, retry_ms = reply
+    retry_after = int(retry_ms) / 1000 if int(retry_ms) >= 0 else None
+    return ReportReply(ReportStatus(status.decode()), TaskState.ValueType(int(state)), retry_after)
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressReply:
+    """The reply to progress.
+
+    Attributes:
+        status: Whether it was stored.
+        state: The task's state afterwards; unspecified for a stale report.
+        index: Index of the attempt's last stored delta.
+    """
+
+    status: ReportStatus
+    state: TaskState.ValueType
+    index: int
+
+
+def progress_reply(reply: list[bytes]) -> ProgressReply:
+    """Decode the reply to progress."""
+    status, state, index = reply
+    return ProgressReply(ReportStatus(status.decode()), TaskState.ValueType(int(state)), int(index))
