@@ -218,13 +218,9 @@ def _status(error: Exception) -> int | None:
 
 
 def index_settings(given: str | None, environment: Mapping[str, str] = os.environ) -> IndexSettings:
-    """Return the index from an option, else from the settings of uv or pip, else the public index.
+    """Return the index at the given URL, else that of the settings of uv or pip, else the public index.
 
     Environment variables take precedence over files.
-
-    Args:
-        given: A URL, such as that of `--index`.
-        environment: The environment variables.
 
     Raises:
         InvalidSetting: A settings file of uv or pip cannot be read.

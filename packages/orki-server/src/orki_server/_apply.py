@@ -56,7 +56,7 @@ class Applied:
         name: Name of the service or stream; `STREAM/GROUP` for a group.
         version: Version of its package; empty if unknown.
         digest: Digest of the contract.
-        outcome: `applied`, `in use` (registered and used already) or `older` (a registered contract evolved from it).
+        outcome: `applied`, `in use` (registered and used already) or `older` (a newer version is registered).
     """
 
     kind: str

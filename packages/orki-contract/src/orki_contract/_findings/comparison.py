@@ -9,9 +9,10 @@ from functools import cached_property
 from typing import Any, Final
 
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from google.protobuf.message import Message
 
 from orki_contract._findings.rules import RULES, Bump
-from orki_contract.descriptors import OPTIONS_PACKAGE, Location, MessageNode, MethodNode
+from orki_contract.descriptors import OPTIONS_PACKAGE, Location, MessageNode, MethodNode, Path, field_path
 from orki_contract.model import ExternalGroup, Frame, Stream, TaskMethod, ToolMethod
 from orki_contract.read import ReadContract
 
@@ -204,16 +205,22 @@ class Side:
     def message_place(self, message: str, option: str = "", *inside: str | int) -> Location:
         """Return the location of a message or of a part of its option."""
         node = self.schema.messages[message]
-        if not option or self.schema.option(node.proto.options, option) is None:
-            return self.schema.location(node.file.name, node.path)
-        return self.schema.locate(node.file.name, node.path, node.proto.options, option, *inside)
+        return self._place(node.file.name, node.path, node.proto.options, option, *inside)
+
+    def field_place(self, message: MessageNode, index: int, option: str = "") -> Location:
+        """Return the location of a field or of one of its options."""
+        options = message.proto.field[index].options
+        return self._place(message.file.name, field_path(message, index), options, option)
 
     def method_place(self, full_name: str, option: str = "", *inside: str | int) -> Location:
         """Return the location of an rpc or of a part of its option."""
         file, method = self.methods[full_name]
-        if not option or self.schema.option(method.proto.options, option) is None:
-            return self.schema.location(file, method.path)
-        return self.schema.locate(file, method.path, method.proto.options, option, *inside)
+        return self._place(file, method.path, method.proto.options, option, *inside)
+
+    def _place(self, file: str, path: Path, options: Message, option: str, *inside: str | int) -> Location:
+        if not option or self.schema.option(options, option) is None:
+            return self.schema.location(file, path)
+        return self.schema.locate(file, path, options, option, *inside)
 
 
 class Comparison:

@@ -14,7 +14,7 @@ from google.protobuf.descriptor_pb2 import FieldDescriptorProto
 
 from orki_contract._findings.comparison import Comparison, Places, Plane, Side, left_at, was
 from orki_contract._findings.shapes import reserves, withdrawn
-from orki_contract.descriptors import Location, MessageNode, field_path
+from orki_contract.descriptors import Location, MessageNode
 from orki_contract.model import Frame, FrameField
 
 
@@ -220,8 +220,5 @@ def _field_place(side: Side, node: MessageNode, name: str, option: str = "") -> 
     """Return the location of a field or of one of its options."""
     for index, field in enumerate(node.proto.field):
         if field.name == name:
-            path = field_path(node, index)
-            if option and side.schema.option(field.options, option) is not None:
-                return side.schema.locate(node.file.name, path, field.options, option)
-            return side.schema.location(node.file.name, path)
+            return side.field_place(node, index, option)
     return side.schema.location(node.file.name, node.path)

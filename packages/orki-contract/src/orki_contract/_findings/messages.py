@@ -17,7 +17,7 @@ from orki_contract._findings.shapes import (
     shape_of,
     withdrawn,
 )
-from orki_contract.descriptors import Location, MessageNode, Path, field_path
+from orki_contract.descriptors import Location, MessageNode, Path
 
 
 def compare(comparison: Comparison) -> None:
@@ -133,10 +133,10 @@ class _Message:
         _report(self._comparison, rule, self._is, field, text, places)
 
     def _old(self, field: FieldShape) -> Location:
-        return self._comparison.old.schema.location(self._was.file.name, field_path(self._was, field.index))
+        return self._comparison.old.field_place(self._was, field.index)
 
     def _new(self, field: FieldShape) -> Location:
-        return self._comparison.new.schema.location(self._is.file.name, field_path(self._is, field.index))
+        return self._comparison.new.field_place(self._is, field.index)
 
 
 def _sensitive(comparison: Comparison, before: MessageNode, after: MessageNode) -> None:
@@ -152,8 +152,8 @@ def _sensitive(comparison: Comparison, before: MessageNode, after: MessageNode) 
         if was_hidden == is_hidden:
             continue
         places = (
-            _field_place(comparison.old, before, [*before.proto.field].index(origins[0])),
-            _field_place(comparison.new, after, index),
+            comparison.old.field_place(before, [*before.proto.field].index(origins[0]), "sensitive"),
+            comparison.new.field_place(after, index, "sensitive"),
         )
         if was_hidden:
             text = "is no longer sensitive: audit, logs and traces show it"
@@ -164,14 +164,6 @@ def _sensitive(comparison: Comparison, before: MessageNode, after: MessageNode) 
 
 def _marks(side: Side, node: MessageNode) -> Mapping[str, bool]:
     return {field.name: bool(side.schema.option(field.options, "sensitive")) for field in node.proto.field}
-
-
-def _field_place(side: Side, node: MessageNode, index: int) -> Location:
-    path = field_path(node, index)
-    options = node.proto.field[index].options
-    if side.schema.option(options, "sensitive") is not None:
-        return side.schema.locate(node.file.name, path, options, "sensitive")
-    return side.schema.location(node.file.name, path)
 
 
 def _whole(side: Side, node: MessageNode) -> Location:
@@ -279,29 +271,29 @@ class _Enum:
         before, after = names_by_number(self._was), names_by_number(self._is)
         numbers = {value.name: value.number for value in self._is.value}
         for value in self._was.value:
-            place = self._old_value(value.name)
             now = numbers.get(value.name)
             if now is not None and now != value.number:
                 text = f"changed the number of {value.name}: {value.number} → {now}"
-                self._report("ORKI_ENUM_VALUE_RENUMBERED", text, (place, self._new_value(value.name)))
+                self._report("ORKI_ENUM_VALUE_RENUMBERED", text, self._places(value.name, value.name))
             elif value.number not in after:
-                text = f"lost {value.name} = {value.number}{left_at(place)}"
-                self._report("ORKI_ENUM_VALUE_REMOVED", text, (place, _enum_place(self._comparison.new, self._name)))
+                places = self._places(value.name, "")
+                text = f"lost {value.name} = {value.number}{left_at(places[0])}"
+                self._report("ORKI_ENUM_VALUE_REMOVED", text, places)
             elif now is None:
                 heir = after[value.number][0]
                 text = f"renamed {value.number} from {value.name} to {heir}"
-                self._report("ORKI_ENUM_VALUE_RENAMED", text, (place, self._new_value(heir)))
+                self._report("ORKI_ENUM_VALUE_RENAMED", text, self._places(value.name, heir))
         self._shown(before, after)
         self._closed([number for number in after if number not in before])
         former = {value.name for value in self._was.value}
         for value in self._is.value:
             if value.name not in former:
                 text = f"gained {value.name} = {value.number}"
-                self._report("ORKI_ENUM_VALUE_ADDED", text, (None, self._new_value(value.name)))
+                self._report("ORKI_ENUM_VALUE_ADDED", text, (None, self._places("", value.name)[1]))
         lost = withdrawn(self._was, self._is)
         if lost is not None:
             text = f"no longer reserves {lost}: old values could be misread"
-            self._report("ORKI_ENUM_RESERVED_WITHDRAWN", text, self._whole())
+            self._report("ORKI_ENUM_RESERVED_WITHDRAWN", text, self._places("", ""))
 
     def _shown(self, before: Mapping[int, tuple[str, ...]], after: Mapping[int, tuple[str, ...]]) -> None:
         """Compare the primary names; the first name of a number is used in JSON."""
@@ -309,29 +301,23 @@ class _Enum:
             heirs = after.get(number, names)
             if heirs[0] != names[0] and names[0] in heirs:
                 text = f"changed the primary name of {number} from {names[0]} to {heirs[0]}"
-                places = self._old_value(names[0]), self._new_value(heirs[0])
-                self._report("ORKI_ENUM_VALUE_RENAMED", text, places)
+                self._report("ORKI_ENUM_VALUE_RENAMED", text, self._places(names[0], heirs[0]))
 
     def _closed(self, added: list[int]) -> None:
         closings = [closed(side.schema, self._name) for side in (self._comparison.old, self._comparison.new)]
         if closings[0] != closings[1]:
             text = f"is {'closed' if closings[1] else 'open'} now: readers handle unknown values differently"
-            self._report("ORKI_ENUM_CLOSED_CHANGED", text, self._whole())
+            self._report("ORKI_ENUM_CLOSED_CHANGED", text, self._places("", ""))
         elif closings[0] and added:
             text = f"is closed and gained {min(added)}: older readers treat it as an absent field"
-            self._report("ORKI_ENUM_CLOSED_GROWN", text, self._whole())
+            self._report("ORKI_ENUM_CLOSED_GROWN", text, self._places("", ""))
 
     def _report(self, rule: str, text: str, places: Places) -> None:
         _report_enum(self._comparison, rule, self._comparison.new, self._name, text, places)
 
-    def _whole(self) -> Places:
-        return _enum_place(self._comparison.old, self._name), _enum_place(self._comparison.new, self._name)
-
-    def _old_value(self, name: str) -> Location:
-        return _enum_place(self._comparison.old, self._name, name)
-
-    def _new_value(self, name: str) -> Location:
-        return _enum_place(self._comparison.new, self._name, name)
+    def _places(self, old: str, new: str) -> tuple[Location, Location]:
+        """Return the locations of two values; an empty name is the enum itself."""
+        return _enum_place(self._comparison.old, self._name, old), _enum_place(self._comparison.new, self._name, new)
 
 
 def _enum_place(side: Side, name: str, value: str = "") -> Location:

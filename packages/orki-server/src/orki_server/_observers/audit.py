@@ -184,7 +184,7 @@ async def run_audit(redis_url: str, log: AuditLog, stopped: asyncio.Event) -> No
 
     Raises:
         InvalidSetting: The file or the URL cannot be used.
-        OrkiError: The event server refuses permanently.
+        OrkiError: Redis refuses the connection or a command, and a retry would not help.
     """
     events = connect(redis_url, options=EventOptions(dedupe_window=0))
     removed = log.open()

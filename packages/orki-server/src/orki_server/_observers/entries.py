@@ -327,7 +327,7 @@ async def poll_registry(
     Retryable errors are logged and retried.
 
     Raises:
-        OrkiError: The server refuses permanently.
+        OrkiError: Redis refuses the connection or a command, and a retry would not help.
     """
     failing = False
     while not stopped.is_set():
