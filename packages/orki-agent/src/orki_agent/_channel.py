@@ -79,7 +79,9 @@ class SessionChannel:
         failures = 0
         try:
             while not self._done():
-                channel = channel or open_channel(self._peer, settings.max_message_bytes)
+                channel = channel or open_channel(
+                    self._peer.target, settings.max_message_bytes, authority=self._peer.name
+                )
                 connected_at = self._loop.time()
                 lost = await self._one_stream(channel)
                 if self._done():

@@ -228,15 +228,21 @@ def _is_address(host: str) -> bool:
     return True
 
 
-def open_channel(target: str | Peer, max_message_bytes: int = DEFAULT_MESSAGE_BYTES) -> grpc.aio.Channel:
-    """Open a channel to an orchestrator. It connects at the first call and belongs to the running event loop."""
+def open_channel(
+    target: str, max_message_bytes: int = DEFAULT_MESSAGE_BYTES, *, authority: str = ""
+) -> grpc.aio.Channel:
+    """Open a channel to an orchestrator. It connects at the first call and belongs to the running event loop.
+
+    Args:
+        target: `HOST:PORT`.
+        max_message_bytes: Maximum message size in either direction.
+        authority: The address as it was given, where `target` is one that it resolved to.
+    """
     import grpc
 
     options = channel_options(max_message_bytes)
-    if isinstance(target, Peer):
-        if target.name != target.target:
-            options.append(("grpc.default_authority", target.name))
-        target = target.target
+    if authority:
+        options.append(("grpc.default_authority", authority))
     if is_loopback(target.rpartition(":")[0].strip("[]")):
         options.append(("grpc.enable_http_proxy", 0))
     return grpc.aio.insecure_channel(target, options=options, compression=grpc.Compression.NoCompression)
