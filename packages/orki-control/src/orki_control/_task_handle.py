@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
@@ -45,6 +45,7 @@ class TaskCalls(Protocol):
     """The calls that a handle makes; implemented by `Client`."""
 
     def watch(self, task_id: str, *, after: str = "") -> AsyncGenerator[WatchResponse, None]: ...
+    async def wait_end(self, task_id: str) -> TaskSnapshot: ...
     async def cancel(self, task_id: str, message: str = "") -> TaskSnapshot: ...
     async def direct(self, task_id: str, directive: Message | bytes) -> AttemptRef: ...
 
@@ -56,12 +57,36 @@ class SubmittedTask(Generic[R, P, D]):
         snapshot: The task when it was last read. It may hold no more than the task id.
     """
 
-    __slots__ = ("_calls", "_task", "snapshot")
+    __slots__ = ("_calls", "_ended", "_release", "_task", "snapshot")
 
-    def __init__(self, calls: TaskCalls, task: Task[Any, R, P, D], snapshot: TaskSnapshot) -> None:
+    def __init__(
+        self,
+        calls: TaskCalls,
+        task: Task[Any, R, P, D],
+        snapshot: TaskSnapshot,
+        ended: asyncio.Future[Any] | None = None,
+        release: Callable[[], None] | None = None,
+    ) -> None:
+        """Create a handle.
+
+        Args:
+            calls: The client.
+            task: The method.
+            snapshot: What is known of the task.
+            ended: Receives the terminal snapshot, if the task is watched already, or an error.
+            release: Ends that watch.
+        """
         self._calls = calls
         self._task = task
+        self._ended = ended
+        self._release = release
         self.snapshot = snapshot
+
+    def release(self) -> None:
+        """End the watch that the handle was created with."""
+        self._ended = None
+        if self._release is not None:
+            self._release()
 
     def __repr__(self) -> str:
         return f"<{self._task.contract.full_name} task {self.task_id}>"
@@ -102,9 +127,8 @@ class SubmittedTask(Generic[R, P, D]):
         """
         if self.snapshot.state not in TERMINAL_STATES:
             try:
-                async with asyncio.timeout(timeout), aclosing(self._watch()) as payloads:
-                    async for _ in payloads:
-                        pass
+                async with asyncio.timeout(timeout):
+                    await self._wait_end()
             except TimeoutError:
                 raise WaitTimeout(
                     f"task {self.task_id} did not end within {timeout} s; it goes on, and you can wait for it again"
@@ -113,6 +137,17 @@ class SubmittedTask(Generic[R, P, D]):
             raise error_of(self.snapshot)
         response: R = self._decoded(self._task.response, self.snapshot.response)
         return response
+
+    async def _wait_end(self) -> None:
+        ended = self._ended
+        if ended is not None:
+            outcome = await asyncio.shield(ended)
+            if isinstance(outcome, TaskSnapshot):
+                self.snapshot = outcome
+                return
+            # The watch failed; another one either succeeds or tells why not.
+            self._ended = None
+        self.snapshot = await self._calls.wait_end(self.task_id)
 
     async def cancel(self, message: str = "") -> None:
         """Cancel the task; has no effect when it has ended."""

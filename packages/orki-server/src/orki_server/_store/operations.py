@@ -38,8 +38,12 @@ def new_task_id(shard: int) -> str:
 
     The id is `t<shard>-` and 26 characters that sort by time: 48 bits of milliseconds, then 80 random bits.
     """
-    number = int(time.time() * 1000) << 80 | int.from_bytes(os.urandom(10))
-    return f"t{shard}-" + "".join(_DIGITS[number >> shift & 31] for shift in range(125, -1, -5))
+    return known_task_id(shard, int(time.time() * 1000) << 80 | int.from_bytes(os.urandom(10)))
+
+
+def known_task_id(shard: int, number: int) -> str:
+    """Return the id of a task of a shard whose 128 bits are given."""
+    return f"t{shard}-" + "".join([_DIGITS[number >> shift & 31] for shift in range(125, -1, -5)])
 
 
 def shard_of(task_id: str) -> int:
@@ -278,11 +282,15 @@ class ReportReply:
         status: Whether it was accepted.
         state: The task's state afterwards; unspecified for a stale report.
         retry_after: Wait before the next attempt; None if no attempt follows from this report.
+        revision: Revision of the task afterwards; 0 for a stale report.
+        time_us: Time of the transition, in microseconds since the Unix epoch.
     """
 
     status: ReportStatus
     state: TaskState.ValueType
     retry_after: float | None = None
+    revision: int = 0
+    time_us: int = 0
 
 
 def _report(op: str, agent_id: str, attempt: AttemptKey, *details: Argument) -> Operation[ReportReply]:
@@ -291,9 +299,11 @@ def _report(op: str, agent_id: str, attempt: AttemptKey, *details: Argument) -> 
 
 
 def _report_reply(reply: list[bytes]) -> ReportReply:
-    status, state, retry_ms = reply
+    status, state, retry_ms, revision, time_us = reply
     retry_after = int(retry_ms) / 1000 if int(retry_ms) >= 0 else None
-    return ReportReply(ReportStatus(status.decode()), TaskState.ValueType(int(state)), retry_after)
+    return ReportReply(
+        ReportStatus(status.decode()), TaskState.ValueType(int(state)), retry_after, int(revision), int(time_us)
+    )
 
 
 def accept(agent_id: str, attempt: AttemptKey) -> Operation[ReportReply]:

@@ -86,9 +86,11 @@ end
 
 -- --- reports of agents: only the holder of the current fence changes anything, everybody else gets `stale` ---
 
--- -> accepted | repeated | stale, state afterwards, wait before the next attempt (ms; -1 for none)
+-- -> accepted | repeated | stale, state afterwards, wait before the next attempt (ms; -1 for none), revision, time (us)
 local function report_reply(status, task, wait)
-  return { status, task and VISIBLE[task.state] or '0', whole(wait or -1) }
+  return {
+    status, task and VISIBLE[task.state] or '0', whole(wait or -1), whole(task and task.revision or 0), whole(NOW_US),
+  }
 end
 
 -- id, fence, agent
