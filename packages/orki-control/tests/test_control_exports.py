@@ -25,6 +25,13 @@ PUBLIC = {
         *("ProgressArrived", "ReportsRefused", "ResultsAcknowledged", "ResultsArrived", "Revocation"),
         *("SessionClosed", "SessionEnded", "SessionLost", "SessionOpened"),
     ],
+    "orki_control.submitter": [
+        *("CLIENT", "REQUEST", "SERVING", "Answered", "CancelArrived", "ClientEvent", "ClientSession"),
+        *("ClientSessionOptions", "ClientState", "CreditArrived", "DirectiveArrived", "Failed"),
+        *("OrchestratorDraining", "Request", "RequestState", "ServingEvent", "ServingOptions", "ServingSession"),
+        *("ServingState", "SessionEnded", "SessionLost", "SessionOpened", "SubmissionsArrived", "Updated"),
+        *("WatchArrived", "WatchClosed"),
+    ],
     "orki_control.transport": [
         *("MESSAGE_CHARACTERS", "REASON_KEY", "ChannelOptions", "abort", "channel_options", "check_target"),
         *("error_from", "is_loopback", "open_channel", "server_options", "typed_error"),

@@ -1,4 +1,4 @@
-"""The client's shell of the submitters' session: one gRPC stream, opened when it is needed and again when it is lost."""
+"""The client's shell of the submitters' session: one gRPC stream, opened when needed and again when lost."""
 
 from __future__ import annotations
 
