@@ -25,7 +25,7 @@ from orki_server._store.operations import TaskView
 from orki_server._store.store import Store
 
 _POLL: Final = 1.0
-"""Time without news after which a watched task is read."""
+"""Time between two polls; each reads the watched tasks that have not changed since the one before."""
 _READS: Final = 64
 """Maximum number of reads under way: bounds the responses in memory."""
 _RECENT: Final = 8_192
@@ -65,7 +65,7 @@ Sink: TypeAlias = Callable[[TaskSnapshot | OrkiError], None]
 @dataclass(slots=True, eq=False)
 class _Entry:
     task: TaskSnapshot | None
-    news_at: float
+    fresh: bool = True
     sinks: list[Sink] = field(default_factory=list)
     reading: bool = False
 
@@ -85,14 +85,14 @@ class ResultWatches:
         """Remember a new task."""
         entry = self._entries.get(task.task_id)
         if entry is None:
-            self._entries[task.task_id] = _Entry(task, _now())
+            self._entries[task.task_id] = _Entry(task)
             self._remember(task.task_id)
 
     def add(self, task_id: str, sink: Sink) -> None:
         """Watch a task. The sink is called once, perhaps at once."""
         entry = self._entries.get(task_id)
         if entry is None:
-            entry = self._entries[task_id] = _Entry(None, _now(), [sink])
+            entry = self._entries[task_id] = _Entry(None, sinks=[sink])
             self._read(task_id, entry)
             return
         self._recent.pop(task_id, None)
@@ -115,7 +115,7 @@ class ResultWatches:
         if entry is None:
             return
         if not ended:
-            entry.news_at = _now()
+            entry.fresh = True
             return
         task = entry.task
         if end is None or task is None or end.attempt.attempt > 1 or not end.ended_us:
@@ -138,13 +138,13 @@ class ResultWatches:
     async def run(self) -> None:
         """Read watched tasks without news, until cancelled."""
         while True:
-            await asyncio.sleep(_POLL / 2)
+            await asyncio.sleep(_POLL)
             if not self._store.up:
                 continue
-            before = _now() - _POLL
-            for task_id, entry in self._entries.items():
-                if entry.news_at < before and entry.sinks:
+            for task_id, entry in list(self._entries.items()):
+                if entry.sinks and not entry.fresh:
                     self._read(task_id, entry)
+                entry.fresh = False
 
     # --- Parts. ---
 
@@ -203,7 +203,6 @@ class ResultWatches:
 
     def _arrived(self, task_id: str, entry: _Entry, view: TaskView | None) -> None:
         entry.reading = False
-        entry.news_at = _now()
         if view is None:
             self._deliver(task_id, entry, UnknownTask(f"there is no task {task_id}"))
         elif view.task.state in TERMINAL:
@@ -222,9 +221,5 @@ class ResultWatches:
             # The store may have lost tasks, and changes may have been missed.
             for task_id in list(self._recent):
                 self._forget(task_id)
-            for task_id, entry in self._entries.items():
+            for task_id, entry in list(self._entries.items()):
                 self._read(task_id, entry)
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

@@ -11,7 +11,7 @@ import itertools
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import TaskState
@@ -28,9 +28,6 @@ from orki_server._store.operations import (
     shard_of_key,
     submission_digest,
 )
-
-if TYPE_CHECKING:
-    from orki_server._tasks import RequestRules
 
 SUBMISSION_ID_BYTES: Final = 16
 """Length of a submission id: 6 bytes of milliseconds, then random bytes."""
@@ -54,14 +51,17 @@ class Pending:
 
 
 class Submissions:
-    """Checks submissions and gives them their task ids. It calls `on_new` with the id and the shard of a new task."""
+    """Checks submissions, by `rules` first, and gives them their task ids.
+
+    It calls `on_new` with the id and the shard of a new task.
+    """
 
     def __init__(
         self,
         shards: int,
         registry: ContractRegistry,
         payloads: PayloadCheck,
-        rules: RequestRules,
+        rules: Callable[[pb.Submission], None],
         on_new: Callable[[str, int], None],
     ) -> None:
         self._shards = shards
@@ -79,14 +79,14 @@ class Submissions:
             UnknownMethod: The method is not registered.
             StoreUnavailable: The contract is not cached, and the store is down.
         """
-        self._rules.submission(submission)
+        self._rules(submission)
         method = await self._registry.method(submission.method)
         await self._payloads.request(method, submission.request)
         return method
 
     def check_cached(self, submission: pb.Submission) -> TaskMethod | None:
         """Check a submission by the cache; None if `check` must read the contract. Raises as `check`."""
-        self._rules.submission(submission)
+        self._rules(submission)
         method = self._registry.cached(submission.method)
         if method is None or not self._payloads.request_cached(method, submission.request):
             return None

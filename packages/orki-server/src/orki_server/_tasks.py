@@ -279,7 +279,7 @@ class TaskServicer(TaskServiceServicer):
         self._watchers = watchers
         self._rules = rules
         self._on_queued = on_queued
-        self.submissions = Submissions(store.shards, registry, payloads, rules, self._created)
+        self.submissions = Submissions(store.shards, registry, payloads, rules.submission, self._created)
         self.draining = False
 
     def _created(self, task_id: str, shard: int) -> None:
