@@ -198,7 +198,7 @@ class Pair:
     def up(self) -> list[Any]:
         """Move all messages of the client."""
         events: list[Any] = []
-        while (batch := self.client.messages_to_send()) is not None:
+        while (batch := self.client.messages_to_send(self.now)) is not None:
             events += self.serving.receive_batch(batch.messages)
         return events
 
@@ -238,9 +238,9 @@ def delta(index: int) -> WatchResponse:
     return WatchResponse(progress=WatchedProgress(cursor=f"{index}-0", index=index))
 
 
-def sent(machine: Any) -> list[Any]:
+def sent(machine: Any, *now: float) -> list[Any]:
     messages: list[Any] = []
-    while (batch := machine.messages_to_send()) is not None:
+    while (batch := machine.messages_to_send(*now)) is not None:
         messages += batch.messages
     return messages
 
@@ -275,7 +275,7 @@ def test_everything_that_gathered_leaves_in_one_batch_of_bounded_size() -> None:
     for _ in range(300):
         pair.submit(b"x" * 2000)
     sizes = []
-    while (batch := pair.client.messages_to_send()) is not None:
+    while (batch := pair.client.messages_to_send(pair.now)) is not None:
         sizes.append((len(batch.messages), batch.ByteSize()))
         pair.serving.receive_batch(batch.messages)
     assert sum(count for count, _ in sizes) == 300
@@ -358,23 +358,24 @@ def test_a_cut_repeats_what_was_not_answered_and_watches_again() -> None:
     cancel = pair.client.cancel(CancelRequest(task_id="t8"))
     direct = pair.client.direct(DirectRequest(task_id="t7"))
     pair.up()
-    pair.serving.accept(1, task("t1"))
-    pair.serving.update(3, delta(1))
-    pair.serving.update(3, delta(2))
+    # The cancel and the directive went first.
+    pair.serving.accept(accepted.number, task("t1"))
+    pair.serving.update(watch.number, delta(1))
+    pair.serving.update(watch.number, delta(2))
     pair.down()
-    pair.serving.accept(2, task("t2"))  # the answer is lost
+    pair.serving.accept(unanswered.number, task("t2"))  # the answer is lost
     events = pair.cut()
     assert [(type(event), event.request) for event in events] == [(Failed, direct)]
     assert isinstance(events[0].error, OrchestratorUnavailable)
     again = pair.up()
-    assert [type(event) for event in again] == [WatchArrived, SubmissionsArrived, WatchArrived, CancelArrived]
-    assert again[0].watch == pb.TaskWatch(task_id="t1", mode=RESULT)
-    ((number, submit),) = again[1].submissions
+    assert [type(event) for event in again] == [CancelArrived, WatchArrived, SubmissionsArrived, WatchArrived]
+    assert again[1].watch == pb.TaskWatch(task_id="t1", mode=RESULT)
+    ((number, submit),) = again[2].submissions
     assert submit.repeated
     assert submit.submission_id == b"b" * 16
-    assert again[2].watch == pb.TaskWatch(task_id="t9", mode=ALL, after="2-0", credit=3)
+    assert again[3].watch == pb.TaskWatch(task_id="t9", mode=ALL, after="2-0", credit=3)
     pair.serving.accept(number, task("t2"))
-    pair.serving.cancelled(again[3].number, task("t8"))
+    pair.serving.cancelled(again[0].number, task("t8"))
     assert {event.request for event in pair.down()} == {unanswered, cancel}
     assert accepted.state is watch.state is RequestState.WATCHING
 
@@ -538,12 +539,40 @@ def test_a_client_that_waits_pings_and_a_silent_orchestrator_loses_the_session()
         due = pair.client.next_timer()
         assert due == pair.now + 3.0 * number
         assert pair.client.handle_timer(due) == []
-        assert [each.WhichOneof("body") for each in sent(pair.client)] == ["ping"]
+        assert [each.WhichOneof("body") for each in sent(pair.client, pair.now)] == ["ping"]
     due = pair.client.next_timer()
     assert due is not None
     (event,) = pair.client.handle_timer(due)
     assert isinstance(event, SessionLost)
     assert watch.state is RequestState.WAITING
+
+
+def test_a_session_without_requests_may_be_silent_for_long() -> None:
+    pair = Pair().opened()
+    pair.now += 1000.0
+    assert pair.client.next_timer() is None
+    pair.client.watch("t1", RESULT)
+    pair.up()
+    assert pair.client.next_timer() == pair.now + 3.0
+
+
+def test_a_cancel_overtakes_requests_that_wait() -> None:
+    pair = Pair(max_watches=1).opened()
+    for number in range(3):
+        pair.client.watch(f"t{number}", RESULT)
+    pair.client.cancel(CancelRequest(task_id="t0"))
+    assert [type(event) for event in pair.up()] == [CancelArrived, WatchArrived]
+
+
+def test_a_submission_that_is_given_up_leaves_no_watch() -> None:
+    pair = Pair().opened()
+    request = pair.submit(watch=RESULT)
+    pair.up()
+    pair.client.abandon(request)
+    pair.up()
+    pair.serving.accept(1, task())
+    assert pair.down() == []
+    assert pair.serving.watches == 0
 
 
 def test_a_ping_is_answered() -> None:
@@ -693,7 +722,7 @@ def test_nothing_acknowledged_is_lost_or_doubled_over_any_cuts(seed: int) -> Non
         if move == "submit" and len(requests) < 20:
             name = bytes([len(requests)])
             requests[pair.submit(name, watch=draw.choice([RESULT, pb.WATCH_MODE_UNSPECIFIED]))] = []
-        elif move == "up" and (batch := pair.client.messages_to_send()) is not None:
+        elif move == "up" and (batch := pair.client.messages_to_send(pair.now)) is not None:
             take(pair.serving.receive_batch(batch.messages))
         elif move == "down" and (replies := pair.serving.messages_to_send()) is not None:
             give(pair.client.receive_batch(replies.messages, pair.now))

@@ -72,6 +72,12 @@ class RawClient:
                 self.replies += batch.messages
         return self.replies.pop(0)
 
+    async def to_end(self) -> None:
+        """Read to the end of the stream; raises its error."""
+        async with asyncio.timeout(10):
+            while (await self.call.read()) is not grpc.aio.EOF:
+                pass
+
     async def quiet(self, wait: float = 0.3) -> bool:
         """Return whether nothing arrives for a while; the stream is of no use afterwards."""
         with contextlib.suppress(TimeoutError):
@@ -443,35 +449,37 @@ async def test_a_client_that_does_not_read_fills_no_memory_and_misses_nothing(
             results.add(reply.request)
 
 
+HELLO = sb.SubmitterMessage(hello=sb.SubmitterHello(protocol_min=1, protocol_max=1, max_message_bytes=4096))
+FUTURE = sb.SubmitterMessage(hello=sb.SubmitterHello(protocol_min=5, protocol_max=5, max_message_bytes=4096))
+
+
 @pytest.mark.parametrize(
-    "messages",
+    ("messages", "reason"),
     [
-        [submit(1)],
-        [sb.SubmitterMessage(hello=sb.SubmitterHello(protocol_min=5, protocol_max=5, max_message_bytes=4096))],
-        [sb.SubmitterMessage(hello=sb.SubmitterHello(protocol_min=1, protocol_max=1, max_message_bytes=4096))] * 2,
+        ([submit(1)], "REASON_PROTOCOL_VIOLATION"),
+        ([FUTURE], "REASON_PROTOCOL_VERSION"),
+        ([HELLO, HELLO], "REASON_PROTOCOL_VIOLATION"),
+        ([HELLO, submit(1), submit(1)], "REASON_PROTOCOL_VIOLATION"),
     ],
 )
-async def test_a_protocol_violation_ends_its_stream_only(
-    orchestrator: Orchestrator, client: Client, stand_in: Make, messages: list[sb.SubmitterMessage]
+async def test_a_protocol_violation_ends_its_stream_with_its_reason(
+    orchestrator: Orchestrator, client: Client, stand_in: Make, messages: list[sb.SubmitterMessage], reason: str
 ) -> None:
     await stand_in(orchestrator.address).ready()
     async with grpc.aio.insecure_channel(orchestrator.address) as channel:
         stream = RawClient(channel)
         await stream.say(*messages)
-        async with asyncio.timeout(10):
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                while (await stream.call.read()) is not grpc.aio.EOF:
-                    pass
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stream.to_end()
+    assert ("orki-reason", reason) in [tuple(each) for each in caught.value.trailing_metadata() or ()]
     await client.call(DO, body(), timeout=10)
 
 
 async def test_a_stream_without_hello_ends(orchestrator: Orchestrator) -> None:
     orchestrator._submitter_sessions._options = ServingOptions(orchestrator_id="o", hello_timeout=0.2)
     async with grpc.aio.insecure_channel(orchestrator.address) as channel:
-        call: Any = SubmitterServiceStub(channel).Open()
-        async with asyncio.timeout(10):
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                assert (await call.read()) is grpc.aio.EOF
+        with pytest.raises(grpc.aio.AioRpcError, match="no hello in time"):
+            await RawClient(channel).to_end()
     assert orchestrator._submitter_sessions._open == set()
 
 

@@ -137,7 +137,8 @@ class Client:
             TooLarge: The request exceeds the maximum message size.
             OrchestratorUnavailable: The orchestrator was unavailable for longer than `patience`.
         """
-        return await self._submit_one(task, request, idempotency_key, watched=False)
+        handle, _ = await self._submit_one(task, request, idempotency_key, watched=False)
+        return handle
 
     async def call(
         self, task: Task[Q, R, P, D], request: Q, *, idempotency_key: str = "", timeout: float | None = None
@@ -154,21 +155,20 @@ class Client:
             WaitTimeout: The task did not end within `timeout`.
             OrkiError: As for `submit`, or the typed error of a task that failed or was cancelled.
         """
-        handle = await self._submit_one(task, request, idempotency_key, watched=True)
+        handle, ticket = await self._submit_one(task, request, idempotency_key, watched=True)
         try:
             return await handle.result(timeout)
         finally:
-            handle.release()
+            if ticket is not None:
+                self._session.abandon([ticket])
 
     async def _submit_one(
         self, task: Task[Q, R, P, D], request: Q, idempotency_key: str, *, watched: bool
-    ) -> SubmittedTask[R, P, D]:
+    ) -> tuple[SubmittedTask[R, P, D], Ticket | None]:
         submission = self._submission(task, request, idempotency_key, _traceparent())
         ((outcome, ticket),) = await self._outcomes([submission], watched=watched)
         (snapshot,) = _tasks([outcome])
-        if ticket is None or ticket.ended is None:
-            return SubmittedTask(self, task, snapshot)
-        return SubmittedTask(self, task, snapshot, ticket.ended, lambda: self._session.abandon([ticket]))
+        return SubmittedTask(self, task, snapshot, ticket.ended if ticket else None), ticket
 
     async def submit_many(
         self, task: Task[Q, R, P, D], requests: Sequence[Q], *, idempotency_keys: Sequence[str] | None = None

@@ -399,7 +399,7 @@ class SubmitterSession:
     async def _write(self, call: Any) -> None:
         try:
             while True:
-                batch = self._machine.messages_to_send()
+                batch = self._machine.messages_to_send(self._loop.time())
                 if batch is None:
                     self._writable.clear()
                     await self._writable.wait()

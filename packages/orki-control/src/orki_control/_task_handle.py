@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
@@ -57,7 +57,7 @@ class SubmittedTask(Generic[R, P, D]):
         snapshot: The task when it was last read. It may hold no more than the task id.
     """
 
-    __slots__ = ("_calls", "_ended", "_release", "_task", "snapshot")
+    __slots__ = ("_calls", "_ended", "_task", "snapshot")
 
     def __init__(
         self,
@@ -65,7 +65,6 @@ class SubmittedTask(Generic[R, P, D]):
         task: Task[Any, R, P, D],
         snapshot: TaskSnapshot,
         ended: asyncio.Future[Any] | None = None,
-        release: Callable[[], None] | None = None,
     ) -> None:
         """Create a handle.
 
@@ -74,19 +73,11 @@ class SubmittedTask(Generic[R, P, D]):
             task: The method.
             snapshot: What is known of the task.
             ended: Receives the terminal snapshot, if the task is watched already, or an error.
-            release: Ends that watch.
         """
         self._calls = calls
         self._task = task
         self._ended = ended
-        self._release = release
         self.snapshot = snapshot
-
-    def release(self) -> None:
-        """End the watch that the handle was created with."""
-        self._ended = None
-        if self._release is not None:
-            self._release()
 
     def __repr__(self) -> str:
         return f"<{self._task.contract.full_name} task {self.task_id}>"

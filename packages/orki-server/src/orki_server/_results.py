@@ -97,7 +97,9 @@ class ResultWatches:
             return
         self._recent.pop(task_id, None)
         entry.sinks.append(sink)
-        if entry.task is not None and entry.task.state in TERMINAL:
+        if entry.task is None:
+            self._read(task_id, entry)
+        elif entry.task.state in TERMINAL:
             self._deliver(task_id, entry, entry.task)
 
     def remove(self, task_id: str, sink: Sink) -> None:

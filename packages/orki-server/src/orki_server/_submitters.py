@@ -77,9 +77,15 @@ class Services:
 
 
 class SubmitterStream:
-    """One stream of one client."""
+    """One stream of one client.
+
+    Attributes:
+        machine: The session's state machine.
+        error: The client's fault that ended the stream, if there was one.
+    """
 
     def __init__(self, options: ServingOptions, services: Services, actor: str) -> None:
+        self.error: OrkiError | None = None
         self.machine = ServingSession(options, time.monotonic())
         self._services = services
         self._actor = actor
@@ -136,6 +142,7 @@ class SubmitterStream:
             self.end(f"the stream broke: {error}")
         except OrkiError as error:
             _log.warning("a client violated the submitters' protocol: %s", error.message)
+            self.error = error
             self.end(error.message)
         except asyncio.CancelledError:
             raise
@@ -189,6 +196,7 @@ class SubmitterStream:
             case DirectiveArrived(number, direct):
                 self._start(number, self._direct(number, direct))
             case SessionEnded(error):
+                self.error = error
                 self.end(error.message)
 
     # --- Submissions. ---
@@ -222,8 +230,8 @@ class SubmitterStream:
         try:
             submitted = stored.result()
             task = self._services.submissions.accepted(pending, submitted)
-        except OrkiError as error:
-            self.machine.fail(number, error)
+        except Exception as error:
+            self._failed(number, error)
             return
         if task is None or submit.repeated:
             # The task exists already, and may be in any state.
@@ -325,8 +333,10 @@ class SubmitterStream:
 
     def _finished(self, number: int, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if task.cancelled() or (error := task.exception()) is None:
-            return
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._failed(number, error)
+
+    def _failed(self, number: int, error: BaseException) -> None:
         if not isinstance(error, OrkiError):
             _log.error("a request failed: a defect", exc_info=error)
             error = LocalProtocolError("the orchestrator failed; see its log")
@@ -355,6 +365,8 @@ class SubmitterServicer(SubmitterServiceServicer):
             await stream.run(context)
         finally:
             self._open.discard(stream)
+        if stream.error is not None:
+            await abort(context, stream.error)
 
     def drain(self) -> None:
         """Tell all clients that the orchestrator stops soon."""

@@ -102,6 +102,7 @@ class ClientSession:
         self._options = options or ClientSessionOptions()
         self._welcome = pb.SubmitterWelcome()
         self._control: deque[pb.SubmitterMessage] = deque()
+        self._urgent: deque[Request] = deque()
         self._waiting: deque[Request] = deque()
         self._sent: dict[int, Request] = {}
         self._deadlines: deque[Request] = deque()
@@ -119,7 +120,7 @@ class ClientSession:
     @property
     def idle(self) -> bool:
         """Whether no request is open."""
-        return not self._waiting and not self._sent
+        return not self._urgent and not self._waiting and not self._sent
 
     # --- Requests. ---
 
@@ -158,11 +159,11 @@ class ClientSession:
 
     def cancel(self, request: CancelRequest, deadline: float | None = None) -> Request:
         """Request the cancellation of a task."""
-        return self._add(request_of(pb.SubmitterMessage(cancel=request), deadline))
+        return self._add(request_of(pb.SubmitterMessage(cancel=request), deadline), urgent=True)
 
     def direct(self, request: DirectRequest, deadline: float | None = None) -> Request:
         """Send a directive. It is sent at most once (law 11)."""
-        return self._add(request_of(pb.SubmitterMessage(direct=request), deadline))
+        return self._add(request_of(pb.SubmitterMessage(direct=request), deadline), urgent=True)
 
     def grant(self, request: Request, messages: int) -> None:
         """Permit further progress of a watch; does nothing after its end."""
@@ -178,7 +179,7 @@ class ClientSession:
         """Give up a request; does nothing after its end. A submission may be accepted all the same."""
         if request.closed:
             return
-        if request.state is RequestState.WATCHING:
+        if request.mode and request.state is not RequestState.WAITING:
             self._put(pb.SubmitterMessage(request=request.number, unwatch=pb.TaskUnwatch()))
         self._close(request, RequestAbandoned)
         # Its room may be used by others.
@@ -203,12 +204,13 @@ class ClientSession:
     def stop(self, error: OrkiError) -> list[ClientEvent]:
         """End the session. All requests fail with the error."""
         self._step(Stopped)
-        requests = [*self._sent.values(), *self._waiting]
+        requests = [*self._sent.values(), *self._urgent, *self._waiting]
         events: list[ClientEvent] = []
         for request in requests:
             if not request.closed:
                 self._close(request, RequestAbandoned)
                 events.append(Failed(request, error))
+        self._urgent.clear()
         self._waiting.clear()
         self._control.clear()
         self.on_change()
@@ -222,7 +224,7 @@ class ClientSession:
             until: Only requests whose deadline is not after this time; None for all but sent submissions.
         """
         events: list[ClientEvent] = []
-        for request in self._waiting:
+        for request in (*self._urgent, *self._waiting):
             if request.closed:
                 continue
             if until is None:
@@ -233,6 +235,7 @@ class ClientSession:
             if chosen:
                 self._close(request, RequestAbandoned)
                 events.append(Failed(request, error))
+        self._urgent = deque(each for each in self._urgent if not each.closed)
         self._waiting = deque(each for each in self._waiting if not each.closed)
         return events
 
@@ -276,22 +279,26 @@ class ClientSession:
             self.on_change()
         return events
 
-    def messages_to_send(self) -> pb.OpenRequest | None:
+    def messages_to_send(self, now: float) -> pb.OpenRequest | None:
         """Return the next batch; None if there is nothing to send now."""
         bounds = self._options.bounds
         batch: list[pb.SubmitterMessage] = []
         while self._control and len(batch) < bounds.count:
             batch.append(self._control.popleft())
-        if self.state in _LIVE:
+        if self.state in _LIVE and (self._urgent or self._waiting):
+            if not self._sent:
+                # Nothing was awaited until now, so the orchestrator had no reason to send anything.
+                self._heard_at = now
             size = 0
-            while self._waiting and len(batch) < bounds.count:
-                request = self._waiting[0]
-                if not request.closed:
-                    if not self._has_room(request) or (batch and size + request.size > bounds.size):
-                        break
-                    size += request.size
-                    batch.append(self._send(request))
-                self._waiting.popleft()
+            for queue in (self._urgent, self._waiting):
+                while queue and len(batch) < bounds.count:
+                    request = queue[0]
+                    if not request.closed:
+                        if not self._has_room(request) or (batch and size + request.size > bounds.size):
+                            break
+                        size += request.size
+                        batch.append(self._send(request))
+                    queue.popleft()
         return pb.OpenRequest(messages=batch) if batch else None
 
     # --- Timers. ---
@@ -360,7 +367,7 @@ class ClientSession:
     def _refuse_large(self) -> list[ClientEvent]:
         """Fail waiting requests that are larger than the orchestrator's messages: they would end every stream."""
         events: list[ClientEvent] = []
-        for request in self._waiting:
+        for request in (*self._urgent, *self._waiting):
             if not request.closed and request.size > self._welcome.max_message_bytes:
                 self._close(request, RequestAbandoned)
                 events.append(Failed(request, self._too_large(request)))
@@ -371,14 +378,14 @@ class ClientSession:
             f"the request has {request.size} bytes; the orchestrator takes at most {self._welcome.max_message_bytes}"
         )
 
-    def _add(self, request: Request) -> Request:
+    def _add(self, request: Request, *, urgent: bool = False) -> Request:
         if self.state is ClientState.ENDED:
             raise OrchestratorUnavailable("the client is closed")
         if self.state in _LIVE and request.size > self._welcome.max_message_bytes:
             raise self._too_large(request)
         if request.deadline is not None:
             self._deadlines.append(request)
-        self._waiting.append(request)
+        (self._urgent if urgent else self._waiting).append(request)
         self.on_change()
         return request
 
