@@ -1,1 +1,1 @@
-"""What stands behind the sessions of noxfile.py."""
+"""The implementation of the sessions of noxfile.py."""

@@ -44,9 +44,9 @@ applies.
 
 --against names the baseline:
   index        the last wheel of each distribution on the index, and older ones whose entries may remain in streams;
-               for distributions without a release, the commit of published.toml (default)
+               for distributions without a release, the commit that published.toml names (default)
   REF          a branch, tag or commit, for quick feedback during development
-  published    the commit of published.toml
+  published    the commit that published.toml names
 
 A break that affects nobody can be accepted in accepted-breaks.toml; it then needs a minor version:
 
@@ -77,7 +77,7 @@ def register(commands: Any) -> None:
         epilog=_STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--against", metavar="index|REF|published", default="index", help="the baseline (index)")
+    parser.add_argument("--against", metavar="index|REF|published", default="index", help="baseline (default: index)")
     parser.add_argument("--index", metavar="URL", help="URL of the index's simple API (default: that of uv or pip)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every finding to this file")
     parser.add_argument("--github", action="store_true", help="print annotations for GitHub workflows")
@@ -140,6 +140,6 @@ def _baselines(root: Path, given: argparse.Namespace, members: Mapping[str, Memb
 
 
 def _accepted_before(ref: str) -> frozenset[tuple[str, str, str]]:
-    """Return the keys of the breaks that were accepted at a ref: they may describe a break before it."""
+    """Return the keys of the breaks that were accepted at a ref; they may concern breaks from before the ref."""
     text = text_at(resolved(ref), ACCEPTED)
     return frozenset(each.key for each in parse_accepted(text)) if text is not None else frozenset()

@@ -21,14 +21,14 @@ class Partition:
     Attributes:
         key: Its Redis key.
         recovery: Id after which the consumer's own pending entries must be read again; None when that is done.
-        held: Time at which each held entry came, by id.
+        held: Time at which each held entry arrived, by id.
         deliveries: Deliveries of held entries that were delivered more than once, by id.
         foreign: Held entries that other consumers have claimed.
         settled: Entries whose acknowledgement is not confirmed yet.
         lost_unnamed: Number of pending entries that were trimmed and that the server has removed itself.
         cursor: Cursor of the next claim.
         sweep_at: Time of the next claim.
-        sweeping, renewing, acking: Whether such a command is in progress.
+        sweeping, renewing, acking: Whether a Claim, a Renew or an Ack is in progress.
     """
 
     key: str
@@ -104,7 +104,7 @@ class Partition:
         return None
 
     def due_for_renewal(self, now: float, interval: float, limit: float) -> list[bytes]:
-        """Return entries held for longer than half an interval and shorter than the limit that are still ours."""
+        """Return entries held for longer than half an interval, shorter than the limit, and not claimed by others."""
         return [
             entry_id
             for entry_id, since in self.held.items()

@@ -62,7 +62,7 @@ class Read:
 class Dispatch:
     """Pass entries to the oldest request. Replies: Succeeded, Failed and Returned, for any part of the entries.
 
-    `deliveries` are those of each entry by id, this one included (1 if absent).
+    `deliveries` is the number of deliveries of each entry by id, this one included (1 if absent).
     """
 
     key: str
@@ -74,7 +74,7 @@ class Dispatch:
 class Ack:
     """Acknowledge and count entries. Reply: Acked.
 
-    `extra` further entries are counted, which the server has already removed from the pending ones.
+    `extra` is the number of further entries to count, which the server has already removed from the pending ones.
     """
 
     key: str
@@ -121,7 +121,7 @@ class Renew:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HandBack:
-    """Let other consumers claim entries, given with their deliveries to handlers, at once. Reply: HandedBack."""
+    """Let other consumers claim entries at once; `entries` has the number of deliveries of each. Reply: HandedBack."""
 
     key: str
     deliveries: Mapping[bytes, int]
@@ -159,10 +159,10 @@ class EntriesRead(Event):
 
 @dataclass(frozen=True, slots=True)
 class EntriesClaimed(Event):
-    """Entries that belong to this consumer now, and their deliveries by id, this one included.
+    """Entries that now belong to this consumer, and the number of deliveries of each by id, this one included.
 
-    `cursor` is that of the next claim, `0-0` at the end. `deleted` are pending entries that were trimmed and that the
-    server has removed.
+    `cursor` is where the next claim starts, `0-0` at the end. `deleted` are pending entries that were trimmed and that
+    the server has removed.
     """
 
     command: Claim
@@ -392,7 +392,7 @@ TRANSITIONS: Final = Transitions(
             RepeatDue: State.READING,
             RetryDue: State.READING,
             RenewalDue: State.READING,
-            # Not before: what is claimed while the own pending entries are read would be delivered twice.
+            # Not in RECOVERING: entries claimed while own pending entries are read would be delivered twice.
             SweepDue: State.READING,
             DrainRequested: State.DRAINING,
         },

@@ -57,12 +57,12 @@ class TailEntry(Generic[T]):
 
     @property
     def event_id(self) -> bytes:
-        """Identity of the event (16 bytes). Raises as `envelope`."""
+        """Identity of the event (16 bytes). Raises the same errors as `envelope`."""
         return layout.event_id_of(layout.split_entry(self._fields)[0])
 
     @property
     def span(self) -> Span | None:
-        """Span in which the event happened; None outside a trace. Raises as `envelope`."""
+        """Span in which the event happened; None outside a trace. Raises the same errors as `envelope`."""
         return layout.envelope_span(self.envelope)
 
     @property
@@ -207,7 +207,7 @@ async def replay_dead_letters(
     """Make the group process entries again, and return the ids of the replayed letters.
 
     The entry becomes pending and claimable at once, with its deliveries reset; then its letter is deleted. A crash
-    between the two replays the entry and keeps the letter. If the entry was trimmed, the letter is kept too.
+    between these steps replays the entry and keeps the letter. If the entry was trimmed, the letter is kept too.
     """
     replayed = []
     for letter in letters:

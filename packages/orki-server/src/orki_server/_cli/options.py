@@ -69,7 +69,7 @@ def with_orchestrator(command: F) -> F:
 
 
 def open_client(orchestrator: str, insecure: bool, *, patience: float = 2.0) -> Client:
-    """Return a client with a short patience, since a person can repeat the command."""
+    """Return a client that retries for only `patience` seconds, since a person can repeat the command."""
     from orki_control import Client, ClientOptions
 
     return Client(orchestrator, ClientOptions(patience=patience, call_timeout=_ANSWER_TIMEOUT, insecure=insecure))
@@ -105,9 +105,9 @@ def log_to_stderr(level: int = logging.INFO) -> None:
 
 
 async def run_repeatedly(show: Callable[[], Awaitable[None]], watch: bool) -> None:
-    """Call `show` once or, with `watch`, every second until interrupted; an `OrkiError` is then only printed.
+    """Call `show` once or, with `watch`, every second until interrupted.
 
-    An invalid setting ends it in any case.
+    With `watch`, an `OrkiError` is only printed, unless it is an invalid setting.
     """
     if not watch:
         await show()
