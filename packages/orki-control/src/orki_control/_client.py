@@ -214,9 +214,11 @@ class Client:
                 return list(await self._session.submit_all(submissions, watched=watched))
         outcomes: list[tuple[pb.TaskSnapshot | OrkiError, Ticket | None]] = []
         for chunk in chunks:
-            for submission in chunk:
+            request = pb.SubmitRequest(submissions=chunk)
+            for submission in request.submissions:
+                # A call that is repeated finds its task by the key.
                 submission.idempotency_key = submission.idempotency_key or f"once-{new_submission_id().hex()}"
-            answer = await self._submit(pb.SubmitRequest(submissions=chunk))
+            answer = await self._submit(request)
             if len(answer.outcomes) != len(chunk):
                 raise OrkiError(f"{self.target} answered {len(chunk)} submissions with {len(answer.outcomes)} outcomes")
             for each in answer.outcomes:
