@@ -73,6 +73,7 @@ class Orchestrator(TaskServiceServicer, FleetServiceServicer):
         self.port = 0
         self._server: grpc.aio.Server | None = None
         self._changed = asyncio.Condition()
+        self._changes = 0
 
     @property
     def target(self) -> str:
@@ -101,6 +102,7 @@ class Orchestrator(TaskServiceServicer, FleetServiceServicer):
 
     async def _notify(self) -> None:
         async with self._changed:
+            self._changes += 1
             self._changed.notify_all()
 
     async def _maybe_fail(self, context: Any) -> None:
@@ -146,6 +148,7 @@ class Orchestrator(TaskServiceServicer, FleetServiceServicer):
         assert task is not None
         seen = int(request.after or 0)
         while True:
+            seen_changes = self._changes
             ended = task.state >= TaskState.TASK_STATE_SUCCEEDED
             for number in range(seen + 1, len(self.progress[task.task_id]) + 1):
                 payload = self.progress[task.task_id][number - 1]
@@ -156,7 +159,8 @@ class Orchestrator(TaskServiceServicer, FleetServiceServicer):
             if ended:
                 return
             async with self._changed:
-                await self._changed.wait()
+                # A change during a write above must not be missed.
+                await self._changed.wait_for(lambda seen=seen_changes: self._changes != seen)
 
     async def Cancel(self, request: Any, context: Any) -> Any:
         await self.move(request.task_id, TaskState.TASK_STATE_CANCELLED)
