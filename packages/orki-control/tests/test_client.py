@@ -160,7 +160,8 @@ class Orchestrator(TaskServiceServicer, FleetServiceServicer):
                 return
             async with self._changed:
                 # A change during a write above must not be missed.
-                await self._changed.wait_for(lambda seen=seen_changes: self._changes != seen)
+                while self._changes == seen_changes:
+                    await self._changed.wait()
 
     async def Cancel(self, request: Any, context: Any) -> Any:
         await self.move(request.task_id, TaskState.TASK_STATE_CANCELLED)
