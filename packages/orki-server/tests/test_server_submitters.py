@@ -17,7 +17,7 @@ from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import TaskState
 from orki.control.v1.submitter_pb2_grpc import SubmitterServiceStub
 from orki.errors.v1.errors_pb2 import Reason
-from orki_contract import Task
+from orki_contract import Task, TaskStub
 from orki_contract.errors import HandlerFailed, HandlerRejected, NotDirectable, OrkiError, TooLarge, UnknownTask
 from orki_control import Client, ClientOptions, JitterOptions
 from orki_control.session import ArrivedOffer
@@ -134,6 +134,7 @@ async def test_waiting_for_results_reads_nothing_from_the_store(
     handles = await client.submit_many(DO, [body(b"%d" % number) for number in range(100)])
     results = await asyncio.gather(*(handle.result(20) for handle in handles))
     assert [each.value for each in results] == [b"%d" % number for number in range(100)]
+    assert (await TaskStub(client, DO)(body(b"stub"))).value == b"stub"
     assert reads == []
 
 
