@@ -10,6 +10,7 @@ from typing import Any, Final
 from orki_agent.hotpath._machine import BRIDGE_CALL, BRIDGE_CONNECTION, CLIENT_CALL, CLIENT_CONNECTION
 from orki_contract.transitions import Transitions
 from orki_control.session import AGENT, ATTEMPT, ORCHESTRATOR
+from orki_control.submitter import CLIENT, REQUEST, SERVING
 from orki_events._delivery_table import TRANSITIONS as DELIVERY
 from orki_server._store.lifecycle import TASK_LIFE
 
@@ -35,6 +36,21 @@ MACHINES: Final[tuple[tuple[str, str, Transitions[Any]], ...]] = (
         "The orchestrator's end of a session",
         "One machine for each gRPC stream of an agent. `orki_control/session/_orchestrator.py`",
         ORCHESTRATOR,
+    ),
+    (
+        "One request of a submitter",
+        "Each request of a client's session passes through these states. `orki_control/submitter/_tables.py`",
+        REQUEST,
+    ),
+    (
+        "The client's end of a submitters' session",
+        "One machine for each client. `orki_control/submitter/_client_end.py`",
+        CLIENT,
+    ),
+    (
+        "The orchestrator's end of a submitters' session",
+        "One machine for each gRPC stream of a client. `orki_control/submitter/_serving_end.py`",
+        SERVING,
     ),
     (
         "The delivery of events",

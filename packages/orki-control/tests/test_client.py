@@ -75,6 +75,7 @@ class Orchestrator(TaskServiceServicer, FleetServiceServicer):
         self.port = 0
         self._server: grpc.aio.Server | None = None
         self._changed = asyncio.Condition()
+        self._changes = 0
 
     @property
     def target(self) -> str:
@@ -103,6 +104,7 @@ class Orchestrator(TaskServiceServicer, FleetServiceServicer):
 
     async def _notify(self) -> None:
         async with self._changed:
+            self._changes += 1
             self._changed.notify_all()
 
     async def _maybe_fail(self, context: Any) -> None:
@@ -148,6 +150,7 @@ class Orchestrator(TaskServiceServicer, FleetServiceServicer):
         assert task is not None
         seen = int(request.after or 0)
         while True:
+            seen_changes = self._changes
             ended = task.state >= TaskState.TASK_STATE_SUCCEEDED
             for number in range(seen + 1, len(self.progress[task.task_id]) + 1):
                 payload = self.progress[task.task_id][number - 1]
@@ -158,7 +161,9 @@ class Orchestrator(TaskServiceServicer, FleetServiceServicer):
             if ended:
                 return
             async with self._changed:
-                await self._changed.wait()
+                # A change during a write above must not be missed.
+                while self._changes == seen_changes:
+                    await self._changed.wait()
 
     async def Cancel(self, request: Any, context: Any) -> Any:
         await self.move(request.task_id, TaskState.TASK_STATE_CANCELLED)

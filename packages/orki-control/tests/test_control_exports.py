@@ -49,6 +49,13 @@ PUBLIC = {
         ),
         *("SessionClosed", "SessionEnded", "SessionLost", "SessionOpened"),
     ],
+    "orki_control.submitter": [
+        *("CLIENT", "REQUEST", "SERVING", "Answered", "CancelArrived", "ClientEvent", "ClientSession"),
+        *("ClientSessionOptions", "ClientState", "CreditArrived", "DirectiveArrived", "Failed"),
+        *("OrchestratorDraining", "Request", "RequestState", "ServingEvent", "ServingOptions", "ServingSession"),
+        *("ServingState", "SessionEnded", "SessionLost", "SessionOpened", "SubmissionsArrived", "Updated"),
+        *("WatchArrived", "WatchClosed"),
+    ],
     "orki_control.transport": [
         *("MESSAGE_CHARACTERS", "REASON_KEY", "Addresses", "ChannelOptions", "Peer", "abort", "channel_options"),
         *(

@@ -405,6 +405,10 @@ class TaskStub(Generic[Q, R, P, D]):
 
     async def __call__(self, request: Q, *, idempotency_key: str = "", timeout: float | None = None) -> R:
         """Submit a task and wait for its response. `timeout` and errors are those of `TaskHandle.result`."""
+        # A channel that knows at the submission that somebody waits saves a request. The method is optional.
+        call: Callable[..., Coroutine[Any, Any, R]] | None = getattr(self._channel, "call", None)
+        if call is not None:
+            return await call(self._task, request, idempotency_key=idempotency_key, timeout=timeout)
         handle = await self._channel.submit(self._task, request, idempotency_key=idempotency_key)
         return await handle.result(timeout)
 

@@ -1,22 +1,25 @@
-"""The client for submitters. It makes gRPC calls and gives typed values and typed errors.
+"""The client for submitters. It gives typed values and typed errors.
 
-A call that fails because the orchestrator is unavailable is repeated, with full jitter, for as long as `patience`
-allows. Repeating is safe: a submission without an idempotency key gets one, so a repeated `Submit` finds the task that
-the first call created.
+Submissions, watches, cancels and directives share one stream, the submitters' session (`submitter.proto`). Reads and
+lists are gRPC calls; with an orchestrator that serves no sessions, everything is.
+
+What fails because the orchestrator is unavailable is repeated, with full jitter, for as long as `patience` allows.
+Repeating is safe: each submission has an id or an idempotency key, so a repeated one finds the task of the first.
 """
 
 from __future__ import annotations
 
 import asyncio
-import uuid
+import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final, Self, TypeVar
 
 from google.protobuf.message import Message
 
 from orki.control.v1 import task_pb2 as pb
-from orki.control.v1.attempt_pb2 import AttemptRef, TaskState
+from orki.control.v1.attempt_pb2 import AttemptRef, Failure, TaskState
 from orki_contract import Task, TaskHandle
 from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import (
@@ -30,8 +33,10 @@ from orki_contract.errors import (
 )
 from orki_contract.trace import current_span, new_span
 from orki_control._links import Link, Links
+from orki_control._submitter import SessionUnsupported, SubmitterSession, Ticket, new_submission_id
 from orki_control._task_handle import SubmittedTask, watch_task
 from orki_control.session._options import DEFAULT_MESSAGE_BYTES
+from orki_control.submitter._requests import seen
 from orki_control.transport import check_targets, typed_error
 
 A = TypeVar("A")
@@ -109,11 +114,21 @@ class Client:
     async def __aenter__(self) -> Self:
         if self._links is not None:
             raise InvalidSetting("the client is open already; create another one for another `async with`")
-        self._links = Links(self._targets, self._options.max_message_bytes)
+        options = self._options
+        self._links = Links(self._targets, options.max_message_bytes)
+        self._session = SubmitterSession(
+            self.target,
+            self._links,
+            patience=options.patience,
+            call_timeout=options.call_timeout,
+            max_message_bytes=options.max_message_bytes,
+            backoff=options.backoff,
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
         if self._links is not None:
+            await self._session.close()
             links, self._links = self._links, None
             await links.close()
 
@@ -128,9 +143,38 @@ class Client:
             TooLarge: The request exceeds the maximum message size.
             OrchestratorUnavailable: The orchestrator was unavailable for longer than `patience`.
         """
+        handle, _ = await self._submit_one(task, request, idempotency_key, watched=False)
+        return handle
+
+    async def call(
+        self, task: Task[Q, R, P, D], request: Q, *, idempotency_key: str = "", timeout: float | None = None
+    ) -> R:
+        """Submit a task and wait for its response: `submit` and `SubmittedTask.result` in one request.
+
+        Args:
+            task: The method.
+            request: Its request.
+            idempotency_key: As for `submit`.
+            timeout: Maximum wait for the response in seconds after the submission; None for no limit.
+
+        Raises:
+            WaitTimeout: The task did not end within `timeout`.
+            OrkiError: As for `submit`, or the typed error of a task that failed or was cancelled.
+        """
+        handle, ticket = await self._submit_one(task, request, idempotency_key, watched=True)
+        try:
+            return await handle.result(timeout)
+        finally:
+            if ticket is not None:
+                self._session.abandon([ticket])
+
+    async def _submit_one(
+        self, task: Task[Q, R, P, D], request: Q, idempotency_key: str, *, watched: bool
+    ) -> tuple[SubmittedTask[R, P, D], Ticket | None]:
         submission = self._submission(task, request, idempotency_key, _traceparent())
-        (snapshot,) = await self.submit_raw([submission])
-        return SubmittedTask(self, task, snapshot)
+        ((outcome, ticket),) = await self._outcomes([submission], watched=watched)
+        (snapshot,) = _tasks([outcome])
+        return SubmittedTask(self, task, snapshot, ticket.ended if ticket else None), ticket
 
     async def submit_many(
         self, task: Task[Q, R, P, D], requests: Sequence[Q], *, idempotency_keys: Sequence[str] | None = None
@@ -163,17 +207,30 @@ class Client:
         Raises:
             OrkiError: The error of the first refused submission. The others are accepted.
         """
-        outcomes: list[pb.SubmitOutcome] = []
-        for chunk in self._chunks(submissions):
-            answer = await self._submit(pb.SubmitRequest(submissions=chunk))
+        return _tasks([outcome for outcome, _ in await self._outcomes(submissions, watched=False)])
+
+    async def _outcomes(
+        self, submissions: Sequence[pb.Submission], *, watched: bool
+    ) -> list[tuple[pb.TaskSnapshot | OrkiError, Ticket | None]]:
+        """Submit by the session, or by calls if the orchestrator serves none."""
+        self._opened()
+        chunks = list(self._chunks(submissions))
+        if self._session.supported:
+            with contextlib.suppress(SessionUnsupported):
+                return list(await self._session.submit_all(submissions, watched=watched))
+        outcomes: list[tuple[pb.TaskSnapshot | OrkiError, Ticket | None]] = []
+        for chunk in chunks:
+            request = pb.SubmitRequest(submissions=chunk)
+            for submission in request.submissions:
+                # A call that is repeated finds its task by the key.
+                submission.idempotency_key = submission.idempotency_key or f"once-{new_submission_id().hex()}"
+            answer = await self._submit(request)
             if len(answer.outcomes) != len(chunk):
                 raise OrkiError(f"{self.target} answered {len(chunk)} submissions with {len(answer.outcomes)} outcomes")
-            outcomes.extend(answer.outcomes)
-        for number, outcome in enumerate(outcomes, 1):
-            if outcome.WhichOneof("outcome") != "task":
-                where = f"submission {number} of {len(outcomes)}: " if len(outcomes) > 1 else ""
-                raise error_for(outcome.failure.reason, where + outcome.failure.message)
-        return [outcome.task for outcome in outcomes]
+            for each in answer.outcomes:
+                found = each.task if each.WhichOneof("outcome") == "task" else _error(each.failure)
+                outcomes.append((found, None))
+        return outcomes
 
     # --- Tasks by id. ---
 
@@ -200,7 +257,39 @@ class Client:
         Raises:
             UnknownTask: No task has this id.
         """
-        return watch_task(self._opened(), task_id, after=after, backoff=self._options.backoff)
+        return self._watch(self._opened(), task_id, after)
+
+    async def _watch(self, links: Links, task_id: str, after: str) -> AsyncGenerator[pb.WatchResponse, None]:
+        position: pb.ProgressPosition | None = None
+        if self._session.supported:
+            with contextlib.suppress(SessionUnsupported):
+                async with aclosing(self._session.follow(task_id, after)) as updates:
+                    async for update in updates:
+                        after, position = seen(update) or (after, position)
+                        yield update
+                return
+        calls = watch_task(links, task_id, after=after, position=position, backoff=self._options.backoff)
+        async with aclosing(calls) as updates:
+            async for update in updates:
+                yield update
+
+    async def wait_end(self, task_id: str) -> pb.TaskSnapshot:
+        """Wait for a task's end, over lost connections, and return its terminal snapshot.
+
+        Raises:
+            UnknownTask: No task has this id.
+        """
+        links = self._opened()
+        if self._session.supported:
+            with contextlib.suppress(SessionUnsupported):
+                return await self._session.wait_end(task_id)
+        task = pb.TaskSnapshot()
+        calls = watch_task(links, task_id, after="", backoff=self._options.backoff)
+        async with aclosing(calls) as updates:
+            async for update in updates:
+                if update.WhichOneof("news") == "task":
+                    task = update.task
+        return task
 
     async def cancel(self, task_id: str, message: str = "") -> pb.TaskSnapshot:
         """Cancel a task. Cancelling a task again, or one that has ended, has no effect.
@@ -212,6 +301,10 @@ class Client:
             UnknownTask: No task has this id.
         """
         request = pb.CancelRequest(task_id=task_id, message=message)
+        self._opened()
+        if self._session.supported:
+            with contextlib.suppress(SessionUnsupported):
+                return await self._session.cancel(request)
         answer = await self._call(lambda link: link.tasks.Cancel(request, timeout=self._timeout))
         return answer.task
 
@@ -227,6 +320,10 @@ class Client:
         """
         payload = directive if isinstance(directive, bytes) else directive.SerializeToString()
         request = pb.DirectRequest(task_id=task_id, payload=payload)
+        self._opened()
+        if self._session.supported:
+            with contextlib.suppress(SessionUnsupported):
+                return await self._session.direct(request)
 
         async def once(link: Link) -> pb.DirectResponse | None:
             if not await link.connected():
@@ -324,7 +421,7 @@ class Client:
         return pb.Submission(
             method=method,
             request=request.SerializeToString(),
-            idempotency_key=key or f"once-{uuid.uuid4().hex}",
+            idempotency_key=key,
             traceparent=traceparent,
         )
 
@@ -345,6 +442,21 @@ class Client:
             size += weight
         if chunk:
             yield chunk
+
+
+def _tasks(outcomes: Sequence[pb.TaskSnapshot | OrkiError]) -> list[pb.TaskSnapshot]:
+    """Return the tasks; raise the error of the first refused submission."""
+    tasks: list[pb.TaskSnapshot] = []
+    for number, outcome in enumerate(outcomes, 1):
+        if isinstance(outcome, OrkiError):
+            where = f"submission {number} of {len(outcomes)}: " if len(outcomes) > 1 else ""
+            raise type(outcome)(where + outcome.message)
+        tasks.append(outcome)
+    return tasks
+
+
+def _error(failure: Failure) -> OrkiError:
+    return error_for(failure.reason, failure.message)
 
 
 def _traceparent() -> str:

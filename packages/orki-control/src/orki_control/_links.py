@@ -11,6 +11,7 @@ from orki_control.transport import Addresses, Peer, open_channel
 if TYPE_CHECKING:
     import grpc
 
+    from orki.control.v1.submitter_pb2_grpc import SubmitterServiceStub
     from orki.control.v1.task_pb2_grpc import FleetServiceStub, TaskServiceStub
 
 _CONNECT_POLL: Final = 0.01
@@ -24,15 +25,18 @@ class Link:
         peer: The orchestrator's address.
         tasks: Stub of its task service.
         fleet: Stub of its fleet service.
+        submitters: Stub of its submitter service.
     """
 
     def __init__(self, peer: Peer, max_message_bytes: int, on_exit: Callable[[Link], None]) -> None:
+        from orki.control.v1.submitter_pb2_grpc import SubmitterServiceStub
         from orki.control.v1.task_pb2_grpc import FleetServiceStub, TaskServiceStub
 
         self.peer = peer
         self.channel: grpc.aio.Channel = open_channel(peer.target, max_message_bytes, authority=peer.name)
         self.tasks: TaskServiceStub = TaskServiceStub(self.channel)
         self.fleet: FleetServiceStub = FleetServiceStub(self.channel)
+        self.submitters: SubmitterServiceStub = SubmitterServiceStub(self.channel)
         self.calls = 0
         self.retired = False
         self._on_exit = on_exit

@@ -24,6 +24,7 @@ from orki_contract.errors import (
     error_for,
 )
 from orki_contract.trace import Span, parse_traceparent
+from orki_control.submitter._requests import seen
 from orki_control.transport import typed_error
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class TaskCalls(Protocol):
     """The calls that a handle makes; implemented by `Client`."""
 
     def watch(self, task_id: str, *, after: str = "") -> AsyncGenerator[WatchResponse, None]: ...
+    async def wait_end(self, task_id: str) -> TaskSnapshot: ...
     async def cancel(self, task_id: str, message: str = "") -> TaskSnapshot: ...
     async def direct(self, task_id: str, directive: Message | bytes) -> AttemptRef: ...
 
@@ -56,11 +58,26 @@ class SubmittedTask(Generic[R, P, D]):
         snapshot: The task when it was last read. It may hold no more than the task id.
     """
 
-    __slots__ = ("_calls", "_task", "snapshot")
+    __slots__ = ("_calls", "_ended", "_task", "snapshot")
 
-    def __init__(self, calls: TaskCalls, task: Task[Any, R, P, D], snapshot: TaskSnapshot) -> None:
+    def __init__(
+        self,
+        calls: TaskCalls,
+        task: Task[Any, R, P, D],
+        snapshot: TaskSnapshot,
+        ended: asyncio.Future[Any] | None = None,
+    ) -> None:
+        """Create a handle.
+
+        Args:
+            calls: The client.
+            task: The method.
+            snapshot: What is known of the task.
+            ended: Receives the terminal snapshot, if the task is watched already, or an error.
+        """
         self._calls = calls
         self._task = task
+        self._ended = ended
         self.snapshot = snapshot
 
     def __repr__(self) -> str:
@@ -112,9 +129,8 @@ class SubmittedTask(Generic[R, P, D]):
         """
         if self.snapshot.state not in TERMINAL_STATES:
             try:
-                async with asyncio.timeout(timeout), aclosing(self._watch()) as payloads:
-                    async for _ in payloads:
-                        pass
+                async with asyncio.timeout(timeout):
+                    await self._wait_end()
             except TimeoutError:
                 raise WaitTimeout(
                     f"task {self.task_id} did not end within {timeout} s; it goes on, and you can wait for it again"
@@ -123,6 +139,17 @@ class SubmittedTask(Generic[R, P, D]):
             raise error_of(self.snapshot)
         response: R = self._decoded(self._task.response, self.snapshot.response)
         return response
+
+    async def _wait_end(self) -> None:
+        ended = self._ended
+        if ended is not None:
+            outcome = await asyncio.shield(ended)
+            if isinstance(outcome, TaskSnapshot):
+                self.snapshot = outcome
+                return
+            # The watch failed; another one either succeeds or tells why not.
+            self._ended = None
+        self.snapshot = await self._calls.wait_end(self.task_id)
 
     async def cancel(self, message: str = "") -> None:
         """Cancel the task; has no effect when it has ended."""
@@ -160,7 +187,7 @@ class SubmittedTask(Generic[R, P, D]):
 
 
 async def watch_task(
-    links: Links, task_id: str, *, after: str, backoff: JitterOptions
+    links: Links, task_id: str, *, after: str, backoff: JitterOptions, position: ProgressPosition | None = None
 ) -> AsyncGenerator[WatchResponse, None]:
     """Yield snapshots and progress of a task; the last one is a terminal snapshot.
 
@@ -173,7 +200,6 @@ async def watch_task(
     import grpc
 
     jitter: Jitter | None = None
-    position: ProgressPosition | None = None
     loop = asyncio.get_running_loop()
     while True:
         opened_at = loop.time()
@@ -187,7 +213,7 @@ async def watch_task(
                         raise OrchestratorUnavailable(f"{link.peer}: the watch of task {task_id} ended before the task")
                     assert isinstance(response, WatchResponse)
                     for update in response.batch.updates if response.HasField("batch") else (response,):
-                        after, position = _seen(update) or (after, position)
+                        after, position = seen(update) or (after, position)
                         yield update
                         if update.HasField("task") and update.task.state in TERMINAL_STATES:
                             return
@@ -203,18 +229,6 @@ async def watch_task(
                 # grpc.aio never ends a call that is only dropped.
                 call.cancel()
         await asyncio.sleep(wait)
-
-
-def _seen(update: WatchResponse) -> tuple[str, ProgressPosition] | None:
-    """Return the cursor and the position of progress or a gap; None for a snapshot."""
-    if update.HasField("progress"):
-        progress = update.progress
-        position = ProgressPosition(attempt=progress.attempt, index=progress.index, number=progress.number)
-        return progress.cursor, position
-    if update.HasField("gap"):
-        gap = update.gap
-        return gap.cursor, ProgressPosition(attempt=gap.attempt, index=gap.last_index, number=gap.number)
-    return None
 
 
 def error_of(task: TaskSnapshot) -> OrkiError:

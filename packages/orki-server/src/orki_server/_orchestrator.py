@@ -12,12 +12,20 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
-from orki.control.v1 import session_pb2, session_pb2_grpc, task_pb2, task_pb2_grpc
+from orki.control.v1 import (
+    session_pb2,
+    session_pb2_grpc,
+    submitter_pb2,
+    submitter_pb2_grpc,
+    task_pb2,
+    task_pb2_grpc,
+)
 from orki.events.v1.agent_orki import AGENTS
 from orki.events.v1.audit_orki import AUDIT
 from orki.events.v1.task_orki import TASKS
 from orki_contract.errors import ContractMismatch, InvalidSetting, OrkiError
 from orki_control.session import OrchestratorSessionOptions
+from orki_control.submitter import ServingOptions
 from orki_control.transport import server_options
 from orki_events import Events, connect
 from orki_server._dispatch import Dispatcher, Sweeper
@@ -31,12 +39,13 @@ from orki_server._settings import OrchestratorOptions, parse_listen
 from orki_server._store.contracts import Contracts
 from orki_server._store.fleet import Fleet
 from orki_server._store.store import Store
+from orki_server._submitters import Services, SubmitterServicer
 from orki_server._tasks import RequestRules, TaskServicer, Watchers
 from orki_server._unanswered import UnansweredOffers
 
 SERVICES: Final = tuple(
     file.services_by_name[name].full_name
-    for file in (session_pb2.DESCRIPTOR, task_pb2.DESCRIPTOR)
+    for file in (session_pb2.DESCRIPTOR, submitter_pb2.DESCRIPTOR, task_pb2.DESCRIPTOR)
     for name in sorted(file.services_by_name)
 )
 """Full names of the orchestrator's gRPC services."""
@@ -119,6 +128,16 @@ class Orchestrator:
             RequestRules(options.max_payload_bytes),
             self._dispatcher.queued,
         )
+        self._results = watchers.results
+        self._submitter_sessions = SubmitterServicer(
+            ServingOptions(
+                orchestrator_id=options.orchestrator_id,
+                max_message_bytes=options.max_message_bytes,
+                hello_timeout=options.hello_timeout,
+            ),
+            Services(store, self._submitters, self._submitters.submissions, watchers, watchers.results),
+            options.max_sessions,
+        )
         self._fleet = FleetServicer(fleet, contracts, sessions, silence_timeout)
         store.connection.on_change(self._store_changed)
         store.on_loss(self._store_lost)
@@ -172,6 +191,7 @@ class Orchestrator:
             ("fleet updates", self._updates.run()),
             ("unanswered offers", self._unanswered.run()),
             ("contract registry", self._registry.run()),
+            ("result watches", self._results.run()),
             ("health", self._report_health()),
         ):
             self._spawn(name, work)
@@ -213,8 +233,10 @@ class Orchestrator:
         if not self._tasks:
             return
         self._submitters.draining = True
+        self._submitter_sessions.drain()
         await self._health.enter_graceful_shutdown()
         await self._sessions.drain(self.options.drain_grace)
+        await self._submitter_sessions.end_all("the orchestrator is stopping")
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -251,6 +273,7 @@ class Orchestrator:
         )
         session_pb2_grpc.add_SessionServiceServicer_to_server(self._sessions, server)
         task_pb2_grpc.add_TaskServiceServicer_to_server(self._submitters, server)
+        submitter_pb2_grpc.add_SubmitterServiceServicer_to_server(self._submitter_sessions, server)
         task_pb2_grpc.add_FleetServiceServicer_to_server(self._fleet, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -139,6 +139,11 @@ class ContractRegistry:
                 )
         return known.methods[full_name]
 
+    def cached(self, full_name: str) -> TaskMethod | None:
+        """Return a task with the values that apply now; None if it is not cached."""
+        known = self._services.get(full_name.partition("/")[0])
+        return known.methods.get(full_name) if known else None
+
     def leading(self, service: str) -> str:
         """Return the digest of the contract under which tasks of a service are submitted; empty if it is unknown."""
         known = self._services.get(service)
@@ -206,22 +211,21 @@ class PayloadCheck:
         """
         await self._check("request", method, method.request, payload)
 
+    def request_cached(self, method: TaskMethod, payload: bytes) -> bool:
+        """Check a request if its class is cached; returns whether it is. Raises InvalidArgument as `request`."""
+        key = (self._registry.leading(method.service), method.request)
+        if key not in self._classes:
+            return False
+        self._classes.move_to_end(key)
+        _parse("request", method, method.request, self._classes[key], payload)
+        return True
+
     async def directive(self, method: TaskMethod, payload: bytes) -> None:
         """Check a directive. Raises the same errors as `request`."""
         await self._check("payload", method, method.directive, payload)
 
     async def _check(self, field: str, method: TaskMethod, name: str, payload: bytes) -> None:
-        kind = await self._class(method.service, name)
-        if kind is None or not payload:
-            return
-        try:
-            kind.FromString(payload)
-        except DecodeError:
-            # The bytes may be secret, so the message shows only their number.
-            raise InvalidArgument(
-                f"{field}: {len(payload)} bytes that are not a {name}, which {method.full_name} takes; "
-                "serialize that message in protobuf's binary format"
-            ) from None
+        _parse(field, method, name, await self._class(method.service, name), payload)
 
     async def _class(self, service: str, name: str) -> type[Message] | None:
         """Return the class of a message; None if no image is available: the agent then checks the payload."""
@@ -247,3 +251,16 @@ class PayloadCheck:
         if len(self._classes) > _MAX_CLASSES:
             self._classes.popitem(last=False)
         return kind
+
+
+def _parse(field: str, method: TaskMethod, name: str, kind: type[Message] | None, payload: bytes) -> None:
+    if kind is None or not payload:
+        return
+    try:
+        kind.FromString(payload)
+    except DecodeError:
+        # The bytes may be secret, so the message shows only their number.
+        raise InvalidArgument(
+            f"{field}: {len(payload)} bytes that are not a {name}, which {method.full_name} takes; "
+            "serialize that message in protobuf's binary format"
+        ) from None

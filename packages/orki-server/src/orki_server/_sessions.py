@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from orki.control.v1.attempt_pb2 import Failure
+from orki.control.v1.attempt_pb2 import Failure, TaskState
 from orki.control.v1.session_pb2 import ConnectRequest, Result
 from orki.control.v1.session_pb2_grpc import SessionServiceServicer
 from orki.errors.v1.errors_pb2 import Reason
@@ -53,6 +53,7 @@ from orki_control.session import Decline as ArrivedDecline
 from orki_control.transport import abort
 from orki_server._events import AgentEvents
 from orki_server._fleet import FleetUpdates, Handshake
+from orki_server._results import TaskEnd
 from orki_server._session import AgentSession, SessionRegistry, StreamContext
 from orki_server._store import operations
 from orki_server._store.lifecycle import TERMINAL
@@ -96,7 +97,7 @@ class Reports:
     Attributes:
         store: The store.
         progress_kept: Number of progress entries kept per task.
-        on_change: Called with a task that changed, and whether it ended.
+        on_change: Called with a task that changed, whether it ended, and its end if the report holds all of it.
         on_queued: Called with a shard that has a queued task, and the wait before it is queued.
         on_refused: Called with agent, task and error of a refused report.
         on_unanswered: Called with a session that ended and the offers that it did not answer.
@@ -105,7 +106,7 @@ class Reports:
 
     store: Store
     progress_kept: int
-    on_change: Callable[[str, bool], None]
+    on_change: Callable[[str, bool, TaskEnd | None], None]
     on_queued: Callable[[int, float], None]
     on_refused: Callable[[str, str, OrkiError], None]
     on_unanswered: Callable[[AgentSession, Iterable[AttemptKey]], None]
@@ -155,7 +156,7 @@ class Reports:
                 # If the last progress is not stored, watchers see a gap.
                 details = (self.progress_kept, last, b"", last - 1, True)
                 self._put(session, key, self._handle_progress, operations.report_progress, *details)
-            self._put(session, key, self._handle_result, _result_report, result)
+            self._put(session, key, partial(self._handle_result, result), _result_report, result)
 
     def cancel_acknowledged(self, session: AgentSession, attempts: Iterable[AttemptKey]) -> None:
         """The agent received cancels. An acknowledgement after the attempt's end is legal."""
@@ -206,7 +207,7 @@ class Reports:
         if reply.status is ReportStatus.STALE:
             self._refuse(session, key)
         else:
-            self.on_change(key.task_id, reply.state in TERMINAL)
+            self.on_change(key.task_id, reply.state in TERMINAL, None)
 
     def _handle_progress(self, session: AgentSession, key: AttemptKey, reply: ProgressReply) -> None:
         if reply.status is ReportStatus.STALE:
@@ -216,7 +217,7 @@ class Reports:
                 session.machine.replay_progress(key, reply.index)
         else:
             session.machine.acknowledge_progress(key, reply.index)
-            self.on_change(key.task_id, reply.state in TERMINAL)
+            self.on_change(key.task_id, reply.state in TERMINAL, None)
 
     def _refuse_as_full(self, session: AgentSession, key: AttemptKey, number: int) -> None:
         self._set_aside(session, key, number)
@@ -244,20 +245,20 @@ class Reports:
         if reply.status is ReportStatus.ACCEPTED:
             self.settled(key, reply)
 
-    def _handle_result(self, session: AgentSession, key: AttemptKey, reply: ReportReply) -> None:
+    def _handle_result(self, result: Result, session: AgentSession, key: AttemptKey, reply: ReportReply) -> None:
         if reply.status is ReportStatus.STALE:
             self._refuse(session, key)
             return
         if reply.status is ReportStatus.ACCEPTED:
             self.counts.accepted += 1
-            self.settled(key, reply)
+            self.settled(key, reply, _end_of(session.agent_id, key, result, reply))
         else:
             self.counts.repeated += 1
         session.machine.acknowledge(key)
 
-    def settled(self, key: AttemptKey, reply: ReportReply) -> None:
-        """An attempt ended."""
-        self.on_change(key.task_id, reply.state in TERMINAL)
+    def settled(self, key: AttemptKey, reply: ReportReply, end: TaskEnd | None = None) -> None:
+        """An attempt ended; `end` is the task's end if the report holds all of it."""
+        self.on_change(key.task_id, reply.state in TERMINAL, end)
         if reply.retry_after is not None:
             self.on_queued(shard_of(key.task_id), reply.retry_after)
 
@@ -319,10 +320,30 @@ def _result_report(agent_id: str, key: AttemptKey, result: Result) -> Operation[
         return operations.succeed(agent_id, key, result.response)
     if result.WhichOneof("outcome") == "cancelled":
         return operations.confirm_cancelled(agent_id, key, result.cancelled.reason or Reason.REASON_CANCELLED)
-    failure: Failure = result.failure
-    reason = failure.reason or Reason.REASON_HANDLER_FAILED
-    message, error_type = failure_text(failure.message), failure_text(failure.error_type)[:200]
-    return operations.fail(agent_id, key, reason, message, error_type, error_for(reason, "").retryable)
+    failure = _stored_failure(result.failure)
+    retryable = error_for(failure.reason, "").retryable
+    return operations.fail(agent_id, key, failure.reason, failure.message, failure.error_type, retryable)
+
+
+def _stored_failure(failure: Failure) -> Failure:
+    """Return an agent's failure as the store keeps it."""
+    return Failure(
+        reason=failure.reason or Reason.REASON_HANDLER_FAILED,
+        message=failure_text(failure.message),
+        error_type=failure_text(failure.error_type)[:200],
+    )
+
+
+def _end_of(agent_id: str, key: AttemptKey, result: Result, reply: ReportReply) -> TaskEnd | None:
+    """Return the end of a task by a result; None if the task goes on, or the store alone knows its end."""
+    outcome = result.WhichOneof("outcome")
+    if reply.state == TaskState.TASK_STATE_SUCCEEDED and outcome == "response":
+        response, failure = result.response, None
+    elif reply.state == TaskState.TASK_STATE_FAILED and outcome == "failure":
+        response, failure = b"", _stored_failure(result.failure)
+    else:
+        return None
+    return TaskEnd(reply.state, key, agent_id, reply.revision, reply.time_us, response, failure)
 
 
 class SessionServicer(SessionServiceServicer):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import itertools
 import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -19,7 +18,6 @@ from orki.control.v1.attempt_pb2 import Failure, TaskState
 from orki.control.v1.task_pb2_grpc import TaskServiceServicer
 from orki_contract.errors import (
     Draining,
-    IdempotencyConflict,
     InvalidArgument,
     LocalProtocolError,
     NotDirectable,
@@ -28,17 +26,18 @@ from orki_contract.errors import (
     TooLarge,
     UnknownTask,
 )
-from orki_contract.trace import new_span, parse_traceparent
 from orki_control.session import AttemptKey
 from orki_control.transport import abort
 from orki_server._registry import ContractRegistry, PayloadCheck
+from orki_server._results import ResultWatches, TaskEnd
 from orki_server._session import SessionRegistry
 from orki_server._store import operations
 from orki_server._store.lifecycle import TERMINAL
-from orki_server._store.operations import failure_text, new_task_id, shard_of_key, submission_digest
+from orki_server._store.operations import failure_text
 from orki_server._store.replies import StoredProgress
 from orki_server._store.store import Store
 from orki_server._store.tasks import TaskFilter, list_tasks
+from orki_server._submissions import Submissions
 
 Q = TypeVar("Q")
 R = TypeVar("R")
@@ -212,15 +211,21 @@ class _Watcher:
 
 
 class Watchers:
-    """Follows tasks. Calls `on_record` when a task has changed, as the outbox has records then."""
+    """Follows tasks. Calls `on_record` when a task has changed, as the outbox has records then.
+
+    Attributes:
+        results: The watches that only wait for the result.
+    """
 
     def __init__(self, store: Store, on_record: Callable[[], None]) -> None:
         self._store = store
         self._on_record = on_record
         self._watchers: dict[str, set[_Watcher]] = {}
+        self.results = ResultWatches(store)
 
-    def changed(self, task_id: str, ended: bool) -> None:
+    def changed(self, task_id: str, ended: bool, end: TaskEnd | None = None) -> None:
         self._on_record()
+        self.results.changed(task_id, ended, end)
         for watcher in self._watchers.get(task_id, ()):
             watcher.changed.set()
             if ended:
@@ -327,6 +332,7 @@ class TaskServicer(TaskServiceServicer):
 
     Attributes:
         draining: Whether new submissions are refused.
+        submissions: Checks submissions; also those of sessions.
     """
 
     def __init__(
@@ -346,8 +352,12 @@ class TaskServicer(TaskServiceServicer):
         self._watchers = watchers
         self._rules = rules
         self._on_queued = on_queued
-        self._numbers = itertools.count()
+        self.submissions = Submissions(store.shards, registry, payloads, rules.submission, self._created)
         self.draining = False
+
+    def _created(self, task_id: str, shard: int) -> None:
+        self._watchers.changed(task_id, False)
+        self._on_queued(shard)
 
     @typed
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.SubmitResponse:
@@ -375,47 +385,14 @@ class TaskServicer(TaskServiceServicer):
         return pb.SubmitResponse(outcomes=outcomes)
 
     async def _submit(self, submission: pb.Submission, actor: str) -> pb.TaskSnapshot:
-        self._rules.submission(submission)
-        method = await self._registry.method(submission.method)
-        await self._payloads.request(method, submission.request)
-        contract = self._registry.leading(method.service)
-        parent = parse_traceparent(submission.traceparent)
-        span = parent.child() if parent else new_span()
-        key = submission.idempotency_key
-        shard = shard_of_key(key, self._store.shards) if key else next(self._numbers) % self._store.shards
-        submitted = await self._store.apply(
-            operations.submit(
-                task_id=new_task_id(shard),
-                method=method,
-                request=submission.request,
-                digest=submission_digest(submission.method, submission.request),
-                idempotency_key=key,
-                span=span,
-                actor=actor,
-                contract=contract,
-            )
-        )
-        if submitted.status == "new":
-            self._watchers.changed(submitted.task_id, False)
-            self._on_queued(shard)
-            # The snapshot of a new task is known without reading it.
-            return pb.TaskSnapshot(
-                task_id=submitted.task_id,
-                method=submission.method,
-                state=TaskState.TASK_STATE_QUEUED,
-                submitted_us=submitted.submitted_us,
-                traceparent=span.traceparent,
-                revision=1,
-            )
-        if submitted.status == "conflict":
-            raise IdempotencyConflict(
-                f"idempotency_key {key[:64]!r} belongs to task {submitted.task_id}, which has another method or request"
-            )
-        return await self._read(submitted.task_id)
+        method = await self.submissions.check(submission)
+        pending = self.submissions.pending(submission, method, actor)
+        submitted = await self._store.apply(pending.operation)
+        return self.submissions.accepted(pending, submitted) or await self.read(submitted.task_id)
 
     @typed
     async def Get(self, request: pb.GetRequest, context: Context) -> pb.GetResponse:
-        return pb.GetResponse(task=await self._read(request.task_id))
+        return pb.GetResponse(task=await self.read(request.task_id))
 
     @typed_stream
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchResponse]:
@@ -430,12 +407,19 @@ class TaskServicer(TaskServiceServicer):
             for batch in _batches(news):
                 yield batch[0] if len(batch) == 1 else pb.WatchResponse(batch=pb.WatchBatch(updates=batch))
 
+    def check_watch(self, request: pb.WatchRequest) -> None:
+        """Check a watch of a session; raises InvalidArgument for a malformed cursor."""
+        self._rules.watch(request)
+
     @typed
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
+        return pb.CancelResponse(task=await self.cancel(request, actor_of(context)))
+
+    async def cancel(self, request: pb.CancelRequest, actor: str) -> pb.TaskSnapshot:
         """Request a task's end. The request is stored before it is sent to the agent."""
         self._rules.cancel(request)
         message = failure_text(request.message)
-        reply = await self._store.apply(operations.cancel(request.task_id, message, actor_of(context)))
+        reply = await self._store.apply(operations.cancel(request.task_id, message, actor))
         if reply.status == "unknown":
             raise UnknownTask(f"there is no task {request.task_id}")
         session = self._sessions.get(reply.agent_id)
@@ -443,13 +427,17 @@ class TaskServicer(TaskServiceServicer):
             session.machine.cancel(reply.attempt, grace_ms=round(reply.cancel_grace * 1000), message=message)
         if reply.status in ("requested", "done"):
             self._watchers.changed(request.task_id, reply.status == "done")
-        return pb.CancelResponse(task=await self._read(request.task_id))
+        return await self.read(request.task_id)
 
     @typed
     async def Direct(self, request: pb.DirectRequest, context: Context) -> pb.DirectResponse:
+        attempt = await self.direct(request, actor_of(context))
+        return pb.DirectResponse(attempt=attempt.ref())
+
+    async def direct(self, request: pb.DirectRequest, actor: str) -> AttemptKey:
         """Send a directive to a running task, whose agent must have a session here."""
         self._rules.direct(request)
-        task = await self._read(request.task_id)
+        task = await self.read(request.task_id)
         method = await self._registry.method(task.method)
         if not method.directive:
             raise NotDirectable(f"{task.method} declares no directive")
@@ -464,7 +452,7 @@ class TaskServicer(TaskServiceServicer):
         if any(each.full_name == task.method and not each.directive for each in served):
             raise NotDirectable(f"agent {task.agent_id} serves {task.method} by a contract that declares no directive")
         key = AttemptKey.of(task.attempt)
-        reply = await self._store.apply(operations.direct(key, len(request.payload), actor_of(context)))
+        reply = await self._store.apply(operations.direct(key, len(request.payload), actor))
         if reply.status != "running":
             raise NotDirectable(f"task {task.task_id} no longer runs attempt {key.attempt}")
         try:
@@ -476,7 +464,7 @@ class TaskServicer(TaskServiceServicer):
         if not await answer:
             raise NotDirectable(f"{key} had ended when the directive arrived")
         self._watchers.changed(request.task_id, False)
-        return pb.DirectResponse(attempt=key.ref())
+        return key
 
     @typed
     async def List(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:
@@ -485,7 +473,8 @@ class TaskServicer(TaskServiceServicer):
         tasks, token = await list_tasks(self._store, which, page_size, request.page_token)
         return pb.ListResponse(tasks=tasks, next_page_token=token)
 
-    async def _read(self, task_id: str) -> pb.TaskSnapshot:
+    async def read(self, task_id: str) -> pb.TaskSnapshot:
+        """Read a task; raises UnknownTask if there is none."""
         view = await self._store.apply(operations.read_task(task_id))
         if view is None:
             raise UnknownTask(f"there is no task {task_id}")

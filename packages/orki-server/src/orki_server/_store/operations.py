@@ -38,8 +38,12 @@ def new_task_id(shard: int) -> str:
 
     The id is `t<shard>-` and 26 characters that sort by time: 48 bits of milliseconds, then 80 random bits.
     """
-    number = int(time.time() * 1000) << 80 | int.from_bytes(os.urandom(10))
-    return f"t{shard}-" + "".join(_DIGITS[number >> shift & 31] for shift in range(125, -1, -5))
+    return known_task_id(shard, int(time.time() * 1000) << 80 | int.from_bytes(os.urandom(10)))
+
+
+def known_task_id(shard: int, number: int) -> str:
+    """Return the id of a task of a shard whose 128 bits are given."""
+    return f"t{shard}-" + "".join([_DIGITS[number >> shift & 31] for shift in range(125, -1, -5)])
 
 
 def shard_of(task_id: str) -> int:

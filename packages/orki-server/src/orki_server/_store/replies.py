@@ -113,18 +113,24 @@ class ReportReply:
         status: Whether it was accepted.
         state: The task's state afterwards; unspecified for a stale report.
         retry_after: Wait before the next attempt; None if no attempt follows from this report.
+        revision: Revision of the task afterwards; 0 for a stale report.
+        time_us: Time of the transition, in microseconds since the Unix epoch.
     """
 
     status: ReportStatus
     state: TaskState.ValueType
     retry_after: float | None = None
+    revision: int = 0
+    time_us: int = 0
 
 
 def report_reply(reply: list[bytes]) -> ReportReply:
     """Decode the reply to a report."""
-    status, state, retry_ms = reply
+    status, state, retry_ms, revision, time_us = reply
     retry_after = int(retry_ms) / 1000 if int(retry_ms) >= 0 else None
-    return ReportReply(ReportStatus(status.decode()), TaskState.ValueType(int(state)), retry_after)
+    return ReportReply(
+        ReportStatus(status.decode()), TaskState.ValueType(int(state)), retry_after, int(revision), int(time_us)
+    )
 
 
 @dataclass(frozen=True, slots=True)

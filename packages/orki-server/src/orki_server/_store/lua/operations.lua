@@ -87,9 +87,11 @@ end
 
 -- --- reports of agents: only the holder of the current fence changes anything, everybody else gets `stale` ---
 
--- -> accepted | repeated | stale, state afterwards, wait before the next attempt (ms; -1 for none)
+-- -> accepted | repeated | stale, state afterwards, wait before the next attempt (ms; -1 for none), revision, time (us)
 local function report_reply(status, task, wait)
-  return { status, task and VISIBLE[task.state] or '0', whole(wait or -1) }
+  return {
+    status, task and VISIBLE[task.state] or '0', whole(wait or -1), whole(task and task.revision or 0), WALL_TEXT,
+  }
 end
 
 -- The task if the agent holds its attempt, and nil; or nil and the reply to a report that was accepted before or is stale.
@@ -148,7 +150,7 @@ OPS.progress = function(a)
   local index = tonumber(a[5])
   local missing = index - task.progress_index - 1
   local status = missing < 0 and 'repeated' or missing > tonumber(a[7]) and 'gap'
-  if status then return report_reply(status, task, task.progress_index) end
+  if status then return { status, VISIBLE[task.state], whole(task.progress_index) } end
   -- A full store takes the end of a gap: it is small, and the task's result follows and frees memory.
   if a[8] ~= '1' then refuse_if_full() end
   typed(PROGRESS .. task.id, 'stream')
@@ -162,7 +164,7 @@ OPS.progress = function(a)
   heard(task)
   if task.stall_due > 0 then task.stall_due = NOW + options(task).stall end
   sort(task, not began)
-  return report_reply('accepted', task, index)
+  return { 'accepted', VISIBLE[task.state], a[5] }
 end
 
 -- agent, then id and fence of each attempt -> positions (from 0) of the stale ones

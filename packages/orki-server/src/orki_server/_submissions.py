@@ -1,0 +1,149 @@
+"""Submissions: their checks, their operation, and the snapshot of a new task.
+
+Calls and sessions share this code. A session may find a submission's method and message class in the cache; then the
+check needs no coroutine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from orki.control.v1 import task_pb2 as pb
+from orki.control.v1.attempt_pb2 import TaskState
+from orki_contract.errors import IdempotencyConflict, InvalidArgument
+from orki_contract.model import TaskMethod
+from orki_contract.trace import Span, new_span, parse_traceparent
+from orki_server._registry import ContractRegistry, PayloadCheck
+from orki_server._store import operations
+from orki_server._store.operations import (
+    Operation,
+    Submitted,
+    known_task_id,
+    new_task_id,
+    shard_of_key,
+    submission_digest,
+)
+
+SUBMISSION_ID_BYTES: Final = 16
+"""Length of a submission id: 6 bytes of milliseconds, then random bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A submission on its way to the store.
+
+    Attributes:
+        submission: The submission.
+        shard: Shard of the task.
+        span: The task's span.
+        operation: The operation of the store.
+    """
+
+    submission: pb.Submission
+    shard: int
+    span: Span
+    operation: Operation[Submitted]
+
+
+class Submissions:
+    """Checks submissions, by `rules` first, and gives them their task ids.
+
+    It calls `on_new` with the id and the shard of a new task.
+    """
+
+    def __init__(
+        self,
+        shards: int,
+        registry: ContractRegistry,
+        payloads: PayloadCheck,
+        rules: Callable[[pb.Submission], None],
+        on_new: Callable[[str, int], None],
+    ) -> None:
+        self._shards = shards
+        self._registry = registry
+        self._payloads = payloads
+        self._rules = rules
+        self._on_new = on_new
+        self._numbers = itertools.count()
+
+    async def check(self, submission: pb.Submission) -> TaskMethod:
+        """Check a submission and return its method.
+
+        Raises:
+            InvalidArgument, TooLarge: A field is invalid.
+            UnknownMethod: The method is not registered.
+            StoreUnavailable: The contract is not cached, and the store is down.
+        """
+        self._rules(submission)
+        method = await self._registry.method(submission.method)
+        await self._payloads.request(method, submission.request)
+        return method
+
+    def check_cached(self, submission: pb.Submission) -> TaskMethod | None:
+        """Check a submission by the cache; None if `check` must read the contract. Raises as `check`."""
+        self._rules(submission)
+        method = self._registry.cached(submission.method)
+        if method is None or not self._payloads.request_cached(method, submission.request):
+            return None
+        return method
+
+    def pending(self, submission: pb.Submission, method: TaskMethod, actor: str, submission_id: bytes = b"") -> Pending:
+        """Return the operation of a checked submission.
+
+        The submission id, the method and the request determine the task id, so that a repeated submission finds its
+        task. An idempotency key does the same across submission ids, and costs the store an entry.
+        """
+        parent = parse_traceparent(submission.traceparent)
+        span = parent.child() if parent else new_span()
+        key = submission.idempotency_key
+        digest = submission_digest(submission.method, submission.request)
+        if key or not submission_id:
+            shard = shard_of_key(key, self._shards) if key else next(self._numbers) % self._shards
+            task_id = new_task_id(shard)
+        elif len(submission_id) != SUBMISSION_ID_BYTES:
+            raise InvalidArgument(f"submission_id: {SUBMISSION_ID_BYTES} bytes, not {len(submission_id)}")
+        else:
+            # Submissions of the same millisecond share a shard, so that a batch needs few script calls.
+            shard = zlib.crc32(submission_id[:6]) % self._shards
+            drawn = hashlib.sha256(submission_id + digest.encode()).digest()[:10]
+            task_id = known_task_id(shard, int.from_bytes(submission_id[:6] + drawn))
+        operation = operations.submit(
+            task_id=task_id,
+            method=method,
+            request=submission.request,
+            digest=digest,
+            idempotency_key=key,
+            span=span,
+            actor=actor,
+            contract=self._registry.leading(method.service),
+        )
+        return Pending(submission, shard, span, operation)
+
+    def accepted(self, pending: Pending, submitted: Submitted) -> pb.TaskSnapshot | None:
+        """Return the snapshot of a new task; None for a task that was found and must be read.
+
+        Raises:
+            IdempotencyConflict: The key belongs to another request.
+        """
+        submission = pending.submission
+        if submitted.status == "conflict":
+            raise IdempotencyConflict(
+                f"idempotency_key {submission.idempotency_key[:64]!r} belongs to task {submitted.task_id}, "
+                "which has another method or request"
+            )
+        if submitted.status != "new":
+            return None
+        self._on_new(submitted.task_id, pending.shard)
+        return pb.TaskSnapshot(
+            task_id=submitted.task_id,
+            method=submission.method,
+            state=TaskState.TASK_STATE_QUEUED,
+            submitted_us=submitted.submitted_us,
+            traceparent=pending.span.traceparent,
+            revision=1,
+        )
