@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from orki_agent.testing import run_handler, start_handler
-from orki_contract.errors import Cancelled, HandlerFailed, InvalidSetting, WaitTimeout
+from orki_contract.errors import (
+    Cancelled,
+    CancelUnresponsive,
+    HandlerFailed,
+    InvalidArgument,
+    InvalidResponse,
+    InvalidSetting,
+    TooLarge,
+    WaitTimeout,
+)
 from orki_contract.trace import current_span
 
 
@@ -81,3 +92,89 @@ async def test_what_is_no_handler_is_refused(work: SimpleNamespace) -> None:
 
     with pytest.raises(InvalidSetting, match="bound method of a task service"):
         await run_handler(stranger, work.WorkRequest())
+
+
+async def test_messages_of_another_class_are_refused(work: SimpleNamespace) -> None:
+    class Service(work.WorkServiceBase):  # type: ignore[misc, name-defined]
+        async def work(self, request: Any, ctx: Any) -> Any:
+            async for directive in ctx.directives():
+                return work.WorkResponse(text=directive.text)
+
+    with pytest.raises(InvalidArgument, match="declares WorkRequest as its request, not WorkDirective"):
+        await run_handler(Service().work, work.WorkDirective(text="x"))
+    with pytest.raises(InvalidArgument, match="not NoneType"):
+        await run_handler(Service().work, None)  # type: ignore[arg-type]
+    async with start_handler(Service().work, work.WorkRequest()) as running:
+        with pytest.raises(InvalidArgument, match="declares WorkDirective as its directive, not WorkRequest"):
+            running.direct(work.WorkRequest())
+        running.direct(work.WorkDirective(text="right"))
+        assert (await running.wait()).response.text == "right"
+
+
+async def test_results_are_judged_as_an_agent_judges_them(work: SimpleNamespace) -> None:
+    class Service(work.WorkServiceBase):  # type: ignore[misc, name-defined]
+        async def work(self, request: Any, ctx: Any) -> Any:
+            return work.WorkResponse(blob=bytes(8 << 20)) if request.text else "text"
+
+    run = await run_handler(Service().work, work.WorkRequest(text="much"))
+    with pytest.raises(TooLarge):
+        _ = run.response
+    run = await run_handler(Service().work, work.WorkRequest())
+    with pytest.raises(InvalidResponse, match="returned str"):
+        _ = run.response
+    with pytest.raises(TooLarge):
+        await run_handler(Service().work, work.WorkRequest(blob=bytes(8 << 20)))
+
+
+class Stubborn:
+    """Ignores every cancel."""
+
+    def __init__(self) -> None:
+        self.cancels = 0
+        self.over = False
+
+    async def sleep(self) -> None:
+        while not self.over:
+            try:
+                await asyncio.sleep(600)
+            except asyncio.CancelledError:
+                self.cancels += 1
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
+async def test_a_handler_that_ignores_its_cancel_ends_after_the_grace(work: SimpleNamespace, kind: str) -> None:
+    stubborn = Stubborn()
+    over = threading.Event()
+
+    class Service(work.WorkServiceBase):  # type: ignore[misc, name-defined]
+        async def work(self, request: Any, ctx: Any) -> Any:
+            await stubborn.sleep()
+
+    class Blocking(work.GrindServiceSyncBase):  # type: ignore[misc, name-defined]
+        def work(self, request: Any, ctx: Any) -> Any:
+            over.wait(60)
+
+    service = Service() if kind == "async" else Blocking()
+    task = work.WORK if kind == "async" else work.GRIND
+    began = time.monotonic()
+    async with start_handler(service.work, work.WorkRequest()) as running:
+        running.cancel()
+        run = await running.wait(timeout=30)
+    took = time.monotonic() - began
+    over.set()
+    assert run.cancelled
+    with pytest.raises(CancelUnresponsive):
+        _ = run.response
+    assert task.contract.cancel_grace <= took < task.contract.cancel_grace + 4
+    assert len(asyncio.all_tasks()) == 1, "no handler is left in the loop"
+    assert kind == "sync" or stubborn.cancels == 2
+
+
+async def test_a_block_that_ends_cancels_a_handler_that_ignores_it(work: SimpleNamespace) -> None:
+    class Service(work.WorkServiceBase):  # type: ignore[misc, name-defined]
+        async def work(self, request: Any, ctx: Any) -> Any:
+            await Stubborn().sleep()
+
+    with pytest.raises(WaitTimeout):
+        await run_handler(Service().work, work.WorkRequest(), timeout=0.1)
+    assert len(asyncio.all_tasks()) == 1

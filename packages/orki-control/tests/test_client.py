@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 import sys
 import textwrap
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -46,7 +47,7 @@ from orki_contract.errors import (
 )
 from orki_contract.trace import new_span, use_span
 from orki_control import Client, ClientOptions, JitterOptions
-from orki_control.transport import abort, check_target, server_options
+from orki_control.transport import abort, check_targets, server_options
 
 ECHO: Task[Any, Any, Any, Any] = Task.declare(
     "test.v1.EchoService/Echo",
@@ -70,6 +71,7 @@ class Orchestrator(TaskServiceServicer, FleetServiceServicer):
         self.directives: list[bytes] = []
         self.fail: list[OrkiError] = []
         self.forget_answers = 0
+        self.lose_directives = 0
         self.port = 0
         self._server: grpc.aio.Server | None = None
         self._changed = asyncio.Condition()
@@ -166,6 +168,9 @@ class Orchestrator(TaskServiceServicer, FleetServiceServicer):
         if self.tasks[request.task_id].state != TaskState.TASK_STATE_RUNNING:
             await abort(context, NotDirectable(f"task {request.task_id} is not running"))
         self.directives.append(request.payload)
+        if self.lose_directives:
+            self.lose_directives -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the answer is lost")
         return pb.DirectResponse(attempt=AttemptRef(task_id=request.task_id, attempt=1, fence=1))
 
     async def List(self, request: Any, context: Any) -> Any:
@@ -395,10 +400,10 @@ def test_targets_are_checked(target: str) -> None:
 
 
 def test_plaintext_stays_on_this_host() -> None:
-    assert check_target("[::1]:50051") == "[::1]:50051"
-    assert check_target("orki.internal:50051", insecure=True)
+    assert check_targets("[::1]:50051") == ("[::1]:50051",)
+    assert check_targets("orki.internal:50051", insecure=True)
     with pytest.raises(InvalidSetting, match="not encrypted"):
-        check_target("orki.internal:50051")
+        check_targets("orki.internal:50051")
 
 
 @pytest.mark.parametrize("options", [{"patience": -1}, {"call_timeout": 0}, {"max_message_bytes": 5}])
@@ -438,3 +443,102 @@ def _example(text: str, server: Orchestrator) -> str:
     (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert "127.0.0.1:50051" in example
     return str(example).replace("127.0.0.1:50051", server.target)
+
+
+# --- Several addresses. ---
+
+
+def free_target() -> str:
+    """An address at which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.fixture
+async def second() -> AsyncIterator[Orchestrator]:
+    running = Orchestrator()
+    await running.start()
+    yield running
+    await running.stop()
+
+
+CALLS: dict[str, Callable[[Client], Any]] = {
+    "submit": lambda client: client.submit(ECHO, StringValue(value="x")),
+    "get": lambda client: client.get("t0"),
+    "cancel": lambda client: client.cancel("t0"),
+    "direct": lambda client: client.direct("t0", b"d"),
+    "list_tasks": lambda client: anext(client.list_tasks()),
+    "list_agents": lambda client: client.list_agents(),
+    "list_services": lambda client: client.list_services(),
+    "watch": lambda client: anext(client.watch("t0")),
+}
+
+
+@pytest.mark.parametrize("patience", [0.0, 5.0])
+@pytest.mark.parametrize("name", sorted(CALLS))
+async def test_every_call_goes_on_at_the_next_address(server: Orchestrator, name: str, patience: float) -> None:
+    server.tasks["t0"] = pb.TaskSnapshot(task_id="t0", state=TaskState.TASK_STATE_RUNNING)
+    server.progress["t0"] = []
+    options = ClientOptions(patience=patience, backoff=JitterOptions(initial=0.01, maximum=0.05))
+    async with asyncio.timeout(10), Client([free_target(), free_target(), server.target], options) as client:
+        assert await CALLS[name](client)
+
+
+async def test_a_lost_answer_is_asked_for_again_elsewhere_but_no_directive(
+    server: Orchestrator, second: Orchestrator
+) -> None:
+    second.keys, second.tasks, second.progress = server.keys, server.tasks, server.progress
+    async with Client(f"{server.target},{second.target}", OPTIONS) as client:
+        server.forget_answers = 1
+        handle = await client.submit(ECHO, StringValue(value="once"))
+        assert (server.submits, second.submits, len(server.tasks)) == ([1], [1], 1)
+        await server.move(handle.task_id, TaskState.TASK_STATE_RUNNING)
+        second.lose_directives = 1
+        with pytest.raises(OrchestratorUnavailable):
+            await client.direct(handle.task_id, b"d")
+        assert (server.directives, second.directives) == ([], [b"d"])
+
+
+async def test_a_watch_goes_on_elsewhere_after_the_last_progress(server: Orchestrator, second: Orchestrator) -> None:
+    second.keys, second.tasks, second.progress = server.keys, server.tasks, server.progress
+    async with Client((server.target, second.target), OPTIONS) as client:
+        handle = await client.submit(ECHO, StringValue())
+        other = asyncio.create_task(client.submit(ECHO, StringValue(value="other")))
+        server.progress[handle.task_id] += [UInt32Value(value=1).SerializeToString()]
+        deltas = handle.progress()
+        assert (await anext(deltas)).value == 1
+        await other
+        await server.stop()
+        server.progress[handle.task_id] += [UInt32Value(value=2).SerializeToString()]
+        assert (await anext(deltas)).value == 2
+        assert (server.watches, second.watches) == ([""], ["1"])
+        await second.move(handle.task_id, TaskState.TASK_STATE_SUCCEEDED)
+        assert [delta async for delta in deltas] == []
+
+
+async def test_calls_under_way_survive_a_change_of_the_address(server: Orchestrator, second: Orchestrator) -> None:
+    second.keys, second.tasks, second.progress = server.keys, server.tasks, server.progress
+    async with Client((server.target, second.target), OPTIONS) as client:
+        handle = await client.submit(ECHO, StringValue())
+        waiting = asyncio.create_task(handle.result(10))
+        while not server.watches:
+            await asyncio.sleep(0.01)
+        server.fail = [StoreUnavailable("away")]
+        await client.get(handle.task_id)
+        await server.move(handle.task_id, TaskState.TASK_STATE_SUCCEEDED)
+        await waiting
+        assert second.watches == []
+
+
+@pytest.mark.parametrize("targets", [[], (), "127.0.0.1:1,", "127.0.0.1:1,,127.0.0.1:2", ["127.0.0.1:1", "x"]])
+def test_every_address_is_checked(targets: Any) -> None:
+    with pytest.raises(InvalidSetting, match="HOST:PORT"):
+        Client(targets)
+
+
+def test_addresses_are_given_as_text_or_as_a_sequence() -> None:
+    expected = ("127.0.0.1:1", "[::1]:2")
+    assert check_targets("127.0.0.1:1, [::1]:2,127.0.0.1:1") == expected
+    assert check_targets(expected) == expected
+    assert Client(expected).target == "127.0.0.1:1,[::1]:2"

@@ -26,8 +26,16 @@ PUBLIC = {
         *("SessionClosed", "SessionEnded", "SessionLost", "SessionOpened"),
     ],
     "orki_control.transport": [
-        *("MESSAGE_CHARACTERS", "REASON_KEY", "ChannelOptions", "abort", "channel_options", "check_target"),
-        *("error_from", "is_loopback", "open_channel", "server_options", "typed_error"),
+        *("MESSAGE_CHARACTERS", "REASON_KEY", "Addresses", "ChannelOptions", "Peer", "abort", "channel_options"),
+        *(
+            "check_target",
+            "check_targets",
+            "error_from",
+            "is_loopback",
+            "open_channel",
+            "server_options",
+            "typed_error",
+        ),
     ],
 }
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -50,6 +51,22 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("orki_server._cli.up", {"grpc", "redis", "aiohttp", "prometheus_client"}),
+        ("orki_server._orchestrator", {"redis", "aiohttp", "prometheus_client"}),
+        ("orki_server._observers.audit", {"grpc", "redis", "aiohttp", "prometheus_client"}),
+        ("orki_server._observers.feed", {"grpc", "redis", "prometheus_client"}),
+        ("orki_server._observers.metrics", {"grpc", "redis"}),
+    ],
+)
+def test_each_process_imports_only_what_it_needs(module: str, absent: set[str]) -> None:
+    program = f"import sys, {module}; print(*sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert {name.partition(".")[0] for name in printed.split()} & absent == set()
 
 
 @pytest.mark.timeout(120)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -71,27 +71,28 @@ class Agent:
         """The served methods as `package.Service/Method`, sorted."""
         return tuple(sorted(self._handlers))
 
-    def settings(self, orchestrator: str, **changes: Any) -> RunSettings:
+    def settings(self, orchestrator: str | Sequence[str], **changes: Any) -> RunSettings:
         """Return settings of a run with this agent's defaults.
 
         Args:
-            orchestrator: `HOST:PORT`.
+            orchestrator: `HOST:PORT`; several separated by commas, or a sequence.
             changes: Further settings by their names in `RunSettings`.
 
         Raises:
             InvalidSetting: A setting is unknown or its value is invalid.
         """
-        defaults = RunSettings(orchestrator=orchestrator, agent_id=default_agent_id(self.kind), slots=self.slots)
+        # Checked once with all changes: `insecure` decides about the address.
+        defaults = {"agent_id": default_agent_id(self.kind), "slots": self.slots}
         try:
-            return replace(defaults, **changes)
+            return RunSettings(orchestrator=orchestrator, **{**defaults, **changes})
         except TypeError as error:
             raise InvalidSetting(f"agent {self.kind}: {error}") from None
 
-    async def run(self, orchestrator: str | RunSettings, **changes: Any) -> None:
+    async def run(self, orchestrator: str | Sequence[str] | RunSettings, **changes: Any) -> None:
         """Serve until the agent has drained. Async handlers run in the calling loop, blocking ones in threads.
 
         Args:
-            orchestrator: `HOST:PORT`, or settings of the run.
+            orchestrator: `HOST:PORT`, several separated by commas or as a sequence, or settings of the run.
             changes: Settings by their names in `RunSettings`: `agent_id`, `slots`, `events_url`, `drain_grace`, …
 
         Raises:

@@ -19,7 +19,7 @@ from orki_agent._settings import RunSettings
 from orki_contract.backoff import Jitter
 from orki_contract.errors import OrkiError, RemoteProtocolError
 from orki_control.session import AgentEvent, AgentSession, AgentState, SessionClosed, SessionLost
-from orki_control.transport import error_from, open_channel
+from orki_control.transport import Addresses, Peer, check_targets, error_from, open_channel
 
 _log = logging.getLogger("orki.agent.session")
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class SessionChannel:
-    """The agent's streams to its orchestrator, one after another. Belongs to the I/O loop.
+    """The agent's streams to its orchestrators, one after another. Belongs to the I/O loop.
 
     Args:
         session: The session machine.
@@ -62,30 +62,37 @@ class SessionChannel:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
+        self._arming = False
         self._to_write = asyncio.Event()
         self._over: asyncio.Future[SessionLost] | None = None
         self._stopping = asyncio.Event()
+        self._peer = Peer("", "")
+        session.on_change = self._changed
 
     async def run(self) -> None:
         """Keep a session until `stop` is called or the machine closes it for good."""
-        jitter = Jitter(self._settings.backoff)
+        settings = self._settings
+        addresses = Addresses(check_targets(settings.orchestrator, insecure=settings.insecure))
+        self._peer = await addresses.next()
+        jitter = Jitter(settings.backoff)
         channel: grpc.aio.Channel | None = None
         failures = 0
         try:
             while not self._done():
-                channel = channel or open_channel(self._settings.orchestrator, self._settings.max_message_bytes)
+                channel = channel or open_channel(self._peer, settings.max_message_bytes)
                 connected_at = self._loop.time()
                 lost = await self._one_stream(channel)
                 if self._done():
                     break
                 lasted = self._loop.time() - connected_at
-                failures = 0 if lasted > self._settings.backoff.stable else failures + 1
+                failures = 0 if lasted > settings.backoff.stable else failures + 1
                 wait = jitter.failed(lasted)
-                if lost.silent or failures >= _FAILURES_OF_A_CHANNEL:
+                before, self._peer = self._peer, await addresses.next()
+                if lost.silent or failures >= _FAILURES_OF_A_CHANNEL or self._peer != before:
                     await channel.close()
                     channel, failures = None, 0
                 level = logging.WARNING if jitter.failures % _LOG_EVERY == 1 else logging.DEBUG
-                _log.log(level, "no session: %s; connecting again in %.2f s", lost.cause, wait)
+                _log.log(level, "no session: %s; connecting to %s in %.2f s", lost.cause, self._peer, wait)
                 await self._pause(wait)
         finally:
             if self._timer is not None:
@@ -94,30 +101,15 @@ class SessionChannel:
                 await channel.close()
             await asyncio.sleep(0)  # Deliver the last events.
 
-    def changed(self) -> None:
-        """Write the machine's messages and arm its timer, after the machine was changed."""
-        self._to_write.set()
-        due = self._session.next_timer()
-        if due is None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-        elif self._timer is None or due < self._timer_at or self._timer_at < self._loop.time():
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer_at = due
-            self._timer = self._loop.call_at(due, self._wake)
-
     def take(self, events: Sequence[AgentEvent]) -> None:
-        """Write the machine's messages, then deliver its events."""
+        """Deliver the machine's events."""
         for event in events:
             if isinstance(event, SessionLost):
                 self._end_stream(event)
             elif isinstance(event, SessionClosed):
                 self._end_stream(SessionLost(event.error.message, silent=False))
-        self.changed()
         if events:
-            # The writer is woken first, so an acknowledgement is sent before its event is handled.
+            # The machine has woken the writer before, so an acknowledgement is sent before its event is handled.
             self._loop.call_soon(self.on_events, events)
 
     def stop(self) -> None:
@@ -132,7 +124,6 @@ class SessionChannel:
         self._over = over
         call = SessionServiceStub(channel).Connect()
         self._session.connection_made(self._loop.time())
-        self.changed()
         tasks = [
             self._loop.create_task(self._read(call), name="orki session reader"),
             self._loop.create_task(self._write(call, over), name="orki session writer"),
@@ -184,8 +175,8 @@ class SessionChannel:
 
     def _cause(self, error: BaseException) -> str:
         if isinstance(error, grpc.aio.AioRpcError):
-            return error_from(error, self._settings.orchestrator).message
-        return f"{self._settings.orchestrator}: the call was ended ({type(error).__name__})"
+            return error_from(error, str(self._peer)).message
+        return f"{self._peer}: the call was ended ({type(error).__name__})"
 
     def _lose(self, cause: str) -> None:
         self._end_stream(SessionLost(cause, silent=False))
@@ -194,16 +185,33 @@ class SessionChannel:
         if self._over is not None and not self._over.done():
             self._over.set_result(lost)
 
-    # --- Timers. ---
+    # --- The machine's wake-ups and its timer. ---
 
-    def _wake(self) -> None:
+    def _changed(self) -> None:
+        """Wake the writer, and arm the timer once for all changes of this turn of the loop."""
+        self._to_write.set()
+        if not self._arming:
+            self._arming = True
+            self._loop.call_soon(self._arm)
+
+    def _arm(self) -> None:
+        self._arming = False
+        due = self._session.next_timer()
+        if self._timer is not None:
+            if due is not None and due >= self._timer_at:
+                return  # It fires early and is armed again.
+            self._timer.cancel()
+        self._timer_at = due or 0.0
+        self._timer = None if due is None else self._loop.call_at(due, self._timer_fired)
+
+    def _timer_fired(self) -> None:
         self._timer = None
         self._on_timer()
         try:
             self.take(self._session.handle_timer(self._loop.time()))
         except OrkiError:
             _log.exception("the session's timer failed: this is a defect")
-            self.changed()
+        self._arm()
 
     async def _pause(self, delay: float) -> None:
         try:

@@ -47,12 +47,12 @@ def main() -> None:
 @click.argument("target", metavar="MODULE:ATTRIBUTE")
 @click.option(
     "--orchestrator",
-    metavar="HOST:PORT",
+    metavar="HOST:PORT,…",
     envvar="ORKI_ORCHESTRATOR",
     default="127.0.0.1:50051",
     show_default=True,
     show_envvar=True,
-    help="Address of the orchestrator.",
+    help="Address of the orchestrator; several separated by commas. After a loss the agent tries the next one.",
 )
 @click.option(
     "--agent-id",

@@ -15,17 +15,17 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Final, TypeVar
 
-from google.protobuf.message import DecodeError, EncodeError, Message
+from google.protobuf.message import Message
 
 from orki.control.v1.attempt_pb2 import Failure
-from orki.control.v1.session_pb2 import CancelledOutcome
 from orki.events.v1.usage_orki import USAGE
 from orki.events.v1.usage_pb2 import UsageEvent
-from orki_agent._services import CURRENT_ATTEMPT, AgentServices, Handler, Offered
+from orki_agent._outcomes import decode, log_error, name_of, outcome_of_error, outcome_of_response, text_of
+from orki_agent._services import CURRENT_ATTEMPT, AgentServices, Handler, Offered, place_of
 from orki_agent._threads import Mailbox
 from orki_agent.hotpath._thread_pool import ThreadPool
 from orki_contract import EventStream, SyncToolChannel, TaskChannel, ToolChannel
-from orki_contract.errors import Cancelled, HandlerFailed, HandlerRejected, InvalidArgument, OrkiError, Reason, TooLarge
+from orki_contract.errors import Cancelled, HandlerFailed, InvalidArgument, TooLarge
 from orki_contract.trace import Span, use_span
 from orki_control.session import AttemptKey, Outcome
 
@@ -34,72 +34,7 @@ E = TypeVar("E", bound=Message)
 
 _log = logging.getLogger("orki.agent")
 
-MESSAGE_CHARACTERS: Final = 2000
-"""Maximum length of a failure's message."""
 _MOST_TOKENS: Final = 2**64 - 1
-
-
-class Undecodable(InvalidArgument):
-    """A payload is not the contract's message, so another attempt cannot help."""
-
-
-def decode(message: type[Any], payload: bytes, method: str) -> Any:
-    """Parse a payload.
-
-    Raises:
-        Undecodable: The payload is not a `message`.
-    """
-    try:
-        return message.FromString(payload)
-    except DecodeError as error:
-        raise Undecodable(f"{method}: the payload is not a {message.__name__} ({error})") from None
-
-
-def outcome_of_response(handler: Handler, response: object) -> Outcome:
-    """Return the outcome of a handler that returned."""
-    expected, method = handler.task.response, handler.name
-    if not isinstance(response, expected):
-        text = f"{method} returned {_name(type(response))}; its contract declares {_name(expected)}"
-        return Failure(reason=Reason.REASON_INVALID_RESPONSE, message=text)
-    assert isinstance(response, Message)
-    try:
-        return response.SerializeToString()
-    except EncodeError as error:
-        text = f"{method} returned a response that cannot be serialised: {error}"
-        return Failure(reason=Reason.REASON_INVALID_RESPONSE, message=_bounded(text))
-
-
-def outcome_of_error(error: BaseException, *, cancelled: bool) -> Outcome:
-    """Return the outcome of a handler that raised.
-
-    Args:
-        error: The exception.
-        cancelled: Whether the attempt was cancelled before; then a cancellation error confirms the cancel.
-    """
-    if cancelled and isinstance(error, asyncio.CancelledError | Cancelled):
-        return CancelledOutcome(reason=Reason.REASON_CANCELLED)
-    reason = Reason.REASON_HANDLER_FAILED
-    if isinstance(error, HandlerRejected):
-        reason = Reason.REASON_HANDLER_REJECTED
-    elif isinstance(error, Undecodable):
-        reason = Reason.REASON_INVALID_ARGUMENT
-    text = error.message if isinstance(error, OrkiError) else _text(error)
-    return Failure(reason=reason, message=_bounded(text), error_type=_name(type(error))[:200])
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:
-        return "an error whose text cannot be read"
-
-
-def _name(kind: type) -> str:
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _bounded(text: str) -> str:
-    return text if len(text) <= MESSAGE_CHARACTERS else text[: MESSAGE_CHARACTERS - 1] + "…"
 
 
 class Execution(ABC):
@@ -143,17 +78,24 @@ class Execution(ABC):
         """Take the handler's response or exception. Call it once, in the handler's thread or loop."""
         self.ended = True
         if error is None:
-            self._on_end(outcome_of_response(self.handler, response))
-            return
-        outcome = outcome_of_error(error, cancelled=self.cancelled)
-        name = self.handler.name
-        if self.cancelled:
-            _log.info("%s of %s ended after its cancel: %r", self.offered.attempt, name, error)
+            outcome = outcome_of_response(self.handler, response)
         else:
-            # Only the log carries the traceback.
-            trace = (type(error), error, error.__traceback__)
-            _log.warning("%s of %s failed", self.offered.attempt, name, exc_info=trace)
-        self._on_end(outcome)
+            outcome = outcome_of_error(error, cancelled=self.cancelled)
+        try:
+            self._log_end(outcome, error)
+        finally:
+            self._on_end(outcome)
+
+    def _log_end(self, outcome: Outcome, error: BaseException | None) -> None:
+        # Only the log carries the traceback, and the place of a handler that returned something else.
+        what = f"{self.offered.attempt} of {self.handler.name}"
+        if error is None:
+            if isinstance(outcome, Failure):
+                _log.warning("%s failed: %s (%s)", what, outcome.message, place_of(self.handler.call))
+        elif self.cancelled:
+            _log.info("%s ended after its cancel: %s: %s", what, name_of(type(error)), text_of(error))
+        else:
+            log_error(_log, logging.WARNING, f"{what} failed", error)
 
 
 class HandlerContext:
@@ -300,7 +242,7 @@ class AsyncExecution(Execution):
                 return await self.handler.call(request, AsyncHandlerContext(self))
             except (SystemExit, KeyboardInterrupt) as error:
                 # asyncio would end the whole agent.
-                raise HandlerFailed(f"the handler raised {type(error).__name__}: {error}") from error
+                raise HandlerFailed(f"the handler raised {type(error).__name__}: {text_of(error)}") from error
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self.directives.put_nowait(None)

@@ -48,7 +48,6 @@ class Runner:
         user: Mailbox of the user's loop.
         io: Mailbox of the I/O loop.
         window: Maximum number of progress messages of one attempt that wait to be sent.
-        changed: Called after the machine was changed.
 
     Attributes:
         on_other: Receives the events that are not about attempts. Set it before the session starts.
@@ -64,7 +63,6 @@ class Runner:
         user: Mailbox,
         io: Mailbox,
         window: int,
-        changed: Callable[[], None],
     ) -> None:
         self._machine = machine
         self._handlers = handlers
@@ -72,7 +70,6 @@ class Runner:
         self._user = user
         self._io = io
         self._window = window
-        self._changed = changed
         self._pool = ThreadPool("orki-handler")
         self._running: dict[AttemptKey, _Running] = {}
         self._handler_ended = asyncio.Event()
@@ -172,7 +169,6 @@ class Runner:
                 failure = Failure(reason=Reason.REASON_ABANDONED, message=f"{why}; the handler had started")
                 self._leave_behind(attempt, running, failure)
             running.execution.cancel()
-        self._changed()
 
     def cancel_all(self) -> None:
         """Cancel every handler."""
@@ -211,7 +207,6 @@ class Runner:
         except OrkiError as error:
             _log.warning("%s: progress was dropped: %s", attempt, error.message)
             running.execution.grant(1)
-        self._changed()
 
     # --- Ends of attempts. ---
 
@@ -224,7 +219,6 @@ class Runner:
             self._machine.release(attempt)
         else:
             self._machine.report(attempt, outcome, asyncio.get_running_loop().time())
-        self._changed()
 
     def _timed_out(self, attempt: AttemptKey) -> None:
         running = self._running[attempt]
@@ -249,4 +243,3 @@ class Runner:
         """Report the end of an attempt whose handler still runs."""
         running.left_behind = True
         self._machine.report(attempt, outcome, asyncio.get_running_loop().time(), still_running=True)
-        self._changed()

@@ -192,7 +192,6 @@ class Runtime:
             self._user,
             self._io.mailbox or Mailbox(asyncio.get_running_loop()),
             settings.progress_window,
-            self._channel.changed,
         )
         self._runner.on_other = self._on_event
         self._channel.on_events, self._channel.on_sent = self._runner.handle, self._runner.sent

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -106,7 +108,8 @@ def find_handlers(services: tuple[TaskServices, ...]) -> Mapping[str, Handler]:
     """Return the handlers of all services by `package.Service/Method`.
 
     Raises:
-        InvalidSetting: There is no service, an object is not a service, or two services have the same contract.
+        InvalidSetting: There is no service, an object is not a service, two services have the same contract, or a
+            method is no handler of its base.
     """
     if not services:
         raise InvalidSetting("an agent needs at least one task service, an instance derived from a generated base")
@@ -120,10 +123,70 @@ def find_handlers(services: tuple[TaskServices, ...]) -> Mapping[str, Handler]:
             name = task.contract.full_name
             if name in handlers:
                 raise InvalidSetting(f"two services handle {name}: give an agent one instance for each contract")
-            handlers[name] = Handler(
-                task, name, getattr(service, task.attribute), isinstance(service, AsyncTaskService)
-            )
+            handlers[name] = _handler(service, task)
     return handlers
+
+
+def place_of(call: object) -> str:
+    """Return `file:line` of a function or class, also behind decorators; its name where that is unknown."""
+    found: Any = inspect.unwrap(call) if callable(call) else call
+    while isinstance(found, functools.partial):
+        found = found.func
+    code = getattr(found, "__code__", None)
+    if code is not None:
+        return f"{code.co_filename}:{code.co_firstlineno}"
+    kind = found if isinstance(found, type) else type(found)
+    try:
+        return f"{inspect.getsourcefile(kind)}:{inspect.getsourcelines(kind)[1]}"
+    except (TypeError, OSError):
+        return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _handler(service: TaskServices, task: Task[Any, Any, Any, Any]) -> Handler:
+    """Return the handler of a method.
+
+    Raises:
+        InvalidSetting: The service has none, or none that can be called with a request and a context.
+    """
+    name = task.contract.full_name
+    call = getattr(service, task.attribute, None)
+    is_async = isinstance(service, AsyncTaskService)
+    fault = _fault(call, is_async)
+    if fault:
+        place = place_of(call if callable(call) else type(service))
+        raise InvalidSetting(f"{place}: {type(service).__qualname__}.{task.attribute}, the handler of {name}, {fault}")
+    assert callable(call)
+    return Handler(task, name, call, is_async)
+
+
+def _fault(call: object, is_async: bool) -> str:
+    """Return why a handler cannot be run; empty if it can."""
+    if not callable(call):
+        return "is missing" if call is None else f"is a {type(call).__name__}, not a method"
+    # A decorator that keeps `__wrapped__` passes on what the function inside returns.
+    outer, inner = _function(call), _function(inspect.unwrap(call))
+    if inspect.isgeneratorfunction(outer) or inspect.isasyncgenfunction(outer):
+        return "is a generator: return the response, and send progress with ctx.progress()"
+    if is_async and not (inspect.iscoroutinefunction(outer) or inspect.iscoroutinefunction(inner)):
+        return "is not a coroutine function: write `async def`, or derive the service from its sync base"
+    if not is_async and inspect.iscoroutinefunction(outer):
+        return "is a coroutine function in a sync base: write `def`, or derive the service from its async base"
+    try:
+        signature = inspect.signature(call)
+    except ValueError:
+        return ""  # Compiled functions may have no signature.
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        return f"cannot be called with a request and a context: its parameters are {signature}"
+    return ""
+
+
+def _function(call: Any) -> Any:
+    """Return the function that runs when an object is called."""
+    if isinstance(call, functools.partial):
+        return _function(call.func)
+    return call if inspect.isroutine(call) else type(call).__call__
 
 
 def served_services(handlers: Mapping[str, Handler]) -> tuple[ServedService, ...]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from orki_contract.backoff import JitterOptions
 from orki_contract.errors import InvalidSetting
 from orki_control.session import AGENT_ID, DEFAULT_MESSAGE_BYTES, MAX_SLOTS
-from orki_control.transport import check_target
+from orki_control.transport import check_targets
 
 _BACKOFF: Final = JitterOptions()
 _TOKEN_BYTES: Final = 32
@@ -44,7 +45,7 @@ class RunSettings:
     """Settings of one run of an agent.
 
     Attributes:
-        orchestrator: `HOST:PORT`.
+        orchestrator: `HOST:PORT`; several separated by commas, or a sequence. After a loss the agent uses the next one.
         agent_id: Name in the fleet; unique among running agents.
         slots: Maximum number of concurrent attempts.
         events_url: URL of the event plane; empty for the one that the orchestrator sends.
@@ -58,7 +59,7 @@ class RunSettings:
         backoff: Waits between connections.
     """
 
-    orchestrator: str
+    orchestrator: str | Sequence[str]
     agent_id: str
     slots: int = 4
     events_url: str = ""
@@ -71,7 +72,7 @@ class RunSettings:
     backoff: JitterOptions = _BACKOFF
 
     def __post_init__(self) -> None:
-        check_target(self.orchestrator, insecure=self.insecure)
+        check_targets(self.orchestrator, insecure=self.insecure)
         if not AGENT_ID.match(self.agent_id):
             raise InvalidSetting(
                 f"agent id {self.agent_id!r}: use 1 to 128 letters, digits, `-`, `_` or `.`, such as reviewer-1"

@@ -7,37 +7,54 @@ async def test_reviews_an_empty_file():
     assert [delta.fraction for delta in run.progress] == [0.5]
 ```
 
-The handler, its context and its tools (over a real bridge) are those of a real agent. Only the session is missing.
+The handler, its context, its tools (over a real bridge), its attempt and both ends of its session are those of a real
+agent. Only the network and the store are missing.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+import functools
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple, TypeVar
 
 from google.protobuf.message import Message
 
+from orki.control.v1 import session_pb2 as pb
 from orki.control.v1.attempt_pb2 import Failure
+from orki.errors.v1.errors_pb2 import Reason
 from orki.events.v1.usage_orki import USAGE
 from orki.events.v1.usage_pb2 import UsageEvent
-from orki_agent._handlers import AsyncExecution, Execution, SyncExecution, decode
-from orki_agent._services import Handler, Offered, find_handlers
+from orki_agent._outcomes import decode
+from orki_agent._runner import Runner
+from orki_agent._services import Handler, find_handlers
 from orki_agent._threads import Mailbox
 from orki_agent._tools import ToolAccess, ToolServices
-from orki_agent.hotpath._thread_pool import ThreadPool
-from orki_contract import EventStream, SyncToolChannel, TaskChannel, ToolChannel
-from orki_contract.errors import Cancelled, InvalidSetting, OrkiError, WaitTimeout, error_for
+from orki_contract import AsyncTaskService, EventStream, SyncTaskService, SyncToolChannel, TaskChannel, ToolChannel
+from orki_contract.errors import Cancelled, InvalidArgument, InvalidSetting, NotDirectable, WaitTimeout, error_for
 from orki_contract.trace import Span, new_span
-from orki_control.session import DEFAULT_MESSAGE_BYTES, AttemptKey, Outcome
+from orki_control.session import (
+    AgentSession,
+    AgentSessionOptions,
+    AttemptKey,
+    OrchestratorSession,
+    OrchestratorSessionOptions,
+    ProgressArrived,
+    ResultsArrived,
+)
 
 __all__ = ["HandlerRun", "Published", "RunningHandler", "run_handler", "start_handler"]
 
 E = TypeVar("E", bound=Message)
 
 _ATTEMPT: Final = AttemptKey("test-task", 1, 1)
+_AGENT_ID: Final = "test-agent"
+_WINDOW: Final = 64
+_LEASE_MS: Final = 86_400_000
+_ENDED_WITHIN: Final = 1.0
+"""Seconds for a handler that ignored its cancel to end with its test."""
 
 
 class Published(NamedTuple):
@@ -57,7 +74,7 @@ class HandlerRun:
         usage: Its uses of language models.
         events: All published events, including those of tool calls.
         failure: The failure that the orchestrator would receive; None for a handler that succeeded.
-        cancelled: Whether the handler ended because it was cancelled.
+        cancelled: Whether the attempt ended because it was cancelled, also if its handler ignored the cancel.
     """
 
     progress: list[Any] = field(default_factory=list)
@@ -66,6 +83,7 @@ class HandlerRun:
     failure: Failure | None = None
     cancelled: bool = False
     _response: Any = None
+    _cancelled_by: Reason.ValueType = Reason.REASON_UNSPECIFIED
 
     @property
     def response(self) -> Any:
@@ -74,6 +92,8 @@ class HandlerRun:
         Raises:
             OrkiError: The typed error that the submitter would receive.
         """
+        if self._cancelled_by == Reason.REASON_CANCEL_UNRESPONSIVE:
+            raise error_for(self._cancelled_by, "the handler did not end after its cancel")
         if self.cancelled:
             raise Cancelled("the handler was cancelled")
         if self.failure is not None:
@@ -95,29 +115,37 @@ class RunningHandler:
         run: Its result so far.
     """
 
-    def __init__(self, execution: Execution, run: HandlerRun, ended: asyncio.Event, flush: Callable[[], None]) -> None:
-        self._execution = execution
+    def __init__(self, session: _Session, run: HandlerRun, flush: Callable[[], None]) -> None:
+        self._session = session
         self._flush = flush
         self.run = run
-        self._ended = ended
 
     def direct(self, directive: Message) -> None:
-        """Send a directive."""
-        self._execution.direct(directive.SerializeToString())
-
-    def cancel(self) -> None:
-        """Cancel the handler, as an orchestrator would. A repeated call cancels again."""
-        self._execution.cancel()
-
-    async def wait(self, timeout: float = 10.0) -> HandlerRun:
-        """Wait for its end.
+        """Send a directive.
 
         Raises:
-            WaitTimeout: The handler did not end within `timeout` seconds.
+            NotDirectable: The method declares no directive.
+            InvalidArgument: `directive` is not the method's directive message.
+        """
+        task = self._session.handler.task
+        if not issubclass(task.directive, Message):
+            raise NotDirectable(f"{self._session.handler.name} declares no directive")
+        _check(self._session.handler, "as its directive", task.directive, directive)
+        self._session.direct(directive.SerializeToString())
+
+    def cancel(self) -> None:
+        """Cancel the attempt, as an orchestrator does. After the method's `cancel_grace` it ends in any case."""
+        self._session.cancel()
+
+    async def wait(self, timeout: float = 10.0) -> HandlerRun:
+        """Wait for the end of the attempt.
+
+        Raises:
+            WaitTimeout: It did not end within `timeout` seconds.
         """
         try:
             async with asyncio.timeout(timeout):
-                await self._ended.wait()
+                await self._session.ended.wait()
         except TimeoutError:
             raise WaitTimeout(f"the handler did not end within {timeout} s") from None
         self._flush()
@@ -147,7 +175,9 @@ async def run_handler(
 
     Raises:
         WaitTimeout: The handler did not end within `timeout`.
-        InvalidSetting: `handler` is not a method of a task service.
+        InvalidSetting: `handler` is not a method of a task service, or an agent would refuse the service.
+        InvalidArgument: `request` is not the method's request message.
+        TooLarge: The orchestrator accepts no request of that size.
     """
     async with start_handler(handler, request, tools=tools, client=client) as running:
         for directive in directives:
@@ -169,71 +199,163 @@ async def start_handler(
     """Start a handler, for tests that interact with it. It is cancelled at the end of the block if it still runs.
 
     The handler was called before the block begins, so it sees a cancel from there.
+
+    Raises:
+        InvalidSetting: `handler` is not a method of a task service, or an agent would refuse the service.
+        InvalidArgument: `request` is not the method's request message.
+        TooLarge: The orchestrator accepts no request of that size.
     """
     found = _find(handler)
+    _check(found, "as its request", found.task.request, request)
     run = HandlerRun()
-    begun, ended = asyncio.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-    user = Mailbox(loop)
-
-    def on_end(outcome: Outcome) -> None:
-        user.post(_take, run, found, outcome)
-        user.post(begun.set)
-        user.post(ended.set)
-
-    def call(*arguments: Any) -> Any:
-        user.post(begun.set)
-        return found.call(*arguments)
-
     services = tuple(tools) if isinstance(tools, Iterable) else (tools,)
-    agent = _TestAgent(run, found, client, services, loop)
-    offered = Offered(attempt, request.SerializeToString(), new_span())
-    pool = ThreadPool("orki-test-handler")
-    execution: Execution
-    if found.is_async:
-        execution = AsyncExecution(offered, replace(found, call=call), agent, on_end, user, 64)
-    else:
-        execution = SyncExecution(offered, replace(found, call=call), agent, on_end, pool, 64)
-    agent.execution = execution
-    agent.tools.start(user.post)
-    running = RunningHandler(execution, run, ended, agent.tools.flush)
+    agent = _TestAgent(run, client, services)
+    session = _Session(found, agent, run, attempt)
+    agent.session = session
+    session.offer(request.SerializeToString())
+    agent.tools.start(Mailbox(asyncio.get_running_loop()).post)
     try:
-        execution.start()
-        await begun.wait()
-        yield running
+        await session.begun.wait()
+        yield RunningHandler(session, run, agent.tools.flush)
     finally:
-        if not ended.is_set():
-            execution.cancel()
-            await running.wait()
+        await session.close()
         await agent.tools.close()
-        pool.close(1.0)
+
+
+class _Session:
+    """Both ends of a session, joined in this loop, and the runner of a real agent."""
+
+    def __init__(self, handler: Handler, agent: _TestAgent, run: HandlerRun, attempt: AttemptKey) -> None:
+        self.handler = handler
+        self.begun = asyncio.Event()
+        self.ended = asyncio.Event()
+        self._run = run
+        self._attempt = attempt
+        self._loop = asyncio.get_running_loop()
+        self._coroutines: list[Coroutine[Any, Any, Any]] = []
+        self._agent = AgentSession(
+            AgentSessionOptions(agent_id=_AGENT_ID, instance_id="test-instance", services=(), slots=1)
+        )
+        self._orchestrator = OrchestratorSession(
+            OrchestratorSessionOptions(orchestrator_id="test-orchestrator"), self._loop.time()
+        )
+        self._mailbox = mailbox = Mailbox(self._loop)
+        call = functools.wraps(handler.call)(lambda *arguments: self._call(*arguments))
+        served = replace(handler, call=call)
+        self.runner = Runner(self._agent, {handler.name: served}, agent, mailbox, mailbox, _WINDOW)
+        self.runner.on_other = lambda event: None
+        self._agent.connection_made(self._loop.time())
+        self._exchange()
+        self._orchestrator.welcome(session_epoch=1, now=self._loop.time())
+        self._exchange()
+        self._agent.on_change = self._orchestrator.on_change = self._changed
+        self._exchanging = False
+
+    @property
+    def max_payload_bytes(self) -> int:
+        return self._agent.max_payload_bytes
+
+    def offer(self, request: bytes) -> None:
+        offer = pb.Offer(
+            attempt=self._attempt.ref(),
+            method=self.handler.name,
+            request=request,
+            lease_ms=_LEASE_MS,
+            accept_timeout_ms=_LEASE_MS,
+        )
+        self._orchestrator.offer(offer, new_span().traceparent, self._loop.time())
+
+    def direct(self, payload: bytes) -> None:
+        self._exchange()
+        self._orchestrator.direct(self._attempt, payload)
+
+    def cancel(self) -> None:
+        self._exchange()
+        grace_ms = round(self.handler.task.contract.cancel_grace * 1000)
+        self._orchestrator.cancel(self._attempt, grace_ms=grace_ms, message="a test cancels it")
+
+    async def close(self) -> None:
+        """Cancel the attempt if it runs, and end a handler that ignored its cancel."""
+        if not self.ended.is_set():
+            self.cancel()
+            await self.ended.wait()
+        for each in self._coroutines:
+            # The loop could not be closed as long as a coroutine ignores every cancel.
+            with suppress(RuntimeError, ValueError):
+                each.close()
+        self.runner.cancel_all()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_ENDED_WITHIN):
+                await self.runner.idle()
+        self.runner.close(_ENDED_WITHIN)
+
+    def _call(self, *arguments: Any) -> Any:
+        self._mailbox.post(self.begun.set)  # A blocking handler is called in its thread.
+        called = self.handler.call(*arguments)
+        if asyncio.iscoroutine(called):
+            self._coroutines.append(called)
+        return called
+
+    def _changed(self) -> None:
+        if not self._exchanging:
+            self._exchanging = True
+            self._loop.call_soon(self._exchange)
+
+    def _exchange(self) -> None:
+        """Carry messages until neither end has more."""
+        self._exchanging = False
+        moved = True
+        while moved:
+            moved = False
+            while (request := self._agent.messages_to_send()) is not None:
+                moved = True
+                self.runner.sent()
+                self._take(self._orchestrator.receive_batch(request.messages, self._loop.time()))
+            while (response := self._orchestrator.messages_to_send()) is not None:
+                moved = True
+                self.runner.handle(self._agent.receive_batch(response.messages, self._loop.time()))
+
+    def _take(self, events: Iterable[Any]) -> None:
+        task = self.handler.task
+        for event in events:
+            match event:
+                case ProgressArrived(progress):
+                    self._run.progress += [decode(task.progress, each.payload, "progress") for each in progress]
+                case ResultsArrived(results):
+                    for key, result in results:
+                        self._end(result)
+                        self._orchestrator.acknowledge(key)
+
+    def _end(self, result: pb.Result) -> None:
+        run = self._run
+        match result.WhichOneof("outcome"):
+            case "response":
+                run._response = decode(self.handler.task.response, result.response, "response")
+            case "failure":
+                run.failure = result.failure
+            case _:
+                run.cancelled, run._cancelled_by = True, result.cancelled.reason
+        self.begun.set()
+        self.ended.set()
 
 
 class _TestAgent:
     """Agent services that record."""
 
-    agent_id = "test-agent"
-    max_payload_bytes = DEFAULT_MESSAGE_BYTES
+    agent_id = _AGENT_ID
+    session: _Session
 
-    def __init__(
-        self,
-        run: HandlerRun,
-        handler: Handler,
-        client: TaskChannel | None,
-        tools: tuple[ToolServices, ...],
-        loop: asyncio.AbstractEventLoop,
-    ) -> None:
+    def __init__(self, run: HandlerRun, client: TaskChannel | None, tools: tuple[ToolServices, ...]) -> None:
         self.tools = ToolAccess(tools, None, self.agent_id, self.collect)
-        self.execution: Execution | None = None
         self._run = run
-        self._handler = handler
         self._client = client
-        self._loop = loop
+
+    @property
+    def max_payload_bytes(self) -> int:
+        return self.session.max_payload_bytes
 
     def send_progress(self, attempt: AttemptKey, payload: bytes) -> None:
-        self._run.progress.append(decode(self._handler.task.progress, payload, "progress"))
-        assert self.execution is not None
-        self.execution.grant(1)
+        self.session.runner.send_progress(attempt, payload)
 
     def collect(self, stream: EventStream[E, Any], event: E, span: Span) -> None:
         if stream is USAGE:
@@ -261,23 +383,15 @@ class _TestAgent:
 
 def _find(handler: Callable[[Any, Any], Any]) -> Handler:
     service = getattr(handler, "__self__", None)
-    name = getattr(handler, "__name__", "")
-    try:
-        handlers = find_handlers((service,)) if service is not None else {}
-    except OrkiError:
-        handlers = {}
-    for each in handlers.values():
-        if each.task.attribute == name:
-            return each
+    if isinstance(service, AsyncTaskService | SyncTaskService):
+        for each in find_handlers((service,)).values():
+            if each.call == handler:
+                return each
     raise InvalidSetting(
         f"{handler!r} is not a handler: give a bound method of a task service, such as Reviewer().review"
     )
 
 
-def _take(run: HandlerRun, handler: Handler, outcome: Outcome) -> None:
-    if isinstance(outcome, bytes):
-        run._response = decode(handler.task.response, outcome, "response")
-    elif isinstance(outcome, Failure):
-        run.failure = outcome
-    else:
-        run.cancelled = True
+def _check(handler: Handler, role: str, expected: type[Any], given: object) -> None:
+    if not isinstance(given, expected):
+        raise InvalidArgument(f"{handler.name} declares {expected.__name__} {role}, not {type(given).__name__}")

@@ -11,7 +11,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Self, TypeVar
+from typing import Final, Self, TypeVar
 
 from google.protobuf.message import Message
 
@@ -29,12 +29,10 @@ from orki_contract.errors import (
     error_for,
 )
 from orki_contract.trace import current_span, new_span
+from orki_control._links import Link, Links
 from orki_control._task_handle import SubmittedTask, watch_task
 from orki_control.session._options import DEFAULT_MESSAGE_BYTES
-from orki_control.transport import check_target, open_channel, typed_error
-
-if TYPE_CHECKING:
-    import grpc
+from orki_control.transport import check_targets, typed_error
 
 A = TypeVar("A")
 Q = TypeVar("Q", bound=Message)
@@ -77,39 +75,47 @@ class ClientOptions:
 
 
 class Client:
-    """A client of one orchestrator: an async context manager, and the `TaskChannel` of generated clients.
+    """A client of a fleet: an async context manager, and the `TaskChannel` of generated clients.
 
     ```python
     async with Client("127.0.0.1:50051") as orki:
         response = await ReviewServiceClient(orki).review_file(request)
     ```
 
+    With several addresses, such as `Client("10.0.0.1:50051,10.0.0.2:50051")`, a call that fails because an orchestrator
+    is unavailable goes on at the next one. So does a name that resolves to several addresses.
+
     A client belongs to the event loop in which it was entered.
 
     Attributes:
-        target: `HOST:PORT` of the orchestrator.
+        target: The addresses, separated by commas.
     """
 
-    def __init__(self, target: str, options: ClientOptions | None = None) -> None:
+    def __init__(self, target: str | Sequence[str], options: ClientOptions | None = None) -> None:
+        """Create a client.
+
+        Args:
+            target: `HOST:PORT` of the orchestrator; several separated by commas, or a sequence.
+            options: Settings.
+
+        Raises:
+            InvalidSetting: An address is invalid, or is on another host without `insecure`.
+        """
         self._options = options or ClientOptions()
-        self.target = check_target(target, insecure=self._options.insecure)
-        self._channel: grpc.aio.Channel | None = None
+        self._targets = check_targets(target, insecure=self._options.insecure)
+        self.target = ",".join(self._targets)
+        self._links: Links | None = None
 
     async def __aenter__(self) -> Self:
-        if self._channel is not None:
+        if self._links is not None:
             raise InvalidSetting("the client is open already; create another one for another `async with`")
-        from orki.control.v1.task_pb2_grpc import FleetServiceStub, TaskServiceStub
-
-        channel = open_channel(self.target, self._options.max_message_bytes)
-        self._channel = channel
-        self._tasks = TaskServiceStub(channel)
-        self._fleet = FleetServiceStub(channel)
+        self._links = Links(self._targets, self._options.max_message_bytes)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._channel is not None:
-            await self._channel.close()
-            self._channel = None
+        if self._links is not None:
+            links, self._links = self._links, None
+            await links.close()
 
     # --- Submitting. ---
 
@@ -181,7 +187,7 @@ class Client:
         Raises:
             UnknownTask: No task has this id.
         """
-        answer = await self._call(lambda: self._tasks.Get(pb.GetRequest(task_id=task_id), timeout=self._timeout))
+        answer = await self._call(lambda link: link.tasks.Get(pb.GetRequest(task_id=task_id), timeout=self._timeout))
         return answer.task
 
     def watch(self, task_id: str, *, after: str = "") -> AsyncGenerator[pb.WatchResponse, None]:
@@ -194,8 +200,7 @@ class Client:
         Raises:
             UnknownTask: No task has this id.
         """
-        self._require_channel()
-        return watch_task(self._tasks, self.target, task_id, after=after, backoff=self._options.backoff)
+        return watch_task(self._opened(), task_id, after=after, backoff=self._options.backoff)
 
     async def cancel(self, task_id: str, message: str = "") -> pb.TaskSnapshot:
         """Cancel a task. Cancelling a task again, or one that has ended, has no effect.
@@ -207,11 +212,11 @@ class Client:
             UnknownTask: No task has this id.
         """
         request = pb.CancelRequest(task_id=task_id, message=message)
-        answer = await self._call(lambda: self._tasks.Cancel(request, timeout=self._timeout))
+        answer = await self._call(lambda link: link.tasks.Cancel(request, timeout=self._timeout))
         return answer.task
 
     async def direct(self, task_id: str, directive: Message | bytes) -> AttemptRef:
-        """Send a directive to a running task. The call is not repeated, as a repeat could deliver it twice.
+        """Send a directive to a running task. A call that may have arrived is not repeated, to deliver it only once.
 
         Returns:
             The attempt that receives the directive.
@@ -222,11 +227,20 @@ class Client:
         """
         payload = directive if isinstance(directive, bytes) else directive.SerializeToString()
         request = pb.DirectRequest(task_id=task_id, payload=payload)
-        self._require_channel()
-        try:
-            answer = await self._tasks.Direct(request, timeout=self._timeout)
-        except Exception as raised:
-            raise typed_error(raised, self.target) from None
+
+        async def once(link: Link) -> pb.DirectResponse | None:
+            if not await link.connected():
+                raise OrchestratorUnavailable(f"{link.peer}: no connection")
+            try:
+                return await link.tasks.Direct(request, timeout=self._timeout)
+            except Exception as raised:
+                failures.append(typed_error(raised, str(link.peer)))
+                return None
+
+        failures: list[OrkiError] = []
+        answer = await self._call(once)
+        if answer is None:
+            raise failures[0]
         if not answer.HasField("attempt"):
             raise NotDirectable(f"task {task_id}: the directive reached no attempt")
         return answer.attempt
@@ -249,7 +263,7 @@ class Client:
         """
         request = pb.ListRequest(states=states, method=method, agent_id=agent_id, page_size=page_size)
         while True:
-            answer = await self._call(lambda: self._tasks.List(request, timeout=self._timeout))
+            answer = await self._call(lambda link: link.tasks.List(request, timeout=self._timeout))
             for task in answer.tasks:
                 yield task
             if not answer.next_page_token:
@@ -260,41 +274,45 @@ class Client:
 
     async def list_agents(self) -> Sequence[pb.AgentSnapshot]:
         """Return the agents that have a session or lost one recently, by agent id."""
-        answer = await self._call(lambda: self._fleet.ListAgents(pb.ListAgentsRequest(), timeout=self._timeout))
+        answer = await self._call(lambda link: link.fleet.ListAgents(pb.ListAgentsRequest(), timeout=self._timeout))
         return answer.agents
 
     async def list_services(self, service: str = "") -> Sequence[pb.ServiceSnapshot]:
         """Return the registered task services with their contracts, by full name; only `service` if it is given."""
         request = pb.ListServicesRequest(service=service)
-        answer = await self._call(lambda: self._fleet.ListServices(request, timeout=self._timeout))
+        answer = await self._call(lambda link: link.fleet.ListServices(request, timeout=self._timeout))
         return answer.services
 
     async def _submit(self, request: pb.SubmitRequest) -> pb.SubmitResponse:
-        return await self._call(lambda: self._tasks.Submit(request, timeout=self._timeout))
+        return await self._call(lambda link: link.tasks.Submit(request, timeout=self._timeout))
 
     @property
     def _timeout(self) -> float:
         return self._options.call_timeout
 
-    def _require_channel(self) -> None:
-        if self._channel is None:
+    def _opened(self) -> Links:
+        if self._links is None:
             raise OrchestratorUnavailable(f"the client of {self.target} is not open: use it inside `async with`")
+        return self._links
 
-    async def _call(self, once: Callable[[], Awaitable[A]]) -> A:
-        """Make a call; repeat it while the orchestrator is unavailable and `patience` allows."""
-        self._require_channel()
+    async def _call(self, once: Callable[[Link], Awaitable[A]]) -> A:
+        """Make a call; repeat it, at each address and as long as `patience` allows, while it is unavailable."""
+        links = self._opened()
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + self._options.patience
         jitter: Jitter | None = None
         while True:
-            try:
-                return await once()
-            except Exception as raised:
-                error = typed_error(raised, self.target)
-                jitter = jitter or Jitter(self._options.backoff)
-                wait = jitter.failed()
-                if not error.retryable or loop.time() + wait >= give_up_at:
-                    raise error from None
+            with await links.current() as link:
+                try:
+                    return await once(link)
+                except Exception as raised:
+                    error = typed_error(raised, str(link.peer))
+                    jitter = jitter or Jitter(self._options.backoff)
+                    wait = jitter.failed()
+                    enough = loop.time() + wait >= give_up_at and jitter.failures >= links.count
+                    if not error.retryable or enough:
+                        raise error from None
+                    links.failed(link)
             await asyncio.sleep(wait)
 
     def _submission(self, task: Task[Q, R, P, D], request: Q, key: str, traceparent: str) -> pb.Submission:

@@ -27,7 +27,7 @@ from orki_contract.trace import Span, parse_traceparent
 from orki_control.transport import typed_error
 
 if TYPE_CHECKING:
-    from orki.control.v1.task_pb2_grpc import TaskServiceStub
+    from orki_control._links import Links
 
 R = TypeVar("R", bound=Message)
 P = TypeVar("P")
@@ -147,12 +147,12 @@ class SubmittedTask(Generic[R, P, D]):
 
 
 async def watch_task(
-    stub: TaskServiceStub, target: str, task_id: str, *, after: str, backoff: JitterOptions
+    links: Links, task_id: str, *, after: str, backoff: JitterOptions
 ) -> AsyncGenerator[WatchResponse, None]:
     """Yield snapshots and progress of a task; the last one is a terminal snapshot.
 
-    A stream that ends earlier, cleanly or not, is a lost connection. The watch is opened again after the last progress
-    that was received, without a maximum number of tries.
+    A stream that ends earlier, cleanly or not, is a lost connection. The watch is opened again at the next address and
+    after the last progress that was received, without a maximum number of tries.
 
     Raises:
         UnknownTask: No task has this id.
@@ -164,28 +164,30 @@ async def watch_task(
     while True:
         opened_at = loop.time()
         wait = 0.0
-        call = stub.Watch(WatchRequest(task_id=task_id, after=after))
-        try:
-            while True:
-                response = await call.read()
-                if response is grpc.aio.EOF:
-                    raise OrchestratorUnavailable(f"{target}: the watch of task {task_id} ended before the task")
-                assert isinstance(response, WatchResponse)
-                if response.WhichOneof("news") == "progress":
-                    after = response.progress.cursor
-                yield response
-                if response.WhichOneof("news") == "task" and response.task.state in TERMINAL_STATES:
-                    return
-        except Exception as raised:
-            error = typed_error(raised, target)
-            if not error.retryable:
-                raise error from None
-            jitter = jitter or Jitter(backoff)
-            wait = jitter.failed(loop.time() - opened_at)
-            _log.info("watching task %s: %s; trying again in %.2f s", task_id, error.message, wait)
-        finally:
-            # grpc.aio never ends a call that is only dropped.
-            call.cancel()
+        with await links.current() as link:
+            call = link.tasks.Watch(WatchRequest(task_id=task_id, after=after))
+            try:
+                while True:
+                    response = await call.read()
+                    if response is grpc.aio.EOF:
+                        raise OrchestratorUnavailable(f"{link.peer}: the watch of task {task_id} ended before the task")
+                    assert isinstance(response, WatchResponse)
+                    if response.WhichOneof("news") == "progress":
+                        after = response.progress.cursor
+                    yield response
+                    if response.WhichOneof("news") == "task" and response.task.state in TERMINAL_STATES:
+                        return
+            except Exception as raised:
+                error = typed_error(raised, str(link.peer))
+                if not error.retryable:
+                    raise error from None
+                links.failed(link)
+                jitter = jitter or Jitter(backoff)
+                wait = jitter.failed(loop.time() - opened_at)
+                _log.info("watching task %s: %s; trying again in %.2f s", task_id, error.message, wait)
+            finally:
+                # grpc.aio never ends a call that is only dropped.
+                call.cancel()
         await asyncio.sleep(wait)
 
 

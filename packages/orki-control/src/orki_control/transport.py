@@ -16,10 +16,13 @@ from __future__ import annotations
 __all__ = [
     "MESSAGE_CHARACTERS",
     "REASON_KEY",
+    "Addresses",
     "ChannelOptions",
+    "Peer",
     "abort",
     "channel_options",
     "check_target",
+    "check_targets",
     "error_from",
     "is_loopback",
     "open_channel",
@@ -27,9 +30,16 @@ __all__ = [
     "typed_error",
 ]
 
+import asyncio
 import ipaddress
+import random
 import re
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
+import socket
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, TypeAlias
 
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import (
@@ -61,6 +71,7 @@ _UNCOMPRESSED: Final[ChannelOptions] = [
     ("grpc.compression_enabled_algorithms_bitset", 1),
 ]
 _TARGET: Final = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5})\Z")
+_RESOLVE_TIMEOUT: Final = 5.0
 _REASONS: Final = frozenset(Reason.keys())
 _WITHOUT_REASON: Final[dict[str, type[OrkiError]]] = {
     "UNAVAILABLE": OrchestratorUnavailable,
@@ -110,16 +121,25 @@ def server_options(max_message_bytes: int = DEFAULT_MESSAGE_BYTES) -> ChannelOpt
     ]
 
 
-def check_target(target: str, *, insecure: bool = False) -> str:
-    """Return the target if it is valid.
+def check_targets(targets: str | Sequence[str], *, insecure: bool = False) -> tuple[str, ...]:
+    """Return the addresses of orchestrators if all are valid.
 
     Args:
-        target: `HOST:PORT`.
+        targets: `HOST:PORT`, several of them separated by commas, or a sequence of them.
         insecure: Whether plaintext may leave this host.
 
     Raises:
-        InvalidSetting: The target is not `HOST:PORT`, or it names another host and `insecure` is not set.
+        InvalidSetting: There is no address, one is not `HOST:PORT`, or one is on another host without `insecure`.
     """
+    given = targets.split(",") if isinstance(targets, str) else targets
+    found = dict.fromkeys(check_target(target.strip(), insecure=insecure) for target in given)
+    if not found:
+        raise InvalidSetting("no orchestrator is given: use HOST:PORT, such as 127.0.0.1:50051")
+    return tuple(found)
+
+
+def check_target(target: str, *, insecure: bool = False) -> str:
+    """Return one address if it is valid; see `check_targets`."""
     match = _TARGET.match(target)
     if match is None or not 1 <= int(match["port"]) <= 65_535:
         raise InvalidSetting(f"orchestrator {target!r} is not HOST:PORT, such as 127.0.0.1:50051")
@@ -131,11 +151,92 @@ def check_target(target: str, *, insecure: bool = False) -> str:
     return target
 
 
-def open_channel(target: str, max_message_bytes: int = DEFAULT_MESSAGE_BYTES) -> grpc.aio.Channel:
+class Peer(NamedTuple):
+    """One address of an orchestrator.
+
+    Attributes:
+        target: The address to connect to, `HOST:PORT`.
+        name: The address as it was given, `HOST:PORT`.
+    """
+
+    target: str
+    name: str
+
+    def __str__(self) -> str:
+        return self.name if self.name == self.target else f"{self.name} ({self.target})"
+
+
+class Addresses:
+    """The addresses of orchestrators that serve one fleet, in turn and without an end.
+
+    Names that resolve to several addresses count as several. Names are resolved again in every round, in a random order
+    of their addresses, so that many agents do not all go to the same one.
+
+    Args:
+        targets: The addresses, from `check_targets`.
+
+    Attributes:
+        count: Number of addresses in this round; 0 before the first.
+    """
+
+    def __init__(self, targets: Sequence[str]) -> None:
+        self.count = 0
+        self._targets = tuple(targets)
+        self._round: deque[Peer] = deque()
+
+    async def next(self) -> Peer:
+        """Return the next address."""
+        if not self._round:
+            for peers in await asyncio.gather(*(_resolved(target) for target in self._targets)):
+                self._round.extend(peers)
+            self.count = len(self._round)
+        return self._round.popleft()
+
+
+async def _resolved(target: str) -> list[Peer]:
+    """Return the addresses of a target; the target itself unless its name has several."""
+    host, _, port = target.rpartition(":")
+    if host == "localhost" or _is_address(host.strip("[]")):
+        return [Peer(target, target)]
+    found: Future[list[Any]] = Future()
+
+    def look_up() -> None:
+        try:
+            found.set_result(socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError):
+            found.set_result([])
+
+    # A thread of its own: a look-up that hangs must not delay the end of the event loop.
+    threading.Thread(target=look_up, name="orki-resolve", daemon=True).start()
+    try:
+        async with asyncio.timeout(_RESOLVE_TIMEOUT):
+            infos = await asyncio.wrap_future(found)
+    except TimeoutError:
+        infos = []
+    addresses = list(dict.fromkeys(info[4][0] for info in infos))
+    if len(addresses) < 2:
+        return [Peer(target, target)]  # gRPC resolves it, and its error says why it could not.
+    random.shuffle(addresses)
+    return [Peer(f"[{each}]:{port}" if ":" in each else f"{each}:{port}", target) for each in addresses]
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def open_channel(target: str | Peer, max_message_bytes: int = DEFAULT_MESSAGE_BYTES) -> grpc.aio.Channel:
     """Open a channel to an orchestrator. It connects at the first call and belongs to the running event loop."""
     import grpc
 
     options = channel_options(max_message_bytes)
+    if isinstance(target, Peer):
+        if target.name != target.target:
+            options.append(("grpc.default_authority", target.name))
+        target = target.target
     if is_loopback(target.rpartition(":")[0].strip("[]")):
         options.append(("grpc.enable_http_proxy", 0))
     return grpc.aio.insecure_channel(target, options=options, compression=grpc.Compression.NoCompression)

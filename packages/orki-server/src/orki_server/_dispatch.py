@@ -129,7 +129,6 @@ class Dispatcher:
             return
         self.offered += 1
         self._on_change(offered.attempt.task_id, False)
-        session.changed()
 
 
 class Sweeper:
@@ -210,7 +209,6 @@ class Sweeper:
         if expired.kind != "retry" and session is not None:
             error = error_for(expired.reason, "the attempt timed out, and the agent no longer holds it")
             session.machine.refuse(key, error)
-            session.changed()
 
     def _store_changed(self, up: bool) -> None:
         if up:

@@ -126,7 +126,6 @@ class Handshake:
             if each.state == TaskState.TASK_STATE_CANCELLING:
                 grace_ms = round(each.cancel_grace * 1000)
                 session.machine.cancel(each.attempt, grace_ms=grace_ms, message="the cancel of the task was requested")
-        session.changed()
         return len(resumed), replaced
 
 

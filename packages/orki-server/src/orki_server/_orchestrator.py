@@ -24,6 +24,7 @@ from orki_server._dispatch import Dispatcher, Sweeper
 from orki_server._events import AgentEvents, OutboxPublisher
 from orki_server._fleet import FleetServicer, FleetUpdates, Handshake
 from orki_server._registry import ContractRegistry, PayloadCheck
+from orki_server._requests import TypedRequests
 from orki_server._session import SessionRegistry
 from orki_server._sessions import Reports, SessionServicer
 from orki_server._settings import OrchestratorOptions, parse_listen
@@ -235,7 +236,9 @@ class Orchestrator:
             *server_options(self.options.max_message_bytes),
             ("grpc.max_concurrent_streams", _STREAMS_PER_CONNECTION),
         ]
-        server = grpc.aio.server(options=options, compression=grpc.Compression.NoCompression)
+        server = grpc.aio.server(
+            options=options, interceptors=(TypedRequests(),), compression=grpc.Compression.NoCompression
+        )
         session_pb2_grpc.add_SessionServiceServicer_to_server(self._sessions, server)
         task_pb2_grpc.add_TaskServiceServicer_to_server(self._submitters, server)
         task_pb2_grpc.add_FleetServiceServicer_to_server(self._fleet, server)

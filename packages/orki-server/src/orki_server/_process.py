@@ -191,6 +191,11 @@ async def _run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
             loop.remove_signal_handler(number)
 
 
+def print_ready_line(observer: str, where: str) -> None:
+    """Print the readiness line `orki NAME ready: WHERE`, the observer's only line on standard output."""
+    print(f"orki {observer} ready: {where}", flush=True)
+
+
 def print_ready(command: str, summary: str, facts: dict[str, Any], as_json: bool, ready_file: Path | None) -> None:
     """Print the line of standard output that reports that a command is ready, and write it to a file.
 

@@ -1,6 +1,6 @@
 """One agent's session: its gRPC stream, its state machine and its timer; and the registry of all sessions.
 
-Events of the machine go to a callback. Code that calls the machine from outside calls `changed` afterwards. The stream
+Events of the machine go to a callback. The machine wakes the writer and arms its timer, whoever calls it. The stream
 has one reader and one writer for its whole life: gRPC ends the call when one of them is cancelled.
 """
 
@@ -27,6 +27,7 @@ from orki_control.session import (
     OrchestratorSessionOptions,
     OrchestratorState,
 )
+from orki_server._requests import Undecodable
 
 StreamContext: TypeAlias = grpc.aio.ServicerContext[ConnectRequest, ConnectResponse]
 
@@ -49,6 +50,7 @@ class AgentSession:
         epoch: Number of the session among the agent's; 0 before the welcome.
         methods: Full names of the tasks that the agent serves; empty before the welcome.
         cause: Why the stream ended; empty while it is open.
+        refusal: The error with which the stream ends; None for a stream that ends well.
         left: Whether the agent ended it after it had drained.
     """
 
@@ -62,6 +64,7 @@ class AgentSession:
         self.epoch = 0
         self.methods: tuple[str, ...] = ()
         self.cause = ""
+        self.refusal: OrkiError | None = None
         self.left = False
         self._orchestrator_id = options.orchestrator_id
         self._handle = handle
@@ -69,11 +72,13 @@ class AgentSession:
         self._over = asyncio.Event()
         self._writable = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
-        self._due: float | None = None
+        self._due = 0.0
         self._heartbeat: HeartbeatArrived | None = None
         self._last_heartbeat_us = 0
         self._directives = 0
-        self.changed()
+        self._arming = False
+        self.machine.on_change = self._changed
+        self._arm()
 
     @property
     def over(self) -> bool:
@@ -110,18 +115,6 @@ class AgentSession:
         self._last_heartbeat_us = time.time_ns() // 1000
         self._heartbeat = heartbeat or self._heartbeat
 
-    def changed(self) -> None:
-        """Send the machine's new messages and arm its timer; called after each call of the machine."""
-        self._writable.set()
-        due = self.machine.next_timer()
-        if due == self._due:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        self._due = due
-        # The loop's clock and the machine's are the same monotonic clock.
-        self._timer = None if due is None or self._over.is_set() else self._loop.call_at(due, self._timer_fired)
-
     def direct(self, attempt: AttemptKey, payload: bytes) -> bool:
         """Send a directive to a running attempt. Returns False if this session does not hold the attempt.
 
@@ -136,7 +129,6 @@ class AgentSession:
             )
         sent = self.machine.direct(attempt, payload)
         self._directives += sent
-        self.changed()
         return sent
 
     def refuse(self, error: OrkiError) -> None:
@@ -156,7 +148,7 @@ class AgentSession:
         """End the stream after the remaining messages are written."""
         self.cause = self.cause or cause
         self._over.set()
-        self.changed()
+        self._changed()
 
     async def run(self, context: StreamContext) -> None:
         reader = asyncio.create_task(self._read(context), name="orki session reader")
@@ -192,6 +184,10 @@ class AgentSession:
                 if request is grpc.aio.EOF:
                     self.end("the agent ended the stream")
                     return
+                if isinstance(request, Undecodable):
+                    self.refusal = request.error
+                    self.end(request.error.message)
+                    return
                 self._receive(request)
         except (grpc.RpcError, grpc.aio.BaseError) as error:
             self.end(f"the stream broke: {error}")
@@ -212,7 +208,6 @@ class AgentSession:
             self.agent_id, self.instance_id = self.machine.hello.agent_id, self.machine.hello.instance_id
         if events:
             self._handle(self, events)
-        self.changed()
 
     async def _write(self, context: StreamContext) -> None:
         try:
@@ -238,10 +233,28 @@ class AgentSession:
         _log.warning("%s; its stream is ended", error.message)
         self.end(error.message)
 
+    def _changed(self) -> None:
+        """Wake the writer, and arm the timer once for all changes of this turn of the loop."""
+        self._writable.set()
+        if not self._arming:
+            self._arming = True
+            self._loop.call_soon(self._arm)
+
+    def _arm(self) -> None:
+        self._arming = False
+        due = None if self._over.is_set() else self.machine.next_timer()
+        if self._timer is not None:
+            if due is not None and due >= self._due:
+                return  # It fires early and is armed again.
+            self._timer.cancel()
+        self._due = due or 0.0
+        # The loop's clock and the machine's are the same monotonic clock.
+        self._timer = None if due is None else self._loop.call_at(due, self._timer_fired)
+
     def _timer_fired(self) -> None:
-        self._due = None
+        self._timer = None
         self._emit(self.machine.handle_timer(time.monotonic()))
-        self.changed()
+        self._arm()
 
     def _emit(self, events: Sequence[OrchestratorEvent]) -> None:
         if events:

@@ -223,7 +223,6 @@ class Reports:
             error = outcome.exception()
             if error is None:
                 handle(outcome.result())
-                session.changed()
             elif not isinstance(error, StoreUnavailable):
                 _log.error("agent %s: a report could not be stored: %s", session.agent_id, error)
                 session.end("a report could not be stored")
@@ -275,6 +274,8 @@ class SessionServicer(SessionServiceServicer):
         self._open.add(session)
         try:
             await session.run(context)
+            if session.refusal is not None:
+                await abort(context, session.refusal)
         finally:
             self._open.discard(session)
             self._ended(session)
@@ -290,7 +291,6 @@ class SessionServicer(SessionServiceServicer):
         for session in list(self._sessions.values()):
             unsent = session.machine.drain(round(grace * 1000))
             self._reports.withdrawn(session, unsent)
-            session.changed()
         await _until(lambda: not any(session.machine.attempts for session in self._sessions.values()), grace)
         self.end_all("the orchestrator is stopping")
         await _until(lambda: not self._open, _END_TIMEOUT)

@@ -362,7 +362,6 @@ class TaskServicer(TaskServiceServicer):
         session = self._sessions.get(reply.agent_id)
         if reply.status in ("requested", "repeated") and session is not None:
             session.machine.cancel(reply.attempt, grace_ms=round(reply.cancel_grace * 1000), message=message)
-            session.changed()
         if reply.status in ("requested", "done"):
             self._watchers.changed(request.task_id, reply.status == "done")
         return pb.CancelResponse(task=await self._read(request.task_id))

@@ -23,6 +23,7 @@ from orki_control.session._state import (
     HeldAttempt,
     Outcome,
     SendQueue,
+    SessionMachine,
     identity,
     joined,
 )
@@ -44,12 +45,12 @@ from orki_control.session._tables import (
 _LIVE: Final = frozenset({AgentState.OPEN, AgentState.PEER_DRAINING, AgentState.DRAINING})
 
 
-class AgentSession:
+class AgentSession(SessionMachine):
     """The agent's end.
 
-    The shell opens a stream and calls `connection_made`. It passes received messages to `receive_batch`, writes the
-    messages of `messages_to_send` after every call, calls `handle_timer` at `next_timer`, and calls `connection_lost`
-    when the stream has ended. `now` is a monotonic time in seconds.
+    The shell opens a stream and calls `connection_made`. It passes received messages to `receive_batch`, calls
+    `handle_timer` at `next_timer`, and calls `connection_lost` when the stream has ended. `now` is a monotonic time in
+    seconds. Whatever is called, the machine calls `on_change` when there may be messages to send or an earlier timer.
 
     Attributes:
         state: State of the session.
@@ -57,16 +58,17 @@ class AgentSession:
     """
 
     def __init__(self, options: AgentSessionOptions) -> None:
-        self.state = AgentState.DISCONNECTED
+        super().__init__()
+        self.state: AgentState = AgentState.DISCONNECTED
         self.session_epoch = 0
         self._options = options
-        self._queue: SendQueue[pb.AgentMessage] = SendQueue(options.bounds)
-        self._attempts = AttemptTable(options.slots)
+        self._queue: SendQueue[pb.AgentMessage] = SendQueue(options.bounds, self._changed)
+        self._attempts = AttemptTable(options.slots, self._changed)
         self._events: list[Any] = []
         self._peer_bytes = DEFAULT_MESSAGE_BYTES
         self._drain_wanted = False
         self._drained = False
-        self._heartbeats = Heartbeats()
+        self._heartbeats = Heartbeats(self._changed)
         self._connected_at = 0.0
 
     # --- State. ---
@@ -462,7 +464,7 @@ class AgentSession:
         following = AGENT.rows[self.state].get(event)
         if following is None:
             raise error(AGENT.illegal(self.state, event))
-        self.state = following
+        self._enter(following)
 
     def _control(self, **body: Any) -> None:
         self._queue.put_control(pb.AgentMessage(**body))

@@ -32,7 +32,15 @@ from orki_control.session._events import (
     SessionEnded,
 )
 from orki_control.session._options import SILENT_INTERVALS, OrchestratorSessionOptions, check_hello, chosen_protocol
-from orki_control.session._state import OCCUPYING, OVERHEAD_BYTES, AttemptKey, SendQueue, identity, joined
+from orki_control.session._state import (
+    OCCUPYING,
+    OVERHEAD_BYTES,
+    AttemptKey,
+    SendQueue,
+    SessionMachine,
+    identity,
+    joined,
+)
 from orki_control.session._tables import (
     ATTEMPT,
     ORCHESTRATOR,
@@ -59,12 +67,12 @@ class _Attempt:
         self.last_index = 0
 
 
-class OrchestratorSession:
+class OrchestratorSession(SessionMachine):
     """One stream, from its hello to its end.
 
-    The shell passes received messages to `receive_batch`, writes the messages of `messages_to_send` after every call,
-    calls `handle_timer` at `next_timer`, and calls `connection_lost` when the stream has ended. `now` is a monotonic
-    time in seconds.
+    The shell passes received messages to `receive_batch`, calls `handle_timer` at `next_timer`, and calls
+    `connection_lost` when the stream has ended. `now` is a monotonic time in seconds. Whatever is called, the machine
+    calls `on_change` when there may be messages to send or an earlier timer.
 
     Attributes:
         state: State of the session.
@@ -73,11 +81,12 @@ class OrchestratorSession:
     """
 
     def __init__(self, options: OrchestratorSessionOptions, now: float) -> None:
-        self.state = OrchestratorState.AWAITING_HELLO
+        super().__init__()
+        self.state: OrchestratorState = OrchestratorState.AWAITING_HELLO
         self.hello: pb.Hello | None = None
         self.session_epoch = 0
         self._options = options
-        self._queue: SendQueue[pb.OrchestratorMessage] = SendQueue(options.bounds)
+        self._queue: SendQueue[pb.OrchestratorMessage] = SendQueue(options.bounds, self._changed)
         self._attempts: dict[AttemptKey, _Attempt] = {}
         self._occupied = 0
         self._blocked = 0
@@ -446,7 +455,7 @@ class OrchestratorSession:
         following = ORCHESTRATOR.rows[self.state].get(event)
         if following is None:
             raise error(ORCHESTRATOR.illegal(self.state, event))
-        self.state = following
+        self._enter(following)
 
     def _end(self, event: type, cause: str, reason: Reason.ValueType) -> list[OrchestratorEvent]:
         already = self.state is OrchestratorState.ENDED

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from operator import attrgetter
 from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
@@ -14,6 +14,7 @@ from orki_control.session._options import SILENT_INTERVALS, BatchBounds
 from orki_control.session._tables import AttemptState
 
 M = TypeVar("M")
+T = TypeVar("T", bound=float | None)
 
 OVERHEAD_BYTES: Final = 256
 """Upper estimate of a session message's size without its payload."""
@@ -58,6 +59,50 @@ identity = attrgetter("task_id", "attempt", "fence")
 """Returns the fields of an AttemptKey from a reference. It is compiled code, as every message needs it."""
 
 
+def _nothing() -> None:
+    pass
+
+
+class SessionMachine:
+    """The common part of both ends.
+
+    Attributes:
+        on_change: Called when there may be messages to send or an earlier timer. It must not call the machine.
+        state: State of the session.
+    """
+
+    state: Any
+
+    def __init__(self) -> None:
+        self.on_change: Callable[[], None] = _nothing
+
+    def _changed(self) -> None:
+        self.on_change()
+
+    def _enter(self, state: Any) -> None:
+        # Messages that wait may be sent in the new state, and other timers count.
+        if state is not self.state:
+            self.state = state
+            self.on_change()
+
+
+class _Deadline(Generic[T]):
+    """A time at which the machine's timer is due. Assigning an earlier time calls the owner's `on_change`."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> T:
+        found: T = instance.__dict__[self._name]
+        return found
+
+    def __set__(self, instance: Any, value: T) -> None:
+        before = instance.__dict__.get(self._name)
+        instance.__dict__[self._name] = value
+        if value is not None and (before is None or value < before):
+            instance.on_change()
+
+
 class HeldAttempt:
     """One attempt at the agent.
 
@@ -96,9 +141,12 @@ class AttemptTable(dict[AttemptKey, HeldAttempt]):
         shortest_lease: Shortest lease of the held attempts in seconds; 0 for none.
     """
 
-    def __init__(self, slots: int) -> None:
+    leases_end_at = _Deadline[float | None]()
+
+    def __init__(self, slots: int, on_change: Callable[[], None] = _nothing) -> None:
         super().__init__()
-        self.leases_end_at: float | None = None
+        self.on_change = on_change
+        self.leases_end_at = None
         self.shortest_lease = 0.0
         self._slots = slots
         self._fences: dict[str, int] = {}
@@ -208,7 +256,11 @@ class Heartbeats:
         load: Lag of the event loop in microseconds and resident memory in bytes, for the next heartbeats.
     """
 
-    def __init__(self) -> None:
+    due_at = _Deadline[float]()
+    silent_at = _Deadline[float]()
+
+    def __init__(self, on_change: Callable[[], None] = _nothing) -> None:
+        self.on_change = on_change
         self.due_at = 0.0
         self.silent_at = 0.0
         self.patience = float(SILENT_INTERVALS)
@@ -276,11 +328,13 @@ class SendQueue(Generic[M]):
     """Messages to the peer. Control messages go first; work follows in its order. Batches are bounded.
 
     Work about an attempt that is no longer held is dropped when a batch is taken, so the queue is never searched.
+    Each message that is added calls `on_change`.
     """
 
-    __slots__ = ("_bounds", "_control", "_size", "_waiting", "_work")
+    __slots__ = ("_bounds", "_control", "_on_change", "_size", "_waiting", "_work")
 
-    def __init__(self, bounds: BatchBounds) -> None:
+    def __init__(self, bounds: BatchBounds, on_change: Callable[[], None] = _nothing) -> None:
+        self._on_change = on_change
         self._bounds = bounds
         self._size = bounds.size
         self._control: deque[M] = deque()
@@ -293,11 +347,13 @@ class SendQueue(Generic[M]):
     def put_control(self, message: M) -> None:
         """Add a message that overtakes all work."""
         self._control.append(message)
+        self._on_change()
 
     def put_work(self, attempt: AttemptKey, kind: type, message: M, payload_bytes: int = 0) -> None:
         """Add a message about an attempt behind earlier work."""
         self._work.append(_Waiting(attempt, kind, message, OVERHEAD_BYTES + payload_bytes))
         self._waiting[attempt] += 1
+        self._on_change()
 
     def limit(self, message_bytes: int) -> None:
         """Keep batches below the longest message that the peer accepts."""

@@ -223,12 +223,13 @@ async def doctor(timeout: float, as_json: bool, redis_url: str, orchestrator: st
     Each check is ok, warn or bad and shows the measured value. A check that is not ok also shows its cause and the next
     step. docs/runbook.md explains the states in more detail.
     """
-    from orki_control.transport import check_target  # needs gRPC, and `--help` does not
+    from orki_control.transport import check_targets  # needs gRPC, and `--help` does not
 
     link = Connection(parse_address(redis_url), name="orki:doctor", connect_timeout=timeout, answer_timeout=timeout)
-    target = check_target(orchestrator, insecure=insecure)
-    store, orchestrator_check = await asyncio.gather(_store(link, redis_url, timeout), _orchestrator(target, timeout))
-    checks = [*store, orchestrator_check]
+    targets = check_targets(orchestrator, insecure=insecure)
+    orchestrators = asyncio.gather(*(_orchestrator(target, timeout) for target in targets))
+    store, answers = await asyncio.gather(_store(link, redis_url, timeout), orchestrators)
+    checks = [*store, *answers]
     healthy = all(check.verdict is not Health.BAD for check in checks)
     value = {"healthy": healthy, "checks": [asdict(check) for check in checks]}
     rows = [(each.name, each.verdict.value, each.figure, f"{each.cause} {each.next_step}".strip()) for each in checks]

@@ -57,12 +57,12 @@ def with_orchestrator(command: F) -> F:
     """Add `--orchestrator` and `--insecure`."""
     where = click.option(
         "--orchestrator",
-        metavar="HOST:PORT",
+        metavar="HOST:PORT,…",
         envvar="ORKI_ORCHESTRATOR",
         default=ORCHESTRATOR,
         show_default=True,
         show_envvar=True,
-        help="Address of the orchestrator.",
+        help="Address of the orchestrator; several separated by commas.",
     )
     insecure = click.option("--insecure", is_flag=True, help="Allow plaintext to another host, on a trusted network.")
     return where(insecure(command))

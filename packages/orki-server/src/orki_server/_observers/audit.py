@@ -37,8 +37,8 @@ from orki_contract.errors import InvalidSetting, OrkiError
 from orki_contract.model import AUDIT_GROUP, Group, Stream
 from orki_events import DeliveryBatch, EventOptions, Events, StreamVersion, connect
 from orki_server._observers.entries import EntryDecoders, poll_registry
-from orki_server._observers.http_server import print_ready_line
 from orki_server._observers.redaction import safe_json
+from orki_server._process import print_ready_line
 
 _EVENT_ID: Final = re.compile(rb'\{"event_id":"([0-9a-f]{32})')
 _BLOCK: Final = 1 << 18

@@ -22,8 +22,9 @@ from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import InvalidArgument, InvalidSetting, OrkiError, UnknownStream
 from orki_events.connection import Address, Connection
 from orki_server._observers.entries import DecodedEntry, MultiStreamReader, parse_feed_cursor
-from orki_server._observers.http_server import print_ready_line, serve_http
+from orki_server._observers.http_server import serve_http
 from orki_server._observers.redaction import safe_json
+from orki_server._process import print_ready_line
 
 _log = logging.getLogger("orki.feed")
 

@@ -11,11 +11,6 @@ from orki_contract.errors import InvalidSetting
 from orki_control.transport import is_loopback
 
 
-def print_ready_line(observer: str, where: str) -> None:
-    """Print the readiness line `orki NAME ready: WHERE`, the observer's only line on standard output."""
-    print(f"orki {observer} ready: {where}", flush=True)
-
-
 @asynccontextmanager
 async def serve_http(app: web.Application, host: str, port: int) -> AsyncIterator[str]:
     """Serve an application on a loopback address and port, 0 for a free one; yields its URL.

@@ -32,9 +32,10 @@ from orki_contract.errors import InvalidSetting, OrkiError, UnknownStream
 from orki_events import EventOptions, Events, StreamVersion, connect
 from orki_events.connection import Connection, parse_address
 from orki_server._observers.entries import MultiStreamReader, poll_registry
-from orki_server._observers.http_server import print_ready_line, serve_http
+from orki_server._observers.http_server import serve_http
 from orki_server._observers.redaction import reason_text
 from orki_server._observers.stream_stats import StreamStats, read_stream_stats
+from orki_server._process import print_ready_line
 
 _MAX_SEEN_EVENTS: Final = 100_000
 _TOOL_BUCKETS: Final = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)

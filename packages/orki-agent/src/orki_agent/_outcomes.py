@@ -1,0 +1,117 @@
+"""Outcomes of attempts: whatever a handler returns or raises gives one.
+
+User code can override every method that is called on its objects. So nothing here trusts an exception's text or a
+type's name, and no function raises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import traceback
+from typing import Any, Final
+
+from google.protobuf.message import DecodeError, Message
+
+from orki.control.v1.attempt_pb2 import Failure
+from orki.control.v1.session_pb2 import CancelledOutcome
+from orki_agent._services import Handler
+from orki_contract.errors import Cancelled, HandlerRejected, InvalidArgument, OrkiError, Reason
+from orki_control.session import Outcome
+
+MESSAGE_CHARACTERS: Final = 2000
+"""Maximum length of a failure's message."""
+_TYPE_CHARACTERS: Final = 200
+_TRACE_BYTES: Final = 64 * 1024
+_UNREADABLE: Final = "an error whose text cannot be read"
+
+
+class Undecodable(InvalidArgument):
+    """A payload is not the contract's message, so another attempt cannot help."""
+
+
+def decode(message: type[Any], payload: bytes, method: str) -> Any:
+    """Parse a payload.
+
+    Raises:
+        Undecodable: The payload is not a `message`.
+    """
+    try:
+        return message.FromString(payload)
+    except DecodeError as error:
+        raise Undecodable(f"{method}: the payload is not a {message.__name__} ({error})") from None
+
+
+def outcome_of_response(handler: Handler, response: object) -> Outcome:
+    """Return the outcome of a handler that returned."""
+    expected, method = handler.task.response, handler.name
+    try:
+        # `isinstance` would ask the object for its `__class__`.
+        if not issubclass(type(response), expected):
+            if inspect.iscoroutine(response):
+                response.close()
+            text = f"{method} returned {name_of(type(response))}; its contract declares {name_of(expected)}"
+            return Failure(reason=Reason.REASON_INVALID_RESPONSE, message=bounded(text))
+        assert isinstance(response, Message)
+        return response.SerializeToString()
+    except BaseException as error:
+        text = f"{method} returned a response that cannot be serialised: {text_of(error)}"
+        return Failure(reason=Reason.REASON_INVALID_RESPONSE, message=bounded(text))
+
+
+def outcome_of_error(error: BaseException, *, cancelled: bool) -> Outcome:
+    """Return the outcome of a handler that raised.
+
+    Args:
+        error: The exception.
+        cancelled: Whether the attempt was cancelled before; then a cancellation error confirms the cancel.
+    """
+    kind = type(error)
+    if cancelled and issubclass(kind, asyncio.CancelledError | Cancelled):
+        return CancelledOutcome(reason=Reason.REASON_CANCELLED)
+    reason = Reason.REASON_HANDLER_FAILED
+    if issubclass(kind, HandlerRejected):
+        reason = Reason.REASON_HANDLER_REJECTED
+    elif issubclass(kind, Undecodable):
+        reason = Reason.REASON_INVALID_ARGUMENT
+    return Failure(reason=reason, message=text_of(error), error_type=bounded(name_of(kind), _TYPE_CHARACTERS))
+
+
+def text_of(error: BaseException) -> str:
+    """Return the bounded text of an exception, of characters that UTF-8 can encode."""
+    try:
+        return bounded(str(error.message if issubclass(type(error), OrkiError) else error))  # type: ignore[attr-defined]
+    except BaseException:
+        return _UNREADABLE
+
+
+def log_error(log: logging.Logger, level: int, what: str, error: BaseException) -> None:
+    """Log an exception with its traceback; without its chain where that cannot be formatted, encoded or is too long."""
+    text = text_of(error)
+    try:
+        trace = "".join(traceback.format_exception(error)) if not text.endswith("…") else ""
+        complete = 0 < len(trace.encode()) <= _TRACE_BYTES
+    except BaseException:
+        complete = False
+    if complete:
+        log.log(level, "%s", what, exc_info=(type(error), error, error.__traceback__))
+    else:
+        stack = bounded("".join(traceback.format_tb(error.__traceback__)), _TRACE_BYTES)
+        log.log(level, "%s\n%s%s: %s", what, stack, name_of(type(error)), text)
+
+
+def name_of(kind: type) -> str:
+    """Return the qualified name of a type."""
+    try:
+        module, name = f"{kind.__module__}", f"{kind.__qualname__}"
+    except BaseException:
+        return "a type whose name cannot be read"
+    return name if module == "builtins" else f"{module}.{name}"
+
+
+def bounded(text: str, characters: int = MESSAGE_CHARACTERS) -> str:
+    """Return a text of at most `characters` characters, with escapes for what UTF-8 cannot encode."""
+    # The methods of `str` itself: a subclass may override them.
+    start = str.encode(str.__getitem__(text, slice(characters + 1)), "utf-8", "backslashreplace").decode()
+    return start if len(start) <= characters else start[: characters - 1] + "…"
