@@ -19,7 +19,16 @@ from orki.control.v1.attempt_pb2 import Failure
 from orki.control.v1.session_pb2 import ConnectRequest, Result
 from orki.control.v1.session_pb2_grpc import SessionServiceServicer
 from orki.errors.v1.errors_pb2 import Reason
-from orki_contract.errors import Draining, OrkiError, StaleFence, StoreUnavailable, TooLarge, error_for
+from orki_contract.errors import (
+    Draining,
+    HelloTimeout,
+    OrkiError,
+    Overloaded,
+    StaleFence,
+    StoreUnavailable,
+    TooLarge,
+    error_for,
+)
 from orki_control.session import (
     AgentDraining,
     ArrivedProgress,
@@ -50,6 +59,10 @@ from orki_server._store.store import Store
 
 R = TypeVar("R")
 
+_HELLOS: Final = 4_096
+"""Maximum number of streams without a hello."""
+_HELLOS_PER_CONNECTION: Final = 16
+"""Maximum number of streams of one connection without a hello."""
 _END_TIMEOUT: Final = 3.0
 """Maximum wait for the streams to end."""
 _PROGRESS_WAITING: Final = 20_000
@@ -263,6 +276,8 @@ class SessionServicer(SessionServiceServicer):
         self._on_slots = on_slots
         self._handshakes: set[asyncio.Task[None]] = set()
         self._open: set[AgentSession] = set()
+        # Streams without a hello, the oldest first, and their connections.
+        self._silent: dict[AgentSession, str] = {}
         self._draining = False
 
     async def Connect(  # type: ignore[override]  # the stub's context is grpc's and grpc.aio's at once
@@ -270,15 +285,28 @@ class SessionServicer(SessionServiceServicer):
     ) -> None:
         if self._draining:
             await abort(context, Draining("this orchestrator is stopping; connect again in a moment"))
+        peer = context.peer()
+        if sum(each == peer for each in self._silent.values()) >= _HELLOS_PER_CONNECTION:
+            await abort(context, Overloaded(f"{_HELLOS_PER_CONNECTION} streams of this connection await their hello"))
         session = AgentSession(self._options, self._handle)
         self._open.add(session)
+        self._silent[session] = peer
         try:
+            self._bound_hellos()
             await session.run(context)
             if session.refusal is not None:
                 await abort(context, session.refusal)
         finally:
+            self._silent.pop(session, None)
             self._open.discard(session)
             self._ended(session)
+
+    def _bound_hellos(self) -> None:
+        """End the stream that has awaited its hello for longest if there are too many of them."""
+        if len(self._silent) > _HELLOS:
+            oldest = next(iter(self._silent))
+            del self._silent[oldest]
+            oldest.refuse(HelloTimeout(f"{_HELLOS} newer streams await their hello"))
 
     def end_all(self, cause: str) -> None:
         """End all streams. The agents connect again."""
@@ -321,6 +349,7 @@ class SessionServicer(SessionServiceServicer):
                 case CancelsAcknowledged(attempts):
                     self._reports.cancel_acknowledged(session, attempts)
                 case HelloArrived():
+                    self._silent.pop(session, None)
                     task = asyncio.create_task(self._shake_hands(session, event), name="orki hello")
                     self._handshakes.add(task)
                     task.add_done_callback(self._handshake_done)

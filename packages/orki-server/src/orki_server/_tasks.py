@@ -31,6 +31,7 @@ from orki_contract.errors import (
 from orki_contract.trace import new_span, parse_traceparent
 from orki_control.session import AttemptKey
 from orki_control.transport import abort
+from orki_server._identity import Action, caller
 from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._session import SessionRegistry
 from orki_server._store import operations
@@ -44,15 +45,12 @@ R = TypeVar("R")
 S = TypeVar("S")
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
-ACTOR_KEY: Final = "orki-actor"
-"""Metadata key with the caller's name for the audit. It is not verified, as there is no authentication."""
 MAX_SUBMISSIONS: Final = 1000
 """Maximum number of submissions in one call."""
 _DEFAULT_PAGE: Final = 100
 _MAX_PAGE: Final = 1000
 _KEY_BYTES: Final = 256
 _MESSAGE: Final = 1000
-_ACTOR: Final = re.compile(r"[A-Za-z0-9_.@:/-]{1,128}\Z")
 _METHOD: Final = re.compile(r"[A-Za-z_][\w.]{0,500}/[A-Za-z_]\w{0,200}\Z", re.ASCII)
 _AGENT_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,128}\Z")
 _CURSOR: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,20}\Z")
@@ -104,11 +102,15 @@ async def _abort(context: Context, method: str, error: Exception) -> NoReturn:
 
 
 def actor_of(context: Context) -> str:
-    """Return the caller's name from the metadata; `anonymous` if it is missing or malformed."""
-    for key, value in context.invocation_metadata() or ():
-        if key == ACTOR_KEY and isinstance(value, str) and _ACTOR.match(value):
-            return value
-    return "anonymous"
+    """Return the caller's name for the audit."""
+    return caller().name
+
+
+def _readable(task: pb.TaskSnapshot) -> pb.TaskSnapshot:
+    """Return a snapshot without the response if the caller may not read it."""
+    if not caller().may(Action.READ, task.method):
+        task.ClearField("response")
+    return task
 
 
 class RequestRules:
@@ -119,6 +121,7 @@ class RequestRules:
 
     def submission(self, submission: pb.Submission) -> None:
         _check_method("method", submission.method)
+        caller().check_submit(submission.method)
         self._check_payload("request", submission.request)
         if len(submission.idempotency_key.encode()) > _KEY_BYTES:
             raise InvalidArgument(f"idempotency_key: at most {_KEY_BYTES} bytes; hash a longer key")
@@ -213,6 +216,7 @@ class Watchers:
                     continue
                 if view is None:
                     raise UnknownTask(f"there is no task {task_id}")
+                caller().check_task(Action.READ, task_id, view.task.method)
                 ended = view.task.state in TERMINAL
                 if view.task.revision != revision and not ended:
                     yield pb.WatchResponse(task=view.task)
@@ -338,11 +342,11 @@ class TaskServicer(TaskServiceServicer):
             raise IdempotencyConflict(
                 f"idempotency_key {key[:64]!r} belongs to task {submitted.task_id}, which has another method or request"
             )
-        return await self._read(submitted.task_id)
+        return _readable(await self._read(submitted.task_id))
 
     @typed
     async def Get(self, request: pb.GetRequest, context: Context) -> pb.GetResponse:
-        return pb.GetResponse(task=await self._read(request.task_id))
+        return pb.GetResponse(task=await self._read(request.task_id, Action.READ))
 
     @typed_stream
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchResponse]:
@@ -356,6 +360,8 @@ class TaskServicer(TaskServiceServicer):
         """Request a task's end. The request is stored before it is sent to the agent."""
         self._rules.cancel(request)
         message = failure_text(request.message)
+        if caller().rules is not None:
+            await self._read(request.task_id, Action.CANCEL)
         reply = await self._store.apply(operations.cancel(request.task_id, message, actor_of(context)))
         if reply.status == "unknown":
             raise UnknownTask(f"there is no task {request.task_id}")
@@ -364,13 +370,13 @@ class TaskServicer(TaskServiceServicer):
             session.machine.cancel(reply.attempt, grace_ms=round(reply.cancel_grace * 1000), message=message)
         if reply.status in ("requested", "done"):
             self._watchers.changed(request.task_id, reply.status == "done")
-        return pb.CancelResponse(task=await self._read(request.task_id))
+        return pb.CancelResponse(task=_readable(await self._read(request.task_id)))
 
     @typed
     async def Direct(self, request: pb.DirectRequest, context: Context) -> pb.DirectResponse:
         """Send a directive to a running task, whose agent must have a session here."""
         self._rules.direct(request)
-        task = await self._read(request.task_id)
+        task = await self._read(request.task_id, Action.DIRECT)
         method = await self._registry.method(task.method)
         if not method.directive:
             raise NotDirectable(f"{task.method} declares no directive")
@@ -402,10 +408,22 @@ class TaskServicer(TaskServiceServicer):
         """Return a page of tasks, newest first and without responses."""
         which, page_size = self._rules.list(request)
         tasks, token = await list_tasks(self._store, which, page_size, request.page_token)
+        tasks = [task for task in tasks if caller().may(Action.READ, task.method)]
         return pb.ListResponse(tasks=tasks, next_page_token=token)
 
-    async def _read(self, task_id: str) -> pb.TaskSnapshot:
+    async def _read(self, task_id: str, action: Action | None = None) -> pb.TaskSnapshot:
+        """Read a task.
+
+        Args:
+            task_id: Its id.
+            action: What the caller wants to do with the task; None if that was checked before.
+
+        Raises:
+            UnknownTask: The task does not exist, or the caller may not.
+        """
         view = await self._store.apply(operations.read_task(task_id))
         if view is None:
             raise UnknownTask(f"there is no task {task_id}")
+        if action is not None:
+            caller().check_task(action, task_id, view.task.method)
         return view.task
