@@ -199,7 +199,7 @@ def notes(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def publish(session: nox.Session) -> None:
-    """Check, build and upload: `-- --index URL [--upload URL] [--only DIST …] [--dry-run] [--json FILE]`."""
+    """Check, build and upload: `-- --index URL [--upload URL] [--only DIST …] [--tag TAG] [--dry-run]`."""
     publishing.publish(session, ensure(session, DEV))
 
 

@@ -111,6 +111,7 @@ def _page(rows: list[dict[str, Any]], quick: bool) -> str:
         "",
         "`./noxw -s bench -- all --page docs/benchmarks.md` writes this page. Each baseline was measured in turns with",
         "orki, in the same run. Absolute figures depend on the machine; compare ratios.",
+        "[testing.md](testing.md#benchmarks) explains the columns; `reach` is the target of the ratio.",
         "",
         f"- Date: {time.strftime('%Y-%m-%d', time.gmtime())}{' (quick run)' if quick else ''}",
         f"- Machine: {machine()}",

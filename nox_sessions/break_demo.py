@@ -18,7 +18,7 @@ from pathlib import Path
 
 import nox
 
-from nox_sessions.environments import Environment, uv
+from nox_sessions.environments import Environment, install
 
 ACTORS = Path(__file__).with_name("break_demo_actors.py").absolute()
 COPIED = ("proto", "packages", "examples", "docs/reference", "buf.yaml", "buf.gen.yaml")
@@ -31,13 +31,7 @@ LONGEST_S = 120
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """The session and folders of one demo.
-
-    Attributes:
-        session: The nox session; it prints.
-        dev: The environment that holds the generator, the gate and the embedded server.
-        top: A temporary folder.
-    """
+    """The session and folders of one demo; `dev` holds the generator, the gate and the embedded server."""
 
     session: nox.Session
     dev: Environment
@@ -99,9 +93,7 @@ def _environment(demo: Demo, name: str) -> Path:
     for package in ("orki-contract", "orki-events"):
         build = ("-m", "build", "--wheel", "--no-isolation", "--skip-dependency-check", "--outdir", str(wheels))
         demo.run(demo.dev.python, *build, f"packages/{package}")
-    demo.run(uv(), "venv", "--quiet", "--no-project", "--python", demo.dev.python, str(folder))
-    install = (uv(), "pip", "install", "--quiet", "--python", str(folder), "--constraints")
-    demo.run(*install, str(Path("constraints.txt").absolute()), *(str(each) for each in sorted(wheels.iterdir())))
+    install(demo.session, folder, demo.dev.python, "--constraints", "constraints.txt", *map(str, wheels.iterdir()))
     return folder / "bin" / "python"
 
 

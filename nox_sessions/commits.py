@@ -41,7 +41,7 @@ def areas(contributing: str) -> frozenset[str]:
 
 
 def faults(message: str, known: frozenset[str]) -> Iterator[str]:
-    """Yield what is wrong with a message; lines that start with `#` are ignored, as git does."""
+    """Yield the faults of a message; lines that start with `#` are ignored, as git does."""
     lines = [line.rstrip() for line in message.splitlines() if not line.startswith("#")]
     first = lines[0] if lines else ""
     if len(first) > LONGEST:

@@ -96,10 +96,7 @@ def uv() -> str:
 def ensure(session: nox.Session, recipe: Recipe, python: Path | None = None) -> Environment:
     """Return the environment of a recipe; create it if it is missing or its inputs changed.
 
-    Args:
-        session: The session that needs it.
-        recipe: The contents.
-        python: The interpreter; nox's own if None.
+    Without `python`, it has nox's own interpreter.
     """
     root = Path.cwd()
     interpreter = str(python) if python else getattr(sys, "_base_executable", sys.executable)
@@ -112,11 +109,17 @@ def ensure(session: nox.Session, recipe: Recipe, python: Path | None = None) -> 
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (stamp.is_file() and stamp.read_text(encoding="ascii") == digest and (folder / "bin/python").exists()):
             session.log(f"Making {folder.name}: it is missing, or its inputs changed")
-            create = ["venv", "--quiet", "--clear", "--no-project", "--python", interpreter, str(folder)]
-            session.run(uv(), *create, external=True, log=False)
-            session.run(uv(), *_installation(root, folder, recipe, members), external=True, log=False)
+            install(session, folder, interpreter, *_requirements(root, recipe, members))
             stamp.write_text(digest, encoding="ascii")
     return Environment(folder)
+
+
+def install(session: nox.Session, folder: Path, interpreter: str, *requirements: str) -> None:
+    """Make an environment, or replace it, and install requirements with the options of `pip install`."""
+    create = ["venv", "--quiet", "--clear", "--no-project", "--python", interpreter, str(folder)]
+    session.run(uv(), *create, external=True, log=False)
+    command = ["pip", "install", "--quiet", "--python", str(folder), *requirements]
+    session.run(uv(), *command, external=True, log=False)
 
 
 def _version(interpreter: str) -> str:
@@ -134,9 +137,8 @@ def _digest(root: Path, recipe: Recipe, members: list[Distribution], version: st
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _installation(root: Path, folder: Path, recipe: Recipe, members: list[Distribution]) -> list[str]:
-    """Return the arguments of the single install that fills an environment."""
-    command = ["pip", "install", "--quiet", "--python", str(folder), "--build-constraints", "constraints.txt"]
+def _requirements(root: Path, recipe: Recipe, members: list[Distribution]) -> list[str]:
+    command = ["--build-constraints", "constraints.txt"]
     if recipe.resolution is None:
         command += ["--constraints", "constraints.txt"]
         for group in recipe.groups:

@@ -16,6 +16,8 @@ from typing import cast
 
 from grimp import ImportGraph
 from importlinter import Contract, ContractCheck, fields, output
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from nox_sessions.workspace import Distribution, distributions
 
@@ -28,12 +30,10 @@ class _Faults(Contract):
     """A contract that is broken by a list of faults."""
 
     def check(self, graph: ImportGraph, verbose: bool) -> ContractCheck:
-        """Collect the faults of the import graph."""
         found = list(self.faults(graph))
         return ContractCheck(kept=not found, metadata={"found": found})
 
     def render_broken_contract(self, check: ContractCheck) -> None:
-        """Print one line for each fault."""
         for line in check.metadata["found"]:
             output.print_error(line, bold=False)
 
@@ -45,7 +45,7 @@ class _Faults(Contract):
 class Declared(_Faults):
     """Each distribution imports only itself, the standard library and its declared dependencies.
 
-    All distributions of the workspace are installed here, so an undeclared import fails only at a user's.
+    All distributions of the workspace are installed here, so an undeclared import would fail only for users.
     """
 
     type_name = "declared"
@@ -60,7 +60,7 @@ class Declared(_Faults):
             names = _declared(each)
             allowed = set(own[each.name])
             allowed.update(*(own.get(name, set()) for name in names))
-            allowed.update(top for top, by in providers.items() if names & {_normal(name) for name in by})
+            allowed.update(top for top, by in providers.items() if names & set(map(canonicalize_name, by)))
             # The graph holds only the top package of anything that is not one of its roots.
             allowed.update(top for name in own[each.name] if (top := name.partition(".")[0]) not in roots)
             for importer, imported in _imports(graph, own[each.name]):
@@ -134,10 +134,6 @@ class Machines(_Faults):
                 yield f"{importer} imports {TRANSITIONS} and is not listed as a machine"
 
 
-def _normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
 def _is_within(module: str, packages: Iterable[str]) -> bool:
     return any(module == package or module.startswith(f"{package}.") for package in packages)
 
@@ -154,7 +150,7 @@ def _declared(each: Distribution) -> set[str]:
     requirements = list(project.get("dependencies", []))
     for extra in project.get("optional-dependencies", {}).values():
         requirements += extra
-    return {_normal(re.split(r"[^\w.-]", requirement, maxsplit=1)[0]) for requirement in requirements}
+    return {canonicalize_name(Requirement(each).name) for each in requirements}
 
 
 def _imports(graph: ImportGraph, packages: set[str]) -> list[tuple[str, str]]:

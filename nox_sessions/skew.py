@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -25,10 +26,14 @@ from pathlib import Path
 import nox
 from packaging.requirements import Requirement
 
-from nox_sessions.environments import Environment, uv
-from nox_sessions.skew_wheels import CACHE, CONTRACT, Contract, commit_wheels, contract_wheel, tree_wheels
+from nox_sessions.environments import Environment, install
+from nox_sessions.workspace import Distribution, distributions
 
 DRIVER = Path("tests/skew/matrix.py")
+CACHE = Path(".nox/skew")
+CONTRACT = Path("tests/skew/contract")
+# The examples are left out, because nothing here runs them.
+FOLDERS = ("packages/*", "codegen")
 RUNTIME = ("orki-agent", "orki-contract", "orki-control", "orki-events", "orki-server")
 TOOLCHAIN = ("orki-codegen", "orki-contract")
 _EXTRA = "embedded"
@@ -52,7 +57,7 @@ class Options:
     def parse(cls, arguments: Sequence[str]) -> Options:
         """Parse a command line; wrong usage exits with status 2."""
         parser = argparse.ArgumentParser(prog="nox -s skew --", description="Run published wheels against the tree's.")
-        parser.add_argument("--quick", action="store_true", help="without the lowest and newest dependencies")
+        parser.add_argument("--quick", action="store_true", help="skip the lowest and newest dependencies")
         parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
         help_text = "the published side: a commit or an index URL (default: the commit that published.toml names)"
         parser.add_argument("--published", default="", metavar="COMMIT|INDEX", help=help_text)
@@ -118,12 +123,7 @@ def _contract(name: str) -> Contract:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Side:
-    """The wheels of orki's distributions from one source.
-
-    Attributes:
-        name: The source, such as `commit 0123456789ab`.
-        wheels: The wheels.
-    """
+    """The wheels of orki's distributions from one source; `name` describes it, such as `commit 0123456789ab`."""
 
     name: str
     wheels: tuple[Path, ...]
@@ -161,11 +161,7 @@ def environment(
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     stamp = folder / "made-from"
     if not (stamp.is_file() and stamp.read_text(encoding="ascii") == digest):
-        shutil.rmtree(folder, ignore_errors=True)
-        create = ["venv", "--quiet", "--no-project", "--python", interpreter, str(folder)]
-        session.run(uv(), *create, external=True, log=False)
-        install = ["pip", "install", "--quiet", "--python", str(folder), *wanted]
-        session.run(uv(), *install, external=True, log=False)
+        install(session, folder, interpreter, *wanted)
         stamp.write_text(digest, encoding="ascii")
     return Environment(folder)
 
@@ -197,12 +193,10 @@ def _required_by(wheels: list[Path]) -> list[str]:
 
 
 def published_side(session: nox.Session, builder: Environment, wanted: str) -> Side:
-    """Return the published side.
+    """Return the published side; the session fails if there is none.
 
-    Args:
-        session: The session; it fails if there is no published side.
-        builder: The environment with the pinned hatchling and orki-codegen.
-        wanted: A commit, an index URL, or empty for the commit that published.toml names.
+    `wanted` is a commit, an index URL, or empty for the commit that published.toml names. The builder has the pinned
+    hatchling and orki-codegen.
     """
     if wanted and "://" not in wanted:
         return _of_commit(session, builder, wanted)
@@ -265,6 +259,139 @@ def find_published() -> int:
     commit = published.commit if missing and published else ""
     print(json.dumps({"wheels": found, "missing": missing, "commit": commit, "index": label}))
     return 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contract:
+    """A version of the user's contract: the text of its proto file, and the version of its wheel.
+
+    The name, such as `v2`, is part of file names.
+    """
+
+    name: str
+    version: str
+    text: str
+
+
+def tree_wheels(session: nox.Session, builder: Environment) -> list[Path]:
+    """Return the wheels of the working tree; build them if a file of a distribution changed."""
+    root = Path.cwd()
+    members = distributions(root, FOLDERS)
+    folder = CACHE / "wheels" / "tree"
+    _build(session, builder, root, members, folder, _digest(_sources(root, members)))
+    return sorted(folder.glob("*.whl"))
+
+
+def commit_wheels(session: nox.Session, builder: Environment, commit: str) -> list[Path]:
+    """Return the wheels of a commit, which this tree's sessions build once.
+
+    The session fails if git does not know the commit.
+    """
+    try:
+        sha = resolve(Path.cwd(), commit)
+    except LookupError as error:
+        session.error(str(error))
+    folder = CACHE / "wheels" / sha
+    tree = CACHE / "trees" / sha
+    if not (folder / "made-from").is_file():
+        shutil.rmtree(tree, ignore_errors=True)
+        tree.mkdir(parents=True)
+        archive = subprocess.run(["git", "archive", "--format=tar", sha], capture_output=True, check=True)
+        subprocess.run(["tar", "-x", "-C", str(tree)], input=archive.stdout, check=True)
+        _build(session, builder, tree, distributions(tree, FOLDERS), folder, sha)
+        shutil.rmtree(tree)
+    return sorted(folder.glob("*.whl"))
+
+
+def contract_wheel(session: nox.Session, builder: Environment, generator: Environment, contract: Contract) -> Path:
+    """Return the wheel of the user's contract with the code of an installed generator; build it once.
+
+    The builder has the pinned hatchling, and the generator has the wheel of orki-codegen.
+    """
+    made_from = (generator.folder / "made-from").read_text(encoding="ascii")
+    key = hashlib.sha256(f"{made_from}\0{contract}".encode()).hexdigest()
+    folder = CACHE / "contracts" / f"{contract.name}-{key[:12]}"
+    if not list(folder.glob("wheels/*.whl")):
+        shutil.rmtree(folder, ignore_errors=True)
+        _write_workspace(session, generator, folder, contract)
+        with session.chdir(folder):
+            path = os.pathsep.join([str(generator.folder / "bin"), os.environ.get("PATH", os.defpath)])
+            command = str(generator.folder / "bin/orki-codegen")
+            session.run(command, "generate", env={"PATH": path}, external=True, silent=True)
+        member = Distribution("skew-garden", Path("garden"))
+        _build(session, builder, folder, (member,), folder / "wheels", key)
+    return next(folder.glob("wheels/*.whl"))
+
+
+def _write_workspace(session: nox.Session, generator: Environment, folder: Path, contract: Contract) -> None:
+    """Write the smallest user repository that the generator accepts."""
+    for path in ("buf.gen.yaml", "proto/orki/options/v1/options.proto"):
+        name = path.rpartition("/")[2]
+        source = next(generator.folder.glob(f"lib/python*/site-packages/orki_codegen/**/{name}"), None)
+        if source is None:
+            session.error(f"the wheel of orki-codegen in {generator.folder} has no {name}")
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, folder / path)
+    (folder / "buf.yaml").write_text("version: v2\nmodules:\n  - path: proto\n", encoding="utf-8")
+    proto = folder / "proto/garden/v1/garden.proto"
+    proto.parent.mkdir(parents=True)
+    proto.write_text(contract.text, encoding="utf-8")
+    project = (CONTRACT / "pyproject.toml").read_text(encoding="utf-8")
+    (folder / "garden").mkdir()
+    written = project.replace('version = "0"', f'version = "{contract.version}"')
+    (folder / "garden/pyproject.toml").write_text(written, encoding="utf-8")
+
+
+def _build(
+    session: nox.Session, builder: Environment, root: Path, members: tuple[Distribution, ...], folder: Path, digest: str
+) -> None:
+    """Build wheels into a folder, unless the folder already holds wheels of the same digest."""
+    stamp = folder / "made-from"
+    if stamp.is_file() and stamp.read_text(encoding="ascii") == digest:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    again = folder / "again"
+    again.mkdir(parents=True)
+    folders = [str((root / each.folder).absolute()) for each in members]
+    builder.run(session, "python", "-m", "nox_sessions.wheels", str(folder), str(again), *folders)
+    shutil.rmtree(again)
+    stamp.write_text(digest, encoding="ascii")
+
+
+def resolve(root: Path, commit: str) -> str:
+    """Return the full id of a commit.
+
+    Raises:
+        LookupError: The repository does not have the commit.
+    """
+    git = ["git", "-C", str(root), "rev-parse"]
+    asked = [*git, "--verify", "--quiet", f"{commit}^{{commit}}"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False)
+    if found.returncode:
+        shallow = subprocess.run([*git, "--is-shallow-repository"], capture_output=True, text=True, check=False)
+        why = "no such commit"
+        if "true" in shallow.stdout:
+            why = "this clone is shallow: `git fetch --unshallow` fetches it"
+        raise LookupError(f"The published commit {commit} is not in this repository; {why}.")
+    return found.stdout.strip()
+
+
+def _sources(root: Path, members: tuple[Distribution, ...]) -> list[Path]:
+    found = []
+    for each in members:
+        folder = root / each.folder
+        found += [folder / name for name in ("pyproject.toml", "README.md", "LICENSE")]
+        found += sorted(path for top in ("src", "gen") for path in (folder / top).rglob("*") if path.is_file())
+    return [path for path in found if path.is_file() and "__pycache__" not in path.parts]
+
+
+def _digest(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file}\0".encode())
+        digest.update(file.read_bytes())
+        digest.update(b"\0")
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":

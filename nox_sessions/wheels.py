@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 
 import nox
 
-from nox_sessions.environments import Environment, uv
+from nox_sessions.environments import Environment, install
 from nox_sessions.workspace import Distribution
 
 # Archive members carry one fixed time (2020-01-01), so the same sources give the same bytes everywhere.
@@ -52,11 +52,9 @@ def _digest(path: Path) -> str:
 
 
 def _faults(wheel: Path, owners: dict[str, str]) -> list[str]:
-    """Return what a wheel lacks, and which of its files another wheel also contains.
+    """Return the faults of a wheel: files that it lacks, and files that another wheel also contains.
 
-    Args:
-        wheel: Its path.
-        owners: The wheel of each file seen so far; this wheel's files are added.
+    `owners` maps each file seen so far to its wheel; this wheel's files are added.
     """
     faults = []
     with zipfile.ZipFile(wheel) as archive:
@@ -84,10 +82,7 @@ def _package(module: PurePosixPath) -> PurePosixPath:
 
 def _import_all(session: nox.Session, environment: Environment, wheels: list[Path], folder: Path) -> None:
     """Install the wheels and the pinned dependencies into an empty environment and import every module."""
-    create = ["venv", "--quiet", "--clear", "--no-project", "--python", environment.python, str(folder)]
-    session.run(uv(), *create, external=True)
-    install = [uv(), "pip", "install", "--quiet", "--python", str(folder), "--constraints", "constraints.txt"]
-    session.run(*install, *map(str, wheels), external=True)
+    install(session, folder, environment.python, "--constraints", "constraints.txt", *map(str, wheels))
     script = str(Path(__file__).with_name("import_everything.py"))
     empty = folder / "empty"
     empty.mkdir(exist_ok=True)

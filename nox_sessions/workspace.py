@@ -24,7 +24,6 @@ class Distribution:
     Attributes:
         name: Its name on an index, such as `orki-agent`.
         folder: The folder of its pyproject.toml, relative to the workspace's root.
-        pyproject: The parsed pyproject.toml.
     """
 
     name: str

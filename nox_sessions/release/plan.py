@@ -18,7 +18,6 @@ from packaging.requirements import Requirement
 from packaging.utils import (
     InvalidSdistFilename,
     InvalidWheelFilename,
-    NormalizedName,
     canonicalize_name,
     parse_sdist_filename,
     parse_wheel_filename,
@@ -51,7 +50,6 @@ class Release:
 
     Attributes:
         name: The normalized name, such as `orki-agent`.
-        version: The version of all its files.
         files: The wheel first, so that an install during the upload needs no build.
         requires: Its requirements, extras included.
         private: Whether its classifiers forbid an upload.
@@ -68,9 +66,9 @@ def read_releases(folder: Path) -> tuple[Release, ...]:
     """Read a folder of wheels and sdists; return the releases by name, dependencies first.
 
     Raises:
-        BuiltError: A wheel or sdist is missing, there are two versions of one, or dependencies form a circle.
+        BuiltError: A wheel or sdist is missing, a distribution has two versions, or dependencies form a circle.
     """
-    wheels = {_wheel_key(path): path for path in sorted(folder.glob("*.whl"))}
+    wheels = {parse_wheel_filename(path.name)[:2]: path for path in sorted(folder.glob("*.whl"))}
     sdists = {parse_sdist_filename(path.name): path for path in sorted(folder.glob("*.tar.gz"))}
     if not wheels:
         raise BuiltError(f"{folder} has no wheel: build first (./noxw -s build)")
@@ -83,11 +81,6 @@ def read_releases(folder: Path) -> tuple[Release, ...]:
             raise BuiltError(f"{folder}: {name} has the versions {found[name].version} and {version}: build again")
         found[name] = _release(name, version, (wheel, sdists[name, version]))
     return _in_order(found.values())
-
-
-def _wheel_key(path: Path) -> tuple[NormalizedName, Version]:
-    name, version, _, _ = parse_wheel_filename(path.name)
-    return name, version
 
 
 def _release(name: str, version: Version, paths: Iterable[Path]) -> Release:
@@ -138,14 +131,7 @@ class State(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One built file, in upload order.
-
-    Attributes:
-        release: Its release.
-        file: The file.
-        state: Its state on the index.
-        there: The SHA-256 of the file on the index, in hex; None if it is missing.
-    """
+    """One built file, in upload order; `there` is the SHA-256 on the index in hex, None if the index lacks it."""
 
     release: Release
     file: Built
@@ -154,7 +140,7 @@ class Step:
 
 
 def plan(releases: Iterable[Release], index: Mapping[str, Mapping[str, str]]) -> tuple[Step, ...]:
-    """Compare each built file with the index, given as SHA-256 by file name by project."""
+    """Compare each built file with the index, which maps projects to file names to SHA-256 digests."""
     steps = []
     for release in releases:
         for file in release.files:
@@ -165,11 +151,9 @@ def plan(releases: Iterable[Release], index: Mapping[str, Mapping[str, str]]) ->
 
 
 def but_for_copies(steps: Sequence[Step], same: Callable[[Step], bool]) -> tuple[Step, ...]:
-    """Mark completely published releases that differ only in copies of other owners' contracts.
+    """Set the state COPIES for files of completely published releases that differ only in copies of others' contracts.
 
-    Args:
-        steps: The plan.
-        same: Returns whether a file with different bytes differs only in such copies.
+    `same` returns whether a file with different bytes differs only in those copies.
     """
     found = list(steps)
     for name in sorted({step.release.name for step in steps if step.state is State.OTHER}):
@@ -196,10 +180,7 @@ def conflicts(steps: Iterable[Step]) -> list[str]:
 def unmet(releases: Collection[Release], index: Mapping[str, Mapping[str, str]], own: Collection[str]) -> list[str]:
     """Return a sentence for each release that needs a version of a sibling that the index will not have.
 
-    Args:
-        releases: The releases to upload.
-        index: The files on the index.
-        own: The names of all distributions of the workspace; other requirements are ignored.
+    `own` are the names of all distributions of the workspace; other requirements are ignored.
     """
     found = []
     for release in releases:
@@ -231,12 +212,8 @@ def _versions(files: Iterable[str]) -> set[Version]:
 def same_but_for_copies(name: str, here: bytes, there: bytes) -> bool:
     """Compare two wheels or two sdists file by file, except copies of other owners' contracts.
 
-    A `contract.binpb` contains copies of imported contracts. A change by their owner needs no release here.
-
-    Args:
-        name: The file's name, which shows whether it is a wheel.
-        here: The built bytes.
-        there: The bytes on the index.
+    A `contract.binpb` contains copies of imported contracts. A change by their owner needs no release here. The file's
+    name shows whether it is a wheel.
     """
     members = _wheel_files if name.endswith(".whl") else _sdist_files
     # The environment that runs nox has no orki-codegen.

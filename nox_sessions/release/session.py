@@ -58,7 +58,7 @@ def breaking(session: nox.Session, environment: Environment) -> None:
 
 
 def _status(environment: Environment, command: list[str]) -> int:
-    """Run a command in an environment and return its status, which nox does not return."""
+    """Run a command in an environment and return its exit status, which `session.run` does not return."""
     path = os.pathsep.join([str(environment.folder / "bin"), os.environ.get("PATH", os.defpath)])
     variables = {**os.environ, "PATH": path, "VIRTUAL_ENV": str(environment.folder)}
     return subprocess.run(command, env=variables, check=False).returncode

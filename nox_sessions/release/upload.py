@@ -112,7 +112,6 @@ class Options:
     """The options of `publish`.
 
     Attributes:
-        address: The index.
         only: The normalized names of the distributions to upload; empty for all.
         version: The version in the tag, which the distribution in `only` must have; None without a tag.
         dry_run: Whether to stop before the upload.
@@ -142,12 +141,12 @@ class Options:
         parser.add_argument("--index", metavar="URL", help="the index, as given to pip")
         parser.add_argument("--upload", metavar="URL", help="the upload URL, if it cannot be derived")
         which = parser.add_mutually_exclusive_group()
-        which.add_argument("--only", nargs="+", action="extend", default=[], metavar="DIST", help="only these")
-        which.add_argument("--tag", metavar="DIST-vVERSION", help="only this one, and only at this version")
+        which.add_argument("--only", nargs="+", action="extend", default=[], metavar="DIST", help="upload only these")
+        which.add_argument("--tag", metavar="DIST-vVERSION", help="upload only DIST, at VERSION")
         parser.add_argument("--dry-run", action="store_true", help="do everything except the upload")
         parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome to this file")
         parser.add_argument("--dist", type=Path, default=Path("dist"), metavar="DIR", help="folder of the built files")
-        parser.add_argument("--settle", type=float, default=120.0, metavar="SECONDS", help="longest wait for the index")
+        parser.add_argument("--settle", type=float, default=120.0, metavar="SECONDS", help="maximum wait for listing")
         given = parser.parse_args(arguments)
         # A workflow sets a missing variable to an empty text.
         index = given.index or os.environ.get("ORKI_INDEX")
@@ -343,7 +342,7 @@ def _post(address: Address, step: Step) -> None:
 
 
 def _anonymous(address: Address) -> dict[str, str]:
-    """Return a name for an index on this machine without credentials, because uv requires one."""
+    """Return variables with a name and password for a local index without credentials, because uv requires them."""
     local = urlsplit(address.upload).hostname in {"127.0.0.1", "::1", "localhost"}
     if not local or any(os.environ.get(f"UV_PUBLISH_{name}") for name in ("TOKEN", "USERNAME", "PASSWORD")):
         return {}
@@ -351,7 +350,7 @@ def _anonymous(address: Address) -> dict[str, str]:
 
 
 def _wait_until_listed(index: Index, steps: Sequence[Step], timeout: float) -> None:
-    """Wait until the index lists the uploaded files; otherwise the upload URL belongs to another index."""
+    """Wait until the index lists the uploaded files; raise FailedError if it does not within `timeout` seconds."""
     waiting = list(steps)
     end = time.monotonic() + timeout
     while True:

@@ -89,7 +89,12 @@ def vectors() -> Iterator[tuple[str, str, str, bytes]]:
     yield "hello", "A client opens a connection.", "orki.hotpath.v1.HelloFrame", encode_hello(hello)
     yield "welcome", "The bridge accepts it.", "orki.hotpath.v1.WelcomeFrame", encode_welcome(welcome)
     refused = encode_error(0, PeerRefused("the token is not this bridge's"))
-    yield "refusal", "The bridge refuses it: correlation 0.", "orki.hotpath.v1.ErrorFrame", refused
+    yield (
+        "refusal",
+        "The bridge refuses a connection. Correlation 0 belongs to no call.",
+        "orki.hotpath.v1.ErrorFrame",
+        refused,
+    )
     request = ContractFrame(digest=bytes(range(32)), service="example.v1.FileToolService").encode()
     contract = encode_call(OP_CONTRACT, 32, 1, 1, 5_000_000, NO_TRACE, request)
     yield (

@@ -63,8 +63,12 @@ _LAWS: Final[tuple[tuple[str, str, str], ...]] = (
         "CHECKING_HELLO + SessionRefused → ENDED",
         "test_a_refused_contract_is_fatal_and_named",
     ),
-    ("A message is a batch", "none", "test_control_messages_overtake_work_and_batches_are_bounded"),
-    ("Slots bound work", "OFFERED, RUNNING, CANCELLING take one", "slots_are_never_exceeded"),
+    (
+        "A gRPC message is a batch of session messages",
+        "none",
+        "test_control_messages_overtake_work_and_batches_are_bounded",
+    ),
+    ("Slots limit the attempts", "OFFERED, RUNNING and CANCELLING occupy a slot", "slots_are_never_exceeded"),
     (
         "An offer is answered",
         "OFFERED + OfferWithdrawn → CLOSED",
@@ -125,7 +129,7 @@ def page() -> str:
         "",
         "`tests/docs/test_states.py` draws this page from the transition tables and compares the two. Events are",
         "protocol messages, timers and calls. A move that a table does not list is illegal: a `LocalProtocolError` if",
-        "orki made it, a `RemoteProtocolError` if the peer did.",
+        "this end made it, a `RemoteProtocolError` if the other end did.",
     ]
     for title, text, machine in MACHINES:
         parts += ["", f"## {title}", "", text, "", "```mermaid", diagram(machine), "```"]

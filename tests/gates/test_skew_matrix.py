@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from nox_sessions.skew_wheels import resolve
+from nox_sessions.skew import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 SKEW = ROOT / "tests/skew"

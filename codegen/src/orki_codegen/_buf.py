@@ -57,22 +57,12 @@ class Buf:
         return {entry["import_path"]: entry["path"] for entry in entries}
 
     def breaking(self, before: Path, after: Path, config: str) -> list[str]:
-        """Compare two images by the rules of buf and return its findings as JSON lines.
-
-        Args:
-            before: The old image.
-            after: The new image.
-            config: The configuration, instead of the buf.yaml of the workspace.
-        """
+        """Compare two images by the rules of a configuration in JSON, and return buf's findings as JSON lines."""
         arguments = [str(after), "--against", str(before), "--config", config, "--error-format", "json"]
         return self._run("breaking", *arguments, also=_FOUND).decode().splitlines()
 
     def configured_rules(self, kind: str) -> list[str]:
-        """Return the rules that buf.yaml enables, as JSON lines.
-
-        Args:
-            kind: `breaking` or `lint`.
-        """
+        """Return the rules of a kind, `breaking` or `lint`, that buf.yaml enables, as JSON lines."""
         listed = self._run("config", f"ls-{kind}-rules", "--configured-only", "--format", "json")
         return listed.decode().splitlines()
 

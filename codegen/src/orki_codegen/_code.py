@@ -47,9 +47,7 @@ Code = Raw | Call | Sequence
 def expression(value: Any, vocabulary: str) -> Code:
     """Return the source of a model value, without fields that have their defaults.
 
-    Args:
-        value: A dataclass of `orki_contract.model`, or a field of one.
-        vocabulary: Alias of `orki_contract`.
+    `vocabulary` is the alias of `orki_contract`.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         named = tuple(
@@ -114,11 +112,11 @@ def signature(head: str, parameters: tuple[tuple[str, Code], ...], result: str, 
     """Return the head of a function, such as `def name(self, a: int) -> int:`, at column `indent`.
 
     Args:
-        head: Such as `async def name`.
-        parameters: Each with its annotation; `self` has an empty one.
+        head: Start of the definition, such as `async def name`.
+        parameters: Names with their annotations; that of `self` is empty.
         result: The annotation of the result.
         indent: Column of the first line.
-        body: What follows on the last line.
+        body: Text after the head on its last line.
     """
     named = [f"{name}: " if _flat(annotation) else name for name, annotation in parameters]
     flat = ", ".join(f"{name}{_flat(annotation)}" for name, (_, annotation) in zip(named, parameters, strict=True))

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import keyword
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
 
 from orki_codegen._code import WIDTH, Call, Code, Raw, Sequence, expression, quote, width
 from orki_contract.descriptors import MessageNode, MethodNode, Schema, ServiceNode, field_path
-from orki_contract.model import FrameField, Scalar, Stream, TaskMethod, ToolMethod
+from orki_contract.model import FrameField, Group, Scalar, Stream, TaskMethod, ToolMethod
 from orki_contract.naming import class_name, constant_name, frame_class, module_path, reference, snake_name, unused
 from orki_contract.read import FileContract, ReadContract
 
@@ -53,14 +54,14 @@ class StreamConstant:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One task or tool: its constant and its method; `news` is the progress and directive of a task."""
+    """One task or tool: its constant and its method; `messages` are the progress and directive of a task."""
 
     constant: str
     attribute: str
     value: Code
     request: str
     response: str
-    news: tuple[Code, ...]
+    messages: tuple[Code, ...]
     comment: str
 
 
@@ -131,14 +132,16 @@ class _Builder:
             abstractmethod=self._alias("abstractmethod"),
             final=self._alias("Final"),
             literal=self._alias("Literal"),
-            builtins=self._builtins(),
+            # A field of a frame may hide a built-in type.
+            builtins=self._alias("builtins") if {"bool", "bytes", "float", "int", "str"} & self.taken else "",
         )
 
     def module(self) -> Module:
         """Build all parts in order, then the imports."""
         streams = tuple(map(self._stream, self.file.contract.streams))
         subscriptions = tuple(self._subscriptions())
-        frames = tuple(self._frame(node) for node in self._frame_nodes())
+        nodes = self.schema.messages_of.get(self.file.path, ())
+        frames = tuple(self._frame(node) for node in nodes if node.full_name in self.frames)
         services = tuple(map(self._service, self._services()))
         path = module_path(self.file.path, "_orki")
         imports = tuple(self._import_lines(streams + subscriptions, frames, services))
@@ -147,10 +150,9 @@ class _Builder:
     def _declared(self) -> set[str]:
         """Return all names that the protos define in the module, at any level."""
         contract = self.file.contract
-        names = {constant_name(each.name) for each in contract.streams}
-        names |= {constant_name(each.stream) for each in contract.external_groups}
-        names |= {f"{class_name(each.name)}Group" for each in contract.streams}
-        names |= {f"{class_name(each.stream)}Group" for each in contract.external_groups}
+        names: set[str] = set()
+        for name in (*(each.name for each in contract.streams), *(each.stream for each in contract.external_groups)):
+            names |= {constant_name(name), f"{class_name(name)}Group"}
         for frame in contract.frames:
             names.add(frame_class(frame.message, self.file.package))
             names |= {field.name for field in frame.fields} | {frame.tail}
@@ -163,8 +165,8 @@ class _Builder:
     def _exports(self) -> dict[str, str]:
         """Return the names of the re-exported messages and enums, by full name.
 
-        The module re-exports those of its file and the payloads of its methods. A name that clashes with another name
-        of the module is not re-exported; the code then uses its `_pb2` module.
+        The module re-exports the messages and enums of its file and the payloads of its methods. A name that clashes
+        with another name of the module is not re-exported; the code then uses its `_pb2` module.
         """
         path = self.file.path
         own = [node.full_name for node in self.schema.messages_of.get(path, ())]
@@ -189,56 +191,41 @@ class _Builder:
         self.taken.add(alias)
         return alias
 
-    def _builtins(self) -> str:
-        """Return the alias of `builtins` if a field of a frame hides a type; else an empty string."""
-        hidden = {"bool", "bytes", "float", "int", "str"} & self.taken
-        return self._alias("builtins") if hidden else ""
-
     def _services(self) -> list[ServiceNode]:
         with_options = {each.service for each in self.file.contract.tasks + self.file.contract.tools}
         return [each for each in self.schema.services_of.get(self.file.path, ()) if each.full_name in with_options]
-
-    def _frame_nodes(self) -> list[MessageNode]:
-        return [node for node in self.schema.messages_of.get(self.file.path, ()) if node.full_name in self.frames]
 
     def _stream(self, stream: Stream) -> StreamConstant:
         node = self.schema.messages[stream.message]
         message = self._message(stream.message)
         value = Call(f"{self.names.oc}.EventStream", (Raw(message), expression(stream, self.names.oc)))
-        return StreamConstant(
-            constant=constant_name(stream.name),
-            groups_alias=f"{class_name(stream.name)}Group",
-            groups=self._literal([group.name for group in stream.groups]),
-            annotation=self._stream_type(message, stream.name),
-            value=value,
-            comment=self.schema.comment(node.file.name, node.path),
+        return self._constant(
+            stream.name, message, stream.groups, value, self.schema.comment(node.file.name, node.path)
         )
 
-    def _subscriptions(self) -> list[StreamConstant]:
-        found = []
+    def _subscriptions(self) -> Iterator[StreamConstant]:
         subscriptions = self.file.contract.external_groups
         for name in sorted({each.stream for each in subscriptions}):
             own = [each for each in subscriptions if each.stream == name]
             owner = self.schema.messages[own[0].message].file.name
             source = f"{self._module(owner, '_orki')}.{constant_name(name)}"
-            found.append(
-                StreamConstant(
-                    constant=constant_name(name),
-                    groups_alias=f"{class_name(name)}Group",
-                    groups=self._literal([each.group.name for each in own]),
-                    annotation=self._stream_type(self._message(own[0].message), name),
-                    value=Call(f"{source}.with_groups", tuple(expression(each.group, self.names.oc) for each in own)),
-                    comment="",
-                )
-            )
-        return found
+            groups = [each.group for each in own]
+            value = Call(f"{source}.with_groups", tuple(expression(group, self.names.oc) for group in groups))
+            yield self._constant(name, self._message(own[0].message), groups, value, "")
 
-    def _stream_type(self, message: str, stream: str) -> Sequence:
-        parameters = (Raw(message), Raw(f"{class_name(stream)}Group"))
-        return Sequence((Sequence(parameters, f"{self.names.oc}.EventStream"),), self.names.final)
-
-    def _literal(self, names: list[str]) -> Code:
-        return Sequence(tuple(Raw(quote(name)) for name in names), self.names.literal)
+    def _constant(
+        self, stream: str, message: str, groups: Iterable[Group], value: Code, comment: str
+    ) -> StreamConstant:
+        alias = f"{class_name(stream)}Group"
+        stream_type = Sequence((Raw(message), Raw(alias)), f"{self.names.oc}.EventStream")
+        return StreamConstant(
+            constant=constant_name(stream),
+            groups_alias=alias,
+            groups=Sequence(tuple(Raw(quote(group.name)) for group in groups), self.names.literal),
+            annotation=Sequence((stream_type,), self.names.final),
+            value=value,
+            comment=comment,
+        )
 
     def _frame(self, node: MessageNode) -> FrameClass:
         frame = next(each for each in self.file.contract.frames if each.message == node.full_name)
@@ -294,14 +281,14 @@ class _Builder:
         attribute = snake_name(method.name)
         request, response = self._payload(method.request), self._payload(method.response)
         named: list[tuple[str, Code]] = []
-        news: list[Code] = []
+        messages: list[Code] = []
         if isinstance(method, ToolMethod):
             named.append(("opcode", Raw(f"0x{method.opcode:04X}")))
         named += [("request", Raw(request)), ("response", Raw(response))]
         if isinstance(method, TaskMethod):
-            news = [Raw(self._payload(each) if each else "None") for each in (method.progress, method.directive)]
-            named += [("progress", news[0])] * bool(method.progress)
-            named += [("directive", news[1])] * bool(method.directive)
+            messages = [Raw(self._payload(each) if each else "None") for each in (method.progress, method.directive)]
+            named += [("progress", messages[0])] * bool(method.progress)
+            named += [("directive", messages[1])] * bool(method.directive)
         named += _settings(method, self.names.oc)
         kind = "Task" if isinstance(method, TaskMethod) else "Tool"
         positional = (Raw(quote(method.full_name)),)
@@ -311,7 +298,7 @@ class _Builder:
             value=Call(f"{self.names.oc}.{kind}.declare", positional, tuple(named)),
             request=request,
             response=response,
-            news=tuple(news),
+            messages=tuple(messages),
             comment=self.schema.comment(self.file.path, node.path),
         )
 
@@ -375,7 +362,7 @@ def _dotted(file: str, suffix: str) -> str:
 
 
 def _reexports(module: str, names: list[str]) -> list[str]:
-    """Return few import lines in which each name is its own alias, which type checkers treat as re-exports."""
+    """Return import lines in which each name is its own alias, which type checkers treat as re-exports."""
     lines: list[str] = []
     for name in names:
         pair = f"{name} as {name}"

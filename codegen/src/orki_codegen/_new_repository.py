@@ -101,11 +101,9 @@ class Names:
 
 
 def names_for(name: str, package: str = "") -> Names:
-    """Check the names of a new repository and derive the others.
+    """Check the names of a distribution and its proto package, and derive the others.
 
-    Args:
-        name: The name of the distribution.
-        package: The proto package; derived from the name if empty.
+    The package is derived from the distribution's name if it is empty.
 
     Raises:
         InvalidSetting: A name cannot be used.

@@ -1,7 +1,7 @@
 """A contract as flat subjects, to describe the differences between two contracts.
 
 Every declaration is a subject such as `stream "findings"` or `field acme.v1.Finding.path`, with the attributes that a
-reader cares about. Two outlines differ by subjects and by attributes; nothing else need be known of them.
+reader cares about. A comparison of two outlines needs only subjects and attributes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from google.protobuf.descriptor_pb2 import EnumDescriptorProto, FieldDescriptorProto
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto
 
 from orki_contract.descriptors import is_repeated
 from orki_contract.model import Group, dump
@@ -19,12 +19,7 @@ from orki_contract.read import ReadContract
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """One declaration.
-
-    Attributes:
-        parent: The containing subject; empty at the top. Additions and removals with the parent are not reported.
-        attributes: The attributes that may change.
-    """
+    """One declaration; `parent` is empty at the top. If the parent was added or removed, only that is reported."""
 
     parent: str
     attributes: Mapping[str, str]
@@ -56,7 +51,7 @@ def outline(read: ReadContract, packages: Collection[str]) -> Outline:
                 for field in frame.fields:
                     name = f"frame field {frame.message}.{field.name}"
                     found[name] = _subject(f"frame {frame.message}", field, "name")
-            found.update(_plain(read, file.path, frozenset(file.plain_services)))
+            found.update(_protobuf(read, file.path, frozenset(file.plain_services)))
     return found
 
 
@@ -67,7 +62,8 @@ def changes(old: Outline, new: Outline) -> list[str]:
         before, after = old.get(name), new.get(name)
         if before is None and after is not None:
             if after.parent not in new or after.parent in old:
-                lines.append(f"+ {name}{_words(after.attributes)}")
+                text = ", ".join(f"{key} {value}" for key, value in after.attributes.items())
+                lines.append(f"+ {name}: {text}" if text else f"+ {name}")
         elif before is not None and after is None:
             if before.parent not in old or before.parent in new:
                 lines.append(f"- {name}")
@@ -77,11 +73,6 @@ def changes(old: Outline, new: Outline) -> list[str]:
                 if was != now:
                     lines.append(f"~ {name}: {key} {was} → {now}")
     return lines
-
-
-def _words(attributes: Mapping[str, str]) -> str:
-    text = ", ".join(f"{key} {value}" for key, value in attributes.items())
-    return f": {text}" if text else ""
 
 
 def _subject(parent: str, value: Any, *skipped: str) -> Subject:
@@ -99,7 +90,7 @@ def _attributes(prefix: str, value: Mapping[str, Any], skipped: frozenset[str]) 
             yield f"{prefix}{key}", str(each)
 
 
-def _plain(read: ReadContract, path: str, services: frozenset[str]) -> Iterator[tuple[str, Subject]]:
+def _protobuf(read: ReadContract, path: str, services: frozenset[str]) -> Iterator[tuple[str, Subject]]:
     """Yield the messages, enums and plain services of one file."""
     schema = read.schema
     for node in schema.messages_of.get(path, ()):
@@ -111,14 +102,16 @@ def _plain(read: ReadContract, path: str, services: frozenset[str]) -> Iterator[
             yield f"field {node.full_name}.{field.name}", Subject(name, dict(_field(read, field)))
     for full_name, (file, enum) in schema.enums.items():
         if file.name == path:
-            yield from _enum(full_name, enum)
+            yield f"enum {full_name}", Subject("", {})
+            for value in enum.value:
+                yield f"value {full_name}.{value.name}", Subject(f"enum {full_name}", {"number": str(value.number)})
     for service in schema.services_of.get(path, ()):
         if service.full_name in services:
             yield f"service {service.full_name}", Subject("", {})
             for method in service.methods:
-                takes = f"{'stream ' * method.proto.client_streaming}{method.proto.input_type.removeprefix('.')}"
-                gives = f"{'stream ' * method.proto.server_streaming}{method.proto.output_type.removeprefix('.')}"
-                attributes = {"request": takes, "response": gives}
+                request = "stream " * method.proto.client_streaming + method.proto.input_type.removeprefix(".")
+                response = "stream " * method.proto.server_streaming + method.proto.output_type.removeprefix(".")
+                attributes = {"request": request, "response": response}
                 yield f"rpc {method.full_name}", Subject(f"service {service.full_name}", attributes)
 
 
@@ -129,9 +122,3 @@ def _field(read: ReadContract, field: FieldDescriptorProto) -> Iterator[tuple[st
     yield "type", f"repeated {kind}" if is_repeated(field) else kind
     if read.schema.option(field.options, "sensitive"):
         yield "sensitive", "true"
-
-
-def _enum(full_name: str, enum: EnumDescriptorProto) -> Iterator[tuple[str, Subject]]:
-    yield f"enum {full_name}", Subject("", {})
-    for value in enum.value:
-        yield f"value {full_name}.{value.name}", Subject(f"enum {full_name}", {"number": str(value.number)})

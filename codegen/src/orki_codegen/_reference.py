@@ -59,7 +59,7 @@ class _Row:
 
 
 class _Page:
-    """What the template asks about one package."""
+    """The values that the template renders for one package."""
 
     def __init__(self, read: ReadContract, package: str, places: Mapping[str, str]) -> None:
         self.package = package

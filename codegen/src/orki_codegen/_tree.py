@@ -18,7 +18,6 @@ class Tree:
     """The generated files below one folder.
 
     Attributes:
-        owner: Name of the owner.
         root: Their folder, relative to the workspace's root.
         files: Their contents by path, relative to that folder.
         marked: Whether only files that begin with `MARK` are generated.
@@ -65,22 +64,17 @@ def compare(root: Path, tree: Tree) -> Difference:
     }
     orphans = present - set(tree.files)
     if tree.marked:
-        orphans = {name for name in orphans if (folder / name).is_file() and _begins(folder / name)}
-    same = present & set(tree.files)
+        orphans = {
+            name for name in orphans if (folder / name).is_file() and (folder / name).read_bytes().startswith(MARK)
+        }
+    same = {name: folder / name for name in present & set(tree.files)}
     return Difference(
         missing=tuple(sorted(set(tree.files) - present)),
-        changed=tuple(sorted(name for name in same if not _is(folder / name, tree.files[name]))),
+        changed=tuple(
+            sorted(name for name, path in same.items() if path.is_symlink() or path.read_bytes() != tree.files[name])
+        ),
         orphans=tuple(sorted(orphans)),
     )
-
-
-def _is(path: Path, content: bytes) -> bool:
-    return not path.is_symlink() and path.read_bytes() == content
-
-
-def _begins(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(MARK)) == MARK
 
 
 def install(root: Path, tree: Tree, difference: Difference) -> None:

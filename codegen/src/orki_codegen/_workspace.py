@@ -17,13 +17,7 @@ _SETTINGS: Final = frozenset({"api", "contracts"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Project:
-    """The pyproject.toml of a distribution.
-
-    Attributes:
-        folder: Its folder, relative to the root, with slashes.
-        text: Its text.
-        table: Its content.
-    """
+    """The pyproject.toml of a distribution; `folder` is relative to the root, with slashes."""
 
     folder: str
     text: str
@@ -53,7 +47,6 @@ class Owner:
     """A distribution that contains generated code of proto packages.
 
     Attributes:
-        name: The name of the distribution.
         folder: The folder of its pyproject.toml, relative to the root, with slashes.
         packages: The proto packages, sorted, each with the location of its declaration.
     """
@@ -68,7 +61,6 @@ class Workspace:
     """A repository with a buf.yaml, a buf.gen.yaml and owners.
 
     Attributes:
-        root: The root folder.
         owners: The owners, sorted by folder.
         former: Folders of distributions that own no packages but still contain generated code.
     """

@@ -65,11 +65,7 @@ def run(root: Path, *, check: bool) -> int:
 
 
 def generate(workspace: Workspace, log: Callable[[str], None]) -> Generated:
-    """Generate all files of a workspace.
-
-    Args:
-        workspace: The repository.
-        log: Called with a line for every step.
+    """Generate all files of a workspace; `log` is called with a line for every step.
 
     Raises:
         InvalidContract: The protos are invalid; the message has a line for each violation.

@@ -81,7 +81,7 @@ def _render(module: Module) -> str:
     def handler(head: str, service: Service, method: Method, prefix: str) -> str:
         context: Code = Raw(f"{oc}.ToolCall")
         if service.kind == "Task":
-            context = _code.Sequence(method.news, f"{oc}.{prefix}TaskContext")
+            context = _code.Sequence(method.messages, f"{oc}.{prefix}TaskContext")
         second = "ctx" if service.kind == "Task" else "call"
         parameters = (("self", Raw("")), ("request", Raw(method.request)), (second, context))
         return signature(f"{head} {method.attribute}", parameters, method.response, 4, " ..." * bool(prefix))

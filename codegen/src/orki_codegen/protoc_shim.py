@@ -1,7 +1,8 @@
 """protoc's own Python generators as one plugin of the protoc protocol, for buf: `python -m orki_codegen.protoc_shim`.
 
 gRPC has no such plugin. The shim also removes the options of orki, which are not used at run time, and task and tool
-services, which need no gRPC stubs. Its parameter lists the generators to run: `python`, `grpc_python`, `mypy_grpc`.
+services, which need no gRPC stubs. The plugin's parameter lists the generators to run: `python`, `grpc_python`,
+`mypy_grpc`.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ _GENERATORS: Final[dict[str, Callable[[CodeGeneratorRequest, Schema], dict[str, 
 
 
 def _plain_grpc(request: CodeGeneratorRequest, schema: Schema) -> tuple[list[FileDescriptorProto], list[str]]:
-    """Return the files with their plain services only, and the names of those to generate."""
+    """Return the files with their plain services only, and the names of the files to generate."""
     plain = frozenset(name for file in read_schema(schema).files for name in file.plain_services)
     files = [_only_services(file, plain) for file in _without_options(request, schema)]
     return files, sorted({file.name for file in files if file.service}.intersection(request.file_to_generate))
@@ -112,7 +113,7 @@ def _protoc(generator: str, files: list[FileDescriptorProto], wanted: Iterable[s
 
 
 def _without_options(request: CodeGeneratorRequest, schema: Schema) -> list[FileDescriptorProto]:
-    """Return the files without orki options and their imports, in the order of the request: imports first."""
+    """Return the files without orki options and imports of them, in the order of the request: imports first."""
     return [_stripped(schema, file.name) for file in request.proto_file if not _is_options(schema, file.name)]
 
 

@@ -233,12 +233,14 @@ async def test_a_cancelled_handler_may_end_in_any_way(orchestrator: Any, work: S
     class Async(work.WorkServiceBase):  # type: ignore[misc, name-defined]
         async def work(self, request: Any, ctx: Any) -> Any:
             try:
+                await ctx.progress(work.WorkProgress())
                 await asyncio.sleep(60)
             finally:
                 end(work)
 
     class Sync(work.GrindServiceSyncBase):  # type: ignore[misc, name-defined]
         def work(self, request: Any, ctx: Any) -> Any:
+            ctx.progress(work.WorkProgress())
             for _ in ctx.directives():
                 pass
             end(work)
@@ -247,8 +249,9 @@ async def test_a_cancelled_handler_may_end_in_any_way(orchestrator: Any, work: S
     async with running(agent, orchestrator) as run:
         for _ in range(2):
             task_id = await orchestrator.submit(work.WORK if kind == "async" else work.GRIND, work.WorkRequest())
-            await orchestrator.running(task_id)
-            await orchestrator.cancel(task_id)
+            # An attempt runs once it is accepted, which is before its handler's first step.
+            await orchestrator.until(lambda job=orchestrator.jobs[task_id]: bool(job.progress))
+            await orchestrator.cancel(task_id, grace_ms=10_000)
             assert (await orchestrator.result(task_id)).failure.error_type == "ValueError"
     assert run.exception() is None
 

@@ -22,16 +22,7 @@ _KEYS: Final = ("rule", "subject", "package", "reason", "until")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """One accepted break.
-
-    Attributes:
-        rule: The id of the broken rule.
-        subject: The changed thing, as the gate names it.
-        package: The distribution.
-        reason: Why the break affects nobody.
-        until: The last date of the acceptance, or the version that ends it.
-        location: Its location in the file.
-    """
+    """One accepted break; `until` is the last date of the acceptance, or the version that ends it."""
 
     rule: str
     subject: str
@@ -57,7 +48,7 @@ def read_accepted(root: Path) -> tuple[Accepted, ...]:
     """Read the file of a workspace; return nothing if it does not exist.
 
     Raises:
-        InvalidSetting: The file is wrong.
+        InvalidSetting: The file is invalid.
     """
     path = root / FILE
     return parse_accepted(path.read_text(encoding="utf-8")) if path.is_file() else ()

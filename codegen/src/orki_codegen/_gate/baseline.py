@@ -31,12 +31,7 @@ _ALWAYS: Final = (".proto", ".binpb", ".toml", ".yaml", ".lock")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedCommit:
-    """The commit of published.toml, the baseline before the first release.
-
-    Attributes:
-        commit: Its full id.
-        reason: The reason for this commit.
-    """
+    """The commit of published.toml, by its full id: the baseline before the first release."""
 
     commit: str
     reason: str
@@ -72,7 +67,7 @@ def read_published(root: Path) -> PublishedCommit | None:
     """Read published.toml; return None if it does not exist.
 
     Raises:
-        InvalidSetting: The file is wrong.
+        InvalidSetting: The file is invalid.
     """
     path = root / PUBLISHED_FILE
     if not path.is_file():
@@ -128,7 +123,7 @@ def from_commit(ref: str, members: Mapping[str, Member], folder: Path) -> Baseli
     """Return the baseline of a git ref.
 
     Raises:
-        InvalidContract: Its contract cannot be read.
+        InvalidContract: The commit's contract cannot be read.
         InvalidSetting: There is no such commit.
     """
     commit = resolved(ref)

@@ -77,7 +77,7 @@ def register(commands: Any) -> None:
         epilog=_STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--against", metavar="index|REF|published", default="index", help="the baseline (index)")
+    parser.add_argument("--against", metavar="index|REF|published", default="index", help="baseline (default: index)")
     parser.add_argument("--index", metavar="URL", help="URL of the index's simple API (default: that of uv or pip)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every finding to this file")
     parser.add_argument("--github", action="store_true", help="print annotations for GitHub workflows")
@@ -140,6 +140,6 @@ def _baselines(root: Path, given: argparse.Namespace, members: Mapping[str, Memb
 
 
 def _accepted_before(ref: str) -> frozenset[tuple[str, str, str]]:
-    """Return the keys of the breaks that were accepted at a ref: they may describe a break before it."""
+    """Return the keys of the breaks that were accepted at a ref; they may concern breaks from before the ref."""
     text = text_at(resolved(ref), ACCEPTED)
     return frozenset(each.key for each in parse_accepted(text)) if text is not None else frozenset()

@@ -33,14 +33,7 @@ _STREAM: Final = "stream "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tree:
-    """The current tree.
-
-    Attributes:
-        root: Its folder.
-        members: Its distributions by name.
-        contract: The contract of its protos.
-        stale: The path of each generated image that differs from the protos, by proto package.
-    """
+    """The current tree; `stale` maps proto packages to the paths of generated images that differ from the protos."""
 
     root: Path
     members: Mapping[str, Member]
@@ -53,7 +46,7 @@ class Tree:
 
 
 def check_configuration(buf: Buf) -> None:
-    """Check that `buf breaking` uses every rule of orki's and buf's own by file; buf only warns about missing ones.
+    """Check that `buf breaking` uses all of orki's rules and buf's FILE rules; buf only warns about missing rules.
 
     This also starts the plugin, so a missing or failing one is reported here.
 
@@ -77,7 +70,7 @@ def read_tree(root: Path, members: Mapping[str, Member], buf: Buf) -> Tree:
     """Compile the tree's protos.
 
     Raises:
-        InvalidContract: They cannot be compiled.
+        InvalidContract: The protos cannot be compiled.
     """
     with ThreadPoolExecutor(2) as pool:
         compiled, listed = pool.submit(buf.image), pool.submit(buf.files)
@@ -96,15 +89,10 @@ def read_tree(root: Path, members: Mapping[str, Member], buf: Buf) -> Tree:
 
 
 def contract_findings(baseline: Baseline, tree: Tree, buf: Buf | None) -> list[Finding]:
-    """Return every contract change of a distribution in the tree.
-
-    Args:
-        baseline: The baseline.
-        tree: The current tree.
-        buf: For buf's own rules; None omits them.
+    """Return every contract change of a distribution in the tree; buf's own rules are left out if `buf` is None.
 
     Raises:
-        InvalidContract: buf cannot compare the two.
+        InvalidContract: buf cannot compare the contracts.
     """
     found = []
     for change in contract_changes(baseline.contract.read, tree.contract.read):
@@ -137,7 +125,7 @@ def _responsible(package: str, baseline: Baseline, tree: Tree) -> str | None:
 
 
 def _concerns_streams(change: ContractFinding) -> bool:
-    """Return whether a break concerns entries that were written before it."""
+    """Return whether a break concerns entries that were written before the break."""
     if not change.wire:
         return False
     if RULES[change.rule].category is Category.STREAM or change.plane is Plane.EVENTS:

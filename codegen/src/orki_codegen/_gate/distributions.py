@@ -41,16 +41,13 @@ class Member:
     Attributes:
         name: Its canonical name.
         folder: The folder of its pyproject.toml, relative to the root, with slashes; empty for the root itself.
-        version: The version in its pyproject.toml.
-        location: The location of that version.
+        location: The location of its version.
         contracts: The proto packages that it owns.
         api: The public modules in `[tool.orki] api`; None if there is no such list, and all modules are public.
-        commands: Its console commands.
         dependencies: All dependencies, those of extras included.
         private: Whether it is never uploaded (classifier `Private :: Do Not Upload`).
         extras: The location of each extra, by its canonical name.
         extras_location: The location of the table of extras, or of `[project]` without one.
-        python: The supported Python versions.
         python_location: The location of `requires-python`, or of `[project]` without one.
     """
 
@@ -75,16 +72,13 @@ class Release:
 
     Attributes:
         name: Its canonical name.
-        version: Its version.
         origin: Its source for messages: the index, or a commit.
         packages: The proto packages that it owns.
         imports: The folders from which its modules are imported.
-        commands: Its console commands.
         wheel: The wheel; None for a release from a commit.
         api: The public modules in its pyproject.toml; a wheel does not contain the list.
         folder: The folder of its sources; None for a release from a wheel.
         extras: The canonical names of its extras.
-        python: The supported Python versions.
     """
 
     name: str
@@ -113,7 +107,7 @@ class Baseline:
         releases: The releases by name.
         contract: The contract of all of them.
         streams_only: Whether to evaluate only entries that may remain in streams, because newer releases exist.
-        unpublished: Whether nothing of it was published, so that one version may have different contents.
+        unpublished: Whether no release of it was published, so that one version may have different contents.
     """
 
     releases: Mapping[str, Release]

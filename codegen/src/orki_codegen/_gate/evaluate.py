@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from typing import Final
 
 from packaging.version import Version
@@ -20,6 +21,7 @@ from orki_contract.descriptors import Location
 from orki_contract.findings import Bump
 
 _WEIGHT: Final = {Bump.PATCH: 0, Bump.MINOR: 1, Bump.MAJOR: 2}
+_fault: Final = partial(Finding, bump=Bump.PATCH, fails=True)
 
 
 def least(base: Version, bump: Bump) -> Version:
@@ -43,7 +45,7 @@ def is_sufficient(version: Version, base: Version, bump: Bump) -> bool:
 
 
 def heaviest(bumps: Iterable[Bump]) -> Bump:
-    """Return the heaviest bump; `PATCH` for none."""
+    """Return the heaviest bump; `PATCH` if there are none."""
     return max(bumps, key=_WEIGHT.__getitem__, default=Bump.PATCH)
 
 
@@ -52,8 +54,7 @@ class Policy:
     """The settings of an evaluation.
 
     Attributes:
-        accepted: The accepted breaks.
-        today: The date for their expiry.
+        today: The date for the expiry of accepted breaks.
         settled: Keys of accepted breaks that may match nothing, because they were accepted before the baseline.
         lenient: Whether generated code may be stale, as it may during development.
     """
@@ -65,13 +66,9 @@ class Policy:
 
 
 def evaluate(baselines: Sequence[Baseline], tree: Tree, policy: Policy, buf: Buf | None) -> Evaluation:
-    """Evaluate a tree.
+    """Evaluate a tree; buf's own rules are left out if `buf` is None.
 
-    Args:
-        baselines: The baselines; the last release of each distribution before older ones.
-        tree: The current tree.
-        policy: The settings.
-        buf: For buf's own rules; None omits them.
+    The baselines begin with the last release of each distribution.
 
     Raises:
         InvalidContract: buf cannot compare the contracts.
@@ -113,7 +110,7 @@ class _Evaluator:
         if member is None:
             self.findings += [replace(each, fails=each.bump is Bump.MAJOR) for each in self._accept(found)]
             return
-        # The modules whose names are public: those listed now or then, and those that siblings import.
+        # The modules whose names are public: those that the tree or the release lists, and those that siblings import.
         public = None if member.api is None else member.api | release.api | self._imported
         api = api_findings(self._tree.root, member, release, public)
         changes = self._accept([*found, *metadata_findings(member, release), *api])
@@ -178,12 +175,7 @@ def _owner_findings(release: Release, tree: Tree) -> Iterator[Finding]:
 
 
 def _range_findings(members: Mapping[str, Member], broken: Mapping[str, Version]) -> Iterator[Finding]:
-    """Yield a finding for each wrong range on a sibling.
-
-    Args:
-        members: The distributions by name.
-        broken: The last version before the break, for each distribution with a break.
-    """
+    """Yield a finding for each wrong range on a sibling; `broken` maps names to the last version before a break."""
     for member in members.values():
         for each in member.dependencies:
             sibling = members.get(each.name)
@@ -199,14 +191,8 @@ def _range_findings(members: Mapping[str, Member], broken: Mapping[str, Version]
                 )
             else:
                 continue
-            yield Finding(
-                rule="SIBLING_RANGE",
-                package=member.name,
-                subject=each.name,
-                location=each.location,
-                message=message,
-                bump=Bump.PATCH,
-                fails=True,
+            yield _fault(
+                rule="SIBLING_RANGE", package=member.name, subject=each.name, location=each.location, message=message
             )
 
 
@@ -223,27 +209,23 @@ def _stale_breaks(policy: Policy, used: set[tuple[str, str, str]], members: Mapp
             why = "no change matches it"
         else:
             continue
-        yield Finding(
+        yield _fault(
             rule="ACCEPTED_BREAK_STALE",
             package=each.package,
             subject=each.subject,
             location=each.location,
             message=f"the accepted break {each.rule} of {each.subject} is stale, because {why}: remove it",
-            bump=Bump.PATCH,
-            fails=True,
         )
 
 
 def _stale_code(tree: Tree) -> Iterator[Finding]:
     for package, path in tree.stale.items():
-        yield Finding(
+        yield _fault(
             rule="GENERATED_CODE_STALE",
             package=tree.owner(package) or "",
             subject=package,
             location=Location(path),
             message=f"the wheel's contract of {package} differs from the protos: run `nox -s generate`",
-            bump=Bump.PATCH,
-            fails=True,
         )
 
 

@@ -21,11 +21,11 @@ class Finding:
         rule: The id of a rule: one of orki's (`ORKI_…`), of buf's, of the Python API's (`API_…`) or of the gate's own.
         package: The distribution whose version must reflect it.
         subject: The changed thing.
-        location: Its location.
+        location: Location of the changed thing.
         message: A sentence without a full stop.
         bump: The bump that it needs.
         since: The label of the release before the change; empty for faults of the tree itself.
-        needs: The lowest version that may contain it; None if no version can.
+        needs: The lowest version that may contain the change; None if no version can.
         fails: Whether it makes the gate fail.
         wire: Whether running processes would misunderstand or refuse each other.
         affected: The affected agents, groups or services.
@@ -65,7 +65,7 @@ class Evaluation:
 
     @property
     def red(self) -> bool:
-        """Whether any finding fails."""
+        """Whether any finding makes the gate fail."""
         return any(each.fails for each in self.findings)
 
 

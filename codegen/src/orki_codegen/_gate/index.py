@@ -45,13 +45,7 @@ class IndexSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """One wheel of an index.
-
-    Attributes:
-        version: Its version.
-        file: Its entry in the index.
-        uploaded: The time of its upload; None if the index does not report it.
-    """
+    """One wheel of an index; `uploaded` is None if the index does not report the time."""
 
     version: Version
     file: DistributionPackage
@@ -62,7 +56,7 @@ class Index:
     """One package index; a context manager.
 
     Args:
-        settings: Its address.
+        settings: The address of the index.
         same_host: Whether a redirect to another host counts as an unknown project. Some indexes redirect requests for
             unknown projects to a public index, where the name may belong to somebody else.
         credentials: A name and password for the index's own host; ~/.netrc is used without them.
@@ -98,7 +92,7 @@ class Index:
         """Check that the URL is an index; a wrong URL would look like an index without packages.
 
         Raises:
-            InvalidSetting: There is no index.
+            InvalidSetting: The URL is not that of an index.
         """
         try:
             status = self._client.s.head(self._url, timeout=_TIMEOUT, allow_redirects=True).status_code
@@ -111,7 +105,7 @@ class Index:
             )
 
     def wheels(self, name: str) -> list[Published] | None:
-        """Return the wheels of a distribution that are not yanked, oldest version first; None if it is unknown.
+        """Return the wheels of a distribution that are not yanked, oldest version first; None for an unknown one.
 
         Raises:
             InvalidSetting: The index cannot be read, or it has releases but no wheel to compare with.
@@ -157,7 +151,7 @@ class Index:
         """Return the bytes of a file that `digests` has listed.
 
         Raises:
-            InvalidSetting: It cannot be read.
+            InvalidSetting: The file cannot be read.
         """
         try:
             answer = self._client.s.get(self._urls[filename], timeout=_TIMEOUT)
@@ -170,7 +164,7 @@ class Index:
         """Download a wheel into a folder.
 
         Raises:
-            InvalidSetting: It cannot be read, or its digest is wrong.
+            InvalidSetting: The wheel cannot be read, or its digest is wrong.
         """
         path = folder / wheel.file.filename
         try:
@@ -224,13 +218,9 @@ def _status(error: Exception) -> int | None:
 
 
 def index_settings(given: str | None, environment: Mapping[str, str] = os.environ) -> IndexSettings:
-    """Return the index from an option, else from the settings of uv or pip, else the public index.
+    """Return the index at the given URL, else that of the settings of uv or pip, else the public index.
 
-    Variables come before files.
-
-    Args:
-        given: A URL, such as that of `--index`.
-        environment: The environment variables.
+    Environment variables take precedence over files.
 
     Raises:
         InvalidSetting: A settings file of uv or pip cannot be read.
@@ -266,7 +256,7 @@ def _pip_settings(files: list[Path]) -> Iterator[tuple[str, str]]:
 
 
 def _uv_indexes(files: list[Path]) -> list[str | None]:
-    """Return the default indexes; the first one counts."""
+    """Return the default indexes; the first one is used."""
     found: list[str | None] = []
     for path in files:
         try:

@@ -44,12 +44,7 @@ def api_findings(root: Path, member: Member, release: Release, public: frozenset
     """Return every change of the public names of a distribution's hand-written packages.
 
     Public names are those in `__all__`, or without `__all__`, those without a leading underscore.
-
-    Args:
-        root: The workspace.
-        member: The distribution in the tree.
-        release: The release of it.
-        public: The public modules; None for all modules without a leading underscore.
+    `public` are the public modules; None stands for all modules without a leading underscore.
 
     Raises:
         InvalidSetting: A module cannot be read.
@@ -206,7 +201,7 @@ def _public(holder: Any, *, inherited: bool = False) -> dict[str, Any]:
 
 
 def _has_members(each: Any) -> bool:
-    """Return whether the members of an object are compared; those of another distribution are not."""
+    """Return whether the members of an object are compared; those of another distribution's objects are not."""
     return not each.is_alias and (each.is_module or each.is_class)
 
 

@@ -35,11 +35,6 @@ def signature_changes(old: Any, new: Any, path: str) -> Iterator[tuple[str, str]
     """Yield every change of one public object as (rule, message).
 
     A new annotation is no break. A changed one is, because text does not show which of two types is wider.
-
-    Args:
-        old: The released object.
-        new: The object of the same name in the tree.
-        path: Its name for messages.
     """
     if old.is_function and new.is_function:
         yield from _function(old, new, path)
@@ -109,14 +104,12 @@ def _generators(source: bytes) -> frozenset[tuple[str, int]]:
     tree = ast.parse(source)
     found: set[tuple[str, int]] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and any(map(_is_yield, _own(node))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and any(
+            isinstance(each, ast.Yield | ast.YieldFrom) for each in _own(node)
+        ):
             lines = [node.lineno, *(each.lineno for each in node.decorator_list)]
             found.update((node.name, line) for line in lines)
     return frozenset(found)
-
-
-def _is_yield(node: ast.AST) -> bool:
-    return isinstance(node, ast.Yield | ast.YieldFrom)
 
 
 def _own(function: ast.AST) -> Iterator[ast.AST]:
@@ -180,7 +173,7 @@ def _subscript(node: ast.Subscript) -> Iterator[str]:
         yield from _alternatives(inner[0])
         yield "None"
     elif outer == "Literal":
-        # Its strings are values and keep their quotes.
+        # The strings of a Literal are values and keep their quotes.
         yield from (f"Literal[{ast.unparse(each)}]" for each in inner)
     elif outer == "Annotated":
         yield f"Annotated[{_text(inner[0])}, {', '.join(ast.unparse(each) for each in inner[1:])}]"

@@ -11,7 +11,6 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from email.message import Message
 from email.parser import HeaderParser
 from pathlib import Path
 from typing import Final
@@ -52,7 +51,8 @@ def release_of(wheel: Path, folder: Path, name: str, version: Version, origin: s
         raise InvalidContract(f"the wheel {wheel.name} of {origin} cannot be read: {error}") from error
     except InvalidContract as error:
         raise InvalidContract(f"the wheel {wheel.name} of {origin} cannot be read: {error.message}") from error
-    heads = list(_heads(folder))
+    files = sorted(folder.glob("*.dist-info/METADATA"))
+    heads = [HeaderParser().parsestr(file.read_text(encoding="utf-8", errors="replace")) for file in files]
     try:
         python = [SpecifierSet(str(each)) for head in heads for each in head.get_all("Requires-Python", [])]
     except InvalidSpecifier as error:
@@ -68,11 +68,6 @@ def release_of(wheel: Path, folder: Path, name: str, version: Version, origin: s
         extras=frozenset(canonicalize_name(each) for head in heads for each in head.get_all("Provides-Extra", [])),
         python=python[0] if python else SpecifierSet(),
     )
-
-
-def _heads(unpacked: Path) -> Iterator[Message]:
-    for file in sorted(unpacked.glob("*.dist-info/METADATA")):
-        yield HeaderParser().parsestr(file.read_text(encoding="utf-8", errors="replace"))
 
 
 def _commands(unpacked: Path) -> frozenset[str]:
@@ -92,7 +87,7 @@ def _commands(unpacked: Path) -> frozenset[str]:
 def metadata_findings(member: Member, release: Release) -> Iterator[Finding]:
     """Yield a finding for each removed or added command or extra, and for a dropped Python version.
 
-    A dropped Python version is a break: its users get no later release, also of the ranges that they were told to use.
+    A dropped Python version is a break: its users get no later release, not even within the ranges that they require.
     """
 
     def finding(rule: str, subject: str, location: Location, message: str, bump: Bump) -> Finding:
@@ -149,7 +144,7 @@ def content_findings(root: Path, member: Member, release: Release) -> Iterator[F
 
 
 def digest(name: str, content: bytes) -> str:
-    """Return the digest of a file; of an image, only of the files of its own package, because others own the rest."""
+    """Return the digest of a file; for an image, that of its own package's files, because others own the rest."""
     folder, _, base = name.rpartition("/")
     if base == IMAGE_NAME:
         content = _own_files(f"{folder}/", content)
@@ -194,7 +189,7 @@ def build_wheel(root: Path, folder: str, out: Path) -> Path:
     """Build the wheel of a distribution of the tree.
 
     Raises:
-        InvalidSetting: It cannot be built.
+        InvalidSetting: The wheel cannot be built.
     """
     table = read_project(root, folder).table
     backend = table.get("build-system", {}).get("build-backend", "setuptools.build_meta")

@@ -26,7 +26,7 @@ def to_json(messages: Messages, message: Any) -> bytes:
 
 
 def from_json(messages: Messages, name: str, sent: bytes) -> tuple[str, bytes]:
-    """Return the type and the binary form of the value of a `pluginrpc.v1.Request` in JSON; empty input is empty.
+    """Return the type and the binary value of a `pluginrpc.v1.Request` in JSON; both are empty for empty input.
 
     Each side of a check is read with its own options.
 

@@ -99,18 +99,10 @@ _SCALARS: Final = {
 
 
 class Messages:
-    """Creates messages by name.
-
-    Attributes:
-        pool: The descriptor pool.
-    """
+    """Creates messages by name, from a descriptor pool of its own."""
 
     def __init__(self, known: Iterable[FileDescriptorProto] = ()) -> None:
-        """Build the pool.
-
-        Args:
-            known: Files whose extensions JSON may contain.
-        """
+        """Build the pool; `known` are files whose extensions JSON may contain."""
         self.pool = descriptor_pool.DescriptorPool()
         for module in (descriptor_pb2, any_pb2):
             self.pool.AddSerializedFile(module.DESCRIPTOR.serialized_pb)
@@ -128,7 +120,7 @@ class Messages:
 
 
 def _files() -> list[FileDescriptorProto]:
-    """One file for each package, imported files first."""
+    # Imported files first.
     return [
         _file(RPC, "google/protobuf/any.proto"),
         _file(_DESCRIPTOR, "google/protobuf/descriptor.proto"),

@@ -27,7 +27,7 @@ BREAKING: Final[Mapping[str, str]] = {
 CATEGORIES: Final[Mapping[str, str]] = {category.value: purpose for category, purpose in FINDING_CATEGORIES.items()}
 """Purposes of the categories, by id; each contains lint and breaking rules."""
 
-# By the second part of the id of a lint rule.
+# Categories by the second part of a lint rule's id.
 _LINT_CATEGORIES: Final = {
     "DURATION": Category.OPTION,
     "FRAME": Category.FRAME,
@@ -69,7 +69,7 @@ class _Side:
         self.read: ReadContract = read_schema(Schema(image.SerializeToString()))
 
     def is_checked(self, location: Location) -> bool:
-        """Return whether the file is to be checked, not only imported."""
+        """Return whether the location's file is to be checked, not only imported."""
         file = self._files.get(location.file)
         return file is not None and not file.is_import
 
@@ -142,12 +142,9 @@ _INVALID_ARGUMENT: Final = 3
 
 
 def respond(procedure: str, sent: bytes, *, as_json: bool) -> bytes:
-    """Return the response to a request, or the error.
+    """Return the response of a procedure, given by its path, to a request, or the error.
 
-    Args:
-        procedure: The path of the procedure.
-        sent: The request; empty bytes are an empty request.
-        as_json: Whether request and response are JSON.
+    Empty bytes are an empty request.
 
     Raises:
         KeyError: The procedure is unknown.

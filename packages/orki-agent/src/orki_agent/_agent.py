@@ -82,9 +82,10 @@ class Agent:
             InvalidSetting: A setting is unknown or its value is invalid.
         """
         # Checked once with all changes: `insecure` decides about the address.
-        defaults = {"agent_id": default_agent_id(self.kind), "slots": self.slots}
+        given = {"agent_id": default_agent_id(self.kind), "slots": self.slots, **changes}
+        given["orchestrator"] = orchestrator if isinstance(orchestrator, str) else ",".join(orchestrator)
         try:
-            return RunSettings(orchestrator=orchestrator, **{**defaults, **changes})
+            return RunSettings(**given)
         except TypeError as error:
             raise InvalidSetting(f"agent {self.kind}: {error}") from None
 

@@ -82,7 +82,12 @@ class SessionChannel:
             while not self._done():
                 connected_at = self._loop.time()
                 try:
-                    channel = channel or open_channel(self._peer, settings.max_message_bytes, settings.credentials)
+                    channel = channel or open_channel(
+                        self._peer.target,
+                        settings.max_message_bytes,
+                        authority=self._peer.name,
+                        credentials=settings.credentials,
+                    )
                     lost = await self._one_stream(channel)
                 except InvalidSetting as error:
                     # A file of the credentials is being replaced.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -47,7 +46,7 @@ class RunSettings:
     """Settings of one run of an agent.
 
     Attributes:
-        orchestrator: `HOST:PORT`; several separated by commas, or a sequence. After a loss the agent uses the next one.
+        orchestrator: `HOST:PORT`; several separated by commas. After a loss the agent uses the next one.
         agent_id: Name in the fleet; unique among running agents.
         slots: Maximum number of concurrent attempts.
         events_url: URL of the event plane; empty for the one that the orchestrator sends.
@@ -62,7 +61,7 @@ class RunSettings:
         backoff: Waits between connections.
     """
 
-    orchestrator: str | Sequence[str]
+    orchestrator: str
     agent_id: str
     slots: int = 4
     events_url: str = ""

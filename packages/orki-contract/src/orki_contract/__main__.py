@@ -9,12 +9,13 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import zip_longest
 from typing import Any, Final
 
 from orki_contract.descriptors import Location
 from orki_contract.errors import InvalidContract, OrkiError
 from orki_contract.findings import Bump, Finding, findings, required_bump
-from orki_contract.images import images_in, service_digest, stream_digest
+from orki_contract.images import Image, images_in, owned_packages, service_digest, stream_digest
 from orki_contract.model import (
     Backoff,
     Contract,
@@ -82,7 +83,7 @@ def _dump(source: str, *, as_json: bool) -> int:
         for violation in validate(read):
             print(f"orki-contract: {image.place}: {violation}", file=sys.stderr)
             status = 1
-        for name, contract in _packages(read, shipped=image.shipped):
+        for name, contract in _packages(read, image):
             digests = dict(_digests(image.content, contract))
             packages[name] = {**dump(contract), "digests": digests}
             texts.append("\n".join([name, *_table(contract, digests)]))
@@ -90,17 +91,10 @@ def _dump(source: str, *, as_json: bool) -> int:
     return status
 
 
-def _packages(read: ReadContract, *, shipped: bool) -> Iterator[tuple[str, Contract]]:
+def _packages(read: ReadContract, image: Image) -> Iterator[tuple[str, Contract]]:
     """Return the proto packages to show: those that declare something, or those that a shipped image owns."""
-    files = read.schema.files
-    imported = {
-        files[path].package
-        for file in files.values()
-        for path in file.dependency
-        if files[path].package != file.package
-    }
     declaring = {file.package for file in read.files if not file.empty}
-    for name in sorted({file.package for file in read.files} - imported if shipped else declaring):
+    for name in sorted(owned_packages(image, read.schema.files.values()) if image.shipped else declaring):
         parts = [file.contract for file in read.files if file.package == name]
         yield name, merged(parts)
 
@@ -252,18 +246,17 @@ def _as_github(found: Sequence[Finding], old: ContractVersion, new: ContractVers
     lines = []
     for finding in _sorted(_placed(each, old, new) for each in found):
         kind = "error" if finding.bump is Bump.MAJOR else "notice"
-        place = finding.location
-        # GitHub cannot annotate removed files and old versions.
-        spots = [] if finding.gone else [f"file={_property(place.file)}"]
-        if spots and place.line:
-            spots += [f"line={place.line}", f"col={place.column}"]
         text = f"{finding.message} ({finding.bump})"
         if finding.gone:
-            text += f"\nformerly at {place}"
+            text += f"\nformerly at {finding.location}"
         if finding.affected:
             text += f"\naffects {', '.join(finding.affected)}"
-        properties = ",".join([*spots, f"title={_property(finding.rule)}"])
-        lines.append(f"::{kind} {properties}::{_text(text)}")
+        # GitHub cannot annotate removed files and old versions.
+        position = [] if finding.gone else [f"file={_property(finding.location.file)}"]
+        if position and finding.location.line:
+            position += [f"line={finding.location.line}", f"col={finding.location.column}"]
+        properties = ",".join([*position, f"title={_property(finding.rule)}"])
+        lines.append(f"::{kind} {properties}::{_escaped(text)}")
     lines += _summary(found, old, new)
     return "\n".join(lines)
 
@@ -284,15 +277,12 @@ def _as_table(found: Sequence[Finding], old: ContractVersion, new: ContractVersi
 
 
 def _row(cells: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
-    columns = []
-    for cell, width in zip(cells, widths, strict=True):
-        columns.append([part for line in cell.split("\n") for part in textwrap.wrap(line, width) or [""]])
-    for index in range(max(map(len, columns))):
-        parts = [
-            (column[index] if index < len(column) else "").ljust(width)
-            for column, width in zip(columns, widths, strict=True)
-        ]
-        yield "  ".join(parts).rstrip()
+    columns = [
+        [part for line in cell.split("\n") for part in textwrap.wrap(line, width) or [""]]
+        for cell, width in zip(cells, widths, strict=True)
+    ]
+    for parts in zip_longest(*columns, fillvalue=""):
+        yield "  ".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip()
 
 
 def _summary(found: Sequence[Finding], old: ContractVersion, new: ContractVersion) -> Iterator[str]:
@@ -324,12 +314,12 @@ def _reached(location: Location, paths: Mapping[str, str]) -> Location:
     return replace(location, file=paths.get(location.file, location.file))
 
 
-def _text(text: str) -> str:
+def _escaped(text: str) -> str:
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
 def _property(text: str) -> str:
-    return _text(text).replace(":", "%3A").replace(",", "%2C")
+    return _escaped(text).replace(":", "%3A").replace(",", "%2C")
 
 
 if __name__ == "__main__":

@@ -48,12 +48,12 @@ def at(
     """Declare a field of the block of a generated frame class.
 
     Args:
-        offset: First byte, from the start of the block.
-        scalar: Its type.
+        offset: Offset of the first byte from the start of the block.
+        scalar: Type of the field.
         number: Number in the proto.
         size: Length in bytes of `Scalar.BYTES`.
-        since: Frame version that added it.
-        enum: Full name of its enum.
+        since: Frame version that added the field.
+        enum: Full name of its enum; empty for none.
         default: None for a field of a later version: a frame without it can be created but not encoded.
     """
     length = scalar_size(scalar, size)
@@ -73,10 +73,7 @@ _F = TypeVar("_F", bound="FrameBase")
 def frame(message: str, *, version: int, block_length: int) -> Callable[[type[_F]], type[_F]]:
     """Turn a class with `at` and `tail` fields into a frozen dataclass with slots, a layout and a codec.
 
-    Args:
-        message: Full name of the message.
-        version: Version of the layout.
-        block_length: Length of the block in bytes.
+    `message` is the full name of the frame's message, and `block_length` is in bytes.
     """
 
     def complete(cls: type[_F]) -> type[_F]:
@@ -124,7 +121,7 @@ class FrameBase:
         """Return the block and the tail.
 
         Raises:
-            FrameMalformed: A value is outside its field's range or of another type; the message names it.
+            FrameMalformed: A value is outside its field's range or of another type; the error message names the field.
         """
         codec = self._CODEC
         try:

@@ -103,15 +103,11 @@ class ToolSettings(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Task(Generic[Q, R, P, D]):
-    """A task method; `P` and `D` are `None` where it has no progress or directives.
+    """A task method; `P` is `None` without progress, and `D` is `None` without directives.
 
     Attributes:
         contract: Names and timeouts.
         attribute: Name of the handler's method and of the client's attribute.
-        request: Class of the request.
-        response: Class of the response.
-        progress: Class of the progress, or None.
-        directive: Class of the directives, or None.
     """
 
     contract: TaskMethod
@@ -161,15 +157,9 @@ class Task(Generic[Q, R, P, D]):
         directive: type[Any] = NoneType,
         **settings: Unpack[TaskSettings],
     ) -> Task[Any, Any, Any, Any]:
-        """Create a task method; generated code calls this.
+        """Create the task method `package.Service/Method`; generated code calls this.
 
-        Args:
-            method: `package.Service/Method`.
-            request: Class of the request.
-            response: Class of the response.
-            progress: Class of the progress, if any.
-            directive: Class of the directives, if any.
-            settings: Settings that differ from the defaults of `TaskMethod`.
+        `settings` are those that differ from the defaults of `TaskMethod`.
         """
         service, _, name = method.partition("/")
         contract = TaskMethod(
@@ -191,8 +181,6 @@ class Tool(Generic[TQ, TR]):
     Attributes:
         contract: Opcode and timeout.
         attribute: Name of the handler's method and of the client's.
-        request: Class of the request.
-        response: Class of the response.
     """
 
     contract: ToolMethod
@@ -204,14 +192,9 @@ class Tool(Generic[TQ, TR]):
     def declare(
         method: str, *, opcode: int, request: type[TQ], response: type[TR], **settings: Unpack[ToolSettings]
     ) -> Tool[TQ, TR]:
-        """Create a tool method; generated code calls this.
+        """Create the tool method `package.Service/Method`; generated code calls this.
 
-        Args:
-            method: `package.Service/Method`.
-            opcode: Number of the call.
-            request: Class of the request, a message or a frame.
-            response: Class of the response, a message or a frame.
-            settings: Settings that differ from the defaults of `ToolMethod`.
+        Request and response are messages or frames. `settings` are those that differ from the defaults of `ToolMethod`.
         """
         service, _, name = method.partition("/")
         contract = ToolMethod(
@@ -341,14 +324,14 @@ class TaskHandle(Protocol[R_co, P_co, D_contra]):
         """Iterate over all progress of the task, from its start to its end."""
 
     async def result(self, timeout: float | None = None) -> R_co:
-        """Wait for the response. Without a timeout it waits forever, even if the orchestrator never returns.
+        """Wait for the response. Without a timeout it waits forever, even if the orchestrator stays down.
 
         Args:
             timeout: Maximum wait in seconds; None for no limit. The task continues after a timeout.
 
         Raises:
             WaitTimeout: The timeout has elapsed.
-            OrkiError: The task failed or was cancelled; the type gives the reason.
+            OrkiError: The task failed or was cancelled; the error's class gives the reason.
         """
 
     async def cancel(self, message: str = "") -> None:
@@ -389,7 +372,7 @@ class TaskStub(Generic[Q, R, P, D]):
         return await handle.result(timeout)
 
     async def submit(self, request: Q, *, idempotency_key: str = "") -> TaskHandle[R, P, D]:
-        """Submit a task. The same key and request return the same task."""
+        """Submit a task. Submitting the same request again with the same key returns the same task."""
         return await self._channel.submit(self._task, request, idempotency_key=idempotency_key)
 
     async def submit_many(

@@ -13,7 +13,7 @@ from orki_contract.errors import InvalidSetting
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JitterOptions:
-    """Delays in seconds.
+    """Bounds of retry delays and their randomness. Durations are in seconds.
 
     Attributes:
         initial: Upper bound of the first delay. The bound doubles with each failure.

@@ -45,7 +45,7 @@ from orki_contract.errors import InvalidContract
 OPTIONS_PACKAGE: Final = "orki.options.v1"
 """Proto package of the options that make a proto a contract."""
 
-# Field numbers of descriptor.proto, of which source paths are made.
+# Field numbers of descriptor.proto; source paths consist of them.
 _FILE_MESSAGE, _FILE_ENUM, _FILE_SERVICE = 4, 5, 6
 _MESSAGE_NESTED, _MESSAGE_ENUM, _SERVICE_METHOD = 3, 4, 2
 
@@ -65,7 +65,7 @@ class Location:
     """A location in a proto file.
 
     Attributes:
-        file: Path of the file, as imports name it.
+        file: Import path of the file.
         line: From 1; 0 if the image has no source information.
         column: From 1; 0 if the image has no source information.
     """
@@ -138,7 +138,7 @@ class Schema:
             texts: Texts of the files by path, if available; they make locations inside options exact.
 
         Raises:
-            InvalidContract: It is not a serialized FileDescriptorSet, or it lacks an imported file.
+            InvalidContract: The image is not a serialized FileDescriptorSet, or it lacks an imported file.
         """
         try:
             plain = FileDescriptorSet.FromString(image)
@@ -176,7 +176,7 @@ class Schema:
 
     @cached_property
     def stream_messages(self) -> Mapping[str, str]:
-        """Full names of stream messages by stream name; the first one of a duplicate name."""
+        """Full names of stream messages by stream name; of a duplicate name, only the first message."""
         found: dict[str, str] = {}
         for node in self.messages.values():
             option = self.option(node.proto.options, "stream")
@@ -216,7 +216,7 @@ class Schema:
 
         Args:
             options: A `…Options` message of this schema.
-            name: Such as `stream`.
+            name: The option's name, such as `stream`.
         """
         extension = self._extensions.get(name)
         if extension is None or extension.containing_type is not options.DESCRIPTOR:
@@ -237,7 +237,7 @@ class Schema:
     def location(self, file: str, path: Path = ()) -> Location:
         """Return the location of an element; the nearest enclosing element if it has none.
 
-        Compilers omit messages inside an option's value: their first part is used instead.
+        Compilers record no location of a message inside an option's value: that of its first part is returned instead.
         """
         spans, _ = self._source(file)
         if path not in spans:
@@ -259,7 +259,7 @@ class Schema:
             path: Source path of the element that carries the option.
             options: The element's options.
             option: The option's name, such as `stream`.
-            inside: Names of fields, and indexes behind repeated ones: `"groups", 2, "name"`.
+            inside: Names of fields, each followed by an index if the field is repeated: `"groups", 2, "name"`.
         """
         whole: Path = (*path, _OPTIONS_FIELDS[options.DESCRIPTOR.full_name], self.option_number(option))
         value: Any = self.option(options, option)

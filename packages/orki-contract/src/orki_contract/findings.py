@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from orki_contract._findings import enums, frames, messages, options, services, streams
+from orki_contract._findings import frames, messages, options, services, streams
 from orki_contract._findings.comparison import Comparison, Finding, Plane, Reach
 from orki_contract._findings.rules import CATEGORIES, RULES, Bump, Category, Rule
 from orki_contract.read import ReadContract
@@ -33,13 +33,13 @@ def findings(old: ReadContract, new: ReadContract) -> tuple[Finding, ...]:
     The packages of the options and of protobuf are ignored. Locations have lines if the image has source information.
     """
     comparison = Comparison(old, new)
-    for part in (streams, frames, services, messages, enums, options):
+    for part in (streams, frames, services, messages, options):
         part.compare(comparison)
     return tuple(sorted(set(comparison.found)))
 
 
 def required_bump(found: Iterable[Finding]) -> Bump:
-    """Return the version bump that the findings require; `PATCH` for none."""
+    """Return the version bump that the findings require; `PATCH` if there are none."""
     bumps = {finding.bump for finding in found}
     return Bump.MAJOR if Bump.MAJOR in bumps else Bump.MINOR if bumps else Bump.PATCH
 
@@ -86,10 +86,7 @@ class Fit:
 def service_fit(service: str, first: ReadContract, second: ReadContract) -> Fit:
     """Return the compatibility of two versions of a task or tool service, including all messages that it uses.
 
-    Args:
-        service: Full name.
-        first: A contract that declares it.
-        second: Another contract that declares it.
+    `service` is the full name of the service; both contracts declare it.
     """
     return _fit({f"task service {service}", f"tool service {service}", f"service {service}"}, first, second)
 
@@ -97,10 +94,7 @@ def service_fit(service: str, first: ReadContract, second: ReadContract) -> Fit:
 def stream_fit(stream: str, first: ReadContract, second: ReadContract) -> Fit:
     """Return the compatibility of two versions of a stream, including its owner's groups and all messages it uses.
 
-    Args:
-        stream: Its name.
-        first: A contract that declares it.
-        second: Another contract that declares it.
+    Both contracts declare the stream.
     """
     return _fit({f'stream "{stream}"'}, first, second)
 

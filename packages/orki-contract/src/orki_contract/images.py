@@ -24,7 +24,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib import metadata, resources
@@ -90,11 +90,11 @@ def package_images(image: bytes, packages: Iterable[str]) -> dict[str, bytes]:
 def service_digest(image: bytes, service: str) -> str:
     """Return the digest of a task or tool service: its methods, and the shape of every message that they reach.
 
-    It does not depend on comments, file names, any order, unreachable messages, or explicitly written defaults.
+    The digest ignores comments, file names, the order of declarations, unreachable messages and explicit defaults.
 
     Args:
         image: An image with the service and its imports.
-        service: Full name.
+        service: Full name of the service.
 
     Returns:
         `sha256:` and 64 hex digits.
@@ -130,7 +130,7 @@ def stream_digest(image: bytes, stream: str) -> str:
 def message_class(image: bytes, full_name: str) -> type[Message]:
     """Return a class for a message, in its own pool, to decode messages without generated code.
 
-    Creating a class takes milliseconds, so keep it.
+    Creating a class takes milliseconds, so keep the class.
 
     Raises:
         InvalidContract: The image cannot be parsed or has no such message.
@@ -190,9 +190,9 @@ def _shape(schema: Schema, node: MessageNode) -> dict[str, Any]:
 
 
 def _sparse(value: Any) -> Any:
-    """Return `dump` without default values, so that fields added to the model later change no existing digest.
+    """Return the value as `dump` does, but without defaults and with durations in whole milliseconds.
 
-    Durations are whole milliseconds, as in the first release.
+    So fields that are added to the model later do not change existing digests.
     """
     if is_dataclass(value) and not isinstance(value, type):
         given = {each.name: getattr(value, each.name) for each in fields(value)}
@@ -238,7 +238,7 @@ class Image:
     """An image and its origin.
 
     Attributes:
-        place: A description of its origin.
+        place: A description of the image's origin.
         content: The serialized FileDescriptorSet.
         shipped: Whether it is the shipped image of one proto package; its other packages are imports.
     """
@@ -246,6 +246,21 @@ class Image:
     place: str
     content: bytes
     shipped: bool
+
+
+def owned_packages(image: Image, files: Collection[FileDescriptorProto]) -> set[str]:
+    """Return the packages that a shipped image owns: that of its folder, else those that no other package imports."""
+    home = image.place.replace("!", "/").rpartition("/")[0]
+    package_of = {file.name: file.package for file in files}
+    packages = set(package_of.values())
+    placed = {each for each in packages if each and f"/{home}".endswith("/" + each.replace(".", "/"))}
+    imported = {
+        package_of[path]
+        for file in files
+        for path in file.dependency
+        if package_of.get(path, file.package) != file.package
+    }
+    return placed or packages & {image.place} or packages - imported
 
 
 def images_in(source: str) -> list[Image]:

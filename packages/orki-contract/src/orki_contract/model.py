@@ -72,7 +72,7 @@ class Group:
     """A consumer group: one cursor over a stream, shared by all consumers of that name.
 
     Attributes:
-        name: Unique on its stream.
+        name: Name, unique on its stream.
         start: Where a new group starts to read.
         max_deliveries: Maximum deliveries of an entry; afterwards it becomes a dead letter.
         ack_deadline: Time after which other consumers may claim an entry that was neither acknowledged nor renewed.
@@ -135,12 +135,12 @@ class Stream:
     """A Redis stream and the groups that its owner declares, including `audit`.
 
     Attributes:
-        name: Unique in the fleet.
+        name: Name, unique in the fleet.
         message: Full name of the entry's message.
         retention: When entries may be trimmed.
         partitions: Number of Redis keys.
         partition_key: Field whose value selects the partition; empty for a single partition.
-        groups: By name.
+        groups: The groups, sorted by name.
     """
 
     name: str
@@ -177,7 +177,6 @@ class ExternalGroup:
         package: Proto package that declares the group.
         stream: Name of the stream.
         message: Full name of the stream's message.
-        group: The group.
     """
 
     package: str
@@ -210,15 +209,10 @@ class TaskMethod:
     Attributes:
         service: Full name of the service.
         name: Name of the method in the proto.
-        request: Request message.
-        response: Response message.
-        progress: Progress message.
-        directive: Directive message.
         heartbeat_timeout: Lease of an attempt.
         attempt_timeout: Maximum time of one attempt.
         stall_timeout: Maximum time without progress; 0 for no limit.
         total_timeout: Maximum time over all attempts; 0 for no limit.
-        max_attempts: Maximum number of attempts.
         backoff: Delay between attempts.
         cancel_grace: Time for a cancelled handler to end by itself.
     """
@@ -276,10 +270,10 @@ class FrameField:
     """One field of a frame's block.
 
     Attributes:
-        offset: First byte, from the start of the block.
+        offset: Offset of the first byte from the start of the block.
         name: Name in the proto.
         number: Number in the proto.
-        scalar: Its type.
+        scalar: Type of the field.
         size: Length in bytes.
         since: Frame version that added the field; older frames lack it.
         enum: Full name of its enum; empty for none.
@@ -302,7 +296,7 @@ class Frame:
         message: Full name of the message.
         version: Version of the layout.
         block_length: Length of the block in bytes.
-        fields: By offset.
+        fields: The fields, sorted by offset.
         tail: Name of the field that holds the bytes after the block; empty for none.
         tail_text: Whether the tail is UTF-8 text.
     """

@@ -1,4 +1,4 @@
-"""Output of commands to a pipe that may be closed, as `head -1` does."""
+"""Output of commands: to a pipe that its reader may close early, as `head -1` does, and as GitHub annotations."""
 
 from __future__ import annotations
 

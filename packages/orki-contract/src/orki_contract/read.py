@@ -64,8 +64,6 @@ class FileContract:
 
     Attributes:
         path: Import path of the file.
-        package: Its proto package.
-        contract: The declarations.
         plain_services: Full names of the services without orki options.
     """
 
@@ -86,11 +84,10 @@ class ReadContract:
     """A contract with its source locations.
 
     Attributes:
-        contract: All files together, each part sorted.
+        contract: The declarations of all files, each part sorted.
         files: Each file, by path.
         locations: Location of each declaration. Keys: full names of messages (streams, frames), `Service/Method`
             (tasks, tools), `package:stream/group` (external groups).
-        schema: The descriptors.
     """
 
     contract: Contract

@@ -19,13 +19,7 @@ S = TypeVar("S", bound=Enum)
 
 
 class Transitions(Generic[S]):
-    """A transition table that can be executed and listed.
-
-    Attributes:
-        name: Name of the machine, for messages and the diagram.
-        initial: The initial state.
-        rows: The table.
-    """
+    """A transition table that can be executed and listed; messages and the diagram show the machine's name."""
 
     __slots__ = ("initial", "name", "rows")
 

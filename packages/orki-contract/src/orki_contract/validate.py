@@ -62,7 +62,7 @@ class Owners:
     """The source tree of a contract.
 
     Attributes:
-        packages: Locations that claim each proto package.
+        packages: Locations of the declarations of owners, by proto package.
         files: Paths of the tree's own files, by import path.
     """
 

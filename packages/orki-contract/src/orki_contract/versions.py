@@ -18,7 +18,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.message import DecodeError
 
 from orki_contract.errors import InvalidContract, InvalidSetting
-from orki_contract.images import IMAGE_NAME, Image, images_in
+from orki_contract.images import IMAGE_NAME, Image, images_in, owned_packages
 from orki_contract.read import ReadContract, read_image
 
 
@@ -27,8 +27,7 @@ class ContractVersion:
     """A version of a contract and its origin.
 
     Attributes:
-        label: A description of its origin.
-        read: The contract.
+        label: A description of the version's origin.
         packages: The proto packages that shipped images own; None for all packages.
         paths: Paths of source files by import path, as far as known.
     """
@@ -97,7 +96,7 @@ def _find_buf() -> str | None:
 
 
 def _compiled(buf: str, folder: Path, label: str) -> ContractVersion:
-    """Compile a folder with buf; texts make the locations exact."""
+    """Compile a folder with buf; the texts of its files make locations inside options exact."""
     image = _run(buf, folder, label, "build", "--as-file-descriptor-set", "--output", "-")
     listed = _run(buf, folder, label, "ls-files", "--format", "json").decode()
     entries = [json.loads(line) for line in listed.splitlines() if line]
@@ -126,7 +125,7 @@ def _of_images(label: str, images: Iterable[Image]) -> ContractVersion:
             parsed = FileDescriptorSet.FromString(image.content)
         except DecodeError as error:
             raise InvalidContract(f"{image.place}: the image is not a serialized FileDescriptorSet: {error}") from error
-        packages = _owned(image, parsed)
+        packages = owned_packages(image, parsed.file)
         own |= packages
         for file in parsed.file:
             content = file.SerializeToString()
@@ -134,29 +133,10 @@ def _of_images(label: str, images: Iterable[Image]) -> ContractVersion:
             # versions the longer one is newer.
             if file.package in packages or len(content) > len(files.get(file.name, b"")):
                 files[file.name] = content
-        for file in parsed.file:
-            if file.package in packages:
-                files[file.name] = file.SerializeToString()
     merged = FileDescriptorSet()
     for _, content in sorted(files.items()):
         merged.file.add().ParseFromString(content)
     return ContractVersion(label=label, read=_read(merged.SerializeToString(), label, {}), packages=frozenset(own))
-
-
-def _owned(image: Image, parsed: FileDescriptorSet) -> set[str]:
-    """Return the packages that an image owns: by its folder, or else those that no other file imports."""
-    home = image.place.replace("!", "/").rpartition("/")[0]
-    packages = {file.package for file in parsed.file}
-    placed = {each for each in packages if each and f"/{home}".endswith("/" + each.replace(".", "/"))}
-    if placed or image.place in packages:
-        return placed or {image.place}
-    by_name = {file.name: file.package for file in parsed.file}
-    return packages - {
-        by_name[path]
-        for file in parsed.file
-        for path in file.dependency
-        if by_name.get(path, file.package) != file.package
-    }
 
 
 def _read(image: bytes, label: str, texts: Mapping[str, str]) -> ReadContract:
@@ -179,15 +159,10 @@ def commit_of(ref: str) -> str | None:
 
 
 def checked_out(commit: str, folder: Path, wanted: Callable[[str], bool]) -> None:
-    """Write some files of a commit into a folder.
-
-    Args:
-        commit: Its id.
-        folder: An empty folder.
-        wanted: Selects files by path.
+    """Write the files of a commit whose paths are `wanted` into an empty folder.
 
     Raises:
-        InvalidContract: git cannot read the commit, as in a clone without its history.
+        InvalidContract: git cannot read the commit, as in a shallow clone.
     """
     names = _checked(_git("ls-tree", "-r", "-z", "--name-only", "--full-tree", commit), commit).split(b"\0")
     # The batch protocol cannot request a path with a newline; protos have none.

@@ -33,7 +33,9 @@ class Link:
         from orki.control.v1.task_pb2_grpc import FleetServiceStub, TaskServiceStub
 
         self.peer = peer
-        self.channel: grpc.aio.Channel = open_channel(peer, max_message_bytes, credentials)
+        self.channel: grpc.aio.Channel = open_channel(
+            peer.target, max_message_bytes, authority=peer.name, credentials=credentials
+        )
         self.tasks: TaskServiceStub = TaskServiceStub(self.channel)
         self.fleet: FleetServiceStub = FleetServiceStub(self.channel)
         self.calls = 0

@@ -253,9 +253,19 @@ def _is_address(host: str) -> bool:
 
 
 def open_channel(
-    target: str | Peer, max_message_bytes: int = DEFAULT_MESSAGE_BYTES, credentials: Credentials | None = None
+    target: str,
+    max_message_bytes: int = DEFAULT_MESSAGE_BYTES,
+    *,
+    authority: str = "",
+    credentials: Credentials | None = None,
 ) -> grpc.aio.Channel:
     """Open a channel to an orchestrator. It connects at the first call and belongs to the running event loop.
+
+    Args:
+        target: `HOST:PORT`.
+        max_message_bytes: Maximum message size in either direction.
+        authority: The address as it was given, where `target` is one that it resolved to.
+        credentials: Own identity, and the trusted orchestrators; None for plaintext without an identity.
 
     Raises:
         InvalidSetting: A file of the credentials cannot be read or is malformed.
@@ -264,11 +274,9 @@ def open_channel(
 
     options = channel_options(max_message_bytes)
     name = ""
-    if isinstance(target, Peer):
-        if target.name != target.target:
-            options.append(("grpc.default_authority", target.name))
-            name = target.name.rpartition(":")[0].strip("[]")
-        target = target.target
+    if authority:
+        options.append(("grpc.default_authority", authority))
+        name = authority.rpartition(":")[0].strip("[]") if authority != target else ""
     if is_loopback(target.rpartition(":")[0].strip("[]")):
         options.append(("grpc.enable_http_proxy", 0))
     plain = grpc.Compression.NoCompression

@@ -20,7 +20,7 @@ _OPTIONS: Final = ("db", "ssl_ca_certs", "ssl_cert_reqs", "ssl_certfile", "ssl_c
 
 
 class GroupMissing(errors.EventsRefused):
-    """The stream or its group does not exist: never created, flushed, rolled back, evicted or destroyed."""
+    """The stream or its group does not exist: it was never created, or the server lost or destroyed it."""
 
 
 class GroupExists(errors.EventsRefused):
@@ -106,11 +106,11 @@ class Address:
 
     @property
     def shown(self) -> str:
-        """The server for messages, such as `the store at 127.0.0.1:6379`."""
+        """Description of the server for messages, such as `the store at 127.0.0.1:6379`."""
         return f"the {self.role} at {self.location}"
 
     def error(self, text: str) -> errors.OrkiError:
-        """Classify an error reply.
+        """Return the error for an error reply of the server.
 
         Args:
             text: The reply with its code, such as `OOM command not allowed …`. A script may have returned it as data.
@@ -139,8 +139,8 @@ def parse_address(
     Args:
         url: The URL. Error messages do not repeat it, because a malformed one may expose its password.
         role: What orki uses the server for.
-        username: The user, if the URL must not contain it.
-        password: The password, likewise.
+        username: The user, if the URL does not contain it.
+        password: The password, if the URL does not contain it.
 
     Raises:
         InvalidSetting: The URL is malformed or has an unknown option.

@@ -60,8 +60,8 @@ def connect(
         url: `redis://HOST:PORT/DB`, `rediss://…` or `unix:///PATH`.
         producer: Name of this process, unique to each run; the default is made of host name and process id.
         options: Settings.
-        username: The user, if the URL must not contain it.
-        password: The password, likewise.
+        username: The user, if the URL does not contain it.
+        password: The password, if the URL does not contain it.
 
     Raises:
         InvalidSetting: The URL or the producer's name is invalid.
@@ -76,11 +76,10 @@ def connect(
 class Events:
     """One process's access to the event plane. Use `connect` to create it.
 
-    Methods that talk to the server raise an OrkiError if it does not answer or refuses; its class gives the reason.
+    Methods that use the server raise an OrkiError if it does not answer or refuses; the error's class gives the reason.
 
     Attributes:
         producer: Name under which this process publishes.
-        options: The settings.
     """
 
     def __init__(self, address: Address, producer: str, options: EventOptions) -> None:
@@ -135,8 +134,8 @@ class Events:
 
         Raises:
             EventsUnavailable: The server did not answer in time; it may or may not have the event.
-            EventsOutOfMemory, EventsReadOnly, EventsNotPersisting, EventsLoading: It did not accept the event in time.
-            EventsRefused: It refuses the event.
+            EventsOutOfMemory, EventsReadOnly, EventsNotPersisting, EventsLoading: The server did not accept it in time.
+            EventsRefused: The server refuses the event.
             ContractMismatch: The stream's contract is incompatible with the registered one.
             InvalidArgument, TooLarge: The event cannot be published.
         """
@@ -233,7 +232,8 @@ class Events:
                     ...
         ```
 
-        The end of the block ends the consumer in an orderly way. A plain `async for` does too, without waiting for it.
+        The consumer stops in an orderly way when the `async with` block ends, which waits for that. With a plain
+        `async for` it stops when the iterator is released, and nothing waits for it.
 
         Args:
             stream: The stream.
@@ -356,7 +356,7 @@ class Events:
         """Run push consumers until cancelled or until `stop` is set; then end them in an orderly way.
 
         Raises:
-            OrkiError: The server refuses a consumer, and a repetition cannot succeed.
+            OrkiError: The server refuses a consumer, and a retry cannot succeed.
         """
         async with contextlib.AsyncExitStack() as stack:
             runs = []
@@ -368,7 +368,7 @@ class Events:
             await run_until(runs, stop, self.options.drain_timeout)
 
     async def close(self) -> None:
-        """End consumers and tails, and send buffered events, within the drain timeout. Does nothing if closed."""
+        """End consumers and tails, and send buffered events, within the drain timeout. Idempotent."""
         publisher, self._publisher = self._publisher, None
         if publisher is None:
             return
@@ -393,7 +393,7 @@ class Events:
         options: ConsumeOptions | None,
         concurrency: int,
     ) -> Callable[[], GroupReader]:
-        """Return a function that starts a consumer. The caller must close it; `close` does in any case."""
+        """Return a function that starts a consumer, which the caller closes; `close` ends those still open."""
         contract = stream if isinstance(stream, Stream) else stream.contract
         declared = contract.group(group)
 

@@ -48,7 +48,7 @@ class CommandExecutor:
         """Execute a command and return its result for the machine.
 
         Raises:
-            OrkiError: The server refuses the command, and a repetition cannot succeed.
+            OrkiError: The server refuses the command, and a retry cannot succeed.
         """
         try:
             match command:
@@ -114,7 +114,7 @@ class CommandExecutor:
         return table.Renewed(command, lost)
 
     async def _hand_back(self, command: table.HandBack) -> table.HandedBack:
-        """Return entries to the group, idle for so long that the next sweep of any consumer claims them."""
+        """Return entries to the group with an idle time so long that the next claim of any consumer takes them over."""
         by_count: dict[int, list[bytes]] = {}
         for entry_id, made in command.deliveries.items():
             by_count.setdefault(made, []).append(entry_id)
@@ -143,7 +143,7 @@ class CommandExecutor:
         return table.DeadLettered(command)
 
     async def unblock(self) -> None:
-        """End a blocking read; the server replies as if its time were over."""
+        """End a blocking read; the server replies as if `block_timeout` had elapsed."""
         if self._reads.client_id is not None:
             await self._commands.execute((b"CLIENT", b"UNBLOCK", self._reads.client_id))
 
@@ -152,7 +152,7 @@ class CommandExecutor:
             await self._commands.run_script(REMOVE_CONSUMER, (key,), self._group.name, self._consumer)
 
     async def remove_idle(self, idle: float) -> None:
-        """Remove consumers that were silent for `idle` seconds and hold nothing."""
+        """Remove consumers that were silent for `idle` seconds and have no pending entries."""
         for key in self._keys:
             for each in map(pairs, await self._commands.execute((b"XINFO", b"CONSUMERS", key, self._group.name))):
                 name = each["name"].decode()

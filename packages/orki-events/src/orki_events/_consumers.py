@@ -58,7 +58,7 @@ class _Settleable(ABC):
         return self._key
 
     def acknowledge(self) -> None:
-        """Acknowledge. Only the first settlement counts, including the one at the end of `async with`."""
+        """Acknowledge the entries. Only the first settlement counts, including the one at the end of `async with`."""
         if self._close():
             self._succeed()
 
@@ -68,7 +68,7 @@ class _Settleable(ABC):
             self._fail(self._entries, error)
 
     def give_back(self) -> None:
-        """Return what was not begun or was interrupted. It is delivered again; this delivery does not count."""
+        """Return unfinished events to the group. They are delivered again; this delivery does not count."""
         if self._close():
             self._reader.seen.discard(map(_event_id, self._entries))
             self._reader.give_back(self._key, list(self._entries))
@@ -146,7 +146,7 @@ class Delivery(_Settleable, Generic[T]):
 
 
 class DeliveryBatch(_Settleable, Generic[T]):
-    """Events of one partition, settled together with `async with batch as events:`. Otherwise as `Delivery`.
+    """Events of one partition, settled together with `async with batch as events:`, like a `Delivery`.
 
     Attributes:
         events: The events, in the order of the partition.
@@ -201,9 +201,9 @@ class DeliveryBatch(_Settleable, Generic[T]):
 class Subscription(AsyncIterator[D], Generic[D]):
     """An asynchronous iterator over deliveries, made by `Events.deliveries` and its variants.
 
-    The consumer ends with the `async with` block or `aclose`, when an iteration is cancelled or fails, when the object
-    is garbage-collected, and at the latest with its `Events`, which waits for that end. It is not a generator, because
-    Python may finalize a generator that was left by `break` only after its event loop has closed.
+    The consumer ends when the `async with` block ends, when `aclose` is called, when an iteration is cancelled or
+    fails, or when the object is garbage-collected; at the latest, `Events.close` ends it and waits for that. This class
+    is not a generator, because Python may finalize a generator that was left by `break` after its event loop closed.
     """
 
     __slots__ = ("_ended", "_reader", "_start", "_take")
@@ -215,7 +215,7 @@ class Subscription(AsyncIterator[D], Generic[D]):
         self._take = take
 
     async def __aenter__(self) -> Self:
-        """Start the consumer; otherwise, the first iteration starts it."""
+        """Start the consumer. Without `async with`, the first iteration starts it."""
         self._started()
         return self
 
@@ -230,7 +230,7 @@ class Subscription(AsyncIterator[D], Generic[D]):
 
         Raises:
             StopAsyncIteration: The consumer has ended.
-            OrkiError: The server refuses the consumer, and a repetition cannot succeed.
+            OrkiError: The server refuses the consumer, and a retry cannot succeed.
         """
         if self._ended:
             raise StopAsyncIteration
@@ -277,7 +277,7 @@ async def take_one(reader: GroupReader, decode: Decode[T]) -> Delivery[T] | None
 
 
 async def take_batch(reader: GroupReader, decode: Decode[T], size: int) -> DeliveryBatch[T] | None:
-    """Return the next deliveries, at least one and at most `size`; otherwise as `take_one`."""
+    """Return the next deliveries, at least one and at most `size`; None once the consumer ends. See `take_one`."""
     while (dispatch := await reader.take(size)) is not None:
         entries = dispatch.entries
         try:
@@ -332,12 +332,10 @@ class Consumer(Generic[P]):
     """A handler with its stream and group, made by `@consumer`. Call it like the function that it decorates.
 
     Attributes:
-        stream: The stream.
         group: One of the groups that the stream declares.
         handler: Called with the event, or a list of events, and the delivery.
         concurrency: Number of concurrent calls.
         batch: Maximum number of events in one call; 0 for calls with single events.
-        options: Further settings.
 
     Raises:
         UnknownGroup: The stream declares no such group.
@@ -385,7 +383,7 @@ def consumer(
     concurrency: int | None = None,
     options: ConsumeOptions | None = None,
 ) -> Callable[[Callable[..., Awaitable[None]]], Consumer[Any]]:
-    """Declare an `async def` as a consumer: if it returns, the event is acknowledged; if it raises, it is retried.
+    """Declare an `async def` as a consumer: an event is acknowledged if it returns and retried if it raises.
 
     Args:
         stream: The stream.

@@ -96,7 +96,7 @@ class DeliveryMachine:
         return commands
 
     def _due(self, now: float) -> Iterator[table.Event]:
-        """Yield timers; each condition is evaluated after the earlier ones were processed."""
+        """Yield the events of due timers; each condition is evaluated after the earlier events were processed."""
         if self._repeats and self._repeats[0][0] <= now:
             yield table.RepeatDue()
         if self._retries and self._retries[0][0] <= now:
@@ -303,7 +303,7 @@ class DeliveryMachine:
     def _on_conclusion(self, event: table.Event, now: float, commands: list[Command]) -> None:
         pass
 
-    # Consequences.
+    # Steps after every event.
 
     def _plan(self, now: float, commands: list[Command]) -> None:
         if self.state is State.RECOVERING and all(each.recovery is None for each in self._partitions.values()):

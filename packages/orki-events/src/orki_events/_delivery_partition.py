@@ -28,7 +28,7 @@ class Partition:
         lost_unnamed: Number of pending entries that were trimmed and that the server has removed itself.
         cursor: Cursor of the next claim.
         sweep_at: Time of the next claim.
-        sweeping, renewing, acking: Whether such a command is in progress.
+        sweeping, renewing, acking: Whether a Claim, a Renew or an Ack is in progress.
     """
 
     key: str
@@ -104,7 +104,7 @@ class Partition:
         return None
 
     def due_for_renewal(self, now: float, interval: float, limit: float) -> list[bytes]:
-        """Return entries held for longer than half an interval and shorter than the limit, without claimed ones."""
+        """Return entries held for longer than half an interval, shorter than the limit, and not claimed by others."""
         return [
             entry_id
             for entry_id, since in self.held.items()

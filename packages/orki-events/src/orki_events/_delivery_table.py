@@ -159,10 +159,10 @@ class EntriesRead(Event):
 
 @dataclass(frozen=True, slots=True)
 class EntriesClaimed(Event):
-    """Entries that belong to this consumer now, and their deliveries by id, this one included.
+    """Entries that now belong to this consumer, and the number of deliveries of each by id, this one included.
 
-    `cursor` is that of the next claim, `0-0` at the end. `deleted` are pending entries that were trimmed and that the
-    server has removed.
+    `cursor` is where the next claim starts, `0-0` at the end. `deleted` are pending entries that were trimmed and that
+    the server has removed.
     """
 
     command: Claim
@@ -392,7 +392,7 @@ TRANSITIONS: Final = Transitions(
             RepeatDue: State.READING,
             RetryDue: State.READING,
             RenewalDue: State.READING,
-            # Not before: what is claimed while the own pending entries are read would be delivered twice.
+            # Not in RECOVERING: entries claimed while own pending entries are read would be delivered twice.
             SweepDue: State.READING,
             DrainRequested: State.DRAINING,
         },

@@ -86,7 +86,7 @@ class GroupReader:
         """Wait for entries of one partition: at least one and at most `count`; None once the consumer ends.
 
         Raises:
-            OrkiError: The server refuses the consumer, and a repetition cannot succeed.
+            OrkiError: The server refuses the consumer, and a retry cannot succeed.
         """
         if self._error is not None:
             raise self._error
@@ -132,7 +132,7 @@ class GroupReader:
     async def close(self) -> None:
         """End the consumer: wait until taken entries are settled, at most `drain_timeout`, and leave the group.
 
-        Concurrent and later calls wait for the same end. If cancelled, it stops waiting for settlements.
+        Concurrent and later calls wait for the same end. Cancelling a call ends the wait for settlements.
         """
         closing = self._start_closing()
         try:
@@ -217,7 +217,7 @@ class GroupReader:
             if not waiter.done():
                 waiter.set_result(dispatch)
                 return
-            # The caller was cancelled; its entries go to the next one.
+            # The caller was cancelled; its entries go to the next caller.
         self.give_back(dispatch.key, dispatch.entries)
 
     def _arm(self) -> None:
@@ -298,7 +298,7 @@ class GroupReader:
         return table.GroupsReady(command)
 
     async def _register(self) -> None:
-        """Register the stream. A server that is out of memory refuses that, and can be read all the same.
+        """Register the stream. Errors not listed here are logged: a server that is out of memory can still be read.
 
         Raises:
             ContractMismatch: The stream's contract does not fit the registered one.

@@ -209,7 +209,7 @@ class Publisher:
         """Buffer events, waiting for room if necessary, and return their ids once the server has them all.
 
         Raises:
-            OrkiError: The first error; the other events may have been published.
+            OrkiError: The error of the first event that failed; the others may have been published.
         """
         ticket = _Ticket(self._loop.create_future())
         # One more than the events, so that the ticket is not settled before the last event is buffered.
@@ -376,7 +376,7 @@ class Publisher:
         return published
 
     def _settle(self, batch: list[_Item], replies: list[Any]) -> errors.OrkiError | None:
-        """Settle events that were accepted or refused. Return the error after which the rest is sent again, if any."""
+        """Settle events that were accepted or refused. Return a retryable error if other events must be sent again."""
         refused = {index: reply for index, reply in enumerate(replies) if isinstance(reply, errors.OrkiError)}
         if not refused:
             self._end(batch, None)

@@ -207,7 +207,7 @@ async def replay_dead_letters(
     """Make the group process entries again, and return the ids of the replayed letters.
 
     The entry becomes pending and claimable at once, with its deliveries reset; then its letter is deleted. A crash
-    between the two replays the entry and keeps the letter. If the entry was trimmed, the letter is kept too.
+    between these steps replays the entry and keeps the letter. If the entry was trimmed, the letter is kept too.
     """
     replayed = []
     for letter in letters:

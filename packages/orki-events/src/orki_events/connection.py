@@ -11,7 +11,7 @@ outcome is unknown may be repeated. Every error that leaves this module is an `O
 | credentials or permissions refused | `EventsRefused` | `StoreUnavailable` |
 | the command is wrong | `EventsRefused` | `LocalProtocolError` |
 | the script is not loaded | `ScriptMissing` | `ScriptMissing` |
-| the stream or its group is missing, or exists | `GroupMissing`, `GroupExists` | the same |
+| the stream or its group is missing, or already exists | `GroupMissing`, `GroupExists` | the same |
 """
 
 from __future__ import annotations
@@ -120,14 +120,14 @@ class Connection:
         return await self.exchange(b"".join(map(_pack, map(tuple, commands))), len(commands), timeout=timeout)
 
     async def execute(self, command: Command, *, timeout: float | None = None) -> Reply:
-        """Send one command and raise an error reply. Otherwise as `pipeline`."""
+        """Send one command and return its reply; raise it if it is an error. See `pipeline` for other errors."""
         (reply,) = await self.pipeline(command, timeout=timeout)
         if isinstance(reply, OrkiError):
             raise reply
         return reply
 
     async def transaction(self, *commands: Command) -> list[Reply]:
-        """Send commands as one transaction (MULTI). Otherwise as `pipeline`.
+        """Send commands as one transaction (MULTI) and return their replies, as `pipeline` does.
 
         Raises:
             OrkiError: The server refused the whole transaction.
@@ -153,7 +153,7 @@ class Connection:
         return await self.execute(command)
 
     async def exchange(self, packed: bytes, count: int, *, timeout: float | None = None) -> list[Reply]:
-        """As `pipeline`, for `count` commands that are encoded already."""
+        """Send `count` commands that are already encoded and return their replies, as `pipeline` does."""
         limit = self.answer_timeout if timeout is None else timeout
         async with self._lock:
             if self._ended:
@@ -173,7 +173,7 @@ class Connection:
                     await self._drop()
 
     async def fetch_client_id(self) -> None:
-        """Set `client_id`, unless it is known."""
+        """Set `client_id`, unless it is already set."""
         if self.client_id is None:
             self.client_id = int(await self.execute((b"CLIENT", b"ID")))
 

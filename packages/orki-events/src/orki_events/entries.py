@@ -182,7 +182,7 @@ def parse_id(value: str | bytes) -> EntryId:
     """Parse an entry id.
 
     Raises:
-        InvalidArgument: It is not an entry id.
+        InvalidArgument: The value is not an entry id.
     """
     text = value.decode("ascii", "replace") if isinstance(value, bytes) else value
     match = _ID.fullmatch(text)
@@ -204,7 +204,7 @@ def predecessor(value: EntryId) -> EntryId:
 
 
 def format_cursor(positions: Iterable[str]) -> str:
-    """Return a reader's position as one word: the last id read of each partition, by partition number."""
+    """Return a reader's position as one string: the last id read of each partition, by partition number."""
     return "_".join(positions)
 
 
@@ -212,7 +212,7 @@ def parse_cursor(cursor: str, partitions: int) -> list[str]:
     """Return the last id read of each partition.
 
     Raises:
-        InvalidArgument: It is not a cursor of a stream with this number of partitions.
+        InvalidArgument: The text is not a cursor of a stream with this number of partitions.
     """
     positions = cursor.split("_")
     if len(positions) != partitions:

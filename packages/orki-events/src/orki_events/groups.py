@@ -125,12 +125,12 @@ class ConsumerGroups:
     """
 
     def __init__(self, report: Callable[[Gap], None]) -> None:
-        """Create it; `report` is called for every group that had to be recreated."""
+        """Create the object; `report` is called for every group that had to be recreated."""
         self._report = report
         self._marks: dict[tuple[str, str], Mark] = {}
 
     async def ensure(self, connection: Connection, stream: Stream, groups: Iterable[Group]) -> dict[str, str]:
-        """Create missing groups on every partition, and return each partition's newest entry id from before."""
+        """Create missing groups on every partition, and return the id of each partition's newest entry before that."""
         newest = {}
         wanted = tuple(groups)
         for key in stream_keys(stream):

@@ -6,8 +6,8 @@ groups that readers declare.
 
 Each publisher and consumer brings its own version of the stream's contract, which is compared with the registered one.
 A version that breaks on the wire is refused. Of two compatible versions, the newer one stays registered, in whatever
-order their users start. If either may follow the other, or if the new version's number is higher, the new one replaces
-the registered one.
+order their users start. A publisher's version replaces the registered one if it is a compatible evolution of it, or if
+its version number is higher.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ class StreamRegistry:
         Args:
             connection: The server.
             own: The version.
-            who: Its user, for messages.
-            replaces: Whether it replaces an older registered version; otherwise it is registered only if none is.
+            who: The publisher or consumer that uses the version, for messages.
+            replaces: Whether it replaces an older registered version; if not, it is registered only if none is yet.
 
         Raises:
             ContractMismatch: The contract is incompatible with the registered one.
@@ -204,7 +204,7 @@ def _choose(registered: StreamVersion | None, own: StreamVersion, replaces: bool
         return registered
     if replaces and _follows(registered, own):
         return own
-    # Using a version that was applied ahead ends that state.
+    # A version that was applied ahead of its use is now used.
     return replace(registered, ahead=registered.ahead and registered.digest != own.digest)
 
 
@@ -297,7 +297,7 @@ class StreamVersion:
         """Read a record that this or another version of orki wrote.
 
         Raises:
-            InvalidContract: It is not a record of a stream.
+            InvalidContract: The text is not a record of a stream.
         """
         try:
             parsed = json.loads(record)

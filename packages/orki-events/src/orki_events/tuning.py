@@ -65,7 +65,7 @@ class Tuning:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned:
-    """The result of a setting.
+    """The result of setting a stream's retention.
 
     Attributes:
         retention: The retention from now on.
@@ -113,7 +113,7 @@ async def tune(connection: Connection, registered: StreamVersion, tuning: Tuning
         tuning: The setting, which replaces an earlier one; None restores the contract's retention.
 
     Raises:
-        InvalidSetting: A value is outside the bounds that the contract declares, or it declares none.
+        InvalidSetting: A value is outside the bounds that the contract declares, or the contract declares none.
     """
     stream = registered.contract
     if tuning is not None:
@@ -181,7 +181,7 @@ def _validate(registered: StreamVersion, tuning: Tuning) -> None:
 
 
 def _declared(registered: StreamVersion) -> str:
-    """Describe the declaration of the bounds, as far as the registered contract shows it."""
+    """Describe where the bounds are declared: the message, and if known the proto file and the package version."""
     message = registered.contract.message
     where = f"on {message}"
     if registered.image is not None:

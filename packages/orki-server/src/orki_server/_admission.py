@@ -1,14 +1,15 @@
 """Contracts of a task service: those in use together, and whether a new one may be added.
 
 A registered contract is *live* while an agent of the fleet has a session under it, while tasks that were submitted
-under it have not ended, or while it is applied ahead. A new contract that is compatible with all live ones, older or
-newer, is registered beside them; an incompatible one is refused with the names of the violated rules. A contract that
-is not live is removed when another one of its service is registered, or after a while if another one is live. The last
-contract of a service stays, so that tasks can be submitted while its agents are disconnected.
+under it have not ended, or while it is applied *ahead*: registered by a command before any agent serves it. A new
+contract that is compatible with all live ones, older or newer, is registered beside them; an incompatible one is
+refused with the names of the violated rules. A contract that is not live is removed when another one of its service is
+registered, or after a while if another one is live. The last contract of a service stays, so that tasks can be
+submitted while its agents are disconnected.
 
-Of two contracts in use, one is a compatible evolution of the other, so one is an evolution of all: it leads and has
-every task of the others. While several are in use, each timeout, number of attempts, grace and back-off of a task is
-the most patient that any of them declares. A task keeps the values of its submission.
+Of any two contracts in use, one is a compatible evolution of the other. So one is an evolution of all others: it is the
+*leading* contract, which declares every task of the others. While several contracts are in use, the most patient value
+of each timeout, number of attempts, grace and back-off applies to a task. A task keeps the values of its submission.
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ class ServiceContract:
     Attributes:
         service: Full name of the service.
         digest: Digest of the contract: `sha256:` and 64 hex digits.
-        image: The contract.
         version: Version of its package; empty if unknown.
     """
 
@@ -110,7 +110,6 @@ class ContractSet:
 
     Attributes:
         contracts: The contracts, by digest.
-        leading: The leading contract.
         methods: Tasks by full name, with the values that apply.
     """
 
@@ -126,7 +125,7 @@ class ContractSet:
 
 
 def most_patient(methods: Sequence[TaskMethod]) -> TaskMethod:
-    """Merge versions of one task: the most patient of each value, with progress and directives if any version has them.
+    """Merge versions of one task: the most patient value of each setting, and progress and directives of any version.
 
     Args:
         methods: At least one version. A stall or total timeout of 0 means no limit, which is the most patient.
@@ -152,7 +151,7 @@ def most_patient(methods: Sequence[TaskMethod]) -> TaskMethod:
 
 
 def _leading(contracts: list[ServiceContract]) -> ServiceContract:
-    """Return the contract that evolves most of the others; of equal ones, the one with the highest digest."""
+    """Return the contract that is an evolution of most others; among equals, the one with the highest digest."""
 
     def evolved(each: ServiceContract) -> tuple[int, str]:
         others = [other for other in contracts if other.digest != each.digest]
@@ -178,7 +177,7 @@ class Liveness:
     Attributes:
         agents: Agents that serve it.
         tasks: Number of its unfinished tasks.
-        ahead: Whether it is applied ahead.
+        ahead: Whether the contract is applied ahead.
     """
 
     agents: tuple[str, ...] = ()
@@ -204,19 +203,15 @@ class Liveness:
         return "it was applied ahead" if self.ahead else "it is not live"
 
 
-async def _nothing() -> None:
-    pass
-
-
 class Admission:
-    """Checks contracts of services, and changes the registered ones. All methods raise StoreUnavailable."""
+    """Checks contracts of services, and changes the registered ones. Raises StoreUnavailable if the store is down."""
 
     def __init__(
         self,
         contracts: Contracts,
         fleet: Fleet,
         silent_since: Callable[[], float],
-        flush: Callable[[], Awaitable[None]] = _nothing,
+        flush: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """Create the admission.
 
@@ -225,7 +220,7 @@ class Admission:
             fleet: The agents.
             silent_since: Returns the time, in seconds since the Unix epoch, before which a last heartbeat means that
                 the agent is disconnected.
-            flush: Writes the snapshots of agents that left; called before a contract is refused.
+            flush: Stores which agents have disconnected; called before a contract is refused.
         """
         self._contracts = contracts
         self._fleet = fleet
@@ -252,8 +247,8 @@ class Admission:
         Args:
             contract: The contract, checked.
             subject: Begins the message of a refusal, such as `agent a-1 serves`.
-            agent_id: The agent that serves it; its own earlier session does not count.
-            ahead: Whether no agent serves it yet.
+            agent_id: The agent that serves the contract; its earlier session makes no contract live.
+            ahead: Whether the contract is registered before any agent serves it.
 
         Returns:
             All contracts of the service, including this one.
@@ -261,7 +256,7 @@ class Admission:
         Raises:
             ContractMismatch: A live contract is incompatible.
             InvalidContract: A registered image is malformed.
-            Overloaded: Others keep changing the service's contracts.
+            Overloaded: Other processes keep changing the service's contracts.
         """
         flushed = False
         for _ in range(_TRIES):
@@ -274,7 +269,8 @@ class Admission:
             conflict = await run_in_thread(partial(_conflict, contract, known, live))
             if conflict is not None and not flushed:
                 flushed = True
-                await self._flush()
+                if self._flush is not None:
+                    await self._flush()
                 continue
             if conflict is not None:
                 raise _refusal(contract, *conflict, subject, live)
@@ -299,11 +295,9 @@ class Admission:
         raise Overloaded(f"the contracts of {contract.service} keep changing; try again")
 
     async def clean(self, service: str, min_age: float) -> bool:
-        """Remove contracts that are not live if another one of the service is. Returns whether any was removed.
+        """Remove contracts that are not live if another one of the service is. Return whether any was removed.
 
-        Args:
-            service: Full name of the service.
-            min_age: Contracts that were registered less than this time ago stay.
+        Contracts that were registered less than `min_age` seconds ago stay.
         """
         seen = await self._registered(service)
         if len(seen) < 2:
@@ -318,7 +312,7 @@ class Admission:
         return await self._contracts.change(service, seen=seen, removed=removed, added=None, leading=leading)
 
     async def withdraw(self, contract: RegisteredContract) -> bool:
-        """Remove an unused contract. Returns False if it is used by now, or the service's contracts changed."""
+        """Remove an unused contract. Return False if it is now in use, or if the service's contracts have changed."""
         seen = await self._registered(contract.service)
         live = await self.liveness(contract.service, seen)
         removed = [each for each in seen if each.digest == contract.digest]
@@ -388,7 +382,7 @@ def _refusal(
 
 
 def _follows(contract: ServiceContract, other: ServiceContract, fit: Fit) -> bool:
-    """Whether a new contract is the later version: by the numbers, else by the direction that breaks less."""
+    """Whether a new contract is the later version, by version numbers, else by the direction that breaks less."""
     if contract.release != other.release and contract.release and other.release:
         return contract.release > other.release
     return fit.breaks is fit.forward

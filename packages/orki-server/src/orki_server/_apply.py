@@ -56,7 +56,7 @@ class Applied:
         name: Name of the service or stream; `STREAM/GROUP` for a group.
         version: Version of its package; empty if unknown.
         digest: Digest of the contract.
-        outcome: `applied`, `in use` (registered and used already) or `older` (a registered contract evolves it).
+        outcome: `applied`, `in use` (registered and used already) or `older` (a newer version is registered).
     """
 
     kind: str
@@ -121,7 +121,7 @@ def read_declared(source: str, version: str = "") -> Declared:
 async def check_declared(
     declared: Declared, admission: Admission, registry: StreamRegistry, connection: EventConnection
 ) -> list[str]:
-    """Return the reason of each declaration that is incompatible with a live or registered contract.
+    """Return one reason for each declaration that is incompatible with a live or registered contract.
 
     Raises:
         OrkiError: A server does not answer or refuses the request.

@@ -45,7 +45,6 @@ class Child:
     """One running part.
 
     Attributes:
-        part: The part.
         ready: Its first line of standard output; empty until then.
     """
 

@@ -1,9 +1,9 @@
-"""The registered task services, and the check that a payload is the message that its method takes.
+"""The registered task services, and the check that a payload is a message of the class that its method declares.
 
-A hello brings the digest and the image of every contract that the agent serves. A registered digest passes; another
-one is checked against the contracts that are live, and is registered if it fits. So several contracts of a service are
-in use during a rolling upgrade: each agent is offered the tasks of its own contract, and tasks run with the values of
-the `ContractSet`. Contracts that other orchestrators register are seen within a second.
+A hello brings the digest and the image of every contract that the agent serves. A registered digest passes; another one
+is checked against the contracts that are live, and is registered if it is compatible. So several contracts of a service
+are in use during a rolling upgrade: each agent is offered the tasks of its own contract, and tasks run with the values
+of the `ContractSet`. Contracts that other orchestrators register are seen within a second.
 """
 
 from __future__ import annotations
@@ -103,11 +103,11 @@ class ContractRegistry:
                     self._registered.add(service)
                     self._revisions[service] = revisions[service]
         for service in self._services.keys() - revisions.keys():
-            # Its methods stay known: the store may have lost the service, and hellos register it again.
+            # The service's methods stay known: if the store lost the service, hellos register it again.
             self.invalidate(service)
 
     def invalidate_all(self) -> None:
-        """The store lost the registered services: hellos register them again. Their methods stay known."""
+        """Forget which services are registered, so that hellos register them again. Their methods stay known."""
         self._registered.clear()
         self._revisions.clear()
 
@@ -181,7 +181,7 @@ class ContractRegistry:
             self._up_since = time.monotonic()
 
     def _silent_since(self) -> float:
-        """Return the time before which a last heartbeat means a disconnected agent; 0 soon after an outage."""
+        """Return a time: agents whose last heartbeat is older count as disconnected; 0 soon after an outage."""
         if time.monotonic() - self._up_since < self._silence_timeout:
             return 0.0
         return time.time() - self._silence_timeout
@@ -204,7 +204,7 @@ class PayloadCheck:
         """Check a request.
 
         Raises:
-            InvalidArgument: It is not a message of the method's class.
+            InvalidArgument: The payload is not a message of the method's class.
             StoreUnavailable: The contract is not cached, and the store is down.
         """
         await self._check("request", method, method.request, payload)
@@ -227,7 +227,7 @@ class PayloadCheck:
             ) from None
 
     async def _class(self, service: str, name: str) -> type[Message] | None:
-        """Return the class of a message; None if no image is available, and the agent has to check."""
+        """Return the class of a message; None if no image is available: the agent then checks the payload."""
         key = (self._registry.leading(service), name)
         if key not in self._classes:
             # A call may have a thousand submissions: one of them builds the class, the others wait.

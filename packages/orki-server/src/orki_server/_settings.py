@@ -40,7 +40,7 @@ class OrchestratorOptions:
     Attributes:
         listen: HOST:PORT for agents and submitters; port 0 takes a free one. Beyond loopback it needs TLS and identity.
         redis_url: URL of the Redis or Valkey server with the store.
-        events_url: URL of the server with the event plane; empty: the same.
+        events_url: URL of the server with the event plane; empty for `redis_url`.
         orchestrator_id: Name of this run of this process.
         shards: Number of shards of the store; fixed when it is first used.
         heartbeat_interval: Time between heartbeats; after three missed ones a peer counts as disconnected.
@@ -127,7 +127,7 @@ class OrchestratorOptions:
 
     @property
     def max_payload_bytes(self) -> int:
-        """Maximum size of a request, response, progress or directive: a message without its other fields."""
+        """Maximum size of a request, response, progress or directive: a message less 64 KiB for its other fields."""
         return self.max_message_bytes - 64 * 1024
 
     @property
@@ -191,7 +191,7 @@ def parse_listen(listen: str) -> tuple[str, int]:
 def load_options(
     flags: Mapping[str, Any], environment: Mapping[str, str], file: Path | None = None
 ) -> OrchestratorOptions:
-    """Return the options from all three sources.
+    """Return the options from flags, environment and configuration file.
 
     Args:
         flags: Settings of the command line, by name; None for those that were not given.

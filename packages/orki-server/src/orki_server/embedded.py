@@ -31,10 +31,10 @@ class EmbeddedOptions:
     """Options of the server.
 
     Attributes:
-        directory: Folder of its files; None: a temporary one, removed when it stops.
+        directory: Folder of the server's files; None for a temporary one, which is removed when the server stops.
         append_only: Whether writes go to a file, so that they survive a kill.
-        port: Port on loopback; 0: `usual_port` or any free one.
-        usual_port: Port that is taken if `port` is 0 and this one is free; 0: any free one.
+        port: Port on loopback; 0 for `usual_port`, or for any free port if that one is taken.
+        usual_port: Port to try first if `port` is 0; 0 for any free port.
     """
 
     directory: Path | None = None
@@ -82,16 +82,16 @@ class EmbeddedServer:
 
     @property
     def url(self) -> str:
-        """Its URL."""
+        """The server's URL."""
         return f"redis://127.0.0.1:{self._port}/0"
 
     @property
     def pid(self) -> int:
-        """Its process id; 0 while it does not run."""
+        """The server's process id; 0 while it does not run."""
         return self._process.pid if self._process else 0
 
     def exit_code(self) -> int | None:
-        """Return the exit code if the process ended by itself (negative: a signal), else None."""
+        """Return the exit code if the process ended by itself (negative for a signal), else None."""
         return self._process.poll() if self._process else None
 
     def start(self) -> Self:
@@ -213,7 +213,7 @@ def _free_port() -> int:
 
 
 def _answering_pid(port: int) -> int:
-    """Return the process id of the server on a port; 0 for none, or for one that is still loading its data.
+    """Return the process id of the server on a port; 0 if none answers, or if it is still loading its data.
 
     If the port is taken, the id is that of another process.
     """

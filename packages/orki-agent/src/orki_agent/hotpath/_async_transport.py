@@ -128,7 +128,7 @@ class AsyncTransport:
         """Compare contracts with the bridge, as part of connecting. There must be room for a call.
 
         Raises:
-            ContractMismatch, UnknownMethod, InvalidContract: As `_handshake.check_contract`.
+            ContractMismatch, UnknownMethod, InvalidContract: See `_handshake.check_contract`.
             PeerLost: The connection was lost or the bridge did not answer; no call was sent.
         """
         request = contract_request(service)
@@ -165,7 +165,7 @@ class AsyncTransport:
         self._sock.close()
 
     def _lose(self, reason: str, error: Callable[[], errors.OrkiError] | None = None) -> None:
-        """End a lost connection; waiting calls get what `error` returns, or `PeerLost`."""
+        """End a lost connection; waiting calls get the error that `error` returns, or `PeerLost`."""
         if self.alive:
             self.machine.apply(machines.ConnectionLost)
             self._end(reason, error)
@@ -233,7 +233,7 @@ class AsyncTransport:
         self._changed()
 
     def _write(self, number: int, frame: bytes) -> bool:
-        """Send a frame and queue what the kernel does not accept; 0 is the number of a frame that is no call.
+        """Send a frame and queue what the kernel does not accept; `number` is 0 for a frame other than a call.
 
         Returns:
             Whether the whole frame was sent.

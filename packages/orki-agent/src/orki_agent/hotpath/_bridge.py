@@ -99,9 +99,9 @@ class ToolBridge:
         """Open the socket.
 
         Raises:
-            SocketUnsafe: Folder or path are unsafe, or another bridge serves the path.
+            SocketUnsafe: The folder or the path is unsafe, or another bridge serves the path.
             InvalidSetting: The path is too long.
-            LocalProtocolError: The bridge is running.
+            LocalProtocolError: The bridge is already running.
         """
         if self._running is not None:
             raise LocalProtocolError("the bridge is already running")
@@ -115,7 +115,7 @@ class ToolBridge:
         return self
 
     def stop(self) -> None:
-        """Refuse new calls, wait `stop_timeout` for running ones, cancel the rest and close. Idempotent."""
+        """Refuse new calls, wait up to `stop_timeout` for running ones, cancel the rest and close. Idempotent."""
         running, self._running = self._running, None
         if running is not None:
             running.stop()
@@ -252,7 +252,7 @@ class Monitor:
         return again
 
     def _update_accepting(self, now: float) -> float:
-        """Poll the listener only below the limits, so further clients wait in the kernel's queue."""
+        """Accept only below the limits; others wait in the kernel's queue. Return the time of the next update."""
         options = self._state.options
         pausing = now < self._accept_after
         accepting = not self._state.draining and len(self.connections) < options.max_connections and not pausing

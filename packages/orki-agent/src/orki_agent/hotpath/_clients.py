@@ -35,7 +35,7 @@ class _ToolClient(ABC):
         on_call: CallHook | None = None,
         platform: Platform = SYSTEM,
     ) -> None:
-        """Describe the bridge; nothing is sent.
+        """Store the bridge's address; nothing is sent before the first call.
 
         Args:
             path: The bridge's `path`.
@@ -223,7 +223,7 @@ class AsyncToolClient(_ToolClient):
         """Wait until a call may be sent.
 
         Raises:
-            TooManyCalls: No call ended in time, or too many wait already.
+            TooManyCalls: No call ended in time, or too many calls wait already.
         """
         if len(self._waiters) >= self._options.max_waiting:
             raise TooManyCalls(f"{len(self._waiters)} tool calls wait for another to end, which is the maximum")
@@ -289,7 +289,7 @@ class SyncToolClient(_ToolClient):
             timeout: Timeout in seconds; None for the contract's.
 
         Raises:
-            ToolDeadline, ToolFailed, ToolCancelled, PeerLost, UnknownOpcode, TooManyCalls, FrameTooLarge.
+            ToolDeadline, ToolFailed, ToolCancelled, PeerLost, UnknownOpcode, TooManyCalls, FrameTooLarge: It failed.
             ContractMismatch: The bridge's contract of the tool's service is incompatible; nothing was sent.
             UnknownMethod: The bridge does not serve the tool's service; nothing was sent.
             InvalidArgument: The request has another class, or the timeout is out of range.
@@ -344,7 +344,7 @@ class SyncToolClient(_ToolClient):
             on_call(ToolRecord(tool.method, duration, sizes[0] - HEADER_BYTES, sizes[1], reason, code, span))
 
     def _call(self, tool: RemoteTool, request: Any, timeout_us: int, span: Span | None, sizes: list[int] | None) -> Any:
-        """Make a call on a connection of its own; set `sizes` to the lengths of frame and reply."""
+        """Make a call on a connection of its own; set `sizes` to the lengths of the frame and the reply."""
         try:
             transport: SyncTransport | None = self._idle.pop()
         except IndexError:
@@ -389,7 +389,7 @@ class SyncToolClient(_ToolClient):
         """Return a new connection or, at `max_connections`, the next one that becomes idle.
 
         Raises:
-            TooManyCalls: None was returned in time, or too many calls wait already.
+            TooManyCalls: No connection was returned in time, or too many calls wait already.
         """
         deadline = monotonic() + timeout_us / 1_000_000
         with self._changed:

@@ -1,8 +1,8 @@
-"""A bridge's end of one connection.
+"""The bridge's end of one connection.
 
 One thread at a time reads a connection. It reads a frame, runs a quick sync handler itself (one system call in, one
-out) and reads on. If the handler blocks, the monitor detaches the call: another thread reads on, and the first sends
-the answer and ends. A lock serialises the machine, so exactly one thread answers each call.
+out) and reads the next one. If the handler blocks, the monitor detaches the call: another thread continues to read, and
+the first one sends the answer and ends. A lock serialises the machine, so exactly one thread answers each call.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class BridgeState:
 
     def wake_monitor(self) -> None:
         self.monitor_asleep = False
-        # A full pipe wakes the monitor as well; after `close` there is none.
+        # A full pipe wakes the monitor as well; after `close` there is no monitor.
         with contextlib.suppress(OSError):
             self._wake.send(b"\0")
 
@@ -248,7 +248,7 @@ class Connection:
             bridge.pool.start(self.run)
             handed_over = True
         except RuntimeError:
-            handed_over = False  # No thread is left: the connection is read on after the handler.
+            handed_over = False  # No thread is left: this one reads again after the handler.
         try:
             reply = context.run(call.tool.handler, request, call)
         except BaseException as error:
@@ -269,7 +269,7 @@ class Connection:
             self._bridge.wake_monitor()
 
     def _take_other(self, frame: frames.Frame) -> bool:
-        """Handle a frame other than a call that can run; return False if it is such a call.
+        """Handle any frame except a call that can run; return False for a call that can run.
 
         Raises:
             RemoteProtocolError, PeerRefused, FrameVersion, FrameMalformed, InvalidArgument: The connection must end.
@@ -310,7 +310,7 @@ class Connection:
         return ", ".join(f"{opcode:#06x} ({tool.name})" for opcode, tool in served[:_MAX_LISTED])
 
     def end_calls(self, error: errors.OrkiError) -> None:
-        """Answer every detached call with an error because the bridge stops, and tell the handler that runs inline."""
+        """Answer every detached call with an error because the bridge stops, and cancel the call that runs inline."""
         for correlation in tuple(self.machine.calls.copy()):
             self._abandon(correlation, machines.BridgeStopped, error)
         with self._lock:
@@ -409,7 +409,7 @@ class Connection:
     def _watch_inline(self, now: float, call: Call) -> float:
         """Detach a call whose handler blocks the reading thread.
 
-        Its clock starts when the monitor first sees it, so quick calls need no clock.
+        The call's timeout starts when the monitor first sees the call, so quick calls do not read the clock.
         """
         if not call.deadline:
             call.start_clock(now, self._bridge.max_timeout_us)

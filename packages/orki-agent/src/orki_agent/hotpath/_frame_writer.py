@@ -14,7 +14,7 @@ from orki_agent.hotpath._thread_pool import ThreadPool
 
 
 class FrameWriter:
-    """Writes frames of any thread, each one whole, and ends the connection of a peer that does not read.
+    """Writes whole frames from any thread, and ends the connection if the peer does not read.
 
     Attributes:
         waiting: Frames that have not been written.
@@ -23,7 +23,7 @@ class FrameWriter:
     def __init__(self, sock: socket.socket, pool: ThreadPool, frame_timeout: float) -> None:
         """Take over a blocking socket; the pool runs writes that have to wait until the peer reads.
 
-        `frame_timeout` is the longest time in seconds in which the peer reads nothing, or not the whole of a write.
+        `frame_timeout` is the maximum time in seconds for which the peer may read nothing, or for one write.
         """
         self.waiting: deque[bytes] = deque()
         self._sock = sock
@@ -34,12 +34,12 @@ class FrameWriter:
         set_timeout(sock, socket.SO_SNDTIMEO, frame_timeout)
 
     def put(self, frame: bytes, *, may_block: bool) -> None:
-        """Write a frame; if that would block and must not, leave it to another thread."""
+        """Write a frame; if that would block and `may_block` is False, another thread writes it."""
         self.waiting.append(frame)
         self.flush(may_block=may_block)
 
     def put_now(self, frame: bytes) -> None:
-        """Write a frame with one system call if no other frame waits or is being written. May block."""
+        """Write a frame with one system call unless another frame waits or is being written. May block."""
         writing = self._writing
         if self.waiting or not writing.acquire(False):
             self.put(frame, may_block=True)
@@ -56,7 +56,7 @@ class FrameWriter:
             self.flush(may_block=True)
 
     def flush(self, *, may_block: bool) -> None:
-        """Write the frames that wait, unless another thread is writing: that one writes them then."""
+        """Write the frames that wait, or leave them to the thread that is already writing."""
         waiting, writing = self.waiting, self._writing
         while waiting and writing.acquire(False):
             try:
@@ -108,7 +108,7 @@ class FrameWriter:
         """Write the rest of a frame; the kernel waits `frame_timeout` for each part.
 
         Raises:
-            OSError: It was not written in time, or the peer has closed the connection.
+            OSError: The rest was not written in time, or the peer has closed the connection.
         """
         deadline = monotonic() + self._frame_timeout
         while rest:
@@ -117,7 +117,7 @@ class FrameWriter:
                 raise TimeoutError
 
     def _shut_down(self) -> None:
-        # Part of a frame may have been written: nothing may follow it.
+        # Part of a frame may have been written, so no other frame may follow.
         self.waiting.clear()
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)

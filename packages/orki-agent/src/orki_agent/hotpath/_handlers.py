@@ -50,7 +50,7 @@ class ToolHandler:
         self.quick_runs = 0
 
     def ran_detached(self, duration: float, quick: float) -> None:
-        """Note the duration of a run on a thread of its own; runs below `quick` seconds are quick."""
+        """Record the duration of a run on a thread of its own; runs below `quick` seconds are quick."""
         self.quick_runs = self.quick_runs + 1 if duration < quick else 0
         if self.quick_runs >= _QUICK_RUNS:
             self.detached, self.quick_runs = False, 0

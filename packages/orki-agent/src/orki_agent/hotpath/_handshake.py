@@ -123,7 +123,7 @@ def check_contract(service: str, answer: ContractAnswerFrame) -> None:
 
     Raises:
         ContractMismatch: Neither contract is a compatible evolution of the other.
-        UnknownMethod: The bridge does not serve the service; its opcodes may belong to another one there.
+        UnknownMethod: The bridge does not serve the service; its opcodes may belong to another service of the bridge.
         InvalidContract: The bridge's image cannot be read or lacks the service.
     """
     own = _own_contract(service)

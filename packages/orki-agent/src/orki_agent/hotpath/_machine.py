@@ -89,7 +89,7 @@ class FrameDeadline:
 
 @dataclass(frozen=True, slots=True)
 class CallDeadline:
-    """The call's time is over."""
+    """The call's timeout has elapsed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ class ClientClosed:
 
 @dataclass(frozen=True, slots=True)
 class HandlerDetached:
-    """The handler runs elsewhere from now on."""
+    """From now on, the handler does not run on the thread that reads the connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +286,7 @@ class BridgeMachine(_ConnectionMachine[BridgeConnectionState], Generic[B]):
     """The bridge's end of a connection and its calls.
 
     Attributes:
-        inline: The last call that ran on the reading thread; it still does while its state is INLINE.
+        inline: The last call that ran on the reading thread; it still runs there while its state is INLINE.
         calls: Detached calls by correlation.
     """
 
@@ -308,7 +308,7 @@ class BridgeMachine(_ConnectionMachine[BridgeConnectionState], Generic[B]):
         return self.state is not BridgeConnectionState.CLOSING and self.state is not BridgeConnectionState.CLOSED
 
     def refusal(self, correlation: int) -> OrkiError | None:
-        """Return why a received call must not run; None if it may.
+        """Return the error that refuses a received call; None if the call may run.
 
         Raises:
             RemoteProtocolError: An earlier call of this number has not been answered.
@@ -330,7 +330,7 @@ class BridgeMachine(_ConnectionMachine[BridgeConnectionState], Generic[B]):
         return True
 
     def finish(self, call: B) -> bool:
-        """Note that a handler has returned; return whether the call still needs its answer."""
+        """Record that a handler has returned; return whether its answer must still be sent."""
         before = call.state
         call.state = BRIDGE_CALL.next(before, HandlerReturned, LocalProtocolError)
         if before is BridgeCallState.DETACHED:
@@ -348,7 +348,7 @@ class BridgeMachine(_ConnectionMachine[BridgeConnectionState], Generic[B]):
         return [call for correlation in tuple(self.calls) if (call := self.abandon(correlation, event)) is not None]
 
     def stop_inline(self) -> B | None:
-        """Return the call whose handler runs on the reading thread and has to be told that the bridge stops."""
+        """Return the call whose handler runs on the reading thread and must be cancelled because the bridge stops."""
         call = self.inline
         if call is None or call.state is not BridgeCallState.INLINE:
             return None
@@ -385,7 +385,7 @@ class ClientMachine(_ConnectionMachine[ClientConnectionState], Generic[C]):
         """End the call that a reply belongs to; return None if its caller does not wait any more.
 
         Raises:
-            RemoteProtocolError: No call of this number is owed a reply, or its frame has not been written.
+            RemoteProtocolError: No call of this number awaits a reply, or the call's frame is not completely written.
         """
         call = self.calls.get(correlation)
         if call is None:

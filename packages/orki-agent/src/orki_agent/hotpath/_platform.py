@@ -90,7 +90,7 @@ def set_timeout(sock: socket.socket, option: int, timeout: float) -> None:
 def connect_nonblocking(sock: socket.socket, path: str) -> bool:
     """Try once to connect; return False if the listener's queue is full.
 
-    Linux reports EAGAIN then, not EINPROGRESS, and the socket cannot be polled for room: wait and try again.
+    For a full queue Linux reports EAGAIN, not EINPROGRESS, and polling does not show room: wait and try again.
     """
     try:
         sock.connect(path)
@@ -127,8 +127,8 @@ def check_path(path: str | os.PathLike[str]) -> str:
     """Return a socket path as an absolute path.
 
     Raises:
-        SocketUnsafe: It is an abstract name. Those belong to the network namespace and have no file mode.
-        InvalidSetting: It is too long for the system.
+        SocketUnsafe: The path is an abstract name, which belongs to the network namespace and has no file mode.
+        InvalidSetting: The path is too long for the system.
     """
     text = os.fspath(path)
     if not text or "\0" in text:
@@ -146,7 +146,7 @@ def check_folder(folder: str, own_uid: int) -> None:
     """Check that only `own_uid` can access a folder.
 
     Raises:
-        SocketUnsafe: It is a symbolic link, no folder, owned by another user, or accessible to others.
+        SocketUnsafe: The path is a symbolic link or no folder, or other users own or can access the folder.
     """
     try:
         status = os.lstat(folder)
@@ -166,9 +166,9 @@ def check_folder(folder: str, own_uid: int) -> None:
 class SocketPath:
     """A socket path owned by this process.
 
-    Ownership is a flock on a lock file beside the socket. Its holder may remove a socket that a killed bridge left; the
-    kernel releases the lock when a process ends. The lock file is kept, because removing it would let two processes
-    hold it, except in a temporary folder of this object.
+    Ownership is a flock on a lock file beside the socket. The lock's holder may remove a socket that a killed bridge
+    left; the kernel releases the lock when a process ends. The lock file is kept, except in a temporary folder of this
+    object, because removing it would let two processes hold the lock.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, platform: Platform = SYSTEM) -> None:
@@ -179,7 +179,7 @@ class SocketPath:
             platform: System calls.
 
         Raises:
-            SocketUnsafe: Folder or path are unsafe, or another bridge serves the path.
+            SocketUnsafe: The folder or the path is unsafe, or another bridge serves the path.
             InvalidSetting: The path is too long.
         """
         self._own_folder: str | None = None

@@ -83,7 +83,7 @@ class SyncTransport:
         """Call a tool and return its response.
 
         The kernel enforces the timeout if request and reply each pass in one part. If more parts follow, the timeout
-        starts again, once.
+        starts again once.
 
         Raises:
             ToolDeadline: The timeout has expired.
@@ -133,7 +133,7 @@ class SyncTransport:
         """Compare contracts with the bridge, as part of connecting.
 
         Raises:
-            ContractMismatch, UnknownMethod, InvalidContract: As `_handshake.check_contract`.
+            ContractMismatch, UnknownMethod, InvalidContract: See `_handshake.check_contract`.
             PeerLost: The connection was lost or the bridge did not answer; no call was sent.
         """
         request = contract_request(service)

@@ -24,7 +24,6 @@ class PayloadCodec:
     A generated frame becomes block and tail; a protobuf message becomes the tail.
 
     Attributes:
-        kind: The class.
         block_length: Length of its block in bytes; 0 for a message.
         version: Version of its layout; 0 for a message.
         encode: Returns block and tail of a payload.
@@ -85,7 +84,7 @@ class RemoteTool:
 
         Raises:
             InvalidArgument: The request has another class than the tool's.
-            FrameMalformed: The request holds values that its frame cannot.
+            FrameMalformed: A value of the request does not fit its field of the frame.
         """
         if type(request) is not self.request:
             raise self.wrong_class(request)
@@ -108,7 +107,7 @@ class RemoteTool:
         """Return a call's timeout in microseconds: the caller's in seconds, or the contract's.
 
         Raises:
-            InvalidArgument: It is not positive, or too long for the header.
+            InvalidArgument: The timeout is not positive, or too long for the header.
         """
         if timeout is None:
             return self.timeout_us

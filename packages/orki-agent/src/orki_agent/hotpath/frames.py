@@ -127,7 +127,7 @@ class FrameDecoder:
         return self._failure is not None
 
     def writable(self) -> memoryview:
-        """Return the buffer for the next bytes. Use it after `next_frame` returned None, and pass it their number."""
+        """Return the buffer for the next bytes. Fill it when `next_frame` returned None, then pass it their number."""
         if not self.filled:
             return self._view
         if self.filled == len(self._buffer):
@@ -159,7 +159,9 @@ class FrameDecoder:
         self.filled = filled = self.filled + received
         have = filled - start
         if have < HEADER_BYTES:
-            self._wait_for_header(have)
+            if have:
+                self._check(have)
+                self._wait_for(HEADER_BYTES)
             return None
         prefix, opcode, block_length, total, version, correlation, timeout_us, trace = _unpack_from(self._buffer, start)
         if prefix & 0xFFFFFF != CALL_PREFIX or not HEADER_BYTES + block_length <= total <= self.max_frame_bytes:
@@ -180,7 +182,7 @@ class FrameDecoder:
         """Add bytes and yield the frames that are complete. Iterate to the end.
 
         Raises:
-            FrameMalformed, FrameVersion, FrameTooLarge: As `next_frame`, after the frames before the bad one.
+            FrameMalformed, FrameVersion, FrameTooLarge: See `next_frame`; frames before the bad one are yielded first.
         """
         rest = memoryview(chunk)
         received = 0
@@ -199,15 +201,10 @@ class FrameDecoder:
         """Check that the stream did not end inside a frame.
 
         Raises:
-            FrameMalformed: It did.
+            FrameMalformed: The stream ended inside a frame.
         """
         if self._failure is None and self.filled:
             self._fail(FrameMalformed(f"the stream ended {self.filled - self._start} bytes into a frame"))
-
-    def _wait_for_header(self, have: int) -> None:
-        if have:
-            self._check(have)
-            self._wait_for(HEADER_BYTES)
 
     def _wait_for(self, total: int) -> None:
         """Make room for a frame of `total` bytes, the first of which are in the buffer.

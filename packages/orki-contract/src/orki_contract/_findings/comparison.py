@@ -9,9 +9,10 @@ from functools import cached_property
 from typing import Any, Final
 
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from google.protobuf.message import Message
 
 from orki_contract._findings.rules import RULES, Bump
-from orki_contract.descriptors import OPTIONS_PACKAGE, Location, MessageNode, MethodNode
+from orki_contract.descriptors import OPTIONS_PACKAGE, Location, MessageNode, MethodNode, Path, field_path
 from orki_contract.model import ExternalGroup, Frame, Stream, TaskMethod, ToolMethod
 from orki_contract.read import ReadContract
 
@@ -31,8 +32,8 @@ class Finding:
     """One change of a contract.
 
     Attributes:
-        location: The location in the new contract, or of the nearest enclosing element; the location in the old
-            contract if nothing is left.
+        location: The subject's location in the new contract, or that of the nearest enclosing element if it was
+            removed; the location in the old contract if that element was removed too.
         rule: Id of the rule.
         subject: What changed, such as `stream "findings"`.
         package: Proto package that declares the subject and whose version must change.
@@ -78,11 +79,11 @@ class Reach:
         self._known: dict[str, tuple[frozenset[Use], frozenset[str]]] = {}
 
     def uses(self, name: str) -> frozenset[Use]:
-        """Return the declarations whose messages contain it at any depth."""
+        """Return the declarations whose messages are `name`, or contain it at any depth."""
         return self._above(name)[0]
 
     def packages(self, name: str) -> frozenset[str]:
-        """Return the packages of those declarations and of every message that contains it at any depth."""
+        """Return the packages of `uses(name)` and of every message that contains `name` at any depth."""
         return self._above(name)[1]
 
     def _above(self, name: str) -> tuple[frozenset[Use], frozenset[str]]:
@@ -139,7 +140,7 @@ class Reach:
                     yield name.removeprefix("."), use
 
 
-# The options, and the files that compilers ship.
+# Packages that are not compared: orki's options, and the protos that ship with compilers.
 _IGNORED: Final = frozenset({OPTIONS_PACKAGE, "google.protobuf"})
 
 Places = tuple[Location | None, Location | None]
@@ -204,16 +205,22 @@ class Side:
     def message_place(self, message: str, option: str = "", *inside: str | int) -> Location:
         """Return the location of a message or of a part of its option."""
         node = self.schema.messages[message]
-        if not option or self.schema.option(node.proto.options, option) is None:
-            return self.schema.location(node.file.name, node.path)
-        return self.schema.locate(node.file.name, node.path, node.proto.options, option, *inside)
+        return self._place(node.file.name, node.path, node.proto.options, option, *inside)
+
+    def field_place(self, message: MessageNode, index: int, option: str = "") -> Location:
+        """Return the location of a field or of one of its options."""
+        options = message.proto.field[index].options
+        return self._place(message.file.name, field_path(message, index), options, option)
 
     def method_place(self, full_name: str, option: str = "", *inside: str | int) -> Location:
         """Return the location of an rpc or of a part of its option."""
         file, method = self.methods[full_name]
-        if not option or self.schema.option(method.proto.options, option) is None:
-            return self.schema.location(file, method.path)
-        return self.schema.locate(file, method.path, method.proto.options, option, *inside)
+        return self._place(file, method.path, method.proto.options, option, *inside)
+
+    def _place(self, file: str, path: Path, options: Message, option: str, *inside: str | int) -> Location:
+        if not option or self.schema.option(options, option) is None:
+            return self.schema.location(file, path)
+        return self.schema.locate(file, path, options, option, *inside)
 
 
 class Comparison:
@@ -256,13 +263,13 @@ class Comparison:
         self.report(rule, subject, package, text, places, self.plane(name), self.users(name, package))
 
     def users(self, name: str, package: str) -> set[str]:
-        """Return the declarations and the other packages that use a message on either side."""
+        """Return the declarations and the other packages that use a message in either contract."""
         sides = (self.old.reach, self.new.reach)
         packages = {each for side in sides for each in side.packages(name)} - {package}
         return {use.name for side in sides for use in side.uses(name)} | {f"package {each}" for each in packages}
 
     def plane(self, name: str) -> Plane:
-        """Return the plane that uses a message; `MESSAGES` for several or none."""
+        """Return the plane that uses a message; `MESSAGES` if several planes or none use it."""
         planes = {use.plane for side in (self.old.reach, self.new.reach) for use in side.uses(name)}
         return planes.pop() if len(planes) == 1 else Plane.MESSAGES
 

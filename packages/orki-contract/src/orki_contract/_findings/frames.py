@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto
 
 from orki_contract._findings.comparison import Comparison, Places, Plane, Side, left_at, was
 from orki_contract._findings.shapes import reserves, withdrawn
-from orki_contract.descriptors import Location, MessageNode, field_path
+from orki_contract.descriptors import Location, MessageNode
 from orki_contract.model import Frame, FrameField
 
 
@@ -84,7 +84,8 @@ class _Frame:
             text = f"has a longer block: {was(before.block_length, after.block_length)} bytes"
             self._report("ORKI_FRAME_GROWN", text, "block_length")
         self._tail()
-        self._reserved()
+        if lost := withdrawn(self._was.proto, self._is.proto):
+            self._report("ORKI_FRAME_RESERVED_WITHDRAWN", f"no longer reserves {lost}: old bytes could be misread")
 
     def _fixed(self) -> None:
         sides = ((self._old, self._was), (self._new, self._is))
@@ -136,7 +137,7 @@ class _Frame:
         places = place, self._new.message_place(self._after.message)
         others = [each for each in self._after.fields if _overlap(each, field)]
         end = field.offset + field.size - 1
-        if self._after.tail == field.name or _named(self._is.proto, field.name):
+        if self._after.tail == field.name or any(each.name == field.name for each in self._is.proto.field):
             # The field still exists, as the tail or with an unsupported type.
             places = place, self._field_place(field.name)
             self._report_field("ORKI_FRAME_FIELD_RETYPED", field.name, "is no longer in the block", places)
@@ -177,12 +178,6 @@ class _Frame:
             if before.name != after.name:
                 self._report_field("ORKI_FRAME_FIELD_RENAMED", after.name, f'was called "{before.name}"', places)
 
-    def _reserved(self) -> None:
-        lost = withdrawn(self._was.proto, self._is.proto)
-        if lost:
-            text = f"no longer reserves {lost}: old bytes could be misread"
-            self._report("ORKI_FRAME_RESERVED_WITHDRAWN", text)
-
     def _report(self, rule: str, text: str, *inside: str) -> None:
         name = self._after.message
         places = (self._old.message_place(name, "frame", *inside), self._new.message_place(name, "frame", *inside))
@@ -221,16 +216,9 @@ def _overlap(one: FrameField, other: FrameField) -> bool:
     return one.offset < other.offset + other.size and other.offset < one.offset + one.size
 
 
-def _named(proto: DescriptorProto, name: str) -> bool:
-    return any(each.name == name for each in proto.field)
-
-
 def _field_place(side: Side, node: MessageNode, name: str, option: str = "") -> Location:
     """Return the location of a field or of one of its options."""
     for index, field in enumerate(node.proto.field):
         if field.name == name:
-            path = field_path(node, index)
-            if option and side.schema.option(field.options, option) is not None:
-                return side.schema.locate(node.file.name, path, field.options, option)
-            return side.schema.location(node.file.name, path)
+            return side.field_place(node, index, option)
     return side.schema.location(node.file.name, node.path)

@@ -1,19 +1,27 @@
-"""Changes of messages, of their fields and of extensions."""
+"""Changes of messages, of their fields, of extensions and of enums."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from google.protobuf.descriptor_pb2 import FieldDescriptorProto
+from google.protobuf.descriptor_pb2 import EnumDescriptorProto, FieldDescriptorProto
 
 from orki_contract._findings.comparison import Comparison, Places, Side, left_at, was
-from orki_contract._findings.shapes import FieldShape, field_shapes, reserves, shape_of, withdrawn
-from orki_contract.descriptors import Location, MessageNode, Path, field_path
+from orki_contract._findings.shapes import (
+    FieldShape,
+    closed,
+    field_shapes,
+    names_by_number,
+    reserves,
+    shape_of,
+    withdrawn,
+)
+from orki_contract.descriptors import Location, MessageNode, Path
 
 
 def compare(comparison: Comparison) -> None:
-    """Compare every message; fields of frames have their own rules."""
+    """Compare every message and enum; fields of frames have their own rules."""
     old, new = comparison.old, comparison.new
     # The default of a field is the first value of its enum, so a changed enum requires comparing every message.
     alike = _enums(old) == _enums(new)
@@ -34,6 +42,7 @@ def compare(comparison: Comparison) -> None:
             place = new.schema.location(after.file.name, after.path)
             _report(comparison, "ORKI_MESSAGE_ADDED", after, "", "is new", (None, place))
     _compare_extensions(comparison)
+    _compare_enums(comparison)
 
 
 def _content(node: MessageNode) -> tuple[object, ...]:
@@ -124,10 +133,10 @@ class _Message:
         _report(self._comparison, rule, self._is, field, text, places)
 
     def _old(self, field: FieldShape) -> Location:
-        return self._comparison.old.schema.location(self._was.file.name, field_path(self._was, field.index))
+        return self._comparison.old.field_place(self._was, field.index)
 
     def _new(self, field: FieldShape) -> Location:
-        return self._comparison.new.schema.location(self._is.file.name, field_path(self._is, field.index))
+        return self._comparison.new.field_place(self._is, field.index)
 
 
 def _sensitive(comparison: Comparison, before: MessageNode, after: MessageNode) -> None:
@@ -143,8 +152,8 @@ def _sensitive(comparison: Comparison, before: MessageNode, after: MessageNode) 
         if was_hidden == is_hidden:
             continue
         places = (
-            _field_place(comparison.old, before, [*before.proto.field].index(origins[0])),
-            _field_place(comparison.new, after, index),
+            comparison.old.field_place(before, [*before.proto.field].index(origins[0]), "sensitive"),
+            comparison.new.field_place(after, index, "sensitive"),
         )
         if was_hidden:
             text = "is no longer sensitive: audit, logs and traces show it"
@@ -155,14 +164,6 @@ def _sensitive(comparison: Comparison, before: MessageNode, after: MessageNode) 
 
 def _marks(side: Side, node: MessageNode) -> Mapping[str, bool]:
     return {field.name: bool(side.schema.option(field.options, "sensitive")) for field in node.proto.field}
-
-
-def _field_place(side: Side, node: MessageNode, index: int) -> Location:
-    path = field_path(node, index)
-    options = node.proto.field[index].options
-    if side.schema.option(options, "sensitive") is not None:
-        return side.schema.locate(node.file.name, path, options, "sensitive")
-    return side.schema.location(node.file.name, path)
 
 
 def _whole(side: Side, node: MessageNode) -> Location:
@@ -186,7 +187,7 @@ class _Extension:
 
 
 def _compare_extensions(comparison: Comparison) -> None:
-    """Compare every extension by the rules of fields; extended message and number identify it."""
+    """Compare every extension by the rules of fields; its extended message and its number identify it."""
     before, after = _extensions(comparison.old), _extensions(comparison.new)
     for key, extension in before.items():
         heir = after.get(key)
@@ -237,3 +238,96 @@ def _extensions(side: Side) -> dict[tuple[str, int], _Extension]:
             extension = _Extension(side, file, scope, proto, (*path, index))
             found[extension.extended, proto.number] = extension
     return found
+
+
+def _compare_enums(comparison: Comparison) -> None:
+    old, new = comparison.old, comparison.new
+    for name in old.enums:
+        if name in new.enums:
+            _Enum(comparison, name).compare()
+        else:
+            places = (_enum_place(old, name), None)
+            _report_enum(comparison, "ORKI_ENUM_REMOVED", old, name, "was removed", places)
+    for name in new.enums:
+        if name not in old.enums:
+            _report_enum(comparison, "ORKI_ENUM_ADDED", new, name, "is new", (None, _enum_place(new, name)))
+
+
+def _report_enum(comparison: Comparison, rule: str, side: Side, name: str, text: str, places: Places) -> None:
+    package = side.schema.enums[name][0].package
+    comparison.report_users(rule, f"enum {name}", package, text, places, name)
+
+
+class _Enum:
+    """An enum that exists on both sides."""
+
+    def __init__(self, comparison: Comparison, name: str) -> None:
+        self._comparison = comparison
+        self._name = name
+        self._was: EnumDescriptorProto = comparison.old.schema.enums[name][1]
+        self._is: EnumDescriptorProto = comparison.new.schema.enums[name][1]
+
+    def compare(self) -> None:
+        before, after = names_by_number(self._was), names_by_number(self._is)
+        numbers = {value.name: value.number for value in self._is.value}
+        for value in self._was.value:
+            now = numbers.get(value.name)
+            if now is not None and now != value.number:
+                text = f"changed the number of {value.name}: {value.number} → {now}"
+                self._report("ORKI_ENUM_VALUE_RENUMBERED", text, self._places(value.name, value.name))
+            elif value.number not in after:
+                places = self._places(value.name, "")
+                text = f"lost {value.name} = {value.number}{left_at(places[0])}"
+                self._report("ORKI_ENUM_VALUE_REMOVED", text, places)
+            elif now is None:
+                heir = after[value.number][0]
+                text = f"renamed {value.number} from {value.name} to {heir}"
+                self._report("ORKI_ENUM_VALUE_RENAMED", text, self._places(value.name, heir))
+        self._shown(before, after)
+        self._closed([number for number in after if number not in before])
+        former = {value.name for value in self._was.value}
+        for value in self._is.value:
+            if value.name not in former:
+                text = f"gained {value.name} = {value.number}"
+                self._report("ORKI_ENUM_VALUE_ADDED", text, (None, self._places("", value.name)[1]))
+        lost = withdrawn(self._was, self._is)
+        if lost is not None:
+            text = f"no longer reserves {lost}: old values could be misread"
+            self._report("ORKI_ENUM_RESERVED_WITHDRAWN", text, self._places("", ""))
+
+    def _shown(self, before: Mapping[int, tuple[str, ...]], after: Mapping[int, tuple[str, ...]]) -> None:
+        """Compare the primary names; the first name of a number is used in JSON."""
+        for number, names in before.items():
+            heirs = after.get(number, names)
+            if heirs[0] != names[0] and names[0] in heirs:
+                text = f"changed the primary name of {number} from {names[0]} to {heirs[0]}"
+                self._report("ORKI_ENUM_VALUE_RENAMED", text, self._places(names[0], heirs[0]))
+
+    def _closed(self, added: list[int]) -> None:
+        closings = [closed(side.schema, self._name) for side in (self._comparison.old, self._comparison.new)]
+        if closings[0] != closings[1]:
+            text = f"is {'closed' if closings[1] else 'open'} now: readers handle unknown values differently"
+            self._report("ORKI_ENUM_CLOSED_CHANGED", text, self._places("", ""))
+        elif closings[0] and added:
+            text = f"is closed and gained {min(added)}: older readers treat it as an absent field"
+            self._report("ORKI_ENUM_CLOSED_GROWN", text, self._places("", ""))
+
+    def _report(self, rule: str, text: str, places: Places) -> None:
+        _report_enum(self._comparison, rule, self._comparison.new, self._name, text, places)
+
+    def _places(self, old: str, new: str) -> tuple[Location, Location]:
+        """Return the locations of two values; an empty name is the enum itself."""
+        return _enum_place(self._comparison.old, self._name, old), _enum_place(self._comparison.new, self._name, new)
+
+
+def _enum_place(side: Side, name: str, value: str = "") -> Location:
+    """Return the location of an enum or of one of its values."""
+    file, enum = side.schema.enums[name]
+    holder, _, own = name.rpartition(".")
+    node = side.schema.messages.get(holder)
+    siblings = node.proto.enum_type if node is not None else file.enum_type
+    index = next((index for index, each in enumerate(siblings) if each.name == own), 0)
+    path = (*node.path, 4, index) if node is not None else (5, index)
+    if value:
+        path += (2, next(index for index, each in enumerate(enum.value) if each.name == value))
+    return side.schema.location(file.name, path)

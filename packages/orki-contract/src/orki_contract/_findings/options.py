@@ -33,7 +33,7 @@ _PREFIX: Final = f"{OPTIONS_PACKAGE}."
 
 
 def compare(comparison: Comparison) -> None:
-    """Report everything that is left; call this after all other rules."""
+    """Report the changes that no other rule has reported; call this after all other rules."""
     before, after = dict(_unknown_options(comparison.old)), dict(_unknown_options(comparison.new))
     subjects = {*_subjects(comparison.old)} & {*_subjects(comparison.new)}
     for key in sorted({*before, *after}):
@@ -57,7 +57,7 @@ def _subjects(side: Side) -> Iterator[str]:
 
 
 def _unknown_options(side: Side) -> Iterator[tuple[_Key, tuple[str, Location]]]:
-    """Find the unknown parts of orki options: subject, file and name; value and location."""
+    """Yield each unknown part of an orki option: the key (subject, file and name), then the value and its location."""
     for subject, file, path, options in _elements(side):
         for field, value in options.ListFields():
             if not field.is_extension or not field.full_name.startswith(_PREFIX):
@@ -89,7 +89,7 @@ def _unknown(value: Any, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _elements(side: Side) -> Iterator[tuple[str, str, Path, Any]]:
-    """List all elements that may have options: name, file, source path of the options, options."""
+    """Yield each element that may have options as (name, file, source path of the options, options)."""
     schema = side.schema
     for path in side.files:
         yield f"file {path}", path, (8,), schema.files[path].options
@@ -106,7 +106,7 @@ def _elements(side: Side) -> Iterator[tuple[str, str, Path, Any]]:
 
 
 def _moves(comparison: Comparison) -> None:
-    """Report moved declarations, because the file's path determines the import."""
+    """Report declarations that moved to another file, because its path determines the import."""
     old, new = _homes(comparison.old), _homes(comparison.new)
     for subject, (file, path) in old.items():
         if subject in new and new[subject][0] != file:

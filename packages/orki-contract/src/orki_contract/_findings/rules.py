@@ -34,11 +34,10 @@ class Rule:
     """A kind of contract change.
 
     Attributes:
-        id: Such as `ORKI_STREAM_REMOVED`.
-        purpose: The requirement, or the change, as a sentence.
-        category: Its category.
+        id: Id of the rule, such as `ORKI_STREAM_REMOVED`.
+        purpose: A sentence that states the requirement or describes the change.
         bump: The version bump that the change requires.
-        wire: Whether processes of the two versions are incompatible; False if only source code must change, or nothing.
+        wire: Whether processes of the two versions are incompatible; False if at most source code must change.
     """
 
     id: str

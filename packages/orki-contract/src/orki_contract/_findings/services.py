@@ -1,4 +1,4 @@
-"""Services: tasks, tools, and plain gRPC."""
+"""Changes of services: tasks, tools and plain gRPC."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def _report(comparison: Comparison, rule: str, name: str, kind: str, text: str, 
     noun = "service" if kind == "plain" else f"{kind} service"
     affected = {f"{noun} {method.service}"}
     for each in (comparison.old, comparison.new):
-        affected.update(f"package {user}" for user in _importers(each, file) if user != package)
+        importers = {user for name, user in each.files.items() if file in each.schema.files[name].dependency}
+        affected.update(f"package {user}" for user in importers - {package})
     comparison.report(rule, subject, package, text, places, _PLANES[kind], affected)
 
 
@@ -69,11 +70,6 @@ def _reporter(comparison: Comparison, name: str, kind: str) -> Callable[..., Non
         _report(comparison, rule, name, kind, text, _places(comparison, name, kind, *inside))
 
     return report
-
-
-def _importers(side: Side, path: str) -> set[str]:
-    """Return the packages of the files that import a file."""
-    return {side.files[name] for name in side.files if path in side.schema.files[name].dependency}
 
 
 def _gone(comparison: Comparison, name: str, before: str, after: str) -> None:
@@ -153,7 +149,7 @@ def _plain(comparison: Comparison, name: str) -> None:
 
 
 def _time(before: Any, after: Any, name: str, shorter: str, longer: str, report: Callable[..., None]) -> None:
-    """Compare one duration of a method; 0 is no limit."""
+    """Compare one duration of a method; 0 means no limit."""
     one, other = getattr(before, name), getattr(after, name)
     text = was(one, other, duration_text)
     if other and (not one or other < one):

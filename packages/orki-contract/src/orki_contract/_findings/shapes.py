@@ -28,11 +28,11 @@ class FieldShape:
     """The properties of a field that affect its encoding or its class.
 
     Attributes:
-        name: In the proto.
-        number: On the wire.
-        json: In JSON.
-        index: Among the fields of its message.
-        kind: Its type, such as `string`, `acme.v1.Finding` or `map<string, int32>`.
+        name: Name in the proto.
+        number: Number on the wire.
+        json: Name in JSON.
+        index: Index among the fields of its message.
+        kind: Type, such as `string`, `acme.v1.Finding` or `map<string, int32>`.
         cardinality: `single`, `optional` (with presence), `required` or `repeated`.
         oneof: Name of its oneof; empty for none.
         default: Value of an absent field; empty for messages and repeated fields.
@@ -135,7 +135,7 @@ def reserves(proto: DescriptorProto | EnumDescriptorProto, number: int) -> bool:
 def withdrawn(
     before: DescriptorProto | EnumDescriptorProto, after: DescriptorProto | EnumDescriptorProto
 ) -> int | None:
-    """Return the lowest number that is no longer reserved; None for none."""
+    """Return the lowest number that is no longer reserved; None if all still are."""
     kept = _ranges(after)
     for start, end in _ranges(before):
         at = start

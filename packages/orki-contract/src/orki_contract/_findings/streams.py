@@ -28,7 +28,7 @@ def compare(comparison: Comparison) -> None:
 
 
 def _removed(comparison: Comparison, before: Stream) -> None:
-    """Report a removed stream, or a renamed one if its message has another stream now."""
+    """Report a removed stream, or a renamed one if its message now declares a stream of another name."""
     new = comparison.new
     place = _place(comparison.old, before)("name")
     heir = next((each for each in new.streams.values() if each.message == before.message), None)
@@ -58,26 +58,23 @@ def _stream(comparison: Comparison, before: Stream, after: Stream) -> None:
         text = f"changed its number of partitions: {was(before.partitions, after.partitions)}"
         report("ORKI_STREAM_PARTITIONS_CHANGED", text, "partitions")
     elif _key(comparison.old, before) != _key(comparison.new, after):
-        text = f"changed its partition key: {was(before.partition_key, after.partition_key, _shown_key)}"
+        text = f"changed its partition key: {was(before.partition_key or 'none', after.partition_key or 'none')}"
         report("ORKI_STREAM_KEY_CHANGED", text, "partition_key")
 
 
 def _retention(before: Retention, after: Retention, report: Callable[..., None]) -> None:
+    entries = was(before.max_entries, after.max_entries)
     if after.max_entries < before.max_entries:
-        text = f"keeps fewer entries: {was(before.max_entries, after.max_entries)}"
-        report("ORKI_STREAM_ENTRIES_LOWERED", text, "retention", "max_entries")
+        report("ORKI_STREAM_ENTRIES_LOWERED", f"keeps fewer entries: {entries}", "retention", "max_entries")
+    elif after.max_entries > before.max_entries:
+        report("ORKI_STREAM_RELAXED", f"keeps more entries: {entries}", "retention", "max_entries")
+    ages = was(before.max_age, after.max_age, duration_text)
     if bool(before.max_age) != bool(after.max_age):
-        ages = was(before.max_age, after.max_age, duration_text)
         report("ORKI_STREAM_LIMITS", f"changed its age limit: {ages}", "retention", "max_age")
     elif after.max_age < before.max_age:
-        text = f"has a shorter maximum age: {was(before.max_age, after.max_age, duration_text)}"
-        report("ORKI_STREAM_AGE_LOWERED", text, "retention", "max_age")
-    if after.max_entries > before.max_entries:
-        text = f"keeps more entries: {was(before.max_entries, after.max_entries)}"
-        report("ORKI_STREAM_RELAXED", text, "retention", "max_entries")
-    if before.max_age and after.max_age > before.max_age:
-        text = f"has a longer maximum age: {was(before.max_age, after.max_age, duration_text)}"
-        report("ORKI_STREAM_RELAXED", text, "retention", "max_age")
+        report("ORKI_STREAM_AGE_LOWERED", f"has a shorter maximum age: {ages}", "retention", "max_age")
+    elif after.max_age > before.max_age:
+        report("ORKI_STREAM_RELAXED", f"has a longer maximum age: {ages}", "retention", "max_age")
     _bounds(before, after, report)
 
 
@@ -143,10 +140,6 @@ def _key(side: Side, stream: Stream) -> int:
     return next((field.number for field in fields if field.name == stream.partition_key), 0)
 
 
-def _shown_key(value: str) -> str:
-    return value or "none"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Declared:
     """A group as declared on one side; an implicit `audit` has no option.
@@ -181,7 +174,7 @@ def _each(
     after: Mapping[str, _Declared],
     rest: Location | None,
 ) -> None:
-    """Compare the groups that one package declares on one stream; `rest` is the location for removed groups."""
+    """Compare the groups that one package declares on one stream; `rest` is the location of removed groups."""
     for name, group in before.items():
         heir = after.get(name)
         if heir is None:

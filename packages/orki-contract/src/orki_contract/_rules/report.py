@@ -18,13 +18,7 @@ LONGEST_MS: Final = 3650 * 24 * 3600 * 1000
 
 @dataclass(frozen=True, order=True, slots=True)
 class Violation:
-    """A violation of a rule.
-
-    Attributes:
-        location: Its location.
-        rule: Id of the violated rule.
-        message: The problem and how to fix it.
-    """
+    """A violation of a rule; the message describes the problem and how to fix it."""
 
     location: Location
     rule: Rule

@@ -48,7 +48,9 @@ def check(report: Report) -> None:
             if task is not None or tool is not None:
                 _unary(report, service, method)
         if len(set(kinds.values())) > 1:
-            parts = ", ".join(f"{name.partition('/')[2]} is {_article(kind)}" for name, kind in kinds.items())
+            parts = ", ".join(
+                f"{name.partition('/')[2]} is {'a ' * (kind != 'plain')}{kind}" for name, kind in kinds.items()
+            )
             text = f"{service.full_name} mixes kinds of methods ({parts}): split it into one service per kind"
             report.add("ORKI_SERVICE_MIXED", report.schema.location(service.file.name, service.path), text)
 
@@ -64,10 +66,6 @@ def _opcodes(report: Report) -> dict[int, list[tuple[str, Location]]]:
                 place = report.schema.locate(service.file.name, method.path, options, "tool", "opcode")
                 found.setdefault(tool.opcode, []).append((method.full_name, report.shown(place)))
     return found
-
-
-def _article(kind: str) -> str:
-    return kind if kind == "plain" else f"a {kind}"
 
 
 def _unary(report: Report, service: ServiceNode, method: MethodNode) -> None:

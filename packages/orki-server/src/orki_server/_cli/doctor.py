@@ -16,10 +16,11 @@ import click
 from orki_contract.errors import EventsLoading, EventsUnavailable, OrkiError, PeerRefused
 from orki_control import Credentials
 from orki_events.connection import Connection, parse_address
+from orki_events.groups import checked
 from orki_events.registry import StreamRegistry
 from orki_server._cli.formats import Columns, counted, duration, print_rows, sentence, size
 from orki_server._cli.options import credentials, json_option, redis_option, run_async, with_orchestrator
-from orki_server._observers.stream_stats import GroupStats, checked, read_stream_stats
+from orki_server._observers.stream_stats import GroupStats, read_stream_stats
 
 _OLDEST_VERSION: Final = (6, 2)
 _MEMORY_WARN, _MEMORY_BAD = 0.80, 0.95
@@ -27,7 +28,7 @@ _LAG_WARN: Final = 10_000
 
 
 class Health(StrEnum):
-    """Result of a check: `ok`; `warn`, degraded or risky; `bad`, broken."""
+    """Result of a check: `ok`, `warn` (degraded or at risk) or `bad` (broken)."""
 
     OK = "ok"
     WARN = "warn"
@@ -278,7 +279,7 @@ async def _unreachable(link: Connection, redis_url: str, error: OrkiError, timeo
 
 
 async def _accepts(redis_url: str, timeout: float) -> bool:
-    """Return whether the server accepts connections, so that it is hung and not down."""
+    """Return whether the server accepts connections: one that does so but does not reply is hung, not down."""
     parts = urlsplit(redis_url)
 
     def connect() -> bool:

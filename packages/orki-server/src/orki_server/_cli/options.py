@@ -107,7 +107,7 @@ def credentials() -> Credentials:
 
 
 def open_client(orchestrator: str, insecure: bool, *, patience: float = 2.0) -> Client:
-    """Return a client with a short patience, since a person can repeat the command."""
+    """Return a client that retries for only `patience` seconds, since a person can repeat the command."""
     from orki_control import Client, ClientOptions
 
     options = ClientOptions(
@@ -146,9 +146,9 @@ def log_to_stderr(level: int = logging.INFO) -> None:
 
 
 async def run_repeatedly(show: Callable[[], Awaitable[None]], watch: bool) -> None:
-    """Call `show` once or, with `watch`, every second until interrupted; an `OrkiError` is then only printed.
+    """Call `show` once or, with `watch`, every second until interrupted.
 
-    An invalid setting ends it in any case.
+    With `watch`, an `OrkiError` is only printed, unless it is an invalid setting.
     """
     if not watch:
         await show()

@@ -1,7 +1,7 @@
 """The root of the `orki` command: loads subcommands when they are used and turns errors into exit codes.
 
-Exit codes: 0, success; 1, an operation was refused or failed; 2, wrong usage or an invalid setting. The latter two come
-with one sentence on standard error.
+Exit codes: 0, success; 1, an operation was refused or failed; 2, wrong usage or an invalid setting. With 1 and 2, one
+sentence is printed to standard error.
 """
 
 from __future__ import annotations

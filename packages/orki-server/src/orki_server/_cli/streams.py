@@ -25,7 +25,7 @@ _UNITS: Final = {"ms": 1, "s": 1_000, "m": 60_000, "min": 60_000, "h": 3_600_000
 
 
 class _Age(click.ParamType[int]):
-    """A duration with its unit, as whole milliseconds."""
+    """Parses a duration with its unit into whole milliseconds."""
 
     name = "age"
 
@@ -88,7 +88,7 @@ async def tune(
 
 
 def retention_json(registered: StreamVersion, tuning: Tuning | None) -> dict[str, Any]:
-    """Return the contract's retention, its bounds, the deployment's setting (None without one), and the result."""
+    """Return the contract's retention, its bounds, the deployment's setting (None without one), and what applies."""
     retention = registered.contract.retention
     now = effective_retention(retention, tuning)
     chosen = tuning and {"max_entries": tuning.max_entries, "max_age_ms": milliseconds(tuning.max_age)}

@@ -140,7 +140,7 @@ def _observers(url: str, home: Path) -> Iterator[Part]:
 
 
 def _port(wanted: int) -> str:
-    """Return `wanted` if it is free, else 0, as an argument."""
+    """Return the port `wanted` as a command-line argument if it is free, else 0."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

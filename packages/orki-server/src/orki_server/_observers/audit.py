@@ -9,8 +9,8 @@ line appear once although the process may be killed at any time:
 
 - `append` writes a batch of lines and, with `Fsync.BATCH`, syncs it before it returns. Only then may its events be
   acknowledged. An unacknowledged event is delivered again.
-- `open` reads the ids at the end of the file, and `append` skips events whose ids it knows. It recognizes an event as
-  long as fewer than `remember` others were written since.
+- `open` reads the ids at the end of the file, and `append` skips events whose ids are known. The log recognizes an
+  event as long as fewer than `remember` others were written since.
 - A last line without a newline was cut off by a crash. Its event was never acknowledged, so `open` removes the line.
 - A lock on the file excludes a second writer.
 """
@@ -166,8 +166,8 @@ class AuditLog:
             lines = (block + rest).split(b"\n")
             rest = lines[0]
             for line in reversed(lines if start == 0 else lines[1:]):
-                if (event_id := _event_id(line)) is not None:
-                    yield event_id
+                if (found := _EVENT_ID.match(line)) is not None:
+                    yield found[1].decode("ascii")
                     left -= 1
                     if left == 0:
                         return
@@ -179,17 +179,12 @@ class AuditLog:
             size = start
 
 
-def _event_id(line: bytes) -> str | None:
-    found = _EVENT_ID.match(line)
-    return found[1].decode("ascii") if found else None
-
-
 async def run_audit(redis_url: str, log: AuditLog, stopped: asyncio.Event) -> None:
     """Write events until `stopped` is set, then finish the current batches.
 
     Raises:
         InvalidSetting: The file or the URL cannot be used.
-        OrkiError: The event server refuses permanently.
+        OrkiError: Redis refuses the connection or a command, and a retry would not help.
     """
     events = connect(redis_url, options=EventOptions(dedupe_window=0))
     removed = log.open()

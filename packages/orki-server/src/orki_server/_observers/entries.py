@@ -27,10 +27,9 @@ from orki_events import Events
 from orki_events import entries as stream_entries
 from orki_events.connection import Connection
 from orki_events.entries import ZERO_ID, parse_id, stream_keys
-from orki_events.groups import parse_stream_state
+from orki_events.groups import checked, parse_stream_state
 from orki_events.registry import StreamRegistry, StreamVersion
 from orki_server._observers.redaction import Redaction, time_text
-from orki_server._observers.stream_stats import checked
 
 _PAGE: Final = 200
 _REGISTRY_INTERVAL: Final = 1.0
@@ -70,7 +69,7 @@ class DecodedEntry:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The fields of the message; if it cannot be decoded, the problem."""
+        """The fields of the message, or the problem if the message cannot be decoded."""
         return {"problem": self.problem} if self.body is None else self.body
 
     def to_json(self) -> dict[str, Any]:
@@ -328,7 +327,7 @@ async def poll_registry(
     Retryable errors are logged and retried.
 
     Raises:
-        OrkiError: The server refuses permanently.
+        OrkiError: Redis refuses the connection or a command, and a retry would not help.
     """
     failing = False
     while not stopped.is_set():

@@ -165,12 +165,12 @@ def _reason(reason: Reason.ValueType) -> str:
 async def run_metrics(redis_url: str, host: str, port: int, stopped: asyncio.Event) -> None:
     """Count events and serve metrics until `stopped` is set.
 
-    With a fixed port, the consumer has the same name at every start and receives unacknowledged events again at once;
-    with port 0, after the groups' acknowledgement deadline.
+    The consumer's name contains the port. With a fixed port, a new process therefore gets the unacknowledged events of
+    the last one at once; with port 0, after the groups' acknowledgement deadline.
 
     Raises:
         InvalidSetting: The address or the URL is invalid, or the port is taken.
-        OrkiError: The event server refuses permanently.
+        OrkiError: Redis refuses the connection or a command, and a retry would not help.
     """
     metrics = FleetMetrics()
     consumer = f"metrics.{socket.gethostname()}.{port}" if port else None

@@ -83,7 +83,10 @@ class Redaction:
         entry = field.message_type
         if entry is not None and entry.GetOptions().map_entry:
             of_value = entry.fields_by_name["value"]
-            return {_map_key(key): self._value(of_value, each) for key, each in sorted(value.items())}
+            return {
+                str(key).lower() if isinstance(key, bool) else str(key): self._value(of_value, each)
+                for key, each in sorted(value.items())
+            }
         if not isinstance(value, str | bytes | int | float | Message):
             return [self._value(field, each) for each in value]
         return self._value(field, value)
@@ -121,10 +124,6 @@ class Redaction:
             except DecodeError:
                 pass  # shown like an unknown type
         return {"@type": url, "value": f"[{len(packed.value)} bytes of an unknown type]"}
-
-
-def _map_key(key: Any) -> str:
-    return ("true" if key else "false") if isinstance(key, bool) else str(key)
 
 
 def reason_text(reason: int) -> str:

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orki_contract.errors import OrkiError
 from orki_contract.model import Group, Stream
 from orki_events.connection import Command, Connection
 from orki_events.entries import stream_keys, tagged_key
-from orki_events.groups import pairs
+from orki_events.groups import checked, pairs
 from orki_events.registry import StreamVersion
 
 
@@ -130,10 +129,3 @@ class _StatsReader:
 
 async def _execute(link: Connection, commands: list[Command]) -> list[Any]:
     return [checked(reply) for reply in await link.pipeline(*commands)] if commands else []
-
-
-def checked(reply: Any) -> Any:
-    """Return a reply of a pipeline; raise it if it is an error."""
-    if isinstance(reply, OrkiError):
-        raise reply
-    return reply
