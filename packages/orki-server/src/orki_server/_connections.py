@@ -44,7 +44,7 @@ _FULL_INTERVAL: Final = 5.0
 """Seconds after which all sockets are looked at in any case: others may have the same descriptors."""
 _REST: Final = 10
 """Least pause after a look, as a multiple of its duration."""
-_SLICE: Final = 50
+_SLICE: Final = 20
 """Sockets that are handled without a pause of the event loop."""
 _log = logging.getLogger("orki.server.connections")
 
