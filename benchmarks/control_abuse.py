@@ -7,11 +7,10 @@ import contextlib
 import json
 import os
 import socket
+import struct
 import sys
+import zlib
 from contextlib import AsyncExitStack
-from typing import Any
-
-import grpc
 
 from benchmarks.report import Report, worst_percent
 from benchmarks.sides import python, redis_server, side
@@ -19,7 +18,6 @@ from benchmarks.sides import python, redis_server, side
 _SIDES = "benchmarks.control_sides"
 HELD = 1_000
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0"
-SUBMIT = "/orki.control.v1.TaskService/Submit"
 ROWS = {
     "half-open": f"{HELD:,} half-open connections",
     "oversized": "messages of 16 MiB, five a second",
@@ -37,6 +35,8 @@ class Abuse:
 
     async def begin(self, how: str) -> None:
         """Begin; return once the abuse is under way."""
+        if how == "half-open":
+            self._fill(HELD)
         work = {"half-open": self._hold, "oversized": self._oversized, "gzip": self._gzip}[how]
         self._task = asyncio.create_task(work())
         await asyncio.sleep(1.0)
@@ -53,15 +53,18 @@ class Abuse:
 
     async def _hold(self) -> None:
         """Keep half-open connections, and open those again that the server ends."""
-        host, _, port = self._target.rpartition(":")
         while True:
-            self._held = [each for each in self._held if not self._ended(each)]
-            for _ in range(min(HELD - len(self._held), 100)):
-                opened = socket.create_connection((host, int(port)))
-                opened.setblocking(False)
-                opened.sendall(PREFACE)
-                self._held.append(opened)
             await asyncio.sleep(0.5)
+            self._held = [each for each in self._held if not self._ended(each)]
+            self._fill(min(HELD, len(self._held) + 100))
+
+    def _fill(self, count: int) -> None:
+        host, _, port = self._target.rpartition(":")
+        while len(self._held) < count:
+            opened = socket.create_connection((host, int(port)))
+            opened.setblocking(False)
+            opened.sendall(PREFACE)
+            self._held.append(opened)
 
     def _ended(self, connection: socket.socket) -> bool:
         try:
@@ -75,19 +78,39 @@ class Abuse:
         return True
 
     async def _oversized(self) -> None:
-        await self._call(bytes(16 << 20), 0.2, grpc.Compression.NoCompression)
+        await self._call(bytes(16 << 10), 16 << 20, 0.2, ())
 
     async def _gzip(self) -> None:
-        await self._call(bytes(256 << 20), 0.5, grpc.Compression.Gzip)
+        packed = zlib.compress(bytes(256 << 20), wbits=31)
+        await self._call(packed, len(packed), 0.5, (("grpc-encoding", "gzip"),))
 
-    async def _call(self, payload: bytes, pause: float, compression: grpc.Compression) -> None:
-        options = [("grpc.max_send_message_length", -1)]
-        async with grpc.aio.insecure_channel(self._target, options, compression) as channel:
-            submit: Any = channel.unary_unary(SUBMIT)
-            while True:
-                with contextlib.suppress(grpc.aio.AioRpcError):
-                    await submit(payload, timeout=10)
-                await asyncio.sleep(pause)
+    async def _call(self, body: bytes, length: int, pause: float, more: tuple[tuple[str, str], ...]) -> None:
+        """Call Submit again and again with this body, on bare HTTP/2: a gRPC client would cost more than the server."""
+        message = struct.pack("!BI", bool(more), length) + body
+        data = [message[at : at + 16_384] for at in range(0, len(message), 16_384)]
+        request = PREFACE + _frame(1, 4, _headers(more)) + b"".join(_frame(0, 0, each) for each in data)
+        host, _, port = self._target.rpartition(":")
+        while True:
+            with contextlib.suppress(OSError):
+                reader, writer = await asyncio.open_connection(host, int(port))
+                writer.write(request)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause):
+                        await reader.read(-1)
+                writer.close()
+
+
+def _frame(kind: int, flags: int, payload: bytes) -> bytes:
+    """Return an HTTP/2 frame of stream 1."""
+    return len(payload).to_bytes(3) + bytes([kind, flags]) + (1).to_bytes(4) + payload
+
+
+def _headers(more: tuple[tuple[str, str], ...]) -> bytes:
+    """Return the header block of a call, each field as a literal without indexing (RFC 7541, 6.2.2)."""
+    path = (":path", "/orki.control.v1.TaskService/Submit")
+    fixed = ((":method", "POST"), (":scheme", "http"), path, (":authority", "localhost"), ("te", "trailers"))
+    fields = (*fixed, ("content-type", "application/grpc"), *more)
+    return b"".join(b"\0" + b"".join(bytes([len(each)]) + each.encode() for each in field) for field in fields)
 
 
 async def measure(report: Report) -> None:
