@@ -1,4 +1,4 @@
-"""Do hostile connections slow down the others? p99 of tasks with and without them, in turns."""
+"""What is the p99 of tasks beside hostile connections, compared with the p99 without them?"""
 
 from __future__ import annotations
 
