@@ -28,6 +28,7 @@ NAMES = (
     "hotpath_peers",
     "control_cycle",
     "control_peers",
+    "control_abuse",
     "cancel_ack",
     "events_publish",
     "events_consume",

@@ -13,7 +13,8 @@ import pytest
 import orki_control
 
 PUBLIC = {
-    "orki_control": ["Client", "ClientOptions", "JitterOptions", "SubmittedTask", "error_of"],
+    "orki_control": ["Client", "ClientOptions", "Credentials", "JitterOptions", "SubmittedTask", "error_of"],
+    "orki_control.credentials": ["VARIABLES", "Credentials", "Metadata", "TokenChannel", "read_pem", "read_secret"],
     "orki_control.session": [
         *(
             "AGENT",

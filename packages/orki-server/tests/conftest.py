@@ -20,11 +20,12 @@ from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorP
 from redis import Redis
 
 from orki.control.v1.attempt_pb2 import Failure
-from orki.control.v1.session_pb2 import CancelledOutcome, ConnectResponse, ServedService
+from orki.control.v1.session_pb2 import CancelledOutcome, ConnectRequest, ConnectResponse, ServedService
 from orki.control.v1.session_pb2_grpc import SessionServiceStub
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import OrkiError
 from orki_contract.images import image_of, service_digest
+from orki_control import Credentials
 from orki_control.session import (
     AgentEvent,
     AgentSession,
@@ -150,10 +151,22 @@ class StandIn:
         directives: Directives that arrived.
         deaf: Whether arriving messages are lost.
         closed: Why the instance must not come back, once it must not.
+        failures: How streams ended that failed.
     """
 
-    def __init__(self, target: str, services: list[ServedService], agent_id: str, slots: int, instance_id: str) -> None:
+    def __init__(
+        self,
+        target: str,
+        services: list[ServedService],
+        agent_id: str,
+        slots: int,
+        instance_id: str,
+        credentials: Credentials,
+    ) -> None:
         self.target = target
+        self.credentials = credentials
+        self.failures: list[grpc.aio.AioRpcError] = []
+        self._injected: list[ConnectRequest] = []
         self.machine = AgentSession(
             AgentSessionOptions(
                 agent_id=agent_id,
@@ -197,6 +210,11 @@ class StandIn:
         """The machine has messages to send."""
         self._writable.set()
 
+    def inject(self, request: ConnectRequest) -> None:
+        """Send a message that the machine would not send."""
+        self._injected.append(request)
+        self._writable.set()
+
     async def close(self) -> None:
         """End it without notice, like a killed process."""
         tasks = [self._task, *self._handlers.values()]
@@ -205,13 +223,18 @@ class StandIn:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _live(self) -> None:
-        channel = open_channel(self.target)
+        channel = open_channel(self.target, credentials=self.credentials)
         try:
             while self.closed is None:
-                with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
+                try:
                     if asyncio.current_task().cancelling():  # type: ignore[union-attr]
                         return
                     await self._stream(channel)
+                except grpc.aio.AioRpcError as error:
+                    self.failures.append(error)
+                    self._changed.set()
+                except asyncio.CancelledError:
+                    pass
                 if asyncio.current_task().cancelling():  # type: ignore[union-attr]
                     return
                 await asyncio.sleep(0.05)
@@ -242,6 +265,8 @@ class StandIn:
             self._writable.clear()
             while (batch := self.machine.messages_to_send()) is not None:
                 await call.write(batch)
+            while self._injected:
+                await call.write(self._injected.pop(0))
             due = self.machine.next_timer()
             wait = 0.5 if due is None else max(0.0, due - time.monotonic())
             with contextlib.suppress(TimeoutError):
@@ -325,10 +350,11 @@ async def stand_in() -> AsyncIterator[Callable[..., StandIn]]:
         agent_id: str = "agent-1",
         slots: int = 4,
         instance_id: str = "",
+        credentials: Credentials = Credentials(),  # noqa: B008
         handler: Callable[[ArrivedOffer], Awaitable[bytes]] | None = echo,
         taking: bool = True,
     ) -> StandIn:
-        agent = StandIn(target, services or [build_work()], agent_id, slots, instance_id)
+        agent = StandIn(target, services or [build_work()], agent_id, slots, instance_id, credentials)
         agent.handler, agent.taking = handler, taking
         made.append(agent)
         return agent

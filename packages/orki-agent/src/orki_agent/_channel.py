@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Final
 
 import grpc
 
-from orki.control.v1.session_pb2 import ConnectRequest, ConnectResponse
+from orki.control.v1.attempt_pb2 import Failure
+from orki.control.v1.session_pb2 import ConnectRequest, ConnectResponse, OrchestratorMessage, Refused
 from orki.control.v1.session_pb2_grpc import SessionServiceStub
 from orki_agent._settings import RunSettings
 from orki_contract.backoff import Jitter
-from orki_contract.errors import OrkiError, RemoteProtocolError
+from orki_contract.errors import InvalidSetting, OrkiError, PeerRefused, RemoteProtocolError
 from orki_control.session import AgentEvent, AgentSession, AgentState, SessionClosed, SessionLost
 from orki_control.transport import Addresses, Peer, check_targets, error_from, open_channel
 
@@ -72,25 +73,33 @@ class SessionChannel:
     async def run(self) -> None:
         """Keep a session until `stop` is called or the machine closes it for good."""
         settings = self._settings
-        addresses = Addresses(check_targets(settings.orchestrator, insecure=settings.insecure))
+        addresses = Addresses(self._targets())
         self._peer = await addresses.next()
         jitter = Jitter(settings.backoff)
         channel: grpc.aio.Channel | None = None
         failures = 0
         try:
             while not self._done():
-                channel = channel or open_channel(
-                    self._peer.target, settings.max_message_bytes, authority=self._peer.name
-                )
                 connected_at = self._loop.time()
-                lost = await self._one_stream(channel)
+                try:
+                    channel = channel or open_channel(
+                        self._peer.target,
+                        settings.max_message_bytes,
+                        authority=self._peer.name,
+                        credentials=settings.credentials,
+                    )
+                    lost = await self._one_stream(channel)
+                except InvalidSetting as error:
+                    # A file of the credentials is being replaced.
+                    lost = SessionLost(error.message, silent=False)
                 if self._done():
                     break
                 lasted = self._loop.time() - connected_at
                 failures = 0 if lasted > settings.backoff.stable else failures + 1
                 wait = jitter.failed(lasted)
                 before, self._peer = self._peer, await addresses.next()
-                if lost.silent or failures >= _FAILURES_OF_A_CHANNEL or self._peer != before:
+                reopen = lost.silent or failures >= _FAILURES_OF_A_CHANNEL or self._peer != before
+                if channel is not None and reopen:
                     await channel.close()
                     channel, failures = None, 0
                 level = logging.WARNING if jitter.failures % _LOG_EVERY == 1 else logging.DEBUG
@@ -102,6 +111,10 @@ class SessionChannel:
             if channel is not None:
                 await channel.close()
             await asyncio.sleep(0)  # Deliver the last events.
+
+    def _targets(self) -> tuple[str, ...]:
+        settings = self._settings
+        return check_targets(settings.orchestrator, insecure=settings.insecure, credentials=settings.credentials)
 
     def take(self, events: Sequence[AgentEvent]) -> None:
         """Deliver the machine's events."""
@@ -152,6 +165,7 @@ class SessionChannel:
             _log.error("the orchestrator broke the protocol: %s", error.message)
             self._lose(f"protocol violation: {error.message}")
         except (grpc.RpcError, asyncio.CancelledError, asyncio.InvalidStateError) as error:
+            self._close_if_refused(error)
             self._lose(self._cause(error))
         except Exception as error:
             _log.exception("reading the session failed: this is a defect")
@@ -179,6 +193,16 @@ class SessionChannel:
         if isinstance(error, grpc.aio.AioRpcError):
             return error_from(error, str(self._peer)).message
         return f"{self._peer}: the call was ended ({type(error).__name__})"
+
+    def _close_if_refused(self, error: BaseException) -> None:
+        """Close the session for good if the orchestrator refused the first call: it would refuse the next ones too."""
+        if self._session.session_epoch or not isinstance(error, grpc.aio.AioRpcError):
+            return
+        refused = error_from(error, str(self._peer))
+        if isinstance(refused, PeerRefused):
+            failure = Failure(reason=refused.reason, message=refused.message)
+            message = OrchestratorMessage(refused=Refused(failure=failure))
+            self.take(self._session.receive_batch([message], self._loop.time()))
 
     def _lose(self, cause: str) -> None:
         self._end_stream(SessionLost(cause, silent=False))

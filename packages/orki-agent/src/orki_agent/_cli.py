@@ -103,6 +103,37 @@ def main() -> None:
     help="Time that running attempts may go on after SIGTERM.",
 )
 @click.option(
+    "--tls-ca",
+    "ca",
+    metavar="FILE",
+    envvar="ORKI_TLS_CA",
+    show_envvar=True,
+    help="PEM file with the authorities of the orchestrators' certificates. Turns TLS on.",
+)
+@click.option(
+    "--tls-certificate",
+    "certificate",
+    metavar="FILE",
+    envvar="ORKI_TLS_CERTIFICATE",
+    show_envvar=True,
+    help="PEM file with the agent's certificate; its URI name is spiffe://DOMAIN/agent/NAME.",
+)
+@click.option(
+    "--tls-key",
+    "key",
+    metavar="FILE",
+    envvar="ORKI_TLS_KEY",
+    show_envvar=True,
+    help="PEM file with the key of the certificate.",
+)
+@click.option(
+    "--token-file",
+    metavar="FILE",
+    envvar="ORKI_TOKEN_FILE",
+    show_envvar=True,
+    help="File with the agent's bearer token; or set ORKI_TOKEN to the token itself.",
+)
+@click.option(
     "--insecure", is_flag=True, help="Allow plaintext to leave this host. Use it only on a network that you trust."
 )
 @click.option(
@@ -120,6 +151,10 @@ def run(
     log_level: str,
     orchestrator: str,
     insecure: bool,
+    ca: str | None,
+    certificate: str | None,
+    key: str | None,
+    token_file: str | None,
     drain_grace: float,
     **named: str | int | None,
 ) -> None:
@@ -143,6 +178,7 @@ def run(
         level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
     )
     from orki_contract.errors import OrkiError
+    from orki_control import Credentials
 
     try:
         agent = load_agent(target)
@@ -150,6 +186,9 @@ def run(
         settings = agent.settings(
             orchestrator,
             insecure=insecure,
+            credentials=Credentials.from_environment(
+                os.environ, ca=ca, certificate=certificate, key=key, token_file=token_file
+            ),
             drain_grace=drain_grace,
             tools=_tools_at(tools, tools_token_file),
             **given,
@@ -167,6 +206,7 @@ def _run(agent: Agent, settings: RunSettings) -> int:
         InvalidContract,
         InvalidSetting,
         OrkiError,
+        PeerRefused,
         ProtocolVersion,
         RemoteProtocolError,
         Replaced,
@@ -178,7 +218,7 @@ def _run(agent: Agent, settings: RunSettings) -> int:
     try:
         asyncio.run(agent.run(settings))
         code = 0
-    except (Replaced, ContractMismatch, ProtocolVersion, RemoteProtocolError) as error:
+    except (Replaced, ContractMismatch, PeerRefused, ProtocolVersion, RemoteProtocolError) as error:
         _print_error(error.message)
         code = _REFUSED
     except (InvalidSetting, InvalidContract) as error:

@@ -197,7 +197,11 @@ class Runtime:
         )
         self._runner.on_other = self._on_event
         self._channel.on_events, self._channel.on_sent = self._runner.handle, self._runner.grant
-        options = ClientOptions(max_message_bytes=settings.max_message_bytes, insecure=settings.insecure)
+        options = ClientOptions(
+            max_message_bytes=settings.max_message_bytes,
+            insecure=settings.insecure,
+            credentials=settings.credentials,
+        )
         async with Client(settings.orchestrator, options) as self._client:
             for call in self._early:
                 call()

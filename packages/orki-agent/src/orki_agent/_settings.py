@@ -10,10 +10,12 @@ from typing import Final
 
 from orki_contract.backoff import JitterOptions
 from orki_contract.errors import InvalidSetting
+from orki_control.credentials import Credentials
 from orki_control.session import AGENT_ID, DEFAULT_MESSAGE_BYTES, MAX_SLOTS
 from orki_control.transport import check_targets
 
 _BACKOFF: Final = JitterOptions()
+_NO_CREDENTIALS: Final = Credentials()
 _TOKEN_BYTES: Final = 32
 
 
@@ -50,6 +52,7 @@ class RunSettings:
         events_url: URL of the event plane; empty for the one that the orchestrator sends.
         tools: A tool bridge outside this process; None for the agent's own tools.
         insecure: Whether plaintext may leave this host.
+        credentials: Own identity, and the trusted orchestrators; by default, none and plaintext.
         drain_grace: Seconds that running attempts may go on while the agent drains. Then they are given back.
         progress_window: Maximum number of progress messages of one attempt that are not stored, before the contract's
             progress policy applies.
@@ -65,6 +68,7 @@ class RunSettings:
     events_url: str = ""
     tools: ToolsAt | None = None
     insecure: bool = False
+    credentials: Credentials = _NO_CREDENTIALS
     drain_grace: float = 30.0
     progress_window: int = 64
     switch_interval: float = 0.0005
@@ -72,7 +76,7 @@ class RunSettings:
     backoff: JitterOptions = _BACKOFF
 
     def __post_init__(self) -> None:
-        check_targets(self.orchestrator, insecure=self.insecure)
+        check_targets(self.orchestrator, insecure=self.insecure, credentials=self.credentials)
         if not AGENT_ID.match(self.agent_id):
             raise InvalidSetting(
                 f"agent id {self.agent_id!r}: use 1 to 128 letters, digits, `-`, `_` or `.`, such as reviewer-1"

@@ -35,6 +35,7 @@ from orki_contract.trace import current_span, new_span
 from orki_control._links import Link, Links
 from orki_control._submitter import SessionUnsupported, SubmitterSession, Ticket, new_submission_id
 from orki_control._task_handle import SubmittedTask, watch_task
+from orki_control.credentials import Credentials
 from orki_control.session._options import DEFAULT_MESSAGE_BYTES
 from orki_control.submitter._requests import seen
 from orki_control.transport import check_targets, typed_error
@@ -46,6 +47,7 @@ P = TypeVar("P")
 D = TypeVar("D")
 
 _BACKOFF: Final = JitterOptions(maximum=2.0)
+_NO_CREDENTIALS: Final = Credentials()
 _MOST_SUBMISSIONS: Final = 1000
 _KEY_BYTES: Final = 256
 _ROOM: Final = 64 * 1024
@@ -61,6 +63,7 @@ class ClientOptions:
         call_timeout: Maximum duration of one try.
         max_message_bytes: Maximum gRPC message size in either direction.
         insecure: Whether plaintext may leave this host.
+        credentials: Own identity, and the trusted orchestrators; by default, none and plaintext.
         backoff: Waits between tries.
     """
 
@@ -68,6 +71,7 @@ class ClientOptions:
     call_timeout: float = 10.0
     max_message_bytes: int = DEFAULT_MESSAGE_BYTES
     insecure: bool = False
+    credentials: Credentials = _NO_CREDENTIALS
     backoff: JitterOptions = _BACKOFF
 
     def __post_init__(self) -> None:
@@ -104,10 +108,10 @@ class Client:
             options: Settings.
 
         Raises:
-            InvalidSetting: An address is invalid, or is on another host without `insecure`.
+            InvalidSetting: An address is invalid, or is on another host without TLS or `insecure`.
         """
         self._options = options or ClientOptions()
-        self._targets = check_targets(target, insecure=self._options.insecure)
+        self._targets = check_targets(target, insecure=self._options.insecure, credentials=self._options.credentials)
         self.target = ",".join(self._targets)
         self._links: Links | None = None
 
@@ -115,7 +119,7 @@ class Client:
         if self._links is not None:
             raise InvalidSetting("the client is open already; create another one for another `async with`")
         options = self._options
-        self._links = Links(self._targets, options.max_message_bytes)
+        self._links = Links(self._targets, options.max_message_bytes, options.credentials)
         self._session = SubmitterSession(
             self.target,
             self._links,

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, Self
 
+from orki_control.credentials import Credentials
 from orki_control.transport import Addresses, Peer, open_channel
 
 if TYPE_CHECKING:
@@ -28,12 +29,16 @@ class Link:
         submitters: Stub of its submitter service.
     """
 
-    def __init__(self, peer: Peer, max_message_bytes: int, on_exit: Callable[[Link], None]) -> None:
+    def __init__(
+        self, peer: Peer, max_message_bytes: int, credentials: Credentials, on_exit: Callable[[Link], None]
+    ) -> None:
         from orki.control.v1.submitter_pb2_grpc import SubmitterServiceStub
         from orki.control.v1.task_pb2_grpc import FleetServiceStub, TaskServiceStub
 
         self.peer = peer
-        self.channel: grpc.aio.Channel = open_channel(peer.target, max_message_bytes, authority=peer.name)
+        self.channel: grpc.aio.Channel = open_channel(
+            peer.target, max_message_bytes, authority=peer.name, credentials=credentials
+        )
         self.tasks: TaskServiceStub = TaskServiceStub(self.channel)
         self.fleet: FleetServiceStub = FleetServiceStub(self.channel)
         self.submitters: SubmitterServiceStub = SubmitterServiceStub(self.channel)
@@ -67,9 +72,10 @@ class Link:
 class Links:
     """The channels of one client. Belongs to the running event loop."""
 
-    def __init__(self, targets: Sequence[str], max_message_bytes: int) -> None:
+    def __init__(self, targets: Sequence[str], max_message_bytes: int, credentials: Credentials) -> None:
         self._addresses = Addresses(targets)
         self._max_message_bytes = max_message_bytes
+        self._credentials = credentials
         self._current: Link | None = None
         self._open: set[Link] = set()
         self._opening = asyncio.Lock()
@@ -84,14 +90,17 @@ class Links:
         """Return the channel for the next call."""
         async with self._opening:
             if self._current is None:
-                self._current = Link(await self._addresses.next(), self._max_message_bytes, self._close_unused)
+                self._current = Link(
+                    await self._addresses.next(), self._max_message_bytes, self._credentials, self._close_unused
+                )
                 self._open.add(self._current)
             return self._current
 
     def failed(self, link: Link) -> None:
         """Use the next address for further calls. Other calls on the failed channel go on."""
-        # gRPC itself connects a channel again, so a single address keeps its channel.
-        if link is self._current and self._addresses.count > 1:
+        # gRPC itself connects a channel again, so a single address keeps its channel. With TLS a new one reads the
+        # certificates again.
+        if link is self._current and (self._addresses.count > 1 or self._credentials.encrypted):
             self._current = None
             link.retired = True
 

@@ -22,7 +22,7 @@ from orki.control.v1.task_pb2 import (
     WatchResponse,
 )
 from orki_contract.backoff import Jitter, JitterOptions
-from orki_contract.errors import OrchestratorUnavailable, OrkiError, ProtocolVersion, RemoteProtocolError
+from orki_contract.errors import OrchestratorUnavailable, OrkiError, PeerRefused, ProtocolVersion, RemoteProtocolError
 from orki_control._links import Links
 from orki_control.submitter import (
     Answered,
@@ -358,6 +358,8 @@ class SubmitterSession:
             if isinstance(error, SessionUnsupported):
                 self._ask_again_at = now + _UNSUPPORTED
                 self._deliver(self._machine.give_up(error))
+            elif isinstance(error, PeerRefused):
+                self._deliver(self._machine.give_up(error))
             else:
                 _log.info("the session with %s was lost: %s; trying again in %.2f s", self.target, error.message, wait)
             if self._jitter.failures >= self._links.count:
@@ -437,7 +439,7 @@ class SubmitterSession:
             return OrchestratorUnavailable(f"the session with {self.target} failed; see the log")
         if isinstance(error, ProtocolVersion) and not self._machine.live:
             return SessionUnsupported(error.message)
-        if not error.retryable:
+        if not error.retryable and not isinstance(error, PeerRefused):
             # A refusal of the session, such as too many of them, concerns requests only when their time is over.
             return OrchestratorUnavailable(error.message)
         return error

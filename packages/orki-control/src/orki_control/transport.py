@@ -39,7 +39,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, TypeAlias, cast
 
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import (
@@ -54,6 +54,7 @@ from orki_contract.errors import (
     error_for,
     status_of,
 )
+from orki_control.credentials import Credentials, TokenChannel
 from orki_control.session._options import DEFAULT_MESSAGE_BYTES
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ _UNCOMPRESSED: Final[ChannelOptions] = [
 ]
 _TARGET: Final = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5})\Z")
 _RESOLVE_TIMEOUT: Final = 5.0
+_METADATA_BYTES: Final = 16 * 1024
 _REASONS: Final = frozenset(Reason.keys())
 _WITHOUT_REASON: Final[dict[str, type[OrkiError]]] = {
     "UNAVAILABLE": OrchestratorUnavailable,
@@ -82,6 +84,15 @@ _WITHOUT_REASON: Final[dict[str, type[OrkiError]]] = {
     "PERMISSION_DENIED": PeerRefused,
     "UNAUTHENTICATED": PeerRefused,
 }
+
+_TLS_ERRORS: Final = {
+    "WRONG_VERSION_NUMBER": "it does not use TLS; unset ORKI_TLS_CA, or serve with --server-certificate",
+    "certificate has expired": "its certificate has expired",
+    "Hostname Verification Check failed": "its certificate is for another name; set ORKI_TLS_SERVER_NAME to that name",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate was not signed by an authority in ORKI_TLS_CA",
+    "certificate signature failure": "its certificate was not signed by an authority in ORKI_TLS_CA",
+}
+"""What the messages of gRPC's TLS handshake mean."""
 
 
 def channel_options(max_message_bytes: int = DEFAULT_MESSAGE_BYTES) -> ChannelOptions:
@@ -114,39 +125,52 @@ def server_options(max_message_bytes: int = DEFAULT_MESSAGE_BYTES) -> ChannelOpt
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-        ("grpc.max_metadata_size", 16 * 1024),
+        # Beyond the first size gRPC refuses some requests, beyond the second all.
+        ("grpc.max_metadata_size", _METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", 2 * _METADATA_BYTES),
         # Two servers on one port would share its connections silently.
         ("grpc.so_reuseport", 0),
         *_UNCOMPRESSED,
     ]
 
 
-def check_targets(targets: str | Sequence[str], *, insecure: bool = False) -> tuple[str, ...]:
+def check_targets(
+    targets: str | Sequence[str], *, insecure: bool = False, credentials: Credentials | None = None
+) -> tuple[str, ...]:
     """Return the addresses of orchestrators if all are valid.
 
     Args:
         targets: `HOST:PORT`, several of them separated by commas, or a sequence of them.
         insecure: Whether plaintext may leave this host.
+        credentials: The credentials for them; with TLS, they may be on other hosts.
 
     Raises:
-        InvalidSetting: There is no address, one is not `HOST:PORT`, or one is on another host without `insecure`.
+        InvalidSetting: There is no address, one is not `HOST:PORT`, one is on another host without TLS or `insecure`,
+            or a token would leave this host without TLS.
     """
     given = targets.split(",") if isinstance(targets, str) else targets
-    found = dict.fromkeys(check_target(target.strip(), insecure=insecure) for target in given)
+    found = dict.fromkeys(check_target(each.strip(), insecure=insecure, credentials=credentials) for each in given)
     if not found:
         raise InvalidSetting("no orchestrator is given: use HOST:PORT, such as 127.0.0.1:50051")
     return tuple(found)
 
 
-def check_target(target: str, *, insecure: bool = False) -> str:
+def check_target(target: str, *, insecure: bool = False, credentials: Credentials | None = None) -> str:
     """Return one address if it is valid; see `check_targets`."""
     match = _TARGET.match(target)
     if match is None or not 1 <= int(match["port"]) <= 65_535:
         raise InvalidSetting(f"orchestrator {target!r} is not HOST:PORT, such as 127.0.0.1:50051")
-    if not insecure and not is_loopback(match["host"].strip("[]")):
+    if is_loopback(match["host"].strip("[]")) or (credentials is not None and credentials.encrypted):
+        return target
+    if credentials is not None and credentials.has_token:
         raise InvalidSetting(
-            f"orchestrator {target} is not on this host, and the connection is not encrypted: set `insecure` to allow "
-            "that, and only on a network that you trust"
+            f"orchestrator {target} is not on this host, and the token would travel unencrypted: set ORKI_TLS_CA to "
+            "the file of the certificate authority"
+        )
+    if not insecure:
+        raise InvalidSetting(
+            f"orchestrator {target} is not on this host, and the connection is not encrypted: set ORKI_TLS_CA to the "
+            "file of the certificate authority, or `insecure` to allow plaintext on a network that you trust"
         )
     return target
 
@@ -229,7 +253,11 @@ def _is_address(host: str) -> bool:
 
 
 def open_channel(
-    target: str, max_message_bytes: int = DEFAULT_MESSAGE_BYTES, *, authority: str = ""
+    target: str,
+    max_message_bytes: int = DEFAULT_MESSAGE_BYTES,
+    *,
+    authority: str = "",
+    credentials: Credentials | None = None,
 ) -> grpc.aio.Channel:
     """Open a channel to an orchestrator. It connects at the first call and belongs to the running event loop.
 
@@ -237,15 +265,31 @@ def open_channel(
         target: `HOST:PORT`.
         max_message_bytes: Maximum message size in either direction.
         authority: The address as it was given, where `target` is one that it resolved to.
+        credentials: Own identity, and the trusted orchestrators; None for plaintext without an identity.
+
+    Raises:
+        InvalidSetting: A file of the credentials cannot be read or is malformed.
     """
     import grpc
 
     options = channel_options(max_message_bytes)
+    name = ""
     if authority:
         options.append(("grpc.default_authority", authority))
+        name = authority.rpartition(":")[0].strip("[]") if authority != target else ""
     if is_loopback(target.rpartition(":")[0].strip("[]")):
         options.append(("grpc.enable_http_proxy", 0))
-    return grpc.aio.insecure_channel(target, options=options, compression=grpc.Compression.NoCompression)
+    plain = grpc.Compression.NoCompression
+    if credentials is None or not credentials.encrypted:
+        channel = grpc.aio.insecure_channel(target, options=options, compression=plain)
+    else:
+        if name := credentials.server_name or name:
+            options.append(("grpc.ssl_target_name_override", name))
+        secure = credentials.channel_credentials()
+        channel = grpc.aio.secure_channel(target, secure, options=options, compression=plain)
+    if credentials is None or not credentials.has_token:
+        return channel
+    return cast("grpc.aio.Channel", TokenChannel(channel, credentials))
 
 
 def is_loopback(host: str) -> bool:
@@ -284,12 +328,15 @@ def error_from(failed: grpc.aio.AioRpcError, target: str) -> OrkiError:
                 return error_for(Reason.Value(name), details)
             return OrkiError(f"{details} (unknown reason {name}: the orchestrator is newer)")
     if code == "RESOURCE_EXHAUSTED":
-        too_large = "larger than max" in details
+        too_large = "larger than max" in details or "metadata size exceeds" in details
         return TooLarge(f"{target}: {details}") if too_large else Overloaded(f"{target}: {details}")
     if code == "UNIMPLEMENTED":
         return ProtocolVersion(
             f"{target} does not know this call: is it an orki orchestrator of this version? ({details})"
         )
+    for sign, meaning in _TLS_ERRORS.items():
+        if code == "UNAVAILABLE" and sign in details:
+            return OrchestratorUnavailable(f"{target}: {meaning} ({details[:200]})")
     known = _WITHOUT_REASON.get(code)
     return known(f"{target}: {details}") if known else OrkiError(f"{target}: {code}: {details}")
 

@@ -15,6 +15,7 @@ from orki.control.v1.session_pb2 import Hello
 from orki.control.v1.task_pb2_grpc import FleetServiceServicer
 from orki_contract.errors import OrkiError, Overloaded, Replaced
 from orki_control.session import AttemptKey, HelloArrived
+from orki_server._identity import Action, caller
 from orki_server._registry import ContractRegistry
 from orki_server._session import AgentSession, SessionRegistry
 from orki_server._store.contracts import Contracts
@@ -61,6 +62,7 @@ class Handshake:
         try:
             if len(self._sessions) >= self._max_sessions and self._sessions.get(hello.agent_id) is None:
                 raise Overloaded(f"this orchestrator has its maximum of {self._max_sessions} sessions; try another one")
+            caller().check_agent(hello.agent_id, [each.service for each in hello.services])
             await self._registry.admit(hello.agent_id, hello.services)
             resumed = await self._resume(hello)
             grant = await self._open(session, hello)
@@ -219,13 +221,19 @@ class FleetServicer(FleetServiceServicer):
             elif agent.connected and agent.last_heartbeat_us < silent_since_us:
                 # Its orchestrator may have died. Whether the agent finished draining is unknown.
                 agent.connected = agent.draining = False
-            agents.append(agent)
+            readable = [caller().may(Action.READ, service) for service in agent.services]
+            if not all(readable):
+                # Their attempts may belong to any of their services.
+                agent.ClearField("attempts")
+            if any(readable) or not readable:
+                agents.append(agent)
         return agents
 
     @typed
     async def ListServices(self, request: pb.ListServicesRequest, context: Context) -> pb.ListServicesResponse:
         """List registered services by name, each with its leading contract."""
         services = await self._contracts.leading(request.service)
+        services = [each for each in services if caller().may(Action.READ, each.service)]
         agents = await self._agents()
         room = _IMAGE_BYTES
         for service in services:

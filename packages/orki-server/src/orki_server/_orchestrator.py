@@ -28,9 +28,12 @@ from orki_control.session import OrchestratorSessionOptions
 from orki_control.submitter import ServingOptions
 from orki_control.transport import server_options
 from orki_events import Events, connect
+from orki_server._connections import Connections, connection_limits
 from orki_server._dispatch import Dispatcher, Sweeper
 from orki_server._events import AgentEvents, OutboxPublisher
+from orki_server._files import WatchedFiles, server_credentials, watch_certificates, watch_files
 from orki_server._fleet import FleetServicer, FleetUpdates, Handshake
+from orki_server._identity import Gate
 from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._requests import TypedRequests
 from orki_server._session import SessionRegistry
@@ -77,6 +80,20 @@ class Orchestrator:
         self._failed = asyncio.Event()
         self._health = health.aio.HealthServicer()
         self._health_changed = asyncio.Event()
+        limits = connection_limits(
+            wanted=options.max_connections,
+            per_address=options.max_connections_per_address,
+            handshakes=options.max_handshakes,
+            timeout=options.handshake_timeout,
+        )
+        self._connections = Connections(limits)
+        self._gate = Gate(
+            certificates=bool(options.client_ca),
+            tokens_file=options.tokens_file,
+            policy_file=options.policy_file,
+            on_caller=self._connections.established,
+        )
+        self._files: list[WatchedFiles[Any]] = self._gate.files
         self._connect_parts()
 
     def _connect_parts(self) -> None:
@@ -193,6 +210,8 @@ class Orchestrator:
             ("contract registry", self._registry.run()),
             ("result watches", self._results.run()),
             ("health", self._report_health()),
+            ("files", watch_files(self._files)),
+            ("connections", self._connections.run(int(self.address.rpartition(":")[2]))),
         ):
             self._spawn(name, work)
         _log.info("listening on %s, %s", self.address, self._store.connection.address.shown)
@@ -267,9 +286,12 @@ class Orchestrator:
         options = [
             *server_options(self.options.max_message_bytes),
             ("grpc.max_concurrent_streams", _STREAMS_PER_CONNECTION),
+            ("grpc.max_allowed_incoming_connections", self._connections.limits.total),
+            ("grpc.server_handshake_timeout_ms", round(self.options.handshake_timeout * 1000)),
+            ("grpc.http2.settings_timeout", round(self.options.handshake_timeout * 1000)),
         ]
         server = grpc.aio.server(
-            options=options, interceptors=(TypedRequests(),), compression=grpc.Compression.NoCompression
+            options=options, interceptors=(TypedRequests(self._gate),), compression=grpc.Compression.NoCompression
         )
         session_pb2_grpc.add_SessionServiceServicer_to_server(self._sessions, server)
         task_pb2_grpc.add_TaskServiceServicer_to_server(self._submitters, server)
@@ -280,9 +302,16 @@ class Orchestrator:
         return server
 
     def _listen(self, server: grpc.aio.Server) -> str:
-        host, _ = parse_listen(self.options.listen)
+        options = self.options
+        host, _ = parse_listen(options.listen)
         try:
-            port = server.add_insecure_port(self.options.listen)
+            if options.server_certificate:
+                certificates = watch_certificates(options.server_certificate, options.server_key, options.client_ca)
+                self._files.append(certificates)
+                credentials = server_credentials(certificates, ask_clients=bool(options.client_ca))
+                port = server.add_secure_port(options.listen, credentials)
+            else:
+                port = server.add_insecure_port(options.listen)
         except RuntimeError as error:
             raise InvalidSetting(
                 f"cannot listen on {self.options.listen}: the port is taken; choose another with --listen HOST:PORT "

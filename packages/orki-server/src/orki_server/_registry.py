@@ -19,10 +19,11 @@ from typing import Final
 from google.protobuf.message import DecodeError, Message
 
 from orki.control.v1.session_pb2 import ServedService
-from orki_contract.errors import InvalidArgument, InvalidContract, OrkiError, UnknownMethod
+from orki_contract.errors import InvalidArgument, InvalidContract, OrkiError
 from orki_contract.images import message_class
 from orki_contract.model import TaskMethod
 from orki_server._admission import Admission, ContractSet, ServiceContract, run_in_thread
+from orki_server._identity import unknown_method
 from orki_server._store.connection import StoreConnection
 from orki_server._store.contracts import Contracts
 from orki_server._store.fleet import Fleet
@@ -129,13 +130,15 @@ class ContractRegistry:
             known = self._services.get(service)
             if known is None:
                 served = ", ".join(sorted(self._services)) or "none yet"
-                raise UnknownMethod(
+                raise unknown_method(
+                    full_name,
                     f"no agent has registered the service {service!r} (registered: {served}); "
-                    "start an agent that serves it"
+                    "start an agent that serves it",
                 )
             if full_name not in known.methods:
-                raise UnknownMethod(
-                    f"the service {service} has no task {full_name!r}; it has {', '.join(sorted(known.methods))}"
+                raise unknown_method(
+                    full_name,
+                    f"the service {service} has no task {full_name!r}; it has {', '.join(sorted(known.methods))}",
                 )
         return known.methods[full_name]
 

@@ -1,4 +1,4 @@
-"""Requests that cannot be decoded: each method of each service answers them with a typed error.
+"""What is checked before a servicer is called: the caller's identity, and that the request can be decoded.
 
 grpc.aio ends a call whose request cannot be decoded with UNKNOWN and no reason, and a stream with OK. So the
 deserializers here never raise: they return an `Undecodable`, and the call is aborted where a message is expected.
@@ -12,8 +12,9 @@ from typing import Any
 
 import grpc
 
-from orki_contract.errors import InvalidArgument
+from orki_contract.errors import InvalidArgument, OrkiError
 from orki_control.transport import abort
+from orki_server._identity import Gate
 
 
 class Undecodable:
@@ -30,9 +31,16 @@ class Undecodable:
 
 
 class TypedRequests(grpc.aio.ServerInterceptor):
-    """Aborts calls with undecodable requests. A method that reads from its context gets the `Undecodable` itself."""
+    """Aborts calls without a valid identity, and calls with undecodable requests.
 
-    def __init__(self) -> None:
+    A method that reads from its context gets the `Undecodable` itself.
+
+    Args:
+        gate: Finds the caller of each call.
+    """
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
         self._handlers: dict[str, Any] = {}
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
@@ -42,11 +50,11 @@ class TypedRequests(grpc.aio.ServerInterceptor):
             handler = await continuation(details)
             if handler is None:
                 return None
-            found = self._handlers[details.method] = _typed(handler, details.method)
+            found = self._handlers[details.method] = _typed(handler, details.method, self._gate)
         return found
 
 
-def _typed(handler: Any, method: str) -> Any:
+def _typed(handler: Any, method: str, gate: Gate) -> Any:
     deserialize = handler.request_deserializer
 
     def parse(payload: bytes) -> Any:
@@ -62,9 +70,11 @@ def _typed(handler: Any, method: str) -> Any:
         behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
 
     async def checked(request: Any, context: Any) -> Any:
+        await _enter(gate, context)
         return await behaviour(await _check(request, context), context)
 
     async def checked_stream(request: Any, context: Any) -> AsyncIterator[Any]:
+        await _enter(gate, context)
         async for response in behaviour(await _check(request, context), context):
             yield response
 
@@ -72,6 +82,13 @@ def _typed(handler: Any, method: str) -> Any:
     kind = ("unary", "stream")[handler.request_streaming] + "_" + ("unary", "stream")[handler.response_streaming]
     make: Any = getattr(grpc, f"{kind}_rpc_method_handler")
     return make(call, request_deserializer=parse, response_serializer=handler.response_serializer)
+
+
+async def _enter(gate: Gate, context: Any) -> None:
+    try:
+        gate.enter(context)
+    except OrkiError as error:
+        await abort(context, error)
 
 
 async def _check(request: Any, context: Any) -> Any:

@@ -16,12 +16,15 @@ from functools import partial
 from typing import Any, Final, TypeAlias
 
 from orki.control.v1.attempt_pb2 import AttemptRef, Failure, TaskState
+from orki.control.v1.session_pb2 import Result
 from orki.control.v1.task_pb2 import TaskSnapshot
+from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import OrkiError, StoreUnavailable, UnknownTask
 from orki_control.session import AttemptKey
 from orki_server._store import operations
 from orki_server._store.lifecycle import TERMINAL
-from orki_server._store.replies import TaskView
+from orki_server._store.operations import failure_text
+from orki_server._store.replies import ReportReply, TaskView
 from orki_server._store.store import Store
 
 _POLL: Final = 1.0
@@ -56,6 +59,27 @@ class TaskEnd:
     ended_us: int
     response: bytes
     failure: Failure | None
+
+
+def stored_failure(failure: Failure) -> Failure:
+    """Return an agent's failure as the store keeps it."""
+    return Failure(
+        reason=failure.reason or Reason.REASON_HANDLER_FAILED,
+        message=failure_text(failure.message),
+        error_type=failure_text(failure.error_type)[:200],
+    )
+
+
+def end_of(agent_id: str, key: AttemptKey, result: Result, reply: ReportReply) -> TaskEnd | None:
+    """Return the end of a task by a result; None if the task goes on, or the store alone knows its end."""
+    outcome = result.WhichOneof("outcome")
+    if reply.state == TaskState.TASK_STATE_SUCCEEDED and outcome == "response":
+        response, failure = result.response, None
+    elif reply.state == TaskState.TASK_STATE_FAILED and outcome == "failure":
+        response, failure = b"", stored_failure(result.failure)
+    else:
+        return None
+    return TaskEnd(reply.state, key, agent_id, reply.revision, reply.time_us, response, failure)
 
 
 Sink: TypeAlias = Callable[[TaskSnapshot | OrkiError], None]

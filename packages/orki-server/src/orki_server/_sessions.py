@@ -16,14 +16,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from orki.control.v1.attempt_pb2 import Failure, TaskState
 from orki.control.v1.session_pb2 import ConnectRequest, Result
 from orki.control.v1.session_pb2_grpc import SessionServiceServicer
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import (
     DamagedRecord,
     Draining,
+    HelloTimeout,
     OrkiError,
+    Overloaded,
     StaleFence,
     StoreFull,
     StoreUnavailable,
@@ -53,7 +54,7 @@ from orki_control.session import Decline as ArrivedDecline
 from orki_control.transport import abort
 from orki_server._events import AgentEvents
 from orki_server._fleet import FleetUpdates, Handshake
-from orki_server._results import TaskEnd
+from orki_server._results import TaskEnd, end_of, stored_failure
 from orki_server._session import AgentSession, SessionRegistry, StreamContext
 from orki_server._store import operations
 from orki_server._store.lifecycle import TERMINAL
@@ -63,6 +64,10 @@ from orki_server._store.store import Store
 
 R = TypeVar("R")
 
+_HELLOS: Final = 4_096
+"""Maximum number of streams without a hello."""
+HELLOS_PER_CONNECTION: Final = 16
+"""Maximum number of streams of one connection without a hello."""
 _END_TIMEOUT: Final = 3.0
 """Maximum wait for the streams to end."""
 _PROGRESS_WAITING: Final = 20_000
@@ -251,7 +256,7 @@ class Reports:
             return
         if reply.status is ReportStatus.ACCEPTED:
             self.counts.accepted += 1
-            self.settled(key, reply, _end_of(session.agent_id, key, result, reply))
+            self.settled(key, reply, end_of(session.agent_id, key, result, reply))
         else:
             self.counts.repeated += 1
         session.machine.acknowledge(key)
@@ -320,30 +325,9 @@ def _result_report(agent_id: str, key: AttemptKey, result: Result) -> Operation[
         return operations.succeed(agent_id, key, result.response)
     if result.WhichOneof("outcome") == "cancelled":
         return operations.confirm_cancelled(agent_id, key, result.cancelled.reason or Reason.REASON_CANCELLED)
-    failure = _stored_failure(result.failure)
+    failure = stored_failure(result.failure)
     retryable = error_for(failure.reason, "").retryable
     return operations.fail(agent_id, key, failure.reason, failure.message, failure.error_type, retryable)
-
-
-def _stored_failure(failure: Failure) -> Failure:
-    """Return an agent's failure as the store keeps it."""
-    return Failure(
-        reason=failure.reason or Reason.REASON_HANDLER_FAILED,
-        message=failure_text(failure.message),
-        error_type=failure_text(failure.error_type)[:200],
-    )
-
-
-def _end_of(agent_id: str, key: AttemptKey, result: Result, reply: ReportReply) -> TaskEnd | None:
-    """Return the end of a task by a result; None if the task goes on, or the store alone knows its end."""
-    outcome = result.WhichOneof("outcome")
-    if reply.state == TaskState.TASK_STATE_SUCCEEDED and outcome == "response":
-        response, failure = result.response, None
-    elif reply.state == TaskState.TASK_STATE_FAILED and outcome == "failure":
-        response, failure = b"", _stored_failure(result.failure)
-    else:
-        return None
-    return TaskEnd(reply.state, key, agent_id, reply.revision, reply.time_us, response, failure)
 
 
 class SessionServicer(SessionServiceServicer):
@@ -368,6 +352,8 @@ class SessionServicer(SessionServiceServicer):
         self._on_slots = on_slots
         self._handshakes: set[asyncio.Task[None]] = set()
         self._open: set[AgentSession] = set()
+        # Streams without a hello, the oldest first, and their connections.
+        self._silent: dict[AgentSession, str] = {}
         self._draining = False
 
     async def Connect(  # type: ignore[override]  # the stub's context is grpc's and grpc.aio's at once
@@ -375,15 +361,28 @@ class SessionServicer(SessionServiceServicer):
     ) -> None:
         if self._draining:
             await abort(context, Draining("this orchestrator is stopping; connect again in a moment"))
+        peer = context.peer()
+        if sum(each == peer for each in self._silent.values()) >= HELLOS_PER_CONNECTION:
+            await abort(context, Overloaded(f"{HELLOS_PER_CONNECTION} streams of this connection await their hello"))
         session = AgentSession(self._options, self._handle)
         self._open.add(session)
+        self._silent[session] = peer
         try:
+            self._bound_hellos()
             await session.run(context)
             if session.refusal is not None:
                 await abort(context, session.refusal)
         finally:
+            self._silent.pop(session, None)
             self._open.discard(session)
             self._ended(session)
+
+    def _bound_hellos(self) -> None:
+        """End the stream that has awaited its hello for longest if there are too many of them."""
+        if len(self._silent) > _HELLOS:
+            oldest = next(iter(self._silent))
+            del self._silent[oldest]
+            oldest.refuse(HelloTimeout(f"{_HELLOS} newer streams await their hello"))
 
     def end_all(self, cause: str) -> None:
         """End all streams. The agents connect again."""
@@ -428,6 +427,7 @@ class SessionServicer(SessionServiceServicer):
                 case CancelsAcknowledged(attempts):
                     self._reports.cancel_acknowledged(session, attempts)
                 case HelloArrived():
+                    self._silent.pop(session, None)
                     task = asyncio.create_task(self._shake_hands(session, event), name="orki hello")
                     self._handshakes.add(task)
                     task.add_done_callback(self._handshake_done)

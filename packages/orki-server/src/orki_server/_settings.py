@@ -38,7 +38,7 @@ class OrchestratorOptions:
     """Options of an orchestrator.
 
     Attributes:
-        listen: HOST:PORT for agents and submitters; port 0 takes a free one. Loopback only, as nothing is encrypted.
+        listen: HOST:PORT for agents and submitters; port 0 takes a free one. Beyond loopback it needs TLS and identity.
         redis_url: URL of the Redis or Valkey server with the store.
         events_url: URL of the server with the event plane; empty for `redis_url`.
         orchestrator_id: Name of this run of this process.
@@ -52,6 +52,15 @@ class OrchestratorOptions:
         drain_grace: Time for running attempts to end when the orchestrator stops.
         sweep_interval: Maximum time between two sweeps of the timers.
         max_sessions: Maximum number of agents.
+        server_certificate: PEM file with the server's certificate chain; turns TLS on.
+        server_key: PEM file with the key of the certificate.
+        client_ca: PEM file with the authorities of clients' certificates; clients then need a SPIFFE certificate.
+        tokens_file: File with hashes of bearer tokens; clients then need a token.
+        policy_file: TOML file with what each caller may do; needed with `client_ca` or `tokens_file`.
+        handshake_timeout: Time within which a connection must complete its handshakes and make a call.
+        max_handshakes: Maximum number of connections without a call; 0 for half of all.
+        max_connections: Maximum number of connections; fewer if the process may not open as many files.
+        max_connections_per_address: Maximum number of connections of one address; 0 for three quarters of all.
     """
 
     listen: str = "127.0.0.1:50051"
@@ -68,9 +77,18 @@ class OrchestratorOptions:
     drain_grace: float = 3.0
     sweep_interval: float = 0.1
     max_sessions: int = 10_000
+    server_certificate: str = ""
+    server_key: str = ""
+    client_ca: str = ""
+    tokens_file: str = ""
+    policy_file: str = ""
+    handshake_timeout: float = 10.0
+    max_handshakes: int = 0
+    max_connections: int = 20_000
+    max_connections_per_address: int = 0
 
     def __post_init__(self) -> None:
-        parse_listen(self.listen)
+        self._check_identity()
         _ = self.store_address, self.events_address
         if not _NAME.match(self.orchestrator_id):
             raise InvalidSetting(
@@ -80,6 +98,32 @@ class OrchestratorOptions:
         for name, (low, high) in _RANGES.items():
             if not low <= settings[name] <= high:
                 raise InvalidSetting(f"{name} {settings[name]}: use a number from {low} to {high}")
+
+    def _check_identity(self) -> None:
+        """Refuse an address that other hosts reach without TLS and identity, and settings that do not fit together."""
+        host, _ = parse_listen(self.listen)
+        if bool(self.server_certificate) != bool(self.server_key):
+            raise InvalidSetting("server_certificate and server_key belong together: set both, or none")
+        if self.client_ca and not self.server_certificate:
+            raise InvalidSetting("client_ca needs TLS: set server_certificate and server_key")
+        if self.client_ca and self.tokens_file:
+            raise InvalidSetting("client_ca and tokens_file are both set: clients have certificates or tokens; set one")
+        if not is_loopback(host) and not (self.server_certificate and self.has_identity):
+            raise InvalidSetting(
+                f"listen {self.listen}: other hosts reach this address, and nothing is served to them without TLS and "
+                "identity: set server_certificate and server_key, and client_ca or tokens_file"
+            )
+        if self.has_identity != bool(self.policy_file):
+            raise InvalidSetting(
+                "client_ca or tokens_file is set, and no caller may do anything yet: set policy_file"
+                if self.has_identity
+                else "policy_file needs callers with an identity: set client_ca or tokens_file"
+            )
+
+    @property
+    def has_identity(self) -> bool:
+        """Whether callers must prove who they are."""
+        return bool(self.client_ca or self.tokens_file)
 
     @property
     def max_payload_bytes(self) -> int:
@@ -110,6 +154,10 @@ _RANGES: Final = {
     "drain_grace_ms": (0, 600_000),
     "sweep_interval_ms": (1, 60_000),
     "max_sessions": (1, 1_000_000),
+    "handshake_timeout_ms": (100, 600_000),
+    "max_handshakes": (0, 1_000_000),
+    "max_connections": (1, 1_000_000),
+    "max_connections_per_address": (0, 1_000_000),
 }
 # Options by the name of their setting. Durations are the only floats.
 _OPTIONS: Final = {
@@ -132,18 +180,12 @@ def parse_listen(listen: str) -> tuple[str, int]:
     """Return host and port of a listen address.
 
     Raises:
-        InvalidSetting: The address is malformed, or reachable from other hosts.
+        InvalidSetting: It is malformed.
     """
     match = _LISTEN.match(listen)
     if match is None or int(match["port"]) > 65_535:
         raise InvalidSetting(f"listen {listen!r} is not HOST:PORT, such as 127.0.0.1:50051")
-    host = match["host"].strip("[]")
-    if not is_loopback(host):
-        raise InvalidSetting(
-            f"listen {listen}: only loopback (127.0.0.1, [::1], localhost) is allowed, as the connection is not "
-            "encrypted; for other hosts, use a proxy with TLS"
-        )
-    return host, int(match["port"])
+    return match["host"].strip("[]"), int(match["port"])
 
 
 def load_options(

@@ -36,12 +36,14 @@ from orki_control.submitter import (
     WatchClosed,
 )
 from orki_control.transport import abort
+from orki_server._identity import Action, caller
 from orki_server._requests import Undecodable
 from orki_server._results import ResultWatches, Sink
+from orki_server._sessions import HELLOS_PER_CONNECTION
 from orki_server._store.lifecycle import TERMINAL
 from orki_server._store.store import Store
 from orki_server._submissions import Pending, Submissions
-from orki_server._tasks import TaskServicer, Watchers, actor_of
+from orki_server._tasks import TaskServicer, Watchers, readable
 
 StreamContext: TypeAlias = grpc.aio.ServicerContext[pb.OpenRequest, pb.OpenResponse]
 
@@ -82,14 +84,18 @@ class SubmitterStream:
 
     Attributes:
         machine: The session's state machine.
+        peer: The connection.
         error: The client's fault that ended the stream, if there was one.
     """
 
-    def __init__(self, options: ServingOptions, services: Services, actor: str) -> None:
+    def __init__(self, options: ServingOptions, services: Services, peer: str) -> None:
         self.error: OrkiError | None = None
+        # Results arrive in the context of another call.
+        self._caller = caller()
         self.machine = ServingSession(options, time.monotonic())
         self._services = services
-        self._actor = actor
+        self._actor = self._caller.name
+        self.peer = peer
         self._loop = asyncio.get_running_loop()
         self._over = asyncio.Event()
         self._writable = asyncio.Event()
@@ -244,11 +250,16 @@ class SubmitterStream:
         self._accept(number, submit, task)
 
     async def _accept_found(self, number: int, submit: pb.TaskSubmit, task_id: str) -> None:
-        self._accept(number, submit, await self._services.tasks.read(task_id))
+        self._accept(number, submit, readable(await self._services.tasks.read(task_id)))
 
     def _accept(self, number: int, submit: pb.TaskSubmit, task: TaskSnapshot) -> None:
         self.machine.accept(number, task)
         if not self.machine.watching(number):
+            return
+        try:
+            self._caller.check_task(Action.READ, task.task_id, task.method)
+        except OrkiError as error:
+            self.machine.fail(number, error)
             return
         if task.state in TERMINAL:
             self.machine.update(number, WatchResponse(task=task))
@@ -262,11 +273,20 @@ class SubmitterStream:
 
     def _watch(self, number: int, watch: pb.TaskWatch) -> None:
         if watch.mode == pb.WATCH_MODE_RESULT:
-            self._watch_result(number, watch.task_id)
+            if self._caller.rules is None:
+                self._watch_result(number, watch.task_id)
+            else:
+                self._start(number, self._watch_readable(number, watch.task_id))
             return
         self._credits[number] = asyncio.Event()
         task = self._start(number, self._follow(number, watch))
         self._follows[number] = task
+
+    async def _watch_readable(self, number: int, task_id: str) -> None:
+        """Watch for a result after a read, as only the store knows whether the caller may read the task."""
+        await self._services.tasks.read(task_id, Action.READ)
+        if self.machine.watching(number):
+            self._watch_result(number, task_id)
 
     def _watch_result(self, number: int, task_id: str) -> None:
         sink = partial(self._result, number, task_id)
@@ -364,7 +384,11 @@ class SubmitterServicer(SubmitterServiceServicer):
             await abort(context, Draining("this orchestrator is stopping; connect again in a moment"))
         if len(self._open) >= self._max_sessions:
             await abort(context, Overloaded(f"{self._max_sessions} submitters have a session; try again later"))
-        stream = SubmitterStream(self._options, self._services, actor_of(context))
+        peer = context.peer()
+        silent = sum(each.peer == peer and each.machine.state is ServingState.AWAITING_HELLO for each in self._open)
+        if silent >= HELLOS_PER_CONNECTION:
+            await abort(context, Overloaded(f"{HELLOS_PER_CONNECTION} streams of this connection await their hello"))
+        stream = SubmitterStream(self._options, self._services, peer)
         self._open.add(stream)
         try:
             await stream.run(context)

@@ -28,6 +28,7 @@ from orki_contract.errors import (
 )
 from orki_control.session import AttemptKey
 from orki_control.transport import abort
+from orki_server._identity import Action, caller
 from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._results import ResultWatches, TaskEnd
 from orki_server._session import SessionRegistry
@@ -44,15 +45,12 @@ R = TypeVar("R")
 S = TypeVar("S")
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
-ACTOR_KEY: Final = "orki-actor"
-"""Metadata key with the caller's name for the audit. It is not verified, as there is no authentication."""
 MAX_SUBMISSIONS: Final = 1000
 """Maximum number of submissions in one call."""
 _DEFAULT_PAGE: Final = 100
 _MAX_PAGE: Final = 1000
 _KEY_BYTES: Final = 256
 _MESSAGE: Final = 1000
-_ACTOR: Final = re.compile(r"[A-Za-z0-9_.@:/-]{1,128}\Z")
 _METHOD: Final = re.compile(r"[A-Za-z_][\w.]{0,500}/[A-Za-z_]\w{0,200}\Z", re.ASCII)
 _AGENT_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,128}\Z")
 _CURSOR: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,20}\Z")
@@ -106,11 +104,15 @@ async def _abort(context: Context, method: str, error: Exception) -> NoReturn:
 
 
 def actor_of(context: Context) -> str:
-    """Return the caller's name from the metadata; `anonymous` if it is missing or malformed."""
-    for key, value in context.invocation_metadata() or ():
-        if key == ACTOR_KEY and isinstance(value, str) and _ACTOR.match(value):
-            return value
-    return "anonymous"
+    """Return the caller's name for the audit."""
+    return caller().name
+
+
+def readable(task: pb.TaskSnapshot) -> pb.TaskSnapshot:
+    """Return a snapshot without the response if the caller may not read it."""
+    if not caller().may(Action.READ, task.method):
+        task.ClearField("response")
+    return task
 
 
 class RequestRules:
@@ -121,6 +123,7 @@ class RequestRules:
 
     def submission(self, submission: pb.Submission) -> None:
         _check_method("method", submission.method)
+        caller().check_submit(submission.method)
         self._check_payload("request", submission.request)
         if len(submission.idempotency_key.encode()) > _KEY_BYTES:
             raise InvalidArgument(f"idempotency_key: at most {_KEY_BYTES} bytes; hash a longer key")
@@ -262,6 +265,7 @@ class Watchers:
                     continue
                 if view is None:
                     raise UnknownTask(f"there is no task {task_id}")
+                caller().check_task(Action.READ, task_id, view.task.method)
                 ended = view.task.state in TERMINAL
                 news = []
                 if view.task.revision != revision and not ended:
@@ -388,11 +392,11 @@ class TaskServicer(TaskServiceServicer):
         method = await self.submissions.check(submission)
         pending = self.submissions.pending(submission, method, actor)
         submitted = await self._store.apply(pending.operation)
-        return self.submissions.accepted(pending, submitted) or await self.read(submitted.task_id)
+        return self.submissions.accepted(pending, submitted) or readable(await self.read(submitted.task_id))
 
     @typed
     async def Get(self, request: pb.GetRequest, context: Context) -> pb.GetResponse:
-        return pb.GetResponse(task=await self.read(request.task_id))
+        return pb.GetResponse(task=await self.read(request.task_id, Action.READ))
 
     @typed_stream
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchResponse]:
@@ -419,6 +423,8 @@ class TaskServicer(TaskServiceServicer):
         """Request a task's end. The request is stored before it is sent to the agent."""
         self._rules.cancel(request)
         message = failure_text(request.message)
+        if caller().rules is not None:
+            await self.read(request.task_id, Action.CANCEL)
         reply = await self._store.apply(operations.cancel(request.task_id, message, actor))
         if reply.status == "unknown":
             raise UnknownTask(f"there is no task {request.task_id}")
@@ -427,7 +433,7 @@ class TaskServicer(TaskServiceServicer):
             session.machine.cancel(reply.attempt, grace_ms=round(reply.cancel_grace * 1000), message=message)
         if reply.status in ("requested", "done"):
             self._watchers.changed(request.task_id, reply.status == "done")
-        return await self.read(request.task_id)
+        return readable(await self.read(request.task_id))
 
     @typed
     async def Direct(self, request: pb.DirectRequest, context: Context) -> pb.DirectResponse:
@@ -437,7 +443,7 @@ class TaskServicer(TaskServiceServicer):
     async def direct(self, request: pb.DirectRequest, actor: str) -> AttemptKey:
         """Send a directive to a running task, whose agent must have a session here."""
         self._rules.direct(request)
-        task = await self.read(request.task_id)
+        task = await self.read(request.task_id, Action.DIRECT)
         method = await self._registry.method(task.method)
         if not method.directive:
             raise NotDirectable(f"{task.method} declares no directive")
@@ -471,11 +477,22 @@ class TaskServicer(TaskServiceServicer):
         """Return a page of tasks, newest first and without responses."""
         which, page_size = self._rules.list(request)
         tasks, token = await list_tasks(self._store, which, page_size, request.page_token)
+        tasks = [task for task in tasks if caller().may(Action.READ, task.method)]
         return pb.ListResponse(tasks=tasks, next_page_token=token)
 
-    async def read(self, task_id: str) -> pb.TaskSnapshot:
-        """Read a task; raises UnknownTask if there is none."""
+    async def read(self, task_id: str, action: Action | None = None) -> pb.TaskSnapshot:
+        """Read a task.
+
+        Args:
+            task_id: Its id.
+            action: What the caller wants to do with the task; None if that was checked before.
+
+        Raises:
+            UnknownTask: The task does not exist, or the caller may not.
+        """
         view = await self._store.apply(operations.read_task(task_id))
         if view is None:
             raise UnknownTask(f"there is no task {task_id}")
+        if action is not None:
+            caller().check_task(action, task_id, view.task.method)
         return view.task

@@ -13,12 +13,13 @@ from urllib.parse import urlsplit
 
 import click
 
-from orki_contract.errors import EventsLoading, EventsUnavailable, OrkiError
+from orki_contract.errors import EventsLoading, EventsUnavailable, OrkiError, PeerRefused
+from orki_control import Credentials
 from orki_events.connection import Connection, parse_address
 from orki_events.groups import checked
 from orki_events.registry import StreamRegistry
 from orki_server._cli.formats import Columns, counted, duration, print_rows, sentence, size
-from orki_server._cli.options import json_option, redis_option, run_async, with_orchestrator
+from orki_server._cli.options import credentials, json_option, redis_option, run_async, with_orchestrator
 from orki_server._observers.stream_stats import GroupStats, read_stream_stats
 
 _OLDEST_VERSION: Final = (6, 2)
@@ -227,8 +228,9 @@ async def doctor(timeout: float, as_json: bool, redis_url: str, orchestrator: st
     from orki_control.transport import check_targets  # needs gRPC, and `--help` does not
 
     link = Connection(parse_address(redis_url), name="orki:doctor", connect_timeout=timeout, answer_timeout=timeout)
-    targets = check_targets(orchestrator, insecure=insecure)
-    orchestrators = asyncio.gather(*(_orchestrator(target, timeout) for target in targets))
+    identity = credentials()
+    targets = check_targets(orchestrator, insecure=insecure, credentials=identity)
+    orchestrators = asyncio.gather(*(_orchestrator(target, timeout, identity) for target in targets))
     store, answers = await asyncio.gather(_store(link, redis_url, timeout), orchestrators)
     checks = [*store, *answers]
     healthy = all(check.verdict is not Health.BAD for check in checks)
@@ -295,21 +297,34 @@ async def _accepts(redis_url: str, timeout: float) -> bool:
     return await asyncio.to_thread(connect)
 
 
-async def _orchestrator(target: str, timeout: float) -> Check:
+async def _orchestrator(target: str, timeout: float, identity: Credentials) -> Check:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
-    from orki_control.transport import open_channel
+    from orki_control.transport import error_from, open_channel
 
     name = "orchestrator"
     try:
-        async with open_channel(target) as channel:
+        async with open_channel(target, credentials=identity) as channel:
             answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout)
     except grpc.aio.AioRpcError as error:
+        typed = error_from(error, target)
+        if isinstance(typed, PeerRefused):
+            step = "Set ORKI_TOKEN_FILE to a token that it knows, or ask its operator: docs/security.md."
+            return Check(name, Health.BAD, f"{target} refuses", sentence(typed.message), step)
         hung = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         silence = f"has not answered within {timeout:g} s" if hung else "does not answer"
         cause = f"{error.code().name}: {' '.join((error.details() or '').split())}"
         step = "Start it with orki serve, or use another address with --orchestrator."
+        if identity.encrypted and "handshake failed" in cause:
+            cause, step = sentence(typed.message), "Check the files of --tls-ca and of orki serve --server-certificate."
+        elif "Socket closed" in cause:
+            # TLS 1.3 tells a client only by closing that its certificate was refused.
+            step = (
+                "It may refuse the certificate: check --tls-certificate and --tls-key."
+                if identity.encrypted
+                else "It may require TLS: set --tls-ca."
+            )
         return Check(name, Health.BAD, f"{target} {silence}", cause, step)
     figure = f"{target} {health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)}"
     if answer.status == health_pb2.HealthCheckResponse.SERVING:

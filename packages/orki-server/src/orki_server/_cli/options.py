@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -18,7 +19,7 @@ from orki_server._observers.redaction import safe_text
 
 if TYPE_CHECKING:
     # Imported at run time only where used, so that commands without gRPC or Redis start without them.
-    from orki_control import Client
+    from orki_control import Client, Credentials
     from orki_events.connection import Connection
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -29,6 +30,14 @@ FEED_PORT: Final = 9465
 METRICS_PORT: Final = 9464
 _ANSWER_TIMEOUT: Final = 5.0
 _WATCH_INTERVAL: Final = 1.0
+_CREDENTIALS: Final = "orki.credentials"
+_FILES: Final = (
+    ("tls-ca", "ORKI_TLS_CA", "PEM file with the authorities of the orchestrators' certificates. Turns TLS on."),
+    ("tls-certificate", "ORKI_TLS_CERTIFICATE", "PEM file with your certificate, whose URI name is spiffe://DOMAIN/…."),
+    ("tls-key", "ORKI_TLS_KEY", "PEM file with the key of the certificate."),
+    ("token-file", "ORKI_TOKEN_FILE", "File with your bearer token; or set ORKI_TOKEN to the token itself."),
+)
+"""For each file of the credentials: option, environment variable and description."""
 
 redis_option = click.option(
     "--redis",
@@ -53,8 +62,24 @@ ready_file_option = click.option(
 )
 
 
+def _keep_credential(ctx: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    if value:
+        ctx.meta.setdefault(_CREDENTIALS, {})[parameter.name] = value
+
+
 def with_orchestrator(command: F) -> F:
-    """Add `--orchestrator` and `--insecure`."""
+    """Add `--orchestrator`, `--insecure`, and the credentials, which `credentials()` returns."""
+    for name, variable, text in reversed(_FILES):
+        command = click.option(
+            f"--{name}",
+            name.removeprefix("tls-").replace("-", "_"),
+            metavar="FILE",
+            envvar=variable,
+            show_envvar=True,
+            help=text,
+            expose_value=False,
+            callback=_keep_credential,
+        )(command)
     where = click.option(
         "--orchestrator",
         metavar="HOST:PORT,…",
@@ -68,11 +93,27 @@ def with_orchestrator(command: F) -> F:
     return where(insecure(command))
 
 
+def credentials() -> Credentials:
+    """Return the credentials of the current command, from its options and the environment.
+
+    Raises:
+        InvalidSetting: A file cannot be read or is malformed, or the options do not fit together.
+    """
+    from orki_control import Credentials
+
+    context = click.get_current_context(silent=True)
+    given = context.meta.get(_CREDENTIALS, {}) if context else {}
+    return Credentials.from_environment(os.environ, **given)
+
+
 def open_client(orchestrator: str, insecure: bool, *, patience: float = 2.0) -> Client:
     """Return a client that retries for only `patience` seconds, since a person can repeat the command."""
     from orki_control import Client, ClientOptions
 
-    return Client(orchestrator, ClientOptions(patience=patience, call_timeout=_ANSWER_TIMEOUT, insecure=insecure))
+    options = ClientOptions(
+        patience=patience, call_timeout=_ANSWER_TIMEOUT, insecure=insecure, credentials=credentials()
+    )
+    return Client(orchestrator, options)
 
 
 @asynccontextmanager

@@ -27,6 +27,7 @@ _COMMANDS: Final = {
     "streams": ("streams", "List the event streams and their consumer groups."),
     "submit": ("submit", "Submit a task and wait for its result."),
     "tasks": ("tasks", "List tasks, or show one task."),
+    "token": ("token", "Create a bearer token."),
     "trace": ("trace", "Show the history of a task as a tree."),
     "up": ("up", "Run everything on this machine, for development."),
 }

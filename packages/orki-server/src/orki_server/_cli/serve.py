@@ -16,7 +16,7 @@ from orki_server._process import print_ready, run_until_stopped
 from orki_server._settings import OrchestratorOptions, default_settings, load_options
 
 _SETTINGS: Final = (
-    ("listen", "HOST:PORT", "Loopback address for agents and submitters; port 0 chooses a free one."),
+    ("listen", "HOST:PORT", "Address for agents and submitters; port 0 chooses a free one."),
     ("redis_url", "URL", "Redis or Valkey for the store; put a password in ORKI_REDIS_URL or the file."),
     ("events_url", "URL", "Redis for the event plane; by default, the store's."),
     ("orchestrator_id", "NAME", "Name of this process; by default, a new one at each start."),
@@ -30,6 +30,15 @@ _SETTINGS: Final = (
     ("drain_grace_ms", "MS", "Time for running attempts to end before the process stops."),
     ("sweep_interval_ms", "MS", "Maximum time between two checks of the task timers."),
     ("max_sessions", "N", "Maximum number of connected agents."),
+    ("server_certificate", "FILE", "PEM file with the server's certificate chain. Turns TLS on."),
+    ("server_key", "FILE", "PEM file with the key of the certificate."),
+    ("client_ca", "FILE", "PEM file with the authorities of clients' certificates, which clients then need."),
+    ("tokens_file", "FILE", "File with hashes of bearer tokens, which clients then need; see `orki token`."),
+    ("policy_file", "FILE", "TOML file with what each caller may do."),
+    ("handshake_timeout_ms", "MS", "Maximum time for a new connection to make a call."),
+    ("max_handshakes", "N", "Maximum number of connections without a call; 0 is half of all."),
+    ("max_connections", "N", "Maximum number of connections."),
+    ("max_connections_per_address", "N", "Maximum number of connections of one address; 0 is three quarters of all."),
 )
 """For each setting: name, unit or form of its value, and description."""
 
@@ -40,7 +49,9 @@ def orchestrator_options(command: F) -> F:
     for name, metavar, description in reversed(_SETTINGS):
         flag = f"--{name.removesuffix('_url').replace('_', '-')}"
         kind = int if metavar in ("N", "MS") else str
-        shown = "" if name in ("events_url", "orchestrator_id") else f"  [default: {defaults[name]}]"
+        shown = (
+            "" if name in ("events_url", "orchestrator_id") or metavar == "FILE" else f"  [default: {defaults[name]}]"
+        )
         text = f"{description}{shown}  [env: ORKI_{name.upper()}]"
         command = click.option(flag, name, metavar=metavar, type=kind, default=None, help=text)(command)
     config = click.option(
@@ -83,8 +94,10 @@ def serve(config: Path | None, as_json: bool, ready_file: Path | None, verbose: 
 
 
 async def _serve(options: OrchestratorOptions, stopped: asyncio.Event, as_json: bool, ready_file: Path | None) -> None:
+    from orki_server._connections import raise_descriptor_limit
     from orki_server._orchestrator import Orchestrator  # needs gRPC, and `--help` does not
 
+    raise_descriptor_limit(options.max_connections)
     orchestrator = Orchestrator(options)
     try:
         await orchestrator.start()

@@ -16,6 +16,7 @@ from typing import Any, Final
 import click
 
 from orki_contract.errors import InvalidSetting
+from orki_control.transport import is_loopback
 from orki_server._cli.options import FEED_PORT, METRICS_PORT, ORCHESTRATOR, ready_file_option, ready_json_option
 from orki_server._process import Part, PartEnded, Supervisor, print_ready, run_until_stopped
 from orki_server.embedded import EmbeddedOptions, EmbeddedServer
@@ -53,6 +54,7 @@ def up(
     """
     if "@" in redis_url:
         raise InvalidSetting("--redis: other users can read a password on the command line; set ORKI_REDIS_URL instead")
+    _check_listen(listen)
     url = public = redis_url or os.environ.get("ORKI_REDIS_URL", "")
     if url:
         from orki_events.connection import parse_address  # slow to import, and `--help` does not need it
@@ -76,6 +78,15 @@ def up(
         if observers:
             parts += _observers(url, home)
         run_until_stopped(lambda stopped: _run(parts, public, stopped, server, as_json, ready_file))
+
+
+def _check_listen(listen: str) -> None:
+    """Refuse an address that other hosts reach, unless the environment sets TLS and identity."""
+    if is_loopback(listen.rpartition(":")[0].strip("[]")):
+        return
+    from orki_server._settings import load_options  # slow to import, and few start beyond loopback
+
+    load_options({"listen": listen}, os.environ)
 
 
 async def _run(
