@@ -19,6 +19,9 @@ import pytest
 
 GRACE = 5.0
 
+# Test modules may import gRPC before orki, which sets this.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 # gRPC keeps one thread that polls for every channel and server of the process, and ends it when it likes.
 KEPT_THREADS = ("_poll_wrapper", "_poller", "grpc")
 

@@ -32,6 +32,7 @@ __all__ = [
 
 import asyncio
 import ipaddress
+import os
 import random
 import re
 import socket
@@ -59,6 +60,10 @@ from orki_control.session._options import DEFAULT_MESSAGE_BYTES
 
 if TYPE_CHECKING:
     import grpc
+
+# gRPC reads this when it is first imported. Its fork handlers crash a child between fork and exec (grpc issue 43055),
+# so a handler that starts a program with `preexec_fn` would fail at random.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 ChannelOptions: TypeAlias = list[tuple[str, int | str]]
 """The `options` of a gRPC channel or server."""

@@ -11,3 +11,8 @@ async with Client("127.0.0.1:50051") as orki:  # an orchestrator, started by `or
     print(await orki.list_agents())
 ```
 """
+
+import os
+
+# As in `orki_control.transport`; modules of this package import gRPC before that one.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
