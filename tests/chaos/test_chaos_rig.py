@@ -127,7 +127,9 @@ async def test_a_process_that_ends_by_itself_is_reported_with_its_log(tmp_path: 
         process.check()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG exists on Linux alone")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux has PR_SET_PDEATHSIG; elsewhere close() ends the children"
+)
 def test_children_end_when_the_driver_is_killed(tmp_path: Path) -> None:
     program = (
         "import sys, time; from pathlib import Path; from chaos.rig import Process\n"
