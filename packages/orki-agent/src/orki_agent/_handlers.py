@@ -66,6 +66,10 @@ class Execution(ABC):
     def cancel(self) -> None:
         """Cancel the handler. A repeated call cancels again where that is possible."""
 
+    def stop(self) -> None:
+        """End a handler that does not end after its cancel, as far as that is possible."""
+        self.cancel()
+
     @abstractmethod
     def direct(self, payload: bytes) -> None:
         """Deliver a directive."""

@@ -15,6 +15,7 @@ from orki.control.v1.attempt_pb2 import Failure
 from orki.control.v1.session_pb2 import CancelledOutcome
 from orki_agent._handlers import AsyncExecution, Execution, SyncExecution
 from orki_agent._services import AgentServices, Handler, Offered
+from orki_agent._subprocess import ChildPool, ProcessExecution
 from orki_agent._threads import Mailbox
 from orki_agent.hotpath._thread_pool import ThreadPool
 from orki_contract import ProgressPolicy
@@ -48,6 +49,7 @@ class Runner:
         user: Mailbox of the user's loop.
         io: Mailbox of the I/O loop.
         window: Maximum number of progress messages of one attempt that are not stored.
+        children: Child processes; None if no handler needs them.
 
     Attributes:
         on_other: Receives the events that are not about attempts. Set it before the session starts.
@@ -63,6 +65,7 @@ class Runner:
         user: Mailbox,
         io: Mailbox,
         window: int,
+        children: ChildPool | None = None,
     ) -> None:
         self._machine = machine
         self._handlers = handlers
@@ -71,6 +74,7 @@ class Runner:
         self._io = io
         self._window = window
         self._pool = ThreadPool("orki-handler")
+        self._children = children
         self._running: dict[AttemptKey, _Running] = {}
         self._handler_ended = asyncio.Event()
         self._unstored: dict[AttemptKey, tuple[int, int]] = {}
@@ -139,6 +143,9 @@ class Runner:
 
         if handler.is_async:
             return AsyncExecution(offered, handler, self._agent, ended, self._user, self._window)
+        if handler.subprocess is not None:
+            assert self._children is not None
+            return ProcessExecution(offered, handler, self._agent, ended, self._pool, self._children, self._window)
         return SyncExecution(offered, handler, self._agent, ended, self._pool, self._window)
 
     def _cancels(self, cancels: Iterable[session.ArrivedCancel]) -> None:
@@ -160,7 +167,7 @@ class Runner:
         running.left_behind = True
         running.execution.cancel()
         grace = running.execution.handler.task.contract.cancel_grace
-        running.timers.append(asyncio.get_running_loop().call_later(grace, running.execution.cancel))
+        running.timers.append(asyncio.get_running_loop().call_later(grace, running.execution.stop))
 
     # --- The end of the agent. ---
 
@@ -178,7 +185,9 @@ class Runner:
             running.execution.cancel()
 
     def close(self, timeout: float) -> bool:
-        """End the threads of handlers; return whether all ended within `timeout` seconds."""
+        """End the threads and processes of handlers; return whether all threads ended within `timeout` seconds."""
+        if self._children is not None:
+            self._children.close()
         return self._pool.close(timeout)
 
     # --- Progress. ---
@@ -236,10 +245,12 @@ class Runner:
             failure = Failure(reason=Reason.REASON_ATTEMPT_TIMEOUT, message="the attempt timeout has passed")
             self._leave_behind(attempt, running, failure)
         running.execution.cancel()
+        grace = running.execution.handler.task.contract.cancel_grace
+        running.timers.append(asyncio.get_running_loop().call_later(grace, running.execution.stop))
 
     def _grace_over(self, attempt: AttemptKey) -> None:
         running = self._running[attempt]
-        running.execution.cancel()
+        running.execution.stop()
         timer = asyncio.get_running_loop().call_later(_LAST_CHANCE, self._unresponsive, attempt)
         running.timers.append(timer)
 
