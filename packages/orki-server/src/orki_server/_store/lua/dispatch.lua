@@ -232,7 +232,7 @@ end
 
 -- maximum number of tasks
 -- -> time until the next timer (ms; -1 for none), number of damaged tasks, their ids, then for each task that changed:
---    kind (offer, attempt, task, retry), task, agent, attempt, fence, reason
+--    kind (offer, attempt, task, retry), task, agent, attempt, fence, reason, method
 OPS.sweep = function(a)
   flush()
   local found, expired = {}, {}
@@ -245,7 +245,9 @@ OPS.sweep = function(a)
       local agent_id, number, fence = task.agent_id, task.attempt, task.fence
       local kind, reason = EXPIRE[event](task, options(task))
       if kind then
-        for _, value in ipairs({ kind, id, agent_id, whole(number), fence, reason }) do expired[#expired + 1] = value end
+        for _, value in ipairs({ kind, id, agent_id, whole(number), fence, reason, task.method }) do
+          expired[#expired + 1] = value
+        end
       end
     elseif task then
       touch(task)
