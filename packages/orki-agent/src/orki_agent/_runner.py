@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final
 
 from orki.control.v1.attempt_pb2 import Failure
 from orki.control.v1.session_pb2 import CancelledOutcome
@@ -25,9 +24,6 @@ from orki_control import session
 from orki_control.session import AttemptKey, Outcome
 
 _log = logging.getLogger("orki.agent")
-
-_LAST_CHANCE: Final = 0.25
-"""Seconds between the second cancellation and the report that the handler does not respond."""
 
 
 class _Running:
@@ -251,7 +247,7 @@ class Runner:
     def _grace_over(self, attempt: AttemptKey) -> None:
         running = self._running[attempt]
         running.execution.stop()
-        timer = asyncio.get_running_loop().call_later(_LAST_CHANCE, self._unresponsive, attempt)
+        timer = asyncio.get_running_loop().call_later(running.execution.ends_within, self._unresponsive, attempt)
         running.timers.append(timer)
 
     def _unresponsive(self, attempt: AttemptKey) -> None:

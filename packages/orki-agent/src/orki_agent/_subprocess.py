@@ -15,7 +15,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from orki_agent import _child
 from orki_agent._handlers import Execution
@@ -200,6 +200,9 @@ class ProcessExecution(Execution):
         children: The child processes.
         window: Maximum number of progress messages that are not stored.
     """
+
+    # A killed process always ends; only a busy machine makes that slow.
+    ends_within: ClassVar[float] = 5.0
 
     def __init__(
         self,
