@@ -74,7 +74,7 @@ async def submitter(settings: Settings, history: History) -> None:
 
 async def _submit_one(reviews: Any, path: bytes, patience: float, history: History) -> None:
     request, key = ReviewFileRequest(path=path), path.decode()
-    expect = "FAILED" if path.startswith(b"fail-") else "SUCCEEDED"
+    expect = ["FAILED" if path.startswith(b"fail-") else "SUCCEEDED"]
     try:
         handle = await reviews.review_file.submit(request, idempotency_key=key)
     except OrkiError as error:

@@ -20,8 +20,8 @@ def record(event: str, **fields: Any) -> Record:
 def control_history() -> list[Record]:
     """One task that succeeds at its second attempt and one that fails."""
     history = [
-        record("submitted", key="a", task="t-a", expect="SUCCEEDED", lines=7),
-        record("submitted", key="b", task="t-b", expect="FAILED", lines=8),
+        record("submitted", key="a", task="t-a", expect=["SUCCEEDED"], lines=7),
+        record("submitted", key="b", task="t-b", expect=["FAILED"], lines=8),
         record("started", task="t-a", attempt=1, fence=10),
         record("started", task="t-a", attempt=2, fence=11),
         record("started", task="t-b", attempt=1, fence=12),
@@ -51,7 +51,7 @@ CONTROL_PLANTS: dict[str, Plant] = {
     "used by two executions": lambda history: history.append(record("started", task="t-a", attempt=2, fence=11)),
     "do not rise": lambda history: history.append(record("started", task="t-a", attempt=3, fence=9)),
     "gave two tasks": lambda history: history.append(
-        record("submitted", key="a", task="t-c", expect="SUCCEEDED", lines=7)
+        record("submitted", key="a", task="t-c", expect=["SUCCEEDED"], lines=7)
     ),
     "untyped error": lambda history: history.append(record("error", type="KeyError()", typed=False)),
 }

@@ -267,10 +267,19 @@ class SubmitterSession:
             self._machine.abandon(request)
 
     async def cancel(self, request: CancelRequest) -> TaskSnapshot:
-        """Cancel a task."""
-        outcome = await self._outcome(self._machine.cancel(request, self._deadline()))
-        assert isinstance(outcome, TaskSnapshot)
-        return outcome
+        """Cancel a task. It is repeated, for as long as `patience` allows, while it is refused for a cause that passes."""
+        give_up_at = self._loop.time() + self._patience
+        jitter = Jitter(self._backoff)
+        while True:
+            try:
+                outcome = await self._outcome(self._machine.cancel(request, self._deadline()))
+                assert isinstance(outcome, TaskSnapshot)
+                return outcome
+            except OrkiError as error:
+                wait = jitter.failed()
+                if not _refused_for_now(error) or self._loop.time() + wait >= give_up_at:
+                    raise
+            await asyncio.sleep(wait)
 
     async def direct(self, request: DirectRequest) -> AttemptRef:
         """Send a directive. It is not repeated."""
@@ -470,7 +479,7 @@ def _resolve(future: asyncio.Future[Outcome], outcome: Outcome) -> None:
 
 
 def _refused_for_now(outcome: Outcome) -> bool:
-    """Return whether a submission was refused for a cause that passes."""
+    """Return whether a request was refused for a cause that passes."""
     return (
         isinstance(outcome, OrkiError)
         and outcome.retryable
