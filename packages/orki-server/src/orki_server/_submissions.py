@@ -54,7 +54,7 @@ class Pending:
 class Submissions:
     """Checks submissions, by `rules` first, and gives them their task ids.
 
-    It calls `on_new` with the id and the shard of a new task.
+    It calls `on_new` with the id, the shard and the method of a new task.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Submissions:
         registry: ContractRegistry,
         payloads: PayloadCheck,
         rules: Callable[[pb.Submission], None],
-        on_new: Callable[[str, int], None],
+        on_new: Callable[[str, int, str], None],
     ) -> None:
         self._shards = shards
         self._registry = registry
@@ -140,7 +140,7 @@ class Submissions:
             )
         if submitted.status != "new":
             return None
-        self._on_new(submitted.task_id, pending.shard)
+        self._on_new(submitted.task_id, pending.shard, submission.method)
         task = pb.TaskSnapshot(
             task_id=submitted.task_id,
             method=submission.method,

@@ -335,7 +335,7 @@ async def _wait(event: asyncio.Event, timeout: float) -> None:
 class TaskServicer(TaskServiceServicer):
     """Serves submitters.
 
-    It calls `on_queued` with a shard that has a queued task.
+    It calls `on_queued` with shard and method of a new task.
 
     Attributes:
         draining: Whether new submissions are refused.
@@ -350,7 +350,7 @@ class TaskServicer(TaskServiceServicer):
         sessions: SessionRegistry,
         watchers: Watchers,
         rules: RequestRules,
-        on_queued: Callable[[int], None],
+        on_queued: Callable[[int, str], None],
     ) -> None:
         self._store = store
         self._registry = registry
@@ -362,9 +362,9 @@ class TaskServicer(TaskServiceServicer):
         self.submissions = Submissions(store.shards, registry, payloads, rules.submission, self._created)
         self.draining = False
 
-    def _created(self, task_id: str, shard: int) -> None:
+    def _created(self, task_id: str, shard: int, method: str) -> None:
         self._watchers.changed(task_id, False)
-        self._on_queued(shard)
+        self._on_queued(shard, method)
 
     @typed
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.SubmitResponse:

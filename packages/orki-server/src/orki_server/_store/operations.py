@@ -403,6 +403,15 @@ def offer(shard: int, accept_timeout: float, recipients: Sequence[Recipient]) ->
     return Operation("offer", shard, flat, _assigned, patient=False)
 
 
+def queue_lengths(shard: int, methods: Sequence[str]) -> Operation[dict[str, int]]:
+    """Count the queued tasks of methods on one shard. The outcome leaves out methods without any."""
+
+    def outcome(reply: list[bytes]) -> dict[str, int]:
+        return {method: int(count) for method, count in zip(methods, reply, strict=True) if int(count)}
+
+    return Operation("queue_lengths", shard, methods, outcome, patient=False)
+
+
 def _damaged(reply: list[bytes], at: int) -> tuple[str, ...]:
     """Return the names that follow their number at a position."""
     return tuple(each.decode(errors="replace") for each in reply[at + 1 : at + 1 + int(reply[at])])
@@ -435,12 +444,14 @@ class Expired:
         agent_id: Holder of the attempt.
         attempt: The attempt.
         reason: The cause; unspecified for `retry`.
+        method: The task's method.
     """
 
     kind: str
     agent_id: str
     attempt: AttemptKey
     reason: Reason.ValueType
+    method: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -465,15 +476,16 @@ def sweep(shard: int, limit: int) -> Operation[Swept]:
 
 def _swept(reply: list[bytes]) -> Swept:
     damaged = _damaged(reply, 1)
-    rows = (reply[at : at + 6] for at in range(2 + len(damaged), len(reply), 6))
+    rows = (reply[at : at + 7] for at in range(2 + len(damaged), len(reply), 7))
     expired = (
         Expired(
             kind.decode(),
             agent.decode(),
             AttemptKey(task.decode(), int(attempt), int(fence)),
             Reason.ValueType(int(reason)),
+            method.decode(),
         )
-        for kind, task, agent, attempt, fence, reason in rows
+        for kind, task, agent, attempt, fence, reason, method in rows
     )
     return Swept(int(reply[0]) / 1000 if int(reply[0]) >= 0 else None, tuple(expired), damaged)
 

@@ -245,12 +245,12 @@ end
 
 -- maximum number of tasks
 -- -> time until the next timer (ms; -1 for none), number of damaged tasks, their ids, then for each task that changed:
---    kind (offer, attempt, task, retry), task, agent, attempt, fence, reason
+--    kind (offer, attempt, task, retry), task, agent, attempt, fence, reason, method
 OPS.sweep = function(a)
   flush()
   local found, expired = {}, {}
   local function changed(task, kind, reason, agent_id, number, fence)
-    for _, value in ipairs({ kind, task.id, agent_id or '', whole(number or 0), fence or '0', reason }) do
+    for _, value in ipairs({ kind, task.id, agent_id or '', whole(number or 0), fence or '0', reason, task.method }) do
       expired[#expired + 1] = value
     end
   end

@@ -102,10 +102,12 @@ end
 
 -- --- reports of agents: only the holder of the current fence changes anything, everybody else gets `stale` ---
 
--- -> accepted | repeated | stale, state afterwards, wait before the next attempt (ms; -1 for none), revision, time (us)
+-- -> accepted | repeated | stale, state afterwards, wait before the next attempt (ms; -1 for none), revision, time (us),
+-- method if another attempt follows
 local function report_reply(status, task, wait)
   return {
     status, task and VISIBLE[task.state] or '0', whole(wait or -1), whole(task and task.revision or 0), WALL_TEXT,
+    wait and task.method or '',
   }
 end
 
