@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final
 
@@ -42,7 +43,7 @@ def submission_of(
     return submission
 
 
-def place(submission: pb.Submission, settings: SubmitSettings) -> None:
+def place(submission: pb.Submission, settings: Mapping[str, Any]) -> None:
     """Set when the task may run.
 
     Raises:
