@@ -52,7 +52,7 @@ MAX_SUBMISSIONS: Final = 1000
 _DEFAULT_PAGE: Final = 100
 _MAX_PAGE: Final = 1000
 _KEY_BYTES: Final = 256
-_MESSAGE: Final = 1000
+MAX_MESSAGE: Final = 1000
 _METHOD: Final = re.compile(r"[A-Za-z_][\w.]{0,500}/[A-Za-z_]\w{0,200}\Z", re.ASCII)
 _AGENT_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,128}\Z")
 _CURSOR: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,20}\Z")
@@ -132,8 +132,8 @@ class RequestRules:
         check_placement(submission, time.time_ns() // 1000)
 
     def cancel(self, request: pb.CancelRequest) -> None:
-        if len(request.message) > _MESSAGE:
-            raise InvalidArgument(f"message: at most {_MESSAGE} characters, not {len(request.message)}")
+        if len(request.message) > MAX_MESSAGE:
+            raise InvalidArgument(f"message: at most {MAX_MESSAGE} characters, not {len(request.message)}")
 
     def direct(self, request: pb.DirectRequest) -> None:
         self._check_payload("payload", request.payload)

@@ -36,7 +36,7 @@ end
 -- MAX_STEP from one batch to the next, and not at all when the server's clock steps back. A longer step is a gap, in which
 -- no orchestrator could hear an agent.
 
-local WALL_US, WALL_TEXT, CLOCK_US, NOW, ABSENT, NEW_CALLER, HAS_STARTS
+local WALL_US, WALL_TEXT, CLOCK_US, NOW, ABSENT, NEW_CALLER, HAS_STARTS, PAUSED
 local HOSTS = {}
 
 -- -> time of the last batch of an orchestrator, for how long it has been absent in all, since when it is there, and the
@@ -55,9 +55,9 @@ local function read_clock()
   local time = redis.call('TIME')
   WALL_US = time[1] * 1000000 + time[2]
   WALL_TEXT = whole(WALL_US)
-  local stored = redis.call('HMGET', CLOCK, 'wall_us', 'clock_us', 'gaps_ms', 'starts')
+  local stored = redis.call('HMGET', CLOCK, 'wall_us', 'clock_us', 'gaps_ms', 'starts', 'paused')
   local wall, clock, gaps = tonumber(stored[1] or ''), tonumber(stored[2] or ''), tonumber(stored[3] or '') or 0
-  HAS_STARTS = stored[4]
+  HAS_STARTS, PAUSED = stored[4], stored[5]
   if not wall or not clock then wall, clock = WALL_US, WALL_US end
   local passed = WALL_US - wall
   if passed < 0 or passed > MAX_STEP * 1000 then
