@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from functools import partial
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar, Unpack
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -27,7 +27,16 @@ from orki_agent._settings import RunSettings, ToolsAt
 from orki_agent._subprocess import ChildPool
 from orki_agent._threads import IoThread, LoopProbe, Mailbox, cross, in_thread, resident_bytes, send
 from orki_agent._tools import ToolAccess, ToolServices
-from orki_contract import EventStream, ProgressGap, SyncToolChannel, Task, TaskChannel, TaskHandle, ToolChannel
+from orki_contract import (
+    EventStream,
+    ProgressGap,
+    SubmitSettings,
+    SyncToolChannel,
+    Task,
+    TaskChannel,
+    TaskHandle,
+    ToolChannel,
+)
 from orki_contract.errors import OrkiError
 from orki_contract.trace import Span, new_span
 from orki_control import Client, ClientOptions, session
@@ -310,16 +319,24 @@ class _TaskChannel:
         self._client = client
         self._loop = loop
 
-    async def submit(self, task: Task[Q, R, P, D], request: Q, *, idempotency_key: str = "") -> TaskHandle[R, P, D]:
+    async def submit(
+        self, task: Task[Q, R, P, D], request: Q, *, idempotency_key: str = "", **settings: Unpack[SubmitSettings]
+    ) -> TaskHandle[R, P, D]:
         """Submit one task; see `orki_control.Client.submit`."""
-        handle = await cross(self._loop, self._client.submit(task, request, idempotency_key=idempotency_key))
+        work = self._client.submit(task, request, idempotency_key=idempotency_key, **settings)
+        handle = await cross(self._loop, work)
         return _TaskHandle(handle, self._loop)
 
     async def submit_many(
-        self, task: Task[Q, R, P, D], requests: list[Q], *, idempotency_keys: list[str] | None = None
+        self,
+        task: Task[Q, R, P, D],
+        requests: list[Q],
+        *,
+        idempotency_keys: list[str] | None = None,
+        **settings: Unpack[SubmitSettings],
     ) -> list[TaskHandle[R, P, D]]:
         """Submit many tasks; see `orki_control.Client.submit_many`."""
-        work = self._client.submit_many(task, requests, idempotency_keys=idempotency_keys)
+        work = self._client.submit_many(task, requests, idempotency_keys=idempotency_keys, **settings)
         return [_TaskHandle(handle, self._loop) for handle in await cross(self._loop, work)]
 
 
