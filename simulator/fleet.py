@@ -25,7 +25,14 @@ from orki_contract.errors import OrkiError, StoreUnavailable, UnknownMethod, Unk
 from orki_contract.images import message_class, service_digest
 from orki_contract.read import read_image
 from orki_control import Client, ClientOptions, _links
-from orki_control.session import AgentSession, AgentSessionOptions, AttemptKey, SessionClosed
+from orki_control.session import (
+    AgentEvent,
+    AgentSession,
+    AgentSessionOptions,
+    AttemptKey,
+    ResultsAcknowledged,
+    SessionClosed,
+)
 from orki_events.connection import Address, Command, Reply
 from orki_server import _admission, _orchestrator, _registry
 from orki_server._orchestrator import Orchestrator
@@ -404,7 +411,15 @@ class SimulatedAgent:
         services: Any = self
         runner = self._runner = Runner(session, {handler.name: handler}, services, mailbox, mailbox, 64)
         runner.on_other = self._other
-        channel.on_events, channel.on_sent = runner.handle, runner.grant
+
+        def handle(events: Sequence[AgentEvent]) -> None:
+            for event in events:
+                if isinstance(event, ResultsAcknowledged):
+                    for key in event.attempts:
+                        self._fleet.add("acknowledged", task=key.task_id, fence=key.fence)
+            runner.handle(events)
+
+        channel.on_events, channel.on_sent = handle, runner.grant
         await channel.run()
 
     def _other(self, event: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -117,7 +118,7 @@ def draw(seed: int) -> Plan:
                 "stubborn",
             ]
         )
-        cancel = chance.uniform(0.0, 2.0) if chance.random() < 0.25 else None
+        cancel = round(chance.uniform(0.0, 2.0), 3) if chance.random() < 0.25 else None
         tasks.append(Work(round(chance.uniform(0.0, 3.0), 3), steps, chance.randrange(2), cancel))
     faults = []
     names = sorted(KINDS)
@@ -281,6 +282,7 @@ def _check(fleet: Fleet, plan: Plan, late: bool) -> list[str]:
     bad += _check_progress(history)
     if not fleet.lost_tail:
         bad += _check_lifecycle(fleet, history)
+        bad += _check_acknowledgements(history)
     return bad
 
 
@@ -311,6 +313,18 @@ def _check_progress(history: Iterable[Record]) -> list[str]:
                 bad.append(f"progress {expected[task]} to {number - 1} of task {task} is missing without a gap")
             expected[task], missing[task] = number + 1, 0
     return bad
+
+
+def _check_acknowledgements(history: Iterable[Record]) -> list[str]:
+    history = list(history)
+    finished = {(each["task"], each["fence"]) for each in history if each["event"] == "finished"}
+    final = {each["task"]: each for each in history if each["event"] == "final"}
+    return [
+        f"the result of task {each['task']} under fence {each['fence']} was acknowledged, and is not its outcome"
+        for each in history
+        if each["event"] == "acknowledged" and (each["task"], each["fence"]) in finished and each["task"] in final
+        if (final[each["task"]]["state"], final[each["task"]]["fence"]) != ("SUCCEEDED", each["fence"])
+    ]
 
 
 def _check_lifecycle(fleet: Fleet, history: Iterable[Record]) -> list[str]:
@@ -388,21 +402,49 @@ def _kind(violation: str) -> str:
 
 
 def story(outcome: Outcome) -> str:
-    """Return what happened as prose."""
+    """Return what was planned, as `scenario` reads it, what happened, and the violations."""
     began = outcome.history[0]["t"] if outcome.history else 0.0
-    lines = [f"Seed {outcome.plan.seed}:"]
-    lines += [
-        f"- At {work.at:.3f} s a client submits a task ({work.plan}) by orchestrator-{work.first + 1}"
-        + (f" and cancels it after {work.cancel_after:.3f} s" if work.cancel_after is not None else "")
-        + "."
-        for work in outcome.plan.tasks
-    ]
-    lines += [
-        f"- At {each.at:.3f} s: {each.kind} {each.target}, {each.duration:.3f} s." for each in outcome.plan.faults
-    ]
-    lines.append("What happened:")
+    lines = [f"seed {outcome.plan.seed}", *_lines(outcome.plan), "", "What happened:"]
     for record in outcome.history:
         fields = " ".join(f"{key}={value}" for key, value in record.items() if key not in ("t", "actor", "event"))
         lines.append(f"  {record['t'] - began:9.3f}  {record['actor']:15} {record['event']:10} {fields}")
     lines += [f"Violation: {each}" for each in outcome.violations]
     return "\n".join(lines)
+
+
+def _lines(plan: Plan) -> list[str]:
+    lines = []
+    for work in plan.tasks:
+        cancel = f", cancel after {work.cancel_after:.3f}" if work.cancel_after is not None else ""
+        lines.append(f'at {work.at:.3f}: submit "{work.plan}" by orchestrator-{work.first + 1}{cancel}')
+    return lines + [f"at {each.at:.3f}: {each.kind} {each.target} for {each.duration:.3f}" for each in plan.faults]
+
+
+_SEED: Final = re.compile(r"seed (\d+)")
+_SUBMIT: Final = re.compile(r'at ([\d.]+): submit "([^"]+)" by orchestrator-([12])(?:, cancel after ([\d.]+))?')
+_FAULT: Final = re.compile(r"at ([\d.]+): (\w+) ([\w-]+) for (-?[\d.]+)")
+
+
+def scenario(text: str) -> Plan:
+    """Read a plan: a line for each task and each fault, times in seconds, and the seed if it matters.
+
+    ```
+    at 0.0: submit "sleep:2" by orchestrator-1
+    at 1.0: kill agent-1 for 3.0
+    ```
+
+    Raises:
+        ValueError: A line is malformed, or names an unknown fault or target.
+    """
+    seed, tasks, faults = 0, [], []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        if found := _SEED.fullmatch(line):
+            seed = int(found[1])
+        elif found := _SUBMIT.fullmatch(line):
+            cancel_after = float(found[4]) if found[4] else None
+            tasks.append(Work(float(found[1]), found[2], int(found[3]) - 1, cancel_after))
+        elif (found := _FAULT.fullmatch(line)) and found[3] in KINDS.get(found[2], ((),))[0]:
+            faults.append(Fault(float(found[1]), found[2], found[3], float(found[4])))
+        else:
+            raise ValueError(f"not a line of a scenario: {line}")
+    return Plan(seed, tuple(tasks), tuple(faults))
