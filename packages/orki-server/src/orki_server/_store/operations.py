@@ -165,7 +165,7 @@ class TaskReply:
 
     Attributes:
         status: `unknown`, `ended`; for cancels `done` (the task was not started), `requested`, `repeated`; for
-            directives `idle` and `running`.
+            directives `idle` and `running`; for answers `done`, `repeated`, `answered` (otherwise) and `idle`.
         state: The task's state.
         agent_id: Holder of the attempt.
         attempt: The current or last attempt.
@@ -182,17 +182,18 @@ class TaskReply:
 def cancel(task_id: str, message: str, actor: str) -> Operation[TaskReply]:
     """Request the end of a task."""
     arguments = (task_id, message, actor)
-    return Operation("cancel", shard_of(task_id), arguments, partial(_task_reply, task_id), patient=False)
+    return Operation("cancel", shard_of(task_id), arguments, partial(task_reply, task_id), patient=False)
 
 
 def direct(attempt: AttemptKey, size: int, actor: str) -> Operation[TaskReply]:
     """Record a directive for a running attempt. When it is sent again, it is recorded again."""
     task_id = attempt.task_id
     arguments = (task_id, size, actor, attempt.fence)
-    return Operation("direct", shard_of(task_id), arguments, partial(_task_reply, task_id), patient=False)
+    return Operation("direct", shard_of(task_id), arguments, partial(task_reply, task_id), patient=False)
 
 
-def _task_reply(task_id: str, reply: list[bytes]) -> TaskReply:
+def task_reply(task_id: str, reply: list[bytes]) -> TaskReply:
+    """Decode the reply to a request about one task."""
     status, state, agent, attempt, fence, grace = reply
     return TaskReply(
         status.decode(),
@@ -368,6 +369,9 @@ class OfferedAttempt:
         traceparent: Span of the attempt.
         lease: Time for which the attempt survives without a heartbeat.
         attempt_timeout: Maximum time of the attempt.
+        checkpoint: The task's last checkpoint; None without one.
+        answer: Answer to the task's last suspension; None without one.
+        answer_overdue: Whether that suspension ended without an answer.
     """
 
     recipient: int
@@ -377,6 +381,9 @@ class OfferedAttempt:
     traceparent: str
     lease: float
     attempt_timeout: float
+    checkpoint: bytes | None = None
+    answer: bytes | None = None
+    answer_overdue: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,7 +426,7 @@ def _damaged(reply: list[bytes], at: int) -> tuple[str, ...]:
 
 def _assigned(reply: list[bytes]) -> Assigned:
     damaged = _damaged(reply, 0)
-    rows = (reply[at : at + 9] for at in range(1 + len(damaged), len(reply), 9))
+    rows = (reply[at : at + 11] for at in range(1 + len(damaged), len(reply), 11))
     offers = (
         OfferedAttempt(
             int(recipient),
@@ -429,8 +436,11 @@ def _assigned(reply: list[bytes]) -> Assigned:
             traceparent.decode(),
             int(lease) / 1000,
             int(timeout) / 1000,
+            checkpoint[1:] if checkpoint else None,
+            answered[1:] if answered[:1] == b"1" else None,
+            answered == b"0",
         )
-        for recipient, task, attempt, fence, method, request, traceparent, lease, timeout in rows
+        for recipient, task, attempt, fence, method, request, traceparent, lease, timeout, checkpoint, answered in rows
     )
     return Assigned(tuple(offers), damaged)
 
