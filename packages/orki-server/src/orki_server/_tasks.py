@@ -7,6 +7,7 @@ import contextlib
 import functools
 import logging
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn, TypeAlias, TypeVar
@@ -36,6 +37,7 @@ from orki_server._session import SessionRegistry
 from orki_server._store import operations
 from orki_server._store.lifecycle import TERMINAL
 from orki_server._store.operations import failure_text
+from orki_server._store.placement import check_placement
 from orki_server._store.replies import StoredProgress, TaskView
 from orki_server._store.store import Store
 from orki_server._store.tasks import TaskFilter, list_tasks
@@ -126,6 +128,7 @@ class RequestRules:
         self._check_payload("request", submission.request)
         if len(submission.idempotency_key.encode()) > _KEY_BYTES:
             raise InvalidArgument(f"idempotency_key: at most {_KEY_BYTES} bytes; hash a longer key")
+        check_placement(submission, time.time_ns() // 1000)
 
     def cancel(self, request: pb.CancelRequest) -> None:
         if len(request.message) > _MESSAGE:

@@ -20,6 +20,7 @@ from orki_server._cli.options import (
     watch_option,
     with_orchestrator,
 )
+from orki_server._keys import DEFAULT_PRIORITY
 from orki_server._observers.redaction import reason_text, time_text
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def task_json(task: TaskSnapshot, response: dict[str, Any] | None = None) -> dic
         "task_id": task.task_id,
         "method": task.method,
         "state": state_name(task.state),
+        "priority": task.priority if task.HasField("priority") else DEFAULT_PRIORITY,
+        "start": time_or_none(task.start_us),
         "attempt": attempt.attempt if attempt else 0,
         "fence": attempt.fence if attempt else 0,
         "agent_id": task.agent_id,
@@ -84,7 +87,9 @@ def _failure(failure: Failure) -> dict[str, str]:
 
 
 _COLUMNS: Final = Columns(
-    ("TASK", "METHOD", "STATE", "TRY", "AGENT", "AGE", "TOOK"), right={"TRY", "AGE", "TOOK"}, uncut={"TASK", "AGE"}
+    ("TASK", "METHOD", "STATE", "PRI", "TRY", "AGENT", "AGE", "TOOK"),
+    right={"PRI", "TRY", "AGE", "TOOK"},
+    uncut={"TASK", "AGE"},
 )
 _UNFILTERED: Final[dict[str, Any]] = {"states": (), "method": "", "agent": "", "limit": 50}
 
@@ -121,6 +126,11 @@ async def tasks(
     """List tasks, newest first.
 
     With TASK, show one task with its state, times, and the failures of its attempts.
+
+    \b
+    STATE  state of the task; `in 5 min 2 s` until the start of a delayed one
+    PRI    priority; - for the default
+    TRY    number of the attempt
     """
     if task_id is not None and filters != _UNFILTERED:
         raise click.UsageError("filters cannot be combined with TASK.")
@@ -152,12 +162,18 @@ def _row(task: TaskSnapshot) -> tuple[str, ...]:
     return (
         task.task_id,
         task.method.rpartition(".")[2],
-        state_name(task.state),
+        _state(task, now_us),
+        str(task.priority) if task.HasField("priority") else "-",
         str(task.attempt.attempt) if task.HasField("attempt") else "-",
         task.agent_id or "-",
         age(task.submitted_us, now_us),
         duration(task.ended_us - task.submitted_us) if task.ended_us else "-",
     )
+
+
+def _state(task: TaskSnapshot, now_us: int) -> str:
+    waits = task.state == TaskState.TASK_STATE_QUEUED and task.start_us > now_us and not task.HasField("attempt")
+    return f"in {duration(task.start_us - now_us)}" if waits else state_name(task.state)
 
 
 def _print_one(task: TaskSnapshot, as_json: bool) -> None:
@@ -166,7 +182,10 @@ def _print_one(task: TaskSnapshot, as_json: bool) -> None:
         print_json(shown)
         return
     rows = [(name, str(shown[name])) for name in ("task_id", "method", "state", "attempt", "fence", "agent_id")]
-    rows += [(name, shown[name] or "-") for name in ("submitted", "ended", "trace_id")]
+    rows += [
+        (name, "-" if shown[name] in (None, "") else str(shown[name]))
+        for name in ("priority", "submitted", "start", "ended", "trace_id")
+    ]
     rows += [("earlier failure", _failure_text(each)) for each in shown["earlier_failures"]]
     if shown["failure"]:
         rows.append(("failure", _failure_text(shown["failure"])))

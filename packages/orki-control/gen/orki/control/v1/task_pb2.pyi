@@ -29,6 +29,9 @@ class Submission(message.Message):
     REQUEST_FIELD_NUMBER: builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: builtins.int
     TRACEPARENT_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    DELAY_MS_FIELD_NUMBER: builtins.int
+    START_AT_US_FIELD_NUMBER: builtins.int
     method: builtins.str
     """Service and method, as `package.Service/Method`."""
     request: builtins.bytes
@@ -37,6 +40,14 @@ class Submission(message.Message):
     """The same key and request return the same task. Empty: every submission is a new task. At most 256 bytes."""
     traceparent: builtins.str
     """W3C traceparent of the submitter; empty to begin a trace."""
+    priority: builtins.int
+    """From 0 to 9; unset: 5. Tasks of a higher priority are offered first. A queued task also advances by one priority for
+    each hour that it waits.
+    """
+    delay_ms: builtins.int
+    """Time after the submission, in milliseconds; at most 366 days."""
+    start_at_us: builtins.int
+    """Time by the store's clock, in microseconds since the Unix epoch; at most 366 days ahead. A past time is at once."""
     def __init__(
         self,
         *,
@@ -44,12 +55,22 @@ class Submission(message.Message):
         request: builtins.bytes = ...,
         idempotency_key: builtins.str = ...,
         traceparent: builtins.str = ...,
+        priority: builtins.int | None = ...,
+        delay_ms: builtins.int = ...,
+        start_at_us: builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "priority", b"priority", "start", b"start", "start_at_us", b"start_at_us"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["idempotency_key", b"idempotency_key", "method", b"method", "request", b"request", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "idempotency_key", b"idempotency_key", "method", b"method", "priority", b"priority", "request", b"request", "start", b"start", "start_at_us", b"start_at_us", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__priority: _TypeAlias = typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = typing.Literal["_priority", b"_priority"]  # noqa: Y015
+    _WhichOneofReturnType_start: _TypeAlias = typing.Literal["delay_ms", "start_at_us"]  # noqa: Y015
+    _WhichOneofArgType_start: _TypeAlias = typing.Literal["start", b"start"]  # noqa: Y015
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_start) -> _WhichOneofReturnType_start | None: ...
 
 @typing.final
 class SubmitRequest(message.Message):
@@ -143,6 +164,8 @@ class TaskSnapshot(message.Message):
     ENDED_US_FIELD_NUMBER: builtins.int
     TRACEPARENT_FIELD_NUMBER: builtins.int
     REVISION_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    START_US_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     """The task."""
     method: builtins.str
@@ -161,6 +184,10 @@ class TaskSnapshot(message.Message):
     """W3C traceparent of the task's span."""
     revision: builtins.int
     """Rises with every transition of the task."""
+    priority: builtins.int
+    """Priority of the task; unset: the default."""
+    start_us: builtins.int
+    """Earliest start of a delayed task, in microseconds since the Unix epoch; 0: it was not delayed."""
     @builtins.property
     def attempt(self) -> attempt_pb2.AttemptRef:
         """The current or last attempt; unset before the first."""
@@ -188,12 +215,16 @@ class TaskSnapshot(message.Message):
         ended_us: builtins.int = ...,
         traceparent: builtins.str = ...,
         revision: builtins.int = ...,
+        priority: builtins.int | None = ...,
+        start_us: builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "failure", b"failure"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "attempt", b"attempt", "failure", b"failure", "priority", b"priority"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_id", b"agent_id", "attempt", b"attempt", "earlier_failures", b"earlier_failures", "ended_us", b"ended_us", "failure", b"failure", "method", b"method", "response", b"response", "revision", b"revision", "state", b"state", "submitted_us", b"submitted_us", "task_id", b"task_id", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "agent_id", b"agent_id", "attempt", b"attempt", "earlier_failures", b"earlier_failures", "ended_us", b"ended_us", "failure", b"failure", "method", b"method", "priority", b"priority", "response", b"response", "revision", b"revision", "start_us", b"start_us", "state", b"state", "submitted_us", b"submitted_us", "task_id", b"task_id", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__priority: _TypeAlias = typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = typing.Literal["_priority", b"_priority"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
 
 @typing.final
 class GetRequest(message.Message):
