@@ -18,7 +18,7 @@ SHARD = ShardKeys(7)
 TASK = "t7-01jcabcdefghjkmnpqrstvwxyz"
 LUA = "\n".join(
     (files("orki_server._store") / "lua" / f"{name}.lua").read_text(encoding="utf-8")
-    for name in ("placement", "batch", "life", "wake", "operations", "dispatch")
+    for name in ("placement", "batch", "life", "pause", "wake", "operations", "dispatch")
 )
 
 
@@ -36,6 +36,7 @@ LUA = "\n".join(
         (f"{SHARD.base}damaged", "orki:{oN}:damaged"),
         (FleetKeys.LAYOUT, "orki:{of}:layout"),
         (FleetKeys.AGENTS, "orki:{of}:agents"),
+        (FleetKeys.PAUSES, "orki:{of}:pauses"),
         (FleetKeys.SERVICES, "orki:{of}:services"),
         (FleetKeys.REVISIONS, "orki:{of}:revisions"),
         (FleetKeys.agent("a-1"), "orki:{of}:agent:AGENT"),

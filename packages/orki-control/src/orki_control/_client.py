@@ -403,6 +403,31 @@ class Client:
         answer = await self._call(lambda link: link.fleet.ListServices(request, timeout=self._timeout))
         return answer.services
 
+    async def pause(self, target: str, message: str = "") -> pb.Pause:
+        """Pause a service or a method: its queued tasks wait, and running attempts go on.
+
+        Args:
+            target: Full name of a registered service, or of a method as `package.Service/Method`.
+            message: Explanation for operators.
+
+        Raises:
+            UnknownMethod: No such service or method is registered.
+        """
+        request = pb.PauseRequest(target=target, message=message)
+        answer = await self._call(lambda link: link.fleet.Pause(request, timeout=self._timeout))
+        return answer.pause
+
+    async def resume(self, target: str) -> bool:
+        """End the pause of a service or a method. Returns whether it was paused."""
+        request = pb.ResumeRequest(target=target)
+        answer = await self._call(lambda link: link.fleet.Resume(request, timeout=self._timeout))
+        return answer.was_paused
+
+    async def list_pauses(self) -> Sequence[pb.Pause]:
+        """Return what is paused, by target."""
+        answer = await self._call(lambda link: link.fleet.ListPauses(pb.ListPausesRequest(), timeout=self._timeout))
+        return answer.pauses
+
     async def _submit(self, request: pb.SubmitRequest) -> pb.SubmitResponse:
         return await self._call(lambda link: link.tasks.Submit(request, timeout=self._timeout))
 

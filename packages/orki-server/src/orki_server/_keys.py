@@ -137,7 +137,8 @@ TABLE: Final = (
         kind="hash",
         holds="the shard's clock: `wall_us` and `clock_us`, the server's and the shard's time of the last batch; "
         "`gaps_ms`, grace for times without any batch; `host:ORCHESTRATOR`, time of its last batch and of its absence; "
-        "`drainer`, the one that publishes the outbox; `starts`, which is there if tasks are delayed",
+        "`drainer`, the one that publishes the outbox; `starts`, which is there if tasks are delayed; "
+        "`paused`, the paused services and methods",
         writer="every batch",
         ends="never; a host, an hour after its last batch",
         lua="CLOCK",
@@ -180,6 +181,13 @@ TABLE: Final = (
         holds="an agent: `instance_id`, `session_epoch`, `snapshot`, and `contracts`, the digest of each served one",
         writer="hello, heartbeat, disconnect",
         ends="a day after its last message",
+    ),
+    Key(
+        pattern="orki:{of}:pauses",
+        kind="hash",
+        holds="what is paused, by whom and why, for lists; the shards enforce it",
+        writer="pause, resume",
+        ends="when empty",
     ),
     Key(
         pattern="orki:{of}:services",
@@ -380,6 +388,7 @@ class FleetKeys:
     BASE = "orki:{of}:"
     LAYOUT = BASE + "layout"
     AGENTS = BASE + "agents"
+    PAUSES = BASE + "pauses"
     SERVICES = BASE + "services"
     REVISIONS = BASE + "revisions"
 

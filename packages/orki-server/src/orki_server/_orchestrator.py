@@ -34,6 +34,7 @@ from orki_server._events import AgentEvents, OutboxPublisher
 from orki_server._files import WatchedFiles, server_credentials, watch_certificates, watch_files
 from orki_server._fleet import FleetServicer, FleetUpdates, Handshake
 from orki_server._identity import Gate
+from orki_server._pauses import Pauses
 from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._relay import Relay
 from orki_server._requests import TypedRequests
@@ -111,6 +112,7 @@ class Orchestrator:
             queued=lambda shard, method, count: self._dispatcher.demand.queued(shard, method, count),
             mail=lambda shard: self._relay.has_mail(shard),
             changed=self._task_announced,
+            resumed=lambda: self._dispatcher.demand.all_queued(),
             missed=self._announcements_missed,
         )
         self._wakeups = Wakeups(store, announced)
@@ -170,7 +172,8 @@ class Orchestrator:
             Services(store, self._submitters, self._submitters.submissions, watchers, watchers.results),
             options.max_sessions,
         )
-        self._fleet = FleetServicer(fleet, contracts, sessions, silence_timeout)
+        pauses = Pauses(store, demand.all_queued)
+        self._fleet = FleetServicer(fleet, contracts, sessions, silence_timeout, pauses)
         store.connection.on_change(self._store_changed)
         store.on_loss(self._store_lost)
 

@@ -29,6 +29,7 @@ from orki_contract.errors import (
 )
 from orki_control.session import AttemptKey
 from orki_control.transport import abort
+from orki_server._gaps import GapFinder
 from orki_server._identity import Action, caller
 from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._relay import Relay
@@ -38,7 +39,7 @@ from orki_server._store import operations
 from orki_server._store.lifecycle import TERMINAL
 from orki_server._store.operations import failure_text
 from orki_server._store.placement import check_placement
-from orki_server._store.replies import StoredProgress, TaskView
+from orki_server._store.replies import TaskView
 from orki_server._store.store import Store
 from orki_server._store.tasks import TaskFilter, list_tasks
 from orki_server._submissions import Submissions
@@ -53,7 +54,7 @@ MAX_SUBMISSIONS: Final = 1000
 _DEFAULT_PAGE: Final = 100
 _MAX_PAGE: Final = 1000
 _KEY_BYTES: Final = 256
-_MESSAGE: Final = 1000
+MAX_MESSAGE: Final = 1000
 _METHOD: Final = re.compile(r"[A-Za-z_][\w.]{0,500}/[A-Za-z_]\w{0,200}\Z", re.ASCII)
 _AGENT_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,128}\Z")
 _CURSOR: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,20}\Z")
@@ -131,8 +132,8 @@ class RequestRules:
         check_placement(submission, time.time_ns() // 1000)
 
     def cancel(self, request: pb.CancelRequest) -> None:
-        if len(request.message) > _MESSAGE:
-            raise InvalidArgument(f"message: at most {_MESSAGE} characters, not {len(request.message)}")
+        if len(request.message) > MAX_MESSAGE:
+            raise InvalidArgument(f"message: at most {MAX_MESSAGE} characters, not {len(request.message)}")
 
     def direct(self, request: pb.DirectRequest) -> None:
         self._check_payload("payload", request.payload)
@@ -170,43 +171,6 @@ class RequestRules:
 def _check_method(field: str, method: str) -> None:
     if not _METHOD.match(method):
         raise InvalidArgument(f"{field}: {method[:80]!r} does not have the form package.Service/Method")
-
-
-class GapFinder:
-    """Finds the progress that is missing between the entries that one watcher reads.
-
-    Args:
-        after: Cursor at which the watcher begins; empty for the beginning.
-        position: Position of the last progress or gap that the watcher has; None if it is unknown.
-    """
-
-    def __init__(self, after: str, position: pb.ProgressPosition | None) -> None:
-        self._cursor = after
-        self._last = (position.attempt, position.index, position.number) if position else (0, 0, 0)
-        # Progress that an older orchestrator stored has no number.
-        self._known = self._last[2] > 0 or not after
-
-    def before(self, entry: StoredProgress) -> list[pb.ProgressGap]:
-        """Return the gaps before an entry, and the entry itself if it only ends a gap."""
-        cursor, attempt, index, number = entry.cursor, entry.attempt, entry.index, entry.number
-        last_attempt, last_index, last_number = self._last
-        missing = max(0, number - last_number - 1) if self._known else 0
-        here = min(missing, index - 1)
-        gaps = []
-        if missing > here:
-            # The rest of an earlier attempt, and perhaps whole attempts after it, were trimmed.
-            last = last_index + missing - here
-            gaps.append(self._gap(self._cursor, last_attempt or 1, last_index + 1, last, last_number + missing - here))
-        if here or entry.dropped:
-            before = 0 if entry.dropped else 1
-            end = cursor if entry.dropped else self._cursor
-            gaps.append(self._gap(end, attempt, index - here, index - before, number - before))
-        self._cursor, self._known, self._last = cursor, number > 0, (attempt, index, number)
-        return gaps
-
-    @staticmethod
-    def _gap(cursor: str, attempt: int, first: int, last: int, number: int) -> pb.ProgressGap:
-        return pb.ProgressGap(cursor=cursor, attempt=attempt, first_index=first, last_index=last, number=number)
 
 
 @dataclass(slots=True, eq=False)

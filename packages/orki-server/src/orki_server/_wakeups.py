@@ -35,12 +35,14 @@ class Announced:
         queued: Called with shard, method and number of tasks that were queued.
         mail: Called with a shard on which this orchestrator has mail.
         changed: Called with a task that changed, and whether it ended.
+        resumed: Called when a pause has ended.
         missed: Called when announcements may have been missed.
     """
 
     queued: Callable[[int, str, int], None]
     mail: Callable[[int], None]
     changed: Callable[[str, bool], None]
+    resumed: Callable[[], None]
     missed: Callable[[], None]
 
 
@@ -105,6 +107,8 @@ class Wakeups:
                 self._announced.queued(shard, words[0], int(words[1]))
             elif kind == "m" and words[0] == self._store.caller:
                 self._announced.mail(shard)
+            elif kind == "r":
+                self._announced.resumed()
             elif kind == "c":
                 for word in words:
                     self._announced.changed(word.removeprefix("!"), word.startswith("!"))

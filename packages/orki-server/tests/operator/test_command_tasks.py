@@ -112,6 +112,27 @@ async def test_a_bad_placement_is_wrong_usage(fleet: Any, orki: Any, at: Any, ar
     assert (ended.code, ended.out) == (2, "")
 
 
+async def test_the_commands_show_a_pause(
+    orchestrator: Any, stand_in: Callable[..., Any], orki: Any, redis_url: str
+) -> None:
+    at = {"ORKI_ORCHESTRATOR": orchestrator.address, "COLUMNS": "120", "ORKI_REDIS_URL": redis_url}
+    agent = stand_in(orchestrator.address)
+    await agent.ready()
+    paused = await orki("pause", SERVICE, "--message", "the model is down", **at)
+    assert paused.code == 0, paused.err
+    assert f"orki resume {SERVICE}" in paused.out
+    (row,) = json.loads((await orki("pause", "--json", **at)).out)
+    assert (row["target"], row["message"]) == (SERVICE, "the model is down")
+    await orki("submit", "Do", "{}", "--no-wait", **at)
+    assert "paused" in (await orki("tasks", **at)).out
+    checks = json.loads((await orki("doctor", "--json", **at)).out)["checks"]
+    (check,) = [each for each in checks if each["name"] == f"service.{SERVICE}"]
+    assert (check["verdict"], "the model is down" in check["cause"]) == ("warn", True)
+    assert "is resumed" in (await orki("resume", SERVICE, **at)).out
+    assert "was not paused" in (await orki("resume", SERVICE, **at)).out
+    assert "nothing is paused" in (await orki("pause", **at)).out
+
+
 async def test_a_failed_task_exits_with_1(orchestrator: Any, stand_in: Callable[..., Any], orki: Any, at: Any) -> None:
     agent = stand_in(orchestrator.address, handler=failing)
     await agent.ready()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -20,6 +20,7 @@ from orki_server._cli.options import (
     watch_option,
     with_orchestrator,
 )
+from orki_server._cli.pause import pauses_of
 from orki_server._keys import DEFAULT_PRIORITY
 from orki_server._observers.redaction import reason_text, time_text
 
@@ -128,7 +129,8 @@ async def tasks(
     With TASK, show one task with its state, times, and the failures of its attempts.
 
     \b
-    STATE  state of the task; `in 5 min 2 s` until the start of a delayed one
+    STATE  state of the task; `in 5 min 2 s` until the start of a delayed one; `paused` for a
+           queued one whose service or method is paused
     PRI    priority; - for the default
     TRY    number of the attempt
     """
@@ -141,8 +143,11 @@ async def tasks(
                 _print_one(await client.get(task_id), as_json)
                 return
             found = await _list(client, **filters)
+            waits = any(each.state == TaskState.TASK_STATE_QUEUED for each in found)
+            paused = {each.target for each in await pauses_of(client)} if waits and not as_json else set()
         empty = "no such tasks" if any(filters.values()) else "no tasks yet"
-        print_rows(as_json, [task_json(each) for each in found], _COLUMNS, map(_row, found), empty=empty)
+        rows = [_row(each, paused) for each in found]
+        print_rows(as_json, [task_json(each) for each in found], _COLUMNS, rows, empty=empty)
 
     await run_repeatedly(show, watch)
 
@@ -157,12 +162,12 @@ async def _list(client: Client, states: Sequence[str], method: str, agent: str, 
     return found
 
 
-def _row(task: TaskSnapshot) -> tuple[str, ...]:
+def _row(task: TaskSnapshot, paused: Set[str]) -> tuple[str, ...]:
     now_us = time.time_ns() // 1000
     return (
         task.task_id,
         task.method.rpartition(".")[2],
-        _state(task, now_us),
+        _state(task, now_us, paused),
         str(task.priority) if task.HasField("priority") else "-",
         str(task.attempt.attempt) if task.HasField("attempt") else "-",
         task.agent_id or "-",
@@ -171,8 +176,10 @@ def _row(task: TaskSnapshot) -> tuple[str, ...]:
     )
 
 
-def _state(task: TaskSnapshot, now_us: int) -> str:
+def _state(task: TaskSnapshot, now_us: int, paused: Set[str]) -> str:
     waits = task.state == TaskState.TASK_STATE_QUEUED and task.start_us > now_us and not task.HasField("attempt")
+    if task.state == TaskState.TASK_STATE_QUEUED and not paused.isdisjoint((task.method, task.method.split("/")[0])):
+        return "paused"
     return f"in {duration(task.start_us - now_us)}" if waits else state_name(task.state)
 
 

@@ -468,6 +468,11 @@ def _swept(reply: list[bytes]) -> Swept:
     return Swept(next_timer, tuple(expired), damaged, reply[1] == b"1")
 
 
+def pause(shard: int, target: str, paused: bool) -> Operation[bool]:
+    """Pause or resume a service or a method on one shard. The outcome is whether that changed anything."""
+    return Operation("pause", shard, (target, int(paused)), lambda reply: reply[0] == b"changed", patient=False)
+
+
 def drain(shard: int, *, release: bool = False) -> Operation[str]:
     """Claim a shard's outbox for publishing, or release it.
 

@@ -800,3 +800,158 @@ class ServiceSnapshot(message.Message):
     _ClearFieldArgType: _TypeAlias = typing.Literal["agent_ids", b"agent_ids", "digest", b"digest", "image", b"image", "service", b"service"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Pause(message.Message):
+    """What is paused, by whom and why."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TARGET_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    ACTOR_FIELD_NUMBER: builtins.int
+    PAUSED_US_FIELD_NUMBER: builtins.int
+    target: builtins.str
+    """Full name of the service, or the method as `package.Service/Method`."""
+    message: builtins.str
+    """Explanation."""
+    actor: builtins.str
+    """Who requested it."""
+    paused_us: builtins.int
+    """Time of the request, in microseconds since the Unix epoch."""
+    def __init__(
+        self,
+        *,
+        target: builtins.str = ...,
+        message: builtins.str = ...,
+        actor: builtins.str = ...,
+        paused_us: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["actor", b"actor", "message", b"message", "paused_us", b"paused_us", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class PauseRequest(message.Message):
+    """Pauses a service or a method."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TARGET_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    target: builtins.str
+    """Full name of a registered service, or a method of one as `package.Service/Method`."""
+    message: builtins.str
+    """Explanation, at most 1,000 characters."""
+    def __init__(
+        self,
+        *,
+        target: builtins.str = ...,
+        message: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["message", b"message", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class PauseResponse(message.Message):
+    """The pause has begun."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    PAUSE_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def pause(self) -> Pause:
+        """The pause."""
+
+    def __init__(
+        self,
+        *,
+        pause: Pause | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["pause", b"pause"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["pause", b"pause"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ResumeRequest(message.Message):
+    """Ends the pause of a service or a method."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TARGET_FIELD_NUMBER: builtins.int
+    target: builtins.str
+    """As in the request of the pause. A method that was paused by its own name stays paused when its service is resumed."""
+    def __init__(
+        self,
+        *,
+        target: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ResumeResponse(message.Message):
+    """Nothing with this name is paused."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    WAS_PAUSED_FIELD_NUMBER: builtins.int
+    was_paused: builtins.bool
+    """Whether it was paused."""
+    def __init__(
+        self,
+        *,
+        was_paused: builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["was_paused", b"was_paused"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListPausesRequest(message.Message):
+    """Requests the pauses."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListPausesResponse(message.Message):
+    """The pauses."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    PAUSES_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def pauses(self) -> containers.RepeatedCompositeFieldContainer[Pause]:
+        """Sorted by target."""
+
+    def __init__(
+        self,
+        *,
+        pauses: abc.Iterable[Pause] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["pauses", b"pauses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...

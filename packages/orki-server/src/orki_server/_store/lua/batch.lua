@@ -36,7 +36,7 @@ end
 -- MAX_STEP from one batch to the next, and not at all when the server's clock steps back. A longer step is a gap, in which
 -- no orchestrator could hear an agent.
 
-local WALL_US, WALL_TEXT, CLOCK_US, NOW, ABSENT, NEW_CALLER, HAS_STARTS
+local WALL_US, WALL_TEXT, CLOCK_US, NOW, ABSENT, NEW_CALLER, HAS_STARTS, PAUSED
 local HOSTS, STORED = {}, {}
 
 -- -> time of the last batch of an orchestrator, for how long it has been absent in all, since when it is there, and the
@@ -58,7 +58,7 @@ local function read_clock()
   for at = 1, #stored, 2 do STORED[stored[at]] = stored[at + 1] end
   local wall, clock = tonumber(STORED.wall_us or ''), tonumber(STORED.clock_us or '')
   local gaps = tonumber(STORED.gaps_ms or '') or 0
-  HAS_STARTS = STORED.starts
+  HAS_STARTS, PAUSED = STORED.starts, STORED.paused
   if not wall or not clock then wall, clock = WALL_US, WALL_US end
   local passed = WALL_US - wall
   if passed < 0 or passed > MAX_STEP * 1000 then
@@ -309,8 +309,9 @@ local function write_list(name, key, list)
   for at = 1, #list, 4000 do write({ name, key, unpack(list, at, math.min(at + 3999, #list)) }) end
 end
 
--- What other orchestrators are told: numbers of newly queued tasks by method, orchestrators with new mail, changed tasks.
-local QUEUED, MAILED, CHANGED = {}, {}, {}
+-- What other orchestrators are told: numbers of newly queued tasks by method, orchestrators with new mail, changed tasks,
+-- and whether a pause has ended.
+local QUEUED, MAILED, CHANGED, RESUMED = {}, {}, {}, false
 
 -- Collects what changes in the shard's own keys.
 local function compare(task, before, added, removed)

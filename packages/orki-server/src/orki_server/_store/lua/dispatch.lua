@@ -118,7 +118,7 @@ OPS.offer = function(a)
   for _, recipient in ipairs(recipients) do
     for _, method in ipairs(recipient.methods) do
       if not queues[method] then
-        queues[method] = heads(method, math.min(slots, MAX_OFFERS), found)
+        queues[method] = is_paused(method) and {} or heads(method, math.min(slots, MAX_OFFERS), found)
         queues[method].next = 1
       end
     end

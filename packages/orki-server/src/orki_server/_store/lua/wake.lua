@@ -67,14 +67,14 @@ end
 
 -- --- queues ---
 
--- methods -> number of queued tasks of each; a damaged queue has none
+-- methods -> number of queued tasks of each; a damaged or paused queue has none
 OPS.queue_lengths = function(a)
   flush()
   local counts = {}
   for number, method in ipairs(a) do
     local done, count = pcall(redis.call, 'ZCARD', QUEUE .. method)
     if not done and not is_damage(count) then error(count, 0) end
-    counts[number] = done and whole(count) or '0'
+    counts[number] = done and not is_paused(method) and whole(count) or '0'
   end
   return counts
 end
@@ -82,14 +82,15 @@ end
 -- --- announcements ---
 
 -- Publishes what the batch has changed, if there are other orchestrators: the caller and the shard, then lines `q` with
--- method and number of queued tasks, `m` with an orchestrator that has mail, and `c` with changed tasks; `!` marks those
--- that have ended.
+-- method and number of queued tasks, `m` with an orchestrator that has mail, `c` with changed tasks (`!` marks those that
+-- have ended), and `r` if a pause has ended.
 local function announce()
   if not has_others() then return end
   local lines = { CALLER .. ' ' .. string.match(KEYS[1], '{o(%d+)}') }
   for method, count in pairs(QUEUED) do lines[#lines + 1] = 'q ' .. method .. ' ' .. whole(count) end
   for host in pairs(MAILED) do lines[#lines + 1] = 'm ' .. host end
   if CHANGED[1] then lines[#lines + 1] = 'c ' .. table.concat(CHANGED, ' ') end
+  if RESUMED then lines[#lines + 1] = 'r' end
   -- A user without the permission to publish has to wait for the next look.
   if lines[2] then redis.pcall('PUBLISH', CHANNEL, table.concat(lines, '\n')) end
 end
