@@ -155,8 +155,9 @@ async def test_a_suspended_task_holds_no_slot_and_goes_on_with_its_answer(
             await other.answer(handle.task_id, work.WorkAnswer(text="no"), suspension=1)
         assert (await handle.result(30)).text == "yes after 1"
         assert (await blocking.result(30)).blob == b"bytes and answer"
+        await other.answer(handle.task_id, work.WorkAnswer(text="yes"))
         with pytest.raises(TaskEnded):
-            await other.answer(handle.task_id, work.WorkAnswer(text="yes"))
+            await other.answer(handle.task_id, work.WorkAnswer(text="no"))
 
 
 async def orki(*arguments: str) -> tuple[int, str, str]:
@@ -189,7 +190,7 @@ async def test_the_command_shows_the_question_and_answers_it(serve: Any, agents:
         assert (await orki("answer", blocking.task_id, " text", *at))[0] == 0
         assert (await handle.result(30)).text == "yes after 1"
         assert (await blocking.result(30)).blob == b"bytes text"
-        code, _, errors = await orki("answer", handle.task_id, '{"text": "yes"}', *at)
+        code, _, errors = await orki("answer", handle.task_id, '{"text": "no"}', *at)
         assert (code, "has ended" in errors) == (1, True)
 
 

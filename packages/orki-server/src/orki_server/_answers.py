@@ -11,7 +11,8 @@ from orki_control.session import MAX_CHECKPOINT_BYTES
 from orki_server._calls import Context, actor_of, readable, typed
 from orki_server._identity import Action
 from orki_server._registry import ContractRegistry, PayloadCheck
-from orki_server._store.operations import TaskReply, shard_of
+from orki_server._store.operations import shard_of
+from orki_server._store.replies import TaskReply
 from orki_server._store.store import Store
 from orki_server._store.suspension import answer
 

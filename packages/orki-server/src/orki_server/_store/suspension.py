@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 from orki_control.session import AttemptKey
-from orki_server._store.operations import Argument, Operation, TaskReply, shard_of, task_reply
-from orki_server._store.replies import ReportReply, report_reply
+from orki_server._store.operations import Argument, Operation, shard_of
+from orki_server._store.replies import ReportReply, TaskReply, report_reply, task_reply
 
 
 def _report(op: str, agent_id: str, attempt: AttemptKey, *details: Argument) -> Operation[ReportReply]:

@@ -37,14 +37,13 @@ end
 -- no orchestrator could hear an agent.
 
 local WALL_US, WALL_TEXT, CLOCK_US, NOW, ABSENT, NEW_CALLER, HAS_STARTS, PAUSED
-local HOSTS = {}
+local HOSTS, STORED = {}, {}
 
 -- -> time of the last batch of an orchestrator, for how long it has been absent in all, since when it is there, and the
 -- gaps that it knows (ms)
 local function host_of(name)
   if not HOSTS[name] then
-    local last, absent, since, gaps = string.match(redis.call('HGET', CLOCK, 'host:' .. name) or '',
-      '^(%d+) (%d+) (%d+) (%d+)$')
+    local last, absent, since, gaps = string.match(STORED['host:' .. name] or '', '^(%d+) (%d+) (%d+) (%d+)$')
     HOSTS[name] = { last = tonumber(last) or 0, absent = tonumber(absent) or 0, since = tonumber(since) or 0,
       gaps = tonumber(gaps) or 0 }
   end
@@ -55,9 +54,11 @@ local function read_clock()
   local time = redis.call('TIME')
   WALL_US = time[1] * 1000000 + time[2]
   WALL_TEXT = whole(WALL_US)
-  local stored = redis.call('HMGET', CLOCK, 'wall_us', 'clock_us', 'gaps_ms', 'starts', 'paused')
-  local wall, clock, gaps = tonumber(stored[1] or ''), tonumber(stored[2] or ''), tonumber(stored[3] or '') or 0
-  HAS_STARTS, PAUSED = stored[4], stored[5]
+  local stored = redis.call('HGETALL', CLOCK)
+  for at = 1, #stored, 2 do STORED[stored[at]] = stored[at + 1] end
+  local wall, clock = tonumber(STORED.wall_us or ''), tonumber(STORED.clock_us or '')
+  local gaps = tonumber(STORED.gaps_ms or '') or 0
+  HAS_STARTS, PAUSED = STORED.starts, STORED.paused
   if not wall or not clock then wall, clock = WALL_US, WALL_US end
   local passed = WALL_US - wall
   if passed < 0 or passed > MAX_STEP * 1000 then
@@ -78,9 +79,23 @@ end
 -- Milliseconds in which the orchestrator that serves an attempt could not hear the agent, since the store began.
 local function absence(host) return host_of(host).absent + ABSENT.gaps end
 
+local OTHERS
+
+-- Whether another orchestrator sent a batch to this shard lately.
+local function has_others()
+  if OTHERS == nil then
+    OTHERS = false
+    for field in pairs(STORED) do
+      local name = string.match(field, '^host:(.*)$')
+      if name and name ~= CALLER and NOW - host_of(name).last <= 3 * MAX_STEP then OTHERS = true end
+    end
+  end
+  return OTHERS
+end
+
 -- Forgets orchestrators that were not heard of for an hour.
 local function forget_hosts()
-  for _, field in ipairs(redis.call('HKEYS', CLOCK)) do
+  for field in pairs(STORED) do
     local name = string.match(field, '^host:(.*)$')
     if name and NOW - host_of(name).last > 3600000 then redis.call('HDEL', CLOCK, field) end
   end
@@ -314,6 +329,10 @@ local function write_list(name, key, list)
   for at = 1, #list, 4000 do write({ name, key, unpack(list, at, math.min(at + 3999, #list)) }) end
 end
 
+-- What other orchestrators are told: numbers of newly queued tasks by method, orchestrators with new mail, changed tasks,
+-- and whether a pause has ended.
+local QUEUED, MAILED, CHANGED, RESUMED = {}, {}, {}, false
+
 -- Collects what changes in the shard's own keys.
 local function compare(task, before, added, removed)
   if task.timer ~= before.timer then
@@ -322,6 +341,7 @@ local function compare(task, before, added, removed)
   local is_queued, was_queued = task.state == 'QUEUED', before.state == 'QUEUED'
   if is_queued and (not was_queued or task.queued_us ~= before.queued_us) then
     add(added, QUEUE .. task.method, whole(score(task)), task.id)
+    QUEUED[task.method] = (QUEUED[task.method] or 0) + 1
   elseif was_queued and not is_queued then
     add(removed, QUEUE .. task.method, task.id)
   end
@@ -373,6 +393,7 @@ local function flush()
     if task.dirty then
       write_task(task)
       compare(task, task.shown, added, removed)
+      CHANGED[#CHANGED + 1] = (ENDED[task.state] and '!' or '') .. task.id
       task.dirty, task.staged_fields, task.fields, task.shown = false, NOTHING, NOTHING, shown(task)
     end
   end

@@ -51,7 +51,7 @@ local function finish(task)
   task.forget_due, task.ended_us = NOW + RETENTION, WALL_US
   if task.more_text ~= '' or task.fields.more then
     for _, name in ipairs({ 'checkpoint', 'answer' }) do set(task, name, '') end
-    remember(task, { checkpoint = '', answered = '', overdue = '', total_left = '' })
+    remember(task, { checkpoint = '', overdue = '', total_left = '' })
   end
   sort(task)
   -- Without any orchestrator, Redis removes the keys a minute after the sweep would have done so.

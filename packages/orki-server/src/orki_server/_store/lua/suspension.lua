@@ -56,17 +56,17 @@ end
 OPS.answer = function(a)
   local task = load(a[1])
   if not task then return task_reply('unknown') end
+  local values, digest = more(task), redis.sha1hex(a[3])
+  local is_current = a[2] == '0' or a[2] == values.suspension
+  if is_current and values.answered == digest then return task_reply('repeated', task) end
   if MOVES[task.state].Forgotten then return task_reply('ended', task) end
-  local values = more(task)
-  if a[2] ~= '0' and a[2] ~= values.suspension then return task_reply('idle', task) end
-  if not MOVES[task.state].Answered then
-    if not values.answered then return task_reply('idle', task) end
-    return task_reply(kept(task, 'answer') == a[3] and 'repeated' or 'answered', task)
+  if not is_current or not MOVES[task.state].Answered then
+    return task_reply(is_current and values.answered and 'answered' or 'idle', task)
   end
   refuse_if_full()
   move(task, 'Answered')
   set(task, 'answer', a[3])
-  remember(task, { answered = '1' })
+  remember(task, { answered = digest })
   resume(task, { number = #a[3], actor = a[4] })
   return task_reply('done', task)
 end
