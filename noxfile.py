@@ -41,7 +41,7 @@ LONG_TESTS = (
     "test_observer_*.py",
 )
 PACKAGE_TESTS = ("packages/*/tests", "examples/*/tests")
-RIG_TESTS = ("tests/bench", "tests/chaos")
+RIG_TESTS = ("tests/bench", "tests/chaos", "tests/simulator")
 # The number of cores in CI; with more workers, tests with real processes miss their deadlines.
 PACKAGE_WORKERS = 2
 
@@ -77,7 +77,7 @@ def types(session: nox.Session) -> None:
     """Check types strictly: hand-written code, generated code and files that use the public API."""
     dev = ensure(session, DEV)
     roots = [str(root) for root in source_roots(Path.cwd())]
-    own = ["noxw", "noxfile.py", "nox_sessions", *_folders("tests/typing", "chaos", "benchmarks", *RIG_TESTS)]
+    own = ["noxw", "noxfile.py", "nox_sessions", *_folders("tests/typing", "chaos", "simulator", "benchmarks", *RIG_TESTS)]
     dev.run(session, "mypy", *roots, *own, env={"MYPYPATH": os.pathsep.join(roots)})
 
 
@@ -226,6 +226,12 @@ def bench(session: nox.Session) -> None:
 def chaos(session: nox.Session) -> None:
     """Run suites under seeded faults: `-- NAME… [--seeds N] [--json FILE]`."""
     ensure(session, DEV).run(session, "python", "-m", "chaos", *session.posargs)
+
+
+@nox.session(default=False)
+def simulate(session: nox.Session) -> None:
+    """Run simulated fleets under faults: `-- [--seeds A:B] [--jobs N] [--json FILE]`, or `-- --seed S [--shrink]`."""
+    ensure(session, DEV).run(session, "python", "-m", "simulator", *session.posargs)
 
 
 @nox.session(default=False)

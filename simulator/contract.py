@@ -33,7 +33,8 @@ def contract() -> SimpleNamespace:
     for each in needed:
         pool.Add(each)
     options = message_factory.GetMessageClass(pool.FindMessageTypeByName("google.protobuf.MethodOptions"))()
-    task: Any = options.Extensions[pool.FindExtensionByName("orki.options.v1.task")]
+    extension: Any = pool.FindExtensionByName("orki.options.v1.task")
+    task: Any = options.Extensions[extension]
     task.progress, task.directive, task.max_attempts = "WorkProgress", "WorkDirective", 3
     for name, seconds in _SECONDS.items():
         getattr(task, name).seconds = seconds
@@ -44,7 +45,7 @@ def contract() -> SimpleNamespace:
     for name, fields in _MESSAGES.items():
         message = file.message_type.add(name=name)
         for number, (field, kind) in enumerate(fields, 1):
-            message.field.add(name=field, number=number, type=kind, label=1)  # type: ignore[arg-type]
+            message.field.add(name=field, number=number, type=kind, label=1)
     method = file.service.add(name="WorkService").method.add(
         name="Work", input_type=f".{PACKAGE}.WorkRequest", output_type=f".{PACKAGE}.WorkResponse"
     )

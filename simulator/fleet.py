@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any, Final
@@ -33,17 +33,16 @@ from orki_control.session import (
     ResultsAcknowledged,
     SessionClosed,
 )
-from orki_events.connection import Address, Command, Reply
-from orki_server import _admission, _orchestrator, _registry
+from orki_server import _admission, _orchestrator, _registry, _wakeups
 from orki_server._orchestrator import Orchestrator
 from orki_server._settings import OrchestratorOptions
 from orki_server._store import connection as store_connection
 from simulator.contract import contract
 from simulator.network import Network
-from simulator.redis import Error, Server
+from simulator.planes import REDIS, EventPlane, StoreLink
+from simulator.redis import Server
 from simulator.world import Process, World
 
-REDIS: Final = "redis"
 _QUICK: Final = JitterOptions(initial=0.05, maximum=0.5, stable=1.0)
 _TERMINAL: Final = frozenset(
     {TaskState.TASK_STATE_SUCCEEDED, TaskState.TASK_STATE_FAILED, TaskState.TASK_STATE_CANCELLED}
@@ -75,6 +74,7 @@ class Fleet:
         self.history: list[Record] = []
         self.skew = 0.0
         self.redis = Server(lambda: world.now + 1_700_000_000.0 + self.skew)
+        self.redis.published = self._published
         self.redis_up = True
         self.lose_replies = 0.0
         self.connections: list[StoreLink] = []
@@ -98,6 +98,7 @@ class Fleet:
         with ExitStack() as stack:
             for module, name, value in (
                 (store_connection, "Connection", lambda address, **_: StoreLink(self, address)),
+                (_wakeups, "Connection", lambda address, **_: StoreLink(self, address)),
                 (_orchestrator, "connect", lambda *_, **__: EventPlane(self)),
                 (_channel, "open_channel", self.network.channel),
                 (_links, "open_channel", self.network.channel),
@@ -168,124 +169,17 @@ class Fleet:
         for link in self.connections:
             link.broken()
 
+    def _published(self, channel: bytes, message: bytes) -> None:
+        for link in self.connections:
+            if link.channel == channel and not self.network.is_blocked(link.process.name, REDIS):
+                arrives = self.world.now + self.network.delay(link.process.name, REDIS) / 4
+                self.world.call_at(arrives, link.process.call, link.receive, message)
+
     def cut_store(self, name: str) -> None:
         """Break the connections of an orchestrator to the store."""
         for link in self.connections:
             if link.process.name == name:
                 link.broken()
-
-
-# --- The store. ---
-
-
-class StoreLink:
-    """A connection of one process to the simulated server; stands in for `orki_events.connection.Connection`."""
-
-    def __init__(self, fleet: Fleet, address: Address) -> None:
-        assert fleet.world.current is not None
-        self.address = address
-        self.process = fleet.world.current
-        self._fleet = fleet
-        self._lock = asyncio.Lock()
-        self._waiting: asyncio.Future[list[Reply]] | None = None
-        fleet.connections.append(self)
-
-    async def pipeline(self, *commands: Command, timeout: float | None = None) -> list[Reply]:
-        """Send commands and return their replies, as the product's connection does."""
-        fleet, world = self._fleet, self._fleet.world
-        async with self._lock:
-            future: asyncio.Future[list[Reply]] = asyncio.get_running_loop().create_future()
-            self._waiting = future
-            names = (self.process.name, REDIS)
-            if not fleet.network.is_blocked(*names):
-                world.call_at(world.now + fleet.network.delay(*names) / 4, self._arrive, commands, future)
-            try:
-                async with asyncio.timeout(timeout or 5.0):
-                    return await future
-            except TimeoutError:
-                raise self.address.unavailable("no reply within 5 s") from None
-            finally:
-                self._waiting = None
-
-    def _arrive(self, commands: Sequence[Command], future: asyncio.Future[list[Reply]]) -> None:
-        fleet, world = self._fleet, self._fleet.world
-        if not fleet.redis_up:
-            self.process.call(self._fail, future, "connection refused")
-            return
-        replies: list[Reply] = []
-        for command in commands:
-            reply = fleet.redis.execute(command)
-            replies.append(self.address.error(str(reply)) if isinstance(reply, Error) else reply)
-        if world.chance.random() < fleet.lose_replies:
-            self.process.call(self._fail, future, "connection reset")
-            return
-        names = (self.process.name, REDIS)
-        world.call_at(world.now + fleet.network.delay(*names) / 4, self.process.call, _answer, future, replies)
-
-    def _fail(self, future: asyncio.Future[list[Reply]], cause: str) -> None:
-        if not future.done():
-            future.set_exception(self.address.unavailable(cause))
-
-    def broken(self) -> None:
-        """Fail the exchange that is under way."""
-        if self._waiting is not None:
-            self.process.call(self._fail, self._waiting, "connection reset")
-
-    async def execute(self, command: Command, *, timeout: float | None = None) -> Reply:
-        """Send one command."""
-        (reply,) = await self.pipeline(command)
-        if isinstance(reply, OrkiError):
-            raise reply
-        return reply
-
-    async def close(self) -> None:
-        """Do nothing: there is no socket."""
-
-    async def drop(self) -> None:
-        """Do nothing: there is no socket."""
-
-
-def _answer(future: asyncio.Future[list[Reply]], replies: list[Reply]) -> None:
-    if not future.done():
-        future.set_result(replies)
-
-
-class EventPlane:
-    """The event plane, which loses nothing; records lifecycle events."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
-
-    async def __aenter__(self) -> EventPlane:
-        return self
-
-    async def close(self) -> None:
-        """Do nothing."""
-
-    async def prepare(self, stream: Any) -> None:
-        """Do nothing."""
-
-    def collect(self, stream: Any, event: Any, span: Any = None) -> None:
-        """Do nothing: events of agents are not checked."""
-
-    async def publish_outgoing(self, stream: Any, outgoing: Any) -> list[bytes]:
-        """Record events of tasks."""
-        await asyncio.sleep(0.001)
-        for each in outgoing:
-            if stream.contract.name == "tasks":
-                self._fleet.doubles += each.event_id in self._fleet.events
-                self._fleet.events[each.event_id] = (each.message.task_id, each.message.WhichOneof("event"))
-        return []
-
-    async def tail(self, stream: Any, **_: Any) -> AsyncIterator[Any]:
-        """Yield what was published."""
-        for event_id in list(self._fleet.events):
-            yield _Entry(event_id)
-
-
-class _Entry:
-    def __init__(self, event_id: bytes) -> None:
-        self.event_id = event_id
 
 
 # --- Orchestrators. ---
@@ -343,7 +237,7 @@ class SimulatedOrchestrator(Orchestrator):
         }
 
     def _build_server(self) -> Any:
-        self._connections.run = _for_ever  # type: ignore[method-assign]
+        self._connections.run = _for_ever  # type: ignore[assignment, method-assign]
         return self.server()
 
     def _listen(self, server: Any) -> str:

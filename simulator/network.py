@@ -189,7 +189,8 @@ class Call:
     def __init__(self, network: Network, client: Process, target: str, path: str) -> None:
         self.network = network
         self.names = {client.name, target}
-        self._client, self._server = client, None
+        self._client = client
+        self._server: Process | None = None
         self._target = target
         self._here, self._there = _End(), _End()
         self._cancelled = False
@@ -201,7 +202,7 @@ class Call:
         if (found := network.server(target)) is None:
             network.world.call_at(network.world.now + 0.001, client.call, self._here.finish, _LOST)
             return
-        self._server: Process | None = found[0]
+        self._server = found[0]
         self.names.add(found[0].name)
         self._up.send(self._begin, found[1](path))
 

@@ -12,7 +12,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-import lupa.lua51
+import lupa.lua51  # type: ignore[import-untyped]
 
 _PRELUDE: Final = """
 redis = {}
@@ -177,7 +177,7 @@ class Server:
             if self.full and not self._wrote:
                 raise Error("OOM command not allowed when used memory > 'maxmemory'.")
             self._wrote = self._in_script
-        elif self._in_script and name in (b"DEL", b"HDEL", b"ZREM", b"PEXPIRE", b"EXPIRE"):
+        elif self._in_script and name in (b"DEL", b"HDEL", b"ZREM", b"XDEL", b"PEXPIRE", b"EXPIRE"):
             self._wrote = True
         command = getattr(self, "on_" + name.decode().lower(), None)
         if command is None:
@@ -331,7 +331,7 @@ class Server:
             return 0
         count = sum(value.remove(member) for member in members)
         self._drop_empty(key, value.scores)
-        return count
+        return int(count)
 
     def on_zcard(self, key: bytes) -> int:
         value = self._get_as(key, _SortedSet)
@@ -389,6 +389,14 @@ class Server:
             if number > low or (number == low and not exclusive)
         ]
         return found[: int(options[1])] if options else found
+
+    def on_xdel(self, key: bytes, *ids: bytes) -> int:
+        stream = self._get_as(key, _Stream)
+        if stream is None:
+            return 0
+        before, numbers = len(stream.entries), {_parse_id(each) for each in ids}
+        stream.entries = [each for each in stream.entries if each[0] not in numbers]
+        return before - len(stream.entries)
 
     def on_xtrim(self, key: bytes, *options: bytes) -> int:
         stream = self._get_as(key, _Stream)

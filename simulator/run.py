@@ -16,7 +16,8 @@ from chaos.history import Record
 from chaos.schedule import Fault
 from orki_contract.errors import UnknownTask
 from orki_control import Client
-from simulator.fleet import REDIS, Fleet, submit
+from simulator.fleet import Fleet, submit
+from simulator.planes import REDIS
 from simulator.world import World
 
 SETTLED_WITHIN: Final = 150.0

@@ -46,7 +46,7 @@ class _Loop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._world.now
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]
         # A thread would run in real time.
         future = self.create_future()
         try:
@@ -231,7 +231,7 @@ class World:
                 task._log_destroy_pending = False  # type: ignore[attr-defined]
                 # A coroutine that awaits in a `finally` block refuses to be closed; nobody runs it any more.
                 with contextlib.suppress(BaseException):
-                    task.get_coro().close()  # type: ignore[union-attr]
+                    task.get_coro().close()
             asyncio._set_running_loop(None)
             process.loop._ready.clear()
             process.loop._scheduled.clear()

@@ -24,16 +24,16 @@ from orki_control.session import AttemptKey
 from orki_events.connection import Script
 from orki_server import _sessions
 from orki_server._keys import ShardKeys
-from orki_server._store import batcher, operations, store
+from orki_server._store import batcher, mail, operations, store
 from orki_server._store.operations import Operation, Recipient
 from orki_server._store.placement import Placement
 from orki_server.embedded import EmbeddedOptions, EmbeddedServer
 from simulator.contract import contract
+from simulator.heart import Heart, Violation
 from simulator.redis import Server
-from simulator.run import draw, run, run_chunk, shrink
+from simulator.run import draw, run, scenario
 
 METHOD = contract().task.contract
-SEEDS = 400
 
 
 def digest(seed: int) -> str:
@@ -57,7 +57,7 @@ def test_a_seed_repeats_in_another_process() -> None:
 def servers(tmp_path: Path) -> Iterator[tuple[Callable[..., Any], Callable[..., Any], list[float]]]:
     """A real server and the simulated one, as functions that execute a command, and the time of both."""
     now = [1_700_000_000.0]
-    simulated = Server(lambda: now[0])
+    simulated = Server(time.time)  # Both expire keys by the real clock.
     with (
         EmbeddedServer(EmbeddedOptions(directory=tmp_path)) as real,
         redis.Redis.from_url(real.url, protocol=2) as client,
@@ -76,7 +76,7 @@ def servers(tmp_path: Path) -> Iterator[tuple[Callable[..., Any], Callable[..., 
 
 
 def dump(execute: Callable[..., Any], keys: list[bytes]) -> dict[bytes, Any]:
-    found = {}
+    found: dict[bytes, Any] = {}
     for key in sorted(keys):
         match bytes(execute("TYPE", key)):
             case b"hash":
@@ -117,7 +117,7 @@ def random_operation(chance: random.Random, known: list[AttemptKey], tasks: list
         lambda: operations.resume(0, agent, known[-3:]),
         lambda: operations.sweep(0, 10),
         lambda: operations.sweep(0, 10),
-        lambda: operations.queue_lengths(0, [METHOD.full_name]),
+        lambda: mail.queue_lengths(0, [METHOD.full_name]),
         lambda: operations.raise_epoch(0, attempt.fence + chance.randint(-1, 1)),
     ]
     return chance.choice(choices)()
@@ -125,15 +125,16 @@ def random_operation(chance: random.Random, known: list[AttemptKey], tasks: list
 
 def test_the_simulated_server_answers_as_a_real_one(tmp_path: Path) -> None:
     """Random operations of the store, in batches, leave the same replies and the same data."""
+    keys: list[bytes] = []
     with servers(tmp_path) as (real, simulated, now):
         # Both take the time from a key, and number the entries of streams on their own.
-        time = "{ redis.call('GET', 's'), redis.call('GET', 'us') }"
-        text = batcher.shard_script(3.0).text.replace("redis.call('TIME')", time)
+        given = "{ redis.call('GET', 's'), redis.call('GET', 'us') }"
+        text = batcher.shard_script(3.0).text.replace("redis.call('TIME')", given)
         script = Script(text)
         for seed in range(40):
             chance = random.Random(seed)
             for execute in (real, simulated):
-                for key in sorted(real("KEYS", "*")) if execute is real else sorted(keys if seed else []):
+                for key in sorted(real("KEYS", "*")) if execute is real else sorted(keys):
                     execute("DEL", key)
                 execute("SCRIPT", "LOAD", script.text)
             known: list[AttemptKey] = []
@@ -190,8 +191,8 @@ def in_script(old: str, new: str) -> Any:
     """Plant a change of the store's script."""
     real = batcher.shard_script
 
-    def changed(retention: float) -> Script:
-        text = real(retention).text
+    def changed(*arguments: Any) -> Script:
+        text = real(*arguments).text
         assert old in text, old
         return Script(text.replace(old, new))
 
@@ -210,36 +211,52 @@ def acknowledge_at_once() -> Any:
     return mock.patch.object(_sessions.Reports, "ended", ended)
 
 
-PLANTED: dict[str, tuple[Callable[[], Any], str]] = {
-    "any fence may report": (
-        lambda: in_script("task.fence == fence and task.agent_id == agent_id", "task.agent_id == agent_id"),
-        "violation",
-    ),
-    "a result is accepted twice": (
-        lambda: in_script(
-            "finish(task)\n  return report_reply('accepted', task)", "return report_reply('accepted', task)"
-        ),
-        "violation",
+BY_HEART = {
+    "any fence may report": ("task.fence == fence and task.agent_id == agent_id", "task.agent_id == agent_id"),
+    "any agent may report": ("task.fence == fence and task.agent_id == agent_id", "task.fence == fence"),
+    "an end is forgotten": ("  move(task, 'AttemptSucceeded')\n", "  move(task, 'Started')\n"),
+    "fences stand still": ("fence = after(fence or last_fence())", "fence = fence or last_fence()"),
+    "progress may skip": ("missing > tonumber(a[7]) and 'gap'", "false"),
+}
+BY_SCENARIO: dict[str, tuple[Callable[[], Any], str, str]] = {
+    "a result is acknowledged before it is stored": (
+        acknowledge_at_once,
+        """
+        at 0.0: submit "sleep:2" by orchestrator-1
+        at 1.0: stop redis for 4.0
+        at 3.0: kill orchestrator-1 for 1.0
+        at 3.0: kill orchestrator-2 for 1.0
+        """,
+        "was acknowledged, and is not its outcome",
     ),
     "fences stand still": (
         lambda: in_script("fence = after(fence or last_fence())", "fence = fence or last_fence()"),
-        "fence",
-    ),
-    "progress may skip": (lambda: in_script("missing > tonumber(a[7]) and 'gap'", "false"), "progress"),
-    "a result is acknowledged before it is stored": (acknowledge_at_once, "violation"),
-    "an epoch is never raised": (lambda: in_script("{ 'SET', FENCE, a[2] }", "{ 'SET', FENCE, stored }"), "fence"),
-    "an expired lease is kept": (
-        lambda: in_script("due <= NOW and MOVES", "due <= NOW and timer[2] ~= 'LeaseExpired' and MOVES"),
-        "did not end",
+        'at 0.0: submit "flaky" by orchestrator-1',
+        "do not rise",
     ),
 }
 
 
-@pytest.mark.parametrize("name", PLANTED)
-def test_a_planted_fault_is_found(name: str) -> None:
-    plant, sign = PLANTED[name]
+def test_the_heart_keeps_its_promises() -> None:
+    heart = Heart()
+    heart.explore(4)
+    assert heart.states > 1_000
+
+
+@pytest.mark.parametrize("name", BY_HEART)
+def test_the_heart_finds_a_planted_fault(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = batcher.shard_script(3600.0).text
+    old, new = BY_HEART[name]
+    assert text.count(old) >= 1
+    monkeypatch.setattr("simulator.heart.shard_script", lambda *_: Script(text.replace(old, new)))
+    with pytest.raises(Violation):
+        Heart().explore(5)
+
+
+@pytest.mark.parametrize("name", BY_SCENARIO)
+def test_a_scenario_finds_a_planted_fault(name: str) -> None:
+    plant, text, sign = BY_SCENARIO[name]
+    assert not run(scenario(text)).violations
     with plant():
-        for seed in range(SEEDS):
-            if any(sign in each for each in run(draw(seed)).violations):
-                return
-    pytest.fail(f"not found within {SEEDS} seeds")
+        violations = run(scenario(text)).violations
+    assert any(sign in each for each in violations), violations
