@@ -20,6 +20,7 @@ PUBLIC = {
             "AGENT",
             "AGENT_ID",
             "ATTEMPT",
+            "CURRENT_ATTEMPT",
             "DEFAULT_MESSAGE_BYTES",
             "DEFAULT_PROGRESS_BYTES",
             "MAX_CHECKPOINT_BYTES",

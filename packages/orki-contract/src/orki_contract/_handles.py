@@ -16,6 +16,7 @@ from typing import (
     Any,
     ClassVar,
     Generic,
+    Literal,
     NoReturn,
     Protocol,
     Self,
@@ -118,18 +119,21 @@ class _Declared(TaskSettings, total=False):
 
 
 class SubmitSettings(TypedDict, total=False):
-    """When a task may run. Omitted settings have their defaults.
+    """When a task may run, and with whom it ends. Omitted settings have their defaults.
 
     Attributes:
         priority: From 0 to 9, 5 by default. Tasks of a higher priority are offered first. A queued task also advances
             by one priority for each hour that it waits.
         delay: Earliest start after the submission, in seconds; at most 366 days.
         start_at: Earliest start, with a time zone; at most 366 days ahead. A past time is at once.
+        on_parent_end: In a handler, what happens to the task when the handler's own task fails or is cancelled, through
+            whichever orchestrator: it is cancelled, or left alone, which is the default.
     """
 
     priority: int
     delay: float
     start_at: datetime
+    on_parent_end: Literal["leave", "cancel"]
 
 
 class ToolSettings(TypedDict, total=False):

@@ -13,6 +13,7 @@ from orki.control.v1 import task_pb2 as pb
 from orki_contract import SubmitSettings, Task
 from orki_contract.errors import InvalidArgument
 from orki_contract.trace import current_span, new_span
+from orki_control.session._state import CURRENT_ATTEMPT
 
 _KEY_BYTES: Final = 256
 _MAX_PRIORITY: Final = 9
@@ -67,3 +68,11 @@ def place(submission: pb.Submission, settings: Mapping[str, Any]) -> None:
         if not isinstance(start_at, datetime) or start_at.tzinfo is None:
             raise InvalidArgument(f"{method}: start_at {start_at!r}: use a datetime with a time zone")
         submission.start_at_us = max(1, round(start_at.timestamp() * 1_000_000))
+    policy = settings.get("on_parent_end", "leave")
+    if policy not in ("leave", "cancel"):
+        raise InvalidArgument(f"{method}: on_parent_end {policy!r}: use leave or cancel")
+    if policy == "cancel":
+        parent = CURRENT_ATTEMPT.get()
+        if parent is None:
+            raise InvalidArgument(f"{method}: on_parent_end: only a handler submits tasks that have a parent")
+        submission.parent.CopyFrom(parent.ref())

@@ -161,6 +161,22 @@ TABLE: Final = (
         lua="MAIL",
     ),
     Key(
+        pattern="orki:{oN}:children:TASK",
+        kind="set",
+        holds="children of a task that are cancelled when it fails or is cancelled",
+        writer="adopt",
+        ends="with the task's end, after the children were cancelled",
+        lua="CHILDREN",
+    ),
+    Key(
+        pattern="orki:{oN}:orphans",
+        kind="sorted set",
+        holds="ended tasks whose children are to be cancelled, by the time of the end, in microseconds",
+        writer="every end of a task with children; disown",
+        ends="when empty",
+        lua="ORPHANS",
+    ),
+    Key(
         pattern="orki:{of}:layout",
         kind="hash",
         holds="`version` of the layout, number of `shards`, `generation`, a random name of this store's content, and "
@@ -278,6 +294,7 @@ MORE_FIELDS: Final[dict[str, str]] = {
     "deadline": "time after which it ends without an answer, milliseconds; 0 for never",
     "answered": "SHA-1 of the answer, if it was answered",
     "overdue": "`1` if it ended without an answer",
+    "children": "`1` if the task has children that end with it",
     "total_left": "rest of the total timeout while the task is suspended, milliseconds",
 }
 """The named values of `more`: each as `NAME=VALUE`. Orchestrators keep the values that they do not know."""

@@ -31,6 +31,7 @@ from orki_events import Events, connect
 from orki_server._connections import Connections, connection_limits
 from orki_server._dispatch import Dispatcher, Sweeper
 from orki_server._events import AgentEvents, OutboxPublisher
+from orki_server._families import Families
 from orki_server._files import WatchedFiles, server_credentials, watch_certificates, watch_files
 from orki_server._fleet import FleetServicer, FleetUpdates, Handshake
 from orki_server._identity import Gate
@@ -132,6 +133,7 @@ class Orchestrator:
         )
         demand = self._dispatcher.demand
         self._relay = Relay(store, sessions, self._registry)
+        self._families = Families(store, sessions, watchers.changed)
         self._sweeper = Sweeper(
             store,
             sessions,
@@ -140,6 +142,7 @@ class Orchestrator:
             on_queued=demand.queued,
             on_change=watchers.changed,
             on_mail=self._relay.has_mail,
+            on_orphans=self._families.has_orphans,
         )
         session_options = OrchestratorSessionOptions(
             orchestrator_id=options.orchestrator_id,
@@ -232,6 +235,7 @@ class Orchestrator:
             ("dispatcher", self._dispatcher.run()),
             ("sweeper", self._sweeper.run()),
             ("outbox publisher", self._outbox.run()),
+            ("families", self._families.run()),
             ("fleet updates", self._updates.run()),
             ("unanswered offers", self._unanswered.run()),
             ("contract registry", self._registry.run()),

@@ -277,7 +277,7 @@ class TaskServicer(SuspendedTasks):
         self._watchers = watchers
         self._rules = rules
         self._on_queued = on_queued
-        self.submissions = Submissions(store.shards, registry, payloads, rules.submission, self._created)
+        self.submissions = Submissions(store.shards, registry, payloads, rules.submission, self._created, store.apply)
         self.draining = False
 
     def _created(self, task_id: str, shard: int, method: str) -> None:
@@ -312,6 +312,7 @@ class TaskServicer(SuspendedTasks):
     async def _submit(self, submission: pb.Submission, actor: str) -> pb.TaskSnapshot:
         method = await self.submissions.check(submission)
         pending = self.submissions.pending(submission, method, actor)
+        await self.submissions.prepare(pending)
         submitted = await self._store.apply(pending.operation)
         return self.submissions.accepted(pending, submitted) or readable(await self.read(submitted.task_id))
 

@@ -56,7 +56,7 @@ from orki_control.session._options import (
     OrchestratorSessionOptions,
 )
 from orki_control.session._orchestrator import OrchestratorSession
-from orki_control.session._state import AttemptKey, Outcome
+from orki_control.session._state import CURRENT_ATTEMPT, AttemptKey, Outcome
 from orki_control.session._tables import (
     AGENT,
     ATTEMPT,
@@ -70,6 +70,7 @@ __all__ = [
     "AGENT",
     "AGENT_ID",
     "ATTEMPT",
+    "CURRENT_ATTEMPT",
     "DEFAULT_MESSAGE_BYTES",
     "DEFAULT_PROGRESS_BYTES",
     "MAX_CHECKPOINT_BYTES",

@@ -32,6 +32,7 @@ class Submission(message.Message):
     PRIORITY_FIELD_NUMBER: builtins.int
     DELAY_MS_FIELD_NUMBER: builtins.int
     START_AT_US_FIELD_NUMBER: builtins.int
+    PARENT_FIELD_NUMBER: builtins.int
     method: builtins.str
     """Service and method, as `package.Service/Method`."""
     request: builtins.bytes
@@ -48,6 +49,12 @@ class Submission(message.Message):
     """Time after the submission, in milliseconds; at most 366 days."""
     start_at_us: builtins.int
     """Time by the store's clock, in microseconds since the Unix epoch; at most 366 days ahead. A past time is at once."""
+    @builtins.property
+    def parent(self) -> attempt_pb2.AttemptRef:
+        """The attempt whose handler submits the task, if the task ends with its parent: it is cancelled when the attempt's task
+        fails or is cancelled. Refused with REASON_STALE_FENCE unless this attempt runs.
+        """
+
     def __init__(
         self,
         *,
@@ -58,10 +65,11 @@ class Submission(message.Message):
         priority: builtins.int | None = ...,
         delay_ms: builtins.int = ...,
         start_at_us: builtins.int = ...,
+        parent: attempt_pb2.AttemptRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "priority", b"priority", "start", b"start", "start_at_us", b"start_at_us"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "parent", b"parent", "priority", b"priority", "start", b"start", "start_at_us", b"start_at_us"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "idempotency_key", b"idempotency_key", "method", b"method", "priority", b"priority", "request", b"request", "start", b"start", "start_at_us", b"start_at_us", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "idempotency_key", b"idempotency_key", "method", b"method", "parent", b"parent", "priority", b"priority", "request", b"request", "start", b"start", "start_at_us", b"start_at_us", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__priority: _TypeAlias = typing.Literal["priority"]  # noqa: Y015
     _WhichOneofArgType__priority: _TypeAlias = typing.Literal["_priority", b"_priority"]  # noqa: Y015
