@@ -22,10 +22,12 @@ from redis.exceptions import ResponseError
 from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import TaskState
 from orki.events.v1.envelope_pb2 import Envelope
+from orki.events.v1.task_orki import TASKS
 from orki.events.v1.task_pb2 import TaskEvent
 from orki_contract.errors import OrkiError, StoreFull, StoreUnavailable
 from orki_control import Client, ClientOptions
 from orki_control.session import ArrivedOffer
+from orki_events import connect
 from orki_server.embedded import EmbeddedOptions, EmbeddedServer
 
 DO = "servertests.v1.WorkService/Do"
@@ -264,6 +266,10 @@ def lifecycle(redis_url: str) -> Counter[tuple[str, bytes]]:
     )
 
 
+def _decoded(entries: Any) -> list[TaskEvent]:
+    return [TaskEvent.FromString(fields[b"d"]) for _, fields in entries]
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("kills", [0, 3])
 async def test_each_event_appears_once_with_two_orchestrators(
@@ -295,6 +301,13 @@ async def test_each_event_appears_once_with_two_orchestrators(
     events = lifecycle(redis_url)
     assert {task_id for task_id, _ in events} >= set(submitted)
     assert {key: count for key, count in events.items() if count > 1} == {}
+    with Redis.from_url(redis_url) as redis:
+        entries: Any = redis.xrange("orki:ev:{tasks}")
+    kinds = Counter((event.task_id, event.WhichOneof("event")) for event in _decoded(entries))
+    assert {kinds[task_id, kind] for task_id in submitted for kind in ("submitted", "succeeded")} == {1}
+    async with connect(redis_url) as plane:
+        ledger = await plane.ledger(TASKS)
+    assert (ledger.published, ledger.missing, ledger.repeated) == (len(events), 0, 0)
 
 
 @pytest.mark.timeout(120)

@@ -119,7 +119,8 @@ TABLE: Final = (
     Key(
         pattern="orki:{oN}:outbox",
         kind="stream",
-        holds="the outbox: a record for each transition, see the fields below; an entry has the records of one batch",
+        holds="the outbox: records of transitions whose events the script does not write itself, see below; an entry "
+        "has the records of one batch",
         writer="every transition; the outbox publisher trims",
         ends="never; an entry, when it is published",
         lua="OUTBOX",
@@ -129,7 +130,8 @@ TABLE: Final = (
         kind="hash",
         holds="the shard's clock: `wall_us` and `clock_us`, the server's and the shard's time of the last batch; "
         "`gaps_ms`, grace for times without any batch; `host:ORCHESTRATOR`, time of its last batch and of its absence; "
-        "`drainer`, the one that publishes the outbox",
+        "`drainer`, the one that publishes the outbox; `producer`, name of the shard in the envelopes of events, and "
+        "`tasks` and `audit`, numbers of its last events",
         writer="every batch",
         ends="never; a host, an hour after its last batch",
         lua="CLOCK",

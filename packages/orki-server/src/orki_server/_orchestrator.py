@@ -104,7 +104,7 @@ class Orchestrator:
         sessions = SessionRegistry()
         self._updates = FleetUpdates(store, fleet)
         self._registry = ContractRegistry(store.connection, contracts, fleet, silence_timeout, self._updates.flush)
-        self._outbox = OutboxPublisher(store, self._events)
+        self._outbox = OutboxPublisher(store, self._events, same_server=not options.events_url)
         watchers = Watchers(store, self._outbox.wake.set)
         agent_events = AgentEvents(self._events, options.orchestrator_id)
         reports = Reports(
@@ -222,6 +222,7 @@ class Orchestrator:
         try:
             for stream in (TASKS, AGENTS, AUDIT):
                 await self._events.prepare(stream)
+            await self._outbox.maintain()
         except ContractMismatch:
             raise
         except OrkiError as error:
