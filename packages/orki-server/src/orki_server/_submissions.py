@@ -28,6 +28,7 @@ from orki_server._store.operations import (
     shard_of_key,
     submission_digest,
 )
+from orki_server._store.placement import Placement
 
 SUBMISSION_ID_BYTES: Final = 16
 """Length of a submission id: 6 bytes of milliseconds, then random bytes."""
@@ -121,6 +122,7 @@ class Submissions:
             span=span,
             actor=actor,
             contract=self._registry.leading(method.service),
+            placement=Placement.of(submission),
         )
         return Pending(submission, shard, span, operation)
 
@@ -139,7 +141,7 @@ class Submissions:
         if submitted.status != "new":
             return None
         self._on_new(submitted.task_id, pending.shard, submission.method)
-        return pb.TaskSnapshot(
+        task = pb.TaskSnapshot(
             task_id=submitted.task_id,
             method=submission.method,
             state=TaskState.TASK_STATE_QUEUED,
@@ -147,3 +149,5 @@ class Submissions:
             traceparent=pending.span.traceparent,
             revision=1,
         )
+        Placement.of(submission).show(task)
+        return task

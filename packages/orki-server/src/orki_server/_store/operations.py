@@ -19,6 +19,7 @@ from orki_contract.model import TaskMethod, milliseconds
 from orki_contract.trace import Span
 from orki_control.session import AttemptKey
 from orki_server._keys import EPOCH_STEP
+from orki_server._store.placement import ANYWHERE, Placement
 from orki_server._store.replies import ProgressReply, ReportReply, TaskView, progress_reply, report_reply, task_view
 
 R = TypeVar("R")
@@ -117,6 +118,7 @@ def submit(
     span: Span,
     actor: str,
     contract: str = "",
+    placement: Placement = ANYWHERE,
 ) -> Operation[Submitted]:
     """Create a task, or find it by its idempotency key.
 
@@ -129,11 +131,12 @@ def submit(
         span: The task's span; its parent is the submitter's.
         actor: The submitter.
         contract: Digest of the service's contract; empty if unknown.
+        placement: When the task may run.
     """
     key_digest = hashlib.sha256(idempotency_key.encode()).hexdigest() if idempotency_key else ""
     arguments = (
         *(task_id, method.full_name, request, _options(method), digest, key_digest, idempotency_key),
-        *(span.traceparent, span.parent_id, actor, contract),
+        *(span.traceparent, span.parent_id, actor, contract, *placement.arguments),
     )
 
     def outcome(reply: list[bytes]) -> Submitted:
@@ -485,6 +488,11 @@ def _swept(reply: list[bytes]) -> Swept:
         for kind, task, agent, attempt, fence, reason, method in rows
     )
     return Swept(int(reply[0]) / 1000 if int(reply[0]) >= 0 else None, tuple(expired), damaged)
+
+
+def pause(shard: int, target: str, paused: bool) -> Operation[bool]:
+    """Pause or resume a service or a method on one shard. The outcome is whether that changed anything."""
+    return Operation("pause", shard, (target, int(paused)), lambda reply: reply[0] == b"changed", patient=False)
 
 
 def drain(shard: int, *, release: bool = False) -> Operation[str]:

@@ -11,6 +11,7 @@ from orki.control.v1.task_pb2 import TaskSnapshot
 from orki.errors.v1.errors_pb2 import Reason
 from orki_server._keys import SNAPSHOT, SPEC_FIELDS, STATE_FIELDS, unpack
 from orki_server._store.lifecycle import VISIBLE, Life
+from orki_server._store.placement import show_placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ def task_snapshot(task_id: str, field: Mapping[str, bytes]) -> TaskSnapshot:
         traceparent=spec["traceparent"],
         revision=int(now["revision"]),
     )
+    show_placement(field.get("placement", b""), snapshot)
     if attempt := int(now["attempt"]):
         snapshot.attempt.CopyFrom(AttemptRef(task_id=task_id, attempt=attempt, fence=int(now["fence"])))
     if state == TaskState.TASK_STATE_SUCCEEDED:
