@@ -311,6 +311,42 @@ async def test_each_event_appears_once_with_two_orchestrators(
 
 
 @pytest.mark.timeout(120)
+async def test_a_full_event_server_delays_neither_tasks_nor_the_stop(
+    redis_url: str, tmp_path: Path, options: Make, launch: Make, stand_in: Make
+) -> None:
+    """The events of tasks wait in the outbox, and the next orchestrator publishes each once."""
+    with EmbeddedServer(EmbeddedOptions(directory=tmp_path)) as server, Redis.from_url(server.url) as events:
+        orchestrator = await launch(options(redis_url, events_url=server.url))
+        agent = stand_in(orchestrator.address)
+        await agent.ready()
+        submission = pb.Submission(method=DO, request=b"\n\x01q")
+        async with Client(orchestrator.address) as client:
+            tasks = [task.task_id for task in await client.submit_raw([submission] * 20)]
+            await all_ended(client, tasks)
+            events.config_set("maxmemory", 1_000_000)
+            started = time.monotonic()
+            while time.monotonic() - started < 4.0:
+                submitted = [task.task_id for task in await client.submit_raw([submission] * 10)]
+                async with asyncio.timeout(4.0):
+                    await all_ended(client, submitted)
+                tasks += submitted
+        await agent.close()
+        started = time.monotonic()
+        await orchestrator.stop()
+        assert time.monotonic() - started < 9.0
+        events.config_set("maxmemory", 0)
+        heir = await launch(options(redis_url, events_url=server.url))
+        async with asyncio.timeout(30):
+            while await heir._outbox.outbox.length():
+                await asyncio.sleep(0.1)
+        published = lifecycle(server.url)
+        assert set(published.values()) == {1}
+        assert {task_id for task_id, _ in published} == set(tasks)
+        assert len(published) == 4 * len(tasks)
+        await heir.stop()
+
+
+@pytest.mark.timeout(120)
 async def test_acknowledged_tasks_end_while_the_store_is_full(
     tmp_path: Path, options: Make, launch: Make, stand_in: Make
 ) -> None:

@@ -309,6 +309,7 @@ end
 OPS.empty_outbox = function()
   if not EVENTS.limits[2] or redis.call('HGET', CLOCK, 'drainer') ~= CALLER then return { 'other', '0' } end
   if not has_streams() then return { 'stuck', '0' } end
+  is_full()
   flush()
   local damage, rows = 0, redis.call('XRANGE', OUTBOX, '-', '+', 'COUNT', '32')
   for _, row in ipairs(rows) do
