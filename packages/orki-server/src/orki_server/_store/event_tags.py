@@ -10,12 +10,12 @@ from orki.events.v1.task_pb2 import TaskEvent
 
 
 def lua_tags() -> str:
-    """Return the Lua tables of tags by field name: of the envelope, of both events, and of each kind of task event."""
-    messages = (("ENVELOPE", Envelope), ("TASK_EVENT", TaskEvent), ("AUDIT_EVENT", AuditEvent))
-    lines = [f"local {name} = {_table(message.DESCRIPTOR)}" for name, message in messages]
+    """Return the Lua table of tags by field name: of the envelope, of both events, and of each kind of task event."""
+    messages = (("envelope", Envelope), ("task_event", TaskEvent), ("audit_event", AuditEvent))
+    lines = [f"  {name} = {_table(message.DESCRIPTOR)}," for name, message in messages]
     kinds = TaskEvent.DESCRIPTOR.oneofs_by_name["event"].fields
-    lines += ["local KINDS = {", *(f"  {kind.name} = {_table(kind.message_type)}," for kind in kinds), "}"]
-    return "\n".join([*lines, ""])
+    lines += ["  kinds = {", *(f"    {kind.name} = {_table(kind.message_type)}," for kind in kinds), "  },"]
+    return "\n".join(["local TAGS = {", *lines, "}", ""])
 
 
 def _table(message: Descriptor) -> str:

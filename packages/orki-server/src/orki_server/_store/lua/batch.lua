@@ -60,7 +60,7 @@ local function read_clock()
   local wall, clock = tonumber(STORED.wall_us or ''), tonumber(STORED.clock_us or '')
   local gaps = tonumber(STORED.gaps_ms or '') or 0
   HAS_STARTS, PAUSED = STORED.starts, STORED.paused
-  open_events(WALL_TEXT, STORED.producer, STORED.tasks, STORED.audit)
+  EVENTS.open(WALL_TEXT, STORED.producer, STORED.tasks, STORED.audit)
   if not wall or not clock then wall, clock = WALL_US, WALL_US end
   local passed = WALL_US - wall
   if passed < 0 or passed > MAX_STEP * 1000 then
@@ -397,7 +397,7 @@ end
 -- Writes the records as events, or to the outbox, where one entry holds several of them.
 local function write_records()
   local at = 1
-  while RECORDS[at] and add_events(RECORDS[at]) do at = at + 1 end
+  while RECORDS[at] and EVENTS.add(RECORDS[at]) do at = at + 1 end
   for first = at, #RECORDS, 128 do
     local entry = { 'XADD', OUTBOX, '*' }
     for each = first, math.min(first + 127, #RECORDS) do

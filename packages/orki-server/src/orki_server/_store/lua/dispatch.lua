@@ -317,18 +317,18 @@ end
 --    no events), number of damaged records
 OPS.empty_outbox = function()
   if not EVENTS.limits[2] or redis.call('HGET', CLOCK, 'drainer') ~= CALLER then return { 'other', '0' } end
-  if not has_streams() then return { 'stuck', '0' } end
+  if not EVENTS.has_streams() then return { 'stuck', '0' } end
   is_full()
   flush()
   local damage, rows = 0, redis.call('XRANGE', OUTBOX, '-', '+', 'COUNT', '32')
   for _, row in ipairs(rows) do
-    local before = written_events()
+    local before = EVENTS.written()
     for at = 2, #row[2], 2 do
-      local fields = split_record(row[2][at])
+      local fields = EVENTS.split(row[2][at])
       if not fields then
         damage = damage + 1
-      elseif not add_events(fields, true) then
-        retract_events(before)
+      elseif not EVENTS.add(fields, true) then
+        EVENTS.retract(before)
         return { 'stuck', whole(damage) }
       end
     end

@@ -5,9 +5,8 @@
 -- The tags of the messages are generated from the protos. Entries have a producer of the shard, whose numbers are
 -- kept with the shard's clock.
 
+-- One table, as a script has at most 200 local variables.
 local EVENTS = { added = 0 }
-
-local add_events, has_streams, open_events, retract_events, split_record, written_events
 
 do
   local char, floor = string.char, math.floor
@@ -69,9 +68,9 @@ do
   }
 
   local function task_event(r)
-    local t, kind = TASK_EVENT, r[3]
+    local t, kind = TAGS.task_event, r[3]
     local details = DETAILS[kind]
-    details = details and details(KINDS[kind], r[12], r[13], r[14]) or ''
+    details = details and details(TAGS.kinds[kind], r[12], r[13], r[14]) or ''
     return text(t.task_id, r[1]) .. text(t.method, r[4]) .. number(t.attempt, r[5]) .. shared(t.fence, r[6])
       .. text(t.agent_id, r[7]) .. text(t.instance_id, r[8]) .. t[kind] .. varint(#details) .. details
   end
@@ -79,7 +78,7 @@ do
   local AUDITED = { submitted = 'submit', cancel_requested = 'cancel', directed = 'direct' }
 
   local function audit_event(r)
-    local t = AUDIT_EVENT
+    local t = TAGS.audit_event
     return text(t.actor, r[15]) .. text(t.action, AUDITED[r[3]]) .. text(t.subject, r[1]) .. text(t.outcome, 'accepted')
       .. text(t.detail, r[3] == 'cancel_requested' and r[13] or r[4])
   end
@@ -92,7 +91,7 @@ do
 
   local function envelope(r, sequence)
     EVENTS.ids = EVENTS.ids or id_prefix()
-    local t, n = ENVELOPE, EVENTS.added
+    local t, n = TAGS.envelope, EVENTS.added
     EVENTS.added = n + 1
     return t.event_id .. char(16) .. EVENTS.ids .. char(floor(n / 16777216), floor(n / 65536) % 256, floor(n / 256) % 256,
       n % 256) .. text(t.producer, EVENTS.producer) .. t.sequence .. varint(sequence) .. shared(t.time_us, r[11])
@@ -110,7 +109,7 @@ do
   end
 
   -- Removes the events of this script after the first `count`, because an event that belongs to them cannot be written.
-  function retract_events(count)
+  function EVENTS.retract(count)
     for at = #WRITTEN, count + 1, -1 do
       redis.pcall('XDEL', WRITTEN[at][1], WRITTEN[at][2])
       EVENTS.tasks, EVENTS.audit, WRITTEN[at] = WRITTEN[at][3], WRITTEN[at][4], nil
@@ -118,10 +117,10 @@ do
     EVENTS.is_open = false
   end
 
-  function written_events() return #WRITTEN end
+  function EVENTS.written() return #WRITTEN end
 
   -- Takes the producer of the shard, and its numbers.
-  function open_events(wall, producer, tasks, audit)
+  function EVENTS.open(wall, producer, tasks, audit)
     EVENTS.limits = { string.match(ARGV[2], '^(%d+),(%d+)$') }
     EVENTS.wall, EVENTS.tasks, EVENTS.audit = wall, tonumber(tasks) or 0, tonumber(audit) or 0
     EVENTS.producer = producer
@@ -134,32 +133,32 @@ do
   end
 
   -- Whether the script can write events.
-  function has_streams() return EVENTS.limits[2] ~= nil and is_stream(KEYS[2]) and is_stream(KEYS[3]) end
+  function EVENTS.has_streams() return EVENTS.limits[2] ~= nil and is_stream(KEYS[2]) and is_stream(KEYS[3]) end
 
   -- Whether this script writes events itself. The outbox comes first, so that a task's events stay in order.
   local function is_open()
-    if EVENTS.is_open == nil then EVENTS.is_open = has_streams() and redis.pcall('XLEN', OUTBOX) == 0 end
+    if EVENTS.is_open == nil then EVENTS.is_open = EVENTS.has_streams() and redis.pcall('XLEN', OUTBOX) == 0 end
     return EVENTS.is_open
   end
 
   -- Writes the events of a record. False if it must go to the outbox, as must all after it.
-  function add_events(r, is_moved)
+  function EVENTS.add(r, is_moved)
     if not is_moved and not is_open() then return false end
     local before = #WRITTEN
     if AUDITED[r[3]] and not append(KEYS[3], EVENTS.limits[2], r, EVENTS.audit + 1, audit_event(r))
       or not append(KEYS[2], EVENTS.limits[1], r, EVENTS.tasks + 1, task_event(r)) then
-      retract_events(before)
+      EVENTS.retract(before)
       return false
     end
     return true
   end
 
   -- The fields of a record of the outbox, or nil if it is damaged.
-  function split_record(packed)
+  function EVENTS.split(packed)
     local fields = { string.match(packed, '^' .. string.rep('([^\31]*)\31', #RECORD_FIELDS - 1) .. '([^\31]*)$') }
     for _, at in ipairs({ 2, 5, 6, 11, 12, 14 }) do
       if not string.find(fields[at] or '', '^%d+$') then return nil end
     end
-    return KINDS[fields[3]] and fields
+    return TAGS.kinds[fields[3]] and fields
   end
 end
