@@ -45,10 +45,12 @@ from orki_control.session._options import (
     AGENT_ID,
     DEFAULT_MESSAGE_BYTES,
     DEFAULT_PROGRESS_BYTES,
+    KEY,
     MAX_SLOTS,
     AgentSessionOptions,
     BatchBounds,
     OrchestratorSessionOptions,
+    bad_labels,
 )
 from orki_control.session._orchestrator import OrchestratorSession
 from orki_control.session._state import AttemptKey, Outcome
@@ -67,6 +69,7 @@ __all__ = [
     "ATTEMPT",
     "DEFAULT_MESSAGE_BYTES",
     "DEFAULT_PROGRESS_BYTES",
+    "KEY",
     "MAX_SLOTS",
     "ORCHESTRATOR",
     "AgentDraining",
@@ -113,4 +116,5 @@ __all__ = [
     "SessionEnded",
     "SessionLost",
     "SessionOpened",
+    "bad_labels",
 ]

@@ -12,8 +12,6 @@
 local OPS = {}
 local CALLER = ARGV[1]
 
-local function whole(number) return string.format('%.0f', number) end
-
 local function damaged(what) error({ err = 'DAMAGED ' .. what }) end
 
 local function is_damage(reply)
@@ -36,7 +34,7 @@ end
 -- MAX_STEP from one batch to the next, and not at all when the server's clock steps back. A longer step is a gap, in which
 -- no orchestrator could hear an agent.
 
-local WALL_US, WALL_TEXT, CLOCK_US, NOW, ABSENT, NEW_CALLER, HAS_STARTS, PAUSED
+local WALL_US, WALL_TEXT, CLOCK_US, NOW, ABSENT, NEW_CALLER, HAS_STARTS, PAUSED, HAS_LANES
 local HOSTS = {}
 
 -- -> time of the last batch of an orchestrator, for how long it has been absent in all, since when it is there, and the
@@ -55,9 +53,9 @@ local function read_clock()
   local time = redis.call('TIME')
   WALL_US = time[1] * 1000000 + time[2]
   WALL_TEXT = whole(WALL_US)
-  local stored = redis.call('HMGET', CLOCK, 'wall_us', 'clock_us', 'gaps_ms', 'starts', 'paused')
+  local stored = redis.call('HMGET', CLOCK, 'wall_us', 'clock_us', 'gaps_ms', 'starts', 'paused', 'lanes')
   local wall, clock, gaps = tonumber(stored[1] or ''), tonumber(stored[2] or ''), tonumber(stored[3] or '') or 0
-  HAS_STARTS, PAUSED = stored[4], stored[5]
+  HAS_STARTS, PAUSED, HAS_LANES = stored[4], stored[5], stored[6]
   if not wall or not clock then wall, clock = WALL_US, WALL_US end
   local passed = WALL_US - wall
   if passed < 0 or passed > MAX_STEP * 1000 then
@@ -230,7 +228,11 @@ local function check(task)
   task.next_text = write_state(task)
   if task.timer ~= before.timer then typed(NEXT_TIMERS, 'zset') end
   if task.state ~= before.state and (task.state == 'QUEUED' or before.state == 'QUEUED')
-    or task.queued_us ~= before.queued_us then typed(QUEUE .. task.method, 'zset') end
+    or task.queued_us ~= before.queued_us then typed(QUEUE .. lane(task), 'zset') end
+  if task.placement then
+    typed(LANES, 'hash')
+    for _, key in ipairs(limits_of(task)) do typed(HOLDERS .. key, 'set') end
+  end
   if is_delayed(task) ~= before.delayed then typed(STARTS, 'zset') end
   if before.state == 'ABSENT' or task.state == 'ABSENT' then typed(INDEX, 'zset') end
   if ENDED[task.state] ~= ENDED[before.state] then
@@ -294,6 +296,11 @@ local function write_list(name, key, list)
   for at = 1, #list, 4000 do write({ name, key, unpack(list, at, math.min(at + 3999, #list)) }) end
 end
 
+local function open_lane(name)
+  WRITES[#WRITES + 1] = { 'HSETNX', LANES, name, '' }
+  if not HAS_LANES then HAS_LANES, WRITES[#WRITES + 1] = '1', { 'HSET', CLOCK, 'lanes', '1' } end
+end
+
 -- Collects what changes in the shard's own keys.
 local function compare(task, before, added, removed)
   if task.timer ~= before.timer then
@@ -301,9 +308,10 @@ local function compare(task, before, added, removed)
   end
   local is_queued, was_queued = task.state == 'QUEUED', before.state == 'QUEUED'
   if is_queued and (not was_queued or task.queued_us ~= before.queued_us) then
-    add(added, QUEUE .. task.method, whole(score(task)), task.id)
+    add(added, QUEUE .. lane(task), whole(score(task)), task.id)
+    if lane(task) ~= task.method then open_lane(lane(task)) end
   elseif was_queued and not is_queued then
-    add(removed, QUEUE .. task.method, task.id)
+    add(removed, QUEUE .. lane(task), task.id)
   end
   if is_delayed(task) ~= before.delayed then
     if before.delayed then
@@ -317,6 +325,11 @@ local function compare(task, before, added, removed)
     add(added, INDEX, whole(task.submitted_us), task.id)
   elseif task.state == 'ABSENT' and before.state ~= 'ABSENT' then
     add(removed, INDEX, task.id)
+  end
+  if task.placement and HELD[task.state] ~= HELD[before.state] then
+    for _, key in ipairs(limits_of(task)) do
+      WRITES[#WRITES + 1] = { HELD[task.state] and 'SADD' or 'SREM', HOLDERS .. key, task.id }
+    end
   end
   local change = (ENDED[before.state] and 1 or 0) - (ENDED[task.state] and 1 or 0)
   if change ~= 0 then
