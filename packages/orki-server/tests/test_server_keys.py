@@ -18,7 +18,7 @@ SHARD = ShardKeys(7)
 TASK = "t7-01jcabcdefghjkmnpqrstvwxyz"
 LUA = "\n".join(
     (files("orki_server._store") / "lua" / f"{name}.lua").read_text(encoding="utf-8")
-    for name in ("placement", "batch", "life", "operations", "pause", "lanes", "wake", "dispatch")
+    for name in ("placement", "batch", "life", "pause", "lanes", "wake", "operations", "dispatch")
 )
 
 
@@ -32,6 +32,7 @@ LUA = "\n".join(
         (SHARD.outbox, "orki:{oN}:outbox"),
         (SHARD.fence, "orki:{oN}:fence"),
         (f"{SHARD.base}clock", "orki:{oN}:clock"),
+        (SHARD.mail("o1"), "orki:{oN}:mail:ORCHESTRATOR"),
         (f"{SHARD.base}damaged", "orki:{oN}:damaged"),
         (f"{SHARD.base}queue:a.v1.S/M\x1fgpu=a\x1f\x1f\x1f", "orki:{oN}:queue:METHOD"),
         (f"{SHARD.base}lanes", "orki:{oN}:lanes"),
@@ -107,6 +108,7 @@ def test_the_page_shows_the_tables_and_the_life_of_a_task() -> None:
     page = PAGE.read_text(encoding="utf-8")
     rows = [f"| `{row.pattern}` | {row.kind} | {row.holds} | {row.writer} | {row.ends} |" for row in keys.TABLE]
     assert "\n".join(["| Key | Kind | Content | Written by | Removed |", "|---|---|---|---|---|", *rows, ""]) in page
-    for fields in (keys.TASK_FIELDS, keys.STATE_FIELDS, keys.SPEC_FIELDS, keys.PLACEMENT_FIELDS, keys.RECORD_FIELDS):
+    tables = (keys.TASK_FIELDS, keys.STATE_FIELDS, keys.SPEC_FIELDS, keys.PLACEMENT_FIELDS, keys.RECORD_FIELDS)
+    for fields in (*tables, keys.MAIL_FIELDS):
         rows = [f"| `{name}` | {holds} |" for name, holds in fields.items()]
         assert "\n".join(["| Field | Content |", "|---|---|", *rows, ""]) in page

@@ -28,6 +28,7 @@ from orki_server._store.operations import ResumedAttempt, resume, shard_of
 from orki_server._store.store import Store
 from orki_server._tasks import MAX_MESSAGE, Context, actor_of, typed
 
+CANCEL_REQUESTED: Final = "the cancel of the task was requested"
 _TRIES: Final = 20
 _UPDATE_INTERVAL: Final = 0.5
 _IMAGE_BYTES: Final = 2 << 20
@@ -150,7 +151,7 @@ class Handshake:
             # The cancel may have been lost with the earlier stream.
             if each.state == TaskState.TASK_STATE_CANCELLING:
                 grace_ms = round(each.cancel_grace * 1000)
-                session.machine.cancel(each.attempt, grace_ms=grace_ms, message="the cancel of the task was requested")
+                session.machine.cancel(each.attempt, grace_ms=grace_ms, message=CANCEL_REQUESTED)
         return len(resumed), replaced
 
 

@@ -195,6 +195,15 @@ TABLE: Final = (
         lua="DAMAGED",
     ),
     Key(
+        pattern="orki:{oN}:mail:ORCHESTRATOR",
+        kind="stream",
+        holds="mail to one orchestrator: about attempts of its agents, and answers to its own mail; see the fields "
+        "below",
+        writer="cancel, post",
+        ends="when it is read; a minute after the last mail",
+        lua="MAIL",
+    ),
+    Key(
         pattern="orki:{of}:layout",
         kind="hash",
         holds="`version` of the layout, number of `shards`, `generation`, a random name of this store's content, and "
@@ -365,6 +374,22 @@ RECORD_FIELDS: Final[dict[str, str]] = {
 """Fields of an outbox record, in their order, separated by US."""
 
 
+MAIL_FIELDS: Final[dict[str, str]] = {
+    "kind": "`cancel`, `direct`, or `answer` to a directive",
+    "task_id": "the task",
+    "attempt": "number of the attempt",
+    "fence": "fence of the attempt",
+    "agent_id": "agent of the attempt",
+    "method": "`package.Service/Method`",
+    "sender": "orchestrator that sent it",
+    "number": "of a cancel, its grace in milliseconds; else the sender's number of the directive",
+    "reason": "of an answer, a number of `orki.errors.v1.Reason`; 0 if the handler gets the directive",
+    "text": "of a cancel and an answer, the message; of a directive, its requester",
+    "payload": "the directive message, serialized",
+}
+"""Fields of an entry of a mailbox, in their order."""
+
+
 @dataclass(frozen=True, slots=True)
 class ShardKeys:
     """The keys of one shard.
@@ -402,6 +427,9 @@ class ShardKeys:
     def fence(self) -> str:
         return f"{self.base}fence"
 
+    def mail(self, orchestrator_id: str) -> str:
+        return f"{self.base}mail:{orchestrator_id}"
+
 
 class FleetKeys:
     """The keys of the fleet."""
@@ -412,6 +440,11 @@ class FleetKeys:
     PAUSES = BASE + "pauses"
     SERVICES = BASE + "services"
     REVISIONS = BASE + "revisions"
+
+    @staticmethod
+    def channel(database: int) -> str:
+        """The channel of the announcements, which databases of a server share, unlike keys."""
+        return f"{FleetKeys.BASE}changes:{database}"
 
     @staticmethod
     def agent(agent_id: str) -> str:
@@ -446,6 +479,7 @@ def lua_names() -> str:
     lines.append(f"local DEFAULT_PRIORITY, PRIORITY_STEP = {DEFAULT_PRIORITY}, {PRIORITY_STEP}")
     lines.append(f"local MAX_LANES = {MAX_LANES}")
     lines.append(f"local RECORD_FIELDS = {array(RECORD_FIELDS)}")
+    lines.append(f"local MAIL_FIELDS = {array(MAIL_FIELDS)}")
     return "\n".join(lines) + "\n"
 
 

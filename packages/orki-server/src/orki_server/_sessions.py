@@ -54,13 +54,13 @@ from orki_control.session import Decline as ArrivedDecline
 from orki_control.transport import abort
 from orki_server._demand import Demand
 from orki_server._events import AgentEvents
-from orki_server._fleet import FleetUpdates, Handshake
+from orki_server._fleet import CANCEL_REQUESTED, FleetUpdates, Handshake
 from orki_server._results import TaskEnd, end_of, stored_failure
 from orki_server._session import AgentSession, SessionRegistry, StreamContext
 from orki_server._store import operations
 from orki_server._store.lifecycle import TERMINAL
 from orki_server._store.operations import Operation, failure_text, shard_of
-from orki_server._store.replies import ProgressReply, ReportReply, ReportStatus
+from orki_server._store.replies import ProgressReply, Renewed, ReportReply, ReportStatus
 from orki_server._store.store import Store
 
 R = TypeVar("R")
@@ -179,11 +179,14 @@ class Reports:
             shards.setdefault(shard_of(key.task_id), []).append(key)
         pending = len(shards)
 
-        def renewed(stale: list[AttemptKey]) -> None:
+        def renewed(reply: Renewed) -> None:
             nonlocal pending
             pending -= 1
-            for key in stale:
+            for key in reply.stale:
                 self._refuse(session, key)
+            for key, grace in reply.cancelling:
+                # The cancel came through another orchestrator, and was lost.
+                session.machine.cancel(key, grace_ms=round(grace * 1000), message=CANCEL_REQUESTED)
             if pending == 0:
                 session.machine.echo(heartbeat.number)
 

@@ -35,14 +35,13 @@ end
 -- no orchestrator could hear an agent.
 
 local WALL_US, WALL_TEXT, CLOCK_US, NOW, ABSENT, NEW_CALLER, HAS_STARTS, PAUSED, HAS_LANES
-local HOSTS = {}
+local HOSTS, STORED = {}, {}
 
 -- -> time of the last batch of an orchestrator, for how long it has been absent in all, since when it is there, and the
 -- gaps that it knows (ms)
 local function host_of(name)
   if not HOSTS[name] then
-    local last, absent, since, gaps = string.match(redis.call('HGET', CLOCK, 'host:' .. name) or '',
-      '^(%d+) (%d+) (%d+) (%d+)$')
+    local last, absent, since, gaps = string.match(STORED['host:' .. name] or '', '^(%d+) (%d+) (%d+) (%d+)$')
     HOSTS[name] = { last = tonumber(last) or 0, absent = tonumber(absent) or 0, since = tonumber(since) or 0,
       gaps = tonumber(gaps) or 0 }
   end
@@ -53,9 +52,11 @@ local function read_clock()
   local time = redis.call('TIME')
   WALL_US = time[1] * 1000000 + time[2]
   WALL_TEXT = whole(WALL_US)
-  local stored = redis.call('HMGET', CLOCK, 'wall_us', 'clock_us', 'gaps_ms', 'starts', 'paused', 'lanes')
-  local wall, clock, gaps = tonumber(stored[1] or ''), tonumber(stored[2] or ''), tonumber(stored[3] or '') or 0
-  HAS_STARTS, PAUSED, HAS_LANES = stored[4], stored[5], stored[6]
+  local stored = redis.call('HGETALL', CLOCK)
+  for at = 1, #stored, 2 do STORED[stored[at]] = stored[at + 1] end
+  local wall, clock = tonumber(STORED.wall_us or ''), tonumber(STORED.clock_us or '')
+  local gaps = tonumber(STORED.gaps_ms or '') or 0
+  HAS_STARTS, PAUSED, HAS_LANES = STORED.starts, STORED.paused, STORED.lanes
   if not wall or not clock then wall, clock = WALL_US, WALL_US end
   local passed = WALL_US - wall
   if passed < 0 or passed > MAX_STEP * 1000 then
@@ -76,9 +77,23 @@ end
 -- Milliseconds in which the orchestrator that serves an attempt could not hear the agent, since the store began.
 local function absence(host) return host_of(host).absent + ABSENT.gaps end
 
+local OTHERS
+
+-- Whether another orchestrator sent a batch to this shard lately.
+local function has_others()
+  if OTHERS == nil then
+    OTHERS = false
+    for field in pairs(STORED) do
+      local name = string.match(field, '^host:(.*)$')
+      if name and name ~= CALLER and NOW - host_of(name).last <= 3 * MAX_STEP then OTHERS = true end
+    end
+  end
+  return OTHERS
+end
+
 -- Forgets orchestrators that were not heard of for an hour.
 local function forget_hosts()
-  for _, field in ipairs(redis.call('HKEYS', CLOCK)) do
+  for field in pairs(STORED) do
     local name = string.match(field, '^host:(.*)$')
     if name and NOW - host_of(name).last > 3600000 then redis.call('HDEL', CLOCK, field) end
   end
@@ -296,6 +311,10 @@ local function write_list(name, key, list)
   for at = 1, #list, 4000 do write({ name, key, unpack(list, at, math.min(at + 3999, #list)) }) end
 end
 
+-- What other orchestrators are told: numbers of newly queued tasks by method, orchestrators with new mail, changed tasks,
+-- and whether a pause has ended.
+local QUEUED, MAILED, CHANGED, RESUMED = {}, {}, {}, false
+
 local function open_lane(name)
   WRITES[#WRITES + 1] = { 'HSETNX', LANES, name, '' }
   if not HAS_LANES then HAS_LANES, WRITES[#WRITES + 1] = '1', { 'HSET', CLOCK, 'lanes', '1' } end
@@ -310,6 +329,7 @@ local function compare(task, before, added, removed)
   if is_queued and (not was_queued or task.queued_us ~= before.queued_us) then
     add(added, QUEUE .. lane(task), whole(score(task)), task.id)
     if lane(task) ~= task.method then open_lane(lane(task)) end
+    QUEUED[task.method] = (QUEUED[task.method] or 0) + 1
   elseif was_queued and not is_queued then
     add(removed, QUEUE .. lane(task), task.id)
   end
@@ -330,6 +350,8 @@ local function compare(task, before, added, removed)
     for _, key in ipairs(limits_of(task)) do
       WRITES[#WRITES + 1] = { HELD[task.state] and 'SADD' or 'SREM', HOLDERS .. key, task.id }
     end
+    -- Another task may take the place of this one.
+    if not HELD[task.state] and limits_of(task)[1] then QUEUED[task.method] = (QUEUED[task.method] or 0) + 1 end
   end
   local change = (ENDED[before.state] and 1 or 0) - (ENDED[task.state] and 1 or 0)
   if change ~= 0 then
@@ -365,6 +387,7 @@ local function flush()
     if task.dirty then
       write_task(task)
       compare(task, task.shown, added, removed)
+      CHANGED[#CHANGED + 1] = (ENDED[task.state] and '!' or '') .. task.id
       task.dirty, task.staged_fields, task.fields, task.shown = false, NOTHING, NOTHING, shown(task)
     end
   end

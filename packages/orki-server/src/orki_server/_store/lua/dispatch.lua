@@ -212,8 +212,9 @@ local function start_delayed(limit, found, changed)
 end
 
 -- maximum number of tasks
--- -> time until the next timer (ms; -1 for none), number of damaged tasks, their ids, then for each task that changed:
---    kind (offer, attempt, task, retry), task, agent, attempt, fence, reason, method
+-- -> time until the next timer (ms; -1 for none), "1" if there is mail for the caller, number of damaged tasks, their
+--    ids, then for each task that changed: kind (offer, attempt, task, retry), task, agent, attempt, fence, reason,
+--    method
 OPS.sweep = function(a)
   flush()
   local found, expired = {}, {}
@@ -237,7 +238,7 @@ OPS.sweep = function(a)
       sort(task) -- The timer has moved away.
     end
   end
-  local reply = { '-1', whole(#found), unpack(found) }
+  local reply = { '-1', whole(redis.call('EXISTS', MAIL .. CALLER)), whole(#found), unpack(found) }
   for at = 1, #expired do reply[#reply + 1] = expired[at] end
   return reply
 end
@@ -260,7 +261,7 @@ end
 
 -- "1" to give the outbox up -> kept | taken | other: whether the caller is the only one that publishes the outbox now
 OPS.drain = function(a)
-  local holder = redis.call('HGET', CLOCK, 'drainer')
+  local holder = STORED.drainer
   if a[1] == '1' then
     if holder == CALLER then WRITES[#WRITES + 1] = { 'HDEL', CLOCK, 'drainer' } end
     return { 'other' }
@@ -296,6 +297,7 @@ if ready then
     is_full()
     flush()
     write_clock()
+    announce()
   end)
   if not done then PROBLEM = problem end
 end
