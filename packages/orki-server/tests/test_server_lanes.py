@@ -22,6 +22,7 @@ from orki_server import _keys as keys
 from orki_server._keys import PRIORITY_STEP
 from orki_server._store import operations
 from orki_server._store.limits import check_limit, read_limits, set_limit
+from orki_server._store.mail import queue_lengths
 from orki_server._store.operations import Assigned, Recipient, new_task_id
 from orki_server._store.placement import ANYWHERE, Placement, check_placement
 from orki_server._store.store import Store
@@ -91,7 +92,7 @@ async def test_tasks_that_no_agent_can_serve_hold_up_no_others(store: Store) -> 
         await submit(store, GPU)
     usual = [await submit(store) for _ in range(3)]
     assert [key.task_id for key in await take(store, 9)] == usual
-    assert (await store.apply(operations.queue_lengths(0, (METHOD.full_name,))))[METHOD.full_name] > 300
+    assert (await store.apply(queue_lengths(0, (METHOD.full_name,))))[METHOD.full_name] > 300
 
 
 async def test_lanes_and_their_marks_are_removed_when_they_are_empty(store: Store, redis_url: str) -> None:

@@ -351,7 +351,8 @@ local function compare(task, before, added, removed)
       WRITES[#WRITES + 1] = { HELD[task.state] and 'SADD' or 'SREM', HOLDERS .. key, task.id }
     end
     -- Another task may take the place of this one.
-    if not HELD[task.state] and limits_of(task)[1] then QUEUED[task.method] = (QUEUED[task.method] or 0) + 1 end
+    local ends = HELD[before.state] and limits_of(task)[1]
+    if ends then QUEUED[task.method] = (QUEUED[task.method] or 0) + 1 end
   end
   local change = (ENDED[before.state] and 1 or 0) - (ENDED[task.state] and 1 or 0)
   if change ~= 0 then
