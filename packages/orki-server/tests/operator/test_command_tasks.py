@@ -68,6 +68,7 @@ async def test_json_contains_the_task_with_its_response(fleet: Any, orki: Any, a
         [
             *("task_id", "method", "state", "attempt", "fence", "agent_id", "submitted", "ended", "trace_id"),
             *("priority", "start", "labels", "limits", "fairness_key", "failure", "earlier_failures", "response"),
+            "suspension",
         ]
     )
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from orki.control.v1.session_pb2 import HeldAttempt, Hello, ServedService, Welcome
 from orki_contract.errors import InvalidSetting, ProtocolVersion, RemoteProtocolError
 
 PROTOCOL_MIN: Final = 1
 """Lowest supported version of the session protocol."""
-PROTOCOL_MAX: Final = 2
+PROTOCOL_MAX: Final = 3
 """Highest supported version of the session protocol."""
 PROGRESS_PROTOCOL: Final = 2
 """Version that acknowledges progress and directives."""
+CHECKPOINT_PROTOCOL: Final = 3
+"""Version with checkpoints and suspensions."""
+MAX_CHECKPOINT_BYTES: Final = 192 * 1024
+"""Maximum size of a checkpoint and of an answer. Both travel with an offer, and a checkpoint is sent in one message."""
 SILENT_INTERVALS: Final = 3
 """Number of silent heartbeat intervals after which a peer counts as lost (law 13)."""
 DEFAULT_MESSAGE_BYTES: Final = 4 * 1024 * 1024
@@ -135,7 +139,7 @@ class OrchestratorSessionOptions:
             raise InvalidSetting(f"max_message_bytes {self.max_message_bytes}: use at least 1024")
 
 
-def bad_labels(labels: Mapping[str, str], most: int = MAX_LABELS) -> str:
+def bad_labels(labels: Mapping[Any, Any], most: int = MAX_LABELS) -> str:
     """Return what is wrong with labels; empty if nothing is."""
     if len(labels) > most:
         return f"labels: at most {most}, not {len(labels)}"

@@ -18,7 +18,7 @@ _COLUMNS: Final = Columns(
 _UNITS: Final = {"s": 1, "min": 60, "h": 3600}
 
 
-class _Rate(click.ParamType):
+class _Rate(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer stubs only
     """`N/s`, `N/min` or `N/h`, as the number of seconds between two offers."""
 
     name = "rate"

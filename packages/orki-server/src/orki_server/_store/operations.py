@@ -357,6 +357,9 @@ class OfferedAttempt:
         traceparent: Span of the attempt.
         lease: Time for which the attempt survives without a heartbeat.
         attempt_timeout: Maximum time of the attempt.
+        checkpoint: The task's last checkpoint; None without one.
+        answer: Answer to the task's last suspension; None without one.
+        answer_overdue: Whether that suspension ended without an answer.
     """
 
     recipient: int
@@ -366,6 +369,9 @@ class OfferedAttempt:
     traceparent: str
     lease: float
     attempt_timeout: float
+    checkpoint: bytes | None = None
+    answer: bytes | None = None
+    answer_overdue: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,7 +409,7 @@ def _damaged(reply: list[bytes], at: int) -> tuple[str, ...]:
 
 def _assigned(reply: list[bytes]) -> Assigned:
     damaged = _damaged(reply, 1)
-    rows = (reply[at : at + 9] for at in range(2 + len(damaged), len(reply), 9))
+    rows = (reply[at : at + 11] for at in range(2 + len(damaged), len(reply), 11))
     offers = (
         OfferedAttempt(
             int(recipient),
@@ -413,8 +419,11 @@ def _assigned(reply: list[bytes]) -> Assigned:
             traceparent.decode(),
             int(lease) / 1000,
             int(timeout) / 1000,
+            checkpoint[1:] if checkpoint else None,
+            answered[1:] if answered[:1] == b"1" else None,
+            answered == b"0",
         )
-        for recipient, task, attempt, fence, method, request, traceparent, lease, timeout in rows
+        for recipient, task, attempt, fence, method, request, traceparent, lease, timeout, checkpoint, answered in rows
     )
     return Assigned(tuple(offers), damaged, int(reply[0]) / 1000 if int(reply[0]) >= 0 else None)
 

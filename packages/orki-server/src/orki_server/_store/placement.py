@@ -121,7 +121,8 @@ def _asks(submission: Submission) -> bool:
 
 
 def _show_lane(task: TaskSnapshot, labels: Iterable[str], limits: Iterable[str], fairness_key: str) -> None:
-    task.labels.update(label.split("=", 1) for label in labels)
+    for name, _, value in (label.partition("=") for label in labels):
+        task.labels[name] = value
     task.limits.extend(limits)
     task.fairness_key = fairness_key
 

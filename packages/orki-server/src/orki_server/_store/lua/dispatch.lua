@@ -1,6 +1,10 @@
 -- The orchestrator's own operations: offers, timers, fences; and the loop over the batch.
 
+-- Blocks of their own: Lua allows 200 local variables at a time.
+
 -- --- fences ---
+
+do
 
 -- Whether a text is a fence that Redis and the agents can hold, with room for more.
 local function is_fence(text) return string.find(text, '^[1-9]%d*$') ~= nil and #text <= 18 end
@@ -85,7 +89,8 @@ end
 -- labels
 -- -> time after which limits may admit tasks that are left in lanes (ms; 0 if it depends on agents, -1), number of damaged
 --    tasks and queues, their names, then for each offer: position of the recipient (from 0), task, attempt, fence,
---    method, request, attempt's traceparent, lease (ms), attempt timeout (ms)
+--    method, request, attempt's traceparent, lease (ms), attempt timeout (ms), checkpoint and
+--    answer (each "1" and the payload, or "")
 OPS.offer = function(a)
   flush()
   local recipients, slots = read_recipients(a)
@@ -100,11 +105,16 @@ OPS.offer = function(a)
     reply[n + 1], reply[n + 2], reply[n + 3], reply[n + 4] = whole(each[1]), task.id, whole(task.attempt), task.fence
     reply[n + 5], reply[n + 6] = task.method, task.request or redis.call('HGET', TASK .. task.id, 'request') or ''
     reply[n + 7], reply[n + 8], reply[n + 9] = attempt_traceparent(task), whole(o.heartbeat), whole(o.attempt)
+    reply[n + 10], reply[n + 11] = offered_checkpoint(task), offered_answer(task)
   end
   return reply
 end
 
+end
+
 -- --- timers ---
+
+do
 
 local function seconds(ms) return string.format('%g s', ms / 1000) end
 
@@ -156,7 +166,13 @@ local EXPIRE = {
     return 'task', REASON_TOTAL_TIMEOUT
   end,
   RetryDue = function(task)
+    local suspended = task.state == 'SUSPENDED'
     move(task, 'RetryDue')
+    if suspended then
+      remember(task, { overdue = '1' })
+      resume(task, { text = 'no answer came in time' })
+      return 'retry', '0'
+    end
     task.retry_due = 0
     enqueue(task)
     sort(task)
@@ -241,6 +257,8 @@ OPS.sweep = function(a)
   local reply = { '-1', whole(redis.call('EXISTS', MAIL .. CALLER)), whole(#found), unpack(found) }
   for at = 1, #expired do reply[#reply + 1] = expired[at] end
   return reply
+end
+
 end
 
 -- Time until the next timer (ms), after the sweep has been written.
