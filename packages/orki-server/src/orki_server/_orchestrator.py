@@ -34,7 +34,6 @@ from orki_server._events import AgentEvents, OutboxPublisher
 from orki_server._files import WatchedFiles, server_credentials, watch_certificates, watch_files
 from orki_server._fleet import FleetServicer, FleetUpdates, Handshake
 from orki_server._identity import Gate
-from orki_server._pauses import Pauses
 from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._relay import Relay
 from orki_server._requests import TypedRequests
@@ -178,8 +177,7 @@ class Orchestrator:
             Services(store, self._submitters, self._submitters.submissions, watchers, watchers.results),
             options.max_sessions,
         )
-        pauses = Pauses(store, demand.all_queued)
-        self._fleet = FleetServicer(fleet, contracts, sessions, silence_timeout, pauses)
+        self._fleet = FleetServicer(store, fleet, contracts, sessions, silence_timeout, demand.all_queued)
         store.connection.on_change(self._store_changed)
         store.on_loss(self._store_lost)
 
