@@ -18,7 +18,8 @@ def lua_tags() -> str:
     return "\n".join(["local TAGS = {", *lines, "}", ""])
 
 
-def _table(message: Descriptor) -> str:
+def _table(message: Descriptor | None) -> str:
+    assert message is not None
     return "{ " + ", ".join(f"{field.name} = '{_tag(field)}'" for field in message.fields) + " }"
 
 
