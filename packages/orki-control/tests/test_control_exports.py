@@ -23,6 +23,7 @@ PUBLIC = {
             "CURRENT_ATTEMPT",
             "DEFAULT_MESSAGE_BYTES",
             "DEFAULT_PROGRESS_BYTES",
+            "KEY",
             "MAX_CHECKPOINT_BYTES",
             "MAX_SLOTS",
             "ORCHESTRATOR",
@@ -52,7 +53,7 @@ PUBLIC = {
             "ResultsArrived",
             "Revocation",
         ),
-        *("SessionClosed", "SessionEnded", "SessionLost", "SessionOpened", "StoredCheckpoint"),
+        *("SessionClosed", "SessionEnded", "SessionLost", "SessionOpened", "StoredCheckpoint", "bad_labels"),
     ],
     "orki_control.submitter": [
         *("CLIENT", "REQUEST", "SERVING", "Answered", "CancelArrived", "ClientEvent", "ClientSession"),

@@ -89,6 +89,7 @@ class Runtime:
                 instance_id=self._instance_id,
                 services=services,
                 slots=settings.slots,
+                labels=settings.labels,
                 max_message_bytes=settings.max_message_bytes,
                 progress_window=settings.progress_window,
             )
