@@ -26,10 +26,12 @@ from orki_server._store.replies import (
     ReportReply,
     TaskReply,
     TaskView,
+    TaskWaits,
     progress_reply,
     report_reply,
     task_reply,
     task_view,
+    task_waits,
 )
 
 R = TypeVar("R")
@@ -189,6 +191,11 @@ def read_task(task_id: str, limit: int = 0, after: str = "") -> Operation[TaskVi
     """
     outcome = partial(task_view, task_id)
     return Operation("read", shard_of(task_id), (task_id, limit, after), outcome, patient=False)
+
+
+def read_waits(task_id: str) -> Operation[TaskWaits | None]:
+    """Read what a task waits for. The outcome is None without such a task."""
+    return Operation("waits", shard_of(task_id), (task_id,), task_waits, patient=False)
 
 
 def _report(op: str, agent_id: str, attempt: AttemptKey, *details: Argument) -> Operation[ReportReply]:

@@ -213,3 +213,30 @@ def task_reply(task_id: str, reply: list[bytes]) -> TaskReply:
         AttemptKey(task_id, int(attempt), int(fence)),
         int(grace) / 1000,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class TaskWaits:
+    """What a task waits for. Times are in microseconds since the Unix epoch; 0 for none.
+
+    Attributes:
+        life: State of its life.
+        paused: Whether its method or service is paused.
+        retry_us: When it is queued again.
+        offer_us: When its offer expires.
+        lease_us: When its lease expires.
+    """
+
+    life: Life
+    paused: bool
+    retry_us: int
+    offer_us: int
+    lease_us: int
+
+
+def task_waits(reply: list[bytes]) -> TaskWaits | None:
+    """Decode the reply of `waits`; None for an unknown task."""
+    if not reply:
+        return None
+    state, paused, retry_us, offer_us, lease_us = reply
+    return TaskWaits(Life[state.decode()], paused == b"1", int(retry_us), int(offer_us), int(lease_us))
