@@ -117,6 +117,9 @@ class Dispatcher:
             accept_timeout_ms=round(self._accept_timeout * 1000),
             attempt_timeout_ms=round(offered.attempt_timeout * 1000),
             proof=self._store.proof(session.agent_id, offered.attempt),
+            checkpoint=offered.checkpoint,
+            answer=offered.answer,
+            answer_overdue=offered.answer_overdue,
         )
         try:
             session.machine.offer(message, offered.traceparent, time.monotonic())

@@ -3,15 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from orki.control.v1 import task_pb2 as pb
 from orki_server._registry import ContractRegistry
 from orki_server._store.fleet import AgentContracts
 from orki_server._store.lifecycle import TERMINAL, Life
-from orki_server._store.replies import TaskWaits
+from orki_server._store.operations import Operation, shard_of
 
 _MAX: Final = 20
+"""Maximum number of explanations of a task."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskWaits:
+    """What a task waits for. Times are in microseconds since the Unix epoch; 0 for none.
+
+    Attributes:
+        life: State of its life.
+        paused: Whether its method or service is paused.
+        retry_us: When it is queued again.
+        offer_us: When its offer expires.
+        lease_us: When its lease expires.
+    """
+
+    life: Life
+    paused: bool
+    retry_us: int
+    offer_us: int
+    lease_us: int
+
+
+def _task_waits(reply: list[bytes]) -> TaskWaits | None:
+    """Decode the reply of `waits`; None for an unknown task."""
+    if not reply:
+        return None
+    state, paused, retry_us, offer_us, lease_us = reply
+    return TaskWaits(Life[state.decode()], paused == b"1", int(retry_us), int(offer_us), int(lease_us))
+
+
+def read_waits(task_id: str) -> Operation[TaskWaits | None]:
+    """Read what a task waits for. The outcome is None without such a task."""
+    return Operation("waits", shard_of(task_id), (task_id,), _task_waits, patient=False)
 
 
 class Explainer:
@@ -37,6 +71,10 @@ class Explainer:
             if task.attempt.attempt:
                 return [_cause(pb.CAUSE_RETRY, "the task waits for its next attempt", until_us=waits.retry_us)]
             return [_cause(pb.CAUSE_DELAYED, "the task waits for its start", until_us=task.start_us)]
+        if waits.life is Life.SUSPENDED:
+            asked = task.suspension
+            until_us = asked.suspended_us + asked.deadline_ms * 1000 if asked.deadline_ms else 0
+            return [_cause(pb.CAUSE_SUSPENDED, f"the task waits for an answer: {asked.question}", until_us=until_us)]
         agents = await self._agents()
         if waits.life is not Life.QUEUED:
             return [_holder(task, waits, agents)]

@@ -221,6 +221,9 @@ TASK_FIELDS: Final[dict[str, str]] = {
     "response": "the response message, serialized",
     "failure": "reason, error type and message of the final failure, separated by US",
     "failures": "failures of earlier attempts, each as `failure` and ended by RS",
+    "more": "the values that few tasks have, named; see below",
+    "checkpoint": "fence, number within the attempt, and payload of the last checkpoint, separated by spaces",
+    "answer": "the answer to the last suspension, serialized",
 }
 """Fields of a task's hash. Only `state` and `spec` are always there."""
 
@@ -267,6 +270,18 @@ SPEC_FIELDS: Final[dict[str, str]] = {
 }
 """The packed fields of `spec`, in their order."""
 
+MORE_FIELDS: Final[dict[str, str]] = {
+    "checkpoint": "`1` if the task has a checkpoint",
+    "suspension": "number of suspensions",
+    "question": "what the last suspension asks",
+    "suspended_us": "time of the last suspension, microseconds",
+    "deadline": "time after which it ends without an answer, milliseconds; 0 for never",
+    "answered": "SHA-1 of the answer, if it was answered",
+    "overdue": "`1` if it ended without an answer",
+    "total_left": "rest of the total timeout while the task is suspended, milliseconds",
+}
+"""The named values of `more`: each as `NAME=VALUE`. Orchestrators keep the values that they do not know."""
+
 PLACEMENT_FIELDS: Final[dict[str, str]] = {
     "priority": "from 0 to 9",
     "start_us": "earliest start by the server's clock, microseconds; 0 for at once",
@@ -284,7 +299,7 @@ NUMBERS: Final = (
 )
 """The packed fields that are numbers. Fences exceed Lua's exact integers and stay strings."""
 
-SNAPSHOT: Final = ("state", "spec", "failure", "failures", "placement", "response")
+SNAPSHOT: Final = ("state", "spec", "failure", "failures", "placement", "more", "response")
 """The fields of a task's snapshot, in the order in which `read` returns them."""
 
 
@@ -303,6 +318,12 @@ def unpack(names: Iterable[str], text: bytes) -> dict[str, str]:
     for name in fields.keys() & set(NUMBERS):
         fields[name] = str(int(fields[name] or 0))
     return fields
+
+
+def unpack_more(text: bytes) -> dict[str, str]:
+    """Return the named values of `more`."""
+    pairs = (value.partition("=") for value in text.decode(errors="replace").split("\x1f"))
+    return {name: value for name, separator, value in pairs if separator}
 
 
 RECORD_FIELDS: Final[dict[str, str]] = {
@@ -449,7 +470,9 @@ def _lua_parser() -> list[str]:
         lines.append(f"  if not {names[0]} then return nil end")
     lines += [f"  {each} = {each} == '' and 0 or tonumber({each}) or -1" for each in numbers]
     lines.append(f"  if math.min({', '.join(numbers)}) < 0 or not ({' + '.join(numbers)} < 1e17) then return nil end")
-    fields_of_script = "id = id, text = state, spec = spec, fields = NOTHING, touched = false, dirty = false"
+    fields_of_script = (
+        "id = id, text = state, spec = spec, more_text = '', fields = NOTHING, touched = false, dirty = false"
+    )
     lines.append("  return {")
     lines.append(
         f"    {fields_of_script}, staged_fields = NOTHING, shown = false, next_text = '', span = '', span_of = -1,"

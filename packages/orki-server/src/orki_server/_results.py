@@ -19,13 +19,14 @@ from orki.control.v1.attempt_pb2 import AttemptRef, Failure, TaskState
 from orki.control.v1.session_pb2 import Result
 from orki.control.v1.task_pb2 import TaskSnapshot
 from orki.errors.v1.errors_pb2 import Reason
-from orki_contract.errors import OrkiError, StoreUnavailable, UnknownTask
+from orki_contract.errors import OrkiError, StoreUnavailable, UnknownTask, error_for
 from orki_control.session import AttemptKey
 from orki_server._store import operations
 from orki_server._store.lifecycle import TERMINAL
-from orki_server._store.operations import failure_text
+from orki_server._store.operations import Operation, failure_text
 from orki_server._store.replies import ReportReply, TaskView
 from orki_server._store.store import Store
+from orki_server._store.suspension import suspend
 
 _READS: Final = 64
 """Maximum number of reads under way: bounds the responses in memory."""
@@ -78,6 +79,20 @@ def end_of(agent_id: str, key: AttemptKey, result: Result, reply: ReportReply) -
     else:
         return None
     return TaskEnd(reply.state, key, agent_id, reply.revision, reply.time_us, response, failure)
+
+
+def result_report(agent_id: str, key: AttemptKey, result: Result) -> Operation[ReportReply]:
+    """Return the operation that applies an agent's result."""
+    if result.WhichOneof("outcome") == "response":
+        return operations.succeed(agent_id, key, result.response)
+    if result.WhichOneof("outcome") == "cancelled":
+        return operations.confirm_cancelled(agent_id, key, result.cancelled.reason or Reason.REASON_CANCELLED)
+    if result.WhichOneof("outcome") == "suspended":
+        suspended = result.suspended
+        return suspend(agent_id, key, failure_text(suspended.question), suspended.deadline_ms)
+    failure = stored_failure(result.failure)
+    retryable = error_for(failure.reason, "").retryable
+    return operations.fail(agent_id, key, failure.reason, failure.message, failure.error_type, retryable)
 
 
 Sink: TypeAlias = Callable[[TaskSnapshot | OrkiError], None]

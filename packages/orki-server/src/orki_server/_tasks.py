@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final, NoReturn, TypeAlias, TypeVar
-
-import grpc
+from typing import Final
 
 from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import Failure, TaskState
-from orki.control.v1.task_pb2_grpc import TaskServiceServicer
 from orki_contract.errors import (
     Draining,
     InvalidArgument,
-    LocalProtocolError,
     NotDirectable,
     OrkiError,
     StoreUnavailable,
@@ -28,8 +22,9 @@ from orki_contract.errors import (
     UnknownTask,
 )
 from orki_control.session import AttemptKey
-from orki_control.transport import abort
-from orki_server._explain import Explainer
+from orki_server._answers import SuspendedTasks
+from orki_server._calls import Context, actor_of, readable, typed, typed_stream
+from orki_server._explain import Explainer, read_waits
 from orki_server._gaps import GapFinder
 from orki_server._identity import Action, caller
 from orki_server._registry import ContractRegistry, PayloadCheck
@@ -44,11 +39,6 @@ from orki_server._store.replies import TaskView
 from orki_server._store.store import Store
 from orki_server._store.tasks import TaskFilter, list_tasks
 from orki_server._submissions import Submissions
-
-Q = TypeVar("Q")
-R = TypeVar("R")
-S = TypeVar("S")
-Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 MAX_SUBMISSIONS: Final = 1000
 """Maximum number of submissions in one call."""
@@ -65,57 +55,6 @@ _BATCH_BYTES: Final = 64 * 1024
 """Maximum size of a batch of updates."""
 _SETTLE: Final = 0.005
 """Transitions come in bursts: one read serves those that follow within this time. An end is read at once."""
-_log = logging.getLogger("orki.server.requests")
-
-
-def typed(method: Callable[[S, Q, Context], Awaitable[R]]) -> Callable[[S, Q, Context], Awaitable[R]]:
-    """Turn an OrkiError that a unary method raises into a status."""
-
-    @functools.wraps(method)
-    async def wrapped(self: S, request: Q, context: Context) -> R:
-        try:
-            return await method(self, request, context)
-        except Exception as error:
-            await _abort(context, method.__name__, error)
-
-    return wrapped
-
-
-def typed_stream(
-    method: Callable[[S, Q, Context], AsyncIterator[R]],
-) -> Callable[[S, Q, Context], AsyncIterator[R]]:
-    """Turn an OrkiError that a streaming method raises into a status."""
-
-    @functools.wraps(method)
-    async def wrapped(self: S, request: Q, context: Context) -> AsyncIterator[R]:
-        try:
-            async for response in method(self, request, context):
-                yield response
-        except Exception as error:
-            await _abort(context, method.__name__, error)
-
-    return wrapped
-
-
-async def _abort(context: Context, method: str, error: Exception) -> NoReturn:
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    if not isinstance(error, OrkiError):
-        _log.error("%s failed: a defect", method, exc_info=error)
-        error = LocalProtocolError(f"{method}: the orchestrator failed; see its log")
-    await abort(context, error)
-
-
-def actor_of(context: Context) -> str:
-    """Return the caller's name for the audit."""
-    return caller().name
-
-
-def readable(task: pb.TaskSnapshot) -> pb.TaskSnapshot:
-    """Return a snapshot without the response if the caller may not read it."""
-    if not caller().may(Action.READ, task.method):
-        task.ClearField("response")
-    return task
 
 
 class RequestRules:
@@ -310,7 +249,7 @@ async def _wait(event: asyncio.Event, timeout: float) -> None:
             await event.wait()
 
 
-class TaskServicer(TaskServiceServicer):
+class TaskServicer(SuspendedTasks):
     """Serves submitters.
 
     It calls `on_queued` with shard and method of a new task.
@@ -453,7 +392,7 @@ class TaskServicer(TaskServiceServicer):
     @typed
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
         view, waits = await asyncio.gather(
-            self._view(request.task_id, Action.READ), self._store.apply(operations.read_waits(request.task_id))
+            self._view(request.task_id, Action.READ), self._store.apply(read_waits(request.task_id))
         )
         if waits is None:
             raise UnknownTask(f"there is no task {request.task_id}")

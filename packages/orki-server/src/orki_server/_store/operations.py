@@ -26,12 +26,10 @@ from orki_server._store.replies import (
     ReportReply,
     TaskReply,
     TaskView,
-    TaskWaits,
     progress_reply,
     report_reply,
     task_reply,
     task_view,
-    task_waits,
 )
 
 R = TypeVar("R")
@@ -191,11 +189,6 @@ def read_task(task_id: str, limit: int = 0, after: str = "") -> Operation[TaskVi
     """
     outcome = partial(task_view, task_id)
     return Operation("read", shard_of(task_id), (task_id, limit, after), outcome, patient=False)
-
-
-def read_waits(task_id: str) -> Operation[TaskWaits | None]:
-    """Read what a task waits for. The outcome is None without such a task."""
-    return Operation("waits", shard_of(task_id), (task_id,), task_waits, patient=False)
 
 
 def _report(op: str, agent_id: str, attempt: AttemptKey, *details: Argument) -> Operation[ReportReply]:
@@ -359,6 +352,9 @@ class OfferedAttempt:
         traceparent: Span of the attempt.
         lease: Time for which the attempt survives without a heartbeat.
         attempt_timeout: Maximum time of the attempt.
+        checkpoint: The task's last checkpoint; None without one.
+        answer: Answer to the task's last suspension; None without one.
+        answer_overdue: Whether that suspension ended without an answer.
     """
 
     recipient: int
@@ -368,6 +364,9 @@ class OfferedAttempt:
     traceparent: str
     lease: float
     attempt_timeout: float
+    checkpoint: bytes | None = None
+    answer: bytes | None = None
+    answer_overdue: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,7 +400,7 @@ def _damaged(reply: list[bytes], at: int) -> tuple[str, ...]:
 
 def _assigned(reply: list[bytes]) -> Assigned:
     damaged = _damaged(reply, 0)
-    rows = (reply[at : at + 9] for at in range(1 + len(damaged), len(reply), 9))
+    rows = (reply[at : at + 11] for at in range(1 + len(damaged), len(reply), 11))
     offers = (
         OfferedAttempt(
             int(recipient),
@@ -411,8 +410,11 @@ def _assigned(reply: list[bytes]) -> Assigned:
             traceparent.decode(),
             int(lease) / 1000,
             int(timeout) / 1000,
+            checkpoint[1:] if checkpoint else None,
+            answered[1:] if answered[:1] == b"1" else None,
+            answered == b"0",
         )
-        for recipient, task, attempt, fence, method, request, traceparent, lease, timeout in rows
+        for recipient, task, attempt, fence, method, request, traceparent, lease, timeout, checkpoint, answered in rows
     )
     return Assigned(tuple(offers), damaged)
 

@@ -8,10 +8,10 @@ from enum import StrEnum
 from typing import Final
 
 from orki.control.v1.attempt_pb2 import AttemptRef, Failure, TaskState
-from orki.control.v1.task_pb2 import TaskSnapshot
+from orki.control.v1.task_pb2 import Suspension, TaskSnapshot
 from orki.errors.v1.errors_pb2 import Reason
 from orki_control.session import AttemptKey
-from orki_server._keys import SNAPSHOT, SPEC_FIELDS, STATE_FIELDS, unpack
+from orki_server._keys import SNAPSHOT, SPEC_FIELDS, STATE_FIELDS, unpack, unpack_more
 from orki_server._store.lifecycle import VISIBLE, Life
 from orki_server._store.placement import show_placement
 
@@ -92,7 +92,20 @@ def task_snapshot(task_id: str, field: Mapping[str, bytes]) -> TaskSnapshot:
         snapshot.failure.CopyFrom(_failure(*field["failure"].split(b"\x1f", 2)))
     for entry in field["failures"].split(b"\x1e")[:-1]:
         snapshot.earlier_failures.append(_failure(*entry.split(b"\x1f", 2)))
+    if field.get("more"):
+        _add_more(snapshot, unpack_more(field["more"]))
     return snapshot
+
+
+def _add_more(snapshot: TaskSnapshot, more: Mapping[str, str]) -> None:
+    if "suspension" in more:
+        suspension = Suspension(
+            number=int(more["suspension"]),
+            question=more.get("question", ""),
+            suspended_us=int(more["suspended_us"]),
+            deadline_ms=int(more["deadline"]),
+        )
+        snapshot.suspension.CopyFrom(suspension)
 
 
 def _failure(reason: bytes, error_type: bytes, message: bytes) -> Failure:
@@ -189,7 +202,7 @@ class TaskReply:
 
     Attributes:
         status: `unknown`, `ended`; for cancels `done` (the task was not started), `requested`, `repeated`; for
-            directives `idle` and `running`.
+            directives `idle` and `running`; for answers `done`, `repeated`, `answered` (otherwise) and `idle`.
         state: The task's state.
         agent_id: Holder of the attempt.
         attempt: The current or last attempt.
@@ -204,7 +217,7 @@ class TaskReply:
 
 
 def task_reply(task_id: str, reply: list[bytes]) -> TaskReply:
-    """Decode the reply to a cancel or a directive."""
+    """Decode the reply to a request about one task."""
     status, state, agent, attempt, fence, grace = reply
     return TaskReply(
         status.decode(),
@@ -213,30 +226,3 @@ def task_reply(task_id: str, reply: list[bytes]) -> TaskReply:
         AttemptKey(task_id, int(attempt), int(fence)),
         int(grace) / 1000,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class TaskWaits:
-    """What a task waits for. Times are in microseconds since the Unix epoch; 0 for none.
-
-    Attributes:
-        life: State of its life.
-        paused: Whether its method or service is paused.
-        retry_us: When it is queued again.
-        offer_us: When its offer expires.
-        lease_us: When its lease expires.
-    """
-
-    life: Life
-    paused: bool
-    retry_us: int
-    offer_us: int
-    lease_us: int
-
-
-def task_waits(reply: list[bytes]) -> TaskWaits | None:
-    """Decode the reply of `waits`; None for an unknown task."""
-    if not reply:
-        return None
-    state, paused, retry_us, offer_us, lease_us = reply
-    return TaskWaits(Life[state.decode()], paused == b"1", int(retry_us), int(offer_us), int(lease_us))

@@ -151,9 +151,11 @@ end
 -- Sets a task to what is stored, or to what the last successful operation of this batch made of it.
 local function restore(task)
   local shown, fields, dirty, place = task.shown, task.staged_fields, task.dirty, task.placement
+  local more_text = task.more_text
   for name, value in pairs(parse(task.id, task.text, task.spec)) do task[name] = value end
   task.shown, task.fields, task.staged_fields, task.dirty = shown, fields, fields, dirty
   task.placement = place -- It never changes.
+  task.more_text = more_text
 end
 
 -- Sets a field that transitions do not read.
@@ -162,6 +164,24 @@ local function set(task, name, value)
   for other, text in pairs(task.fields) do fields[other] = text end
   fields[name] = value
   task.fields = fields
+end
+
+-- The named values that few tasks have. They are not packed by position, so that other versions read them.
+local function more(task)
+  local text, values = task.fields.more or task.more_text, {}
+  for name, value in string.gmatch(text, '([^=\31]+)=([^\31]*)') do values[name] = value end
+  return values
+end
+
+-- Changes some of these values; an empty one is removed.
+local function remember(task, changes)
+  local values, texts = more(task), {}
+  for name, value in pairs(changes) do values[name] = string.gsub(value, '[\30\31]', ' ') end
+  for name, value in pairs(values) do
+    if value ~= '' then texts[#texts + 1] = name .. '=' .. value end
+  end
+  table.sort(texts)
+  set(task, 'more', table.concat(texts, '\31'))
 end
 
 -- What the shard's own keys hold about the task.
@@ -176,14 +196,14 @@ end
 local function load(id, with_request)
   local task = TASKS[id]
   if task then return task.state ~= 'ABSENT' and task or nil end
-  local values = with_request and redis.call('HMGET', TASK .. id, 'state', 'spec', 'placement', 'request')
-    or redis.call('HMGET', TASK .. id, 'state', 'spec', 'placement')
+  local values = with_request and redis.call('HMGET', TASK .. id, 'state', 'spec', 'placement', 'more', 'request')
+    or redis.call('HMGET', TASK .. id, 'state', 'spec', 'placement', 'more')
   if not values[1] and not values[2] then return nil end
   if not values[1] or not values[2] then damaged('task ' .. id) end
   task = parse(id, values[1], values[2])
   if not task or not MOVES[task.state] then damaged('record of task ' .. id) end
   options(task)
-  task.placement, task.request = values[3], values[4]
+  task.placement, task.more_text, task.request = values[3], values[4] or '', values[5]
   task.shown = shown(task)
   TASKS[id] = task
   return task
@@ -349,6 +369,7 @@ end
 
 local function write_task(task)
   if task.state == 'ABSENT' then return end
+  task.more_text = task.staged_fields.more or task.more_text
   local command = { 'HSET', TASK .. task.id, 'state', task.text }
   for name, value in pairs(task.staged_fields) do
     command[#command + 1], command[#command + 2] = name, value
