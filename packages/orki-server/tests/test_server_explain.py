@@ -143,6 +143,19 @@ async def test_a_pause(pair: Any, clients: Any, stand_in: Make) -> None:
         await clients[1].wait_end(task_id)
 
 
+async def test_labels_and_limits(pair: Any, clients: Any, stand_in: Make) -> None:
+    agent = stand_in(pair[0].address, handler=forever)
+    await agent.ready()
+    elsewhere = await submit(clients[1], labels={"gpu": "a100"})
+    for answer in await explained_by_all(clients, elsewhere, pb.CAUSE_LABELS):
+        assert "gpu=a100" in answer.explanations[0].detail
+    await clients[1].set_limit("model", concurrency=1)
+    first, second = await submit(clients[1], limits=["model"]), await submit(clients[1], limits=["model"])
+    await agent.until(lambda: bool(agent.offers))
+    waiting = second if agent.offers[0].attempt.task_id == first else first
+    await explained_by_all(clients, waiting, pb.CAUSE_LIMIT)
+
+
 async def test_an_agent_serves_an_older_contract(pair: Any, clients: Any, stand_in: Make, work: Make) -> None:
     def without(file: FileDescriptorProto) -> None:
         file.service[0].method[1].name = "Direct"

@@ -18,7 +18,7 @@ SHARD = ShardKeys(7)
 TASK = "t7-01jcabcdefghjkmnpqrstvwxyz"
 LUA = "\n".join(
     (files("orki_server._store") / "lua" / f"{name}.lua").read_text(encoding="utf-8")
-    for name in ("placement", "batch", "life", "pause", "wake", "operations", "suspension", "dispatch")
+    for name in ("placement", "batch", "life", "pause", "lanes", "wake", "operations", "suspension", "dispatch")
 )
 
 
@@ -34,6 +34,9 @@ LUA = "\n".join(
         (f"{SHARD.base}clock", "orki:{oN}:clock"),
         (SHARD.mail("o1"), "orki:{oN}:mail:ORCHESTRATOR"),
         (f"{SHARD.base}damaged", "orki:{oN}:damaged"),
+        (f"{SHARD.base}queue:a.v1.S/M\x1fgpu=a\x1f\x1f\x1f", "orki:{oN}:queue:METHOD"),
+        (f"{SHARD.base}lanes", "orki:{oN}:lanes"),
+        (f"{SHARD.base}holders:tenant:a", "orki:{oN}:holders:KEY"),
         (FleetKeys.LAYOUT, "orki:{of}:layout"),
         (FleetKeys.AGENTS, "orki:{of}:agents"),
         (FleetKeys.PAUSES, "orki:{of}:pauses"),

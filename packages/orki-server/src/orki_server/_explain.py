@@ -10,10 +10,14 @@ from orki.control.v1 import task_pb2 as pb
 from orki_server._registry import ContractRegistry
 from orki_server._store.fleet import AgentContracts
 from orki_server._store.lifecycle import TERMINAL, Life
+from orki_server._store.limits import read_limits
 from orki_server._store.operations import Operation, shard_of
+from orki_server._store.store import Store
 
 _MAX: Final = 20
 """Maximum number of explanations of a task."""
+_ORDER: Final = (pb.CAUSE_ASSIGNABLE, pb.CAUSE_NO_FREE_SLOT, pb.CAUSE_LABELS, pb.CAUSE_CONTRACT_MISMATCH)
+"""The agents of a queued task: those come first that can take it soonest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,10 @@ def read_waits(task_id: str) -> Operation[TaskWaits | None]:
 class Explainer:
     """Explains tasks. `agents` returns the agents of the fleet as they are now."""
 
-    def __init__(self, registry: ContractRegistry, agents: Callable[[], Awaitable[list[AgentContracts]]]) -> None:
+    def __init__(
+        self, store: Store, registry: ContractRegistry, agents: Callable[[], Awaitable[list[AgentContracts]]]
+    ) -> None:
+        self._store = store
         self._registry = registry
         self._agents = agents
 
@@ -80,18 +87,26 @@ class Explainer:
             return [_holder(task, waits, agents)]
         if waits.paused:
             return [_cause(pb.CAUSE_PAUSED, f"{task.method} or its service is paused")]
+        full = await self._full_limits(task) if task.limits else []
         service = task.method.partition("/")[0]
         serving = [each for each in agents if each.agent.connected and service in each.agent.services]
         if not serving:
             return [_cause(pb.CAUSE_NO_AGENT, f"no connected agent serves {service}")]
         await self._registry.refresh()
-        found = [self._agent_cause(task.method, service, each) for each in serving]
-        # A free slot first, a contract without the method last.
-        order = [pb.CAUSE_ASSIGNABLE, pb.CAUSE_NO_FREE_SLOT, pb.CAUSE_CONTRACT_MISMATCH]
-        return sorted(found, key=lambda each: order.index(each.cause))
+        found = [self._agent_cause(task, service, each) for each in serving]
+        if full:
+            found = [each for each in found if each.cause != pb.CAUSE_ASSIGNABLE]
+        return full + sorted(found, key=lambda each: _ORDER.index(each.cause))
 
-    def _agent_cause(self, method: str, service: str, serving: AgentContracts) -> pb.Explanation:
-        agent = serving.agent
+    async def _full_limits(self, task: pb.TaskSnapshot) -> list[pb.Explanation]:
+        return [
+            _cause(pb.CAUSE_LIMIT, f"the limit {each.key} allows {each.concurrency} attempts, which are taken")
+            for each in await self._store.apply(read_limits())
+            if each.key in task.limits and 0 < each.concurrency <= each.used
+        ]
+
+    def _agent_cause(self, task: pb.TaskSnapshot, service: str, serving: AgentContracts) -> pb.Explanation:
+        agent, method = serving.agent, task.method
         digest = serving.digests.get(service, "")
         methods = [each.full_name for each in self._registry.methods_of(service, digest)]
         if methods and method not in methods:
@@ -100,6 +115,10 @@ class Explainer:
                 f"agent {agent.agent_id} serves {service} by a contract that does not declare {method}",
                 agent,
             )
+        missing = [name for name, value in sorted(task.labels.items()) if agent.labels.get(name) != value]
+        if missing:
+            text = f"agent {agent.agent_id} has no label {missing[0]}={task.labels[missing[0]]}"
+            return _cause(pb.CAUSE_LABELS, text, agent)
         if agent.draining:
             return _cause(pb.CAUSE_NO_FREE_SLOT, f"agent {agent.agent_id} drains and takes no more tasks", agent)
         if len(agent.attempts) >= agent.slots:

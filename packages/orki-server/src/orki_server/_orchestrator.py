@@ -35,7 +35,6 @@ from orki_server._explain import Explainer
 from orki_server._files import WatchedFiles, server_credentials, watch_certificates, watch_files
 from orki_server._fleet import FleetServicer, FleetUpdates, Handshake
 from orki_server._identity import Gate
-from orki_server._pauses import Pauses
 from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._relay import Relay
 from orki_server._requests import TypedRequests
@@ -162,7 +161,7 @@ class Orchestrator:
             RequestRules(options.max_payload_bytes),
             demand.queued,
             self._relay,
-            Explainer(self._registry, lambda: self._fleet.agents_now()),
+            Explainer(store, self._registry, lambda: self._fleet.agents_now()),
         )
         self._results = watchers.results
         self._submitter_sessions = SubmitterServicer(
@@ -174,8 +173,7 @@ class Orchestrator:
             Services(store, self._submitters, self._submitters.submissions, watchers, watchers.results),
             options.max_sessions,
         )
-        pauses = Pauses(store, demand.all_queued)
-        self._fleet = FleetServicer(fleet, contracts, sessions, silence_timeout, pauses)
+        self._fleet = FleetServicer(store, fleet, contracts, sessions, silence_timeout, demand.all_queued)
         store.connection.on_change(self._store_changed)
         store.on_loss(self._store_lost)
 

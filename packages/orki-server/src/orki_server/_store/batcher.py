@@ -30,7 +30,7 @@ _BATCH_OPERATIONS: Final = 256
 _BATCH_BYTES: Final = 8 << 20
 _WAITING: Final = 100_000
 """Maximum number of operations in memory."""
-_PARTS: Final = ("placement", "batch", "life", "pause", "wake", "operations", "suspension", "dispatch")
+_PARTS: Final = ("placement", "batch", "life", "pause", "lanes", "wake", "operations", "suspension", "dispatch")
 _REASONS: Final = (
     *("CANCELLED", "TOTAL_TIMEOUT", "OFFER_TIMEOUT", "ATTEMPT_TIMEOUT", "LEASE_EXPIRED", "STALLED", "ABANDONED"),
 )

@@ -12,8 +12,6 @@
 local OPS = {}
 local CALLER = ARGV[1]
 
-local function whole(number) return string.format('%.0f', number) end
-
 local function damaged(what) error({ err = 'DAMAGED ' .. what }) end
 
 local function is_damage(reply)
@@ -36,7 +34,7 @@ end
 -- MAX_STEP from one batch to the next, and not at all when the server's clock steps back. A longer step is a gap, in which
 -- no orchestrator could hear an agent.
 
-local WALL_US, WALL_TEXT, CLOCK_US, NOW, ABSENT, NEW_CALLER, HAS_STARTS, PAUSED
+local WALL_US, WALL_TEXT, CLOCK_US, NOW, ABSENT, NEW_CALLER, HAS_STARTS, PAUSED, HAS_LANES
 local HOSTS, STORED = {}, {}
 
 -- -> time of the last batch of an orchestrator, for how long it has been absent in all, since when it is there, and the
@@ -58,7 +56,7 @@ local function read_clock()
   for at = 1, #stored, 2 do STORED[stored[at]] = stored[at + 1] end
   local wall, clock = tonumber(STORED.wall_us or ''), tonumber(STORED.clock_us or '')
   local gaps = tonumber(STORED.gaps_ms or '') or 0
-  HAS_STARTS, PAUSED = STORED.starts, STORED.paused
+  HAS_STARTS, PAUSED, HAS_LANES = STORED.starts, STORED.paused, STORED.lanes
   if not wall or not clock then wall, clock = WALL_US, WALL_US end
   local passed = WALL_US - wall
   if passed < 0 or passed > MAX_STEP * 1000 then
@@ -265,7 +263,11 @@ local function check(task)
   task.next_text = write_state(task)
   if task.timer ~= before.timer then typed(NEXT_TIMERS, 'zset') end
   if task.state ~= before.state and (task.state == 'QUEUED' or before.state == 'QUEUED')
-    or task.queued_us ~= before.queued_us then typed(QUEUE .. task.method, 'zset') end
+    or task.queued_us ~= before.queued_us then typed(QUEUE .. lane(task), 'zset') end
+  if task.placement then
+    typed(LANES, 'hash')
+    for _, key in ipairs(limits_of(task)) do typed(HOLDERS .. key, 'set') end
+  end
   if is_delayed(task) ~= before.delayed then typed(STARTS, 'zset') end
   if before.state == 'ABSENT' or task.state == 'ABSENT' then typed(INDEX, 'zset') end
   if ENDED[task.state] ~= ENDED[before.state] then
@@ -333,6 +335,11 @@ end
 -- and whether a pause has ended.
 local QUEUED, MAILED, CHANGED, RESUMED = {}, {}, {}, false
 
+local function open_lane(name)
+  WRITES[#WRITES + 1] = { 'HSETNX', LANES, name, '' }
+  if not HAS_LANES then HAS_LANES, WRITES[#WRITES + 1] = '1', { 'HSET', CLOCK, 'lanes', '1' } end
+end
+
 -- Collects what changes in the shard's own keys.
 local function compare(task, before, added, removed)
   if task.timer ~= before.timer then
@@ -340,10 +347,11 @@ local function compare(task, before, added, removed)
   end
   local is_queued, was_queued = task.state == 'QUEUED', before.state == 'QUEUED'
   if is_queued and (not was_queued or task.queued_us ~= before.queued_us) then
-    add(added, QUEUE .. task.method, whole(score(task)), task.id)
+    add(added, QUEUE .. lane(task), whole(score(task)), task.id)
+    if lane(task) ~= task.method then open_lane(lane(task)) end
     QUEUED[task.method] = (QUEUED[task.method] or 0) + 1
   elseif was_queued and not is_queued then
-    add(removed, QUEUE .. task.method, task.id)
+    add(removed, QUEUE .. lane(task), task.id)
   end
   if is_delayed(task) ~= before.delayed then
     if before.delayed then
@@ -357,6 +365,14 @@ local function compare(task, before, added, removed)
     add(added, INDEX, whole(task.submitted_us), task.id)
   elseif task.state == 'ABSENT' and before.state ~= 'ABSENT' then
     add(removed, INDEX, task.id)
+  end
+  if task.placement and HELD[task.state] ~= HELD[before.state] then
+    for _, key in ipairs(limits_of(task)) do
+      WRITES[#WRITES + 1] = { HELD[task.state] and 'SADD' or 'SREM', HOLDERS .. key, task.id }
+    end
+    -- Another task may take the place of this one.
+    local ends = HELD[before.state] and limits_of(task)[1]
+    if ends then QUEUED[task.method] = (QUEUED[task.method] or 0) + 1 end
   end
   local change = (ENDED[before.state] and 1 or 0) - (ENDED[task.state] and 1 or 0)
   if change ~= 0 then

@@ -205,8 +205,6 @@ local function end_offer(task, event, reason, message, at_once)
   return requeue(task, at_once and task.refused_offers <= 3 and 0 or pause(task.refused_offers, 5000), reason, message)
 end
 
-local HELD = { OFFERED = true, RUNNING = true, CANCELLING_OFFER = true, CANCELLING = true }
-
 -- The task if this agent holds its current attempt; otherwise nil, and the task as a second value if it exists.
 local function held(id, fence, agent_id)
   local task = load(id)
