@@ -335,6 +335,8 @@ class FleetKeys:
     AGENTS = BASE + "agents"
     SERVICES = BASE + "services"
     REVISIONS = BASE + "revisions"
+    PROBE = BASE + "probe"
+    """A key that never exists."""
 
     @staticmethod
     def agent(agent_id: str) -> str:

@@ -74,6 +74,7 @@ class Orchestrator:
             shards=options.shards,
             retention=options.retention,
             caller=options.orchestrator_id,
+            durability=options.store_durability,
         )
         self._events: Events = connect(options.events_at, producer=options.orchestrator_id)
         self._tasks: list[asyncio.Task[None]] = []

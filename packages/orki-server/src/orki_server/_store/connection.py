@@ -6,17 +6,29 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import OrkiError, StoreUnavailable
-from orki_events.connection import Command, Connection, Reply, parse_address
+from orki_events.connection import Command, Reply, parse_address
 from orki_server._keys import FleetKeys
+from orki_server._store.server import MEMORY, Durability, StoreServer
 
-_CONNECT_TIMEOUT: Final = 2.0
-_ANSWER_TIMEOUT: Final = 5.0
 _PROBES: Final = JitterOptions(initial=0.05, maximum=1.0)
 _log = logging.getLogger("orki.server.store")
+
+
+class Operated(NamedTuple):
+    """The reply to one script call.
+
+    Attributes:
+        reply: The reply; an OrkiError for an error.
+        settle: Returns a future that ends when what the call wrote is durable, or with StoreUnavailable.
+    """
+
+    reply: Reply
+    settle: Callable[[], asyncio.Future[None]]
 
 
 class StoreConnection:
@@ -27,28 +39,31 @@ class StoreConnection:
 
     Attributes:
         address: The server.
+        durability: What acknowledged writes survive.
         up: Set while the server accepts commands.
         cause: The error that took the connection down last.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, durability: Durability = MEMORY) -> None:
         """Create the connection without opening it.
 
         Raises:
             InvalidSetting: The URL is malformed.
         """
         self.address = parse_address(url, role="store")
-        # Operations have a connection of their own, so that long replies of other commands do not delay them.
-        self._operations, self._commands = (
-            Connection(self.address, name=name, connect_timeout=_CONNECT_TIMEOUT, answer_timeout=_ANSWER_TIMEOUT)
-            for name in ("orki-store-operations", "orki-store")
-        )
+        self.durability = durability
+        self._server = StoreServer(self.address, durability)
         self.up = asyncio.Event()
         self.up.set()
         self.cause: OrkiError = StoreUnavailable(f"{self.address.shown} was not reached yet")
+        self._closed = False
         self._probe: asyncio.Task[None] | None = None
         self._checks: list[Callable[[], Awaitable[None]]] = []
         self._listeners: list[Callable[[bool], None]] = []
+
+    async def open(self, *, starting: bool = True) -> None:
+        """Open the connections anew, and check the server. Raises as `StoreServer.open`."""
+        await self._server.open([("DEL", FleetKeys.PROBE)], starting=starting)
 
     def on_recovery(self, check: Callable[[], Awaitable[None]]) -> None:
         """Run `check` each time that the server is back, before anything else uses it."""
@@ -69,7 +84,7 @@ class StoreConnection:
 
     async def calls(self, commands: Sequence[Command], *, while_down: bool = False) -> list[Reply]:
         """Send several commands in one round trip. Raises as `call`, for the first that failed."""
-        replies = await self._send(self._commands, commands, while_down)
+        replies = await self._send(commands, while_down)
         for reply in replies:
             if isinstance(reply, OrkiError):
                 raise self.failed(reply)
@@ -81,25 +96,32 @@ class StoreConnection:
         Raises:
             StoreUnavailable: No reply, or the server's state forbids a command.
         """
-        replies = await self._send(self._commands, commands)
+        replies = await self._send(commands)
         for reply in replies:
             if isinstance(reply, StoreUnavailable):
                 raise self.failed(reply)
         return replies
 
-    async def operate(self, commands: Sequence[Command]) -> list[Reply]:
-        """Send script calls in one round trip. An error reply is an OrkiError in its position.
+    async def operate(self, commands: Sequence[Command], *, bulk: bool = False) -> list[Operated]:
+        """Send script calls in one round trip; large ones as `bulk`, which does not delay others.
 
         Raises:
             StoreUnavailable: No reply.
         """
-        return await self._send(self._operations, commands)
+        if not self.up.is_set():
+            raise self.cause
+        try:
+            lane, replies = await self._server.operate(commands, bulk=bulk)
+        except OrkiError as error:
+            raise self.failed(error) from None
+        settle = partial(self._server.settle, lane)
+        return [Operated(reply, settle) for reply in replies]
 
-    async def _send(self, connection: Connection, commands: Sequence[Command], while_down: bool = False) -> list[Reply]:
+    async def _send(self, commands: Sequence[Command], while_down: bool = False) -> list[Reply]:
         if not self.up.is_set() and not while_down:
             raise self.cause
         try:
-            return await connection.pipeline(*commands)
+            return await self._server.call(commands, may_open=while_down)
         except OrkiError as error:
             self.failed(error)
             raise
@@ -108,7 +130,7 @@ class StoreConnection:
         """Take the connection down if the error is due to the server's state. Returns the error."""
         if isinstance(error, StoreUnavailable):
             self.cause = error
-            if self.up.is_set():
+            if self.up.is_set() and not self._closed:
                 self.up.clear()
                 self._notify(False)
                 self._probe = asyncio.get_running_loop().create_task(self._recover(), name="orki store probe")
@@ -126,8 +148,7 @@ class StoreConnection:
         while not self.up.is_set():
             await asyncio.sleep(jitter.failed())
             try:
-                # A server that replies may still refuse writes. This one needs no memory.
-                await self.call("HDEL", FleetKeys.LAYOUT, "probe", while_down=True)
+                await self.open(starting=False)
                 for check in self._checks:
                     await check()
             except OrkiError as error:
@@ -139,11 +160,11 @@ class StoreConnection:
         self._notify(True)
 
     async def close(self) -> None:
+        self._closed = True
         if self._probe:
             self._probe.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._probe
-        await self._operations.close()
-        await self._commands.close()
+        await self._server.close()
         # Closed sockets leave the event loop in its next iteration.
         await asyncio.sleep(0)
