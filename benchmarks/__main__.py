@@ -29,6 +29,7 @@ NAMES = (
     "control_cycle",
     "control_peers",
     "control_abuse",
+    "control_idle",
     "cancel_ack",
     "events_publish",
     "events_consume",

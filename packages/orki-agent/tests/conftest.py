@@ -148,6 +148,7 @@ class Orchestrator(SessionServiceServicer, TaskServiceServicer):
 
     def __init__(self) -> None:
         self.options = s.OrchestratorSessionOptions(orchestrator_id="o1", heartbeat_interval=0.3)
+        self.attempt_timeout_ms = 60_000
         self.jobs: dict[str, Job] = {}
         self.heartbeats: list[tuple[float, s.HeartbeatArrived]] = []
         self.hellos: list[pb.Hello] = []
@@ -250,7 +251,7 @@ class Orchestrator(SessionServiceServicer, TaskServiceServicer):
                     request=job.request,
                     lease_ms=round(job.lease * 1000),
                     accept_timeout_ms=5000,
-                    attempt_timeout_ms=60_000,
+                    attempt_timeout_ms=self.attempt_timeout_ms,
                 )
                 self._live.session.offer(offer, job.traceparent, time.monotonic())
         await self.flush()

@@ -13,8 +13,8 @@ import orki_agent
 
 PUBLIC = {
     "orki_agent": [
-        *("Agent", "Cancelled", "HandlerFailed", "HandlerRejected", "OrkiError", "RunSettings", "SyncTaskContext"),
-        *("TaskChannel", "TaskContext", "TaskHandle", "ToolCall", "ToolFailed", "ToolsAt"),
+        *("Agent", "Cancelled", "HandlerFailed", "HandlerRejected", "OrkiError", "RunSettings", "Subprocess"),
+        *("SyncTaskContext", "TaskChannel", "TaskContext", "TaskHandle", "ToolCall", "ToolFailed", "ToolsAt"),
     ],
     "orki_agent.testing": ["HandlerRun", "Published", "RunningHandler", "run_handler", "start_handler"],
 }

@@ -210,8 +210,9 @@ async def test_a_name_of_several_addresses_counts_as_several(
         Client(target, options) as client,
     ):
         handle = await submitted(client, work.WORK, work.WorkRequest(seconds=4))
-        while not (found := [each for each in await client.list_agents() if each.agent_id == "named"]):
+        while (await client.get(handle.task_id)).state != TaskState.TASK_STATE_RUNNING:
             await asyncio.sleep(0.02)
+        found = [each for each in await client.list_agents() if each.agent_id == "named"]
         dying, other = (first, hosts[1]) if found[0].orchestrator_id == hosts[0] else (second, hosts[0])
         await dying.end(signal.SIGKILL)
         assert (await handle.result(30)).text == "done"

@@ -8,6 +8,7 @@ import socket
 import sys
 import textwrap
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -67,6 +68,7 @@ class Orchestrator(TaskServiceServicer, FleetServiceServicer):
         self.keys: dict[str, str] = {}
         self.progress: dict[str, list[bytes]] = {}
         self.submits: list[int] = []
+        self.submissions: list[pb.Submission] = []
         self.watches: list[str] = []
         self.directives: list[bytes] = []
         self.fail: list[OrkiError] = []
@@ -113,6 +115,7 @@ class Orchestrator(TaskServiceServicer, FleetServiceServicer):
 
     async def Submit(self, request: Any, context: Any) -> Any:
         self.submits.append(len(request.submissions))
+        self.submissions += request.submissions
         await self._maybe_fail(context)
         outcomes = []
         for submission in request.submissions:
@@ -547,3 +550,50 @@ def test_addresses_are_given_as_text_or_as_a_sequence() -> None:
     assert check_targets("127.0.0.1:1, [::1]:2,127.0.0.1:1") == expected
     assert check_targets(expected) == expected
     assert Client(expected).target == "127.0.0.1:1,[::1]:2"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"priority": 9}, pb.Submission(priority=9)),
+        ({"priority": 0, "delay": 1.5}, pb.Submission(priority=0, delay_ms=1500)),
+        ({"delay": 0.0001}, pb.Submission(delay_ms=1)),
+        ({"start_at": datetime(2026, 1, 1, tzinfo=UTC)}, pb.Submission(start_at_us=1_767_225_600_000_000)),
+        ({"start_at": datetime(1960, 1, 1, tzinfo=UTC)}, pb.Submission(start_at_us=1)),
+    ],
+)
+async def test_a_placement_is_sent(server: Orchestrator, settings: Any, expected: pb.Submission) -> None:
+    async with Client(server.target, OPTIONS) as client:
+        await client.submit(ECHO, StringValue(value="a"), **settings)
+        await client.submit_many(ECHO, [StringValue(value="a")], **settings)
+        stub: TaskStub[Any, Any, Any, Any] = TaskStub(client, ECHO)
+        await stub.submit(StringValue(value="a"), **settings)
+    assert len(server.submissions) == 3
+    for sent in server.submissions:
+        for field in ("method", "request", "idempotency_key", "traceparent"):
+            sent.ClearField(field)
+        assert sent == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"priority": 10}, "priority 10"),
+        ({"priority": -1}, "priority -1"),
+        ({"priority": True}, "priority True"),
+        ({"priority": 1.0}, "priority 1.0"),
+        ({"delay": -1}, "delay -1"),
+        ({"delay": float("nan")}, "delay nan"),
+        ({"delay": 1e9}, "delay"),
+        ({"delay": "1"}, "delay '1'"),
+        ({"start_at": datetime(2026, 1, 1)}, "time zone"),  # noqa: DTZ001 - the naive time is the point
+        ({"start_at": 1}, "start_at 1"),
+        ({"delay": 1, "start_at": datetime(2026, 1, 1, tzinfo=UTC)}, "not both"),
+        ({"prio": 1}, "unknown setting 'prio'"),
+    ],
+)
+async def test_a_bad_placement_is_refused_before_it_is_sent(server: Orchestrator, settings: Any, says: str) -> None:
+    async with Client(server.target, OPTIONS) as client:
+        with pytest.raises(InvalidArgument, match=re.escape(says)):
+            await client.submit(ECHO, StringValue(value="a"), **settings)
+    assert server.submissions == []

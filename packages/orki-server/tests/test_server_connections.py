@@ -137,10 +137,11 @@ async def test_a_call_counts_whenever_it_arrives_and_only_for_its_own_connection
     kept = Connections(limits, port)
     await kept.look(time.monotonic())
     # The connection and its call arrive between a look at the sockets and the limits.
-    opened = socket.create_connection(("127.0.0.1", port))
-    own = opened.getsockname()[1]
+    # No other program uses ports of this address, so the same one can be bound again.
+    opened = socket.create_connection(("127.0.0.1", port), source_address=("127.0.7.1", 0))
+    own = opened.getsockname()
     await until(lambda: bool(accepted))
-    kept.established(f"ipv4:127.0.0.1:{own}")
+    kept.established(f"ipv4:{own[0]}:{own[1]}")
     for _ in range(3):
         await kept.apply(time.monotonic())
         await kept.look(time.monotonic())
@@ -152,7 +153,7 @@ async def test_a_call_counts_whenever_it_arrives_and_only_for_its_own_connection
     await asyncio.sleep(0.05)
     again = socket.socket()
     again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    again.bind(("127.0.0.1", own))
+    again.bind(own)
     again.connect(("127.0.0.1", port))
     await until(lambda: bool(accepted))
     await kept.look(time.monotonic())

@@ -67,6 +67,11 @@ actions = ["read"]
 services = ["{SERVICE}"]
 
 [[allow]]
+callers = ["submitter/operator"]
+actions = ["pause"]
+services = ["{SERVICE}"]
+
+[[allow]]
 callers = ["submitter/writer"]
 actions = ["submit"]
 services = ["{SERVICE}"]
@@ -191,6 +196,7 @@ async def with_tokens(
         "agent/agent-2",
         "submitter/ci",
         "submitter/reader",
+        "submitter/operator",
         "submitter/writer",
         "submitter/other",
     ):
@@ -491,6 +497,14 @@ async def test_each_action_needs_its_own_permission(
         await reader.direct(task.task_id, b"\n\x01x")
     with pytest.raises(UnknownMethod):
         await submit(reader)
+    for pausing in (reader.pause, reader.resume):
+        with pytest.raises(UnknownMethod):
+            await pausing(SERVICE)
+    operator = await connect(with_tokens, token_of(tmp_path, "submitter/operator"))
+    await operator.pause(SERVICE)
+    assert [each.target for each in await reader.list_pauses()] == [SERVICE]
+    assert await operator.list_pauses() == []
+    assert await operator.resume(SERVICE)
     writer = await connect(with_tokens, token_of(tmp_path, "submitter/writer"))
     work = Task.declare(DO, request=StringValue, response=StringValue)
     with pytest.raises(UnknownTask):

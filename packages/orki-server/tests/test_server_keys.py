@@ -18,7 +18,7 @@ SHARD = ShardKeys(7)
 TASK = "t7-01jcabcdefghjkmnpqrstvwxyz"
 LUA = "\n".join(
     (files("orki_server._store") / "lua" / f"{name}.lua").read_text(encoding="utf-8")
-    for name in ("batch", "life", "operations", "dispatch")
+    for name in ("placement", "batch", "life", "operations", "pause", "wake", "dispatch")
 )
 
 
@@ -35,6 +35,7 @@ LUA = "\n".join(
         (f"{SHARD.base}damaged", "orki:{oN}:damaged"),
         (FleetKeys.LAYOUT, "orki:{of}:layout"),
         (FleetKeys.AGENTS, "orki:{of}:agents"),
+        (FleetKeys.PAUSES, "orki:{of}:pauses"),
         (FleetKeys.SERVICES, "orki:{of}:services"),
         (FleetKeys.REVISIONS, "orki:{of}:revisions"),
         (FleetKeys.agent("a-1"), "orki:{of}:agent:AGENT"),
@@ -65,7 +66,7 @@ def test_the_scripts_use_the_names_of_the_table() -> None:
 def test_the_scripts_use_the_fields_of_the_table() -> None:
     used = set(re.findall(r"\b(?:task|other|known)\.(\w+)", LUA))
     used -= {"id", "text", "next_text", "fields", "staged_fields", "touched", "dirty", "shown", "span", "span_of"}
-    used -= {"spec", "request"}
+    used -= {"spec", "request", "placement", "place"}
     assert used | set(TIMERS) == {*keys.STATE_FIELDS, *keys.SPEC_FIELDS}
     assert set(TIMERS) == {name for name in keys.NUMBERS if name.endswith("_due")}
     # Fields of the hash itself.
@@ -103,6 +104,6 @@ def test_the_page_shows_the_tables_and_the_life_of_a_task() -> None:
     page = PAGE.read_text(encoding="utf-8")
     rows = [f"| `{row.pattern}` | {row.kind} | {row.holds} | {row.writer} | {row.ends} |" for row in keys.TABLE]
     assert "\n".join(["| Key | Kind | Content | Written by | Removed |", "|---|---|---|---|---|", *rows, ""]) in page
-    for fields in (keys.TASK_FIELDS, keys.STATE_FIELDS, keys.SPEC_FIELDS, keys.RECORD_FIELDS):
+    for fields in (keys.TASK_FIELDS, keys.STATE_FIELDS, keys.SPEC_FIELDS, keys.PLACEMENT_FIELDS, keys.RECORD_FIELDS):
         rows = [f"| `{name}` | {holds} |" for name, holds in fields.items()]
         assert "\n".join(["| Field | Content |", "|---|---|", *rows, ""]) in page

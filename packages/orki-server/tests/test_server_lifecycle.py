@@ -19,6 +19,7 @@ from orki_server._store import lifecycle, operations
 from orki_server._store.batcher import shard_script
 from orki_server._store.lifecycle import TASK_LIFE, TIMERS, VISIBLE, Life
 from orki_server._store.operations import Operation, Recipient, new_task_id
+from orki_server._store.placement import ANYWHERE, Placement
 from orki_server._store.store import Store
 
 METHOD = TaskMethod(service="acme.v1.WorkService", name="Do", request="q", response="r", backoff=Backoff(initial=60.0))
@@ -62,7 +63,7 @@ class Subject:
         # The clock goes on with every batch.
         return {name: self.redis.dump(name) for name in names if not name.endswith(b":clock")}
 
-    async def submitted(self) -> None:
+    async def submitted(self, placement: Placement = ANYWHERE) -> None:
         operation = operations.submit(
             task_id=self.task_id,
             method=METHOD,
@@ -71,8 +72,12 @@ class Subject:
             idempotency_key="",
             span=new_span(),
             actor="t",
+            placement=placement,
         )
         await self.apply(operation)
+
+    async def delayed(self) -> None:
+        await self.submitted(Placement(delay_ms=3_600_000))
 
     async def offered(self) -> None:
         recipient = Recipient("a1", "i1", 1, (METHOD.full_name,))
@@ -119,6 +124,7 @@ class Subject:
         agent, key = self.agent, self.attempt
         causes: dict[type, Callable[[], Awaitable[None]]] = {
             lifecycle.Submitted: self.submitted,
+            lifecycle.Delayed: self.delayed,
             lifecycle.Offered: self.offered,
             lifecycle.Started: lambda: self.apply(operations.accept(agent, key)),
             lifecycle.OfferDeclined: lambda: self.apply(

@@ -17,6 +17,7 @@ contains the tool bridge and its clients.
 """
 
 from orki_agent._agent import Agent
+from orki_agent._services import Subprocess
 from orki_agent._settings import RunSettings, ToolsAt
 from orki_contract import SyncTaskContext, TaskChannel, TaskContext, TaskHandle, ToolCall
 from orki_contract.errors import Cancelled, HandlerFailed, HandlerRejected, OrkiError, ToolFailed
@@ -28,6 +29,7 @@ __all__ = [
     "HandlerRejected",
     "OrkiError",
     "RunSettings",
+    "Subprocess",
     "SyncTaskContext",
     "TaskChannel",
     "TaskContext",

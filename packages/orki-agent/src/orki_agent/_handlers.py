@@ -13,7 +13,7 @@ import queue
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 from google.protobuf.message import Message
 
@@ -46,7 +46,10 @@ class Execution(ABC):
         agent: The agent, for the handler's context.
         cancelled: Whether the attempt was cancelled.
         ended: Whether the handler has returned or raised.
+        ends_within: Seconds after `stop` in which a handler ends, if it does.
     """
+
+    ends_within: ClassVar[float] = 0.25
 
     def __init__(
         self, offered: Offered, handler: Handler, agent: AgentServices, on_end: Callable[[Outcome], None]
@@ -65,6 +68,10 @@ class Execution(ABC):
     @abstractmethod
     def cancel(self) -> None:
         """Cancel the handler. A repeated call cancels again where that is possible."""
+
+    def stop(self) -> None:
+        """End a handler that does not end after its cancel, as far as that is possible."""
+        self.cancel()
 
     @abstractmethod
     def direct(self, payload: bytes) -> None:

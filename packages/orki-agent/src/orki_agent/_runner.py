@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final
 
 from orki.control.v1.attempt_pb2 import Failure
 from orki.control.v1.session_pb2 import CancelledOutcome
 from orki_agent._handlers import AsyncExecution, Execution, SyncExecution
 from orki_agent._services import AgentServices, Handler, Offered
+from orki_agent._subprocess import ChildPool, ProcessExecution
 from orki_agent._threads import Mailbox
 from orki_agent.hotpath._thread_pool import ThreadPool
 from orki_contract import ProgressPolicy
@@ -24,9 +24,6 @@ from orki_control import session
 from orki_control.session import AttemptKey, Outcome
 
 _log = logging.getLogger("orki.agent")
-
-_LAST_CHANCE: Final = 0.25
-"""Seconds between the second cancellation and the report that the handler does not respond."""
 
 
 class _Running:
@@ -48,6 +45,7 @@ class Runner:
         user: Mailbox of the user's loop.
         io: Mailbox of the I/O loop.
         window: Maximum number of progress messages of one attempt that are not stored.
+        children: Child processes; None if no handler needs them.
 
     Attributes:
         on_other: Receives the events that are not about attempts. Set it before the session starts.
@@ -63,6 +61,7 @@ class Runner:
         user: Mailbox,
         io: Mailbox,
         window: int,
+        children: ChildPool | None = None,
     ) -> None:
         self._machine = machine
         self._handlers = handlers
@@ -71,6 +70,7 @@ class Runner:
         self._io = io
         self._window = window
         self._pool = ThreadPool("orki-handler")
+        self._children = children
         self._running: dict[AttemptKey, _Running] = {}
         self._handler_ended = asyncio.Event()
         self._unstored: dict[AttemptKey, tuple[int, int]] = {}
@@ -139,6 +139,9 @@ class Runner:
 
         if handler.is_async:
             return AsyncExecution(offered, handler, self._agent, ended, self._user, self._window)
+        if handler.subprocess is not None:
+            assert self._children is not None
+            return ProcessExecution(offered, handler, self._agent, ended, self._pool, self._children, self._window)
         return SyncExecution(offered, handler, self._agent, ended, self._pool, self._window)
 
     def _cancels(self, cancels: Iterable[session.ArrivedCancel]) -> None:
@@ -160,7 +163,7 @@ class Runner:
         running.left_behind = True
         running.execution.cancel()
         grace = running.execution.handler.task.contract.cancel_grace
-        running.timers.append(asyncio.get_running_loop().call_later(grace, running.execution.cancel))
+        running.timers.append(asyncio.get_running_loop().call_later(grace, running.execution.stop))
 
     # --- The end of the agent. ---
 
@@ -178,7 +181,9 @@ class Runner:
             running.execution.cancel()
 
     def close(self, timeout: float) -> bool:
-        """End the threads of handlers; return whether all ended within `timeout` seconds."""
+        """End the threads and processes of handlers; return whether all threads ended within `timeout` seconds."""
+        if self._children is not None:
+            self._children.close()
         return self._pool.close(timeout)
 
     # --- Progress. ---
@@ -236,11 +241,13 @@ class Runner:
             failure = Failure(reason=Reason.REASON_ATTEMPT_TIMEOUT, message="the attempt timeout has passed")
             self._leave_behind(attempt, running, failure)
         running.execution.cancel()
+        grace = running.execution.handler.task.contract.cancel_grace
+        running.timers.append(asyncio.get_running_loop().call_later(grace, running.execution.stop))
 
     def _grace_over(self, attempt: AttemptKey) -> None:
         running = self._running[attempt]
-        running.execution.cancel()
-        timer = asyncio.get_running_loop().call_later(_LAST_CHANCE, self._unresponsive, attempt)
+        running.execution.stop()
+        timer = asyncio.get_running_loop().call_later(running.execution.ends_within, self._unresponsive, attempt)
         running.timers.append(timer)
 
     def _unresponsive(self, attempt: AttemptKey) -> None:

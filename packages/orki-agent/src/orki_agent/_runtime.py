@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from functools import partial
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar, Unpack
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -23,10 +23,20 @@ from orki_agent._channel import SessionChannel
 from orki_agent._events import AgentEvents
 from orki_agent._runner import Runner
 from orki_agent._services import Handler
-from orki_agent._settings import RunSettings
+from orki_agent._settings import RunSettings, ToolsAt
+from orki_agent._subprocess import ChildPool
 from orki_agent._threads import IoThread, LoopProbe, Mailbox, cross, in_thread, resident_bytes, send
 from orki_agent._tools import ToolAccess, ToolServices
-from orki_contract import EventStream, ProgressGap, SyncToolChannel, Task, TaskChannel, TaskHandle, ToolChannel
+from orki_contract import (
+    EventStream,
+    ProgressGap,
+    SubmitSettings,
+    SyncToolChannel,
+    Task,
+    TaskChannel,
+    TaskHandle,
+    ToolChannel,
+)
 from orki_contract.errors import OrkiError
 from orki_contract.trace import Span, new_span
 from orki_control import Client, ClientOptions, session
@@ -75,6 +85,7 @@ class Runtime:
         self._on_over = on_over
         self._io = IoThread(self._serve)
         self._tools = ToolAccess(tools, settings.tools, settings.agent_id, self._collect_tool)
+        self._children = ChildPool(settings.agent_id)
         self._closed_by: OrkiError | None = None
         self._session = session.AgentSession(
             session.AgentSessionOptions(
@@ -101,7 +112,9 @@ class Runtime:
             Replaced: A newer instance has the session.
             ContractMismatch, ProtocolVersion, OrkiError: The orchestrator closed the session for good.
             SocketUnsafe: The tool bridge could not be opened.
+            InvalidSetting: A child process cannot load its service.
         """
+        await in_thread(lambda: self._children.check(list(self._handlers.values())))
         loop = asyncio.get_running_loop()
         self._user = Mailbox(loop)
         self._probe = LoopProbe(loop)
@@ -118,6 +131,7 @@ class Runtime:
             self.stop_now()
             await in_thread(lambda: self._io.join(2 * _LAST_ACKNOWLEDGEMENTS))
             await self._tools.close()
+            await in_thread(self._children.close)
             self._probe.stop()
             sys.setswitchinterval(interval)
         if self._closed_by is not None:
@@ -159,6 +173,10 @@ class Runtime:
         """Publish, and block the calling thread until the server has the event."""
         send(self._io.loop, self._events.publish(stream, event, span)).result()
 
+    def tools_at(self) -> ToolsAt:
+        """Return the tool bridge."""
+        return self._tools.tools_at()
+
     def tool_channel(self) -> ToolChannel:
         """Return the channel for async tool calls."""
         return self._tools.async_channel()
@@ -194,6 +212,7 @@ class Runtime:
             self._user,
             self._io.mailbox or Mailbox(asyncio.get_running_loop()),
             settings.progress_window,
+            self._children,
         )
         self._runner.on_other = self._on_event
         self._channel.on_events, self._channel.on_sent = self._runner.handle, self._runner.grant
@@ -300,16 +319,24 @@ class _TaskChannel:
         self._client = client
         self._loop = loop
 
-    async def submit(self, task: Task[Q, R, P, D], request: Q, *, idempotency_key: str = "") -> TaskHandle[R, P, D]:
+    async def submit(
+        self, task: Task[Q, R, P, D], request: Q, *, idempotency_key: str = "", **settings: Unpack[SubmitSettings]
+    ) -> TaskHandle[R, P, D]:
         """Submit one task; see `orki_control.Client.submit`."""
-        handle = await cross(self._loop, self._client.submit(task, request, idempotency_key=idempotency_key))
+        work = self._client.submit(task, request, idempotency_key=idempotency_key, **settings)
+        handle = await cross(self._loop, work)
         return _TaskHandle(handle, self._loop)
 
     async def submit_many(
-        self, task: Task[Q, R, P, D], requests: list[Q], *, idempotency_keys: list[str] | None = None
+        self,
+        task: Task[Q, R, P, D],
+        requests: list[Q],
+        *,
+        idempotency_keys: list[str] | None = None,
+        **settings: Unpack[SubmitSettings],
     ) -> list[TaskHandle[R, P, D]]:
         """Submit many tasks; see `orki_control.Client.submit_many`."""
-        work = self._client.submit_many(task, requests, idempotency_keys=idempotency_keys)
+        work = self._client.submit_many(task, requests, idempotency_keys=idempotency_keys, **settings)
         return [_TaskHandle(handle, self._loop) for handle in await cross(self._loop, work)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import pickle
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, Final, NamedTuple, Protocol, TypeAlias, TypeVar
 from google.protobuf.message import Message
 
 from orki.control.v1.session_pb2 import ServedService
+from orki_agent._settings import ToolsAt
 from orki_contract import (
     AsyncTaskService,
     EventStream,
@@ -27,7 +29,48 @@ from orki_control.session import AttemptKey
 
 E = TypeVar("E", bound=Message)
 
-TaskServices: TypeAlias = AsyncTaskService | SyncTaskService
+
+class Subprocess:
+    """A service whose blocking handlers run in child processes.
+
+    A cancelled handler that does not end within its grace is killed with the programs that it has started, even if
+    native code holds the interpreter lock. A crash ends only its attempt. Each of the agent's slots may have a child,
+    which runs one attempt at a time and is used again.
+
+    ```python
+    agent = Agent("cruncher", Subprocess(Cruncher()), slots=4)
+    ```
+
+    Attributes:
+        service: The service.
+        pickled: The service, pickled for the children.
+    """
+
+    def __init__(self, service: SyncTaskService) -> None:
+        """Wrap a service.
+
+        Args:
+            service: An instance of a class derived from a generated sync base. Each child gets a copy by `pickle`, so
+                a child imports the module of its class.
+
+        Raises:
+            InvalidSetting: It is not such an instance, or it cannot be pickled.
+        """
+        given: object = service  # Callers without a type checker may pass anything.
+        if not isinstance(given, SyncTaskService):
+            raise InvalidSetting(f"Subprocess({service!r}): give an instance of a class derived from a sync base")
+        self.service = service
+        try:
+            self.pickled = pickle.dumps(service)
+        except Exception as error:
+            place = place_of(type(service))
+            raise InvalidSetting(f"{place}: {type(service).__qualname__} cannot be pickled: {error}") from error
+
+    def __repr__(self) -> str:
+        return f"Subprocess({type(self.service).__qualname__})"
+
+
+TaskServices: TypeAlias = AsyncTaskService | SyncTaskService | Subprocess
 CURRENT_ATTEMPT: Final[ContextVar[AttemptKey | None]] = ContextVar("orki_attempt", default=None)
 """The attempt of the current handler; records of tool calls carry it."""
 
@@ -41,12 +84,14 @@ class Handler:
         name: Full name of the method, `package.Service/Method`.
         call: The bound handler.
         is_async: Whether the handler is a coroutine function. A blocking handler runs in a thread.
+        subprocess: The service whose child processes run the handler; None if it runs in this process.
     """
 
     task: Task[Any, Any, Any, Any]
     name: str
     call: Callable[[Any, Any], Any]
     is_async: bool
+    subprocess: Subprocess | None = None
 
 
 class Offered(NamedTuple):
@@ -91,6 +136,14 @@ class AgentServices(Protocol):
     def publish_blocking(self, stream: EventStream[E, Any], event: E, span: Span) -> None:
         """Publish, and block the calling thread until the server has the event."""
 
+    def tools_at(self) -> ToolsAt:
+        """Return the tool bridge.
+
+        Raises:
+            InvalidSetting: The agent has no tools.
+        """
+        ...
+
     def tool_channel(self) -> ToolChannel:
         """Return the channel for async tool calls from the user's loop."""
         ...
@@ -115,6 +168,7 @@ def find_handlers(services: tuple[TaskServices, ...]) -> Mapping[str, Handler]:
         raise InvalidSetting("an agent needs at least one task service, an instance derived from a generated base")
     handlers: dict[str, Handler] = {}
     for service in services:
+        subprocess, service = (service, service.service) if isinstance(service, Subprocess) else (None, service)
         given: object = service  # Callers without a type checker may pass anything.
         if not isinstance(given, AsyncTaskService | SyncTaskService) or not given.TASKS:
             hint = " (give an instance, not the class)" if isinstance(given, type) else ""
@@ -123,7 +177,7 @@ def find_handlers(services: tuple[TaskServices, ...]) -> Mapping[str, Handler]:
             name = task.contract.full_name
             if name in handlers:
                 raise InvalidSetting(f"two services handle {name}: give an agent one instance for each contract")
-            handlers[name] = _handler(service, task)
+            handlers[name] = _handler(service, task, subprocess)
     return handlers
 
 
@@ -142,7 +196,9 @@ def place_of(call: object) -> str:
         return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _handler(service: TaskServices, task: Task[Any, Any, Any, Any]) -> Handler:
+def _handler(
+    service: AsyncTaskService | SyncTaskService, task: Task[Any, Any, Any, Any], subprocess: Subprocess | None
+) -> Handler:
     """Return the handler of a method.
 
     Raises:
@@ -156,7 +212,7 @@ def _handler(service: TaskServices, task: Task[Any, Any, Any, Any]) -> Handler:
         place = place_of(call if callable(call) else type(service))
         raise InvalidSetting(f"{place}: {type(service).__qualname__}.{task.attribute}, the handler of {name}, {fault}")
     assert callable(call)
-    return Handler(task, name, call, is_async)
+    return Handler(task, name, call, is_async, subprocess)
 
 
 def _fault(call: object, is_async: bool) -> str:

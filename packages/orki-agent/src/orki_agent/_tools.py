@@ -66,15 +66,15 @@ class ToolAccess:
     def async_channel(self) -> AsyncToolClient:
         """Return the channel of the user's loop; it connects at the first call."""
         if self._async is None:
-            path, token = self._where()
-            self._async = AsyncToolClient(path, token, name=self._agent_id, on_call=self._called)
+            at = self.tools_at()
+            self._async = AsyncToolClient(at.path, at.token, name=self._agent_id, on_call=self._called)
         return self._async
 
     def sync_channel(self) -> SyncToolClient:
         """Return the channel of blocking handlers."""
         if self._sync is None:
-            path, token = self._where()
-            self._sync = SyncToolClient(path, token, name=self._agent_id, on_call=self._called)
+            at = self.tools_at()
+            self._sync = SyncToolClient(at.path, at.token, name=self._agent_id, on_call=self._called)
         return self._sync
 
     async def close(self) -> None:
@@ -104,14 +104,19 @@ class ToolAccess:
             span = record.span
             self._collect(TOOLS, event, span.child() if span else new_span())
 
-    def _where(self) -> tuple[str, bytes]:
+    def tools_at(self) -> ToolsAt:
+        """Return the bridge.
+
+        Raises:
+            InvalidSetting: The agent has no tools.
+        """
         if self._outside is not None:
-            return self._outside.path, self._outside.token
+            return self._outside
         if self._bridge is None:
             raise InvalidSetting(
                 "this agent has no tools: pass Agent(..., tools=…), or an external bridge with --tools SOCKET"
             )
-        return self._bridge.path, self._bridge.token
+        return ToolsAt(path=self._bridge.path, token=self._bridge.token)
 
     def _called(self, record: ToolRecord) -> None:
         # This is on the call path: append the record, and wake the I/O loop once for many calls.

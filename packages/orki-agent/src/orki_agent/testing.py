@@ -30,6 +30,7 @@ from orki.events.v1.usage_pb2 import UsageEvent
 from orki_agent._outcomes import decode
 from orki_agent._runner import Runner
 from orki_agent._services import Handler, find_handlers
+from orki_agent._settings import ToolsAt
 from orki_agent._threads import Mailbox
 from orki_agent._tools import ToolAccess, ToolServices
 from orki_contract import AsyncTaskService, EventStream, SyncTaskService, SyncToolChannel, TaskChannel, ToolChannel
@@ -370,6 +371,9 @@ class _TestAgent:
 
     def publish_blocking(self, stream: EventStream[E, Any], event: E, span: Span) -> None:
         self.collect(stream, event, span)
+
+    def tools_at(self) -> ToolsAt:
+        return self.tools.tools_at()
 
     def tool_channel(self) -> ToolChannel:
         return self.tools.async_channel()

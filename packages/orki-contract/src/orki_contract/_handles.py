@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
+from datetime import datetime
 from types import NoneType
 from typing import (
     TYPE_CHECKING,
@@ -104,6 +105,21 @@ class TaskSettings(TypedDict, total=False):
     backoff: Backoff
     cancel_grace: float
     progress_policy: ProgressPolicy
+
+
+class SubmitSettings(TypedDict, total=False):
+    """When a task may run. Omitted settings have their defaults.
+
+    Attributes:
+        priority: From 0 to 9, 5 by default. Tasks of a higher priority are offered first. A queued task also advances
+            by one priority for each hour that it waits.
+        delay: Earliest start after the submission, in seconds; at most 366 days.
+        start_at: Earliest start, with a time zone; at most 366 days ahead. A past time is at once.
+    """
+
+    priority: int
+    delay: float
+    start_at: datetime
 
 
 class ToolSettings(TypedDict, total=False):
@@ -385,11 +401,18 @@ class TaskHandle(Protocol[R_co, P_co, D_contra]):
 class TaskChannel(Protocol):
     """Submits tasks: `orki_control.Client`, or `ctx.client` inside a handler."""
 
-    async def submit(self, task: Task[Q, R, P, D], request: Q, *, idempotency_key: str = "") -> TaskHandle[R, P, D]:
+    async def submit(
+        self, task: Task[Q, R, P, D], request: Q, *, idempotency_key: str = "", **settings: Unpack[SubmitSettings]
+    ) -> TaskHandle[R, P, D]:
         """Submit one task. Once this returns, the task survives an orchestrator crash."""
 
     async def submit_many(
-        self, task: Task[Q, R, P, D], requests: list[Q], *, idempotency_keys: list[str] | None = None
+        self,
+        task: Task[Q, R, P, D],
+        requests: list[Q],
+        *,
+        idempotency_keys: list[str] | None = None,
+        **settings: Unpack[SubmitSettings],
     ) -> list[TaskHandle[R, P, D]]:
         """Submit many tasks of one method in few calls. Handles are in the order of the requests."""
 
@@ -403,24 +426,33 @@ class TaskStub(Generic[Q, R, P, D]):
         self._channel = channel
         self._task = task
 
-    async def __call__(self, request: Q, *, idempotency_key: str = "", timeout: float | None = None) -> R:
+    async def __call__(
+        self,
+        request: Q,
+        *,
+        idempotency_key: str = "",
+        timeout: float | None = None,
+        **settings: Unpack[SubmitSettings],
+    ) -> R:
         """Submit a task and wait for its response. `timeout` and errors are those of `TaskHandle.result`."""
         # A channel that knows at the submission that somebody waits saves a request. The method is optional.
         call: Callable[..., Coroutine[Any, Any, R]] | None = getattr(self._channel, "call", None)
         if call is not None:
-            return await call(self._task, request, idempotency_key=idempotency_key, timeout=timeout)
-        handle = await self._channel.submit(self._task, request, idempotency_key=idempotency_key)
+            return await call(self._task, request, idempotency_key=idempotency_key, timeout=timeout, **settings)
+        handle = await self._channel.submit(self._task, request, idempotency_key=idempotency_key, **settings)
         return await handle.result(timeout)
 
-    async def submit(self, request: Q, *, idempotency_key: str = "") -> TaskHandle[R, P, D]:
+    async def submit(
+        self, request: Q, *, idempotency_key: str = "", **settings: Unpack[SubmitSettings]
+    ) -> TaskHandle[R, P, D]:
         """Submit a task. Submitting the same request again with the same key returns the same task."""
-        return await self._channel.submit(self._task, request, idempotency_key=idempotency_key)
+        return await self._channel.submit(self._task, request, idempotency_key=idempotency_key, **settings)
 
     async def submit_many(
-        self, requests: list[Q], *, idempotency_keys: list[str] | None = None
+        self, requests: list[Q], *, idempotency_keys: list[str] | None = None, **settings: Unpack[SubmitSettings]
     ) -> list[TaskHandle[R, P, D]]:
         """Submit many tasks in few calls. Handles are in the order of the requests."""
-        return await self._channel.submit_many(self._task, requests, idempotency_keys=idempotency_keys)
+        return await self._channel.submit_many(self._task, requests, idempotency_keys=idempotency_keys, **settings)
 
 
 class ToolChannel(Protocol):

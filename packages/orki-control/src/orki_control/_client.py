@@ -14,13 +14,13 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Final, Self, TypeVar
+from typing import Final, Self, TypeVar, Unpack
 
 from google.protobuf.message import Message
 
 from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import AttemptRef, Failure, TaskState
-from orki_contract import Task, TaskHandle
+from orki_contract import SubmitSettings, Task, TaskHandle
 from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import (
     InvalidArgument,
@@ -31,8 +31,8 @@ from orki_contract.errors import (
     TooLarge,
     error_for,
 )
-from orki_contract.trace import current_span, new_span
 from orki_control._links import Link, Links
+from orki_control._submissions import submission_of
 from orki_control._submitter import SessionUnsupported, SubmitterSession, Ticket, new_submission_id
 from orki_control._task_handle import SubmittedTask, watch_task
 from orki_control.credentials import Credentials
@@ -49,7 +49,6 @@ D = TypeVar("D")
 _BACKOFF: Final = JitterOptions(maximum=2.0)
 _NO_CREDENTIALS: Final = Credentials()
 _MOST_SUBMISSIONS: Final = 1000
-_KEY_BYTES: Final = 256
 _ROOM: Final = 64 * 1024
 """Bytes of a Submit message reserved for fields other than payloads."""
 
@@ -138,20 +137,35 @@ class Client:
 
     # --- Submitting. ---
 
-    async def submit(self, task: Task[Q, R, P, D], request: Q, *, idempotency_key: str = "") -> SubmittedTask[R, P, D]:
+    async def submit(
+        self, task: Task[Q, R, P, D], request: Q, *, idempotency_key: str = "", **settings: Unpack[SubmitSettings]
+    ) -> SubmittedTask[R, P, D]:
         """Submit one task. When this returns, the task survives the death of the orchestrator.
 
+        Args:
+            task: The method.
+            request: Its request.
+            idempotency_key: Submitting the same request again with the same key returns the same task.
+            **settings: When the task may run: `priority`, `delay` or `start_at`; see `SubmitSettings`.
+
         Raises:
+            InvalidArgument: A setting is out of its range.
             IdempotencyConflict: The key was used with another request.
             UnknownMethod: No agent has registered this method yet.
             TooLarge: The request exceeds the maximum message size.
             OrchestratorUnavailable: The orchestrator was unavailable for longer than `patience`.
         """
-        handle, _ = await self._submit_one(task, request, idempotency_key, watched=False)
+        handle, _ = await self._submit_one(task, request, idempotency_key, settings, watched=False)
         return handle
 
     async def call(
-        self, task: Task[Q, R, P, D], request: Q, *, idempotency_key: str = "", timeout: float | None = None
+        self,
+        task: Task[Q, R, P, D],
+        request: Q,
+        *,
+        idempotency_key: str = "",
+        timeout: float | None = None,
+        **settings: Unpack[SubmitSettings],
     ) -> R:
         """Submit a task and wait for its response: `submit` and `SubmittedTask.result` in one request.
 
@@ -160,12 +174,13 @@ class Client:
             request: Its request.
             idempotency_key: As for `submit`.
             timeout: Maximum wait for the response in seconds after the submission; None for no limit.
+            **settings: As for `submit`.
 
         Raises:
             WaitTimeout: The task did not end within `timeout`.
             OrkiError: As for `submit`, or the typed error of a task that failed or was cancelled.
         """
-        handle, ticket = await self._submit_one(task, request, idempotency_key, watched=True)
+        handle, ticket = await self._submit_one(task, request, idempotency_key, settings, watched=True)
         try:
             return await handle.result(timeout)
         finally:
@@ -173,15 +188,20 @@ class Client:
                 self._session.abandon([ticket])
 
     async def _submit_one(
-        self, task: Task[Q, R, P, D], request: Q, idempotency_key: str, *, watched: bool
+        self, task: Task[Q, R, P, D], request: Q, idempotency_key: str, settings: SubmitSettings, *, watched: bool
     ) -> tuple[SubmittedTask[R, P, D], Ticket | None]:
-        submission = self._submission(task, request, idempotency_key, _traceparent())
+        submission = submission_of(task, request, idempotency_key, settings)
         ((outcome, ticket),) = await self._outcomes([submission], watched=watched)
         (snapshot,) = _tasks([outcome])
         return SubmittedTask(self, task, snapshot, ticket.ended if ticket else None), ticket
 
     async def submit_many(
-        self, task: Task[Q, R, P, D], requests: Sequence[Q], *, idempotency_keys: Sequence[str] | None = None
+        self,
+        task: Task[Q, R, P, D],
+        requests: Sequence[Q],
+        *,
+        idempotency_keys: Sequence[str] | None = None,
+        **settings: Unpack[SubmitSettings],
     ) -> list[TaskHandle[R, P, D]]:
         """Submit many tasks of one method, in as few calls as count and size allow.
 
@@ -189,6 +209,7 @@ class Client:
             task: The method.
             requests: Any number of requests.
             idempotency_keys: One key for each request; an empty key makes the task new.
+            **settings: As for `submit`, for all of them.
 
         Returns:
             Handles in the order of the requests.
@@ -199,9 +220,7 @@ class Client:
         keys = [""] * len(requests) if idempotency_keys is None else idempotency_keys
         if len(keys) != len(requests):
             raise InvalidArgument(f"{len(keys)} idempotency keys for {len(requests)} requests: give one for each")
-        submissions = [
-            self._submission(task, request, key, _traceparent()) for request, key in zip(requests, keys, strict=True)
-        ]
+        submissions = [submission_of(task, request, key, settings) for request, key in zip(requests, keys, strict=True)]
         snapshots = await self.submit_raw(submissions)
         return [SubmittedTask(self, task, snapshot) for snapshot in snapshots]
 
@@ -384,6 +403,31 @@ class Client:
         answer = await self._call(lambda link: link.fleet.ListServices(request, timeout=self._timeout))
         return answer.services
 
+    async def pause(self, target: str, message: str = "") -> pb.Pause:
+        """Pause a service or a method: its queued tasks wait, and running attempts go on.
+
+        Args:
+            target: Full name of a registered service, or of a method as `package.Service/Method`.
+            message: Explanation for operators.
+
+        Raises:
+            UnknownMethod: No such service or method is registered.
+        """
+        request = pb.PauseRequest(target=target, message=message)
+        answer = await self._call(lambda link: link.fleet.Pause(request, timeout=self._timeout))
+        return answer.pause
+
+    async def resume(self, target: str) -> bool:
+        """End the pause of a service or a method. Returns whether it was paused."""
+        request = pb.ResumeRequest(target=target)
+        answer = await self._call(lambda link: link.fleet.Resume(request, timeout=self._timeout))
+        return answer.was_paused
+
+    async def list_pauses(self) -> Sequence[pb.Pause]:
+        """Return what is paused, by target."""
+        answer = await self._call(lambda link: link.fleet.ListPauses(pb.ListPausesRequest(), timeout=self._timeout))
+        return answer.pauses
+
     async def _submit(self, request: pb.SubmitRequest) -> pb.SubmitResponse:
         return await self._call(lambda link: link.tasks.Submit(request, timeout=self._timeout))
 
@@ -415,19 +459,6 @@ class Client:
                         raise error from None
                     links.failed(link)
             await asyncio.sleep(wait)
-
-    def _submission(self, task: Task[Q, R, P, D], request: Q, key: str, traceparent: str) -> pb.Submission:
-        method = task.contract.full_name
-        if not isinstance(request, task.request):
-            raise InvalidArgument(f"{method} takes {task.request.__name__}, not {type(request).__name__}")
-        if len(key.encode()) > _KEY_BYTES:
-            raise InvalidArgument(f"{method}: the idempotency key {key[:40]!r}… exceeds {_KEY_BYTES} bytes")
-        return pb.Submission(
-            method=method,
-            request=request.SerializeToString(),
-            idempotency_key=key,
-            traceparent=traceparent,
-        )
 
     def _chunks(self, submissions: Sequence[pb.Submission]) -> Iterator[list[pb.Submission]]:
         room = self._options.max_message_bytes - _ROOM
@@ -461,8 +492,3 @@ def _tasks(outcomes: Sequence[pb.TaskSnapshot | OrkiError]) -> list[pb.TaskSnaps
 
 def _error(failure: Failure) -> OrkiError:
     return error_for(failure.reason, failure.message)
-
-
-def _traceparent() -> str:
-    """Return the caller's span; outside a trace each submission starts a new one."""
-    return (current_span() or new_span()).traceparent

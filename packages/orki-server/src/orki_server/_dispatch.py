@@ -1,8 +1,8 @@
 """Assigns queued tasks to free slots, and executes tasks' timers.
 
-A shard is *marked* while it may have queued tasks for agents of this orchestrator: after a submission, after an
-attempt that is retried, when an agent connects. When slots become free, the marked shards are asked one after another,
-for all agents with free slots in one operation. A slow poll finds tasks that other orchestrators queued.
+`Demand` knows which methods have queued tasks, and which sessions have free slots for them. The shards of these tasks
+are asked one after another, each in one operation for all of its methods. A slow poll finds tasks of which this
+orchestrator was not told.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Final
 
 from orki.control.v1.session_pb2 import Offer as OfferMessage
 from orki_contract.errors import OrkiError, StoreUnavailable, error_for
+from orki_server._demand import Demand
 from orki_server._session import AgentSession, SessionRegistry
 from orki_server._sessions import Reports
-from orki_server._store.operations import MAX_OFFERS, Expired, OfferedAttempt, Recipient, Swept, offer, shard_of, sweep
+from orki_server._store.operations import Expired, OfferedAttempt, Swept, offer, queue_lengths, shard_of, sweep
 from orki_server._store.store import Store
 
 _POLL: Final = 0.5
-_OFFERS: Final = 64
-"""Maximum number of tasks for one agent in one operation, so that an agent with many slots does not take all."""
+"""Time between two polls; each asks for the methods that have free slots here."""
 _STORE_SLACK: Final = 1.0
 """The store withdraws an unanswered offer later than the session does, for the case that this process has ended."""
 _SWEEP_LIMIT: Final = 100
@@ -33,91 +33,76 @@ _log = logging.getLogger("orki.server.dispatch")
 
 
 class Dispatcher:
-    """Assigns tasks; calls `on_change` with a task that was offered, and False as it has not ended."""
+    """Assigns tasks; calls `on_change` with a task that was offered, and False as it has not ended.
+
+    Attributes:
+        demand: The queued tasks and the free slots.
+        offered: Number of offers.
+    """
 
     def __init__(
         self,
         store: Store,
-        sessions: SessionRegistry,
         reports: Reports,
         accept_timeout: float,
         on_change: Callable[[str, bool], None],
     ) -> None:
         self._store = store
-        self._sessions = sessions
         self._reports = reports
         self._accept_timeout = accept_timeout
         self._on_change = on_change
-        self._marked: dict[int, None] = {}
         self._wake = asyncio.Event()
-        self._turn = 0
+        self.demand = Demand(store.shards, self._wake.set)
         self.offered = 0
 
-    def queued(self, shard: int) -> None:
-        self._marked[shard] = None
-        self._wake.set()
-
-    def slots_changed(self, new_methods: bool) -> None:
-        """Slots may have become free, perhaps for other methods than before."""
-        if new_methods:
-            self.mark_all()
-        elif self._marked:
-            self._wake.set()
-
-    def mark_all(self) -> None:
-        """Any shard may have tasks that an agent can take."""
-        for shard in range(self._store.shards):
-            self._marked[shard] = None
-        self._wake.set()
-
     async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        poll_at = loop.time() + _POLL
         while True:
-            try:
-                async with asyncio.timeout(_POLL):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(poll_at):
                     await self._wake.wait()
-            except TimeoutError:
-                self.mark_all()
             await self._store.connection.up.wait()
             self._wake.clear()
             with contextlib.suppress(OrkiError):
+                if loop.time() >= poll_at:
+                    poll_at = loop.time() + _POLL
+                    await self._poll()
                 await self._round()
 
+    async def _poll(self) -> None:
+        """Ask which methods have queued tasks, of those with free slots and without a known task."""
+        shards = [(shard, methods) for shard in range(self._store.shards) if (methods := self.demand.unmarked(shard))]
+        lengths = await asyncio.gather(
+            *(self._store.apply(queue_lengths(shard, methods)) for shard, methods in shards), return_exceptions=True
+        )
+        for (shard, _), counts in zip(shards, lengths, strict=True):
+            if isinstance(counts, BaseException):
+                _log.warning("the queues of shard %d could not be read: %s", shard, counts)
+                continue
+            for method, count in counts.items():
+                self.demand.queued(shard, method, count)
+
     async def _round(self) -> None:
-        """Ask each marked shard once, as long as slots are free."""
-        for shard in list(self._marked):
-            sessions = self._free_sessions()
-            if not sessions:
-                return
-            del self._marked[shard]
-            recipients = tuple(
-                Recipient(each.agent_id, each.instance_id, min(slots, _OFFERS), each.methods)
-                for slots, each in sessions
-            )
+        """Ask each shard with tasks once, as long as slots are free for them."""
+        for shard in self.demand.shards():
+            request = self.demand.take(shard)
+            if request is None:
+                continue
+            operation = offer(shard, self._accept_timeout + _STORE_SLACK, request.recipients)
             try:
-                assigned = await self._store.offer(offer(shard, self._accept_timeout + _STORE_SLACK, recipients))
+                assigned = await self._store.offer(operation)
             except StoreUnavailable as error:
                 _log.warning("no tasks were assigned: %s", error.message)
-                self._marked[shard] = None
+                self.demand.give_back(request)
                 raise
             except OrkiError as error:
                 _log.error("shard %d assigns no tasks: %s", shard, error.message)
                 continue
             _report_damage(shard, assigned.damaged)
-            offered = assigned.offers
-            if len(offered) >= min(MAX_OFFERS, sum(each.slots for each in recipients)):
-                # Every slot was filled, so the shard may have more tasks.
-                self.queued(shard)
-            for each in offered:
-                self._offer(sessions[each.recipient][1], each)
-
-    def _free_sessions(self) -> list[tuple[int, AgentSession]]:
-        """Return sessions with their numbers of free slots: those with more slots first, equal ones in turn."""
-        sessions = [
-            (slots, each) for each in self._sessions.values() if each.methods and (slots := each.machine.free_slots)
-        ]
-        self._turn += 1
-        start = self._turn % len(sessions) if sessions else 0
-        return sorted(sessions[start:] + sessions[:start], key=lambda pair: -pair[0])
+            for each in assigned.offers:
+                self._offer(request.sessions[each.recipient], each)
+            self.demand.settle(request, assigned.offers)
 
     def _offer(self, session: AgentSession, offered: OfferedAttempt) -> None:
         message = OfferMessage(
@@ -149,8 +134,8 @@ class Sweeper:
 
     It sweeps when a timer is due and at every `interval`, which is at most half a second: each sweep advances the
     clocks of the shards. After a start, and after the store was down, it executes no timers for `pause`: agents must
-    first have the chance to renew their leases. It calls `on_queued` with a shard that has a queued task, and
-    `on_change` with a task that changed and whether it ended.
+    first have the chance to renew their leases. It calls `on_queued` with shard and method of a task that is queued
+    again, and `on_change` with a task that changed and whether it ended.
     """
 
     def __init__(
@@ -160,7 +145,7 @@ class Sweeper:
         *,
         interval: float,
         pause: float,
-        on_queued: Callable[[int], None],
+        on_queued: Callable[[int, str], None],
         on_change: Callable[[str, bool], None],
     ) -> None:
         self._store = store
@@ -230,7 +215,7 @@ class Sweeper:
     def _expired(self, expired: Expired) -> None:
         key = expired.attempt
         self._on_change(key.task_id, expired.kind == "task")
-        self._on_queued(shard_of(key.task_id))
+        self._on_queued(shard_of(key.task_id), expired.method)
         session = self._sessions.get(expired.agent_id)
         if expired.kind != "retry" and session is not None:
             error = error_for(expired.reason, "the attempt timed out, and the agent no longer holds it")

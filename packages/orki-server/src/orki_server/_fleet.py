@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections.abc import Sequence
 from typing import Final
@@ -13,21 +14,24 @@ from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import TaskState
 from orki.control.v1.session_pb2 import Hello
 from orki.control.v1.task_pb2_grpc import FleetServiceServicer
-from orki_contract.errors import OrkiError, Overloaded, Replaced
+from orki_contract.errors import InvalidArgument, OrkiError, Overloaded, Replaced
+from orki_contract.read import read_image
 from orki_control.session import AttemptKey, HelloArrived
-from orki_server._identity import Action, caller
+from orki_server._identity import Action, caller, unknown_method
+from orki_server._pauses import Pauses
 from orki_server._registry import ContractRegistry
 from orki_server._session import AgentSession, SessionRegistry
 from orki_server._store.contracts import Contracts
 from orki_server._store.fleet import Fleet, SessionGrant
 from orki_server._store.operations import ResumedAttempt, resume, shard_of
 from orki_server._store.store import Store
-from orki_server._tasks import Context, typed
+from orki_server._tasks import MAX_MESSAGE, Context, actor_of, typed
 
 _TRIES: Final = 20
 _UPDATE_INTERVAL: Final = 0.5
 _IMAGE_BYTES: Final = 2 << 20
 """Maximum size of the images in one answer. Further services come without image and can be requested by name."""
+TARGET: Final = re.compile(r"[A-Za-z_][\w.]{0,500}(/[A-Za-z_]\w{0,200})?\Z", re.ASCII)
 _log = logging.getLogger("orki.server.sessions")
 
 
@@ -197,10 +201,13 @@ class FleetUpdates:
 
 
 class FleetServicer(FleetServiceServicer):
-    """Lists agents and services."""
+    """Lists agents and services, and pauses services."""
 
-    def __init__(self, fleet: Fleet, contracts: Contracts, sessions: SessionRegistry, silence_timeout: float) -> None:
+    def __init__(
+        self, fleet: Fleet, contracts: Contracts, sessions: SessionRegistry, silence_timeout: float, pauses: Pauses
+    ) -> None:
         self._fleet = fleet
+        self._pauses = pauses
         self._contracts = contracts
         self._sessions = sessions
         self._silence_timeout = silence_timeout
@@ -244,3 +251,38 @@ class FleetServicer(FleetServiceServicer):
             if room < 0 and not request.service:
                 service.ClearField("image")
         return pb.ListServicesResponse(services=services)
+
+    @typed
+    async def Pause(self, request: pb.PauseRequest, context: Context) -> pb.PauseResponse:
+        """Pause a registered service or one of its methods."""
+        if len(request.message) > MAX_MESSAGE:
+            raise InvalidArgument(f"message: at most {MAX_MESSAGE} characters, not {len(request.message)}")
+        await self._check_target(request.target)
+        made = await self._pauses.pause(request.target, request.message, actor_of(context))
+        return pb.PauseResponse(pause=made)
+
+    @typed
+    async def Resume(self, request: pb.ResumeRequest, context: Context) -> pb.ResumeResponse:
+        """Resume a service or a method, also one that is no longer registered."""
+        if not TARGET.match(request.target):
+            raise InvalidArgument(f"target: {request.target[:80]!r} is no package.Service or package.Service/Method")
+        if not caller().may(Action.PAUSE, request.target):
+            raise unknown_method(request.target)
+        return pb.ResumeResponse(was_paused=await self._pauses.resume(request.target, actor_of(context)))
+
+    @typed
+    async def ListPauses(self, request: pb.ListPausesRequest, context: Context) -> pb.ListPausesResponse:
+        """List the pauses of the services that the caller may see."""
+        pauses = [each for each in await self._pauses.list() if caller().may(Action.READ, each.target)]
+        return pb.ListPausesResponse(pauses=pauses)
+
+    async def _check_target(self, target: str) -> None:
+        """Check that a service or a method is registered, and that the caller may pause it."""
+        if not TARGET.match(target):
+            raise InvalidArgument(f"target: {target[:80]!r} is no package.Service or package.Service/Method")
+        service, _, method = target.partition("/")
+        found = await self._contracts.leading(service) if caller().may(Action.PAUSE, target) else []
+        tasks = [each for image in found for each in read_image(image.image).contract.tasks]
+        names = {each.name for each in tasks if each.service == service}
+        if not found or (method and method not in names):
+            raise unknown_method(target, f"no registered contract has {target}")

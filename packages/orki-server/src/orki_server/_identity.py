@@ -42,6 +42,7 @@ class Action(StrEnum):
     READ = "read"
     CANCEL = "cancel"
     DIRECT = "direct"
+    PAUSE = "pause"
 
 
 @dataclass(frozen=True, slots=True)

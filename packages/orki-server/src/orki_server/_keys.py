@@ -79,7 +79,7 @@ TABLE: Final = (
     Key(
         pattern="orki:{oN}:queue:METHOD",
         kind="sorted set",
-        holds="queued tasks of one method by queueing time, in microseconds",
+        holds="queued tasks of one method by queueing time, in microseconds, minus an hour for each priority above 5",
         writer="submit, offer, cancel, reports, sweep",
         ends="when empty",
         lua="QUEUE",
@@ -91,6 +91,14 @@ TABLE: Final = (
         writer="every operation",
         ends="when empty",
         lua="NEXT_TIMERS",
+    ),
+    Key(
+        pattern="orki:{oN}:starts",
+        kind="sorted set",
+        holds="delayed tasks by their start by the server's clock, in milliseconds",
+        writer="submit, cancel, sweep",
+        ends="when empty",
+        lua="STARTS",
     ),
     Key(
         pattern="orki:{oN}:index",
@@ -129,7 +137,8 @@ TABLE: Final = (
         kind="hash",
         holds="the shard's clock: `wall_us` and `clock_us`, the server's and the shard's time of the last batch; "
         "`gaps_ms`, grace for times without any batch; `host:ORCHESTRATOR`, time of its last batch and of its absence; "
-        "`drainer`, the one that publishes the outbox",
+        "`drainer`, the one that publishes the outbox; `starts`, which is there if tasks are delayed; "
+        "`paused`, the paused services and methods",
         writer="every batch",
         ends="never; a host, an hour after its last batch",
         lua="CLOCK",
@@ -165,6 +174,13 @@ TABLE: Final = (
         ends="a day after its last message",
     ),
     Key(
+        pattern="orki:{of}:pauses",
+        kind="hash",
+        holds="what is paused, by whom and why, for lists; the shards enforce it",
+        writer="pause, resume",
+        ends="when empty",
+    ),
+    Key(
         pattern="orki:{of}:services",
         kind="hash",
         holds="digest of the leading contract of each registered task service",
@@ -191,6 +207,7 @@ TABLE: Final = (
 TASK_FIELDS: Final[dict[str, str]] = {
     "state": "the fields that transitions change, packed; see below",
     "spec": "the fields that never change, packed; see below",
+    "placement": "when the task may run, packed; only where the submission says so; see below",
     "request": "the request message, serialized",
     "response": "the response message, serialized",
     "failure": "reason, error type and message of the final failure, separated by US",
@@ -241,6 +258,16 @@ SPEC_FIELDS: Final[dict[str, str]] = {
 }
 """The packed fields of `spec`, in their order."""
 
+PLACEMENT_FIELDS: Final[dict[str, str]] = {
+    "priority": "from 0 to 9",
+    "start_us": "earliest start by the server's clock, microseconds; 0 for at once",
+}
+"""The packed fields of `placement`, in their order. Later versions may add fields at the end."""
+
+DEFAULT_PRIORITY: Final = 5
+PRIORITY_STEP: Final = 3600
+"""Seconds of waiting that are worth as much as one priority. So no task waits forever."""
+
 NUMBERS: Final = (
     *("revision", "attempt", "absent", "progress_index", "progress_number", "started", "abandoned", "refused_offers"),
     *("queued_us", "ended_us", "submitted_us", "timer"),
@@ -248,7 +275,7 @@ NUMBERS: Final = (
 )
 """The packed fields that are numbers. Fences exceed Lua's exact integers and stay strings."""
 
-SNAPSHOT: Final = ("state", "spec", "failure", "failures", "response")
+SNAPSHOT: Final = ("state", "spec", "failure", "failures", "placement", "response")
 """The fields of a task's snapshot, in the order in which `read` returns them."""
 
 
@@ -333,6 +360,7 @@ class FleetKeys:
     BASE = "orki:{of}:"
     LAYOUT = BASE + "layout"
     AGENTS = BASE + "agents"
+    PAUSES = BASE + "pauses"
     SERVICES = BASE + "services"
     REVISIONS = BASE + "revisions"
     PROBE = BASE + "probe"
@@ -367,6 +395,8 @@ def lua_names() -> str:
     lines += _lua_parser()
     lines += [_lua_writer("state", STATE_FIELDS, "ABSENT"), _lua_writer("spec", SPEC_FIELDS, "")]
     lines.append(f"local SNAPSHOT = {array(SNAPSHOT)}")
+    lines.append(f"local PLACEMENT_FIELDS = {array(PLACEMENT_FIELDS)}")
+    lines.append(f"local DEFAULT_PRIORITY, PRIORITY_STEP = {DEFAULT_PRIORITY}, {PRIORITY_STEP}")
     lines.append(f"local RECORD_FIELDS = {array(RECORD_FIELDS)}")
     return "\n".join(lines) + "\n"
 
@@ -392,6 +422,7 @@ def _lua_parser() -> list[str]:
     lines.append(
         f"    {fields_of_script}, staged_fields = NOTHING, shown = false, next_text = '', span = '', span_of = -1,"
     )
+    lines.append("    placement = false, place = false,")
     lines += [f"    {name} = {value}," for name, value in values.items()]
     return [*lines, "  }", "end"]
 

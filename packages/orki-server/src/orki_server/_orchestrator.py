@@ -34,6 +34,7 @@ from orki_server._events import AgentEvents, OutboxPublisher
 from orki_server._files import WatchedFiles, server_credentials, watch_certificates, watch_files
 from orki_server._fleet import FleetServicer, FleetUpdates, Handshake
 from orki_server._identity import Gate
+from orki_server._pauses import Pauses
 from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._requests import TypedRequests
 from orki_server._session import SessionRegistry
@@ -117,13 +118,14 @@ class Orchestrator:
             on_unanswered=lambda session, attempts: self._unanswered.add(session, attempts),
         )
         self._unanswered = UnansweredOffers(store, fleet, reports.settled)
-        self._dispatcher = Dispatcher(store, sessions, reports, options.accept_timeout, watchers.changed)
+        self._dispatcher = Dispatcher(store, reports, options.accept_timeout, watchers.changed)
+        demand = self._dispatcher.demand
         self._sweeper = Sweeper(
             store,
             sessions,
             interval=options.sweep_interval,
             pause=2 * options.heartbeat_interval,
-            on_queued=self._dispatcher.queued,
+            on_queued=demand.queued,
             on_change=watchers.changed,
         )
         session_options = OrchestratorSessionOptions(
@@ -135,7 +137,7 @@ class Orchestrator:
         )
         handshake = self._handshake = Handshake(store, fleet, self._registry, sessions, options.max_sessions)
         self._sessions = SessionServicer(
-            session_options, sessions, handshake, reports, self._updates, agent_events, self._dispatcher.slots_changed
+            session_options, sessions, handshake, reports, self._updates, agent_events, demand
         )
         self._submitters = TaskServicer(
             store,
@@ -144,7 +146,7 @@ class Orchestrator:
             sessions,
             watchers,
             RequestRules(options.max_payload_bytes),
-            self._dispatcher.queued,
+            demand.queued,
         )
         self._results = watchers.results
         self._submitter_sessions = SubmitterServicer(
@@ -156,21 +158,22 @@ class Orchestrator:
             Services(store, self._submitters, self._submitters.submissions, watchers, watchers.results),
             options.max_sessions,
         )
-        self._fleet = FleetServicer(fleet, contracts, sessions, silence_timeout)
+        pauses = Pauses(store, demand.all_queued)
+        self._fleet = FleetServicer(fleet, contracts, sessions, silence_timeout, pauses)
         store.connection.on_change(self._store_changed)
         store.on_loss(self._store_lost)
 
-    def _task_queued(self, shard: int, wait: float) -> None:
+    def _task_queued(self, shard: int, method: str, wait: float) -> None:
         if wait > 0:
             self._sweeper.wake_in(wait)
         else:
-            self._dispatcher.queued(shard)
+            self._dispatcher.demand.queued(shard, method)
 
     def _store_changed(self, up: bool) -> None:
         shown = self._store.connection.address.shown
         if up:
             _log.info("%s is up again", shown)
-            self._dispatcher.mark_all()
+            self._dispatcher.demand.all_queued()
         elif self.address:  # before it listens, `start` raises the error
             _log.error("%s is down; agents continue, new requests are refused", shown)
         self._health_changed.set()
@@ -201,7 +204,7 @@ class Orchestrator:
             raise
         await self._server.start()
         self._health_changed.set()
-        self._dispatcher.mark_all()
+        self._dispatcher.demand.all_queued()
         for name, work in (
             ("dispatcher", self._dispatcher.run()),
             ("sweeper", self._sweeper.run()),

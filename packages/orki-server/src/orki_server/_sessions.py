@@ -52,6 +52,7 @@ from orki_control.session import (
 )
 from orki_control.session import Decline as ArrivedDecline
 from orki_control.transport import abort
+from orki_server._demand import Demand
 from orki_server._events import AgentEvents
 from orki_server._fleet import FleetUpdates, Handshake
 from orki_server._results import TaskEnd, end_of, stored_failure
@@ -103,7 +104,7 @@ class Reports:
         store: The store.
         progress_kept: Number of progress entries kept per task.
         on_change: Called with a task that changed, whether it ended, and its end if the report holds all of it.
-        on_queued: Called with a shard that has a queued task, and the wait before it is queued.
+        on_queued: Called with shard and method of a task that is queued again, and the wait before it is.
         on_refused: Called with agent, task and error of a refused report.
         on_unanswered: Called with a session that ended and the offers that it did not answer.
         counts: Numbers of reports.
@@ -112,7 +113,7 @@ class Reports:
     store: Store
     progress_kept: int
     on_change: Callable[[str, bool, TaskEnd | None], None]
-    on_queued: Callable[[int, float], None]
+    on_queued: Callable[[int, str, float], None]
     on_refused: Callable[[str, str, OrkiError], None]
     on_unanswered: Callable[[AgentSession, Iterable[AttemptKey]], None]
     counts: ReportCounts = field(default_factory=ReportCounts)
@@ -265,7 +266,7 @@ class Reports:
         """An attempt ended; `end` is the task's end if the report holds all of it."""
         self.on_change(key.task_id, reply.state in TERMINAL, end)
         if reply.retry_after is not None:
-            self.on_queued(shard_of(key.task_id), reply.retry_after)
+            self.on_queued(shard_of(key.task_id), reply.method, reply.retry_after)
 
     def _refuse(self, session: AgentSession, key: AttemptKey) -> None:
         error = StaleFence(_STALE)
@@ -331,7 +332,7 @@ def _result_report(agent_id: str, key: AttemptKey, result: Result) -> Operation[
 
 
 class SessionServicer(SessionServiceServicer):
-    """Serves agents. Calls `on_slots` when slots may be free; with True if an agent may serve other methods."""
+    """Serves agents. Tells `demand` when their slots may have become free."""
 
     def __init__(
         self,
@@ -341,7 +342,7 @@ class SessionServicer(SessionServiceServicer):
         reports: Reports,
         updates: FleetUpdates,
         events: AgentEvents,
-        on_slots: Callable[[bool], None],
+        demand: Demand,
     ) -> None:
         self._options = options
         self._sessions = sessions
@@ -349,7 +350,7 @@ class SessionServicer(SessionServiceServicer):
         self._reports = reports
         self._updates = updates
         self._events = events
-        self._on_slots = on_slots
+        self._demand = demand
         self._handshakes: set[asyncio.Task[None]] = set()
         self._open: set[AgentSession] = set()
         # Streams without a hello, the oldest first, and their connections.
@@ -410,18 +411,18 @@ class SessionServicer(SessionServiceServicer):
                     self._reports.progressed(session, progress)
                 case ResultsArrived(results):
                     self._reports.ended(session, results)
-                    self._on_slots(False)
+                    self._demand.slots_changed(session)
                 case HeartbeatArrived():
                     session.record_heartbeat(event)
                     self._reports.heartbeat(session, event)
                     self._updates.changed(session)
-                    self._on_slots(False)
+                    self._demand.slots_changed(session)
                 case OffersDeclined(declines):
                     self._reports.declined(session, declines)
-                    self._on_slots(False)
+                    self._demand.slots_changed(session)
                 case OffersExpired(attempts):
                     self._reports.withdrawn(session, attempts)
-                    self._on_slots(False)
+                    self._demand.slots_changed(session)
                 case DirectivesAcknowledged(answers):
                     session.directive_acknowledged(answers)
                 case CancelsAcknowledged(attempts):
@@ -454,7 +455,7 @@ class SessionServicer(SessionServiceServicer):
             self._events.replaced(session, replaced)
         self._events.connected(session, resumed)
         self._updates.changed(session)
-        self._on_slots(True)
+        self._demand.opened(session)
         _log.info("agent %s connected: session %d, %d attempts resumed", agent_id, session.epoch, resumed)
 
     def _handshake_done(self, task: asyncio.Task[None]) -> None:
@@ -463,6 +464,7 @@ class SessionServicer(SessionServiceServicer):
             _log.error("a handshake failed: a defect", exc_info=error)
 
     def _ended(self, session: AgentSession) -> None:
+        self._demand.ended(session)
         if not self._sessions.remove(session):
             return
         self._updates.ended(session)

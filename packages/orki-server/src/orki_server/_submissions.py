@@ -28,6 +28,7 @@ from orki_server._store.operations import (
     shard_of_key,
     submission_digest,
 )
+from orki_server._store.placement import Placement
 
 SUBMISSION_ID_BYTES: Final = 16
 """Length of a submission id: 6 bytes of milliseconds, then random bytes."""
@@ -53,7 +54,7 @@ class Pending:
 class Submissions:
     """Checks submissions, by `rules` first, and gives them their task ids.
 
-    It calls `on_new` with the id and the shard of a new task.
+    It calls `on_new` with the id, the shard and the method of a new task.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Submissions:
         registry: ContractRegistry,
         payloads: PayloadCheck,
         rules: Callable[[pb.Submission], None],
-        on_new: Callable[[str, int], None],
+        on_new: Callable[[str, int, str], None],
     ) -> None:
         self._shards = shards
         self._registry = registry
@@ -121,6 +122,7 @@ class Submissions:
             span=span,
             actor=actor,
             contract=self._registry.leading(method.service),
+            placement=Placement.of(submission),
         )
         return Pending(submission, shard, span, operation)
 
@@ -138,8 +140,8 @@ class Submissions:
             )
         if submitted.status != "new":
             return None
-        self._on_new(submitted.task_id, pending.shard)
-        return pb.TaskSnapshot(
+        self._on_new(submitted.task_id, pending.shard, submission.method)
+        task = pb.TaskSnapshot(
             task_id=submitted.task_id,
             method=submission.method,
             state=TaskState.TASK_STATE_QUEUED,
@@ -147,3 +149,5 @@ class Submissions:
             traceparent=pending.span.traceparent,
             revision=1,
         )
+        Placement.of(submission).show(task)
+        return task

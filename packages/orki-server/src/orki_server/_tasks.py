@@ -7,6 +7,7 @@ import contextlib
 import functools
 import logging
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn, TypeAlias, TypeVar
@@ -35,6 +36,7 @@ from orki_server._session import SessionRegistry
 from orki_server._store import operations
 from orki_server._store.lifecycle import TERMINAL
 from orki_server._store.operations import failure_text
+from orki_server._store.placement import check_placement
 from orki_server._store.replies import StoredProgress
 from orki_server._store.store import Store
 from orki_server._store.tasks import TaskFilter, list_tasks
@@ -50,7 +52,7 @@ MAX_SUBMISSIONS: Final = 1000
 _DEFAULT_PAGE: Final = 100
 _MAX_PAGE: Final = 1000
 _KEY_BYTES: Final = 256
-_MESSAGE: Final = 1000
+MAX_MESSAGE: Final = 1000
 _METHOD: Final = re.compile(r"[A-Za-z_][\w.]{0,500}/[A-Za-z_]\w{0,200}\Z", re.ASCII)
 _AGENT_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,128}\Z")
 _CURSOR: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,20}\Z")
@@ -127,10 +129,11 @@ class RequestRules:
         self._check_payload("request", submission.request)
         if len(submission.idempotency_key.encode()) > _KEY_BYTES:
             raise InvalidArgument(f"idempotency_key: at most {_KEY_BYTES} bytes; hash a longer key")
+        check_placement(submission, time.time_ns() // 1000)
 
     def cancel(self, request: pb.CancelRequest) -> None:
-        if len(request.message) > _MESSAGE:
-            raise InvalidArgument(f"message: at most {_MESSAGE} characters, not {len(request.message)}")
+        if len(request.message) > MAX_MESSAGE:
+            raise InvalidArgument(f"message: at most {MAX_MESSAGE} characters, not {len(request.message)}")
 
     def direct(self, request: pb.DirectRequest) -> None:
         self._check_payload("payload", request.payload)
@@ -332,7 +335,7 @@ async def _wait(event: asyncio.Event, timeout: float) -> None:
 class TaskServicer(TaskServiceServicer):
     """Serves submitters.
 
-    It calls `on_queued` with a shard that has a queued task.
+    It calls `on_queued` with shard and method of a new task.
 
     Attributes:
         draining: Whether new submissions are refused.
@@ -347,7 +350,7 @@ class TaskServicer(TaskServiceServicer):
         sessions: SessionRegistry,
         watchers: Watchers,
         rules: RequestRules,
-        on_queued: Callable[[int], None],
+        on_queued: Callable[[int, str], None],
     ) -> None:
         self._store = store
         self._registry = registry
@@ -359,9 +362,9 @@ class TaskServicer(TaskServiceServicer):
         self.submissions = Submissions(store.shards, registry, payloads, rules.submission, self._created)
         self.draining = False
 
-    def _created(self, task_id: str, shard: int) -> None:
+    def _created(self, task_id: str, shard: int, method: str) -> None:
         self._watchers.changed(task_id, False)
-        self._on_queued(shard)
+        self._on_queued(shard, method)
 
     @typed
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.SubmitResponse:

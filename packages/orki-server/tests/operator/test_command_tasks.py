@@ -67,7 +67,7 @@ async def test_json_contains_the_task_with_its_response(fleet: Any, orki: Any, a
     assert sorted(task) == sorted(
         [
             *("task_id", "method", "state", "attempt", "fence", "agent_id", "submitted", "ended", "trace_id"),
-            *("failure", "earlier_failures", "response"),
+            *("priority", "start", "failure", "earlier_failures", "response"),
         ]
     )
 
@@ -80,6 +80,57 @@ async def test_no_wait_prints_the_id_and_a_key_returns_the_same_task(fleet: Any,
     assert first.out.startswith("t")
     assert other.code == 1
     assert other.err.count("\n") == 1
+
+
+async def test_priority_and_delay_are_shown(fleet: Any, orki: Any, at: Any) -> None:
+    later = await orki("submit", "Do", body("a"), "--no-wait", "--priority", "9", "--delay", "600", **at)
+    assert later.code == 0, later.err
+    dated = await orki("submit", "Do", body("b"), "--start-at", "2026-01-01T00:00:00+01:00", "--json", **at)
+    assert json.loads(dated.out)["start"] == "2025-12-31T23:00:00.000000Z", dated.err
+    table = (await orki("tasks", **at)).out
+    row = next(line for line in table.splitlines() if later.out.strip() in line)
+    assert "in 9 min" in row.replace("  ", " ")
+    assert " 9 " in row
+    shown = json.loads((await orki("tasks", later.out.strip(), "--json", **at)).out)
+    assert (shown["state"], shown["priority"], shown["attempt"]) == ("queued", 9, 0)
+    assert shown["start"] > shown["submitted"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--priority", "10"],
+        ["--delay", "-1"],
+        ["--delay", "nan"],
+        ["--start-at", "tomorrow"],
+        ["--start-at", "2026-01-01T00:00:00"],
+        ["--delay", "1", "--start-at", "2026-01-01T00:00:00Z"],
+    ],
+)
+async def test_a_bad_placement_is_wrong_usage(fleet: Any, orki: Any, at: Any, arguments: list[str]) -> None:
+    ended = await orki("submit", "Do", body("a"), *arguments, **at)
+    assert (ended.code, ended.out) == (2, "")
+
+
+async def test_the_commands_show_a_pause(
+    orchestrator: Any, stand_in: Callable[..., Any], orki: Any, redis_url: str
+) -> None:
+    at = {"ORKI_ORCHESTRATOR": orchestrator.address, "COLUMNS": "120", "ORKI_REDIS_URL": redis_url}
+    agent = stand_in(orchestrator.address)
+    await agent.ready()
+    paused = await orki("pause", SERVICE, "--message", "the model is down", **at)
+    assert paused.code == 0, paused.err
+    assert f"orki resume {SERVICE}" in paused.out
+    (row,) = json.loads((await orki("pause", "--json", **at)).out)
+    assert (row["target"], row["message"]) == (SERVICE, "the model is down")
+    await orki("submit", "Do", "{}", "--no-wait", **at)
+    assert "paused" in (await orki("tasks", **at)).out
+    checks = json.loads((await orki("doctor", "--json", **at)).out)["checks"]
+    (check,) = [each for each in checks if each["name"] == f"service.{SERVICE}"]
+    assert (check["verdict"], "the model is down" in check["cause"]) == ("warn", True)
+    assert "is resumed" in (await orki("resume", SERVICE, **at)).out
+    assert "was not paused" in (await orki("resume", SERVICE, **at)).out
+    assert "nothing is paused" in (await orki("pause", **at)).out
 
 
 async def test_a_failed_task_exits_with_1(orchestrator: Any, stand_in: Callable[..., Any], orki: Any, at: Any) -> None:

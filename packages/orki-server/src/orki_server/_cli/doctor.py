@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -13,6 +14,7 @@ from urllib.parse import urlsplit
 
 import click
 
+from orki.control.v1.task_pb2 import Pause
 from orki_contract.errors import EventsLoading, EventsUnavailable, OrkiError, PeerRefused
 from orki_control import Credentials
 from orki_events.connection import Connection, parse_address
@@ -20,7 +22,10 @@ from orki_events.groups import checked
 from orki_events.registry import StreamRegistry
 from orki_server._cli.formats import Columns, counted, duration, print_rows, sentence, size
 from orki_server._cli.options import credentials, json_option, redis_option, run_async, with_orchestrator
+from orki_server._keys import FleetKeys
+from orki_server._observers.redaction import safe_text
 from orki_server._observers.stream_stats import GroupStats, read_stream_stats
+from orki_server._store.fleet import read_pauses
 
 _OLDEST_VERSION: Final = (6, 2)
 _MEMORY_WARN, _MEMORY_BAD = 0.80, 0.95
@@ -96,6 +101,15 @@ def check_dead_letters(groups: Iterable[GroupStats]) -> Iterator[Check]:
             cause = "Each entry failed as often as the group allows and became a dead letter."
             step = f"See the reasons with {command}; once the cause is fixed, retry with {command} --replay."
             yield Check(name, Health.BAD, counted(each.dead_letters, "dead letter"), cause, step)
+
+
+def check_pauses(pauses: Iterable[Pause], now_us: int) -> Iterator[Check]:
+    """Report each service or method that is paused."""
+    for each in pauses:
+        figure = f"paused for {duration(max(0, now_us - each.paused_us))}"
+        cause = sentence(safe_text(f"{each.actor} paused it: {each.message or 'no reason given'}"))
+        step = f"Its queued tasks wait until: orki resume {each.target}"
+        yield Check(f"service.{each.target}", Health.WARN, figure, cause, step)
 
 
 def _version(info: Mapping[str, str]) -> Check:
@@ -243,12 +257,13 @@ async def doctor(timeout: float, as_json: bool, redis_url: str, orchestrator: st
 
 async def _store(link: Connection, redis_url: str, timeout: float) -> list[Check]:
     try:
-        pong, info = await link.pipeline((b"PING",), (b"INFO",))
+        pong, info, pauses = await link.pipeline((b"PING",), (b"INFO",), (b"HVALS", FleetKeys.PAUSES.encode()))
         if isinstance(pong, EventsLoading) and not isinstance(info, OrkiError):
             return [*check_store(parse_info(info.decode()))]
         checked(pong)
         found = [Check("store.reachable", Health.OK, link.address.shown)]
         found += check_store(parse_info(checked(info).decode()))
+        found += check_pauses(read_pauses(checked(pauses)), time.time_ns() // 1000)
         figures = await read_stream_stats(link, await StreamRegistry().streams(link))
         groups = [group for stream in figures for group in stream.groups]
         found += [*check_groups(groups), *check_dead_letters(groups)]

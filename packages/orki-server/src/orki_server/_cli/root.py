@@ -23,6 +23,8 @@ _COMMANDS: Final = {
     "contract": ("contract", "List, register and withdraw contracts."),
     "doctor": ("doctor", "Check the fleet's health and suggest next steps."),
     "observe": ("observe", "Run an observer: metrics, audit or feed."),
+    "pause": ("pause", "Stop the offers of a service; its tasks wait."),
+    "resume": ("pause", "End the pause of a service."),
     "serve": ("serve", "Run an orchestrator."),
     "streams": ("streams", "List the event streams and their consumer groups."),
     "submit": ("submit", "Submit a task and wait for its result."),

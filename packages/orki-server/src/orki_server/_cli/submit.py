@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import difflib
 import json
+import math
 import sys
 import uuid
 from collections.abc import Sequence
 from contextlib import aclosing
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import click
@@ -27,6 +29,7 @@ from orki_server._cli.formats import print_json, stderr_console
 from orki_server._cli.options import ORCHESTRATOR, json_option, open_client, with_orchestrator
 from orki_server._cli.tasks import state_name, task_json
 from orki_server._observers.redaction import Redaction, safe_json, safe_text
+from orki_server._store.placement import MAX_DELAY_MS, MAX_PRIORITY
 
 
 def request_from_json(text: str, kind: type[Message]) -> Message:
@@ -117,6 +120,7 @@ Examples:
   orki submit ReviewService.ReviewFile '{"path": "a.py"}'
   orki submit acme.review.v1.ReviewService/ReviewFile - < request.json
   TASK=$(orki submit ReviewService.ReviewFile '{"path": "a.py"}' --no-wait)
+  orki submit ReviewService.ReviewFile '{"path": "a.py"}' --no-wait --priority 9 --delay 3600
 
 \b
 Exit codes:
@@ -137,6 +141,24 @@ Exit codes:
     help="Submitting the same key and request again returns the same task.",
 )
 @click.option(
+    "--priority",
+    type=click.IntRange(0, MAX_PRIORITY),
+    metavar="0-9",
+    help="Tasks of a higher priority are offered first.  [default: 5]",
+)
+@click.option(
+    "--delay",
+    type=click.FloatRange(0, MAX_DELAY_MS / 1000),
+    metavar="SECONDS",
+    help="Do not start the task before this time has passed.",
+)
+@click.option(
+    "--start-at",
+    metavar="TIME",
+    callback=lambda ctx, param, value: _time(value),
+    help="Do not start the task before this time, as 2026-12-24T18:00:00Z.",
+)
+@click.option(
     "--timeout",
     type=click.FloatRange(0, min_open=True),
     metavar="SECONDS",
@@ -144,7 +166,7 @@ Exit codes:
 )
 @json_option
 @with_orchestrator
-def submit(request_text: str, **options: Any) -> None:
+def submit(request_text: str, priority: int | None, delay: float | None, start_at: int, **options: Any) -> None:
     """Submit a task, wait for it, and print its response as JSON.
 
     SERVICE.METHOD may omit the package if only one service has that name. JSON is the request; `-` reads it from
@@ -152,11 +174,44 @@ def submit(request_text: str, **options: Any) -> None:
     """
     # Read before the event loop starts: asyncio would not let Ctrl-C interrupt it.
     text = sys.stdin.read() if request_text == "-" else request_text
-    asyncio.run(_submit(text, **options))
+    asyncio.run(_submit(text, placement=(priority, delay, start_at), **options))
+
+
+def _time(text: str | None) -> int:
+    """Return a time in RFC 3339 as microseconds since the Unix epoch; 0 for None."""
+    if text is None:
+        return 0
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        time = None
+    if time is None or time.tzinfo is None:
+        raise click.BadParameter(f"{text!r} is no time with a time zone, such as 2026-12-24T18:00:00Z.")
+    return max(1, round(time.timestamp() * 1_000_000))
+
+
+def _place(submission: Submission, priority: int | None, delay: float | None, start_at: int) -> None:
+    if delay is not None and math.isnan(delay):
+        raise click.BadParameter("nan is no time.", param_hint="--delay")
+    if delay is not None and start_at:
+        raise click.UsageError("--delay cannot be combined with --start-at.")
+    if priority is not None:
+        submission.priority = priority
+    if delay is not None:
+        submission.delay_ms = math.ceil(delay * 1000)
+    elif start_at:
+        submission.start_at_us = start_at
 
 
 async def _submit(
-    text: str, method: str, wait: bool, idempotency_key: str, timeout: float | None, as_json: bool, **connection: Any
+    text: str,
+    method: str,
+    wait: bool,
+    idempotency_key: str,
+    timeout: float | None,
+    as_json: bool,
+    placement: tuple[int | None, float | None, int],
+    **connection: Any,
 ) -> None:
     async with open_client(**connection) as client:
         found = find_method(method, registered_methods(await client.list_services()))
@@ -168,6 +223,7 @@ async def _submit(
             idempotency_key=idempotency_key or f"once-{uuid.uuid4().hex}",
             traceparent=new_span().traceparent,
         )
+        _place(submission, *placement)
         (task,) = await client.submit_raw([submission])
         if wait:
             task = await _wait(client, found, task, timeout)

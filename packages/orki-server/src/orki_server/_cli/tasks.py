@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -20,6 +20,8 @@ from orki_server._cli.options import (
     watch_option,
     with_orchestrator,
 )
+from orki_server._cli.pause import pauses_of
+from orki_server._keys import DEFAULT_PRIORITY
 from orki_server._observers.redaction import reason_text, time_text
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ def task_json(task: TaskSnapshot, response: dict[str, Any] | None = None) -> dic
         "task_id": task.task_id,
         "method": task.method,
         "state": state_name(task.state),
+        "priority": task.priority if task.HasField("priority") else DEFAULT_PRIORITY,
+        "start": time_or_none(task.start_us),
         "attempt": attempt.attempt if attempt else 0,
         "fence": attempt.fence if attempt else 0,
         "agent_id": task.agent_id,
@@ -84,7 +88,9 @@ def _failure(failure: Failure) -> dict[str, str]:
 
 
 _COLUMNS: Final = Columns(
-    ("TASK", "METHOD", "STATE", "TRY", "AGENT", "AGE", "TOOK"), right={"TRY", "AGE", "TOOK"}, uncut={"TASK", "AGE"}
+    ("TASK", "METHOD", "STATE", "PRI", "TRY", "AGENT", "AGE", "TOOK"),
+    right={"PRI", "TRY", "AGE", "TOOK"},
+    uncut={"TASK", "AGE"},
 )
 _UNFILTERED: Final[dict[str, Any]] = {"states": (), "method": "", "agent": "", "limit": 50}
 
@@ -121,6 +127,12 @@ async def tasks(
     """List tasks, newest first.
 
     With TASK, show one task with its state, times, and the failures of its attempts.
+
+    \b
+    STATE  state of the task; `in 5 min 2 s` until the start of a delayed one; `paused` for a
+           queued one whose service or method is paused
+    PRI    priority; - for the default
+    TRY    number of the attempt
     """
     if task_id is not None and filters != _UNFILTERED:
         raise click.UsageError("filters cannot be combined with TASK.")
@@ -131,8 +143,11 @@ async def tasks(
                 _print_one(await client.get(task_id), as_json)
                 return
             found = await _list(client, **filters)
+            waits = any(each.state == TaskState.TASK_STATE_QUEUED for each in found)
+            paused = {each.target for each in await pauses_of(client)} if waits and not as_json else set()
         empty = "no such tasks" if any(filters.values()) else "no tasks yet"
-        print_rows(as_json, [task_json(each) for each in found], _COLUMNS, map(_row, found), empty=empty)
+        rows = [_row(each, paused) for each in found]
+        print_rows(as_json, [task_json(each) for each in found], _COLUMNS, rows, empty=empty)
 
     await run_repeatedly(show, watch)
 
@@ -147,17 +162,25 @@ async def _list(client: Client, states: Sequence[str], method: str, agent: str, 
     return found
 
 
-def _row(task: TaskSnapshot) -> tuple[str, ...]:
+def _row(task: TaskSnapshot, paused: Set[str]) -> tuple[str, ...]:
     now_us = time.time_ns() // 1000
     return (
         task.task_id,
         task.method.rpartition(".")[2],
-        state_name(task.state),
+        _state(task, now_us, paused),
+        str(task.priority) if task.HasField("priority") else "-",
         str(task.attempt.attempt) if task.HasField("attempt") else "-",
         task.agent_id or "-",
         age(task.submitted_us, now_us),
         duration(task.ended_us - task.submitted_us) if task.ended_us else "-",
     )
+
+
+def _state(task: TaskSnapshot, now_us: int, paused: Set[str]) -> str:
+    waits = task.state == TaskState.TASK_STATE_QUEUED and task.start_us > now_us and not task.HasField("attempt")
+    if task.state == TaskState.TASK_STATE_QUEUED and not paused.isdisjoint((task.method, task.method.split("/")[0])):
+        return "paused"
+    return f"in {duration(task.start_us - now_us)}" if waits else state_name(task.state)
 
 
 def _print_one(task: TaskSnapshot, as_json: bool) -> None:
@@ -166,7 +189,10 @@ def _print_one(task: TaskSnapshot, as_json: bool) -> None:
         print_json(shown)
         return
     rows = [(name, str(shown[name])) for name in ("task_id", "method", "state", "attempt", "fence", "agent_id")]
-    rows += [(name, shown[name] or "-") for name in ("submitted", "ended", "trace_id")]
+    rows += [
+        (name, "-" if shown[name] in (None, "") else str(shown[name]))
+        for name in ("priority", "submitted", "start", "ended", "trace_id")
+    ]
     rows += [("earlier failure", _failure_text(each)) for each in shown["earlier_failures"]]
     if shown["failure"]:
         rows.append(("failure", _failure_text(shown["failure"])))

@@ -39,7 +39,7 @@ _ACKNOWLEDGED: Final = frozenset({"submit", "cancel", "direct", "succeed", "fail
 """Operations whose outcome must be durable."""
 _WAITING: Final = 100_000
 """Maximum number of operations in memory."""
-_PARTS: Final = ("batch", "life", "operations", "dispatch")
+_PARTS: Final = ("placement", "batch", "life", "operations", "pause", "wake", "dispatch")
 _REASONS: Final = (
     *("CANCELLED", "TOTAL_TIMEOUT", "OFFER_TIMEOUT", "ATTEMPT_TIMEOUT", "LEASE_EXPIRED", "STALLED", "ABANDONED"),
 )

@@ -8,7 +8,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from orki.control.v1.task_pb2 import AgentSnapshot
+from google.protobuf.message import DecodeError
+
+from orki.control.v1.task_pb2 import AgentSnapshot, Pause
+from orki_contract.errors import DamagedRecord
 from orki_server._keys import FleetKeys
 from orki_server._store.connection import StoreConnection
 from orki_server._store.contracts import Contracts
@@ -162,6 +165,18 @@ class Fleet:
             for snapshot, contracts in await self._connection.calls(commands)
             if snapshot
         ]
+
+
+def read_pauses(values: Iterable[bytes]) -> list[Pause]:
+    """Return the stored pauses, by target.
+
+    Raises:
+        DamagedRecord: One of them cannot be read.
+    """
+    try:
+        return sorted((Pause.FromString(value) for value in values), key=lambda each: each.target)
+    except DecodeError as error:
+        raise DamagedRecord(f"the key {FleetKeys.PAUSES} cannot be read: {error}") from error
 
 
 def _now_ms() -> int:

@@ -22,7 +22,7 @@ class Life(Enum):
     """The store has no such task: it was never submitted, or its retention is over."""
     QUEUED = auto()
     WAITING = auto()
-    """The back-off before the next attempt has not passed. Submitters see QUEUED."""
+    """The wait before the next attempt, or the delay of the first one, has not passed. Submitters see QUEUED."""
     OFFERED = auto()
     RUNNING = auto()
     CANCELLING_OFFER = auto()
@@ -54,6 +54,11 @@ TERMINAL: Final = frozenset(VISIBLE[state] for state in (Life.SUCCEEDED, Life.FA
 @dataclass(frozen=True, slots=True)
 class Submitted:
     """`submit` created the task."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delayed:
+    """`submit` created the task, whose start is later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +177,7 @@ TASK_LIFE: Final = Transitions(
     {
         Life.ABSENT: {
             Submitted: Life.QUEUED,
+            Delayed: Life.WAITING,
         },
         Life.QUEUED: {
             Offered: Life.OFFERED,

@@ -19,6 +19,7 @@ from orki_contract.model import TaskMethod, milliseconds
 from orki_contract.trace import Span
 from orki_control.session import AttemptKey
 from orki_server._keys import EPOCH_STEP
+from orki_server._store.placement import ANYWHERE, Placement
 from orki_server._store.replies import ProgressReply, ReportReply, TaskView, progress_reply, report_reply, task_view
 
 R = TypeVar("R")
@@ -117,6 +118,7 @@ def submit(
     span: Span,
     actor: str,
     contract: str = "",
+    placement: Placement = ANYWHERE,
 ) -> Operation[Submitted]:
     """Create a task, or find it by its idempotency key.
 
@@ -129,11 +131,12 @@ def submit(
         span: The task's span; its parent is the submitter's.
         actor: The submitter.
         contract: Digest of the service's contract; empty if unknown.
+        placement: When the task may run.
     """
     key_digest = hashlib.sha256(idempotency_key.encode()).hexdigest() if idempotency_key else ""
     arguments = (
         *(task_id, method.full_name, request, _options(method), digest, key_digest, idempotency_key),
-        *(span.traceparent, span.parent_id, actor, contract),
+        *(span.traceparent, span.parent_id, actor, contract, *placement.arguments),
     )
 
     def outcome(reply: list[bytes]) -> Submitted:
@@ -400,6 +403,15 @@ def offer(shard: int, accept_timeout: float, recipients: Sequence[Recipient]) ->
     return Operation("offer", shard, flat, _assigned, patient=False)
 
 
+def queue_lengths(shard: int, methods: Sequence[str]) -> Operation[dict[str, int]]:
+    """Count the queued tasks of methods on one shard. The outcome leaves out methods without any."""
+
+    def outcome(reply: list[bytes]) -> dict[str, int]:
+        return {method: int(count) for method, count in zip(methods, reply, strict=True) if int(count)}
+
+    return Operation("queue_lengths", shard, methods, outcome, patient=False)
+
+
 def _damaged(reply: list[bytes], at: int) -> tuple[str, ...]:
     """Return the names that follow their number at a position."""
     return tuple(each.decode(errors="replace") for each in reply[at + 1 : at + 1 + int(reply[at])])
@@ -432,12 +444,14 @@ class Expired:
         agent_id: Holder of the attempt.
         attempt: The attempt.
         reason: The cause; unspecified for `retry`.
+        method: The task's method.
     """
 
     kind: str
     agent_id: str
     attempt: AttemptKey
     reason: Reason.ValueType
+    method: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -462,17 +476,23 @@ def sweep(shard: int, limit: int) -> Operation[Swept]:
 
 def _swept(reply: list[bytes]) -> Swept:
     damaged = _damaged(reply, 1)
-    rows = (reply[at : at + 6] for at in range(2 + len(damaged), len(reply), 6))
+    rows = (reply[at : at + 7] for at in range(2 + len(damaged), len(reply), 7))
     expired = (
         Expired(
             kind.decode(),
             agent.decode(),
             AttemptKey(task.decode(), int(attempt), int(fence)),
             Reason.ValueType(int(reason)),
+            method.decode(),
         )
-        for kind, task, agent, attempt, fence, reason in rows
+        for kind, task, agent, attempt, fence, reason, method in rows
     )
     return Swept(int(reply[0]) / 1000 if int(reply[0]) >= 0 else None, tuple(expired), damaged)
+
+
+def pause(shard: int, target: str, paused: bool) -> Operation[bool]:
+    """Pause or resume a service or a method on one shard. The outcome is whether that changed anything."""
+    return Operation("pause", shard, (target, int(paused)), lambda reply: reply[0] == b"changed", patient=False)
 
 
 def drain(shard: int, *, release: bool = False) -> Operation[str]:

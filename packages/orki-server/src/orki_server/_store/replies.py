@@ -11,6 +11,7 @@ from orki.control.v1.task_pb2 import TaskSnapshot
 from orki.errors.v1.errors_pb2 import Reason
 from orki_server._keys import SNAPSHOT, SPEC_FIELDS, STATE_FIELDS, unpack
 from orki_server._store.lifecycle import VISIBLE, Life
+from orki_server._store.placement import show_placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ def task_snapshot(task_id: str, field: Mapping[str, bytes]) -> TaskSnapshot:
         traceparent=spec["traceparent"],
         revision=int(now["revision"]),
     )
+    show_placement(field.get("placement", b""), snapshot)
     if attempt := int(now["attempt"]):
         snapshot.attempt.CopyFrom(AttemptRef(task_id=task_id, attempt=attempt, fence=int(now["fence"])))
     if state == TaskState.TASK_STATE_SUCCEEDED:
@@ -115,6 +117,7 @@ class ReportReply:
         retry_after: Wait before the next attempt; None if no attempt follows from this report.
         revision: Revision of the task afterwards; 0 for a stale report.
         time_us: Time of the transition, in microseconds since the Unix epoch.
+        method: The task's method, if an attempt follows.
     """
 
     status: ReportStatus
@@ -122,14 +125,19 @@ class ReportReply:
     retry_after: float | None = None
     revision: int = 0
     time_us: int = 0
+    method: str = ""
 
 
 def report_reply(reply: list[bytes]) -> ReportReply:
     """Decode the reply to a report."""
-    status, state, retry_ms, revision, time_us = reply
-    retry_after = int(retry_ms) / 1000 if int(retry_ms) >= 0 else None
+    status, state, retry_ms, revision, time_us, method = reply
     return ReportReply(
-        ReportStatus(status.decode()), TaskState.ValueType(int(state)), retry_after, int(revision), int(time_us)
+        ReportStatus(status.decode()),
+        TaskState.ValueType(int(state)),
+        int(retry_ms) / 1000 if int(retry_ms) >= 0 else None,
+        int(revision),
+        int(time_us),
+        method.decode(),
     )
 
 

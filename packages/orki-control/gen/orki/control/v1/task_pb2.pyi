@@ -29,6 +29,9 @@ class Submission(message.Message):
     REQUEST_FIELD_NUMBER: builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: builtins.int
     TRACEPARENT_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    DELAY_MS_FIELD_NUMBER: builtins.int
+    START_AT_US_FIELD_NUMBER: builtins.int
     method: builtins.str
     """Service and method, as `package.Service/Method`."""
     request: builtins.bytes
@@ -37,6 +40,14 @@ class Submission(message.Message):
     """The same key and request return the same task. Empty: every submission is a new task. At most 256 bytes."""
     traceparent: builtins.str
     """W3C traceparent of the submitter; empty to begin a trace."""
+    priority: builtins.int
+    """From 0 to 9; unset: 5. Tasks of a higher priority are offered first. A queued task also advances by one priority for
+    each hour that it waits.
+    """
+    delay_ms: builtins.int
+    """Time after the submission, in milliseconds; at most 366 days."""
+    start_at_us: builtins.int
+    """Time by the store's clock, in microseconds since the Unix epoch; at most 366 days ahead. A past time is at once."""
     def __init__(
         self,
         *,
@@ -44,12 +55,22 @@ class Submission(message.Message):
         request: builtins.bytes = ...,
         idempotency_key: builtins.str = ...,
         traceparent: builtins.str = ...,
+        priority: builtins.int | None = ...,
+        delay_ms: builtins.int = ...,
+        start_at_us: builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "priority", b"priority", "start", b"start", "start_at_us", b"start_at_us"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["idempotency_key", b"idempotency_key", "method", b"method", "request", b"request", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "idempotency_key", b"idempotency_key", "method", b"method", "priority", b"priority", "request", b"request", "start", b"start", "start_at_us", b"start_at_us", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__priority: _TypeAlias = typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = typing.Literal["_priority", b"_priority"]  # noqa: Y015
+    _WhichOneofReturnType_start: _TypeAlias = typing.Literal["delay_ms", "start_at_us"]  # noqa: Y015
+    _WhichOneofArgType_start: _TypeAlias = typing.Literal["start", b"start"]  # noqa: Y015
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_start) -> _WhichOneofReturnType_start | None: ...
 
 @typing.final
 class SubmitRequest(message.Message):
@@ -143,6 +164,8 @@ class TaskSnapshot(message.Message):
     ENDED_US_FIELD_NUMBER: builtins.int
     TRACEPARENT_FIELD_NUMBER: builtins.int
     REVISION_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    START_US_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     """The task."""
     method: builtins.str
@@ -161,6 +184,10 @@ class TaskSnapshot(message.Message):
     """W3C traceparent of the task's span."""
     revision: builtins.int
     """Rises with every transition of the task."""
+    priority: builtins.int
+    """Priority of the task; unset: the default."""
+    start_us: builtins.int
+    """Earliest start of a delayed task, in microseconds since the Unix epoch; 0: it was not delayed."""
     @builtins.property
     def attempt(self) -> attempt_pb2.AttemptRef:
         """The current or last attempt; unset before the first."""
@@ -188,12 +215,16 @@ class TaskSnapshot(message.Message):
         ended_us: builtins.int = ...,
         traceparent: builtins.str = ...,
         revision: builtins.int = ...,
+        priority: builtins.int | None = ...,
+        start_us: builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "failure", b"failure"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "attempt", b"attempt", "failure", b"failure", "priority", b"priority"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_id", b"agent_id", "attempt", b"attempt", "earlier_failures", b"earlier_failures", "ended_us", b"ended_us", "failure", b"failure", "method", b"method", "response", b"response", "revision", b"revision", "state", b"state", "submitted_us", b"submitted_us", "task_id", b"task_id", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "agent_id", b"agent_id", "attempt", b"attempt", "earlier_failures", b"earlier_failures", "ended_us", b"ended_us", "failure", b"failure", "method", b"method", "priority", b"priority", "response", b"response", "revision", b"revision", "start_us", b"start_us", "state", b"state", "submitted_us", b"submitted_us", "task_id", b"task_id", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__priority: _TypeAlias = typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = typing.Literal["_priority", b"_priority"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
 
 @typing.final
 class GetRequest(message.Message):
@@ -767,5 +798,160 @@ class ServiceSnapshot(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["agent_ids", b"agent_ids", "digest", b"digest", "image", b"image", "service", b"service"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Pause(message.Message):
+    """What is paused, by whom and why."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TARGET_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    ACTOR_FIELD_NUMBER: builtins.int
+    PAUSED_US_FIELD_NUMBER: builtins.int
+    target: builtins.str
+    """Full name of the service, or the method as `package.Service/Method`."""
+    message: builtins.str
+    """Explanation."""
+    actor: builtins.str
+    """Who requested it."""
+    paused_us: builtins.int
+    """Time of the request, in microseconds since the Unix epoch."""
+    def __init__(
+        self,
+        *,
+        target: builtins.str = ...,
+        message: builtins.str = ...,
+        actor: builtins.str = ...,
+        paused_us: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["actor", b"actor", "message", b"message", "paused_us", b"paused_us", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class PauseRequest(message.Message):
+    """Pauses a service or a method."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TARGET_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    target: builtins.str
+    """Full name of a registered service, or a method of one as `package.Service/Method`."""
+    message: builtins.str
+    """Explanation, at most 1,000 characters."""
+    def __init__(
+        self,
+        *,
+        target: builtins.str = ...,
+        message: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["message", b"message", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class PauseResponse(message.Message):
+    """The pause has begun."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    PAUSE_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def pause(self) -> Pause:
+        """The pause."""
+
+    def __init__(
+        self,
+        *,
+        pause: Pause | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["pause", b"pause"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["pause", b"pause"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ResumeRequest(message.Message):
+    """Ends the pause of a service or a method."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TARGET_FIELD_NUMBER: builtins.int
+    target: builtins.str
+    """As in the request of the pause. A method that was paused by its own name stays paused when its service is resumed."""
+    def __init__(
+        self,
+        *,
+        target: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ResumeResponse(message.Message):
+    """Nothing with this name is paused."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    WAS_PAUSED_FIELD_NUMBER: builtins.int
+    was_paused: builtins.bool
+    """Whether it was paused."""
+    def __init__(
+        self,
+        *,
+        was_paused: builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["was_paused", b"was_paused"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListPausesRequest(message.Message):
+    """Requests the pauses."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListPausesResponse(message.Message):
+    """The pauses."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    PAUSES_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def pauses(self) -> containers.RepeatedCompositeFieldContainer[Pause]:
+        """Sorted by target."""
+
+    def __init__(
+        self,
+        *,
+        pauses: abc.Iterable[Pause] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["pauses", b"pauses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

@@ -341,6 +341,21 @@ class FleetServiceStub(object):
                 request_serializer=orki_dot_control_dot_v1_dot_task__pb2.ListServicesRequest.SerializeToString,
                 response_deserializer=orki_dot_control_dot_v1_dot_task__pb2.ListServicesResponse.FromString,
                 _registered_method=True)
+        self.Pause = channel.unary_unary(
+                '/orki.control.v1.FleetService/Pause',
+                request_serializer=orki_dot_control_dot_v1_dot_task__pb2.PauseRequest.SerializeToString,
+                response_deserializer=orki_dot_control_dot_v1_dot_task__pb2.PauseResponse.FromString,
+                _registered_method=True)
+        self.Resume = channel.unary_unary(
+                '/orki.control.v1.FleetService/Resume',
+                request_serializer=orki_dot_control_dot_v1_dot_task__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=orki_dot_control_dot_v1_dot_task__pb2.ResumeResponse.FromString,
+                _registered_method=True)
+        self.ListPauses = channel.unary_unary(
+                '/orki.control.v1.FleetService/ListPauses',
+                request_serializer=orki_dot_control_dot_v1_dot_task__pb2.ListPausesRequest.SerializeToString,
+                response_deserializer=orki_dot_control_dot_v1_dot_task__pb2.ListPausesResponse.FromString,
+                _registered_method=True)
 
 
 class FleetServiceServicer(object):
@@ -361,6 +376,28 @@ class FleetServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pause(self, request, context):
+        """Stops the offers of a service or a method. Queued tasks wait; offered and running attempts go on. Repeated requests
+        are harmless.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Ends a pause. Repeated requests are harmless.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPauses(self, request, context):
+        """Lists what is paused.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -373,6 +410,21 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.ListServices,
                     request_deserializer=orki_dot_control_dot_v1_dot_task__pb2.ListServicesRequest.FromString,
                     response_serializer=orki_dot_control_dot_v1_dot_task__pb2.ListServicesResponse.SerializeToString,
+            ),
+            'Pause': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pause,
+                    request_deserializer=orki_dot_control_dot_v1_dot_task__pb2.PauseRequest.FromString,
+                    response_serializer=orki_dot_control_dot_v1_dot_task__pb2.PauseResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=orki_dot_control_dot_v1_dot_task__pb2.ResumeRequest.FromString,
+                    response_serializer=orki_dot_control_dot_v1_dot_task__pb2.ResumeResponse.SerializeToString,
+            ),
+            'ListPauses': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPauses,
+                    request_deserializer=orki_dot_control_dot_v1_dot_task__pb2.ListPausesRequest.FromString,
+                    response_serializer=orki_dot_control_dot_v1_dot_task__pb2.ListPausesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -430,6 +482,87 @@ class FleetService(object):
             '/orki.control.v1.FleetService/ListServices',
             orki_dot_control_dot_v1_dot_task__pb2.ListServicesRequest.SerializeToString,
             orki_dot_control_dot_v1_dot_task__pb2.ListServicesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pause(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/orki.control.v1.FleetService/Pause',
+            orki_dot_control_dot_v1_dot_task__pb2.PauseRequest.SerializeToString,
+            orki_dot_control_dot_v1_dot_task__pb2.PauseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/orki.control.v1.FleetService/Resume',
+            orki_dot_control_dot_v1_dot_task__pb2.ResumeRequest.SerializeToString,
+            orki_dot_control_dot_v1_dot_task__pb2.ResumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPauses(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/orki.control.v1.FleetService/ListPauses',
+            orki_dot_control_dot_v1_dot_task__pb2.ListPausesRequest.SerializeToString,
+            orki_dot_control_dot_v1_dot_task__pb2.ListPausesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -90,6 +90,14 @@ class FleetServiceStub:
     """Lists agents that have a session or lost one recently."""
     ListServices: aio.UnaryUnaryMultiCallable[task_pb2.ListServicesRequest, task_pb2.ListServicesResponse]
     """Lists registered task services with their contracts."""
+    Pause: aio.UnaryUnaryMultiCallable[task_pb2.PauseRequest, task_pb2.PauseResponse]
+    """Stops the offers of a service or a method. Queued tasks wait; offered and running attempts go on. Repeated requests
+    are harmless.
+    """
+    Resume: aio.UnaryUnaryMultiCallable[task_pb2.ResumeRequest, task_pb2.ResumeResponse]
+    """Ends a pause. Repeated requests are harmless."""
+    ListPauses: aio.UnaryUnaryMultiCallable[task_pb2.ListPausesRequest, task_pb2.ListPausesResponse]
+    """Lists what is paused."""
 
 class FleetServiceServicer(metaclass=abc_1.ABCMeta):
     """Describes the fleet."""
@@ -109,5 +117,31 @@ class FleetServiceServicer(metaclass=abc_1.ABCMeta):
         context: aio.ServicerContext[task_pb2.ListServicesRequest, abc.Awaitable[task_pb2.ListServicesResponse]],
     ) -> abc.Awaitable[task_pb2.ListServicesResponse]:
         """Lists registered task services with their contracts."""
+
+    @abc_1.abstractmethod
+    def Pause(
+        self,
+        request: task_pb2.PauseRequest,
+        context: aio.ServicerContext[task_pb2.PauseRequest, abc.Awaitable[task_pb2.PauseResponse]],
+    ) -> abc.Awaitable[task_pb2.PauseResponse]:
+        """Stops the offers of a service or a method. Queued tasks wait; offered and running attempts go on. Repeated requests
+        are harmless.
+        """
+
+    @abc_1.abstractmethod
+    def Resume(
+        self,
+        request: task_pb2.ResumeRequest,
+        context: aio.ServicerContext[task_pb2.ResumeRequest, abc.Awaitable[task_pb2.ResumeResponse]],
+    ) -> abc.Awaitable[task_pb2.ResumeResponse]:
+        """Ends a pause. Repeated requests are harmless."""
+
+    @abc_1.abstractmethod
+    def ListPauses(
+        self,
+        request: task_pb2.ListPausesRequest,
+        context: aio.ServicerContext[task_pb2.ListPausesRequest, abc.Awaitable[task_pb2.ListPausesResponse]],
+    ) -> abc.Awaitable[task_pb2.ListPausesResponse]:
+        """Lists what is paused."""
 
 def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: aio.Server) -> None: ...

@@ -36,7 +36,7 @@ end
 -- MAX_STEP from one batch to the next, and not at all when the server's clock steps back. A longer step is a gap, in which
 -- no orchestrator could hear an agent.
 
-local WALL_US, WALL_TEXT, CLOCK_US, NOW, ABSENT, NEW_CALLER
+local WALL_US, WALL_TEXT, CLOCK_US, NOW, ABSENT, NEW_CALLER, HAS_STARTS, PAUSED
 local HOSTS = {}
 
 -- -> time of the last batch of an orchestrator, for how long it has been absent in all, since when it is there, and the
@@ -55,8 +55,9 @@ local function read_clock()
   local time = redis.call('TIME')
   WALL_US = time[1] * 1000000 + time[2]
   WALL_TEXT = whole(WALL_US)
-  local stored = redis.call('HMGET', CLOCK, 'wall_us', 'clock_us', 'gaps_ms')
+  local stored = redis.call('HMGET', CLOCK, 'wall_us', 'clock_us', 'gaps_ms', 'starts', 'paused')
   local wall, clock, gaps = tonumber(stored[1] or ''), tonumber(stored[2] or ''), tonumber(stored[3] or '') or 0
+  HAS_STARTS, PAUSED = stored[4], stored[5]
   if not wall or not clock then wall, clock = WALL_US, WALL_US end
   local passed = WALL_US - wall
   if passed < 0 or passed > MAX_STEP * 1000 then
@@ -134,9 +135,10 @@ end
 
 -- Sets a task to what is stored, or to what the last successful operation of this batch made of it.
 local function restore(task)
-  local shown, fields, dirty = task.shown, task.staged_fields, task.dirty
+  local shown, fields, dirty, place = task.shown, task.staged_fields, task.dirty, task.placement
   for name, value in pairs(parse(task.id, task.text, task.spec)) do task[name] = value end
   task.shown, task.fields, task.staged_fields, task.dirty = shown, fields, fields, dirty
+  task.placement = place -- It never changes.
 end
 
 -- Sets a field that transitions do not read.
@@ -149,7 +151,7 @@ end
 
 -- What the shard's own keys hold about the task.
 local function shown(task)
-  return { queued_us = task.queued_us, timer = task.timer, state = task.state }
+  return { delayed = is_delayed(task), queued_us = task.queued_us, timer = task.timer, state = task.state }
 end
 
 local function touch(task)
@@ -159,14 +161,15 @@ end
 local function load(id, with_request)
   local task = TASKS[id]
   if task then return task.state ~= 'ABSENT' and task or nil end
-  local values = with_request and redis.call('HMGET', TASK .. id, 'state', 'spec', 'request')
-    or redis.call('HMGET', TASK .. id, 'state', 'spec')
+  local values = with_request and redis.call('HMGET', TASK .. id, 'state', 'spec', 'placement', 'request')
+    or redis.call('HMGET', TASK .. id, 'state', 'spec', 'placement')
   if not values[1] and not values[2] then return nil end
   if not values[1] or not values[2] then damaged('task ' .. id) end
   task = parse(id, values[1], values[2])
   if not task or not MOVES[task.state] then damaged('record of task ' .. id) end
   options(task)
-  task.shown, task.request = shown(task), values[3]
+  task.placement, task.request = values[3], values[4]
+  task.shown = shown(task)
   TASKS[id] = task
   return task
 end
@@ -228,6 +231,7 @@ local function check(task)
   if task.timer ~= before.timer then typed(NEXT_TIMERS, 'zset') end
   if task.state ~= before.state and (task.state == 'QUEUED' or before.state == 'QUEUED')
     or task.queued_us ~= before.queued_us then typed(QUEUE .. task.method, 'zset') end
+  if is_delayed(task) ~= before.delayed then typed(STARTS, 'zset') end
   if before.state == 'ABSENT' or task.state == 'ABSENT' then typed(INDEX, 'zset') end
   if ENDED[task.state] ~= ENDED[before.state] then
     typed(OPEN, 'hash')
@@ -297,9 +301,17 @@ local function compare(task, before, added, removed)
   end
   local is_queued, was_queued = task.state == 'QUEUED', before.state == 'QUEUED'
   if is_queued and (not was_queued or task.queued_us ~= before.queued_us) then
-    add(added, QUEUE .. task.method, whole(task.queued_us), task.id)
+    add(added, QUEUE .. task.method, whole(score(task)), task.id)
   elseif was_queued and not is_queued then
     add(removed, QUEUE .. task.method, task.id)
+  end
+  if is_delayed(task) ~= before.delayed then
+    if before.delayed then
+      add(removed, STARTS, task.id)
+    else
+      add(added, STARTS, whole(math.ceil(placement(task).start_us / 1000)), task.id)
+      if not HAS_STARTS then HAS_STARTS, WRITES[#WRITES + 1] = '1', { 'HSET', CLOCK, 'starts', '1' } end
+    end
   end
   if before.state == 'ABSENT' and task.state ~= 'ABSENT' then
     add(added, INDEX, whole(task.submitted_us), task.id)

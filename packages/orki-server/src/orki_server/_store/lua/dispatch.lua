@@ -118,7 +118,7 @@ OPS.offer = function(a)
   for _, recipient in ipairs(recipients) do
     for _, method in ipairs(recipient.methods) do
       if not queues[method] then
-        queues[method] = heads(method, math.min(slots, MAX_OFFERS), found)
+        queues[method] = is_paused(method) and {} or heads(method, math.min(slots, MAX_OFFERS), found)
         queues[method].next = 1
       end
     end
@@ -230,12 +230,31 @@ local function forget(task)
   if task.idempotency ~= '' then WRITES[#WRITES + 1] = { 'DEL', IDEMPOTENCY .. task.idempotency } end
 end
 
+-- Queues delayed tasks whose start has come by the server's clock. `changed` gets them as those that wait for an attempt.
+local function start_delayed(limit, found, changed)
+  local due = redis.call('ZRANGEBYSCORE', STARTS, '-inf', whole(WALL_US / 1000), 'LIMIT', '0', limit)
+  for _, id in ipairs(due) do
+    local task = load_listed(STARTS, id, found)
+    if task and is_delayed(task) then
+      changed(task, EXPIRE.RetryDue(task))
+    elseif task then
+      WRITES[#WRITES + 1] = { 'ZREM', STARTS, id }
+    end
+  end
+end
+
 -- maximum number of tasks
 -- -> time until the next timer (ms; -1 for none), number of damaged tasks, their ids, then for each task that changed:
---    kind (offer, attempt, task, retry), task, agent, attempt, fence, reason
+--    kind (offer, attempt, task, retry), task, agent, attempt, fence, reason, method
 OPS.sweep = function(a)
   flush()
   local found, expired = {}, {}
+  local function changed(task, kind, reason, agent_id, number, fence)
+    for _, value in ipairs({ kind, task.id, agent_id or '', whole(number or 0), fence or '0', reason, task.method }) do
+      expired[#expired + 1] = value
+    end
+  end
+  if HAS_STARTS then start_delayed(a[1], found, changed) end
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', NEXT_TIMERS, '-inf', whole(NOW), 'LIMIT', '0', a[1])) do
     local task = load_listed(NEXT_TIMERS, id, found)
     local event = task and due_event(task)
@@ -244,9 +263,7 @@ OPS.sweep = function(a)
     elseif event then
       local agent_id, number, fence = task.agent_id, task.attempt, task.fence
       local kind, reason = EXPIRE[event](task, options(task))
-      if kind then
-        for _, value in ipairs({ kind, id, agent_id, whole(number), fence, reason }) do expired[#expired + 1] = value end
-      end
+      if kind then changed(task, kind, reason, agent_id, number, fence) end
     elseif task then
       touch(task)
       sort(task) -- The timer has moved away.
@@ -261,7 +278,14 @@ end
 local function until_next_timer()
   flush()
   local row = redis.call('ZRANGE', NEXT_TIMERS, '0', '0', 'WITHSCORES')
-  return row[2] and whole(math.max(0, tonumber(row[2]) - NOW)) or '-1'
+  local wait = row[2] and math.max(0, tonumber(row[2]) - NOW)
+  if HAS_STARTS then
+    local start = redis.call('ZRANGE', STARTS, '0', '0', 'WITHSCORES')[2]
+    if not start then write({ 'HDEL', CLOCK, 'starts' }) end
+    local until_start = start and math.max(0, math.ceil(tonumber(start) - WALL_US / 1000))
+    if start and (not wait or until_start < wait) then wait = until_start end
+  end
+  return wait and whole(wait) or '-1'
 end
 
 -- --- the outbox ---

@@ -2,9 +2,23 @@
 
 -- --- requests of submitters ---
 
+-- Sets when a new task may run: priority ("" for the default), delay (ms) or start (us). Returns the wait (ms).
+local function set_placement(task, priority, delay, start_us)
+  local start = start_us
+  if delay > 0 then start = WALL_US + delay * 1000 end
+  local wait = math.max(0, math.ceil((start - WALL_US) / 1000))
+  if priority ~= '' or start > 0 then
+    task.place = { priority = tonumber(priority) or DEFAULT_PRIORITY, start_us = start }
+    task.placement = write_placement(task.place)
+    set(task, 'placement', task.placement)
+  end
+  return wait
+end
+
 -- -> new | same | conflict, task id, submitted (us)
 OPS.submit = function(a)
-  local id, method, request, opts, digest, idempotency, key, traceparent, parent_id, actor, contract = unpack(a)
+  local id, method, request, opts, digest, idempotency, key, traceparent, parent_id, actor, contract, priority, delay,
+    start_us = unpack(a)
   local existing = load(id)
   if existing then return { 'new', id, whole(existing.submitted_us) } end
   if idempotency ~= '' then
@@ -19,9 +33,10 @@ OPS.submit = function(a)
   local task = create(id)
   task.fence, task.method, task.options, task.idempotency, task.contract = '0', method, opts, idempotency, contract
   task.traceparent, task.parent_id, task.submitted_us = traceparent, parent_id, WALL_US
+  local wait = set_placement(task, priority, tonumber(delay), tonumber(start_us))
   local total = options(task).total
-  if total > 0 then task.total_due = NOW + total end
-  move(task, 'Submitted')
+  if total > 0 then task.total_due = NOW + wait + total end
+  move(task, wait > 0 and 'Delayed' or 'Submitted')
   task.spec = write_spec(task)
   set(task, 'spec', task.spec)
   set(task, 'request', request)
@@ -87,10 +102,12 @@ end
 
 -- --- reports of agents: only the holder of the current fence changes anything, everybody else gets `stale` ---
 
--- -> accepted | repeated | stale, state afterwards, wait before the next attempt (ms; -1 for none), revision, time (us)
+-- -> accepted | repeated | stale, state afterwards, wait before the next attempt (ms; -1 for none), revision, time (us),
+-- method if another attempt follows
 local function report_reply(status, task, wait)
   return {
     status, task and VISIBLE[task.state] or '0', whole(wait or -1), whole(task and task.revision or 0), WALL_TEXT,
+    wait and task.method or '',
   }
 end
 

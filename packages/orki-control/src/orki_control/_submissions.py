@@ -1,0 +1,69 @@
+"""Builds submissions from requests and settings, and refuses values that are out of range."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, Final
+
+from google.protobuf.message import Message
+
+from orki.control.v1 import task_pb2 as pb
+from orki_contract import SubmitSettings, Task
+from orki_contract.errors import InvalidArgument
+from orki_contract.trace import current_span, new_span
+
+_KEY_BYTES: Final = 256
+_MAX_PRIORITY: Final = 9
+_MAX_DELAY: Final = 366 * 24 * 3600
+
+
+def submission_of(
+    task: Task[Any, Any, Any, Any], request: Message, key: str, settings: SubmitSettings
+) -> pb.Submission:
+    """Return the submission of a request, in the caller's trace or, outside of one, in a new trace.
+
+    Raises:
+        InvalidArgument: The request has another class, or a value is out of its range.
+    """
+    method = task.contract.full_name
+    if not isinstance(request, task.request):
+        raise InvalidArgument(f"{method} takes {task.request.__name__}, not {type(request).__name__}")
+    if len(key.encode()) > _KEY_BYTES:
+        raise InvalidArgument(f"{method}: the idempotency key {key[:40]!r}… exceeds {_KEY_BYTES} bytes")
+    submission = pb.Submission(
+        method=method,
+        request=request.SerializeToString(),
+        idempotency_key=key,
+        traceparent=(current_span() or new_span()).traceparent,
+    )
+    if settings:
+        place(submission, settings)
+    return submission
+
+
+def place(submission: pb.Submission, settings: Mapping[str, Any]) -> None:
+    """Set when the task may run.
+
+    Raises:
+        InvalidArgument: A setting is unknown or out of its range.
+    """
+    method = submission.method
+    if unknown := sorted(set(settings) - SubmitSettings.__annotations__.keys()):
+        raise InvalidArgument(f"{method}: unknown setting {unknown[0]!r}")
+    priority, delay, start_at = settings.get("priority"), settings.get("delay"), settings.get("start_at")
+    if priority is not None:
+        if type(priority) is not int or not 0 <= priority <= _MAX_PRIORITY:
+            raise InvalidArgument(f"{method}: priority {priority!r}: use a whole number from 0 to {_MAX_PRIORITY}")
+        submission.priority = priority
+    if delay is not None and start_at is not None:
+        raise InvalidArgument(f"{method}: give delay or start_at, not both")
+    if delay is not None:
+        if not isinstance(delay, int | float) or not math.isfinite(delay) or not 0 <= delay <= _MAX_DELAY:
+            raise InvalidArgument(f"{method}: delay {delay!r}: use 0 to {_MAX_DELAY} seconds (366 days)")
+        submission.delay_ms = math.ceil(delay * 1000)
+    if start_at is not None:
+        if not isinstance(start_at, datetime) or start_at.tzinfo is None:
+            raise InvalidArgument(f"{method}: start_at {start_at!r}: use a datetime with a time zone")
+        submission.start_at_us = max(1, round(start_at.timestamp() * 1_000_000))
