@@ -232,7 +232,8 @@ class Connection:
             await self._drop()
         if same is not None:
             raise self.address.unavailable("the connection was closed")
-        settings = dict(self.address.settings)
+        address = await self._primary() if self.address.service else self.address
+        settings = dict(address.settings)
         kind = redis.asyncio.SSLConnection if self.address.tls else redis.asyncio.Connection
         if "path" in settings:
             kind = redis.asyncio.UnixDomainSocketConnection
@@ -252,6 +253,8 @@ class Connection:
         try:
             async with asyncio.timeout(self._connect_timeout):
                 await connection.connect()
+                if self.address.service:
+                    await self._check_role(connection)
             reader = connection._reader
             reader.feed_data = partial(self._bytes_arrived, reader.feed_data, self.answer_timeout)
             self._open = connection
@@ -263,6 +266,33 @@ class Connection:
         finally:
             if self._open is None:
                 await connection.disconnect(nowait=True)
+
+    async def _primary(self) -> Address:
+        """Return the server that the sentinels watch: of their answers the one of the latest failover."""
+
+        async def ask(host: str, port: int) -> tuple[int, str, int]:
+            bare = self.address.at(host, port)
+            bare.settings.update(username=None, password=None, db=0)
+            link = Connection(bare, name=self._name, connect_timeout=self._connect_timeout, answer_timeout=1.0)
+            try:
+                reply = await link.execute((b"SENTINEL", b"MASTER", self.address.service))
+            finally:
+                await link.close()
+            fields = dict(zip(reply[::2], reply[1::2], strict=True))
+            return int(fields[b"config-epoch"]), fields[b"ip"].decode(), int(fields[b"port"])
+
+        answers = await asyncio.gather(*(ask(*seed) for seed in self.address.seeds), return_exceptions=True)
+        known = [answer for answer in answers if not isinstance(answer, BaseException)]
+        if not known:
+            raise self.address.unavailable(f"no sentinel answers for it: {answers[0]}")
+        _, host, port = max(known)
+        return self.address.at(host, port)
+
+    async def _check_role(self, connection: Any) -> None:
+        await connection.send_command("ROLE")
+        role = await connection.read_response(disable_decoding=True)
+        if role[0] != b"master":
+            raise OSError("the sentinels still name a server that is a replica")
 
     def _failure(self, error: Exception) -> OrkiError:
         """Return the error for a connection that failed or was refused."""

@@ -1,4 +1,9 @@
-"""The connection to the store's server, which is up or down."""
+"""The connection to the store, which is up or down.
+
+A store is on one server, on the server that sentinels name, or on the nodes of a cluster. A server that fails, refuses
+writes or redirects takes the whole connection down: another server may have its keys, without their newest writes. So
+before the connection is up again, the topology is read, and the recovery checks run.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +12,17 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import OrkiError, StoreUnavailable
 from orki_events.connection import Command, Reply, parse_address
-from orki_server._keys import FleetKeys
+from orki_server._keys import FleetKeys, ShardKeys
+from orki_server._store.cluster import SLOTS, slot_of, topology
 from orki_server._store.server import MEMORY, Durability, StoreServer
 
 _PROBES: Final = JitterOptions(initial=0.05, maximum=1.0)
+R = TypeVar("R")
 _log = logging.getLogger("orki.server.store")
 
 
@@ -44,15 +51,24 @@ class StoreConnection:
         cause: The error that took the connection down last.
     """
 
-    def __init__(self, url: str, *, durability: Durability = MEMORY) -> None:
+    def __init__(self, url: str, *, shards: int = 0, durability: Durability = MEMORY) -> None:
         """Create the connection without opening it.
+
+        Args:
+            url: URL of the server, or of several.
+            shards: Number of the store's shards, as far as it is known: all of them must accept writes.
+            durability: What acknowledged writes survive.
 
         Raises:
             InvalidSetting: The URL is malformed.
         """
         self.address = parse_address(url, role="store")
         self.durability = durability
-        self._server = StoreServer(self.address, durability)
+        self._shards = shards
+        self._servers = (
+            {} if self.address.is_cluster else {self.address.location: StoreServer(self.address, durability)}
+        )
+        self._slots: list[StoreServer | None] = []
         self.up = asyncio.Event()
         self.up.set()
         self.cause: OrkiError = StoreUnavailable(f"{self.address.shown} was not reached yet")
@@ -63,7 +79,46 @@ class StoreConnection:
 
     async def open(self, *, starting: bool = True) -> None:
         """Open the connections anew, and check the server. Raises as `StoreServer.open`."""
-        await self._server.open([("DEL", FleetKeys.PROBE)], starting=starting)
+        if self.address.is_cluster:
+            await self._read_topology()
+        probes: dict[StoreServer, list[Command]] = {}
+        for base in (FleetKeys.BASE, *(ShardKeys(shard).base for shard in range(self._shards))):
+            probe = ("DEL", f"{base}probe")
+            probes.setdefault(self._server_of(probe), []).append(probe)
+        opened = (server.open(sent, starting=starting) for server, sent in probes.items())
+        for outcome in await asyncio.gather(*opened, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    async def _read_topology(self) -> None:
+        """Ask the nodes of the cluster which of them has each slot. The latest of their answers counts."""
+        seeds = {self.address.at(*seed).location: self.address.at(*seed) for seed in self.address.seeds}
+        seeds |= {server.address.location: server.address for server in self._servers.values()}
+        answers = await asyncio.gather(*map(topology, seeds.values()), return_exceptions=True)
+        known = [answer for answer in answers if not isinstance(answer, BaseException)]
+        if not known:
+            raise next(answer for answer in answers if isinstance(answer, BaseException))
+        self._slots = [None] * SLOTS
+        for low, high, address in max(known, key=lambda answer: answer.epoch).ranges:
+            server = self._servers.setdefault(address.location, StoreServer(address, self.durability))
+            self._slots[low : high + 1] = [server] * (high + 1 - low)
+        for location in [name for name, server in self._servers.items() if server not in self._slots]:
+            await self._servers.pop(location).close()
+
+    def _server_of(self, command: Command) -> StoreServer:
+        """Return the server that has the key of a command.
+
+        Raises:
+            StoreUnavailable: No node of the cluster has it.
+        """
+        if not self.address.is_cluster:
+            return self._servers[self.address.location]
+        # The key of a script follows its digest and the number of keys.
+        key = str(command[3] if command[0] in ("EVAL", "EVALSHA") else command[1])
+        server = self._slots[slot_of(key)] if self._slots else None
+        if server is None:
+            raise self.address.unavailable("no node of the cluster has this key's slot")
+        return server
 
     def on_recovery(self, check: Callable[[], Awaitable[None]]) -> None:
         """Run `check` each time that the server is back, before anything else uses it."""
@@ -110,21 +165,45 @@ class StoreConnection:
         """
         if not self.up.is_set():
             raise self.cause
-        try:
-            lane, replies = await self._server.operate(commands, bulk=bulk)
-        except OrkiError as error:
-            raise self.failed(error) from None
-        settle = partial(self._server.settle, lane)
-        return [Operated(reply, settle) for reply in replies]
+
+        async def send(server: StoreServer, sent: Sequence[Command]) -> list[Operated]:
+            try:
+                lane, replies = await server.operate(sent, bulk=bulk)
+            except OrkiError as error:
+                return [Operated(self.failed(error), _unsettled)] * len(sent)
+            settle = partial(server.settle, lane)
+            return [Operated(reply, settle) for reply in replies]
+
+        return await self._spread(commands, send)
 
     async def _send(self, commands: Sequence[Command], while_down: bool = False) -> list[Reply]:
         if not self.up.is_set() and not while_down:
             raise self.cause
-        try:
-            return await self._server.call(commands, may_open=while_down)
-        except OrkiError as error:
-            self.failed(error)
-            raise
+        if self.address.is_cluster and not self._slots:
+            await self._read_topology()
+
+        async def send(server: StoreServer, sent: Sequence[Command]) -> list[Reply]:
+            try:
+                return await server.call(sent, may_open=while_down)
+            except OrkiError as error:
+                return [self.failed(error)] * len(sent)
+
+        return await self._spread(commands, send)
+
+    async def _spread(
+        self, commands: Sequence[Command], send: Callable[[StoreServer, Sequence[Command]], Awaitable[list[R]]]
+    ) -> list[R]:
+        """Send each command to its server, and return the replies in the order of the commands."""
+        parts: dict[StoreServer, list[int]] = {}
+        for position, command in enumerate(commands):
+            parts.setdefault(self._server_of(command), []).append(position)
+        if len(parts) == 1:
+            return await send(next(iter(parts)), commands)
+        found: dict[int, R] = {}
+        sent = (send(server, [commands[each] for each in positions]) for server, positions in parts.items())
+        for positions, replies in zip(parts.values(), await asyncio.gather(*sent), strict=True):
+            found |= zip(positions, replies, strict=True)
+        return [found[position] for position in range(len(commands))]
 
     def failed(self, error: OrkiError) -> OrkiError:
         """Take the connection down if the error is due to the server's state. Returns the error."""
@@ -165,6 +244,11 @@ class StoreConnection:
             self._probe.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._probe
-        await self._server.close()
+        for server in self._servers.values():
+            await server.close()
         # Closed sockets leave the event loop in its next iteration.
         await asyncio.sleep(0)
+
+
+def _unsettled() -> asyncio.Future[None]:
+    raise AssertionError("a call that failed has nothing to settle")

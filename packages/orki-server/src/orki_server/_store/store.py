@@ -52,7 +52,7 @@ class Store:
             InvalidSetting: The URL is malformed.
         """
         self.shards = shards
-        self.connection = StoreConnection(url, durability=durability)
+        self.connection = StoreConnection(url, shards=shards, durability=durability)
         self._batcher = Batcher(self.connection, shard_script(retention), shards, caller)
         self._generation = b""
         self._secret = b""
