@@ -150,6 +150,16 @@ _LAWS: Final[tuple[tuple[str, str, str], ...]] = (
         "test_small_messages_overtake_a_transfer",
     ),
     ("Reassembly is bounded", "OPEN + Chunk → OPEN", "test_a_transfer_above_the_limit_is_refused"),
+    (
+        "A checkpoint is kept until it is stored",
+        "RUNNING + CheckpointAcknowledged → RUNNING; REPORTED + CheckpointAcknowledged → REPORTED",
+        "test_a_checkpoint_is_sent_again_until_it_is_stored",
+    ),
+    (
+        "A suspension is a result",
+        "RUNNING + Result → REPORTED",
+        "test_a_suspended_task_holds_no_slot_and_goes_on_with_its_answer",
+    ),
 )
 
 

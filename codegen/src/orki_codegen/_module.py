@@ -14,7 +14,7 @@ from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorP
 
 from orki_codegen._code import WIDTH, Call, Code, Raw, Sequence, expression, quote, width
 from orki_contract.descriptors import MessageNode, MethodNode, Schema, ServiceNode, field_path
-from orki_contract.model import FrameField, Group, Scalar, Stream, TaskMethod, ToolMethod
+from orki_contract.model import TASK_MESSAGES, FrameField, Group, Scalar, Stream, TaskMethod, ToolMethod
 from orki_contract.naming import class_name, constant_name, frame_class, module_path, reference, snake_name, unused
 from orki_contract.read import FileContract, ReadContract
 
@@ -54,7 +54,7 @@ class StreamConstant:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One task or tool: its constant and its method; `messages` are the progress and directive of a task."""
+    """One task or tool: its constant and its method; `messages` are the further messages of a task."""
 
     constant: str
     attribute: str
@@ -177,7 +177,7 @@ class _Builder:
         for method in contract.tasks + contract.tools:
             used |= {method.request, method.response}
         for task in contract.tasks:
-            used |= {task.progress, task.directive} - {""}
+            used |= {*task.messages}
         foreign = [name for name in used if self._file_of(name).name != path and "." not in self._local(name)]
         exports: dict[str, str] = {}
         for names in (own, foreign):
@@ -286,9 +286,14 @@ class _Builder:
             named.append(("opcode", Raw(f"0x{method.opcode:04X}")))
         named += [("request", Raw(request)), ("response", Raw(response))]
         if isinstance(method, TaskMethod):
-            messages = [Raw(self._payload(each) if each else "None") for each in (method.progress, method.directive)]
-            named += [("progress", messages[0])] * bool(method.progress)
-            named += [("directive", messages[1])] * bool(method.directive)
+            # The messages of a context; without a checkpoint and an answer these are bytes.
+            declared = {each: getattr(method, each) for each in TASK_MESSAGES}
+            named += [(each, Raw(self._payload(name))) for each, name in declared.items() if name]
+            shown = declared if method.checkpoint or method.answer else TASK_MESSAGES[:2]
+            default = {"checkpoint": "bytes", "answer": "bytes"}
+            messages = [
+                Raw(self._payload(declared[each]) if declared[each] else default.get(each, "None")) for each in shown
+            ]
         named += _settings(method, self.names.oc)
         kind = "Task" if isinstance(method, TaskMethod) else "Tool"
         positional = (Raw(quote(method.full_name)),)
@@ -389,7 +394,7 @@ def _rank(layout: FrameField | None, number: int) -> tuple[int, int, int]:
 
 def _settings(method: TaskMethod | ToolMethod, vocabulary: str) -> list[tuple[str, Code]]:
     """Return the settings of a method that differ from the defaults."""
-    skip = {"service", "name", "request", "response", "progress", "directive", "opcode"}
+    skip = {"service", "name", "request", "response", *TASK_MESSAGES, "opcode"}
     return [
         (field.name, expression(getattr(method, field.name), vocabulary))
         for field in fields(method)

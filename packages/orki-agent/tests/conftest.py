@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import signal
 import sys
 import time
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +31,7 @@ from orki_contract.trace import new_span
 from orki_control import session as s
 from orki_control.session import AttemptKey
 from orki_control.transport import abort, server_options
+from orki_server.embedded import EmbeddedServer
 
 PACKAGE = "agentwork.v1"
 FIELDS = {
@@ -36,6 +39,8 @@ FIELDS = {
     "WorkResponse": (("text", 9), ("blob", 12)),
     "WorkProgress": (("number", 13), ("blob", 12)),
     "WorkDirective": (("text", 9),),
+    "WorkCheckpoint": (("number", 13), ("blob", 12)),
+    "WorkAnswer": (("text", 9),),
 }
 
 
@@ -64,7 +69,13 @@ def work_image() -> bytes:
         method = file.service.add(name=service).method.add(
             name="Work", input_type=f".{PACKAGE}.WorkRequest", output_type=f".{PACKAGE}.WorkResponse"
         )
-        method.options.ParseFromString(options.SerializeToString())
+        if service == "WorkService":
+            method_options = type(options).FromString(options.SerializeToString())
+            method_options.Extensions[extension].checkpoint = "WorkCheckpoint"
+            method_options.Extensions[extension].answer = "WorkAnswer"
+        else:
+            method_options = options
+        method.options.ParseFromString(method_options.SerializeToString())
     return descriptor_pb2.FileDescriptorSet(file=[*needed, file]).SerializeToString(deterministic=True)
 
 
@@ -93,17 +104,18 @@ def make_work(image: bytes) -> SimpleNamespace:
         name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{PACKAGE}.{name}")) for name in FIELDS
     }
 
-    def task(service: str) -> Task[Any, Any, Any, Any]:
+    def task(service: str, **kept: Any) -> Task[Any, Any, Any, Any]:
         return Task.declare(
             f"{PACKAGE}.{service}/Work",
             request=messages["WorkRequest"],
             response=messages["WorkResponse"],
             progress=messages["WorkProgress"],
             directive=messages["WorkDirective"],
+            **kept,
         )
 
     class WorkServiceBase(AsyncTaskService):
-        TASKS = (task("WorkService"),)
+        TASKS = (task("WorkService", checkpoint=messages["WorkCheckpoint"], answer=messages["WorkAnswer"]),)
 
         @abstractmethod
         async def work(self, request: Any, ctx: Any) -> Any: ...
@@ -451,3 +463,40 @@ async def orchestrator() -> AsyncIterator[Orchestrator]:
 def mismatch() -> OrkiError:
     """What an orchestrator says to a contract that differs."""
     return ContractMismatch("service agentwork.v1.WorkService is live with another contract")
+
+
+class Served:
+    """An `orki serve` process."""
+
+    def __init__(self, process: asyncio.subprocess.Process, address: str) -> None:
+        self.process = process
+        self.address = address
+
+    async def end(self, number: signal.Signals) -> None:
+        if self.process.returncode is None:
+            self.process.send_signal(number)
+        await self.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[str]:
+    with EmbeddedServer() as server:
+        yield server.url
+
+
+@pytest.fixture
+async def serve(store: str, work_path: Path) -> AsyncIterator[Callable[..., Awaitable[Served]]]:
+    """Starts orchestrators on the store; ends what is left of them."""
+    started: list[Served] = []
+
+    async def start(*arguments: str, listen: str = "127.0.0.1:0", redis: str = store) -> Served:
+        command = (sys.executable, "-m", "orki_server", "serve", "--redis", redis, "--listen", listen, "--json")
+        process = await asyncio.create_subprocess_exec(*command, *arguments, stdout=asyncio.subprocess.PIPE)
+        assert process.stdout is not None
+        async with asyncio.timeout(30):
+            ready = json.loads(await process.stdout.readline())
+        started.append(Served(process, ready["address"]))
+        return started[-1]
+
+    yield start
+    await asyncio.gather(*(each.end(signal.SIGTERM) for each in started))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,46 +19,8 @@ from orki.control.v1.attempt_pb2 import TaskState
 from orki_agent import Agent
 from orki_contract.errors import InvalidSetting, UnknownMethod
 from orki_control import Client, ClientOptions, JitterOptions
-from orki_server.embedded import EmbeddedServer
 
 QUICK = JitterOptions(initial=0.05, maximum=0.2)
-
-
-class Served:
-    """An `orki serve` process."""
-
-    def __init__(self, process: asyncio.subprocess.Process, address: str) -> None:
-        self.process = process
-        self.address = address
-
-    async def end(self, number: signal.Signals) -> None:
-        if self.process.returncode is None:
-            self.process.send_signal(number)
-        await self.process.communicate()
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[str]:
-    with EmbeddedServer() as server:
-        yield server.url
-
-
-@pytest.fixture
-async def serve(store: str, work_path: Path) -> AsyncIterator[Callable[..., Awaitable[Served]]]:
-    """Starts orchestrators on the store; ends what is left of them."""
-    started: list[Served] = []
-
-    async def start(*arguments: str, listen: str = "127.0.0.1:0") -> Served:
-        command = (sys.executable, "-m", "orki_server", "serve", "--redis", store, "--listen", listen, "--json")
-        process = await asyncio.create_subprocess_exec(*command, *arguments, stdout=asyncio.subprocess.PIPE)
-        assert process.stdout is not None
-        async with asyncio.timeout(30):
-            ready = json.loads(await process.stdout.readline())
-        started.append(Served(process, ready["address"]))
-        return started[-1]
-
-    yield start
-    await asyncio.gather(*(each.end(signal.SIGTERM) for each in started))
 
 
 def service(work: SimpleNamespace, handler: Callable[[Any, Any], Any]) -> Any:

@@ -214,7 +214,7 @@ def test_an_orchestrator_that_breaks_a_law_causes_a_remote_error(
 
 
 @pytest.mark.parametrize(
-    "bad", [{"protocol": 3}, {"protocol": 0}, {"heartbeat_interval_ms": 0}, {"max_message_bytes": 1}]
+    "bad", [{"protocol": 4}, {"protocol": 0}, {"heartbeat_interval_ms": 0}, {"max_message_bytes": 1}]
 )
 def test_an_invalid_welcome_causes_a_remote_error(bad: dict[str, Any]) -> None:
     session = agent()

@@ -68,7 +68,7 @@ def from_agent(**body: Any) -> tuple[pb.AgentMessage]:
 
 
 WELCOME = pb.Welcome(
-    protocol=1, orchestrator_id="o", session_epoch=1, heartbeat_interval_ms=LONG, max_message_bytes=1 << 20
+    protocol=3, orchestrator_id="o", session_epoch=1, heartbeat_interval_ms=LONG, max_message_bytes=1 << 20
 )
 
 
@@ -122,6 +122,7 @@ AGENT_CALLS: dict[str, list[Callable[[s.AgentSession], Any]]] = {
             {"progress_acknowledged": pb.ProgressAcknowledged(attempt=KEY.ref())},
             {"progress_acknowledged": pb.ProgressAcknowledged(attempt=KEY.ref(), replay=True)},
             {"directive": pb.Directive(attempt=KEY.ref(), number=1)},
+            {"checkpoint_acknowledged": pb.CheckpointAcknowledged(attempt=KEY.ref())},
             {"chunk": pb.Chunk(transfer=1, attempt=KEY.ref(), total=2, data=b"a")},
             {"heartbeat_echo": pb.HeartbeatEcho(number=1)},
             {"result_acknowledged": pb.ResultAcknowledged(attempt=KEY.ref())},
@@ -134,6 +135,7 @@ AGENT_CALLS: dict[str, list[Callable[[s.AgentSession], Any]]] = {
     "accept": [lambda m: m.accept(KEY, 1.0)],
     "decline": [lambda m: m.decline(KEY, Draining("no"))],
     "progress": [lambda m: m.progress(KEY, b"p")],
+    "save_checkpoint": [lambda m: m.save_checkpoint(KEY, b"c")],
     "report": [lambda m: m.report(KEY, b"r", 1.0), lambda m: m.report(KEY, b"r", 1.0, still_running=True)],
     "release": [lambda m: m.release(KEY)],
     "drain": [lambda m: m.drain(1.0)],
@@ -178,6 +180,8 @@ ORCHESTRATOR_CALLS: dict[str, list[Callable[[s.OrchestratorSession], Any]]] = {
             {"result": pb.Result(attempt=NEXT.ref(), response=b"r")},
             {"progress": pb.Progress(attempt=KEY.ref(), index=2, missing=1)},
             {"directive_acknowledged": pb.DirectiveAcknowledged(attempt=KEY.ref(), number=1)},
+            {"checkpoint": pb.Checkpoint(attempt=KEY.ref(), number=1)},
+            {"checkpoint": pb.Checkpoint(attempt=KEY.ref(), number=1, payload=bytes(1 << 20))},
             {"chunk": pb.Chunk(transfer=1, attempt=KEY.ref(), total=2, data=b"a")},
             {"chunk": pb.Chunk(transfer=1, attempt=KEY.ref(), total=1 << 40, data=b"a")},
             {"cancel_acknowledged": pb.CancelAcknowledged(attempt=KEY.ref())},
@@ -195,6 +199,7 @@ ORCHESTRATOR_CALLS: dict[str, list[Callable[[s.OrchestratorSession], Any]]] = {
     "acknowledge": [lambda m: m.acknowledge(KEY)],
     "acknowledge_progress": [lambda m: m.acknowledge_progress(KEY, 1)],
     "replay_progress": [lambda m: m.replay_progress(KEY), lambda m: m.replay_progress(KEY, 3)],
+    "acknowledge_checkpoint": [lambda m: m.acknowledge_checkpoint(KEY, 1)],
     "refuse": [lambda m: m.refuse(KEY, StaleFence("no"))],
     "echo": [lambda m: m.echo(1)],
     "drain": [lambda m: m.drain(1)],

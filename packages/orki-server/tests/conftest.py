@@ -206,6 +206,11 @@ class StandIn:
         """Break the stream."""
         self._call.cancel()
 
+    async def move(self, target: str) -> None:
+        """Connect to another orchestrator."""
+        self.target = target
+        self._call.cancel()
+
     def say(self) -> None:
         """The machine has messages to send."""
         self._writable.set()
@@ -223,9 +228,14 @@ class StandIn:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _live(self) -> None:
-        channel = open_channel(self.target, credentials=self.credentials)
+        target = self.target
+        channel = open_channel(target, credentials=self.credentials)
         try:
             while self.closed is None:
+                if target != self.target:
+                    await channel.close()
+                    target = self.target
+                    channel = open_channel(target, credentials=self.credentials)
                 try:
                     if asyncio.current_task().cancelling():  # type: ignore[union-attr]
                         return

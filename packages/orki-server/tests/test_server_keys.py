@@ -18,7 +18,7 @@ SHARD = ShardKeys(7)
 TASK = "t7-01jcabcdefghjkmnpqrstvwxyz"
 LUA = "\n".join(
     (files("orki_server._store") / "lua" / f"{name}.lua").read_text(encoding="utf-8")
-    for name in ("placement", "batch", "life", "operations", "pause", "wake", "dispatch")
+    for name in ("placement", "batch", "life", "pause", "wake", "operations", "suspension", "dispatch")
 )
 
 
@@ -32,6 +32,7 @@ LUA = "\n".join(
         (SHARD.outbox, "orki:{oN}:outbox"),
         (SHARD.fence, "orki:{oN}:fence"),
         (f"{SHARD.base}clock", "orki:{oN}:clock"),
+        (SHARD.mail("o1"), "orki:{oN}:mail:ORCHESTRATOR"),
         (f"{SHARD.base}damaged", "orki:{oN}:damaged"),
         (FleetKeys.LAYOUT, "orki:{of}:layout"),
         (FleetKeys.AGENTS, "orki:{of}:agents"),
@@ -66,15 +67,23 @@ def test_the_scripts_use_the_names_of_the_table() -> None:
 def test_the_scripts_use_the_fields_of_the_table() -> None:
     used = set(re.findall(r"\b(?:task|other|known)\.(\w+)", LUA))
     used -= {"id", "text", "next_text", "fields", "staged_fields", "touched", "dirty", "shown", "span", "span_of"}
-    used -= {"spec", "request", "placement", "place"}
+    used -= {"spec", "request", "placement", "place", "more_text"}
     assert used | set(TIMERS) == {*keys.STATE_FIELDS, *keys.SPEC_FIELDS}
     assert set(TIMERS) == {name for name in keys.NUMBERS if name.endswith("_due")}
     # Fields of the hash itself.
     found = re.findall(r"TASK \.\. [\w.]+, '(\w+)'|set\(task, '(\w+)'", LUA)
     used = {name for names in found for name in names if name}
     assert used | {"spec"} == set(keys.TASK_FIELDS)
-    assert set(keys.SNAPSHOT) == set(keys.TASK_FIELDS) - {"request"}
+    assert set(keys.SNAPSHOT) == set(keys.TASK_FIELDS) - {"request", "checkpoint", "answer"}
     assert set(keys.NUMBERS) <= {*keys.STATE_FIELDS, *keys.SPEC_FIELDS}
+
+
+def test_the_scripts_use_the_named_values_of_the_table() -> None:
+    changed = re.findall(r"remember\(task, \{(.*?)\}\)", LUA, flags=re.S)
+    assert set(re.findall(r"(\w+) = ", "\n".join(changed))) == set(keys.MORE_FIELDS)
+    assert set(re.findall(r"\b(?:more\(task\)|values)\.(\w+)", LUA)) <= set(keys.MORE_FIELDS)
+    assert keys.unpack_more(b"suspension=2\x1fquestion=a=b?") == {"suspension": "2", "question": "a=b?"}
+    assert keys.unpack_more(b"") == {}
 
 
 def test_packed_fields_are_read_as_they_were_written() -> None:
@@ -104,6 +113,7 @@ def test_the_page_shows_the_tables_and_the_life_of_a_task() -> None:
     page = PAGE.read_text(encoding="utf-8")
     rows = [f"| `{row.pattern}` | {row.kind} | {row.holds} | {row.writer} | {row.ends} |" for row in keys.TABLE]
     assert "\n".join(["| Key | Kind | Content | Written by | Removed |", "|---|---|---|---|---|", *rows, ""]) in page
-    for fields in (keys.TASK_FIELDS, keys.STATE_FIELDS, keys.SPEC_FIELDS, keys.PLACEMENT_FIELDS, keys.RECORD_FIELDS):
+    tables = (keys.TASK_FIELDS, keys.MORE_FIELDS, keys.STATE_FIELDS, keys.SPEC_FIELDS, keys.PLACEMENT_FIELDS)
+    for fields in (*tables, keys.RECORD_FIELDS, keys.MAIL_FIELDS):
         rows = [f"| `{name}` | {holds} |" for name, holds in fields.items()]
         assert "\n".join(["| Field | Content |", "|---|---|", *rows, ""]) in page

@@ -15,7 +15,7 @@ from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import new_span
 from orki_control.session import AttemptKey
 from orki_server._keys import SPEC_FIELDS, STATE_FIELDS, ShardKeys, pack, unpack
-from orki_server._store import lifecycle, operations
+from orki_server._store import lifecycle, operations, suspension
 from orki_server._store.batcher import shard_script
 from orki_server._store.lifecycle import TASK_LIFE, TIMERS, VISIBLE, Life
 from orki_server._store.operations import Operation, Recipient, new_task_id
@@ -103,6 +103,7 @@ class Subject:
         steps[Life.RUNNING] = running
         steps[Life.WAITING] = [*running, lambda: self.fail(True)]
         steps[Life.FAILED] = [*running, lambda: self.fail(False)]
+        steps[Life.SUSPENDED] = [*running, lambda: self.apply(suspension.suspend(self.agent, self.attempt, "why?", 0))]
         steps[Life.CANCELLING] = [*running, self.cancel]
         steps[Life.SUCCEEDED] = [*running, lambda: self.apply(operations.succeed(self.agent, self.attempt, b""))]
         for step in steps[state]:
@@ -131,6 +132,9 @@ class Subject:
                 operations.decline(agent, key, Reason.REASON_DRAINING, "", False)
             ),
             lifecycle.Progressed: lambda: self.apply(operations.report_progress(agent, key, 10, 1, b"p")),
+            lifecycle.Checkpointed: lambda: self.apply(suspension.save_checkpoint(agent, key, 1, b"c")),
+            lifecycle.AttemptSuspended: lambda: self.apply(suspension.suspend(agent, key, "why?", 0)),
+            lifecycle.Answered: lambda: self.apply(suspension.answer(self.task_id, 0, b"a", "t")),
             lifecycle.Renewed: lambda: self.apply(operations.renew(0, agent, (key,))),
             lifecycle.Directed: lambda: self.apply(operations.direct(key, 1, "t")),
             lifecycle.AttemptSucceeded: lambda: self.apply(operations.succeed(agent, key, b"r")),

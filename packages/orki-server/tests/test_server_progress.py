@@ -19,13 +19,13 @@ from orki_contract.trace import new_span
 from orki_control import Client
 from orki_control.session import ArrivedOffer, AttemptKey
 from orki_server import _sessions
+from orki_server._gaps import GapFinder
 from orki_server._keys import ShardKeys
 from orki_server._orchestrator import Orchestrator
 from orki_server._settings import OrchestratorOptions
 from orki_server._store import operations
 from orki_server._store.replies import ReportStatus, StoredProgress
 from orki_server._store.store import Store
-from orki_server._tasks import GapFinder
 from orki_server.embedded import EmbeddedOptions, EmbeddedServer
 
 SERVICE = "servertests.v1.WorkService"

@@ -23,7 +23,7 @@ from orki_server._store.operations import (
     shard_of,
     submission_digest,
 )
-from orki_server._store.replies import ReportStatus, TaskView
+from orki_server._store.replies import Renewed, ReportStatus, TaskView
 from orki_server._store.store import Store, read_layout
 from orki_server._store.tasks import TaskFilter, list_tasks
 
@@ -151,7 +151,7 @@ async def test_reports_of_other_agents_and_old_fences_change_nothing(store: Stor
         answers = await asyncio.gather(*(store.apply(report) for report in reports))
         assert {answer.status for answer in answers} == {ReportStatus.STALE}
         assert {answer.state for answer in answers} == {TaskState.TASK_STATE_UNSPECIFIED}
-        assert await store.apply(operations.renew(SHARD, agent, (key,))) == [key]
+        assert await store.apply(operations.renew(SHARD, agent, (key,))) == Renewed((key,))
         assert await store.apply(operations.resume(SHARD, agent, (key,))) == []
     assert await look(store, attempt.task_id) == before
 
@@ -360,7 +360,7 @@ async def test_a_lease_is_renewed_by_heartbeats_and_by_resuming(store: Store) ->
     attempt = await started(store, method=method)
     for _ in range(4):
         await asyncio.sleep(0.15)
-        assert await store.apply(operations.renew(SHARD, "a1", (attempt,))) == []
+        assert await store.apply(operations.renew(SHARD, "a1", (attempt,))) == Renewed()
         assert (await store.apply(operations.sweep(SHARD, 10))).expired == ()
     (kept,) = await store.apply(operations.resume(SHARD, "a1", (attempt,)))
     assert (kept.attempt, kept.state) == (attempt, TaskState.TASK_STATE_RUNNING)

@@ -20,6 +20,7 @@ from orki_events.connection import Script
 from orki_server._store import operations
 from orki_server._store.batcher import shard_script
 from orki_server._store.operations import Recipient, Swept, new_task_id
+from orki_server._store.replies import Renewed
 from orki_server._store.store import Store
 
 METHOD = TaskMethod(
@@ -127,7 +128,7 @@ async def test_a_step_of_the_server_s_clock_expires_no_lease(world: World, step:
     attempt = await running(store)
 
     async def renew() -> None:
-        assert await store.apply(operations.renew(0, "a1", (attempt,))) == []
+        assert await store.apply(operations.renew(0, "a1", (attempt,))) == Renewed()
 
     await world.run(2, renew)
     world.step(step)
@@ -193,9 +194,9 @@ async def test_the_agent_of_a_stopped_orchestrator_goes_on_when_it_continues(wor
     # Its first batch may be a sweep, before it reads the agent's heartbeats.
     assert await world.run(0.5) == []
     for _ in range(2):
-        assert await stopped.apply(operations.renew(0, "a1", (attempt,))) == []
+        assert await stopped.apply(operations.renew(0, "a1", (attempt,))) == Renewed()
         assert await world.run(1) == []
-    assert await stopped.apply(operations.renew(0, "a1", (attempt,))) == []
+    assert await stopped.apply(operations.renew(0, "a1", (attempt,))) == Renewed()
     assert await world.run(4.5) == []
     ((expired,),) = [each.expired for each in await world.run(2)]
     assert expired.reason == Reason.REASON_LEASE_EXPIRED
@@ -210,7 +211,7 @@ async def test_a_renewal_that_is_read_late_does_not_charge_the_attempt(world: Wo
     await world.run(6)
     world.stopped.clear()
     await world.run(0.5)
-    assert await stopped.apply(operations.renew(0, "a1", (attempt,))) == []
+    assert await stopped.apply(operations.renew(0, "a1", (attempt,))) == Renewed()
     expired, *_ = [each for swept in await world.run(30) for each in swept.expired]
     assert expired.kind == "attempt"
     assert (await task_of(alive, attempt)).state == TaskState.TASK_STATE_QUEUED

@@ -21,6 +21,7 @@ from orki_server._events import Outbox
 from orki_server._keys import STATE_FIELDS, ShardKeys, pack, unpack
 from orki_server._store import operations
 from orki_server._store.batcher import shard_script
+from orki_server._store.mail import Mail, MailKind, post, queue_lengths, read_mail
 from orki_server._store.operations import OfferedAttempt, Operation, Recipient, new_task_id
 from orki_server._store.replies import ReportStatus
 from orki_server._store.store import Store
@@ -123,6 +124,28 @@ async def waiting(store: Store) -> AttemptKey:
     return attempt
 
 
+async def elsewhere(store: Store) -> AttemptKey:
+    """The agent has its session at another orchestrator."""
+    await queued(store)
+    other = Store(store.connection.address.url, shards=store.shards, caller="o2")
+    await other.open()
+    attempt = (await take(other))[0].attempt
+    await other.apply(operations.accept("a1", attempt))
+    await other.close()
+    return attempt
+
+
+async def mailed(store: Store) -> AttemptKey:
+    """This orchestrator has mail."""
+    attempt = await running(store)
+    other = Store(store.connection.address.url, shards=store.shards, caller="test")
+    await other.open()
+    await other.apply(operations.sweep(0, 0))
+    await other.close()
+    await store.apply(post("test", Mail(kind=MailKind.CANCEL, attempt=attempt, agent_id="a1")))
+    return attempt
+
+
 TIMER = {offered: "offer_due", running: "lease_due", cancelling: "lease_due", ended: "forget_due", waiting: "retry_due"}
 CASES: list[tuple[Callable[[Store], Awaitable[AttemptKey]], Callable[[AttemptKey], Operation[Any]]]] = [
     (nothing, lambda key: submit()),
@@ -147,6 +170,10 @@ CASES: list[tuple[Callable[[Store], Awaitable[AttemptKey]], Callable[[AttemptKey
     (queued, lambda key: operations.offer(0, 60.0, (Recipient("a2", "i2", 3, (METHOD.full_name,)),))),
     (running, lambda key: operations.raise_epoch(0, key.fence + 1)),
     *((prepare, lambda key: operations.sweep(0, 10)) for prepare in TIMER),
+    (elsewhere, lambda key: operations.cancel(key.task_id, "m", "t")),
+    (elsewhere, lambda key: post("o2", Mail(kind=MailKind.DIRECT, attempt=key, agent_id="a1", payload=b"p"))),
+    (mailed, lambda key: read_mail(0)),
+    (queued, lambda key: queue_lengths(0, [METHOD.full_name])),
 ]
 IDS = [f"{prepare.__name__}-{build(ATTEMPT).op}-{number}" for number, (prepare, build) in enumerate(CASES)]
 
@@ -196,7 +223,7 @@ async def test_an_operation_that_fails_at_any_command_changes_nothing_or_is_comp
     reply, total = apply(0)
     assert reply[:1] != [b"error"]
     complete = content(redis)
-    if operation.op not in ("read", "renew"):
+    if operation.op not in ("read", "renew", "queue_lengths"):
         assert complete != unchanged
     for number in range(1, total + 1):
         reply, _ = apply(number)
@@ -281,7 +308,7 @@ async def test_a_damaged_task_is_a_typed_error_and_others_go_on(
     assert [type(each) for each in results[:-1]] == [DamagedRecord] * len(reports)
     assert results[-1].task.task_id == good[0]  # type: ignore[union-attr]
     assert store.damaged == len(reports)
-    assert await store.apply(operations.renew(0, "a1", (AttemptKey(bad, 1, 1),))) == [AttemptKey(bad, 1, 1)]
+    assert (await store.apply(operations.renew(0, "a1", (AttemptKey(bad, 1, 1),)))).stale == (AttemptKey(bad, 1, 1),)
     listed, _ = await list_tasks(store, TaskFilter(), 10, "")
     assert {task.task_id for task in listed} == {bad, *good}
     (shown,) = [task for task in listed if task.task_id == bad]

@@ -349,9 +349,9 @@ class StoreLaws(RuleBasedStateMachine):
     @rule(held=attempts, stranger=STRANGER)
     def renew(self, held: Held, stranger: bool) -> None:
         key, agent = named(held, stranger)
-        stale = self.apply(operations.renew(shard_of(key.task_id), agent, (key,)))
+        stale = self.apply(operations.renew(shard_of(key.task_id), agent, (key,))).stale
         model = self.models.get(key.task_id)
-        assert stale == ([] if model is not None and model.holds(agent, key) else [key])
+        assert stale == (() if model is not None and model.holds(agent, key) else (key,))
 
     @rule(held=attempts, stranger=STRANGER)
     def come_back(self, held: Held, stranger: bool) -> None:

@@ -24,10 +24,11 @@ from google.protobuf.message import Message
 
 from orki_agent._handlers import SyncExecution
 from orki_agent._outcomes import name_of, text_of
-from orki_agent._services import Handler, Offered, find_handlers
+from orki_agent._services import Handler, Offered, OnStored, find_handlers
 from orki_agent._settings import ToolsAt
 from orki_agent._tools import ToolAccess
 from orki_contract import EventStream, SyncToolChannel
+from orki_contract.errors import OrkiError
 from orki_contract.trace import Span
 from orki_control.session import AttemptKey, Outcome
 
@@ -182,6 +183,19 @@ class Child:
     def send_progress(self, attempt: AttemptKey, payload: bytes) -> None:
         """Queue progress."""
         self.send("cast", "send_progress", (attempt, payload))
+
+    def save_checkpoint(self, attempt: AttemptKey, payload: bytes, on_stored: OnStored) -> None:
+        """Send a checkpoint, and block until it is stored."""
+        try:
+            self.store_checkpoint(attempt, payload)
+        except OrkiError as error:
+            on_stored(error)
+        else:
+            on_stored(None)
+
+    def store_checkpoint(self, attempt: AttemptKey, payload: bytes) -> None:
+        """Send a checkpoint, and block until it is stored."""
+        self._call("store_checkpoint", attempt, payload)
 
     def collect(self, stream: EventStream[E, Any], event: E, span: Span) -> None:
         """Publish soon."""

@@ -8,210 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import logging
 import queue
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, ClassVar, Final, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from google.protobuf.message import Message
 
-from orki.control.v1.attempt_pb2 import Failure
-from orki.events.v1.usage_orki import USAGE
-from orki.events.v1.usage_pb2 import UsageEvent
-from orki_agent._outcomes import decode, log_error, name_of, outcome_of_error, outcome_of_response, text_of
-from orki_agent._services import CURRENT_ATTEMPT, AgentServices, Handler, Offered, place_of
+from orki_agent._checkpoints import checkpoint_payload, suspending
+from orki_agent._execution import Credits, Execution, HandlerContext
+from orki_agent._outcomes import decode, text_of
+from orki_agent._services import CURRENT_ATTEMPT, AgentServices, Handler, Offered
 from orki_agent._threads import Mailbox
 from orki_agent.hotpath._thread_pool import ThreadPool
 from orki_contract import EventStream, SyncToolChannel, TaskChannel, ToolChannel
-from orki_contract.errors import Cancelled, HandlerFailed, InvalidArgument, TooLarge
-from orki_contract.trace import Span, use_span
-from orki_control.session import DEFAULT_PROGRESS_BYTES, AttemptKey, Outcome
+from orki_contract.errors import Cancelled, HandlerFailed, OrkiError
+from orki_contract.trace import use_span
+from orki_control.session import Outcome
 
 C = TypeVar("C")
 E = TypeVar("E", bound=Message)
-
-_log = logging.getLogger("orki.agent")
-
-_MOST_TOKENS: Final = 2**64 - 1
-
-
-class Execution(ABC):
-    """A running handler. The I/O thread calls `cancel`, `direct` and `grant`, also while user code blocks.
-
-    Attributes:
-        offered: The input of the handler.
-        handler: The handler.
-        agent: The agent, for the handler's context.
-        cancelled: Whether the attempt was cancelled.
-        ended: Whether the handler has returned or raised.
-        ends_within: Seconds after `stop` in which a handler ends, if it does.
-    """
-
-    ends_within: ClassVar[float] = 0.25
-
-    def __init__(
-        self, offered: Offered, handler: Handler, agent: AgentServices, on_end: Callable[[Outcome], None]
-    ) -> None:
-        self.offered = offered
-        self.handler = handler
-        self.agent = agent
-        self.cancelled = False
-        self.ended = False
-        self._on_end = on_end
-
-    @abstractmethod
-    def start(self) -> None:
-        """Start the handler."""
-
-    @abstractmethod
-    def cancel(self) -> None:
-        """Cancel the handler. A repeated call cancels again where that is possible."""
-
-    def stop(self) -> None:
-        """End a handler that does not end after its cancel, as far as that is possible."""
-        self.cancel()
-
-    @abstractmethod
-    def direct(self, payload: bytes) -> None:
-        """Deliver a directive."""
-
-    @abstractmethod
-    def grant(self, count: int, size: int) -> None:
-        """Return credits for progress that was stored: its number and its payload bytes."""
-
-    def finish(self, response: object, error: BaseException | None) -> None:
-        """Take the handler's response or exception. Call it once, in the handler's thread or loop."""
-        self.ended = True
-        if error is None:
-            outcome = outcome_of_response(self.handler, response)
-        else:
-            outcome = outcome_of_error(error, cancelled=self.cancelled)
-        try:
-            self._log_end(outcome, error)
-        finally:
-            self._on_end(outcome)
-
-    def _log_end(self, outcome: Outcome, error: BaseException | None) -> None:
-        # Only the log carries the traceback, and the place of a handler that returned something else.
-        what = f"{self.offered.attempt} of {self.handler.name}"
-        if error is None:
-            if isinstance(outcome, Failure):
-                _log.warning("%s failed: %s (%s)", what, outcome.message, place_of(self.handler.call))
-        elif self.cancelled:
-            _log.info("%s ended after its cancel: %s: %s", what, name_of(type(error)), text_of(error))
-        else:
-            log_error(_log, logging.WARNING, f"{what} failed", error)
-
-
-class Credits:
-    """The progress that a handler may send before some of it is stored, in count and payload bytes."""
-
-    __slots__ = ("_count", "_size", "_window")
-
-    def __init__(self, window: int, size: int = DEFAULT_PROGRESS_BYTES) -> None:
-        self._window = window
-        self._count = window
-        self._size = size
-
-    def take(self, size: int) -> bool:
-        """Take the credits for one delta, if there are enough. A delta that is too large is sent alone."""
-        if not self._count or (size > self._size and self._count < self._window):
-            return False
-        self._count -= 1
-        self._size -= size
-        return True
-
-    def give(self, count: int, size: int) -> None:
-        """Return credits."""
-        self._count += count
-        self._size += size
-
-
-class HandlerContext:
-    """The common part of async and sync contexts; see `orki_contract.TaskContext`."""
-
-    __slots__ = ("_execution",)
-
-    def __init__(self, execution: Execution) -> None:
-        self._execution = execution
-
-    @property
-    def task_id(self) -> str:
-        """The task id."""
-        return self._execution.offered.attempt.task_id
-
-    @property
-    def attempt(self) -> int:
-        """Number of the attempt, from 1."""
-        return self._execution.offered.attempt.attempt
-
-    @property
-    def fence(self) -> int:
-        """Number that rises with every attempt. Pass it to downstream stores, so that they refuse older writers."""
-        return self._execution.offered.attempt.fence
-
-    @property
-    def span(self) -> Span:
-        """The attempt's span."""
-        return self._execution.offered.span
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the attempt was cancelled."""
-        return self._execution.cancelled
-
-    def usage(
-        self,
-        *,
-        model: str,
-        input_tokens: int,
-        output_tokens: int,
-        provider: str = "",
-        cached_tokens: int = 0,
-        cost_micros: int = 0,
-    ) -> None:
-        """Record the use of a language model, with its cost in millionths of a US dollar. Never blocks on I/O.
-
-        Raises:
-            InvalidArgument: `model` is empty, or a number is negative or not an integer.
-        """
-        if not model:
-            raise InvalidArgument("usage: model is empty; name the model that was used")
-        counts = {
-            "input_tokens": input_tokens,
-            "output_tokens": output_tokens,
-            "cached_tokens": cached_tokens,
-            "cost_micros": cost_micros,
-        }
-        for name, value in counts.items():
-            known: object = value
-            if isinstance(known, bool) or not isinstance(known, int) or not 0 <= known <= _MOST_TOKENS:
-                raise InvalidArgument(f"usage: {name} is {value!r}; it must be an integer of at least 0")
-        attempt = self._execution.offered.attempt
-        event = UsageEvent(
-            agent_id=self._execution.agent.agent_id,
-            task_id=attempt.task_id,
-            attempt=attempt.attempt,
-            provider=provider,
-            model=model,
-            **counts,
-        )
-        self._execution.agent.collect(USAGE, event, self.span)
-
-    def _progress_payload(self, delta: Any) -> tuple[AttemptKey, bytes]:
-        execution = self._execution
-        expected = execution.handler.task.progress
-        name = execution.handler.name
-        if not isinstance(delta, expected) or not isinstance(delta, Message):
-            declared = expected.__name__ if issubclass(expected, Message) else "no progress"
-            raise InvalidArgument(f"{name} declares {declared} as its progress, not {type(delta).__name__}")
-        payload = delta.SerializeToString()
-        most = execution.agent.max_payload_bytes
-        if len(payload) > most:
-            raise TooLarge(f"{name}: a progress message has {len(payload)} bytes; the orchestrator accepts {most}")
-        return execution.offered.attempt, payload
 
 
 class AsyncExecution(Execution):
@@ -251,6 +67,17 @@ class AsyncExecution(Execution):
 
     def grant(self, count: int, size: int) -> None:
         self._user.post(self._granted, count, size)
+
+    async def stored(self, payload: bytes) -> OrkiError | None:
+        """Send a checkpoint and wait until it is stored, or for why it is not."""
+        done: asyncio.Future[OrkiError | None] = asyncio.get_running_loop().create_future()
+
+        def settle(error: OrkiError | None) -> None:
+            if not done.done():
+                done.set_result(error)
+
+        self.agent.save_checkpoint(self.offered.attempt, payload, lambda error: self._user.post(settle, error))
+        return await done
 
     # --- On the user's loop. ---
 
@@ -313,6 +140,35 @@ class AsyncHandlerContext(HandlerContext):
             execution.credit_returned.clear()
             await execution.credit_returned.wait()
         execution.agent.send_progress(attempt, payload)
+
+    async def save_checkpoint(self, checkpoint: Any) -> None:
+        """Save a checkpoint for the next attempt, in place of the last one. Returns after it is stored.
+
+        Raises:
+            InvalidArgument: It is not the method's checkpoint message; bytes if the method declares none.
+            TooLarge: It is larger than 192 KiB.
+            StoreFull: The orchestrator's store is out of memory.
+            StaleFence: The agent no longer holds the attempt.
+            ProtocolVersion: The orchestrator stores no checkpoints.
+        """
+        execution = self._execution
+        payload = checkpoint_payload(execution.handler, checkpoint)
+        stored = await execution.stored(payload)
+        if stored is not None:
+            raise stored
+        execution.checkpoint = payload
+
+    async def suspend(self, question: str = "", *, deadline: float | None = None) -> NoReturn:
+        """End this attempt until the task is answered. It raises an exception, which must not be caught.
+
+        Args:
+            question: What is asked, for people; at most 4,000 characters.
+            deadline: Seconds after which the task goes on without an answer; None for no limit.
+
+        Raises:
+            InvalidArgument: The question is too long, or the deadline is not positive.
+        """
+        raise suspending(question, deadline)
 
     async def directives(self) -> AsyncIterator[Any]:
         """Yield directives as they arrive, until the attempt ends."""
@@ -382,6 +238,27 @@ class SyncExecution(Execution):
             self._credits.give(count, size)
             self._changed.notify_all()
 
+    def stored(self, payload: bytes) -> OrkiError | None:
+        """Send a checkpoint and wait until it is stored, or for why it is not.
+
+        Raises:
+            Cancelled: The attempt was cancelled meanwhile.
+        """
+        outcomes: list[OrkiError | None] = []
+
+        def settle(error: OrkiError | None) -> None:
+            with self._changed:
+                outcomes.append(error)
+                self._changed.notify_all()
+
+        self.agent.save_checkpoint(self.offered.attempt, payload, settle)
+        with self._changed:
+            while not outcomes:
+                if self.cancelled:
+                    raise Cancelled(f"{self.offered.attempt} was cancelled")
+                self._changed.wait()
+        return outcomes[0]
+
     def take_credit(self, size: int) -> None:
         """Wait until a delta of this size may be sent.
 
@@ -428,6 +305,36 @@ class SyncHandlerContext(HandlerContext):
         attempt, payload = self._progress_payload(delta)
         self._execution.take_credit(len(payload))
         self._execution.agent.send_progress(attempt, payload)
+
+    def save_checkpoint(self, checkpoint: Any) -> None:
+        """Save a checkpoint for the next attempt, in place of the last one. Returns after it is stored.
+
+        Raises:
+            InvalidArgument: It is not the method's checkpoint message; bytes if the method declares none.
+            TooLarge: It is larger than 192 KiB.
+            StoreFull: The orchestrator's store is out of memory.
+            StaleFence: The agent no longer holds the attempt.
+            ProtocolVersion: The orchestrator stores no checkpoints.
+            Cancelled: The attempt was cancelled during the wait.
+        """
+        execution = self._execution
+        payload = checkpoint_payload(execution.handler, checkpoint)
+        stored = execution.stored(payload)
+        if stored is not None:
+            raise stored
+        execution.checkpoint = payload
+
+    def suspend(self, question: str = "", *, deadline: float | None = None) -> NoReturn:
+        """End this attempt until the task is answered. It raises an exception, which must not be caught.
+
+        Args:
+            question: What is asked, for people; at most 4,000 characters.
+            deadline: Seconds after which the task goes on without an answer; None for no limit.
+
+        Raises:
+            InvalidArgument: The question is too long, or the deadline is not positive.
+        """
+        raise suspending(question, deadline)
 
     def directives(self) -> Iterator[Any]:
         """Yield directives as they arrive, until the attempt ends or is cancelled."""

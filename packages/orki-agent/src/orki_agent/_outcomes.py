@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError, Message
 
 from orki.control.v1.attempt_pb2 import Failure
 from orki.control.v1.session_pb2 import CancelledOutcome
+from orki_agent._checkpoints import Suspending
 from orki_agent._services import Handler
 from orki_contract.errors import Cancelled, HandlerRejected, InvalidArgument, OrkiError, Reason
 from orki_control.session import Outcome
@@ -68,6 +69,8 @@ def outcome_of_error(error: BaseException, *, cancelled: bool) -> Outcome:
         cancelled: Whether the attempt was cancelled before; then a cancellation error confirms the cancel.
     """
     kind = type(error)
+    if (suspending := _suspending(error)) is not None:
+        return suspending.outcome
     if cancelled and issubclass(kind, asyncio.CancelledError | Cancelled):
         return CancelledOutcome(reason=Reason.REASON_CANCELLED)
     reason = Reason.REASON_HANDLER_FAILED
@@ -76,6 +79,16 @@ def outcome_of_error(error: BaseException, *, cancelled: bool) -> Outcome:
     elif issubclass(kind, Undecodable):
         reason = Reason.REASON_INVALID_ARGUMENT
     return Failure(reason=reason, message=text_of(error), error_type=bounded(name_of(kind), _TYPE_CHARACTERS))
+
+
+def _suspending(error: BaseException) -> Suspending | None:
+    """Return the suspension that a handler raised, also inside a task group."""
+    if issubclass(type(error), Suspending):
+        assert isinstance(error, Suspending)
+        return error
+    if type(error) is BaseExceptionGroup and (found := error.subgroup(Suspending)) is not None:
+        return _suspending(found.exceptions[0])
+    return None
 
 
 def text_of(error: BaseException) -> str:

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from orki.control.v1.attempt_pb2 import Failure
 from orki.control.v1.session_pb2 import CancelledOutcome
-from orki_agent._handlers import AsyncExecution, Execution, SyncExecution
-from orki_agent._services import AgentServices, Handler, Offered
+from orki_agent._checkpoints import CheckpointWaits, not_held
+from orki_agent._execution import Execution
+from orki_agent._handlers import AsyncExecution, SyncExecution
+from orki_agent._services import AgentServices, Handler, Offered, OnStored
 from orki_agent._subprocess import ChildPool, ProcessExecution
 from orki_agent._threads import Mailbox
 from orki_agent.hotpath._thread_pool import ThreadPool
@@ -74,6 +76,7 @@ class Runner:
         self._running: dict[AttemptKey, _Running] = {}
         self._handler_ended = asyncio.Event()
         self._unstored: dict[AttemptKey, tuple[int, int]] = {}
+        self._checkpoints = CheckpointWaits(machine)
 
     async def idle(self) -> None:
         """Wait until no handler runs."""
@@ -103,6 +106,9 @@ class Runner:
                         self._revoke(attempt, "its lease could not be renewed")
                 case session.ProgressAcknowledged():
                     self.grant()
+                case session.CheckpointsStored(checkpoints):
+                    for checkpoint in checkpoints:
+                        self._checkpoints.stored(checkpoint)
                 case session.ResultsAcknowledged():
                     pass
                 case _:
@@ -118,7 +124,14 @@ class Runner:
                 self._machine.decline(attempt, error)
                 continue
             parent = parse_traceparent(traceparent)
-            offered = Offered(attempt, offer.request, parent.child() if parent else new_span())
+            offered = Offered(
+                attempt,
+                offer.request,
+                parent.child() if parent else new_span(),
+                offer.checkpoint if offer.HasField("checkpoint") else None,
+                offer.answer if offer.HasField("answer") else None,
+                offer.answer_overdue,
+            )
             running = _Running(self._execution(offered, handler))
             if not self._machine.accept(attempt, loop.time()):
                 continue
@@ -161,6 +174,7 @@ class Runner:
             return
         _log.warning("%s is stopped: %s", attempt, why)
         running.left_behind = True
+        self._checkpoints.give_up(attempt)
         running.execution.cancel()
         grace = running.execution.handler.task.contract.cancel_grace
         running.timers.append(asyncio.get_running_loop().call_later(grace, running.execution.stop))
@@ -186,7 +200,18 @@ class Runner:
             self._children.close()
         return self._pool.close(timeout)
 
-    # --- Progress. ---
+    # --- Progress and checkpoints. ---
+
+    def save_checkpoint(self, attempt: AttemptKey, payload: bytes, on_stored: OnStored) -> None:
+        """Send a checkpoint of a handler; call it from any thread."""
+        self._io.post(self._checkpoint, attempt, payload, on_stored)
+
+    def _checkpoint(self, attempt: AttemptKey, payload: bytes, on_stored: OnStored) -> None:
+        running = self._running.get(attempt)
+        if running is None or running.left_behind:
+            on_stored(not_held(attempt))
+        else:
+            self._checkpoints.save(attempt, payload, on_stored)
 
     def send_progress(self, attempt: AttemptKey, payload: bytes) -> None:
         """Queue progress of a handler; call it from any thread."""
@@ -227,6 +252,7 @@ class Runner:
 
     def _ended(self, attempt: AttemptKey, outcome: Outcome) -> None:
         running = self._running.pop(attempt)
+        self._checkpoints.give_up(attempt)
         self._handler_ended.set()
         for timer in running.timers:
             timer.cancel()

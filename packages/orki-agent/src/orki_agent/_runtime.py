@@ -20,9 +20,10 @@ from orki.control.v1.session_pb2 import ServedService
 from orki.events.v1.agent_orki import AGENTS
 from orki.events.v1.agent_pb2 import AgentEvent, AgentSpawned, AgentStopped
 from orki_agent._channel import SessionChannel
+from orki_agent._checkpoints import store_blocking
 from orki_agent._events import AgentEvents
 from orki_agent._runner import Runner
-from orki_agent._services import Handler
+from orki_agent._services import Handler, OnStored
 from orki_agent._settings import RunSettings, ToolsAt
 from orki_agent._subprocess import ChildPool
 from orki_agent._threads import IoThread, LoopProbe, Mailbox, cross, in_thread, resident_bytes, send
@@ -160,6 +161,14 @@ class Runtime:
     def send_progress(self, attempt: AttemptKey, payload: bytes) -> None:
         """Queue progress."""
         self._runner.send_progress(attempt, payload)
+
+    def save_checkpoint(self, attempt: AttemptKey, payload: bytes, on_stored: OnStored) -> None:
+        """Send a checkpoint."""
+        self._runner.save_checkpoint(attempt, payload, on_stored)
+
+    def store_checkpoint(self, attempt: AttemptKey, payload: bytes) -> None:
+        """Send a checkpoint, and block the calling thread until it is stored."""
+        store_blocking(self.save_checkpoint, attempt, payload)
 
     def collect(self, stream: EventStream[E, Any], event: E, span: Span) -> None:
         """Publish soon."""
@@ -374,6 +383,9 @@ class _TaskHandle(Generic[R, P, D]):
 
     async def direct(self, directive: D) -> None:
         await cross(self._loop, self._handle.direct(directive))
+
+    async def answer(self, answer: Message | bytes, *, suspension: int = 0) -> None:
+        await cross(self._loop, self._handle.answer(answer, suspension=suspension))
 
 
 async def _next(deltas: AsyncIterator[Any]) -> Any:

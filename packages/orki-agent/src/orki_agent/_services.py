@@ -23,7 +23,7 @@ from orki_contract import (
     TaskChannel,
     ToolChannel,
 )
-from orki_contract.errors import InvalidContract, InvalidSetting
+from orki_contract.errors import InvalidContract, InvalidSetting, OrkiError
 from orki_contract.trace import Span
 from orki_control.session import AttemptKey
 
@@ -73,6 +73,8 @@ class Subprocess:
 TaskServices: TypeAlias = AsyncTaskService | SyncTaskService | Subprocess
 CURRENT_ATTEMPT: Final[ContextVar[AttemptKey | None]] = ContextVar("orki_attempt", default=None)
 """The attempt of the current handler; records of tool calls carry it."""
+OnStored: TypeAlias = Callable[[OrkiError | None], None]
+"""Receives None when a checkpoint is stored, else why it is not. Called on the I/O thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +103,17 @@ class Offered(NamedTuple):
         attempt: The attempt.
         request: The serialised request.
         span: The attempt's span.
+        checkpoint: The task's last checkpoint, serialised; None without one.
+        answer: The answer to the task's last suspension, serialised; None without one.
+        answer_overdue: Whether that suspension ended without an answer.
     """
 
     attempt: AttemptKey
     request: bytes
     span: Span
+    checkpoint: bytes | None = None
+    answer: bytes | None = None
+    answer_overdue: bool = False
 
 
 class AgentServices(Protocol):
@@ -126,6 +134,12 @@ class AgentServices(Protocol):
 
     def send_progress(self, attempt: AttemptKey, payload: bytes) -> None:
         """Queue progress; the attempt's credit returns when it is sent."""
+
+    def save_checkpoint(self, attempt: AttemptKey, payload: bytes, on_stored: OnStored) -> None:
+        """Send a checkpoint; `on_stored` is called on another thread."""
+
+    def store_checkpoint(self, attempt: AttemptKey, payload: bytes) -> None:
+        """Send a checkpoint, and block the calling thread until it is stored. Raises why it is not."""
 
     def collect(self, stream: EventStream[E, Any], event: E, span: Span) -> None:
         """Publish soon. Failures are counted and logged."""

@@ -18,7 +18,7 @@ from queue import SimpleQueue
 from typing import Any, ClassVar, Final
 
 from orki_agent import _child
-from orki_agent._handlers import Execution
+from orki_agent._execution import Execution
 from orki_agent._services import AgentServices, Handler, Offered, Subprocess
 from orki_agent.hotpath._thread_pool import ThreadPool
 from orki_contract.errors import Cancelled, HandlerFailed, InvalidSetting, OrkiError
@@ -31,7 +31,7 @@ _STARTED_WITHIN: Final = 60.0
 _REAPED_WITHIN: Final = 5.0
 _WRITTEN_WITHIN: Final = 1.0
 _CASTS: Final = frozenset({"send_progress", "collect"})
-_CALLS: Final = frozenset({"publish_blocking", "tools_at"})
+_CALLS: Final = frozenset({"publish_blocking", "store_checkpoint", "tools_at"})
 _context = multiprocessing.get_context("spawn")
 # `Process.start` changes state of the module `multiprocessing` without a lock.
 _starting: Final = threading.Lock()

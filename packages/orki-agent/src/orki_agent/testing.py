@@ -27,9 +27,10 @@ from orki.control.v1.attempt_pb2 import Failure
 from orki.errors.v1.errors_pb2 import Reason
 from orki.events.v1.usage_orki import USAGE
 from orki.events.v1.usage_pb2 import UsageEvent
+from orki_agent._checkpoints import checkpoint_payload, store_blocking
 from orki_agent._outcomes import decode
 from orki_agent._runner import Runner
-from orki_agent._services import Handler, find_handlers
+from orki_agent._services import Handler, OnStored, find_handlers
 from orki_agent._settings import ToolsAt
 from orki_agent._threads import Mailbox
 from orki_agent._tools import ToolAccess, ToolServices
@@ -40,6 +41,7 @@ from orki_control.session import (
     AgentSession,
     AgentSessionOptions,
     AttemptKey,
+    CheckpointsArrived,
     OrchestratorSession,
     OrchestratorSessionOptions,
     ProgressArrived,
@@ -72,9 +74,11 @@ class HandlerRun:
 
     Attributes:
         progress: Its progress messages, in order.
+        checkpoints: Its checkpoints, in order.
         usage: Its uses of language models.
         events: All published events, including those of tool calls.
         failure: The failure that the orchestrator would receive; None for a handler that succeeded.
+        suspended: The suspension that ended the attempt; None without one.
         cancelled: Whether the attempt ended because it was cancelled, also if its handler ignored the cancel.
     """
 
@@ -85,6 +89,8 @@ class HandlerRun:
     cancelled: bool = False
     _response: Any = None
     _cancelled_by: Reason.ValueType = Reason.REASON_UNSPECIFIED
+    checkpoints: list[Any] = field(default_factory=list)
+    suspended: pb.SuspendedOutcome | None = None
 
     @property
     def response(self) -> Any:
@@ -92,11 +98,14 @@ class HandlerRun:
 
         Raises:
             OrkiError: The typed error that the submitter would receive.
+            InvalidArgument: The handler suspended its task.
         """
         if self._cancelled_by == Reason.REASON_CANCEL_UNRESPONSIVE:
             raise error_for(self._cancelled_by, "the handler did not end after its cancel")
         if self.cancelled:
             raise Cancelled("the handler was cancelled")
+        if self.suspended is not None:
+            raise InvalidArgument(f"the handler has no response: it suspended its task: {self.suspended.question}")
         if self.failure is not None:
             text = self.failure.message
             if self.failure.error_type:
@@ -160,6 +169,8 @@ async def run_handler(
     directives: Iterable[Message] = (),
     tools: ToolServices | Iterable[ToolServices] = (),
     client: TaskChannel | None = None,
+    checkpoint: Message | bytes | None = None,
+    answer: Message | bytes | None = None,
     cancel_after: float | None = None,
     timeout: float = 10.0,
 ) -> HandlerRun:
@@ -171,6 +182,8 @@ async def run_handler(
         directives: Directives to send at once, in this order.
         tools: Tool services behind `ctx.tools`, on a real bridge in this process.
         client: The channel behind `ctx.client`.
+        checkpoint: The checkpoint that an earlier attempt has saved.
+        answer: The answer to the suspension of an earlier attempt.
         cancel_after: Seconds until the handler is cancelled; None for no cancel.
         timeout: Maximum wait in seconds.
 
@@ -180,7 +193,9 @@ async def run_handler(
         InvalidArgument: `request` is not the method's request message.
         TooLarge: The orchestrator accepts no request of that size.
     """
-    async with start_handler(handler, request, tools=tools, client=client) as running:
+    async with start_handler(
+        handler, request, tools=tools, client=client, checkpoint=checkpoint, answer=answer
+    ) as running:
         for directive in directives:
             running.direct(directive)
         if cancel_after is not None:
@@ -195,6 +210,8 @@ async def start_handler(
     *,
     tools: ToolServices | Iterable[ToolServices] = (),
     client: TaskChannel | None = None,
+    checkpoint: Message | bytes | None = None,
+    answer: Message | bytes | None = None,
     attempt: AttemptKey = _ATTEMPT,
 ) -> AsyncIterator[RunningHandler]:
     """Start a handler, for tests that interact with it. It is cancelled at the end of the block if it still runs.
@@ -213,7 +230,11 @@ async def start_handler(
     agent = _TestAgent(run, client, services)
     session = _Session(found, agent, run, attempt)
     agent.session = session
-    session.offer(request.SerializeToString())
+    kept = None if checkpoint is None else checkpoint_payload(found, checkpoint)
+    if answer is not None:
+        _check(found, "as its answer", found.task.answer, answer)
+    answered = answer.SerializeToString() if isinstance(answer, Message) else answer
+    session.offer(request.SerializeToString(), kept, answered)
     agent.tools.start(Mailbox(asyncio.get_running_loop()).post)
     try:
         await session.begun.wait()
@@ -256,13 +277,15 @@ class _Session:
     def max_payload_bytes(self) -> int:
         return self._agent.max_payload_bytes
 
-    def offer(self, request: bytes) -> None:
+    def offer(self, request: bytes, checkpoint: bytes | None, answer: bytes | None) -> None:
         offer = pb.Offer(
             attempt=self._attempt.ref(),
             method=self.handler.name,
             request=request,
             lease_ms=_LEASE_MS,
             accept_timeout_ms=_LEASE_MS,
+            checkpoint=checkpoint,
+            answer=answer,
         )
         self._orchestrator.offer(offer, new_span().traceparent, self._loop.time())
 
@@ -324,6 +347,11 @@ class _Session:
                     self._run.progress += [decode(task.progress, each.payload, "progress") for each in progress]
                     for each in progress:
                         self._orchestrator.acknowledge_progress(each.attempt, each.number)
+                case CheckpointsArrived(checkpoints):
+                    for key, number, payload in checkpoints:
+                        kept = payload if task.checkpoint is bytes else decode(task.checkpoint, payload, "checkpoint")
+                        self._run.checkpoints.append(kept)
+                        self._orchestrator.acknowledge_checkpoint(key, number)
                 case ResultsArrived(results):
                     for key, result in results:
                         self._end(result)
@@ -336,6 +364,8 @@ class _Session:
                 run._response = decode(self.handler.task.response, result.response, "response")
             case "failure":
                 run.failure = result.failure
+            case "suspended":
+                run.suspended = result.suspended
             case _:
                 run.cancelled, run._cancelled_by = True, result.cancelled.reason
         self.begun.set()
@@ -359,6 +389,12 @@ class _TestAgent:
 
     def send_progress(self, attempt: AttemptKey, payload: bytes) -> None:
         self.session.runner.send_progress(attempt, payload)
+
+    def save_checkpoint(self, attempt: AttemptKey, payload: bytes, on_stored: OnStored) -> None:
+        self.session.runner.save_checkpoint(attempt, payload, on_stored)
+
+    def store_checkpoint(self, attempt: AttemptKey, payload: bytes) -> None:
+        store_blocking(self.save_checkpoint, attempt, payload)
 
     def collect(self, stream: EventStream[E, Any], event: E, span: Span) -> None:
         if stream is USAGE:

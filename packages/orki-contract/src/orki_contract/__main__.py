@@ -17,6 +17,7 @@ from orki_contract.errors import InvalidContract, OrkiError
 from orki_contract.findings import Bump, Finding, findings, required_bump
 from orki_contract.images import Image, images_in, owned_packages, service_digest, stream_digest
 from orki_contract.model import (
+    TASK_MESSAGES,
     Backoff,
     Contract,
     Frame,
@@ -152,7 +153,7 @@ def _bounds(retention: Retention) -> str:
 def _method(method: TaskMethod | ToolMethod) -> Iterator[_Row]:
     kind = "task" if isinstance(method, TaskMethod) else "tool"
     yield f"{kind} {method.full_name}", "" if isinstance(method, TaskMethod) else f"0x{method.opcode:04x}"
-    for name in ("request", "response", "progress", "directive"):
+    for name in ("request", "response", *TASK_MESSAGES):
         if message := getattr(method, name, ""):
             yield f"  {name}", message
     if words := _words(method):
@@ -167,7 +168,7 @@ def _frame(frame: Frame) -> Iterator[_Row]:
         yield f"  {field.name}", f"{field.offset}..{field.offset + field.size - 1} {field.scalar}{since}"
 
 
-_NAMES = frozenset({"name", "service", "opcode", "request", "response", "progress", "directive"})
+_NAMES = frozenset({"name", "service", "opcode", "request", "response", *TASK_MESSAGES})
 
 
 def _words(value: Group | TaskMethod | ToolMethod | Backoff) -> str:

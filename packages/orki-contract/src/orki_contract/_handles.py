@@ -16,6 +16,7 @@ from typing import (
     Any,
     ClassVar,
     Generic,
+    NoReturn,
     Protocol,
     Self,
     TypedDict,
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     D = TypeVar("D", default=Any)
     D_co = TypeVar("D_co", default=Any, covariant=True)
     P_contra = TypeVar("P_contra", default=Any, contravariant=True)
+    K = TypeVar("K", default=bytes)
+    A_co = TypeVar("A_co", default=bytes, covariant=True)
 else:
     from typing import TypeVar
 
@@ -107,6 +110,13 @@ class TaskSettings(TypedDict, total=False):
     progress_policy: ProgressPolicy
 
 
+class _Declared(TaskSettings, total=False):
+    """The settings, and the messages that are no type parameters of a task."""
+
+    checkpoint: type[Any]
+    answer: type[Any]
+
+
 class SubmitSettings(TypedDict, total=False):
     """When a task may run. Omitted settings have their defaults.
 
@@ -136,6 +146,8 @@ class Task(Generic[Q, R, P, D]):
     Attributes:
         contract: Names and timeouts.
         attribute: Name of the handler's method and of the client's attribute.
+        checkpoint: Class of the checkpoints: a message, or bytes.
+        answer: Class of the answers: a message, or bytes.
     """
 
     contract: TaskMethod
@@ -144,23 +156,25 @@ class Task(Generic[Q, R, P, D]):
     response: type[R]
     progress: type[P]
     directive: type[D]
+    checkpoint: type[Any] = bytes
+    answer: type[Any] = bytes
 
     @overload
     @staticmethod
     def declare(
-        method: str, *, request: type[Q], response: type[R], **settings: Unpack[TaskSettings]
+        method: str, *, request: type[Q], response: type[R], **settings: Unpack[_Declared]
     ) -> Task[Q, R, None, None]: ...
 
     @overload
     @staticmethod
     def declare(
-        method: str, *, request: type[Q], response: type[R], progress: type[P], **settings: Unpack[TaskSettings]
+        method: str, *, request: type[Q], response: type[R], progress: type[P], **settings: Unpack[_Declared]
     ) -> Task[Q, R, P, None]: ...
 
     @overload
     @staticmethod
     def declare(
-        method: str, *, request: type[Q], response: type[R], directive: type[D], **settings: Unpack[TaskSettings]
+        method: str, *, request: type[Q], response: type[R], directive: type[D], **settings: Unpack[_Declared]
     ) -> Task[Q, R, None, D]: ...
 
     @overload
@@ -172,7 +186,7 @@ class Task(Generic[Q, R, P, D]):
         response: type[R],
         progress: type[P],
         directive: type[D],
-        **settings: Unpack[TaskSettings],
+        **settings: Unpack[_Declared],
     ) -> Task[Q, R, P, D]: ...
 
     @staticmethod
@@ -183,6 +197,8 @@ class Task(Generic[Q, R, P, D]):
         response: type[Any],
         progress: type[Any] = NoneType,
         directive: type[Any] = NoneType,
+        checkpoint: type[Any] = bytes,
+        answer: type[Any] = bytes,
         **settings: Unpack[TaskSettings],
     ) -> Task[Any, Any, Any, Any]:
         """Create the task method `package.Service/Method`; generated code calls this.
@@ -197,9 +213,11 @@ class Task(Generic[Q, R, P, D]):
             response=payload_name(response),
             progress=payload_name(progress),
             directive=payload_name(directive),
+            checkpoint=payload_name(checkpoint),
+            answer=payload_name(answer),
             **settings,
         )
-        return Task(contract, snake_name(name), request, response, progress, directive)
+        return Task(contract, snake_name(name), request, response, progress, directive, checkpoint, answer)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -250,7 +268,7 @@ P_co = TypeVar("P_co", covariant=True)
 D_contra = TypeVar("D_contra", contravariant=True)
 
 
-class _OneOrTwoParameters:
+class _Parameters:
     """Allows `TaskContext[Progress]` at run time, since type parameters have no defaults before Python 3.13."""
 
     def __class_getitem__(cls, parameters: Any) -> Any:
@@ -280,6 +298,10 @@ class _Attempt(Protocol):
     def cancelled(self) -> bool:
         """Whether cancellation was requested."""
 
+    @property
+    def answer_overdue(self) -> bool:
+        """Whether the last suspension of the task ended without an answer, by its deadline."""
+
     def usage(
         self,
         *,
@@ -295,14 +317,32 @@ class _Attempt(Protocol):
 
 if TYPE_CHECKING:
 
-    class TaskContext(_Attempt, Protocol[P_contra, D_co]):
-        """The context of an async handler: `TaskContext[Progress, Directive]`; `Directive` is optional."""
+    class TaskContext(_Attempt, Protocol[P_contra, D_co, K, A_co]):
+        """The context of an async handler: `TaskContext[Progress, Directive, Checkpoint, Answer]`; all are optional."""
 
         async def progress(self, delta: P_contra) -> None:
             """Send progress to watchers. While too much is not stored, the contract's progress policy applies."""
 
         def directives(self) -> AsyncIterator[D_co]:
             """Iterate over directives as they arrive, until the attempt ends."""
+
+        @property
+        def checkpoint(self) -> K | None:
+            """The last checkpoint that an earlier attempt of the task, or this one, has stored."""
+
+        async def save_checkpoint(self, checkpoint: K) -> None:
+            """Save a checkpoint for the next attempt, in place of the last one. Returns after it is stored."""
+
+        @property
+        def answer(self) -> A_co | None:
+            """The answer to the last suspension of the task."""
+
+        async def suspend(self, question: str = "", *, deadline: float | None = None) -> NoReturn:
+            """End this attempt until the task is answered. It raises an exception, which must not be caught.
+
+            The next attempt has the answer as `ctx.answer`. With a deadline in seconds, the task goes on without an
+            answer after it, and `ctx.answer_overdue` is true. No slot is held meanwhile, and no attempt is counted.
+            """
 
         async def publish(self, stream: EventStream[E, Any], event: E) -> None:
             """Publish an event in the attempt's trace. Returns after the server has stored it."""
@@ -314,7 +354,7 @@ if TYPE_CHECKING:
         def client(self) -> TaskChannel:
             """A client that submits further tasks in the same trace."""
 
-    class SyncTaskContext(_Attempt, Protocol[P_contra, D_co]):
+    class SyncTaskContext(_Attempt, Protocol[P_contra, D_co, K, A_co]):
         """The context of a sync handler. Its methods block the handler's thread."""
 
         def progress(self, delta: P_contra) -> None:
@@ -322,6 +362,24 @@ if TYPE_CHECKING:
 
         def directives(self) -> Iterator[D_co]:
             """Iterate over directives as they arrive, until the attempt ends."""
+
+        @property
+        def checkpoint(self) -> K | None:
+            """The last checkpoint that an earlier attempt of the task, or this one, has stored."""
+
+        def save_checkpoint(self, checkpoint: K) -> None:
+            """Save a checkpoint for the next attempt, in place of the last one. Returns after it is stored."""
+
+        @property
+        def answer(self) -> A_co | None:
+            """The answer to the last suspension of the task."""
+
+        def suspend(self, question: str = "", *, deadline: float | None = None) -> NoReturn:
+            """End this attempt until the task is answered. It raises an exception, which must not be caught.
+
+            The next attempt has the answer as `ctx.answer`. With a deadline in seconds, the task goes on without an
+            answer after it, and `ctx.answer_overdue` is true. No slot is held meanwhile, and no attempt is counted.
+            """
 
         def publish(self, stream: EventStream[E, Any], event: E) -> None:
             """Publish an event in the attempt's trace. Returns after the server has stored it."""
@@ -334,10 +392,10 @@ if TYPE_CHECKING:
 
 else:
 
-    class TaskContext(_OneOrTwoParameters):
-        """The context of an async handler: `TaskContext[Progress, Directive]`; `Directive` is optional."""
+    class TaskContext(_Parameters):
+        """The context of an async handler: `TaskContext[Progress, Directive, Checkpoint, Answer]`; all are optional."""
 
-    class SyncTaskContext(_OneOrTwoParameters):
+    class SyncTaskContext(_Parameters):
         """The context of a sync handler. Its methods block the handler's thread."""
 
 
@@ -395,6 +453,18 @@ class TaskHandle(Protocol[R_co, P_co, D_contra]):
 
         Raises:
             NotDirectable: The task is not running.
+        """
+
+    async def answer(self, answer: Message | bytes, *, suspension: int = 0) -> None:
+        """Answer the suspended task, which goes on.
+
+        Args:
+            answer: The method's answer message; bytes if the method declares none.
+            suspension: Number of the suspension; 0 for the current one.
+
+        Raises:
+            NotSuspended: The task is not suspended.
+            AlreadyAnswered: It was answered before, with another answer.
         """
 
 

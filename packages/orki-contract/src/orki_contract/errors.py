@@ -6,6 +6,7 @@ Adapters translate foreign exceptions (grpc, redis, OS) into these errors.
 from __future__ import annotations
 
 __all__ = [
+    "AlreadyAnswered",
     "AttemptTimeout",
     "CancelUnresponsive",
     "Cancelled",
@@ -35,6 +36,7 @@ __all__ = [
     "LeaseExpired",
     "LocalProtocolError",
     "NotDirectable",
+    "NotSuspended",
     "OfferTimeout",
     "OrchestratorUnavailable",
     "OrkiError",
@@ -215,6 +217,14 @@ class NotDirectable(OrkiError, reason=Reason.REASON_NOT_DIRECTABLE, status=Statu
 
 class Overloaded(OrkiError, reason=Reason.REASON_OVERLOADED, status=Status.RESOURCE_EXHAUSTED, retryable=True):
     """A bounded queue is full."""
+
+
+class NotSuspended(OrkiError, reason=Reason.REASON_NOT_SUSPENDED, status=Status.FAILED_PRECONDITION):
+    """The task is not suspended, so it takes no answer."""
+
+
+class AlreadyAnswered(OrkiError, reason=Reason.REASON_ALREADY_ANSWERED, status=Status.FAILED_PRECONDITION):
+    """The suspended task was answered before, with another answer."""
 
 
 class HandlerFailed(OrkiError, reason=Reason.REASON_HANDLER_FAILED, status=Status.UNKNOWN, retryable=True):

@@ -110,7 +110,7 @@ def service_digest(image: bytes, service: str) -> str:
     roots = {name for each in methods for name in (each.request, each.response)}
     for task in read.contract.tasks:
         if task.service == service:
-            roots |= {task.progress, task.directive}
+            roots |= {*task.messages}
     return _digest(read.schema, methods, roots - {""})
 
 

@@ -214,6 +214,10 @@ class Backoff:
         return min(grown, self.maximum)
 
 
+TASK_MESSAGES: Final = ("progress", "directive", "checkpoint", "answer")
+"""The optional messages of a task, as options of the method name them."""
+
+
 @dataclass(frozen=True, order=True, kw_only=True)
 class TaskMethod:
     """A task that an orchestrator assigns to an agent. Message names are full; an empty name means "none".
@@ -228,6 +232,8 @@ class TaskMethod:
         backoff: Delay between attempts.
         cancel_grace: Time for a cancelled handler to end by itself.
         progress_policy: What happens when the handler sends progress faster than it is stored.
+        checkpoint: Message of the checkpoints; without one they are bytes.
+        answer: Message that answers a suspended task; without one, answers are bytes.
     """
 
     service: str
@@ -244,6 +250,13 @@ class TaskMethod:
     backoff: Backoff = Backoff()
     cancel_grace: float = 5.0
     progress_policy: ProgressPolicy = ProgressPolicy.BLOCK
+    checkpoint: str = ""
+    answer: str = ""
+
+    @property
+    def messages(self) -> list[str]:
+        """Full names of the messages besides request and response."""
+        return [name for each in TASK_MESSAGES if (name := getattr(self, each))]
 
     @cached_property
     def full_name(self) -> str:

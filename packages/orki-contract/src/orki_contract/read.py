@@ -27,6 +27,7 @@ from orki_contract._frames import scalar_size
 from orki_contract.descriptors import Location, MessageNode, MethodNode, Path, Schema, field_path
 from orki_contract.model import (
     AUDIT_GROUP,
+    TASK_MESSAGES,
     Backoff,
     Contract,
     ExternalGroup,
@@ -247,8 +248,8 @@ def _task(file: FileDescriptorProto, method: MethodNode, option: Any) -> TaskMet
         name=method.proto.name,
         request=method.proto.input_type.removeprefix("."),
         response=method.proto.output_type.removeprefix("."),
-        progress=resolve(file.package, option.progress),
-        directive=resolve(file.package, option.directive),
+        # An image may hold options of an older version, which lacks fields.
+        **{each: resolve(file.package, getattr(option, each, "")) for each in TASK_MESSAGES},
         heartbeat_timeout=seconds_of(_set(option, "heartbeat_timeout"), default.heartbeat_timeout),
         attempt_timeout=seconds_of(_set(option, "attempt_timeout"), default.attempt_timeout),
         stall_timeout=seconds_of(_set(option, "stall_timeout")),
@@ -260,7 +261,7 @@ def _task(file: FileDescriptorProto, method: MethodNode, option: Any) -> TaskMet
             multiplier=backoff.multiplier or default.backoff.multiplier,
         ),
         cancel_grace=seconds_of(_set(option, "cancel_grace"), default.cancel_grace),
-        # An image may hold options of an older version, which lacks the field, or a policy of a newer one.
+        # It may also hold a policy of a newer version.
         progress_policy=PROGRESS_POLICIES.get(getattr(option, "progress_policy", 0), default.progress_policy),
     )
 

@@ -331,6 +331,29 @@ class Client:
         answer = await self._call(lambda link: link.tasks.Cancel(request, timeout=self._timeout))
         return answer.task
 
+    async def answer(self, task_id: str, answer: Message | bytes, *, suspension: int = 0) -> pb.TaskSnapshot:
+        """Answer a suspended task, which goes on. The same answer again has no effect.
+
+        Args:
+            task_id: The task.
+            answer: The method's answer message; bytes if the method declares none.
+            suspension: Number of the suspension, from `TaskSnapshot.suspension`; 0 for the current one.
+
+        Returns:
+            The task.
+
+        Raises:
+            NotSuspended: The task is not suspended, or not by this suspension.
+            AlreadyAnswered: It was answered before, with another answer.
+            TaskEnded: It has ended.
+            UnknownTask: No task has this id.
+            TooLarge: The answer is larger than 192 KiB.
+        """
+        payload = answer if isinstance(answer, bytes) else answer.SerializeToString()
+        request = pb.AnswerRequest(task_id=task_id, payload=payload, suspension=suspension)
+        answered = await self._call(lambda link: link.tasks.Answer(request, timeout=self._timeout))
+        return answered.task
+
     async def direct(self, task_id: str, directive: Message | bytes) -> AttemptRef:
         """Send a directive to a running task. A call that may have arrived is not repeated, to deliver it only once.
 

@@ -16,6 +16,7 @@ from orki_contract import ProgressGap, Task
 from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import (
     Cancelled,
+    InvalidArgument,
     InvalidResponse,
     OrchestratorUnavailable,
     OrkiError,
@@ -49,6 +50,7 @@ class TaskCalls(Protocol):
     async def wait_end(self, task_id: str) -> TaskSnapshot: ...
     async def cancel(self, task_id: str, message: str = "") -> TaskSnapshot: ...
     async def direct(self, task_id: str, directive: Message | bytes) -> AttemptRef: ...
+    async def answer(self, task_id: str, answer: Message | bytes, *, suspension: int = 0) -> TaskSnapshot: ...
 
 
 class SubmittedTask(Generic[R, P, D]):
@@ -163,6 +165,20 @@ class SubmittedTask(Generic[R, P, D]):
         """
         assert isinstance(directive, Message)
         await self._calls.direct(self.task_id, directive)
+
+    async def answer(self, answer: Message | bytes, *, suspension: int = 0) -> None:
+        """Answer the suspended task, which goes on; see `Client.answer`.
+
+        Raises:
+            InvalidArgument: The answer is not the method's answer message.
+            NotSuspended: The task is not suspended.
+            AlreadyAnswered: It was answered before, with another answer.
+        """
+        expected = self._task.answer
+        if not isinstance(answer, expected):
+            method = self._task.contract.full_name
+            raise InvalidArgument(f"{method} declares {expected.__name__} as its answer, not {type(answer).__name__}")
+        self.snapshot = await self._calls.answer(self.task_id, answer, suspension=suspension)
 
     async def _watch(self) -> AsyncGenerator[bytes | ProgressGap | None, None]:
         """Yield payloads of progress, gaps, and None for each snapshot, which is stored."""

@@ -186,6 +186,53 @@ class Connection:
                 if not self._synchronized:
                     await self._drop()
 
+    async def subscribe(
+        self, channel: str, on_open: Callable[[], None], on_message: Callable[[bytes], None], *, silence: float
+    ) -> None:
+        """Pass the messages of a channel on, until the connection fails. It carries nothing else meanwhile.
+
+        Args:
+            channel: The channel.
+            on_open: Called when the subscription has begun: earlier messages are lost.
+            on_message: Called with each message.
+            silence: Time without any reply after which the connection counts as lost; it is asked three times before.
+
+        Raises:
+            EventsUnavailable, StoreUnavailable: There is no connection, or it failed.
+            OrkiError: The server refused the connection or the channel.
+        """
+        redis = _redis_py()
+        async with self._lock:
+            await self._connect()
+            self._synchronized = False
+            asking = asyncio.create_task(self._ask(silence / 4), name="orki subscription")
+            try:
+                await self._open.send_packed_command([pack((b"SUBSCRIBE", channel))], check_health=False)
+                async with asyncio.timeout(silence) as limit:
+                    while True:
+                        reply = await self._open.read_response(disable_decoding=True)
+                        limit.reschedule(asyncio.get_running_loop().time() + silence)
+                        if reply[0] == b"message":
+                            on_message(reply[2])
+                        elif reply[0] == b"subscribe":
+                            on_open()
+            except TimeoutError as error:
+                raise self.address.unavailable(f"no reply within {silence:g} s") from error
+            except redis.ResponseError as error:
+                raise self.address.error(_error_text(error)) from error
+            except (redis.RedisError, OSError) as error:
+                raise self.address.unavailable(str(error) or type(error).__name__) from error
+            finally:
+                asking.cancel()
+                await asyncio.gather(asking, return_exceptions=True)
+                await self._drop()
+
+    async def _ask(self, interval: float) -> None:
+        """Send a PING now and then: a connection without messages may be dead."""
+        while True:
+            await asyncio.sleep(interval)
+            await self._open.send_packed_command([pack((b"PING",))], check_health=False)
+
     async def fetch_client_id(self) -> None:
         """Set `client_id`, unless it is already set."""
         if self.client_id is None:
@@ -219,7 +266,7 @@ class Connection:
             if extended > due + limit / 10:
                 self._deadline.reschedule(extended)
 
-    async def _connect(self, same: int | None) -> None:
+    async def _connect(self, same: int | None = None) -> None:
         """Connect and authenticate, unless an open connection is usable."""
         redis = _redis_py()
         if same not in (None, self.opened):

@@ -26,7 +26,7 @@ from typing import Final, TypeVar
 from orki_contract.errors import ContractMismatch, InvalidContract, Overloaded
 from orki_contract.findings import Fit, service_fit
 from orki_contract.images import service_digest
-from orki_contract.model import TaskMethod
+from orki_contract.model import TASK_MESSAGES, TaskMethod
 from orki_contract.read import ReadContract, read_image
 from orki_server._store.contracts import Contracts, RegisteredContract
 from orki_server._store.fleet import Fleet
@@ -125,7 +125,7 @@ class ContractSet:
 
 
 def most_patient(methods: Sequence[TaskMethod]) -> TaskMethod:
-    """Merge versions of one task: the most patient value of each setting, and progress and directives of any version.
+    """Merge versions of one task: the most patient value of each setting, and the messages of any version.
 
     Args:
         methods: At least one version. A stall or total timeout of 0 means no limit, which is the most patient.
@@ -138,8 +138,7 @@ def most_patient(methods: Sequence[TaskMethod]) -> TaskMethod:
     backoff = max((each.backoff for each in methods), key=lambda each: (each.maximum, each))
     return replace(
         methods[0],
-        progress=max(each.progress for each in methods),
-        directive=max(each.directive for each in methods),
+        **{name: max(getattr(each, name) for each in methods) for name in TASK_MESSAGES},
         heartbeat_timeout=max(each.heartbeat_timeout for each in methods),
         attempt_timeout=max(each.attempt_timeout for each in methods),
         stall_timeout=limit(each.stall_timeout for each in methods),

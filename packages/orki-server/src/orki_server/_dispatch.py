@@ -19,11 +19,10 @@ from orki_contract.errors import OrkiError, StoreUnavailable, error_for
 from orki_server._demand import Demand
 from orki_server._session import AgentSession, SessionRegistry
 from orki_server._sessions import Reports
-from orki_server._store.operations import Expired, OfferedAttempt, Swept, offer, queue_lengths, shard_of, sweep
+from orki_server._store.mail import queue_lengths
+from orki_server._store.operations import Expired, OfferedAttempt, Swept, offer, shard_of, sweep
 from orki_server._store.store import Store
 
-_POLL: Final = 0.5
-"""Time between two polls; each asks for the methods that have free slots here."""
 _STORE_SLACK: Final = 1.0
 """The store withdraws an unanswered offer later than the session does, for the case that this process has ended."""
 _SWEEP_LIMIT: Final = 100
@@ -34,6 +33,8 @@ _log = logging.getLogger("orki.server.dispatch")
 
 class Dispatcher:
     """Assigns tasks; calls `on_change` with a task that was offered, and False as it has not ended.
+
+    `poll` returns the time between two polls; each asks for the methods that have free slots here.
 
     Attributes:
         demand: The queued tasks and the free slots.
@@ -46,7 +47,9 @@ class Dispatcher:
         reports: Reports,
         accept_timeout: float,
         on_change: Callable[[str, bool], None],
+        poll: Callable[[], float],
     ) -> None:
+        self._poll_after = poll
         self._store = store
         self._reports = reports
         self._accept_timeout = accept_timeout
@@ -57,8 +60,9 @@ class Dispatcher:
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
-        poll_at = loop.time() + _POLL
+        polled = loop.time()
         while True:
+            poll_at = polled + self._poll_after()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(poll_at):
                     await self._wake.wait()
@@ -66,7 +70,7 @@ class Dispatcher:
             self._wake.clear()
             with contextlib.suppress(OrkiError):
                 if loop.time() >= poll_at:
-                    poll_at = loop.time() + _POLL
+                    polled = loop.time()
                     await self._poll()
                 await self._round()
 
@@ -113,6 +117,9 @@ class Dispatcher:
             accept_timeout_ms=round(self._accept_timeout * 1000),
             attempt_timeout_ms=round(offered.attempt_timeout * 1000),
             proof=self._store.proof(session.agent_id, offered.attempt),
+            checkpoint=offered.checkpoint,
+            answer=offered.answer,
+            answer_overdue=offered.answer_overdue,
         )
         try:
             session.machine.offer(message, offered.traceparent, time.monotonic())
@@ -135,7 +142,7 @@ class Sweeper:
     It sweeps when a timer is due and at every `interval`, which is at most half a second: each sweep advances the
     clocks of the shards. After a start, and after the store was down, it executes no timers for `pause`: agents must
     first have the chance to renew their leases. It calls `on_queued` with shard and method of a task that is queued
-    again, and `on_change` with a task that changed and whether it ended.
+    again, `on_change` with a task that changed and whether it ended, and `on_mail` with a shard that has mail.
     """
 
     def __init__(
@@ -147,7 +154,9 @@ class Sweeper:
         pause: float,
         on_queued: Callable[[int, str], None],
         on_change: Callable[[str, bool], None],
+        on_mail: Callable[[int], None],
     ) -> None:
+        self._on_mail = on_mail
         self._store = store
         self._sessions = sessions
         self._interval = min(interval, _TICK)
@@ -206,6 +215,8 @@ class Sweeper:
                 _log.error("the timers of shard %d are delayed: %s", shard, swept.message)
                 continue
             _report_damage(shard, swept.damaged)
+            if swept.has_mail:
+                self._on_mail(shard)
             for expired in swept.expired:
                 self._expired(expired)
             if swept.next_timer is not None:

@@ -51,7 +51,7 @@ _POLL: Final = 0.2
 _CLOCK_SLACK: Final = 10_000
 """Maximum difference between the clocks of the store and the event server (ms)."""
 _RETRIES: Final = JitterOptions(initial=0.1, maximum=2.0)
-_AUDITED: Final = {"submitted": "submit", "cancel_requested": "cancel", "directed": "direct"}
+_AUDITED: Final = {"submitted": "submit", "cancel_requested": "cancel", "directed": "direct", "resumed": "answer"}
 _log = logging.getLogger("orki.server.events")
 
 
@@ -236,7 +236,7 @@ class OutboxPublisher:
             _, trace_id, span_id, flags = record.traceparent.split("-")
             span = Span(trace_id, span_id, record.parent_id, int(flags, 16))
             tasks.append(Outgoing(task_event(record), span, event_id(record), record.time_us))
-            if record.kind in _AUDITED:
+            if record.kind in _AUDITED and (record.actor or record.kind != "resumed"):
                 audits.append(Outgoing(audit_event(record), span, event_id(record, "audit"), record.time_us))
         # The tasks' events are looked for after a crash, so they come last.
         if audits:
@@ -271,6 +271,8 @@ _KINDS: Final[dict[str, Callable[[OutboxRecord], Any]]] = {
     "cancel_requested": lambda record: pb.TaskCancelRequested(message=record.text),
     "cancel_acknowledged": lambda record: pb.TaskCancelAcknowledged(),
     "directed": lambda record: pb.TaskDirected(directive_bytes=record.number),
+    "suspended": lambda record: pb.TaskSuspended(question=record.text, deadline_ms=record.number),
+    "resumed": lambda record: pb.TaskResumed(answer_bytes=record.number, message=record.text),
     "succeeded": lambda record: pb.TaskSucceeded(response_bytes=record.number),
     "failed": lambda record: pb.TaskFailed(reason=_reason(record), message=record.text),
     "cancelled": lambda record: pb.TaskCancelled(reason=_reason(record)),

@@ -17,6 +17,7 @@ from orki.control.v1.task_pb2_grpc import FleetServiceServicer
 from orki_contract.errors import InvalidArgument, OrkiError, Overloaded, Replaced
 from orki_contract.read import read_image
 from orki_control.session import AttemptKey, HelloArrived
+from orki_server._calls import Context, actor_of, typed
 from orki_server._identity import Action, caller, unknown_method
 from orki_server._pauses import Pauses
 from orki_server._registry import ContractRegistry
@@ -25,8 +26,9 @@ from orki_server._store.contracts import Contracts
 from orki_server._store.fleet import Fleet, SessionGrant
 from orki_server._store.operations import ResumedAttempt, resume, shard_of
 from orki_server._store.store import Store
-from orki_server._tasks import MAX_MESSAGE, Context, actor_of, typed
+from orki_server._tasks import MAX_MESSAGE
 
+CANCEL_REQUESTED: Final = "the cancel of the task was requested"
 _TRIES: Final = 20
 _UPDATE_INTERVAL: Final = 0.5
 _IMAGE_BYTES: Final = 2 << 20
@@ -149,7 +151,7 @@ class Handshake:
             # The cancel may have been lost with the earlier stream.
             if each.state == TaskState.TASK_STATE_CANCELLING:
                 grace_ms = round(each.cancel_grace * 1000)
-                session.machine.cancel(each.attempt, grace_ms=grace_ms, message="the cancel of the task was requested")
+                session.machine.cancel(each.attempt, grace_ms=grace_ms, message=CANCEL_REQUESTED)
         return len(resumed), replaced
 
 

@@ -152,6 +152,15 @@ TABLE: Final = (
         lua="DAMAGED",
     ),
     Key(
+        pattern="orki:{oN}:mail:ORCHESTRATOR",
+        kind="stream",
+        holds="mail to one orchestrator: about attempts of its agents, and answers to its own mail; see the fields "
+        "below",
+        writer="cancel, post",
+        ends="when it is read; a minute after the last mail",
+        lua="MAIL",
+    ),
+    Key(
         pattern="orki:{of}:layout",
         kind="hash",
         holds="`version` of the layout, number of `shards`, `generation`, a random name of this store's content, and "
@@ -212,6 +221,9 @@ TASK_FIELDS: Final[dict[str, str]] = {
     "response": "the response message, serialized",
     "failure": "reason, error type and message of the final failure, separated by US",
     "failures": "failures of earlier attempts, each as `failure` and ended by RS",
+    "more": "the values that few tasks have, named; see below",
+    "checkpoint": "fence, number within the attempt, and payload of the last checkpoint, separated by spaces",
+    "answer": "the answer to the last suspension, serialized",
 }
 """Fields of a task's hash. Only `state` and `spec` are always there."""
 
@@ -258,6 +270,18 @@ SPEC_FIELDS: Final[dict[str, str]] = {
 }
 """The packed fields of `spec`, in their order."""
 
+MORE_FIELDS: Final[dict[str, str]] = {
+    "checkpoint": "`1` if the task has a checkpoint",
+    "suspension": "number of suspensions",
+    "question": "what the last suspension asks",
+    "suspended_us": "time of the last suspension, microseconds",
+    "deadline": "time after which it ends without an answer, milliseconds; 0 for never",
+    "answered": "SHA-1 of the answer, if it was answered",
+    "overdue": "`1` if it ended without an answer",
+    "total_left": "rest of the total timeout while the task is suspended, milliseconds",
+}
+"""The named values of `more`: each as `NAME=VALUE`. Orchestrators keep the values that they do not know."""
+
 PLACEMENT_FIELDS: Final[dict[str, str]] = {
     "priority": "from 0 to 9",
     "start_us": "earliest start by the server's clock, microseconds; 0 for at once",
@@ -275,7 +299,7 @@ NUMBERS: Final = (
 )
 """The packed fields that are numbers. Fences exceed Lua's exact integers and stay strings."""
 
-SNAPSHOT: Final = ("state", "spec", "failure", "failures", "placement", "response")
+SNAPSHOT: Final = ("state", "spec", "failure", "failures", "placement", "more", "response")
 """The fields of a task's snapshot, in the order in which `read` returns them."""
 
 
@@ -296,6 +320,12 @@ def unpack(names: Iterable[str], text: bytes) -> dict[str, str]:
     return fields
 
 
+def unpack_more(text: bytes) -> dict[str, str]:
+    """Return the named values of `more`."""
+    pairs = (value.partition("=") for value in text.decode(errors="replace").split("\x1f"))
+    return {name: value for name, separator, value in pairs if separator}
+
+
 RECORD_FIELDS: Final[dict[str, str]] = {
     "task_id": "the task",
     "revision": "position of this transition among the task's transitions, from 1",
@@ -314,6 +344,22 @@ RECORD_FIELDS: Final[dict[str, str]] = {
     "actor": "requester of the transition, if there is one",
 }
 """Fields of an outbox record, in their order, separated by US."""
+
+
+MAIL_FIELDS: Final[dict[str, str]] = {
+    "kind": "`cancel`, `direct`, or `answer` to a directive",
+    "task_id": "the task",
+    "attempt": "number of the attempt",
+    "fence": "fence of the attempt",
+    "agent_id": "agent of the attempt",
+    "method": "`package.Service/Method`",
+    "sender": "orchestrator that sent it",
+    "number": "of a cancel, its grace in milliseconds; else the sender's number of the directive",
+    "reason": "of an answer, a number of `orki.errors.v1.Reason`; 0 if the handler gets the directive",
+    "text": "of a cancel and an answer, the message; of a directive, its requester",
+    "payload": "the directive message, serialized",
+}
+"""Fields of an entry of a mailbox, in their order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,6 +399,9 @@ class ShardKeys:
     def fence(self) -> str:
         return f"{self.base}fence"
 
+    def mail(self, orchestrator_id: str) -> str:
+        return f"{self.base}mail:{orchestrator_id}"
+
 
 class FleetKeys:
     """The keys of the fleet."""
@@ -365,6 +414,11 @@ class FleetKeys:
     REVISIONS = BASE + "revisions"
     PROBE = BASE + "probe"
     """A key that never exists."""
+
+    @staticmethod
+    def channel(database: int) -> str:
+        """The channel of the announcements, which databases of a server share, unlike keys."""
+        return f"{FleetKeys.BASE}changes:{database}"
 
     @staticmethod
     def agent(agent_id: str) -> str:
@@ -398,6 +452,7 @@ def lua_names() -> str:
     lines.append(f"local PLACEMENT_FIELDS = {array(PLACEMENT_FIELDS)}")
     lines.append(f"local DEFAULT_PRIORITY, PRIORITY_STEP = {DEFAULT_PRIORITY}, {PRIORITY_STEP}")
     lines.append(f"local RECORD_FIELDS = {array(RECORD_FIELDS)}")
+    lines.append(f"local MAIL_FIELDS = {array(MAIL_FIELDS)}")
     return "\n".join(lines) + "\n"
 
 
@@ -417,7 +472,9 @@ def _lua_parser() -> list[str]:
         lines.append(f"  if not {names[0]} then return nil end")
     lines += [f"  {each} = {each} == '' and 0 or tonumber({each}) or -1" for each in numbers]
     lines.append(f"  if math.min({', '.join(numbers)}) < 0 or not ({' + '.join(numbers)} < 1e17) then return nil end")
-    fields_of_script = "id = id, text = state, spec = spec, fields = NOTHING, touched = false, dirty = false"
+    fields_of_script = (
+        "id = id, text = state, spec = spec, more_text = '', fields = NOTHING, touched = false, dirty = false"
+    )
     lines.append("  return {")
     lines.append(
         f"    {fields_of_script}, staged_fields = NOTHING, shown = false, next_text = '', span = '', span_of = -1,"

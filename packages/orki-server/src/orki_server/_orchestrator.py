@@ -36,6 +36,7 @@ from orki_server._fleet import FleetServicer, FleetUpdates, Handshake
 from orki_server._identity import Gate
 from orki_server._pauses import Pauses
 from orki_server._registry import ContractRegistry, PayloadCheck
+from orki_server._relay import Relay
 from orki_server._requests import TypedRequests
 from orki_server._session import SessionRegistry
 from orki_server._sessions import Reports, SessionServicer
@@ -46,6 +47,7 @@ from orki_server._store.store import Store
 from orki_server._submitters import Services, SubmitterServicer
 from orki_server._tasks import RequestRules, TaskServicer, Watchers
 from orki_server._unanswered import UnansweredOffers
+from orki_server._wakeups import Announced, Wakeups
 
 SERVICES: Final = tuple(
     file.services_by_name[name].full_name
@@ -107,7 +109,15 @@ class Orchestrator:
         self._updates = FleetUpdates(store, fleet)
         self._registry = ContractRegistry(store.connection, contracts, fleet, silence_timeout, self._updates.flush)
         self._outbox = OutboxPublisher(store, self._events)
-        watchers = Watchers(store, self._outbox.wake.set)
+        announced = Announced(
+            queued=lambda shard, method, count: self._dispatcher.demand.queued(shard, method, count),
+            mail=lambda shard: self._relay.has_mail(shard),
+            changed=self._task_announced,
+            resumed=lambda: self._dispatcher.demand.all_queued(),
+            missed=self._announcements_missed,
+        )
+        self._wakeups = Wakeups(store, announced)
+        watchers = self._watchers = Watchers(store, self._outbox.wake.set, lambda: self._wakeups.poll)
         agent_events = AgentEvents(self._events, options.orchestrator_id)
         reports = Reports(
             store=store,
@@ -118,8 +128,11 @@ class Orchestrator:
             on_unanswered=lambda session, attempts: self._unanswered.add(session, attempts),
         )
         self._unanswered = UnansweredOffers(store, fleet, reports.settled)
-        self._dispatcher = Dispatcher(store, reports, options.accept_timeout, watchers.changed)
+        self._dispatcher = Dispatcher(
+            store, reports, options.accept_timeout, watchers.changed, lambda: self._wakeups.poll
+        )
         demand = self._dispatcher.demand
+        self._relay = Relay(store, sessions, self._registry)
         self._sweeper = Sweeper(
             store,
             sessions,
@@ -127,6 +140,7 @@ class Orchestrator:
             pause=2 * options.heartbeat_interval,
             on_queued=demand.queued,
             on_change=watchers.changed,
+            on_mail=self._relay.has_mail,
         )
         session_options = OrchestratorSessionOptions(
             orchestrator_id=options.orchestrator_id,
@@ -147,6 +161,7 @@ class Orchestrator:
             watchers,
             RequestRules(options.max_payload_bytes),
             demand.queued,
+            self._relay,
         )
         self._results = watchers.results
         self._submitter_sessions = SubmitterServicer(
@@ -168,6 +183,15 @@ class Orchestrator:
             self._sweeper.wake_in(wait)
         else:
             self._dispatcher.demand.queued(shard, method)
+
+    def _task_announced(self, task_id: str, ended: bool) -> None:
+        self._watchers.announced(task_id, ended)
+
+    def _announcements_missed(self) -> None:
+        self._dispatcher.demand.all_queued()
+        self._watchers.all_changed()
+        for shard in range(self._store.shards):
+            self._relay.has_mail(shard)
 
     def _store_changed(self, up: bool) -> None:
         shown = self._store.connection.address.shown
@@ -213,6 +237,7 @@ class Orchestrator:
             ("unanswered offers", self._unanswered.run()),
             ("contract registry", self._registry.run()),
             ("result watches", self._results.run()),
+            ("wake-ups", self._wakeups.run()),
             ("health", self._report_health()),
             ("files", watch_files(self._files)),
             ("connections", self._connections.run(int(self.address.rpartition(":")[2]))),
@@ -260,6 +285,7 @@ class Orchestrator:
         await self._health.enter_graceful_shutdown()
         await self._sessions.drain(self.options.drain_grace)
         await self._submitter_sessions.end_all("the orchestrator is stopping")
+        await self._relay.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -227,6 +227,10 @@ class PayloadCheck:
         """Check a directive. Raises the same errors as `request`."""
         await self._check("payload", method, method.directive, payload)
 
+    async def answer(self, method: TaskMethod, payload: bytes) -> None:
+        """Check the answer to a suspended task. Raises the same errors as `request`."""
+        await self._check("payload", method, method.answer, payload)
+
     async def _check(self, field: str, method: TaskMethod, name: str, payload: bytes) -> None:
         _parse(field, method, name, await self._class(method.service, name), payload)
 

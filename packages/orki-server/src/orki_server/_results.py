@@ -2,7 +2,7 @@
 
 The orchestrator that applied a task's end knows the response, so the end is passed on without a read. The store is read
 for watches of tasks that were not submitted here, for later attempts, whose snapshot lists earlier failures, and for
-ends that another orchestrator applied. `_POLL` bounds how late such an end is seen; it is the only poll.
+ends that another orchestrator applied and announced. A poll finds ends that were not announced.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from orki.control.v1.attempt_pb2 import AttemptRef, Failure, TaskState
 from orki.control.v1.session_pb2 import Result
 from orki.control.v1.task_pb2 import TaskSnapshot
 from orki.errors.v1.errors_pb2 import Reason
-from orki_contract.errors import OrkiError, StoreUnavailable, UnknownTask
+from orki_contract.errors import OrkiError, StoreUnavailable, UnknownTask, error_for
 from orki_control.session import AttemptKey
 from orki_server._store import operations
 from orki_server._store.lifecycle import TERMINAL
-from orki_server._store.operations import failure_text
+from orki_server._store.operations import Operation, failure_text
 from orki_server._store.replies import ReportReply, TaskView
 from orki_server._store.store import Store
+from orki_server._store.suspension import suspend
 
-_POLL: Final = 1.0
-"""Time between two polls; each reads the watched tasks that have not changed since the one before."""
 _READS: Final = 64
 """Maximum number of reads under way: bounds the responses in memory."""
 _RECENT: Final = 8_192
@@ -82,6 +81,20 @@ def end_of(agent_id: str, key: AttemptKey, result: Result, reply: ReportReply) -
     return TaskEnd(reply.state, key, agent_id, reply.revision, reply.time_us, response, failure)
 
 
+def result_report(agent_id: str, key: AttemptKey, result: Result) -> Operation[ReportReply]:
+    """Return the operation that applies an agent's result."""
+    if result.WhichOneof("outcome") == "response":
+        return operations.succeed(agent_id, key, result.response)
+    if result.WhichOneof("outcome") == "cancelled":
+        return operations.confirm_cancelled(agent_id, key, result.cancelled.reason or Reason.REASON_CANCELLED)
+    if result.WhichOneof("outcome") == "suspended":
+        suspended = result.suspended
+        return suspend(agent_id, key, failure_text(suspended.question), suspended.deadline_ms)
+    failure = stored_failure(result.failure)
+    retryable = error_for(failure.reason, "").retryable
+    return operations.fail(agent_id, key, failure.reason, failure.message, failure.error_type, retryable)
+
+
 Sink: TypeAlias = Callable[[TaskSnapshot | OrkiError], None]
 """Receives the terminal snapshot, or the error that ends the watch."""
 
@@ -95,10 +108,14 @@ class _Entry:
 
 
 class ResultWatches:
-    """The watches for results, by task."""
+    """The watches for results, by task.
 
-    def __init__(self, store: Store) -> None:
+    `poll` returns the time between two polls; each reads the watched tasks that have not changed since the one before.
+    """
+
+    def __init__(self, store: Store, poll: Callable[[], float]) -> None:
         self._store = store
+        self._poll = poll
         self._entries: dict[str, _Entry] = {}
         self._recent: OrderedDict[str, None] = OrderedDict()
         self._to_read: deque[str] = deque()
@@ -164,13 +181,20 @@ class ResultWatches:
     async def run(self) -> None:
         """Read watched tasks without news, until cancelled."""
         while True:
-            await asyncio.sleep(_POLL)
+            await asyncio.sleep(self._poll())
             if not self._store.up:
                 continue
             for task_id, entry in list(self._entries.items()):
                 if entry.sinks and not entry.fresh:
                     self._read(task_id, entry)
                 entry.fresh = False
+
+    def read_all(self) -> None:
+        """Read all watched tasks: changes may have been missed."""
+        for task_id in list(self._recent):
+            self._forget(task_id)
+        for task_id, entry in list(self._entries.items()):
+            self._read(task_id, entry)
 
     # --- Parts. ---
 
@@ -244,8 +268,4 @@ class ResultWatches:
 
     def _store_changed(self, up: bool) -> None:
         if up:
-            # The store may have lost tasks, and changes may have been missed.
-            for task_id in list(self._recent):
-                self._forget(task_id)
-            for task_id, entry in list(self._entries.items()):
-                self._read(task_id, entry)
+            self.read_all()  # The store may also have lost tasks.

@@ -29,14 +29,15 @@ from orki_contract.errors import (
     StoreFull,
     StoreUnavailable,
     TooLarge,
-    error_for,
 )
 from orki_control.session import (
     AgentDraining,
+    ArrivedCheckpoint,
     ArrivedProgress,
     ArrivedResult,
     AttemptKey,
     CancelsAcknowledged,
+    CheckpointsArrived,
     DirectivesAcknowledged,
     HeartbeatArrived,
     HelloArrived,
@@ -54,14 +55,15 @@ from orki_control.session import Decline as ArrivedDecline
 from orki_control.transport import abort
 from orki_server._demand import Demand
 from orki_server._events import AgentEvents
-from orki_server._fleet import FleetUpdates, Handshake
-from orki_server._results import TaskEnd, end_of, stored_failure
+from orki_server._fleet import CANCEL_REQUESTED, FleetUpdates, Handshake
+from orki_server._results import TaskEnd, end_of, result_report
 from orki_server._session import AgentSession, SessionRegistry, StreamContext
 from orki_server._store import operations
 from orki_server._store.lifecycle import TERMINAL
 from orki_server._store.operations import Operation, failure_text, shard_of
-from orki_server._store.replies import ProgressReply, ReportReply, ReportStatus
+from orki_server._store.replies import ProgressReply, Renewed, ReportReply, ReportStatus
 from orki_server._store.store import Store
+from orki_server._store.suspension import save_checkpoint
 
 R = TypeVar("R")
 
@@ -156,13 +158,21 @@ class Reports:
             handle = partial(self._handle_progress, session, key)
             self._enqueue(session, build, handle, key, partial(self._refuse_as_full, session, key, number))
 
+    def checkpointed(self, session: AgentSession, checkpoints: Iterable[ArrivedCheckpoint]) -> None:
+        """Store checkpoints. One that a full store refuses is refused to its handler."""
+        for key, number, payload in checkpoints:
+            build = partial(save_checkpoint, session.agent_id, key, number, payload)
+            full = StoreFull("the orchestrator's store is out of memory, and the checkpoint was not stored")
+            refuse = partial(session.machine.acknowledge_checkpoint, key, number, full)
+            self._enqueue(session, build, partial(self._handle_checkpoint, session, key, number), key, refuse)
+
     def ended(self, session: AgentSession, results: Iterable[ArrivedResult]) -> None:
         for key, result in results:
             if last := max(session.skipped.pop(key, 0), result.progress):
                 # If the last progress is not stored, watchers see a gap.
                 details = (self.progress_kept, last, b"", last - 1, True)
                 self._put(session, key, self._handle_progress, operations.report_progress, *details)
-            self._put(session, key, partial(self._handle_result, result), _result_report, result)
+            self._put(session, key, partial(self._handle_result, result), result_report, result)
 
     def cancel_acknowledged(self, session: AgentSession, attempts: Iterable[AttemptKey]) -> None:
         """The agent received cancels. An acknowledgement after the attempt's end is legal."""
@@ -179,11 +189,14 @@ class Reports:
             shards.setdefault(shard_of(key.task_id), []).append(key)
         pending = len(shards)
 
-        def renewed(stale: list[AttemptKey]) -> None:
+        def renewed(reply: Renewed) -> None:
             nonlocal pending
             pending -= 1
-            for key in stale:
+            for key in reply.stale:
                 self._refuse(session, key)
+            for key, grace in reply.cancelling:
+                # The cancel came through another orchestrator, and was lost.
+                session.machine.cancel(key, grace_ms=round(grace * 1000), message=CANCEL_REQUESTED)
             if pending == 0:
                 session.machine.echo(heartbeat.number)
 
@@ -224,6 +237,12 @@ class Reports:
         else:
             session.machine.acknowledge_progress(key, reply.index)
             self.on_change(key.task_id, reply.state in TERMINAL, None)
+
+    def _handle_checkpoint(self, session: AgentSession, key: AttemptKey, number: int, reply: ReportReply) -> None:
+        if reply.status is ReportStatus.STALE:
+            self._refuse(session, key)
+        else:
+            session.machine.acknowledge_checkpoint(key, number)
 
     def _refuse_as_full(self, session: AgentSession, key: AttemptKey, number: int) -> None:
         self._set_aside(session, key, number)
@@ -321,16 +340,6 @@ class Reports:
         future.add_done_callback(done)
 
 
-def _result_report(agent_id: str, key: AttemptKey, result: Result) -> Operation[ReportReply]:
-    if result.WhichOneof("outcome") == "response":
-        return operations.succeed(agent_id, key, result.response)
-    if result.WhichOneof("outcome") == "cancelled":
-        return operations.confirm_cancelled(agent_id, key, result.cancelled.reason or Reason.REASON_CANCELLED)
-    failure = stored_failure(result.failure)
-    retryable = error_for(failure.reason, "").retryable
-    return operations.fail(agent_id, key, failure.reason, failure.message, failure.error_type, retryable)
-
-
 class SessionServicer(SessionServiceServicer):
     """Serves agents. Tells `demand` when their slots may have become free."""
 
@@ -409,6 +418,8 @@ class SessionServicer(SessionServiceServicer):
                     self._reports.accepted(session, attempts)
                 case ProgressArrived(progress):
                     self._reports.progressed(session, progress)
+                case CheckpointsArrived(checkpoints):
+                    self._reports.checkpointed(session, checkpoints)
                 case ResultsArrived(results):
                     self._reports.ended(session, results)
                     self._demand.slots_changed(session)

@@ -36,6 +36,7 @@ from orki_control.submitter import (
     WatchClosed,
 )
 from orki_control.transport import abort
+from orki_server._calls import readable
 from orki_server._identity import Action, caller
 from orki_server._requests import Undecodable
 from orki_server._results import ResultWatches, Sink
@@ -43,7 +44,7 @@ from orki_server._sessions import HELLOS_PER_CONNECTION
 from orki_server._store.lifecycle import TERMINAL
 from orki_server._store.store import Store
 from orki_server._submissions import Pending, Submissions
-from orki_server._tasks import TaskServicer, Watchers, readable
+from orki_server._tasks import TaskServicer, Watchers
 
 StreamContext: TypeAlias = grpc.aio.ServicerContext[pb.OpenRequest, pb.OpenResponse]
 

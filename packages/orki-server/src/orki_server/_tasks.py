@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final, NoReturn, TypeAlias, TypeVar
-
-import grpc
+from typing import Final
 
 from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import Failure, TaskState
-from orki.control.v1.task_pb2_grpc import TaskServiceServicer
 from orki_contract.errors import (
     Draining,
     InvalidArgument,
-    LocalProtocolError,
     NotDirectable,
     OrkiError,
     StoreUnavailable,
@@ -28,24 +22,22 @@ from orki_contract.errors import (
     UnknownTask,
 )
 from orki_control.session import AttemptKey
-from orki_control.transport import abort
+from orki_server._answers import SuspendedTasks
+from orki_server._calls import Context, actor_of, readable, typed, typed_stream
+from orki_server._gaps import GapFinder
 from orki_server._identity import Action, caller
 from orki_server._registry import ContractRegistry, PayloadCheck
+from orki_server._relay import Relay
 from orki_server._results import ResultWatches, TaskEnd
 from orki_server._session import SessionRegistry
 from orki_server._store import operations
 from orki_server._store.lifecycle import TERMINAL
 from orki_server._store.operations import failure_text
 from orki_server._store.placement import check_placement
-from orki_server._store.replies import StoredProgress
+from orki_server._store.replies import TaskView
 from orki_server._store.store import Store
 from orki_server._store.tasks import TaskFilter, list_tasks
 from orki_server._submissions import Submissions
-
-Q = TypeVar("Q")
-R = TypeVar("R")
-S = TypeVar("S")
-Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 MAX_SUBMISSIONS: Final = 1000
 """Maximum number of submissions in one call."""
@@ -62,59 +54,6 @@ _BATCH_BYTES: Final = 64 * 1024
 """Maximum size of a batch of updates."""
 _SETTLE: Final = 0.005
 """Transitions come in bursts: one read serves those that follow within this time. An end is read at once."""
-_POLL: Final = 1.0
-"""Maximum time between two reads: another orchestrator may have changed the task."""
-_log = logging.getLogger("orki.server.requests")
-
-
-def typed(method: Callable[[S, Q, Context], Awaitable[R]]) -> Callable[[S, Q, Context], Awaitable[R]]:
-    """Turn an OrkiError that a unary method raises into a status."""
-
-    @functools.wraps(method)
-    async def wrapped(self: S, request: Q, context: Context) -> R:
-        try:
-            return await method(self, request, context)
-        except Exception as error:
-            await _abort(context, method.__name__, error)
-
-    return wrapped
-
-
-def typed_stream(
-    method: Callable[[S, Q, Context], AsyncIterator[R]],
-) -> Callable[[S, Q, Context], AsyncIterator[R]]:
-    """Turn an OrkiError that a streaming method raises into a status."""
-
-    @functools.wraps(method)
-    async def wrapped(self: S, request: Q, context: Context) -> AsyncIterator[R]:
-        try:
-            async for response in method(self, request, context):
-                yield response
-        except Exception as error:
-            await _abort(context, method.__name__, error)
-
-    return wrapped
-
-
-async def _abort(context: Context, method: str, error: Exception) -> NoReturn:
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    if not isinstance(error, OrkiError):
-        _log.error("%s failed: a defect", method, exc_info=error)
-        error = LocalProtocolError(f"{method}: the orchestrator failed; see its log")
-    await abort(context, error)
-
-
-def actor_of(context: Context) -> str:
-    """Return the caller's name for the audit."""
-    return caller().name
-
-
-def readable(task: pb.TaskSnapshot) -> pb.TaskSnapshot:
-    """Return a snapshot without the response if the caller may not read it."""
-    if not caller().may(Action.READ, task.method):
-        task.ClearField("response")
-    return task
 
 
 class RequestRules:
@@ -173,43 +112,6 @@ def _check_method(field: str, method: str) -> None:
         raise InvalidArgument(f"{field}: {method[:80]!r} does not have the form package.Service/Method")
 
 
-class GapFinder:
-    """Finds the progress that is missing between the entries that one watcher reads.
-
-    Args:
-        after: Cursor at which the watcher begins; empty for the beginning.
-        position: Position of the last progress or gap that the watcher has; None if it is unknown.
-    """
-
-    def __init__(self, after: str, position: pb.ProgressPosition | None) -> None:
-        self._cursor = after
-        self._last = (position.attempt, position.index, position.number) if position else (0, 0, 0)
-        # Progress that an older orchestrator stored has no number.
-        self._known = self._last[2] > 0 or not after
-
-    def before(self, entry: StoredProgress) -> list[pb.ProgressGap]:
-        """Return the gaps before an entry, and the entry itself if it only ends a gap."""
-        cursor, attempt, index, number = entry.cursor, entry.attempt, entry.index, entry.number
-        last_attempt, last_index, last_number = self._last
-        missing = max(0, number - last_number - 1) if self._known else 0
-        here = min(missing, index - 1)
-        gaps = []
-        if missing > here:
-            # The rest of an earlier attempt, and perhaps whole attempts after it, were trimmed.
-            last = last_index + missing - here
-            gaps.append(self._gap(self._cursor, last_attempt or 1, last_index + 1, last, last_number + missing - here))
-        if here or entry.dropped:
-            before = 0 if entry.dropped else 1
-            end = cursor if entry.dropped else self._cursor
-            gaps.append(self._gap(end, attempt, index - here, index - before, number - before))
-        self._cursor, self._known, self._last = cursor, number > 0, (attempt, index, number)
-        return gaps
-
-    @staticmethod
-    def _gap(cursor: str, attempt: int, first: int, last: int, number: int) -> pb.ProgressGap:
-        return pb.ProgressGap(cursor=cursor, attempt=attempt, first_index=first, last_index=last, number=number)
-
-
 @dataclass(slots=True, eq=False)
 class _Watcher:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -219,23 +121,37 @@ class _Watcher:
 class Watchers:
     """Follows tasks. Calls `on_record` when a task has changed, as the outbox has records then.
 
+    `poll` returns the maximum time between two reads: other orchestrators may have changed the task.
+
     Attributes:
         results: The watches that only wait for the result.
     """
 
-    def __init__(self, store: Store, on_record: Callable[[], None]) -> None:
+    def __init__(self, store: Store, on_record: Callable[[], None], poll: Callable[[], float]) -> None:
         self._store = store
         self._on_record = on_record
+        self._poll = poll
         self._watchers: dict[str, set[_Watcher]] = {}
-        self.results = ResultWatches(store)
+        self.results = ResultWatches(store, poll)
 
     def changed(self, task_id: str, ended: bool, end: TaskEnd | None = None) -> None:
         self._on_record()
+        self.announced(task_id, ended, end)
+
+    def announced(self, task_id: str, ended: bool, end: TaskEnd | None = None) -> None:
+        """A task has changed, perhaps by another orchestrator, which publishes the records."""
         self.results.changed(task_id, ended, end)
         for watcher in self._watchers.get(task_id, ()):
             watcher.changed.set()
             if ended:
                 watcher.ended.set()
+
+    def all_changed(self) -> None:
+        """Any task may have changed."""
+        self.results.read_all()
+        for watchers in self._watchers.values():
+            for watcher in watchers:
+                watcher.changed.set()
 
     async def follow(
         self, task_id: str, after: str, position: pb.ProgressPosition | None = None
@@ -295,7 +211,7 @@ class Watchers:
                     continue
                 if ended:
                     return
-                await _wait(watcher.changed, _POLL)
+                await _wait(watcher.changed, self._poll())
                 await _wait(watcher.ended, _SETTLE)
 
     @contextlib.contextmanager
@@ -332,7 +248,7 @@ async def _wait(event: asyncio.Event, timeout: float) -> None:
             await event.wait()
 
 
-class TaskServicer(TaskServiceServicer):
+class TaskServicer(SuspendedTasks):
     """Serves submitters.
 
     It calls `on_queued` with shard and method of a new task.
@@ -351,7 +267,9 @@ class TaskServicer(TaskServiceServicer):
         watchers: Watchers,
         rules: RequestRules,
         on_queued: Callable[[int, str], None],
+        relay: Relay,
     ) -> None:
+        self._relay = relay
         self._store = store
         self._registry = registry
         self._payloads = payloads
@@ -431,6 +349,7 @@ class TaskServicer(TaskServiceServicer):
         reply = await self._store.apply(operations.cancel(request.task_id, message, actor))
         if reply.status == "unknown":
             raise UnknownTask(f"there is no task {request.task_id}")
+        # If the session is at another orchestrator, the store has sent it the cancel.
         session = self._sessions.get(reply.agent_id)
         if reply.status in ("requested", "repeated") and session is not None:
             session.machine.cancel(reply.attempt, grace_ms=round(reply.cancel_grace * 1000), message=message)
@@ -444,34 +363,18 @@ class TaskServicer(TaskServiceServicer):
         return pb.DirectResponse(attempt=attempt.ref())
 
     async def direct(self, request: pb.DirectRequest, actor: str) -> AttemptKey:
-        """Send a directive to a running task, whose agent must have a session here."""
+        """Send a directive to a running task."""
         self._rules.direct(request)
-        task = await self.read(request.task_id, Action.DIRECT)
+        view = await self._view(request.task_id, Action.DIRECT)
+        task = view.task
         method = await self._registry.method(task.method)
         if not method.directive:
             raise NotDirectable(f"{task.method} declares no directive")
         await self._payloads.directive(method, request.payload)
-        session = self._sessions.get(task.agent_id)
-        if task.state != TaskState.TASK_STATE_RUNNING or session is None:
+        if task.state != TaskState.TASK_STATE_RUNNING:
             state = TaskState.Name(task.state).removeprefix("TASK_STATE_").lower()
-            where = "" if session else f", and agent {task.agent_id!r} has no session here"
-            raise NotDirectable(f"task {task.task_id} is {state}{where}; a directive needs a running attempt")
-        # The agent may serve an older contract than the one that declares the directive.
-        served = self._registry.methods_of(method.service, session.digests.get(method.service, ""))
-        if any(each.full_name == task.method and not each.directive for each in served):
-            raise NotDirectable(f"agent {task.agent_id} serves {task.method} by a contract that declares no directive")
-        key = AttemptKey.of(task.attempt)
-        reply = await self._store.apply(operations.direct(key, len(request.payload), actor))
-        if reply.status != "running":
-            raise NotDirectable(f"task {task.task_id} no longer runs attempt {key.attempt}")
-        try:
-            answer = session.direct(key, request.payload)
-        except LocalProtocolError:
-            answer = None
-        if answer is None:
-            raise NotDirectable(f"agent {task.agent_id} does not hold {key} now; try again in a moment")
-        if not await answer:
-            raise NotDirectable(f"{key} had ended when the directive arrived")
+            raise NotDirectable(f"task {task.task_id} is {state}; a directive needs a running attempt")
+        key = await self._relay.direct(view, request.payload, actor)
         self._watchers.changed(request.task_id, False)
         return key
 
@@ -493,9 +396,12 @@ class TaskServicer(TaskServiceServicer):
         Raises:
             UnknownTask: The task does not exist, or the caller may not.
         """
+        return (await self._view(task_id, action)).task
+
+    async def _view(self, task_id: str, action: Action | None) -> TaskView:
         view = await self._store.apply(operations.read_task(task_id))
         if view is None:
             raise UnknownTask(f"there is no task {task_id}")
         if action is not None:
             caller().check_task(action, task_id, view.task.method)
-        return view.task
+        return view

@@ -67,7 +67,7 @@ async def test_json_contains_the_task_with_its_response(fleet: Any, orki: Any, a
     assert sorted(task) == sorted(
         [
             *("task_id", "method", "state", "attempt", "fence", "agent_id", "submitted", "ended", "trace_id"),
-            *("priority", "start", "failure", "earlier_failures", "response"),
+            *("priority", "start", "failure", "earlier_failures", "response", "suspension"),
         ]
     )
 

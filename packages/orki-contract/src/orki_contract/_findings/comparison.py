@@ -128,7 +128,7 @@ class Reach:
                 yield stream.message, Use(f'stream "{stream.name}"', file.package, Plane.EVENTS)
             for task in file.contract.tasks:
                 kinds[task.full_name] = Use(f"task service {task.service}", file.package, Plane.CONTROL)
-                for name in (task.progress, task.directive):
+                for name in task.messages:
                     yield name, kinds[task.full_name]
             for tool in file.contract.tools:
                 kinds[tool.full_name] = Use(f"tool service {tool.service}", file.package, Plane.HOTPATH)

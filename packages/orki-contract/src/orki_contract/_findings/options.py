@@ -9,13 +9,15 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 
 from orki_contract._findings.comparison import Comparison, Plane, Side
 from orki_contract.descriptors import OPTIONS_PACKAGE, Location, Path, field_path, is_repeated, without_source
+from orki_contract.model import TASK_MESSAGES
 
 # Options that the other rules cover. Unknown options are always reported.
 _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "": frozenset({"consume", "stream", "frame", "sensitive", "offset", "scalar", "size", "since", "task", "tool"}),
     "TaskOptions": frozenset(
         {
-            *("progress", "progress_policy", "directive", "max_attempts", "retry_backoff"),
+            *TASK_MESSAGES,
+            *("progress_policy", "max_attempts", "retry_backoff"),
             *("heartbeat_timeout", "attempt_timeout", "stall_timeout", "total_timeout", "cancel_grace"),
         }
     ),

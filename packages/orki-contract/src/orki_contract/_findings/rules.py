@@ -122,6 +122,8 @@ _ALL: Final = (
     _breaking(_TASK, "ORKI_TASK_PROGRESS_CHANGED", "A task keeps its progress message."),
     _breaking(_TASK, "ORKI_TASK_PROGRESS_LOSSY", "A task whose handlers wait does not begin to drop progress."),
     _breaking(_TASK, "ORKI_TASK_DIRECTIVE_CHANGED", "A task keeps its directive message."),
+    _breaking(_TASK, "ORKI_TASK_CHECKPOINT_CHANGED", "A task keeps its checkpoint message."),
+    _breaking(_TASK, "ORKI_TASK_ANSWER_CHANGED", "A task keeps its answer message."),
     _breaking(_TASK, "ORKI_TASK_LEASE_SHORTENED", "A task's heartbeat timeout does not decrease."),
     _breaking(_TASK, "ORKI_TASK_TIMEOUT_SHORTENED", "A task's timeouts do not decrease."),
     _breaking(_TASK, "ORKI_TASK_ATTEMPTS_LOWERED", "A task's number of attempts does not decrease."),

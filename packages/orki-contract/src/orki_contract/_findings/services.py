@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from orki_contract._findings.comparison import Comparison, Places, Plane, Side, left_at, was
 from orki_contract.descriptors import Location
-from orki_contract.model import Backoff, ProgressPolicy, TaskMethod, ToolMethod, duration_text
+from orki_contract.model import TASK_MESSAGES, Backoff, ProgressPolicy, TaskMethod, ToolMethod, duration_text
 from orki_contract.read import PROGRESS_POLICIES
 
 _PLANES: Final = {"task": Plane.CONTROL, "tool": Plane.HOTPATH, "plain": Plane.SERVICE}
@@ -92,7 +92,7 @@ def _types(comparison: Comparison, before: Any, after: Any, names: tuple[str, ..
         one, other = getattr(before, each), getattr(after, each)
         if one == other:
             continue
-        option = each if each in ("progress", "directive") else ""
+        option = each if each in TASK_MESSAGES else ""
         places = _places(comparison, name, kind if option else "", *filter(None, [option]))
         if one:
             text = f"changed its {each}: {was(one, other or 'none')}"
@@ -103,7 +103,7 @@ def _types(comparison: Comparison, before: Any, after: Any, names: tuple[str, ..
 
 def _task(comparison: Comparison, before: TaskMethod, after: TaskMethod) -> None:
     report = _reporter(comparison, after.full_name, "task")
-    _types(comparison, before, after, ("request", "response", "progress", "directive"), "task")
+    _types(comparison, before, after, ("request", "response", *TASK_MESSAGES), "task")
     _time(before, after, "heartbeat_timeout", "ORKI_TASK_LEASE_SHORTENED", "ORKI_TASK_RELAXED", report)
     for each in _TIMEOUTS:
         _time(before, after, each, "ORKI_TASK_TIMEOUT_SHORTENED", "ORKI_TASK_RELAXED", report)

@@ -133,7 +133,7 @@ def _messages(report: Report, file: FileContract) -> None:
     for method in contract.tasks + contract.tools:
         used.update(dict.fromkeys((method.request, method.response), method.full_name))
     for task in contract.tasks:
-        used.update({name: task.full_name for name in (task.progress, task.directive) if name})
+        used.update(dict.fromkeys(task.messages, task.full_name))
     used.update({each.message: each.message for each in contract.frames})
     used.update({field.enum: each.message for each in contract.frames for field in each.fields if field.enum})
     for name, subject in used.items():

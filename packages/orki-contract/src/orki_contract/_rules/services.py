@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from orki_contract._rules.report import Report, Rule
 from orki_contract.descriptors import Location, MethodNode, ServiceNode
-from orki_contract.model import Backoff, duration_text
+from orki_contract.model import TASK_MESSAGES, Backoff, duration_text
 from orki_contract.read import PROGRESS_POLICIES, resolve, seconds_of
 
 RULES: Final[dict[Rule, str]] = {
@@ -16,8 +16,8 @@ RULES: Final[dict[Rule, str]] = {
     "ORKI_METHOD_ONE_KIND": "A method is a task or a tool, not both.",
     "ORKI_METHOD_UNARY": "A task or tool has one request and one response; it does not stream.",
     "ORKI_TASK_FRAME": "A task's messages are not frames.",
-    "ORKI_TASK_MESSAGE": "A task's progress and directive name existing messages.",
-    "ORKI_TASK_MESSAGE_IMPORT": "A task's progress and directive are declared in its own file or in an imported one.",
+    "ORKI_TASK_MESSAGE": "A task's progress, directive, checkpoint and answer name existing messages.",
+    "ORKI_TASK_MESSAGE_IMPORT": "A task's messages are declared in its own file or in an imported one.",
     "ORKI_TASK_MAX_ATTEMPTS": "A task has 1 to 1000 attempts.",
     "ORKI_TASK_PROGRESS_POLICY": "A task's progress policy is known to this version.",
     "ORKI_TASK_BACKOFF_MULTIPLIER": "The retry multiplier is finite and at least 1.",
@@ -87,8 +87,9 @@ def _task(report: Report, service: ServiceNode, method: MethodNode, option: Any)
         text = f"{subject} has a progress policy that this version does not know: {policy}"
         report.add("ORKI_TASK_PROGRESS_POLICY", place("progress_policy"), text)
     _backoff(report, option, place("retry_backoff"), place, subject)
-    for name in ("progress", "directive"):
-        _message(report, service, getattr(option, name), place(name), f"the {name} of {subject}")
+    for name in TASK_MESSAGES:
+        # An image may hold options of an older version.
+        _message(report, service, getattr(option, name, ""), place(name), f"the {name} of {subject}")
     named = {"request": method.proto.input_type, "response": method.proto.output_type}
     for name, message in named.items():
         _no_frame(report, message.removeprefix("."), place(), f"the {name} of {subject}")

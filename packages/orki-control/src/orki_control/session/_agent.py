@@ -14,7 +14,14 @@ from google.protobuf.message import DecodeError
 from orki.control.v1 import session_pb2 as pb
 from orki.control.v1.attempt_pb2 import Failure
 from orki.errors.v1.errors_pb2 import Reason
-from orki_contract.errors import LocalProtocolError, RemoteProtocolError, Replaced, TooLarge, error_for
+from orki_contract.errors import (
+    LocalProtocolError,
+    ProtocolVersion,
+    RemoteProtocolError,
+    Replaced,
+    TooLarge,
+    error_for,
+)
 from orki_control.session import _events as events
 from orki_control.session._options import (
     PROGRESS_PROTOCOL,
@@ -168,6 +175,7 @@ class AgentSession(AgentReports):
         self.session_epoch = welcome.session_epoch
         self._heartbeats.set_interval(welcome.heartbeat_interval_ms / 1000, now)
         self._peer_bytes = welcome.max_message_bytes
+        self._protocol = welcome.protocol
         self._acknowledged = welcome.protocol >= PROGRESS_PROTOCOL
         self._queue.limit(welcome.max_message_bytes)
         self._queue.transfers.limit = welcome.max_transfer_bytes if self._acknowledged else 0
@@ -184,6 +192,7 @@ class AgentSession(AgentReports):
             held = self._attempts[key]
             held.progress.acknowledged = self._acknowledged
             self._queue.put_source(key, pb.Progress, held.progress, held.progress.rewind())
+            self._repeat_checkpoint(key, held)
             if held.state is AttemptState.REPORTED:
                 self._send_result(key, held)
         opened = events.SessionOpened(
@@ -288,6 +297,33 @@ class AgentSession(AgentReports):
             held.progress.acknowledge(acknowledged.index)
         self._events.append((events.ProgressAcknowledged, key))
 
+    def _repeat_checkpoint(self, key: AttemptKey, held: HeldAttempt) -> None:
+        try:
+            self._check_protocol("checkpoints")
+        except ProtocolVersion as error:
+            if held.checkpoint is not None:
+                failure = Failure(reason=error.reason, message=error.message)
+                self._checkpoint_stored(key, held, held.checkpoint.number, failure)
+        else:
+            self._send_checkpoint(key, held)
+
+    def _checkpoint_acknowledged(self, message: pb.OrchestratorMessage, now: float) -> None:
+        self._move(pb.CheckpointAcknowledged, RemoteProtocolError)
+        stored = message.checkpoint_acknowledged
+        key = AttemptKey(*identity(stored.attempt))
+        held = self._attempts.get(key)
+        if held is None:
+            return
+        self._step(key, held, pb.CheckpointAcknowledged, RemoteProtocolError)
+        if stored.number > held.checkpoints:
+            raise RemoteProtocolError(f"{key}: checkpoint {stored.number} is acknowledged before it was sent")
+        self._checkpoint_stored(key, held, stored.number, stored.failure if stored.HasField("failure") else None)
+
+    def _checkpoint_stored(self, key: AttemptKey, held: HeldAttempt, number: int, failure: Failure | None) -> None:
+        if held.checkpoint is not None and held.checkpoint.number <= number:
+            held.checkpoint = None
+        self._events.append((events.CheckpointsStored, events.StoredCheckpoint(key, number, failure)))
+
     def _chunk(self, message: pb.OrchestratorMessage, now: float) -> None:
         self._move(pb.Chunk, RemoteProtocolError)
         try:
@@ -372,6 +408,7 @@ _RECEIVE: Final[dict[str, Callable[[AgentSession, pb.OrchestratorMessage, float]
     "directive": AgentSession._directive,
     "result_acknowledged": AgentSession._result_acknowledged,
     "progress_acknowledged": AgentSession._progress_acknowledged,
+    "checkpoint_acknowledged": AgentSession._checkpoint_acknowledged,
     "chunk": AgentSession._chunk,
     "chunk_acknowledged": AgentSession._chunk_acknowledged,
     "heartbeat_echo": AgentSession._heartbeat_echo,

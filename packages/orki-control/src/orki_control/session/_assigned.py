@@ -13,9 +13,11 @@ from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import LocalProtocolError, OrkiError, RemoteProtocolError, TooLarge
 from orki_control.session._chunks import CHUNKED_ABOVE, Assemblies
 from orki_control.session._events import (
+    ArrivedCheckpoint,
     ArrivedProgress,
     ArrivedResult,
     CancelsAcknowledged,
+    CheckpointsArrived,
     Decline,
     DirectiveAnswer,
     DirectivesAcknowledged,
@@ -25,7 +27,14 @@ from orki_control.session._events import (
     ReportsRefused,
     ResultsArrived,
 )
-from orki_control.session._options import PROGRESS_PROTOCOL, OrchestratorSessionOptions, chosen_protocol, transfer_bytes
+from orki_control.session._options import (
+    CHECKPOINT_PROTOCOL,
+    MAX_CHECKPOINT_BYTES,
+    PROGRESS_PROTOCOL,
+    OrchestratorSessionOptions,
+    chosen_protocol,
+    transfer_bytes,
+)
 from orki_control.session._progress import OVERHEAD_BYTES
 from orki_control.session._queue import SendQueue
 from orki_control.session._state import OCCUPYING, AttemptKey, SessionMachine, identity
@@ -39,7 +48,10 @@ STALE: Final = "this session does not hold the attempt: it was withdrawn, has en
 class Attempt:
     """One attempt at the orchestrator."""
 
-    __slots__ = ("answer_by", "directives", "last_index", "ref", "replays", "state", "stored", "traceparent")
+    __slots__ = (
+        *("answer_by", "checkpoint", "directives", "last_index", "ref", "replays", "state", "stored"),
+        "traceparent",
+    )
 
     def __init__(self, ref: AttemptRef, state: AttemptState, traceparent: str, answer_by: float | None) -> None:
         self.ref = ref
@@ -50,6 +62,7 @@ class Attempt:
         self.replays = False
         self.stored = 0
         self.directives = 0
+        self.checkpoint = 0
 
 
 class AttemptReports(SessionMachine):
@@ -113,15 +126,19 @@ class AttemptReports(SessionMachine):
                 f"{key}: the request has {len(offer.request)} bytes, and agent {self.hello.agent_id} accepts messages "
                 f"of at most {self.hello.max_message_bytes} bytes"
             )
+        if chosen_protocol(self.hello) < CHECKPOINT_PROTOCOL:
+            offer.ClearField("checkpoint")
+            offer.ClearField("answer")
+            offer.ClearField("answer_overdue")
+        payload_bytes = len(offer.request) + len(offer.checkpoint) + len(offer.answer)
+        size = payload_bytes + OVERHEAD_BYTES
         answer_by = now + offer.accept_timeout_ms / 1000
         if size > CHUNKED_ABOVE:
             answer_by += size / _SLOWEST_LINK  # It takes its time to arrive.
         self._attempts[key] = Attempt(offer.attempt, AttemptState.OFFERED, traceparent, answer_by)
         self._occupied += 1
         heapq.heappush(self._answers, (answer_by, key))
-        self._queue.put_work(
-            key, pb.Offer, pb.OrchestratorMessage(traceparent=traceparent, offer=offer), len(offer.request)
-        )
+        self._queue.put_work(key, pb.Offer, pb.OrchestratorMessage(traceparent=traceparent, offer=offer), payload_bytes)
 
     def cancel(self, attempt: AttemptKey, *, grace_ms: int, message: str = "") -> bool:
         """Cancel an attempt, also repeatedly; return False when this session does not hold it."""
@@ -184,6 +201,15 @@ class AttemptReports(SessionMachine):
         known.last_index, known.replays = index, True
         self._acknowledge_progress(attempt, known, index, replay=True)
 
+    def acknowledge_checkpoint(self, attempt: AttemptKey, number: int, error: OrkiError | None = None) -> None:
+        """Acknowledge a stored checkpoint of an attempt, or refuse it with an error."""
+        known = self._live(pb.CheckpointAcknowledged, attempt)
+        if known is not None:
+            self._step(attempt, known, pb.CheckpointAcknowledged, LocalProtocolError)
+            failure = Failure(reason=error.reason, message=error.message) if error is not None else None
+            acknowledged = pb.CheckpointAcknowledged(attempt=known.ref, number=number, failure=failure)
+            self._control_about(known, checkpoint_acknowledged=acknowledged)
+
     # --- Receivers, one for each kind of report. ---
 
     def _accepted(self, message: pb.AgentMessage, now: float) -> None:
@@ -219,6 +245,23 @@ class AttemptReports(SessionMachine):
         attempt.last_index, attempt.replays = index, False
         arrived = ArrivedProgress(key, index, progress.payload, missing)
         self._events.append((ProgressArrived, arrived))
+
+    def _checkpoint(self, message: pb.AgentMessage, now: float) -> None:
+        checkpoint = message.checkpoint
+        key = self._report(pb.Checkpoint, checkpoint)
+        if key is None:
+            return
+        attempt = self._attempts[key]
+        if checkpoint.number <= attempt.checkpoint:
+            raise RemoteProtocolError(f"{key}: checkpoint {checkpoint.number} came after {attempt.checkpoint}")
+        attempt.checkpoint = checkpoint.number
+        size = len(checkpoint.payload)
+        if size > MAX_CHECKPOINT_BYTES:
+            error = TooLarge(f"{key}: a checkpoint of {size} bytes; the maximum is {MAX_CHECKPOINT_BYTES}")
+            self.acknowledge_checkpoint(key, checkpoint.number, error)
+            return
+        arrived = ArrivedCheckpoint(key, checkpoint.number, checkpoint.payload)
+        self._events.append((CheckpointsArrived, arrived))
 
     def _result(self, message: pb.AgentMessage, now: float) -> None:
         result = message.result

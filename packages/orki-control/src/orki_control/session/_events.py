@@ -35,6 +35,22 @@ class ArrivedProgress(NamedTuple):
     missing: int = 0
 
 
+class ArrivedCheckpoint(NamedTuple):
+    """A checkpoint: its number within the attempt, from 1, and its serialised payload."""
+
+    attempt: AttemptKey
+    number: int
+    payload: bytes
+
+
+class StoredCheckpoint(NamedTuple):
+    """The checkpoints of an attempt up to a number are stored, or were refused with a failure."""
+
+    attempt: AttemptKey
+    number: int
+    failure: Failure | None
+
+
 class ArrivedResult(NamedTuple):
     """A result that the agent reports."""
 
@@ -114,6 +130,13 @@ class ProgressArrived:
     """Progress to store; then call `acknowledge_progress`, or `replay_progress` when earlier progress is missing."""
 
     progress: tuple[ArrivedProgress, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointsArrived:
+    """Checkpoints to store; then call `acknowledge_checkpoint` for each."""
+
+    checkpoints: tuple[ArrivedCheckpoint, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +274,13 @@ class ProgressAcknowledged:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointsStored:
+    """Checkpoints that were stored or refused."""
+
+    checkpoints: tuple[StoredCheckpoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class AttemptsRevoked:
     """Attempts that the agent no longer holds: stop each handler, report nothing, then call `release`."""
 
@@ -308,6 +338,7 @@ OrchestratorEvent: TypeAlias = (
     | OffersDeclined
     | OffersExpired
     | ProgressArrived
+    | CheckpointsArrived
     | ResultsArrived
     | CancelsAcknowledged
     | DirectivesAcknowledged
@@ -325,6 +356,7 @@ AgentEvent: TypeAlias = (
     | DirectivesArrived
     | ResultsAcknowledged
     | ProgressAcknowledged
+    | CheckpointsStored
     | AttemptsRevoked
     | LeasesLost
     | OrchestratorDraining

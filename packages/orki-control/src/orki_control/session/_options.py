@@ -12,10 +12,14 @@ from orki_contract.errors import InvalidSetting, ProtocolVersion, RemoteProtocol
 
 PROTOCOL_MIN: Final = 1
 """Lowest supported version of the session protocol."""
-PROTOCOL_MAX: Final = 2
+PROTOCOL_MAX: Final = 3
 """Highest supported version of the session protocol."""
 PROGRESS_PROTOCOL: Final = 2
 """Version that acknowledges progress and directives."""
+CHECKPOINT_PROTOCOL: Final = 3
+"""Version with checkpoints and suspensions."""
+MAX_CHECKPOINT_BYTES: Final = 192 * 1024
+"""Maximum size of a checkpoint and of an answer. Both travel with an offer, and a checkpoint is sent in one message."""
 SILENT_INTERVALS: Final = 3
 """Number of silent heartbeat intervals after which a peer counts as lost (law 13)."""
 DEFAULT_MESSAGE_BYTES: Final = 4 * 1024 * 1024

@@ -304,6 +304,7 @@ _RECEIVE: Final[dict[str, Callable[[OrchestratorSession, pb.AgentMessage, float]
     "accepted": OrchestratorSession._accepted,
     "declined": OrchestratorSession._declined,
     "progress": OrchestratorSession._progress,
+    "checkpoint": OrchestratorSession._checkpoint,
     "result": OrchestratorSession._result,
     "cancel_acknowledged": OrchestratorSession._cancel_acknowledged,
     "directive_acknowledged": OrchestratorSession._directive_acknowledged,

@@ -8,9 +8,16 @@ from orki.control.v1 import session_pb2 as pb
 from orki.control.v1.attempt_pb2 import Failure
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract import ProgressPolicy
-from orki_contract.errors import LocalProtocolError, OrkiError, TooLarge
+from orki_contract.errors import LocalProtocolError, OrkiError, ProtocolVersion, TooLarge
 from orki_control.session._chunks import Assemblies
-from orki_control.session._options import DEFAULT_MESSAGE_BYTES, AgentSessionOptions, transfer_bytes
+from orki_control.session._options import (
+    CHECKPOINT_PROTOCOL,
+    DEFAULT_MESSAGE_BYTES,
+    MAX_CHECKPOINT_BYTES,
+    PROTOCOL_MAX,
+    AgentSessionOptions,
+    transfer_bytes,
+)
 from orki_control.session._progress import OVERHEAD_BYTES
 from orki_control.session._queue import SendQueue
 from orki_control.session._state import AttemptKey, AttemptTable, Heartbeats, HeldAttempt, Outcome, SessionMachine
@@ -35,6 +42,7 @@ class AgentReports(SessionMachine):
         self._attempts = AttemptTable(options.slots, self._changed)
         self._heartbeats = Heartbeats(self._changed)
         self._peer_bytes = DEFAULT_MESSAGE_BYTES
+        self._protocol = PROTOCOL_MAX
         self._assemblies = Assemblies(transfer_bytes(options))
 
     @property
@@ -104,6 +112,42 @@ class AgentReports(SessionMachine):
             self._queue.put_source(attempt, pb.Progress, held.progress)
         return True
 
+    def save_checkpoint(self, attempt: AttemptKey, payload: bytes) -> int:
+        """Take a checkpoint of a running attempt in place of an earlier one, also while there is no stream.
+
+        It is kept until `CheckpointsStored` names its number or a higher one.
+
+        Returns:
+            Its number within the attempt, from 1; 0 when the attempt is no longer held.
+
+        Raises:
+            TooLarge: The checkpoint is larger than `MAX_CHECKPOINT_BYTES`.
+            ProtocolVersion: The orchestrator stores no checkpoints.
+            LocalProtocolError: The attempt was not accepted, or has a result.
+        """
+        held = self._attempts.get(attempt)
+        if held is None:
+            return 0
+        if len(payload) > MAX_CHECKPOINT_BYTES:
+            raise TooLarge(f"{attempt}: a checkpoint of {len(payload)} bytes; the maximum is {MAX_CHECKPOINT_BYTES}")
+        self._check_protocol("checkpoints")
+        self._step(attempt, held, pb.Checkpoint, LocalProtocolError)
+        held.checkpoints += 1
+        held.checkpoint = pb.Checkpoint(attempt=held.ref, number=held.checkpoints, payload=payload)
+        if self.state in LIVE:
+            self._send_checkpoint(attempt, held)
+        return held.checkpoints
+
+    def _check_protocol(self, what: str) -> None:
+        if self._protocol < CHECKPOINT_PROTOCOL:
+            raise ProtocolVersion(
+                f"the orchestrator speaks session protocol {self._protocol}, without {what}: upgrade it"
+            )
+
+    def _send_checkpoint(self, key: AttemptKey, held: HeldAttempt) -> None:
+        if held.checkpoint is not None:
+            self._work(key, held, pb.Checkpoint, len(held.checkpoint.payload), checkpoint=held.checkpoint)
+
     def report(
         self,
         attempt: AttemptKey,
@@ -139,6 +183,8 @@ class AgentReports(SessionMachine):
             held.result.response = outcome
         elif isinstance(outcome, Failure):
             held.result.failure.CopyFrom(outcome)
+        elif isinstance(outcome, pb.SuspendedOutcome):
+            held.result.suspended.CopyFrom(outcome)
         else:
             held.result.cancelled.CopyFrom(outcome)
         held.result.progress = held.progress.index
@@ -168,6 +214,11 @@ class AgentReports(SessionMachine):
 
     def _send_result(self, key: AttemptKey, held: HeldAttempt) -> None:
         assert held.result is not None
+        if held.result.HasField("suspended") and self._protocol < CHECKPOINT_PROTOCOL:
+            # An older orchestrator gives the task to another attempt.
+            text = f"the task cannot be suspended: the orchestrator speaks session protocol {self._protocol}"
+            failure = Failure(reason=Reason.REASON_ABANDONED, message=text)
+            held.result = pb.Result(attempt=held.ref, failure=failure, progress=held.result.progress)
         size = len(held.result.response)
         if size > self.max_payload_bytes:
             text = f"the response has {size} bytes; the orchestrator accepts {self.max_payload_bytes}"

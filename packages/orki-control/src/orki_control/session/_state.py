@@ -19,8 +19,8 @@ LEASE_SHARE: Final = 0.9
 """Share of a lease after which the agent stops the attempt, so that it has stopped when the lease ends (law 8)."""
 OCCUPYING: Final = frozenset({AttemptState.OFFERED, AttemptState.RUNNING, AttemptState.CANCELLING})
 """States in which an attempt occupies a slot."""
-Outcome: TypeAlias = bytes | Failure | pb.CancelledOutcome
-"""The end of an attempt: the serialised response, a failure, or a cancellation."""
+Outcome: TypeAlias = bytes | Failure | pb.CancelledOutcome | pb.SuspendedOutcome
+"""The end of an attempt: the serialised response, a failure, a cancellation, or a suspension of its task."""
 _REMEMBERED_CANCELS: Final = 1024
 _REMEMBERED_FENCES: Final = 8192
 _REMEMBERED_HEARTBEATS: Final = 2 * SILENT_INTERVALS
@@ -112,9 +112,14 @@ class HeldAttempt:
         progress: Its progress that is not acknowledged.
         proof: Of its offer; it goes back unread in the next hello.
         result: Its result, once it has ended.
+        checkpoint: Its newest checkpoint, until it is stored.
+        checkpoints: Number of its last checkpoint.
     """
 
-    __slots__ = ("lease", "progress", "proof", "ref", "renewed_at", "result", "state", "traceparent")
+    __slots__ = (
+        *("checkpoint", "checkpoints", "lease", "progress", "proof", "ref", "renewed_at", "result", "state"),
+        "traceparent",
+    )
 
     def __init__(
         self,
@@ -133,6 +138,8 @@ class HeldAttempt:
         self.progress = progress
         self.proof = proof
         self.result: pb.Result | None = None
+        self.checkpoint: pb.Checkpoint | None = None
+        self.checkpoints = 0
 
     @property
     def stops_at(self) -> float:

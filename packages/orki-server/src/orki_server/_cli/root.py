@@ -19,6 +19,7 @@ from orki_server._observers.redaction import safe_text
 # Each command's module, which has a function of that name, and its description.
 _COMMANDS: Final = {
     "agents": ("tasks", "List the agents of the fleet."),
+    "answer": ("answer", "Answer a suspended task."),
     "cancel": ("tasks", "Request cancellation of a task."),
     "contract": ("contract", "List, register and withdraw contracts."),
     "doctor": ("doctor", "Check the fleet's health and suggest next steps."),

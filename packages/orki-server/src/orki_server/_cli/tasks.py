@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from orki.control.v1.attempt_pb2 import Failure, TaskState
-from orki.control.v1.task_pb2 import AgentSnapshot, TaskSnapshot
+from orki.control.v1.task_pb2 import AgentSnapshot, Suspension, TaskSnapshot
 from orki_contract.trace import parse_traceparent
 from orki_server._cli.formats import Columns, age, duration, print_json, print_rows, print_table, size
 from orki_server._cli.options import (
@@ -56,6 +56,7 @@ def task_json(task: TaskSnapshot, response: dict[str, Any] | None = None) -> dic
         "failure": _failure(task.failure) if task.HasField("failure") else None,
         "earlier_failures": [_failure(each) for each in task.earlier_failures],
         "response": response,
+        "suspension": _suspension(task.suspension) if task.HasField("suspension") else None,
     }
 
 
@@ -81,6 +82,16 @@ def agent_json(agent: AgentSnapshot) -> dict[str, Any]:
 def time_or_none(time_us: int) -> str | None:
     """Return a time in RFC 3339; None for 0."""
     return time_text(time_us) if time_us else None
+
+
+def _suspension(suspension: Suspension) -> dict[str, Any]:
+    deadline_us = suspension.suspended_us + suspension.deadline_ms * 1000 if suspension.deadline_ms else 0
+    return {
+        "number": suspension.number,
+        "question": suspension.question,
+        "suspended": time_or_none(suspension.suspended_us),
+        "deadline": time_or_none(deadline_us),
+    }
 
 
 def _failure(failure: Failure) -> dict[str, str]:
@@ -193,6 +204,8 @@ def _print_one(task: TaskSnapshot, as_json: bool) -> None:
         (name, "-" if shown[name] in (None, "") else str(shown[name]))
         for name in ("priority", "submitted", "start", "ended", "trace_id")
     ]
+    if shown["suspension"] and task.state == TaskState.TASK_STATE_SUSPENDED:
+        rows += [(name, shown["suspension"][name] or "-") for name in ("question", "suspended", "deadline")]
     rows += [("earlier failure", _failure_text(each)) for each in shown["earlier_failures"]]
     if shown["failure"]:
         rows.append(("failure", _failure_text(shown["failure"])))

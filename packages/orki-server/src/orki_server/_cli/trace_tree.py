@@ -17,7 +17,7 @@ TASK_EVENT: Final = "orki.events.v1.TaskEvent"
 AGENT_EVENT: Final = "orki.events.v1.AgentEvent"
 
 ENDS: Final = ("succeeded", "failed", "cancelled")
-_TASK_STEPS: Final = ("submitted", "cancel_requested", "directed", *ENDS)
+_TASK_STEPS: Final = ("submitted", "cancel_requested", "directed", "suspended", "resumed", *ENDS)
 _ATTEMPT_STEPS: Final = ("offered", "started", "attempt_ended", "cancel_acknowledged")
 _AGENT_STEPS: Final = ("spawned", "connected", "disconnected", "replaced", "stopped")
 
@@ -31,7 +31,7 @@ class Node:
         title: Short description.
         start_us: Start, in microseconds since the Unix epoch.
         end_us: End; equal to `start_us` for an instant, None while it continues.
-        status: `ok`, `failed`, `lost`, `cancelled`, `running`, or empty if it has no outcome.
+        status: `ok`, `failed`, `lost`, `cancelled`, `suspended`, `running`, or empty if it has no outcome.
         details: Further values, as JSON.
         children: Sorted by start.
     """
@@ -125,6 +125,9 @@ class _Builder:
             self._end_task(task, task_id, attempt, step, record, facts)
         elif step == "attempt_ended":
             _end_attempt(owner, record.time_us, facts)
+        elif step == "suspended" and attempt:
+            suspended = self._attempt(task_id, attempt, record)
+            suspended.end_us, suspended.status = record.time_us, "suspended"
 
     def agent_event(self, record: DecodedEntry) -> None:
         body = record.fields

@@ -35,11 +35,13 @@ _BATCH_OPERATIONS: Final = 256
 _BATCH_BYTES: Final = 8 << 20
 _BULK_BYTES: Final = 256 << 10
 """Size of an operation from which it is sent apart from others."""
-_ACKNOWLEDGED: Final = frozenset({"submit", "cancel", "direct", "succeed", "fail", "cancelled"})
+_ACKNOWLEDGED: Final = frozenset(
+    {"submit", "cancel", "direct", "succeed", "fail", "cancelled", "checkpoint", "suspend", "answer", "pause"}
+)
 """Operations whose outcome must be durable."""
 _WAITING: Final = 100_000
 """Maximum number of operations in memory."""
-_PARTS: Final = ("placement", "batch", "life", "operations", "pause", "wake", "dispatch")
+_PARTS: Final = ("placement", "batch", "life", "pause", "wake", "operations", "suspension", "dispatch")
 _REASONS: Final = (
     *("CANCELLED", "TOTAL_TIMEOUT", "OFFER_TIMEOUT", "ATTEMPT_TIMEOUT", "LEASE_EXPIRED", "STALLED", "ABANDONED"),
 )
@@ -277,18 +279,20 @@ def _must_be_durable(operation: Operation[Any], outcome: object) -> bool:
     return operation.op in _ACKNOWLEDGED
 
 
-def shard_script(retention: float) -> Script:
+def shard_script(retention: float, channel: str = "") -> Script:
     """Return the script that applies a batch of operations to one shard.
 
     Names, legal moves and reasons are generated in front of the files in `lua/`.
 
     Args:
         retention: Time for which a finished task is kept.
+        channel: Channel of the announcements.
     """
     constants = [f"local REASON_{name} = '{Reason.Value(f'REASON_{name}')}'" for name in _REASONS]
     limits = {"RETENTION": round(retention * 1000), "MAX_STEP": _MAX_STEP, "GRACE": _GRACE}
     limits |= {"MAX_OFFERS": MAX_OFFERS, "MAX_ABANDONED": _MAX_ABANDONED}
     constants += [f"local {name} = {value}" for name, value in limits.items()]
+    constants.append(f"local CHANNEL = '{channel}'")
     # The first fence depends on the clock: a store that lost everything continues above the fences that it gave before.
     constants.append(f"local function first_fence(now) return string.format('%.0f', {EPOCH_STEP} + now) end\n")
     folder = files("orki_server._store") / "lua"

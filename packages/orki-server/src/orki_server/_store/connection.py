@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import OrkiError, StoreUnavailable
-from orki_events.connection import Command, Reply, parse_address
+from orki_events.connection import Address, Command, Reply, parse_address
 from orki_server._keys import FleetKeys, ShardKeys
 from orki_server._store.cluster import SLOTS, slot_of, topology
 from orki_server._store.server import MEMORY, Durability, StoreServer
@@ -104,6 +104,11 @@ class StoreConnection:
             self._slots[low : high + 1] = [server] * (high + 1 - low)
         for location in [name for name, server in self._servers.items() if server not in self._slots]:
             await self._servers.pop(location).close()
+
+    @property
+    def announcing(self) -> Address:
+        """A server on which announcements arrive: a cluster passes them on to all of its nodes."""
+        return self._server_of(("GET", FleetKeys.BASE)).address if self._slots else self.address
 
     def _server_of(self, command: Command) -> StoreServer:
         """Return the server that has the key of a command.

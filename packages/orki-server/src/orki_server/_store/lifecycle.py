@@ -25,6 +25,8 @@ class Life(Enum):
     """The wait before the next attempt, or the delay of the first one, has not passed. Submitters see QUEUED."""
     OFFERED = auto()
     RUNNING = auto()
+    SUSPENDED = auto()
+    """The task waits for an answer and has no attempt."""
     CANCELLING_OFFER = auto()
     """A cancel was requested before the agent answered the offer. Submitters see CANCELLING."""
     CANCELLING = auto()
@@ -37,6 +39,7 @@ VISIBLE: Final = {
     Life.ABSENT: TaskState.TASK_STATE_UNSPECIFIED,
     Life.QUEUED: TaskState.TASK_STATE_QUEUED,
     Life.WAITING: TaskState.TASK_STATE_QUEUED,
+    Life.SUSPENDED: TaskState.TASK_STATE_SUSPENDED,
     Life.OFFERED: TaskState.TASK_STATE_OFFERED,
     Life.RUNNING: TaskState.TASK_STATE_RUNNING,
     Life.CANCELLING_OFFER: TaskState.TASK_STATE_CANCELLING,
@@ -94,6 +97,21 @@ class OfferLost:
 @dataclass(frozen=True, slots=True)
 class Progressed:
     """The attempt reported progress."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpointed:
+    """The attempt saved a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptSuspended:
+    """The attempt ended, and the task waits for an answer. The attempt does not count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A submitter answered the suspended task."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +181,7 @@ class TotalTimedOut:
 
 @dataclass(frozen=True, slots=True)
 class RetryDue:
-    """The wait before the next attempt is over."""
+    """The wait before the next attempt is over, or the deadline of a suspension has passed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,10 +207,17 @@ TASK_LIFE: Final = Transitions(
             CancelRequested: Life.CANCELLED,
             TotalTimedOut: Life.FAILED,
         },
+        Life.SUSPENDED: {
+            Answered: Life.QUEUED,
+            RetryDue: Life.QUEUED,
+            CancelRequested: Life.CANCELLED,
+        },
         # A report about an attempt implies that the agent has accepted it.
         Life.OFFERED: {
             Started: Life.RUNNING,
             Progressed: Life.RUNNING,
+            Checkpointed: Life.RUNNING,
+            AttemptSuspended: Life.SUSPENDED,
             OfferDeclined: Life.WAITING,
             OfferTimedOut: Life.WAITING,
             OfferSuspected: Life.OFFERED,
@@ -207,6 +232,8 @@ TASK_LIFE: Final = Transitions(
         },
         Life.RUNNING: {
             Progressed: Life.RUNNING,
+            Checkpointed: Life.RUNNING,
+            AttemptSuspended: Life.SUSPENDED,
             Renewed: Life.RUNNING,
             Directed: Life.RUNNING,
             AttemptFailed: Life.WAITING,
@@ -224,6 +251,8 @@ TASK_LIFE: Final = Transitions(
             CancelAcknowledged: Life.CANCELLING_OFFER,
             Started: Life.CANCELLING,
             Progressed: Life.CANCELLING,
+            Checkpointed: Life.CANCELLING,
+            AttemptSuspended: Life.CANCELLED,
             AttemptSucceeded: Life.SUCCEEDED,
             OfferDeclined: Life.CANCELLED,
             OfferTimedOut: Life.CANCELLED,
@@ -237,6 +266,8 @@ TASK_LIFE: Final = Transitions(
         },
         Life.CANCELLING: {
             Progressed: Life.CANCELLING,
+            Checkpointed: Life.CANCELLING,
+            AttemptSuspended: Life.CANCELLED,
             Renewed: Life.CANCELLING,
             CancelAcknowledged: Life.CANCELLING,
             AttemptSucceeded: Life.SUCCEEDED,

@@ -20,7 +20,17 @@ from orki_contract.trace import Span
 from orki_control.session import AttemptKey
 from orki_server._keys import EPOCH_STEP
 from orki_server._store.placement import ANYWHERE, Placement
-from orki_server._store.replies import ProgressReply, ReportReply, TaskView, progress_reply, report_reply, task_view
+from orki_server._store.replies import (
+    ProgressReply,
+    Renewed,
+    ReportReply,
+    TaskReply,
+    TaskView,
+    progress_reply,
+    report_reply,
+    task_reply,
+    task_view,
+)
 
 R = TypeVar("R")
 Argument: TypeAlias = bytes | str | int
@@ -159,48 +169,17 @@ def _options(method: TaskMethod) -> str:
     return ",".join(map(str, numbers))
 
 
-@dataclass(frozen=True, slots=True)
-class TaskReply:
-    """The outcome of a cancel or a directive.
-
-    Attributes:
-        status: `unknown`, `ended`; for cancels `done` (the task was not started), `requested`, `repeated`; for
-            directives `idle` and `running`.
-        state: The task's state.
-        agent_id: Holder of the attempt.
-        attempt: The current or last attempt.
-        cancel_grace: Cancel grace of the method.
-    """
-
-    status: str
-    state: TaskState.ValueType
-    agent_id: str
-    attempt: AttemptKey
-    cancel_grace: float
-
-
 def cancel(task_id: str, message: str, actor: str) -> Operation[TaskReply]:
     """Request the end of a task."""
     arguments = (task_id, message, actor)
-    return Operation("cancel", shard_of(task_id), arguments, partial(_task_reply, task_id), patient=False)
+    return Operation("cancel", shard_of(task_id), arguments, partial(task_reply, task_id), patient=False)
 
 
 def direct(attempt: AttemptKey, size: int, actor: str) -> Operation[TaskReply]:
     """Record a directive for a running attempt. When it is sent again, it is recorded again."""
     task_id = attempt.task_id
     arguments = (task_id, size, actor, attempt.fence)
-    return Operation("direct", shard_of(task_id), arguments, partial(_task_reply, task_id), patient=False)
-
-
-def _task_reply(task_id: str, reply: list[bytes]) -> TaskReply:
-    status, state, agent, attempt, fence, grace = reply
-    return TaskReply(
-        status.decode(),
-        TaskState.ValueType(int(state)),
-        agent.decode(),
-        AttemptKey(task_id, int(attempt), int(fence)),
-        int(grace) / 1000,
-    )
+    return Operation("direct", shard_of(task_id), arguments, partial(task_reply, task_id), patient=False)
 
 
 def read_task(task_id: str, limit: int = 0, after: str = "") -> Operation[TaskView | None]:
@@ -292,14 +271,19 @@ def acknowledge_cancel(agent_id: str, attempt: AttemptKey) -> Operation[ReportRe
     return _report("acknowledge_cancel", agent_id, attempt)
 
 
-def renew(shard: int, agent_id: str, attempts: Sequence[AttemptKey]) -> Operation[list[AttemptKey]]:
-    """Renew the leases of an agent's attempts on one shard. The outcome lists those that it no longer holds.
+def renew(shard: int, agent_id: str, attempts: Sequence[AttemptKey]) -> Operation[Renewed]:
+    """Renew the leases of an agent's attempts on one shard.
 
     It does not wait while the store is down: the agent may have given up the attempts when it is back.
     """
 
-    def outcome(reply: list[bytes]) -> list[AttemptKey]:
-        return [attempts[int(each)] for each in reply]
+    def outcome(reply: list[bytes]) -> Renewed:
+        rest = 1 + int(reply[0])
+        cancelling = zip(reply[rest::2], reply[rest + 1 :: 2], strict=True)
+        return Renewed(
+            tuple(attempts[int(each)] for each in reply[1:rest]),
+            tuple((attempts[int(each)], int(grace) / 1000) for each, grace in cancelling),
+        )
 
     return Operation("renew", shard, _held(agent_id, attempts), outcome, patient=False)
 
@@ -368,6 +352,9 @@ class OfferedAttempt:
         traceparent: Span of the attempt.
         lease: Time for which the attempt survives without a heartbeat.
         attempt_timeout: Maximum time of the attempt.
+        checkpoint: The task's last checkpoint; None without one.
+        answer: Answer to the task's last suspension; None without one.
+        answer_overdue: Whether that suspension ended without an answer.
     """
 
     recipient: int
@@ -377,6 +364,9 @@ class OfferedAttempt:
     traceparent: str
     lease: float
     attempt_timeout: float
+    checkpoint: bytes | None = None
+    answer: bytes | None = None
+    answer_overdue: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,15 +393,6 @@ def offer(shard: int, accept_timeout: float, recipients: Sequence[Recipient]) ->
     return Operation("offer", shard, flat, _assigned, patient=False)
 
 
-def queue_lengths(shard: int, methods: Sequence[str]) -> Operation[dict[str, int]]:
-    """Count the queued tasks of methods on one shard. The outcome leaves out methods without any."""
-
-    def outcome(reply: list[bytes]) -> dict[str, int]:
-        return {method: int(count) for method, count in zip(methods, reply, strict=True) if int(count)}
-
-    return Operation("queue_lengths", shard, methods, outcome, patient=False)
-
-
 def _damaged(reply: list[bytes], at: int) -> tuple[str, ...]:
     """Return the names that follow their number at a position."""
     return tuple(each.decode(errors="replace") for each in reply[at + 1 : at + 1 + int(reply[at])])
@@ -419,7 +400,7 @@ def _damaged(reply: list[bytes], at: int) -> tuple[str, ...]:
 
 def _assigned(reply: list[bytes]) -> Assigned:
     damaged = _damaged(reply, 0)
-    rows = (reply[at : at + 9] for at in range(1 + len(damaged), len(reply), 9))
+    rows = (reply[at : at + 11] for at in range(1 + len(damaged), len(reply), 11))
     offers = (
         OfferedAttempt(
             int(recipient),
@@ -429,8 +410,11 @@ def _assigned(reply: list[bytes]) -> Assigned:
             traceparent.decode(),
             int(lease) / 1000,
             int(timeout) / 1000,
+            checkpoint[1:] if checkpoint else None,
+            answered[1:] if answered[:1] == b"1" else None,
+            answered == b"0",
         )
-        for recipient, task, attempt, fence, method, request, traceparent, lease, timeout in rows
+        for recipient, task, attempt, fence, method, request, traceparent, lease, timeout, checkpoint, answered in rows
     )
     return Assigned(tuple(offers), damaged)
 
@@ -462,11 +446,13 @@ class Swept:
         next_timer: Time until the shard's next timer; None if it has none.
         expired: Tasks that changed.
         damaged: Tasks that cannot be read and were left out.
+        has_mail: Whether there is mail for this orchestrator.
     """
 
     next_timer: float | None
     expired: tuple[Expired, ...]
     damaged: tuple[str, ...] = ()
+    has_mail: bool = False
 
 
 def sweep(shard: int, limit: int) -> Operation[Swept]:
@@ -475,8 +461,8 @@ def sweep(shard: int, limit: int) -> Operation[Swept]:
 
 
 def _swept(reply: list[bytes]) -> Swept:
-    damaged = _damaged(reply, 1)
-    rows = (reply[at : at + 7] for at in range(2 + len(damaged), len(reply), 7))
+    damaged = _damaged(reply, 2)
+    rows = (reply[at : at + 7] for at in range(3 + len(damaged), len(reply), 7))
     expired = (
         Expired(
             kind.decode(),
@@ -487,7 +473,8 @@ def _swept(reply: list[bytes]) -> Swept:
         )
         for kind, task, agent, attempt, fence, reason, method in rows
     )
-    return Swept(int(reply[0]) / 1000 if int(reply[0]) >= 0 else None, tuple(expired), damaged)
+    next_timer = int(reply[0]) / 1000 if int(reply[0]) >= 0 else None
+    return Swept(next_timer, tuple(expired), damaged, reply[1] == b"1")
 
 
 def pause(shard: int, target: str, paused: bool) -> Operation[bool]:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from orki.control.v1.attempt_pb2 import AttemptRef, Failure, TaskState
-from orki.control.v1.task_pb2 import TaskSnapshot
+from orki.control.v1.task_pb2 import Suspension, TaskSnapshot
 from orki.errors.v1.errors_pb2 import Reason
-from orki_server._keys import SNAPSHOT, SPEC_FIELDS, STATE_FIELDS, unpack
+from orki_control.session import AttemptKey
+from orki_server._keys import SNAPSHOT, SPEC_FIELDS, STATE_FIELDS, unpack, unpack_more
 from orki_server._store.lifecycle import VISIBLE, Life
 from orki_server._store.placement import show_placement
+
+_HOST: Final = list(STATE_FIELDS).index("host")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +46,12 @@ class TaskView:
     Attributes:
         task: Its snapshot.
         progress: Progress after the cursor.
+        host: Orchestrator that heard the agent last; empty before the first attempt.
     """
 
     task: TaskSnapshot
     progress: tuple[StoredProgress, ...]
+    host: str = ""
 
 
 def task_view(task_id: str, reply: list[bytes]) -> TaskView | None:
@@ -58,7 +64,9 @@ def task_view(task_id: str, reply: list[bytes]) -> TaskView | None:
         StoredProgress(cursor.decode(), int(attempt), int(index), payload, int(number), dropped == b"1")
         for cursor, attempt, index, payload, number, dropped in rows
     )
-    return TaskView(task_snapshot(task_id, dict(zip(SNAPSHOT, reply[:width], strict=True))), tuple(progress))
+    fields = dict(zip(SNAPSHOT, reply[:width], strict=True))
+    snapshot = task_snapshot(task_id, fields)
+    return TaskView(snapshot, tuple(progress), fields["state"].split(b"\x1f")[_HOST].decode())
 
 
 def task_snapshot(task_id: str, field: Mapping[str, bytes]) -> TaskSnapshot:
@@ -84,7 +92,20 @@ def task_snapshot(task_id: str, field: Mapping[str, bytes]) -> TaskSnapshot:
         snapshot.failure.CopyFrom(_failure(*field["failure"].split(b"\x1f", 2)))
     for entry in field["failures"].split(b"\x1e")[:-1]:
         snapshot.earlier_failures.append(_failure(*entry.split(b"\x1f", 2)))
+    if field.get("more"):
+        _add_more(snapshot, unpack_more(field["more"]))
     return snapshot
+
+
+def _add_more(snapshot: TaskSnapshot, more: Mapping[str, str]) -> None:
+    if "suspension" in more:
+        suspension = Suspension(
+            number=int(more["suspension"]),
+            question=more.get("question", ""),
+            suspended_us=int(more["suspended_us"]),
+            deadline_ms=int(more["deadline"]),
+        )
+        snapshot.suspension.CopyFrom(suspension)
 
 
 def _failure(reason: bytes, error_type: bytes, message: bytes) -> Failure:
@@ -160,3 +181,48 @@ def progress_reply(reply: list[bytes]) -> ProgressReply:
     """Decode the reply to progress."""
     status, state, index = reply
     return ProgressReply(ReportStatus(status.decode()), TaskState.ValueType(int(state)), int(index))
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """The outcome of a renewal.
+
+    Attributes:
+        stale: Attempts that the agent no longer holds.
+        cancelling: Attempts whose cancel the agent has not acknowledged, with the cancel grace.
+    """
+
+    stale: tuple[AttemptKey, ...] = ()
+    cancelling: tuple[tuple[AttemptKey, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TaskReply:
+    """The outcome of a cancel or a directive.
+
+    Attributes:
+        status: `unknown`, `ended`; for cancels `done` (the task was not started), `requested`, `repeated`; for
+            directives `idle` and `running`; for answers `done`, `repeated`, `answered` (otherwise) and `idle`.
+        state: The task's state.
+        agent_id: Holder of the attempt.
+        attempt: The current or last attempt.
+        cancel_grace: Cancel grace of the method.
+    """
+
+    status: str
+    state: TaskState.ValueType
+    agent_id: str
+    attempt: AttemptKey
+    cancel_grace: float
+
+
+def task_reply(task_id: str, reply: list[bytes]) -> TaskReply:
+    """Decode the reply to a request about one task."""
+    status, state, agent, attempt, fence, grace = reply
+    return TaskReply(
+        status.decode(),
+        TaskState.ValueType(int(state)),
+        agent.decode(),
+        AttemptKey(task_id, int(attempt), int(fence)),
+        int(grace) / 1000,
+    )

@@ -27,6 +27,8 @@ class Store:
     Attributes:
         connection: The connection, for commands that are not operations.
         shards: Number of shards.
+        caller: Name of the orchestrator.
+        channel: Channel of the announcements.
         apply: Enqueues an operation; see `Batcher.apply`.
     """
 
@@ -53,7 +55,9 @@ class Store:
         """
         self.shards = shards
         self.connection = StoreConnection(url, shards=shards, durability=durability)
-        self._batcher = Batcher(self.connection, shard_script(retention), shards, caller)
+        self.caller = caller
+        self.channel = FleetKeys.channel(self.connection.address.settings.get("db", 0))
+        self._batcher = Batcher(self.connection, shard_script(retention, self.channel), shards, caller)
         self._generation = b""
         self._secret = b""
         self._highest_fence: dict[int, int] = {}

@@ -66,6 +66,10 @@ class _ReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTyp
     """The orchestrator's store is out of memory; running tasks still end. Try again later."""
     REASON_DAMAGED_RECORD: _Reason.ValueType  # 20
     """A record in the orchestrator's store cannot be read: something else has changed it."""
+    REASON_NOT_SUSPENDED: _Reason.ValueType  # 30
+    """The task is not suspended, so it takes no answer."""
+    REASON_ALREADY_ANSWERED: _Reason.ValueType  # 31
+    """The task was answered before, with another answer."""
     REASON_HANDLER_FAILED: _Reason.ValueType  # 100
     """The handler raised an error."""
     REASON_HANDLER_REJECTED: _Reason.ValueType  # 101
@@ -186,6 +190,10 @@ REASON_STORE_FULL: Reason.ValueType  # 19
 """The orchestrator's store is out of memory; running tasks still end. Try again later."""
 REASON_DAMAGED_RECORD: Reason.ValueType  # 20
 """A record in the orchestrator's store cannot be read: something else has changed it."""
+REASON_NOT_SUSPENDED: Reason.ValueType  # 30
+"""The task is not suspended, so it takes no answer."""
+REASON_ALREADY_ANSWERED: Reason.ValueType  # 31
+"""The task was answered before, with another answer."""
 REASON_HANDLER_FAILED: Reason.ValueType  # 100
 """The handler raised an error."""
 REASON_HANDLER_REJECTED: Reason.ValueType  # 101

@@ -40,6 +40,8 @@ class _TaskStateEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_TaskState.Va
     """The task failed permanently."""
     TASK_STATE_CANCELLED: _TaskState.ValueType  # 7
     """The task was cancelled."""
+    TASK_STATE_SUSPENDED: _TaskState.ValueType  # 8
+    """The task waits for an answer and has no attempt."""
 
 class TaskState(_TaskState, metaclass=_TaskStateEnumTypeWrapper):
     """State of a task."""
@@ -60,6 +62,8 @@ TASK_STATE_FAILED: TaskState.ValueType  # 6
 """The task failed permanently."""
 TASK_STATE_CANCELLED: TaskState.ValueType  # 7
 """The task was cancelled."""
+TASK_STATE_SUSPENDED: TaskState.ValueType  # 8
+"""The task waits for an answer and has no attempt."""
 
 @typing.final
 class AttemptRef(message.Message):

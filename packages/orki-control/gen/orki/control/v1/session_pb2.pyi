@@ -53,6 +53,12 @@ The laws of the session:
 22. Reassembly is bounded. The transfers under way never exceed the bytes that the receiver declares. A transfer above
     that is refused with REASON_TOO_LARGE. A checksum proves the whole.
 
+23. A checkpoint is kept until it is stored. The numbers of an attempt's checkpoints rise. The agent keeps the newest
+    one and sends it again after every reconnect. Only the holder of the fence stores one, and never an older one than
+    before. The next attempt receives the last one with its offer.
+24. A suspension is a result: it ends the attempt and frees the slot. The next attempt receives the answer with its
+    offer.
+
 `docs/states.md` lists the table rows that enforce each law, and a test that fails without them.
 """
 
@@ -135,6 +141,7 @@ class AgentMessage(message.Message):
     DIRECTIVE_ACKNOWLEDGED_FIELD_NUMBER: builtins.int
     CHUNK_FIELD_NUMBER: builtins.int
     CHUNK_ACKNOWLEDGED_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
     traceparent: builtins.str
     """W3C traceparent of the task's span, on every message about an attempt; empty elsewhere."""
     @builtins.property
@@ -181,6 +188,10 @@ class AgentMessage(message.Message):
     def chunk_acknowledged(self) -> ChunkAcknowledged:
         """Acknowledges chunks. Since protocol 2."""
 
+    @builtins.property
+    def checkpoint(self) -> Checkpoint:
+        """Saves a checkpoint of a running attempt. Since protocol 3."""
+
     def __init__(
         self,
         *,
@@ -196,12 +207,13 @@ class AgentMessage(message.Message):
         directive_acknowledged: DirectiveAcknowledged | None = ...,
         chunk: Chunk | None = ...,
         chunk_acknowledged: ChunkAcknowledged | None = ...,
+        checkpoint: Checkpoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["accepted", b"accepted", "body", b"body", "cancel_acknowledged", b"cancel_acknowledged", "chunk", b"chunk", "chunk_acknowledged", b"chunk_acknowledged", "declined", b"declined", "directive_acknowledged", b"directive_acknowledged", "drain", b"drain", "heartbeat", b"heartbeat", "hello", b"hello", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["accepted", b"accepted", "body", b"body", "cancel_acknowledged", b"cancel_acknowledged", "checkpoint", b"checkpoint", "chunk", b"chunk", "chunk_acknowledged", b"chunk_acknowledged", "declined", b"declined", "directive_acknowledged", b"directive_acknowledged", "drain", b"drain", "heartbeat", b"heartbeat", "hello", b"hello", "progress", b"progress", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["accepted", b"accepted", "body", b"body", "cancel_acknowledged", b"cancel_acknowledged", "chunk", b"chunk", "chunk_acknowledged", b"chunk_acknowledged", "declined", b"declined", "directive_acknowledged", b"directive_acknowledged", "drain", b"drain", "heartbeat", b"heartbeat", "hello", b"hello", "progress", b"progress", "result", b"result", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["accepted", b"accepted", "body", b"body", "cancel_acknowledged", b"cancel_acknowledged", "checkpoint", b"checkpoint", "chunk", b"chunk", "chunk_acknowledged", b"chunk_acknowledged", "declined", b"declined", "directive_acknowledged", b"directive_acknowledged", "drain", b"drain", "heartbeat", b"heartbeat", "hello", b"hello", "progress", b"progress", "result", b"result", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = typing.Literal["hello", "accepted", "declined", "progress", "result", "cancel_acknowledged", "heartbeat", "drain", "directive_acknowledged", "chunk", "chunk_acknowledged"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = typing.Literal["hello", "accepted", "declined", "progress", "result", "cancel_acknowledged", "heartbeat", "drain", "directive_acknowledged", "chunk", "chunk_acknowledged", "checkpoint"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -224,6 +236,7 @@ class OrchestratorMessage(message.Message):
     PROGRESS_ACKNOWLEDGED_FIELD_NUMBER: builtins.int
     CHUNK_FIELD_NUMBER: builtins.int
     CHUNK_ACKNOWLEDGED_FIELD_NUMBER: builtins.int
+    CHECKPOINT_ACKNOWLEDGED_FIELD_NUMBER: builtins.int
     traceparent: builtins.str
     """W3C traceparent of the task's span, on every message about an attempt; empty elsewhere."""
     @builtins.property
@@ -274,6 +287,10 @@ class OrchestratorMessage(message.Message):
     def chunk_acknowledged(self) -> ChunkAcknowledged:
         """Acknowledges chunks. Since protocol 2."""
 
+    @builtins.property
+    def checkpoint_acknowledged(self) -> CheckpointAcknowledged:
+        """Acknowledges stored checkpoints. Since protocol 3."""
+
     def __init__(
         self,
         *,
@@ -290,12 +307,13 @@ class OrchestratorMessage(message.Message):
         progress_acknowledged: ProgressAcknowledged | None = ...,
         chunk: Chunk | None = ...,
         chunk_acknowledged: ChunkAcknowledged | None = ...,
+        checkpoint_acknowledged: CheckpointAcknowledged | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["body", b"body", "cancel", b"cancel", "chunk", b"chunk", "chunk_acknowledged", b"chunk_acknowledged", "directive", b"directive", "drain", b"drain", "heartbeat_echo", b"heartbeat_echo", "offer", b"offer", "progress_acknowledged", b"progress_acknowledged", "refused", b"refused", "replaced", b"replaced", "result_acknowledged", b"result_acknowledged", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["body", b"body", "cancel", b"cancel", "checkpoint_acknowledged", b"checkpoint_acknowledged", "chunk", b"chunk", "chunk_acknowledged", b"chunk_acknowledged", "directive", b"directive", "drain", b"drain", "heartbeat_echo", b"heartbeat_echo", "offer", b"offer", "progress_acknowledged", b"progress_acknowledged", "refused", b"refused", "replaced", b"replaced", "result_acknowledged", b"result_acknowledged", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["body", b"body", "cancel", b"cancel", "chunk", b"chunk", "chunk_acknowledged", b"chunk_acknowledged", "directive", b"directive", "drain", b"drain", "heartbeat_echo", b"heartbeat_echo", "offer", b"offer", "progress_acknowledged", b"progress_acknowledged", "refused", b"refused", "replaced", b"replaced", "result_acknowledged", b"result_acknowledged", "traceparent", b"traceparent", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["body", b"body", "cancel", b"cancel", "checkpoint_acknowledged", b"checkpoint_acknowledged", "chunk", b"chunk", "chunk_acknowledged", b"chunk_acknowledged", "directive", b"directive", "drain", b"drain", "heartbeat_echo", b"heartbeat_echo", "offer", b"offer", "progress_acknowledged", b"progress_acknowledged", "refused", b"refused", "replaced", b"replaced", "result_acknowledged", b"result_acknowledged", "traceparent", b"traceparent", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = typing.Literal["welcome", "refused", "offer", "cancel", "directive", "result_acknowledged", "heartbeat_echo", "drain", "replaced", "progress_acknowledged", "chunk", "chunk_acknowledged"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = typing.Literal["welcome", "refused", "offer", "cancel", "directive", "result_acknowledged", "heartbeat_echo", "drain", "replaced", "progress_acknowledged", "chunk", "chunk_acknowledged", "checkpoint_acknowledged"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -508,6 +526,9 @@ class Offer(message.Message):
     ACCEPT_TIMEOUT_MS_FIELD_NUMBER: builtins.int
     ATTEMPT_TIMEOUT_MS_FIELD_NUMBER: builtins.int
     PROOF_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
+    ANSWER_FIELD_NUMBER: builtins.int
+    ANSWER_OVERDUE_FIELD_NUMBER: builtins.int
     method: builtins.str
     """Service and method, as `package.Service/Method`."""
     request: builtins.bytes
@@ -522,6 +543,12 @@ class Offer(message.Message):
     """Shows that the orchestrator made this offer to this agent. The agent returns it unread when it connects with the
     attempt.
     """
+    checkpoint: builtins.bytes
+    """The last checkpoint of the task, if there is one. Since protocol 3."""
+    answer: builtins.bytes
+    """The answer to the task's last suspension, if there is one. Since protocol 3."""
+    answer_overdue: builtins.bool
+    """Whether the task's last suspension ended without an answer, by its deadline. Since protocol 3."""
     @builtins.property
     def attempt(self) -> attempt_pb2.AttemptRef:
         """The attempt."""
@@ -536,12 +563,22 @@ class Offer(message.Message):
         accept_timeout_ms: builtins.int = ...,
         attempt_timeout_ms: builtins.int = ...,
         proof: builtins.bytes = ...,
+        checkpoint: builtins.bytes | None = ...,
+        answer: builtins.bytes | None = ...,
+        answer_overdue: builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_answer", b"_answer", "_checkpoint", b"_checkpoint", "answer", b"answer", "attempt", b"attempt", "checkpoint", b"checkpoint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["accept_timeout_ms", b"accept_timeout_ms", "attempt", b"attempt", "attempt_timeout_ms", b"attempt_timeout_ms", "lease_ms", b"lease_ms", "method", b"method", "proof", b"proof", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_answer", b"_answer", "_checkpoint", b"_checkpoint", "accept_timeout_ms", b"accept_timeout_ms", "answer", b"answer", "answer_overdue", b"answer_overdue", "attempt", b"attempt", "attempt_timeout_ms", b"attempt_timeout_ms", "checkpoint", b"checkpoint", "lease_ms", b"lease_ms", "method", b"method", "proof", b"proof", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__answer: _TypeAlias = typing.Literal["answer"]  # noqa: Y015
+    _WhichOneofArgType__answer: _TypeAlias = typing.Literal["_answer", b"_answer"]  # noqa: Y015
+    _WhichOneofReturnType__checkpoint: _TypeAlias = typing.Literal["checkpoint"]  # noqa: Y015
+    _WhichOneofArgType__checkpoint: _TypeAlias = typing.Literal["_checkpoint", b"_checkpoint"]  # noqa: Y015
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__answer) -> _WhichOneofReturnType__answer | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__checkpoint) -> _WhichOneofReturnType__checkpoint | None: ...
 
 @typing.final
 class Accepted(message.Message):
@@ -671,6 +708,7 @@ class Result(message.Message):
     RESPONSE_FIELD_NUMBER: builtins.int
     FAILURE_FIELD_NUMBER: builtins.int
     CANCELLED_FIELD_NUMBER: builtins.int
+    SUSPENDED_FIELD_NUMBER: builtins.int
     PROGRESS_FIELD_NUMBER: builtins.int
     response: builtins.bytes
     """The response message, serialised."""
@@ -688,6 +726,10 @@ class Result(message.Message):
     def cancelled(self) -> CancelledOutcome:
         """The attempt was cancelled."""
 
+    @builtins.property
+    def suspended(self) -> SuspendedOutcome:
+        """The attempt waits for an answer. Since protocol 3."""
+
     def __init__(
         self,
         *,
@@ -695,13 +737,14 @@ class Result(message.Message):
         response: builtins.bytes = ...,
         failure: attempt_pb2.Failure | None = ...,
         cancelled: CancelledOutcome | None = ...,
+        suspended: SuspendedOutcome | None = ...,
         progress: builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "cancelled", b"cancelled", "failure", b"failure", "outcome", b"outcome", "response", b"response"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "cancelled", b"cancelled", "failure", b"failure", "outcome", b"outcome", "response", b"response", "suspended", b"suspended"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "cancelled", b"cancelled", "failure", b"failure", "outcome", b"outcome", "progress", b"progress", "response", b"response"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "cancelled", b"cancelled", "failure", b"failure", "outcome", b"outcome", "progress", b"progress", "response", b"response", "suspended", b"suspended"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_outcome: _TypeAlias = typing.Literal["response", "failure", "cancelled"]  # noqa: Y015
+    _WhichOneofReturnType_outcome: _TypeAlias = typing.Literal["response", "failure", "cancelled", "suspended"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = typing.Literal["outcome", b"outcome"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 
@@ -722,6 +765,92 @@ class CancelledOutcome(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class SuspendedOutcome(message.Message):
+    """Outcome of an attempt that waits for an answer."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    QUESTION_FIELD_NUMBER: builtins.int
+    DEADLINE_MS_FIELD_NUMBER: builtins.int
+    question: builtins.str
+    """What is asked, for people; at most 4,000 characters."""
+    deadline_ms: builtins.int
+    """Time after which the task goes on without an answer, in milliseconds; 0: it waits without limit."""
+    def __init__(
+        self,
+        *,
+        question: builtins.str = ...,
+        deadline_ms: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["deadline_ms", b"deadline_ms", "question", b"question"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Checkpoint(message.Message):
+    """A checkpoint of a running attempt."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
+    PAYLOAD_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """Number of the checkpoint within the attempt, from 1. Numbers may be left out: a newer checkpoint replaces an older."""
+    payload: builtins.bytes
+    """The method's checkpoint message, serialised. At most 192 KiB."""
+    @builtins.property
+    def attempt(self) -> attempt_pb2.AttemptRef:
+        """The attempt."""
+
+    def __init__(
+        self,
+        *,
+        attempt: attempt_pb2.AttemptRef | None = ...,
+        number: builtins.int = ...,
+        payload: builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "number", b"number", "payload", b"payload"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class CheckpointAcknowledged(message.Message):
+    """All checkpoints of the attempt up to a number are stored, or replaced by a newer one."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
+    FAILURE_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """Number of the last stored checkpoint."""
+    @builtins.property
+    def attempt(self) -> attempt_pb2.AttemptRef:
+        """The attempt."""
+
+    @builtins.property
+    def failure(self) -> attempt_pb2.Failure:
+        """Why that checkpoint was not stored; unset if it was."""
+
+    def __init__(
+        self,
+        *,
+        attempt: attempt_pb2.AttemptRef | None = ...,
+        number: builtins.int = ...,
+        failure: attempt_pb2.Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "failure", b"failure", "number", b"number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -53,6 +53,12 @@ The laws of the session:
 22. Reassembly is bounded. The transfers under way never exceed the bytes that the receiver declares. A transfer above
     that is refused with REASON_TOO_LARGE. A checksum proves the whole.
 
+23. A checkpoint is kept until it is stored. The numbers of an attempt's checkpoints rise. The agent keeps the newest
+    one and sends it again after every reconnect. Only the holder of the fence stores one, and never an older one than
+    before. The next attempt receives the last one with its offer.
+24. A suspension is a result: it ends the attempt and frees the slot. The next attempt receives the answer with its
+    offer.
+
 `docs/states.md` lists the table rows that enforce each law, and a test that fails without them.
 """
 

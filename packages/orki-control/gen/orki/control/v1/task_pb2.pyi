@@ -166,6 +166,7 @@ class TaskSnapshot(message.Message):
     REVISION_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
     START_US_FIELD_NUMBER: builtins.int
+    SUSPENSION_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     """The task."""
     method: builtins.str
@@ -200,6 +201,10 @@ class TaskSnapshot(message.Message):
     def earlier_failures(self) -> containers.RepeatedCompositeFieldContainer[attempt_pb2.Failure]:
         """Failures of earlier attempts, oldest first."""
 
+    @builtins.property
+    def suspension(self) -> Suspension:
+        """The task's last suspension; unset before the first."""
+
     def __init__(
         self,
         *,
@@ -217,14 +222,47 @@ class TaskSnapshot(message.Message):
         revision: builtins.int = ...,
         priority: builtins.int | None = ...,
         start_us: builtins.int = ...,
+        suspension: Suspension | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "attempt", b"attempt", "failure", b"failure", "priority", b"priority"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "attempt", b"attempt", "failure", b"failure", "priority", b"priority", "suspension", b"suspension"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "agent_id", b"agent_id", "attempt", b"attempt", "earlier_failures", b"earlier_failures", "ended_us", b"ended_us", "failure", b"failure", "method", b"method", "priority", b"priority", "response", b"response", "revision", b"revision", "start_us", b"start_us", "state", b"state", "submitted_us", b"submitted_us", "task_id", b"task_id", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "agent_id", b"agent_id", "attempt", b"attempt", "earlier_failures", b"earlier_failures", "ended_us", b"ended_us", "failure", b"failure", "method", b"method", "priority", b"priority", "response", b"response", "revision", b"revision", "start_us", b"start_us", "state", b"state", "submitted_us", b"submitted_us", "suspension", b"suspension", "task_id", b"task_id", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__priority: _TypeAlias = typing.Literal["priority"]  # noqa: Y015
     _WhichOneofArgType__priority: _TypeAlias = typing.Literal["_priority", b"_priority"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
+
+@typing.final
+class Suspension(message.Message):
+    """The time in which a task waits without an attempt."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    QUESTION_FIELD_NUMBER: builtins.int
+    SUSPENDED_US_FIELD_NUMBER: builtins.int
+    DEADLINE_MS_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """Number of the suspension within the task, from 1."""
+    question: builtins.str
+    """What is asked, for people."""
+    suspended_us: builtins.int
+    """Time of the suspension, in microseconds since the Unix epoch."""
+    deadline_ms: builtins.int
+    """Time after which the task goes on without an answer, in milliseconds from the suspension; 0: it waits without limit."""
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        question: builtins.str = ...,
+        suspended_us: builtins.int = ...,
+        deadline_ms: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["deadline_ms", b"deadline_ms", "number", b"number", "question", b"question", "suspended_us", b"suspended_us"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
 class GetRequest(message.Message):
@@ -557,6 +595,56 @@ class DirectResponse(message.Message):
     _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class AnswerRequest(message.Message):
+    """Answers a suspended task."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: builtins.int
+    PAYLOAD_FIELD_NUMBER: builtins.int
+    SUSPENSION_FIELD_NUMBER: builtins.int
+    task_id: builtins.str
+    """The task."""
+    payload: builtins.bytes
+    """The method's answer message, serialised. At most 192 KiB."""
+    suspension: builtins.int
+    """Number of the suspension that is answered; 0: the current one."""
+    def __init__(
+        self,
+        *,
+        task_id: builtins.str = ...,
+        payload: builtins.bytes = ...,
+        suspension: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["payload", b"payload", "suspension", b"suspension", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class AnswerResponse(message.Message):
+    """The task goes on."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TASK_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def task(self) -> TaskSnapshot:
+        """The current state of the task."""
+
+    def __init__(
+        self,
+        *,
+        task: TaskSnapshot | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["task", b"task"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

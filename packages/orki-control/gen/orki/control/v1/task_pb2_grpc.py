@@ -60,6 +60,11 @@ class TaskServiceStub(object):
                 request_serializer=orki_dot_control_dot_v1_dot_task__pb2.DirectRequest.SerializeToString,
                 response_deserializer=orki_dot_control_dot_v1_dot_task__pb2.DirectResponse.FromString,
                 _registered_method=True)
+        self.Answer = channel.unary_unary(
+                '/orki.control.v1.TaskService/Answer',
+                request_serializer=orki_dot_control_dot_v1_dot_task__pb2.AnswerRequest.SerializeToString,
+                response_deserializer=orki_dot_control_dot_v1_dot_task__pb2.AnswerResponse.FromString,
+                _registered_method=True)
         self.List = channel.unary_unary(
                 '/orki.control.v1.TaskService/List',
                 request_serializer=orki_dot_control_dot_v1_dot_task__pb2.ListRequest.SerializeToString,
@@ -106,6 +111,13 @@ class TaskServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Answer(self, request, context):
+        """Answers a suspended task, which goes on. A repeated answer is harmless.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def List(self, request, context):
         """Lists tasks, newest first.
         """
@@ -140,6 +152,11 @@ def add_TaskServiceServicer_to_server(servicer, server):
                     servicer.Direct,
                     request_deserializer=orki_dot_control_dot_v1_dot_task__pb2.DirectRequest.FromString,
                     response_serializer=orki_dot_control_dot_v1_dot_task__pb2.DirectResponse.SerializeToString,
+            ),
+            'Answer': grpc.unary_unary_rpc_method_handler(
+                    servicer.Answer,
+                    request_deserializer=orki_dot_control_dot_v1_dot_task__pb2.AnswerRequest.FromString,
+                    response_serializer=orki_dot_control_dot_v1_dot_task__pb2.AnswerResponse.SerializeToString,
             ),
             'List': grpc.unary_unary_rpc_method_handler(
                     servicer.List,
@@ -283,6 +300,33 @@ class TaskService(object):
             '/orki.control.v1.TaskService/Direct',
             orki_dot_control_dot_v1_dot_task__pb2.DirectRequest.SerializeToString,
             orki_dot_control_dot_v1_dot_task__pb2.DirectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Answer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/orki.control.v1.TaskService/Answer',
+            orki_dot_control_dot_v1_dot_task__pb2.AnswerRequest.SerializeToString,
+            orki_dot_control_dot_v1_dot_task__pb2.AnswerResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -26,6 +26,8 @@ class TaskServiceStub:
     """Requests the cancellation of a task. Repeated and late requests are harmless."""
     Direct: aio.UnaryUnaryMultiCallable[task_pb2.DirectRequest, task_pb2.DirectResponse]
     """Sends a directive to a running task."""
+    Answer: aio.UnaryUnaryMultiCallable[task_pb2.AnswerRequest, task_pb2.AnswerResponse]
+    """Answers a suspended task, which goes on. A repeated answer is harmless."""
     List: aio.UnaryUnaryMultiCallable[task_pb2.ListRequest, task_pb2.ListResponse]
     """Lists tasks, newest first."""
 
@@ -71,6 +73,14 @@ class TaskServiceServicer(metaclass=abc_1.ABCMeta):
         context: aio.ServicerContext[task_pb2.DirectRequest, abc.Awaitable[task_pb2.DirectResponse]],
     ) -> abc.Awaitable[task_pb2.DirectResponse]:
         """Sends a directive to a running task."""
+
+    @abc_1.abstractmethod
+    def Answer(
+        self,
+        request: task_pb2.AnswerRequest,
+        context: aio.ServicerContext[task_pb2.AnswerRequest, abc.Awaitable[task_pb2.AnswerResponse]],
+    ) -> abc.Awaitable[task_pb2.AnswerResponse]:
+        """Answers a suspended task, which goes on. A repeated answer is harmless."""
 
     @abc_1.abstractmethod
     def List(

@@ -9,8 +9,9 @@ from orki.events.v1.task_pb2 import TaskAttemptEnded as TaskAttemptEnded
 from orki.events.v1.task_pb2 import TaskCancelAcknowledged as TaskCancelAcknowledged
 from orki.events.v1.task_pb2 import TaskCancelRequested as TaskCancelRequested, TaskCancelled as TaskCancelled
 from orki.events.v1.task_pb2 import TaskDirected as TaskDirected, TaskEvent as TaskEvent, TaskFailed as TaskFailed
-from orki.events.v1.task_pb2 import TaskOffered as TaskOffered, TaskStarted as TaskStarted
+from orki.events.v1.task_pb2 import TaskOffered as TaskOffered, TaskResumed as TaskResumed, TaskStarted as TaskStarted
 from orki.events.v1.task_pb2 import TaskSubmitted as TaskSubmitted, TaskSucceeded as TaskSucceeded
+from orki.events.v1.task_pb2 import TaskSuspended as TaskSuspended
 
 TasksGroup = Literal["audit", "metrics"]
 TASKS: Final[oc.EventStream[TaskEvent, TasksGroup]] = oc.EventStream(

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from orki.errors.v1 import errors_pb2 as orki_dot_errors_dot_v1_dot_errors__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19orki/events/v1/task.proto\x12\x0eorki.events.v1\x1a\x1borki/errors/v1/errors.proto\"\xc8\x06\n\tTaskEvent\x12\x17\n\x07task_id\x18\x01 \x01(\tR\x06taskId\x12\x16\n\x06method\x18\x02 \x01(\tR\x06method\x12\x18\n\x07\x61ttempt\x18\x03 \x01(\rR\x07\x61ttempt\x12\x14\n\x05\x66\x65nce\x18\x04 \x01(\x04R\x05\x66\x65nce\x12\x19\n\x08\x61gent_id\x18\x05 \x01(\tR\x07\x61gentId\x12\x1f\n\x0binstance_id\x18\x06 \x01(\tR\ninstanceId\x12=\n\tsubmitted\x18\x07 \x01(\x0b\x32\x1d.orki.events.v1.TaskSubmittedH\x00R\tsubmitted\x12\x37\n\x07offered\x18\x08 \x01(\x0b\x32\x1b.orki.events.v1.TaskOfferedH\x00R\x07offered\x12\x37\n\x07started\x18\t \x01(\x0b\x32\x1b.orki.events.v1.TaskStartedH\x00R\x07started\x12G\n\rattempt_ended\x18\n \x01(\x0b\x32 .orki.events.v1.TaskAttemptEndedH\x00R\x0c\x61ttemptEnded\x12P\n\x10\x63\x61ncel_requested\x18\x0b \x01(\x0b\x32#.orki.events.v1.TaskCancelRequestedH\x00R\x0f\x63\x61ncelRequested\x12Y\n\x13\x63\x61ncel_acknowledged\x18\x0c \x01(\x0b\x32&.orki.events.v1.TaskCancelAcknowledgedH\x00R\x12\x63\x61ncelAcknowledged\x12:\n\x08\x64irected\x18\r \x01(\x0b\x32\x1c.orki.events.v1.TaskDirectedH\x00R\x08\x64irected\x12=\n\tsucceeded\x18\x0e \x01(\x0b\x32\x1d.orki.events.v1.TaskSucceededH\x00R\tsucceeded\x12\x34\n\x06\x66\x61iled\x18\x0f \x01(\x0b\x32\x1a.orki.events.v1.TaskFailedH\x00R\x06\x66\x61iled\x12=\n\tcancelled\x18\x10 \x01(\x0b\x32\x1d.orki.events.v1.TaskCancelledH\x00R\tcancelledB\x07\n\x05\x65vent\"]\n\rTaskSubmitted\x12#\n\rrequest_bytes\x18\x01 \x01(\rR\x0crequestBytes\x12\'\n\x0fidempotency_key\x18\x02 \x01(\tR\x0eidempotencyKey\"\r\n\x0bTaskOffered\"\r\n\x0bTaskStarted\"\x95\x01\n\x10TaskAttemptEnded\x12.\n\x06reason\x18\x01 \x01(\x0e\x32\x16.orki.errors.v1.ReasonR\x06reason\x12\x18\n\x07message\x18\x02 \x01(\tR\x07message\x12\x18\n\x07retried\x18\x03 \x01(\x08R\x07retried\x12\x1d\n\nbackoff_ms\x18\x04 \x01(\x04R\tbackoffMs\"/\n\x13TaskCancelRequested\x12\x18\n\x07message\x18\x01 \x01(\tR\x07message\"\x18\n\x16TaskCancelAcknowledged\"7\n\x0cTaskDirected\x12\'\n\x0f\x64irective_bytes\x18\x01 \x01(\rR\x0e\x64irectiveBytes\"6\n\rTaskSucceeded\x12%\n\x0eresponse_bytes\x18\x01 \x01(\rR\rresponseBytes\"V\n\nTaskFailed\x12.\n\x06reason\x18\x01 \x01(\x0e\x32\x16.orki.errors.v1.ReasonR\x06reason\x12\x18\n\x07message\x18\x02 \x01(\tR\x07message\"?\n\rTaskCancelled\x12.\n\x06reason\x18\x01 \x01(\x0e\x32\x16.orki.errors.v1.ReasonR\x06reasonb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19orki/events/v1/task.proto\x12\x0eorki.events.v1\x1a\x1borki/errors/v1/errors.proto\"\xc0\x07\n\tTaskEvent\x12\x17\n\x07task_id\x18\x01 \x01(\tR\x06taskId\x12\x16\n\x06method\x18\x02 \x01(\tR\x06method\x12\x18\n\x07\x61ttempt\x18\x03 \x01(\rR\x07\x61ttempt\x12\x14\n\x05\x66\x65nce\x18\x04 \x01(\x04R\x05\x66\x65nce\x12\x19\n\x08\x61gent_id\x18\x05 \x01(\tR\x07\x61gentId\x12\x1f\n\x0binstance_id\x18\x06 \x01(\tR\ninstanceId\x12=\n\tsubmitted\x18\x07 \x01(\x0b\x32\x1d.orki.events.v1.TaskSubmittedH\x00R\tsubmitted\x12\x37\n\x07offered\x18\x08 \x01(\x0b\x32\x1b.orki.events.v1.TaskOfferedH\x00R\x07offered\x12\x37\n\x07started\x18\t \x01(\x0b\x32\x1b.orki.events.v1.TaskStartedH\x00R\x07started\x12G\n\rattempt_ended\x18\n \x01(\x0b\x32 .orki.events.v1.TaskAttemptEndedH\x00R\x0c\x61ttemptEnded\x12P\n\x10\x63\x61ncel_requested\x18\x0b \x01(\x0b\x32#.orki.events.v1.TaskCancelRequestedH\x00R\x0f\x63\x61ncelRequested\x12Y\n\x13\x63\x61ncel_acknowledged\x18\x0c \x01(\x0b\x32&.orki.events.v1.TaskCancelAcknowledgedH\x00R\x12\x63\x61ncelAcknowledged\x12:\n\x08\x64irected\x18\r \x01(\x0b\x32\x1c.orki.events.v1.TaskDirectedH\x00R\x08\x64irected\x12=\n\tsucceeded\x18\x0e \x01(\x0b\x32\x1d.orki.events.v1.TaskSucceededH\x00R\tsucceeded\x12\x34\n\x06\x66\x61iled\x18\x0f \x01(\x0b\x32\x1a.orki.events.v1.TaskFailedH\x00R\x06\x66\x61iled\x12=\n\tcancelled\x18\x10 \x01(\x0b\x32\x1d.orki.events.v1.TaskCancelledH\x00R\tcancelled\x12=\n\tsuspended\x18\x15 \x01(\x0b\x32\x1d.orki.events.v1.TaskSuspendedH\x00R\tsuspended\x12\x37\n\x07resumed\x18\x16 \x01(\x0b\x32\x1b.orki.events.v1.TaskResumedH\x00R\x07resumedB\x07\n\x05\x65vent\"]\n\rTaskSubmitted\x12#\n\rrequest_bytes\x18\x01 \x01(\rR\x0crequestBytes\x12\'\n\x0fidempotency_key\x18\x02 \x01(\tR\x0eidempotencyKey\"\r\n\x0bTaskOffered\"\r\n\x0bTaskStarted\"\x95\x01\n\x10TaskAttemptEnded\x12.\n\x06reason\x18\x01 \x01(\x0e\x32\x16.orki.errors.v1.ReasonR\x06reason\x12\x18\n\x07message\x18\x02 \x01(\tR\x07message\x12\x18\n\x07retried\x18\x03 \x01(\x08R\x07retried\x12\x1d\n\nbackoff_ms\x18\x04 \x01(\x04R\tbackoffMs\"/\n\x13TaskCancelRequested\x12\x18\n\x07message\x18\x01 \x01(\tR\x07message\"\x18\n\x16TaskCancelAcknowledged\"7\n\x0cTaskDirected\x12\'\n\x0f\x64irective_bytes\x18\x01 \x01(\rR\x0e\x64irectiveBytes\"L\n\rTaskSuspended\x12\x1a\n\x08question\x18\x01 \x01(\tR\x08question\x12\x1f\n\x0b\x64\x65\x61\x64line_ms\x18\x02 \x01(\x04R\ndeadlineMs\"J\n\x0bTaskResumed\x12!\n\x0c\x61nswer_bytes\x18\x01 \x01(\rR\x0b\x61nswerBytes\x12\x18\n\x07message\x18\x02 \x01(\tR\x07message\"6\n\rTaskSucceeded\x12%\n\x0eresponse_bytes\x18\x01 \x01(\rR\rresponseBytes\"V\n\nTaskFailed\x12.\n\x06reason\x18\x01 \x01(\x0e\x32\x16.orki.errors.v1.ReasonR\x06reason\x12\x18\n\x07message\x18\x02 \x01(\tR\x07message\"?\n\rTaskCancelled\x12.\n\x06reason\x18\x01 \x01(\x0e\x32\x16.orki.errors.v1.ReasonR\x06reasonb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,25 +33,29 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'orki.events.v1.task_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TASKEVENT']._serialized_start=75
-  _globals['_TASKEVENT']._serialized_end=915
-  _globals['_TASKSUBMITTED']._serialized_start=917
-  _globals['_TASKSUBMITTED']._serialized_end=1010
-  _globals['_TASKOFFERED']._serialized_start=1012
-  _globals['_TASKOFFERED']._serialized_end=1025
-  _globals['_TASKSTARTED']._serialized_start=1027
-  _globals['_TASKSTARTED']._serialized_end=1040
-  _globals['_TASKATTEMPTENDED']._serialized_start=1043
-  _globals['_TASKATTEMPTENDED']._serialized_end=1192
-  _globals['_TASKCANCELREQUESTED']._serialized_start=1194
-  _globals['_TASKCANCELREQUESTED']._serialized_end=1241
-  _globals['_TASKCANCELACKNOWLEDGED']._serialized_start=1243
-  _globals['_TASKCANCELACKNOWLEDGED']._serialized_end=1267
-  _globals['_TASKDIRECTED']._serialized_start=1269
-  _globals['_TASKDIRECTED']._serialized_end=1324
-  _globals['_TASKSUCCEEDED']._serialized_start=1326
-  _globals['_TASKSUCCEEDED']._serialized_end=1380
-  _globals['_TASKFAILED']._serialized_start=1382
-  _globals['_TASKFAILED']._serialized_end=1468
-  _globals['_TASKCANCELLED']._serialized_start=1470
-  _globals['_TASKCANCELLED']._serialized_end=1533
+  _globals['_TASKEVENT']._serialized_end=1035
+  _globals['_TASKSUBMITTED']._serialized_start=1037
+  _globals['_TASKSUBMITTED']._serialized_end=1130
+  _globals['_TASKOFFERED']._serialized_start=1132
+  _globals['_TASKOFFERED']._serialized_end=1145
+  _globals['_TASKSTARTED']._serialized_start=1147
+  _globals['_TASKSTARTED']._serialized_end=1160
+  _globals['_TASKATTEMPTENDED']._serialized_start=1163
+  _globals['_TASKATTEMPTENDED']._serialized_end=1312
+  _globals['_TASKCANCELREQUESTED']._serialized_start=1314
+  _globals['_TASKCANCELREQUESTED']._serialized_end=1361
+  _globals['_TASKCANCELACKNOWLEDGED']._serialized_start=1363
+  _globals['_TASKCANCELACKNOWLEDGED']._serialized_end=1387
+  _globals['_TASKDIRECTED']._serialized_start=1389
+  _globals['_TASKDIRECTED']._serialized_end=1444
+  _globals['_TASKSUSPENDED']._serialized_start=1446
+  _globals['_TASKSUSPENDED']._serialized_end=1522
+  _globals['_TASKRESUMED']._serialized_start=1524
+  _globals['_TASKRESUMED']._serialized_end=1598
+  _globals['_TASKSUCCEEDED']._serialized_start=1600
+  _globals['_TASKSUCCEEDED']._serialized_end=1654
+  _globals['_TASKFAILED']._serialized_start=1656
+  _globals['_TASKFAILED']._serialized_end=1742
+  _globals['_TASKCANCELLED']._serialized_start=1744
+  _globals['_TASKCANCELLED']._serialized_end=1807
 # @@protoc_insertion_point(module_scope)

@@ -39,6 +39,8 @@ class TaskEvent(message.Message):
     SUCCEEDED_FIELD_NUMBER: builtins.int
     FAILED_FIELD_NUMBER: builtins.int
     CANCELLED_FIELD_NUMBER: builtins.int
+    SUSPENDED_FIELD_NUMBER: builtins.int
+    RESUMED_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     """The task."""
     method: builtins.str
@@ -91,6 +93,14 @@ class TaskEvent(message.Message):
     def cancelled(self) -> TaskCancelled:
         """The task was cancelled."""
 
+    @builtins.property
+    def suspended(self) -> TaskSuspended:
+        """The attempt ended, and the task waits for an answer."""
+
+    @builtins.property
+    def resumed(self) -> TaskResumed:
+        """The suspended task goes on."""
+
     def __init__(
         self,
         *,
@@ -110,12 +120,14 @@ class TaskEvent(message.Message):
         succeeded: TaskSucceeded | None = ...,
         failed: TaskFailed | None = ...,
         cancelled: TaskCancelled | None = ...,
+        suspended: TaskSuspended | None = ...,
+        resumed: TaskResumed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["attempt_ended", b"attempt_ended", "cancel_acknowledged", b"cancel_acknowledged", "cancel_requested", b"cancel_requested", "cancelled", b"cancelled", "directed", b"directed", "event", b"event", "failed", b"failed", "offered", b"offered", "started", b"started", "submitted", b"submitted", "succeeded", b"succeeded"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["attempt_ended", b"attempt_ended", "cancel_acknowledged", b"cancel_acknowledged", "cancel_requested", b"cancel_requested", "cancelled", b"cancelled", "directed", b"directed", "event", b"event", "failed", b"failed", "offered", b"offered", "resumed", b"resumed", "started", b"started", "submitted", b"submitted", "succeeded", b"succeeded", "suspended", b"suspended"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_id", b"agent_id", "attempt", b"attempt", "attempt_ended", b"attempt_ended", "cancel_acknowledged", b"cancel_acknowledged", "cancel_requested", b"cancel_requested", "cancelled", b"cancelled", "directed", b"directed", "event", b"event", "failed", b"failed", "fence", b"fence", "instance_id", b"instance_id", "method", b"method", "offered", b"offered", "started", b"started", "submitted", b"submitted", "succeeded", b"succeeded", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_id", b"agent_id", "attempt", b"attempt", "attempt_ended", b"attempt_ended", "cancel_acknowledged", b"cancel_acknowledged", "cancel_requested", b"cancel_requested", "cancelled", b"cancelled", "directed", b"directed", "event", b"event", "failed", b"failed", "fence", b"fence", "instance_id", b"instance_id", "method", b"method", "offered", b"offered", "resumed", b"resumed", "started", b"started", "submitted", b"submitted", "succeeded", b"succeeded", "suspended", b"suspended", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = typing.Literal["submitted", "offered", "started", "attempt_ended", "cancel_requested", "cancel_acknowledged", "directed", "succeeded", "failed", "cancelled"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = typing.Literal["submitted", "offered", "started", "attempt_ended", "cancel_requested", "cancel_acknowledged", "directed", "succeeded", "failed", "cancelled", "suspended", "resumed"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -257,6 +269,54 @@ class TaskDirected(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["directive_bytes", b"directive_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class TaskSuspended(message.Message):
+    """The task waits for an answer."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    QUESTION_FIELD_NUMBER: builtins.int
+    DEADLINE_MS_FIELD_NUMBER: builtins.int
+    question: builtins.str
+    """What is asked, for people."""
+    deadline_ms: builtins.int
+    """Time after which the task goes on without an answer, in milliseconds; 0: it waits without limit."""
+    def __init__(
+        self,
+        *,
+        question: builtins.str = ...,
+        deadline_ms: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["deadline_ms", b"deadline_ms", "question", b"question"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class TaskResumed(message.Message):
+    """The suspended task goes on."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    ANSWER_BYTES_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    answer_bytes: builtins.int
+    """Size of the answer in bytes."""
+    message: builtins.str
+    """Why it goes on without an answer; empty if it has one."""
+    def __init__(
+        self,
+        *,
+        answer_bytes: builtins.int = ...,
+        message: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["answer_bytes", b"answer_bytes", "message", b"message"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -37,14 +37,13 @@ end
 -- no orchestrator could hear an agent.
 
 local WALL_US, WALL_TEXT, CLOCK_US, NOW, ABSENT, NEW_CALLER, HAS_STARTS, PAUSED
-local HOSTS = {}
+local HOSTS, STORED = {}, {}
 
 -- -> time of the last batch of an orchestrator, for how long it has been absent in all, since when it is there, and the
 -- gaps that it knows (ms)
 local function host_of(name)
   if not HOSTS[name] then
-    local last, absent, since, gaps = string.match(redis.call('HGET', CLOCK, 'host:' .. name) or '',
-      '^(%d+) (%d+) (%d+) (%d+)$')
+    local last, absent, since, gaps = string.match(STORED['host:' .. name] or '', '^(%d+) (%d+) (%d+) (%d+)$')
     HOSTS[name] = { last = tonumber(last) or 0, absent = tonumber(absent) or 0, since = tonumber(since) or 0,
       gaps = tonumber(gaps) or 0 }
   end
@@ -55,9 +54,11 @@ local function read_clock()
   local time = redis.call('TIME')
   WALL_US = time[1] * 1000000 + time[2]
   WALL_TEXT = whole(WALL_US)
-  local stored = redis.call('HMGET', CLOCK, 'wall_us', 'clock_us', 'gaps_ms', 'starts', 'paused')
-  local wall, clock, gaps = tonumber(stored[1] or ''), tonumber(stored[2] or ''), tonumber(stored[3] or '') or 0
-  HAS_STARTS, PAUSED = stored[4], stored[5]
+  local stored = redis.call('HGETALL', CLOCK)
+  for at = 1, #stored, 2 do STORED[stored[at]] = stored[at + 1] end
+  local wall, clock = tonumber(STORED.wall_us or ''), tonumber(STORED.clock_us or '')
+  local gaps = tonumber(STORED.gaps_ms or '') or 0
+  HAS_STARTS, PAUSED = STORED.starts, STORED.paused
   if not wall or not clock then wall, clock = WALL_US, WALL_US end
   local passed = WALL_US - wall
   if passed < 0 or passed > MAX_STEP * 1000 then
@@ -78,9 +79,23 @@ end
 -- Milliseconds in which the orchestrator that serves an attempt could not hear the agent, since the store began.
 local function absence(host) return host_of(host).absent + ABSENT.gaps end
 
+local OTHERS
+
+-- Whether another orchestrator sent a batch to this shard lately.
+local function has_others()
+  if OTHERS == nil then
+    OTHERS = false
+    for field in pairs(STORED) do
+      local name = string.match(field, '^host:(.*)$')
+      if name and name ~= CALLER and NOW - host_of(name).last <= 3 * MAX_STEP then OTHERS = true end
+    end
+  end
+  return OTHERS
+end
+
 -- Forgets orchestrators that were not heard of for an hour.
 local function forget_hosts()
-  for _, field in ipairs(redis.call('HKEYS', CLOCK)) do
+  for field in pairs(STORED) do
     local name = string.match(field, '^host:(.*)$')
     if name and NOW - host_of(name).last > 3600000 then redis.call('HDEL', CLOCK, field) end
   end
@@ -136,9 +151,11 @@ end
 -- Sets a task to what is stored, or to what the last successful operation of this batch made of it.
 local function restore(task)
   local shown, fields, dirty, place = task.shown, task.staged_fields, task.dirty, task.placement
+  local more_text = task.more_text
   for name, value in pairs(parse(task.id, task.text, task.spec)) do task[name] = value end
   task.shown, task.fields, task.staged_fields, task.dirty = shown, fields, fields, dirty
   task.placement = place -- It never changes.
+  task.more_text = more_text
 end
 
 -- Sets a field that transitions do not read.
@@ -147,6 +164,24 @@ local function set(task, name, value)
   for other, text in pairs(task.fields) do fields[other] = text end
   fields[name] = value
   task.fields = fields
+end
+
+-- The named values that few tasks have. They are not packed by position, so that other versions read them.
+local function more(task)
+  local text, values = task.fields.more or task.more_text, {}
+  for name, value in string.gmatch(text, '([^=\31]+)=([^\31]*)') do values[name] = value end
+  return values
+end
+
+-- Changes some of these values; an empty one is removed.
+local function remember(task, changes)
+  local values, texts = more(task), {}
+  for name, value in pairs(changes) do values[name] = string.gsub(value, '[\30\31]', ' ') end
+  for name, value in pairs(values) do
+    if value ~= '' then texts[#texts + 1] = name .. '=' .. value end
+  end
+  table.sort(texts)
+  set(task, 'more', table.concat(texts, '\31'))
 end
 
 -- What the shard's own keys hold about the task.
@@ -161,14 +196,14 @@ end
 local function load(id, with_request)
   local task = TASKS[id]
   if task then return task.state ~= 'ABSENT' and task or nil end
-  local values = with_request and redis.call('HMGET', TASK .. id, 'state', 'spec', 'placement', 'request')
-    or redis.call('HMGET', TASK .. id, 'state', 'spec', 'placement')
+  local values = with_request and redis.call('HMGET', TASK .. id, 'state', 'spec', 'placement', 'more', 'request')
+    or redis.call('HMGET', TASK .. id, 'state', 'spec', 'placement', 'more')
   if not values[1] and not values[2] then return nil end
   if not values[1] or not values[2] then damaged('task ' .. id) end
   task = parse(id, values[1], values[2])
   if not task or not MOVES[task.state] then damaged('record of task ' .. id) end
   options(task)
-  task.placement, task.request = values[3], values[4]
+  task.placement, task.more_text, task.request = values[3], values[4] or '', values[5]
   task.shown = shown(task)
   TASKS[id] = task
   return task
@@ -294,6 +329,10 @@ local function write_list(name, key, list)
   for at = 1, #list, 4000 do write({ name, key, unpack(list, at, math.min(at + 3999, #list)) }) end
 end
 
+-- What other orchestrators are told: numbers of newly queued tasks by method, orchestrators with new mail, changed tasks,
+-- and whether a pause has ended.
+local QUEUED, MAILED, CHANGED, RESUMED = {}, {}, {}, false
+
 -- Collects what changes in the shard's own keys.
 local function compare(task, before, added, removed)
   if task.timer ~= before.timer then
@@ -302,6 +341,7 @@ local function compare(task, before, added, removed)
   local is_queued, was_queued = task.state == 'QUEUED', before.state == 'QUEUED'
   if is_queued and (not was_queued or task.queued_us ~= before.queued_us) then
     add(added, QUEUE .. task.method, whole(score(task)), task.id)
+    QUEUED[task.method] = (QUEUED[task.method] or 0) + 1
   elseif was_queued and not is_queued then
     add(removed, QUEUE .. task.method, task.id)
   end
@@ -329,6 +369,7 @@ end
 
 local function write_task(task)
   if task.state == 'ABSENT' then return end
+  task.more_text = task.staged_fields.more or task.more_text
   local command = { 'HSET', TASK .. task.id, 'state', task.text }
   for name, value in pairs(task.staged_fields) do
     command[#command + 1], command[#command + 2] = name, value
@@ -352,6 +393,7 @@ local function flush()
     if task.dirty then
       write_task(task)
       compare(task, task.shown, added, removed)
+      CHANGED[#CHANGED + 1] = (ENDED[task.state] and '!' or '') .. task.id
       task.dirty, task.staged_fields, task.fields, task.shown = false, NOTHING, NOTHING, shown(task)
     end
   end

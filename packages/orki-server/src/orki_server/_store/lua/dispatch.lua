@@ -110,7 +110,8 @@ end
 
 -- accept timeout (ms), then for each recipient: agent, instance, slots, number of methods, methods
 -- -> number of damaged tasks and queues, their names, then for each offer: position of the recipient (from 0), task,
---    attempt, fence, method, request, attempt's traceparent, lease (ms), attempt timeout (ms)
+--    attempt, fence, method, request, attempt's traceparent, lease (ms), attempt timeout (ms), checkpoint and answer (each
+--    "1" and the payload, or "")
 OPS.offer = function(a)
   flush()
   local recipients, slots = read_recipients(a)
@@ -132,6 +133,7 @@ OPS.offer = function(a)
     reply[n + 1], reply[n + 2], reply[n + 3], reply[n + 4] = whole(each[1]), task.id, whole(task.attempt), task.fence
     reply[n + 5], reply[n + 6] = task.method, task.request or redis.call('HGET', TASK .. task.id, 'request') or ''
     reply[n + 7], reply[n + 8], reply[n + 9] = attempt_traceparent(task), whole(o.heartbeat), whole(o.attempt)
+    reply[n + 10], reply[n + 11] = offered_checkpoint(task), offered_answer(task)
   end
   return reply
 end
@@ -188,7 +190,13 @@ local EXPIRE = {
     return 'task', REASON_TOTAL_TIMEOUT
   end,
   RetryDue = function(task)
+    local suspended = task.state == 'SUSPENDED'
     move(task, 'RetryDue')
+    if suspended then
+      remember(task, { overdue = '1' })
+      resume(task, { text = 'no answer came in time' })
+      return 'retry', '0'
+    end
     task.retry_due = 0
     enqueue(task)
     sort(task)
@@ -244,8 +252,9 @@ local function start_delayed(limit, found, changed)
 end
 
 -- maximum number of tasks
--- -> time until the next timer (ms; -1 for none), number of damaged tasks, their ids, then for each task that changed:
---    kind (offer, attempt, task, retry), task, agent, attempt, fence, reason, method
+-- -> time until the next timer (ms; -1 for none), "1" if there is mail for the caller, number of damaged tasks, their
+--    ids, then for each task that changed: kind (offer, attempt, task, retry), task, agent, attempt, fence, reason,
+--    method
 OPS.sweep = function(a)
   flush()
   local found, expired = {}, {}
@@ -269,7 +278,7 @@ OPS.sweep = function(a)
       sort(task) -- The timer has moved away.
     end
   end
-  local reply = { '-1', whole(#found), unpack(found) }
+  local reply = { '-1', whole(redis.call('EXISTS', MAIL .. CALLER)), whole(#found), unpack(found) }
   for at = 1, #expired do reply[#reply + 1] = expired[at] end
   return reply
 end
@@ -292,7 +301,7 @@ end
 
 -- "1" to give the outbox up -> kept | taken | other: whether the caller is the only one that publishes the outbox now
 OPS.drain = function(a)
-  local holder = redis.call('HGET', CLOCK, 'drainer')
+  local holder = STORED.drainer
   if a[1] == '1' then
     if holder == CALLER then WRITES[#WRITES + 1] = { 'HDEL', CLOCK, 'drainer' } end
     return { 'other' }
@@ -328,6 +337,7 @@ if ready then
     is_full()
     flush()
     write_clock()
+    announce()
   end)
   if not done then PROBLEM = problem end
 end

@@ -49,6 +49,10 @@ end
 local function finish(task)
   stop_timers(task)
   task.forget_due, task.ended_us = NOW + RETENTION, WALL_US
+  if task.more_text ~= '' or task.fields.more then
+    for _, name in ipairs({ 'checkpoint', 'answer' }) do set(task, name, '') end
+    remember(task, { checkpoint = '', overdue = '', total_left = '' })
+  end
   sort(task)
   -- Without any orchestrator, Redis removes the keys a minute after the sweep would have done so.
   local last = whole(RETENTION + 60000)
@@ -101,6 +105,32 @@ local function requeue(task, wait, reason, message)
   end
   sort(task)
   return wait
+end
+
+-- Completes a move to SUSPENDED: the task waits for an answer, for at most `deadline` (ms; 0 for no limit). The total
+-- timeout pauses.
+local function suspend(task, question, deadline)
+  record(task, 'suspended', { text = question, number = deadline })
+  local left = task.total_due > 0 and whole(math.max(1, task.total_due - NOW)) or ''
+  stop_timers(task)
+  task.suspected = ''
+  if deadline > 0 then task.retry_due = NOW + deadline end
+  local number = (tonumber(more(task).suspension) or 0) + 1
+  set(task, 'answer', '')
+  remember(task, { suspension = whole(number), question = question, suspended_us = WALL_TEXT, deadline = whole(deadline),
+    answered = '', overdue = '', total_left = left })
+  sort(task)
+end
+
+-- Completes a move of a suspended task to QUEUED.
+local function resume(task, details)
+  record(task, 'resumed', details)
+  local left = tonumber(more(task).total_left) or 0
+  stop_timers(task)
+  if left > 0 then task.total_due = NOW + left end
+  remember(task, { total_left = '' })
+  enqueue(task)
+  sort(task)
 end
 
 -- The caller hears the agent. What it missed before is added to the attempt's timers. An orchestrator that has just come

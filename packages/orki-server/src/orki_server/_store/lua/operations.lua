@@ -58,13 +58,17 @@ OPS.cancel = function(a)
   local task = load(a[1])
   if not task then return task_reply('unknown') end
   if MOVES[task.state].Forgotten then return task_reply('ended', task) end
-  if not MOVES[task.state].CancelRequested then return task_reply('repeated', task) end
+  if not MOVES[task.state].CancelRequested then
+    post_cancel(task, a[2])
+    return task_reply('repeated', task)
+  end
   move(task, 'CancelRequested')
   record(task, 'cancel_requested', { text = a[2], actor = a[3] })
   if task.state == 'CANCELLED' then
     finish_cancelled(task, REASON_CANCELLED, a[2] ~= '' and a[2] or 'the task was cancelled')
     return task_reply('done', task)
   end
+  post_cancel(task, a[2])
   return task_reply('requested', task)
 end
 
@@ -184,9 +188,11 @@ OPS.progress = function(a)
   return { 'accepted', VISIBLE[task.state], a[5] }
 end
 
--- agent, then id and fence of each attempt -> positions (from 0) of the stale ones
+-- agent, then id and fence of each attempt
+-- -> number of stale ones, their positions (from 0), then position and cancel grace (ms) of each whose agent has not
+--    acknowledged a cancel
 OPS.renew = function(a)
-  local stale = {}
+  local stale, cancelling = {}, {}
   for at = 2, #a, 2 do
     local task = held_of_several(a[at], a[at + 1], a[1])
     if not task then
@@ -197,8 +203,13 @@ OPS.renew = function(a)
       task.lease_due = NOW + options(task).heartbeat
       sort(task, true)
     end
+    if task and task.state == 'CANCELLING' and task.cancel_acknowledged ~= '1' then
+      cancelling[#cancelling + 1], cancelling[#cancelling + 2] = whole(at / 2 - 1), whole(options(task).grace)
+    end
   end
-  return stale
+  local reply = { whole(#stale), unpack(stale) }
+  for _, value in ipairs(cancelling) do reply[#reply + 1] = value end
+  return reply
 end
 
 -- id, fence, agent, response

@@ -20,6 +20,7 @@ OPS.pause = function(a)
   names[a[1]] = a[2] == '1' or nil
   for name in pairs(names) do list[#list + 1] = name end
   table.sort(list)
+  RESUMED = RESUMED or a[2] ~= '1'
   PAUSED = #list > 0 and table.concat(list, '\31') or false
   WRITES[#WRITES + 1] = PAUSED and { 'HSET', CLOCK, 'paused', PAUSED } or { 'HDEL', CLOCK, 'paused' }
   return { 'changed' }
