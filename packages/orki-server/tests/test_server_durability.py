@@ -272,3 +272,21 @@ async def test_a_server_that_stops_to_keep_its_file_takes_no_more_submissions(
             async with Client(orchestrator.address, ClientOptions(patience=20.0)) as client:
                 await client.submit_raw([submission])
         await orchestrator.stop()
+
+
+async def test_a_cancelled_caller_does_not_take_the_store_down(redis_url: str) -> None:
+    store = Store(redis_url, shards=1)
+    await store.open()
+    changes: list[bool] = []
+    store.connection.on_change(changes.append)
+    with Redis.from_url(redis_url) as redis:
+        for _ in range(20):
+            redis.client_pause(50)
+            caller = asyncio.create_task(store.connection.call("GET", "orki:{of}:probe"))
+            await asyncio.sleep(0.01)
+            caller.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await caller
+            assert await store.connection.call("GET", "orki:{of}:probe") is None
+    assert changes == []
+    await store.close()

@@ -194,7 +194,7 @@ class Batcher:
                 calls[position] = call
         for entries, call in zip(shards.values(), calls, strict=True):
             if isinstance(call.reply, OrkiError):
-                self._return(entries, self._connection.failed(call.reply))
+                self._return(entries, call.reply)
             else:
                 self._resolve(entries, call.reply, call.settle)
 

@@ -73,6 +73,7 @@ class StoreConnection:
         self.up.set()
         self.cause: OrkiError = StoreUnavailable(f"{self.address.shown} was not reached yet")
         self._closed = False
+        self._recoveries = 0
         self._probe: asyncio.Task[None] | None = None
         self._checks: list[Callable[[], Awaitable[None]]] = []
         self._listeners: list[Callable[[bool], None]] = []
@@ -147,7 +148,7 @@ class StoreConnection:
         replies = await self._send(commands, while_down)
         for reply in replies:
             if isinstance(reply, OrkiError):
-                raise self.failed(reply)
+                raise reply
         return replies
 
     async def replies(self, commands: Sequence[Command]) -> list[Reply]:
@@ -159,7 +160,7 @@ class StoreConnection:
         replies = await self._send(commands)
         for reply in replies:
             if isinstance(reply, StoreUnavailable):
-                raise self.failed(reply)
+                raise reply
         return replies
 
     async def operate(self, commands: Sequence[Command], *, bulk: bool = False) -> list[Operated]:
@@ -171,11 +172,14 @@ class StoreConnection:
         if not self.up.is_set():
             raise self.cause
 
+        since = self._recoveries
+
         async def send(server: StoreServer, sent: Sequence[Command]) -> list[Operated]:
             try:
                 lane, replies = await server.operate(sent, bulk=bulk)
             except OrkiError as error:
-                return [Operated(self.failed(error), _unsettled)] * len(sent)
+                return [Operated(self.failed(error, since), _unsettled)] * len(sent)
+            self._judge(replies, since)
             settle = partial(server.settle, lane)
             return [Operated(reply, settle) for reply in replies]
 
@@ -187,13 +191,22 @@ class StoreConnection:
         if self.address.is_cluster and not self._slots:
             await self._read_topology()
 
+        since = self._recoveries
+
         async def send(server: StoreServer, sent: Sequence[Command]) -> list[Reply]:
             try:
-                return await server.call(sent, may_open=while_down)
+                replies = await server.call(sent, may_open=while_down)
             except OrkiError as error:
-                return [self.failed(error)] * len(sent)
+                return [self.failed(error, since)] * len(sent)
+            self._judge(replies, since)
+            return replies
 
         return await self._spread(commands, send)
+
+    def _judge(self, replies: Sequence[Reply], since: int) -> None:
+        for reply in replies:
+            if isinstance(reply, OrkiError):
+                self.failed(reply, since)
 
     async def _spread(
         self, commands: Sequence[Command], send: Callable[[StoreServer, Sequence[Command]], Awaitable[list[R]]]
@@ -210,9 +223,12 @@ class StoreConnection:
             found |= zip(positions, replies, strict=True)
         return [found[position] for position in range(len(commands))]
 
-    def failed(self, error: OrkiError) -> OrkiError:
-        """Take the connection down if the error is due to the server's state. Returns the error."""
-        if isinstance(error, StoreUnavailable):
+    def failed(self, error: OrkiError, since: int | None = None) -> OrkiError:
+        """Take the connection down if the error is due to the server's state. Returns the error.
+
+        With `since`, the number of recoveries when the command was sent, the failure of an older connection is ignored.
+        """
+        if isinstance(error, StoreUnavailable) and since in (None, self._recoveries):
             self.cause = error
             if self.up.is_set() and not self._closed:
                 self.up.clear()
@@ -240,6 +256,7 @@ class StoreConnection:
             except Exception:
                 _log.exception("the probe of %s failed: a defect; it goes on", self.address.shown)
             else:
+                self._recoveries += 1
                 self.up.set()
         self._notify(True)
 

@@ -117,6 +117,7 @@ class StoreServer:
         self._lanes = [Lane(self._connection(name)) for name in names]
         self._current = self._lanes[0]
         self._waits: set[asyncio.Task[None]] = set()
+        self._calls: set[asyncio.Task[list[Reply]]] = set()
         self._hasty = False
 
     def _connection(self, name: str) -> Connection:
@@ -170,7 +171,17 @@ class StoreServer:
 
     async def call(self, commands: Sequence[Command], *, may_open: bool) -> list[Reply]:
         """Send commands in one pipeline, only with `may_open` on a new connection. Raises as `Connection.pipeline`."""
-        return await self.commands.pipeline(*commands, same=_same(self.commands, may_open))
+        exchange = self.commands.pipeline(*commands, same=_same(self.commands, may_open))
+        # A caller that is cancelled must not break the connection, which would look like a failure of the server.
+        task = asyncio.get_running_loop().create_task(exchange, name="orki store command")
+        self._calls.add(task)
+        task.add_done_callback(self._called)
+        return await asyncio.shield(task)
+
+    def _called(self, task: asyncio.Task[list[Reply]]) -> None:
+        self._calls.discard(task)
+        if not task.cancelled():
+            task.exception()
 
     async def operate(self, commands: Sequence[Command], *, bulk: bool) -> tuple[Lane, list[Reply]]:
         """Send script calls, and return the lane that `settle` needs. Raises as `Connection.pipeline`."""
