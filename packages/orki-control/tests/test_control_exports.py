@@ -22,6 +22,7 @@ PUBLIC = {
             "ATTEMPT",
             "DEFAULT_MESSAGE_BYTES",
             "DEFAULT_PROGRESS_BYTES",
+            "KEY",
             "MAX_CHECKPOINT_BYTES",
             "MAX_SLOTS",
             "ORCHESTRATOR",
@@ -51,7 +52,7 @@ PUBLIC = {
             "ResultsArrived",
             "Revocation",
         ),
-        *("SessionClosed", "SessionEnded", "SessionLost", "SessionOpened", "StoredCheckpoint"),
+        *("SessionClosed", "SessionEnded", "SessionLost", "SessionOpened", "StoredCheckpoint", "bad_labels"),
     ],
     "orki_control.submitter": [
         *("CLIENT", "REQUEST", "SERVING", "Answered", "CancelArrived", "ClientEvent", "ClientSession"),

@@ -107,6 +107,10 @@ class Dispatcher:
             for each in assigned.offers:
                 self._offer(request.sessions[each.recipient], each)
             self.demand.settle(request, assigned.offers)
+            if assigned.again is not None:
+                self.demand.wait(request)
+                if assigned.again > 0:
+                    asyncio.get_running_loop().call_later(assigned.again, self._wake.set)
 
     def _offer(self, session: AgentSession, offered: OfferedAttempt) -> None:
         message = OfferMessage(

@@ -15,9 +15,10 @@ from typing import Final
 
 from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import TaskState
-from orki_contract.errors import IdempotencyConflict, InvalidArgument
+from orki_contract.errors import IdempotencyConflict, InvalidArgument, Overloaded
 from orki_contract.model import TaskMethod
 from orki_contract.trace import Span, new_span, parse_traceparent
+from orki_server._keys import MAX_LANES
 from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._store import operations
 from orki_server._store.operations import (
@@ -28,7 +29,7 @@ from orki_server._store.operations import (
     shard_of_key,
     submission_digest,
 )
-from orki_server._store.placement import Placement
+from orki_server._store.placement import COUNTING_SHARD, Placement
 
 SUBMISSION_ID_BYTES: Final = 16
 """Length of a submission id: 6 bytes of milliseconds, then random bytes."""
@@ -103,14 +104,16 @@ class Submissions:
         span = parent.child() if parent else new_span()
         key = submission.idempotency_key
         digest = submission_digest(submission.method, submission.request)
+        placement = Placement.of(submission)
         if key or not submission_id:
             shard = shard_of_key(key, self._shards) if key else next(self._numbers) % self._shards
+            shard = COUNTING_SHARD if placement.is_counted else shard
             task_id = new_task_id(shard)
         elif len(submission_id) != SUBMISSION_ID_BYTES:
             raise InvalidArgument(f"submission_id: {SUBMISSION_ID_BYTES} bytes, not {len(submission_id)}")
         else:
             # Submissions of the same millisecond share a shard, so that a batch needs few script calls.
-            shard = zlib.crc32(submission_id[:6]) % self._shards
+            shard = COUNTING_SHARD if placement.is_counted else zlib.crc32(submission_id[:6]) % self._shards
             drawn = hashlib.sha256(submission_id + digest.encode()).digest()[:10]
             task_id = known_task_id(shard, int.from_bytes(submission_id[:6] + drawn))
         operation = operations.submit(
@@ -122,7 +125,7 @@ class Submissions:
             span=span,
             actor=actor,
             contract=self._registry.leading(method.service),
-            placement=Placement.of(submission),
+            placement=placement,
         )
         return Pending(submission, shard, span, operation)
 
@@ -137,6 +140,11 @@ class Submissions:
             raise IdempotencyConflict(
                 f"idempotency_key {submission.idempotency_key[:64]!r} belongs to task {submitted.task_id}, "
                 "which has another method or request"
+            )
+        if submitted.status == "lanes":
+            raise Overloaded(
+                f"tasks with {MAX_LANES} combinations of method, labels, limits and fairness key are queued, and this "
+                "is a further one; submit again later"
             )
         if submitted.status != "new":
             return None

@@ -47,6 +47,9 @@ def task_json(task: TaskSnapshot, response: dict[str, Any] | None = None) -> dic
         "state": state_name(task.state),
         "priority": task.priority if task.HasField("priority") else DEFAULT_PRIORITY,
         "start": time_or_none(task.start_us),
+        "labels": dict(task.labels),
+        "limits": list(task.limits),
+        "fairness_key": task.fairness_key,
         "attempt": attempt.attempt if attempt else 0,
         "fence": attempt.fence if attempt else 0,
         "agent_id": task.agent_id,
@@ -69,6 +72,7 @@ def agent_json(agent: AgentSnapshot) -> dict[str, Any]:
         "draining": agent.draining,
         "orchestrator_id": agent.orchestrator_id,
         "slots": agent.slots,
+        "labels": dict(agent.labels),
         "attempts": [
             {"task_id": each.task_id, "attempt": each.attempt, "fence": each.fence} for each in agent.attempts
         ],
@@ -204,6 +208,9 @@ def _print_one(task: TaskSnapshot, as_json: bool) -> None:
         (name, "-" if shown[name] in (None, "") else str(shown[name]))
         for name in ("priority", "submitted", "start", "ended", "trace_id")
     ]
+    rows += [("label", f"{name}={value}") for name, value in sorted(task.labels.items())]
+    rows += [("limit", key) for key in task.limits]
+    rows += [("fairness_key", task.fairness_key)] if task.fairness_key else []
     if shown["suspension"] and task.state == TaskState.TASK_STATE_SUSPENDED:
         rows += [(name, shown["suspension"][name] or "-") for name in ("question", "suspended", "deadline")]
     rows += [("earlier failure", _failure_text(each)) for each in shown["earlier_failures"]]

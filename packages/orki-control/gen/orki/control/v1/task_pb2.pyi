@@ -25,6 +25,26 @@ class Submission(message.Message):
 
     DESCRIPTOR: descriptor.Descriptor
 
+    @typing.final
+    class LabelsEntry(message.Message):
+        DESCRIPTOR: descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     METHOD_FIELD_NUMBER: builtins.int
     REQUEST_FIELD_NUMBER: builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: builtins.int
@@ -32,6 +52,9 @@ class Submission(message.Message):
     PRIORITY_FIELD_NUMBER: builtins.int
     DELAY_MS_FIELD_NUMBER: builtins.int
     START_AT_US_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
+    LIMITS_FIELD_NUMBER: builtins.int
+    FAIRNESS_KEY_FIELD_NUMBER: builtins.int
     method: builtins.str
     """Service and method, as `package.Service/Method`."""
     request: builtins.bytes
@@ -48,6 +71,20 @@ class Submission(message.Message):
     """Time after the submission, in milliseconds; at most 366 days."""
     start_at_us: builtins.int
     """Time by the store's clock, in microseconds since the Unix epoch; at most 366 days ahead. A past time is at once."""
+    fairness_key: builtins.str
+    """Tasks of a method and priority take turns by this key, such as a tenant; of the same characters. Empty: none."""
+    @builtins.property
+    def labels(self) -> containers.ScalarMap[builtins.str, builtins.str]:
+        """Only agents with all of these labels get the task. At most 16; names and values have 1 to 128 letters, digits and
+        `_./:@-`.
+        """
+
+    @builtins.property
+    def limits(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Keys of limits, such as `model:small`, that the task's attempts count for; at most 8, of the same characters. A key
+        without a declared limit admits everything.
+        """
+
     def __init__(
         self,
         *,
@@ -58,10 +95,13 @@ class Submission(message.Message):
         priority: builtins.int | None = ...,
         delay_ms: builtins.int = ...,
         start_at_us: builtins.int = ...,
+        labels: abc.Mapping[builtins.str, builtins.str] | None = ...,
+        limits: abc.Iterable[builtins.str] | None = ...,
+        fairness_key: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "priority", b"priority", "start", b"start", "start_at_us", b"start_at_us"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "idempotency_key", b"idempotency_key", "method", b"method", "priority", b"priority", "request", b"request", "start", b"start", "start_at_us", b"start_at_us", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "fairness_key", b"fairness_key", "idempotency_key", b"idempotency_key", "labels", b"labels", "limits", b"limits", "method", b"method", "priority", b"priority", "request", b"request", "start", b"start", "start_at_us", b"start_at_us", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__priority: _TypeAlias = typing.Literal["priority"]  # noqa: Y015
     _WhichOneofArgType__priority: _TypeAlias = typing.Literal["_priority", b"_priority"]  # noqa: Y015
@@ -152,6 +192,26 @@ class TaskSnapshot(message.Message):
 
     DESCRIPTOR: descriptor.Descriptor
 
+    @typing.final
+    class LabelsEntry(message.Message):
+        DESCRIPTOR: descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     TASK_ID_FIELD_NUMBER: builtins.int
     METHOD_FIELD_NUMBER: builtins.int
     STATE_FIELD_NUMBER: builtins.int
@@ -166,6 +226,9 @@ class TaskSnapshot(message.Message):
     REVISION_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
     START_US_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
+    LIMITS_FIELD_NUMBER: builtins.int
+    FAIRNESS_KEY_FIELD_NUMBER: builtins.int
     SUSPENSION_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     """The task."""
@@ -189,6 +252,8 @@ class TaskSnapshot(message.Message):
     """Priority of the task; unset: the default."""
     start_us: builtins.int
     """Earliest start of a delayed task, in microseconds since the Unix epoch; 0: it was not delayed."""
+    fairness_key: builtins.str
+    """Key by which it takes turns with others; empty: none."""
     @builtins.property
     def attempt(self) -> attempt_pb2.AttemptRef:
         """The current or last attempt; unset before the first."""
@@ -200,6 +265,14 @@ class TaskSnapshot(message.Message):
     @builtins.property
     def earlier_failures(self) -> containers.RepeatedCompositeFieldContainer[attempt_pb2.Failure]:
         """Failures of earlier attempts, oldest first."""
+
+    @builtins.property
+    def labels(self) -> containers.ScalarMap[builtins.str, builtins.str]:
+        """Labels that the agent must have."""
+
+    @builtins.property
+    def limits(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Keys of limits that its attempts count for."""
 
     @builtins.property
     def suspension(self) -> Suspension:
@@ -222,11 +295,14 @@ class TaskSnapshot(message.Message):
         revision: builtins.int = ...,
         priority: builtins.int | None = ...,
         start_us: builtins.int = ...,
+        labels: abc.Mapping[builtins.str, builtins.str] | None = ...,
+        limits: abc.Iterable[builtins.str] | None = ...,
+        fairness_key: builtins.str = ...,
         suspension: Suspension | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "attempt", b"attempt", "failure", b"failure", "priority", b"priority", "suspension", b"suspension"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "agent_id", b"agent_id", "attempt", b"attempt", "earlier_failures", b"earlier_failures", "ended_us", b"ended_us", "failure", b"failure", "method", b"method", "priority", b"priority", "response", b"response", "revision", b"revision", "start_us", b"start_us", "state", b"state", "submitted_us", b"submitted_us", "suspension", b"suspension", "task_id", b"task_id", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "agent_id", b"agent_id", "attempt", b"attempt", "earlier_failures", b"earlier_failures", "ended_us", b"ended_us", "failure", b"failure", "fairness_key", b"fairness_key", "labels", b"labels", "limits", b"limits", "method", b"method", "priority", b"priority", "response", b"response", "revision", b"revision", "start_us", b"start_us", "state", b"state", "submitted_us", b"submitted_us", "suspension", b"suspension", "task_id", b"task_id", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__priority: _TypeAlias = typing.Literal["priority"]  # noqa: Y015
     _WhichOneofArgType__priority: _TypeAlias = typing.Literal["_priority", b"_priority"]  # noqa: Y015
@@ -755,6 +831,26 @@ class AgentSnapshot(message.Message):
 
     DESCRIPTOR: descriptor.Descriptor
 
+    @typing.final
+    class LabelsEntry(message.Message):
+        DESCRIPTOR: descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     AGENT_ID_FIELD_NUMBER: builtins.int
     INSTANCE_ID_FIELD_NUMBER: builtins.int
     CONNECTED_FIELD_NUMBER: builtins.int
@@ -766,6 +862,7 @@ class AgentSnapshot(message.Message):
     LOOP_LAG_US_FIELD_NUMBER: builtins.int
     MEMORY_BYTES_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
     agent_id: builtins.str
     """Name of the agent."""
     instance_id: builtins.str
@@ -792,6 +889,10 @@ class AgentSnapshot(message.Message):
     def services(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """Full names of the services that it serves."""
 
+    @builtins.property
+    def labels(self) -> containers.ScalarMap[builtins.str, builtins.str]:
+        """Its labels."""
+
     def __init__(
         self,
         *,
@@ -806,10 +907,11 @@ class AgentSnapshot(message.Message):
         loop_lag_us: builtins.int = ...,
         memory_bytes: builtins.int = ...,
         draining: builtins.bool = ...,
+        labels: abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_id", b"agent_id", "attempts", b"attempts", "connected", b"connected", "draining", b"draining", "instance_id", b"instance_id", "last_heartbeat_us", b"last_heartbeat_us", "loop_lag_us", b"loop_lag_us", "memory_bytes", b"memory_bytes", "orchestrator_id", b"orchestrator_id", "services", b"services", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_id", b"agent_id", "attempts", b"attempts", "connected", b"connected", "draining", b"draining", "instance_id", b"instance_id", "labels", b"labels", "last_heartbeat_us", b"last_heartbeat_us", "loop_lag_us", b"loop_lag_us", "memory_bytes", b"memory_bytes", "orchestrator_id", b"orchestrator_id", "services", b"services", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1041,5 +1143,115 @@ class ListPausesResponse(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["pauses", b"pauses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Limit(message.Message):
+    """A limit on the attempts of all tasks that name its key."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: builtins.int
+    CONCURRENCY_FIELD_NUMBER: builtins.int
+    INTERVAL_US_FIELD_NUMBER: builtins.int
+    BURST_FIELD_NUMBER: builtins.int
+    USED_FIELD_NUMBER: builtins.int
+    key: builtins.str
+    """The key."""
+    concurrency: builtins.int
+    """Maximum number of offered and running attempts; 0: no maximum."""
+    interval_us: builtins.int
+    """Minimum time between two offers, in microseconds; 0: none. At most a day."""
+    burst: builtins.int
+    """Number of offers that may be made at once after a pause; 0 means 1. At most 1,000,000."""
+    used: builtins.int
+    """Number of tasks that have an offered or running attempt now; ignored in requests."""
+    def __init__(
+        self,
+        *,
+        key: builtins.str = ...,
+        concurrency: builtins.int = ...,
+        interval_us: builtins.int = ...,
+        burst: builtins.int = ...,
+        used: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["burst", b"burst", "concurrency", b"concurrency", "interval_us", b"interval_us", "key", b"key", "used", b"used"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class SetLimitRequest(message.Message):
+    """Declares a limit."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    LIMIT_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def limit(self) -> Limit:
+        """The limit. Without concurrency and interval the limit is removed."""
+
+    def __init__(
+        self,
+        *,
+        limit: Limit | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["limit", b"limit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["limit", b"limit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class SetLimitResponse(message.Message):
+    """The limit is declared."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListLimitsRequest(message.Message):
+    """Requests the limits."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListLimitsResponse(message.Message):
+    """The limits."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    LIMITS_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def limits(self) -> containers.RepeatedCompositeFieldContainer[Limit]:
+        """Sorted by key."""
+
+    def __init__(
+        self,
+        *,
+        limits: abc.Iterable[Limit] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["limits", b"limits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

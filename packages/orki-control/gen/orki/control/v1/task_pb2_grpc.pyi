@@ -108,6 +108,10 @@ class FleetServiceStub:
     """Ends a pause. Repeated requests are harmless."""
     ListPauses: aio.UnaryUnaryMultiCallable[task_pb2.ListPausesRequest, task_pb2.ListPausesResponse]
     """Lists what is paused."""
+    SetLimit: aio.UnaryUnaryMultiCallable[task_pb2.SetLimitRequest, task_pb2.SetLimitResponse]
+    """Declares or removes the limit of a key. Running attempts go on."""
+    ListLimits: aio.UnaryUnaryMultiCallable[task_pb2.ListLimitsRequest, task_pb2.ListLimitsResponse]
+    """Lists declared limits."""
 
 class FleetServiceServicer(metaclass=abc_1.ABCMeta):
     """Describes the fleet."""
@@ -153,5 +157,21 @@ class FleetServiceServicer(metaclass=abc_1.ABCMeta):
         context: aio.ServicerContext[task_pb2.ListPausesRequest, abc.Awaitable[task_pb2.ListPausesResponse]],
     ) -> abc.Awaitable[task_pb2.ListPausesResponse]:
         """Lists what is paused."""
+
+    @abc_1.abstractmethod
+    def SetLimit(
+        self,
+        request: task_pb2.SetLimitRequest,
+        context: aio.ServicerContext[task_pb2.SetLimitRequest, abc.Awaitable[task_pb2.SetLimitResponse]],
+    ) -> abc.Awaitable[task_pb2.SetLimitResponse]:
+        """Declares or removes the limit of a key. Running attempts go on."""
+
+    @abc_1.abstractmethod
+    def ListLimits(
+        self,
+        request: task_pb2.ListLimitsRequest,
+        context: aio.ServicerContext[task_pb2.ListLimitsRequest, abc.Awaitable[task_pb2.ListLimitsResponse]],
+    ) -> abc.Awaitable[task_pb2.ListLimitsResponse]:
+        """Lists declared limits."""
 
 def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: aio.Server) -> None: ...
