@@ -31,6 +31,7 @@ from orki_events import EventOptions, Events, connect
 from orki_server._connections import Connections, connection_limits
 from orki_server._dispatch import Dispatcher, Sweeper
 from orki_server._events import AgentEvents, OutboxPublisher
+from orki_server._explain import Explainer
 from orki_server._files import WatchedFiles, server_credentials, watch_certificates, watch_files
 from orki_server._fleet import FleetServicer, FleetUpdates, Handshake
 from orki_server._identity import Gate
@@ -167,6 +168,7 @@ class Orchestrator:
             RequestRules(options.max_payload_bytes),
             demand.queued,
             self._relay,
+            Explainer(store, self._registry, lambda: self._fleet.agents_now()),
         )
         self._results = watchers.results
         self._submitter_sessions = SubmitterServicer(
