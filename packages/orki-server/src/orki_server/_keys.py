@@ -481,6 +481,8 @@ class FleetKeys:
     PAUSES = BASE + "pauses"
     SERVICES = BASE + "services"
     REVISIONS = BASE + "revisions"
+    PROBE = BASE + "probe"
+    """A key that never exists."""
 
     @staticmethod
     def channel(database: int) -> str:

@@ -80,6 +80,7 @@ class Orchestrator:
             shards=options.shards,
             retention=options.retention,
             caller=options.orchestrator_id,
+            durability=options.store_durability,
         )
         self._events: Events = connect(
             options.events_at,
