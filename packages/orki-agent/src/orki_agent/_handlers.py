@@ -24,7 +24,8 @@ from orki_agent.hotpath._thread_pool import ThreadPool
 from orki_contract import EventStream, SyncToolChannel, TaskChannel, ToolChannel
 from orki_contract.errors import Cancelled, HandlerFailed, OrkiError
 from orki_contract.trace import use_span
-from orki_control.session import CURRENT_ATTEMPT, Outcome
+from orki_control import CURRENT_ATTEMPT
+from orki_control.session import Outcome
 
 C = TypeVar("C")
 E = TypeVar("E", bound=Message)

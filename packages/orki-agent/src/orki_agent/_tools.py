@@ -17,7 +17,8 @@ from orki_agent.hotpath import AsyncToolClient, SyncToolClient, ToolBridge, Tool
 from orki_contract import AsyncToolService, EventStream, SyncToolService
 from orki_contract.errors import InvalidSetting
 from orki_contract.trace import Span, new_span
-from orki_control.session import CURRENT_ATTEMPT, AttemptKey
+from orki_control import CURRENT_ATTEMPT
+from orki_control.session import AttemptKey
 
 ToolServices = AsyncToolService | SyncToolService
 _Collect = Callable[[EventStream[ToolEvent, Any], ToolEvent, Span], None]

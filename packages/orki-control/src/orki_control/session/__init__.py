@@ -58,7 +58,7 @@ from orki_control.session._options import (
     bad_labels,
 )
 from orki_control.session._orchestrator import OrchestratorSession
-from orki_control.session._state import CURRENT_ATTEMPT, AttemptKey, Outcome
+from orki_control.session._state import AttemptKey, Outcome
 from orki_control.session._tables import (
     AGENT,
     ATTEMPT,
@@ -72,7 +72,6 @@ __all__ = [
     "AGENT",
     "AGENT_ID",
     "ATTEMPT",
-    "CURRENT_ATTEMPT",
     "DEFAULT_MESSAGE_BYTES",
     "DEFAULT_PROGRESS_BYTES",
     "KEY",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from operator import attrgetter
 from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
@@ -55,10 +54,6 @@ class AttemptKey(NamedTuple):
 
 identity = attrgetter("task_id", "attempt", "fence")
 """Returns the fields of an AttemptKey from a reference. It is compiled code, as every message needs it."""
-
-
-CURRENT_ATTEMPT: Final[ContextVar[AttemptKey | None]] = ContextVar("orki_attempt", default=None)
-"""The attempt of the current handler. Records of tool calls carry it, and submitted tasks may have it as parent."""
 
 
 def _nothing() -> None:
