@@ -119,10 +119,13 @@ async def test_a_drained_agent_exits_with_0(orchestrator: Any, work: SimpleNames
 
 
 async def test_a_second_signal_gives_work_back_at_once(orchestrator: Any, work: SimpleNamespace, start: Any) -> None:
-    command = await start("an_agent:agent", ORKI_ORCHESTRATOR=orchestrator.target, ORKI_SLOTS="3")
+    command = await start(
+        "an_agent:agent", ORKI_ORCHESTRATOR=orchestrator.target, ORKI_SLOTS="3", ORKI_LABELS="gpu=a100 zone=eu"
+    )
     await orchestrator.until(lambda: bool(orchestrator.hellos), 30)
     await orchestrator.connected()
     assert orchestrator.hellos[0].slots == 3
+    assert dict(orchestrator.hellos[0].labels) == {"gpu": "a100", "zone": "eu"}
     assert orchestrator.hellos[0].agent_id.startswith("worker-")
     task_id = await orchestrator.submit(work.WORK, work.WorkRequest(seconds=60))
     await orchestrator.running(task_id)
@@ -186,6 +189,9 @@ async def test_refused_and_replaced_agents_exit_with_3(orchestrator: Any, mismat
         (["an_agent:agent", "--agnet-id", "x"], "No such option"),
         (["an_agent:agent", "--slots", "many"], "is not a valid integer"),
         (["an_agent:agent", "--slots", "0"], "slots 0"),
+        (["an_agent:agent", "--label", "gpu"], "use NAME=VALUE"),
+        (["an_agent:agent", "--label", "gpu=a b"], "'gpu'='a b'"),
+        (["an_agent:agent", "--label", "gpu=a", "--label", "gpu=b"], "each name once"),
         (["an_agent:agent", "--agent-id", "a b"], "agent id 'a b'"),
         (["an_agent:agent", "--events", "redis://u:pw@h:bad/0"], "orki-agent: the event server's URL cannot be read"),
         (["an_agent:agent", "--events", "127.0.0.1:6379"], "the event server's URL must begin with redis://"),
@@ -266,6 +272,7 @@ def test_settings_of_agents_are_checked(work: SimpleNamespace) -> None:
         (lambda: Agent("worker", Service), "give an instance, not the class"),
         (lambda: Agent("worker", Service(), Service()), "two services handle agentwork.v1.WorkService/Work"),
         (lambda: agent.settings("127.0.0.1:1", slotz=3), "unexpected keyword argument 'slotz'"),
+        (lambda: agent.settings("127.0.0.1:1", labels={"": "x"}), "labels: ''='x'"),
         (lambda: agent.settings("127.0.0.1:1", progress_window=0), "progress_window 0"),
         (lambda: agent.settings("127.0.0.1:1", switch_interval=5), "switch_interval 5"),
         (lambda: agent.settings("127.0.0.1:1", max_message_bytes=1), "max_message_bytes 1"),

@@ -17,7 +17,7 @@ EXPORTS = {
     "orki_contract": (
         "AUDIT_GROUP AsyncTaskService AsyncToolService Backoff Contract EventStream ExternalGroup Frame "
         "FrameBase FrameField FrameType Group Overflow Payload ProgressGap ProgressPolicy "
-        "Retention Scalar SensitiveField Start Stream "
+        "Retention Scalar SensitiveField Start Stream SubmitSettings "
         "SyncTaskContext SyncTaskService SyncToolChannel SyncToolService SyncToolStub Task TaskChannel "
         "TaskContext TaskHandle TaskMethod TaskStub Tool ToolCall ToolChannel ToolMethod ToolStub at frame "
         "tail"
@@ -37,7 +37,7 @@ EXPORTS = {
     "orki_contract.model": (
         "AUDIT_GROUP Backoff Contract DURATIONS ExternalGroup Frame FrameField Group Overflow ProgressPolicy "
         "Retention "
-        "Scalar SensitiveField Start Stream TaskMethod ToolMethod dump duration_text milliseconds to_json"
+        "Scalar SensitiveField Start Stream TASK_MESSAGES TaskMethod ToolMethod dump duration_text milliseconds to_json"
     ),
     "orki_contract.naming": "class_name constant_name frame_class module_path reference snake_name unused",
     "orki_contract.printing": "print_line",

@@ -559,6 +559,10 @@ def test_addresses_are_given_as_text_or_as_a_sequence() -> None:
         ({"priority": 0, "delay": 1.5}, pb.Submission(priority=0, delay_ms=1500)),
         ({"delay": 0.0001}, pb.Submission(delay_ms=1)),
         ({"start_at": datetime(2026, 1, 1, tzinfo=UTC)}, pb.Submission(start_at_us=1_767_225_600_000_000)),
+        (
+            {"labels": {"gpu": "a100"}, "limits": ["model:small"], "fairness_key": "t1"},
+            pb.Submission(labels={"gpu": "a100"}, limits=["model:small"], fairness_key="t1"),
+        ),
         ({"start_at": datetime(1960, 1, 1, tzinfo=UTC)}, pb.Submission(start_at_us=1)),
     ],
 )
@@ -590,6 +594,14 @@ async def test_a_placement_is_sent(server: Orchestrator, settings: Any, expected
         ({"start_at": 1}, "start_at 1"),
         ({"delay": 1, "start_at": datetime(2026, 1, 1, tzinfo=UTC)}, "not both"),
         ({"prio": 1}, "unknown setting 'prio'"),
+        ({"labels": {"gpu": "a b"}}, "'gpu'='a b'"),
+        ({"labels": {"gpu": 1}}, "'gpu'=1"),
+        ({"labels": "gpu"}, "labels 'gpu'"),
+        ({"labels": {str(number): "x" for number in range(17)}}, "at most 16"),
+        ({"limits": "model"}, "limits 'model'"),
+        ({"limits": ["a", ""]}, "key ''"),
+        ({"limits": ["a"] * 9}, "at most 8"),
+        ({"fairness_key": "a,b"}, "key 'a,b'"),
     ],
 )
 async def test_a_bad_placement_is_refused_before_it_is_sent(server: Orchestrator, settings: Any, says: str) -> None:

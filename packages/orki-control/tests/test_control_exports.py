@@ -13,7 +13,15 @@ import pytest
 import orki_control
 
 PUBLIC = {
-    "orki_control": ["Client", "ClientOptions", "Credentials", "JitterOptions", "SubmittedTask", "error_of"],
+    "orki_control": [
+        "CURRENT_ATTEMPT",
+        "Client",
+        "ClientOptions",
+        "Credentials",
+        "JitterOptions",
+        "SubmittedTask",
+        "error_of",
+    ],
     "orki_control.credentials": ["VARIABLES", "Credentials", "Metadata", "TokenChannel", "read_pem", "read_secret"],
     "orki_control.session": [
         *(
@@ -22,6 +30,7 @@ PUBLIC = {
             "ATTEMPT",
             "DEFAULT_MESSAGE_BYTES",
             "DEFAULT_PROGRESS_BYTES",
+            "KEY",
             "MAX_CHECKPOINT_BYTES",
             "MAX_SLOTS",
             "ORCHESTRATOR",
@@ -51,7 +60,7 @@ PUBLIC = {
             "ResultsArrived",
             "Revocation",
         ),
-        *("SessionClosed", "SessionEnded", "SessionLost", "SessionOpened", "StoredCheckpoint"),
+        *("SessionClosed", "SessionEnded", "SessionLost", "SessionOpened", "StoredCheckpoint", "bad_labels"),
     ],
     "orki_control.submitter": [
         *("CLIENT", "REQUEST", "SERVING", "Answered", "CancelArrived", "ClientEvent", "ClientSession"),

@@ -162,6 +162,7 @@ class StandIn:
         slots: int,
         instance_id: str,
         credentials: Credentials,
+        labels: dict[str, str],
     ) -> None:
         self.target = target
         self.credentials = credentials
@@ -173,6 +174,7 @@ class StandIn:
                 instance_id=instance_id or os.urandom(4).hex(),
                 services=tuple(services),
                 slots=slots,
+                labels=labels,
             )
         )
         self.offers: list[ArrivedOffer] = []
@@ -363,8 +365,10 @@ async def stand_in() -> AsyncIterator[Callable[..., StandIn]]:
         credentials: Credentials = Credentials(),  # noqa: B008
         handler: Callable[[ArrivedOffer], Awaitable[bytes]] | None = echo,
         taking: bool = True,
+        labels: dict[str, str] | None = None,
     ) -> StandIn:
-        agent = StandIn(target, services or [build_work()], agent_id, slots, instance_id, credentials)
+        served = services or [build_work()]
+        agent = StandIn(target, served, agent_id, slots, instance_id, credentials, labels or {})
         agent.handler, agent.taking = handler, taking
         made.append(agent)
         return agent

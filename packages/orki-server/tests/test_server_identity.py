@@ -68,7 +68,7 @@ services = ["{SERVICE}"]
 
 [[allow]]
 callers = ["submitter/operator"]
-actions = ["pause"]
+actions = ["pause", "limit"]
 services = ["{SERVICE}"]
 
 [[allow]]
@@ -505,6 +505,11 @@ async def test_each_action_needs_its_own_permission(
     assert [each.target for each in await reader.list_pauses()] == [SERVICE]
     assert await operator.list_pauses() == []
     assert await operator.resume(SERVICE)
+    await operator.set_limit("model:small", concurrency=1)
+    for refused in (reader.list_limits(), reader.set_limit("model:small")):
+        with pytest.raises(PeerRefused, match="limits"):
+            await refused
+    assert [each.concurrency for each in await operator.list_limits()] == [1]
     writer = await connect(with_tokens, token_of(tmp_path, "submitter/writer"))
     work = Task.declare(DO, request=StringValue, response=StringValue)
     with pytest.raises(UnknownTask):

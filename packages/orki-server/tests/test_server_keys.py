@@ -18,7 +18,9 @@ SHARD = ShardKeys(7)
 TASK = "t7-01jcabcdefghjkmnpqrstvwxyz"
 LUA = "\n".join(
     (files("orki_server._store") / "lua" / f"{name}.lua").read_text(encoding="utf-8")
-    for name in ("placement", "batch", "life", "pause", "wake", "operations", "suspension", "dispatch")
+    for name in (
+        *("placement", "batch", "life", "pause", "lanes", "wake", "operations", "suspension", "family", "dispatch"),
+    )
 )
 
 
@@ -34,6 +36,9 @@ LUA = "\n".join(
         (f"{SHARD.base}clock", "orki:{oN}:clock"),
         (SHARD.mail("o1"), "orki:{oN}:mail:ORCHESTRATOR"),
         (f"{SHARD.base}damaged", "orki:{oN}:damaged"),
+        (f"{SHARD.base}queue:a.v1.S/M\x1fgpu=a\x1f\x1f\x1f", "orki:{oN}:queue:METHOD"),
+        (f"{SHARD.base}lanes", "orki:{oN}:lanes"),
+        (f"{SHARD.base}holders:tenant:a", "orki:{oN}:holders:KEY"),
         (FleetKeys.LAYOUT, "orki:{of}:layout"),
         (FleetKeys.AGENTS, "orki:{of}:agents"),
         (FleetKeys.PAUSES, "orki:{of}:pauses"),
@@ -98,7 +103,7 @@ def test_packed_fields_are_read_as_they_were_written() -> None:
 def test_the_scripts_write_the_records_that_python_reads() -> None:
     assert OutboxRecord._fields[1:] == tuple(keys.RECORD_FIELDS)
     record = LUA[LUA.index("local function record(") : LUA.index("-- Puts the task at the end")]
-    written = [line.strip() for line in record[record.index("concat({") :].splitlines()[1:] if line.startswith("    ")]
+    written = [line.strip() for line in record[record.index("+ 1] = {") :].splitlines()[1:] if line.startswith("    ")]
     assert len(written) == len(keys.RECORD_FIELDS)
     for field, line in zip(keys.RECORD_FIELDS, written, strict=True):
         names = {"task_id": "task.id", "time_us": "WALL_TEXT"}

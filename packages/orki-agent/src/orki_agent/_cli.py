@@ -69,6 +69,16 @@ def main() -> None:
     help="Maximum number of concurrent attempts.  [default: the agent's own setting]",
 )
 @click.option(
+    "--label",
+    "labels",
+    multiple=True,
+    metavar="NAME=VALUE",
+    envvar="ORKI_LABELS",
+    show_envvar=True,
+    help="Label of the agent, such as gpu=a100; may be repeated, in the environment separated by spaces. Tasks "
+    "that ask for labels go to agents that have all of them.",
+)
+@click.option(
     "--events",
     "events_url",
     metavar="URL",
@@ -156,6 +166,7 @@ def run(
     key: str | None,
     token_file: str | None,
     drain_grace: float,
+    labels: tuple[str, ...],
     **named: str | int | None,
 ) -> None:
     """Run the agent at MODULE:ATTRIBUTE until it is stopped.
@@ -191,12 +202,26 @@ def run(
             ),
             drain_grace=drain_grace,
             tools=_tools_at(tools, tools_token_file),
+            labels=_labels(labels),
             **given,
         )
     except OrkiError as error:
         _print_error(error.message)
         sys.exit(_USAGE)
     sys.exit(_run(agent, settings))
+
+
+def _labels(given: tuple[str, ...]) -> dict[str, str]:
+    """Parse labels; raises InvalidSetting for one without `=` or a name that is given twice."""
+    from orki_contract.errors import InvalidSetting
+
+    labels: dict[str, str] = {}
+    for each in given:
+        name, sign, value = each.partition("=")
+        if not sign or name in labels:
+            raise InvalidSetting(f"label {each!r}: use NAME=VALUE, such as gpu=a100, and each name once")
+        labels[name] = value
+    return labels
 
 
 def _run(agent: Agent, settings: RunSettings) -> int:

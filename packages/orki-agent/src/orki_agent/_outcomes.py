@@ -18,7 +18,7 @@ from orki.control.v1.attempt_pb2 import Failure
 from orki.control.v1.session_pb2 import CancelledOutcome
 from orki_agent._checkpoints import Suspending
 from orki_agent._services import Handler
-from orki_contract.errors import Cancelled, HandlerRejected, InvalidArgument, OrkiError, Reason
+from orki_contract.errors import Cancelled, ChildFailed, HandlerRejected, InvalidArgument, OrkiError, Reason
 from orki_control.session import Outcome
 
 MESSAGE_CHARACTERS: Final = 2000
@@ -76,6 +76,8 @@ def outcome_of_error(error: BaseException, *, cancelled: bool) -> Outcome:
     reason = Reason.REASON_HANDLER_FAILED
     if issubclass(kind, HandlerRejected):
         reason = Reason.REASON_HANDLER_REJECTED
+    elif _is_child_failed(error):
+        reason = Reason.REASON_CHILD_FAILED
     elif issubclass(kind, Undecodable):
         reason = Reason.REASON_INVALID_ARGUMENT
     return Failure(reason=reason, message=text_of(error), error_type=bounded(name_of(kind), _TYPE_CHARACTERS))
@@ -89,6 +91,13 @@ def _suspending(error: BaseException) -> Suspending | None:
     if type(error) is BaseExceptionGroup and (found := error.subgroup(Suspending)) is not None:
         return _suspending(found.exceptions[0])
     return None
+
+
+def _is_child_failed(error: BaseException) -> bool:
+    """Whether a child task failed, or several in a task group and nothing else."""
+    if issubclass(type(error), ChildFailed):
+        return True
+    return type(error) is ExceptionGroup and error.split(ChildFailed)[1] is None
 
 
 def text_of(error: BaseException) -> str:

@@ -9,9 +9,8 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from functools import partial
-from typing import Any, Final, Generic, TypeVar, Unpack
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -21,6 +20,7 @@ from orki.events.v1.agent_orki import AGENTS
 from orki.events.v1.agent_pb2 import AgentEvent, AgentSpawned, AgentStopped
 from orki_agent._channel import SessionChannel
 from orki_agent._checkpoints import store_blocking
+from orki_agent._children import ChildTasks
 from orki_agent._events import AgentEvents
 from orki_agent._runner import Runner
 from orki_agent._services import Handler, OnStored
@@ -30,12 +30,8 @@ from orki_agent._threads import IoThread, LoopProbe, Mailbox, cross, in_thread, 
 from orki_agent._tools import ToolAccess, ToolServices
 from orki_contract import (
     EventStream,
-    ProgressGap,
-    SubmitSettings,
     SyncToolChannel,
-    Task,
     TaskChannel,
-    TaskHandle,
     ToolChannel,
 )
 from orki_contract.errors import OrkiError
@@ -55,7 +51,6 @@ _LAST_ACKNOWLEDGEMENTS: Final = 5.0
 """Seconds for the orchestrator to acknowledge abandoned attempts."""
 _HANDLERS_END_WITHIN: Final = 2.0
 """Seconds for handlers to end after the session."""
-_END: Final = object()
 
 
 class Runtime:
@@ -94,6 +89,7 @@ class Runtime:
                 instance_id=self._instance_id,
                 services=services,
                 slots=settings.slots,
+                labels=settings.labels,
                 max_message_bytes=settings.max_message_bytes,
                 progress_window=settings.progress_window,
             )
@@ -196,7 +192,7 @@ class Runtime:
 
     def task_channel(self) -> TaskChannel:
         """Return the channel for submitting tasks."""
-        return _TaskChannel(self._client, self._io.loop)
+        return ChildTasks(self._client, self._io.loop)
 
     def _ask(self, call: Callable[[], None]) -> None:
         if self._io.mailbox is None:
@@ -319,74 +315,3 @@ class Runtime:
     def _publish_lifecycle(self, event: AgentEvent) -> None:
         event.agent_id, event.instance_id = self.agent_id, self._instance_id
         self._events.collect(AGENTS, event, self._span if event.HasField("spawned") else self._span.child())
-
-
-class _TaskChannel:
-    """A `TaskChannel` whose calls run on the I/O loop. The caller's span goes along."""
-
-    def __init__(self, client: Client, loop: asyncio.AbstractEventLoop) -> None:
-        self._client = client
-        self._loop = loop
-
-    async def submit(
-        self, task: Task[Q, R, P, D], request: Q, *, idempotency_key: str = "", **settings: Unpack[SubmitSettings]
-    ) -> TaskHandle[R, P, D]:
-        """Submit one task; see `orki_control.Client.submit`."""
-        work = self._client.submit(task, request, idempotency_key=idempotency_key, **settings)
-        handle = await cross(self._loop, work)
-        return _TaskHandle(handle, self._loop)
-
-    async def submit_many(
-        self,
-        task: Task[Q, R, P, D],
-        requests: list[Q],
-        *,
-        idempotency_keys: list[str] | None = None,
-        **settings: Unpack[SubmitSettings],
-    ) -> list[TaskHandle[R, P, D]]:
-        """Submit many tasks; see `orki_control.Client.submit_many`."""
-        work = self._client.submit_many(task, requests, idempotency_keys=idempotency_keys, **settings)
-        return [_TaskHandle(handle, self._loop) for handle in await cross(self._loop, work)]
-
-
-class _TaskHandle(Generic[R, P, D]):
-    """A `TaskHandle` of the I/O loop."""
-
-    def __init__(self, handle: TaskHandle[R, P, D], loop: asyncio.AbstractEventLoop) -> None:
-        self._handle = handle
-        self._loop = loop
-
-    @property
-    def task_id(self) -> str:
-        return self._handle.task_id
-
-    async def progress(self, on_gap: Callable[[ProgressGap], object] | None = None) -> AsyncIterator[P]:
-        loop = asyncio.get_running_loop()
-
-        def forward(gap: ProgressGap) -> None:
-            assert on_gap is not None
-            loop.call_soon_threadsafe(partial(on_gap, gap))
-
-        deltas = self._handle.progress(forward if on_gap else None)
-        assert isinstance(deltas, AsyncGenerator)
-        try:
-            while (delta := await cross(self._loop, _next(deltas))) is not _END:
-                yield delta
-        finally:
-            await cross(self._loop, deltas.aclose())
-
-    async def result(self, timeout: float | None = None) -> R:
-        return await cross(self._loop, self._handle.result(timeout))
-
-    async def cancel(self, message: str = "") -> None:
-        await cross(self._loop, self._handle.cancel(message))
-
-    async def direct(self, directive: D) -> None:
-        await cross(self._loop, self._handle.direct(directive))
-
-    async def answer(self, answer: Message | bytes, *, suspension: int = 0) -> None:
-        await cross(self._loop, self._handle.answer(answer, suspension=suspension))
-
-
-async def _next(deltas: AsyncIterator[Any]) -> Any:
-    return await anext(deltas, _END)

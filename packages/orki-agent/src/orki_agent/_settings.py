@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import socket
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 from orki_contract.backoff import JitterOptions
 from orki_contract.errors import InvalidSetting
 from orki_control.credentials import Credentials
-from orki_control.session import AGENT_ID, DEFAULT_MESSAGE_BYTES, MAX_SLOTS
+from orki_control.session import AGENT_ID, DEFAULT_MESSAGE_BYTES, MAX_SLOTS, bad_labels
 from orki_control.transport import check_targets
 
 _BACKOFF: Final = JitterOptions()
@@ -49,6 +50,7 @@ class RunSettings:
         orchestrator: `HOST:PORT`; several separated by commas. After a loss the agent uses the next one.
         agent_id: Name in the fleet; unique among running agents.
         slots: Maximum number of concurrent attempts.
+        labels: Labels of the agent, by name. It gets the tasks that ask for some of them, or for none.
         events_url: URL of the event plane; empty for the one that the orchestrator sends.
         tools: A tool bridge outside this process; None for the agent's own tools.
         insecure: Whether plaintext may leave this host.
@@ -65,6 +67,7 @@ class RunSettings:
     orchestrator: str
     agent_id: str
     slots: int = 4
+    labels: Mapping[str, str] = field(default_factory=dict)
     events_url: str = ""
     tools: ToolsAt | None = None
     insecure: bool = False
@@ -83,6 +86,8 @@ class RunSettings:
             )
         if not 1 <= self.slots <= MAX_SLOTS:
             raise InvalidSetting(f"slots {self.slots}: use a number from 1 to {MAX_SLOTS}")
+        if problem := bad_labels(self.labels):
+            raise InvalidSetting(problem)
         if self.events_url:
             from orki_events.connection import parse_address  # an agent without a URL of its own starts without it
 

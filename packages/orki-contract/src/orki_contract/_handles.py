@@ -7,7 +7,7 @@ implement the protocols; generated base classes and clients use only these proto
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from types import NoneType
@@ -16,6 +16,7 @@ from typing import (
     Any,
     ClassVar,
     Generic,
+    Literal,
     NoReturn,
     Protocol,
     Self,
@@ -118,18 +119,29 @@ class _Declared(TaskSettings, total=False):
 
 
 class SubmitSettings(TypedDict, total=False):
-    """When a task may run. Omitted settings have their defaults.
+    """When and where a task may run, and with whom it ends. Omitted settings have their defaults.
+
+    Labels and keys have 1 to 128 letters, digits and `_./:@-`.
 
     Attributes:
         priority: From 0 to 9, 5 by default. Tasks of a higher priority are offered first. A queued task also advances
             by one priority for each hour that it waits.
         delay: Earliest start after the submission, in seconds; at most 366 days.
         start_at: Earliest start, with a time zone; at most 366 days ahead. A past time is at once.
+        labels: Only agents with all of these labels get the task; at most 16.
+        limits: Keys of limits, such as `model:small`, that the task's attempts count for; at most 8.
+        fairness_key: Tasks of a method and priority take turns by this key, such as a tenant.
+        on_parent_end: In a handler, what happens to the task when the handler's own task fails or is cancelled, through
+            whichever orchestrator: it is cancelled, or left alone, which is the default.
     """
 
     priority: int
     delay: float
     start_at: datetime
+    labels: Mapping[str, str]
+    limits: Sequence[str]
+    fairness_key: str
+    on_parent_end: Literal["leave", "cancel"]
 
 
 class ToolSettings(TypedDict, total=False):

@@ -10,6 +10,7 @@ __all__ = [
     "AttemptTimeout",
     "CancelUnresponsive",
     "Cancelled",
+    "ChildFailed",
     "ContractMismatch",
     "DamagedRecord",
     "DeliveriesExhausted",
@@ -269,6 +270,23 @@ class OfferTimeout(OrkiError, reason=Reason.REASON_OFFER_TIMEOUT, status=Status.
 
 class InvalidResponse(OrkiError, reason=Reason.REASON_INVALID_RESPONSE, status=Status.INTERNAL):
     """The handler returned a value that is not the method's response message."""
+
+
+class ChildFailed(OrkiError, reason=Reason.REASON_CHILD_FAILED, status=Status.FAILED_PRECONDITION):
+    """A task that a handler submitted failed or was cancelled. If the handler lets it pass, its own task fails at once.
+
+    The child had its own attempts, so the handler's task gets no further ones. A handler that wants another attempt
+    raises an error of its own instead.
+
+    Attributes:
+        task_id: The child; empty if the error was received from a peer.
+        failure: The child's own error, such as `HandlerFailed` or `Cancelled`; None if it was received from a peer.
+    """
+
+    def __init__(self, message: str, task_id: str = "", failure: OrkiError | None = None) -> None:
+        super().__init__(message)
+        self.task_id = task_id
+        self.failure = failure
 
 
 class UnknownStream(OrkiError, reason=Reason.REASON_UNKNOWN_STREAM, status=Status.NOT_FOUND):

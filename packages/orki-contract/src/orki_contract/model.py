@@ -16,6 +16,7 @@ from typing import Any, Final
 __all__ = [
     "AUDIT_GROUP",
     "DURATIONS",
+    "TASK_MESSAGES",
     "Backoff",
     "Contract",
     "ExternalGroup",

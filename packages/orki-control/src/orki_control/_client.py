@@ -413,6 +413,11 @@ class Client:
                 return
             request.page_token = answer.next_page_token
 
+    async def explain(self, task_id: str) -> pb.ExplainResponse:
+        """Return what a task waits for, and who has its attempt. Raises UnknownTask if it does not exist."""
+        request = pb.ExplainRequest(task_id=task_id)
+        return await self._call(lambda link: link.tasks.Explain(request, timeout=self._timeout))
+
     # --- The fleet. ---
 
     async def list_agents(self) -> Sequence[pb.AgentSnapshot]:
@@ -450,6 +455,26 @@ class Client:
         """Return what is paused, by target."""
         answer = await self._call(lambda link: link.fleet.ListPauses(pb.ListPausesRequest(), timeout=self._timeout))
         return answer.pauses
+
+    async def set_limit(self, key: str, *, concurrency: int = 0, interval: float = 0.0, burst: int = 1) -> None:
+        """Declare a limit for all tasks that name its key. Without concurrency and interval the limit is removed.
+
+        Args:
+            key: The key.
+            concurrency: Maximum number of offered and running attempts; 0 for no maximum.
+            interval: Minimum time between two offers in seconds; 0 for none.
+            burst: Number of offers that may be made at once after a pause.
+        """
+        if not (concurrency >= 0 and 0 <= interval <= 86_400 and burst >= 1):
+            raise InvalidArgument(f"limit {key}: use 0 or more attempts, 0 to 86400 seconds, and a burst of at least 1")
+        limit = pb.Limit(key=key, concurrency=concurrency, interval_us=round(interval * 1_000_000), burst=burst)
+        request = pb.SetLimitRequest(limit=limit)
+        await self._call(lambda link: link.fleet.SetLimit(request, timeout=self._timeout))
+
+    async def list_limits(self) -> Sequence[pb.Limit]:
+        """Return the declared limits with their use, by key."""
+        answer = await self._call(lambda link: link.fleet.ListLimits(pb.ListLimitsRequest(), timeout=self._timeout))
+        return answer.limits
 
     async def _submit(self, request: pb.SubmitRequest) -> pb.SubmitResponse:
         return await self._call(lambda link: link.tasks.Submit(request, timeout=self._timeout))

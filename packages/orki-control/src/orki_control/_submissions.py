@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, Final
 
@@ -13,9 +14,14 @@ from orki.control.v1 import task_pb2 as pb
 from orki_contract import SubmitSettings, Task
 from orki_contract.errors import InvalidArgument
 from orki_contract.trace import current_span, new_span
+from orki_control.session import KEY, AttemptKey, bad_labels
 
+CURRENT_ATTEMPT: Final[ContextVar[AttemptKey | None]] = ContextVar("orki_attempt", default=None)
+"""The attempt of the current handler. Records of tool calls carry it, and submitted tasks may have it as parent."""
 _KEY_BYTES: Final = 256
 _MAX_PRIORITY: Final = 9
+_MAX_LABELS: Final = 16
+_MAX_LIMITS: Final = 8
 _MAX_DELAY: Final = 366 * 24 * 3600
 
 
@@ -44,7 +50,7 @@ def submission_of(
 
 
 def place(submission: pb.Submission, settings: Mapping[str, Any]) -> None:
-    """Set when the task may run.
+    """Set when and where the task may run.
 
     Raises:
         InvalidArgument: A setting is unknown or out of its range.
@@ -67,3 +73,25 @@ def place(submission: pb.Submission, settings: Mapping[str, Any]) -> None:
         if not isinstance(start_at, datetime) or start_at.tzinfo is None:
             raise InvalidArgument(f"{method}: start_at {start_at!r}: use a datetime with a time zone")
         submission.start_at_us = max(1, round(start_at.timestamp() * 1_000_000))
+    labels = settings.get("labels", {})
+    if not isinstance(labels, Mapping):
+        raise InvalidArgument(f"{method}: labels {labels!r}: use a mapping such as {{'gpu': 'a100'}}")
+    if problem := bad_labels(labels, _MAX_LABELS):
+        raise InvalidArgument(f"{method}: {problem}")
+    submission.labels.update(labels)
+    limits, fairness_key = settings.get("limits", ()), settings.get("fairness_key", "")
+    if isinstance(limits, str) or len(limits) > _MAX_LIMITS:
+        raise InvalidArgument(f"{method}: limits {limits!r}: use a list of at most {_MAX_LIMITS} keys")
+    for key in (*limits, *([fairness_key] if fairness_key != "" else ())):
+        if not isinstance(key, str) or not KEY.match(key):
+            raise InvalidArgument(f"{method}: key {key!r}: use 1 to 128 letters, digits or `_./:@-`")
+    submission.limits.extend(limits)
+    submission.fairness_key = fairness_key
+    policy = settings.get("on_parent_end", "leave")
+    if policy not in ("leave", "cancel"):
+        raise InvalidArgument(f"{method}: on_parent_end {policy!r}: use leave or cancel")
+    if policy == "cancel":
+        parent = CURRENT_ATTEMPT.get()
+        if parent is None:
+            raise InvalidArgument(f"{method}: on_parent_end: only a handler submits tasks that have a parent")
+        submission.parent.CopyFrom(parent.ref())

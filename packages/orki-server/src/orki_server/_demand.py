@@ -124,7 +124,9 @@ class Demand:
         for session, methods in chosen.items():
             methods += [method for method in wanted if session in self._serving[method]]
         recipients = tuple(
-            Recipient(each.agent_id, each.instance_id, min(each.machine.free_slots, _OFFERS), tuple(methods))
+            Recipient(
+                each.agent_id, each.instance_id, min(each.machine.free_slots, _OFFERS), tuple(methods), each.labels
+            )
             for each, methods in chosen.items()
         )
         return Request(shard, tuple(chosen), recipients, wanted) if chosen else None
@@ -148,6 +150,20 @@ class Demand:
         for method in request.wanted:
             if method not in emptied:
                 self.queued(request.shard, method, _MANY)
+
+    def wait(self, request: Request) -> None:
+        """Tasks of the request wait for other agents or for a limit. They are asked for again when slots change."""
+        narrowed = False
+        for method, count in request.wanted.items():
+            self._queued.setdefault(method, {})[request.shard] = _MANY
+            narrowed |= count < _MANY and len(self._free.get(method, ())) > len(request.sessions)
+        for session in request.sessions:
+            # If there are more sessions than a request names, the others come first next time.
+            for method in request.wanted:
+                self._put_last(method, session)
+        if narrowed:
+            # It named as many sessions as tasks; others may have the labels.
+            self._on_ready()
 
     def _candidates(self, method: str) -> list[AgentSession]:
         """Return sessions with free slots: those with more slots first, and of these the one that waited longest."""

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from orki.control.v1 import task_pb2 as pb
@@ -23,7 +23,8 @@ from orki_server._pauses import Pauses
 from orki_server._registry import ContractRegistry
 from orki_server._session import AgentSession, SessionRegistry
 from orki_server._store.contracts import Contracts
-from orki_server._store.fleet import Fleet, SessionGrant
+from orki_server._store.fleet import AgentContracts, Fleet, SessionGrant
+from orki_server._store.limits import check_limit, read_limits, set_limit
 from orki_server._store.operations import ResumedAttempt, resume, shard_of
 from orki_server._store.store import Store
 from orki_server._tasks import MAX_MESSAGE
@@ -203,13 +204,22 @@ class FleetUpdates:
 
 
 class FleetServicer(FleetServiceServicer):
-    """Lists agents and services, and pauses services."""
+    """Lists agents and services, pauses services, and declares limits."""
 
     def __init__(
-        self, fleet: Fleet, contracts: Contracts, sessions: SessionRegistry, silence_timeout: float, pauses: Pauses
+        self,
+        store: Store,
+        fleet: Fleet,
+        contracts: Contracts,
+        sessions: SessionRegistry,
+        silence_timeout: float,
+        on_queued: Callable[[], None],
     ) -> None:
+        """Create the servicer, which calls `on_queued` when waiting tasks may be offered."""
+        self._store = store
+        self._on_limit = on_queued
         self._fleet = fleet
-        self._pauses = pauses
+        self._pauses = Pauses(store, on_queued)
         self._contracts = contracts
         self._sessions = sessions
         self._silence_timeout = silence_timeout
@@ -221,15 +231,7 @@ class FleetServicer(FleetServiceServicer):
 
     async def _agents(self) -> list[pb.AgentSnapshot]:
         agents = []
-        silent_since_us = (time.time() - self._silence_timeout) * 1_000_000
-        for each in await self._fleet.agents():
-            agent = each.agent
-            session = self._sessions.get(agent.agent_id)
-            if session is not None:
-                agent = session.snapshot()
-            elif agent.connected and agent.last_heartbeat_us < silent_since_us:
-                # Its orchestrator may have died. Whether the agent finished draining is unknown.
-                agent.connected = agent.draining = False
+        for agent in [each.agent for each in await self.agents_now()]:
             readable = [caller().may(Action.READ, service) for service in agent.services]
             if not all(readable):
                 # Their attempts may belong to any of their services.
@@ -237,6 +239,25 @@ class FleetServicer(FleetServiceServicer):
             if any(readable) or not readable:
                 agents.append(agent)
         return agents
+
+    async def agents_now(self) -> list[AgentContracts]:
+        """Return the agents, by id: those with a session here as they are now, others as the store last heard of them.
+
+        Raises:
+            StoreUnavailable: The store is down.
+        """
+        found = []
+        silent_since_us = (time.time() - self._silence_timeout) * 1_000_000
+        for each in await self._fleet.agents():
+            agent = each.agent
+            session = self._sessions.get(agent.agent_id)
+            if session is not None:
+                each = AgentContracts(session.snapshot(), session.digests)
+            elif agent.connected and agent.last_heartbeat_us < silent_since_us:
+                # Its orchestrator may have died. Whether the agent finished draining is unknown.
+                agent.connected = agent.draining = False
+            found.append(each)
+        return found
 
     @typed
     async def ListServices(self, request: pb.ListServicesRequest, context: Context) -> pb.ListServicesResponse:
@@ -288,3 +309,19 @@ class FleetServicer(FleetServiceServicer):
         names = {each.name for each in tasks if each.service == service}
         if not found or (method and method not in names):
             raise unknown_method(target, f"no registered contract has {target}")
+
+    @typed
+    async def SetLimit(self, request: pb.SetLimitRequest, context: Context) -> pb.SetLimitResponse:
+        """Declare or remove the limit of a key."""
+        caller().check_limits()
+        check_limit(request.limit)
+        await self._store.apply(set_limit(request.limit))
+        self._on_limit()
+        return pb.SetLimitResponse()
+
+    @typed
+    async def ListLimits(self, request: pb.ListLimitsRequest, context: Context) -> pb.ListLimitsResponse:
+        """List the declared limits by key."""
+        caller().check_limits()
+        limits = await self._store.apply(read_limits())
+        return pb.ListLimitsResponse(limits=limits)

@@ -43,6 +43,7 @@ class Action(StrEnum):
     CANCEL = "cancel"
     DIRECT = "direct"
     PAUSE = "pause"
+    LIMIT = "limit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,11 @@ class Caller:
         """Raise UnknownTask, as for a task that does not exist, if the caller may not do this with the task."""
         if not self.may(action, method):
             raise UnknownTask(f"there is no task {task_id}")
+
+    def check_limits(self) -> None:
+        """Raise PeerRefused if the caller may not read and declare limits. Limits belong to no service."""
+        if self.rules is not None and not any(Action.LIMIT in rule.actions for rule in self.rules):
+            raise PeerRefused(f"the policy does not allow {self.name} to read or declare limits")
 
     def check_agent(self, agent_id: str, services: Iterable[str]) -> None:
         """Raise PeerRefused if the caller may not open the session of an agent that serves these services.

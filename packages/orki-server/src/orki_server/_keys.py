@@ -79,7 +79,9 @@ TABLE: Final = (
     Key(
         pattern="orki:{oN}:queue:METHOD",
         kind="sorted set",
-        holds="queued tasks of one method by queueing time, in microseconds, minus an hour for each priority above 5",
+        holds="queued tasks of one method by queueing time, in microseconds, minus an hour for each priority above 5; "
+        "for tasks with labels, limits or a fairness key, of one lane: `METHOD`, labels, limits, fairness key and "
+        "priority, separated by US",
         writer="submit, offer, cancel, reports, sweep",
         ends="when empty",
         lua="QUEUE",
@@ -99,6 +101,47 @@ TABLE: Final = (
         writer="submit, cancel, sweep",
         ends="when empty",
         lua="STARTS",
+    ),
+    Key(
+        pattern="orki:{oN}:lanes",
+        kind="hash",
+        holds="the lanes that may have queued tasks",
+        writer="submit, reports, sweep, offer",
+        ends="when empty; a lane, when an offer finds it empty",
+        lua="LANES",
+    ),
+    Key(
+        pattern="orki:{oN}:turns",
+        kind="hash",
+        holds="time of the last offer of each method, fairness key and priority, in microseconds",
+        writer="offer",
+        ends="when empty; a turn, with the last lane of its fairness key",
+        lua="TURNS",
+    ),
+    Key(
+        pattern="orki:{oN}:limits",
+        kind="hash",
+        holds="declared limits by key: concurrency, microseconds between two starts, burst; 0 for no limit. Only on "
+        "the first shard",
+        writer="`orki limit`",
+        ends="when empty",
+        lua="LIMITS",
+    ),
+    Key(
+        pattern="orki:{oN}:rates",
+        kind="hash",
+        holds="for each limited key, the time at which its next start would be on time, in microseconds",
+        writer="offer",
+        ends="with its limit",
+        lua="RATES",
+    ),
+    Key(
+        pattern="orki:{oN}:holders:KEY",
+        kind="set",
+        holds="tasks with an offered or running attempt that name this limit",
+        writer="offer, every end of an attempt",
+        ends="when empty",
+        lua="HOLDERS",
     ),
     Key(
         pattern="orki:{oN}:index",
@@ -127,7 +170,8 @@ TABLE: Final = (
     Key(
         pattern="orki:{oN}:outbox",
         kind="stream",
-        holds="the outbox: a record for each transition, see the fields below; an entry has the records of one batch",
+        holds="the outbox: records of transitions whose events the script does not write itself, see below; an entry "
+        "has the records of one batch",
         writer="every transition; the outbox publisher trims",
         ends="never; an entry, when it is published",
         lua="OUTBOX",
@@ -138,7 +182,9 @@ TABLE: Final = (
         holds="the shard's clock: `wall_us` and `clock_us`, the server's and the shard's time of the last batch; "
         "`gaps_ms`, grace for times without any batch; `host:ORCHESTRATOR`, time of its last batch and of its absence; "
         "`drainer`, the one that publishes the outbox; `starts`, which is there if tasks are delayed; "
-        "`paused`, the paused services and methods",
+        "`orphans`, which is there if children of ended parents are to be cancelled; "
+        "`paused`, the paused services and methods; `lanes`, which is there if there are lanes; `producer`, name of "
+        "the shard in the envelopes of events, and `tasks` and `audit`, numbers of its last events",
         writer="every batch",
         ends="never; a host, an hour after its last batch",
         lua="CLOCK",
@@ -159,6 +205,22 @@ TABLE: Final = (
         writer="cancel, post",
         ends="when it is read; a minute after the last mail",
         lua="MAIL",
+    ),
+    Key(
+        pattern="orki:{oN}:children:TASK",
+        kind="set",
+        holds="children of a task that are cancelled when it fails or is cancelled",
+        writer="adopt",
+        ends="with the task's end, after the children were cancelled",
+        lua="CHILDREN",
+    ),
+    Key(
+        pattern="orki:{oN}:orphans",
+        kind="sorted set",
+        holds="ended tasks whose children are to be cancelled, by the time of the end, in microseconds",
+        writer="every end of a task with children; disown",
+        ends="when empty",
+        lua="ORPHANS",
     ),
     Key(
         pattern="orki:{of}:layout",
@@ -278,6 +340,7 @@ MORE_FIELDS: Final[dict[str, str]] = {
     "deadline": "time after which it ends without an answer, milliseconds; 0 for never",
     "answered": "SHA-1 of the answer, if it was answered",
     "overdue": "`1` if it ended without an answer",
+    "children": "`1` if the task has children that end with it",
     "total_left": "rest of the total timeout while the task is suspended, milliseconds",
 }
 """The named values of `more`: each as `NAME=VALUE`. Orchestrators keep the values that they do not know."""
@@ -285,12 +348,18 @@ MORE_FIELDS: Final[dict[str, str]] = {
 PLACEMENT_FIELDS: Final[dict[str, str]] = {
     "priority": "from 0 to 9",
     "start_us": "earliest start by the server's clock, microseconds; 0 for at once",
+    "labels": "labels that the agent must have, as `name=value`, sorted, separated by commas",
+    "limits": "keys of limits, sorted, separated by commas",
+    "fairness_key": "the key whose tasks take turns with those of others",
 }
 """The packed fields of `placement`, in their order. Later versions may add fields at the end."""
 
 DEFAULT_PRIORITY: Final = 5
 PRIORITY_STEP: Final = 3600
 """Seconds of waiting that are worth as much as one priority. So no task waits forever."""
+
+MAX_LANES: Final = 1000
+"""Maximum number of lanes of a shard."""
 
 NUMBERS: Final = (
     *("revision", "attempt", "absent", "progress_index", "progress_number", "started", "abandoned", "refused_offers"),
@@ -412,6 +481,8 @@ class FleetKeys:
     PAUSES = BASE + "pauses"
     SERVICES = BASE + "services"
     REVISIONS = BASE + "revisions"
+    PROBE = BASE + "probe"
+    """A key that never exists."""
 
     @staticmethod
     def channel(database: int) -> str:
@@ -449,6 +520,7 @@ def lua_names() -> str:
     lines.append(f"local SNAPSHOT = {array(SNAPSHOT)}")
     lines.append(f"local PLACEMENT_FIELDS = {array(PLACEMENT_FIELDS)}")
     lines.append(f"local DEFAULT_PRIORITY, PRIORITY_STEP = {DEFAULT_PRIORITY}, {PRIORITY_STEP}")
+    lines.append(f"local MAX_LANES = {MAX_LANES}")
     lines.append(f"local RECORD_FIELDS = {array(RECORD_FIELDS)}")
     lines.append(f"local MAIL_FIELDS = {array(MAIL_FIELDS)}")
     return "\n".join(lines) + "\n"

@@ -27,14 +27,15 @@ from orki_contract.errors import ContractMismatch, InvalidSetting, OrkiError
 from orki_control.session import OrchestratorSessionOptions
 from orki_control.submitter import ServingOptions
 from orki_control.transport import server_options
-from orki_events import Events, connect
+from orki_events import EventOptions, Events, connect
 from orki_server._connections import Connections, connection_limits
 from orki_server._dispatch import Dispatcher, Sweeper
 from orki_server._events import AgentEvents, OutboxPublisher
+from orki_server._explain import Explainer
+from orki_server._families import Families
 from orki_server._files import WatchedFiles, server_credentials, watch_certificates, watch_files
 from orki_server._fleet import FleetServicer, FleetUpdates, Handshake
 from orki_server._identity import Gate
-from orki_server._pauses import Pauses
 from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._relay import Relay
 from orki_server._requests import TypedRequests
@@ -57,6 +58,8 @@ SERVICES: Final = tuple(
 """Full names of the orchestrator's gRPC services."""
 
 _STOP_TIMEOUT: Final = 1.0
+_PUBLISH_TIMEOUT: Final = 2.0
+"""Maximum time for the events that are left at the end."""
 _STREAMS_PER_CONNECTION: Final = 1_000
 _log = logging.getLogger("orki.server")
 
@@ -77,8 +80,13 @@ class Orchestrator:
             shards=options.shards,
             retention=options.retention,
             caller=options.orchestrator_id,
+            durability=options.store_durability,
         )
-        self._events: Events = connect(options.events_at, producer=options.orchestrator_id)
+        self._events: Events = connect(
+            options.events_at,
+            producer=options.orchestrator_id,
+            options=EventOptions(drain_timeout=_PUBLISH_TIMEOUT),
+        )
         self._tasks: list[asyncio.Task[None]] = []
         self._failed = asyncio.Event()
         self._health = health.aio.HealthServicer()
@@ -107,7 +115,7 @@ class Orchestrator:
         sessions = SessionRegistry()
         self._updates = FleetUpdates(store, fleet)
         self._registry = ContractRegistry(store.connection, contracts, fleet, silence_timeout, self._updates.flush)
-        self._outbox = OutboxPublisher(store, self._events)
+        self._outbox = OutboxPublisher(store, self._events, same_server=not options.events_url)
         announced = Announced(
             queued=lambda shard, method, count: self._dispatcher.demand.queued(shard, method, count),
             mail=lambda shard: self._relay.has_mail(shard),
@@ -132,6 +140,7 @@ class Orchestrator:
         )
         demand = self._dispatcher.demand
         self._relay = Relay(store, sessions, self._registry)
+        self._families = Families(store, sessions, watchers.changed)
         self._sweeper = Sweeper(
             store,
             sessions,
@@ -140,6 +149,7 @@ class Orchestrator:
             on_queued=demand.queued,
             on_change=watchers.changed,
             on_mail=self._relay.has_mail,
+            on_orphans=self._families.has_orphans,
         )
         session_options = OrchestratorSessionOptions(
             orchestrator_id=options.orchestrator_id,
@@ -161,6 +171,7 @@ class Orchestrator:
             RequestRules(options.max_payload_bytes),
             demand.queued,
             self._relay,
+            Explainer(store, self._registry, lambda: self._fleet.agents_now()),
         )
         self._results = watchers.results
         self._submitter_sessions = SubmitterServicer(
@@ -172,8 +183,7 @@ class Orchestrator:
             Services(store, self._submitters, self._submitters.submissions, watchers, watchers.results),
             options.max_sessions,
         )
-        pauses = Pauses(store, demand.all_queued)
-        self._fleet = FleetServicer(fleet, contracts, sessions, silence_timeout, pauses)
+        self._fleet = FleetServicer(store, fleet, contracts, sessions, silence_timeout, demand.all_queued)
         store.connection.on_change(self._store_changed)
         store.on_loss(self._store_lost)
 
@@ -232,6 +242,7 @@ class Orchestrator:
             ("dispatcher", self._dispatcher.run()),
             ("sweeper", self._sweeper.run()),
             ("outbox publisher", self._outbox.run()),
+            ("families", self._families.run()),
             ("fleet updates", self._updates.run()),
             ("unanswered offers", self._unanswered.run()),
             ("contract registry", self._registry.run()),
@@ -249,6 +260,7 @@ class Orchestrator:
         try:
             for stream in (TASKS, AGENTS, AUDIT):
                 await self._events.prepare(stream)
+            await self._outbox.maintain()
         except ContractMismatch:
             raise
         except OrkiError as error:
@@ -289,12 +301,16 @@ class Orchestrator:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
+        await self._server.stop(_STOP_TIMEOUT)
         if self._store.up:
             with contextlib.suppress(OrkiError):
                 await self._updates.flush()
-                await self._outbox.publish_all()
+                # An event server that is full or down must not keep the next orchestrator from starting. The outbox
+                # keeps the records.
+                with contextlib.suppress(OrkiError, TimeoutError):
+                    async with asyncio.timeout(_PUBLISH_TIMEOUT):
+                        await self._outbox.publish_all()
                 await self._outbox.release()
-        await self._server.stop(_STOP_TIMEOUT)
         await self._close_connections()
 
     async def _close_connections(self) -> None:

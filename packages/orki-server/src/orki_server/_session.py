@@ -96,6 +96,12 @@ class AgentSession:
         hello = self.machine.hello
         return {each.service: each.digest for each in hello.services} if hello else {}
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Labels of the agent, as `name=value`."""
+        hello = self.machine.hello
+        return tuple(f"{name}={value}" for name, value in hello.labels.items()) if hello else ()
+
     def snapshot(self) -> AgentSnapshot:
         hello, machine = self.machine.hello, self.machine
         assert hello is not None
@@ -107,6 +113,7 @@ class AgentSession:
             connected=not self.over and machine.state is not OrchestratorState.ENDED,
             orchestrator_id=self._orchestrator_id,
             slots=hello.slots,
+            labels=hello.labels,
             attempts=[AttemptRef(task_id=key.task_id, attempt=key.attempt, fence=key.fence) for key in held],
             services=sorted(each.service for each in hello.services),
             last_heartbeat_us=self._last_heartbeat_us,

@@ -9,17 +9,20 @@ from __future__ import annotations
 import hashlib
 import itertools
 import zlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
 from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import TaskState
-from orki_contract.errors import IdempotencyConflict, InvalidArgument
+from orki_contract.errors import IdempotencyConflict, InvalidArgument, Overloaded, StaleFence
 from orki_contract.model import TaskMethod
 from orki_contract.trace import Span, new_span, parse_traceparent
+from orki_control.session import AttemptKey
+from orki_server._keys import MAX_LANES
 from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._store import operations
+from orki_server._store.family import adopt
 from orki_server._store.operations import (
     Operation,
     Submitted,
@@ -28,7 +31,7 @@ from orki_server._store.operations import (
     shard_of_key,
     submission_digest,
 )
-from orki_server._store.placement import Placement
+from orki_server._store.placement import COUNTING_SHARD, Placement
 
 SUBMISSION_ID_BYTES: Final = 16
 """Length of a submission id: 6 bytes of milliseconds, then random bytes."""
@@ -40,12 +43,14 @@ class Pending:
 
     Attributes:
         submission: The submission.
+        task_id: Id of the task, if it is new.
         shard: Shard of the task.
         span: The task's span.
         operation: The operation of the store.
     """
 
     submission: pb.Submission
+    task_id: str
     shard: int
     span: Span
     operation: Operation[Submitted]
@@ -54,7 +59,7 @@ class Pending:
 class Submissions:
     """Checks submissions, by `rules` first, and gives them their task ids.
 
-    It calls `on_new` with the id, the shard and the method of a new task.
+    It applies operations by `apply`, and calls `on_new` with the id, the shard and the method of a new task.
     """
 
     def __init__(
@@ -64,12 +69,14 @@ class Submissions:
         payloads: PayloadCheck,
         rules: Callable[[pb.Submission], None],
         on_new: Callable[[str, int, str], None],
+        apply: Callable[[Operation[str]], Awaitable[str]],
     ) -> None:
         self._shards = shards
         self._registry = registry
         self._payloads = payloads
         self._rules = rules
         self._on_new = on_new
+        self._apply = apply
         self._numbers = itertools.count()
 
     async def check(self, submission: pb.Submission) -> TaskMethod:
@@ -86,10 +93,14 @@ class Submissions:
         return method
 
     def check_cached(self, submission: pb.Submission) -> TaskMethod | None:
-        """Check a submission by the cache; None if `check` must read the contract. Raises as `check`."""
+        """Check a submission by the cache; None if `check` and `prepare` must read the store. Raises as `check`."""
         self._rules(submission)
         method = self._registry.cached(submission.method)
-        if method is None or not self._payloads.request_cached(method, submission.request):
+        if (
+            method is None
+            or submission.HasField("parent")
+            or not self._payloads.request_cached(method, submission.request)
+        ):
             return None
         return method
 
@@ -103,14 +114,16 @@ class Submissions:
         span = parent.child() if parent else new_span()
         key = submission.idempotency_key
         digest = submission_digest(submission.method, submission.request)
+        placement = Placement.of(submission)
         if key or not submission_id:
             shard = shard_of_key(key, self._shards) if key else next(self._numbers) % self._shards
+            shard = COUNTING_SHARD if placement.is_counted else shard
             task_id = new_task_id(shard)
         elif len(submission_id) != SUBMISSION_ID_BYTES:
             raise InvalidArgument(f"submission_id: {SUBMISSION_ID_BYTES} bytes, not {len(submission_id)}")
         else:
             # Submissions of the same millisecond share a shard, so that a batch needs few script calls.
-            shard = zlib.crc32(submission_id[:6]) % self._shards
+            shard = COUNTING_SHARD if placement.is_counted else zlib.crc32(submission_id[:6]) % self._shards
             drawn = hashlib.sha256(submission_id + digest.encode()).digest()[:10]
             task_id = known_task_id(shard, int.from_bytes(submission_id[:6] + drawn))
         operation = operations.submit(
@@ -122,9 +135,27 @@ class Submissions:
             span=span,
             actor=actor,
             contract=self._registry.leading(method.service),
-            placement=Placement.of(submission),
+            placement=placement,
         )
-        return Pending(submission, shard, span, operation)
+        return Pending(submission, task_id, shard, span, operation)
+
+    async def prepare(self, pending: Pending) -> None:
+        """Note a child at its parent, before it exists.
+
+        Raises:
+            StaleFence: The attempt that submits it does not run, or no longer.
+            Overloaded: The parent has too many children.
+            UnknownTask: The parent's id is malformed.
+            StoreUnavailable: The store is down.
+        """
+        if not pending.submission.HasField("parent"):
+            return
+        parent = AttemptKey.of(pending.submission.parent)
+        status = await self._apply(adopt(parent, pending.task_id))
+        if status == "stale":
+            raise StaleFence(f"parent: {parent} does not run, and its handler may submit no further tasks")
+        if status == "full":
+            raise Overloaded(f"parent: task {parent.task_id} has 10,000 children that end with it")
 
     def accepted(self, pending: Pending, submitted: Submitted) -> pb.TaskSnapshot | None:
         """Return the snapshot of a new task; None for a task that was found and must be read.
@@ -137,6 +168,11 @@ class Submissions:
             raise IdempotencyConflict(
                 f"idempotency_key {submission.idempotency_key[:64]!r} belongs to task {submitted.task_id}, "
                 "which has another method or request"
+            )
+        if submitted.status == "lanes":
+            raise Overloaded(
+                f"tasks with {MAX_LANES} combinations of method, labels, limits and fairness key are queued, and this "
+                "is a further one; submit again later"
             )
         if submitted.status != "new":
             return None

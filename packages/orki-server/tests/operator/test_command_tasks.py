@@ -67,7 +67,8 @@ async def test_json_contains_the_task_with_its_response(fleet: Any, orki: Any, a
     assert sorted(task) == sorted(
         [
             *("task_id", "method", "state", "attempt", "fence", "agent_id", "submitted", "ended", "trace_id"),
-            *("priority", "start", "failure", "earlier_failures", "response", "suspension"),
+            *("priority", "start", "labels", "limits", "fairness_key", "failure", "earlier_failures", "response"),
+            "suspension",
         ]
     )
 
@@ -112,6 +113,21 @@ async def test_a_bad_placement_is_wrong_usage(fleet: Any, orki: Any, at: Any, ar
     assert (ended.code, ended.out) == (2, "")
 
 
+async def test_explain_shows_what_a_task_waits_for(
+    orchestrator: Any, stand_in: Callable[..., Any], orki: Any, redis_url: str
+) -> None:
+    at = {"ORKI_ORCHESTRATOR": orchestrator.address, "COLUMNS": "120", "ORKI_REDIS_URL": redis_url}
+    agent = stand_in(orchestrator.address)
+    await agent.ready()
+    await orki("pause", SERVICE, **at)
+    task_id = (await orki("submit", "Do", "{}", "--no-wait", **at)).out.split()[0]
+    (row,) = json.loads((await orki("explain", task_id, "--json", **at)).out)
+    assert (row["cause"], row["agent_id"], row["until"]) == ("paused", "", None)
+    assert "is paused" in (await orki("explain", task_id, **at)).out
+    unknown = await orki("explain", "t0-" + "0" * 26, **at)
+    assert (unknown.code, unknown.out) == (1, "")
+
+
 async def test_the_commands_show_a_pause(
     orchestrator: Any, stand_in: Callable[..., Any], orki: Any, redis_url: str
 ) -> None:
@@ -131,6 +147,40 @@ async def test_the_commands_show_a_pause(
     assert "is resumed" in (await orki("resume", SERVICE, **at)).out
     assert "was not paused" in (await orki("resume", SERVICE, **at)).out
     assert "nothing is paused" in (await orki("pause", **at)).out
+
+
+async def test_limits_and_labels_on_the_command_line(fleet: Any, orki: Any, at: Any) -> None:
+    assert "no limits" in (await orki("limit", "list", **at)).out
+    made = await orki("limit", "set", "model:small", "--concurrency", "4", "--rate", "30/min", "--burst", "2", **at)
+    assert made.code == 0, made.err
+    (row,) = json.loads((await orki("limit", "list", "--json", **at)).out)
+    assert row == {"key": "model:small", "concurrency": 4, "used": 0, "interval_us": 2_000_000, "burst": 2}
+    assert "0.5/s" in (await orki("limit", "list", **at)).out
+    asked = ("--label", "gpu=a100", "--limit", "model:small", "--fairness-key", "t1", "--no-wait", "--json")
+    task = json.loads((await orki("submit", "Do", body("a"), *asked, **at)).out)
+    assert (task["labels"], task["limits"], task["fairness_key"]) == ({"gpu": "a100"}, ["model:small"], "t1")
+    shown = (await orki("tasks", task["task_id"], **at)).out
+    assert "gpu=a100" in shown
+    assert (await orki("limit", "remove", "model:small", **at)).code == 0
+    assert json.loads((await orki("limit", "list", "--json", **at)).out) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["limit", "set", "k"],
+        ["limit", "set", "k", "--rate", "10/day"],
+        ["limit", "set", "k", "--rate", "nan"],
+        ["limit", "set", "k", "--rate", "-1/s"],
+        ["limit", "set", "k", "--concurrency", "0"],
+        ["limit", "set", "k", "--concurrency", "1", "--burst", "2"],
+        ["submit", "Do", "{}", "--label", "gpu"],
+        ["submit", "Do", "{}", "--label", "gpu=a", "--label", "gpu=b"],
+    ],
+)
+async def test_a_malformed_limit_or_label_is_wrong_usage(orki: Any, at: Any, arguments: list[str]) -> None:
+    ended = await orki(*arguments, **at)
+    assert (ended.code, ended.out) == (2, "")
 
 
 async def test_a_failed_task_exits_with_1(orchestrator: Any, stand_in: Callable[..., Any], orki: Any, at: Any) -> None:

@@ -49,11 +49,13 @@ from orki_control.session._options import (
     AGENT_ID,
     DEFAULT_MESSAGE_BYTES,
     DEFAULT_PROGRESS_BYTES,
+    KEY,
     MAX_CHECKPOINT_BYTES,
     MAX_SLOTS,
     AgentSessionOptions,
     BatchBounds,
     OrchestratorSessionOptions,
+    bad_labels,
 )
 from orki_control.session._orchestrator import OrchestratorSession
 from orki_control.session._state import AttemptKey, Outcome
@@ -72,6 +74,7 @@ __all__ = [
     "ATTEMPT",
     "DEFAULT_MESSAGE_BYTES",
     "DEFAULT_PROGRESS_BYTES",
+    "KEY",
     "MAX_CHECKPOINT_BYTES",
     "MAX_SLOTS",
     "ORCHESTRATOR",
@@ -123,4 +126,5 @@ __all__ = [
     "SessionLost",
     "SessionOpened",
     "StoredCheckpoint",
+    "bad_labels",
 ]

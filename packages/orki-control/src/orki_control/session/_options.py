@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 from orki.control.v1.session_pb2 import HeldAttempt, Hello, ServedService, Welcome
 from orki_contract.errors import InvalidSetting, ProtocolVersion, RemoteProtocolError
@@ -30,6 +30,10 @@ MAX_SLOTS: Final = 4096
 """Maximum number of concurrent attempts of one agent. One heartbeat names all of them."""
 AGENT_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,128}\Z")
 """Pattern of agent ids."""
+KEY: Final = re.compile(r"[A-Za-z0-9_./:@-]{1,128}\Z")
+"""Pattern of labels' names and values, and of the keys of limits and fairness."""
+MAX_LABELS: Final = 64
+"""Maximum number of labels of an agent."""
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}\Z")
 _INSTANCE_ID_BYTES: Final = 256
 
@@ -60,6 +64,7 @@ class AgentSessionOptions:
         instance_id: Id of this process; new at every start.
         services: Contracts of the services that it serves.
         slots: Maximum number of concurrent attempts.
+        labels: Labels of the agent, by name.
         max_message_bytes: Maximum size of a received gRPC message, and of a payload in chunks.
         max_transfer_bytes: Maximum size of all payloads that arrive in chunks at a time; 0 for twice the above.
         hello_timeout: Maximum wait for the welcome in seconds.
@@ -72,6 +77,7 @@ class AgentSessionOptions:
     instance_id: str
     services: tuple[ServedService, ...]
     slots: int = 4
+    labels: Mapping[str, str] = field(default_factory=dict)
     max_message_bytes: int = DEFAULT_MESSAGE_BYTES
     max_transfer_bytes: int = 0
     hello_timeout: float = 10.0
@@ -88,6 +94,8 @@ class AgentSessionOptions:
             raise InvalidSetting("instance_id is empty: give each process a new one")
         if not 1 <= self.slots <= MAX_SLOTS:
             raise InvalidSetting(f"slots {self.slots}: use a number from 1 to {MAX_SLOTS}")
+        if problem := bad_labels(self.labels):
+            raise InvalidSetting(problem)
         if self.max_message_bytes < 1024:
             raise InvalidSetting(f"max_message_bytes {self.max_message_bytes}: use at least 1024")
         if self.progress_window < 1 or self.progress_bytes < 1:
@@ -131,6 +139,17 @@ class OrchestratorSessionOptions:
             raise InvalidSetting(f"max_message_bytes {self.max_message_bytes}: use at least 1024")
 
 
+def bad_labels(labels: Mapping[Any, Any], most: int = MAX_LABELS) -> str:
+    """Return what is wrong with labels; empty if nothing is."""
+    if len(labels) > most:
+        return f"labels: at most {most}, not {len(labels)}"
+    for name, value in labels.items():
+        for text in (name, value):
+            if not isinstance(text, str) or not KEY.match(text):
+                return f"labels: {name!r}={value!r}: use 1 to 128 letters, digits or `_./:@-`, such as gpu=a100"
+    return ""
+
+
 def transfer_bytes(options: AgentSessionOptions | OrchestratorSessionOptions) -> int:
     """Return the maximum size of all payloads that arrive in chunks at a time."""
     return options.max_transfer_bytes or 2 * options.max_message_bytes
@@ -145,6 +164,7 @@ def build_hello(options: AgentSessionOptions, held: Iterable[HeldAttempt]) -> He
         protocol_max=PROTOCOL_MAX,
         services=options.services,
         slots=options.slots,
+        labels=options.labels,
         max_message_bytes=options.max_message_bytes,
         max_transfer_bytes=transfer_bytes(options),
         held=held,
@@ -175,6 +195,8 @@ def check_hello(hello: Hello) -> None:
         raise RemoteProtocolError(f"hello: {hello.slots} slots are not 1 to {MAX_SLOTS}")
     if hello.max_message_bytes < 1024:
         raise RemoteProtocolError(f"hello: max_message_bytes {hello.max_message_bytes} is less than 1024")
+    if problem := bad_labels(hello.labels):
+        raise RemoteProtocolError(f"hello: {problem}")
     names = [served.service for served in hello.services]
     if len(set(names)) != len(names) or not all(names):
         raise RemoteProtocolError("hello: a service has no name or is listed twice")

@@ -159,6 +159,13 @@ Exit codes:
     help="Do not start the task before this time, as 2026-12-24T18:00:00Z.",
 )
 @click.option(
+    "--label", "labels", multiple=True, metavar="NAME=VALUE", help="Only agents with this label; may be repeated."
+)
+@click.option(
+    "--limit", "limits", multiple=True, metavar="KEY", help="Count for the limit of KEY (orki limit); may be repeated."
+)
+@click.option("--fairness-key", default="", metavar="KEY", help="Take turns with tasks of other keys, such as tenants.")
+@click.option(
     "--timeout",
     type=click.FloatRange(0, min_open=True),
     metavar="SECONDS",
@@ -166,15 +173,36 @@ Exit codes:
 )
 @json_option
 @with_orchestrator
-def submit(request_text: str, priority: int | None, delay: float | None, start_at: int, **options: Any) -> None:
+def submit(
+    request_text: str,
+    priority: int | None,
+    delay: float | None,
+    start_at: int,
+    labels: tuple[str, ...],
+    limits: tuple[str, ...],
+    fairness_key: str,
+    **options: Any,
+) -> None:
     """Submit a task, wait for it, and print its response as JSON.
 
     SERVICE.METHOD may omit the package if only one service has that name. JSON is the request; `-` reads it from
     standard input, and without JSON the request is empty. Progress is printed to standard error.
     """
+    placement = Submission(labels=_labels(labels), limits=limits, fairness_key=fairness_key)
+    _place(placement, priority, delay, start_at)
     # Read before the event loop starts: asyncio would not let Ctrl-C interrupt it.
     text = sys.stdin.read() if request_text == "-" else request_text
-    asyncio.run(_submit(text, placement=(priority, delay, start_at), **options))
+    asyncio.run(_submit(text, placement=placement, **options))
+
+
+def _labels(given: tuple[str, ...]) -> dict[str, str]:
+    labels: dict[str, str] = {}
+    for each in given:
+        name, sign, value = each.partition("=")
+        if not sign or name in labels:
+            raise click.BadParameter(f"{each!r}: use NAME=VALUE, such as gpu=a100, and each name once.")
+        labels[name] = value
+    return labels
 
 
 def _time(text: str | None) -> int:
@@ -210,7 +238,7 @@ async def _submit(
     idempotency_key: str,
     timeout: float | None,
     as_json: bool,
-    placement: tuple[int | None, float | None, int],
+    placement: Submission,
     **connection: Any,
 ) -> None:
     async with open_client(**connection) as client:
@@ -223,7 +251,7 @@ async def _submit(
             idempotency_key=idempotency_key or f"once-{uuid.uuid4().hex}",
             traceparent=new_span().traceparent,
         )
-        _place(submission, *placement)
+        submission.MergeFrom(placement)
         (task,) = await client.submit_raw([submission])
         if wait:
             task = await _wait(client, found, task, timeout)

@@ -1,4 +1,4 @@
-"""`orki tasks`, `orki agents` and `orki cancel`: the tasks and agents that the orchestrator knows."""
+"""`orki tasks`, `orki agents`, `orki explain` and `orki cancel`: the tasks and agents that the orchestrator knows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from orki.control.v1.attempt_pb2 import Failure, TaskState
-from orki.control.v1.task_pb2 import AgentSnapshot, Suspension, TaskSnapshot
+from orki.control.v1.task_pb2 import AgentSnapshot, Cause, Explanation, Suspension, TaskSnapshot
 from orki_contract.trace import parse_traceparent
 from orki_server._cli.formats import Columns, age, duration, print_json, print_rows, print_table, size
 from orki_server._cli.options import (
@@ -47,6 +47,9 @@ def task_json(task: TaskSnapshot, response: dict[str, Any] | None = None) -> dic
         "state": state_name(task.state),
         "priority": task.priority if task.HasField("priority") else DEFAULT_PRIORITY,
         "start": time_or_none(task.start_us),
+        "labels": dict(task.labels),
+        "limits": list(task.limits),
+        "fairness_key": task.fairness_key,
         "attempt": attempt.attempt if attempt else 0,
         "fence": attempt.fence if attempt else 0,
         "agent_id": task.agent_id,
@@ -69,6 +72,7 @@ def agent_json(agent: AgentSnapshot) -> dict[str, Any]:
         "draining": agent.draining,
         "orchestrator_id": agent.orchestrator_id,
         "slots": agent.slots,
+        "labels": dict(agent.labels),
         "attempts": [
             {"task_id": each.task_id, "attempt": each.attempt, "fence": each.fence} for each in agent.attempts
         ],
@@ -204,6 +208,9 @@ def _print_one(task: TaskSnapshot, as_json: bool) -> None:
         (name, "-" if shown[name] in (None, "") else str(shown[name]))
         for name in ("priority", "submitted", "start", "ended", "trace_id")
     ]
+    rows += [("label", f"{name}={value}") for name, value in sorted(task.labels.items())]
+    rows += [("limit", key) for key in task.limits]
+    rows += [("fairness_key", task.fairness_key)] if task.fairness_key else []
     if shown["suspension"] and task.state == TaskState.TASK_STATE_SUSPENDED:
         rows += [(name, shown["suspension"][name] or "-") for name in ("question", "suspended", "deadline")]
     rows += [("earlier failure", _failure_text(each)) for each in shown["earlier_failures"]]
@@ -273,6 +280,39 @@ def _agent_row(agent: AgentSnapshot) -> tuple[str, ...]:
         duration(agent.loop_lag_us),
         size(agent.memory_bytes),
     )
+
+
+_CAUSE_COLUMNS: Final = Columns(("CAUSE", "AGENT", "ORCHESTRATOR", "DETAIL"), uncut={"CAUSE"}, wraps={"DETAIL"})
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  orki explain TASK
+  orki explain TASK --json | jq -r '.[].cause'
+""",
+)
+@click.argument("task_id", metavar="TASK")
+@json_option
+@with_orchestrator
+@run_async
+async def explain(task_id: str, as_json: bool, orchestrator: str, insecure: bool) -> None:
+    """Show what a task waits for, and which agent has it."""
+    async with open_client(orchestrator, insecure) as client:
+        found = [_explanation_json(each) for each in (await client.explain(task_id)).explanations]
+    rows = [tuple(each[name] or "-" for name in ("cause", "agent_id", "orchestrator_id", "detail")) for each in found]
+    print_rows(as_json, found, _CAUSE_COLUMNS, rows, empty="nothing is known about the task")
+
+
+def _explanation_json(explanation: Explanation) -> dict[str, Any]:
+    known = explanation.cause in Cause.values()
+    return {
+        "cause": Cause.Name(explanation.cause).removeprefix("CAUSE_").lower() if known else str(explanation.cause),
+        "agent_id": explanation.agent_id,
+        "orchestrator_id": explanation.orchestrator_id,
+        "until": time_or_none(explanation.until_us),
+        "detail": explanation.detail,
+    }
 
 
 @click.command(

@@ -108,7 +108,8 @@ class Submitted:
     """The outcome of a submission.
 
     Attributes:
-        status: `new`, `same` (found by its key) or `conflict` (the key belongs to another request).
+        status: `new`, `same` (found by its key), `conflict` (the key belongs to another request) or `lanes` (the queues
+            have their maximum number of lanes).
         task_id: The task, new or found.
         submitted_us: Time of submission of a new task, in microseconds since the Unix epoch.
     """
@@ -143,7 +144,9 @@ def submit(
         contract: Digest of the service's contract; empty if unknown.
         placement: When the task may run.
     """
-    key_digest = hashlib.sha256(idempotency_key.encode()).hexdigest() if idempotency_key else ""
+    # On its shard, a key of counted tasks must not meet the same key of other tasks, whose shard depends on the key.
+    scope = "counted\0" if placement.is_counted else ""
+    key_digest = hashlib.sha256((scope + idempotency_key).encode()).hexdigest() if idempotency_key else ""
     arguments = (
         *(task_id, method.full_name, request, _options(method), digest, key_digest, idempotency_key),
         *(span.traceparent, span.parent_id, actor, contract, *placement.arguments),
@@ -332,12 +335,14 @@ class Recipient:
         instance_id: Its process.
         slots: Number of tasks that it takes.
         methods: Methods that it serves, as `package.Service/Method`.
+        labels: Its labels, as `name=value`.
     """
 
     agent_id: str
     instance_id: str
     slots: int
     methods: tuple[str, ...]
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,10 +381,13 @@ class Assigned:
     Attributes:
         offers: The tasks that were assigned.
         damaged: Tasks and queues that cannot be read and were left out.
+        again: Set if tasks are left that other agents or limits keep waiting: the time after which a limit admits one,
+            or 0 if that depends on agents.
     """
 
     offers: tuple[OfferedAttempt, ...]
     damaged: tuple[str, ...] = ()
+    again: float | None = None
 
 
 def offer(shard: int, accept_timeout: float, recipients: Sequence[Recipient]) -> Operation[Assigned]:
@@ -389,7 +397,8 @@ def offer(shard: int, accept_timeout: float, recipients: Sequence[Recipient]) ->
     """
     flat: list[Argument] = [round(accept_timeout * 1000)]
     for each in recipients:
-        flat += (each.agent_id, each.instance_id, each.slots, len(each.methods), *each.methods)
+        flat += (each.agent_id, each.instance_id, each.slots, len(each.methods), len(each.labels))
+        flat += (*each.methods, *each.labels)
     return Operation("offer", shard, flat, _assigned, patient=False)
 
 
@@ -399,8 +408,8 @@ def _damaged(reply: list[bytes], at: int) -> tuple[str, ...]:
 
 
 def _assigned(reply: list[bytes]) -> Assigned:
-    damaged = _damaged(reply, 0)
-    rows = (reply[at : at + 11] for at in range(1 + len(damaged), len(reply), 11))
+    damaged = _damaged(reply, 1)
+    rows = (reply[at : at + 11] for at in range(2 + len(damaged), len(reply), 11))
     offers = (
         OfferedAttempt(
             int(recipient),
@@ -416,7 +425,7 @@ def _assigned(reply: list[bytes]) -> Assigned:
         )
         for recipient, task, attempt, fence, method, request, traceparent, lease, timeout, checkpoint, answered in rows
     )
-    return Assigned(tuple(offers), damaged)
+    return Assigned(tuple(offers), damaged, int(reply[0]) / 1000 if int(reply[0]) >= 0 else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -447,12 +456,14 @@ class Swept:
         expired: Tasks that changed.
         damaged: Tasks that cannot be read and were left out.
         has_mail: Whether there is mail for this orchestrator.
+        has_orphans: Whether children of ended parents are to be cancelled.
     """
 
     next_timer: float | None
     expired: tuple[Expired, ...]
     damaged: tuple[str, ...] = ()
     has_mail: bool = False
+    has_orphans: bool = False
 
 
 def sweep(shard: int, limit: int) -> Operation[Swept]:
@@ -474,7 +485,8 @@ def _swept(reply: list[bytes]) -> Swept:
         for kind, task, agent, attempt, fence, reason, method in rows
     )
     next_timer = int(reply[0]) / 1000 if int(reply[0]) >= 0 else None
-    return Swept(next_timer, tuple(expired), damaged, reply[1] == b"1")
+    flags = int(reply[1])
+    return Swept(next_timer, tuple(expired), damaged, bool(flags & 1), bool(flags & 2))
 
 
 def pause(shard: int, target: str, paused: bool) -> Operation[bool]:
@@ -489,6 +501,15 @@ def drain(shard: int, *, release: bool = False) -> Operation[str]:
     of an orchestrator that is not heard of for 3 s ends.
     """
     return Operation("drain", shard, (int(release),), lambda reply: reply[0].decode(), patient=False)
+
+
+def empty_outbox(shard: int) -> Operation[tuple[str, int]]:
+    """Write the oldest entries of a shard's outbox as events, and remove them.
+
+    The outcome is the number of damaged records, which are left out, and one of `moved`, `empty`, `stuck` (a stream
+    refuses them) and `other` (the caller has not claimed the outbox, or the scripts write no events).
+    """
+    return Operation("empty_outbox", shard, (), lambda reply: (reply[0].decode(), int(reply[1])), patient=False)
 
 
 def raise_epoch(shard: int, seen: int) -> Operation[bool]:

@@ -92,6 +92,8 @@ class _ReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTyp
     """The agent did not answer an offer in time."""
     REASON_INVALID_RESPONSE: _Reason.ValueType  # 110
     """The agent did not return the response message of the method."""
+    REASON_CHILD_FAILED: _Reason.ValueType  # 115
+    """A task that the handler submitted failed or was cancelled."""
     REASON_UNKNOWN_STREAM: _Reason.ValueType  # 200
     """No installed contract declares the stream."""
     REASON_UNKNOWN_GROUP: _Reason.ValueType  # 201
@@ -216,6 +218,8 @@ REASON_OFFER_TIMEOUT: Reason.ValueType  # 109
 """The agent did not answer an offer in time."""
 REASON_INVALID_RESPONSE: Reason.ValueType  # 110
 """The agent did not return the response message of the method."""
+REASON_CHILD_FAILED: Reason.ValueType  # 115
+"""A task that the handler submitted failed or was cancelled."""
 REASON_UNKNOWN_STREAM: Reason.ValueType  # 200
 """No installed contract declares the stream."""
 REASON_UNKNOWN_GROUP: Reason.ValueType  # 201

@@ -323,6 +323,26 @@ class Hello(message.Message):
 
     DESCRIPTOR: descriptor.Descriptor
 
+    @typing.final
+    class LabelsEntry(message.Message):
+        DESCRIPTOR: descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     AGENT_ID_FIELD_NUMBER: builtins.int
     INSTANCE_ID_FIELD_NUMBER: builtins.int
     PROTOCOL_MIN_FIELD_NUMBER: builtins.int
@@ -332,6 +352,7 @@ class Hello(message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: builtins.int
     HELD_FIELD_NUMBER: builtins.int
     MAX_TRANSFER_BYTES_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
     agent_id: builtins.str
     """Name of the agent in the fleet: at most 128 letters, digits, `-`, `_` and `.`."""
     instance_id: builtins.str
@@ -354,6 +375,10 @@ class Hello(message.Message):
     def held(self) -> containers.RepeatedCompositeFieldContainer[HeldAttempt]:
         """Attempts that the agent holds from earlier sessions."""
 
+    @builtins.property
+    def labels(self) -> containers.ScalarMap[builtins.str, builtins.str]:
+        """Labels of the agent; it gets the tasks that ask for some of them, or for none. At most 64."""
+
     def __init__(
         self,
         *,
@@ -366,10 +391,11 @@ class Hello(message.Message):
         max_message_bytes: builtins.int = ...,
         held: abc.Iterable[HeldAttempt] | None = ...,
         max_transfer_bytes: builtins.int = ...,
+        labels: abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_id", b"agent_id", "held", b"held", "instance_id", b"instance_id", "max_message_bytes", b"max_message_bytes", "max_transfer_bytes", b"max_transfer_bytes", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "services", b"services", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_id", b"agent_id", "held", b"held", "instance_id", b"instance_id", "labels", b"labels", "max_message_bytes", b"max_message_bytes", "max_transfer_bytes", b"max_transfer_bytes", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "services", b"services", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,6 +7,7 @@ from collections import abc as abc
 from google.protobuf import descriptor as descriptor
 from google.protobuf import message as message
 from google.protobuf.internal import containers as containers
+from google.protobuf.internal import enum_type_wrapper as enum_type_wrapper
 from orki.control.v1 import attempt_pb2 as attempt_pb2
 import builtins as builtins
 import sys
@@ -19,11 +20,98 @@ else:
 
 DESCRIPTOR: descriptor.FileDescriptor
 
+class _Cause:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CauseEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_Cause.ValueType], builtins.type):
+    DESCRIPTOR: descriptor.EnumDescriptor
+    CAUSE_UNSPECIFIED: _Cause.ValueType  # 0
+    """Not set."""
+    CAUSE_ENDED: _Cause.ValueType  # 1
+    """The task has ended."""
+    CAUSE_NO_AGENT: _Cause.ValueType  # 2
+    """No connected agent serves the service."""
+    CAUSE_CONTRACT_MISMATCH: _Cause.ValueType  # 3
+    """The agent serves the service by a contract that does not declare the method."""
+    CAUSE_NO_FREE_SLOT: _Cause.ValueType  # 4
+    """All slots of the agent are taken, or it drains."""
+    CAUSE_ASSIGNABLE: _Cause.ValueType  # 5
+    """The agent has a free slot; the task is about to be offered."""
+    CAUSE_PAUSED: _Cause.ValueType  # 6
+    """The service or the method is paused."""
+    CAUSE_DELAYED: _Cause.ValueType  # 7
+    """The task waits for its start."""
+    CAUSE_RETRY: _Cause.ValueType  # 8
+    """The task waits for its next attempt."""
+    CAUSE_OFFERED: _Cause.ValueType  # 9
+    """The agent has not answered the offer yet."""
+    CAUSE_LEASE_HELD: _Cause.ValueType  # 10
+    """The agent holds the lease of the attempt."""
+    CAUSE_SUSPENDED: _Cause.ValueType  # 11
+    """The task waits for an answer."""
+    CAUSE_LABELS: _Cause.ValueType  # 12
+    """The agent lacks a label that the task asks for."""
+    CAUSE_LIMIT: _Cause.ValueType  # 13
+    """A limit of the task allows no further attempt now."""
+
+class Cause(_Cause, metaclass=_CauseEnumTypeWrapper):
+    """Why a task is in its state."""
+
+CAUSE_UNSPECIFIED: Cause.ValueType  # 0
+"""Not set."""
+CAUSE_ENDED: Cause.ValueType  # 1
+"""The task has ended."""
+CAUSE_NO_AGENT: Cause.ValueType  # 2
+"""No connected agent serves the service."""
+CAUSE_CONTRACT_MISMATCH: Cause.ValueType  # 3
+"""The agent serves the service by a contract that does not declare the method."""
+CAUSE_NO_FREE_SLOT: Cause.ValueType  # 4
+"""All slots of the agent are taken, or it drains."""
+CAUSE_ASSIGNABLE: Cause.ValueType  # 5
+"""The agent has a free slot; the task is about to be offered."""
+CAUSE_PAUSED: Cause.ValueType  # 6
+"""The service or the method is paused."""
+CAUSE_DELAYED: Cause.ValueType  # 7
+"""The task waits for its start."""
+CAUSE_RETRY: Cause.ValueType  # 8
+"""The task waits for its next attempt."""
+CAUSE_OFFERED: Cause.ValueType  # 9
+"""The agent has not answered the offer yet."""
+CAUSE_LEASE_HELD: Cause.ValueType  # 10
+"""The agent holds the lease of the attempt."""
+CAUSE_SUSPENDED: Cause.ValueType  # 11
+"""The task waits for an answer."""
+CAUSE_LABELS: Cause.ValueType  # 12
+"""The agent lacks a label that the task asks for."""
+CAUSE_LIMIT: Cause.ValueType  # 13
+"""A limit of the task allows no further attempt now."""
+
 @typing.final
 class Submission(message.Message):
     """One task to submit."""
 
     DESCRIPTOR: descriptor.Descriptor
+
+    @typing.final
+    class LabelsEntry(message.Message):
+        DESCRIPTOR: descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     METHOD_FIELD_NUMBER: builtins.int
     REQUEST_FIELD_NUMBER: builtins.int
@@ -32,6 +120,10 @@ class Submission(message.Message):
     PRIORITY_FIELD_NUMBER: builtins.int
     DELAY_MS_FIELD_NUMBER: builtins.int
     START_AT_US_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
+    LIMITS_FIELD_NUMBER: builtins.int
+    FAIRNESS_KEY_FIELD_NUMBER: builtins.int
+    PARENT_FIELD_NUMBER: builtins.int
     method: builtins.str
     """Service and method, as `package.Service/Method`."""
     request: builtins.bytes
@@ -48,6 +140,26 @@ class Submission(message.Message):
     """Time after the submission, in milliseconds; at most 366 days."""
     start_at_us: builtins.int
     """Time by the store's clock, in microseconds since the Unix epoch; at most 366 days ahead. A past time is at once."""
+    fairness_key: builtins.str
+    """Tasks of a method and priority take turns by this key, such as a tenant; of the same characters. Empty: none."""
+    @builtins.property
+    def labels(self) -> containers.ScalarMap[builtins.str, builtins.str]:
+        """Only agents with all of these labels get the task. At most 16; names and values have 1 to 128 letters, digits and
+        `_./:@-`.
+        """
+
+    @builtins.property
+    def limits(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Keys of limits, such as `model:small`, that the task's attempts count for; at most 8, of the same characters. A key
+        without a declared limit admits everything.
+        """
+
+    @builtins.property
+    def parent(self) -> attempt_pb2.AttemptRef:
+        """The attempt whose handler submits the task, if the task ends with its parent: it is cancelled when the attempt's task
+        fails or is cancelled. Refused with REASON_STALE_FENCE unless this attempt runs.
+        """
+
     def __init__(
         self,
         *,
@@ -58,10 +170,14 @@ class Submission(message.Message):
         priority: builtins.int | None = ...,
         delay_ms: builtins.int = ...,
         start_at_us: builtins.int = ...,
+        labels: abc.Mapping[builtins.str, builtins.str] | None = ...,
+        limits: abc.Iterable[builtins.str] | None = ...,
+        fairness_key: builtins.str = ...,
+        parent: attempt_pb2.AttemptRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "priority", b"priority", "start", b"start", "start_at_us", b"start_at_us"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "parent", b"parent", "priority", b"priority", "start", b"start", "start_at_us", b"start_at_us"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "idempotency_key", b"idempotency_key", "method", b"method", "priority", b"priority", "request", b"request", "start", b"start", "start_at_us", b"start_at_us", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "fairness_key", b"fairness_key", "idempotency_key", b"idempotency_key", "labels", b"labels", "limits", b"limits", "method", b"method", "parent", b"parent", "priority", b"priority", "request", b"request", "start", b"start", "start_at_us", b"start_at_us", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__priority: _TypeAlias = typing.Literal["priority"]  # noqa: Y015
     _WhichOneofArgType__priority: _TypeAlias = typing.Literal["_priority", b"_priority"]  # noqa: Y015
@@ -152,6 +268,26 @@ class TaskSnapshot(message.Message):
 
     DESCRIPTOR: descriptor.Descriptor
 
+    @typing.final
+    class LabelsEntry(message.Message):
+        DESCRIPTOR: descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     TASK_ID_FIELD_NUMBER: builtins.int
     METHOD_FIELD_NUMBER: builtins.int
     STATE_FIELD_NUMBER: builtins.int
@@ -166,6 +302,9 @@ class TaskSnapshot(message.Message):
     REVISION_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
     START_US_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
+    LIMITS_FIELD_NUMBER: builtins.int
+    FAIRNESS_KEY_FIELD_NUMBER: builtins.int
     SUSPENSION_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     """The task."""
@@ -189,6 +328,8 @@ class TaskSnapshot(message.Message):
     """Priority of the task; unset: the default."""
     start_us: builtins.int
     """Earliest start of a delayed task, in microseconds since the Unix epoch; 0: it was not delayed."""
+    fairness_key: builtins.str
+    """Key by which it takes turns with others; empty: none."""
     @builtins.property
     def attempt(self) -> attempt_pb2.AttemptRef:
         """The current or last attempt; unset before the first."""
@@ -200,6 +341,14 @@ class TaskSnapshot(message.Message):
     @builtins.property
     def earlier_failures(self) -> containers.RepeatedCompositeFieldContainer[attempt_pb2.Failure]:
         """Failures of earlier attempts, oldest first."""
+
+    @builtins.property
+    def labels(self) -> containers.ScalarMap[builtins.str, builtins.str]:
+        """Labels that the agent must have."""
+
+    @builtins.property
+    def limits(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Keys of limits that its attempts count for."""
 
     @builtins.property
     def suspension(self) -> Suspension:
@@ -222,11 +371,14 @@ class TaskSnapshot(message.Message):
         revision: builtins.int = ...,
         priority: builtins.int | None = ...,
         start_us: builtins.int = ...,
+        labels: abc.Mapping[builtins.str, builtins.str] | None = ...,
+        limits: abc.Iterable[builtins.str] | None = ...,
+        fairness_key: builtins.str = ...,
         suspension: Suspension | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "attempt", b"attempt", "failure", b"failure", "priority", b"priority", "suspension", b"suspension"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "agent_id", b"agent_id", "attempt", b"attempt", "earlier_failures", b"earlier_failures", "ended_us", b"ended_us", "failure", b"failure", "method", b"method", "priority", b"priority", "response", b"response", "revision", b"revision", "start_us", b"start_us", "state", b"state", "submitted_us", b"submitted_us", "suspension", b"suspension", "task_id", b"task_id", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "agent_id", b"agent_id", "attempt", b"attempt", "earlier_failures", b"earlier_failures", "ended_us", b"ended_us", "failure", b"failure", "fairness_key", b"fairness_key", "labels", b"labels", "limits", b"limits", "method", b"method", "priority", b"priority", "response", b"response", "revision", b"revision", "start_us", b"start_us", "state", b"state", "submitted_us", b"submitted_us", "suspension", b"suspension", "task_id", b"task_id", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__priority: _TypeAlias = typing.Literal["priority"]  # noqa: Y015
     _WhichOneofArgType__priority: _TypeAlias = typing.Literal["_priority", b"_priority"]  # noqa: Y015
@@ -755,6 +907,26 @@ class AgentSnapshot(message.Message):
 
     DESCRIPTOR: descriptor.Descriptor
 
+    @typing.final
+    class LabelsEntry(message.Message):
+        DESCRIPTOR: descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     AGENT_ID_FIELD_NUMBER: builtins.int
     INSTANCE_ID_FIELD_NUMBER: builtins.int
     CONNECTED_FIELD_NUMBER: builtins.int
@@ -766,6 +938,7 @@ class AgentSnapshot(message.Message):
     LOOP_LAG_US_FIELD_NUMBER: builtins.int
     MEMORY_BYTES_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
     agent_id: builtins.str
     """Name of the agent."""
     instance_id: builtins.str
@@ -792,6 +965,10 @@ class AgentSnapshot(message.Message):
     def services(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """Full names of the services that it serves."""
 
+    @builtins.property
+    def labels(self) -> containers.ScalarMap[builtins.str, builtins.str]:
+        """Its labels."""
+
     def __init__(
         self,
         *,
@@ -806,10 +983,11 @@ class AgentSnapshot(message.Message):
         loop_lag_us: builtins.int = ...,
         memory_bytes: builtins.int = ...,
         draining: builtins.bool = ...,
+        labels: abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_id", b"agent_id", "attempts", b"attempts", "connected", b"connected", "draining", b"draining", "instance_id", b"instance_id", "last_heartbeat_us", b"last_heartbeat_us", "loop_lag_us", b"loop_lag_us", "memory_bytes", b"memory_bytes", "orchestrator_id", b"orchestrator_id", "services", b"services", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_id", b"agent_id", "attempts", b"attempts", "connected", b"connected", "draining", b"draining", "instance_id", b"instance_id", "labels", b"labels", "last_heartbeat_us", b"last_heartbeat_us", "loop_lag_us", b"loop_lag_us", "memory_bytes", b"memory_bytes", "orchestrator_id", b"orchestrator_id", "services", b"services", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1041,5 +1219,199 @@ class ListPausesResponse(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["pauses", b"pauses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ExplainRequest(message.Message):
+    """Asks what a task waits for."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: builtins.int
+    task_id: builtins.str
+    """The task."""
+    def __init__(
+        self,
+        *,
+        task_id: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ExplainResponse(message.Message):
+    """What a task waits for."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TASK_FIELD_NUMBER: builtins.int
+    EXPLANATIONS_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def task(self) -> TaskSnapshot:
+        """The current state of the task, without its response."""
+
+    @builtins.property
+    def explanations(self) -> containers.RepeatedCompositeFieldContainer[Explanation]:
+        """One for each cause and agent, at most 20."""
+
+    def __init__(
+        self,
+        *,
+        task: TaskSnapshot | None = ...,
+        explanations: abc.Iterable[Explanation] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["task", b"task"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["explanations", b"explanations", "task", b"task"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Explanation(message.Message):
+    """One cause."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    CAUSE_FIELD_NUMBER: builtins.int
+    AGENT_ID_FIELD_NUMBER: builtins.int
+    ORCHESTRATOR_ID_FIELD_NUMBER: builtins.int
+    UNTIL_US_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
+    cause: Cause.ValueType
+    """The cause."""
+    agent_id: builtins.str
+    """The agent that it is about; empty if it is about none."""
+    orchestrator_id: builtins.str
+    """The orchestrator that has the session of this agent; empty if the agent is not connected."""
+    until_us: builtins.int
+    """Until when it holds at most, in microseconds since the Unix epoch; 0 if that is unknown."""
+    detail: builtins.str
+    """The cause as a sentence."""
+    def __init__(
+        self,
+        *,
+        cause: Cause.ValueType = ...,
+        agent_id: builtins.str = ...,
+        orchestrator_id: builtins.str = ...,
+        until_us: builtins.int = ...,
+        detail: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_id", b"agent_id", "cause", b"cause", "detail", b"detail", "orchestrator_id", b"orchestrator_id", "until_us", b"until_us"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Limit(message.Message):
+    """A limit on the attempts of all tasks that name its key."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: builtins.int
+    CONCURRENCY_FIELD_NUMBER: builtins.int
+    INTERVAL_US_FIELD_NUMBER: builtins.int
+    BURST_FIELD_NUMBER: builtins.int
+    USED_FIELD_NUMBER: builtins.int
+    key: builtins.str
+    """The key."""
+    concurrency: builtins.int
+    """Maximum number of offered and running attempts; 0: no maximum."""
+    interval_us: builtins.int
+    """Minimum time between two offers, in microseconds; 0: none. At most a day."""
+    burst: builtins.int
+    """Number of offers that may be made at once after a pause; 0 means 1. At most 1,000,000."""
+    used: builtins.int
+    """Number of tasks that have an offered or running attempt now; ignored in requests."""
+    def __init__(
+        self,
+        *,
+        key: builtins.str = ...,
+        concurrency: builtins.int = ...,
+        interval_us: builtins.int = ...,
+        burst: builtins.int = ...,
+        used: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["burst", b"burst", "concurrency", b"concurrency", "interval_us", b"interval_us", "key", b"key", "used", b"used"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class SetLimitRequest(message.Message):
+    """Declares a limit."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    LIMIT_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def limit(self) -> Limit:
+        """The limit. Without concurrency and interval the limit is removed."""
+
+    def __init__(
+        self,
+        *,
+        limit: Limit | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["limit", b"limit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["limit", b"limit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class SetLimitResponse(message.Message):
+    """The limit is declared."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListLimitsRequest(message.Message):
+    """Requests the limits."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListLimitsResponse(message.Message):
+    """The limits."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    LIMITS_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def limits(self) -> containers.RepeatedCompositeFieldContainer[Limit]:
+        """Sorted by key."""
+
+    def __init__(
+        self,
+        *,
+        limits: abc.Iterable[Limit] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["limits", b"limits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

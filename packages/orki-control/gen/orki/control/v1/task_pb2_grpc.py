@@ -70,6 +70,11 @@ class TaskServiceStub(object):
                 request_serializer=orki_dot_control_dot_v1_dot_task__pb2.ListRequest.SerializeToString,
                 response_deserializer=orki_dot_control_dot_v1_dot_task__pb2.ListResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/orki.control.v1.TaskService/Explain',
+                request_serializer=orki_dot_control_dot_v1_dot_task__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=orki_dot_control_dot_v1_dot_task__pb2.ExplainResponse.FromString,
+                _registered_method=True)
 
 
 class TaskServiceServicer(object):
@@ -125,6 +130,13 @@ class TaskServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Explains what a task waits for, and who has its attempt.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TaskServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -162,6 +174,11 @@ def add_TaskServiceServicer_to_server(servicer, server):
                     servicer.List,
                     request_deserializer=orki_dot_control_dot_v1_dot_task__pb2.ListRequest.FromString,
                     response_serializer=orki_dot_control_dot_v1_dot_task__pb2.ListResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=orki_dot_control_dot_v1_dot_task__pb2.ExplainRequest.FromString,
+                    response_serializer=orki_dot_control_dot_v1_dot_task__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -364,6 +381,33 @@ class TaskService(object):
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/orki.control.v1.TaskService/Explain',
+            orki_dot_control_dot_v1_dot_task__pb2.ExplainRequest.SerializeToString,
+            orki_dot_control_dot_v1_dot_task__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class FleetServiceStub(object):
     """Describes the fleet.
@@ -399,6 +443,16 @@ class FleetServiceStub(object):
                 '/orki.control.v1.FleetService/ListPauses',
                 request_serializer=orki_dot_control_dot_v1_dot_task__pb2.ListPausesRequest.SerializeToString,
                 response_deserializer=orki_dot_control_dot_v1_dot_task__pb2.ListPausesResponse.FromString,
+                _registered_method=True)
+        self.SetLimit = channel.unary_unary(
+                '/orki.control.v1.FleetService/SetLimit',
+                request_serializer=orki_dot_control_dot_v1_dot_task__pb2.SetLimitRequest.SerializeToString,
+                response_deserializer=orki_dot_control_dot_v1_dot_task__pb2.SetLimitResponse.FromString,
+                _registered_method=True)
+        self.ListLimits = channel.unary_unary(
+                '/orki.control.v1.FleetService/ListLimits',
+                request_serializer=orki_dot_control_dot_v1_dot_task__pb2.ListLimitsRequest.SerializeToString,
+                response_deserializer=orki_dot_control_dot_v1_dot_task__pb2.ListLimitsResponse.FromString,
                 _registered_method=True)
 
 
@@ -442,6 +496,20 @@ class FleetServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetLimit(self, request, context):
+        """Declares or removes the limit of a key. Running attempts go on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLimits(self, request, context):
+        """Lists declared limits.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -469,6 +537,16 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.ListPauses,
                     request_deserializer=orki_dot_control_dot_v1_dot_task__pb2.ListPausesRequest.FromString,
                     response_serializer=orki_dot_control_dot_v1_dot_task__pb2.ListPausesResponse.SerializeToString,
+            ),
+            'SetLimit': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetLimit,
+                    request_deserializer=orki_dot_control_dot_v1_dot_task__pb2.SetLimitRequest.FromString,
+                    response_serializer=orki_dot_control_dot_v1_dot_task__pb2.SetLimitResponse.SerializeToString,
+            ),
+            'ListLimits': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLimits,
+                    request_deserializer=orki_dot_control_dot_v1_dot_task__pb2.ListLimitsRequest.FromString,
+                    response_serializer=orki_dot_control_dot_v1_dot_task__pb2.ListLimitsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -607,6 +685,60 @@ class FleetService(object):
             '/orki.control.v1.FleetService/ListPauses',
             orki_dot_control_dot_v1_dot_task__pb2.ListPausesRequest.SerializeToString,
             orki_dot_control_dot_v1_dot_task__pb2.ListPausesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetLimit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/orki.control.v1.FleetService/SetLimit',
+            orki_dot_control_dot_v1_dot_task__pb2.SetLimitRequest.SerializeToString,
+            orki_dot_control_dot_v1_dot_task__pb2.SetLimitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLimits(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/orki.control.v1.FleetService/ListLimits',
+            orki_dot_control_dot_v1_dot_task__pb2.ListLimitsRequest.SerializeToString,
+            orki_dot_control_dot_v1_dot_task__pb2.ListLimitsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -30,6 +30,8 @@ class TaskServiceStub:
     """Answers a suspended task, which goes on. A repeated answer is harmless."""
     List: aio.UnaryUnaryMultiCallable[task_pb2.ListRequest, task_pb2.ListResponse]
     """Lists tasks, newest first."""
+    Explain: aio.UnaryUnaryMultiCallable[task_pb2.ExplainRequest, task_pb2.ExplainResponse]
+    """Explains what a task waits for, and who has its attempt."""
 
 class TaskServiceServicer(metaclass=abc_1.ABCMeta):
     """Submits, watches and cancels tasks."""
@@ -90,6 +92,14 @@ class TaskServiceServicer(metaclass=abc_1.ABCMeta):
     ) -> abc.Awaitable[task_pb2.ListResponse]:
         """Lists tasks, newest first."""
 
+    @abc_1.abstractmethod
+    def Explain(
+        self,
+        request: task_pb2.ExplainRequest,
+        context: aio.ServicerContext[task_pb2.ExplainRequest, abc.Awaitable[task_pb2.ExplainResponse]],
+    ) -> abc.Awaitable[task_pb2.ExplainResponse]:
+        """Explains what a task waits for, and who has its attempt."""
+
 def add_TaskServiceServicer_to_server(servicer: TaskServiceServicer, server: aio.Server) -> None: ...
 
 class FleetServiceStub:
@@ -108,6 +118,10 @@ class FleetServiceStub:
     """Ends a pause. Repeated requests are harmless."""
     ListPauses: aio.UnaryUnaryMultiCallable[task_pb2.ListPausesRequest, task_pb2.ListPausesResponse]
     """Lists what is paused."""
+    SetLimit: aio.UnaryUnaryMultiCallable[task_pb2.SetLimitRequest, task_pb2.SetLimitResponse]
+    """Declares or removes the limit of a key. Running attempts go on."""
+    ListLimits: aio.UnaryUnaryMultiCallable[task_pb2.ListLimitsRequest, task_pb2.ListLimitsResponse]
+    """Lists declared limits."""
 
 class FleetServiceServicer(metaclass=abc_1.ABCMeta):
     """Describes the fleet."""
@@ -153,5 +167,21 @@ class FleetServiceServicer(metaclass=abc_1.ABCMeta):
         context: aio.ServicerContext[task_pb2.ListPausesRequest, abc.Awaitable[task_pb2.ListPausesResponse]],
     ) -> abc.Awaitable[task_pb2.ListPausesResponse]:
         """Lists what is paused."""
+
+    @abc_1.abstractmethod
+    def SetLimit(
+        self,
+        request: task_pb2.SetLimitRequest,
+        context: aio.ServicerContext[task_pb2.SetLimitRequest, abc.Awaitable[task_pb2.SetLimitResponse]],
+    ) -> abc.Awaitable[task_pb2.SetLimitResponse]:
+        """Declares or removes the limit of a key. Running attempts go on."""
+
+    @abc_1.abstractmethod
+    def ListLimits(
+        self,
+        request: task_pb2.ListLimitsRequest,
+        context: aio.ServicerContext[task_pb2.ListLimitsRequest, abc.Awaitable[task_pb2.ListLimitsResponse]],
+    ) -> abc.Awaitable[task_pb2.ListLimitsResponse]:
+        """Lists declared limits."""
 
 def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: aio.Server) -> None: ...

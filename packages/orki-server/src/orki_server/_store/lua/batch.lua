@@ -1,7 +1,8 @@
 -- Base of all operations: the clock, the tasks of the batch, and the writes, which follow all checks.
 --
--- The constants above are generated from Python. KEYS[1] is the prefix of the shard's keys. ARGV[1] names the caller. The
--- rest of ARGV is a list of operations: name, number of arguments, arguments. Each operation returns a flat array.
+-- The constants above are generated from Python. KEYS[1] is the prefix of the shard's keys. ARGV[1] names the caller;
+-- events.lua describes the other keys and ARGV[2]. The rest of ARGV is a list of operations: name, number of arguments,
+-- arguments. Each operation returns a flat array.
 --
 -- An operation only reads and decides: it changes tables of this script. When it has ended without an error, `check`
 -- makes sure that its writes cannot fail. `flush` sends the writes of several operations together: one for each task,
@@ -11,8 +12,6 @@
 
 local OPS = {}
 local CALLER = ARGV[1]
-
-local function whole(number) return string.format('%.0f', number) end
 
 local function damaged(what) error({ err = 'DAMAGED ' .. what }) end
 
@@ -36,7 +35,7 @@ end
 -- MAX_STEP from one batch to the next, and not at all when the server's clock steps back. A longer step is a gap, in which
 -- no orchestrator could hear an agent.
 
-local WALL_US, WALL_TEXT, CLOCK_US, NOW, ABSENT, NEW_CALLER, HAS_STARTS, PAUSED
+local WALL_US, WALL_TEXT, CLOCK_US, NOW, ABSENT, NEW_CALLER, HAS_STARTS, PAUSED, HAS_LANES
 local HOSTS, STORED = {}, {}
 
 -- -> time of the last batch of an orchestrator, for how long it has been absent in all, since when it is there, and the
@@ -58,7 +57,8 @@ local function read_clock()
   for at = 1, #stored, 2 do STORED[stored[at]] = stored[at + 1] end
   local wall, clock = tonumber(STORED.wall_us or ''), tonumber(STORED.clock_us or '')
   local gaps = tonumber(STORED.gaps_ms or '') or 0
-  HAS_STARTS, PAUSED = STORED.starts, STORED.paused
+  HAS_STARTS, PAUSED, HAS_LANES = STORED.starts, STORED.paused, STORED.lanes
+  EVENTS.open(WALL_TEXT, STORED.producer, STORED.tasks, STORED.audit)
   if not wall or not clock then wall, clock = WALL_US, WALL_US end
   local passed = WALL_US - wall
   if passed < 0 or passed > MAX_STEP * 1000 then
@@ -104,8 +104,14 @@ end
 local function write_clock()
   if NEW_CALLER then forget_hosts() end
   local host = host_of(CALLER)
-  redis.call('HSET', CLOCK, 'wall_us', whole(WALL_US), 'clock_us', whole(CLOCK_US), 'gaps_ms', whole(ABSENT.gaps),
-    'host:' .. CALLER, table.concat({ whole(host.last), whole(host.absent), whole(host.since), whole(host.gaps) }, ' '))
+  local command = { 'HSET', CLOCK, 'wall_us', whole(WALL_US), 'clock_us', whole(CLOCK_US), 'gaps_ms', whole(ABSENT.gaps),
+    'host:' .. CALLER, table.concat({ whole(host.last), whole(host.absent), whole(host.since), whole(host.gaps) }, ' ') }
+  if EVENTS.added > 0 then
+    for _, value in ipairs({ 'producer', EVENTS.producer, 'tasks', whole(EVENTS.tasks), 'audit', whole(EVENTS.audit) }) do
+      command[#command + 1] = value
+    end
+  end
+  redis.call(unpack(command))
 end
 
 -- --- memory ---
@@ -265,7 +271,11 @@ local function check(task)
   task.next_text = write_state(task)
   if task.timer ~= before.timer then typed(NEXT_TIMERS, 'zset') end
   if task.state ~= before.state and (task.state == 'QUEUED' or before.state == 'QUEUED')
-    or task.queued_us ~= before.queued_us then typed(QUEUE .. task.method, 'zset') end
+    or task.queued_us ~= before.queued_us then typed(QUEUE .. lane(task), 'zset') end
+  if task.placement then
+    typed(LANES, 'hash')
+    for _, key in ipairs(limits_of(task)) do typed(HOLDERS .. key, 'set') end
+  end
   if is_delayed(task) ~= before.delayed then typed(STARTS, 'zset') end
   if before.state == 'ABSENT' or task.state == 'ABSENT' then typed(INDEX, 'zset') end
   if ENDED[task.state] ~= ENDED[before.state] then
@@ -333,6 +343,11 @@ end
 -- and whether a pause has ended.
 local QUEUED, MAILED, CHANGED, RESUMED = {}, {}, {}, false
 
+local function open_lane(name)
+  WRITES[#WRITES + 1] = { 'HSETNX', LANES, name, '' }
+  if not HAS_LANES then HAS_LANES, WRITES[#WRITES + 1] = '1', { 'HSET', CLOCK, 'lanes', '1' } end
+end
+
 -- Collects what changes in the shard's own keys.
 local function compare(task, before, added, removed)
   if task.timer ~= before.timer then
@@ -340,10 +355,11 @@ local function compare(task, before, added, removed)
   end
   local is_queued, was_queued = task.state == 'QUEUED', before.state == 'QUEUED'
   if is_queued and (not was_queued or task.queued_us ~= before.queued_us) then
-    add(added, QUEUE .. task.method, whole(score(task)), task.id)
+    add(added, QUEUE .. lane(task), whole(score(task)), task.id)
+    if lane(task) ~= task.method then open_lane(lane(task)) end
     QUEUED[task.method] = (QUEUED[task.method] or 0) + 1
   elseif was_queued and not is_queued then
-    add(removed, QUEUE .. task.method, task.id)
+    add(removed, QUEUE .. lane(task), task.id)
   end
   if is_delayed(task) ~= before.delayed then
     if before.delayed then
@@ -357,6 +373,14 @@ local function compare(task, before, added, removed)
     add(added, INDEX, whole(task.submitted_us), task.id)
   elseif task.state == 'ABSENT' and before.state ~= 'ABSENT' then
     add(removed, INDEX, task.id)
+  end
+  if task.placement and HELD[task.state] ~= HELD[before.state] then
+    for _, key in ipairs(limits_of(task)) do
+      WRITES[#WRITES + 1] = { HELD[task.state] and 'SADD' or 'SREM', HOLDERS .. key, task.id }
+    end
+    -- Another task may take the place of this one.
+    local ends = HELD[before.state] and limits_of(task)[1]
+    if ends then QUEUED[task.method] = (QUEUED[task.method] or 0) + 1 end
   end
   local change = (ENDED[before.state] and 1 or 0) - (ENDED[task.state] and 1 or 0)
   if change ~= 0 then
@@ -386,7 +410,21 @@ local function write_counts()
   end
 end
 
--- Writes the effects of all operations so far. One entry of the outbox holds several records.
+-- Writes the records as events, or to the outbox, where one entry holds several of them.
+local function write_records()
+  local at = 1
+  while RECORDS[at] and EVENTS.add(RECORDS[at]) do at = at + 1 end
+  for first = at, #RECORDS, 128 do
+    local entry = { 'XADD', OUTBOX, '*' }
+    for each = first, math.min(first + 127, #RECORDS) do
+      entry[#entry + 1], entry[#entry + 2] = 'r', table.concat(RECORDS[each], '\31')
+    end
+    write(entry)
+  end
+  RECORDS = {}
+end
+
+-- Writes the effects of all operations so far.
 local function flush()
   local added, removed = {}, {}
   for _, task in pairs(TASKS) do
@@ -401,12 +439,6 @@ local function flush()
   for key, list in pairs(added) do write_list('ZADD', key, list) end
   write_counts()
   for at = 1, #WRITES do write(WRITES[at]) end
-  for at = 1, #RECORDS, 128 do
-    local entry = { 'XADD', OUTBOX, '*' }
-    for each = at, math.min(at + 127, #RECORDS) do
-      entry[#entry + 1], entry[#entry + 2] = 'r', RECORDS[each]
-    end
-    write(entry)
-  end
-  WRITES, RECORDS = {}, {}
+  WRITES = {}
+  if RECORDS[1] then write_records() end
 end

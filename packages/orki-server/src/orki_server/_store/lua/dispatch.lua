@@ -1,6 +1,10 @@
 -- The orchestrator's own operations: offers, timers, fences; and the loop over the batch.
 
+-- Blocks of their own: Lua allows 200 local variables at a time.
+
 -- --- fences ---
+
+do
 
 -- Whether a text is a fence that Redis and the agents can hold, with room for more.
 local function is_fence(text) return string.find(text, '^[1-9]%d*$') ~= nil and #text <= 18 end
@@ -35,34 +39,6 @@ end
 
 -- --- offers ---
 
--- The oldest queued tasks of a method, at most `count`: ids and scores in turn. A damaged queue is empty.
-local function heads(method, count, found)
-  local key = QUEUE .. method
-  local done, rows = pcall(redis.call, 'ZRANGE', key, '0', whole(count - 1), 'WITHSCORES')
-  if done then return rows end
-  if not is_damage(rows) then error(rows, 0) end
-  found[#found + 1] = key
-  return {}
-end
-
--- Takes the longest queued task of these methods.
-local function pop(queues, methods, found)
-  while true do
-    local best, key
-    for _, method in ipairs(methods) do
-      local queue = queues[method]
-      local score = tonumber(queue[queue.next + 1])
-      if score and (not best or score < tonumber(best[best.next + 1])) then best, key = queue, QUEUE .. method end
-    end
-    if not best then return nil end
-    local id = best[best.next]
-    best.next = best.next + 2
-    local task = load_listed(key, id, found, true)
-    if task and MOVES[task.state].Offered and QUEUE .. task.method == key then return task end
-    if task then WRITES[#WRITES + 1] = { 'ZREM', key, id } end
-  end
-end
-
 local function offer_to(task, recipient, fence, accept_timeout)
   move(task, 'Offered')
   task.attempt = task.attempt + 1
@@ -76,22 +52,23 @@ end
 local function read_recipients(a)
   local recipients, slots, at = {}, 0, 2
   while at <= #a do
-    local recipient = { agent_id = a[at], instance_id = a[at + 1], slots = tonumber(a[at + 2]), methods = {} }
-    local count = tonumber(a[at + 3])
-    for offset = 1, count do recipient.methods[offset] = a[at + 3 + offset] end
+    local recipient = { agent_id = a[at], instance_id = a[at + 1], slots = tonumber(a[at + 2]), methods = {}, labels = {} }
+    local count, labels = tonumber(a[at + 3]), tonumber(a[at + 4])
+    for offset = 1, count do recipient.methods[offset] = a[at + 4 + offset] end
+    for offset = 1, labels do recipient.labels[a[at + 4 + count + offset]] = true end
     slots = slots + recipient.slots
-    recipients[#recipients + 1], at = recipient, at + 4 + count
+    recipients[#recipients + 1], at = recipient, at + 5 + count + labels
   end
   return recipients, slots
 end
 
 -- One task for each recipient in turn, until no recipient has slots left or no task fits.
-local function assign(recipients, queues, accept_timeout, damage)
+local function assign(recipients, accept_timeout, damage)
   local assigned, fence, found = {}, nil, true
   while found do
     found = false
     for number, recipient in ipairs(recipients) do
-      local task = recipient.slots > 0 and #assigned < MAX_OFFERS and pop(queues, recipient.methods, damage)
+      local task = recipient.slots > 0 and #assigned < MAX_OFFERS and pop(recipient.queues, damage)
       if task then
         found = true
         fence = after(fence or last_fence())
@@ -108,24 +85,19 @@ local function assign(recipients, queues, accept_timeout, damage)
   return assigned
 end
 
--- accept timeout (ms), then for each recipient: agent, instance, slots, number of methods, methods
--- -> number of damaged tasks and queues, their names, then for each offer: position of the recipient (from 0), task,
---    attempt, fence, method, request, attempt's traceparent, lease (ms), attempt timeout (ms), checkpoint and answer (each
---    "1" and the payload, or "")
+-- accept timeout (ms), then for each recipient: agent, instance, slots, number of methods, number of labels, methods,
+-- labels
+-- -> time after which limits may admit tasks that are left in lanes (ms; 0 if it depends on agents, -1), number of damaged
+--    tasks and queues, their names, then for each offer: position of the recipient (from 0), task, attempt, fence,
+--    method, request, attempt's traceparent, lease (ms), attempt timeout (ms), checkpoint and
+--    answer (each "1" and the payload, or "")
 OPS.offer = function(a)
   flush()
   local recipients, slots = read_recipients(a)
-  local queues, found = {}, {}
-  for _, recipient in ipairs(recipients) do
-    for _, method in ipairs(recipient.methods) do
-      if not queues[method] then
-        queues[method] = is_paused(method) and {} or heads(method, math.min(slots, MAX_OFFERS), found)
-        queues[method].next = 1
-      end
-    end
-  end
-  local assigned = assign(recipients, queues, tonumber(a[1]), found)
-  local reply = { whole(#found), unpack(found) }
+  local found = {}
+  open_queues(recipients, math.min(slots, MAX_OFFERS), found)
+  local assigned = assign(recipients, tonumber(a[1]), found)
+  local reply = { whole(write_lanes()), whole(#found), unpack(found) }
   for _, each in ipairs(assigned) do
     local task = each[2]
     local o = options(task)
@@ -138,7 +110,11 @@ OPS.offer = function(a)
   return reply
 end
 
+end
+
 -- --- timers ---
+
+do
 
 local function seconds(ms) return string.format('%g s', ms / 1000) end
 
@@ -252,8 +228,8 @@ local function start_delayed(limit, found, changed)
 end
 
 -- maximum number of tasks
--- -> time until the next timer (ms; -1 for none), "1" if there is mail for the caller, number of damaged tasks, their
---    ids, then for each task that changed: kind (offer, attempt, task, retry), task, agent, attempt, fence, reason,
+-- -> time until the next timer (ms; -1 for none), the sum of 1 if there is mail for the caller and 2 if the children of
+--    ended parents are to be cancelled, number of damaged tasks, their ids, then for each task that changed: kind (offer, attempt, task, retry), task, agent, attempt, fence, reason,
 --    method
 OPS.sweep = function(a)
   flush()
@@ -278,9 +254,11 @@ OPS.sweep = function(a)
       sort(task) -- The timer has moved away.
     end
   end
-  local reply = { '-1', whole(redis.call('EXISTS', MAIL .. CALLER)), whole(#found), unpack(found) }
+  local reply = { '-1', whole(redis.call('EXISTS', MAIL .. CALLER) + (STORED.orphans and 2 or 0)), whole(#found), unpack(found) }
   for at = 1, #expired do reply[#reply + 1] = expired[at] end
   return reply
+end
+
 end
 
 -- Time until the next timer (ms), after the sweep has been written.
@@ -312,6 +290,32 @@ OPS.drain = function(a)
   return { 'taken' }
 end
 
+-- Writes the oldest entries of the outbox as events, at most 32, and removes them.
+-- -> moved | empty | stuck (a stream refuses them) | other (the caller does not publish this outbox, or the script writes
+--    no events), number of damaged records
+OPS.empty_outbox = function()
+  if not EVENTS.limits[2] or redis.call('HGET', CLOCK, 'drainer') ~= CALLER then return { 'other', '0' } end
+  if not EVENTS.has_streams() then return { 'stuck', '0' } end
+  is_full()
+  flush()
+  local damage, rows = 0, redis.call('XRANGE', OUTBOX, '-', '+', 'COUNT', '32')
+  for _, row in ipairs(rows) do
+    local before = EVENTS.written()
+    for at = 2, #row[2], 2 do
+      local fields = EVENTS.split(row[2][at])
+      if not fields then
+        damage = damage + 1
+      elseif not EVENTS.add(fields, true) then
+        EVENTS.retract(before)
+        return { 'stuck', whole(damage) }
+      end
+    end
+    write({ 'XDEL', OUTBOX, row[1] })
+  end
+  EVENTS.is_open = nil
+  return { rows[1] and 'moved' or 'empty', whole(damage) }
+end
+
 -- --- the batch: an operation that fails leaves the others alone and replies {'error', message} ---
 
 local function failure(reply)
@@ -319,7 +323,7 @@ local function failure(reply)
 end
 
 local ready, trouble = pcall(read_clock)
-local replies, at = {}, 2
+local replies, at = {}, 3
 while at <= #ARGV do
   local count, arguments = tonumber(ARGV[at + 1]), {}
   for offset = 1, count do arguments[offset] = ARGV[at + 1 + offset] end

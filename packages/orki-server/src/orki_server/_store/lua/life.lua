@@ -1,4 +1,4 @@
--- The steps that several operations share: outbox records, ends of tasks, ends of attempts and offers.
+-- The steps that several operations share: records of transitions, ends of tasks, ends of attempts and offers.
 
 local OF_ATTEMPT = { offered = true, started = true, attempt_ended = true }
 
@@ -13,13 +13,13 @@ end
 
 local function clean(text) return (string.gsub(text, '[\30\31]', ' ')) end
 
--- Adds the outbox record of a transition: the fields in the order of RECORD_FIELDS in _keys.py.
+-- Adds the record of a transition: the fields in the order of RECORD_FIELDS in _keys.py.
 local function record(task, kind, more)
   more = more or NOTHING
   task.revision = task.revision + 1
   touch(task)
   local of_attempt = OF_ATTEMPT[kind]
-  RECORDS[#RECORDS + 1] = table.concat({
+  RECORDS[#RECORDS + 1] = {
     task.id,
     task.revision,
     kind,
@@ -35,7 +35,7 @@ local function record(task, kind, more)
     more.text and clean(more.text) or '',
     more.number or 0,
     more.actor and clean(more.actor) or '',
-  }, '\31')
+  }
 end
 
 -- Puts the task at the end of its queue. The shard's clock orders the queue, as the server's may step back.
@@ -51,6 +51,15 @@ local function finish(task)
   task.forget_due, task.ended_us = NOW + RETENTION, WALL_US
   if task.more_text ~= '' or task.fields.more then
     for _, name in ipairs({ 'checkpoint', 'answer' }) do set(task, name, '') end
+    if more(task).children then
+      if task.state == 'SUCCEEDED' then
+        WRITES[#WRITES + 1] = { 'DEL', CHILDREN .. task.id }
+      else
+        typed(ORPHANS, 'zset')
+        WRITES[#WRITES + 1] = { 'ZADD', ORPHANS, whole(WALL_US), task.id }
+        WRITES[#WRITES + 1] = { 'HSET', CLOCK, 'orphans', '1' }
+      end
+    end
     remember(task, { checkpoint = '', overdue = '', total_left = '' })
   end
   sort(task)
@@ -204,8 +213,6 @@ local function end_offer(task, event, reason, message, at_once)
   task.refused_offers = task.refused_offers + 1
   return requeue(task, at_once and task.refused_offers <= 3 and 0 or pause(task.refused_offers, 5000), reason, message)
 end
-
-local HELD = { OFFERED = true, RUNNING = true, CANCELLING_OFFER = true, CANCELLING = true }
 
 -- The task if this agent holds its current attempt; otherwise nil, and the task as a second value if it exists.
 local function held(id, fence, agent_id)

@@ -2,23 +2,42 @@
 
 -- --- requests of submitters ---
 
--- Sets when a new task may run: priority ("" for the default), delay (ms) or start (us). Returns the wait (ms).
-local function set_placement(task, priority, delay, start_us)
+-- Whether the queues may get the lane of a new task. Their number is bounded, because every offer reads them.
+local function admits_lane(task)
+  local name = lane(task)
+  if name == task.method or redis.call('HEXISTS', LANES, name) == 1 then return true end
+  if redis.call('HLEN', LANES) < MAX_LANES then return true end
+  local left = 0
+  for _, each in ipairs(redis.call('HKEYS', LANES)) do
+    if redis.call('EXISTS', QUEUE .. each) == 1 then
+      left = left + 1
+    else
+      WRITES[#WRITES + 1] = { 'HDEL', LANES, each }
+    end
+  end
+  return left < MAX_LANES
+end
+
+-- Sets when and where a new task may run: priority ("" for the default), delay (ms) or start (us), and what makes its
+-- lane. Returns the wait (ms).
+local function set_placement(task, priority, delay, start_us, lane_fields)
   local start = start_us
   if delay > 0 then start = WALL_US + delay * 1000 end
   local wait = math.max(0, math.ceil((start - WALL_US) / 1000))
-  if priority ~= '' or start > 0 then
-    task.place = { priority = tonumber(priority) or DEFAULT_PRIORITY, start_us = start }
+  local place = lane_fields
+  if priority ~= '' or start > 0 or place.labels ~= '' or place.limits ~= '' or place.fairness_key ~= '' then
+    place.priority, place.start_us = tonumber(priority) or DEFAULT_PRIORITY, start
+    task.place = place
     task.placement = write_placement(task.place)
     set(task, 'placement', task.placement)
   end
   return wait
 end
 
--- -> new | same | conflict, task id, submitted (us)
+-- -> new | same | conflict | lanes, task id, submitted (us)
 OPS.submit = function(a)
   local id, method, request, opts, digest, idempotency, key, traceparent, parent_id, actor, contract, priority, delay,
-    start_us = unpack(a)
+    start_us, labels, limits, fairness_key = unpack(a)
   local existing = load(id)
   if existing then return { 'new', id, whole(existing.submitted_us) } end
   if idempotency ~= '' then
@@ -33,7 +52,9 @@ OPS.submit = function(a)
   local task = create(id)
   task.fence, task.method, task.options, task.idempotency, task.contract = '0', method, opts, idempotency, contract
   task.traceparent, task.parent_id, task.submitted_us = traceparent, parent_id, WALL_US
-  local wait = set_placement(task, priority, tonumber(delay), tonumber(start_us))
+  local wait = set_placement(task, priority, tonumber(delay), tonumber(start_us),
+    { labels = labels, limits = limits, fairness_key = fairness_key })
+  if not admits_lane(task) then return { 'lanes', id, '0' } end
   local total = options(task).total
   if total > 0 then task.total_due = NOW + wait + total end
   move(task, wait > 0 and 'Delayed' or 'Submitted')

@@ -1,4 +1,6 @@
--- When a task may run: its priority and its start, as the submission asks for them. Most tasks have no placement.
+-- When and where a task may run, as the submission asks for it. Most tasks have no placement.
+
+local function whole(number) return string.format('%.0f', number) end
 
 -- Returns the placement: numbers, and texts as in PLACEMENT_FIELDS.
 local function placement(task)
@@ -33,3 +35,32 @@ end
 
 -- Whether the task waits for its start. A task that waits for its next attempt had one before.
 local function is_delayed(task) return task.state == 'WAITING' and task.attempt == 0 and task.placement ~= false end
+
+local HELD = { OFFERED = true, RUNNING = true, CANCELLING_OFFER = true, CANCELLING = true }
+
+local function words(text)
+  local list = {}
+  for word in string.gmatch(text or '', '[^,]+') do list[#list + 1] = word end
+  return list
+end
+
+-- The part of its queue's key that names the task's lane. All tasks of a lane may run on the same agents, under the same
+-- limits, so that one that may not run holds up only those that may not either. Most tasks are in the lane of their method.
+local function lane(task)
+  if not task.placement then return task.method end
+  local place = placement(task)
+  if not place.lane then
+    local labels, limits, fairness = place.labels or '', place.limits or '', place.fairness_key or ''
+    place.lane = labels == '' and limits == '' and fairness == '' and task.method
+      or table.concat({ task.method, labels, limits, fairness, fairness ~= '' and whole(place.priority) or '' }, '\31')
+  end
+  return place.lane
+end
+
+-- The keys of the limits that the task's attempts count for.
+local function limits_of(task)
+  if not task.placement then return NOTHING end
+  local place = placement(task)
+  place.limit_keys = place.limit_keys or words(place.limits)
+  return place.limit_keys
+end

@@ -67,16 +67,38 @@ end
 
 -- --- queues ---
 
+local MANY = 1000000
+
 -- methods -> number of queued tasks of each; a damaged or paused queue has none
 OPS.queue_lengths = function(a)
   flush()
-  local counts = {}
+  local counts, found = {}, {}
+  local lanes = lanes_by_method(found)
   for number, method in ipairs(a) do
     local done, count = pcall(redis.call, 'ZCARD', QUEUE .. method)
     if not done and not is_damage(count) then error(count, 0) end
-    counts[number] = done and not is_paused(method) and whole(count) or '0'
+    count = done and count or 0
+    for _, queue in ipairs(lanes[method] or NOTHING) do
+      -- Only some agents may take these tasks, so that all are asked.
+      if count < MANY and redis.call('EXISTS', queue.key) == 1 then count = MANY end
+    end
+    counts[number] = is_paused(method) and '0' or whole(count)
   end
   return counts
+end
+
+-- --- what a task waits for ---
+
+-- id -> nothing for an unknown task; else state, "1" if its method is paused, then the end of its wait, its offer and its
+-- lease (us; 0 for none)
+OPS.waits = function(a)
+  local task = load(a[1])
+  if not task then return {} end
+  local reply = { task.state, is_paused(task.method) and '1' or '0' }
+  for _, due in ipairs({ task.retry_due, task.offer_due, task.lease_due }) do
+    reply[#reply + 1] = due > 0 and whole(WALL_US + (due - NOW) * 1000) or '0'
+  end
+  return reply
 end
 
 -- --- announcements ---
