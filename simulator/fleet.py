@@ -14,6 +14,7 @@ from unittest import mock
 from chaos.history import Record
 from orki.control.v1 import session_pb2_grpc, submitter_pb2_grpc, task_pb2_grpc
 from orki.control.v1.attempt_pb2 import TaskState
+from orki.events.v1.task_pb2 import TaskEvent
 from orki_agent import _channel
 from orki_agent._channel import SessionChannel
 from orki_agent._runner import Runner
@@ -36,7 +37,7 @@ from orki_control.session import (
 from orki_server import _admission, _orchestrator, _registry, _wakeups
 from orki_server._orchestrator import Orchestrator
 from orki_server._settings import OrchestratorOptions
-from orki_server._store import connection as store_connection
+from orki_server._store import server as store_server
 from simulator.contract import contract
 from simulator.network import Network
 from simulator.planes import REDIS, EventPlane, StoreLink
@@ -66,9 +67,10 @@ class Fleet:
         processes: Running processes by name.
         snapshots: Copies of the server's data, by the time of the fault that restores them.
         lost_tail: Whether the server has lost its newest writes.
+        outbox: Whether the event plane is on a server of its own, so that events take the way through the outbox.
     """
 
-    def __init__(self, world: World, orchestrators: int = 2, agents: int = 2) -> None:
+    def __init__(self, world: World, *, outbox: bool, orchestrators: int = 2, agents: int = 2) -> None:
         self.world = world
         self.network = Network(world)
         self.history: list[Record] = []
@@ -84,6 +86,7 @@ class Fleet:
         self.snapshots: dict[float, Any] = {}
         self.lost_tail = False
         self.addresses = [f"127.0.0.1:{5000 + number}" for number in range(1, orchestrators + 1)]
+        self.outbox = outbox
         self._agents = agents
         self._starts = 0
 
@@ -97,7 +100,7 @@ class Fleet:
         """Replace the product's sockets by those of the simulation."""
         with ExitStack() as stack:
             for module, name, value in (
-                (store_connection, "Connection", lambda address, **_: StoreLink(self, address)),
+                (store_server, "Connection", lambda address, **_: StoreLink(self, address)),
                 (_wakeups, "Connection", lambda address, **_: StoreLink(self, address)),
                 (_orchestrator, "connect", lambda *_, **__: EventPlane(self)),
                 (_channel, "open_channel", self.network.channel),
@@ -174,6 +177,14 @@ class Fleet:
             if link.channel == channel and not self.network.is_blocked(link.process.name, REDIS):
                 arrives = self.world.now + self.network.delay(link.process.name, REDIS) / 4
                 self.world.call_at(arrives, link.process.call, link.receive, message)
+
+    def lifecycle(self) -> list[tuple[str, str]]:
+        """Return task and kind of each published event."""
+        stream = self.redis.execute(("XRANGE", "orki:ev:{tasks}", "-", "+"))
+        written = [
+            TaskEvent.FromString(dict(zip(fields[::2], fields[1::2], strict=True))[b"d"]) for _, fields in stream
+        ]
+        return [*self.events.values(), *((each.task_id, each.WhichOneof("event") or "") for each in written)]
 
     def cut_store(self, name: str) -> None:
         """Break the connections of an orchestrator to the store."""
@@ -253,6 +264,7 @@ async def _serve(fleet: Fleet, process: Process, address: str, name: str) -> Non
         options = OrchestratorOptions(
             listen=address,
             redis_url="redis://127.0.0.1:6379/0",
+            events_url="redis://127.0.0.1:6380/0" if fleet.outbox else "",
             orchestrator_id=name,
             shards=1,
             heartbeat_interval=0.5,

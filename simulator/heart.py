@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
 from orki.control.v1.attempt_pb2 import TaskState
+from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.trace import Span
 from orki_control.session import AttemptKey
 from orki_server._keys import ShardKeys
@@ -108,7 +109,7 @@ class Heart:
             yield self._report(state, Given("a2" if agent == "a1" else "a1", attempt), "succeed")
         yield self._act(state, "cancel", lambda: self._apply(operations.cancel(_TASK, "", "me"), "o1"))
         for name, callers in (("heard", ("o1", "o2")), ("o1 away", ("o2",)), ("nobody", ())):
-            yield self._act(state, f"4 s pass, {name}", lambda callers=callers: self._pass(callers))  # type: ignore[misc]
+            yield self._act(state, f"4 s pass, {name}", lambda callers=callers: self._pass(callers))
         if state.saved is None:
             yield replace(state, saved=(state.data, state.accepted), path=(*state.path, "the server saves"))
         elif state.saved:
@@ -147,8 +148,8 @@ class Heart:
         made: dict[str, Operation[Any]] = {
             "accept": operations.accept(agent, attempt),
             "succeed": operations.succeed(agent, attempt, b"%d" % attempt.fence),
-            "fail": operations.fail(agent, attempt, operations.Reason.REASON_HANDLER_FAILED, "it failed", "", True),
-            "abandon": operations.fail(agent, attempt, operations.Reason.REASON_ABANDONED, "it stops", "", True),
+            "fail": operations.fail(agent, attempt, Reason.REASON_HANDLER_FAILED, "it failed", "", True),
+            "abandon": operations.fail(agent, attempt, Reason.REASON_ABANDONED, "it stops", "", True),
             "skip": operations.report_progress(agent, attempt, 9, state.progress + 2, b"p", 0),
         }
         replies: list[Any] = []
@@ -194,7 +195,7 @@ class Heart:
 
     def _apply(self, operation: Operation[Any], caller: str) -> Any:
         prefix, arguments = ShardKeys(0).base, operation.arguments
-        command = ("EVALSHA", self._script.digest, 1, prefix, caller, operation.op, len(arguments), *arguments)
+        command = ("EVALSHA", self._script.digest, 1, prefix, caller, "", operation.op, len(arguments), *arguments)
         reply = self._server.execute(command)
         if isinstance(reply, Error) or reply[0][:1] == [b"error"]:
             raise Violation(f"{operation.op} failed: {reply}")

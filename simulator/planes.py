@@ -27,14 +27,20 @@ class StoreLink:
         self._fleet = fleet
         self._lock = asyncio.Lock()
         self._waiting: asyncio.Future[list[Reply]] | None = None
+        self.opened = 0
+        self._is_open = False
         self.channel = b""
         self.receive: Callable[[bytes], None] = lambda message: None
         fleet.connections.append(self)
 
-    async def pipeline(self, *commands: Command, timeout: float | None = None) -> list[Reply]:
+    async def pipeline(self, *commands: Command, timeout: float | None = None, same: int | None = None) -> list[Reply]:
         """Send commands and return their replies, as the product's connection does."""
         fleet, world = self._fleet, self._fleet.world
         async with self._lock:
+            if same is not None and (not self._is_open or same != self.opened):
+                raise self.address.unavailable("the connection was lost")
+            if not self._is_open:
+                self._is_open, self.opened = True, self.opened + 1
             future: asyncio.Future[list[Reply]] = asyncio.get_running_loop().create_future()
             self._waiting = future
             names = (self.process.name, REDIS)
@@ -44,6 +50,7 @@ class StoreLink:
                 async with asyncio.timeout(timeout or 5.0):
                     return await future
             except TimeoutError:
+                self._is_open = False
                 raise self.address.unavailable("no reply within 5 s") from None
             finally:
                 self._waiting = None
@@ -64,11 +71,13 @@ class StoreLink:
         world.call_at(world.now + fleet.network.delay(*names) / 4, self.process.call, _answer, future, replies)
 
     def _fail(self, future: asyncio.Future[list[Reply]], cause: str) -> None:
+        self._is_open = False
         if not future.done():
             future.set_exception(self.address.unavailable(cause))
 
     def broken(self) -> None:
         """Fail the exchange that is under way."""
+        self._is_open = False
         if self._waiting is not None:
             self.process.call(self._fail, self._waiting, "connection reset")
 
@@ -97,8 +106,15 @@ class StoreLink:
             raise reply
         return reply
 
+    async def abort(self) -> None:
+        """Close the connection at once."""
+        self._is_open = False
+        if self._waiting is not None:
+            self._fail(self._waiting, "the connection was ended")
+
     async def close(self) -> None:
-        """Do nothing: there is no socket."""
+        """Close the connection."""
+        self._is_open = False
 
     async def drop(self) -> None:
         """Do nothing: there is no socket."""
@@ -123,6 +139,10 @@ class EventPlane:
 
     async def prepare(self, stream: Any) -> None:
         """Do nothing."""
+
+    async def maintain(self, stream: Any) -> Any:
+        """Return the stream's retention."""
+        return stream.contract.retention
 
     def collect(self, stream: Any, event: Any, span: Any = None) -> None:
         """Do nothing: events of agents are not checked."""

@@ -181,7 +181,7 @@ class Server:
             self._wrote = True
         command = getattr(self, "on_" + name.decode().lower(), None)
         if command is None:
-            raise Error(f"ERR unknown command {name.decode()}: the simulator lacks it")
+            raise NotImplementedError(name.decode())
         return command(*arguments)
 
     def _get_as(self, key: bytes, kind: type) -> Any:
@@ -209,6 +209,10 @@ class Server:
 
     def on_ping(self) -> Any:
         return Status(b"PONG")
+
+    def on_info(self, section: bytes) -> bytes:
+        assert section == b"cluster"
+        return b"cluster_enabled:0\r\n"
 
     def on_time(self) -> Any:
         now = int(self._clock() * 1_000_000)

@@ -149,7 +149,7 @@ def test_the_simulated_server_answers_as_a_real_one(tmp_path: Path) -> None:
                         tasks.append(task)
                     else:
                         batch.append(random_operation(chance, known, tasks))
-                command = ["EVALSHA", script.digest, 1, ShardKeys(0).base, chance.choice(["o1", "o2"])]
+                command = ["EVALSHA", script.digest, 1, ShardKeys(0).base, chance.choice(["o1", "o2"]), ""]
                 for each in batch:
                     command += [each.op, len(each.arguments), *each.arguments]
                 replies = []

@@ -254,15 +254,12 @@ class OutboxPublisher:
         claims = await asyncio.gather(
             *(self._store.apply(drain(shard)) for shard in range(self._store.shards)), return_exceptions=True
         )
-        claimed = set()
-        for shard, claim in enumerate(claims):
+        # A claim that failed may have shown that another orchestrator publishes, or that this one took over.
+        self._checked -= {shard for shard, claim in enumerate(claims) if claim != "kept"}
+        for claim in claims:
             if isinstance(claim, BaseException) and not isinstance(claim, DamagedRecord):
                 raise claim
-            if claim != "kept":
-                self._checked.discard(shard)
-            if claim in ("kept", "taken"):
-                claimed.add(shard)
-        return claimed
+        return {shard for shard, claim in enumerate(claims) if claim in ("kept", "taken")}
 
     async def release(self) -> None:
         """Let another orchestrator publish at once."""
