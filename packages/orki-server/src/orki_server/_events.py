@@ -227,6 +227,7 @@ class OutboxPublisher:
             records = [record for shard in shards for record in shard]
             await self._publish_once(records, claimed)
             await self.outbox.trim()
+            self._checked |= claimed
             self.published += len(records)
             if all(len(shard) < _BATCH for shard in shards) and not self._store.event_limits:
                 return
@@ -272,11 +273,10 @@ class OutboxPublisher:
         doubtful = [record for record in records if shard_of(record.task_id) in unchecked]
         if doubtful:
             done = await self._published_since(min(record.time_us for record in doubtful))
-        # After an error it is unknown which of them were published.
+        # After an error, also one of the trim that follows, it is unknown which of them were published.
         self._checked -= claimed
         if new := [record for record in records if event_id(record) not in done]:
             await self._publish(new)
-        self._checked |= claimed
 
     async def _published_since(self, time_us: int) -> set[bytes]:
         """Return the ids of the events of tasks since a time."""
