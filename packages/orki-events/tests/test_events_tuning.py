@@ -203,3 +203,20 @@ async def test_tuning_frees_memory_on_a_full_server(server: Any, opened: Callabl
     assert tuned.trimmed > 1_000
     await events.publish(stream, UsageEvent())
     assert (await events.tunings())["bounded"] == Tuning(max_entries=200)
+
+
+async def test_a_stream_that_a_script_writes_is_maintained(
+    server: Any, opened: Callable[..., Any], bounded: Bounded
+) -> None:
+    """A program that writes entries by other means gets its stream registered, its groups created, and it trimmed."""
+    operator, stream = await opened(), bounded()
+    assert await operator.maintain(stream) == BOUNDED
+    await operator.tune(stream, Tuning(max_entries=300))
+    with server.client as client:
+        assert {each["name"].decode() for each in client.xinfo_groups(KEY)} == {
+            group.name for group in stream.contract.groups
+        }
+        for _ in range(1_000):
+            client.xadd(KEY, {"e": b"", "d": b""})
+    assert (await operator.maintain(stream)).max_entries == 300
+    assert length(server) < 300 + 2 * NODE

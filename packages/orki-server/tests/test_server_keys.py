@@ -103,7 +103,7 @@ def test_packed_fields_are_read_as_they_were_written() -> None:
 def test_the_scripts_write_the_records_that_python_reads() -> None:
     assert OutboxRecord._fields[1:] == tuple(keys.RECORD_FIELDS)
     record = LUA[LUA.index("local function record(") : LUA.index("-- Puts the task at the end")]
-    written = [line.strip() for line in record[record.index("concat({") :].splitlines()[1:] if line.startswith("    ")]
+    written = [line.strip() for line in record[record.index("+ 1] = {") :].splitlines()[1:] if line.startswith("    ")]
     assert len(written) == len(keys.RECORD_FIELDS)
     for field, line in zip(keys.RECORD_FIELDS, written, strict=True):
         names = {"task_id": "task.id", "time_us": "WALL_TEXT"}

@@ -22,10 +22,12 @@ from redis.exceptions import ResponseError
 from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import TaskState
 from orki.events.v1.envelope_pb2 import Envelope
+from orki.events.v1.task_orki import TASKS
 from orki.events.v1.task_pb2 import TaskEvent
 from orki_contract.errors import OrkiError, StoreFull, StoreUnavailable
 from orki_control import Client, ClientOptions
 from orki_control.session import ArrivedOffer
+from orki_events import connect
 from orki_server.embedded import EmbeddedOptions, EmbeddedServer
 
 DO = "servertests.v1.WorkService/Do"
@@ -264,6 +266,10 @@ def lifecycle(redis_url: str) -> Counter[tuple[str, bytes]]:
     )
 
 
+def _decoded(entries: Any) -> list[TaskEvent]:
+    return [TaskEvent.FromString(fields[b"d"]) for _, fields in entries]
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("kills", [0, 3])
 async def test_each_event_appears_once_with_two_orchestrators(
@@ -295,6 +301,49 @@ async def test_each_event_appears_once_with_two_orchestrators(
     events = lifecycle(redis_url)
     assert {task_id for task_id, _ in events} >= set(submitted)
     assert {key: count for key, count in events.items() if count > 1} == {}
+    with Redis.from_url(redis_url) as redis:
+        entries: Any = redis.xrange("orki:ev:{tasks}")
+    kinds = Counter((event.task_id, event.WhichOneof("event")) for event in _decoded(entries))
+    assert {kinds[task_id, kind] for task_id in submitted for kind in ("submitted", "succeeded")} == {1}
+    async with connect(redis_url) as plane:
+        ledger = await plane.ledger(TASKS)
+    assert (ledger.published, ledger.missing, ledger.repeated) == (len(events), 0, 0)
+
+
+@pytest.mark.timeout(120)
+async def test_a_full_event_server_delays_neither_tasks_nor_the_stop(
+    redis_url: str, tmp_path: Path, options: Make, launch: Make, stand_in: Make
+) -> None:
+    """The events of tasks wait in the outbox, and the next orchestrator publishes each once."""
+    with EmbeddedServer(EmbeddedOptions(directory=tmp_path)) as server, Redis.from_url(server.url) as events:
+        orchestrator = await launch(options(redis_url, events_url=server.url))
+        agent = stand_in(orchestrator.address)
+        await agent.ready()
+        submission = pb.Submission(method=DO, request=b"\n\x01q")
+        async with Client(orchestrator.address) as client:
+            tasks = [task.task_id for task in await client.submit_raw([submission] * 20)]
+            await all_ended(client, tasks)
+            events.config_set("maxmemory", 1_000_000)
+            started = time.monotonic()
+            while time.monotonic() - started < 4.0:
+                submitted = [task.task_id for task in await client.submit_raw([submission] * 10)]
+                async with asyncio.timeout(4.0):
+                    await all_ended(client, submitted)
+                tasks += submitted
+        await agent.close()
+        started = time.monotonic()
+        await orchestrator.stop()
+        assert time.monotonic() - started < 9.0
+        events.config_set("maxmemory", 0)
+        heir = await launch(options(redis_url, events_url=server.url))
+        async with asyncio.timeout(30):
+            while await heir._outbox.outbox.length():
+                await asyncio.sleep(0.1)
+        published = lifecycle(server.url)
+        assert set(published.values()) == {1}
+        assert {task_id for task_id, _ in published} == set(tasks)
+        assert len(published) == 4 * len(tasks)
+        await heir.stop()
 
 
 @pytest.mark.timeout(120)

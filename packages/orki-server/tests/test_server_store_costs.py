@@ -15,7 +15,6 @@ from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import new_span
 from orki_control.session import AttemptKey
-from orki_server._keys import ShardKeys
 from orki_server._store import operations
 from orki_server._store.operations import Operation, Recipient, new_task_id
 from orki_server._store.store import Store
@@ -41,6 +40,7 @@ async def store(redis: Redis) -> AsyncIterator[Store]:
     values = redis.connection_pool.connection_kwargs
     opened = Store(f"redis://{values['host']}:{values['port']}/0", shards=1)
     await opened.open()
+    opened.event_limits = (100_000, 100_000)
     yield opened
     await opened.close()
 
@@ -138,7 +138,8 @@ async def test_a_finished_task_needs_little_memory(store: Store, redis: Redis) -
             await asyncio.gather(*(store.apply(operations.accept(AGENT, each.attempt)) for each in offers))
             await asyncio.gather(*(store.apply(operations.succeed(AGENT, each.attempt, b"")) for each in offers))
             left -= len(offers)
-        redis.xtrim(ShardKeys(0).outbox, maxlen=0, approximate=False)
+        for stream in ("tasks", "audit"):
+            redis.xtrim(f"orki:ev:{{{stream}}}", maxlen=0, approximate=False)
 
     await finish(100)
     before = redis.info("memory")["used_memory"]  # type: ignore[index]

@@ -17,10 +17,10 @@ from orki_contract.errors import DamagedRecord, OrkiError, StoreFull
 from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import new_span
 from orki_control.session import AttemptKey
-from orki_server._events import Outbox
+from orki_server._events import Outbox, _records, audit_event, task_event
 from orki_server._keys import STATE_FIELDS, ShardKeys, pack, unpack
 from orki_server._store import operations
-from orki_server._store.batcher import shard_script
+from orki_server._store.batcher import _EVENT_KEYS, shard_script
 from orki_server._store.mail import Mail, MailKind, post, queue_lengths, read_mail
 from orki_server._store.operations import OfferedAttempt, Operation, Recipient, new_task_id
 from orki_server._store.replies import ReportStatus
@@ -68,9 +68,25 @@ def redis(redis_url: str) -> AsyncIterator[Redis]:
 # --- a command that fails ---
 
 
+def told(redis: Redis) -> list[bytes]:
+    """Return the shard's events of tasks, and then its audit events, wherever they are."""
+    found: dict[str, list[bytes]] = {}
+    for name in ("tasks", "audit"):
+        entries: Any = redis.xrange(f"orki:ev:{{{name}}}")
+        found[name] = [fields[b"d"] for _, fields in entries]
+    # redis-py's `xrange` keeps one of several equal fields.
+    waiting: Any = redis.eval("return redis.call('XRANGE', KEYS[1], '-', '+')", 1, KEYS.outbox)
+    for entry, fields in waiting:
+        for record in _records(entry, fields):
+            found["tasks"].append(task_event(record).SerializeToString())
+            if record.kind in ("submitted", "cancel_requested", "directed"):
+                found["audit"].append(audit_event(record).SerializeToString())
+    return [*found["tasks"], b"", *found["audit"]]
+
+
 def content(redis: Redis) -> Dump:
     """Return what the shard holds, without ids of stream entries, and without its clock."""
-    found: Dump = {}
+    found: Dump = {b"told": told(redis)}
     for name in redis.scan_iter(f"{KEYS.base}*", count=1000):
         kind: Any = redis.type(name)
         values: Any = {
@@ -80,7 +96,8 @@ def content(redis: Redis) -> Dump:
             b"stream": lambda key: [fields for _, fields in redis.xrange(key)],  # type: ignore[union-attr]
         }[kind](name)
         found[name] = (values, redis.pttl(name) > 0)  # type: ignore[operator]
-    found.pop(f"{KEYS.base}clock".encode(), None)
+    for name in ("clock", "outbox"):
+        found.pop(f"{KEYS.base}{name}".encode(), None)
     return found
 
 
@@ -199,25 +216,28 @@ def killing(number: int) -> str:
     return wrapped + text.replace("return replies\n", "return { replies, calls }\n")
 
 
+@pytest.mark.parametrize("limits", ["", "1000,1000"], ids=["outbox", "events"])
 @pytest.mark.parametrize(("prepare", "build"), CASES, ids=IDS)
 async def test_an_operation_that_fails_at_any_command_changes_nothing_or_is_complete(
-    store: Store, redis: Redis, prepare: Any, build: Any
+    store: Store, redis: Redis, prepare: Any, build: Any, limits: str
 ) -> None:
+    store.event_limits = (1000, 1000) if limits else None
     key = await prepare(store)
     operation = build(key)
     if operation.op == "sweep":
         change_state(redis, key.task_id, **{TIMER[prepare]: 1, "timer": 1, "host": "test"})
         redis.zadd(f"{KEYS.base}timers", {key.task_id: 1})
-    names = list(redis.scan_iter(f"{KEYS.base}*", count=1000))
+    names = list(redis.scan_iter("orki:*", count=1000))
     before = [(name, max(0, redis.pttl(name)), redis.dump(name)) for name in names]  # type: ignore[type-var]
     unchanged = content(redis)
 
     def apply(number: int) -> tuple[Any, int]:
-        redis.delete(*redis.scan_iter(f"{KEYS.base}*", count=1000), "none")
+        redis.delete(*redis.scan_iter("orki:*", count=1000), "none")
         for row in before:
             redis.restore(*row)  # type: ignore[arg-type]
         arguments = [operation.op, len(operation.arguments), *operation.arguments]
-        (reply,), calls = redis.eval(killing(number), 1, KEYS.base, "test", *arguments)  # type: ignore[misc]
+        keys = (KEYS.base, *_EVENT_KEYS)
+        (reply,), calls = redis.eval(killing(number), 3, *keys, "test", limits, *arguments)  # type: ignore[misc]
         return reply, calls
 
     reply, total = apply(0)

@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 
 from orki_contract import EventStream
 from orki_contract.errors import InvalidSetting, LocalProtocolError, UnknownStream
-from orki_contract.model import Stream
+from orki_contract.model import Retention, Stream
 from orki_contract.trace import Span, current_span
 from orki_events._commands import GroupMember
 from orki_events._consumers import (
@@ -38,7 +38,7 @@ from orki_events._readers import DeadLetterEntry, TailEntry, follow_stream, list
 from orki_events.connection import Address, Connection, parse_address
 from orki_events.groups import ConsumerGroups
 from orki_events.registry import StreamRegistry, StreamVersion
-from orki_events.tuning import Tuned, Tuning, read_tunings, tune
+from orki_events.tuning import Tuned, Tuning, read_tunings, trim, tune
 
 E = TypeVar("E", bound=Message)
 G = TypeVar("G", bound=str)
@@ -189,6 +189,18 @@ class Events:
         connection = self._command_connection()
         await self._registry.register(connection, stream, publishes=True)
         await self._groups.ensure(connection, stream.contract, stream.contract.groups)
+
+    async def maintain(self, stream: EventStream[Any, Any]) -> Retention:
+        """Do for a stream what publishing does beside writing entries: register it, create its groups, and trim it.
+
+        A program that writes entries by other means calls this every few seconds, and has each `XADD` keep at most
+        `max_entries` of the result.
+
+        Raises:
+            ContractMismatch: The stream's contract is incompatible with the registered one.
+        """
+        await self.prepare(stream)
+        return await trim(self._command_connection(), stream.contract)
 
     async def registered_streams(self) -> list[StreamVersion]:
         """Return the streams that the fleet publishes and consumes, by name."""

@@ -129,6 +129,13 @@ async def tune(connection: Connection, registered: StreamVersion, tuning: Tuning
     return Tuned(retention=retention, trimmed=trimmed)
 
 
+async def trim(connection: Connection, stream: Stream) -> Retention:
+    """Trim a stream to its current retention, which is returned."""
+    retention = await read_retention(connection, stream)
+    await _trim(connection, stream, retention)
+    return retention
+
+
 class TuningCache:
     """The settings, as one publisher last read them."""
 

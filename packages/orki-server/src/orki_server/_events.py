@@ -1,10 +1,10 @@
-"""Publishes events: tasks' transitions from the outbox, agents' sessions, and refusals.
+"""Publishes events: tasks' transitions, agents' sessions, and refusals.
 
-Transitions are written to the outbox together with the task, and cannot be lost. One orchestrator at a time publishes
-the outbox of a shard. A record is removed once its events are published. After a crash in between, the next publisher
-looks for them in the stream first. Event ids consist of task and revision, so that readers can ignore an event that
-comes twice nevertheless. Events of agents are only collected in memory: the fleet's table
-shows the same.
+If the event plane is on the store's server, the store's scripts write the event of a transition together with the task.
+Otherwise they write a record to the outbox, and one orchestrator at a time publishes the outbox of a shard. A record is
+removed once its events are published. After a crash in between, the next publisher looks for them in the stream first.
+Event ids consist of task and revision, so that readers can ignore an event that comes twice nevertheless. Events of
+agents are only collected in memory: the fleet's table shows the same.
 
 Spans nest as follows: the submitter's span contains the task's span, which contains one span for each attempt, which
 contains the handler's spans. `offered`, `started` and `attempt_ended` belong to the attempt's span, all other events to
@@ -37,7 +37,7 @@ from orki_events import Events, Outgoing
 from orki_events.entries import format_cursor, stream_keys
 from orki_server._keys import RECORD_FIELDS, ShardKeys
 from orki_server._session import AgentSession
-from orki_server._store.operations import drain, shard_of
+from orki_server._store.operations import drain, empty_outbox, shard_of
 from orki_server._store.store import Store
 
 E = TypeVar("E", bound=Message)
@@ -48,6 +48,8 @@ _COLLECT: Final = 0.01
 """Time for which records are collected before they are read."""
 _POLL: Final = 0.2
 """Maximum time between two reads: another orchestrator may have written records."""
+_MAINTAIN: Final = 2.0
+"""Time between two looks at the streams whose events the scripts write, and at their outboxes."""
 _CLOCK_SLACK: Final = 10_000
 """Maximum difference between the clocks of the store and the event server (ms)."""
 _RETRIES: Final = JitterOptions(initial=0.1, maximum=2.0)
@@ -142,7 +144,7 @@ def _next_id(entry: str) -> str:
 
 
 class OutboxPublisher:
-    """Publishes the outboxes of all shards.
+    """Publishes the outboxes of all shards, or lets the scripts write events, if the event plane is on their server.
 
     Attributes:
         outbox: The outboxes.
@@ -150,7 +152,14 @@ class OutboxPublisher:
         published: Number of published records.
     """
 
-    def __init__(self, store: Store, events: Events) -> None:
+    def __init__(self, store: Store, events: Events, *, same_server: bool = False) -> None:
+        """Create the publisher.
+
+        Args:
+            store: The store.
+            events: The event plane.
+            same_server: Whether both are on one server.
+        """
         self.outbox = Outbox(store)
         self.wake = asyncio.Event()
         self.published = 0
@@ -158,21 +167,45 @@ class OutboxPublisher:
         self._checked: set[int] = set()
         self._store = store
         self._events = events
+        self._same_server = same_server
 
     async def run(self) -> None:
         jitter = Jitter(_RETRIES)
         while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_POLL):
-                    await self.wake.wait()
-            await asyncio.sleep(_COLLECT)
+            if self._store.event_limits:
+                await asyncio.sleep(_MAINTAIN)
+            else:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_POLL):
+                        await self.wake.wait()
+                await asyncio.sleep(_COLLECT)
             await self._store.connection.up.wait()
             try:
+                await self.maintain()
                 await self.publish_all()
                 jitter.reset()
             except OrkiError as error:
                 _log.warning("events of tasks are delayed: %s", error.message)
                 await asyncio.sleep(jitter.failed())
+
+    async def maintain(self) -> None:
+        """Let the scripts write events, if they can and the streams are ready for them.
+
+        Raises:
+            OrkiError: The streams cannot be prepared. Transitions go to the outbox.
+        """
+        if not self._same_server:
+            return
+        # The keys of a stream are not on the slots of the store's shards.
+        if b"cluster_enabled:1" in await self._store.connection.call("INFO", "cluster"):
+            self._same_server = False
+            return
+        try:
+            limits = [(await self._events.maintain(stream)).max_entries for stream in (TASKS, AUDIT)]
+        except OrkiError:
+            self._store.event_limits = None
+            raise
+        self._store.event_limits = (limits[0], limits[1])
 
     async def publish_all(self) -> None:
         """Publish and remove all records of the outboxes that no other orchestrator publishes.
@@ -182,14 +215,39 @@ class OutboxPublisher:
         """
         while True:
             self.wake.clear()
+            if self._store.event_limits and not await self.outbox.length():
+                return
             claimed = await self._claim()
+            if self._store.event_limits:
+                await self._empty(claimed & self._checked)
+                claimed -= self._checked
+                if not claimed:
+                    return
             shards = await self.outbox.read(_BATCH, claimed)
             records = [record for shard in shards for record in shard]
             await self._publish_once(records, claimed)
             await self.outbox.trim()
             self.published += len(records)
-            if all(len(shard) < _BATCH for shard in shards):
+            if all(len(shard) < _BATCH for shard in shards) and not self._store.event_limits:
                 return
+
+    async def _empty(self, shards: Collection[int]) -> None:
+        """Let the scripts write what is left in outboxes of which nothing was published before."""
+        left = set(shards)
+        while left:
+            outcomes = await asyncio.gather(
+                *(self._store.apply(empty_outbox(shard)) for shard in left), return_exceptions=True
+            )
+            for shard, outcome in zip(tuple(left), outcomes, strict=True):
+                if isinstance(outcome, BaseException) and not isinstance(outcome, DamagedRecord):
+                    raise outcome
+                status, damaged = ("stuck", 0) if isinstance(outcome, BaseException) else outcome
+                if damaged:
+                    _log.error("%d records in the outbox of shard %d are damaged and are left out", damaged, shard)
+                if status == "stuck":
+                    _log.warning("events of shard %d are delayed: their stream or the outbox is damaged", shard)
+                if status != "moved":
+                    left.discard(shard)
 
     async def _claim(self) -> set[int]:
         """Claim the outboxes, and return the shards of those that this process publishes now."""

@@ -170,7 +170,8 @@ TABLE: Final = (
     Key(
         pattern="orki:{oN}:outbox",
         kind="stream",
-        holds="the outbox: a record for each transition, see the fields below; an entry has the records of one batch",
+        holds="the outbox: records of transitions whose events the script does not write itself, see below; an entry "
+        "has the records of one batch",
         writer="every transition; the outbox publisher trims",
         ends="never; an entry, when it is published",
         lua="OUTBOX",
@@ -181,7 +182,8 @@ TABLE: Final = (
         holds="the shard's clock: `wall_us` and `clock_us`, the server's and the shard's time of the last batch; "
         "`gaps_ms`, grace for times without any batch; `host:ORCHESTRATOR`, time of its last batch and of its absence; "
         "`drainer`, the one that publishes the outbox; `starts`, which is there if tasks are delayed; "
-        "`paused`, the paused services and methods; `lanes`, which is there if there are lanes",
+        "`paused`, the paused services and methods; `lanes`, which is there if there are lanes; `producer`, name of "
+        "the shard in the envelopes of events, and `tasks` and `audit`, numbers of its last events",
         writer="every batch",
         ends="never; a host, an hour after its last batch",
         lua="CLOCK",

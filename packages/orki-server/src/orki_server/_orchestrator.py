@@ -29,7 +29,7 @@ from orki_contract.errors import ContractMismatch, InvalidSetting, OrkiError
 from orki_control.session import OrchestratorSessionOptions
 from orki_control.submitter import ServingOptions
 from orki_control.transport import server_options
-from orki_events import Events, connect
+from orki_events import EventOptions, Events, connect
 from orki_server._connections import Connections, connection_limits
 from orki_server._dispatch import Dispatcher, Sweeper
 from orki_server._events import AgentEvents, OutboxPublisher
@@ -59,6 +59,8 @@ SERVICES: Final = tuple(
 """Full names of the orchestrator's gRPC services."""
 
 _STOP_TIMEOUT: Final = 1.0
+_PUBLISH_TIMEOUT: Final = 2.0
+"""Maximum time for the events that are left at the end."""
 _STREAMS_PER_CONNECTION: Final = 1_000
 _log = logging.getLogger("orki.server")
 
@@ -80,7 +82,11 @@ class Orchestrator:
             retention=options.retention,
             caller=options.orchestrator_id,
         )
-        self._events: Events = connect(options.events_at, producer=options.orchestrator_id)
+        self._events: Events = connect(
+            options.events_at,
+            producer=options.orchestrator_id,
+            options=EventOptions(drain_timeout=_PUBLISH_TIMEOUT),
+        )
         self._tasks: list[asyncio.Task[None]] = []
         self._failed = asyncio.Event()
         self._health = health.aio.HealthServicer()
@@ -109,7 +115,7 @@ class Orchestrator:
         sessions = SessionRegistry()
         self._updates = FleetUpdates(store, fleet)
         self._registry = ContractRegistry(store.connection, contracts, fleet, silence_timeout, self._updates.flush)
-        self._outbox = OutboxPublisher(store, self._events)
+        self._outbox = OutboxPublisher(store, self._events, same_server=not options.events_url)
         announced = Announced(
             queued=lambda shard, method, count: self._dispatcher.demand.queued(shard, method, count),
             mail=lambda shard: self._relay.has_mail(shard),
@@ -254,6 +260,7 @@ class Orchestrator:
         try:
             for stream in (TASKS, AGENTS, AUDIT):
                 await self._events.prepare(stream)
+            await self._outbox.maintain()
         except ContractMismatch:
             raise
         except OrkiError as error:
@@ -294,12 +301,16 @@ class Orchestrator:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
+        await self._server.stop(_STOP_TIMEOUT)
         if self._store.up:
             with contextlib.suppress(OrkiError):
                 await self._updates.flush()
-                await self._outbox.publish_all()
+                # An event server that is full or down must not keep the next orchestrator from starting. The outbox
+                # keeps the records.
+                with contextlib.suppress(OrkiError, TimeoutError):
+                    async with asyncio.timeout(_PUBLISH_TIMEOUT):
+                        await self._outbox.publish_all()
                 await self._outbox.release()
-        await self._server.stop(_STOP_TIMEOUT)
         await self._close_connections()
 
     async def _close_connections(self) -> None:

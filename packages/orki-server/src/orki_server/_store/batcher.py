@@ -16,10 +16,14 @@ from importlib.resources import files
 from typing import Any, Final, TypeVar
 
 from orki.errors.v1.errors_pb2 import Reason
+from orki.events.v1.audit_orki import AUDIT
+from orki.events.v1.task_orki import TASKS
 from orki_contract.errors import DamagedRecord, LocalProtocolError, OrkiError, StoreUnavailable, UnknownTask
 from orki_events.connection import Script, ScriptMissing
+from orki_events.entries import stream_keys
 from orki_server._keys import EPOCH_STEP, ShardKeys, lua_names
 from orki_server._store.connection import StoreConnection
+from orki_server._store.event_tags import lua_tags
 from orki_server._store.lifecycle import lua_moves
 from orki_server._store.operations import MAX_OFFERS, Argument, Operation
 
@@ -30,7 +34,9 @@ _BATCH_OPERATIONS: Final = 256
 _BATCH_BYTES: Final = 8 << 20
 _WAITING: Final = 100_000
 """Maximum number of operations in memory."""
-_PARTS: Final = ("placement", "batch", "life", "pause", "lanes", "wake", "operations", "suspension", "dispatch")
+_PARTS: Final = (
+    *("events", "placement", "batch", "life", "pause", "lanes", "wake", "operations", "suspension", "dispatch"),
+)
 _REASONS: Final = (
     *("CANCELLED", "TOTAL_TIMEOUT", "OFFER_TIMEOUT", "ATTEMPT_TIMEOUT", "LEASE_EXPIRED", "STALLED", "ABANDONED"),
 )
@@ -40,6 +46,7 @@ _GRACE: Final = 6_000
 """Time for agents to connect again after nobody could hear them (ms): a little more than their longest back-off."""
 _MAX_ABANDONED: Final = 50
 """Number of abandoned attempts after which others count as failed."""
+_EVENT_KEYS: Final = (*stream_keys(TASKS.contract), *stream_keys(AUDIT.contract))
 _log = logging.getLogger("orki.server.store")
 
 
@@ -55,10 +62,12 @@ class Batcher:
 
     Attributes:
         damaged: Number of operations that were refused because a record is damaged.
+        event_limits: Number of entries that the streams `tasks` and `audit` keep, if the scripts write their events.
     """
 
     def __init__(self, connection: StoreConnection, script: Script, shards: int, caller: str) -> None:
         self.damaged = 0
+        self.event_limits: tuple[int, int] | None = None
         self._connection = connection
         self._caller = caller
         self._script = script
@@ -150,7 +159,10 @@ class Batcher:
                 self._resolve(entries, reply)
 
     def _command(self, shard: int, entries: Iterable[_Entry]) -> list[Argument]:
-        command: list[Argument] = ["EVALSHA", self._script.digest, 1, self._prefixes[shard], self._caller]
+        keys, limits = [self._prefixes[shard]], ""
+        if self.event_limits:
+            keys, limits = [*keys, *_EVENT_KEYS], "{},{}".format(*self.event_limits)
+        command: list[Argument] = ["EVALSHA", self._script.digest, len(keys), *keys, self._caller, limits]
         for entry in entries:
             arguments = entry.operation.arguments
             command += (entry.operation.op, len(arguments), *arguments)
@@ -217,4 +229,4 @@ def shard_script(retention: float, channel: str = "") -> Script:
     constants.append(f"local function first_fence(now) return string.format('%.0f', {EPOCH_STEP} + now) end\n")
     folder = files("orki_server._store") / "lua"
     written = [(folder / f"{part}.lua").read_text(encoding="utf-8") for part in _PARTS]
-    return Script("\n".join([lua_names(), lua_moves(), "\n".join(constants), *written]))
+    return Script("\n".join([lua_names(), lua_moves(), lua_tags(), "\n".join(constants), *written]))

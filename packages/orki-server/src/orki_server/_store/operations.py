@@ -500,6 +500,15 @@ def drain(shard: int, *, release: bool = False) -> Operation[str]:
     return Operation("drain", shard, (int(release),), lambda reply: reply[0].decode(), patient=False)
 
 
+def empty_outbox(shard: int) -> Operation[tuple[str, int]]:
+    """Write the oldest entries of a shard's outbox as events, and remove them.
+
+    The outcome is the number of damaged records, which are left out, and one of `moved`, `empty`, `stuck` (a stream
+    refuses them) and `other` (the caller has not claimed the outbox, or the scripts write no events).
+    """
+    return Operation("empty_outbox", shard, (), lambda reply: (reply[0].decode(), int(reply[1])), patient=False)
+
+
 def raise_epoch(shard: int, seen: int) -> Operation[bool]:
     """Raise the shard's epoch if the store has not given the fence `seen`. The outcome is whether it was raised."""
     first = (seen // EPOCH_STEP + 1) * EPOCH_STEP

@@ -84,6 +84,18 @@ class Store:
         self._loss_listeners.append(listener)
 
     @property
+    def event_limits(self) -> tuple[int, int] | None:
+        """Number of entries that the streams `tasks` and `audit` keep, if the scripts write their events.
+
+        Without it, the events of tasks go to the outbox.
+        """
+        return self._batcher.event_limits
+
+    @event_limits.setter
+    def event_limits(self, limits: tuple[int, int] | None) -> None:
+        self._batcher.event_limits = limits
+
+    @property
     def damaged(self) -> int:
         """Number of operations that were refused because a record is damaged."""
         return self._batcher.damaged

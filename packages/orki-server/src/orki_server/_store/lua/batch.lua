@@ -1,7 +1,8 @@
 -- Base of all operations: the clock, the tasks of the batch, and the writes, which follow all checks.
 --
--- The constants above are generated from Python. KEYS[1] is the prefix of the shard's keys. ARGV[1] names the caller. The
--- rest of ARGV is a list of operations: name, number of arguments, arguments. Each operation returns a flat array.
+-- The constants above are generated from Python. KEYS[1] is the prefix of the shard's keys. ARGV[1] names the caller;
+-- events.lua describes the other keys and ARGV[2]. The rest of ARGV is a list of operations: name, number of arguments,
+-- arguments. Each operation returns a flat array.
 --
 -- An operation only reads and decides: it changes tables of this script. When it has ended without an error, `check`
 -- makes sure that its writes cannot fail. `flush` sends the writes of several operations together: one for each task,
@@ -57,6 +58,7 @@ local function read_clock()
   local wall, clock = tonumber(STORED.wall_us or ''), tonumber(STORED.clock_us or '')
   local gaps = tonumber(STORED.gaps_ms or '') or 0
   HAS_STARTS, PAUSED, HAS_LANES = STORED.starts, STORED.paused, STORED.lanes
+  EVENTS.open(WALL_TEXT, STORED.producer, STORED.tasks, STORED.audit)
   if not wall or not clock then wall, clock = WALL_US, WALL_US end
   local passed = WALL_US - wall
   if passed < 0 or passed > MAX_STEP * 1000 then
@@ -102,8 +104,14 @@ end
 local function write_clock()
   if NEW_CALLER then forget_hosts() end
   local host = host_of(CALLER)
-  redis.call('HSET', CLOCK, 'wall_us', whole(WALL_US), 'clock_us', whole(CLOCK_US), 'gaps_ms', whole(ABSENT.gaps),
-    'host:' .. CALLER, table.concat({ whole(host.last), whole(host.absent), whole(host.since), whole(host.gaps) }, ' '))
+  local command = { 'HSET', CLOCK, 'wall_us', whole(WALL_US), 'clock_us', whole(CLOCK_US), 'gaps_ms', whole(ABSENT.gaps),
+    'host:' .. CALLER, table.concat({ whole(host.last), whole(host.absent), whole(host.since), whole(host.gaps) }, ' ') }
+  if EVENTS.added > 0 then
+    for _, value in ipairs({ 'producer', EVENTS.producer, 'tasks', whole(EVENTS.tasks), 'audit', whole(EVENTS.audit) }) do
+      command[#command + 1] = value
+    end
+  end
+  redis.call(unpack(command))
 end
 
 -- --- memory ---
@@ -402,7 +410,21 @@ local function write_counts()
   end
 end
 
--- Writes the effects of all operations so far. One entry of the outbox holds several records.
+-- Writes the records as events, or to the outbox, where one entry holds several of them.
+local function write_records()
+  local at = 1
+  while RECORDS[at] and EVENTS.add(RECORDS[at]) do at = at + 1 end
+  for first = at, #RECORDS, 128 do
+    local entry = { 'XADD', OUTBOX, '*' }
+    for each = first, math.min(first + 127, #RECORDS) do
+      entry[#entry + 1], entry[#entry + 2] = 'r', table.concat(RECORDS[each], '\31')
+    end
+    write(entry)
+  end
+  RECORDS = {}
+end
+
+-- Writes the effects of all operations so far.
 local function flush()
   local added, removed = {}, {}
   for _, task in pairs(TASKS) do
@@ -417,12 +439,6 @@ local function flush()
   for key, list in pairs(added) do write_list('ZADD', key, list) end
   write_counts()
   for at = 1, #WRITES do write(WRITES[at]) end
-  for at = 1, #RECORDS, 128 do
-    local entry = { 'XADD', OUTBOX, '*' }
-    for each = at, math.min(at + 127, #RECORDS) do
-      entry[#entry + 1], entry[#entry + 2] = 'r', RECORDS[each]
-    end
-    write(entry)
-  end
-  WRITES, RECORDS = {}, {}
+  WRITES = {}
+  if RECORDS[1] then write_records() end
 end

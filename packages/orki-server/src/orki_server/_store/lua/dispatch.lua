@@ -290,6 +290,32 @@ OPS.drain = function(a)
   return { 'taken' }
 end
 
+-- Writes the oldest entries of the outbox as events, at most 32, and removes them.
+-- -> moved | empty | stuck (a stream refuses them) | other (the caller does not publish this outbox, or the script writes
+--    no events), number of damaged records
+OPS.empty_outbox = function()
+  if not EVENTS.limits[2] or redis.call('HGET', CLOCK, 'drainer') ~= CALLER then return { 'other', '0' } end
+  if not EVENTS.has_streams() then return { 'stuck', '0' } end
+  is_full()
+  flush()
+  local damage, rows = 0, redis.call('XRANGE', OUTBOX, '-', '+', 'COUNT', '32')
+  for _, row in ipairs(rows) do
+    local before = EVENTS.written()
+    for at = 2, #row[2], 2 do
+      local fields = EVENTS.split(row[2][at])
+      if not fields then
+        damage = damage + 1
+      elseif not EVENTS.add(fields, true) then
+        EVENTS.retract(before)
+        return { 'stuck', whole(damage) }
+      end
+    end
+    write({ 'XDEL', OUTBOX, row[1] })
+  end
+  EVENTS.is_open = nil
+  return { rows[1] and 'moved' or 'empty', whole(damage) }
+end
+
 -- --- the batch: an operation that fails leaves the others alone and replies {'error', message} ---
 
 local function failure(reply)
@@ -297,7 +323,7 @@ local function failure(reply)
 end
 
 local ready, trouble = pcall(read_clock)
-local replies, at = {}, 2
+local replies, at = {}, 3
 while at <= #ARGV do
   local count, arguments = tonumber(ARGV[at + 1]), {}
   for offset = 1, count do arguments[offset] = ARGV[at + 1 + offset] end

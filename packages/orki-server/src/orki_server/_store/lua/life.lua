@@ -1,4 +1,4 @@
--- The steps that several operations share: outbox records, ends of tasks, ends of attempts and offers.
+-- The steps that several operations share: records of transitions, ends of tasks, ends of attempts and offers.
 
 local OF_ATTEMPT = { offered = true, started = true, attempt_ended = true }
 
@@ -13,13 +13,13 @@ end
 
 local function clean(text) return (string.gsub(text, '[\30\31]', ' ')) end
 
--- Adds the outbox record of a transition: the fields in the order of RECORD_FIELDS in _keys.py.
+-- Adds the record of a transition: the fields in the order of RECORD_FIELDS in _keys.py.
 local function record(task, kind, more)
   more = more or NOTHING
   task.revision = task.revision + 1
   touch(task)
   local of_attempt = OF_ATTEMPT[kind]
-  RECORDS[#RECORDS + 1] = table.concat({
+  RECORDS[#RECORDS + 1] = {
     task.id,
     task.revision,
     kind,
@@ -35,7 +35,7 @@ local function record(task, kind, more)
     more.text and clean(more.text) or '',
     more.number or 0,
     more.actor and clean(more.actor) or '',
-  }, '\31')
+  }
 end
 
 -- Puts the task at the end of its queue. The shard's clock orders the queue, as the server's may step back.
