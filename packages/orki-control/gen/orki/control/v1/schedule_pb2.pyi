@@ -67,7 +67,7 @@ class Schedule(message.Message):
     cron: builtins.str
     """Cron expression with five fields, or six with seconds in front."""
     time_zone: builtins.str
-    """Time zone of the expression, such as `Europe/Berlin`; empty: UTC."""
+    """Time zone of the expression, by its name in the IANA database; empty: UTC."""
     missed: MissedTicks.ValueType
     """What happens with missed ticks."""
     paused: builtins.bool
