@@ -200,7 +200,7 @@ REPLIES: list[tuple[str, type[OrkiError], type[OrkiError]]] = [
     ("ERR unknown command 'XAD'", EventsRefused, LocalProtocolError),
     ("ERR Protocol error", EventsRefused, LocalProtocolError),
     ("WRONGTYPE Operation against a key", EventsRefused, LocalProtocolError),
-    ("MOVED 3999 127.0.0.1:6381", EventsRefused, LocalProtocolError),
+    ("MOVED 3999 127.0.0.1:6381", EventsRefused, StoreUnavailable),
     ("something without a code", EventsRefused, LocalProtocolError),
     ("", EventsRefused, LocalProtocolError),
     ("NOSCRIPT No matching script.", ScriptMissing, ScriptMissing),

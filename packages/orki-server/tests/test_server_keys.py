@@ -18,7 +18,9 @@ SHARD = ShardKeys(7)
 TASK = "t7-01jcabcdefghjkmnpqrstvwxyz"
 LUA = "\n".join(
     (files("orki_server._store") / "lua" / f"{name}.lua").read_text(encoding="utf-8")
-    for name in ("placement", "batch", "life", "pause", "lanes", "wake", "operations", "suspension", "dispatch")
+    for name in (
+        *("placement", "batch", "life", "pause", "lanes", "wake", "operations", "suspension", "family", "dispatch"),
+    )
 )
 
 

@@ -18,6 +18,7 @@ from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import new_span
 from orki_control.session import AttemptKey
 from orki_server._events import Outbox, _records, audit_event, task_event
+from orki_server._explain import read_waits
 from orki_server._keys import STATE_FIELDS, ShardKeys, pack, unpack
 from orki_server._store import operations
 from orki_server._store.batcher import _EVENT_KEYS, shard_script
@@ -191,6 +192,7 @@ CASES: list[tuple[Callable[[Store], Awaitable[AttemptKey]], Callable[[AttemptKey
     (elsewhere, lambda key: post("o2", Mail(kind=MailKind.DIRECT, attempt=key, agent_id="a1", payload=b"p"))),
     (mailed, lambda key: read_mail(0)),
     (queued, lambda key: queue_lengths(0, [METHOD.full_name])),
+    (running, lambda key: read_waits(key.task_id)),
 ]
 IDS = [f"{prepare.__name__}-{build(ATTEMPT).op}-{number}" for number, (prepare, build) in enumerate(CASES)]
 
@@ -243,7 +245,7 @@ async def test_an_operation_that_fails_at_any_command_changes_nothing_or_is_comp
     reply, total = apply(0)
     assert reply[:1] != [b"error"]
     complete = content(redis)
-    if operation.op not in ("read", "renew", "queue_lengths"):
+    if operation.op not in ("read", "renew", "queue_lengths", "waits"):
         assert complete != unchanged
     for number in range(1, total + 1):
         reply, _ = apply(number)

@@ -416,6 +416,11 @@ class Client:
                 return
             request.page_token = answer.next_page_token
 
+    async def explain(self, task_id: str) -> pb.ExplainResponse:
+        """Return what a task waits for, and who has its attempt. Raises UnknownTask if it does not exist."""
+        request = pb.ExplainRequest(task_id=task_id)
+        return await self._call(lambda link: link.tasks.Explain(request, timeout=self._timeout))
+
     # --- The fleet. ---
 
     async def list_agents(self) -> Sequence[pb.AgentSnapshot]:

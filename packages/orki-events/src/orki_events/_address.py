@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Final, Literal
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
@@ -78,8 +78,8 @@ _CODES: Final[dict[str, tuple[_Condition, str]]] = {
         _Condition.WRONG_COMMAND,
         "holds a value of another type under this key; use another database or delete the key",
     ),
-    "MOVED": (_Condition.WRONG_COMMAND, "is part of a cluster; redirections are not supported"),
-    "ASK": (_Condition.WRONG_COMMAND, "is part of a cluster; redirections are not supported"),
+    "MOVED": (_Condition.FORBIDDEN, "is part of a cluster (redis+cluster://…) whose other node has this key"),
+    "ASK": (_Condition.FORBIDDEN, "is part of a cluster that is moving this key's slot; wait"),
     "CROSSSLOT": (_Condition.WRONG_COMMAND, "is part of a cluster and has the command's keys in different slots"),
 }
 # Before Redis 7, an error inside a script is an ERR reply that quotes the error of the failed command.
@@ -96,6 +96,8 @@ class Address:
         url: The URL without user, password and TLS options.
         settings: Arguments for redis-py's connection; hidden from `repr` since they hold the password.
         tls: Whether the connection is encrypted.
+        seeds: Host and port of each known node of a cluster, or of each sentinel; empty for a single server.
+        service: Name under which the sentinels watch the server; empty for a cluster and a single server.
     """
 
     role: Role
@@ -103,6 +105,18 @@ class Address:
     url: str
     settings: dict[str, Any] = field(repr=False)
     tls: bool = False
+    seeds: tuple[tuple[str, int], ...] = ()
+    service: str = ""
+
+    @property
+    def is_cluster(self) -> bool:
+        return bool(self.seeds) and not self.service
+
+    def at(self, host: str, port: int) -> Address:
+        """Return the address of one server of several, with the same credentials."""
+        location = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        settings = {**self.settings, "host": host, "port": port}
+        return replace(self, location=location, settings=settings, seeds=(), service="")
 
     @property
     def shown(self) -> str:
@@ -133,6 +147,10 @@ def parse_address(
 ) -> Address:
     """Read `redis://[USER:PASSWORD@]HOST[:PORT][/DB]`, `rediss://…` (TLS) or `unix://[USER:PASSWORD@]/PATH`.
 
+    Several servers are read as `redis+cluster://[USER:PASSWORD@]HOST[:PORT][,HOST[:PORT]…]`, some nodes of a cluster (a
+    store only), and `redis+sentinel://[USER:PASSWORD@]HOST[:PORT][,HOST[:PORT]…]/SERVICE[/DB]`, sentinels, which are
+    asked without a password; or with `rediss+…`.
+
     Options after `?`: `db`, and with `rediss://` `ssl_ca_certs`, `ssl_certfile`, `ssl_keyfile` (paths),
     `ssl_cert_reqs` (none, optional or required) and `ssl_check_hostname` (true or false).
 
@@ -146,9 +164,12 @@ def parse_address(
         InvalidSetting: The URL is malformed or has an unknown option.
     """
     subject = f"the {role}'s URL"
+    if several := re.fullmatch(r"(rediss?)\+(cluster|sentinel)://(?:(.*)@)?([^@/?]*)/?([^?]*)(\?.*)?", url):
+        return _parse_several(subject, role, several.groups(default=""), username, password)
     if not url.startswith(("redis://", "rediss://", "unix://")):
         raise errors.InvalidSetting(
-            f"{subject} must begin with redis://, rediss:// or unix:// (as in redis://127.0.0.1:6379/0)"
+            f"{subject} must begin with redis://, rediss:// or unix:// (as in redis://127.0.0.1:6379/0), or with "
+            "redis+cluster:// or redis+sentinel:// for several servers"
         )
     if re.search(r"[\x00-\x20\x7f]", url):
         raise errors.InvalidSetting(f"{subject} contains a space or a control character; percent-encode it")
@@ -185,6 +206,43 @@ def parse_address(
     settings["username"] = username if username is not None else unquote(split.username or "") or None
     settings["password"] = password if password is not None else unquote(split.password or "") or None
     return Address(role, location, public, settings, split.scheme == "rediss")
+
+
+def _parse_several(
+    subject: str, role: Role, parts: tuple[str | Any, ...], username: str | None, password: str | None
+) -> Address:
+    """Return the address of a cluster or of the server behind sentinels, from the parts of its URL."""
+    scheme, kind, user, hosts, path, options = parts
+    service, database = "", path
+    if kind == "sentinel":
+        service, _, database = path.partition("/")
+        if not re.fullmatch(r"[\w.-]+", service):
+            raise errors.InvalidSetting(f"{subject} must name the service, as in redis+sentinel://HOST:26379/SERVICE")
+    elif role != "store":
+        raise errors.InvalidSetting(
+            f"{subject} names a cluster, and the event plane needs a single server: give it one with --events or "
+            "ORKI_EVENTS_URL"
+        )
+    default = "26379" if service else str(_DEFAULT_PORT)
+    members = [
+        parse_address(f"{scheme}://{host if re.search(r':[0-9]+$', host) else f'{host}:{default}'}", role=role)
+        for host in hosts.split(",")
+    ]
+    login = f"{user}@" if user else ""
+    place = f"{scheme}://{login}{members[0].location}/{database}{options}"
+    first = parse_address(place, role=role, username=username, password=password)
+    if first.settings.get("db", 0) and not service:
+        raise errors.InvalidSetting(f"{subject} names a database, and a cluster has only database 0")
+    location = ",".join(member.location for member in members)
+    public = f"{scheme}+{kind}://{location}" + (f"/{service}" if service else "")
+    public += f"/{first.settings['db']}" if service and "db" in first.settings else ""
+    return replace(
+        first,
+        location=f"{service}@{location}" if service else location,
+        url=public,
+        seeds=tuple((member.settings["host"], member.settings["port"]) for member in members),
+        service=service,
+    )
 
 
 def _options(subject: str, scheme: str, query: dict[str, str]) -> dict[str, Any]:

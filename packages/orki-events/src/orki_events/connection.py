@@ -36,6 +36,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import hiredis
@@ -47,6 +48,8 @@ Command = Sequence[bytes | str | int]
 """Name and arguments of one command."""
 Reply = Any
 """A reply as RESP2 delivers it: bytes, int, list or None; an OrkiError instead of an error reply."""
+_SLOWEST_LINK = 1 << 20
+"""Bytes a second that a link carries at least."""
 _pack: Callable[[tuple[bytes | str | int, ...]], bytes] = cast(Any, hiredis).pack_command
 
 
@@ -80,6 +83,7 @@ class Connection:
     Attributes:
         address: The server.
         answer_timeout: Default time limit of one exchange.
+        opened: How often it was opened.
         client_id: The server's number for this connection, for `CLIENT UNBLOCK`; None until `fetch_client_id`.
     """
 
@@ -97,18 +101,21 @@ class Connection:
         self._name = "".join(letter if "!" <= letter <= "~" else "-" for letter in name)
         self._connect_timeout = connect_timeout
         self._open: Any = None
+        self._deadline: asyncio.Timeout | None = None
+        self.opened = 0
         # Whether every command that was sent has been answered.
         self._synchronized = True
         self._lock = asyncio.Lock()
         self.client_id: int | None = None
         self._ended = False
 
-    async def pipeline(self, *commands: Command, timeout: float | None = None) -> list[Reply]:
+    async def pipeline(self, *commands: Command, timeout: float | None = None, same: int | None = None) -> list[Reply]:
         """Send commands in one pipeline.
 
         Args:
             commands: The commands, in their order.
-            timeout: Time limit for all replies; the default is `answer_timeout`.
+            timeout: Time without any progress after which the exchange fails; the default is `answer_timeout`.
+            same: Value of `opened` that the connection must still have: the exchange fails rather than to open another.
 
         Returns:
             One reply for each command; an error reply is an OrkiError in its position.
@@ -118,7 +125,8 @@ class Connection:
                 unknown.
             OrkiError: The server refused the connection.
         """
-        return await self.exchange(b"".join(map(_pack, map(tuple, commands))), len(commands), timeout=timeout)
+        packed = b"".join(map(_pack, map(tuple, commands)))
+        return await self.exchange(packed, len(commands), timeout=timeout, same=same)
 
     async def execute(self, command: Command, *, timeout: float | None = None) -> Reply:
         """Send one command and return its reply; raise it if it is an error. See `pipeline` for other errors."""
@@ -153,22 +161,27 @@ class Connection:
             raise type(error)(f"{error.message}; {hint}") from error
         return await self.execute(command)
 
-    async def exchange(self, packed: bytes, count: int, *, timeout: float | None = None) -> list[Reply]:
+    async def exchange(
+        self, packed: bytes, count: int, *, timeout: float | None = None, same: int | None = None
+    ) -> list[Reply]:
         """Send `count` commands that are already encoded and return their replies, as `pipeline` does."""
         limit = self.answer_timeout if timeout is None else timeout
         async with self._lock:
             if self._ended:
                 raise LocalProtocolError(f"the connection to {self.address.shown} was ended by this process")
-            await self._connect()
+            await self._connect(same)
             self._synchronized = False
+            # The commands get the time that a slow link takes for them, and replies as long as they arrive.
+            sending = len(packed) / _SLOWEST_LINK
             try:
-                async with asyncio.timeout(limit):
+                async with asyncio.timeout(limit + sending) as self._deadline:
                     replies = await self._replies(packed, count)
                 self._synchronized = True
                 return replies
             except TimeoutError as error:
-                raise self.address.unavailable(f"no reply within {limit:g} s") from error
+                raise self.address.unavailable(f"no reply within {round(limit + sending, 2):g} s") from error
             finally:
+                self._deadline = None
                 # After an incomplete exchange, the remaining replies would answer the next one.
                 if not self._synchronized:
                     await self._drop()
@@ -230,6 +243,10 @@ class Connection:
         async with self._lock:
             await self._drop()
 
+    async def abort(self) -> None:
+        """Close the connection at once: the current exchange fails."""
+        await self._drop()
+
     async def end(self) -> None:
         """Close the connection for good: the current exchange and all later ones fail."""
         self._ended = True
@@ -241,16 +258,29 @@ class Connection:
         async with self._lock:
             await self._drop(wait=True)
 
-    async def _connect(self) -> None:
+    def _bytes_arrived(self, feed: Callable[[bytes], None], limit: float, piece: bytes) -> None:
+        feed(piece)
+        if self._deadline is not None and (due := self._deadline.when()) is not None:
+            extended = asyncio.get_running_loop().time() + limit
+            # Rearmed only now and then: most replies arrive in one piece.
+            if extended > due + limit / 10:
+                self._deadline.reschedule(extended)
+
+    async def _connect(self, same: int | None = None) -> None:
         """Connect and authenticate, unless an open connection is usable."""
         redis = _redis_py()
+        if same not in (None, self.opened):
+            raise self.address.unavailable("the connection was closed")
         if self._open is not None:
             with contextlib.suppress(redis.RedisError, OSError):
                 # Between exchanges, only the connection's end can arrive.
                 if not await self._open.can_read():
                     return
             await self._drop()
-        settings = dict(self.address.settings)
+        if same is not None:
+            raise self.address.unavailable("the connection was closed")
+        address = await self._primary() if self.address.service else self.address
+        settings = dict(address.settings)
         kind = redis.asyncio.SSLConnection if self.address.tls else redis.asyncio.Connection
         if "path" in settings:
             kind = redis.asyncio.UnixDomainSocketConnection
@@ -270,7 +300,12 @@ class Connection:
         try:
             async with asyncio.timeout(self._connect_timeout):
                 await connection.connect()
+                if self.address.service:
+                    await self._check_role(connection)
+            reader = connection._reader
+            reader.feed_data = partial(self._bytes_arrived, reader.feed_data, self.answer_timeout)
             self._open = connection
+            self.opened += 1
         except TimeoutError as error:
             raise self.address.unavailable(f"no connection within {self._connect_timeout:g} s") from error
         except (redis.RedisError, OSError) as error:
@@ -278,6 +313,33 @@ class Connection:
         finally:
             if self._open is None:
                 await connection.disconnect(nowait=True)
+
+    async def _primary(self) -> Address:
+        """Return the server that the sentinels watch: of their answers the one of the latest failover."""
+
+        async def ask(host: str, port: int) -> tuple[int, str, int]:
+            bare = self.address.at(host, port)
+            bare.settings.update(username=None, password=None, db=0)
+            link = Connection(bare, name=self._name, connect_timeout=self._connect_timeout, answer_timeout=1.0)
+            try:
+                reply = await link.execute((b"SENTINEL", b"MASTER", self.address.service))
+            finally:
+                await link.close()
+            fields = dict(zip(reply[::2], reply[1::2], strict=True))
+            return int(fields[b"config-epoch"]), fields[b"ip"].decode(), int(fields[b"port"])
+
+        answers = await asyncio.gather(*(ask(*seed) for seed in self.address.seeds), return_exceptions=True)
+        known = [answer for answer in answers if not isinstance(answer, BaseException)]
+        if not known:
+            raise self.address.unavailable(f"no sentinel answers for it: {answers[0]}")
+        _, host, port = max(known)
+        return self.address.at(host, port)
+
+    async def _check_role(self, connection: Any) -> None:
+        await connection.send_command("ROLE")
+        role = await connection.read_response(disable_decoding=True)
+        if role[0] != b"master":
+            raise OSError("the sentinels still name a server that is a replica")
 
     def _failure(self, error: Exception) -> OrkiError:
         """Return the error for a connection that failed or was refused."""

@@ -23,7 +23,7 @@ from orki_server._pauses import Pauses
 from orki_server._registry import ContractRegistry
 from orki_server._session import AgentSession, SessionRegistry
 from orki_server._store.contracts import Contracts
-from orki_server._store.fleet import Fleet, SessionGrant
+from orki_server._store.fleet import AgentContracts, Fleet, SessionGrant
 from orki_server._store.limits import check_limit, read_limits, set_limit
 from orki_server._store.operations import ResumedAttempt, resume, shard_of
 from orki_server._store.store import Store
@@ -231,15 +231,7 @@ class FleetServicer(FleetServiceServicer):
 
     async def _agents(self) -> list[pb.AgentSnapshot]:
         agents = []
-        silent_since_us = (time.time() - self._silence_timeout) * 1_000_000
-        for each in await self._fleet.agents():
-            agent = each.agent
-            session = self._sessions.get(agent.agent_id)
-            if session is not None:
-                agent = session.snapshot()
-            elif agent.connected and agent.last_heartbeat_us < silent_since_us:
-                # Its orchestrator may have died. Whether the agent finished draining is unknown.
-                agent.connected = agent.draining = False
+        for agent in [each.agent for each in await self.agents_now()]:
             readable = [caller().may(Action.READ, service) for service in agent.services]
             if not all(readable):
                 # Their attempts may belong to any of their services.
@@ -247,6 +239,25 @@ class FleetServicer(FleetServiceServicer):
             if any(readable) or not readable:
                 agents.append(agent)
         return agents
+
+    async def agents_now(self) -> list[AgentContracts]:
+        """Return the agents, by id: those with a session here as they are now, others as the store last heard of them.
+
+        Raises:
+            StoreUnavailable: The store is down.
+        """
+        found = []
+        silent_since_us = (time.time() - self._silence_timeout) * 1_000_000
+        for each in await self._fleet.agents():
+            agent = each.agent
+            session = self._sessions.get(agent.agent_id)
+            if session is not None:
+                each = AgentContracts(session.snapshot(), session.digests)
+            elif agent.connected and agent.last_heartbeat_us < silent_since_us:
+                # Its orchestrator may have died. Whether the agent finished draining is unknown.
+                agent.connected = agent.draining = False
+            found.append(each)
+        return found
 
     @typed
     async def ListServices(self, request: pb.ListServicesRequest, context: Context) -> pb.ListServicesResponse:

@@ -33,6 +33,8 @@ from orki_events import EventOptions, Events, connect
 from orki_server._connections import Connections, connection_limits
 from orki_server._dispatch import Dispatcher, Sweeper
 from orki_server._events import AgentEvents, OutboxPublisher
+from orki_server._explain import Explainer
+from orki_server._families import Families
 from orki_server._files import WatchedFiles, server_credentials, watch_certificates, watch_files
 from orki_server._fleet import FleetServicer, FleetUpdates, Handshake
 from orki_server._identity import Gate
@@ -81,6 +83,7 @@ class Orchestrator:
             shards=options.shards,
             retention=options.retention,
             caller=options.orchestrator_id,
+            durability=options.store_durability,
         )
         self._events: Events = connect(
             options.events_at,
@@ -140,6 +143,7 @@ class Orchestrator:
         )
         demand = self._dispatcher.demand
         self._relay = Relay(store, sessions, self._registry)
+        self._families = Families(store, sessions, watchers.changed)
         self._sweeper = Sweeper(
             store,
             sessions,
@@ -148,6 +152,7 @@ class Orchestrator:
             on_queued=demand.queued,
             on_change=watchers.changed,
             on_mail=self._relay.has_mail,
+            on_orphans=self._families.has_orphans,
         )
         session_options = OrchestratorSessionOptions(
             orchestrator_id=options.orchestrator_id,
@@ -169,6 +174,7 @@ class Orchestrator:
             RequestRules(options.max_payload_bytes),
             demand.queued,
             self._relay,
+            Explainer(store, self._registry, lambda: self._fleet.agents_now()),
         )
         self._results = watchers.results
         self._submitter_sessions = SubmitterServicer(
@@ -242,6 +248,7 @@ class Orchestrator:
             ("dispatcher", self._dispatcher.run()),
             ("sweeper", self._sweeper.run()),
             ("outbox publisher", self._outbox.run()),
+            ("families", self._families.run()),
             ("fleet updates", self._updates.run()),
             ("unanswered offers", self._unanswered.run()),
             ("contract registry", self._registry.run()),

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from orki_contract.errors import InvalidSetting
 from orki_control.transport import is_loopback
 from orki_events.connection import Address, parse_address
+from orki_server._store.server import Durability
 
 TABLE: Final = "orchestrator"
 """Name of the table in the configuration file."""
@@ -41,6 +42,8 @@ class OrchestratorOptions:
         listen: HOST:PORT for agents and submitters; port 0 takes a free one. Beyond loopback it needs TLS and identity.
         redis_url: URL of the Redis or Valkey server with the store.
         events_url: URL of the server with the event plane; empty for `redis_url`.
+        durability: What acknowledged submissions and results survive: `memory`, `fsync` (on the store's disk), or
+            `replicas:N` (on N replicas).
         orchestrator_id: Name of this run of this process.
         shards: Number of shards of the store; fixed when it is first used.
         heartbeat_interval: Time between heartbeats; after three missed ones a peer counts as disconnected.
@@ -66,6 +69,7 @@ class OrchestratorOptions:
     listen: str = "127.0.0.1:50051"
     redis_url: str = "redis://127.0.0.1:6379/0"
     events_url: str = ""
+    durability: str = "memory"
     orchestrator_id: str = field(default_factory=default_orchestrator_id)
     shards: int = 8
     heartbeat_interval: float = 2.0
@@ -89,7 +93,7 @@ class OrchestratorOptions:
 
     def __post_init__(self) -> None:
         self._check_identity()
-        _ = self.store_address, self.events_address
+        _ = self.store_address, self.events_address, self.store_durability
         if not _NAME.match(self.orchestrator_id):
             raise InvalidSetting(
                 f"orchestrator_id {self.orchestrator_id!r}: use 1 to 200 letters, digits, `-`, `_`, `.` or `@`"
@@ -137,6 +141,10 @@ class OrchestratorOptions:
     @property
     def store_address(self) -> Address:
         return parse_address(self.redis_url, role="store")
+
+    @property
+    def store_durability(self) -> Durability:
+        return Durability.parse(self.durability)
 
     @property
     def events_address(self) -> Address:

@@ -24,6 +24,7 @@ from orki_contract.errors import (
 from orki_control.session import AttemptKey
 from orki_server._answers import SuspendedTasks
 from orki_server._calls import Context, actor_of, readable, typed, typed_stream
+from orki_server._explain import Explainer, read_waits
 from orki_server._gaps import GapFinder
 from orki_server._identity import Action, caller
 from orki_server._registry import ContractRegistry, PayloadCheck
@@ -268,8 +269,10 @@ class TaskServicer(SuspendedTasks):
         rules: RequestRules,
         on_queued: Callable[[int, str], None],
         relay: Relay,
+        explainer: Explainer,
     ) -> None:
         self._relay = relay
+        self._explainer = explainer
         self._store = store
         self._registry = registry
         self._payloads = payloads
@@ -277,7 +280,7 @@ class TaskServicer(SuspendedTasks):
         self._watchers = watchers
         self._rules = rules
         self._on_queued = on_queued
-        self.submissions = Submissions(store.shards, registry, payloads, rules.submission, self._created)
+        self.submissions = Submissions(store.shards, registry, payloads, rules.submission, self._created, store.apply)
         self.draining = False
 
     def _created(self, task_id: str, shard: int, method: str) -> None:
@@ -315,6 +318,7 @@ class TaskServicer(SuspendedTasks):
             raise Draining("this orchestrator is stopping; submit again in a moment")
         method = await self.submissions.check(submission)
         pending = self.submissions.pending(submission, method, actor)
+        await self.submissions.prepare(pending)
         submitted = await self._store.apply(pending.operation)
         return self.submissions.accepted(pending, submitted) or readable(await self.read(submitted.task_id))
 
@@ -388,6 +392,15 @@ class TaskServicer(SuspendedTasks):
         tasks, token = await list_tasks(self._store, which, page_size, request.page_token)
         tasks = [task for task in tasks if caller().may(Action.READ, task.method)]
         return pb.ListResponse(tasks=tasks, next_page_token=token)
+
+    @typed
+    async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
+        view, waits = await asyncio.gather(
+            self._view(request.task_id, Action.READ), self._store.apply(read_waits(request.task_id))
+        )
+        if waits is None:
+            raise UnknownTask(f"there is no task {request.task_id}")
+        return await self._explainer.explain(view.task, waits)
 
     async def read(self, task_id: str, action: Action | None = None) -> pb.TaskSnapshot:
         """Read a task.

@@ -53,8 +53,11 @@ class Wakeups:
         self._store = store
         self._announced = announced
         self._arriving = False
-        self._connection = Connection(
-            store.connection.address,
+        self._connection = self._connect()
+
+    def _connect(self) -> Connection:
+        return Connection(
+            self._store.connection.announcing,
             name="orki-store-wakeups",
             connect_timeout=_CONNECT_TIMEOUT,
             answer_timeout=_SILENCE,
@@ -71,6 +74,9 @@ class Wakeups:
         try:
             while True:
                 await self._store.connection.up.wait()
+                if self._connection.address != self._store.connection.announcing:
+                    await self._connection.close()
+                    self._connection = self._connect()
                 try:
                     await self._connection.subscribe(
                         self._store.channel, self._opened, self._received, silence=_SILENCE

@@ -113,6 +113,21 @@ async def test_a_bad_placement_is_wrong_usage(fleet: Any, orki: Any, at: Any, ar
     assert (ended.code, ended.out) == (2, "")
 
 
+async def test_explain_shows_what_a_task_waits_for(
+    orchestrator: Any, stand_in: Callable[..., Any], orki: Any, redis_url: str
+) -> None:
+    at = {"ORKI_ORCHESTRATOR": orchestrator.address, "COLUMNS": "120", "ORKI_REDIS_URL": redis_url}
+    agent = stand_in(orchestrator.address)
+    await agent.ready()
+    await orki("pause", SERVICE, **at)
+    task_id = (await orki("submit", "Do", "{}", "--no-wait", **at)).out.split()[0]
+    (row,) = json.loads((await orki("explain", task_id, "--json", **at)).out)
+    assert (row["cause"], row["agent_id"], row["until"]) == ("paused", "", None)
+    assert "is paused" in (await orki("explain", task_id, **at)).out
+    unknown = await orki("explain", "t0-" + "0" * 26, **at)
+    assert (unknown.code, unknown.out) == (1, "")
+
+
 async def test_the_commands_show_a_pause(
     orchestrator: Any, stand_in: Callable[..., Any], orki: Any, redis_url: str
 ) -> None:

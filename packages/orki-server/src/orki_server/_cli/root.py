@@ -23,6 +23,7 @@ _COMMANDS: Final = {
     "cancel": ("tasks", "Request cancellation of a task."),
     "contract": ("contract", "List, register and withdraw contracts."),
     "doctor": ("doctor", "Check the fleet's health and suggest next steps."),
+    "explain": ("tasks", "Show what a task waits for."),
     "limit": ("limit", "Declare and list limits by key."),
     "observe": ("observe", "Run an observer: metrics, audit or feed."),
     "pause": ("pause", "Stop the offers of a service; its tasks wait."),

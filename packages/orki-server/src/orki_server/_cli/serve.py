@@ -19,6 +19,7 @@ _SETTINGS: Final = (
     ("listen", "HOST:PORT", "Address for agents and submitters; port 0 chooses a free one."),
     ("redis_url", "URL", "Redis or Valkey for the store; put a password in ORKI_REDIS_URL or the file."),
     ("events_url", "URL", "Redis for the event plane; by default, the store's."),
+    ("durability", "LEVEL", "What acknowledged work survives: memory, fsync, or replicas:N."),
     ("orchestrator_id", "NAME", "Name of this process; by default, a new one at each start."),
     ("shards", "N", "Number of shards of the store; fixed when the store is created."),
     ("heartbeat_interval_ms", "MS", "Time between heartbeats; after three missed ones an agent is lost."),

@@ -1,4 +1,4 @@
-"""`orki tasks`, `orki agents` and `orki cancel`: the tasks and agents that the orchestrator knows."""
+"""`orki tasks`, `orki agents`, `orki explain` and `orki cancel`: the tasks and agents that the orchestrator knows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from orki.control.v1.attempt_pb2 import Failure, TaskState
-from orki.control.v1.task_pb2 import AgentSnapshot, Suspension, TaskSnapshot
+from orki.control.v1.task_pb2 import AgentSnapshot, Cause, Explanation, Suspension, TaskSnapshot
 from orki_contract.trace import parse_traceparent
 from orki_server._cli.formats import Columns, age, duration, print_json, print_rows, print_table, size
 from orki_server._cli.options import (
@@ -280,6 +280,39 @@ def _agent_row(agent: AgentSnapshot) -> tuple[str, ...]:
         duration(agent.loop_lag_us),
         size(agent.memory_bytes),
     )
+
+
+_CAUSE_COLUMNS: Final = Columns(("CAUSE", "AGENT", "ORCHESTRATOR", "DETAIL"), uncut={"CAUSE"}, wraps={"DETAIL"})
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  orki explain TASK
+  orki explain TASK --json | jq -r '.[].cause'
+""",
+)
+@click.argument("task_id", metavar="TASK")
+@json_option
+@with_orchestrator
+@run_async
+async def explain(task_id: str, as_json: bool, orchestrator: str, insecure: bool) -> None:
+    """Show what a task waits for, and which agent has it."""
+    async with open_client(orchestrator, insecure) as client:
+        found = [_explanation_json(each) for each in (await client.explain(task_id)).explanations]
+    rows = [tuple(each[name] or "-" for name in ("cause", "agent_id", "orchestrator_id", "detail")) for each in found]
+    print_rows(as_json, found, _CAUSE_COLUMNS, rows, empty="nothing is known about the task")
+
+
+def _explanation_json(explanation: Explanation) -> dict[str, Any]:
+    known = explanation.cause in Cause.values()
+    return {
+        "cause": Cause.Name(explanation.cause).removeprefix("CAUSE_").lower() if known else str(explanation.cause),
+        "agent_id": explanation.agent_id,
+        "orchestrator_id": explanation.orchestrator_id,
+        "until": time_or_none(explanation.until_us),
+        "detail": explanation.detail,
+    }
 
 
 @click.command(

@@ -2,16 +2,20 @@
 
 Operations that arrive during one round trip are sent together in the next. A round trip carries one script call for
 each shard that has operations. There is one round trip at a time, so operations apply in the order of their arrival.
+Large operations are the exception: they have a connection and a queue of their own, with all later operations of their
+tasks, and do not delay others.
+
+The outcomes of requests and results are given when they are durable. The next batches do not wait for that.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from typing import Any, Final, TypeVar
 
@@ -24,18 +28,26 @@ from orki_events.entries import stream_keys
 from orki_server._keys import EPOCH_STEP, ShardKeys, lua_names
 from orki_server._store.connection import StoreConnection
 from orki_server._store.event_tags import lua_tags
-from orki_server._store.lifecycle import lua_moves
+from orki_server._store.lifecycle import TERMINAL, lua_moves
 from orki_server._store.operations import MAX_OFFERS, Argument, Operation
+from orki_server._store.replies import TaskView
 
 R = TypeVar("R")
 
 _BATCH_OPERATIONS: Final = 256
 """Maximum number of operations in one round trip; limits how long a script blocks the server."""
 _BATCH_BYTES: Final = 8 << 20
+_BULK_BYTES: Final = 256 << 10
+"""Size of an operation from which it is sent apart from others."""
+_ACKNOWLEDGED: Final = frozenset(
+    {"submit", "cancel", "direct", "succeed", "fail", "cancelled", "checkpoint", "suspend", "answer", "pause"}
+)
+"""Operations whose outcome must be durable."""
 _WAITING: Final = 100_000
 """Maximum number of operations in memory."""
 _PARTS: Final = (
-    *("events", "placement", "batch", "life", "pause", "lanes", "wake", "operations", "suspension", "dispatch"),
+    *("events", "placement", "batch", "life", "pause", "lanes", "wake", "operations", "suspension", "family"),
+    "dispatch",
 )
 _REASONS: Final = (
     *("CANCELLED", "TOTAL_TIMEOUT", "OFFER_TIMEOUT", "ATTEMPT_TIMEOUT", "LEASE_EXPIRED", "STALLED", "ABANDONED"),
@@ -74,24 +86,32 @@ class Batcher:
         self._prefixes = [ShardKeys(shard).base for shard in range(shards)]
         self._waiting: deque[_Entry] = deque()
         self._wake = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._bulk: deque[_Entry] = deque()
+        self._bulk_wake = asyncio.Event()
+        # Number of operations of each task that wait in the bulk queue or are on their way from it.
+        self._bulk_tasks: Counter[Argument] = Counter()
+        self._tasks: list[asyncio.Task[None]] = []
         connection.on_change(self._connection_changed)
 
     def start(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._run(), name="orki store operations")
+        loop = asyncio.get_running_loop()
+        self._tasks = [
+            loop.create_task(self._run(), name="orki store operations"),
+            loop.create_task(self._run_bulk(), name="orki store bulk operations"),
+        ]
 
     async def close(self) -> None:
         """Stop. Operations that still wait fail with StoreUnavailable."""
-        if self._task:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-        self._fail(list(self._waiting), StoreUnavailable("the orchestrator is stopping"))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._fail([*self._bulk, *self._waiting], StoreUnavailable("the orchestrator is stopping"))
         self._waiting.clear()
+        self._bulk.clear()
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._bulk)
 
     def apply(self, operation: Operation[R]) -> asyncio.Future[R]:
         """Enqueue an operation. The future gets its outcome, or an error: DamagedRecord (a record cannot be read),
@@ -121,42 +141,72 @@ class Batcher:
                 self._wake.clear()
                 await self._wake.wait()
             await self._connection.up.wait()
-            batch = self._take()
-            if not batch:
-                continue
-            try:
+            if batch := self._take():
                 await self._send(batch)
-            except OrkiError as error:
-                self._return(batch, error)
-            except Exception as error:
-                _log.exception("a batch of operations failed: a defect; the next one follows")
-                self._fail(batch, LocalProtocolError(f"a batch of operations failed: {type(error).__name__}"))
+
+    async def _run_bulk(self) -> None:
+        while True:
+            if not self._bulk:
+                self._bulk_wake.clear()
+                await self._bulk_wake.wait()
+            await self._connection.up.wait()
+            if not self._bulk:
+                continue
+            entry = self._bulk.popleft()
+            await self._send([entry], bulk=True)
+            self._leave_bulk([entry])
+
+    def _leave_bulk(self, entries: Iterable[_Entry]) -> None:
+        for entry in entries:
+            task = entry.operation.arguments[0]
+            self._bulk_tasks[task] -= 1
+            if not self._bulk_tasks[task]:
+                del self._bulk_tasks[task]
 
     def _take(self) -> list[_Entry]:
         batch: list[_Entry] = []
         size = 0
         while self._waiting and len(batch) < _BATCH_OPERATIONS and (size < _BATCH_BYTES or not batch):
+            entry = self._waiting[0]
+            if entry.size >= _BULK_BYTES or (self._bulk_tasks and entry.operation.arguments[0] in self._bulk_tasks):
+                if batch:
+                    break  # Earlier operations of its task come first.
+                self._put_in_bulk(self._waiting.popleft())
+                continue
             batch.append(self._waiting.popleft())
-            size += batch[-1].size
+            size += entry.size
         return batch
 
-    async def _send(self, batch: Iterable[_Entry]) -> None:
+    def _put_in_bulk(self, entry: _Entry) -> None:
+        self._bulk_tasks[entry.operation.arguments[0]] += 1
+        self._bulk.append(entry)
+        self._bulk_wake.set()
+
+    async def _send(self, batch: list[_Entry], *, bulk: bool = False) -> None:
+        try:
+            await self._send_shards(batch, bulk)
+        except OrkiError as error:
+            self._return(batch, error)
+        except Exception as error:
+            _log.exception("a batch of operations failed: a defect; the next one follows")
+            self._fail(batch, LocalProtocolError(f"a batch of operations failed: {type(error).__name__}"))
+
+    async def _send_shards(self, batch: Iterable[_Entry], bulk: bool) -> None:
         shards: dict[int, list[_Entry]] = {}
         for entry in batch:
             shards.setdefault(entry.operation.shard, []).append(entry)
         commands = [self._command(shard, entries) for shard, entries in shards.items()]
-        replies = await self._connection.operate(commands)
-        if missing := [position for position, reply in enumerate(replies) if isinstance(reply, ScriptMissing)]:
-            # Only these are sent again: the others were applied.
-            load = ("SCRIPT", "LOAD", self._script.text)
-            _, *again = await self._connection.operate([load, *(commands[position] for position in missing)])
-            for position, reply in zip(missing, again, strict=True):
-                replies[position] = reply
-        for entries, reply in zip(shards.values(), replies, strict=True):
-            if isinstance(reply, OrkiError):
-                self._return(entries, self._connection.failed(reply))
+        calls = await self._connection.operate(commands, bulk=bulk)
+        if missing := [position for position, call in enumerate(calls) if isinstance(call.reply, ScriptMissing)]:
+            # Only these are sent again: the others were applied. EVAL also loads the script.
+            whole = [["EVAL", self._script.text, *commands[position][2:]] for position in missing]
+            for position, call in zip(missing, await self._connection.operate(whole, bulk=bulk), strict=True):
+                calls[position] = call
+        for entries, call in zip(shards.values(), calls, strict=True):
+            if isinstance(call.reply, OrkiError):
+                self._return(entries, call.reply)
             else:
-                self._resolve(entries, reply)
+                self._resolve(entries, call.reply, call.settle)
 
     def _command(self, shard: int, entries: Iterable[_Entry]) -> list[Argument]:
         keys, limits = [self._prefixes[shard]], ""
@@ -168,15 +218,35 @@ class Batcher:
             command += (entry.operation.op, len(arguments), *arguments)
         return command
 
-    def _resolve(self, entries: list[_Entry], replies: list[list[bytes]]) -> None:
+    def _resolve(
+        self, entries: list[_Entry], replies: list[list[bytes]], settle: Callable[[], asyncio.Future[None]]
+    ) -> None:
+        unsettled: list[tuple[_Entry, Any]] = []
         for entry, reply in zip(entries, replies, strict=True):
             if reply and reply[0] == b"error":
                 self._return([entry], self._error(entry.operation, reply[1].decode(errors="replace")))
             elif not entry.outcome.done():
                 try:
-                    entry.outcome.set_result(entry.operation.outcome(reply))
+                    outcome = entry.operation.outcome(reply)
                 except (ValueError, KeyError, TypeError) as error:
                     self._fail([entry], self._damage(entry.operation, f"{type(error).__name__}: {error}"))
+                    continue
+                if self._connection.durability.waits and _must_be_durable(entry.operation, outcome):
+                    unsettled.append((entry, outcome))
+                else:
+                    entry.outcome.set_result(outcome)
+        if unsettled:
+            settle().add_done_callback(partial(self._settled, unsettled))
+
+    def _settled(self, unsettled: list[tuple[_Entry, Any]], settled: asyncio.Future[None]) -> None:
+        error = settled.exception()
+        if isinstance(error, OrkiError):
+            self._return([entry for entry, _ in unsettled], self._connection.failed(error))
+            self._wake.set()
+            return
+        for entry, outcome in unsettled:
+            if not entry.outcome.done():
+                entry.outcome.set_result(outcome)
 
     def _error(self, operation: Operation[Any], text: str) -> OrkiError:
         if "DAMAGED " in text or "WRONGTYPE " in text:
@@ -205,10 +275,21 @@ class Batcher:
 
     def _connection_changed(self, up: bool) -> None:
         if not up:
+            # They are older than what waits for the same tasks.
+            self._waiting.extendleft(reversed(self._bulk))
+            self._leave_bulk(self._bulk)
+            self._bulk.clear()
             impatient = [entry for entry in self._waiting if not entry.operation.patient]
             self._waiting = deque(entry for entry in self._waiting if entry.operation.patient)
             self._fail(impatient, self._connection.cause)
         self._wake.set()
+
+
+def _must_be_durable(operation: Operation[Any], outcome: object) -> bool:
+    """Whether an outcome waits for durability: acknowledgements do, and the end of a task that is read."""
+    if isinstance(outcome, TaskView):
+        return outcome.task.state in TERMINAL
+    return operation.op in _ACKNOWLEDGED
 
 
 def shard_script(retention: float, channel: str = "") -> Script:

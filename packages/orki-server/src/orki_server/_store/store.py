@@ -16,6 +16,7 @@ from orki_server._keys import LAYOUT_VERSION, FleetKeys
 from orki_server._store.batcher import Batcher, shard_script
 from orki_server._store.connection import StoreConnection
 from orki_server._store.operations import Assigned, Operation, raise_epoch, shard_of
+from orki_server._store.server import MEMORY, Durability
 
 _PROOF_BYTES: Final = 16
 
@@ -31,7 +32,15 @@ class Store:
         apply: Enqueues an operation; see `Batcher.apply`.
     """
 
-    def __init__(self, url: str, *, shards: int = 8, retention: float = 3600.0, caller: str = "store") -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        shards: int = 8,
+        retention: float = 3600.0,
+        caller: str = "store",
+        durability: Durability = MEMORY,
+    ) -> None:
         """Create the store without connecting.
 
         Args:
@@ -39,12 +48,13 @@ class Store:
             shards: Number of shards; fixed when the store is first used.
             retention: Time for which finished tasks are kept.
             caller: Name of the orchestrator. Only the agents that it hears are at fault when their leases expire.
+            durability: What acknowledged operations survive.
 
         Raises:
             InvalidSetting: The URL is malformed.
         """
         self.shards = shards
-        self.connection = StoreConnection(url)
+        self.connection = StoreConnection(url, shards=shards, durability=durability)
         self.caller = caller
         self.channel = FleetKeys.channel(self.connection.address.settings.get("db", 0))
         self._batcher = Batcher(self.connection, shard_script(retention, self.channel), shards, caller)
@@ -61,8 +71,9 @@ class Store:
 
         Raises:
             StoreUnavailable: The server does not answer, or its state forbids writes.
-            InvalidSetting: It holds a store of another layout.
+            InvalidSetting: It holds a store of another layout, or cannot keep the durability.
         """
+        await self.connection.open()
         await self._claim_layout()
         self._batcher.start()
 

@@ -7,6 +7,7 @@ from collections import abc as abc
 from google.protobuf import descriptor as descriptor
 from google.protobuf import message as message
 from google.protobuf.internal import containers as containers
+from google.protobuf.internal import enum_type_wrapper as enum_type_wrapper
 from orki.control.v1 import attempt_pb2 as attempt_pb2
 import builtins as builtins
 import sys
@@ -18,6 +19,73 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: descriptor.FileDescriptor
+
+class _Cause:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CauseEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_Cause.ValueType], builtins.type):
+    DESCRIPTOR: descriptor.EnumDescriptor
+    CAUSE_UNSPECIFIED: _Cause.ValueType  # 0
+    """Not set."""
+    CAUSE_ENDED: _Cause.ValueType  # 1
+    """The task has ended."""
+    CAUSE_NO_AGENT: _Cause.ValueType  # 2
+    """No connected agent serves the service."""
+    CAUSE_CONTRACT_MISMATCH: _Cause.ValueType  # 3
+    """The agent serves the service by a contract that does not declare the method."""
+    CAUSE_NO_FREE_SLOT: _Cause.ValueType  # 4
+    """All slots of the agent are taken, or it drains."""
+    CAUSE_ASSIGNABLE: _Cause.ValueType  # 5
+    """The agent has a free slot; the task is about to be offered."""
+    CAUSE_PAUSED: _Cause.ValueType  # 6
+    """The service or the method is paused."""
+    CAUSE_DELAYED: _Cause.ValueType  # 7
+    """The task waits for its start."""
+    CAUSE_RETRY: _Cause.ValueType  # 8
+    """The task waits for its next attempt."""
+    CAUSE_OFFERED: _Cause.ValueType  # 9
+    """The agent has not answered the offer yet."""
+    CAUSE_LEASE_HELD: _Cause.ValueType  # 10
+    """The agent holds the lease of the attempt."""
+    CAUSE_SUSPENDED: _Cause.ValueType  # 11
+    """The task waits for an answer."""
+    CAUSE_LABELS: _Cause.ValueType  # 12
+    """The agent lacks a label that the task asks for."""
+    CAUSE_LIMIT: _Cause.ValueType  # 13
+    """A limit of the task allows no further attempt now."""
+
+class Cause(_Cause, metaclass=_CauseEnumTypeWrapper):
+    """Why a task is in its state."""
+
+CAUSE_UNSPECIFIED: Cause.ValueType  # 0
+"""Not set."""
+CAUSE_ENDED: Cause.ValueType  # 1
+"""The task has ended."""
+CAUSE_NO_AGENT: Cause.ValueType  # 2
+"""No connected agent serves the service."""
+CAUSE_CONTRACT_MISMATCH: Cause.ValueType  # 3
+"""The agent serves the service by a contract that does not declare the method."""
+CAUSE_NO_FREE_SLOT: Cause.ValueType  # 4
+"""All slots of the agent are taken, or it drains."""
+CAUSE_ASSIGNABLE: Cause.ValueType  # 5
+"""The agent has a free slot; the task is about to be offered."""
+CAUSE_PAUSED: Cause.ValueType  # 6
+"""The service or the method is paused."""
+CAUSE_DELAYED: Cause.ValueType  # 7
+"""The task waits for its start."""
+CAUSE_RETRY: Cause.ValueType  # 8
+"""The task waits for its next attempt."""
+CAUSE_OFFERED: Cause.ValueType  # 9
+"""The agent has not answered the offer yet."""
+CAUSE_LEASE_HELD: Cause.ValueType  # 10
+"""The agent holds the lease of the attempt."""
+CAUSE_SUSPENDED: Cause.ValueType  # 11
+"""The task waits for an answer."""
+CAUSE_LABELS: Cause.ValueType  # 12
+"""The agent lacks a label that the task asks for."""
+CAUSE_LIMIT: Cause.ValueType  # 13
+"""A limit of the task allows no further attempt now."""
 
 @typing.final
 class Submission(message.Message):
@@ -55,6 +123,7 @@ class Submission(message.Message):
     LABELS_FIELD_NUMBER: builtins.int
     LIMITS_FIELD_NUMBER: builtins.int
     FAIRNESS_KEY_FIELD_NUMBER: builtins.int
+    PARENT_FIELD_NUMBER: builtins.int
     method: builtins.str
     """Service and method, as `package.Service/Method`."""
     request: builtins.bytes
@@ -85,6 +154,12 @@ class Submission(message.Message):
         without a declared limit admits everything.
         """
 
+    @builtins.property
+    def parent(self) -> attempt_pb2.AttemptRef:
+        """The attempt whose handler submits the task, if the task ends with its parent: it is cancelled when the attempt's task
+        fails or is cancelled. Refused with REASON_STALE_FENCE unless this attempt runs.
+        """
+
     def __init__(
         self,
         *,
@@ -98,10 +173,11 @@ class Submission(message.Message):
         labels: abc.Mapping[builtins.str, builtins.str] | None = ...,
         limits: abc.Iterable[builtins.str] | None = ...,
         fairness_key: builtins.str = ...,
+        parent: attempt_pb2.AttemptRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "priority", b"priority", "start", b"start", "start_at_us", b"start_at_us"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "parent", b"parent", "priority", b"priority", "start", b"start", "start_at_us", b"start_at_us"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "fairness_key", b"fairness_key", "idempotency_key", b"idempotency_key", "labels", b"labels", "limits", b"limits", "method", b"method", "priority", b"priority", "request", b"request", "start", b"start", "start_at_us", b"start_at_us", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "fairness_key", b"fairness_key", "idempotency_key", b"idempotency_key", "labels", b"labels", "limits", b"limits", "method", b"method", "parent", b"parent", "priority", b"priority", "request", b"request", "start", b"start", "start_at_us", b"start_at_us", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__priority: _TypeAlias = typing.Literal["priority"]  # noqa: Y015
     _WhichOneofArgType__priority: _TypeAlias = typing.Literal["_priority", b"_priority"]  # noqa: Y015
@@ -1143,6 +1219,90 @@ class ListPausesResponse(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["pauses", b"pauses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ExplainRequest(message.Message):
+    """Asks what a task waits for."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: builtins.int
+    task_id: builtins.str
+    """The task."""
+    def __init__(
+        self,
+        *,
+        task_id: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ExplainResponse(message.Message):
+    """What a task waits for."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TASK_FIELD_NUMBER: builtins.int
+    EXPLANATIONS_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def task(self) -> TaskSnapshot:
+        """The current state of the task, without its response."""
+
+    @builtins.property
+    def explanations(self) -> containers.RepeatedCompositeFieldContainer[Explanation]:
+        """One for each cause and agent, at most 20."""
+
+    def __init__(
+        self,
+        *,
+        task: TaskSnapshot | None = ...,
+        explanations: abc.Iterable[Explanation] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["task", b"task"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["explanations", b"explanations", "task", b"task"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Explanation(message.Message):
+    """One cause."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    CAUSE_FIELD_NUMBER: builtins.int
+    AGENT_ID_FIELD_NUMBER: builtins.int
+    ORCHESTRATOR_ID_FIELD_NUMBER: builtins.int
+    UNTIL_US_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
+    cause: Cause.ValueType
+    """The cause."""
+    agent_id: builtins.str
+    """The agent that it is about; empty if it is about none."""
+    orchestrator_id: builtins.str
+    """The orchestrator that has the session of this agent; empty if the agent is not connected."""
+    until_us: builtins.int
+    """Until when it holds at most, in microseconds since the Unix epoch; 0 if that is unknown."""
+    detail: builtins.str
+    """The cause as a sentence."""
+    def __init__(
+        self,
+        *,
+        cause: Cause.ValueType = ...,
+        agent_id: builtins.str = ...,
+        orchestrator_id: builtins.str = ...,
+        until_us: builtins.int = ...,
+        detail: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_id", b"agent_id", "cause", b"cause", "detail", b"detail", "orchestrator_id", b"orchestrator_id", "until_us", b"until_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -70,6 +70,11 @@ class TaskServiceStub(object):
                 request_serializer=orki_dot_control_dot_v1_dot_task__pb2.ListRequest.SerializeToString,
                 response_deserializer=orki_dot_control_dot_v1_dot_task__pb2.ListResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/orki.control.v1.TaskService/Explain',
+                request_serializer=orki_dot_control_dot_v1_dot_task__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=orki_dot_control_dot_v1_dot_task__pb2.ExplainResponse.FromString,
+                _registered_method=True)
 
 
 class TaskServiceServicer(object):
@@ -125,6 +130,13 @@ class TaskServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Explains what a task waits for, and who has its attempt.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TaskServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -162,6 +174,11 @@ def add_TaskServiceServicer_to_server(servicer, server):
                     servicer.List,
                     request_deserializer=orki_dot_control_dot_v1_dot_task__pb2.ListRequest.FromString,
                     response_serializer=orki_dot_control_dot_v1_dot_task__pb2.ListResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=orki_dot_control_dot_v1_dot_task__pb2.ExplainRequest.FromString,
+                    response_serializer=orki_dot_control_dot_v1_dot_task__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -354,6 +371,33 @@ class TaskService(object):
             '/orki.control.v1.TaskService/List',
             orki_dot_control_dot_v1_dot_task__pb2.ListRequest.SerializeToString,
             orki_dot_control_dot_v1_dot_task__pb2.ListResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/orki.control.v1.TaskService/Explain',
+            orki_dot_control_dot_v1_dot_task__pb2.ExplainRequest.SerializeToString,
+            orki_dot_control_dot_v1_dot_task__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

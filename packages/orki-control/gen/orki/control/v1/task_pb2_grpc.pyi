@@ -30,6 +30,8 @@ class TaskServiceStub:
     """Answers a suspended task, which goes on. A repeated answer is harmless."""
     List: aio.UnaryUnaryMultiCallable[task_pb2.ListRequest, task_pb2.ListResponse]
     """Lists tasks, newest first."""
+    Explain: aio.UnaryUnaryMultiCallable[task_pb2.ExplainRequest, task_pb2.ExplainResponse]
+    """Explains what a task waits for, and who has its attempt."""
 
 class TaskServiceServicer(metaclass=abc_1.ABCMeta):
     """Submits, watches and cancels tasks."""
@@ -89,6 +91,14 @@ class TaskServiceServicer(metaclass=abc_1.ABCMeta):
         context: aio.ServicerContext[task_pb2.ListRequest, abc.Awaitable[task_pb2.ListResponse]],
     ) -> abc.Awaitable[task_pb2.ListResponse]:
         """Lists tasks, newest first."""
+
+    @abc_1.abstractmethod
+    def Explain(
+        self,
+        request: task_pb2.ExplainRequest,
+        context: aio.ServicerContext[task_pb2.ExplainRequest, abc.Awaitable[task_pb2.ExplainResponse]],
+    ) -> abc.Awaitable[task_pb2.ExplainResponse]:
+        """Explains what a task waits for, and who has its attempt."""
 
 def add_TaskServiceServicer_to_server(servicer: TaskServiceServicer, server: aio.Server) -> None: ...
 

@@ -87,6 +87,20 @@ OPS.queue_lengths = function(a)
   return counts
 end
 
+-- --- what a task waits for ---
+
+-- id -> nothing for an unknown task; else state, "1" if its method is paused, then the end of its wait, its offer and its
+-- lease (us; 0 for none)
+OPS.waits = function(a)
+  local task = load(a[1])
+  if not task then return {} end
+  local reply = { task.state, is_paused(task.method) and '1' or '0' }
+  for _, due in ipairs({ task.retry_due, task.offer_due, task.lease_due }) do
+    reply[#reply + 1] = due > 0 and whole(WALL_US + (due - NOW) * 1000) or '0'
+  end
+  return reply
+end
+
 -- --- announcements ---
 
 -- Publishes what the batch has changed, if there are other orchestrators: the caller and the shard, then lines `q` with
