@@ -13,7 +13,15 @@ import pytest
 import orki_control
 
 PUBLIC = {
-    "orki_control": ["Client", "ClientOptions", "Credentials", "JitterOptions", "SubmittedTask", "error_of"],
+    "orki_control": [
+        "CURRENT_ATTEMPT",
+        "Client",
+        "ClientOptions",
+        "Credentials",
+        "JitterOptions",
+        "SubmittedTask",
+        "error_of",
+    ],
     "orki_control.credentials": ["VARIABLES", "Credentials", "Metadata", "TokenChannel", "read_pem", "read_secret"],
     "orki_control.session": [
         *(

@@ -18,7 +18,9 @@ SHARD = ShardKeys(7)
 TASK = "t7-01jcabcdefghjkmnpqrstvwxyz"
 LUA = "\n".join(
     (files("orki_server._store") / "lua" / f"{name}.lua").read_text(encoding="utf-8")
-    for name in ("placement", "batch", "life", "pause", "lanes", "wake", "operations", "suspension", "dispatch")
+    for name in (
+        *("placement", "batch", "life", "pause", "lanes", "wake", "operations", "suspension", "family", "dispatch"),
+    )
 )
 
 
@@ -40,6 +42,8 @@ LUA = "\n".join(
         (FleetKeys.LAYOUT, "orki:{of}:layout"),
         (FleetKeys.AGENTS, "orki:{of}:agents"),
         (FleetKeys.PAUSES, "orki:{of}:pauses"),
+        (FleetKeys.SCHEDULES, "orki:{of}:schedules"),
+        (FleetKeys.TICKS, "orki:{of}:ticks"),
         (FleetKeys.SERVICES, "orki:{of}:services"),
         (FleetKeys.REVISIONS, "orki:{of}:revisions"),
         (FleetKeys.agent("a-1"), "orki:{of}:agent:AGENT"),

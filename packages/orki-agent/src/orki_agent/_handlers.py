@@ -18,12 +18,13 @@ from google.protobuf.message import Message
 from orki_agent._checkpoints import checkpoint_payload, suspending
 from orki_agent._execution import Credits, Execution, HandlerContext
 from orki_agent._outcomes import decode, text_of
-from orki_agent._services import CURRENT_ATTEMPT, AgentServices, Handler, Offered
+from orki_agent._services import AgentServices, Handler, Offered
 from orki_agent._threads import Mailbox
 from orki_agent.hotpath._thread_pool import ThreadPool
 from orki_contract import EventStream, SyncToolChannel, TaskChannel, ToolChannel
 from orki_contract.errors import Cancelled, HandlerFailed, OrkiError
 from orki_contract.trace import use_span
+from orki_control import CURRENT_ATTEMPT
 from orki_control.session import Outcome
 
 C = TypeVar("C")

@@ -6,9 +6,8 @@ import functools
 import inspect
 import pickle
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from google.protobuf.message import Message
 
@@ -71,8 +70,6 @@ class Subprocess:
 
 
 TaskServices: TypeAlias = AsyncTaskService | SyncTaskService | Subprocess
-CURRENT_ATTEMPT: Final[ContextVar[AttemptKey | None]] = ContextVar("orki_attempt", default=None)
-"""The attempt of the current handler; records of tool calls carry it."""
 OnStored: TypeAlias = Callable[[OrkiError | None], None]
 """Receives None when a checkpoint is stored, else why it is not. Called on the I/O thread."""
 

@@ -11,13 +11,13 @@ from typing import Any, Final
 from orki.errors.v1.errors_pb2 import Reason
 from orki.events.v1.tool_orki import TOOLS
 from orki.events.v1.tool_pb2 import ToolEvent
-from orki_agent._services import CURRENT_ATTEMPT
 from orki_agent._settings import ToolsAt
 from orki_agent._threads import in_thread
 from orki_agent.hotpath import AsyncToolClient, SyncToolClient, ToolBridge, ToolRecord
 from orki_contract import AsyncToolService, EventStream, SyncToolService
 from orki_contract.errors import InvalidSetting
 from orki_contract.trace import Span, new_span
+from orki_control import CURRENT_ATTEMPT
 from orki_control.session import AttemptKey
 
 ToolServices = AsyncToolService | SyncToolService

@@ -16,6 +16,7 @@ from typing import (
     Any,
     ClassVar,
     Generic,
+    Literal,
     NoReturn,
     Protocol,
     Self,
@@ -118,7 +119,7 @@ class _Declared(TaskSettings, total=False):
 
 
 class SubmitSettings(TypedDict, total=False):
-    """When and where a task may run. Omitted settings have their defaults.
+    """When and where a task may run, and with whom it ends. Omitted settings have their defaults.
 
     Labels and keys have 1 to 128 letters, digits and `_./:@-`.
 
@@ -130,6 +131,8 @@ class SubmitSettings(TypedDict, total=False):
         labels: Only agents with all of these labels get the task; at most 16.
         limits: Keys of limits, such as `model:small`, that the task's attempts count for; at most 8.
         fairness_key: Tasks of a method and priority take turns by this key, such as a tenant.
+        on_parent_end: In a handler, what happens to the task when the handler's own task fails or is cancelled, through
+            whichever orchestrator: it is cancelled, or left alone, which is the default.
     """
 
     priority: int
@@ -138,6 +141,7 @@ class SubmitSettings(TypedDict, total=False):
     labels: Mapping[str, str]
     limits: Sequence[str]
     fairness_key: str
+    on_parent_end: Literal["leave", "cancel"]
 
 
 class ToolSettings(TypedDict, total=False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, Final
 
@@ -13,8 +14,10 @@ from orki.control.v1 import task_pb2 as pb
 from orki_contract import SubmitSettings, Task
 from orki_contract.errors import InvalidArgument
 from orki_contract.trace import current_span, new_span
-from orki_control.session import KEY, bad_labels
+from orki_control.session import KEY, AttemptKey, bad_labels
 
+CURRENT_ATTEMPT: Final[ContextVar[AttemptKey | None]] = ContextVar("orki_attempt", default=None)
+"""The attempt of the current handler. Records of tool calls carry it, and submitted tasks may have it as parent."""
 _KEY_BYTES: Final = 256
 _MAX_PRIORITY: Final = 9
 _MAX_LABELS: Final = 16
@@ -84,3 +87,11 @@ def place(submission: pb.Submission, settings: Mapping[str, Any]) -> None:
             raise InvalidArgument(f"{method}: key {key!r}: use 1 to 128 letters, digits or `_./:@-`")
     submission.limits.extend(limits)
     submission.fairness_key = fairness_key
+    policy = settings.get("on_parent_end", "leave")
+    if policy not in ("leave", "cancel"):
+        raise InvalidArgument(f"{method}: on_parent_end {policy!r}: use leave or cancel")
+    if policy == "cancel":
+        parent = CURRENT_ATTEMPT.get()
+        if parent is None:
+            raise InvalidArgument(f"{method}: on_parent_end: only a handler submits tasks that have a parent")
+        submission.parent.CopyFrom(parent.ref())

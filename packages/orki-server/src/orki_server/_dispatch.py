@@ -146,7 +146,8 @@ class Sweeper:
     It sweeps when a timer is due and at every `interval`, which is at most half a second: each sweep advances the
     clocks of the shards. After a start, and after the store was down, it executes no timers for `pause`: agents must
     first have the chance to renew their leases. It calls `on_queued` with shard and method of a task that is queued
-    again, `on_change` with a task that changed and whether it ended, and `on_mail` with a shard that has mail.
+    again, `on_change` with a task that changed and whether it ended, `on_mail` with a shard that has mail, and
+    `on_orphans` with one that has children of ended parents.
     """
 
     def __init__(
@@ -159,8 +160,10 @@ class Sweeper:
         on_queued: Callable[[int, str], None],
         on_change: Callable[[str, bool], None],
         on_mail: Callable[[int], None],
+        on_orphans: Callable[[int], None],
     ) -> None:
         self._on_mail = on_mail
+        self._on_orphans = on_orphans
         self._store = store
         self._sessions = sessions
         self._interval = min(interval, _TICK)
@@ -219,6 +222,8 @@ class Sweeper:
                 _log.error("the timers of shard %d are delayed: %s", shard, swept.message)
                 continue
             _report_damage(shard, swept.damaged)
+            if swept.has_orphans:
+                self._on_orphans(shard)
             if swept.has_mail:
                 self._on_mail(shard)
             for expired in swept.expired:

@@ -182,6 +182,7 @@ TABLE: Final = (
         holds="the shard's clock: `wall_us` and `clock_us`, the server's and the shard's time of the last batch; "
         "`gaps_ms`, grace for times without any batch; `host:ORCHESTRATOR`, time of its last batch and of its absence; "
         "`drainer`, the one that publishes the outbox; `starts`, which is there if tasks are delayed; "
+        "`orphans`, which is there if children of ended parents are to be cancelled; "
         "`paused`, the paused services and methods; `lanes`, which is there if there are lanes; `producer`, name of "
         "the shard in the envelopes of events, and `tasks` and `audit`, numbers of its last events",
         writer="every batch",
@@ -204,6 +205,22 @@ TABLE: Final = (
         writer="cancel, post",
         ends="when it is read; a minute after the last mail",
         lua="MAIL",
+    ),
+    Key(
+        pattern="orki:{oN}:children:TASK",
+        kind="set",
+        holds="children of a task that are cancelled when it fails or is cancelled",
+        writer="adopt",
+        ends="with the task's end, after the children were cancelled",
+        lua="CHILDREN",
+    ),
+    Key(
+        pattern="orki:{oN}:orphans",
+        kind="sorted set",
+        holds="ended tasks whose children are to be cancelled, by the time of the end, in microseconds",
+        writer="every end of a task with children; disown",
+        ends="when empty",
+        lua="ORPHANS",
     ),
     Key(
         pattern="orki:{of}:layout",
@@ -233,6 +250,20 @@ TABLE: Final = (
         holds="what is paused, by whom and why, for lists; the shards enforce it",
         writer="pause, resume",
         ends="when empty",
+    ),
+    Key(
+        pattern="orki:{of}:schedules",
+        kind="hash",
+        holds="schedules by name: expression, submission, policy, and whether they are paused",
+        writer="`orki schedule`",
+        ends="when empty",
+    ),
+    Key(
+        pattern="orki:{of}:ticks",
+        kind="hash",
+        holds="the last tick of each schedule, and the task that it gave",
+        writer="schedules",
+        ends="with its schedule",
     ),
     Key(
         pattern="orki:{of}:services",
@@ -323,6 +354,7 @@ MORE_FIELDS: Final[dict[str, str]] = {
     "deadline": "time after which it ends without an answer, milliseconds; 0 for never",
     "answered": "SHA-1 of the answer, if it was answered",
     "overdue": "`1` if it ended without an answer",
+    "children": "`1` if the task has children that end with it",
     "total_left": "rest of the total timeout while the task is suspended, milliseconds",
 }
 """The named values of `more`: each as `NAME=VALUE`. Orchestrators keep the values that they do not know."""
@@ -461,6 +493,8 @@ class FleetKeys:
     LAYOUT = BASE + "layout"
     AGENTS = BASE + "agents"
     PAUSES = BASE + "pauses"
+    SCHEDULES = BASE + "schedules"
+    TICKS = BASE + "ticks"
     SERVICES = BASE + "services"
     REVISIONS = BASE + "revisions"
     PROBE = BASE + "probe"

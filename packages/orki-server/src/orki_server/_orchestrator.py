@@ -13,6 +13,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[i
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from orki.control.v1 import (
+    schedule_pb2,
+    schedule_pb2_grpc,
     session_pb2,
     session_pb2_grpc,
     submitter_pb2,
@@ -32,12 +34,14 @@ from orki_server._connections import Connections, connection_limits
 from orki_server._dispatch import Dispatcher, Sweeper
 from orki_server._events import AgentEvents, OutboxPublisher
 from orki_server._explain import Explainer
+from orki_server._families import Families
 from orki_server._files import WatchedFiles, server_credentials, watch_certificates, watch_files
 from orki_server._fleet import FleetServicer, FleetUpdates, Handshake
 from orki_server._identity import Gate
 from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._relay import Relay
 from orki_server._requests import TypedRequests
+from orki_server._schedules import Scheduler, Schedules, ScheduleServicer
 from orki_server._session import SessionRegistry
 from orki_server._sessions import Reports, SessionServicer
 from orki_server._settings import OrchestratorOptions, parse_listen
@@ -51,7 +55,7 @@ from orki_server._wakeups import Announced, Wakeups
 
 SERVICES: Final = tuple(
     file.services_by_name[name].full_name
-    for file in (session_pb2.DESCRIPTOR, submitter_pb2.DESCRIPTOR, task_pb2.DESCRIPTOR)
+    for file in (session_pb2.DESCRIPTOR, submitter_pb2.DESCRIPTOR, task_pb2.DESCRIPTOR, schedule_pb2.DESCRIPTOR)
     for name in sorted(file.services_by_name)
 )
 """Full names of the orchestrator's gRPC services."""
@@ -139,6 +143,7 @@ class Orchestrator:
         )
         demand = self._dispatcher.demand
         self._relay = Relay(store, sessions, self._registry)
+        self._families = Families(store, sessions, watchers.changed)
         self._sweeper = Sweeper(
             store,
             sessions,
@@ -147,6 +152,7 @@ class Orchestrator:
             on_queued=demand.queued,
             on_change=watchers.changed,
             on_mail=self._relay.has_mail,
+            on_orphans=self._families.has_orphans,
         )
         session_options = OrchestratorSessionOptions(
             orchestrator_id=options.orchestrator_id,
@@ -181,6 +187,9 @@ class Orchestrator:
             options.max_sessions,
         )
         self._fleet = FleetServicer(store, fleet, contracts, sessions, silence_timeout, demand.all_queued)
+        schedules = Schedules(store.connection)
+        self._scheduler = Scheduler(schedules, store.connection.up, self._submitters.submit)
+        self._schedules = ScheduleServicer(schedules, self._submitters.submissions.check)
         store.connection.on_change(self._store_changed)
         store.on_loss(self._store_lost)
 
@@ -239,11 +248,13 @@ class Orchestrator:
             ("dispatcher", self._dispatcher.run()),
             ("sweeper", self._sweeper.run()),
             ("outbox publisher", self._outbox.run()),
+            ("families", self._families.run()),
             ("fleet updates", self._updates.run()),
             ("unanswered offers", self._unanswered.run()),
             ("contract registry", self._registry.run()),
             ("result watches", self._results.run()),
             ("wake-ups", self._wakeups.run()),
+            ("scheduler", self._scheduler.run()),
             ("health", self._report_health()),
             ("files", watch_files(self._files)),
             ("connections", self._connections.run(int(self.address.rpartition(":")[2]))),
@@ -338,6 +349,7 @@ class Orchestrator:
         task_pb2_grpc.add_TaskServiceServicer_to_server(self._submitters, server)
         submitter_pb2_grpc.add_SubmitterServiceServicer_to_server(self._submitter_sessions, server)
         task_pb2_grpc.add_FleetServiceServicer_to_server(self._fleet, server)
+        schedule_pb2_grpc.add_ScheduleServiceServicer_to_server(self._schedules, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server

@@ -9,18 +9,20 @@ from __future__ import annotations
 import hashlib
 import itertools
 import zlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
 from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import TaskState
-from orki_contract.errors import IdempotencyConflict, InvalidArgument, Overloaded
+from orki_contract.errors import IdempotencyConflict, InvalidArgument, Overloaded, StaleFence
 from orki_contract.model import TaskMethod
 from orki_contract.trace import Span, new_span, parse_traceparent
+from orki_control.session import AttemptKey
 from orki_server._keys import MAX_LANES
 from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._store import operations
+from orki_server._store.family import adopt
 from orki_server._store.operations import (
     Operation,
     Submitted,
@@ -41,12 +43,14 @@ class Pending:
 
     Attributes:
         submission: The submission.
+        task_id: Id of the task, if it is new.
         shard: Shard of the task.
         span: The task's span.
         operation: The operation of the store.
     """
 
     submission: pb.Submission
+    task_id: str
     shard: int
     span: Span
     operation: Operation[Submitted]
@@ -55,7 +59,7 @@ class Pending:
 class Submissions:
     """Checks submissions, by `rules` first, and gives them their task ids.
 
-    It calls `on_new` with the id, the shard and the method of a new task.
+    It applies operations by `apply`, and calls `on_new` with the id, the shard and the method of a new task.
     """
 
     def __init__(
@@ -65,12 +69,14 @@ class Submissions:
         payloads: PayloadCheck,
         rules: Callable[[pb.Submission], None],
         on_new: Callable[[str, int, str], None],
+        apply: Callable[[Operation[str]], Awaitable[str]],
     ) -> None:
         self._shards = shards
         self._registry = registry
         self._payloads = payloads
         self._rules = rules
         self._on_new = on_new
+        self._apply = apply
         self._numbers = itertools.count()
 
     async def check(self, submission: pb.Submission) -> TaskMethod:
@@ -87,10 +93,14 @@ class Submissions:
         return method
 
     def check_cached(self, submission: pb.Submission) -> TaskMethod | None:
-        """Check a submission by the cache; None if `check` must read the contract. Raises as `check`."""
+        """Check a submission by the cache; None if `check` and `prepare` must read the store. Raises as `check`."""
         self._rules(submission)
         method = self._registry.cached(submission.method)
-        if method is None or not self._payloads.request_cached(method, submission.request):
+        if (
+            method is None
+            or submission.HasField("parent")
+            or not self._payloads.request_cached(method, submission.request)
+        ):
             return None
         return method
 
@@ -127,7 +137,25 @@ class Submissions:
             contract=self._registry.leading(method.service),
             placement=placement,
         )
-        return Pending(submission, shard, span, operation)
+        return Pending(submission, task_id, shard, span, operation)
+
+    async def prepare(self, pending: Pending) -> None:
+        """Note a child at its parent, before it exists.
+
+        Raises:
+            StaleFence: The attempt that submits it does not run, or no longer.
+            Overloaded: The parent has too many children.
+            UnknownTask: The parent's id is malformed.
+            StoreUnavailable: The store is down.
+        """
+        if not pending.submission.HasField("parent"):
+            return
+        parent = AttemptKey.of(pending.submission.parent)
+        status = await self._apply(adopt(parent, pending.task_id))
+        if status == "stale":
+            raise StaleFence(f"parent: {parent} does not run, and its handler may submit no further tasks")
+        if status == "full":
+            raise Overloaded(f"parent: task {parent.task_id} has 10,000 children that end with it")
 
     def accepted(self, pending: Pending, submitted: Submitted) -> pb.TaskSnapshot | None:
         """Return the snapshot of a new task; None for a task that was found and must be read.

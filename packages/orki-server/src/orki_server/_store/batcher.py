@@ -44,7 +44,8 @@ _ACKNOWLEDGED: Final = frozenset(
 _WAITING: Final = 100_000
 """Maximum number of operations in memory."""
 _PARTS: Final = (
-    *("events", "placement", "batch", "life", "pause", "lanes", "wake", "operations", "suspension", "dispatch"),
+    *("events", "placement", "batch", "life", "pause", "lanes", "wake", "operations", "suspension", "family"),
+    "dispatch",
 )
 _REASONS: Final = (
     *("CANCELLED", "TOTAL_TIMEOUT", "OFFER_TIMEOUT", "ATTEMPT_TIMEOUT", "LEASE_EXPIRED", "STALLED", "ABANDONED"),

@@ -457,12 +457,14 @@ class Swept:
         expired: Tasks that changed.
         damaged: Tasks that cannot be read and were left out.
         has_mail: Whether there is mail for this orchestrator.
+        has_orphans: Whether children of ended parents are to be cancelled.
     """
 
     next_timer: float | None
     expired: tuple[Expired, ...]
     damaged: tuple[str, ...] = ()
     has_mail: bool = False
+    has_orphans: bool = False
 
 
 def sweep(shard: int, limit: int) -> Operation[Swept]:
@@ -484,7 +486,8 @@ def _swept(reply: list[bytes]) -> Swept:
         for kind, task, agent, attempt, fence, reason, method in rows
     )
     next_timer = int(reply[0]) / 1000 if int(reply[0]) >= 0 else None
-    return Swept(next_timer, tuple(expired), damaged, reply[1] == b"1")
+    flags = int(reply[1])
+    return Swept(next_timer, tuple(expired), damaged, bool(flags & 1), bool(flags & 2))
 
 
 def pause(shard: int, target: str, paused: bool) -> Operation[bool]:

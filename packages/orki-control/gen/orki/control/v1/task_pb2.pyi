@@ -123,6 +123,7 @@ class Submission(message.Message):
     LABELS_FIELD_NUMBER: builtins.int
     LIMITS_FIELD_NUMBER: builtins.int
     FAIRNESS_KEY_FIELD_NUMBER: builtins.int
+    PARENT_FIELD_NUMBER: builtins.int
     method: builtins.str
     """Service and method, as `package.Service/Method`."""
     request: builtins.bytes
@@ -153,6 +154,12 @@ class Submission(message.Message):
         without a declared limit admits everything.
         """
 
+    @builtins.property
+    def parent(self) -> attempt_pb2.AttemptRef:
+        """The attempt whose handler submits the task, if the task ends with its parent: it is cancelled when the attempt's task
+        fails or is cancelled. Refused with REASON_STALE_FENCE unless this attempt runs.
+        """
+
     def __init__(
         self,
         *,
@@ -166,10 +173,11 @@ class Submission(message.Message):
         labels: abc.Mapping[builtins.str, builtins.str] | None = ...,
         limits: abc.Iterable[builtins.str] | None = ...,
         fairness_key: builtins.str = ...,
+        parent: attempt_pb2.AttemptRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "priority", b"priority", "start", b"start", "start_at_us", b"start_at_us"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "parent", b"parent", "priority", b"priority", "start", b"start", "start_at_us", b"start_at_us"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "fairness_key", b"fairness_key", "idempotency_key", b"idempotency_key", "labels", b"labels", "limits", b"limits", "method", b"method", "priority", b"priority", "request", b"request", "start", b"start", "start_at_us", b"start_at_us", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "fairness_key", b"fairness_key", "idempotency_key", b"idempotency_key", "labels", b"labels", "limits", b"limits", "method", b"method", "parent", b"parent", "priority", b"priority", "request", b"request", "start", b"start", "start_at_us", b"start_at_us", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__priority: _TypeAlias = typing.Literal["priority"]  # noqa: Y015
     _WhichOneofArgType__priority: _TypeAlias = typing.Literal["_priority", b"_priority"]  # noqa: Y015

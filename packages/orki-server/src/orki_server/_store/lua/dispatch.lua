@@ -228,8 +228,8 @@ local function start_delayed(limit, found, changed)
 end
 
 -- maximum number of tasks
--- -> time until the next timer (ms; -1 for none), "1" if there is mail for the caller, number of damaged tasks, their
---    ids, then for each task that changed: kind (offer, attempt, task, retry), task, agent, attempt, fence, reason,
+-- -> time until the next timer (ms; -1 for none), the sum of 1 if there is mail for the caller and 2 if the children of
+--    ended parents are to be cancelled, number of damaged tasks, their ids, then for each task that changed: kind (offer, attempt, task, retry), task, agent, attempt, fence, reason,
 --    method
 OPS.sweep = function(a)
   flush()
@@ -254,7 +254,7 @@ OPS.sweep = function(a)
       sort(task) -- The timer has moved away.
     end
   end
-  local reply = { '-1', whole(redis.call('EXISTS', MAIL .. CALLER)), whole(#found), unpack(found) }
+  local reply = { '-1', whole(redis.call('EXISTS', MAIL .. CALLER) + (STORED.orphans and 2 or 0)), whole(#found), unpack(found) }
   for at = 1, #expired do reply[#reply + 1] = expired[at] end
   return reply
 end

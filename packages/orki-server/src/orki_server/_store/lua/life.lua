@@ -51,6 +51,15 @@ local function finish(task)
   task.forget_due, task.ended_us = NOW + RETENTION, WALL_US
   if task.more_text ~= '' or task.fields.more then
     for _, name in ipairs({ 'checkpoint', 'answer' }) do set(task, name, '') end
+    if more(task).children then
+      if task.state == 'SUCCEEDED' then
+        WRITES[#WRITES + 1] = { 'DEL', CHILDREN .. task.id }
+      else
+        typed(ORPHANS, 'zset')
+        WRITES[#WRITES + 1] = { 'ZADD', ORPHANS, whole(WALL_US), task.id }
+        WRITES[#WRITES + 1] = { 'HSET', CLOCK, 'orphans', '1' }
+      end
+    end
     remember(task, { checkpoint = '', overdue = '', total_left = '' })
   end
   sort(task)
