@@ -32,6 +32,7 @@ from orki_contract.errors import (
     error_for,
 )
 from orki_control._links import Link, Links
+from orki_control._schedules import ClientSchedules
 from orki_control._submissions import submission_of
 from orki_control._submitter import SessionUnsupported, SubmitterSession, Ticket, new_submission_id
 from orki_control._task_handle import SubmittedTask, watch_task
@@ -97,6 +98,7 @@ class Client:
 
     Attributes:
         target: The addresses, separated by commas.
+        schedules: The schedules of the fleet.
     """
 
     def __init__(self, target: str | Sequence[str], options: ClientOptions | None = None) -> None:
@@ -113,6 +115,7 @@ class Client:
         self._targets = check_targets(target, insecure=self._options.insecure, credentials=self._options.credentials)
         self.target = ",".join(self._targets)
         self._links: Links | None = None
+        self.schedules = ClientSchedules(self._call, self._options.call_timeout)
 
     async def __aenter__(self) -> Self:
         if self._links is not None:

@@ -297,7 +297,7 @@ class TaskServicer(SuspendedTasks):
             raise InvalidArgument(f"submissions: from 1 to {MAX_SUBMISSIONS} in one call, not {count}")
         actor = actor_of(context)
         results = await asyncio.gather(
-            *(self._submit(each, actor) for each in request.submissions), return_exceptions=True
+            *(self.submit(each, actor) for each in request.submissions), return_exceptions=True
         )
         outcomes = []
         for each in results:
@@ -312,7 +312,10 @@ class TaskServicer(SuspendedTasks):
             raise unavailable[0]
         return pb.SubmitResponse(outcomes=outcomes)
 
-    async def _submit(self, submission: pb.Submission, actor: str) -> pb.TaskSnapshot:
+    async def submit(self, submission: pb.Submission, actor: str) -> pb.TaskSnapshot:
+        """Submit one task."""
+        if self.draining:
+            raise Draining("this orchestrator is stopping; submit again in a moment")
         method = await self.submissions.check(submission)
         pending = self.submissions.pending(submission, method, actor)
         await self.submissions.prepare(pending)

@@ -183,6 +183,29 @@ async def test_a_malformed_limit_or_label_is_wrong_usage(orki: Any, at: Any, arg
     assert (ended.code, ended.out) == (2, "")
 
 
+async def test_schedules_on_the_command_line(fleet: Any, orki: Any, at: Any) -> None:
+    assert "no schedules" in (await orki("schedule", "list", **at)).out
+    arguments = ("nightly", "0 2 * * *", "Do", body("a"), "--time-zone", "Europe/Berlin", "--missed", "catch-up")
+    added = await orki("schedule", "add", *arguments, **at)
+    assert added.code == 0, added.err
+    assert "first tick" in added.out
+    again = await orki("schedule", "add", *arguments, **at)
+    assert (again.code, "there is a schedule nightly" in again.err) == (1, True)
+    assert (await orki("schedule", "add", *arguments, "--replace", "--priority", "2", **at)).code == 0
+    (row,) = json.loads((await orki("schedule", "list", "--json", **at)).out)
+    assert (row["name"], row["cron"], row["time_zone"], row["missed"]) == (
+        *("nightly", "0 2 * * *", "Europe/Berlin", "catch-up"),
+    )
+    assert row["next_tick"]
+    assert "is paused" in (await orki("schedule", "pause", "nightly", **at)).out
+    assert "paused" in (await orki("schedule", "list", **at)).out
+    assert "goes on" in (await orki("schedule", "resume", "nightly", **at)).out
+    assert "is removed" in (await orki("schedule", "remove", "nightly", **at)).out
+    assert "there is no schedule" in (await orki("schedule", "remove", "nightly", **at)).out
+    bad = await orki("schedule", "add", "x", "61 * * * *", "Do", **at)
+    assert (bad.code, "schedule.cron" in bad.err, bad.err.count("\n")) == (1, True, 1)
+
+
 async def test_a_failed_task_exits_with_1(orchestrator: Any, stand_in: Callable[..., Any], orki: Any, at: Any) -> None:
     agent = stand_in(orchestrator.address, handler=failing)
     await agent.ready()
