@@ -38,7 +38,7 @@ function compile(text)
   return script
 end
 """
-_DENIED_WHEN_FULL: Final = frozenset({b"SET", b"SETRANGE", b"HSET", b"HSETNX", b"HINCRBY", b"ZADD", b"XADD"})
+_DENIED_WHEN_FULL: Final = frozenset({b"SET", b"SETRANGE", b"HSET", b"HSETNX", b"HINCRBY", b"ZADD", b"XADD", b"SADD"})
 
 
 class Error(Exception):
@@ -64,6 +64,10 @@ class _SortedSet:
             return False
         del self.rows[bisect_left(self.rows, (score, member))]
         return True
+
+
+class _Set(dict[bytes, None]):
+    """A set."""
 
 
 class _Stream:
@@ -177,17 +181,17 @@ class Server:
             if self.full and not self._wrote:
                 raise Error("OOM command not allowed when used memory > 'maxmemory'.")
             self._wrote = self._in_script
-        elif self._in_script and name in (b"DEL", b"HDEL", b"ZREM", b"XDEL", b"PEXPIRE", b"EXPIRE"):
+        elif self._in_script and name in (b"DEL", b"HDEL", b"ZREM", b"SREM", b"XDEL", b"PEXPIRE", b"EXPIRE"):
             self._wrote = True
         command = getattr(self, "on_" + name.decode().lower(), None)
         if command is None:
-            raise NotImplementedError(name.decode())
+            raise NotImplementedError(f"simulator/redis.py lacks the command {name.decode()}")
         return command(*arguments)
 
     def _get_as(self, key: bytes, kind: type) -> Any:
         self._expire(key)
         value = self._keys.get(key)
-        if value is not None and not isinstance(value, kind):
+        if value is not None and type(value) is not kind:
             raise Error("WRONGTYPE Operation against a key holding the wrong kind of value")
         return value
 
@@ -239,7 +243,7 @@ class Server:
     def on_type(self, key: bytes) -> Any:
         self._expire(key)
         value = self._keys.get(key)
-        kinds = {bytes: b"string", dict: b"hash", _SortedSet: b"zset", _Stream: b"stream", set: b"set"}
+        kinds = {bytes: b"string", dict: b"hash", _SortedSet: b"zset", _Stream: b"stream", _Set: b"set"}
         return Status(b"none" if value is None else kinds[type(value)])
 
     def on_exists(self, *keys: bytes) -> int:
@@ -295,6 +299,9 @@ class Server:
     def on_hlen(self, key: bytes) -> int:
         return len(self._get_as(key, dict) or {})
 
+    def on_hstrlen(self, key: bytes, field: bytes) -> int:
+        return len((self._get_as(key, dict) or {}).get(field, b""))
+
     def on_hset(self, key: bytes, *pairs: bytes) -> int:
         value = self._make(key, dict)
         before = len(value)
@@ -321,6 +328,39 @@ class Server:
         count = sum(value.pop(field, None) is not None for field in fields)
         self._drop_empty(key, value)
         return count
+
+    def on_hvals(self, key: bytes) -> Any:
+        return list((self._get_as(key, dict) or {}).values())
+
+    # Sets keep the order of their members here, so that runs repeat.
+
+    def on_sadd(self, key: bytes, *members: bytes) -> int:
+        value = self._make(key, _Set)
+        before = len(value)
+        value.update(dict.fromkeys(members))
+        return len(value) - before
+
+    def on_srem(self, key: bytes, *members: bytes) -> int:
+        value = self._get_as(key, _Set)
+        if value is None:
+            return 0
+        count = sum(member in value for member in members)
+        for member in members:
+            value.pop(member, None)
+        self._drop_empty(key, value)
+        return count
+
+    def on_scard(self, key: bytes) -> int:
+        return len(self._get_as(key, _Set) or ())
+
+    def on_smembers(self, key: bytes) -> Any:
+        return list(self._get_as(key, _Set) or ())
+
+    def on_srandmember(self, key: bytes, count: bytes | None = None) -> Any:
+        members = self.on_smembers(key)
+        if count is None:
+            return members[0] if members else None
+        return members[: int(count)]
 
     def on_zadd(self, key: bytes, *pairs: bytes) -> int:
         value = self._make(key, _SortedSet)
