@@ -22,6 +22,9 @@ from orki.control.v1.attempt_pb2 import TaskState
 from orki_contract.errors import NotDirectable, StoreUnavailable
 from orki_control import Client, ClientOptions
 from orki_control.session import ArrivedOffer
+from orki_server._orchestrator import Orchestrator
+from orki_server._store import operations
+from orki_server._store.store import Store
 from orki_server.embedded import EmbeddedOptions, EmbeddedServer
 
 DO = "servertests.v1.WorkService/Do"
@@ -137,7 +140,7 @@ async def test_a_watch_through_another_orchestrator_is_as_fast(served: Any, othe
     async def lags(address: str) -> float:
         """Return the median time from a report to the watcher, in seconds."""
         gate.clear()
-        found = []
+        found, ended = [], 0.0
         async with Client(address) as client:
             task_id = await submit(client, DIRECT)
             async for news in client.watch(task_id):
@@ -274,3 +277,20 @@ async def test_lost_connections_for_announcements_are_opened_again(
             await client.cancel(task_id)
             await agent.until(lambda: len(agent.cancels) == number + 1, timeout=3.0)  # noqa: B023
             assert (await client.wait_end(task_id)).state == TaskState.TASK_STATE_CANCELLED
+
+
+async def test_a_cancel_that_got_lost_is_found_at_a_heartbeat(
+    orchestrator: Orchestrator, redis_url: str, stand_in: Make
+) -> None:
+    agent = stand_in(orchestrator.address, handler=forever)
+    await agent.ready()
+    async with Client(orchestrator.address) as client:
+        task_id = await submit(client)
+        await running(client, task_id)
+        # To the store, this is the agent's orchestrator, so that it sends no mail.
+        store = Store(redis_url, shards=4, caller="o1")
+        await store.open()
+        assert (await store.apply(operations.cancel(task_id, "", "t"))).status == "requested"
+        await store.close()
+        await agent.until(lambda: bool(agent.cancels), timeout=3.0)
+        assert (await client.wait_end(task_id)).state == TaskState.TASK_STATE_CANCELLED

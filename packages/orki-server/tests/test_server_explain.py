@@ -14,6 +14,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 
 from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import TaskState
+from orki.control.v1.session_pb2 import SuspendedOutcome
 from orki_contract.errors import HandlerFailed, UnknownTask
 from orki_control import Client
 from orki_control.session import ArrivedOffer
@@ -129,6 +130,17 @@ async def test_a_retry_a_start_and_an_end(pair: Any, clients: Any, stand_in: Mak
         assert 50 < answer.explanations[0].until_us / 1e6 - time.time() < 61
     with pytest.raises(UnknownTask):
         await clients[0].explain("t0-" + "0" * 26)
+
+
+async def test_a_question(pair: Any, clients: Any, stand_in: Make) -> None:
+    async def ask(offer: ArrivedOffer) -> Any:
+        return SuspendedOutcome(question="may it?", deadline_ms=60_000)
+
+    agent = stand_in(pair[0].address, handler=ask)
+    await agent.ready()
+    for answer in await explained_by_all(clients, await submit(clients[1]), pb.CAUSE_SUSPENDED):
+        assert "may it?" in answer.explanations[0].detail
+        assert 50 < answer.explanations[0].until_us / 1e6 - time.time() < 61
 
 
 async def test_a_pause(pair: Any, clients: Any, stand_in: Make) -> None:

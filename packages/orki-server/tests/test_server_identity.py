@@ -28,9 +28,12 @@ from redis import Redis
 
 from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import TaskState
+from orki.control.v1.schedule_pb2 import Schedule
 from orki.control.v1.session_pb2 import AgentMessage, ConnectRequest, Result
+from orki.control.v1.task_pb2 import Submission
 from orki_contract import Task
 from orki_contract.errors import (
+    InvalidArgument,
     InvalidSetting,
     OrchestratorUnavailable,
     PeerRefused,
@@ -505,6 +508,17 @@ async def test_each_action_needs_its_own_permission(
     assert [each.target for each in await reader.list_pauses()] == [SERVICE]
     assert await operator.list_pauses() == []
     assert await operator.resume(SERVICE)
+    ci = await connect(with_tokens, token_of(tmp_path, "submitter/ci"))
+    hourly = Schedule(name="h", cron="0 * * * *", submission=Submission(method=DO))
+    with pytest.raises(UnknownMethod):
+        await reader.schedules.add_raw(hourly)
+    await ci.schedules.add_raw(hourly)
+    assert [each.name for each in await reader.schedules.list()] == ["h"]
+    assert await operator.schedules.list() == []
+    assert not await reader.schedules.remove("h")
+    with pytest.raises(InvalidArgument, match="no schedule"):
+        await reader.schedules.pause("h")
+    assert await ci.schedules.remove("h")
     await operator.set_limit("model:small", concurrency=1)
     for refused in (reader.list_limits(), reader.set_limit("model:small")):
         with pytest.raises(PeerRefused, match="limits"):

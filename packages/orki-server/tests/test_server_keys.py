@@ -42,6 +42,8 @@ LUA = "\n".join(
         (FleetKeys.LAYOUT, "orki:{of}:layout"),
         (FleetKeys.AGENTS, "orki:{of}:agents"),
         (FleetKeys.PAUSES, "orki:{of}:pauses"),
+        (FleetKeys.SCHEDULES, "orki:{of}:schedules"),
+        (FleetKeys.TICKS, "orki:{of}:ticks"),
         (FleetKeys.SERVICES, "orki:{of}:services"),
         (FleetKeys.REVISIONS, "orki:{of}:revisions"),
         (FleetKeys.agent("a-1"), "orki:{of}:agent:AGENT"),

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import pytest
 from redis import Redis
@@ -504,3 +504,83 @@ async def test_every_page_size_lists_all_tasks_also_of_one_instant(
         if not token:
             break
     assert sorted(found) == sorted(each.task_id for each in submitted)
+
+
+# --- a slow link ---
+
+
+class SlowLink:
+    """Forwards connections to a port; each carries at most `rate` bytes a second in each direction."""
+
+    def __init__(self, target: int, rate: int) -> None:
+        self._target, self._rate = target, rate
+        self.sent = 0
+        self._pumps: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/0"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        for source, sink in ((reader, far_writer), (far_reader, writer)):
+            self._pumps.add(asyncio.create_task(self._pump(source, sink, counted=source is reader)))
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, counted: bool) -> None:
+        try:
+            while chunk := await reader.read(1 << 16):
+                if len(chunk) > 4096:
+                    await asyncio.sleep(len(chunk) / self._rate)
+                self.sent += len(chunk) if counted else 0
+                writer.write(chunk)
+                await writer.drain()
+        finally:
+            writer.close()
+
+
+@pytest.mark.timeout(120)
+async def test_a_large_result_on_a_slow_link_is_sent_once_and_delays_nothing(valkey: EmbeddedServer) -> None:
+    """64 MiB at 10 MB/s take longer than the time limit of an ordinary exchange."""
+    with Redis.from_url(valkey.url) as redis:
+        redis.flushall()
+    port = int(valkey.url.rpartition(":")[2].partition("/")[0])
+    async with SlowLink(port, 10_000_000) as link:
+        store = Store(link.url, shards=1)
+        await store.open()
+        changes: list[bool] = []
+        store.connection.on_change(changes.append)
+        await store.apply(submit())
+        (offered,) = await take(store)
+        response = bytes(64 << 20)
+        large = store.apply(operations.succeed("a1", offered.attempt, response))
+        longest = await probe_while(store, large)
+        assert (await large).status is ReportStatus.ACCEPTED
+        assert link.sent < 1.2 * len(response)
+        reading = store.apply(operations.read_task(offered.attempt.task_id))
+        longest = max(longest, await probe_while(store, reading))
+        view = await reading
+        assert view is not None
+        assert view.task.response == response
+        assert longest < 1.0
+        assert changes == []
+        await store.close()
+
+
+async def probe_while(store: Store, large: asyncio.Future[Any]) -> float:
+    """Submit small tasks until a large operation has ended. Returns how long the slowest took."""
+    loop = asyncio.get_running_loop()
+    began, longest = loop.time(), 0.0
+    while not large.done():
+        asked = loop.time()
+        await store.apply(submit())
+        longest = max(longest, loop.time() - asked)
+        await asyncio.sleep(0.05)
+    assert loop.time() - began > 5.0
+    return longest

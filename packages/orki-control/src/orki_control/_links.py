@@ -12,6 +12,7 @@ from orki_control.transport import Addresses, Peer, open_channel
 if TYPE_CHECKING:
     import grpc
 
+    from orki.control.v1.schedule_pb2_grpc import ScheduleServiceStub
     from orki.control.v1.submitter_pb2_grpc import SubmitterServiceStub
     from orki.control.v1.task_pb2_grpc import FleetServiceStub, TaskServiceStub
 
@@ -26,12 +27,14 @@ class Link:
         peer: The orchestrator's address.
         tasks: Stub of its task service.
         fleet: Stub of its fleet service.
+        schedules: Stub of its schedule service.
         submitters: Stub of its submitter service.
     """
 
     def __init__(
         self, peer: Peer, max_message_bytes: int, credentials: Credentials, on_exit: Callable[[Link], None]
     ) -> None:
+        from orki.control.v1.schedule_pb2_grpc import ScheduleServiceStub
         from orki.control.v1.submitter_pb2_grpc import SubmitterServiceStub
         from orki.control.v1.task_pb2_grpc import FleetServiceStub, TaskServiceStub
 
@@ -41,6 +44,7 @@ class Link:
         )
         self.tasks: TaskServiceStub = TaskServiceStub(self.channel)
         self.fleet: FleetServiceStub = FleetServiceStub(self.channel)
+        self.schedules: ScheduleServiceStub = ScheduleServiceStub(self.channel)
         self.submitters: SubmitterServiceStub = SubmitterServiceStub(self.channel)
         self.calls = 0
         self.retired = False

@@ -117,6 +117,11 @@ _NOBODY: Final = Caller("nobody", ())
 _caller: contextvars.ContextVar[Caller] = contextvars.ContextVar("orki_caller", default=_NOBODY)
 
 
+def act_as(name: str) -> None:
+    """Let the current asyncio task act for the orchestrator itself, which may do anything."""
+    _caller.set(Caller(name))
+
+
 def caller() -> Caller:
     """Return the caller of the current call."""
     return _caller.get()

@@ -252,6 +252,20 @@ TABLE: Final = (
         ends="when empty",
     ),
     Key(
+        pattern="orki:{of}:schedules",
+        kind="hash",
+        holds="schedules by name: expression, submission, policy, and whether they are paused",
+        writer="`orki schedule`",
+        ends="when empty",
+    ),
+    Key(
+        pattern="orki:{of}:ticks",
+        kind="hash",
+        holds="the last tick of each schedule, and the task that it gave",
+        writer="schedules",
+        ends="with its schedule",
+    ),
+    Key(
         pattern="orki:{of}:services",
         kind="hash",
         holds="digest of the leading contract of each registered task service",
@@ -479,6 +493,8 @@ class FleetKeys:
     LAYOUT = BASE + "layout"
     AGENTS = BASE + "agents"
     PAUSES = BASE + "pauses"
+    SCHEDULES = BASE + "schedules"
+    TICKS = BASE + "ticks"
     SERVICES = BASE + "services"
     REVISIONS = BASE + "revisions"
     PROBE = BASE + "probe"

@@ -13,6 +13,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[i
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from orki.control.v1 import (
+    schedule_pb2,
+    schedule_pb2_grpc,
     session_pb2,
     session_pb2_grpc,
     submitter_pb2,
@@ -39,6 +41,7 @@ from orki_server._identity import Gate
 from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._relay import Relay
 from orki_server._requests import TypedRequests
+from orki_server._schedules import Scheduler, Schedules, ScheduleServicer
 from orki_server._session import SessionRegistry
 from orki_server._sessions import Reports, SessionServicer
 from orki_server._settings import OrchestratorOptions, parse_listen
@@ -52,7 +55,7 @@ from orki_server._wakeups import Announced, Wakeups
 
 SERVICES: Final = tuple(
     file.services_by_name[name].full_name
-    for file in (session_pb2.DESCRIPTOR, submitter_pb2.DESCRIPTOR, task_pb2.DESCRIPTOR)
+    for file in (session_pb2.DESCRIPTOR, submitter_pb2.DESCRIPTOR, task_pb2.DESCRIPTOR, schedule_pb2.DESCRIPTOR)
     for name in sorted(file.services_by_name)
 )
 """Full names of the orchestrator's gRPC services."""
@@ -184,6 +187,9 @@ class Orchestrator:
             options.max_sessions,
         )
         self._fleet = FleetServicer(store, fleet, contracts, sessions, silence_timeout, demand.all_queued)
+        schedules = Schedules(store.connection)
+        self._scheduler = Scheduler(schedules, store.connection.up, self._submitters.submit)
+        self._schedules = ScheduleServicer(schedules, self._submitters.submissions.check)
         store.connection.on_change(self._store_changed)
         store.on_loss(self._store_lost)
 
@@ -248,6 +254,7 @@ class Orchestrator:
             ("contract registry", self._registry.run()),
             ("result watches", self._results.run()),
             ("wake-ups", self._wakeups.run()),
+            ("scheduler", self._scheduler.run()),
             ("health", self._report_health()),
             ("files", watch_files(self._files)),
             ("connections", self._connections.run(int(self.address.rpartition(":")[2]))),
@@ -342,6 +349,7 @@ class Orchestrator:
         task_pb2_grpc.add_TaskServiceServicer_to_server(self._submitters, server)
         submitter_pb2_grpc.add_SubmitterServiceServicer_to_server(self._submitter_sessions, server)
         task_pb2_grpc.add_FleetServiceServicer_to_server(self._fleet, server)
+        schedule_pb2_grpc.add_ScheduleServiceServicer_to_server(self._schedules, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server

@@ -21,7 +21,7 @@ from orki_contract.errors import (
     TooLarge,
     UnknownTask,
 )
-from orki_control.session import AttemptKey
+from orki_control.session import AttemptKey, bad_labels
 from orki_server._answers import SuspendedTasks
 from orki_server._calls import Context, actor_of, readable, typed, typed_stream
 from orki_server._explain import Explainer, read_waits
@@ -97,7 +97,14 @@ class RequestRules:
             _check_method("method", request.method)
         if request.agent_id and not _AGENT_ID.match(request.agent_id):
             raise InvalidArgument(f"agent_id: {request.agent_id[:40]!r} is not a valid agent id")
-        which = TaskFilter(states=frozenset(request.states), method=request.method, agent_id=request.agent_id)
+        if problem := bad_labels(request.labels):
+            raise InvalidArgument(problem)
+        which = TaskFilter(
+            states=frozenset(request.states),
+            method=request.method,
+            agent_id=request.agent_id,
+            labels=dict(request.labels),
+        )
         return which, request.page_size or _DEFAULT_PAGE
 
     def _check_payload(self, field: str, payload: bytes) -> None:
@@ -297,7 +304,7 @@ class TaskServicer(SuspendedTasks):
             raise InvalidArgument(f"submissions: from 1 to {MAX_SUBMISSIONS} in one call, not {count}")
         actor = actor_of(context)
         results = await asyncio.gather(
-            *(self._submit(each, actor) for each in request.submissions), return_exceptions=True
+            *(self.submit(each, actor) for each in request.submissions), return_exceptions=True
         )
         outcomes = []
         for each in results:
@@ -312,7 +319,10 @@ class TaskServicer(SuspendedTasks):
             raise unavailable[0]
         return pb.SubmitResponse(outcomes=outcomes)
 
-    async def _submit(self, submission: pb.Submission, actor: str) -> pb.TaskSnapshot:
+    async def submit(self, submission: pb.Submission, actor: str) -> pb.TaskSnapshot:
+        """Submit one task."""
+        if self.draining:
+            raise Draining("this orchestrator is stopping; submit again in a moment")
         method = await self.submissions.check(submission)
         pending = self.submissions.pending(submission, method, actor)
         await self.submissions.prepare(pending)

@@ -161,6 +161,9 @@ async def test_limits_and_labels_on_the_command_line(fleet: Any, orki: Any, at: 
     assert (task["labels"], task["limits"], task["fairness_key"]) == ({"gpu": "a100"}, ["model:small"], "t1")
     shown = (await orki("tasks", task["task_id"], **at)).out
     assert "gpu=a100" in shown
+    listed = json.loads((await orki("tasks", "--label", "gpu=a100", "--json", **at)).out)
+    assert [each["task_id"] for each in listed] == [task["task_id"]]
+    assert json.loads((await orki("tasks", "--label", "gpu=b", "--json", **at)).out) == []
     assert (await orki("limit", "remove", "model:small", **at)).code == 0
     assert json.loads((await orki("limit", "list", "--json", **at)).out) == []
 
@@ -181,6 +184,29 @@ async def test_limits_and_labels_on_the_command_line(fleet: Any, orki: Any, at: 
 async def test_a_malformed_limit_or_label_is_wrong_usage(orki: Any, at: Any, arguments: list[str]) -> None:
     ended = await orki(*arguments, **at)
     assert (ended.code, ended.out) == (2, "")
+
+
+async def test_schedules_on_the_command_line(fleet: Any, orki: Any, at: Any) -> None:
+    assert "no schedules" in (await orki("schedule", "list", **at)).out
+    arguments = ("nightly", "0 2 * * *", "Do", body("a"), "--time-zone", "Europe/Berlin", "--missed", "catch-up")
+    added = await orki("schedule", "add", *arguments, **at)
+    assert added.code == 0, added.err
+    assert "first tick" in added.out
+    again = await orki("schedule", "add", *arguments, **at)
+    assert (again.code, "there is a schedule nightly" in again.err) == (1, True)
+    assert (await orki("schedule", "add", *arguments, "--replace", "--priority", "2", **at)).code == 0
+    (row,) = json.loads((await orki("schedule", "list", "--json", **at)).out)
+    assert (row["name"], row["cron"], row["time_zone"], row["missed"]) == (
+        *("nightly", "0 2 * * *", "Europe/Berlin", "catch-up"),
+    )
+    assert row["next_tick"]
+    assert "is paused" in (await orki("schedule", "pause", "nightly", **at)).out
+    assert "paused" in (await orki("schedule", "list", **at)).out
+    assert "goes on" in (await orki("schedule", "resume", "nightly", **at)).out
+    assert "is removed" in (await orki("schedule", "remove", "nightly", **at)).out
+    assert "there is no schedule" in (await orki("schedule", "remove", "nightly", **at)).out
+    bad = await orki("schedule", "add", "x", "61 * * * *", "Do", **at)
+    assert (bad.code, "schedule.cron" in bad.err, bad.err.count("\n")) == (1, True, 1)
 
 
 async def test_a_failed_task_exits_with_1(orchestrator: Any, stand_in: Callable[..., Any], orki: Any, at: Any) -> None:

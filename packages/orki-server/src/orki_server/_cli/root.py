@@ -28,6 +28,7 @@ _COMMANDS: Final = {
     "observe": ("observe", "Run an observer: metrics, audit or feed."),
     "pause": ("pause", "Stop the offers of a service; its tasks wait."),
     "resume": ("pause", "End the pause of a service."),
+    "schedule": ("schedule", "Submit tasks by cron expressions."),
     "serve": ("serve", "Run an orchestrator."),
     "streams": ("streams", "List the event streams and their consumer groups."),
     "submit": ("submit", "Submit a task and wait for its result."),

@@ -2,8 +2,8 @@
 
 Operations that arrive during one round trip are sent together in the next. A round trip carries one script call for
 each shard that has operations. There is one round trip at a time, so operations apply in the order of their arrival.
-Large operations are the exception: they have a connection and a queue of their own, with all later operations of their
-tasks, and do not delay others.
+Large operations and large responses are the exception: they have a connection and a queue of their own, with all later
+operations of their tasks, and do not delay others.
 
 The outcomes of requests and results are given when they are durable. The next batches do not wait for that.
 """
@@ -14,7 +14,7 @@ import asyncio
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
 from typing import Any, Final, TypeVar
@@ -30,15 +30,13 @@ from orki_server._store.connection import StoreConnection
 from orki_server._store.event_tags import lua_tags
 from orki_server._store.lifecycle import TERMINAL, lua_moves
 from orki_server._store.operations import MAX_OFFERS, Argument, Operation
-from orki_server._store.replies import TaskView
+from orki_server._store.replies import BULK_BYTES, TaskView
 
 R = TypeVar("R")
 
 _BATCH_OPERATIONS: Final = 256
 """Maximum number of operations in one round trip; limits how long a script blocks the server."""
 _BATCH_BYTES: Final = 8 << 20
-_BULK_BYTES: Final = 256 << 10
-"""Size of an operation from which it is sent apart from others."""
 _ACKNOWLEDGED: Final = frozenset(
     {"submit", "cancel", "direct", "succeed", "fail", "cancelled", "checkpoint", "suspend", "answer", "pause"}
 )
@@ -168,7 +166,7 @@ class Batcher:
         size = 0
         while self._waiting and len(batch) < _BATCH_OPERATIONS and (size < _BATCH_BYTES or not batch):
             entry = self._waiting[0]
-            if entry.size >= _BULK_BYTES or (self._bulk_tasks and entry.operation.arguments[0] in self._bulk_tasks):
+            if entry.size >= BULK_BYTES or (self._bulk_tasks and entry.operation.arguments[0] in self._bulk_tasks):
                 if batch:
                     break  # Earlier operations of its task come first.
                 self._put_in_bulk(self._waiting.popleft())
@@ -225,6 +223,9 @@ class Batcher:
         for entry, reply in zip(entries, replies, strict=True):
             if reply and reply[0] == b"error":
                 self._return([entry], self._error(entry.operation, reply[1].decode(errors="replace")))
+            elif reply == [b"large"]:
+                entry.operation = replace(entry.operation, arguments=entry.operation.arguments[:-1])
+                self._put_in_bulk(entry)
             elif not entry.outcome.done():
                 try:
                     outcome = entry.operation.outcome(reply)

@@ -21,6 +21,7 @@ from orki_control.session import AttemptKey
 from orki_server._keys import EPOCH_STEP
 from orki_server._store.placement import ANYWHERE, Placement
 from orki_server._store.replies import (
+    BULK_BYTES,
     ProgressReply,
     Renewed,
     ReportReply,
@@ -191,7 +192,7 @@ def read_task(task_id: str, limit: int = 0, after: str = "") -> Operation[TaskVi
     The operation writes nothing; it shares the round trips of those that do. The outcome is None without such a task.
     """
     outcome = partial(task_view, task_id)
-    return Operation("read", shard_of(task_id), (task_id, limit, after), outcome, patient=False)
+    return Operation("read", shard_of(task_id), (task_id, limit, after, BULK_BYTES), outcome, patient=False)
 
 
 def _report(op: str, agent_id: str, attempt: AttemptKey, *details: Argument) -> Operation[ReportReply]:

@@ -17,6 +17,9 @@ from orki_server._store.placement import show_placement
 
 _HOST: Final = list(STATE_FIELDS).index("host")
 
+BULK_BYTES: Final = 256 << 10
+"""Size from which operations and responses are sent apart from others."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoredProgress:

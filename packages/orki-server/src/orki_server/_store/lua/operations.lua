@@ -104,12 +104,13 @@ OPS.direct = function(a)
   return task_reply('running', task)
 end
 
--- id, maximum number of progress entries, cursor ("" for the beginning)
--- -> nothing for an unknown task; else the fields of SNAPSHOT, then cursor, attempt, index, payload, number and dropped
+-- id, maximum number of progress entries, cursor ("" for the beginning), maximum size of the response, if there is one
+-- -> nothing for an unknown task; `large` if the response is larger; else the fields of SNAPSHOT, then cursor, attempt, index, payload, number and dropped
 --    of each entry
 OPS.read = function(a)
   if not load(a[1]) then return {} end
   flush()
+  if a[4] and redis.call('HSTRLEN', TASK .. a[1], 'response') > tonumber(a[4]) then return { 'large' } end
   local values = redis.call('HMGET', TASK .. a[1], unpack(SNAPSHOT))
   for at = 1, #SNAPSHOT do values[at] = values[at] or '' end
   if a[2] ~= '0' then
