@@ -77,6 +77,26 @@ def rolling_upgrade(stage: Stage) -> str:
     return f"{3 * TASKS} tasks, {again} of them attempted again; {published}"
 
 
+def side_by_side(stage: Stage) -> str:
+    """Run orchestrators of both versions on one store, each with an agent and a submitter of its own."""
+    redis = stage.redis()
+    agents = {"old": "published-v1", "new": "head-v2"}
+    addresses = {name: stage.server(environment, redis)[1] for name, environment in agents.items()}
+    for name, environment in agents.items():
+        start_agent(stage, addresses[name], name, environment)
+    submitted = [
+        (environment, number * TASKS, submit(stage, environment, addresses[name], agents, first=number * TASKS))
+        for number, (name, environment) in enumerate(agents.items())
+    ]
+    workers: set[str] = set()
+    for environment, first, submitter in submitted:
+        done = submitter.expect("done", seconds=PATIENCE + 30)
+        workers |= check_responses(done["responses"], range(first, first + TASKS), agents, environment)
+    if workers != {*agents}:
+        raise CaseFailed(f"only {', '.join(sorted(workers))} received tasks")
+    return f"{2 * TASKS} tasks by {' and '.join(sorted(workers))}; {check_events(stage, redis, 2 * TASKS)}"
+
+
 def start_agent(stage: Stage, address: str, name: str, environment: str) -> Actor:
     """Start an agent and wait for its session.
 

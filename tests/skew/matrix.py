@@ -80,6 +80,7 @@ def _control() -> list[Case]:
             "HEAD submitter x published agent, HEAD server",
             partial(control.fleet, server=new, agents={"old": old}, submitters=[new]),
         ),
+        ("published server beside HEAD server on one store", control.side_by_side),
         ("rolling upgrade of a mixed fleet", control.rolling_upgrade),
         (
             "agent of v3 x HEAD server with v2 live: refused",

@@ -609,3 +609,25 @@ async def test_a_bad_placement_is_refused_before_it_is_sent(server: Orchestrator
         with pytest.raises(InvalidArgument, match=re.escape(says)):
             await client.submit(ECHO, StringValue(value="a"), **settings)
     assert server.submissions == []
+
+
+async def test_each_of_many_submissions_has_its_own_outcome(server: Orchestrator, client: Client) -> None:
+    requests: list[Any] = [
+        StringValue(value="a"),
+        StringValue(value="bad"),
+        UInt32Value(value=1),
+        StringValue(value="b"),
+    ]
+    found = await client.submit_each(ECHO, requests, idempotency_keys=["1", "2", "3", "4"], priority=7)
+    assert [getattr(each, "task_id", type(each).__name__) for each in found] == [
+        *("t1", "UnknownMethod", "InvalidArgument", "t2"),
+    ]
+    assert [each.priority for each in server.submissions] == [7, 7, 7]
+    assert await client.submit_each(ECHO, []) == []
+    with pytest.raises(InvalidArgument, match="one for each"):
+        await client.submit_each(ECHO, requests, idempotency_keys=["1"])
+    server.fail = [StoreUnavailable("down")] * 1000
+    impatient = ClientOptions(patience=0.0, backoff=JitterOptions(initial=0.02, maximum=0.1))
+    async with Client(server.target, impatient) as other:
+        (refused,) = await other.submit_each(ECHO, [StringValue(value="a")])
+    assert isinstance(refused, StoreUnavailable)

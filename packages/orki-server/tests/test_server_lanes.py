@@ -371,6 +371,11 @@ async def test_labelled_tasks_run_one_after_another_beside_idle_agents(
         other = (await client.submit_raw([Submission(method=DO)]))[0]
         await client.wait_end(other.task_id)
         assert not (await client.get(nobody.task_id)).HasField("attempt")
+        found = [each.task_id async for each in client.list_tasks(labels={"gpu": "a100"}, page_size=3)]
+        assert sorted(found) == sorted(each.task_id for each in tasks)
+        assert [each.task_id async for each in client.list_tasks(labels={"gpu": "h100"})] == [nobody.task_id]
+        with pytest.raises(InvalidArgument, match="labels"):
+            [each async for each in client.list_tasks(labels={"a b": "c"})]
         (shown,) = [each for each in await client.list_agents() if each.agent_id == "able"]
         assert dict(shown.labels) == {"gpu": "a100", "zone": "eu"}
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final, Self, TypeVar, Unpack
@@ -32,6 +32,7 @@ from orki_contract.errors import (
     error_for,
 )
 from orki_control._links import Link, Links
+from orki_control._operator import OperatorCalls
 from orki_control._schedules import ClientSchedules
 from orki_control._submissions import submission_of
 from orki_control._submitter import SessionUnsupported, SubmitterSession, Ticket, new_submission_id
@@ -83,7 +84,7 @@ class ClientOptions:
             raise InvalidSetting(f"max_message_bytes {self.max_message_bytes}: use at least {2 * _ROOM}")
 
 
-class Client:
+class Client(OperatorCalls):
     """A client of a fleet: an async context manager, and the `TaskChannel` of generated clients.
 
     ```python
@@ -226,6 +227,54 @@ class Client:
         submissions = [submission_of(task, request, key, settings) for request, key in zip(requests, keys, strict=True)]
         snapshots = await self.submit_raw(submissions)
         return [SubmittedTask(self, task, snapshot) for snapshot in snapshots]
+
+    async def submit_each(
+        self,
+        task: Task[Q, R, P, D],
+        requests: Sequence[Q],
+        *,
+        idempotency_keys: Sequence[str] | None = None,
+        **settings: Unpack[SubmitSettings],
+    ) -> list[SubmittedTask[R, P, D] | OrkiError]:
+        """Submit many tasks of one method, each with its own outcome.
+
+        Args:
+            task: The method.
+            requests: Any number of requests.
+            idempotency_keys: One key for each request; an empty key makes the task new.
+            **settings: As for `submit`, for all of them.
+
+        Returns:
+            For each request, in their order, the handle of its task or the error of its refusal. After a retryable
+            error the task may exist if it has no idempotency key of its own.
+
+        Raises:
+            InvalidArgument: There is not one key for each request.
+        """
+        keys = [""] * len(requests) if idempotency_keys is None else idempotency_keys
+        if len(keys) != len(requests):
+            raise InvalidArgument(f"{len(keys)} idempotency keys for {len(requests)} requests: give one for each")
+        outcomes: list[SubmittedTask[R, P, D] | OrkiError | None] = []
+        submissions = []
+        for request, key in zip(requests, keys, strict=True):
+            try:
+                submission = submission_of(task, request, key, settings)
+                list(self._chunks([submission]))
+            except OrkiError as error:
+                outcomes.append(error)
+                continue
+            submissions.append(submission)
+            outcomes.append(None)
+        answers: list[pb.TaskSnapshot | OrkiError] = []
+        for chunk in self._chunks(submissions):
+            try:
+                answers += [answer for answer, _ in await self._outcomes(chunk, watched=False)]
+            except OrkiError as error:
+                answers += [error] * len(chunk)
+        found = iter(
+            answer if isinstance(answer, OrkiError) else SubmittedTask(self, task, answer) for answer in answers
+        )
+        return [next(found) if outcome is None else outcome for outcome in outcomes]
 
     async def submit_raw(self, submissions: Sequence[pb.Submission]) -> list[pb.TaskSnapshot]:
         """Submit serialised requests, for callers that know a method only by its name.
@@ -397,6 +446,7 @@ class Client:
         states: Sequence[TaskState.ValueType] = (),
         method: str = "",
         agent_id: str = "",
+        labels: Mapping[str, str] | None = None,
         page_size: int = 0,
     ) -> AsyncIterator[pb.TaskSnapshot]:
         """Yield tasks, newest first, fetched page by page.
@@ -405,9 +455,10 @@ class Client:
             states: Only tasks in one of these states; empty for all.
             method: Only tasks of this `package.Service/Method`; empty for all.
             agent_id: Only tasks whose current attempt this agent holds; empty for all.
+            labels: Only tasks that ask for all of these labels.
             page_size: Tasks in one page, 1 to 1000; 0 for the orchestrator's default.
         """
-        request = pb.ListRequest(states=states, method=method, agent_id=agent_id, page_size=page_size)
+        request = pb.ListRequest(states=states, method=method, agent_id=agent_id, labels=labels, page_size=page_size)
         while True:
             answer = await self._call(lambda link: link.tasks.List(request, timeout=self._timeout))
             for task in answer.tasks:
@@ -433,51 +484,6 @@ class Client:
         request = pb.ListServicesRequest(service=service)
         answer = await self._call(lambda link: link.fleet.ListServices(request, timeout=self._timeout))
         return answer.services
-
-    async def pause(self, target: str, message: str = "") -> pb.Pause:
-        """Pause a service or a method: its queued tasks wait, and running attempts go on.
-
-        Args:
-            target: Full name of a registered service, or of a method as `package.Service/Method`.
-            message: Explanation for operators.
-
-        Raises:
-            UnknownMethod: No such service or method is registered.
-        """
-        request = pb.PauseRequest(target=target, message=message)
-        answer = await self._call(lambda link: link.fleet.Pause(request, timeout=self._timeout))
-        return answer.pause
-
-    async def resume(self, target: str) -> bool:
-        """End the pause of a service or a method. Returns whether it was paused."""
-        request = pb.ResumeRequest(target=target)
-        answer = await self._call(lambda link: link.fleet.Resume(request, timeout=self._timeout))
-        return answer.was_paused
-
-    async def list_pauses(self) -> Sequence[pb.Pause]:
-        """Return what is paused, by target."""
-        answer = await self._call(lambda link: link.fleet.ListPauses(pb.ListPausesRequest(), timeout=self._timeout))
-        return answer.pauses
-
-    async def set_limit(self, key: str, *, concurrency: int = 0, interval: float = 0.0, burst: int = 1) -> None:
-        """Declare a limit for all tasks that name its key. Without concurrency and interval the limit is removed.
-
-        Args:
-            key: The key.
-            concurrency: Maximum number of offered and running attempts; 0 for no maximum.
-            interval: Minimum time between two offers in seconds; 0 for none.
-            burst: Number of offers that may be made at once after a pause.
-        """
-        if not (concurrency >= 0 and 0 <= interval <= 86_400 and burst >= 1):
-            raise InvalidArgument(f"limit {key}: use 0 or more attempts, 0 to 86400 seconds, and a burst of at least 1")
-        limit = pb.Limit(key=key, concurrency=concurrency, interval_us=round(interval * 1_000_000), burst=burst)
-        request = pb.SetLimitRequest(limit=limit)
-        await self._call(lambda link: link.fleet.SetLimit(request, timeout=self._timeout))
-
-    async def list_limits(self) -> Sequence[pb.Limit]:
-        """Return the declared limits with their use, by key."""
-        answer = await self._call(lambda link: link.fleet.ListLimits(pb.ListLimitsRequest(), timeout=self._timeout))
-        return answer.limits
 
     async def _submit(self, request: pb.SubmitRequest) -> pb.SubmitResponse:
         return await self._call(lambda link: link.tasks.Submit(request, timeout=self._timeout))

@@ -21,7 +21,7 @@ from orki_contract.errors import (
     TooLarge,
     UnknownTask,
 )
-from orki_control.session import AttemptKey
+from orki_control.session import AttemptKey, bad_labels
 from orki_server._answers import SuspendedTasks
 from orki_server._calls import Context, actor_of, readable, typed, typed_stream
 from orki_server._explain import Explainer, read_waits
@@ -97,7 +97,14 @@ class RequestRules:
             _check_method("method", request.method)
         if request.agent_id and not _AGENT_ID.match(request.agent_id):
             raise InvalidArgument(f"agent_id: {request.agent_id[:40]!r} is not a valid agent id")
-        which = TaskFilter(states=frozenset(request.states), method=request.method, agent_id=request.agent_id)
+        if problem := bad_labels(request.labels):
+            raise InvalidArgument(problem)
+        which = TaskFilter(
+            states=frozenset(request.states),
+            method=request.method,
+            agent_id=request.agent_id,
+            labels=dict(request.labels),
+        )
         return which, request.page_size or _DEFAULT_PAGE
 
     def _check_payload(self, field: str, payload: bytes) -> None:

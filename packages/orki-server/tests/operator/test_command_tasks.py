@@ -161,6 +161,9 @@ async def test_limits_and_labels_on_the_command_line(fleet: Any, orki: Any, at: 
     assert (task["labels"], task["limits"], task["fairness_key"]) == ({"gpu": "a100"}, ["model:small"], "t1")
     shown = (await orki("tasks", task["task_id"], **at)).out
     assert "gpu=a100" in shown
+    listed = json.loads((await orki("tasks", "--label", "gpu=a100", "--json", **at)).out)
+    assert [each["task_id"] for each in listed] == [task["task_id"]]
+    assert json.loads((await orki("tasks", "--label", "gpu=b", "--json", **at)).out) == []
     assert (await orki("limit", "remove", "model:small", **at)).code == 0
     assert json.loads((await orki("limit", "list", "--json", **at)).out) == []
 

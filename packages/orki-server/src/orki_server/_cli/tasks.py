@@ -107,7 +107,7 @@ _COLUMNS: Final = Columns(
     right={"PRI", "TRY", "AGE", "TOOK"},
     uncut={"TASK", "AGE"},
 )
-_UNFILTERED: Final[dict[str, Any]] = {"states": (), "method": "", "agent": "", "limit": 50}
+_UNFILTERED: Final[dict[str, Any]] = {"states": (), "method": "", "agent": "", "labels": (), "limit": 50}
 
 
 @click.command(
@@ -129,6 +129,13 @@ Examples:
 )
 @click.option("--method", default="", metavar="SERVICE/METHOD", help="Only tasks of this method.")
 @click.option("--agent", default="", metavar="AGENT", help="Only tasks whose current attempt runs on this agent.")
+@click.option(
+    "--label",
+    "labels",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Only tasks that ask for this label; may be repeated.",
+)
 @click.option(
     "--limit", default=50, show_default=True, type=click.IntRange(1, 100_000), help="Maximum number of tasks."
 )
@@ -167,10 +174,14 @@ async def tasks(
     await run_repeatedly(show, watch)
 
 
-async def _list(client: Client, states: Sequence[str], method: str, agent: str, limit: int) -> list[TaskSnapshot]:
+async def _list(
+    client: Client, states: Sequence[str], method: str, agent: str, labels: Sequence[str], limit: int
+) -> list[TaskSnapshot]:
     numbers = [STATES[name] for name in states]
+    given = dict(label.partition("=")[::2] for label in labels)
+    size = min(limit, 1000)
     found = []
-    async for each in client.list_tasks(states=numbers, method=method, agent_id=agent, page_size=min(limit, 1000)):
+    async for each in client.list_tasks(states=numbers, method=method, agent_id=agent, labels=given, page_size=size):
         found.append(each)
         if len(found) == limit:
             break

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 from orki.control.v1.attempt_pb2 import Failure, TaskState
@@ -32,17 +33,20 @@ class TaskFilter:
         states: The states.
         method: The method.
         agent_id: Agent of the current or last attempt.
+        labels: Labels that the task asks for.
     """
 
     states: frozenset[TaskState.ValueType] = frozenset()
     method: str = ""
     agent_id: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     def admits(self, task: TaskSnapshot) -> bool:
         return (
             (not self.states or task.state in self.states)
             and self.method in ("", task.method)
             and self.agent_id in ("", task.agent_id)
+            and all(task.labels.get(name) == value for name, value in self.labels.items())
         )
 
 
