@@ -16,6 +16,7 @@ from orki_agent import Agent
 from orki_contract import TaskStub
 from orki_contract.errors import (
     Cancelled,
+    ChildFailed,
     ContractMismatch,
     HandlerRejected,
     OrkiError,
@@ -365,8 +366,9 @@ async def test_a_handler_hands_work_on_in_its_own_trace(orchestrator: Any, work:
             told.append(delta.number)
             await first.direct(work.WorkDirective(text="directed"))
         await second.cancel("not needed")
-        with pytest.raises(Cancelled):
+        with pytest.raises(ChildFailed) as failed:
             await second.result(10)
+        assert isinstance(failed.value.failure, Cancelled)
         with pytest.raises(WaitTimeout):
             await (await grind.submit(work.WorkRequest())).result(0.1)
         return await first.result(10)

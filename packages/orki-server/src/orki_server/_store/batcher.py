@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from importlib.resources import files
 from typing import Any, Final, TypeVar
 
@@ -56,6 +57,8 @@ _GRACE: Final = 6_000
 """Time for agents to connect again after nobody could hear them (ms): a little more than their longest back-off."""
 _MAX_ABANDONED: Final = 50
 """Number of abandoned attempts after which others count as failed."""
+_CAPTURED: Final = 55
+"""Maximum number of names that a part of the script takes from the parts before it. Lua allows 60 in a function."""
 _EVENT_KEYS: Final = (*stream_keys(TASKS.contract), *stream_keys(AUDIT.contract))
 _log = logging.getLogger("orki.server.store")
 
@@ -293,6 +296,7 @@ def _must_be_durable(operation: Operation[Any], outcome: object) -> bool:
     return operation.op in _ACKNOWLEDGED
 
 
+@lru_cache
 def shard_script(retention: float, channel: str = "") -> Script:
     """Return the script that applies a batch of operations to one shard.
 
@@ -311,4 +315,33 @@ def shard_script(retention: float, channel: str = "") -> Script:
     constants.append(f"local function first_fence(now) return string.format('%.0f', {EPOCH_STEP} + now) end\n")
     folder = files("orki_server._store") / "lua"
     written = [(folder / f"{part}.lua").read_text(encoding="utf-8") for part in _PARTS]
-    return Script("\n".join([lua_names(), lua_moves(), lua_tags(), "\n".join(constants), *written]))
+    head = "\n".join([lua_names(), lua_moves(), lua_tags(), *constants])
+    words, names = [_words(part) for part in written], [_locals(part) for part in (head, *written)]
+    parts = []
+    for at, part in enumerate(written):
+        shared = [name for name in names[at + 1] if any(name in other for other in words[at + 1 :])]
+        needed = words[at].intersection(name for earlier in names[: at + 1] for name in earlier)
+        parts.append(_enclosed(part, shared) if len(needed) <= _CAPTURED else part)
+    return Script("\n".join([head, *parts]))
+
+
+def _enclosed(part: str, shared: Sequence[str]) -> str:
+    """Return a part of the script as a function of its own, with the functions that later parts call as its results.
+
+    Lua searches all captured variables of a function when it makes a closure in it, so a script that is one function
+    needs longer for its definitions than for a transition. A part that shares more than functions is returned as it is.
+    """
+    if any(f"\nlocal function {name}(" not in part for name in shared):
+        return part
+    names = ", ".join(shared)
+    return f"local {names} = (function()\n{part}\nreturn {names}\nend)()\n" if shared else f"do\n{part}\nend\n"
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", re.sub(r"--[^\n]*", "", text)))
+
+
+def _locals(text: str) -> list[str]:
+    """Return the variables of a part that are not inside of its functions or blocks."""
+    found = re.findall(r"^local (?:function (\w+)|([\w, ]+))", text, re.MULTILINE)
+    return [name.strip() for function, names in found for name in (function or names).split(",")]
