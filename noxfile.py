@@ -77,7 +77,12 @@ def types(session: nox.Session) -> None:
     """Check types strictly: hand-written code, generated code and files that use the public API."""
     dev = ensure(session, DEV)
     roots = [str(root) for root in source_roots(Path.cwd())]
-    own = ["noxw", "noxfile.py", "nox_sessions", *_folders("tests/typing", "chaos", "simulator", "benchmarks", *RIG_TESTS)]
+    own = [
+        "noxw",
+        "noxfile.py",
+        "nox_sessions",
+        *_folders("tests/typing", "chaos", "simulator", "benchmarks", *RIG_TESTS),
+    ]
     dev.run(session, "mypy", *roots, *own, env={"MYPYPATH": os.pathsep.join(roots)})
 
 
