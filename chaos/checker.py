@@ -44,8 +44,9 @@ def _by_event(history: Iterable[Record]) -> dict[str, list[Record]]:
 def check_control(history: list[Record]) -> Report:
     """Check tasks: nothing acknowledged is lost, one result is accepted, fences rise, every error is typed.
 
-    Records: `submitted` (key, task, expect: the states in which it may end, lines), `started` and `finished` (task, attempt, fence), `result` (task, state,
-    attempt, fence, lines), `final` (task, orchestrator, state, attempt, fence, lines), `error` (type, typed).
+    Records: `submitted` (key, task, lines, and expect: the states in which it may end), `started` and `finished` (task,
+    attempt, fence), `result` (task, state, attempt, fence, lines), `final` (task, orchestrator, state, attempt, fence,
+    lines), `error` (type, typed).
     """
     events = _by_event(history)
     report = Report()

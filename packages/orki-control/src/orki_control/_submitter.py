@@ -267,7 +267,7 @@ class SubmitterSession:
             self._machine.abandon(request)
 
     async def cancel(self, request: CancelRequest) -> TaskSnapshot:
-        """Cancel a task. It is repeated, for as long as `patience` allows, while it is refused for a cause that passes."""
+        """Cancel a task; repeat it, as long as `patience` allows, while it is refused for a cause that passes."""
         give_up_at = self._loop.time() + self._patience
         jitter = Jitter(self._backoff)
         while True:
