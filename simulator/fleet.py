@@ -22,7 +22,7 @@ from orki_agent._services import Handler
 from orki_agent._settings import RunSettings
 from orki_agent._threads import Mailbox
 from orki_contract.backoff import JitterOptions
-from orki_contract.errors import OrkiError, StoreUnavailable, UnknownMethod, UnknownTask, WaitTimeout
+from orki_contract.errors import OrkiError, UnknownMethod, UnknownTask, WaitTimeout
 from orki_contract.images import message_class, service_digest
 from orki_contract.read import read_image
 from orki_control import Client, ClientOptions, _links
@@ -278,7 +278,7 @@ async def _serve(fleet: Fleet, process: Process, address: str, name: str) -> Non
         try:
             await orchestrator.start()
             break
-        except StoreUnavailable:
+        except OrkiError:
             # A supervisor starts it again.
             await asyncio.sleep(0.5)
     await orchestrator.serve(asyncio.Event())
@@ -413,7 +413,7 @@ async def _ended(client: Client, handle: Any) -> Any:
 
 
 async def _follow(fleet: Fleet, handle: Any) -> None:
-    with contextlib.suppress(UnknownTask):  # The server may have lost the task.
+    with contextlib.suppress(OrkiError):  # The server may have lost the task, or the client is closed.
         await _deltas(fleet, handle)
 
 

@@ -281,6 +281,7 @@ def _check(fleet: Fleet, plan: Plan, late: bool) -> list[str]:
         bad += [f"key {key} has {count} tasks" for key, count in keys.items() if count > 2]
     report = check_control(history)
     bad += [each for each in report.violations if not (fleet.lost_tail and _is_of_tail(each))]
+    bad += _check_order(history)
     bad += _check_progress(history)
     if not fleet.lost_tail:
         bad += _check_lifecycle(fleet, history)
@@ -298,8 +299,20 @@ def _may_fail(record: Record) -> Record:
 
 
 def _is_of_tail(violation: str) -> bool:
-    """Whether a lost tail excuses a violation: fences are not excused."""
-    return "fence" not in violation or "comes from no execution" in violation
+    """Whether a lost tail excuses a violation. Fences still rise, but attempts of a task have their numbers again."""
+    return "was used by two executions" not in violation
+
+
+def _check_order(history: Iterable[Record]) -> list[str]:
+    """Check that the fences of a task rise in the order of its executions."""
+    last: dict[str, int] = {}
+    bad = []
+    for each in history:
+        if each["event"] == "started":
+            if each["fence"] <= last.get(each["task"], 0):
+                bad.append(f"fence {each['fence']} of task {each['task']} follows {last[each['task']]}")
+            last[each["task"]] = each["fence"]
+    return bad
 
 
 def _check_progress(history: Iterable[Record]) -> list[str]:

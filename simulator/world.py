@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from typing import Any, Final
 from unittest import mock
 
+from orki_contract.errors import OrkiError
+
 _EPOCH: Final = 1_700_000_000.0
 """Wall-clock time at the start of each run, so that ids and fences are the same in each replay."""
 _START: Final = 1_000.0
@@ -94,6 +96,8 @@ class Process:
 
     def _failed(self, _: Any, context: dict[str, Any]) -> None:
         error = context.get("exception")
+        if isinstance(error, OrkiError):
+            return  # Nobody waited any more for a typed error.
         self._world.failed(f"{self.name}: {context['message']}: {error}", error)
 
     @property
