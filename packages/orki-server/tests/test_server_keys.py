@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from orki_server import _fields
 from orki_server import _keys as keys
 from orki_server._events import OutboxRecord
 from orki_server._keys import FleetKeys, ShardKeys
@@ -75,39 +76,39 @@ def test_the_scripts_use_the_fields_of_the_table() -> None:
     used = set(re.findall(r"\b(?:task|other|known)\.(\w+)", LUA))
     used -= {"id", "text", "next_text", "fields", "staged_fields", "touched", "dirty", "shown", "span", "span_of"}
     used -= {"spec", "request", "placement", "place", "more_text"}
-    assert used | set(TIMERS) == {*keys.STATE_FIELDS, *keys.SPEC_FIELDS}
-    assert set(TIMERS) == {name for name in keys.NUMBERS if name.endswith("_due")}
+    assert used | set(TIMERS) == {*_fields.STATE_FIELDS, *_fields.SPEC_FIELDS}
+    assert set(TIMERS) == {name for name in _fields.NUMBERS if name.endswith("_due")}
     # Fields of the hash itself.
     found = re.findall(r"TASK \.\. [\w.]+, '(\w+)'|set\(task, '(\w+)'", LUA)
     used = {name for names in found for name in names if name}
-    assert used | {"spec"} == set(keys.TASK_FIELDS)
-    assert set(keys.SNAPSHOT) == set(keys.TASK_FIELDS) - {"request", "checkpoint", "answer"}
-    assert set(keys.NUMBERS) <= {*keys.STATE_FIELDS, *keys.SPEC_FIELDS}
+    assert used | {"spec"} == set(_fields.TASK_FIELDS)
+    assert set(_fields.SNAPSHOT) == set(_fields.TASK_FIELDS) - {"request", "checkpoint", "answer"}
+    assert set(_fields.NUMBERS) <= {*_fields.STATE_FIELDS, *_fields.SPEC_FIELDS}
 
 
 def test_the_scripts_use_the_named_values_of_the_table() -> None:
     changed = re.findall(r"remember\(task, \{(.*?)\}\)", LUA, flags=re.S)
-    assert set(re.findall(r"(\w+) = ", "\n".join(changed))) == set(keys.MORE_FIELDS)
-    assert set(re.findall(r"\b(?:more\(task\)|values)\.(\w+)", LUA)) <= set(keys.MORE_FIELDS)
+    assert set(re.findall(r"(\w+) = ", "\n".join(changed))) == set(_fields.MORE_FIELDS)
+    assert set(re.findall(r"\b(?:more\(task\)|values)\.(\w+)", LUA)) <= set(_fields.MORE_FIELDS)
     assert keys.unpack_more(b"suspension=2\x1fquestion=a=b?") == {"suspension": "2", "question": "a=b?"}
     assert keys.unpack_more(b"") == {}
 
 
 def test_packed_fields_are_read_as_they_were_written() -> None:
-    fields: dict[str, str | int] = dict.fromkeys(keys.STATE_FIELDS, "") | {"state": "QUEUED", "revision": 3}
-    read = keys.unpack(keys.STATE_FIELDS, keys.pack(fields).encode())
+    fields: dict[str, str | int] = dict.fromkeys(_fields.STATE_FIELDS, "") | {"state": "QUEUED", "revision": 3}
+    read = _fields.unpack(_fields.STATE_FIELDS, _fields.pack(fields).encode())
     assert (read["state"], read["revision"], read["attempt"], read["agent_id"]) == ("QUEUED", "3", "0", "")
-    for damaged in (b"", b"QUEUED", b"\xff" * 30, keys.pack(fields).replace("3", "x").encode()):
+    for damaged in (b"", b"QUEUED", b"\xff" * 30, _fields.pack(fields).replace("3", "x").encode()):
         with pytest.raises(ValueError, match=r"argument|literal|decode"):
-            keys.unpack(keys.STATE_FIELDS, damaged)
+            _fields.unpack(_fields.STATE_FIELDS, damaged)
 
 
 def test_the_scripts_write_the_records_that_python_reads() -> None:
-    assert OutboxRecord._fields[1:] == tuple(keys.RECORD_FIELDS)
+    assert OutboxRecord._fields[1:] == tuple(_fields.RECORD_FIELDS)
     record = LUA[LUA.index("local function record(") : LUA.index("-- Puts the task at the end")]
     written = [line.strip() for line in record[record.index("+ 1] = {") :].splitlines()[1:] if line.startswith("    ")]
-    assert len(written) == len(keys.RECORD_FIELDS)
-    for field, line in zip(keys.RECORD_FIELDS, written, strict=True):
+    assert len(written) == len(_fields.RECORD_FIELDS)
+    for field, line in zip(_fields.RECORD_FIELDS, written, strict=True):
         names = {"task_id": "task.id", "time_us": "WALL_TEXT"}
         assert names.get(field, field) in line
 
@@ -120,7 +121,7 @@ def test_the_page_shows_the_tables_and_the_life_of_a_task() -> None:
     page = PAGE.read_text(encoding="utf-8")
     rows = [f"| `{row.pattern}` | {row.kind} | {row.holds} | {row.writer} | {row.ends} |" for row in keys.TABLE]
     assert "\n".join(["| Key | Kind | Content | Written by | Removed |", "|---|---|---|---|---|", *rows, ""]) in page
-    tables = (keys.TASK_FIELDS, keys.MORE_FIELDS, keys.STATE_FIELDS, keys.SPEC_FIELDS, keys.PLACEMENT_FIELDS)
-    for fields in (*tables, keys.RECORD_FIELDS, keys.MAIL_FIELDS):
+    tables = (_fields.TASK_FIELDS, _fields.MORE_FIELDS, _fields.STATE_FIELDS, _fields.SPEC_FIELDS, _fields.PLACEMENT_FIELDS)
+    for fields in (*tables, _fields.RECORD_FIELDS, _fields.MAIL_FIELDS):
         rows = [f"| `{name}` | {holds} |" for name, holds in fields.items()]
         assert "\n".join(["| Field | Content |", "|---|---|", *rows, ""]) in page

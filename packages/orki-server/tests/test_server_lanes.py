@@ -18,8 +18,7 @@ from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import new_span
 from orki_control import Client
 from orki_control.session import AttemptKey
-from orki_server import _keys as keys
-from orki_server._keys import PRIORITY_STEP
+from orki_server._fields import MAX_LANES, PRIORITY_STEP, STATE_FIELDS
 from orki_server._store import operations
 from orki_server._store.limits import check_limit, read_limits, set_limit
 from orki_server._store.mail import queue_lengths
@@ -111,12 +110,12 @@ async def test_lanes_and_their_marks_are_removed_when_they_are_empty(store: Stor
 
 async def test_the_number_of_lanes_is_bounded(store: Store, monkeypatch: pytest.MonkeyPatch, redis_url: str) -> None:
     with Redis.from_url(redis_url) as redis:
-        redis.hset(f"{BASE}lanes", mapping={f"lane-{number}": "" for number in range(keys.MAX_LANES - 1)})
+        redis.hset(f"{BASE}lanes", mapping={f"lane-{number}": "" for number in range(MAX_LANES - 1)})
         # Empty ones are removed first.
         first = await submit(store, GPU)
         assert (await take(store, 1, GPU.labels))[0].task_id == first
-        redis.hset(f"{BASE}lanes", mapping={f"lane-{number}": "" for number in range(keys.MAX_LANES)})
-        for number in range(keys.MAX_LANES):
+        redis.hset(f"{BASE}lanes", mapping={f"lane-{number}": "" for number in range(MAX_LANES)})
+        for number in range(MAX_LANES):
             redis.zadd(f"{BASE}queue:lane-{number}", {"x": 1})
         assert await submit(store, Placement(labels=("a=b",))) == "lanes"
         assert (await submit(store)).startswith("t0-")
@@ -164,7 +163,7 @@ async def test_every_key_of_a_task_must_admit_it(store: Store) -> None:
 async def expire(store: Store, key: AttemptKey) -> None:
     name = f"{BASE}task:{key.task_id}"
     packed = await store.connection.call("HGET", name, "state")
-    fields = dict(zip(keys.STATE_FIELDS, packed.split(b"\x1f"), strict=True))
+    fields = dict(zip(STATE_FIELDS, packed.split(b"\x1f"), strict=True))
     due = {each: b"1" for each in ("offer_due", "lease_due") if fields[each]}
     await store.connection.call("HSET", name, "state", b"\x1f".join((fields | due | {"timer": b"1"}).values()))
     await store.connection.call("ZADD", f"{BASE}timers", 1, key.task_id)
@@ -398,8 +397,8 @@ async def test_a_further_lane_is_refused_with_a_reason(
     agent = stand_in(orchestrator.address, taking=False)
     await agent.ready()
     with Redis.from_url(redis_url) as redis:
-        redis.hset(f"{BASE}lanes", mapping={f"lane-{number}": "" for number in range(keys.MAX_LANES)})
-        for number in range(keys.MAX_LANES):
+        redis.hset(f"{BASE}lanes", mapping={f"lane-{number}": "" for number in range(MAX_LANES)})
+        for number in range(MAX_LANES):
             redis.zadd(f"{BASE}queue:lane-{number}", {"x": 1})
     async with Client(orchestrator.address) as client:
         with pytest.raises(Overloaded, match="fairness key"):

@@ -14,7 +14,8 @@ from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import new_span
 from orki_control.session import AttemptKey
-from orki_server._keys import SPEC_FIELDS, STATE_FIELDS, ShardKeys, pack, unpack
+from orki_server._fields import SPEC_FIELDS, STATE_FIELDS, pack, unpack
+from orki_server._keys import ShardKeys
 from orki_server._store import lifecycle, operations, suspension
 from orki_server._store.batcher import shard_script
 from orki_server._store.lifecycle import TASK_LIFE, TIMERS, VISIBLE, Life

@@ -20,7 +20,7 @@ from orki_contract.trace import new_span
 from orki_control import Client
 from orki_control.session import AttemptKey
 from orki_control.transport import open_channel
-from orki_server._keys import PRIORITY_STEP
+from orki_server._fields import PRIORITY_STEP
 from orki_server._store import operations
 from orki_server._store.operations import Recipient, Swept, new_task_id
 from orki_server._store.placement import ANYWHERE, MAX_DELAY_MS, Placement, check_placement

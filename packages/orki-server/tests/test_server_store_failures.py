@@ -19,7 +19,8 @@ from orki_contract.trace import new_span
 from orki_control.session import AttemptKey
 from orki_server._events import Outbox, _records, audit_event, task_event
 from orki_server._explain import read_waits
-from orki_server._keys import STATE_FIELDS, ShardKeys, pack, unpack
+from orki_server._fields import STATE_FIELDS, pack, unpack
+from orki_server._keys import ShardKeys
 from orki_server._store import operations
 from orki_server._store.batcher import _EVENT_KEYS, shard_script
 from orki_server._store.mail import Mail, MailKind, post, queue_lengths, read_mail

@@ -29,7 +29,8 @@ from orki_contract.trace import new_span
 from orki_control.session import AttemptKey
 from orki_server import _keys as keys
 from orki_server._events import Outbox
-from orki_server._keys import STATE_FIELDS, ShardKeys, pack, unpack
+from orki_server._fields import STATE_FIELDS, pack, unpack
+from orki_server._keys import ShardKeys
 from orki_server._store import operations
 from orki_server._store.operations import (
     Operation,

@@ -16,30 +16,25 @@ for stream in contract.streams:
 packages.
 """
 
-from orki_contract._frames import FrameBase, at, frame, tail
-from orki_contract._handles import (
+from orki_contract._channels import (
     AsyncTaskService,
     AsyncToolService,
-    EventStream,
-    FrameType,
-    Payload,
     ProgressGap,
-    SubmitSettings,
     SyncTaskContext,
     SyncTaskService,
     SyncToolChannel,
     SyncToolService,
     SyncToolStub,
-    Task,
     TaskChannel,
     TaskContext,
     TaskHandle,
     TaskStub,
-    Tool,
     ToolCall,
     ToolChannel,
     ToolStub,
 )
+from orki_contract._frames import FrameBase, at, frame, tail
+from orki_contract._handles import EventStream, FrameType, Payload, SubmitSettings, Task, Tool
 from orki_contract.model import (
     AUDIT_GROUP,
     Backoff,

@@ -35,7 +35,8 @@ from orki_contract.errors import DamagedRecord, OrkiError
 from orki_contract.trace import Span
 from orki_events import Events, Outgoing
 from orki_events.entries import format_cursor, stream_keys
-from orki_server._keys import RECORD_FIELDS, ShardKeys
+from orki_server._fields import RECORD_FIELDS
+from orki_server._keys import ShardKeys
 from orki_server._session import AgentSession
 from orki_server._store.operations import drain, empty_outbox, shard_of
 from orki_server._store.store import Store
@@ -58,7 +59,7 @@ _log = logging.getLogger("orki.server.events")
 
 
 class OutboxRecord(NamedTuple):
-    """One transition of one task; `orki_server._keys.RECORD_FIELDS` describes the fields after the first.
+    """One transition of one task; `orki_server._fields.RECORD_FIELDS` describes the fields after the first.
 
     Attributes:
         entry: Id of the entry in the outbox.

@@ -19,7 +19,7 @@ from orki_contract.errors import IdempotencyConflict, InvalidArgument, Overloade
 from orki_contract.model import TaskMethod
 from orki_contract.trace import Span, new_span, parse_traceparent
 from orki_control.session import AttemptKey
-from orki_server._keys import MAX_LANES
+from orki_server._fields import MAX_LANES
 from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._store import operations
 from orki_server._store.family import adopt

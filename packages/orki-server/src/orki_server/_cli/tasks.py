@@ -21,7 +21,7 @@ from orki_server._cli.options import (
     with_orchestrator,
 )
 from orki_server._cli.pause import pauses_of
-from orki_server._keys import DEFAULT_PRIORITY
+from orki_server._fields import DEFAULT_PRIORITY
 from orki_server._observers.redaction import reason_text, time_text
 
 if TYPE_CHECKING:

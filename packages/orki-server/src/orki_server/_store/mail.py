@@ -9,7 +9,7 @@ from typing import Final
 
 from orki.errors.v1.errors_pb2 import Reason
 from orki_control.session import AttemptKey
-from orki_server._keys import MAIL_FIELDS
+from orki_server._fields import MAIL_FIELDS
 from orki_server._store.operations import Operation, shard_of
 
 _AT_ONCE: Final = 64
@@ -27,7 +27,7 @@ class MailKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mail:
-    """Mail from one orchestrator to another about an attempt. `orki_server._keys.MAIL_FIELDS` describes the fields.
+    """Mail from one orchestrator to another about an attempt. `orki_server._fields.MAIL_FIELDS` describes the fields.
 
     Attributes:
         kind: What it is.

@@ -9,7 +9,7 @@ from typing import Final
 from orki.control.v1.task_pb2 import Submission, TaskSnapshot
 from orki_contract.errors import InvalidArgument
 from orki_control.session import KEY, bad_labels
-from orki_server._keys import DEFAULT_PRIORITY, PLACEMENT_FIELDS
+from orki_server._fields import DEFAULT_PRIORITY, PLACEMENT_FIELDS
 
 COUNTING_SHARD: Final = 0
 """The shard of tasks with limits or a fairness key, and of the limits."""

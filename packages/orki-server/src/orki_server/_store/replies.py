@@ -11,7 +11,7 @@ from orki.control.v1.attempt_pb2 import AttemptRef, Failure, TaskState
 from orki.control.v1.task_pb2 import Suspension, TaskSnapshot
 from orki.errors.v1.errors_pb2 import Reason
 from orki_control.session import AttemptKey
-from orki_server._keys import SNAPSHOT, SPEC_FIELDS, STATE_FIELDS, unpack, unpack_more
+from orki_server._fields import SNAPSHOT, SPEC_FIELDS, STATE_FIELDS, unpack, unpack_more
 from orki_server._store.lifecycle import VISIBLE, Life
 from orki_server._store.placement import show_placement
 

@@ -13,7 +13,8 @@ from orki.control.v1.task_pb2 import TaskSnapshot
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import DamagedRecord, InvalidArgument, OrkiError, UnknownTask
 from orki_events.connection import Reply
-from orki_server._keys import SNAPSHOT, ShardKeys
+from orki_server._fields import SNAPSHOT
+from orki_server._keys import ShardKeys
 from orki_server._store.operations import shard_of
 from orki_server._store.replies import task_snapshot
 from orki_server._store.store import Store

@@ -13,7 +13,7 @@ end
 
 local function clean(text) return (string.gsub(text, '[\30\31]', ' ')) end
 
--- Adds the record of a transition: the fields in the order of RECORD_FIELDS in _keys.py.
+-- Adds the record of a transition: the fields in the order of RECORD_FIELDS in _fields.py.
 local function record(task, kind, more)
   more = more or NOTHING
   task.revision = task.revision + 1
