@@ -90,8 +90,8 @@ def test_the_scripts_use_the_named_values_of_the_table() -> None:
     changed = re.findall(r"remember\(task, \{(.*?)\}\)", LUA, flags=re.S)
     assert set(re.findall(r"(\w+) = ", "\n".join(changed))) == set(_fields.MORE_FIELDS)
     assert set(re.findall(r"\b(?:more\(task\)|values)\.(\w+)", LUA)) <= set(_fields.MORE_FIELDS)
-    assert keys.unpack_more(b"suspension=2\x1fquestion=a=b?") == {"suspension": "2", "question": "a=b?"}
-    assert keys.unpack_more(b"") == {}
+    assert _fields.unpack_more(b"suspension=2\x1fquestion=a=b?") == {"suspension": "2", "question": "a=b?"}
+    assert _fields.unpack_more(b"") == {}
 
 
 def test_packed_fields_are_read_as_they_were_written() -> None:

@@ -18,7 +18,8 @@ contains the gRPC settings and the error mapping that all processes share.
 """
 
 from orki_contract.backoff import JitterOptions
-from orki_control._client import Client, ClientOptions
+from orki_control._client import Client
+from orki_control._options import ClientOptions
 from orki_control._submissions import CURRENT_ATTEMPT
 from orki_control._task_handle import SubmittedTask, error_of
 from orki_control.credentials import Credentials

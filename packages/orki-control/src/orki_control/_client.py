@@ -13,15 +13,14 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Final, Self, TypeVar, Unpack
 
 from google.protobuf.message import Message
 
 from orki.control.v1 import task_pb2 as pb
-from orki.control.v1.attempt_pb2 import AttemptRef, Failure, TaskState
+from orki.control.v1.attempt_pb2 import AttemptRef, TaskState
 from orki_contract import SubmitSettings, Task, TaskHandle
-from orki_contract.backoff import Jitter, JitterOptions
+from orki_contract.backoff import Jitter
 from orki_contract.errors import (
     InvalidArgument,
     InvalidSetting,
@@ -33,12 +32,11 @@ from orki_contract.errors import (
 )
 from orki_control._links import Link, Links
 from orki_control._operator import OperatorCalls
+from orki_control._options import ROOM, ClientOptions
 from orki_control._schedules import ClientSchedules
-from orki_control._submissions import submission_of
+from orki_control._submissions import submission_of, tasks_of
 from orki_control._submitter import SessionUnsupported, SubmitterSession, Ticket, new_submission_id
 from orki_control._task_handle import SubmittedTask, watch_task
-from orki_control.credentials import Credentials
-from orki_control.session._options import DEFAULT_MESSAGE_BYTES
 from orki_control.submitter._requests import seen
 from orki_control.transport import check_targets, typed_error
 
@@ -48,40 +46,7 @@ R = TypeVar("R", bound=Message)
 P = TypeVar("P")
 D = TypeVar("D")
 
-_BACKOFF: Final = JitterOptions(maximum=2.0)
-_NO_CREDENTIALS: Final = Credentials()
 _MOST_SUBMISSIONS: Final = 1000
-_ROOM: Final = 64 * 1024
-"""Bytes of a Submit message reserved for fields other than payloads."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClientOptions:
-    """Settings of a client. Durations are seconds.
-
-    Attributes:
-        patience: How long calls are repeated while the orchestrator is unavailable; 0 for a single try.
-        call_timeout: Maximum duration of one try.
-        max_message_bytes: Maximum gRPC message size in either direction.
-        insecure: Whether plaintext may leave this host.
-        credentials: Own identity, and the trusted orchestrators; by default, none and plaintext.
-        backoff: Waits between tries.
-    """
-
-    patience: float = 15.0
-    call_timeout: float = 10.0
-    max_message_bytes: int = DEFAULT_MESSAGE_BYTES
-    insecure: bool = False
-    credentials: Credentials = _NO_CREDENTIALS
-    backoff: JitterOptions = _BACKOFF
-
-    def __post_init__(self) -> None:
-        if self.patience < 0:
-            raise InvalidSetting(f"patience {self.patience}: use 0 or more seconds")
-        if self.call_timeout <= 0:
-            raise InvalidSetting(f"call_timeout {self.call_timeout}: use more than 0 seconds")
-        if self.max_message_bytes < 2 * _ROOM:
-            raise InvalidSetting(f"max_message_bytes {self.max_message_bytes}: use at least {2 * _ROOM}")
 
 
 class Client(OperatorCalls):
@@ -196,7 +161,7 @@ class Client(OperatorCalls):
     ) -> tuple[SubmittedTask[R, P, D], Ticket | None]:
         submission = submission_of(task, request, idempotency_key, settings)
         ((outcome, ticket),) = await self._outcomes([submission], watched=watched)
-        (snapshot,) = _tasks([outcome])
+        (snapshot,) = tasks_of([outcome])
         return SubmittedTask(self, task, snapshot, ticket.ended if ticket else None), ticket
 
     async def submit_many(
@@ -282,7 +247,7 @@ class Client(OperatorCalls):
         Raises:
             OrkiError: The error of the first refused submission. The others are accepted.
         """
-        return _tasks([outcome for outcome, _ in await self._outcomes(submissions, watched=False)])
+        return tasks_of([outcome for outcome, _ in await self._outcomes(submissions, watched=False)])
 
     async def _outcomes(
         self, submissions: Sequence[pb.Submission], *, watched: bool
@@ -303,8 +268,8 @@ class Client(OperatorCalls):
             if len(answer.outcomes) != len(chunk):
                 raise OrkiError(f"{self.target} answered {len(chunk)} submissions with {len(answer.outcomes)} outcomes")
             for each in answer.outcomes:
-                found = each.task if each.WhichOneof("outcome") == "task" else _error(each.failure)
-                outcomes.append((found, None))
+                refused = each.WhichOneof("outcome") != "task"
+                outcomes.append((error_for(each.failure.reason, each.failure.message) if refused else each.task, None))
         return outcomes
 
     # --- Tasks by id. ---
@@ -518,7 +483,7 @@ class Client(OperatorCalls):
             await asyncio.sleep(wait)
 
     def _chunks(self, submissions: Sequence[pb.Submission]) -> Iterator[list[pb.Submission]]:
-        room = self._options.max_message_bytes - _ROOM
+        room = self._options.max_message_bytes - ROOM
         chunk: list[pb.Submission] = []
         size = 0
         for submission in submissions:
@@ -534,18 +499,3 @@ class Client(OperatorCalls):
             size += weight
         if chunk:
             yield chunk
-
-
-def _tasks(outcomes: Sequence[pb.TaskSnapshot | OrkiError]) -> list[pb.TaskSnapshot]:
-    """Return the tasks; raise the error of the first refused submission."""
-    tasks: list[pb.TaskSnapshot] = []
-    for number, outcome in enumerate(outcomes, 1):
-        if isinstance(outcome, OrkiError):
-            where = f"submission {number} of {len(outcomes)}: " if len(outcomes) > 1 else ""
-            raise type(outcome)(where + outcome.message)
-        tasks.append(outcome)
-    return tasks
-
-
-def _error(failure: Failure) -> OrkiError:
-    return error_for(failure.reason, failure.message)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, Final
@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from orki.control.v1 import task_pb2 as pb
 from orki_contract import SubmitSettings, Task
-from orki_contract.errors import InvalidArgument
+from orki_contract.errors import InvalidArgument, OrkiError
 from orki_contract.trace import current_span, new_span
 from orki_control.session import KEY, AttemptKey, bad_labels
 
@@ -95,3 +95,14 @@ def place(submission: pb.Submission, settings: Mapping[str, Any]) -> None:
         if parent is None:
             raise InvalidArgument(f"{method}: on_parent_end: only a handler submits tasks that have a parent")
         submission.parent.CopyFrom(parent.ref())
+
+
+def tasks_of(outcomes: Sequence[pb.TaskSnapshot | OrkiError]) -> list[pb.TaskSnapshot]:
+    """Return the tasks; raise the error of the first refused submission."""
+    tasks: list[pb.TaskSnapshot] = []
+    for number, outcome in enumerate(outcomes, 1):
+        if isinstance(outcome, OrkiError):
+            where = f"submission {number} of {len(outcomes)}: " if len(outcomes) > 1 else ""
+            raise type(outcome)(where + outcome.message)
+        tasks.append(outcome)
+    return tasks
