@@ -104,6 +104,19 @@ def test_a_server_that_lost_its_newest_writes_repeats_no_fence() -> None:
     assert len(set(fences)) == len(fences)
 
 
+@pytest.mark.parametrize("seed", [3, 5, 12, 13, 18])
+def test_agents_connect_again_to_a_server_that_lost_their_sessions(seed: int) -> None:
+    outcome = play(
+        f"""
+        seed {seed}
+        at 0.095: lose_tail redis for 0.071
+        at 0.8: submit "sleep:0.2" by orchestrator-1
+        at 0.8: submit "sleep:0.2" by orchestrator-2
+        """
+    )
+    assert ends(outcome) == ["SUCCEEDED", "SUCCEEDED"]
+
+
 def test_a_full_server_lets_running_tasks_end() -> None:
     outcome = play(
         """

@@ -186,7 +186,7 @@ async def test_silent_connections_do_not_lock_others_out(redis_url: str, stand_i
             await asyncio.sleep(1.0)
             after = stand_in(served.address, agent_id="after")
             await after.ready()
-            async with Client(served.address, ClientOptions(patience=15.0)) as client:
+            async with Client(served.address, ClientOptions(patience=45.0)) as client:
                 for _ in range(5):
                     (task,) = await client.submit_raw([pb.Submission(method=DO, request=b"\n\x01q")])
                     async with asyncio.timeout(20):

@@ -121,7 +121,13 @@ def test_the_page_shows_the_tables_and_the_life_of_a_task() -> None:
     page = PAGE.read_text(encoding="utf-8")
     rows = [f"| `{row.pattern}` | {row.kind} | {row.holds} | {row.writer} | {row.ends} |" for row in keys.TABLE]
     assert "\n".join(["| Key | Kind | Content | Written by | Removed |", "|---|---|---|---|---|", *rows, ""]) in page
-    tables = (_fields.TASK_FIELDS, _fields.MORE_FIELDS, _fields.STATE_FIELDS, _fields.SPEC_FIELDS, _fields.PLACEMENT_FIELDS)
+    tables = (
+        _fields.TASK_FIELDS,
+        _fields.MORE_FIELDS,
+        _fields.STATE_FIELDS,
+        _fields.SPEC_FIELDS,
+        _fields.PLACEMENT_FIELDS,
+    )
     for fields in (*tables, _fields.RECORD_FIELDS, _fields.MAIL_FIELDS):
         rows = [f"| `{name}` | {holds} |" for name, holds in fields.items()]
         assert "\n".join(["| Field | Content |", "|---|---|", *rows, ""]) in page

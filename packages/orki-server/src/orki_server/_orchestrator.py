@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -192,6 +193,7 @@ class Orchestrator:
         self._schedules = ScheduleServicer(schedules, self._submitters.submissions.check)
         store.connection.on_change(self._store_changed)
         store.on_loss(self._store_lost)
+        store.connection.on_recovery(partial(self._check_sessions, fleet, sessions))
 
     def _task_queued(self, shard: int, method: str, wait: float) -> None:
         if wait > 0:
@@ -216,6 +218,13 @@ class Orchestrator:
         elif self.address:  # before it listens, `start` raises the error
             _log.error("%s is down; agents continue, new requests are refused", shown)
         self._health_changed.set()
+
+    async def _check_sessions(self, fleet: Fleet, sessions: SessionRegistry) -> None:
+        """Detect that the store has lost sessions of agents, and with them perhaps the contracts of their services."""
+        epochs = {agent_id: session.epoch for agent_id, session in sessions.items()}
+        stored = await fleet.current_sessions(epochs, while_down=True)
+        if any(stored[agent_id][0] < epoch for agent_id, epoch in epochs.items()):
+            self._store_lost()
 
     def _store_lost(self) -> None:
         """Ask all agents to connect again: their hellos restore services, agents and held attempts."""

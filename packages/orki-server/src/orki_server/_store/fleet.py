@@ -130,15 +130,21 @@ class Fleet:
         if commands:
             await self._connection.calls(commands)
 
-    async def current_sessions(self, agent_ids: Iterable[str]) -> dict[str, tuple[int, str]]:
+    async def current_sessions(
+        self, agent_ids: Iterable[str], *, while_down: bool = False
+    ) -> dict[str, tuple[int, str]]:
         """Return epoch and instance of each agent's newest session; 0 and empty for an agent without any.
+
+        Args:
+            agent_ids: The agents.
+            while_down: Whether to ask even if the connection is down, as recovery checks do.
 
         Raises:
             StoreUnavailable: The store is down.
         """
         names = list(agent_ids)
         replies = await self._connection.calls(
-            [("HMGET", FleetKeys.agent(name), "session_epoch", "instance_id") for name in names]
+            [("HMGET", FleetKeys.agent(name), "session_epoch", "instance_id") for name in names], while_down=while_down
         )
         return {
             name: (int(epoch or 0), (instance or b"").decode())
