@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from simulator.run import Outcome, draw, run, scenario, story
@@ -58,6 +60,21 @@ def test_the_infrastructure_may_be_away_for_longer_than_a_lease(fault: str) -> N
     )
     assert ends(outcome) == ["SUCCEEDED", "SUCCEEDED"]
     assert attempts(outcome) == [1, 1]
+
+
+@pytest.mark.parametrize("fault", ["partition agent-1", "partition agent-2", "pause orchestrator-1", "stop redis"])
+def test_an_attempt_that_times_out_is_followed_by_one_attempt(fault: str) -> None:
+    """The attempt timeout, its report and the next attempt meet a fault; no two attempts run at the same time."""
+    outcome = play(
+        f"""
+        at 0.0: submit "sleep:30 fail" by orchestrator-1
+        at 19.9: {fault} for 1.0
+        """
+    )
+    started = [each["t"] for each in outcome.history if each["event"] == "started"]
+    assert attempts(outcome) == [1, 2, 3]
+    assert all(later - earlier >= 19.9 for earlier, later in itertools.pairwise(started))
+    assert ends(outcome) == ["FAILED"]
 
 
 @pytest.mark.parametrize("step", [60, -60])

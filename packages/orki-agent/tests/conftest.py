@@ -194,10 +194,10 @@ class Orchestrator(SessionServiceServicer, TaskServiceServicer):
             await self._server.stop(None)
             self._server = None
 
-    async def cut(self, *, clean: bool = False) -> None:
-        """The stream ends without a word: as if it were done, or with an error of the transport."""
+    async def cut(self, status: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE) -> None:
+        """The stream ends without a word and with this status."""
         assert self._live is not None
-        self._live.cut_cleanly = clean
+        self._live.cut_status = status
         self._live.cut.set()
         await self.until(lambda: self._live is None)
 
@@ -401,7 +401,7 @@ class _Stream:
         self.context = context
         self.session = s.OrchestratorSession(orchestrator.options, time.monotonic())
         self.cut = asyncio.Event()
-        self.cut_cleanly = False
+        self.cut_status = grpc.StatusCode.UNAVAILABLE
         self._wake = asyncio.Event()
 
     def changed(self) -> None:
@@ -420,8 +420,8 @@ class _Stream:
             # A write under way must end before anything else may be done with the call.
             self._wake.set()
             await asyncio.gather(reader, writer, cut, return_exceptions=True)
-        if self.cut.is_set() and not self.cut_cleanly:
-            await self.context.abort(grpc.StatusCode.UNAVAILABLE, "the wire is cut")
+        if self.cut.is_set() and self.cut_status is not grpc.StatusCode.OK:
+            await self.context.abort(self.cut_status, "the wire is cut")
         for each in (reader, writer):
             if not each.cancelled() and isinstance(error := each.exception(), OrkiError):
                 await abort(self.context, error)

@@ -121,6 +121,27 @@ async def test_a_spin_in_the_users_loop_does_not_stop_the_session(orchestrator: 
         thread.join(5)
 
 
+async def test_cancels_of_a_blocked_thread_do_not_use_up_threads(orchestrator: Any, work: SimpleNamespace) -> None:
+    """Cancels arrive before, at and after the return of the handler. The only slot is free again each time."""
+
+    class Service(work.GrindServiceSyncBase):  # type: ignore[misc, name-defined]
+        def work(self, request: Any, ctx: Any) -> Any:
+            time.sleep(request.seconds)
+            return work.WorkResponse(text="returned")
+
+    async with running(Agent("grinder", Service(), slots=1), orchestrator):
+        for delay in (0.0, 0.05, 0.09, 0.1, 0.11, 0.15):
+            task_id = await orchestrator.submit(work.GRIND, work.WorkRequest(seconds=0.1))
+            await orchestrator.running(task_id)
+            await asyncio.sleep(delay)
+            if task_id in {key.task_id for key in orchestrator.session.attempts}:
+                await orchestrator.cancel(task_id, grace_ms=10)
+            await orchestrator.result(task_id)
+            await orchestrator.until(lambda: orchestrator.session.free_slots == 1)
+        last = await orchestrator.submit(work.GRIND, work.WorkRequest())
+        assert work.WorkResponse.FromString((await orchestrator.result(last)).response).text == "returned"
+
+
 async def test_a_cancelled_coroutine_ends_within_its_grace(orchestrator: Any, work: SimpleNamespace) -> None:
     seen = []
 

@@ -6,9 +6,11 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 
 from orki.control.v1 import session_pb2 as pb
@@ -221,6 +223,38 @@ async def test_a_cut_stream_loses_and_doubles_nothing(orchestrator: Any, work: S
             assert work.WorkResponse.FromString(result.response).text == str(number)
         assert len(started) == 4
         assert len(orchestrator.hellos[-1].held) == 4
+
+
+async def test_no_end_of_a_stream_ends_the_agent(orchestrator: Any, work: SimpleNamespace) -> None:
+    """It connects again, as often as needed and over few connections, and the attempt goes on."""
+    gate = asyncio.Event()
+    started = []
+
+    async def handler(request: Any, ctx: Any) -> Any:
+        started.append(ctx.fence)
+        await gate.wait()
+        return work.WorkResponse(text="still here")
+
+    def connections() -> int:
+        port, established = f":{orchestrator.port:04X}", "01"
+        texts = [Path(f"/proc/self/net/{each}").read_text() for each in ("tcp", "tcp6")]
+        lines = [line.split() for text in texts for line in text.splitlines()]
+        return sum(line[2].endswith(port) and line[3] == established for line in lines)
+
+    status = grpc.StatusCode
+    async with running(Agent("worker", service(work, handler)), orchestrator) as agent:
+        task_id = await orchestrator.submit(work.WORK, work.WorkRequest())
+        await orchestrator.running(task_id)
+        for number in range(20):
+            await orchestrator.cut([status.OK, status.CANCELLED, status.UNAVAILABLE, status.INTERNAL][number % 4])
+            await orchestrator.connected()
+        assert not agent.done()
+        assert 1 <= connections() <= 2
+        gate.set()
+        for each in (task_id, await orchestrator.submit(work.WORK, work.WorkRequest())):
+            result = await orchestrator.result(each)
+            assert work.WorkResponse.FromString(result.response).text == "still here"
+    assert len(started) == 2
 
 
 async def test_a_result_is_sent_again_until_it_is_acknowledged(orchestrator: Any, work: SimpleNamespace) -> None:

@@ -20,3 +20,10 @@ def library() -> bytes:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_library_knows_the_option(library: bytes, name: str) -> None:
     assert name.encode() + b"\0" in library
+
+
+def test_clients_ping_less_often_than_the_server_permits() -> None:
+    client, server = dict(channel_options()), dict(server_options())
+    assert client["grpc.keepalive_time_ms"] > server["grpc.http2.min_ping_interval_without_data_ms"]
+    assert client["grpc.keepalive_permit_without_calls"] == server["grpc.keepalive_permit_without_calls"] == 1
+    assert client["grpc.http2.max_pings_without_data"] == 0
