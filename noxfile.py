@@ -39,6 +39,7 @@ LONG_TESTS = (
     "test_*_kills.py",
     "test_*_laws.py",
     "test_observer_*.py",
+    *("test_*_failover.py", "test_*_durability.py"),
 )
 PACKAGE_TESTS = ("packages/*/tests", "examples/*/tests")
 RIG_TESTS = ("tests/bench", "tests/chaos", "tests/simulator")
