@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,9 @@ def workspace(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "packages/orki-events/changes", folder / "changes")
     for path in (folder / "changes").glob("*.*.md"):
         path.unlink()
-    shutil.copy(ROOT / "packages/orki-events/pyproject.toml", folder)
+    project = (ROOT / "packages/orki-events/pyproject.toml").read_text(encoding="utf-8")
+    project = re.sub(r'^version = ".*"', 'version = "0.1.0"', project, flags=re.MULTILINE)
+    (folder / "pyproject.toml").write_text(project, encoding="utf-8")
     shutil.copy(ROOT / "towncrier.toml", tmp_path)
     for kind in KINDS:
         (folder / f"changes/a-thing.{kind}.md").write_text(f"Something is {kind}.\nIt matters.\n", encoding="utf-8")
