@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -109,13 +110,19 @@ def tests_others(session: nox.Session) -> None:
 def _tests_on(session: nox.Session, wanted: tuple[str, ...], *arguments: str) -> None:
     """Run the packages' tests on some Python versions and report those that are not installed."""
     found = {version: find_python(version) for version in wanted}
+    failed = []
     for version, python in found.items():
         if python is not None:
             session.log(f"Python {version}: {python}")
             environment = ensure(session, RUN, python)
-            _pytest(session, environment, *PACKAGE_TESTS, workers=PACKAGE_WORKERS, arguments=arguments)
+            try:
+                _pytest(session, environment, *PACKAGE_TESTS, workers=PACKAGE_WORKERS, arguments=arguments)
+            except CommandFailed:
+                failed.append(version)  # The other versions may fail in another way.
     if absent := [version for version, python in found.items() if python is None]:
         session.warn(f"Not installed, so not tested: Python {', '.join(absent)}")
+    if failed:
+        session.error(f"the tests fail on Python {', '.join(failed)}")
 
 
 @nox.session(default=False)
