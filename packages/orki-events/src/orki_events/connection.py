@@ -363,7 +363,8 @@ class Connection:
                         raise
                     replies.append(self.address.error(_error_text(error)))
         except (redis.RedisError, OSError) as error:
-            raise self.address.unavailable(str(error) or type(error).__name__) from error
+            # redis-py closes the connection to a server that loads its data.
+            raise self._failure(error) from error
         return replies
 
     async def _drop(self, *, wait: bool = False) -> None:
