@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Final
@@ -148,4 +149,6 @@ async def _accepts(address: Address, timeout: float) -> bool:
     except (OSError, TimeoutError):
         return False
     writer.transport.abort()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
     return True
