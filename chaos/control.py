@@ -25,6 +25,7 @@ from chaos.proxy import FaultProxy
 from chaos.rig import Log, RedisServer, Rig, free_port
 from chaos.schedule import Fault, Kind
 from orki.control.v1.attempt_pb2 import TaskState
+from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import OrkiError, UnknownTask
 from orki_control import Client, ClientOptions
 
@@ -187,7 +188,9 @@ class ControlSuite:
         response = ReviewFileResponse.FromString(snapshot.response)
         outcome = {"attempt": response.attempt, "fence": response.fence, "lines": response.lines}
         state = TaskState.Name(snapshot.state).removeprefix("TASK_STATE_")
-        self._history.add("final", task=task, orchestrator=orchestrator, state=state, **outcome)
+        failures = [*snapshot.earlier_failures, *([snapshot.failure] if snapshot.HasField("failure") else [])]
+        reasons = [Reason.Name(each.reason).removeprefix("REASON_") for each in failures]
+        self._history.add("final", task=task, orchestrator=orchestrator, state=state, reasons=reasons, **outcome)
 
     def check(self) -> Report:
         """Check the history."""
