@@ -13,6 +13,8 @@ from itertools import pairwise
 from chaos.history import Record
 
 _TERMINAL = ("SUCCEEDED", "FAILED", "CANCELLED")
+_UNNOTICED = 10_000_000_000
+"""Nanoseconds for which an orchestrator may offer tasks to an agent that was killed behind a half-open connection."""
 
 
 @dataclass
@@ -49,7 +51,7 @@ def check_control(history: list[Record]) -> Report:
 
     Records: `submitted` (key, task, lines, and expect: the states in which it may end), `started` and `finished` (task,
     attempt, fence), `result` (task, state, attempt, fence, lines), `final` (task, orchestrator, state, attempt, fence,
-    lines), `error` (type, typed), `server` (log), `killed` (name, actor).
+    lines), `error` (type, typed), `server` (log), `killed` (name).
     """
     events = _by_event(history)
     report = Report()
@@ -110,12 +112,12 @@ def check_charges(history: list[Record]) -> list[str]:
     """Check that attempts are used up by failures of their handlers and by kills of their agents alone.
 
     Faults of connections, orchestrators and the server are not the agent's fault. They may end an attempt as ABANDONED,
-    which does not count. Further fields and records: `reasons` of a `final` record (of all attempts that ended without a
-    result), `submitting` (key), `failed` (task, attempt, fence); `killed` has the actor of an agent.
+    which does not count. Further fields and records: `reasons` of a `final` record (of all its attempts that ended
+    without a result), `submitting` (key), `failed` (task, attempt, fence); `killed` has the actor of an agent.
     """
     events = _by_event(history)
     losable = _losable(history)
-    kills = [(each["t"], each["actor"]) for each in events["killed"] if each["name"].startswith("agent")]
+    kills = [each["t"] for each in events["killed"] if each["name"].startswith("agent")]
     begun = {each["key"]: each["t"] for each in events["submitting"]}
     keys = {each["task"]: each["key"] for each in events["submitted"]}
     failed = Counter(each["task"] for each in events["failed"])
@@ -127,9 +129,9 @@ def check_charges(history: list[Record]) -> list[str]:
         task = record["task"]
         if task in losable or task not in keys:
             continue
-        reasons = Counter(record["reasons"])
+        reasons: Counter[str] = Counter(record["reasons"])
         last = ended.get(task, record["t"])
-        excused = sum(begun[keys[task]] <= at <= last for at, _ in kills)
+        excused = sum(begun[keys[task]] - _UNNOTICED <= at <= last for at in kills)
         if reasons["LEASE_EXPIRED"] > excused:
             bad.append(f"task {task} lost {reasons['LEASE_EXPIRED']} attempts to absent agents; {excused} were killed")
         if reasons["HANDLER_FAILED"] > failed[task]:

@@ -145,7 +145,7 @@ class ControlSuite:
         proxy, process = self._proxies.get(fault.target), self._rig.processes.get(fault.target)
         if fault.kind.startswith("kill_") and process is not None:
             await asyncio.to_thread(process.kill)
-            self._history.add("killed", name=fault.target, actor=f"{fault.target}@{process.pid}")
+            self._history.add("killed", name=fault.target)
             await asyncio.sleep(fault.duration)
             await asyncio.to_thread(self._redis.start if fault.target == "redis" else process.start)
             if fault.target in _ORCHESTRATORS:
