@@ -16,7 +16,7 @@ import functools
 import json
 import re
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 from urllib.parse import quote, quote_plus
 
@@ -27,6 +27,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from orki_contract.errors import InvalidContract
 
+_escape: Callable[..., str] = text_encoding.CEscape
 MASK: Final = "[redacted]"
 """Replaces a sensitive value."""
 
@@ -64,7 +65,7 @@ def masked_trace(error: BaseException, messages: Iterable[object]) -> str | None
 def is_sensitive(field: FieldDescriptor) -> bool:
     """Return whether the contract declares a field as sensitive."""
     owner = field.containing_type
-    if owner is not None and (owner.full_name, field.name) in _declared(field.file.package):
+    if owner is not None and (owner.full_name, field.name) in _declared(owner.file.package):
         return True
     # Generated code carries no options; classes made from an image do.
     if not field.has_options:
@@ -158,7 +159,7 @@ def _add_forms(value: object, forms: set[str], words: set[str]) -> None:
         for each in plain:
             found |= {each, repr(each)[1:-1], ascii(each)[1:-1], json.dumps(each)[1:-1]}
             found |= {quote(_encoded(each)), quote(_encoded(each), safe=""), quote_plus(_encoded(each))}
-            found |= {text_encoding.CEscape(each, as_utf8=True), *_escaped(_encoded(each))}
+            found |= {_escape(each, as_utf8=True), *_escaped(_encoded(each))}
     else:
         words |= {str(value), f"{value:,}"}
         return
@@ -172,4 +173,4 @@ def _encoded(text: str) -> bytes:
 
 
 def _escaped(value: bytes) -> set[str]:
-    return {repr(value)[2:-1], text_encoding.CEscape(value, as_utf8=False)}
+    return {repr(value)[2:-1], _escape(value, as_utf8=False)}
