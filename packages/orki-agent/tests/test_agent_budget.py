@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +12,7 @@ import pytest
 
 from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import TaskState
-from orki_agent import Agent, BudgetUsedUp
+from orki_agent import Agent
 from orki_contract import Budget, BudgetLeft
 from orki_contract.errors import InvalidArgument, NotSuspended, UnknownMethod
 from orki_control import Client, ClientOptions, JitterOptions
@@ -80,7 +78,9 @@ async def test_a_budget_pauses_a_tree_over_two_orchestrators_until_it_is_raised(
             lefts.append(ctx.budget)
             use(ctx, 100)
             handles = [
-                await ctx.client.submit(work.GRIND, work.WorkRequest(text=str(number)), idempotency_key=f"child-{number}")
+                await ctx.client.submit(
+                    work.GRIND, work.WorkRequest(text=str(number)), idempotency_key=f"child-{number}"
+                )
                 for number in range(4)
             ]
             children[:] = [handle.task_id for handle in handles]
@@ -126,6 +126,7 @@ async def test_a_budget_pauses_a_tree_over_two_orchestrators_until_it_is_raised(
             assert (await handle.result(60)).text == "done"
             # Each child succeeded with two calls; a paused attempt's calls count as well.
             used = (await one.budgets(handle.task_id))[0].used
-            assert used.tokens % 300 == 100 and used.tokens >= 100 + 4 * 600
+            assert used.tokens % 300 == 100
+            assert used.tokens >= 100 + 4 * 600
             assert used.cost_micros == used.tokens * 10
     assert lefts[0] == BudgetLeft(tokens=1000, calls=50)

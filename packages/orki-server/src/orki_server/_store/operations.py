@@ -429,12 +429,12 @@ def _assigned(reply: list[bytes]) -> Assigned:
             traceparent.decode(),
             int(lease) / 1000,
             int(timeout) / 1000,
-            checkpoint[1:] if checkpoint else None,
+            kept[1:] if kept else None,
             answered[1:] if answered[:1] == b"1" else None,
             answered == b"0",
-            tuple(paid_by.decode().split(",")) if paid_by else (),
+            tuple(paid.decode().split(",")) if paid else (),
         )
-        for recipient, task, attempt, fence, method, request, traceparent, lease, timeout, checkpoint, answered, paid_by in rows
+        for recipient, task, attempt, fence, method, request, traceparent, lease, timeout, kept, answered, paid in rows
     )
     return Assigned(tuple(offers), damaged, int(reply[0]) / 1000 if int(reply[0]) >= 0 else None)
 

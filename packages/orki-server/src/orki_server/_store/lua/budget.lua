@@ -136,15 +136,15 @@ end
 OPS.admitted = function()
   typed(RAISED, 'zset')
   flush()
-  local reply = {}
+  local reply, left = {}, false
   local anchors = redis.call('ZRANGE', RAISED, '0', '9')
   for _, anchor in ipairs(anchors) do
     local before = #reply
     local done, problem = pcall(add_admitted, reply, anchor)
     if not done and not is_damage(problem) then error(problem, 0) end
-    if #reply == before then WRITES[#WRITES + 1] = { 'ZREM', RAISED, anchor } end
+    if #reply == before then WRITES[#WRITES + 1] = { 'ZREM', RAISED, anchor } else left = true end
   end
-  if not anchors[1] then WRITES[#WRITES + 1] = { 'HDEL', CLOCK, 'raised' } end
+  if not left and #anchors < 10 then WRITES[#WRITES + 1] = { 'HDEL', CLOCK, 'raised' } end
   return reply
 end
 
