@@ -46,6 +46,7 @@ class Reviewer(SourceReviewServiceBase):
         self._history.add("started", **attempt)
         await asyncio.sleep(random.uniform(0.01, 0.15))
         if request.path.startswith(b"fail-") or (request.path.startswith(b"flaky-") and ctx.attempt == 1):
+            self._history.add("failed", **attempt)
             raise ValueError(f"{request.path.decode()} fails by intent")
         self._history.add("finished", **attempt)
         return ReviewFileResponse(lines=lines_of(request.path), attempt=ctx.attempt, fence=ctx.fence)
@@ -75,6 +76,7 @@ async def submitter(settings: Settings, history: History) -> None:
 async def _submit_one(reviews: Any, path: bytes, patience: float, history: History) -> None:
     request, key = ReviewFileRequest(path=path), path.decode()
     expect = ["FAILED" if path.startswith(b"fail-") else "SUCCEEDED"]
+    history.add("submitting", key=key)
     try:
         handle = await reviews.review_file.submit(request, idempotency_key=key)
     except OrkiError as error:

@@ -5,7 +5,7 @@ Each function returns violations as sentences; an empty list means that the run 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -13,6 +13,8 @@ from itertools import pairwise
 from chaos.history import Record
 
 _TERMINAL = ("SUCCEEDED", "FAILED", "CANCELLED")
+_UNNOTICED = 10_000_000_000
+"""Nanoseconds for which an orchestrator may offer tasks to an agent that was killed behind a half-open connection."""
 
 
 @dataclass
@@ -44,19 +46,24 @@ def _by_event(history: Iterable[Record]) -> dict[str, list[Record]]:
 def check_control(history: list[Record]) -> Report:
     """Check tasks: nothing acknowledged is lost, one result is accepted, fences rise, every error is typed.
 
+    Tasks that a server without an append-only file may have lost (see `_losable`) may be unknown, and may have been
+    executed again; if they are unknown, they count as declared lost.
+
     Records: `submitted` (key, task, lines, and expect: the states in which it may end), `started` and `finished` (task,
     attempt, fence), `result` (task, state, attempt, fence, lines), `final` (task, orchestrator, state, attempt, fence,
-    lines), `error` (type, typed).
+    lines), `error` (type, typed), `server` (log), `killed` (name).
     """
     events = _by_event(history)
     report = Report()
     bad = report.violations
+    losable = _losable(history)
     tasks: dict[str, Record] = {}
     keys: dict[str, str] = {}
     for record in events["submitted"]:
         tasks[record["task"]] = record
-        if keys.setdefault(record["key"], record["task"]) != record["task"]:
-            bad.append(f"idempotency key {record['key']} gave two tasks: {keys[record['key']]} and {record['task']}")
+        earlier = keys.setdefault(record["key"], record["task"])
+        if earlier != record["task"] and earlier not in losable:
+            bad.append(f"idempotency key {record['key']} gave two tasks: {earlier} and {record['task']}")
     report.published = len(tasks)
     bad += [f"untyped error at a submitter: {each['type']}" for each in events["error"] if not each["typed"]]
     bad += _check_fences(events["started"])
@@ -70,9 +77,11 @@ def check_control(history: list[Record]) -> Report:
     orchestrators = {name for names in observed.values() for name in names}
     for task, submission in tasks.items():
         seen = outcomes[task]
-        if observed[task] != orchestrators or not orchestrators:
+        if task in losable:
+            report.declared_lost += not observed[task]
+        elif observed[task] != orchestrators or not orchestrators:
             bad.append(f"task {task} was acknowledged and is unknown to {sorted(orchestrators - observed[task])}")
-        if len(seen) > 1:
+        if len(seen) > 1 and task not in losable:
             bad.append(f"task {task} has more than one outcome: {sorted(seen)}")
         for state, attempt, fence, lines in seen:
             if state not in _TERMINAL:
@@ -88,6 +97,48 @@ def check_control(history: list[Record]) -> Report:
         report.processed += "SUCCEEDED" in states
         report.dead_lettered += "FAILED" in states
     return report
+
+
+def _losable(history: list[Record]) -> set[str]:
+    """Return the tasks acknowledged before the last kill of a server without an append-only file."""
+    if not any(each["event"] == "server" and each["log"] == "none" for each in history):
+        return set()
+    kills = [each["t"] for each in history if each["event"] == "killed" and each["name"] == "redis"]
+    last = max(kills, default=0)
+    return {each["task"] for each in history if each["event"] == "submitted" and each["t"] <= last}
+
+
+def check_charges(history: list[Record]) -> list[str]:
+    """Check that attempts are used up by failures of their handlers and by kills of their agents alone.
+
+    Faults of connections, orchestrators and the server are not the agent's fault. They may end an attempt as ABANDONED,
+    which does not count. Further fields and records: `reasons` of a `final` record (of all its attempts that ended
+    without a result), `submitting` (key), `failed` (task, attempt, fence); `killed` has the actor of an agent.
+    """
+    events = _by_event(history)
+    losable = _losable(history)
+    kills = [each["t"] for each in events["killed"] if each["name"].startswith("agent")]
+    begun = {each["key"]: each["t"] for each in events["submitting"]}
+    keys = {each["task"]: each["key"] for each in events["submitted"]}
+    failed = Counter(each["task"] for each in events["failed"])
+    ended: dict[str, int] = {}
+    for record in events["started"]:
+        ended[record["task"]] = max(record["t"], ended.get(record["task"], 0))
+    bad = []
+    for record in events["final"]:
+        task = record["task"]
+        if task in losable or task not in keys:
+            continue
+        reasons: Counter[str] = Counter(record["reasons"])
+        last = ended.get(task, record["t"])
+        excused = sum(begun[keys[task]] - _UNNOTICED <= at <= last for at in kills)
+        if reasons["LEASE_EXPIRED"] > excused:
+            bad.append(f"task {task} lost {reasons['LEASE_EXPIRED']} attempts to absent agents; {excused} were killed")
+        if reasons["HANDLER_FAILED"] > failed[task]:
+            bad.append(f"task {task} has {reasons['HANDLER_FAILED']} failures; its handler failed {failed[task]} times")
+        for other in sorted(reasons.keys() - {"LEASE_EXPIRED", "HANDLER_FAILED", "ABANDONED"}):
+            bad.append(f"an attempt of task {task} ended as {other}, which no fault causes")
+    return bad
 
 
 def _check_fences(started: list[Record]) -> list[str]:

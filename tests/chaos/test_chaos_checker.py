@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from chaos.checker import check_control, check_events
+from chaos.checker import check_charges, check_control, check_events
 from chaos.history import Record
 
 Plant = Callable[[list[Record]], None]
@@ -68,6 +68,74 @@ def test_a_planted_control_violation_is_found(sentence: str) -> None:
     history = control_history()
     CONTROL_PLANTS[sentence](history)
     assert any(sentence in violation for violation in check_control(history).violations)
+
+
+def lossy_history() -> list[Record]:
+    """A task acknowledged before the last kill of a server without a file, and one acknowledged after it."""
+    history = [
+        record("server", log="none"),
+        record("submitted", key="old", task="t-old", expect=["SUCCEEDED"], lines=7) | {"t": 1},
+        record("killed", name="redis") | {"t": 2},
+        record("submitted", key="new", task="t-new", expect=["SUCCEEDED"], lines=7) | {"t": 3},
+        record("started", task="t-new", attempt=1, fence=10),
+        record("finished", task="t-new", attempt=1, fence=10),
+    ]
+    outcome = {"orchestrator": "one", "state": "SUCCEEDED", "attempt": 1, "fence": 10, "lines": 7}
+    return [*history, record("final", task="t-new", **outcome)]
+
+
+def test_a_server_without_a_file_may_lose_tasks_acknowledged_before_its_last_kill() -> None:
+    report = check_control(lossy_history())
+    assert report.violations == []
+    assert report.declared_lost == 1
+
+
+def test_a_server_without_a_file_loses_nothing_after_its_last_kill() -> None:
+    history = lossy_history()
+    history[3]["t"], history[1]["t"] = history[1]["t"], history[3]["t"]
+    assert any("t-old was acknowledged and is unknown" in each for each in check_control(history).violations)
+
+
+@pytest.mark.parametrize("log", ["always", "everysec"])
+def test_a_server_with_a_file_loses_nothing(log: str) -> None:
+    history = lossy_history()
+    history[0]["log"] = log
+    assert any("t-old was acknowledged and is unknown" in each for each in check_control(history).violations)
+
+
+def charged_history(reasons: list[str], *, name: str = "agent-1", at: int = 32, failed: int = 0) -> list[Record]:
+    """A task is submitted at 30 s and starts for the last time at 40 s; a process was killed at a time of its own."""
+    history = [
+        record("submitting", key="a") | {"t": 30},
+        record("submitted", key="a", task="t-a", expect=["SUCCEEDED"], lines=7) | {"t": 31},
+        record("killed", name=name) | {"t": at},
+        record("started", task="t-a", attempt=2, fence=11) | {"t": 40},
+        record("final", task="t-a", orchestrator="one", state="SUCCEEDED", reasons=reasons) | {"t": 90},
+    ]
+    history += [record("failed", task="t-a", attempt=1, fence=10) for _ in range(failed)]
+    return [each | {"t": each["t"] * 1_000_000_000} for each in history]
+
+
+def test_failures_and_kills_of_agents_use_up_attempts() -> None:
+    assert check_charges(charged_history([])) == []
+    assert check_charges(charged_history(["ABANDONED"] * 5)) == []
+    assert check_charges(charged_history(["LEASE_EXPIRED"])) == []
+    assert check_charges(charged_history(["HANDLER_FAILED", "LEASE_EXPIRED"], failed=1)) == []
+
+
+@pytest.mark.parametrize(
+    ("history", "sentence"),
+    [
+        (charged_history(["LEASE_EXPIRED"], name="orchestrator-1"), "lost 1 attempts to absent agents; 0 were killed"),
+        (charged_history(["LEASE_EXPIRED"], at=19), "lost 1 attempts to absent agents; 0 were killed"),
+        (charged_history(["LEASE_EXPIRED"], at=41), "lost 1 attempts to absent agents; 0 were killed"),
+        (charged_history(["LEASE_EXPIRED"] * 2), "lost 2 attempts to absent agents; 1 were killed"),
+        (charged_history(["HANDLER_FAILED"]), "has 1 failures; its handler failed 0 times"),
+        (charged_history(["STALLED"]), "ended as STALLED"),
+    ],
+)
+def test_an_attempt_that_the_infrastructure_used_up_is_found(history: list[Record], sentence: str) -> None:
+    assert any(sentence in each for each in check_charges(history))
 
 
 def events_history() -> list[Record]:
