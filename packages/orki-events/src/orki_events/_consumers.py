@@ -75,9 +75,14 @@ class _Settleable(ABC):
     @abstractmethod
     def _succeed(self) -> None: ...
 
+    @property
+    @abstractmethod
+    def _handled(self) -> Sequence[object]:
+        """The events, whose sensitive values no error may show."""
+
     def _fail(self, entries: Sequence[Entry], error: Exception) -> None:
         self._reader.seen.discard(map(_event_id, entries))
-        self._reader.failed(self._key, entries, error, isinstance(error, _PERMANENT))
+        self._reader.failed(self._key, entries, error, isinstance(error, _PERMANENT), self._handled)
 
     def _close(self) -> bool:
         was_open, self._open = self._open, False
@@ -147,6 +152,10 @@ class Delivery(_Settleable, Generic[T]):
     def _succeed(self) -> None:
         self._reader.succeeded(self._key, self._entries[0][0])
 
+    @property
+    def _handled(self) -> Sequence[object]:
+        return (self.event,)
+
     async def __aenter__(self) -> T:
         """Return the event."""
         return self.event
@@ -199,6 +208,10 @@ class DeliveryBatch(_Settleable, Generic[T]):
         self._reader.succeeded_all(self._key, good)
         for index, error in self._rejected.items():
             self._fail((self._entries[index],), error)
+
+    @property
+    def _handled(self) -> Sequence[object]:
+        return self.events
 
     def _fail(self, entries: Sequence[Entry], error: Exception) -> None:
         """Fail entries. If envelopes cannot be decoded, only their entries fail; the others are handled again."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from orki_contract.errors import HandlerFailed
+from orki_contract.masking import masked_trace
 from orki_contract.trace import defer_span
 from orki_events._consumers import Consumer, next_delivery, take_batch
 from orki_events._group_reader import GroupReader
@@ -42,7 +44,7 @@ class PushRun:
                 defer_span(delivery.make_span)
                 await handler(delivery.event, delivery)
             except Exception as error:
-                self._log_failure(error, delivery.entry_id)
+                self._log_failure(error, delivery.entry_id, (delivery.event,))
                 delivery.retry(error)
             except BaseException:
                 delivery.give_back()
@@ -56,7 +58,7 @@ class PushRun:
                 async with batch as events:
                     await self._call(events, batch)
             except Exception as error:
-                self._log_failure(error, f"{batch.entry_ids[0]} and {len(batch) - 1} more")
+                self._log_failure(error, f"{batch.entry_ids[0]} and {len(batch) - 1} more", batch.events)
 
     async def _call(self, *arguments: Any) -> None:
         limit = self._declared.options.handler_timeout
@@ -69,8 +71,11 @@ class PushRun:
                 raise HandlerFailed(f"the handler took more than {limit:g} s") from error
             raise
 
-    def _log_failure(self, error: Exception, entries: str) -> None:
-        _log.warning("%s failed on entry %s", self.reader.name, entries, exc_info=error)
+    def _log_failure(self, error: Exception, entries: str, events: Sequence[object]) -> None:
+        if (trace := masked_trace(error, events)) is None:
+            _log.warning("%s failed on entry %s", self.reader.name, entries, exc_info=error)
+        else:
+            _log.warning("%s failed on entry %s\n%s", self.reader.name, entries, trace.rstrip())
 
 
 async def run_until(runs: list[PushRun], stop: asyncio.Event | None, drain_timeout: float) -> None:
