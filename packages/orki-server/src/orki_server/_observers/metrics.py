@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib import resources
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import prometheus_client
 from aiohttp import web
@@ -98,7 +98,7 @@ class FleetMetrics:
 
     def __init__(self) -> None:
         # Each counter would have another series with the time of its creation.
-        prometheus_client.disable_created_metrics()
+        cast("Any", prometheus_client).disable_created_metrics()
         self._registry = CollectorRegistry()
         self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._submitted: OrderedDict[str, int] = OrderedDict()
@@ -190,12 +190,12 @@ class FleetMetrics:
         for each in replicas(info):
             self._behind.labels(each.name).set(each.behind_bytes)
             self._silent.labels(each.name).set(each.silent)
-        for gauge, name in (
+        for figure, name in (
             (self._memory, "used_memory"),
             (self._limit, "maxmemory"),
             (self._evicted, "evicted_keys"),
         ):
-            gauge.set(float(info.get(name, "nan")))
+            figure.set(float(info.get(name, "nan")))
 
     def set_streams(self, streams: Iterable[StreamStats]) -> None:
         """Replace the gauges of streams and groups."""
