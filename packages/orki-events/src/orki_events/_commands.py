@@ -64,6 +64,10 @@ class CommandExecutor:
                     return await self._hand_back(command)
                 case table.DeadLetter():
                     return await self._dead_letter(command)
+                case table.GiveUp():
+                    owner = owner_key(command.key, self._group.name)
+                    await self._commands.run_script(RELEASE, (owner,), self._consumer)
+                    return table.GivenUp(command)
         except GroupMissing:
             return table.GroupMissing(command)
         except OrkiError as error:
@@ -93,7 +97,8 @@ class CommandExecutor:
 
     async def _claim(self, command: table.Claim) -> table.EntriesClaimed:
         key, deadline = command.key, milliseconds(self._group.ack_deadline)
-        claim = (b"XAUTOCLAIM", key, self._group.name, self._consumer, deadline, command.cursor)
+        idle = 0 if command.takeover else deadline
+        claim = (b"XAUTOCLAIM", key, self._group.name, self._consumer, idle, command.cursor)
         reply = await self._commands.execute((*claim, b"COUNT", command.count))
         entries = [entry for entry in reply[1] if entry is not None]
         deliveries = await self._deliveries(command.key, entries) if entries else {}
@@ -114,13 +119,13 @@ class CommandExecutor:
         return table.Renewed(command, lost, trimmed)
 
     async def _hand_back(self, command: table.HandBack) -> table.HandedBack:
-        """Return entries to the group with an idle time so long that the next claim of any consumer takes them over."""
+        """Return entries to the group with an idle time such that any consumer can claim them when the wait is over."""
         by_count: dict[int, list[bytes]] = {}
         for entry_id, made in command.deliveries.items():
             by_count.setdefault(made, []).append(entry_id)
         trimmed: list[bytes] = []
         for made, entry_ids in by_count.items():
-            idle_ms = milliseconds(self._group.ack_deadline)
+            idle_ms = max(milliseconds(self._group.ack_deadline - command.wait), 0)
             trimmed += (await self._hold(command.key, entry_ids, HANDED_BACK, idle_ms, made))[1]
         return table.HandedBack(command, trimmed)
 
@@ -198,6 +203,19 @@ class CommandExecutor:
                 return found
             start = b"(" + reply[-1][0]
 
+
+def owner_key(key: str, group: str) -> bytes:
+    """Return the key that names the owner of a partition in a group."""
+    return f"{key.replace('orki:ev:', 'orki:owner:', 1)}:{group}".encode()
+
+
+RELEASE: Final = Script("""\
+-- KEYS: owner.  ARGV: consumer.
+if redis.call('GET', KEYS[1]) == ARGV[1] then
+  return redis.call('DEL', KEYS[1])
+end
+return 0
+""")
 
 ACKNOWLEDGE: Final = Script("""\
 -- KEYS: stream, counters.

@@ -16,6 +16,7 @@ from orki_contract.masking import mask
 from orki_events import _delivery_table as table
 from orki_events._commands import CommandExecutor, GroupMember
 from orki_events._delivery import DeliveryMachine
+from orki_events._delivery_windows import DeliverySettings
 from orki_events._options import ConsumeOptions, EventOptions, Gap, GapKind
 from orki_events.connection import Connection
 from orki_events.entries import stream_keys
@@ -24,6 +25,7 @@ from orki_events.groups import ConsumerGroups
 _SAVE_INTERVAL: Final = 2.0
 _UNBLOCK_INTERVAL: Final = 0.05
 _IDLE_CONSUMER: Final = 600.0
+_GROUP: Final = 32
 _log = logging.getLogger("orki.events")
 
 
@@ -60,6 +62,9 @@ class GroupReader:
         self._machine = _machine(member, options, concurrency)
         self._loop = asyncio.get_running_loop()
         self._waiters: deque[asyncio.Future[table.Dispatch | None]] = deque()
+        self._taken: deque[tuple[table.Dispatch, table.Entry]] = deque()
+        self._asked = False
+        self._idle: deque[asyncio.Future[None]] = deque()
         self._read_queue: asyncio.Queue[table.Read] = asyncio.Queue()
         self._command_queue: asyncio.Queue[table.CreateGroups | table.ServerCommand] = asyncio.Queue()
         self._done: dict[str, list[bytes]] = {}
@@ -103,6 +108,49 @@ class GroupReader:
                 self.give_back(dispatch.key, dispatch.entries)
             raise
 
+    def next_entry(self) -> tuple[table.Dispatch, table.Entry] | None:
+        """Return an entry whose handling must begin now; None if `wait` must be called first."""
+        while self._taken:
+            dispatch, entry = taken = self._taken.popleft()
+            if self._machine.may_begin(dispatch.key, entry[0], self._loop.time()):
+                return taken
+            self.give_back(dispatch.key, [entry])
+        return None
+
+    async def wait(self) -> bool:
+        """Wait until `next_entry` may return an entry; return False once the consumer ends.
+
+        Entries are taken from the machine in small groups, of which all callers take theirs: waiting for each one
+        alone would cost more than many handlers do.
+
+        Raises:
+            OrkiError: The server refuses the consumer, and a retry cannot succeed.
+        """
+        if not self._asked and self._error is None and not self._ending:
+            self._asked = True
+            self._receive(table.Requested(_GROUP))
+        if self._error is not None:
+            raise self._error
+        if self._ending:
+            return False
+        if not self._taken:
+            waiter: asyncio.Future[None] = self._loop.create_future()
+            self._idle.append(waiter)
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                if not waiter.cancelled():
+                    self._wake(1)
+                raise
+        return True
+
+    def _wake(self, count: int) -> None:
+        while count and self._idle:
+            waiter = self._idle.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                count -= 1
+
     def succeeded(self, key: str, entry_id: bytes) -> None:
         """Settle one entry; acknowledgements of one turn of the event loop are sent together."""
         self._done.setdefault(key, []).append(entry_id)
@@ -143,6 +191,9 @@ class GroupReader:
         if not self._ending:
             self._ending = True
             self._release(None)
+            while self._taken:
+                dispatch, entry = self._taken.popleft()
+                self.give_back(dispatch.key, [entry])
             self._receive(table.DrainRequested())
 
     async def close(self) -> None:
@@ -228,6 +279,11 @@ class GroupReader:
             self._loop.call_soon(self._arm)
 
     def _hand_out(self, dispatch: table.Dispatch) -> None:
+        if self._asked:
+            self._asked = False
+            self._taken.extend((dispatch, entry) for entry in dispatch.entries)
+            self._wake(len(dispatch.entries))
+            return
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():
@@ -259,6 +315,7 @@ class GroupReader:
             self._receive(table.Succeeded(key, entry_ids))
 
     def _release(self, error: OrkiError | None) -> None:
+        self._wake(len(self._idle))
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():
@@ -369,7 +426,7 @@ def _machine(member: GroupMember, options: ConsumeOptions, concurrency: int) -> 
     keys = stream_keys(member.stream)
     ack_deadline = member.group.ack_deadline
     sweep_interval = options.sweep_interval or min(ack_deadline / 3, 5.0)
-    settings = table.DeliverySettings(
+    settings = DeliverySettings(
         prefetch=max(options.prefetch or 4 * concurrency, len(keys), concurrency),
         max_deliveries=member.group.max_deliveries,
         ack_deadline=ack_deadline,
@@ -377,6 +434,9 @@ def _machine(member: GroupMember, options: ConsumeOptions, concurrency: int) -> 
         sweep_interval=sweep_interval * random.uniform(0.8, 1.2),
         hold_limit=options.hold_limit,
         backoff=options.backoff,
+        prefetch_bytes=options.prefetch_bytes,
+        retry_entries=options.retry_entries,
+        retry_bytes=options.retry_bytes,
     )
     return DeliveryMachine(keys, settings)
 
@@ -413,6 +473,18 @@ class SeenEvents:
         if len(self._young) >= self._window:
             self._old, self._young = self._young, {}
         return repeated
+
+    def add_one(self, event_id: bytes) -> bool:
+        """Add an id and return whether it is new."""
+        if not self._window:
+            return True
+        young = self._young
+        if event_id in young or event_id in self._old:
+            return False
+        young[event_id] = None
+        if len(young) >= self._window:
+            self._old, self._young = young, {}
+        return True
 
     def discard(self, event_ids: Iterable[bytes]) -> None:
         for event_id in event_ids:
