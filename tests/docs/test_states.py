@@ -60,8 +60,7 @@ MACHINES: Final[tuple[tuple[str, str, Transitions[Any]], ...]] = (
     ),
     (
         "The position of a group",
-        "One machine for each partition, and for each group in it, that a process knows. "
-        "`orki_events/_position_table.py`",
+        "One machine for each partition, and for each group, that a process knows. `orki_events/_position_table.py`",
         POSITION,
     ),
     (
