@@ -12,6 +12,7 @@ from orki_contract.transitions import Transitions
 from orki_control.session import AGENT, ATTEMPT, ORCHESTRATOR
 from orki_control.submitter import CLIENT, REQUEST, SERVING
 from orki_events._delivery_table import TRANSITIONS as DELIVERY
+from orki_events._position_table import TRANSITIONS as POSITION
 from orki_server._store.lifecycle import TASK_LIFE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +57,11 @@ MACHINES: Final[tuple[tuple[str, str, Transitions[Any]], ...]] = (
         "The delivery of events",
         "One machine for each consumer of a group. `orki_events/_delivery_table.py`",
         DELIVERY,
+    ),
+    (
+        "The position of a group",
+        "One machine for each partition, and for each group, that a process knows. `orki_events/_position_table.py`",
+        POSITION,
     ),
     (
         "A tool connection at the bridge",

@@ -346,7 +346,9 @@ class GroupReader:
             command = await self._read_queue.get()
             with contextlib.suppress(OrkiError):
                 await self._services.reads.fetch_client_id()
-            self._receive(await self._executor.run(command))
+            event = await self._executor.run(command)
+            self._services.groups.note(self._services.reads, self.member.group, event)
+            self._receive(event)
 
     async def _command_loop(self) -> None:
         while True:
@@ -355,6 +357,7 @@ class GroupReader:
                 event = await self._create_groups(command)
             else:
                 event = await self._executor.run(command)
+            self._services.groups.note(self._services.commands, self.member.group, event)
             self._log_losses(event)
             self._receive(event)
 
@@ -363,7 +366,8 @@ class GroupReader:
         try:
             # First, so that a contract that does not fit leaves no trace on the server.
             await self._register()
-            await services.groups.ensure(services.commands, self.member.stream, (self.member.group,))
+            stream, group = self.member.stream, self.member.group
+            await services.groups.ensure(services.commands, stream, (group,), consumes=True)
         except OrkiError as error:
             if not error.retryable:
                 raise
