@@ -87,6 +87,7 @@ EXPORTS = {
         "read_gaps",
         "read_positions",
     },
+    "orki_events.scripts": {"load_scripts", "package_scripts"},
     "orki_events.registry": {
         "StreamRegistry",
         "StreamVersion",
