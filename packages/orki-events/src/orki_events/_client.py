@@ -33,9 +33,10 @@ from orki_events._consumers import (
 from orki_events._group_reader import GroupReader, ReaderServices
 from orki_events._lanes import Outgoing, PublishCounts
 from orki_events._ledger import StreamLedger, read_ledger
+from orki_events._letters import DeadLetterEntry, list_dead_letters, replay_dead_letters
 from orki_events._options import ConsumeOptions, EventOptions, Gap
 from orki_events._publisher import Publisher
-from orki_events._readers import DeadLetterEntry, TailEntry, follow_stream, list_dead_letters, replay_dead_letters
+from orki_events._readers import TailEntry, follow_stream
 from orki_events.connection import Address, Connection, parse_address
 from orki_events.groups import ConsumerGroups
 from orki_events.registry import StreamRegistry, StreamVersion
@@ -347,7 +348,7 @@ class Events:
         """Deliver dead-lettered events again to their group, and to no other.
 
         Returns:
-            Ids of the replayed letters. A letter whose entry was trimmed meanwhile is not replayed and is kept.
+            Ids of the letters that this call has replayed. Each letter is replayed once, also if several calls name it.
 
         Raises:
             UnknownGroup: The stream declares no such group.

@@ -319,6 +319,8 @@ class GroupReader:
             for letter in event.command.letters:
                 values = (self.name, letter.entry[0].decode(), letter.deliveries, letter.message)
                 _log.error("%s dead-lettered entry %s after %d deliveries: %s", *values)
+            if event.dropped:
+                self._report_dropped(event.dropped)
         elif isinstance(event, table.Acked) and event.command.outcome is table.Outcome.DECLARED_LOST:
             lost = event.count + event.command.extra
             if lost:
@@ -327,6 +329,12 @@ class GroupReader:
                 kind = GapKind.TRIMMED_WHILE_PENDING
                 gap = Gap(kind=kind, stream=stream, group=group, count=lost, possible=False, message=message)
                 self._services.report(gap)
+
+    def _report_dropped(self, count: int) -> None:
+        stream, group = self.member.stream.name, self.member.group.name
+        message = f'{count} dead letters of group "{group}" of stream "{stream}" were dropped by their retention'
+        kind = GapKind.LETTERS_DROPPED
+        self._services.report(Gap(kind=kind, stream=stream, group=group, count=count, possible=False, message=message))
 
     async def _maintenance_loop(self) -> None:
         services = self._services

@@ -29,6 +29,7 @@ from orki.events.v1.envelope_pb2 import DeadLetter
 from orki_contract.errors import EventUndecodable, OrkiError
 from orki_contract.model import Group, Stream
 from orki_events import entries as layout
+from orki_events._letters import dropped_letters
 from orki_events._readers import read_entries
 from orki_events.connection import Connection
 from orki_events.groups import Mark, groups_key, pairs, parse_stream_state
@@ -180,6 +181,11 @@ async def _group(connection: Connection, stream: Stream, group: Group, scans: li
                 trimmed_by_outcome, scan.trimmed, progress, in_stream, (letters - present, progress.pending - present)
             )
     totals = {name: sum(1 for rank in ranks.values() if _RANK[rank] == name) for name in _RANK}
+    if not any(scan.trimmed for scan in scans):
+        # Trimmed entries whose letters were dropped are among the rest, which is declared lost.
+        dropped = sum((await dropped_letters(connection, stream, group)).values())
+        totals["processed"] -= dropped
+        trimmed_by_outcome["declared_lost"] += dropped
     return GroupLedger(
         processed=totals["processed"] + trimmed_by_outcome["processed"],
         dead_lettered=totals["dead_lettered"] + trimmed_by_outcome["dead_lettered"],

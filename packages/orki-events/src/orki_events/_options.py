@@ -17,6 +17,7 @@ class GapKind(StrEnum):
     GROUP_RECREATED = "group_recreated"
     TRIMMED_WHILE_PENDING = "trimmed_while_pending"
     PUBLISH_ABANDONED = "publish_abandoned"
+    LETTERS_DROPPED = "letters_dropped"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
