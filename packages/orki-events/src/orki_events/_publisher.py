@@ -27,12 +27,12 @@ from google.protobuf.message import Message
 
 from orki_contract import EventStream, errors
 from orki_contract.backoff import Jitter
-from orki_contract.model import milliseconds
-from orki_events._lanes import RETRY, EnvelopeEncoder, Item, Lane, Outgoing, PublishCounts, Ticket
+from orki_contract.model import Overflow, Stream
+from orki_events._lanes import ADD_BELOW_CEILING, RETRY, EnvelopeEncoder, Item, Lane, Outgoing, PublishCounts, Ticket
 from orki_events._options import EventOptions, Gap, GapKind
 from orki_events._readers import find_published
-from orki_events.connection import Connection
-from orki_events.entries import EVENT_ID_BYTES, ZERO_ID, parse_id, stream_key
+from orki_events.connection import Connection, ScriptMissing
+from orki_events.entries import EVENT_ID_BYTES, ZERO_ID, stream_key
 from orki_events.groups import ConsumerGroups
 from orki_events.registry import StreamRegistry
 from orki_events.tuning import TuningCache
@@ -69,8 +69,9 @@ class Publisher:
         groups: ConsumerGroups,
         registry: StreamRegistry,
         report: Callable[[Gap], None],
+        used: Callable[[Stream], None],
     ) -> None:
-        """Start the publisher on the running event loop."""
+        """Start the publisher on the running event loop; `used` is called with each stream that it prepares."""
         self.counts = PublishCounts()
         self._connection = connection
         self._encoder = EnvelopeEncoder(producer)
@@ -79,6 +80,7 @@ class Publisher:
         self._registry = registry
         self._tunings = TuningCache()
         self._report = report
+        self._used = used
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._guard = threading.Lock()
@@ -307,25 +309,10 @@ class Publisher:
         if any(isinstance(failure, errors.EventsReadOnly) for failure in failures):
             # After a failover, the name may resolve to another server.
             await self._connection.drop()
-        else:
-            await self._trim(lanes)
-
-    async def _trim(self, lanes: list[Lane]) -> None:
-        """Trim by age, now and then. The newest id has the server's time, which may differ from this process's."""
-        now = time.monotonic()
-        for lane in lanes:
-            age = self._tunings.retention(lane.handle.contract).max_age
-            if age and lane.last_id and now >= lane.trim_at:
-                lane.trim_at = now + min(max(age / 100, 1.0), 60.0)
-                oldest = max(parse_id(lane.last_id).milliseconds - milliseconds(age), 0)
-                try:
-                    await self._connection.execute((b"XTRIM", lane.key, b"MINID", b"~", oldest))
-                except errors.OrkiError as error:
-                    _log.warning("%s could not be trimmed by age: %s", lane.key, error.message)
 
     async def _send(self, lanes: list[Lane]) -> Iterator[Any]:
         self.counts.pipelines += 1
-        chunks = [lane.packed(self._tunings.retention(lane.handle.contract).max_entries) for lane in lanes]
+        chunks = [lane.packed(self._tunings.retention(lane.handle.contract)) for lane in lanes]
         packed = b"".join([chunk for chunk, _ in chunks])
         return iter(await self._connection.exchange(packed, sum(count for _, count in chunks)))
 
@@ -349,6 +336,8 @@ class Publisher:
                 # First, so that a contract that does not fit leaves no trace on the server.
                 await self._registry.register(self._connection, stream.handle, publishes=True)
                 newest = await self._groups.ensure(self._connection, contract, contract.groups)
+                if contract.retention.ceiling:
+                    await self._connection.load_script(ADD_BELOW_CEILING)
             except errors.EventsUnavailable:
                 raise
             except errors.OrkiError as error:
@@ -360,6 +349,7 @@ class Publisher:
                     if not found.last_id:
                         found.last_id = last_id
             stream.ready = True
+            self._used(contract)
         for lane in lanes:
             if (failure := failures.get(lane.handle.contract.name)) is not None:
                 self._refuse(lane, failure)
@@ -385,8 +375,15 @@ class Publisher:
         """Settle the events of a chunk that was accepted or refused. Return the error if it will be sent again."""
         chunk = lane.sending
         first = next(replies)
-        if len(chunk) == 1:
-            answers = [first]
+        if isinstance(first, list):
+            # The entries for which there was room.
+            answers = [*first, *[self._full(lane)] * (len(chunk) - len(first))]
+        elif isinstance(first, ScriptMissing):
+            # The server was restarted; the script is loaded again with the next attempt.
+            self._streams[lane.handle.contract.name].ready = False
+            return None
+        elif len(chunk) == 1 or lane.handle.contract.retention.ceiling:
+            answers = [first] * len(chunk)
         else:
             answers, executed = [*islice(replies, len(chunk))], next(replies)
             if isinstance(executed, list):
@@ -422,14 +419,22 @@ class Publisher:
 
     def _refuse(self, lane: Lane, error: errors.OrkiError) -> errors.OrkiError | None:
         """Send a chunk that was refused again later, or end it. Return the error if it will be sent again."""
-        if not error.retryable:
+        fails = isinstance(error, errors.EventsStreamFull) and lane.handle.contract.retention.overflow is Overflow.FAIL
+        if not error.retryable or fails:
             self._end(lane, lane.done(), error)
             return None
-        if not isinstance(error, errors.EventsOutOfMemory):
+        if not isinstance(error, errors.EventsOutOfMemory | errors.EventsStreamFull):
             self._streams[lane.handle.contract.name].ready = False
         lane.failed(time.monotonic())
         self._expire(lane, error)
         return error
+
+    def _full(self, lane: Lane) -> errors.EventsStreamFull:
+        contract = lane.handle.contract
+        return errors.EventsStreamFull(
+            f'stream "{contract.name}" keeps {contract.retention.ceiling} entries that its groups have not settled '
+            f"({lane.key}); see `orki streams` for the group that lags"
+        )
 
     def _connection_failed(self, lanes: list[Lane], error: errors.OrkiError, sent: bool) -> None:
         """Let all lanes wait: the outcome of the chunks that were sent is unknown."""
