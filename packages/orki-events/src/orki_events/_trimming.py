@@ -164,6 +164,7 @@ class Trimmer:
         self._report = report
         self._kept: dict[str, _Kept] = {}
         self._all = False
+        self._closing = False
         self._refreshed = -_REFRESH
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -182,6 +183,10 @@ class Trimmer:
     async def close(self) -> None:
         """Stop, and leave the streams to others."""
         if self._task is not None:
+            # A step that is cut off would cost the connection, and with it the lease.
+            self._closing = True
+            self._wake.set()
+            await asyncio.wait([self._task], timeout=_INTERVAL)
             self._task.cancel()
             await asyncio.wait([self._task])
         leased = [kept for kept in self._kept.values() if kept.leased_until]
@@ -199,7 +204,7 @@ class Trimmer:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        while True:
+        while not self._closing:
             self._wake.clear()
             try:
                 await self._refresh(loop.time())
@@ -210,6 +215,8 @@ class Trimmer:
             except Exception:
                 _log.exception("internal error in the trimmer")
                 await asyncio.sleep(_INTERVAL)
+            if self._closing:
+                return
             due = min((each.due for each in self._kept.values()), default=loop.time() + _INTERVAL)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(due - loop.time(), _SHORTEST / 2)):
