@@ -10,6 +10,7 @@ import pytest
 from orki_contract.errors import LocalProtocolError, Reason, RemoteProtocolError
 from orki_contract.model import Backoff
 from orki_events._delivery import DeliveryMachine
+from orki_events._delivery_partition import Partition
 from orki_events._delivery_table import (
     TRANSITIONS,
     Ack,
@@ -18,7 +19,6 @@ from orki_events._delivery_table import (
     CreateGroups,
     DeadLetter,
     DeadLettered,
-    DeliverySettings,
     Dispatch,
     Drained,
     DrainRequested,
@@ -26,12 +26,18 @@ from orki_events._delivery_table import (
     EntriesRead,
     EntriesUnknown,
     Failed,
+    GivenUp,
+    GiveUp,
     GroupMissing,
     GroupsReady,
     HandBack,
     HandedBack,
     Opened,
     Outcome,
+    PartitionGained,
+    PartitionKept,
+    PartitionLost,
+    PartitionWithdrawn,
     Read,
     ReadDue,
     Recovered,
@@ -47,32 +53,35 @@ from orki_events._delivery_table import (
     SweepDue,
     Unanswered,
 )
+from orki_events._delivery_windows import DeliverySettings
 
 # Written by hand: the legal events of each state, by the next state.
-REPLIES = "EntriesRead EntriesClaimed Acked DeadLettered Renewed Unanswered"
+REPLIES = "EntriesRead EntriesClaimed Acked DeadLettered Renewed HandedBack Unanswered"
 CALLS = "Returned Succeeded Failed"
+OWNERSHIP = "PartitionGained PartitionKept PartitionLost PartitionWithdrawn GivenUp"
 LEGAL = {
     "NEW": {"CREATING": "Opened", "CLOSED": "DrainRequested"},
     "CREATING": {
         "RECOVERING": "GroupsReady",
-        "CREATING": f"{REPLIES} EntriesUnknown GroupMissing Requested {CALLS} RepeatDue RetryDue RenewalDue ReadDue",
+        "CREATING": f"{REPLIES} EntriesUnknown GroupMissing Requested {CALLS} RepeatDue RetryDue RenewalDue ReadDue"
+        f" {OWNERSHIP}",
         "DRAINING": "DrainRequested",
     },
     "RECOVERING": {
-        "RECOVERING": f"{REPLIES} EntriesUnknown Requested {CALLS} RepeatDue RetryDue RenewalDue ReadDue",
+        "RECOVERING": f"{REPLIES} EntriesUnknown Requested {CALLS} RepeatDue RetryDue RenewalDue ReadDue {OWNERSHIP}",
         "CREATING": "GroupMissing",
         "READING": "Recovered",
         "DRAINING": "DrainRequested",
     },
     "READING": {
-        "READING": f"{REPLIES} Requested {CALLS} RepeatDue RetryDue RenewalDue SweepDue",
+        "READING": f"{REPLIES} Requested {CALLS} RepeatDue RetryDue RenewalDue SweepDue {OWNERSHIP}",
         "RECOVERING": "EntriesUnknown",
         "CREATING": "GroupMissing",
         "DRAINING": "DrainRequested",
     },
     "DRAINING": {
-        "DRAINING": f"GroupsReady {REPLIES} HandedBack EntriesUnknown GroupMissing {CALLS} RepeatDue RenewalDue ReadDue"
-        " DrainRequested",
+        "DRAINING": f"GroupsReady {REPLIES} EntriesUnknown GroupMissing {CALLS} RepeatDue RenewalDue ReadDue"
+        " DrainRequested PartitionKept PartitionLost GivenUp",
         "CLOSED": "Drained",
     },
     "CLOSED": {"CLOSED": "DrainRequested"},
@@ -176,6 +185,11 @@ SAMPLES: dict[str, Any] = {
     "Succeeded": Succeeded(KEY, [b"1-0"]),
     "Failed": Failed(KEY, [entry(1)], Reason.REASON_HANDLER_FAILED, "no"),
     "DrainRequested": DrainRequested(),
+    "PartitionGained": PartitionGained("other", 200.0),
+    "PartitionKept": PartitionKept("other", 200.0),
+    "PartitionLost": PartitionLost("other"),
+    "PartitionWithdrawn": PartitionWithdrawn("other"),
+    "GivenUp": GivenUp(GiveUp("other")),
     "RepeatDue": RepeatDue(),
     "RetryDue": RetryDue(),
     "RenewalDue": RenewalDue(),
@@ -203,7 +217,8 @@ def test_each_event_moves_as_listed_or_is_refused(state: State, name: str) -> No
     event = SAMPLES[name]
     if (command := getattr(event, "command", None)) is not None:
         bench.machine._open.add(command)
-    bench.machine._partitions[KEY].held[b"1-0"] = bench.now
+    bench.machine._partitions[KEY].held[b"1-0"] = bench.now, 0
+    bench.machine._partitions["other"] = Partition("other")
     if (state.name, name) in NEXT:
         bench.tell(event)
         assert bench.machine.state.name == NEXT[state.name, name]
@@ -397,7 +412,45 @@ def test_entries_trimmed_while_pending_are_acknowledged_and_counted_as_lost() ->
     bench.later(10)
     bench.tell(EntriesClaimed(bench.one(Claim), b"0-0", [[b"1-0", None]], {}, [b"2-0", b"3-0"]))
     ack = bench.one(Ack)
-    assert (ack.entry_ids, ack.outcome, ack.extra) == ([b"1-0"], Outcome.DECLARED_LOST, 2)
+    assert (ack.entry_ids, ack.outcome, ack.extra, ack.kept) == ([b"1-0"], Outcome.DECLARED_LOST, 2, 0)
+
+
+def test_held_entries_that_were_trimmed_are_dispatched_and_count_as_processed() -> None:
+    bench = Bench()
+    bench.tell(EntriesRead(bench.reading(), {KEY: [entry(number) for number in range(1, 4)]}, {}))
+    bench.later(20)
+    bench.tell(Renewed(bench.one(Renew), (), [b"1-0", b"2-0"]))
+    lost = bench.one(Ack)
+    assert (lost.entry_ids, lost.outcome, lost.kept) == ([b"1-0", b"2-0"], Outcome.DECLARED_LOST, 2)
+    bench.tell(Acked(lost, 2))
+    bench.tell(Requested(5))
+    assert [each[0] for each in bench.one(Dispatch).entries] == [b"1-0", b"2-0", b"3-0"]
+    bench.tell(Succeeded(KEY, [b"1-0", b"3-0"]))
+    ack = bench.one(Ack)
+    assert (ack.entry_ids, ack.outcome, ack.extra, ack.regained) == ([b"3-0"], Outcome.PROCESSED, 1, 1)
+    bench.tell(Acked(ack, 1))
+    bench.drained()
+    bench.tell(Failed(KEY, [entry(2)], Reason.REASON_HANDLER_FAILED, "boom"))
+    assert bench.one(Ack).kept == -1
+    assert not any(isinstance(each, HandBack) for each in bench.asked)
+
+
+def test_a_drain_forgets_a_returned_entry_that_another_consumer_claimed() -> None:
+    bench = Bench()
+    (held,) = bench.holding(1)
+    read = bench.one(Read) if any(isinstance(each, Read) for each in bench.asked) else None
+    bench.later(20)
+    bench.tell(Renewed(bench.one(Renew), [b"1-0"]))
+    bench.drained()
+    for command in list(bench.machine._open):
+        if isinstance(command, Read):
+            bench.tell(EntriesRead(command, {}, {}))
+        elif isinstance(command, Claim):
+            bench.tell(EntriesClaimed(command, b"0-0", [], {}, ()))
+    assert bench.machine.state is State.DRAINING
+    bench.tell(Returned(KEY, [held]))
+    assert bench.machine.state is State.CLOSED
+    assert read is None or read not in bench.machine._open
 
 
 def test_a_missing_group_is_created_once_and_recovery_restarts() -> None:

@@ -28,7 +28,6 @@ from orki_events._delivery_table import (
     CreateGroups,
     DeadLetter,
     DeadLettered,
-    DeliverySettings,
     Dispatch,
     DrainRequested,
     EntriesClaimed,
@@ -49,6 +48,7 @@ from orki_events._delivery_table import (
     Succeeded,
     no_reply,
 )
+from orki_events._delivery_windows import DeliverySettings
 
 KEYS = ("a", "b")
 LIMITS = DeliverySettings(
@@ -58,6 +58,7 @@ LIMITS = DeliverySettings(
     sweep_interval=3.0,
     hold_limit=100_000.0,
     backoff=Backoff(initial=0.5, maximum=2.0),
+    retry_entries=3,
 )
 US, THEM, NOBODY = "us", "them", "nobody"
 
@@ -125,11 +126,14 @@ class Server:
                 self.letters += [(command.key, number_of(letter.entry[0])) for letter in command.letters]
                 return DeadLettered(command)
             case Renew():
-                return Renewed(command, self.touch(command.key, command.entry_ids, US, command.deliveries, self.now))
+                gone = self.touch(command.key, command.entry_ids, US, command.deliveries, self.now)
+                return Renewed(command, *gone)
             case HandBack():
+                trimmed = []
                 for entry_id, made in command.deliveries.items():
-                    self.touch(command.key, [entry_id], NOBODY, made, self.now - LIMITS.ack_deadline)
-                return HandedBack(command)
+                    since = self.now - LIMITS.ack_deadline + command.wait
+                    trimmed += self.touch(command.key, [entry_id], NOBODY, made, since)[1]
+                return HandedBack(command, trimmed)
         raise AssertionError(command)
 
     def read(self, command: Read) -> EntriesRead:
@@ -180,19 +184,23 @@ class Server:
             partition.settled.setdefault(number, command.outcome.value)
         return Acked(command, count)
 
-    def touch(self, key: str, entry_ids: list[bytes], owner: str, deliveries: int, since: float) -> list[bytes]:
+    def touch(
+        self, key: str, entry_ids: list[bytes], owner: str, deliveries: int, since: float
+    ) -> tuple[list[bytes], list[bytes]]:
         partition = self.partitions[key]
-        gone = []
+        gone, trimmed = [], []
         for entry_id in entry_ids:
             held = partition.pending.get(number_of(entry_id))
+            exists = number_of(entry_id) in partition.entries
             if held is None or held.owner != US:
-                gone.append(entry_id)
-            elif number_of(entry_id) not in partition.entries:
-                del partition.pending[number_of(entry_id)]
+                if exists or held is not None:
+                    gone.append(entry_id)
+            elif not exists:
+                trimmed.append(entry_id)
             else:
                 made = deliveries if owner == NOBODY or deliveries else held.deliveries
                 partition.pending[number_of(entry_id)] = Pending(owner, since, made)
-        return gone
+        return gone, trimmed
 
 
 class Interleavings(RuleBasedStateMachine):
@@ -248,8 +256,9 @@ class Interleavings(RuleBasedStateMachine):
         """Rule 2."""
         for key, partition in self.server.partitions.items():
             known = self.machine._partitions[key]
+            ids = known.held.keys() | known.settled.keys() | known.leaving
             for number, held in partition.pending.items():
-                assert held.owner != US or wire(number) in known.held or wire(number) in known.settled, (key, number)
+                assert held.owner != US or wire(number) in ids, (key, number)
 
     @rule(key=st.sampled_from(KEYS), count=st.integers(1, 12))
     def publish(self, key: str, count: int) -> None:
@@ -340,7 +349,11 @@ class Interleavings(RuleBasedStateMachine):
     @invariant()
     def held_entries_are_bounded(self) -> None:
         """Rule 3: reading and claiming each fill `prefetch`, and draining one more entry of each partition."""
-        assert self.machine.held <= 2 * LIMITS.prefetch + len(KEYS) * 2
+        waiting = sum(len(partition.waiting) for partition in self.machine._partitions.values())
+        # Trimmed entries cannot wait on the server.
+        parkable = (partition.waiting - partition.detached for partition in self.machine._partitions.values())
+        assert sum(map(len, parkable)) <= LIMITS.retry_entries
+        assert self.machine.held - waiting <= 2 * LIMITS.prefetch + len(KEYS) * 2
 
     @invariant()
     def a_closed_machine_issues_nothing(self) -> None:

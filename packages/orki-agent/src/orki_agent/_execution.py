@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, ClassVar, Final
 
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from orki.control.v1.attempt_pb2 import Failure
-from orki.control.v1.session_pb2 import SuspendedOutcome
+from orki.control.v1.session_pb2 import BudgetUpdate, SuspendedOutcome
 from orki.events.v1.usage_orki import USAGE
 from orki.events.v1.usage_pb2 import UsageEvent
+from orki_agent._budget import BudgetMeter
 from orki_agent._outcomes import decode, log_error, name_of, outcome_of_error, outcome_of_response, text_of
 from orki_agent._services import AgentServices, Handler, Offered, place_of
+from orki_contract import BudgetLeft
 from orki_contract.errors import InvalidArgument, TooLarge
 from orki_contract.trace import Span
 from orki_control.session import DEFAULT_PROGRESS_BYTES, AttemptKey, Outcome
@@ -34,6 +38,7 @@ class Execution(ABC):
         cancelled: Whether the attempt was cancelled.
         ended: Whether the handler has returned or raised.
         checkpoint: The task's last stored checkpoint, serialised; None without one.
+        meter: What the attempt has used, and what is left of its budgets.
         ends_within: Seconds after `stop` in which a handler ends, if it does.
     """
 
@@ -48,6 +53,7 @@ class Execution(ABC):
         self.cancelled = False
         self.ended = False
         self.checkpoint = offered.checkpoint
+        self.meter = BudgetMeter(offered.budgets)
         self._on_end = on_end
 
     @abstractmethod
@@ -66,6 +72,10 @@ class Execution(ABC):
     def direct(self, payload: bytes) -> None:
         """Deliver a directive."""
 
+    def update_budgets(self, update: BudgetUpdate) -> None:
+        """Take the state of the attempt's budgets."""
+        self.meter.update(update)
+
     @abstractmethod
     def grant(self, count: int, size: int) -> None:
         """Return credits for progress that was stored: its number and its payload bytes."""
@@ -73,27 +83,39 @@ class Execution(ABC):
     def finish(self, response: object, error: BaseException | None) -> None:
         """Take the handler's response or exception. Call it once, in the handler's thread or loop."""
         self.ended = True
+        handled: tuple[object, ...] = ()
         if error is None:
             outcome = outcome_of_response(self.handler, response)
         else:
-            outcome = outcome_of_error(error, cancelled=self.cancelled)
+            handled = self._handled()
+            outcome = outcome_of_error(error, cancelled=self.cancelled, handled=handled)
         try:
-            self._log_end(outcome, error)
+            self._log_end(outcome, error, handled)
         finally:
             self._on_end(outcome)
 
-    def _log_end(self, outcome: Outcome, error: BaseException | None) -> None:
+    def _handled(self) -> tuple[object, ...]:
+        """Return the messages that the handler had, whose sensitive values no error may show."""
+        task, found = self.handler.task, []
+        for kind, payload in ((task.request, self.offered.request), (task.checkpoint, self.checkpoint)):
+            with contextlib.suppress(DecodeError):
+                if payload is not None and issubclass(kind, Message):
+                    found.append(kind.FromString(payload))
+        return tuple(found)
+
+    def _log_end(self, outcome: Outcome, error: BaseException | None, handled: tuple[object, ...]) -> None:
         # Only the log carries the traceback, and the place of a handler that returned something else.
         what = f"{self.offered.attempt} of {self.handler.name}"
         if error is None:
             if isinstance(outcome, Failure):
                 _log.warning("%s failed: %s (%s)", what, outcome.message, place_of(self.handler.call))
         elif isinstance(outcome, SuspendedOutcome):
-            _log.info("%s is suspended: %s", what, outcome.question)
+            why = "a budget is used up" if outcome.over_budget else outcome.question
+            _log.info("%s is suspended: %s", what, why)
         elif self.cancelled:
-            _log.info("%s ended after its cancel: %s: %s", what, name_of(type(error)), text_of(error))
+            _log.info("%s ended after its cancel: %s: %s", what, name_of(type(error)), text_of(error, handled))
         else:
-            log_error(_log, logging.WARNING, f"{what} failed", error)
+            log_error(_log, logging.WARNING, f"{what} failed", error, handled)
 
 
 class Credits:
@@ -170,6 +192,11 @@ class HandlerContext:
         """Whether the last suspension of the task ended without an answer, by its deadline."""
         return self._execution.offered.answer_overdue
 
+    @property
+    def budget(self) -> BudgetLeft:
+        """What is left of the budgets that the task is charged to, as far as the agent knows."""
+        return self._execution.meter.left
+
     def usage(
         self,
         *,
@@ -182,8 +209,11 @@ class HandlerContext:
     ) -> None:
         """Record the use of a language model, with its cost in millionths of a US dollar. Never blocks on I/O.
 
+        The use is charged to the task's budgets.
+
         Raises:
             InvalidArgument: `model` is empty, or a number is negative or not an integer.
+            BudgetUsedUp: A budget is used up; the use was recorded. Do not catch it.
         """
         if not model:
             raise InvalidArgument("usage: model is empty; name the model that was used")
@@ -206,7 +236,12 @@ class HandlerContext:
             model=model,
             **counts,
         )
-        self._execution.agent.collect(USAGE, event, self.span)
+        execution = self._execution
+        execution.agent.collect(USAGE, event, self.span)
+        total = execution.meter.use(tokens=input_tokens + output_tokens, cost_micros=cost_micros)
+        if total is not None:
+            execution.agent.report_usage(attempt, total)
+        execution.meter.check()
 
     def _progress_payload(self, delta: Any) -> tuple[AttemptKey, bytes]:
         execution = self._execution
@@ -220,6 +255,10 @@ class HandlerContext:
         if len(payload) > most:
             raise TooLarge(f"{name}: a progress message has {len(payload)} bytes; the orchestrator accepts {most}")
         return execution.offered.attempt, payload
+
+
+CURRENT_CONTEXT: Final[ContextVar[HandlerContext | None]] = ContextVar("orki_context", default=None)
+"""Context of the handler that runs in this task or thread."""
 
 
 def _kept(kind: type[Any], payload: bytes | None, method: str) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 from google.protobuf.message import Message
 
 from orki_agent._checkpoints import checkpoint_payload, suspending
-from orki_agent._execution import Credits, Execution, HandlerContext
+from orki_agent._execution import CURRENT_CONTEXT, Credits, Execution, HandlerContext
 from orki_agent._outcomes import decode, text_of
 from orki_agent._services import AgentServices, Handler, Offered
 from orki_agent._threads import Mailbox
@@ -97,8 +97,10 @@ class AsyncExecution(Execution):
         with use_span(self.offered.span):
             task = self.handler.task
             request = decode(task.request, self.offered.request, self.handler.name)
+            context = AsyncHandlerContext(self)
+            CURRENT_CONTEXT.set(context)
             try:
-                return await self.handler.call(request, AsyncHandlerContext(self))
+                return await self.handler.call(request, context)
             except (SystemExit, KeyboardInterrupt) as error:
                 # asyncio would end the whole agent.
                 raise HandlerFailed(f"the handler raised {type(error).__name__}: {text_of(error)}") from error
@@ -141,6 +143,7 @@ class AsyncHandlerContext(HandlerContext):
             execution.credit_returned.clear()
             await execution.credit_returned.wait()
         execution.agent.send_progress(attempt, payload)
+        execution.meter.check()
 
     async def save_checkpoint(self, checkpoint: Any) -> None:
         """Save a checkpoint for the next attempt, in place of the last one. Returns after it is stored.
@@ -151,6 +154,7 @@ class AsyncHandlerContext(HandlerContext):
             StoreFull: The orchestrator's store is out of memory.
             StaleFence: The agent no longer holds the attempt.
             ProtocolVersion: The orchestrator stores no checkpoints.
+            BudgetUsedUp: A budget of the task is used up; the checkpoint is stored. Do not catch it.
         """
         execution = self._execution
         payload = checkpoint_payload(execution.handler, checkpoint)
@@ -158,6 +162,7 @@ class AsyncHandlerContext(HandlerContext):
         if stored is not None:
             raise stored
         execution.checkpoint = payload
+        execution.meter.check()
 
     async def suspend(self, question: str = "", *, deadline: float | None = None) -> NoReturn:
         """End this attempt until the task is answered. It raises an exception, which must not be caught.
@@ -282,7 +287,9 @@ class SyncExecution(Execution):
                     raise Cancelled("cancelled before it started")
                 task = self.handler.task
                 request = decode(task.request, self.offered.request, self.handler.name)
-                response = self.handler.call(request, SyncHandlerContext(self))
+                context = SyncHandlerContext(self)
+                CURRENT_CONTEXT.set(context)
+                response = self.handler.call(request, context)
         except BaseException as raised:
             error = raised
         self.finish(response, error)
@@ -306,6 +313,7 @@ class SyncHandlerContext(HandlerContext):
         attempt, payload = self._progress_payload(delta)
         self._execution.take_credit(len(payload))
         self._execution.agent.send_progress(attempt, payload)
+        self._execution.meter.check()
 
     def save_checkpoint(self, checkpoint: Any) -> None:
         """Save a checkpoint for the next attempt, in place of the last one. Returns after it is stored.
@@ -316,6 +324,7 @@ class SyncHandlerContext(HandlerContext):
             StoreFull: The orchestrator's store is out of memory.
             StaleFence: The agent no longer holds the attempt.
             ProtocolVersion: The orchestrator stores no checkpoints.
+            BudgetUsedUp: A budget of the task is used up; the checkpoint is stored. Do not catch it.
             Cancelled: The attempt was cancelled during the wait.
         """
         execution = self._execution
@@ -324,6 +333,7 @@ class SyncHandlerContext(HandlerContext):
         if stored is not None:
             raise stored
         execution.checkpoint = payload
+        execution.meter.check()
 
     def suspend(self, question: str = "", *, deadline: float | None = None) -> NoReturn:
         """End this attempt until the task is answered. It raises an exception, which must not be caught.

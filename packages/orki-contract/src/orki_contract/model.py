@@ -251,6 +251,36 @@ class Backoff:
         return min(grown, self.maximum)
 
 
+@dataclass(frozen=True, order=True, slots=True, kw_only=True)
+class Budget:
+    """Usage of language models. As the limit of a tree of tasks, an amount of 0 is not limited.
+
+    Attributes:
+        tokens: Tokens read and written.
+        cost_micros: Cost in millionths of a US dollar.
+        calls: Calls of models.
+    """
+
+    tokens: int = 0
+    cost_micros: int = 0
+    calls: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetLeft:
+    """What is left of the budgets that a task is charged to; None for what is not limited.
+
+    Attributes:
+        tokens: Tokens.
+        cost_micros: Millionths of a US dollar.
+        calls: Calls of models.
+    """
+
+    tokens: int | None = None
+    cost_micros: int | None = None
+    calls: int | None = None
+
+
 TASK_MESSAGES: Final = ("progress", "directive", "checkpoint", "answer")
 """The optional messages of a task, as options of the method name them."""
 

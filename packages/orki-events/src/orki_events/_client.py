@@ -24,9 +24,7 @@ from orki_events._consumers import (
     Consumer,
     Delivery,
     DeliveryBatch,
-    PushRun,
     Subscription,
-    run_until,
     take_batch,
     take_one,
 )
@@ -36,6 +34,7 @@ from orki_events._ledger import StreamLedger, read_ledger
 from orki_events._letters import DeadLetterEntry, list_dead_letters, replay_dead_letters
 from orki_events._options import ConsumeOptions, EventOptions, Gap
 from orki_events._publisher import Publisher
+from orki_events._push import PushRun, run_until
 from orki_events._readers import TailEntry, follow_stream
 from orki_events._trimming import Trimmer
 from orki_events.connection import Address, Connection, parse_address

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from orki_contract.errors import ContractMismatch, EventsUnavailable, LocalProtocolError, OrkiError, Reason
+from orki_contract.masking import mask
 from orki_events import _delivery_table as table
 from orki_events._commands import CommandExecutor, GroupMember
 from orki_events._delivery import DeliveryMachine
+from orki_events._delivery_windows import DeliverySettings
+from orki_events._letters import letters_gap
 from orki_events._options import ConsumeOptions, EventOptions, Gap, GapKind
 from orki_events.connection import Connection
 from orki_events.entries import stream_keys
@@ -23,6 +26,7 @@ from orki_events.groups import ConsumerGroups
 _SAVE_INTERVAL: Final = 2.0
 _UNBLOCK_INTERVAL: Final = 0.05
 _IDLE_CONSUMER: Final = 600.0
+_GROUP: Final = 32
 _log = logging.getLogger("orki.events")
 
 
@@ -59,6 +63,9 @@ class GroupReader:
         self._machine = _machine(member, options, concurrency)
         self._loop = asyncio.get_running_loop()
         self._waiters: deque[asyncio.Future[table.Dispatch | None]] = deque()
+        self._taken: deque[tuple[table.Dispatch, table.Entry]] = deque()
+        self._asked = False
+        self._idle: deque[asyncio.Future[None]] = deque()
         self._read_queue: asyncio.Queue[table.Read] = asyncio.Queue()
         self._command_queue: asyncio.Queue[table.CreateGroups | table.ServerCommand] = asyncio.Queue()
         self._done: dict[str, list[bytes]] = {}
@@ -102,6 +109,49 @@ class GroupReader:
                 self.give_back(dispatch.key, dispatch.entries)
             raise
 
+    def next_entry(self) -> tuple[table.Dispatch, table.Entry] | None:
+        """Return an entry whose handling must begin now; None if `wait` must be called first."""
+        while self._taken:
+            dispatch, entry = taken = self._taken.popleft()
+            if self._machine.may_begin(dispatch.key, entry[0], self._loop.time()):
+                return taken
+            self.give_back(dispatch.key, [entry])
+        return None
+
+    async def wait(self) -> bool:
+        """Wait until `next_entry` may return an entry; return False once the consumer ends.
+
+        Entries are taken from the machine in small groups, of which all callers take theirs: waiting for each one
+        alone would cost more than many handlers do.
+
+        Raises:
+            OrkiError: The server refuses the consumer, and a retry cannot succeed.
+        """
+        if not self._asked and self._error is None and not self._ending:
+            self._asked = True
+            self._receive(table.Requested(_GROUP))
+        if self._error is not None:
+            raise self._error
+        if self._ending:
+            return False
+        if not self._taken:
+            waiter: asyncio.Future[None] = self._loop.create_future()
+            self._idle.append(waiter)
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                if not waiter.cancelled():
+                    self._wake(1)
+                raise
+        return True
+
+    def _wake(self, count: int) -> None:
+        while count and self._idle:
+            waiter = self._idle.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                count -= 1
+
     def succeeded(self, key: str, entry_id: bytes) -> None:
         """Settle one entry; acknowledgements of one turn of the event loop are sent together."""
         self._done.setdefault(key, []).append(entry_id)
@@ -113,11 +163,26 @@ class GroupReader:
         if entry_ids:
             self._receive(table.Succeeded(key, entry_ids))
 
-    def failed(self, key: str, entries: Sequence[table.Entry], error: BaseException, final: bool = False) -> None:
-        """Report entries whose handling failed; `final` sends them to the dead letters at once."""
+    def failed(
+        self,
+        key: str,
+        entries: Sequence[table.Entry],
+        error: BaseException,
+        final: bool = False,
+        events: Sequence[object] = (),
+    ) -> None:
+        """Report entries whose handling failed.
+
+        Args:
+            key: The partition.
+            entries: The entries.
+            error: Why it failed.
+            final: Whether the entries go to the dead letters at once.
+            events: What was handled: the message of the error is stored without their sensitive values.
+        """
         reason = error.reason if isinstance(error, OrkiError) else Reason.REASON_HANDLER_FAILED
         message = error.message if isinstance(error, OrkiError) else f"{type(error).__name__}: {error}"
-        self._receive(table.Failed(key, entries, reason, message, final))
+        self._receive(table.Failed(key, entries, reason, mask(message, events), final))
 
     def give_back(self, key: str, entries: list[table.Entry]) -> None:
         self._receive(table.Returned(key, entries))
@@ -127,6 +192,9 @@ class GroupReader:
         if not self._ending:
             self._ending = True
             self._release(None)
+            while self._taken:
+                dispatch, entry = self._taken.popleft()
+                self.give_back(dispatch.key, [entry])
             self._receive(table.DrainRequested())
 
     async def close(self) -> None:
@@ -212,6 +280,11 @@ class GroupReader:
             self._loop.call_soon(self._arm)
 
     def _hand_out(self, dispatch: table.Dispatch) -> None:
+        if self._asked:
+            self._asked = False
+            self._taken.extend((dispatch, entry) for entry in dispatch.entries)
+            self._wake(len(dispatch.entries))
+            return
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():
@@ -243,6 +316,7 @@ class GroupReader:
             self._receive(table.Succeeded(key, entry_ids))
 
     def _release(self, error: OrkiError | None) -> None:
+        self._wake(len(self._idle))
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():
@@ -320,21 +394,16 @@ class GroupReader:
                 values = (self.name, letter.entry[0].decode(), letter.deliveries, letter.message)
                 _log.error("%s dead-lettered entry %s after %d deliveries: %s", *values)
             if event.dropped:
-                self._report_dropped(event.dropped)
+                self._services.report(letters_gap(self.member.stream, self.member.group, event.dropped))
         elif isinstance(event, table.Acked) and event.command.outcome is table.Outcome.DECLARED_LOST:
-            lost = event.count + event.command.extra
-            if lost:
+            # Those in hand are not reported before they are dropped unhandled.
+            lost = event.count + event.command.extra - event.command.kept
+            if lost > 0:
                 stream, group = self.member.stream.name, self.member.group.name
                 message = f'{lost} entries of stream "{stream}" were trimmed before group "{group}" had settled them'
                 kind = GapKind.TRIMMED_WHILE_PENDING
                 gap = Gap(kind=kind, stream=stream, group=group, count=lost, possible=False, message=message)
                 self._services.report(gap)
-
-    def _report_dropped(self, count: int) -> None:
-        stream, group = self.member.stream.name, self.member.group.name
-        message = f'{count} dead letters of group "{group}" of stream "{stream}" were dropped by their retention'
-        kind = GapKind.LETTERS_DROPPED
-        self._services.report(Gap(kind=kind, stream=stream, group=group, count=count, possible=False, message=message))
 
     async def _maintenance_loop(self) -> None:
         services = self._services
@@ -360,7 +429,7 @@ def _machine(member: GroupMember, options: ConsumeOptions, concurrency: int) -> 
     keys = stream_keys(member.stream)
     ack_deadline = member.group.ack_deadline
     sweep_interval = options.sweep_interval or min(ack_deadline / 3, 5.0)
-    settings = table.DeliverySettings(
+    settings = DeliverySettings(
         prefetch=max(options.prefetch or 4 * concurrency, len(keys), concurrency),
         max_deliveries=member.group.max_deliveries,
         ack_deadline=ack_deadline,
@@ -368,6 +437,9 @@ def _machine(member: GroupMember, options: ConsumeOptions, concurrency: int) -> 
         sweep_interval=sweep_interval * random.uniform(0.8, 1.2),
         hold_limit=options.hold_limit,
         backoff=options.backoff,
+        prefetch_bytes=options.prefetch_bytes,
+        retry_entries=options.retry_entries,
+        retry_bytes=options.retry_bytes,
     )
     return DeliveryMachine(keys, settings)
 
@@ -404,6 +476,18 @@ class SeenEvents:
         if len(self._young) >= self._window:
             self._old, self._young = self._young, {}
         return repeated
+
+    def add_one(self, event_id: bytes) -> bool:
+        """Add an id and return whether it is new."""
+        if not self._window:
+            return True
+        young = self._young
+        if event_id in young or event_id in self._old:
+            return False
+        young[event_id] = None
+        if len(young) >= self._window:
+            self._old, self._young = young, {}
+        return True
 
     def discard(self, event_ids: Iterable[bytes]) -> None:
         for event_id in event_ids:

@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError
 from orki.events.v1.envelope_pb2 import DeadLetter
 from orki_contract.model import Group, Stream, milliseconds
 from orki_events import entries as layout
+from orki_events._options import Gap, GapKind
 from orki_events.connection import Connection, Script
 from orki_events.groups import groups_key, pairs
 
@@ -204,6 +205,13 @@ async def replay_dead_letters(
         if done:
             replayed.append(letter.letter_id)
     return replayed
+
+
+def letters_gap(stream: Stream, group: Group, count: int) -> Gap:
+    """Return the report of letters that their retention has dropped."""
+    message = f'{count} dead letters of group "{group.name}" of stream "{stream.name}" were dropped by their retention'
+    kind = GapKind.LETTERS_DROPPED
+    return Gap(kind=kind, stream=stream.name, group=group.name, count=count, possible=False, message=message)
 
 
 def read_reason(raw: bytes) -> DeadLetter:

@@ -100,7 +100,11 @@ class ConsumeOptions:
     """Settings of one consumer. Durations are in seconds.
 
     Attributes:
-        prefetch: Maximum number of entries that the consumer holds; 0 derives it from the concurrency.
+        prefetch: Maximum number of entries that are handled or queued; 0 derives it from the concurrency.
+        prefetch_bytes: Maximum size of those entries. A read takes as many as fit by the size of the entries before.
+        retry_entries: Maximum number of entries that wait for a retry in the consumer's memory. Further ones of an
+            ordered partition keep it from reading on; others wait on the server, at most the acknowledgement deadline.
+        retry_bytes: Maximum size of the entries that wait for a retry in the consumer's memory.
         backoff: Wait before a failed event is handled again.
         handler_timeout: Time limit of one call of the handler, which is then cancelled; 0 for no limit.
         hold_limit: Maximum time for which a held entry is renewed; afterwards, other consumers may claim it.
@@ -112,6 +116,9 @@ class ConsumeOptions:
     """
 
     prefetch: int = 0
+    prefetch_bytes: int = 16 << 20
+    retry_entries: int = 1_000
+    retry_bytes: int = 16 << 20
     backoff: Backoff = field(default=Backoff(initial=0.5, maximum=30.0))
     handler_timeout: float = 0.0
     hold_limit: float = 3_600.0
@@ -119,6 +126,9 @@ class ConsumeOptions:
 
     def __post_init__(self) -> None:
         _require(self, "prefetch", 0, 100_000)
+        _require(self, "prefetch_bytes", 1, 4 << 30)
+        _require(self, "retry_entries", 0, 1_000_000)
+        _require(self, "retry_bytes", 0, 4 << 30)
         _require(self, "handler_timeout", 0, 86_400)
         _require(self, "hold_limit", 0.01, 30 * 86_400)
         _require(self, "sweep_interval", 0, 3_600)

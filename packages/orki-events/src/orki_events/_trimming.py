@@ -22,8 +22,8 @@ from typing import Any, Final
 
 from orki_contract.errors import OrkiError
 from orki_contract.model import Group, Overflow, Retention, Start, Stream, milliseconds
-from orki_events._letters import trim_letters
-from orki_events._options import Gap, GapKind
+from orki_events._letters import letters_gap, trim_letters
+from orki_events._options import Gap
 from orki_events.connection import Command, Connection, Script
 from orki_events.entries import EntryId, parse_id, stream_keys
 from orki_events.groups import checked, pairs
@@ -204,7 +204,7 @@ class Trimmer:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        while not self._closing:
+        while True:
             self._wake.clear()
             try:
                 await self._refresh(loop.time())
@@ -278,9 +278,7 @@ class Trimmer:
             (clock,) = await self._connection.pipeline((b"TIME",))
             now_ms = int(checked(clock)[0]) * 1_000 + int(clock[1]) // 1_000
             if dropped := await trim_letters(self._connection, stream, group, now_ms):
-                text = f'{dropped} dead letters of group "{group.name}" of stream "{stream.name}" were dropped'
-                kind, name = GapKind.LETTERS_DROPPED, stream.name
-                self._report(Gap(kind=kind, stream=name, group=group.name, count=dropped, possible=False, message=text))
+                self._report(letters_gap(stream, group, dropped))
 
 
 def _lease_key(stream: Stream) -> str:

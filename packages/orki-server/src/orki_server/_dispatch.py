@@ -11,11 +11,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
+from orki.control.v1.attempt_pb2 import BudgetBalance
 from orki.control.v1.session_pb2 import Offer as OfferMessage
 from orki_contract.errors import OrkiError, StoreUnavailable, error_for
+from orki_server._budgets import Budgets
 from orki_server._demand import Demand
 from orki_server._session import AgentSession, SessionRegistry
 from orki_server._sessions import Reports
@@ -48,8 +50,10 @@ class Dispatcher:
         accept_timeout: float,
         on_change: Callable[[str, bool], None],
         poll: Callable[[], float],
+        budgets: Budgets,
     ) -> None:
         self._poll_after = poll
+        self._budgets = budgets
         self._store = store
         self._reports = reports
         self._accept_timeout = accept_timeout
@@ -104,15 +108,21 @@ class Dispatcher:
                 _log.error("shard %d assigns no tasks: %s", shard, error.message)
                 continue
             _report_damage(shard, assigned.damaged)
-            for each in assigned.offers:
-                self._offer(request.sessions[each.recipient], each)
+            if any(each.accounts for each in assigned.offers):
+                admitted = await self._budgets.admit_offers(request.sessions, assigned.offers)
+                for each in assigned.offers:
+                    if each.attempt in admitted:
+                        self._offer(request.sessions[each.recipient], each, admitted[each.attempt])
+            else:
+                for each in assigned.offers:
+                    self._offer(request.sessions[each.recipient], each)
             self.demand.settle(request, assigned.offers)
             if assigned.again is not None:
                 self.demand.wait(request)
                 if assigned.again > 0:
                     asyncio.get_running_loop().call_later(assigned.again, self._wake.set)
 
-    def _offer(self, session: AgentSession, offered: OfferedAttempt) -> None:
+    def _offer(self, session: AgentSession, offered: OfferedAttempt, budgets: Sequence[BudgetBalance] = ()) -> None:
         message = OfferMessage(
             attempt=offered.attempt.ref(),
             method=offered.method,
@@ -124,6 +134,7 @@ class Dispatcher:
             checkpoint=offered.checkpoint,
             answer=offered.answer,
             answer_overdue=offered.answer_overdue,
+            budgets=budgets,
         )
         try:
             session.machine.offer(message, offered.traceparent, time.monotonic())
@@ -146,8 +157,8 @@ class Sweeper:
     It sweeps when a timer is due and at every `interval`, which is at most half a second: each sweep advances the
     clocks of the shards. After a start, and after the store was down, it executes no timers for `pause`: agents must
     first have the chance to renew their leases. It calls `on_queued` with shard and method of a task that is queued
-    again, `on_change` with a task that changed and whether it ended, `on_mail` with a shard that has mail, and
-    `on_orphans` with one that has children of ended parents.
+    again, `on_change` with a task that changed and whether it ended, `on_mail` with a shard that has mail,
+    `on_orphans` with one that has children of ended parents, and `on_raised` with one whose budgets were raised.
     """
 
     def __init__(
@@ -161,7 +172,9 @@ class Sweeper:
         on_change: Callable[[str, bool], None],
         on_mail: Callable[[int], None],
         on_orphans: Callable[[int], None],
+        on_raised: Callable[[int], None],
     ) -> None:
+        self._on_raised = on_raised
         self._on_mail = on_mail
         self._on_orphans = on_orphans
         self._store = store
@@ -224,6 +237,8 @@ class Sweeper:
             _report_damage(shard, swept.damaged)
             if swept.has_orphans:
                 self._on_orphans(shard)
+            if swept.has_raised:
+                self._on_raised(shard)
             if swept.has_mail:
                 self._on_mail(shard)
             for expired in swept.expired:
