@@ -99,10 +99,7 @@ class CommandExecutor:
         foreign = [entry for entry in entries if entry[1] and len(entry[1]) > 4 and self._is_foreign(entry[1])]
         if not foreign:
             return entries
-        keys = (key, groups_key(self._keys[key]))
-        counter = f"{table.Outcome.PROCESSED.value}:{self._group.name}"
-        ids = [entry[0] for entry in foreign]
-        await self._commands.run_script(ACKNOWLEDGE, keys, self._group.name, counter, 0, *ids)
+        await self._ack(table.Ack(self._keys[key], [entry[0] for entry in foreign], table.Outcome.PROCESSED))
         return [entry for entry in entries if entry not in foreign]
 
     def _is_foreign(self, fields: list[bytes]) -> bool:
