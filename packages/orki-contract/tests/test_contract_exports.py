@@ -15,8 +15,9 @@ from orki_contract import errors
 
 EXPORTS = {
     "orki_contract": (
-        "AUDIT_GROUP AsyncTaskService AsyncToolService Backoff Contract Durability EventStream ExternalGroup Frame "
-        "FrameBase FrameField FrameType Group Overflow Payload ProgressGap ProgressPolicy "
+        "AUDIT_GROUP AsyncTaskService AsyncToolService Backoff Budget BudgetLeft Contract Durability EventStream "
+        "ExternalGroup "
+        "Frame FrameBase FrameField FrameType Group Overflow Payload ProgressGap ProgressPolicy "
         "Retention Scalar SensitiveField Start Stream SubmitSettings "
         "SyncTaskContext SyncTaskService SyncToolChannel SyncToolService SyncToolStub Task TaskChannel "
         "TaskContext TaskHandle TaskMethod TaskStub Tool ToolCall ToolChannel ToolMethod ToolStub at frame "
@@ -35,9 +36,9 @@ EXPORTS = {
         "service_digest source_folder stream_digest"
     ),
     "orki_contract.model": (
-        "AUDIT_GROUP Backoff Contract DURATIONS Durability ExternalGroup Frame FrameField Group Overflow "
-        "ProgressPolicy Retention Scalar SensitiveField Start Stream TASK_MESSAGES TaskMethod ToolMethod dump "
-        "duration_text milliseconds to_json"
+        "AUDIT_GROUP Backoff Budget BudgetLeft Contract DURATIONS Durability ExternalGroup Frame FrameField Group "
+        "Overflow ProgressPolicy Retention "
+        "Scalar SensitiveField Start Stream TASK_MESSAGES TaskMethod ToolMethod dump duration_text milliseconds to_json"
     ),
     "orki_contract.naming": "class_name constant_name frame_class module_path reference snake_name unused",
     "orki_contract.printing": "print_line",

@@ -15,6 +15,7 @@ from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import DamagedRecord, InvalidArgument
 from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import new_span
+from orki_control import Client
 from orki_control.session import AttemptKey
 from orki_server._budgets import Budgets
 from orki_server._keys import ShardKeys
@@ -61,7 +62,7 @@ async def submitted(
     task_id = new_task_id(shard)
     own = packed(budget) if budget else ""
     if own and accounts:
-        assert await store.apply(open_budget(accounts[0], task_id, tokens(budget.tokens if budget else 0))) == "opened"
+        assert await store.apply(open_budget(accounts[0], task_id, own)) == "opened"
     operation = operations.submit(
         task_id=task_id,
         method=METHOD,
@@ -298,7 +299,7 @@ async def test_budgets_end_with_the_task_at_the_top(redis_url: str) -> None:
                 await store.apply(operations.sweep(SHARD, 10))
         # Tasks below it go on without a budget, and no charge brings it back.
         assert await store.apply(charge([root], AttemptKey(new_task_id(0), 1, 9), tokens(5), waits=True)) == []
-        assert await store.apply(open_budget(root, new_task_id(0), tokens(5))) == "gone"
+        assert await store.apply(open_budget(root, new_task_id(0), "5,0,0")) == "gone"
         with Redis.from_url(redis_url) as redis:
             assert not redis.exists(name)
     finally:
@@ -327,3 +328,19 @@ def test_a_budget_without_amounts_or_beyond_the_store_s_numbers_is_refused(budge
     with pytest.raises(InvalidArgument, match="budget"):
         check_amounts(budget)
     assert not Submission().HasField("budget")
+
+
+async def test_a_method_s_budget_counts_unless_the_submission_has_one(
+    orchestrator: Any, stand_in: Any, work: Any
+) -> None:
+    agent = stand_in(orchestrator.address, [work(budget={"tokens": 70})], taking=False)
+    await agent.ready()
+    method = "servertests.v1.WorkService/Do"
+    async with Client(orchestrator.address) as client:
+        declared, own = await client.submit_raw(
+            [Submission(method=method), Submission(method=method, budget=Budget(calls=3))]
+        )
+        assert [each.budget for each in await client.budgets(declared.task_id)] == [Budget(tokens=70)]
+        assert [each.budget for each in await client.budgets(own.task_id)] == [Budget(calls=3)]
+        with pytest.raises(InvalidArgument, match="budget"):
+            await client.submit_raw([Submission(method=method, budget=Budget())])

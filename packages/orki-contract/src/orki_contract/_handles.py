@@ -105,6 +105,7 @@ class TaskSettings(TypedDict, total=False):
     backoff: Backoff
     cancel_grace: float
     progress_policy: ProgressPolicy
+    budget: Budget
 
 
 class _Declared(TaskSettings, total=False):

@@ -18,6 +18,8 @@ __all__ = [
     "DURATIONS",
     "TASK_MESSAGES",
     "Backoff",
+    "Budget",
+    "BudgetLeft",
     "Contract",
     "Durability",
     "ExternalGroup",
@@ -301,6 +303,7 @@ class TaskMethod:
         progress_policy: What happens when the handler sends progress faster than it is stored.
         checkpoint: Message of the checkpoints; without one they are bytes.
         answer: Message that answers a suspended task; without one, answers are bytes.
+        budget: Budget of a submission that names none; without amounts for no limit.
     """
 
     service: str
@@ -319,6 +322,7 @@ class TaskMethod:
     progress_policy: ProgressPolicy = ProgressPolicy.BLOCK
     checkpoint: str = ""
     answer: str = ""
+    budget: Budget = Budget()
 
     @property
     def messages(self) -> list[str]:

@@ -248,3 +248,12 @@ class Lane:
         self.doubtful = False
         done, self.sending = self.sending, []
         return done
+
+
+def misfit(handle: EventStream[Any, Any], message: Message) -> errors.InvalidArgument:
+    wanted = handle.message.DESCRIPTOR.full_name
+    return errors.InvalidArgument(f'stream "{handle.contract.name}" takes {wanted}, not {type(message).__name__}')
+
+
+def oversize(handle: EventStream[Any, Any], raw: bytes, limit: int) -> errors.TooLarge:
+    return errors.TooLarge(f'an event for stream "{handle.contract.name}" has {len(raw)} bytes, more than {limit}')

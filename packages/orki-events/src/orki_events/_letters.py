@@ -79,11 +79,12 @@ _REPLAY: Final = Script("""\
 if not redis.call('SET', KEYS[3], '1', 'NX', 'EX', ARGV[5]) then
   return 0
 end
-local done
+local done, copied = nil, 0
 if #redis.call('XRANGE', KEYS[1], ARGV[3], ARGV[3]) > 0 then
   done = redis.pcall('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[3], 'IDLE', ARGV[4], 'RETRYCOUNT', 0, 'FORCE',
     'JUSTID')
 else
+  copied = 1
   done = redis.pcall('XADD', KEYS[1], '*', 'e', ARGV[6], 'd', ARGV[7], 'g', ARGV[1])
 end
 if type(done) == 'table' and done.err then
@@ -91,6 +92,8 @@ if type(done) == 'table' and done.err then
   return done
 end
 redis.call('HINCRBY', KEYS[2], 'dead_lettered:' .. ARGV[1], -1)
+-- The trimmed entry has been passed on: the copy is an entry of its own.
+redis.call('HINCRBY', KEYS[2], 'processed:' .. ARGV[1], copied)
 return 1
 """)
 

@@ -23,12 +23,21 @@ from itertools import groupby, islice
 from operator import attrgetter
 from typing import Any, Final
 
-from google.protobuf.message import Message
-
 from orki_contract import EventStream, errors
 from orki_contract.backoff import Jitter
 from orki_contract.model import Overflow, Stream
-from orki_events._lanes import ADD_BELOW_CEILING, RETRY, EnvelopeEncoder, Item, Lane, Outgoing, PublishCounts, Ticket
+from orki_events._lanes import (
+    ADD_BELOW_CEILING,
+    RETRY,
+    EnvelopeEncoder,
+    Item,
+    Lane,
+    Outgoing,
+    PublishCounts,
+    Ticket,
+    misfit,
+    oversize,
+)
 from orki_events._options import EventOptions, Gap, GapKind
 from orki_events._readers import find_published
 from orki_events.connection import Connection, ScriptMissing
@@ -95,6 +104,7 @@ class Publisher:
         self._backoff = Jitter(RETRY)
         self._resume_at = 0.0
         self._closing = False
+        self._opened = 0
         self._task = asyncio.create_task(self._run(), name="orki-events-publisher")
 
     def submit(self, handle: EventStream[Any, Any], event: Outgoing) -> bytes:
@@ -167,10 +177,10 @@ class Publisher:
                     if added >= room or size >= options.buffer_bytes:
                         break
                     if not isinstance(message, kind):
-                        raise _misfit(handle, message)
+                        raise misfit(handle, message)
                     raw = message.SerializeToString()
                     if len(raw) > options.max_event_bytes:
-                        raise _oversize(handle, raw, options.max_event_bytes)
+                        raise oversize(handle, raw, options.max_event_bytes)
                     if lane is None or contract.partitions > 1:
                         lane = self._lane(stream, stream_key(contract, message))
                     at = time.time_ns() // 1_000 if time_us is None else time_us
@@ -292,6 +302,7 @@ class Publisher:
         sent = False
         try:
             await self._refresh_tunings()
+            self._notice_reopened()
             lanes = await self._prepare(lanes)
             for lane in lanes:
                 if lane.doubtful:
@@ -309,6 +320,19 @@ class Publisher:
         if any(isinstance(failure, errors.EventsReadOnly) for failure in failures):
             # After a failover, the name may resolve to another server.
             await self._connection.drop()
+        elif self._notice_reopened():
+            # The server may have lost entries while the connection was idle.
+            with contextlib.suppress(errors.OrkiError):
+                await self._prepare(lanes)
+
+    def _notice_reopened(self) -> bool:
+        """Whether the connection was opened again since the streams were prepared: then they must be prepared again."""
+        if self._opened == self._connection.opened:
+            return False
+        reopened, self._opened = self._opened > 0, self._connection.opened
+        for stream in self._streams.values():
+            stream.ready = stream.ready and not reopened
+        return reopened
 
     async def _send(self, lanes: list[Lane]) -> Iterator[Any]:
         self.counts.pipelines += 1
@@ -407,6 +431,7 @@ class Publisher:
                     refused.setdefault(answer, []).append(item)
         newest = next((answer for answer in reversed(answers) if type(answer) is bytes), None)
         if newest is not None:
+            self._groups.positions.published(self._connection, lane.key, answers)
             lane.last_id = newest.decode()
             lane.backoff.reset()
         lane.sending = again
@@ -482,12 +507,3 @@ class Publisher:
             kind = GapKind.PUBLISH_ABANDONED
             self._report(Gap(kind=kind, stream=name, group="", count=lost, possible=False, message=text))
         self._progress.set()
-
-
-def _misfit(handle: EventStream[Any, Any], message: Message) -> errors.InvalidArgument:
-    wanted = handle.message.DESCRIPTOR.full_name
-    return errors.InvalidArgument(f'stream "{handle.contract.name}" takes {wanted}, not {type(message).__name__}')
-
-
-def _oversize(handle: EventStream[Any, Any], raw: bytes, limit: int) -> errors.TooLarge:
-    return errors.TooLarge(f'an event for stream "{handle.contract.name}" has {len(raw)} bytes, more than {limit}')

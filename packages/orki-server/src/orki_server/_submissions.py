@@ -22,7 +22,7 @@ from orki_control.session import AttemptKey
 from orki_server._fields import MAX_LANES
 from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._store import operations
-from orki_server._store.budget import lineage, open_budget, packed
+from orki_server._store.budget import lineage, open_budget, own_budget
 from orki_server._store.family import adopt
 from orki_server._store.operations import (
     NO_LINEAGE,
@@ -139,7 +139,7 @@ class Submissions:
             actor=actor,
             contract=self._registry.leading(method.service),
             placement=placement,
-            lineage=("", "", "", packed(submission.budget)) if submission.HasField("budget") else NO_LINEAGE,
+            lineage=("", "", "", own) if (own := own_budget(submission, method)) else NO_LINEAGE,
         )
         return Pending(submission, task_id, shard, span, operation)
 
@@ -172,14 +172,14 @@ class Submissions:
             return pending  # It was forgotten long ago.
         if found.accounts and not found.runs:
             raise StaleFence(f"submitter: {parent} does not run, and can charge nothing to its budget")
-        accounts, own = found.accounts, packed(submission.budget) if submission.HasField("budget") else ""
+        *arguments, _, _, _, own = pending.operation.arguments
+        accounts = found.accounts
         if accounts and own:
-            status = await self._apply(open_budget(accounts[0], pending.task_id, submission.budget))
+            status = await self._apply(open_budget(accounts[0], pending.task_id, str(own)))
             if status == "full":
                 raise Overloaded(f"submitter: the budget of task {accounts[0]} has too many tasks")
             if status == "gone":
                 accounts = ()
-        *arguments, _, _, _, _ = pending.operation.arguments
         arguments += [parent.task_id, found.root, ",".join(accounts), own]
         return replace(pending, operation=replace(pending.operation, arguments=arguments))
 

@@ -9,12 +9,15 @@ from typing import Final
 from orki.control.v1.attempt_pb2 import Budget, BudgetBalance
 from orki.control.v1.task_pb2 import Submission
 from orki_contract.errors import InvalidArgument
+from orki_contract.model import Budget as DeclaredBudget
+from orki_contract.model import TaskMethod
 from orki_control.session import AttemptKey
 from orki_server._store.operations import Argument, Operation, shard_of
 from orki_server._store.replies import ReportReply, report_reply
 
 _MOST: Final = 1 << 53
 NO_USAGE: Final = Budget()
+NO_BUDGET: Final = DeclaredBudget()
 AMOUNTS: Final = (("tokens", "tokens"), ("cost_micros", "cost in millionths of a dollar"), ("calls", "calls"))
 """The fields of a budget, and what they are called."""
 
@@ -42,9 +45,9 @@ def _bounded(budget: Budget) -> list[int]:
     return [min(each, _MOST) for each in _amounts(budget)]
 
 
-def packed(budget: Budget) -> str:
+def packed(budget: Budget | DeclaredBudget) -> str:
     """Return a budget as the store keeps it."""
-    return ",".join(map(str, _amounts(budget)))
+    return f"{budget.tokens},{budget.cost_micros},{budget.calls}"
 
 
 def _budget(text: bytes) -> Budget:
@@ -101,9 +104,16 @@ def _lineage(task_id: str, fence: str, *, patient: bool) -> Operation[Lineage | 
     return Operation("lineage", shard_of(task_id), (task_id, fence), outcome, patient)
 
 
-def open_budget(anchor: str, task_id: str, budget: Budget) -> Operation[str]:
-    """Open the budget of a new task in a tree that has one. The outcome is `opened`, `gone` or `full`."""
-    arguments = (anchor, task_id, packed(budget))
+def own_budget(submission: Submission, method: TaskMethod) -> str:
+    """Return the budget of a submission, or else of its method, as the store keeps it; empty for none."""
+    if submission.HasField("budget"):
+        return packed(submission.budget)
+    return packed(method.budget) if method.budget != NO_BUDGET else ""
+
+
+def open_budget(anchor: str, task_id: str, own: str) -> Operation[str]:
+    """Open the packed budget of a new task in a tree that has one. The outcome is `opened`, `gone` or `full`."""
+    arguments = (anchor, task_id, own)
     return Operation("open_budget", shard_of(anchor), arguments, lambda reply: reply[0].decode(), patient=False)
 
 
