@@ -239,6 +239,14 @@ class Lane:
             late.append(self.queue.popleft())
         return late
 
+    def full(self) -> errors.EventsStreamFull:
+        """Return the error for an entry that would exceed the ceiling."""
+        contract = self.handle.contract
+        return errors.EventsStreamFull(
+            f'stream "{contract.name}" keeps {contract.retention.ceiling} entries that its groups have not settled '
+            f"({self.key}); see `orki streams` for the group that lags"
+        )
+
     def failed(self, now: float) -> None:
         """Wait before the next attempt."""
         self.due = now + self.backoff.failed()
@@ -248,6 +256,23 @@ class Lane:
         self.doubtful = False
         done, self.sending = self.sending, []
         return done
+
+
+@dataclass(slots=True)
+class StreamLanes:
+    """A stream that this process publishes.
+
+    Attributes:
+        handle: The stream.
+        lanes: Its lanes by key.
+        sequence: Number of its newest event.
+        ready: Whether it is registered and has its groups.
+    """
+
+    handle: EventStream[Any, Any]
+    lanes: dict[str, Lane] = field(default_factory=dict)
+    sequence: int = 0
+    ready: bool = False
 
 
 def misfit(handle: EventStream[Any, Any], message: Message) -> errors.InvalidArgument:

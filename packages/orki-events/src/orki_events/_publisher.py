@@ -18,7 +18,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby, islice
 from operator import attrgetter
 from typing import Any, Final
@@ -34,6 +33,7 @@ from orki_events._lanes import (
     Lane,
     Outgoing,
     PublishCounts,
+    StreamLanes,
     Ticket,
     misfit,
     oversize,
@@ -48,23 +48,6 @@ from orki_events.tuning import TuningCache
 
 _TICKET: Final = attrgetter("ticket")
 _log = logging.getLogger("orki.events")
-
-
-@dataclass(slots=True)
-class _Stream:
-    """A stream that this process publishes.
-
-    Attributes:
-        handle: The stream.
-        lanes: Its lanes by key.
-        sequence: Number of its newest event.
-        ready: Whether it is registered and has its groups.
-    """
-
-    handle: EventStream[Any, Any]
-    lanes: dict[str, Lane] = field(default_factory=dict)
-    sequence: int = 0
-    ready: bool = False
 
 
 class Publisher:
@@ -93,7 +76,7 @@ class Publisher:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._guard = threading.Lock()
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, StreamLanes] = {}
         # Lanes with events that are not settled. Those that waited longest come first.
         self._active: dict[Lane, None] = {}
         self._entries = 0
@@ -168,7 +151,7 @@ class Publisher:
                 raise errors.LocalProtocolError("the publisher is closed; publish while its `async with` block runs")
             stream = self._streams.get(contract.name)
             if stream is None:
-                stream = self._streams[contract.name] = _Stream(handle)
+                stream = self._streams[contract.name] = StreamLanes(handle)
             lane = stream.lanes.get("") if contract.partitions > 1 else next(iter(stream.lanes.values()), None)
             room, number = options.buffer_entries - self._entries, self._submitted
             size, sequence = self._bytes, stream.sequence
@@ -230,7 +213,7 @@ class Publisher:
                 lane.queue.clear()
                 self._end(lane, left, error)
 
-    def _lane(self, stream: _Stream, key: str) -> Lane:
+    def _lane(self, stream: StreamLanes, key: str) -> Lane:
         lane = stream.lanes.get(key)
         if lane is None:
             lane = stream.lanes[key] = Lane(key, stream.handle)
@@ -401,7 +384,7 @@ class Publisher:
         first = next(replies)
         if isinstance(first, list):
             # The entries for which there was room.
-            answers = [*first, *[self._full(lane)] * (len(chunk) - len(first))]
+            answers = [*first, *[lane.full()] * (len(chunk) - len(first))]
         elif isinstance(first, ScriptMissing):
             # The server was restarted; the script is loaded again with the next attempt.
             self._streams[lane.handle.contract.name].ready = False
@@ -453,13 +436,6 @@ class Publisher:
         lane.failed(time.monotonic())
         self._expire(lane, error)
         return error
-
-    def _full(self, lane: Lane) -> errors.EventsStreamFull:
-        contract = lane.handle.contract
-        return errors.EventsStreamFull(
-            f'stream "{contract.name}" keeps {contract.retention.ceiling} entries that its groups have not settled '
-            f"({lane.key}); see `orki streams` for the group that lags"
-        )
 
     def _connection_failed(self, lanes: list[Lane], error: errors.OrkiError, sent: bool) -> None:
         """Let all lanes wait: the outcome of the chunks that were sent is unknown."""
