@@ -65,8 +65,7 @@ class CommandExecutor:
                 case table.DeadLetter():
                     return await self._dead_letter(command)
                 case table.GiveUp():
-                    owner = owner_key(command.key, self._group.name)
-                    await self._commands.run_script(RELEASE, (owner,), self._consumer)
+                    await release_owner(self._commands, command.key, self._group.name, self._consumer)
                     return table.GivenUp(command)
         except GroupMissing:
             return table.GroupMissing(command)
@@ -207,6 +206,16 @@ class CommandExecutor:
 def owner_key(key: str, group: str) -> bytes:
     """Return the key that names the owner of a partition in a group."""
     return f"{key.replace('orki:ev:', 'orki:owner:', 1)}:{group}".encode()
+
+
+def members_key(stream: Stream, group: str) -> bytes:
+    """Return the key of the consumers that share the partitions of a stream in a group."""
+    return f"{tagged_key('members', stream.name)}:{group}".encode()
+
+
+async def release_owner(connection: Connection, key: str, group: str, consumer: str) -> None:
+    """End a consumer's ownership of a partition."""
+    await connection.run_script(RELEASE, (owner_key(key, group),), consumer)
 
 
 RELEASE: Final = Script("""\

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, Self, overload
@@ -200,14 +200,32 @@ class DeliveryBatch(_Settleable, Generic[T]):
         return [self._counts.get(entry[0], 1) for entry in self._entries]
 
     def reject(self, index: int, error: Exception) -> None:
-        """Mark one event as failed; the end of the block still acknowledges the others."""
+        """Mark one event as failed; the end of the block still acknowledges the others.
+
+        If the stream has a partition key, later events of the same key are delivered again too, after this one.
+        """
         self._rejected[range(len(self._entries))[index]] = error
 
     def _succeed(self) -> None:
-        good = [entry[0] for index, entry in enumerate(self._entries) if index not in self._rejected]
-        self._reader.succeeded_all(self._key, good)
+        good = {index: entry for index, entry in enumerate(self._entries) if index not in self._rejected}
+        later = self._later(good) if self._rejected else []
+        self._reader.succeeded_all(self._key, [entry[0] for entry in good.values()])
         for index, error in self._rejected.items():
             self._fail((self._entries[index],), error)
+        if later:
+            self._reader.seen.discard(map(_event_id, later))
+            self._reader.give_back(self._key, later)
+
+    def _later(self, good: dict[int, Entry]) -> list[Entry]:
+        """Remove and return the events after a rejected one of their key, which must be handled after it."""
+        key_of = self._reader.key_of
+        if key_of is None:
+            return []
+        first: dict[Hashable, int] = {}
+        for index in sorted(self._rejected):
+            first.setdefault(key_of(self._entries[index]), index)
+        chosen = [index for index, entry in good.items() if index > first.get(key_of(entry), index)]
+        return [good.pop(index) for index in chosen]
 
     @property
     def _handled(self) -> Sequence[object]:

@@ -55,7 +55,7 @@ class DeliverySteps:
     def may_begin(self, key: str, entry_id: bytes, now: float) -> bool:
         """Whether the handling of a dispatched entry may begin: no other consumer has it."""
         partition = self._partitions[key]
-        return entry_id not in partition.foreign and now < partition.until
+        return entry_id not in partition.foreign and now < partition.until and not partition.withdrawn
 
     def _sweeps_due(self, now: float) -> Iterator[Partition]:
         due = (each for each in self._partitions.values() if not each.sweeping and each.sweep_at <= now)

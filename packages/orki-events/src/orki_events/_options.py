@@ -14,9 +14,16 @@ from orki_contract.model import Backoff
 class GapKind(StrEnum):
     """How events were lost, or may have been."""
 
-    GROUP_RECREATED = "group_recreated"
+    TRIMMED_UNREAD = "trimmed_unread"
+    """Entries were trimmed or deleted before the group had read them."""
     TRIMMED_WHILE_PENDING = "trimmed_while_pending"
+    """Entries were trimmed or deleted after a consumer had read them and before it settled them."""
+    ROLLED_BACK = "rolled_back"
+    """The server lost entries that it had accepted, as by a restart with older files, a failover or a flush."""
+    GROUP_RECREATED = "group_recreated"
+    """The server lost the group, which was created again."""
     PUBLISH_ABANDONED = "publish_abandoned"
+    """Collected events could not be published in time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +35,11 @@ class Gap:
         stream: Name of the stream.
         group: The group that missed events; empty if no group is concerned.
         count: Number of lost events; None if it is unknown.
-        possible: Whether it is uncertain that anything was lost.
+        possible: Whether the count, or that anything was lost, is uncertain.
         message: A description for people.
+        key: Redis key of the partition; empty if it is unknown.
+        after: The lost entries have ids after this one, as far as it is known.
+        until: The lost entries have ids up to this one, as far as it is known.
     """
 
     kind: GapKind
@@ -38,6 +48,9 @@ class Gap:
     count: int | None
     possible: bool
     message: str
+    key: str = ""
+    after: str = ""
+    until: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
