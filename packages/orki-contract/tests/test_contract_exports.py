@@ -34,6 +34,7 @@ EXPORTS = {
         "IMAGE_NAME Image image_of images_in message_class package_images package_version "
         "service_digest source_folder stream_digest"
     ),
+    "orki_contract.masking": "MASK is_sensitive mask masked_trace",
     "orki_contract.model": (
         "AUDIT_GROUP Backoff Budget BudgetLeft Contract DURATIONS ExternalGroup Frame FrameField Group Overflow "
         "ProgressPolicy Retention "

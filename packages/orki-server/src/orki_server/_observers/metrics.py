@@ -40,7 +40,7 @@ from orki_events import EventOptions, Events, StreamVersion, connect
 from orki_events.connection import Connection, parse_address
 from orki_server._health.findings import VERDICTS, Check, check_dead_letters, check_groups, check_server, replicas
 from orki_server._health.probe import ServerProbe
-from orki_server._observers.entries import MultiStreamReader, poll_registry
+from orki_server._observers.entries import DRAIN_TIMEOUT, MultiStreamReader, poll_registry
 from orki_server._observers.http_server import serve_http
 from orki_server._observers.redaction import reason_text
 from orki_server._observers.stream_stats import StreamStats, read_stream_stats
@@ -254,7 +254,7 @@ async def run_metrics(redis_url: str, host: str, port: int, stopped: asyncio.Eve
     """
     metrics = FleetMetrics()
     consumer = f"metrics.{socket.gethostname()}.{port}" if port else None
-    events = connect(redis_url, options=EventOptions(dedupe_window=0))
+    events = connect(redis_url, options=EventOptions(dedupe_window=0, drain_timeout=DRAIN_TIMEOUT))
     open_link = partial(Connection, parse_address(redis_url), connect_timeout=5.0, answer_timeout=10.0)
     link, agents = open_link(name="orki:metrics"), open_link(name="orki:metrics:agents")
     next_count = 0.0
