@@ -45,7 +45,7 @@ EXPORTS = {
     "orki_contract.read": (
         "FileContract PROGRESS_POLICIES ReadContract merged read_image read_schema resolve seconds_of"
     ),
-    "orki_contract.trace": "Span current_span defer_span new_span parse_traceparent use_span",
+    "orki_contract.trace": "Span SpanSource current_span defer_span new_span parse_traceparent use_span",
     "orki_contract.transitions": "Transitions",
     "orki_contract.validate": "OWNER_RULES Owners RULES Violation check validate",
     "orki_contract.versions": "ContractVersion checked_out commit_of version_at",

@@ -132,7 +132,8 @@ class GroupReader:
         """Return an entry whose handling must begin now; None if `wait` must be called first."""
         while self._taken:
             dispatch, entry = taken = self._taken.popleft()
-            if self._machine.may_begin(dispatch.key, entry[0], self._loop.time()):
+            machine = self._machine
+            if not machine.guarded or machine.may_begin(dispatch.key, entry[0], self._loop.time()):
                 return taken
             self.give_back(dispatch.key, [entry])
         return None
@@ -173,7 +174,10 @@ class GroupReader:
 
     def succeeded(self, key: str, entry_id: bytes) -> None:
         """Settle one entry; acknowledgements of one turn of the event loop are sent together."""
-        self._done.setdefault(key, []).append(entry_id)
+        done = self._done.get(key)
+        if done is None:
+            done = self._done[key] = []
+        done.append(entry_id)
         if not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
