@@ -35,6 +35,7 @@ EXPORTS = {
         "IMAGE_NAME Image image_of images_in message_class package_images package_version "
         "service_digest source_folder stream_digest"
     ),
+    "orki_contract.masking": "MASK is_sensitive mask masked_trace",
     "orki_contract.model": (
         "AUDIT_GROUP Backoff Budget BudgetLeft Contract DURATIONS Durability ExternalGroup Frame FrameField Group "
         "Overflow ProgressPolicy Retention "
@@ -45,7 +46,7 @@ EXPORTS = {
     "orki_contract.read": (
         "FileContract PROGRESS_POLICIES ReadContract merged read_image read_schema resolve seconds_of"
     ),
-    "orki_contract.trace": "Span current_span defer_span new_span parse_traceparent use_span",
+    "orki_contract.trace": "Span SpanSource current_span defer_span new_span parse_traceparent use_span",
     "orki_contract.transitions": "Transitions",
     "orki_contract.validate": "OWNER_RULES Owners RULES Violation check validate",
     "orki_contract.versions": "ContractVersion checked_out commit_of version_at",

@@ -49,6 +49,7 @@ EXPORTS = {
         "parse_address",
     },
     "orki_events.entries": {
+        "decode_entries",
         "DATA_FIELD",
         "ENVELOPE_FIELD",
         "EVENT_ID_BYTES",
@@ -87,6 +88,7 @@ EXPORTS = {
         "GroupPosition",
         "PartitionPosition",
         "RecordedGap",
+        "acknowledge_losses",
         "read_gaps",
         "read_positions",
     },

@@ -38,6 +38,7 @@ __all__ = [
     "LeaseExpired",
     "LocalProtocolError",
     "NotDirectable",
+    "NotDurable",
     "NotSuspended",
     "OfferTimeout",
     "OrchestratorUnavailable",
@@ -272,6 +273,10 @@ class OfferTimeout(OrkiError, reason=Reason.REASON_OFFER_TIMEOUT, status=Status.
 
 class InvalidResponse(OrkiError, reason=Reason.REASON_INVALID_RESPONSE, status=Status.INTERNAL):
     """The handler returned a value that is not the method's response message."""
+
+
+class NotDurable(OrkiError, reason=Reason.REASON_NOT_DURABLE, status=Status.FAILED_PRECONDITION):
+    """The store cannot keep the durability that the submission asks for."""
 
 
 class OverBudget(OrkiError, reason=Reason.REASON_OVER_BUDGET, status=Status.RESOURCE_EXHAUSTED):

@@ -237,6 +237,12 @@ def _absent(
     }
     # Entries that the server lost before the group was created.
     found["before_start"] += min(state.base, view.rolled_back)
+    # Entries that were delivered again after their acknowledgement, as by a recreated group, were counted twice.
+    twice = sum(found.values()) - view.trimmed - view.rolled_back
+    for name in ("processed", "dead_lettered"):
+        taken = min(max(twice, 0), max(found[name], 0))
+        found[name] -= taken
+        twice -= taken
     return found
 
 

@@ -70,6 +70,8 @@ class _ReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTyp
     """The task is not suspended, so it takes no answer."""
     REASON_ALREADY_ANSWERED: _Reason.ValueType  # 31
     """The task was answered before, with another answer."""
+    REASON_NOT_DURABLE: _Reason.ValueType  # 32
+    """The store cannot keep the durability that the submission asks for."""
     REASON_HANDLER_FAILED: _Reason.ValueType  # 100
     """The handler raised an error."""
     REASON_HANDLER_REJECTED: _Reason.ValueType  # 101
@@ -200,6 +202,8 @@ REASON_NOT_SUSPENDED: Reason.ValueType  # 30
 """The task is not suspended, so it takes no answer."""
 REASON_ALREADY_ANSWERED: Reason.ValueType  # 31
 """The task was answered before, with another answer."""
+REASON_NOT_DURABLE: Reason.ValueType  # 32
+"""The store cannot keep the durability that the submission asks for."""
 REASON_HANDLER_FAILED: Reason.ValueType  # 100
 """The handler raised an error."""
 REASON_HANDLER_REJECTED: Reason.ValueType  # 101
