@@ -85,6 +85,7 @@ EXPORTS = {
         "GroupPosition",
         "PartitionPosition",
         "RecordedGap",
+        "acknowledge_losses",
         "read_gaps",
         "read_positions",
     },

@@ -120,6 +120,7 @@ def parse_snapshot(reply: list[Any], server: str = "") -> Snapshot:
             parse_id(each): Counted(None if upto < 0 else upto, None if after < 0 else after, parse_id(floor))
             for each, upto, after, floor in counts
         },
+        acknowledged=int(written.get("acknowledged", 0)),
     )
 
 
@@ -146,6 +147,7 @@ def _group(
         cursor=known.get(f"cursor:{name}"),
         record=GroupRecord.parse(raw),
         raw=raw,
+        acknowledged=int(written.get(f"acknowledged:{name}", 0)),
     )
 
 
