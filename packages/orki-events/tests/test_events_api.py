@@ -11,6 +11,8 @@ import sys
 import pytest
 
 import orki_events
+from orki_events.connection import Script
+from orki_events.scripts import package_scripts
 
 EXPORTS = {
     "orki_events": {
@@ -49,10 +51,13 @@ EXPORTS = {
         "parse_address",
     },
     "orki_events.entries": {
+        "decode_entries",
         "DATA_FIELD",
         "ENVELOPE_FIELD",
         "EVENT_ID_BYTES",
         "EntryId",
+        "ONLY_GROUP_FIELD",
+        "ORIGIN_FIELD",
         "REASON_FIELD",
         "ZERO_ID",
         "decode_envelope",
@@ -61,6 +66,7 @@ EXPORTS = {
         "event_id_of",
         "format_cursor",
         "new_event_id",
+        "only_group",
         "parse_cursor",
         "parse_id",
         "partition_of",
@@ -84,6 +90,7 @@ EXPORTS = {
         "GroupPosition",
         "PartitionPosition",
         "RecordedGap",
+        "acknowledge_losses",
         "read_gaps",
         "read_positions",
     },
@@ -133,3 +140,11 @@ def test_importing_the_package_loads_few_modules_and_no_redis_client() -> None:
     loaded = json.loads(run.stdout)
     assert not [name for name in loaded if name.partition(".")[0] in {"redis", "grpc", "argparse"}]
     assert len(loaded) <= 300
+
+
+def test_an_operator_loads_every_script_of_the_package() -> None:
+    modules = (
+        importlib.import_module(f"orki_events.{each.name}") for each in pkgutil.iter_modules(orki_events.__path__)
+    )
+    found = {value.digest for module in modules for value in vars(module).values() if isinstance(value, Script)}
+    assert {each.digest for each in package_scripts()} == found

@@ -187,9 +187,10 @@ class Acked(Event):
 
 @dataclass(frozen=True, slots=True)
 class DeadLettered(Event):
-    """The dead letter stream has the entries."""
+    """The dead letter stream has the entries, and its retention has dropped `dropped` letters of the group."""
 
     command: DeadLetter
+    dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -457,6 +458,8 @@ TRANSITIONS: Final = Transitions(
             RepeatDue: State.READING,
             RetryDue: State.READING,
             RenewalDue: State.READING,
+            # The partition whose read was not answered may be another consumer's by now.
+            ReadDue: State.READING,
             # Not in RECOVERING: entries claimed while own pending entries are read would be delivered twice.
             SweepDue: State.READING,
             DrainRequested: State.DRAINING,

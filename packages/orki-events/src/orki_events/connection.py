@@ -160,14 +160,17 @@ class Connection:
         try:
             return await self.execute(command)
         except ScriptMissing:
-            pass
+            await self.load_script(script)
+        return await self.execute(command)
+
+    async def load_script(self, script: Script) -> None:
+        """Load a script. Raises the same errors as `execute`."""
         try:
             await self.execute((b"SCRIPT", b"LOAD", script.text))
         except OrkiError as error:
             # An orchestrator loads them again after a restart of the server.
             hint = "its scripts are missing, and this user may not load them: run orki streams apply or an orchestrator"
             raise error if error.retryable else self.address.unavailable(f"{hint} ({error.message})") from error
-        return await self.execute(command)
 
     async def exchange(
         self, packed: bytes, count: int, *, timeout: float | None = None, same: int | None = None

@@ -5,10 +5,10 @@ from __future__ import annotations
 __all__ = ["load_scripts", "package_scripts"]
 
 from orki_contract.errors import OrkiError
-from orki_events import _commands, _lease_keeper, _position_store, groups, registry
+from orki_events import _commands, _lanes, _lease_keeper, _letters, _position_store, _trimming, groups, registry
 from orki_events.connection import Connection, Script
 
-_MODULES = (_commands, _lease_keeper, _position_store, groups, registry)
+_MODULES = (_commands, _lanes, _lease_keeper, _letters, _position_store, _trimming, groups, registry)
 
 
 def package_scripts() -> tuple[Script, ...]:

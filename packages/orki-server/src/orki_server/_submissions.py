@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import TaskState
@@ -30,10 +30,13 @@ from orki_server._store.operations import (
     Submitted,
     known_task_id,
     new_task_id,
+    shard_of,
     shard_of_key,
     submission_digest,
 )
 from orki_server._store.placement import COUNTING_SHARD, Placement
+from orki_server._store.server import Durability
+from orki_server._store.store import Store
 
 SUBMISSION_ID_BYTES: Final = 16
 """Length of a submission id: 6 bytes of milliseconds, then random bytes."""
@@ -61,24 +64,24 @@ class Pending:
 class Submissions:
     """Checks submissions, by `rules` first, and gives them their task ids.
 
-    It applies operations by `apply`, and calls `on_new` with the id, the shard and the method of a new task.
+    It calls `on_new` with the id, the shard and the method of a new task.
     """
 
     def __init__(
         self,
-        shards: int,
+        store: Store,
         registry: ContractRegistry,
         payloads: PayloadCheck,
         rules: Callable[[pb.Submission], None],
         on_new: Callable[[str, int, str], None],
-        apply: Callable[[Operation[Any]], Awaitable[Any]],
     ) -> None:
-        self._shards = shards
+        self._durable = store.durable
+        self._shards = store.shards
         self._registry = registry
         self._payloads = payloads
         self._rules = rules
         self._on_new = on_new
-        self._apply = apply
+        self._apply = store.apply
         self._numbers = itertools.count()
 
     async def check(self, submission: pb.Submission) -> TaskMethod:
@@ -102,6 +105,7 @@ class Submissions:
             method is None
             or submission.HasField("parent")
             or submission.HasField("submitter")
+            or submission.durability
             or not self._payloads.request_cached(method, submission.request)
         ):
             return None
@@ -142,6 +146,19 @@ class Submissions:
             lineage=("", "", "", own) if (own := own_budget(submission, method)) else NO_LINEAGE,
         )
         return Pending(submission, task_id, shard, span, operation)
+
+    async def store(self, pending: Pending) -> Submitted:
+        """Store a submission, and wait until it is as durable as it asks for. Raises as `prepare`, and:
+
+        Raises:
+            NotDurable: The store cannot keep the durability.
+        """
+        wanted = Durability.parse(pending.submission.durability or "memory")
+        await self._durable.check(pending.shard, wanted)
+        pending = await self.prepare(pending)
+        submitted = await self._apply(pending.operation)
+        await self._durable.confirm(shard_of(submitted.task_id), wanted)
+        return submitted
 
     async def prepare(self, pending: Pending) -> Pending:
         """Note a child at its parent, before it exists, and open its budget. Returns it with its place in the tree.
