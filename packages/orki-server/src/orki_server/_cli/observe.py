@@ -65,9 +65,11 @@ def feed(host: str, port: int, redis_url: str) -> None:
     browser retains nothing in Redis.
     """
     from orki_events.connection import parse_address
+    from orki_server._connections import raise_descriptor_limit
     from orki_server._observers.feed import FeedOptions, run_feed
 
     log_to_stderr()
+    raise_descriptor_limit(2 * FeedOptions().clients)
     run_until_stopped(partial(run_feed, parse_address(redis_url), FeedOptions(host=host, port=port)))
 
 

@@ -2,7 +2,8 @@
 
 Each client has its own cursors and no consumer group, so a closed browser retains nothing in Redis. The id of an event
 is the client's cursor in all streams at once. A client that sends it back as `Last-Event-ID`, to this process or a
-later one, continues exactly there. A client that does not read is disconnected and may reconnect.
+later one, continues exactly there. A client that reads too slowly is told so by the event `slow`, with the cursor up to
+which it has all events, and disconnected; it may reconnect.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class FeedOptions:
 
     host: str = "127.0.0.1"
     port: int = 0
-    clients: int = 64
+    clients: int = 500
     heartbeat_interval: float = 10.0
     send_timeout: float = 10.0
     event_bytes: int = 262_144
@@ -135,7 +136,9 @@ class _Feed:
             for gap in gaps:
                 await client.send(_block("gap", safe_json(gap)))
             await self._copy(reader, client)
-        except (TimeoutError, ConnectionError):
+        except TimeoutError:
+            await client.end_slow(reader.cursor)
+        except ConnectionError:
             client.drop()
         return client.response
 
@@ -182,6 +185,8 @@ class _Client:
         self._timeout = timeout
         self._last = time.monotonic()
         self.response = web.StreamResponse(headers={**_HEADERS, "Content-Type": "text/event-stream; charset=utf-8"})
+        # Nothing follows the stream, and a client that was told to go must not keep the connection.
+        self.response.force_close()
 
     @property
     def idle_time(self) -> float:
@@ -196,10 +201,17 @@ class _Client:
             await self.response.write(text.encode("ascii"))
         self._last = time.monotonic()
 
+    async def end_slow(self, cursor: str) -> None:
+        """Tell a client that it is too slow, behind what is still in its connection's buffer, and disconnect it."""
+        _log.warning("disconnected a client that reads too slowly: its buffer was full for %g s", self._timeout)
+        try:
+            await self.send(_block("slow", safe_json({"timeout": self._timeout}), cursor))
+        except (TimeoutError, ConnectionError):
+            self.drop()
+
     def drop(self) -> None:
         """Abort the connection without flushing its buffer."""
         if self._request.transport is not None:
-            _log.warning("disconnected a client that read nothing for %g s or closed its connection", self._timeout)
             self._request.transport.abort()
 
 
