@@ -30,6 +30,7 @@ from orki_server._process import print_ready_line
 _log = logging.getLogger("orki.feed")
 
 _RETRY_MS: Final = 1_000
+_DRAIN_POLL: Final = 0.05
 _PAGE: Final = {
     "/": ("feed.html", "text/html"),
     "/feed.css": ("feed.css", "text/css"),
@@ -185,8 +186,6 @@ class _Client:
         self._timeout = timeout
         self._last = time.monotonic()
         self.response = web.StreamResponse(headers={**_HEADERS, "Content-Type": "text/event-stream; charset=utf-8"})
-        # Nothing follows the stream, and a client that was told to go must not keep the connection.
-        self.response.force_close()
 
     @property
     def idle_time(self) -> float:
@@ -204,10 +203,22 @@ class _Client:
     async def end_slow(self, cursor: str) -> None:
         """Tell a client that it is too slow, behind what is still in its connection's buffer, and disconnect it."""
         _log.warning("disconnected a client that reads too slowly: its buffer was full for %g s", self._timeout)
+        transport = self._request.transport
+        if transport is None:
+            return
         try:
             await self.send(_block("slow", safe_json({"timeout": self._timeout}), cursor))
+            for _ in range(round(self._timeout / _DRAIN_POLL)):
+                if not transport.get_write_buffer_size():
+                    break
+                await asyncio.sleep(_DRAIN_POLL)
+            if not transport.get_write_buffer_size():
+                await self.response.write_eof()
+                transport.close()
+                return
         except (TimeoutError, ConnectionError):
-            self.drop()
+            pass
+        self.drop()
 
     def drop(self) -> None:
         """Abort the connection without flushing its buffer."""
