@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 
 from orki_contract import EventStream
 from orki_contract.errors import InvalidSetting, LocalProtocolError, UnknownStream
-from orki_contract.model import Retention, Stream
+from orki_contract.model import Durability, Retention, Stream
 from orki_contract.trace import Span, current_span
 from orki_events._commands import GroupMember
 from orki_events._consumers import (
@@ -94,6 +94,8 @@ class Events:
         self._commands: Connection | None = None
         self._publish_connection: Connection | None = None
         self._publisher: Publisher | None = None
+        self._durable: Publisher | None = None
+        self._durable_connection: Connection | None = None
         self._readers: set[GroupReader] = set()
         self._tails: set[Connection] = set()
         self._numbers = itertools.count(1)
@@ -108,15 +110,13 @@ class Events:
         self._trimmer = Trimmer(
             self._connection("trim"), self.producer, read_retention, self._registry.streams, self._report
         )
-        self._publisher = Publisher(
-            self._publish_connection,
-            self.producer,
-            self.options,
-            self._groups,
-            self._registry,
-            self._report,
-            self._trimmer.use,
-        )
+        shared = (self._groups, self._registry, self._report, self._trimmer.use)
+        self._publisher = Publisher(self._publish_connection, self.producer, self.options, *shared)
+        # Events that wait for a disk or for replicas leave together, and hold no others back.
+        entries, size = max(self.options.batch_entries, 5_000), max(self.options.batch_bytes, 8 << 20)
+        options = replace(self.options, batch_entries=min(entries, 10_000), batch_bytes=size)
+        self._durable_connection = self._connection("durable")
+        self._durable = Publisher(self._durable_connection, self.producer, options, *shared)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -125,7 +125,8 @@ class Events:
     @property
     def counts(self) -> PublishCounts:
         """Numbers of events published, refused and abandoned."""
-        return self._opened().counts
+        counts = self._opened().counts
+        return counts + self._durable.counts if self._durable is not None else counts
 
     async def publish(
         self,
@@ -152,7 +153,7 @@ class Events:
             ContractMismatch: The stream's contract is incompatible with the registered one.
             InvalidArgument, TooLarge: The event cannot be published.
         """
-        publisher = self._opened()
+        publisher = self._publisher_of(stream)
         outgoing = Outgoing(message, span or current_span(), event_id, time_us)
         (identity,) = await publisher.publish_all(stream, (outgoing,))
         return identity
@@ -166,11 +167,11 @@ class Events:
             OrkiError: The first error of any event; see `publish`. The other events may have been published.
         """
         parent = span or current_span()
-        return await self._opened().publish_all(stream, [Outgoing(message, parent) for message in messages])
+        return await self._publisher_of(stream).publish_all(stream, [Outgoing(message, parent) for message in messages])
 
     async def publish_outgoing(self, stream: EventStream[E, Any], outgoing: Iterable[Outgoing]) -> list[bytes]:
         """Publish events that have their own span, id and time, such as those of an outbox; see `publish_many`."""
-        return await self._opened().publish_all(stream, outgoing)
+        return await self._publisher_of(stream).publish_all(stream, outgoing)
 
     def collect(
         self, stream: EventStream[E, Any], message: E, *, span: Span | None = None, time_us: int | None = None
@@ -183,11 +184,13 @@ class Events:
             EventsBufferFull: The buffer is full; the event was not buffered.
             InvalidArgument, TooLarge: The event cannot be published.
         """
-        return self._opened().submit(stream, Outgoing(message, span or current_span(), time_us=time_us))
+        return self._publisher_of(stream).submit(stream, Outgoing(message, span or current_span(), time_us=time_us))
 
     async def flush(self) -> None:
         """Wait until all earlier events were sent, refused or abandoned."""
         await self._opened().flush()
+        if self._durable is not None:
+            await self._durable.flush()
 
     async def ping(self) -> None:
         """Check that the server answers."""
@@ -411,11 +414,13 @@ class Events:
             await asyncio.gather(
                 *(reader.close() for reader in self._readers), *(connection.end() for connection in tails)
             )
-            await publisher.close(self.options.drain_timeout)
+            durable = self._durable or publisher
+            timeout = self.options.drain_timeout
+            await asyncio.gather(*(each.close(timeout) for each in {publisher, durable}))
             if self._trimmer is not None:
                 await self._trimmer.close()
         finally:
-            for connection in (self._commands, self._publish_connection):
+            for connection in (self._commands, self._publish_connection, self._durable_connection):
                 if connection is not None:
                     await connection.close()
             # One turn of the event loop, in which it releases the closed sockets.
@@ -464,6 +469,12 @@ class Events:
             return reader
 
         return start
+
+    def _publisher_of(self, stream: EventStream[Any, Any]) -> Publisher:
+        publisher = self._opened()
+        if stream.contract.durability is Durability.MEMORY or self._durable is None:
+            return publisher
+        return self._durable
 
     def _opened(self) -> Publisher:
         if self._publisher is None:
