@@ -204,6 +204,11 @@ def _attempt(was: TaskMethod, now: TaskMethod) -> Iterator[str]:
         limits = [getattr(each.budget, name) for each in (was, now)]
         if limits[1] and not 0 < limits[0] <= limits[1]:
             yield f"a task that used {limits[1]} {name} is paused"
+    strength = {"": 0, "memory": 0, "fsync": 10, **{f"replicas:{number}": number for number in range(1, 10)}}
+    levels = [strength.get(each.durability, 0) for each in (was, now)]
+    kinds = [each.durability.partition(":")[0] for each in (was, now)]
+    if levels[0] > levels[1] or (levels[0] and kinds[0] != kinds[1]):
+        yield f"a task that {was.durability} kept is lost"
     if was.max_attempts == 1 and now.max_attempts > 1:
         yield "a handler that relies on one attempt runs again"
 
