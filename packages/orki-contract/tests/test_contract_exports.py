@@ -15,7 +15,8 @@ from orki_contract import errors
 
 EXPORTS = {
     "orki_contract": (
-        "AUDIT_GROUP AsyncTaskService AsyncToolService Backoff Budget BudgetLeft Contract EventStream ExternalGroup "
+        "AUDIT_GROUP AsyncTaskService AsyncToolService Backoff Budget BudgetLeft Contract Durability EventStream "
+        "ExternalGroup "
         "Frame FrameBase FrameField FrameType Group Overflow Payload ProgressGap ProgressPolicy "
         "Retention Scalar SensitiveField Start Stream SubmitSettings "
         "SyncTaskContext SyncTaskService SyncToolChannel SyncToolService SyncToolStub Task TaskChannel "
@@ -36,8 +37,8 @@ EXPORTS = {
     ),
     "orki_contract.masking": "MASK is_sensitive mask masked_trace",
     "orki_contract.model": (
-        "AUDIT_GROUP Backoff Budget BudgetLeft Contract DURATIONS ExternalGroup Frame FrameField Group Overflow "
-        "ProgressPolicy Retention "
+        "AUDIT_GROUP Backoff Budget BudgetLeft Contract DURATIONS Durability ExternalGroup Frame FrameField Group "
+        "Overflow ProgressPolicy Retention "
         "Scalar SensitiveField Start Stream TASK_MESSAGES TaskMethod ToolMethod dump duration_text milliseconds to_json"
     ),
     "orki_contract.naming": "class_name constant_name frame_class module_path reference snake_name unused",

@@ -151,20 +151,6 @@ async def test_dead_letters_are_listed_and_replayed_to_their_group_alone(
         await events.dead_letters(stream, group="nobody")
 
 
-async def test_a_dead_letter_whose_entry_was_trimmed_is_kept(
-    server: Any, events: Events, usage: Any, until: Any
-) -> None:
-    stream = usage()
-    await events.publish_many(stream, numbered(1))
-    await consume(events, stream, "work", until, bad=(0,))
-    with server.client as client:
-        client.xtrim(KEY, maxlen=0, approximate=False)
-    letters = await events.dead_letters(stream, group="work")
-    assert await events.replay(stream, group="work", letters=letters) == []
-    assert len(await events.dead_letters(stream, group="work")) == 1
-    assert (await events.ledger(stream)).groups["work"] == GroupLedger(processed=0, dead_lettered=1, declared_lost=0)
-
-
 @pytest.mark.parametrize("partitions", [1, 3])
 async def test_a_tail_continues_after_a_cursor(partitions: int, events: Events, usage: Any) -> None:
     stream = usage(partitions=partitions)

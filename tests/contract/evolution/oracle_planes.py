@@ -19,6 +19,7 @@ from orki_contract.model import Backoff, Group, Retention, Stream, TaskMethod, T
 from orki_contract.read import ReadContract
 from orki_events import _delivery_table as delivery
 from orki_events._delivery import DeliveryMachine
+from orki_events._delivery_windows import DeliverySettings
 from orki_events.entries import stream_key, stream_keys
 from orki_events.groups import StreamState, group_start
 from orki_server._observers.redaction import Redaction, safe_json
@@ -133,7 +134,7 @@ def _group(stream: Stream, was: Group, now: Group) -> Iterator[str]:
 @functools.cache
 def _deliveries(limit: int) -> int:
     """How often the delivery machine hands out an entry whose handler always fails."""
-    settings = delivery.DeliverySettings(
+    settings = DeliverySettings(
         prefetch=1,
         max_deliveries=limit,
         ack_deadline=1e6,

@@ -22,6 +22,7 @@ __all__ = [
     "EventsOutOfMemory",
     "EventsReadOnly",
     "EventsRefused",
+    "EventsStreamFull",
     "EventsUnavailable",
     "FrameMalformed",
     "FrameTooLarge",
@@ -333,6 +334,12 @@ class EventsLoading(OrkiError, reason=Reason.REASON_EVENTS_LOADING, status=Statu
 
 class EventsRefused(OrkiError, reason=Reason.REASON_EVENTS_REFUSED, status=Status.FAILED_PRECONDITION):
     """The event server refused the command."""
+
+
+class EventsStreamFull(
+    OrkiError, reason=Reason.REASON_EVENTS_STREAM_FULL, status=Status.RESOURCE_EXHAUSTED, retryable=True
+):
+    """A stream keeps as many entries for its groups as its contract allows."""
 
 
 class EventsBufferFull(

@@ -20,6 +20,7 @@ from orki_events._delivery import DeliveryMachine
 from orki_events._delivery_queue import KeyOf
 from orki_events._delivery_windows import DeliverySettings
 from orki_events._lease_keeper import LeaseKeeper
+from orki_events._letters import letters_gap
 from orki_events._options import ConsumeOptions, EventOptions, Gap
 from orki_events._seen import SeenEvents
 from orki_events.connection import Connection
@@ -441,6 +442,8 @@ class GroupReader:
             for letter in event.command.letters:
                 values = (self.name, letter.entry[0].decode(), letter.deliveries, letter.message)
                 _log.error("%s dead-lettered entry %s after %d deliveries: %s", *values)
+            if event.dropped:
+                self._services.report(letters_gap(self.member.stream, self.member.group, event.dropped))
 
     async def _maintenance_loop(self) -> None:
         services = self._services

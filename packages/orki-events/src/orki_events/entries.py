@@ -10,6 +10,8 @@ __all__ = [
     "DATA_FIELD",
     "ENVELOPE_FIELD",
     "EVENT_ID_BYTES",
+    "ONLY_GROUP_FIELD",
+    "ORIGIN_FIELD",
     "REASON_FIELD",
     "ZERO_ID",
     "EntryId",
@@ -20,6 +22,7 @@ __all__ = [
     "event_id_of",
     "format_cursor",
     "new_event_id",
+    "only_group",
     "parse_cursor",
     "parse_id",
     "partition_of",
@@ -50,6 +53,10 @@ DATA_FIELD: Final = b"d"
 """Field of an entry that holds the stream's message."""
 REASON_FIELD: Final = b"x"
 """Field of a dead letter that holds the DeadLetter."""
+ORIGIN_FIELD: Final = b"o"
+"""Field of a dead letter that holds its group and the key of its partition, joined by a space."""
+ONLY_GROUP_FIELD: Final = b"g"
+"""Field of a replayed event that names the only group that processes it."""
 EVENT_ID_BYTES: Final = 16
 ZERO_ID: Final = "0-0"
 """The id before every entry."""
@@ -162,6 +169,12 @@ def split_entry(fields: list[bytes]) -> tuple[bytes, bytes]:
         names = ", ".join(sorted(name.decode("ascii", "replace")[:20] for name in found)) or "none"
         raise EventUndecodable(f"the entry lacks the field e or d (fields: {names})")
     return found[ENVELOPE_FIELD], found[DATA_FIELD]
+
+
+def only_group(fields: list[bytes]) -> str:
+    """Return the only group that processes an entry; empty if all do."""
+    found = dict(zip(fields[::2], fields[1::2], strict=False))
+    return found.get(ONLY_GROUP_FIELD, b"").decode(errors="replace")
 
 
 def decode_entries(entries: Sequence[list[Any]], decode: Callable[[bytes], T]) -> tuple[list[bytes], list[T]]:

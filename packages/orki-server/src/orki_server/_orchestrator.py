@@ -295,6 +295,7 @@ class Orchestrator:
         try:
             for stream in (TASKS, AGENTS, AUDIT):
                 await self._events.prepare(stream)
+            self._events.keep_trimmed()
             await self._outbox.maintain()
         except ContractMismatch:
             raise

@@ -116,6 +116,8 @@ class _ReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTyp
     """The event server refused the command for another reason."""
     REASON_EVENTS_BUFFER_FULL: _Reason.ValueType  # 208
     """The publisher's bounded buffer is full."""
+    REASON_EVENTS_STREAM_FULL: _Reason.ValueType  # 211
+    """A stream keeps as many entries for its groups as its contract allows; publish when they have read some."""
     REASON_EVENT_UNDECODABLE: _Reason.ValueType  # 209
     """The entry cannot be decoded as the message of the stream."""
     REASON_DELIVERIES_EXHAUSTED: _Reason.ValueType  # 210
@@ -246,6 +248,8 @@ REASON_EVENTS_REFUSED: Reason.ValueType  # 207
 """The event server refused the command for another reason."""
 REASON_EVENTS_BUFFER_FULL: Reason.ValueType  # 208
 """The publisher's bounded buffer is full."""
+REASON_EVENTS_STREAM_FULL: Reason.ValueType  # 211
+"""A stream keeps as many entries for its groups as its contract allows; publish when they have read some."""
 REASON_EVENT_UNDECODABLE: Reason.ValueType  # 209
 """The entry cannot be decoded as the message of the stream."""
 REASON_DELIVERIES_EXHAUSTED: Reason.ValueType  # 210
