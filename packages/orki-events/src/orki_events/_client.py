@@ -32,7 +32,7 @@ from orki_events._group_reader import GroupReader, ReaderServices
 from orki_events._lanes import Outgoing, PublishCounts
 from orki_events._ledger import StreamLedger, read_ledger
 from orki_events._letters import DeadLetterEntry, list_dead_letters, replay_dead_letters
-from orki_events._options import ConsumeOptions, EventOptions, Gap
+from orki_events._options import ConsumeOptions, EventOptions, Gap, for_durable
 from orki_events._partition_keys import key_reader
 from orki_events._publisher import Publisher
 from orki_events._push import PushRun, run_until
@@ -95,7 +95,6 @@ class Events:
         self._publish_connection: Connection | None = None
         self._publisher: Publisher | None = None
         self._durable: Publisher | None = None
-        self._durable_connection: Connection | None = None
         self._readers: set[GroupReader] = set()
         self._tails: set[Connection] = set()
         self._numbers = itertools.count(1)
@@ -107,16 +106,11 @@ class Events:
             raise LocalProtocolError("this Events is already in use; call connect() again for another")
         self._commands = self._connection("commands")
         self._publish_connection = self._connection("publish")
-        self._trimmer = Trimmer(
-            self._connection("trim"), self.producer, read_retention, self._registry.streams, self._report
-        )
+        sources = (read_retention, self._registry.streams, self._report)
+        self._trimmer = Trimmer(self._connection("trim"), self.producer, *sources)
         shared = (self._groups, self._registry, self._report, self._trimmer.use)
         self._publisher = Publisher(self._publish_connection, self.producer, self.options, *shared)
-        # Events that wait for a disk or for replicas leave together, and hold no others back.
-        entries, size = max(self.options.batch_entries, 5_000), max(self.options.batch_bytes, 8 << 20)
-        options = replace(self.options, batch_entries=min(entries, 10_000), batch_bytes=size)
-        self._durable_connection = self._connection("durable")
-        self._durable = Publisher(self._durable_connection, self.producer, options, *shared)
+        self._durable = Publisher(self._connection("durable"), self.producer, for_durable(self.options), *shared)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -409,7 +403,12 @@ class Events:
             await run_until(runs, stop, self.options.drain_timeout)
 
     async def close(self) -> None:
-        """End consumers and tails, and send buffered events, within the drain timeout. Idempotent."""
+        """End consumers and tails, and send buffered events. Idempotent.
+
+        It takes at most `drain_timeout`, also without a server, and one second more if consumers need all of it.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self.options.drain_timeout
         publisher, self._publisher = self._publisher, None
         if publisher is None:
             return
@@ -419,16 +418,14 @@ class Events:
                 *(reader.close() for reader in self._readers), *(connection.end() for connection in tails)
             )
             durable = self._durable or publisher
-            timeout = self.options.drain_timeout
+            timeout = max(end - loop.time(), min(1.0, self.options.drain_timeout))
             await asyncio.gather(*(each.close(timeout) for each in {publisher, durable}))
             if self._trimmer is not None:
                 await self._trimmer.close()
         finally:
-            for connection in (self._commands, self._publish_connection, self._durable_connection):
-                if connection is not None:
-                    await connection.close()
-            # One turn of the event loop, in which it releases the closed sockets.
-            await asyncio.sleep(0)
+            if self._commands is not None:
+                await self._commands.close()
+            await asyncio.sleep(0)  # The event loop releases the closed sockets.
 
     def _reader_factory(
         self,
@@ -475,10 +472,8 @@ class Events:
         return start
 
     def _publisher_of(self, stream: EventStream[Any, Any]) -> Publisher:
-        publisher = self._opened()
-        if stream.contract.durability is Durability.MEMORY or self._durable is None:
-            return publisher
-        return self._durable
+        publisher, is_durable = self._opened(), stream.contract.durability is not Durability.MEMORY
+        return self._durable if is_durable and self._durable is not None else publisher
 
     def _opened(self) -> Publisher:
         if self._publisher is None:

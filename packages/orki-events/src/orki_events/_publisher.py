@@ -186,8 +186,10 @@ class Publisher:
                 self._bytes, self._submitted, stream.sequence = size, number, sequence
                 if ticket is not None:
                     ticket.open += added
-        if woken:
-            self._call(self._wake.set)
+        if woken and threading.get_ident() == self._thread:
+            self._wake.set()
+        elif woken:
+            self._loop.call_soon_threadsafe(self._wake.set)
         return added
 
     async def flush(self) -> None:
@@ -196,7 +198,7 @@ class Publisher:
             await self._wait_progress()
 
     async def close(self, timeout: float) -> None:
-        """Send buffered events within the timeout, and abandon the rest."""
+        """Send buffered events within the timeout, abandon the rest, and close the connection."""
         with self._guard:
             self._closing = True
         try:
@@ -213,6 +215,7 @@ class Publisher:
                 left = [*lane.done(), *lane.queue]
                 lane.queue.clear()
                 self._end(lane, left, error)
+            await self._connection.close()
 
     def _lane(self, stream: StreamLanes, key: str) -> Lane:
         lane = stream.lanes.get(key)
@@ -224,12 +227,6 @@ class Publisher:
         """Return the number of the oldest event that is not settled; infinity without one."""
         with self._guard:
             return min((lane.first or math.inf for lane in self._active), default=math.inf)
-
-    def _call(self, function: Callable[[], None]) -> None:
-        if threading.get_ident() == self._thread:
-            function()
-        else:
-            self._loop.call_soon_threadsafe(function)
 
     async def _wait_progress(self) -> None:
         self._progress.clear()
