@@ -230,3 +230,50 @@ def test_every_call_of_the_agents_end_wakes_its_shell(stage: str, name: str) -> 
 def test_every_call_of_the_orchestrators_end_wakes_its_shell(stage: str, name: str) -> None:
     for call in ORCHESTRATOR_CALLS[name]:
         Watched(orchestrators()[stage]).call(call)
+
+
+def waits(machine: Any, call: Callable[[Any], Any]) -> tuple[bool, bool]:
+    """Make a call. Return whether its messages leave at once, and whether they may wait for others."""
+    drained(machine)
+    now: list[str] = []
+    machine.on_change = lambda: now.append("now")
+    machine.on_later = lambda: now.append("later")
+    call(machine)
+    return "now" in now, "later" in now
+
+
+@pytest.mark.parametrize(
+    ("machine", "call"),
+    [
+        (agents()["offered"], lambda m: m.accept(KEY, 0.0)),
+        (orchestrators()["reported"], lambda m: m.acknowledge(KEY)),
+    ],
+    ids=["the acceptance of an offer", "the acknowledgement of a result"],
+)
+def test_what_another_message_follows_may_wait_for_it(machine: Any, call: Any) -> None:
+    assert waits(deepcopy(machine), call) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("machine", "call"),
+    [
+        (agents()["accepted"], lambda m: m.report(KEY, b"r", 0.0)),
+        (agents()["offered"], lambda m: m.decline(KEY, Draining("no"))),
+        (agents()["accepted"], lambda m: m.progress(KEY, b"p")),
+        (orchestrators()["open"], lambda m: m.offer(offer(KEY), TRACE, 0.0)),
+        (orchestrators()["accepted"], lambda m: m.cancel(KEY, grace_ms=1)),
+        (orchestrators()["accepted"], lambda m: m.refuse(KEY, StaleFence("no"))),
+    ],
+)
+def test_other_messages_do_not_wait(machine: Any, call: Any) -> None:
+    assert waits(deepcopy(machine), call) == (True, False)
+
+
+def test_what_waits_leaves_with_the_next_message() -> None:
+    machine = agents()["offered"]
+    drained(machine)
+    machine.accept(KEY, 0.0)
+    machine.report(KEY, b"r", 0.0)
+    batch = machine.messages_to_send()
+    assert batch is not None
+    assert [each.WhichOneof("body") for each in batch.messages] == ["accepted", "result"]

@@ -1,8 +1,8 @@
 """Assigns queued tasks to free slots, and executes tasks' timers.
 
 `Demand` knows which methods have queued tasks, and which sessions have free slots for them. The shards of these tasks
-are asked one after another, each in one operation for all of its methods. A slow poll finds tasks of which this
-orchestrator was not told.
+are asked one after another, each in one operation for all of its methods. The operation joins the batch that is sent
+next, also that of a submission. A slow poll finds tasks of which this orchestrator was not told.
 """
 
 from __future__ import annotations
@@ -11,20 +11,26 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Final
 
 from orki.control.v1.session_pb2 import Offer as OfferMessage
 from orki_contract.errors import OrkiError, StoreUnavailable, error_for
-from orki_server._demand import Demand
+from orki_server._demand import Demand, Request
 from orki_server._session import AgentSession, SessionRegistry
 from orki_server._sessions import Reports
 from orki_server._store.mail import queue_lengths
-from orki_server._store.operations import Expired, OfferedAttempt, Swept, offer, shard_of, sweep
+from orki_server._store.operations import Assigned, Expired, OfferedAttempt, Swept, offer, shard_of, sweep
 from orki_server._store.store import Store
 
 _STORE_SLACK: Final = 1.0
 """The store withdraws an unanswered offer later than the session does, for the case that this process has ended."""
+_AGAIN: Final = 0.05
+"""Wait after a request that could not be sent."""
+_LOOK: Final = 0.5
+"""Maximum time after which a changed interval of the polls is noticed."""
 _SWEEP_LIMIT: Final = 100
 _TICK: Final = 0.5
 """Maximum time between two sweeps. When none comes for twice as long, nobody could hear the agents."""
@@ -54,25 +60,29 @@ class Dispatcher:
         self._reports = reports
         self._accept_timeout = accept_timeout
         self._on_change = on_change
-        self._wake = asyncio.Event()
-        self.demand = Demand(store.shards, self._wake.set)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._defect: Exception | None = None
+        self._round: deque[int] = deque()
+        self._wanted = self._scheduled = self._asking = False
+        self.demand = Demand(store.shards, self._wake)
         self.offered = 0
+        store.on_batch(self._ask)
 
     async def run(self) -> None:
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
+        self._wake()
         polled = loop.time()
-        while True:
-            poll_at = polled + self._poll_after()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(poll_at):
-                    await self._wake.wait()
-            await self._store.connection.up.wait()
-            self._wake.clear()
-            with contextlib.suppress(OrkiError):
-                if loop.time() >= poll_at:
+        try:
+            while self._defect is None:
+                await asyncio.sleep(min(_LOOK, self._poll_after()))
+                await self._store.connection.up.wait()
+                if loop.time() >= polled + self._poll_after():
                     polled = loop.time()
-                    await self._poll()
-                await self._round()
+                    with contextlib.suppress(OrkiError):
+                        await self._poll()
+            raise self._defect
+        finally:
+            self._loop = None
 
     async def _poll(self) -> None:
         """Ask which methods have queued tasks, of those with free slots and without a known task."""
@@ -87,30 +97,73 @@ class Dispatcher:
             for method, count in counts.items():
                 self.demand.queued(shard, method, count)
 
-    async def _round(self) -> None:
-        """Ask each shard with tasks once, as long as slots are free for them."""
-        for shard in self.demand.shards():
-            request = self.demand.take(shard)
-            if request is None:
-                continue
-            operation = offer(shard, self._accept_timeout + _STORE_SLACK, request.recipients)
-            try:
-                assigned = await self._store.offer(operation)
-            except StoreUnavailable as error:
+    def _wake(self) -> None:
+        """Ask the shards with tasks for free slots, at the latest in the next turn of the loop."""
+        self._wanted = True
+        if self._loop is not None and not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._woken)
+
+    def _woken(self) -> None:
+        self._scheduled = False
+        self._ask()
+
+    def _ask(self) -> None:
+        """Ask the next shard, unless one is asked already. A round asks each shard with tasks once."""
+        if self._asking or self._loop is None or not self._store.up:
+            return
+        try:
+            while self._round or self._wanted:
+                if not self._round:
+                    self._wanted = False
+                    self._round.extend(self.demand.shards())
+                elif (request := self.demand.take(self._round.popleft())) is not None:
+                    self._send(request)
+                    return
+        except Exception as error:
+            self._defect = error
+
+    def _send(self, request: Request) -> None:
+        operation = offer(request.shard, self._accept_timeout + _STORE_SLACK, request.recipients)
+        try:
+            assigned = self._store.offer(operation)
+        except OrkiError as error:
+            _log.warning("no tasks were assigned: %s", error.message)
+            self._round.clear()
+            asyncio.get_running_loop().call_later(_AGAIN, self.demand.give_back, request)
+            return
+        self._asking = True
+        assigned.add_done_callback(partial(self._answered, request))
+
+    def _answered(self, request: Request, answer: asyncio.Future[Assigned]) -> None:
+        self._asking = False
+        if answer.cancelled() or self._loop is None:
+            return
+        try:
+            error = answer.exception()
+            if error is None:
+                self._assigned(request, answer.result())
+            elif isinstance(error, StoreUnavailable):
                 _log.warning("no tasks were assigned: %s", error.message)
+                self._round.clear()
                 self.demand.give_back(request)
-                raise
-            except OrkiError as error:
-                _log.error("shard %d assigns no tasks: %s", shard, error.message)
-                continue
-            _report_damage(shard, assigned.damaged)
-            for each in assigned.offers:
-                self._offer(request.sessions[each.recipient], each)
-            self.demand.settle(request, assigned.offers)
-            if assigned.again is not None:
-                self.demand.wait(request)
-                if assigned.again > 0:
-                    asyncio.get_running_loop().call_later(assigned.again, self._wake.set)
+            elif isinstance(error, OrkiError):
+                _log.error("shard %d assigns no tasks: %s", request.shard, error.message)
+            else:
+                raise error
+        except Exception as defect:
+            self._defect = defect
+        self._ask()
+
+    def _assigned(self, request: Request, assigned: Assigned) -> None:
+        _report_damage(request.shard, assigned.damaged)
+        for each in assigned.offers:
+            self._offer(request.sessions[each.recipient], each)
+        self.demand.settle(request, assigned.offers)
+        if assigned.again is not None:
+            self.demand.wait(request)
+            if assigned.again > 0:
+                asyncio.get_running_loop().call_later(assigned.again, self._wake)
 
     def _offer(self, session: AgentSession, offered: OfferedAttempt) -> None:
         message = OfferMessage(

@@ -173,7 +173,7 @@ class Orchestrator:
             sessions,
             watchers,
             RequestRules(options.max_payload_bytes),
-            demand.queued,
+            demand,
             self._relay,
             Explainer(store, self._registry, lambda: self._fleet.agents_now()),
         )

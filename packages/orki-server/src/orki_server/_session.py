@@ -28,10 +28,13 @@ from orki_control.session import (
     OrchestratorSessionOptions,
     OrchestratorState,
 )
+from orki_control.transport import LaterCall
 from orki_server._requests import Undecodable
 
 StreamContext: TypeAlias = grpc.aio.ServicerContext[ConnectRequest, ConnectResponse]
 
+_LATER: Final = 0.01
+"""Maximum time for which the acknowledgement of a result waits for another message."""
 _FLUSH_TIMEOUT: Final = 2.0
 """Maximum time for writing the remaining messages when a stream ends."""
 _WRITE_TIMEOUT: Final = 20.0
@@ -82,7 +85,9 @@ class AgentSession:
         self.skipped: dict[AttemptKey, int] = {}
         self._directives: dict[tuple[AttemptKey, int], asyncio.Future[bool]] = {}
         self._arming = False
+        self._later = LaterCall(self._loop, _LATER, self._writable.set)
         self.machine.on_change = self._changed
+        self.machine.on_later = self._later.request
         self._arm()
 
     @property
@@ -195,6 +200,7 @@ class AgentSession:
             await asyncio.wait([writer], timeout=_FLUSH_TIMEOUT)
         finally:
             self._over.set()
+            self._later.cancel()
             if self._timer is not None:
                 self._timer.cancel()
             reader.cancel()
@@ -256,6 +262,7 @@ class AgentSession:
                     self._writable.clear()
                     await self._writable.wait()
                     continue
+                self._later.cancel()
                 timeout = self._loop.call_later(_WRITE_TIMEOUT, self._write_timed_out)
                 try:
                     await context.write(batch)

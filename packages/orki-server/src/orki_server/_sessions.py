@@ -122,9 +122,15 @@ class Reports:
     _postponed: set[AgentSession] = field(default_factory=set, init=False)
     _postponed_until: float = field(default=0.0, init=False)
 
-    def accepted(self, session: AgentSession, attempts: Iterable[AttemptKey]) -> None:
+    def accepted(
+        self, session: AgentSession, attempts: Iterable[AttemptKey], events: Iterable[OrchestratorEvent]
+    ) -> None:
+        """The agent accepted offers. Where `events`, which arrived together, have the result, it starts the attempt."""
+        results = [result for event in events if isinstance(event, ResultsArrived) for result in event.results]
+        started = {attempt for attempt, result in results if result.WhichOneof("outcome") != "cancelled"}
         for key in attempts:
-            self._put(session, key, self._handle_report, operations.accept)
+            if key not in started:
+                self._put(session, key, self._handle_report, operations.accept)
 
     def declined(self, session: AgentSession, declines: Iterable[ArrivedDecline]) -> None:
         """The agent declined offers. A late decline changes nothing."""
@@ -415,7 +421,7 @@ class SessionServicer(SessionServiceServicer):
         for event in events:
             match event:
                 case OffersAccepted(attempts):
-                    self._reports.accepted(session, attempts)
+                    self._reports.accepted(session, attempts, events)
                 case ProgressArrived(progress):
                     self._reports.progressed(session, progress)
                 case CheckpointsArrived(checkpoints):

@@ -6,12 +6,13 @@ check needs no coroutine.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import itertools
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import TaskState
@@ -31,13 +32,14 @@ from orki_server._store.operations import (
     shard_of_key,
     submission_digest,
 )
-from orki_server._store.placement import COUNTING_SHARD, Placement
+from orki_server._store.placement import ANYWHERE, COUNTING_SHARD, Placement
+from orki_server._store.replies import BULK_BYTES
 
 SUBMISSION_ID_BYTES: Final = 16
 """Length of a submission id: 6 bytes of milliseconds, then random bytes."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pending:
     """A submission on its way to the store.
 
@@ -47,6 +49,7 @@ class Pending:
         shard: Shard of the task.
         span: The task's span.
         operation: The operation of the store.
+        expected: Whether the batch of the operation also asks for the task.
     """
 
     submission: pb.Submission
@@ -54,12 +57,14 @@ class Pending:
     shard: int
     span: Span
     operation: Operation[Submitted]
+    expected: bool = False
 
 
 class Submissions:
     """Checks submissions, by `rules` first, and gives them their task ids.
 
-    It applies operations by `apply`, and calls `on_new` with the id, the shard and the method of a new task.
+    It applies operations by `apply`, and calls `on_new` with a new task. It calls `expect` with shard and method of a
+    submission on its way, which returns whether its batch asks for the task; None if tasks must be durable before.
     """
 
     def __init__(
@@ -68,9 +73,11 @@ class Submissions:
         registry: ContractRegistry,
         payloads: PayloadCheck,
         rules: Callable[[pb.Submission], None],
-        on_new: Callable[[str, int, str], None],
-        apply: Callable[[Operation[str]], Awaitable[str]],
+        on_new: Callable[[Pending], None],
+        apply: Callable[[Operation[Any]], asyncio.Future[Any]],
+        expect: Callable[[int, str], bool] | None,
     ) -> None:
+        self._expect = expect
         self._shards = shards
         self._registry = registry
         self._payloads = payloads
@@ -139,6 +146,17 @@ class Submissions:
         )
         return Pending(submission, task_id, shard, span, operation)
 
+    def send(self, pending: Pending) -> asyncio.Future[Submitted]:
+        """Enqueue the operation of a submission. Raises as `Batcher.apply`.
+
+        If an agent has a free slot, the same batch also assigns the task.
+        """
+        submitted = self._apply(pending.operation)
+        submission = pending.submission
+        if self._expect and len(submission.request) < BULK_BYTES and Placement.of(submission) is ANYWHERE:
+            pending.expected = self._expect(pending.shard, submission.method)
+        return submitted
+
     async def prepare(self, pending: Pending) -> None:
         """Note a child at its parent, before it exists.
 
@@ -176,7 +194,7 @@ class Submissions:
             )
         if submitted.status != "new":
             return None
-        self._on_new(submitted.task_id, pending.shard, submission.method)
+        self._on_new(pending)
         task = pb.TaskSnapshot(
             task_id=submitted.task_id,
             method=submission.method,

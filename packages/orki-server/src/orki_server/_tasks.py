@@ -24,6 +24,7 @@ from orki_contract.errors import (
 from orki_control.session import AttemptKey, bad_labels
 from orki_server._answers import SuspendedTasks
 from orki_server._calls import Context, actor_of, readable, typed, typed_stream
+from orki_server._demand import Demand
 from orki_server._explain import Explainer, read_waits
 from orki_server._gaps import GapFinder
 from orki_server._identity import Action, caller
@@ -38,7 +39,7 @@ from orki_server._store.placement import check_placement
 from orki_server._store.replies import TaskView
 from orki_server._store.store import Store
 from orki_server._store.tasks import TaskFilter, list_tasks
-from orki_server._submissions import Submissions
+from orki_server._submissions import Pending, Submissions
 
 MAX_SUBMISSIONS: Final = 1000
 """Maximum number of submissions in one call."""
@@ -259,8 +260,6 @@ async def _wait(event: asyncio.Event, timeout: float) -> None:
 class TaskServicer(SuspendedTasks):
     """Serves submitters.
 
-    It calls `on_queued` with shard and method of a new task.
-
     Attributes:
         draining: Whether new submissions are refused.
         submissions: Checks submissions; also those of sessions.
@@ -274,7 +273,7 @@ class TaskServicer(SuspendedTasks):
         sessions: SessionRegistry,
         watchers: Watchers,
         rules: RequestRules,
-        on_queued: Callable[[int, str], None],
+        demand: Demand,
         relay: Relay,
         explainer: Explainer,
     ) -> None:
@@ -286,13 +285,18 @@ class TaskServicer(SuspendedTasks):
         self._sessions = sessions
         self._watchers = watchers
         self._rules = rules
-        self._on_queued = on_queued
-        self.submissions = Submissions(store.shards, registry, payloads, rules.submission, self._created, store.apply)
+        self._on_queued = demand.queued
+        # A task whose submission is not durable yet must not run.
+        expect = None if store.connection.durability.waits else demand.expect
+        self.submissions = Submissions(
+            store.shards, registry, payloads, rules.submission, self._created, store.apply, expect
+        )
         self.draining = False
 
-    def _created(self, task_id: str, shard: int, method: str) -> None:
-        self._watchers.changed(task_id, False)
-        self._on_queued(shard, method)
+    def _created(self, pending: Pending) -> None:
+        self._watchers.changed(pending.task_id, False)
+        if not pending.expected:
+            self._on_queued(pending.shard, pending.submission.method)
 
     @typed
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.SubmitResponse:
@@ -326,7 +330,7 @@ class TaskServicer(SuspendedTasks):
         method = await self.submissions.check(submission)
         pending = self.submissions.pending(submission, method, actor)
         await self.submissions.prepare(pending)
-        submitted = await self._store.apply(pending.operation)
+        submitted = await self.submissions.send(pending)
         return self.submissions.accepted(pending, submitted) or readable(await self.read(submitted.task_id))
 
     @typed

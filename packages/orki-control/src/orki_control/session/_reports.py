@@ -37,7 +37,7 @@ class AgentReports(SessionMachine):
         self.state = AgentState.DISCONNECTED
         self._options = options
         self._queue: SendQueue[pb.AgentMessage] = SendQueue(
-            options.bounds, self._changed, lambda chunk: pb.AgentMessage(chunk=chunk)
+            options.bounds, self._changed, self._changed_later, lambda chunk: pb.AgentMessage(chunk=chunk)
         )
         self._attempts = AttemptTable(options.slots, self._changed)
         self._heartbeats = Heartbeats(self._changed)
@@ -77,7 +77,9 @@ class AgentReports(SessionMachine):
         # The orchestrator counts the lease from the time it reads the answer, which is later.
         held.renewed_at = now
         self._attempts.lease_changed(held)
-        self._work(attempt, held, pb.Accepted, accepted=pb.Accepted(attempt=held.ref))
+        message = pb.AgentMessage(traceparent=held.traceparent, accepted=pb.Accepted(attempt=held.ref))
+        # The result of a short handler follows at once, and leaves with it.
+        self._queue.put_work(attempt, pb.Accepted, message, later=True)
         return True
 
     def decline(self, attempt: AttemptKey, error: OrkiError) -> bool:

@@ -65,6 +65,8 @@ class SessionMachine:
 
     Attributes:
         on_change: Called when there may be messages to send or an earlier timer. It must not call the machine.
+        on_later: Called instead for a message that may wait a moment for others, so that they leave together; None to
+            call `on_change` for it.
         state: State of the session.
     """
 
@@ -72,9 +74,13 @@ class SessionMachine:
 
     def __init__(self) -> None:
         self.on_change: Callable[[], None] = _nothing
+        self.on_later: Callable[[], None] | None = None
 
     def _changed(self) -> None:
         self.on_change()
+
+    def _changed_later(self) -> None:
+        (self.on_later or self.on_change)()
 
     def _enter(self, state: Any) -> None:
         # Messages that wait may be sent in the new state, and other timers count.

@@ -75,11 +75,13 @@ class Batcher:
 
     Attributes:
         damaged: Number of operations that were refused because a record is damaged.
+        on_batch: Called before each batch is taken; operations that it enqueues may join the batch.
         event_limits: Number of entries that the streams `tasks` and `audit` keep, if the scripts write their events.
     """
 
     def __init__(self, connection: StoreConnection, script: Script, shards: int, caller: str) -> None:
         self.damaged = 0
+        self.on_batch: Callable[[], None] = _nothing
         self.event_limits: tuple[int, int] | None = None
         self._connection = connection
         self._caller = caller
@@ -142,6 +144,7 @@ class Batcher:
                 self._wake.clear()
                 await self._wake.wait()
             await self._connection.up.wait()
+            self.on_batch()
             if batch := self._take():
                 await self._send(batch)
 
@@ -209,7 +212,7 @@ class Batcher:
             else:
                 self._resolve(entries, call.reply, call.settle)
 
-    def _command(self, shard: int, entries: Iterable[_Entry]) -> list[Argument]:
+    def _command(self, shard: int, entries: Sequence[_Entry]) -> list[Argument]:
         keys, limits = [self._prefixes[shard]], ""
         if self.event_limits:
             keys, limits = [*keys, *_EVENT_KEYS], "{},{}".format(*self.event_limits)
@@ -287,6 +290,10 @@ class Batcher:
             self._waiting = deque(entry for entry in self._waiting if entry.operation.patient)
             self._fail(impatient, self._connection.cause)
         self._wake.set()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _must_be_durable(operation: Operation[Any], outcome: object) -> bool:

@@ -81,6 +81,10 @@ class Store:
         await self._batcher.close()
         await self.connection.close()
 
+    def on_batch(self, fill: Callable[[], None]) -> None:
+        """Call `fill` before each batch of operations is taken; operations that it applies may join the batch."""
+        self._batcher.on_batch = fill
+
     @property
     def up(self) -> bool:
         """Whether the server replied last time."""
