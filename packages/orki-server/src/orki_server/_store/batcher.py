@@ -32,6 +32,7 @@ from orki_server._store.event_tags import lua_tags
 from orki_server._store.lifecycle import TERMINAL, lua_moves
 from orki_server._store.operations import MAX_OFFERS, Argument, Operation
 from orki_server._store.replies import BULK_BYTES, TaskView
+from orki_server._store.slices import script_for
 
 R = TypeVar("R")
 
@@ -203,7 +204,8 @@ class Batcher:
         calls = await self._connection.operate(commands, bulk=bulk)
         if missing := [position for position, call in enumerate(calls) if isinstance(call.reply, ScriptMissing)]:
             # Only these are sent again: the others were applied. EVAL also loads the script.
-            whole = [["EVAL", self._script.text, *commands[position][2:]] for position in missing]
+            scripts = [script_for(self._script, _kinds(entries)) for entries in shards.values()]
+            whole = [["EVAL", scripts[position].text, *commands[position][2:]] for position in missing]
             for position, call in zip(missing, await self._connection.operate(whole, bulk=bulk), strict=True):
                 calls[position] = call
         for entries, call in zip(shards.values(), calls, strict=True):
@@ -216,7 +218,8 @@ class Batcher:
         keys, limits = [self._prefixes[shard]], ""
         if self.event_limits:
             keys, limits = [*keys, *_EVENT_KEYS], "{},{}".format(*self.event_limits)
-        command: list[Argument] = ["EVALSHA", self._script.digest, len(keys), *keys, self._caller, limits]
+        script = script_for(self._script, _kinds(entries))
+        command: list[Argument] = ["EVALSHA", script.digest, len(keys), *keys, self._caller, limits]
         for entry in entries:
             arguments = entry.operation.arguments
             command += (entry.operation.op, len(arguments), *arguments)
@@ -290,6 +293,10 @@ class Batcher:
             self._waiting = deque(entry for entry in self._waiting if entry.operation.patient)
             self._fail(impatient, self._connection.cause)
         self._wake.set()
+
+
+def _kinds(entries: Iterable[_Entry]) -> set[str]:
+    return {entry.operation.op for entry in entries}
 
 
 def _nothing() -> None:
