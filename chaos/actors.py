@@ -46,6 +46,7 @@ class Reviewer(SourceReviewServiceBase):
         self._history.add("started", **attempt)
         await asyncio.sleep(random.uniform(0.01, 0.15))
         if request.path.startswith(b"fail-") or (request.path.startswith(b"flaky-") and ctx.attempt == 1):
+            self._history.add("failed", **attempt)
             raise ValueError(f"{request.path.decode()} fails by intent")
         self._history.add("finished", **attempt)
         return ReviewFileResponse(lines=lines_of(request.path), attempt=ctx.attempt, fence=ctx.fence)

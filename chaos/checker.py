@@ -44,19 +44,24 @@ def _by_event(history: Iterable[Record]) -> dict[str, list[Record]]:
 def check_control(history: list[Record]) -> Report:
     """Check tasks: nothing acknowledged is lost, one result is accepted, fences rise, every error is typed.
 
+    Tasks that a server without an append-only file may have lost (see `_losable`) may be unknown, and may have been
+    executed again; if they are unknown, they count as declared lost.
+
     Records: `submitted` (key, task, lines, and expect: the states in which it may end), `started` and `finished` (task,
     attempt, fence), `result` (task, state, attempt, fence, lines), `final` (task, orchestrator, state, attempt, fence,
-    lines), `error` (type, typed).
+    lines), `error` (type, typed), `server` (log), `killed` (name, actor).
     """
     events = _by_event(history)
     report = Report()
     bad = report.violations
+    losable = _losable(history)
     tasks: dict[str, Record] = {}
     keys: dict[str, str] = {}
     for record in events["submitted"]:
         tasks[record["task"]] = record
-        if keys.setdefault(record["key"], record["task"]) != record["task"]:
-            bad.append(f"idempotency key {record['key']} gave two tasks: {keys[record['key']]} and {record['task']}")
+        earlier = keys.setdefault(record["key"], record["task"])
+        if earlier != record["task"] and earlier not in losable:
+            bad.append(f"idempotency key {record['key']} gave two tasks: {earlier} and {record['task']}")
     report.published = len(tasks)
     bad += [f"untyped error at a submitter: {each['type']}" for each in events["error"] if not each["typed"]]
     bad += _check_fences(events["started"])
@@ -70,9 +75,11 @@ def check_control(history: list[Record]) -> Report:
     orchestrators = {name for names in observed.values() for name in names}
     for task, submission in tasks.items():
         seen = outcomes[task]
-        if observed[task] != orchestrators or not orchestrators:
+        if task in losable:
+            report.declared_lost += not observed[task]
+        elif observed[task] != orchestrators or not orchestrators:
             bad.append(f"task {task} was acknowledged and is unknown to {sorted(orchestrators - observed[task])}")
-        if len(seen) > 1:
+        if len(seen) > 1 and task not in losable:
             bad.append(f"task {task} has more than one outcome: {sorted(seen)}")
         for state, attempt, fence, lines in seen:
             if state not in _TERMINAL:
@@ -88,6 +95,46 @@ def check_control(history: list[Record]) -> Report:
         report.processed += "SUCCEEDED" in states
         report.dead_lettered += "FAILED" in states
     return report
+
+
+def _losable(history: list[Record]) -> set[str]:
+    """Return the tasks acknowledged before the last kill of a server without an append-only file."""
+    if not any(each["event"] == "server" and each["log"] == "none" for each in history):
+        return set()
+    kills = [each["t"] for each in history if each["event"] == "killed" and each["name"] == "redis"]
+    last = max(kills, default=0)
+    return {each["task"] for each in history if each["event"] == "submitted" and each["t"] <= last}
+
+
+def check_charges(history: list[Record]) -> list[str]:
+    """Check that each attempt but a task's last one failed, or ran on an agent that was killed.
+
+    Faults of connections, orchestrators and the server are not the agent's fault, so they may end an execution, but
+    not use up an attempt. Further records: `failed` (task, attempt, fence); `killed` has the actor of an agent.
+    """
+    events = _by_event(history)
+    losable = _losable(history)
+    failed = {(each["task"], each["attempt"]) for each in events["failed"]}
+    killed_at = {each["actor"]: each["t"] for each in events["killed"] if each["name"].startswith("agent")}
+    submitted_at = {each["task"]: each["t"] for each in events["submitted"]}
+    executions: dict[str, dict[int, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for record in events["started"]:
+        executions[record["task"]][record["attempt"]].append(record)
+    bad = []
+    for task, attempts in executions.items():
+        if task in losable or task not in submitted_at:
+            continue
+        for attempt in range(1, max(attempts)):
+            runs = attempts.get(attempt, [])
+            begun = min((each["t"] for each in runs), default=submitted_at[task])
+            ended = min(each["t"] for number, each_runs in attempts.items() if number > attempt for each in each_runs)
+            # An attempt that no handler started was offered to an agent that was killed before its handler ran.
+            victims = {each["actor"] for each in runs} or set(killed_at)
+            excused = any(begun <= killed_at.get(actor, 0) <= ended for actor in victims)
+            if (task, attempt) not in failed and not excused:
+                where = ", ".join(sorted({each["actor"] for each in runs})) or "no agent"
+                bad.append(f"attempt {attempt} of task {task} was used up without a failure; it ran on {where}")
+    return bad
 
 
 def _check_fences(started: list[Record]) -> list[str]:

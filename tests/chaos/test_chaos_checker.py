@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from chaos.checker import check_control, check_events
+from chaos.checker import check_charges, check_control, check_events
 from chaos.history import Record
 
 Plant = Callable[[list[Record]], None]
@@ -68,6 +68,77 @@ def test_a_planted_control_violation_is_found(sentence: str) -> None:
     history = control_history()
     CONTROL_PLANTS[sentence](history)
     assert any(sentence in violation for violation in check_control(history).violations)
+
+
+def lossy_history() -> list[Record]:
+    """A task acknowledged before the last kill of a server without a file, and one acknowledged after it."""
+    history = [
+        record("server", log="none"),
+        record("submitted", key="old", task="t-old", expect=["SUCCEEDED"], lines=7) | {"t": 1},
+        record("killed", name="redis", actor="redis@1") | {"t": 2},
+        record("submitted", key="new", task="t-new", expect=["SUCCEEDED"], lines=7) | {"t": 3},
+        record("started", task="t-new", attempt=1, fence=10),
+        record("finished", task="t-new", attempt=1, fence=10),
+    ]
+    outcome = {"orchestrator": "one", "state": "SUCCEEDED", "attempt": 1, "fence": 10, "lines": 7}
+    return [*history, record("final", task="t-new", **outcome)]
+
+
+def test_a_server_without_a_file_may_lose_tasks_acknowledged_before_its_last_kill() -> None:
+    report = check_control(lossy_history())
+    assert report.violations == []
+    assert report.declared_lost == 1
+
+
+def test_a_server_without_a_file_loses_nothing_after_its_last_kill() -> None:
+    history = lossy_history()
+    history[3]["t"], history[1]["t"] = history[1]["t"], history[3]["t"]
+    assert any("t-old was acknowledged and is unknown" in each for each in check_control(history).violations)
+
+
+@pytest.mark.parametrize("log", ["always", "everysec"])
+def test_a_server_with_a_file_loses_nothing(log: str) -> None:
+    history = lossy_history()
+    history[0]["log"] = log
+    assert any("t-old was acknowledged and is unknown" in each for each in check_control(history).violations)
+
+
+def charged_history(*, reason: str = "", name: str = "agent-1", at: int = 3) -> list[Record]:
+    """A task whose second attempt succeeds; the first one ended for the given reason."""
+    first = {"task": "t-a", "attempt": 1, "fence": 10}
+    history = [
+        record("submitted", key="a", task="t-a", expect=["SUCCEEDED"], lines=7) | {"t": 1},
+        record("started", **first) | {"t": 2, "actor": "agent-1@5"},
+        record("started", task="t-a", attempt=2, fence=11) | {"t": 4, "actor": "agent-2@6"},
+    ]
+    if reason == "failed":
+        history.append(record("failed", **first) | {"t": at, "actor": "agent-1@5"})
+    elif reason == "killed":
+        history.append(record("killed", name=name, actor=f"{name}@5") | {"t": at})
+    return history
+
+
+def test_an_attempt_is_used_up_by_a_failure_or_by_the_kill_of_its_agent() -> None:
+    assert check_charges(charged_history(reason="failed")) == []
+    assert check_charges(charged_history(reason="killed")) == []
+    unstarted = [each for each in charged_history(reason="killed") if each.get("attempt") != 1]
+    assert check_charges(unstarted) == []
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        charged_history(),
+        charged_history(reason="killed", name="orchestrator-1"),
+        charged_history(reason="killed", name="agent-2"),
+        charged_history(reason="killed", at=1),
+        charged_history(reason="killed", at=5),
+        [each for each in charged_history() if each.get("attempt") != 1],
+    ],
+    ids=["no reason", "another process", "another agent", "too early", "too late", "never started"],
+)
+def test_an_attempt_that_the_infrastructure_used_up_is_found(history: list[Record]) -> None:
+    assert any("attempt 1 of task t-a was used up" in each for each in check_charges(history))
 
 
 def events_history() -> list[Record]:

@@ -12,13 +12,14 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from chaos.control import KINDS as CONTROL_KINDS
 from chaos.events import KINDS as EVENTS_KINDS
 from chaos.proxy import FaultProxy
-from chaos.rig import ChildFailed, Process
+from chaos.rig import ChildFailed, Process, RedisServer
 from chaos.schedule import Kind, draw, length
 
 
@@ -94,6 +95,40 @@ async def test_a_stalled_proxy_forwards_nothing_until_it_is_healed(proxy: FaultP
     assert not waiting.done()
     proxy.heal()
     assert await waiting == b"ping"
+
+
+async def test_abandoned_connections_stay_open_and_new_ones_work(proxy: FaultProxy) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+    writer.write(b"ping")
+    assert await reader.read(1024) == b"ping"
+    proxy.abandon()
+    writer.write(b"ping")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.3):
+            await reader.read(1024)
+    assert await ask(proxy) == b"ping"
+    proxy.heal()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.3):
+            await reader.read(1024)
+    writer.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the clock is stepped by a library that is preloaded")
+def test_a_step_of_the_clock_moves_the_servers_time_and_not_its_timers(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path)
+    server.start()
+    try:
+        with server.client as client:
+            for seconds in (60, -60, 0):
+                server.step_clock(seconds)
+                client.ping()  # The server reads its clock before it waits for commands.
+                now: Any = client.time()
+                assert now[0] - time.time() == pytest.approx(seconds, abs=10)
+            server.step_clock(-60)
+            assert client.blpop(["never"], timeout=0.1) is None
+    finally:
+        server.process.kill()
 
 
 async def test_lost_replies_are_counted_and_the_connection_ends(proxy: FaultProxy) -> None:

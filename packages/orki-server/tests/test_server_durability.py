@@ -24,7 +24,8 @@ from orki.control.v1.attempt_pb2 import TaskState
 from orki_contract.errors import InvalidSetting, OrkiError, StoreUnavailable, UnknownTask
 from orki_control import Client, ClientOptions
 from orki_control.session import ArrivedOffer, AttemptKey
-from orki_server._store.server import Durability
+from orki_events.connection import parse_address
+from orki_server._store.server import Durability, StoreServer
 from orki_server._store.store import Store
 from orki_server.embedded import EmbeddedOptions, EmbeddedServer
 
@@ -229,6 +230,31 @@ async def test_one_wait_covers_many_batches(tmp_path: Path, options: Make, launc
 
 
 # --- a server that cannot give it ---
+
+
+async def test_a_wait_after_which_nothing_was_written_needs_no_other_flush(tmp_path: Path) -> None:
+    def asked(redis: Redis) -> int:
+        statistics: Any = redis.info("commandstats")
+        return int(statistics["cmdstat_info"]["calls"])
+
+    with EmbeddedServer(EmbeddedOptions(directory=tmp_path, append_only=True)) as server:
+        store = StoreServer(parse_address(server.url), Durability(fsync=True))
+        await store.open([("PING",)], starting=True)
+        with Redis.from_url(server.url) as redis:
+            redis.set("written", 1)
+            for _ in range(2):  # The server may delete the key of the probe meanwhile, which is a write.
+                lane, _ = await store.operate([("PING",)], bulk=False)
+                await store.settle(lane)
+            before = asked(redis)
+            lane, _ = await store.operate([("PING",)], bulk=False)
+            await store.settle(lane)
+            assert asked(redis) - before <= 2  # One by the test, and one by the wait.
+            redis.set("written", 2)
+            before = asked(redis)
+            lane, _ = await store.operate([("PING",)], bulk=False)
+            await store.settle(lane)
+            assert asked(redis) - before > 3
+        await store.close()
 
 
 @pytest.mark.parametrize("text", ["disk", "replicas", "replicas:0", "replicas:10", "Memory", ""])

@@ -19,9 +19,9 @@ async with connect("redis://127.0.0.1:6379/0") as events:
 
 from orki_events._client import Events, connect
 from orki_events._consumers import Consumer, Delivery, DeliveryBatch, Subscription, consumer
+from orki_events._lanes import Outgoing
 from orki_events._ledger import GroupLedger, StreamLedger
 from orki_events._options import ConsumeOptions, EventOptions, Gap, GapKind
-from orki_events._publisher import Outgoing
 from orki_events._readers import DeadLetterEntry, TailEntry
 from orki_events.registry import StreamVersion
 from orki_events.tuning import Tuned, Tuning

@@ -31,9 +31,10 @@ from orki_events._consumers import (
     take_one,
 )
 from orki_events._group_reader import GroupReader, ReaderServices
+from orki_events._lanes import Outgoing, PublishCounts
 from orki_events._ledger import StreamLedger, read_ledger
 from orki_events._options import ConsumeOptions, EventOptions, Gap
-from orki_events._publisher import Outgoing, PublishCounts, Publisher
+from orki_events._publisher import Publisher
 from orki_events._readers import DeadLetterEntry, TailEntry, follow_stream, list_dead_letters, replay_dead_letters
 from orki_events.connection import Address, Connection, parse_address
 from orki_events.groups import ConsumerGroups

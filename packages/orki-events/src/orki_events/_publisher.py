@@ -3,124 +3,63 @@
 The publisher decides about retries, never redis-py. An error reply means that the server does not have the entry: it is
 sent again, or its caller gets the error. After a broken connection the outcome is unknown; so the publisher searches
 the stream's newest entries for the event's id, and sends again only the events that it does not find.
+
+Preparation, refusals and delays belong to a stream or to one of its keys (`_lanes`), and never concern the others in
+the same pipeline. Only a connection that fails stops all.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
+import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, islice
+from operator import attrgetter
+from typing import Any, Final
 
 from google.protobuf.message import Message
 
 from orki_contract import EventStream, errors
-from orki_contract.backoff import Jitter, JitterOptions
+from orki_contract.backoff import Jitter
 from orki_contract.model import milliseconds
-from orki_contract.trace import Span
+from orki_events._lanes import RETRY, EnvelopeEncoder, Item, Lane, Outgoing, PublishCounts, Ticket
 from orki_events._options import EventOptions, Gap, GapKind
 from orki_events._readers import find_published
-from orki_events.connection import Connection, pack
-from orki_events.entries import DATA_FIELD, ENVELOPE_FIELD, encode_envelope, new_event_id, parse_id, stream_key
+from orki_events.connection import Connection
+from orki_events.entries import EVENT_ID_BYTES, ZERO_ID, parse_id, stream_key
 from orki_events.groups import ConsumerGroups
 from orki_events.registry import StreamRegistry
 from orki_events.tuning import TuningCache
 
-_RETRY: Final = JitterOptions(initial=0.05, maximum=0.5, spread=0.5)
-_COMMAND_OVERHEAD: Final = 100
+_TICKET: Final = attrgetter("ticket")
 _log = logging.getLogger("orki.events")
 
 
 @dataclass(slots=True)
-class PublishCounts:
-    """Counters of a publisher since its start.
+class _Stream:
+    """A stream that this process publishes.
 
     Attributes:
-        published: Events that the server has.
-        refused: Events whose caller got an error.
-        abandoned: Events of `collect` that could not be sent in time.
-        repeated: Events that were sent again after a broken connection.
-        found: Events that were found in the stream after a broken connection, and therefore not sent again.
-        pipelines: Pipelines sent.
+        handle: The stream.
+        lanes: Its lanes by key.
+        sequence: Number of its newest event.
+        ready: Whether it is registered and has its groups.
     """
 
-    published: int = 0
-    refused: int = 0
-    abandoned: int = 0
-    repeated: int = 0
-    found: int = 0
-    pipelines: int = 0
-
-
-class Outgoing(NamedTuple):
-    """An event to publish.
-
-    Attributes:
-        message: The event.
-        span: Span in which it happened.
-        event_id: Its identity (16 bytes); the default is a new one.
-        time_us: Time of the event in microseconds since the Unix epoch; the default is now.
-    """
-
-    message: Message
-    span: Span | None = None
-    event_id: bytes | None = None
-    time_us: int | None = None
-
-
-@dataclass(slots=True)
-class _Ticket:
-    """The outcome of one or more events, for which a caller waits."""
-
-    future: asyncio.Future[None]
-    open: int = 0
-    error: errors.OrkiError | None = None
-
-    def settle(self, error: errors.OrkiError | None) -> None:
-        self.open -= 1
-        self.error = self.error or error
-        if self.open == 0 and not self.future.done():
-            if self.error is None:
-                self.future.set_result(None)
-            else:
-                self.future.set_exception(self.error)
-
-
-@dataclass(slots=True)
-class _Item:
     handle: EventStream[Any, Any]
-    key: str
-    event_id: bytes
-    envelope: bytes
-    raw: bytes
-    deadline: float
-    number: int
-    ticket: _Ticket | None
-
-    @property
-    def size(self) -> int:
-        return len(self.key) + len(self.envelope) + len(self.raw) + _COMMAND_OVERHEAD
-
-    def packed(self, limit: int) -> bytes:
-        """Encode the command. This happens late, because a deployment may change the limit meanwhile."""
-        fields = (ENVELOPE_FIELD, self.envelope, DATA_FIELD, self.raw)
-        return pack((b"XADD", self.key, b"MAXLEN", b"~", limit, b"*", *fields))
-
-
-@dataclass(slots=True)
-class _Key:
-    """A Redis key: the newest known entry, and the time of the next trimming by age."""
-
-    last_id: str
-    trim_at: float = 0.0
+    lanes: dict[str, Lane] = field(default_factory=dict)
+    sequence: int = 0
+    ready: bool = False
 
 
 class Publisher:
-    """Buffers events and sends them in pipelines, in order."""
+    """Buffers events and sends them in pipelines, in the order of each key."""
 
     def __init__(
         self,
@@ -134,7 +73,7 @@ class Publisher:
         """Start the publisher on the running event loop."""
         self.counts = PublishCounts()
         self._connection = connection
-        self._producer = producer
+        self._encoder = EnvelopeEncoder(producer)
         self._options = options
         self._groups = groups
         self._registry = registry
@@ -143,22 +82,21 @@ class Publisher:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._guard = threading.Lock()
-        self._queue: deque[_Item] = deque()
+        self._streams: dict[str, _Stream] = {}
+        # Lanes with events that are not settled. Those that waited longest come first.
+        self._active: dict[Lane, None] = {}
         self._entries = 0
         self._bytes = 0
         self._submitted = 0
-        self._settled = 0
-        self._sequences: dict[str, int] = {}
         self._wake = asyncio.Event()
         self._progress = asyncio.Event()
-        self._keys: dict[str, _Key] = {}
-        self._ready: set[str] = set()
-        self._sending: list[_Item] = []
+        self._backoff = Jitter(RETRY)
+        self._resume_at = 0.0
         self._closing = False
         self._task = asyncio.create_task(self._run(), name="orki-events-publisher")
 
-    def submit(self, handle: EventStream[Any, Any], event: Outgoing, ticket: _Ticket | None = None) -> bytes:
-        """Buffer one event and return its id. Without a ticket, safe on any thread.
+    def submit(self, handle: EventStream[Any, Any], event: Outgoing) -> bytes:
+        """Buffer one event and return its id. Safe on any thread.
 
         Raises:
             EventsBufferFull: The buffer is full; the event was not buffered.
@@ -166,43 +104,12 @@ class Publisher:
             TooLarge: The event is larger than `max_event_bytes`.
             LocalProtocolError: The publisher is closed.
         """
-        contract, message = handle.contract, event.message
-        if not isinstance(message, handle.message):
-            raise errors.InvalidArgument(
-                f'stream "{contract.name}" takes {handle.message.DESCRIPTOR.full_name}, not {type(message).__name__}'
+        event_id = event.event_id or os.urandom(EVENT_ID_BYTES)
+        if not self._add(handle, [event], [event_id], None):
+            raise errors.EventsBufferFull(
+                f"{self._entries} events ({self._bytes} bytes) wait for {self._connection.address.shown}; "
+                "wait with flush() or raise buffer_entries"
             )
-        raw = message.SerializeToString()
-        if len(raw) > self._options.max_event_bytes:
-            raise errors.TooLarge(
-                f'an event for stream "{contract.name}" has {len(raw)} bytes, more than {self._options.max_event_bytes}'
-            )
-        key = stream_key(contract, message)
-        event_id = event.event_id if event.event_id is not None else new_event_id()
-        time_us = event.time_us if event.time_us is not None else time.time_ns() // 1_000
-        with self._guard:
-            if self._closing:
-                raise errors.LocalProtocolError("the publisher is closed; publish while its `async with` block runs")
-            if self._entries >= self._options.buffer_entries or self._bytes >= self._options.buffer_bytes:
-                raise errors.EventsBufferFull(
-                    f"{self._entries} events ({self._bytes} bytes) wait for {self._connection.address.shown}; "
-                    "wait with flush() or raise buffer_entries"
-                )
-            number = self._sequences.get(contract.name, 0) + 1
-            envelope = encode_envelope(
-                event_id=event_id, producer=self._producer, sequence=number, time_us=time_us, span=event.span
-            )
-            self._sequences[contract.name] = number
-            self._submitted += 1
-            deadline = time.monotonic() + self._options.publish_timeout
-            item = _Item(handle, key, event_id, envelope, raw, deadline, self._submitted, ticket)
-            self._queue.append(item)
-            self._entries += 1
-            self._bytes += item.size
-            if ticket is not None:
-                ticket.open += 1
-            first = len(self._queue) == 1
-        if first:
-            self._call(self._wake.set)
         return event_id
 
     async def publish_all(self, handle: EventStream[Any, Any], events: Iterable[Outgoing]) -> list[bytes]:
@@ -211,28 +118,85 @@ class Publisher:
         Raises:
             OrkiError: The error of the first event that failed; the others may have been published.
         """
-        ticket = _Ticket(self._loop.create_future())
+        waiting = list(events)
+        fresh = os.urandom(EVENT_ID_BYTES * len(waiting))
+        identities = [
+            event.event_id or fresh[at : at + EVENT_ID_BYTES]
+            for event, at in zip(waiting, range(0, len(fresh), EVENT_ID_BYTES), strict=True)
+        ]
         # One more than the events, so that the ticket is not settled before the last event is buffered.
-        ticket.open = 1
-        identities = []
+        ticket = Ticket(self._loop.create_future(), open=1)
+        begun = 0
         try:
-            for event in events:
-                while True:
-                    try:
-                        identities.append(self.submit(handle, event, ticket))
-                        break
-                    except errors.EventsBufferFull:
-                        await self._wait_progress()
+            while True:
+                begun += self._add(handle, waiting[begun:], identities[begun:], ticket)
+                if begun == len(waiting):
+                    break
+                await self._wait_progress()
         except errors.OrkiError as error:
-            ticket.settle(error)
+            ticket.settle(1, error)
         else:
-            ticket.settle(None)
+            ticket.settle(1, None)
         await ticket.future
         return identities
 
+    def _add(
+        self,
+        handle: EventStream[Any, Any],
+        events: Sequence[Outgoing],
+        identities: Sequence[bytes],
+        ticket: Ticket | None,
+    ) -> int:
+        """Buffer events until the buffer is full, and return their number. Raises the same errors as `submit`."""
+        contract, options, kind = handle.contract, self._options, handle.message
+        added, woken = 0, False
+        deadline = time.monotonic() + options.publish_timeout
+        with self._guard:
+            if self._closing:
+                raise errors.LocalProtocolError("the publisher is closed; publish while its `async with` block runs")
+            stream = self._streams.get(contract.name)
+            if stream is None:
+                stream = self._streams[contract.name] = _Stream(handle)
+            lane = stream.lanes.get("") if contract.partitions > 1 else next(iter(stream.lanes.values()), None)
+            room, number = options.buffer_entries - self._entries, self._submitted
+            size, sequence = self._bytes, stream.sequence
+            try:
+                for (message, span, _, time_us), event_id in zip(events, identities, strict=True):
+                    if added >= room or size >= options.buffer_bytes:
+                        break
+                    if not isinstance(message, kind):
+                        raise _misfit(handle, message)
+                    raw = message.SerializeToString()
+                    if len(raw) > options.max_event_bytes:
+                        raise _oversize(handle, raw, options.max_event_bytes)
+                    if lane is None or contract.partitions > 1:
+                        lane = self._lane(stream, stream_key(contract, message))
+                    at = time.time_ns() // 1_000 if time_us is None else time_us
+                    item = Item(
+                        number + 1,
+                        event_id,
+                        self._encoder.fields(event_id, sequence + 1, at, span, raw),
+                        deadline,
+                        ticket,
+                    )
+                    number, sequence, added = number + 1, sequence + 1, added + 1
+                    size += item.size
+                    lane.queue.append(item)
+                    if lane not in self._active:
+                        self._active[lane] = None
+                        woken = True
+            finally:
+                self._entries += added
+                self._bytes, self._submitted, stream.sequence = size, number, sequence
+                if ticket is not None:
+                    ticket.open += added
+        if woken:
+            self._call(self._wake.set)
+        return added
+
     async def flush(self) -> None:
         last = self._submitted
-        while self._settled < last and not self._task.done():
+        while not self._task.done() and self._oldest() <= last:
             await self._wait_progress()
 
     async def close(self, timeout: float) -> None:
@@ -247,10 +211,23 @@ class Publisher:
         finally:
             self._task.cancel()
             await asyncio.wait([self._task])
-            left = [*self._sending, *self._queue]
-            self._queue.clear()
             server = self._connection.address.shown
-            self._end(left, errors.EventsUnavailable(f"{server} did not accept the event before the publisher closed"))
+            error = errors.EventsUnavailable(f"{server} did not accept the event before the publisher closed")
+            for lane in list(self._active):
+                left = [*lane.done(), *lane.queue]
+                lane.queue.clear()
+                self._end(lane, left, error)
+
+    def _lane(self, stream: _Stream, key: str) -> Lane:
+        lane = stream.lanes.get(key)
+        if lane is None:
+            lane = stream.lanes[key] = Lane(key, stream.handle)
+        return lane
+
+    def _oldest(self) -> float:
+        """Return the number of the oldest event that is not settled; infinity without one."""
+        with self._guard:
+            return min((lane.first or math.inf for lane in self._active), default=math.inf)
 
     def _call(self, function: Callable[[], None]) -> None:
         if threading.get_ident() == self._thread:
@@ -264,163 +241,248 @@ class Publisher:
 
     async def _run(self) -> None:
         while True:
-            await self._wake.wait()
-            if self._options.linger and len(self._queue) < self._options.batch_entries and not self._closing:
-                await asyncio.sleep(self._options.linger)
-            self._sending = self._next_batch()
+            await self._wait_due()
+            lanes = self._next_batch()
             try:
-                await self._deliver()
+                await self._deliver(lanes)
             except Exception as error:
                 _log.exception("internal error in the publisher")
-                self._end(self._sending, errors.LocalProtocolError(f"internal error in the publisher: {error!r}"))
+                failure = errors.LocalProtocolError(f"internal error in the publisher: {error!r}")
+                for lane in lanes:
+                    self._end(lane, lane.done(), failure)
 
-    def _next_batch(self) -> list[_Item]:
-        batch: list[_Item] = []
-        size = 0
+    async def _wait_due(self) -> None:
+        """Wait until a lane may send."""
+        while True:
+            self._wake.clear()
+            with self._guard:
+                due = min((max(lane.due, self._resume_at) for lane in self._active), default=math.inf)
+            wait = due - time.monotonic()
+            if wait <= 0:
+                break
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if wait == math.inf else wait):
+                    await self._wake.wait()
+        if self._options.linger and self._entries < self._options.batch_entries and not self._closing:
+            await asyncio.sleep(self._options.linger)
+
+    def _next_batch(self) -> list[Lane]:
+        """Begin chunks of the lanes that may send, within the bounds of a pipeline."""
+        now = time.monotonic()
+        entries, size = self._options.batch_entries, self._options.batch_bytes
+        chosen: list[Lane] = []
         with self._guard:
-            while self._queue and len(batch) < self._options.batch_entries:
-                size += self._queue[0].size
-                if batch and size > self._options.batch_bytes:
+            due = [lane for lane in self._active if lane.due <= now]
+            for at, lane in enumerate(due):
+                left = len(due) - at
+                taken = lane.take(max(entries // left, 1), size // left)
+                if chosen and (taken > size or len(lane.sending) > entries):
                     break
-                batch.append(self._queue.popleft())
-            if not self._queue:
-                self._wake.clear()
-        return batch
+                chosen.append(lane)
+                entries, size = entries - len(lane.sending), size - taken
+                # The others come first next time.
+                del self._active[lane]
+                self._active[lane] = None
+        return chosen
 
-    async def _deliver(self) -> None:
-        backoff = Jitter(_RETRY)
-        doubtful = False
-        while self._sending:
-            try:
-                await self._prepare(self._sending)
-                if not self._sending:
-                    return
-                if doubtful:
-                    self._end(await self._find_published(self._sending), None)
-                    self.counts.repeated += len(self._sending)
-                    doubtful = False
-                    continue
-                replies = await self._send(self._sending)
-            except errors.OrkiError as error:
-                if not error.retryable:
-                    self._end(self._sending, error)
-                    return
-                failure = error
-                doubtful = doubtful or isinstance(error, errors.EventsUnavailable)
-                self._ready.clear()
-            else:
-                retryable = self._settle(self._sending, replies)
-                if retryable is None:
-                    return
-                failure = retryable
-                if isinstance(failure, errors.EventsReadOnly):
-                    # After a failover, the name may resolve to another server.
-                    await self._connection.drop()
-            self._expire(failure, doubtful)
-            await asyncio.sleep(backoff.failed())
-
-    async def _send(self, batch: list[_Item]) -> list[Any]:
-        self.counts.pipelines += 1
-        contracts = {id(item.handle.contract): item.handle.contract for item in batch}
-        limits = {key: self._tunings.retention(contract).max_entries for key, contract in contracts.items()}
-        packed = b"".join([item.packed(limits[id(item.handle.contract)]) for item in batch])
-        replies = await self._connection.exchange(packed, len(batch))
-        newest = {item.key: (item, reply) for item, reply in zip(batch, replies, strict=True) if type(reply) is bytes}
-        now = time.monotonic()
-        for key, (item, entry_id) in newest.items():
-            known = self._keys[key]
-            known.last_id = entry_id.decode()
-            age = self._tunings.retention(item.handle.contract).max_age
-            if age and now >= known.trim_at:
-                known.trim_at = now + min(max(age / 100, 1.0), 60.0)
-                await self._trim(key, entry_id, age)
-        return replies
-
-    async def _trim(self, key: str, newest: bytes, age: float) -> None:
-        """Trim by age. The newest id carries the server's time, which may differ from this process's."""
-        oldest = max(parse_id(newest).milliseconds - milliseconds(age), 0)
+    async def _deliver(self, lanes: list[Lane]) -> None:
+        """Try to publish the lanes' chunks."""
+        sent = False
         try:
-            await self._connection.execute((b"XTRIM", key, b"MINID", b"~", oldest))
+            await self._refresh_tunings()
+            lanes = await self._prepare(lanes)
+            for lane in lanes:
+                if lane.doubtful:
+                    await self._find_published(lane)
+            lanes = [lane for lane in lanes if lane.sending and not lane.doubtful]
+            if not lanes:
+                return
+            sent = True
+            replies = await self._send(lanes)
         except errors.OrkiError as error:
-            _log.warning("%s could not be trimmed by age: %s", key, error.message)
-
-    async def _prepare(self, batch: Sequence[_Item]) -> None:
-        await self._tunings.refresh(self._connection, time.monotonic())
-        refused: set[str] = set()
-        for item in batch:
-            contract = item.handle.contract
-            if contract.name in refused:
-                continue
-            if contract.name not in self._ready:
-                try:
-                    # First, so that a contract that does not fit leaves no trace on the server.
-                    await self._registry.register(self._connection, item.handle, publishes=True)
-                except (errors.ContractMismatch, errors.InvalidContract) as error:
-                    refused.add(contract.name)
-                    self._end([each for each in batch if each.handle.contract.name == contract.name], error)
-                    continue
-                newest = await self._groups.ensure(self._connection, contract, contract.groups)
-                for key, last_id in newest.items():
-                    self._keys.setdefault(key, _Key(last_id))
-                self._ready.add(contract.name)
-
-    async def _find_published(self, batch: Sequence[_Item]) -> list[_Item]:
-        doubtful: dict[str, set[bytes]] = {}
-        for item in batch:
-            doubtful.setdefault(item.key, set()).add(item.event_id)
-        found: set[bytes] = set()
-        for key, identities in doubtful.items():
-            found |= await find_published(self._connection, key, self._keys[key].last_id, identities)
-        published = [item for item in batch if item.event_id in found]
-        self.counts.found += len(published)
-        return published
-
-    def _settle(self, batch: list[_Item], replies: list[Any]) -> errors.OrkiError | None:
-        """Settle events that were accepted or refused. Return a retryable error if other events must be sent again."""
-        refused = {index: reply for index, reply in enumerate(replies) if isinstance(reply, errors.OrkiError)}
-        if not refused:
-            self._end(batch, None)
-            return None
-        retryable = None
-        self._end([item for index, item in enumerate(batch) if index not in refused], None)
-        for index, reply in refused.items():
-            if reply.retryable:
-                retryable = reply
-            else:
-                self._end([batch[index]], reply)
-        return retryable
-
-    def _expire(self, error: errors.OrkiError, doubtful: bool) -> None:
-        now = time.monotonic()
-        late = [item for item in self._sending if item.deadline <= now]
-        if late:
-            doubt = "; it is unknown whether the server has it" if doubtful else ""
-            waited = f"not published within {self._options.publish_timeout:g} s"
-            self._end(late, type(error)(f"{waited}{doubt}: {error.message}"))
-
-    def _end(self, batch: Sequence[_Item], error: errors.OrkiError | None) -> None:
-        ended = {item.number for item in batch}
-        self._sending = [item for item in self._sending if item.number not in ended]
-        lost: dict[str, int] = {}
-        size = 0
-        for item in batch:
-            size += item.size
-            if item.ticket is not None:
-                item.ticket.settle(error)
-            elif error is not None:
-                lost[item.handle.contract.name] = lost.get(item.handle.contract.name, 0) + 1
-        with self._guard:
-            self._entries -= len(batch)
-            self._bytes -= size
-        self._settled += len(batch)
-        abandoned = sum(lost.values())
-        self.counts.abandoned += abandoned
-        if error is None:
-            self.counts.published += len(batch)
+            self._connection_failed(lanes, error, sent)
+            return
+        self._backoff.reset()
+        failures = [failure for lane in lanes if (failure := self._settle(lane, replies)) is not None]
+        if any(isinstance(failure, errors.EventsReadOnly) for failure in failures):
+            # After a failover, the name may resolve to another server.
+            await self._connection.drop()
         else:
-            self.counts.refused += len(batch) - abandoned
-            for name, count in lost.items():
-                text = f'{count} collected events of stream "{name}" were not published: {error.message}'
-                kind = GapKind.PUBLISH_ABANDONED
-                self._report(Gap(kind=kind, stream=name, group="", count=count, possible=False, message=text))
+            await self._trim(lanes)
+
+    async def _trim(self, lanes: list[Lane]) -> None:
+        """Trim by age, now and then. The newest id has the server's time, which may differ from this process's."""
+        now = time.monotonic()
+        for lane in lanes:
+            age = self._tunings.retention(lane.handle.contract).max_age
+            if age and lane.last_id and now >= lane.trim_at:
+                lane.trim_at = now + min(max(age / 100, 1.0), 60.0)
+                oldest = max(parse_id(lane.last_id).milliseconds - milliseconds(age), 0)
+                try:
+                    await self._connection.execute((b"XTRIM", lane.key, b"MINID", b"~", oldest))
+                except errors.OrkiError as error:
+                    _log.warning("%s could not be trimmed by age: %s", lane.key, error.message)
+
+    async def _send(self, lanes: list[Lane]) -> Iterator[Any]:
+        self.counts.pipelines += 1
+        chunks = [lane.packed(self._tunings.retention(lane.handle.contract).max_entries) for lane in lanes]
+        packed = b"".join([chunk for chunk, _ in chunks])
+        return iter(await self._connection.exchange(packed, sum(count for _, count in chunks)))
+
+    async def _refresh_tunings(self) -> None:
+        try:
+            await self._tunings.refresh(self._connection, time.monotonic())
+        except errors.EventsUnavailable:
+            raise
+        except errors.OrkiError as error:
+            _log.warning("the retention settings of deployments cannot be read: %s", error.message)
+
+    async def _prepare(self, lanes: list[Lane]) -> list[Lane]:
+        """Register the lanes' streams and create their groups. Return the lanes whose streams are ready."""
+        failures: dict[str, errors.OrkiError] = {}
+        for lane in lanes:
+            contract = lane.handle.contract
+            stream = self._streams[contract.name]
+            if stream.ready or contract.name in failures:
+                continue
+            try:
+                # First, so that a contract that does not fit leaves no trace on the server.
+                await self._registry.register(self._connection, stream.handle, publishes=True)
+                newest = await self._groups.ensure(self._connection, contract, contract.groups)
+            except errors.EventsUnavailable:
+                raise
+            except errors.OrkiError as error:
+                failures[contract.name] = error
+                continue
+            with self._guard:
+                for key, last_id in newest.items():
+                    found = self._lane(stream, key)
+                    if not found.last_id:
+                        found.last_id = last_id
+            stream.ready = True
+        for lane in lanes:
+            if (failure := failures.get(lane.handle.contract.name)) is not None:
+                self._refuse(lane, failure)
+        return [lane for lane in lanes if lane.handle.contract.name not in failures]
+
+    async def _find_published(self, lane: Lane) -> None:
+        """Settle the events of a chunk that the server has."""
+        wanted = {item.event_id for item in lane.sending}
+        try:
+            found = await find_published(self._connection, lane.key, lane.last_id or ZERO_ID, wanted)
+        except errors.EventsUnavailable:
+            raise
+        except errors.OrkiError as error:
+            self._refuse(lane, error)
+            return
+        chunk = lane.done()
+        lane.sending = [item for item in chunk if item.event_id not in found]
+        self.counts.found += len(chunk) - len(lane.sending)
+        self.counts.repeated += len(lane.sending)
+        self._end(lane, [item for item in chunk if item.event_id in found], None)
+
+    def _settle(self, lane: Lane, replies: Iterator[Any]) -> errors.OrkiError | None:
+        """Settle the events of a chunk that was accepted or refused. Return the error if it will be sent again."""
+        chunk = lane.sending
+        first = next(replies)
+        if len(chunk) == 1:
+            answers = [first]
+        else:
+            answers, executed = [*islice(replies, len(chunk))], next(replies)
+            if isinstance(executed, list):
+                answers = [each if type(each) is bytes else self._connection.reply_error(each) for each in executed]
+            elif not isinstance(first, errors.OrkiError):
+                # The first refusal gives the reason for the end of the transaction.
+                refusals = (each for each in answers if isinstance(each, errors.OrkiError))
+                return self._refuse(lane, next(refusals, executed))
+            # Without permission for MULTI, each event was published by itself.
+        refused: dict[errors.OrkiError, list[Item]] = {}
+        again: list[Item] = []
+        accepted = lane.done()
+        if any(type(answer) is not bytes for answer in answers):
+            accepted = []
+            for item, answer in zip(chunk, answers, strict=True):
+                if type(answer) is bytes:
+                    accepted.append(item)
+                elif answer.retryable:
+                    again.append(item)
+                else:
+                    refused.setdefault(answer, []).append(item)
+        newest = next((answer for answer in reversed(answers) if type(answer) is bytes), None)
+        if newest is not None:
+            lane.last_id = newest.decode()
+            lane.backoff.reset()
+        lane.sending = again
+        self._end(lane, accepted, None)
+        for error, items in refused.items():
+            self._end(lane, items, error)
+        if not again:
+            return None
+        return self._refuse(lane, next(each for each in answers if type(each) is not bytes and each.retryable))
+
+    def _refuse(self, lane: Lane, error: errors.OrkiError) -> errors.OrkiError | None:
+        """Send a chunk that was refused again later, or end it. Return the error if it will be sent again."""
+        if not error.retryable:
+            self._end(lane, lane.done(), error)
+            return None
+        if not isinstance(error, errors.EventsOutOfMemory):
+            self._streams[lane.handle.contract.name].ready = False
+        lane.failed(time.monotonic())
+        self._expire(lane, error)
+        return error
+
+    def _connection_failed(self, lanes: list[Lane], error: errors.OrkiError, sent: bool) -> None:
+        """Let all lanes wait: the outcome of the chunks that were sent is unknown."""
+        if not error.retryable:
+            for lane in lanes:
+                self._end(lane, lane.done(), error)
+            return
+        for lane in lanes if sent else ():
+            lane.doubtful = True
+        for stream in self._streams.values():
+            stream.ready = False
+        self._resume_at = time.monotonic() + self._backoff.failed()
+        for lane in list(self._active):
+            self._expire(lane, error)
+
+    def _expire(self, lane: Lane, error: errors.OrkiError) -> None:
+        doubt = "; it is unknown whether the server has it" if lane.doubtful else ""
+        waited = f"not published within {self._options.publish_timeout:g} s"
+        with self._guard:
+            late = lane.late(time.monotonic())
+        self._end(lane, late, type(error)(f"{waited}{doubt}: {error.message}"))
+
+    def _end(self, lane: Lane, items: Sequence[Item], error: errors.OrkiError | None) -> None:
+        """Settle events that the lane has given up, and let the lane rest if it has no more."""
+        lost = 0
+        for ticket, run in groupby(items, _TICKET):
+            count = sum(1 for _ in run)
+            if ticket is not None:
+                ticket.settle(count, error)
+            elif error is not None:
+                lost += count
+        with self._guard:
+            self._entries -= len(items)
+            self._bytes -= sum(item.size for item in items)
+            if lane.first is None:
+                self._active.pop(lane, None)
+        self.counts.abandoned += lost
+        if error is None:
+            self.counts.published += len(items)
+        else:
+            self.counts.refused += len(items) - lost
+        if error is not None and lost:
+            name = lane.handle.contract.name
+            text = f'{lost} collected events of stream "{name}" were not published: {error.message}'
+            kind = GapKind.PUBLISH_ABANDONED
+            self._report(Gap(kind=kind, stream=name, group="", count=lost, possible=False, message=text))
         self._progress.set()
+
+
+def _misfit(handle: EventStream[Any, Any], message: Message) -> errors.InvalidArgument:
+    wanted = handle.message.DESCRIPTOR.full_name
+    return errors.InvalidArgument(f'stream "{handle.contract.name}" takes {wanted}, not {type(message).__name__}')
+
+
+def _oversize(handle: EventStream[Any, Any], raw: bytes, limit: int) -> errors.TooLarge:
+    return errors.TooLarge(f'an event for stream "{handle.contract.name}" has {len(raw)} bytes, more than {limit}')

@@ -145,7 +145,11 @@ class Connection:
         for reply in replies:
             if isinstance(reply, OrkiError):
                 raise reply
-        return [self.address.error(_error_text(each)) if isinstance(each, Exception) else each for each in replies[-1]]
+        return [self.reply_error(each) if isinstance(each, Exception) else each for each in replies[-1]]
+
+    def reply_error(self, reply: Reply) -> OrkiError:
+        """Return the error for an error reply inside the reply of a transaction."""
+        return self.address.error(_error_text(reply))
 
     async def run_script(self, script: Script, keys: Sequence[bytes], *arguments: bytes | str | int) -> Reply:
         """Run a script, loading it if the server does not have it. Raises the same errors as `execute`."""
@@ -351,17 +355,25 @@ class Connection:
 
     async def _replies(self, packed: bytes, count: int) -> list[Reply]:
         redis = _redis_py()
+        refused = (redis.ResponseError, redis.BusyLoadingError, redis.AuthenticationError)
+        incomplete = redis._parsers.hiredis.NOT_ENOUGH_DATA
         connection = self._open
         replies: list[Reply] = []
         try:
             await connection.send_packed_command([packed], check_health=False)
+            # Replies come straight from the parser: redis-py awaits, checks and arms a timer for every one.
+            parser = connection._parser
+            parse = parser._reader.gets
             while len(replies) < count:
-                try:
-                    replies.append(await connection.read_response(disable_decoding=True))
-                except (redis.ResponseError, redis.BusyLoadingError, redis.AuthenticationError) as error:
-                    if not connection.is_connected:
-                        raise
-                    replies.append(self.address.error(_error_text(error)))
+                reply = parse(False)
+                if reply is incomplete:
+                    await parser.read_from_socket()
+                    continue
+                if isinstance(reply, Exception):
+                    if isinstance(reply, redis.ConnectionError) and not isinstance(reply, refused):
+                        raise reply
+                    reply = self.address.error(_error_text(reply))
+                replies.append(reply)
         except (redis.RedisError, OSError) as error:
             raise self.address.unavailable(str(error) or type(error).__name__) from error
         return replies

@@ -30,9 +30,11 @@ _LANES: Final = 4
 _FLUSH_INTERVAL: Final = 1.2
 """Time in which a server with `appendfsync everysec` begins a flush if none is under way, with some slack."""
 _SAMPLE_INTERVAL: Final = 0.05
-_STATISTICS: Final = ("INFO", "persistence")
+_STATISTICS: Final = ("INFO", "persistence", "replication")
 _IDLE: Final = b"aof_pending_bio_fsync:0"
 """Says in the statistics that no flush is under way."""
+_OFFSET: Final = re.compile(rb"^master_repl_offset:(\d+)", re.MULTILINE)
+"""The number in the statistics that rises with every write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,7 @@ class StoreServer:
         self._waits: set[asyncio.Task[None]] = set()
         self._calls: set[asyncio.Task[list[Reply]]] = set()
         self._hasty = False
+        self._flushed = -1
 
     def _connection(self, name: str) -> Connection:
         return Connection(self.address, name=name, connect_timeout=_CONNECT_TIMEOUT, answer_timeout=_ANSWER_TIMEOUT)
@@ -135,6 +138,7 @@ class StoreServer:
             InvalidSetting: It can never make them durable; only with `starting`.
         """
         await self.abort()
+        self._flushed = -1
         # A server that replies may still refuse writes. These need no memory.
         _raise_first(await self.commands.pipeline(*probes))
         for lane in (self.bulk, *self._lanes):
@@ -257,22 +261,28 @@ class StoreServer:
         return True
 
     async def _see_flush(self, connection: Connection, opened: int) -> None:
-        """Wait until a flush that began after this call has ended.
+        """Wait until a flush that began after this call has ended, unless nothing was written since an earlier one.
 
         It began between an answer that shows none and one that shows one, or, as the server begins one each second,
         in the time in which none was seen.
         """
         loop = asyncio.get_running_loop()
         due, idle_since, began = loop.time() + _DURABLE_TIMEOUT, 0.0, False
+        offset = -1
         while loop.time() < due:
             asked = loop.time()
             (text,) = await connection.pipeline(_STATISTICS, same=opened)
             if isinstance(text, OrkiError):
                 raise text
+            if offset < 0 and (found := _OFFSET.search(text)):
+                offset = int(found[1])
+                if offset <= self._flushed:
+                    return
             if _IDLE not in text:
                 began = began or idle_since > 0
                 idle_since = 0.0
             elif began or (idle_since and asked - idle_since > _FLUSH_INTERVAL):
+                self._flushed = max(self._flushed, offset)
                 return
             else:
                 idle_since = idle_since or loop.time()
