@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Final
 
@@ -196,10 +196,10 @@ def _report_damage(shard: int, damaged: Iterable[str]) -> None:
 class Sweeper:
     """Executes the timers of all shards.
 
-    It sweeps when a timer is due and at every `interval`, which is at most half a second: each sweep advances the
-    clocks of the shards. After a start, and after the store was down, it executes no timers for `pause`: agents must
-    first have the chance to renew their leases. It calls `on_queued` with shard and method of a task that is queued
-    again, `on_change` with a task that changed and whether it ended, `on_mail` with a shard that has mail, and
+    It sweeps a shard when a timer is due there and at every `interval`, which is at most half a second: each sweep
+    advances the shard's clock. After a start, and after the store was down, it executes no timers for `pause`: agents
+    must first have the chance to renew their leases. It calls `on_queued` with shard and method of a task that is
+    queued again, `on_change` with a task that changed and whether it ended, `on_mail` with a shard that has mail, and
     `on_orphans` with one that has children of ended parents.
     """
 
@@ -224,51 +224,58 @@ class Sweeper:
         self._on_queued = on_queued
         self._on_change = on_change
         self._wake = asyncio.Event()
-        self._due = 0.0
+        self._dues = [0.0] * store.shards
         self._paused_until = 0.0
         store.connection.on_change(self._store_changed)
+        store.on_timer(self.wake_in)
 
-    def wake_in(self, wait: float) -> None:
+    def wake_in(self, shard: int, wait: float) -> None:
+        """Sweep a shard after a time, if not earlier."""
         due = asyncio.get_running_loop().time() + wait
-        if due < self._due:
-            self._due = due
-            self._wake.set()
+        if due < self._dues[shard]:
+            is_next = due < min(self._dues)
+            self._dues[shard] = due
+            if is_next:
+                self._wake.set()
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         self._store_changed(up=True)
-        self._due = loop.time()
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(self._due):
+                async with asyncio.timeout_at(min(self._dues)):
                     await self._wake.wait()
             self._wake.clear()
             await self._store.connection.up.wait()
-            if loop.time() < self._due:
+            now = loop.time()
+            shards = [shard for shard, due in enumerate(self._dues) if due <= now]
+            if not shards:
                 continue
-            self._due = loop.time() + self._interval
+            for shard in shards:
+                self._dues[shard] = now + self._interval
+            paused = now < self._paused_until
             try:
-                paused = loop.time() < self._paused_until
-                next_timer = await self.sweep(0 if paused else _SWEEP_LIMIT)
-                if next_timer is not None and not paused:
-                    self.wake_in(next_timer)
+                for shard, next_timer in await self.sweep(shards, 0 if paused else _SWEEP_LIMIT):
+                    if not paused:
+                        self.wake_in(shard, next_timer)
             except OrkiError as error:
                 _log.warning("timers are delayed: %s", error.message)
 
-    async def sweep(self, limit: int = _SWEEP_LIMIT) -> float | None:
-        """Sweep once. Returns the time until the next timer, or None if there is none.
+    async def sweep(self, shards: Sequence[int], limit: int = _SWEEP_LIMIT) -> list[tuple[int, float]]:
+        """Sweep shards once. Returns those that have a timer, with the time until it.
 
         Args:
+            shards: The shards.
             limit: Maximum number of tasks of each shard; 0 only advances the clocks.
 
         Raises:
             StoreUnavailable: The store is down.
         """
         sweeps = await asyncio.gather(
-            *(self._store.apply(sweep(shard, limit)) for shard in range(self._store.shards)), return_exceptions=True
+            *(self._store.apply(sweep(shard, limit)) for shard in shards), return_exceptions=True
         )
         next_timers = []
-        for shard, swept in enumerate(sweeps):
+        for shard, swept in zip(shards, sweeps, strict=True):
             if isinstance(swept, StoreUnavailable) or not isinstance(swept, Swept | OrkiError):
                 raise swept
             if isinstance(swept, OrkiError):
@@ -282,8 +289,9 @@ class Sweeper:
             for expired in swept.expired:
                 self._expired(expired)
             if swept.next_timer is not None:
-                next_timers.append(swept.next_timer + 0.001)  # The store's clock may be between two milliseconds.
-        return min(next_timers, default=None)
+                # The store's clock may be between two milliseconds.
+                next_timers.append((shard, swept.next_timer + 0.001))
+        return next_timers
 
     def _expired(self, expired: Expired) -> None:
         key = expired.attempt

@@ -197,7 +197,7 @@ class Orchestrator:
 
     def _task_queued(self, shard: int, method: str, wait: float) -> None:
         if wait > 0:
-            self._sweeper.wake_in(wait)
+            self._sweeper.wake_in(shard, wait)
         else:
             self._dispatcher.demand.queued(shard, method)
 

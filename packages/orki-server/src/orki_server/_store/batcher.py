@@ -54,6 +54,8 @@ _REASONS: Final = (
 )
 _MAX_STEP: Final = 1_000
 """Longest step of the shard's clock between two batches (ms): twice the longest interval of the sweeper's batches."""
+_SOON: Final = 500
+"""Time within which a new timer is reported (ms): the longest interval of the sweeps."""
 _GRACE: Final = 6_000
 """Time for agents to connect again after nobody could hear them (ms): a little more than their longest back-off."""
 _MAX_ABANDONED: Final = 50
@@ -77,12 +79,14 @@ class Batcher:
     Attributes:
         damaged: Number of operations that were refused because a record is damaged.
         on_batch: Called before each batch is taken; operations that it enqueues may join the batch.
+        on_timer: Called with a shard and the time until a new timer there, if that is soon.
         event_limits: Number of entries that the streams `tasks` and `audit` keep, if the scripts write their events.
     """
 
     def __init__(self, connection: StoreConnection, script: Script, shards: int, caller: str) -> None:
         self.damaged = 0
         self.on_batch: Callable[[], None] = _nothing
+        self.on_timer: Callable[[int, float], None] = _nothing
         self.event_limits: tuple[int, int] | None = None
         self._connection = connection
         self._caller = caller
@@ -212,6 +216,8 @@ class Batcher:
             if isinstance(call.reply, OrkiError):
                 self._return(entries, call.reply)
             else:
+                if len(call.reply) > len(entries):
+                    self.on_timer(entries[0].operation.shard, int(call.reply.pop()) / 1000)
                 self._resolve(entries, call.reply, call.settle)
 
     def _command(self, shard: int, entries: Sequence[_Entry]) -> list[Argument]:
@@ -299,7 +305,7 @@ def _kinds(entries: Iterable[_Entry]) -> set[str]:
     return {entry.operation.op for entry in entries}
 
 
-def _nothing() -> None:
+def _nothing(*_: object) -> None:
     pass
 
 
@@ -322,7 +328,7 @@ def shard_script(retention: float, channel: str = "") -> Script:
     """
     constants = [f"local REASON_{name} = '{Reason.Value(f'REASON_{name}')}'" for name in _REASONS]
     limits = {"RETENTION": round(retention * 1000), "MAX_STEP": _MAX_STEP, "GRACE": _GRACE}
-    limits |= {"MAX_OFFERS": MAX_OFFERS, "MAX_ABANDONED": _MAX_ABANDONED}
+    limits |= {"MAX_OFFERS": MAX_OFFERS, "MAX_ABANDONED": _MAX_ABANDONED, "SOON": _SOON}
     constants += [f"local {name} = {value}" for name, value in limits.items()]
     constants.append(f"local CHANNEL = '{channel}'")
     # The first fence depends on the clock: a store that lost everything continues above the fences that it gave before.
