@@ -28,7 +28,7 @@ _FAILURES_OF_A_CHANNEL: Final = 3
 """Number of failed streams after which a new channel is opened."""
 _LOG_EVERY: Final = 20
 """One of this many consecutive failures is logged as a warning."""
-_LATER: Final = 0.0005
+_LATER: Final = 0.003
 """Maximum time for which the acceptance of an offer waits for the result of its handler, in seconds."""
 _HALF_CLOSED: Final = 0.5
 """Seconds for the orchestrator to end the stream after the agent has."""
@@ -70,7 +70,7 @@ class SessionChannel:
         self._over: asyncio.Future[SessionLost] | None = None
         self._stopping = asyncio.Event()
         self._peer = Peer("", "")
-        self._later = LaterCall(self._loop, _LATER, self._to_write.set)
+        self._later = LaterCall(self._loop, _LATER, session.send_acceptances)
         session.on_change = self._changed
         session.on_later = self._later.request
 
@@ -180,7 +180,8 @@ class SessionChannel:
         try:
             while not over.done():
                 while (request := self._session.messages_to_send()) is not None:
-                    self._later.cancel()
+                    if not self._session.delays:
+                        self._later.cancel()
                     await call.write(request)
                     self.on_sent()
                 if self._stopping.is_set():

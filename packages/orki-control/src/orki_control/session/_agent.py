@@ -80,6 +80,7 @@ class AgentSession(AgentReports):
         self._connected_at = now
         self._heartbeats.begin(now + self._options.hello_timeout)
         self._queue.clear()
+        self._acceptances.clear()
         self._control(hello=build_hello(self._options, self._attempts.resumable()))
 
     def connection_lost(self, now: float, cause: str = "the stream ended") -> list[events.AgentEvent]:

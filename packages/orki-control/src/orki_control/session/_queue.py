@@ -72,12 +72,10 @@ class SendQueue(Generic[M]):
         self._control.append(message)
         (self._on_later if later else self._on_change)()
 
-    def put_work(
-        self, attempt: AttemptKey, kind: type, message: M, payload_bytes: int = 0, *, later: bool = False
-    ) -> None:
+    def put_work(self, attempt: AttemptKey, kind: type, message: M, payload_bytes: int = 0) -> None:
         """Add a message about an attempt behind earlier work."""
         self._work.append(_Waiting(attempt, kind, message, OVERHEAD_BYTES + payload_bytes))
-        (self._on_later if later else self._on_change)()
+        self._on_change()
 
     def put_source(self, attempt: AttemptKey, kind: type, source: Source[M], places: int = 1) -> None:
         """Add places for messages that a source makes when they are taken."""

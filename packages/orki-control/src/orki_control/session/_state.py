@@ -112,6 +112,7 @@ class HeldAttempt:
     Attributes:
         ref: Reference to the attempt for messages.
         state: Its state.
+        accepted_at: Time at which it was accepted.
         traceparent: Of its task's span.
         lease: Seconds that it survives without a renewal.
         renewed_at: Earliest time at which the orchestrator can have renewed the lease last.
@@ -123,8 +124,8 @@ class HeldAttempt:
     """
 
     __slots__ = (
-        *("checkpoint", "checkpoints", "lease", "progress", "proof", "ref", "renewed_at", "result", "state"),
-        "traceparent",
+        *("accepted_at", "checkpoint", "checkpoints", "lease", "progress", "proof", "ref", "renewed_at", "result"),
+        *("state", "traceparent"),
     )
 
     def __init__(
@@ -138,6 +139,7 @@ class HeldAttempt:
     ) -> None:
         self.ref = ref
         self.state = AttemptState.OFFERED
+        self.accepted_at = 0.0
         self.traceparent = traceparent
         self.lease = lease
         self.renewed_at = renewed_at
