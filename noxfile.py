@@ -199,6 +199,16 @@ def workflows(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def asyncapi(session: nox.Session) -> None:
+    """Check the generated AsyncAPI documents with the official parser; needs node and npm."""
+    tools = str(Path(session.cache_dir).parent.absolute() / "asyncapi")
+    dev = ensure(session, DEV)
+    dev.run(session, "python", "-m", "nox_sessions.npm", "nox_sessions/asyncapi", tools)
+    session.env["ORKI_ASYNCAPI_TOOLS"] = tools
+    _pytest(session, dev, "tests/asyncapi", workers=0)
+
+
+@nox.session(default=False)
 def diff(session: nox.Session) -> None:
     """Show the changes between two contracts: `-- OLD NEW [--github]`."""
     publishing.diff(session, ensure(session, DEV))

@@ -76,6 +76,7 @@ async def submitter(settings: Settings, history: History) -> None:
 async def _submit_one(reviews: Any, path: bytes, patience: float, history: History) -> None:
     request, key = ReviewFileRequest(path=path), path.decode()
     expect = ["FAILED" if path.startswith(b"fail-") else "SUCCEEDED"]
+    history.add("submitting", key=key)
     try:
         handle = await reviews.review_file.submit(request, idempotency_key=key)
     except OrkiError as error:

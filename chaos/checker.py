@@ -5,7 +5,7 @@ Each function returns violations as sentences; an empty list means that the run 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -13,6 +13,8 @@ from itertools import pairwise
 from chaos.history import Record
 
 _TERMINAL = ("SUCCEEDED", "FAILED", "CANCELLED")
+_UNNOTICED = 10_000_000_000
+"""Nanoseconds for which an orchestrator may offer tasks to an agent that was killed behind a half-open connection."""
 
 
 @dataclass
@@ -49,7 +51,7 @@ def check_control(history: list[Record]) -> Report:
 
     Records: `submitted` (key, task, lines, and expect: the states in which it may end), `started` and `finished` (task,
     attempt, fence), `result` (task, state, attempt, fence, lines), `final` (task, orchestrator, state, attempt, fence,
-    lines), `error` (type, typed), `server` (log), `killed` (name, actor).
+    lines), `error` (type, typed), `server` (log), `killed` (name).
     """
     events = _by_event(history)
     report = Report()
@@ -107,33 +109,35 @@ def _losable(history: list[Record]) -> set[str]:
 
 
 def check_charges(history: list[Record]) -> list[str]:
-    """Check that each attempt but a task's last one failed, or ran on an agent that was killed.
+    """Check that attempts are used up by failures of their handlers and by kills of their agents alone.
 
-    Faults of connections, orchestrators and the server are not the agent's fault, so they may end an execution, but
-    not use up an attempt. Further records: `failed` (task, attempt, fence); `killed` has the actor of an agent.
+    Faults of connections, orchestrators and the server are not the agent's fault. They may end an attempt as ABANDONED,
+    which does not count. Further fields and records: `reasons` of a `final` record (of all its attempts that ended
+    without a result), `submitting` (key), `failed` (task, attempt, fence); `killed` has the actor of an agent.
     """
     events = _by_event(history)
     losable = _losable(history)
-    failed = {(each["task"], each["attempt"]) for each in events["failed"]}
-    killed_at = {each["actor"]: each["t"] for each in events["killed"] if each["name"].startswith("agent")}
-    submitted_at = {each["task"]: each["t"] for each in events["submitted"]}
-    executions: dict[str, dict[int, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    kills = [each["t"] for each in events["killed"] if each["name"].startswith("agent")]
+    begun = {each["key"]: each["t"] for each in events["submitting"]}
+    keys = {each["task"]: each["key"] for each in events["submitted"]}
+    failed = Counter(each["task"] for each in events["failed"])
+    ended: dict[str, int] = {}
     for record in events["started"]:
-        executions[record["task"]][record["attempt"]].append(record)
+        ended[record["task"]] = max(record["t"], ended.get(record["task"], 0))
     bad = []
-    for task, attempts in executions.items():
-        if task in losable or task not in submitted_at:
+    for record in events["final"]:
+        task = record["task"]
+        if task in losable or task not in keys:
             continue
-        for attempt in range(1, max(attempts)):
-            runs = attempts.get(attempt, [])
-            begun = min((each["t"] for each in runs), default=submitted_at[task])
-            ended = min(each["t"] for number, each_runs in attempts.items() if number > attempt for each in each_runs)
-            # An attempt that no handler started was offered to an agent that was killed before its handler ran.
-            victims = {each["actor"] for each in runs} or set(killed_at)
-            excused = any(begun <= killed_at.get(actor, 0) <= ended for actor in victims)
-            if (task, attempt) not in failed and not excused:
-                where = ", ".join(sorted({each["actor"] for each in runs})) or "no agent"
-                bad.append(f"attempt {attempt} of task {task} was used up without a failure; it ran on {where}")
+        reasons: Counter[str] = Counter(record["reasons"])
+        last = ended.get(task, record["t"])
+        excused = sum(begun[keys[task]] - _UNNOTICED <= at <= last for at in kills)
+        if reasons["LEASE_EXPIRED"] > excused:
+            bad.append(f"task {task} lost {reasons['LEASE_EXPIRED']} attempts to absent agents; {excused} were killed")
+        if reasons["HANDLER_FAILED"] > failed[task]:
+            bad.append(f"task {task} has {reasons['HANDLER_FAILED']} failures; its handler failed {failed[task]} times")
+        for other in sorted(reasons.keys() - {"LEASE_EXPIRED", "HANDLER_FAILED", "ABANDONED"}):
+            bad.append(f"an attempt of task {task} ended as {other}, which no fault causes")
     return bad
 
 

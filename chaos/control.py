@@ -25,6 +25,7 @@ from chaos.proxy import FaultProxy
 from chaos.rig import Log, RedisServer, Rig, free_port
 from chaos.schedule import Fault, Kind
 from orki.control.v1.attempt_pb2 import TaskState
+from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import OrkiError, UnknownTask
 from orki_control import Client, ClientOptions
 
@@ -144,7 +145,7 @@ class ControlSuite:
         proxy, process = self._proxies.get(fault.target), self._rig.processes.get(fault.target)
         if fault.kind.startswith("kill_") and process is not None:
             await asyncio.to_thread(process.kill)
-            self._history.add("killed", name=fault.target, actor=f"{fault.target}@{process.pid}")
+            self._history.add("killed", name=fault.target)
             await asyncio.sleep(fault.duration)
             await asyncio.to_thread(self._redis.start if fault.target == "redis" else process.start)
             if fault.target in _ORCHESTRATORS:
@@ -187,7 +188,9 @@ class ControlSuite:
         response = ReviewFileResponse.FromString(snapshot.response)
         outcome = {"attempt": response.attempt, "fence": response.fence, "lines": response.lines}
         state = TaskState.Name(snapshot.state).removeprefix("TASK_STATE_")
-        self._history.add("final", task=task, orchestrator=orchestrator, state=state, **outcome)
+        failures = [*snapshot.earlier_failures, *([snapshot.failure] if snapshot.HasField("failure") else [])]
+        reasons = [Reason.Name(each.reason).removeprefix("REASON_") for each in failures]
+        self._history.add("final", task=task, orchestrator=orchestrator, state=state, reasons=reasons, **outcome)
 
     def check(self) -> Report:
         """Check the history."""

@@ -77,11 +77,6 @@ class Process:
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
-    def pid(self) -> int:
-        """Process id; 0 before the first start."""
-        return self._process.pid if self._process is not None else 0
-
-    @property
     def running(self) -> bool:
         """Whether the process runs."""
         return self._process is not None and self._process.poll() is None

@@ -16,6 +16,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterable
 from contextlib import chdir
+from email import message_from_bytes
 from pathlib import Path, PurePosixPath
 
 import nox
@@ -81,8 +82,9 @@ def _package(module: PurePosixPath) -> PurePosixPath:
 
 
 def _import_all(session: nox.Session, environment: Environment, wheels: list[Path], folder: Path) -> None:
-    """Install the wheels and the pinned dependencies into an empty environment and import every module."""
-    install(session, folder, environment.python, "--constraints", "constraints.txt", *map(str, wheels))
+    """Install the wheels with their extras and the pinned dependencies into an empty environment, and import all."""
+    wanted = [_with_extras(wheel) for wheel in wheels]
+    install(session, folder, environment.python, "--constraints", "constraints.txt", *wanted)
     script = str(Path(__file__).with_name("import_everything.py"))
     empty = folder / "empty"
     empty.mkdir(exist_ok=True)
@@ -90,6 +92,14 @@ def _import_all(session: nox.Session, environment: Environment, wheels: list[Pat
     python = str((folder / "bin" / "python").absolute())
     with session.chdir(empty):
         session.run(python, "-I", "-W", "error", script, *arguments, external=True)
+
+
+def _with_extras(wheel: Path) -> str:
+    """Return what pip installs a wheel by: its path and the names of its extras."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [each for each in archive.namelist() if each.endswith(".dist-info/METADATA")]
+        extras = message_from_bytes(archive.read(name)).get_all("Provides-Extra", [])
+    return f"{wheel}[{','.join(extras)}]" if extras else str(wheel)
 
 
 def build_archives(out: Path, again: Path, folders: list[Path]) -> None:

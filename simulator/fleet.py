@@ -251,8 +251,17 @@ class SimulatedOrchestrator(Orchestrator):
         self._connections.run = _for_ever  # type: ignore[assignment, method-assign]
         return self.server()
 
+    async def start(self) -> None:
+        # The simulated server has no other states than those that the store's connection notices.
+        self._watch.run = _for_ever  # type: ignore[method-assign]
+        self._watch.refuse_evicting = _nothing  # type: ignore[method-assign]
+        await super().start()
+
     def _listen(self, server: Any) -> str:
         return self.address_for_agents
+
+
+async def _nothing() -> None: ...
 
 
 async def _for_ever(*_: object) -> None:

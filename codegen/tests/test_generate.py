@@ -54,7 +54,7 @@ def test_the_life_of_generated_code(command: Command) -> None:
     assert '+ stream "orders.placed-v2": message kitchen.v1.OrderEvent' in out
     assert "+ task kitchen.v1.KitchenService/Cook" in out
     assert '+ group "kitchen" on stream "other-events": start latest' in out
-    assert "acme-kitchen: 28 new files" in out
+    assert "acme-kitchen: 30 new files" in out
     made = snapshot(Path())
     times = {path: os.stat(path).st_mtime_ns for path in made}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from orki_codegen._asyncapi import DOCUMENT
 from orki_codegen._buf import Buf
 from orki_contract.images import IMAGE_NAME
 from orki_contract.model import dump
@@ -64,7 +65,8 @@ def test_which_files_there_are(kitchen: Path) -> None:
     }
     expected = {f"kitchen/v1/{stem}{suffix}" for stem, suffixes in stems.items() for suffix in suffixes}
     expected |= {f"kitchen/other/v1/sink{suffix}" for suffix in stems["sink"]}
-    expected |= {f"kitchen/{folder}/{name}" for folder in ("v1", "other/v1") for name in (IMAGE_NAME, "py.typed")}
+    always = (DOCUMENT, IMAGE_NAME, "py.typed")
+    expected |= {f"kitchen/{folder}/{name}" for folder in ("v1", "other/v1") for name in always}
     found = {path.relative_to(kitchen / GEN).as_posix() for path in (kitchen / GEN).rglob("*") if path.is_file()}
     assert found == expected
 

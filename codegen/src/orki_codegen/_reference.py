@@ -76,7 +76,7 @@ class _Page:
     def comment(self, full_name: str) -> str:
         """The comment of a message, on one line."""
         node = self._schema.messages[full_name]
-        return _line(self._schema.comment(node.file.name, node.path))
+        return line(self._schema.comment(node.file.name, node.path))
 
     def services(self, kind: str) -> list[ServiceNode]:
         """Return the services of a kind: `task`, `tool` or `plain`."""
@@ -106,7 +106,7 @@ class _Page:
         for method in service.methods:
             if method.proto.name == name:
                 path = method.path
-        return _line(self._schema.comment(service.file.name, path))
+        return line(self._schema.comment(service.file.name, path))
 
     def readers(self, stream: Stream) -> list[ExternalGroup]:
         """Return the groups that other packages declare on a stream."""
@@ -151,7 +151,7 @@ class _Page:
         for each in self._files:
             file: FileDescriptorProto = self._schema.files[each.path]
             for index, enum in enumerate(file.enum_type):
-                comment = _line(self._schema.comment(file.name, (5, index)))
+                comment = line(self._schema.comment(file.name, (5, index)))
                 yield enum.name, comment, self._values(file.name, (5, index), enum)
 
     def link(self, full_name: str) -> str:
@@ -187,12 +187,13 @@ class _Page:
         return _cell(self._schema.comment(node.file.name, field_path(node, index)))
 
 
-def _line(comment: str) -> str:
+def line(comment: str) -> str:
+    """Return a comment on one line."""
     return " ".join(comment.split())
 
 
 def _cell(comment: str) -> str:
-    return _line(comment).replace("|", "\\|")
+    return line(comment).replace("|", "\\|")
 
 
 def _anchor(name: str) -> str:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Final, NamedTuple
 
+from orki_codegen._asyncapi import DOCUMENT, document
 from orki_codegen._buf import Buf
 from orki_codegen._outline import Subject, changes, outline
 from orki_codegen._reference import REFERENCE, pages
@@ -25,9 +26,9 @@ from orki_contract.validate import Owners, validate
 
 HELP: Final = """\
 Read all proto files in the modules of buf.yaml, check their contracts, and write the Python code, the images
-(contract.binpb) and the reference pages of every proto package. `[tool.orki] contracts` in the pyproject.toml files
-names the owner of each package. Only the gen/ folders of the owners and docs/reference/ are changed, and nothing is
-written if there is an error.
+(contract.binpb), an AsyncAPI document of the streams (asyncapi.json) and the reference page of every proto package.
+`[tool.orki] contracts` in the pyproject.toml files names the owner of each package. Only the gen/ folders of the owners
+and docs/reference/ are changed, and nothing is written if there is an error.
 """
 
 
@@ -108,7 +109,10 @@ def _owner_tree(
         made = Path(temporary, "gen")
         files = {path.relative_to(made).as_posix(): path.read_bytes() for path in made.rglob("*") if path.is_file()}
     for package in packages & images.keys():
-        files[f"{package.replace('.', '/')}/{IMAGE_NAME}"] = images[package]
+        folder = package.replace(".", "/")
+        files[f"{folder}/{IMAGE_NAME}"] = images[package]
+        if (described := document(read, package)) is not None:
+            files[f"{folder}/{DOCUMENT}"] = described
     for folder in {str(PurePosixPath(name).parent) for name in files} - {"."}:
         files[f"{folder}/py.typed"] = b""
     return Tree(owner=owner.name, root=f"{owner.folder}/gen", files=files)

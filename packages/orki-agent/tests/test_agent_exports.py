@@ -16,6 +16,7 @@ PUBLIC = {
         *("Agent", "Cancelled", "HandlerFailed", "HandlerRejected", "OrkiError", "RunSettings", "Subprocess"),
         *("SyncTaskContext", "TaskChannel", "TaskContext", "TaskHandle", "ToolCall", "ToolFailed", "ToolsAt"),
     ],
+    "orki_agent.opentelemetry": ["UsageSpanProcessor"],
     "orki_agent.testing": ["HandlerRun", "Published", "RunningHandler", "run_handler", "start_handler"],
 }
 

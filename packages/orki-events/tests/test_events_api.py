@@ -34,6 +34,7 @@ EXPORTS = {
         "connect",
         "consumer",
     },
+    "orki_events.cloudevents": {"attributes"},
     "orki_events.connection": {
         "Address",
         "Command",

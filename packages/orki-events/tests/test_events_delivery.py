@@ -397,7 +397,45 @@ def test_entries_trimmed_while_pending_are_acknowledged_and_counted_as_lost() ->
     bench.later(10)
     bench.tell(EntriesClaimed(bench.one(Claim), b"0-0", [[b"1-0", None]], {}, [b"2-0", b"3-0"]))
     ack = bench.one(Ack)
-    assert (ack.entry_ids, ack.outcome, ack.extra) == ([b"1-0"], Outcome.DECLARED_LOST, 2)
+    assert (ack.entry_ids, ack.outcome, ack.extra, ack.kept) == ([b"1-0"], Outcome.DECLARED_LOST, 2, 0)
+
+
+def test_held_entries_that_were_trimmed_are_dispatched_and_count_as_processed() -> None:
+    bench = Bench()
+    bench.tell(EntriesRead(bench.reading(), {KEY: [entry(number) for number in range(1, 4)]}, {}))
+    bench.later(20)
+    bench.tell(Renewed(bench.one(Renew), (), [b"1-0", b"2-0"]))
+    lost = bench.one(Ack)
+    assert (lost.entry_ids, lost.outcome, lost.kept) == ([b"1-0", b"2-0"], Outcome.DECLARED_LOST, 2)
+    bench.tell(Acked(lost, 2))
+    bench.tell(Requested(5))
+    assert [each[0] for each in bench.one(Dispatch).entries] == [b"1-0", b"2-0", b"3-0"]
+    bench.tell(Succeeded(KEY, [b"1-0", b"3-0"]))
+    ack = bench.one(Ack)
+    assert (ack.entry_ids, ack.outcome, ack.extra, ack.regained) == ([b"3-0"], Outcome.PROCESSED, 1, 1)
+    bench.tell(Acked(ack, 1))
+    bench.drained()
+    bench.tell(Failed(KEY, [entry(2)], Reason.REASON_HANDLER_FAILED, "boom"))
+    assert bench.one(Ack).kept == -1
+    assert not any(isinstance(each, HandBack) for each in bench.asked)
+
+
+def test_a_drain_forgets_a_returned_entry_that_another_consumer_claimed() -> None:
+    bench = Bench()
+    (held,) = bench.holding(1)
+    read = bench.one(Read) if any(isinstance(each, Read) for each in bench.asked) else None
+    bench.later(20)
+    bench.tell(Renewed(bench.one(Renew), [b"1-0"]))
+    bench.drained()
+    for command in list(bench.machine._open):
+        if isinstance(command, Read):
+            bench.tell(EntriesRead(command, {}, {}))
+        elif isinstance(command, Claim):
+            bench.tell(EntriesClaimed(command, b"0-0", [], {}, ()))
+    assert bench.machine.state is State.DRAINING
+    bench.tell(Returned(KEY, [held]))
+    assert bench.machine.state is State.CLOSED
+    assert read is None or read not in bench.machine._open
 
 
 def test_a_missing_group_is_created_once_and_recovery_restarts() -> None:

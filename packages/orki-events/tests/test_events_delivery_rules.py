@@ -125,11 +125,13 @@ class Server:
                 self.letters += [(command.key, number_of(letter.entry[0])) for letter in command.letters]
                 return DeadLettered(command)
             case Renew():
-                return Renewed(command, self.touch(command.key, command.entry_ids, US, command.deliveries, self.now))
+                gone = self.touch(command.key, command.entry_ids, US, command.deliveries, self.now)
+                return Renewed(command, *gone)
             case HandBack():
+                trimmed = []
                 for entry_id, made in command.deliveries.items():
-                    self.touch(command.key, [entry_id], NOBODY, made, self.now - LIMITS.ack_deadline)
-                return HandedBack(command)
+                    trimmed += self.touch(command.key, [entry_id], NOBODY, made, self.now - LIMITS.ack_deadline)[1]
+                return HandedBack(command, trimmed)
         raise AssertionError(command)
 
     def read(self, command: Read) -> EntriesRead:
@@ -180,19 +182,23 @@ class Server:
             partition.settled.setdefault(number, command.outcome.value)
         return Acked(command, count)
 
-    def touch(self, key: str, entry_ids: list[bytes], owner: str, deliveries: int, since: float) -> list[bytes]:
+    def touch(
+        self, key: str, entry_ids: list[bytes], owner: str, deliveries: int, since: float
+    ) -> tuple[list[bytes], list[bytes]]:
         partition = self.partitions[key]
-        gone = []
+        gone, trimmed = [], []
         for entry_id in entry_ids:
             held = partition.pending.get(number_of(entry_id))
+            exists = number_of(entry_id) in partition.entries
             if held is None or held.owner != US:
-                gone.append(entry_id)
-            elif number_of(entry_id) not in partition.entries:
-                del partition.pending[number_of(entry_id)]
+                if exists or held is not None:
+                    gone.append(entry_id)
+            elif not exists:
+                trimmed.append(entry_id)
             else:
                 made = deliveries if owner == NOBODY or deliveries else held.deliveries
                 partition.pending[number_of(entry_id)] = Pending(owner, since, made)
-        return gone
+        return gone, trimmed
 
 
 class Interleavings(RuleBasedStateMachine):

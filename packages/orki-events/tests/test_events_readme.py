@@ -52,6 +52,18 @@ async def test_the_second_example_serves_until_it_is_cancelled(
         await serving
 
 
+async def test_the_third_example_exports_an_event(events: Events) -> None:
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(compile(code(README)[2], "README.md", "exec"), names)
+    await events.prepare(USAGE)
+    await events.publish(USAGE, UsageEvent(model="m-3"))
+    async for delivery in events.deliveries(USAGE, group="audit"):
+        made, payload = names["exported"](delivery)
+        assert made["type"] == "orki.events.v1.UsageEvent"
+        assert UsageEvent.FromString(payload).model == "m-3"
+        break
+
+
 async def test_the_example_of_the_docstring_runs(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert orki_events.__doc__ is not None
     (example,) = code(orki_events.__doc__)

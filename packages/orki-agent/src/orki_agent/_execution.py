@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, ClassVar, Final
 
 from google.protobuf.message import Message
@@ -220,6 +221,10 @@ class HandlerContext:
         if len(payload) > most:
             raise TooLarge(f"{name}: a progress message has {len(payload)} bytes; the orchestrator accepts {most}")
         return execution.offered.attempt, payload
+
+
+CURRENT_CONTEXT: Final[ContextVar[HandlerContext | None]] = ContextVar("orki_context", default=None)
+"""Context of the handler that runs in this task or thread."""
 
 
 def _kept(kind: type[Any], payload: bytes | None, method: str) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 from google.protobuf.message import Message
 
 from orki_agent._checkpoints import checkpoint_payload, suspending
-from orki_agent._execution import Credits, Execution, HandlerContext
+from orki_agent._execution import CURRENT_CONTEXT, Credits, Execution, HandlerContext
 from orki_agent._outcomes import decode, text_of
 from orki_agent._services import AgentServices, Handler, Offered
 from orki_agent._threads import Mailbox
@@ -97,8 +97,10 @@ class AsyncExecution(Execution):
         with use_span(self.offered.span):
             task = self.handler.task
             request = decode(task.request, self.offered.request, self.handler.name)
+            context = AsyncHandlerContext(self)
+            CURRENT_CONTEXT.set(context)
             try:
-                return await self.handler.call(request, AsyncHandlerContext(self))
+                return await self.handler.call(request, context)
             except (SystemExit, KeyboardInterrupt) as error:
                 # asyncio would end the whole agent.
                 raise HandlerFailed(f"the handler raised {type(error).__name__}: {text_of(error)}") from error
@@ -282,7 +284,9 @@ class SyncExecution(Execution):
                     raise Cancelled("cancelled before it started")
                 task = self.handler.task
                 request = decode(task.request, self.offered.request, self.handler.name)
-                response = self.handler.call(request, SyncHandlerContext(self))
+                context = SyncHandlerContext(self)
+                CURRENT_CONTEXT.set(context)
+                response = self.handler.call(request, context)
         except BaseException as raised:
             error = raised
         self.finish(response, error)

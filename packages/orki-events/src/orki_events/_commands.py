@@ -104,23 +104,25 @@ class CommandExecutor:
     async def _ack(self, command: table.Ack) -> table.Acked:
         counter = f"{command.outcome.value}:{self._group.name}"
         keys = (command.key.encode(), groups_key(command.key))
-        count = await self._commands.run_script(
-            ACKNOWLEDGE, keys, self._group.name, counter, command.extra, *command.entry_ids
-        )
+        lost = f"{table.Outcome.DECLARED_LOST.value}:{self._group.name}"
+        settings = (self._group.name, counter, command.extra, lost, command.regained)
+        count = await self._commands.run_script(ACKNOWLEDGE, keys, *settings, *command.entry_ids)
         return table.Acked(command, count)
 
     async def _renew(self, command: table.Renew) -> table.Renewed:
-        lost = await self._hold(command.key, command.entry_ids, self._consumer, 0, command.deliveries or -1)
-        return table.Renewed(command, lost)
+        lost, trimmed = await self._hold(command.key, command.entry_ids, self._consumer, 0, command.deliveries or -1)
+        return table.Renewed(command, lost, trimmed)
 
     async def _hand_back(self, command: table.HandBack) -> table.HandedBack:
         """Return entries to the group with an idle time so long that the next claim of any consumer takes them over."""
         by_count: dict[int, list[bytes]] = {}
         for entry_id, made in command.deliveries.items():
             by_count.setdefault(made, []).append(entry_id)
+        trimmed: list[bytes] = []
         for made, entry_ids in by_count.items():
-            await self._hold(command.key, entry_ids, HANDED_BACK, milliseconds(self._group.ack_deadline), made)
-        return table.HandedBack(command)
+            idle_ms = milliseconds(self._group.ack_deadline)
+            trimmed += (await self._hold(command.key, entry_ids, HANDED_BACK, idle_ms, made))[1]
+        return table.HandedBack(command, trimmed)
 
     async def _dead_letter(self, command: table.DeadLetter) -> table.DeadLettered:
         key = tagged_key("ev", self._stream.dead_letter(self._group))
@@ -160,13 +162,19 @@ class CommandExecutor:
                 if unused and name not in (self._consumer, HANDED_BACK):
                     await self._commands.run_script(REMOVE_CONSUMER, (key,), self._group.name, name)
 
-    async def _hold(self, key: str, entry_ids: list[bytes], owner: str, idle_ms: int, deliveries: int) -> list[bytes]:
+    async def _hold(
+        self, key: str, entry_ids: list[bytes], owner: str, idle_ms: int, deliveries: int
+    ) -> tuple[list[bytes], list[bytes]]:
+        """Renew or transfer entries; return those of other consumers, and those that were trimmed."""
         lost: list[bytes] = []
+        trimmed: list[bytes] = []
         for start in range(0, len(entry_ids), _MAX_IDS):
             chosen = entry_ids[start : start + _MAX_IDS]
             identity = (self._group.name, self._consumer, owner)
-            lost += await self._commands.run_script(HOLD, (key.encode(),), *identity, idle_ms, deliveries, *chosen)
-        return lost
+            reply = await self._commands.run_script(HOLD, (key.encode(),), *identity, idle_ms, deliveries, *chosen)
+            lost += reply[0]
+            trimmed += reply[1]
+        return lost, trimmed
 
     async def _trimmed(self, key: str) -> list[table.Entry]:
         """Return held entries that were trimmed: before Redis 7, a claim returns them as nil, without their ids."""
@@ -192,26 +200,33 @@ class CommandExecutor:
 
 
 ACKNOWLEDGE: Final = Script("""\
--- KEYS: stream, counters.  ARGV: group, counter, number of entries lost without an id, entry ids ...
+-- KEYS: stream, counters.
+-- ARGV: group, counter, number of further entries, counter of lost entries, number to take from it, entry ids ...
 local acknowledged = 0
-if #ARGV > 3 then
-  acknowledged = redis.call('XACK', KEYS[1], ARGV[1], unpack(ARGV, 4))
+if #ARGV > 5 then
+  acknowledged = redis.call('XACK', KEYS[1], ARGV[1], unpack(ARGV, 6))
 end
 -- Counting needs memory and acknowledging does not: out of memory, acknowledging must go on without the counter.
 redis.pcall('HINCRBY', KEYS[2], ARGV[2], acknowledged + tonumber(ARGV[3]))
+if ARGV[5] ~= '0' then
+  redis.pcall('HINCRBY', KEYS[2], ARGV[4], -tonumber(ARGV[5]))
+end
 return acknowledged
 """)
 
 HOLD: Final = Script("""\
 -- KEYS: stream.  ARGV: group, consumer, new consumer, idle milliseconds, deliveries or -1, entry ids ...
--- Renews or transfers the entries that the consumer still holds, and returns the others. XCLAIM alone would take
--- those from their new owner.
-local held, lost = {}, {}
+-- Renews or transfers the entries that the consumer still holds, and returns those of other consumers, which XCLAIM
+-- alone would take from them, and its own that were trimmed, which XCLAIM would drop from the pending entries.
+-- An entry that is neither pending nor in the stream is in neither list: the consumer's copy is the last one.
+local held, lost, trimmed = {}, {}, {}
 for index = 6, #ARGV do
   local pending = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[index], ARGV[index], 1)
+  local exists = #redis.call('XRANGE', KEYS[1], ARGV[index], ARGV[index]) > 0
   if pending[1] and pending[1][2] == ARGV[2] then
-    held[#held + 1] = ARGV[index]
-  else
+    local list = exists and held or trimmed
+    list[#list + 1] = ARGV[index]
+  elseif pending[1] or exists then
     lost[#lost + 1] = ARGV[index]
   end
 end
@@ -225,7 +240,7 @@ if #held > 0 then
   held[#held + 1] = 'JUSTID'
   redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[3], 0, unpack(held))
 end
-return lost
+return {lost, trimmed}
 """)
 
 REMOVE_CONSUMER: Final = Script("""\

@@ -193,6 +193,22 @@ class DeliveryBatch(_Settleable, Generic[T]):
         for index, error in self._rejected.items():
             self._fail((self._entries[index],), error)
 
+    def _fail(self, entries: Sequence[Entry], error: Exception) -> None:
+        """Fail entries. If envelopes cannot be decoded, only their entries fail; the others are handled again."""
+        broken = []
+        if isinstance(error, EventUndecodable) and len(entries) > 1:
+            for entry in entries:
+                try:
+                    decode_envelope(split_entry(entry[1])[0])
+                except EventUndecodable as cause:
+                    broken.append(entry)
+                    super()._fail((entry,), cause)
+        if not broken:
+            super()._fail(entries, error)
+        elif good := [entry for entry in entries if entry not in broken]:
+            self._reader.seen.discard(map(_event_id, good))
+            self._reader.give_back(self._key, good)
+
     async def __aenter__(self) -> list[T]:
         """Return the events."""
         return self.events

@@ -146,7 +146,8 @@ class DeliveryMachine:
         partition = self._partitions[event.command.key]
         partition.cursor = event.cursor
         partition.sweep_at = now if event.cursor != START else now + self.settings.sweep_interval
-        partition.lost_unnamed += sum(1 for entry_id in event.deleted if entry_id not in partition.held)
+        partition.lost_unnamed += len(event.deleted)
+        partition.detach(event.deleted)
         if event.entries:
             self._take(partition, event.entries, event.deliveries, now, commands)
 
@@ -166,9 +167,11 @@ class DeliveryMachine:
         self._answered(event.command)
         partition = self._partitions[event.command.key]
         partition.foreign.update(entry_id for entry_id in event.lost if entry_id in partition.held)
+        partition.detach_pending(event.trimmed)
 
     def _on_handed_back(self, event: table.HandedBack, now: float, commands: list[Command]) -> None:
         self._answered(event.command)
+        self._partitions[event.command.key].detach_pending(event.trimmed)
 
     def _on_unanswered(self, event: table.Unanswered, now: float, commands: list[Command]) -> None:
         command = event.command
@@ -241,7 +244,8 @@ class DeliveryMachine:
             elif made >= self.settings.max_deliveries:
                 letters.append(table.Letter(entry, made, Reason.REASON_DELIVERIES_EXHAUSTED, event.message))
             elif self.state is State.DRAINING:
-                back[entry_id] = made
+                if entry_id not in partition.detached:
+                    back[entry_id] = made
                 partition.forget([entry_id])
             else:
                 due = now + self.settings.backoff.delay(made)
@@ -398,7 +402,8 @@ class DeliveryMachine:
             return
         made = partition.deliveries.get(entry_id, 1) + 1
         partition.deliveries[entry_id] = made
-        self._issue(table.Renew(partition.key, [entry_id], made), commands)
+        if entry_id not in partition.detached:
+            self._issue(table.Renew(partition.key, [entry_id], made), commands)
         self._ready.append((partition, [entry], 0))
 
     def _hand_back(self, commands: list[Command], tried: set[tuple[int, bytes]] | None = None) -> None:
@@ -408,7 +413,7 @@ class DeliveryMachine:
             entries = waiting[begin:]
             back = {}
             for entry in entries:
-                if entry[0] not in partition.foreign:
+                if entry[0] not in partition.foreign and entry[0] not in partition.detached:
                     attempted = tried is not None and (id(partition), entry[0]) in tried
                     back[entry[0]] = partition.deliveries.get(entry[0], 1) - (0 if attempted else 1)
             partition.forget([entry[0] for entry in entries])

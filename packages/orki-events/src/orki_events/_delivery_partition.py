@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -24,8 +24,10 @@ class Partition:
         held: Time at which each held entry arrived, by id.
         deliveries: Deliveries of held entries that were delivered more than once, by id.
         foreign: Held entries that other consumers have claimed.
+        detached: Held entries that were trimmed. The server counts them as lost until they are settled.
         settled: Entries whose acknowledgement is not confirmed yet.
         lost_unnamed: Number of pending entries that were trimmed and that the server has removed itself.
+        kept: Number of lost entries whose report is withheld since they are held.
         cursor: Cursor of the next claim.
         sweep_at: Time of the next claim.
         sweeping, renewing, acking: Whether a Claim, a Renew or an Ack is in progress.
@@ -36,18 +38,21 @@ class Partition:
     held: dict[bytes, float] = field(default_factory=dict)
     deliveries: dict[bytes, int] = field(default_factory=dict)
     foreign: set[bytes] = field(default_factory=set)
+    detached: set[bytes] = field(default_factory=set)
     settled: dict[bytes, None] = field(default_factory=dict)
     lost_unnamed: int = 0
+    kept: int = 0
     cursor: bytes = START
     sweep_at: float = 0.0
     sweeping: bool = False
     renewing: bool = False
     acking: bool = False
     _waiting: dict[Outcome, list[bytes]] = field(default_factory=lambda: {outcome: [] for outcome in Outcome})
+    _regained: dict[Outcome, int] = field(default_factory=dict)
 
     @property
     def unfinished(self) -> bool:
-        return self.recovery is not None or bool(self.settled) or bool(self.lost_unnamed)
+        return self.recovery is not None or bool(self.settled) or bool(self.lost_unnamed) or bool(self.kept)
 
     def admit(self, entries: list[Entry], deliveries: Mapping[bytes, int], now: float) -> list[Entry]:
         """Hold entries and return those to dispatch: neither known already nor trimmed."""
@@ -77,9 +82,27 @@ class Partition:
 
     def settle(self, entry_ids: Sequence[bytes], outcome: Outcome) -> None:
         """Stop holding entries and queue their acknowledgement."""
+        if self.detached and (regained := self.detached.intersection(entry_ids)):
+            # Those are not pending any more; their count moves from the lost ones to the outcome.
+            self.detached -= regained
+            self._regained[outcome] = self._regained.get(outcome, 0) + len(regained)
+            self.forget(list(regained))
+            entry_ids = [entry_id for entry_id in entry_ids if entry_id not in regained]
         self.forget(entry_ids)
         self.settled.update(dict.fromkeys(entry_ids))
         self._waiting[outcome].extend(entry_ids)
+
+    def detach(self, entry_ids: Iterable[bytes]) -> None:
+        """Note that the server has dropped held entries: they are handled from this consumer's copy."""
+        fresh = [entry_id for entry_id in entry_ids if entry_id in self.held and entry_id not in self.detached]
+        self.detached.update(fresh)
+        self.kept += len(fresh)
+
+    def detach_pending(self, entry_ids: Sequence[bytes]) -> None:
+        """Declare trimmed entries as lost that are still pending; those that are held are kept."""
+        self.detach(entry_ids)
+        self.settled.update(dict.fromkeys(entry_ids))
+        self._waiting[Outcome.DECLARED_LOST].extend(entry_ids)
 
     def forget(self, entry_ids: Sequence[bytes]) -> None:
         for entry_id in entry_ids:
@@ -88,25 +111,33 @@ class Partition:
             for entry_id in entry_ids:
                 self.deliveries.pop(entry_id, None)
         self.foreign.difference_update(entry_ids)
+        if self.detached and (dropped := self.detached.intersection(entry_ids)):
+            self.detached -= dropped
+            self.kept -= len(dropped)
 
     def next_ack(self) -> Ack | None:
         """Return the next acknowledgement to send; None while one is in progress or if there is none."""
         if self.acking:
             return None
         for outcome, waiting in self._waiting.items():
-            if waiting or (outcome is Outcome.DECLARED_LOST and self.lost_unnamed):
-                extra = 0
-                if outcome is Outcome.DECLARED_LOST:
+            is_loss = outcome is Outcome.DECLARED_LOST
+            regained = self._regained.pop(outcome, 0) if self._regained else 0
+            if waiting or regained or (is_loss and (self.lost_unnamed or self.kept)):
+                extra = kept = 0
+                if is_loss:
                     extra, self.lost_unnamed = self.lost_unnamed, 0
+                    kept, self.kept = self.kept, 0
                 self._waiting[outcome] = waiting[_MAX_ACKED:]
                 self.acking = True
-                return Ack(self.key, waiting[:_MAX_ACKED], outcome, extra)
+                return Ack(self.key, waiting[:_MAX_ACKED], outcome, extra + regained, kept, regained)
         return None
 
     def due_for_renewal(self, now: float, interval: float, limit: float) -> list[bytes]:
-        """Return entries held for longer than half an interval, shorter than the limit, and not claimed by others."""
+        """Return entries held for longer than half an interval and shorter than the limit, if the server has them."""
         return [
             entry_id
             for entry_id, since in self.held.items()
-            if now - limit < since <= now - interval / 2 and entry_id not in self.foreign
+            if now - limit < since <= now - interval / 2
+            and entry_id not in self.foreign
+            and entry_id not in self.detached
         ]

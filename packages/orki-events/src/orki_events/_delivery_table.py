@@ -74,13 +74,19 @@ class Dispatch:
 class Ack:
     """Acknowledge and count entries. Reply: Acked.
 
-    `extra` is the number of further entries to count, which the server has already removed from the pending ones.
+    Attributes:
+        extra: Number of further entries to count, which are not pending on the server any more.
+        kept: Number of lost entries that the consumer still holds, less those that it held and dropped. They are not
+            reported as lost as long as it holds them.
+        regained: Number of entries that were counted as lost and got another outcome.
     """
 
     key: str
     entry_ids: list[bytes]
     outcome: Outcome
     extra: int = 0
+    kept: int = 0
+    regained: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -189,17 +195,19 @@ class DeadLettered(Event):
 
 @dataclass(frozen=True, slots=True)
 class Renewed(Event):
-    """Entries were renewed, except for the ids in `lost`, which belong to other consumers now."""
+    """Entries were renewed, except for those of other consumers (`lost`) and those that were trimmed."""
 
     command: Renew
     lost: Sequence[bytes]
+    trimmed: Sequence[bytes] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class HandedBack(Event):
-    """Other consumers can claim the entries."""
+    """Other consumers can claim the entries, except for those that were trimmed."""
 
     command: HandBack
+    trimmed: Sequence[bytes] = ()
 
 
 @dataclass(frozen=True, slots=True)

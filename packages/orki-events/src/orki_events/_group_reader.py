@@ -320,8 +320,9 @@ class GroupReader:
                 values = (self.name, letter.entry[0].decode(), letter.deliveries, letter.message)
                 _log.error("%s dead-lettered entry %s after %d deliveries: %s", *values)
         elif isinstance(event, table.Acked) and event.command.outcome is table.Outcome.DECLARED_LOST:
-            lost = event.count + event.command.extra
-            if lost:
+            # Those in hand are not reported before they are dropped unhandled.
+            lost = event.count + event.command.extra - event.command.kept
+            if lost > 0:
                 stream, group = self.member.stream.name, self.member.group.name
                 message = f'{lost} entries of stream "{stream}" were trimmed before group "{group}" had settled them'
                 kind = GapKind.TRIMMED_WHILE_PENDING

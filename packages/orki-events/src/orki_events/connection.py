@@ -375,7 +375,8 @@ class Connection:
                     reply = self.address.error(_error_text(reply))
                 replies.append(reply)
         except (redis.RedisError, OSError) as error:
-            raise self.address.unavailable(str(error) or type(error).__name__) from error
+            # redis-py closes the connection to a server that loads its data.
+            raise self._failure(error) from error
         return replies
 
     async def _drop(self, *, wait: bool = False) -> None:

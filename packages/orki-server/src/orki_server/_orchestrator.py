@@ -38,6 +38,8 @@ from orki_server._explain import Explainer
 from orki_server._families import Families
 from orki_server._files import WatchedFiles, server_credentials, watch_certificates, watch_files
 from orki_server._fleet import FleetServicer, FleetUpdates, Handshake
+from orki_server._health.loop import HealthLoop
+from orki_server._health.probe import ServerProbe
 from orki_server._identity import Gate
 from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._relay import Relay
@@ -61,9 +63,13 @@ SERVICES: Final = tuple(
 )
 """Full names of the orchestrator's gRPC services."""
 
+EVENTS_SERVICE: Final = "orki.events"
+"""Name under which the health service reports the event plane."""
+
 _STOP_TIMEOUT: Final = 1.0
 _PUBLISH_TIMEOUT: Final = 2.0
 """Maximum time for the events that are left at the end."""
+_PROBE_TIMEOUT: Final = 2.0
 _STREAMS_PER_CONNECTION: Final = 1_000
 _log = logging.getLogger("orki.server")
 
@@ -95,6 +101,7 @@ class Orchestrator:
         self._failed = asyncio.Event()
         self._health = health.aio.HealthServicer()
         self._health_changed = asyncio.Event()
+        self._watch = HealthLoop(_probes(options), self._health_changed.set)
         limits = connection_limits(
             wanted=options.max_connections,
             per_address=options.max_connections_per_address,
@@ -237,11 +244,12 @@ class Orchestrator:
 
         Raises:
             StoreUnavailable: The store is down.
-            InvalidSetting: The port is taken, or the store has another layout.
+            InvalidSetting: The port is taken, the store has another layout, or a server evicts keys.
             ContractMismatch: A stream that it publishes is registered by an incompatible contract.
         """
         try:
             await self._store.open()
+            await self._watch.refuse_evicting()
             await self._events.__aenter__()
             await self._prepare_streams()
             await self._registry.refresh()
@@ -265,6 +273,7 @@ class Orchestrator:
             ("wake-ups", self._wakeups.run()),
             ("scheduler", self._scheduler.run()),
             ("health", self._report_health()),
+            ("health loop", self._watch.run()),
             ("files", watch_files(self._files)),
             ("connections", self._connections.run(int(self.address.rpartition(":")[2]))),
         ):
@@ -330,6 +339,7 @@ class Orchestrator:
         await self._close_connections()
 
     async def _close_connections(self) -> None:
+        await self._watch.close()
         await self._events.close()
         await self._store.close()
 
@@ -382,11 +392,21 @@ class Orchestrator:
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     async def _report_health(self) -> None:
-        """Keep `grpc.health.v1` up to date: NOT_SERVING while the store is down."""
+        """Keep `grpc.health.v1` up to date: NOT_SERVING while the store is down, or in a state that loses work."""
         status = health_pb2.HealthCheckResponse
+        events = "events_server" if self.options.events_url else "store"
         while True:
             await self._health_changed.wait()
             self._health_changed.clear()
-            state = status.SERVING if self._store.up else status.NOT_SERVING
+            store = self._store.up and self._watch.serving("store")
             for service in ("", *SERVICES):
-                await self._health.set(service, state)
+                await self._health.set(service, status.SERVING if store else status.NOT_SERVING)
+            serving = self._watch.serving(events)
+            await self._health.set(EVENTS_SERVICE, status.SERVING if serving else status.NOT_SERVING)
+
+
+def _probes(options: OrchestratorOptions) -> list[ServerProbe]:
+    addresses = {"store": options.store_address}
+    if options.events_url:
+        addresses["events_server"] = options.events_address
+    return [ServerProbe(address, server=name, timeout=_PROBE_TIMEOUT) for name, address in addresses.items()]

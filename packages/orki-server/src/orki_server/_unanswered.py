@@ -65,7 +65,7 @@ class UnansweredOffers:
             await asyncio.sleep(_POLL)
 
     async def _settle(self) -> None:
-        offers = self._offers
+        offers = list(self._offers)
         current = await self._fleet.current_sessions({each.agent_id for each in offers})
         now = time.monotonic()
         kept = []

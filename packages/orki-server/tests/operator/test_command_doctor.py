@@ -36,7 +36,7 @@ async def doctor(orki: Any, url: str, orchestrator: str, *more: str) -> tuple[in
     found = json.loads(ended.out)
     checks = {each["name"]: each for each in found["checks"]}
     for each in checks.values():
-        assert sorted(each) == ["cause", "figure", "name", "next_step", "verdict"]
+        assert sorted(each) == ["cause", "figure", "name", "next_step", "state", "verdict"]
         assert each["verdict"] == "ok" or (each["cause"] and each["next_step"]), each
     assert found["healthy"] == (ended.code == 0)
     return ended.code, checks

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import pytest
 
-from orki_server._cli.doctor import Health, check_dead_letters, check_groups, check_store, parse_info
+from orki_server._health.findings import (
+    STATES,
+    Check,
+    Health,
+    Snapshot,
+    check_dead_letters,
+    check_groups,
+    check_server,
+    parse_info,
+)
 from orki_server._observers.stream_stats import GroupStats
 
 HEALTHY = """# Server
@@ -24,13 +31,20 @@ rdb_last_bgsave_status:ok
 """
 
 
+def _checks(text: str, replicas: int = 0) -> list[Check]:
+    snapshot = Snapshot(shown="the server", timeout=1.0, info=parse_info(text), replicas=replicas)
+    first, *others = check_server(snapshot)
+    assert (first.name, first.state) == ("store.reachable", "ok")
+    return others
+
+
 def _verdicts(changes: str = "") -> dict[str, tuple[Health, str]]:
-    info = parse_info(HEALTHY + changes)
-    checks = list(check_store(info))
+    checks = _checks(HEALTHY + changes)
     for check in checks:
         assert bool(check.cause) == (check.verdict is not Health.OK), check
         assert bool(check.next_step) == (check.verdict is not Health.OK), check
-        assert sorted(asdict(check)) == ["cause", "figure", "name", "next_step", "verdict"]
+        assert sorted(check.to_json()) == ["cause", "figure", "name", "next_step", "state", "verdict"]
+        assert check.state in STATES
     return {check.name: (check.verdict, check.figure) for check in checks}
 
 
@@ -43,6 +57,7 @@ def test_a_healthy_store() -> None:
         "store.evicted": (Health.OK, "0 keys"),
         "store.memory": (Health.OK, "1.0 MiB of 100.0 MiB (1% of maxmemory)"),
         "store.persistence": (Health.OK, "append-only file"),
+        "store.replication": (Health.OK, "no replicas"),
     }
 
 
@@ -74,12 +89,33 @@ def test_each_store_state_has_a_result(change: str, name: str, verdict: Health, 
     [("6.0.16", Health.BAD), ("6.2.0", Health.OK), ("8.2.1", Health.WARN), ("8.2.3", Health.OK)],
 )
 def test_redis_versions(version: str, verdict: Health) -> None:
-    info = parse_info(f"redis_version:{version}\n")
-    assert next(check_store(info)).verdict is verdict
+    assert _checks(f"redis_version:{version}\n")[0].verdict is verdict
 
 
 def test_missing_info_fields_are_tolerated() -> None:
-    assert {check.verdict for check in check_store({})} <= set(Health)
+    assert {check.verdict for check in _checks("")} <= set(Health)
+
+
+def _replica(lag: int = 1, offset: int = 1_000, state: str = "online") -> str:
+    line = f"slave0:ip=10.0.0.2,port=6379,state={state},offset={offset},lag={lag},type=replica"
+    return f"master_repl_offset:1000\nrepl_backlog_size:1000\n{line}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "seen", "state", "figure"),
+    [
+        (_replica(), 1, "ok", "1 of 1 replica, 0 B and 1 s behind"),
+        (_replica(lag=5), 1, "replica-behind", "1 of 1 replica, 0 B and 5 s behind"),
+        (_replica(offset=499), 1, "replica-behind", "1 of 1 replica, 501 B and 1 s behind"),
+        (_replica(state="wait_bgsave"), 1, "replica-behind", "1 of 1 replica, 0 B and 1 s behind"),
+        (_replica(lag=20), 1, "replica-lost", "1 of 1 replica, 0 B and 20 s behind"),
+        (_replica(), 2, "replica-lost", "1 of 2 replicas, 0 B and 1 s behind"),
+        ("", 1, "replica-lost", "0 of 1 replica, 0 B and 0 s behind"),
+    ],
+)
+def test_replicas(text: str, seen: int, state: str, figure: str) -> None:
+    (check,) = (each for each in _checks(HEALTHY + text, seen) if each.name == "store.replication")
+    assert (check.state, check.figure) == (state, figure)
 
 
 def _group(
