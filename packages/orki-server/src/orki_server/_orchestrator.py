@@ -45,7 +45,7 @@ from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._relay import Relay
 from orki_server._requests import TypedRequests
 from orki_server._schedules import Scheduler, Schedules, ScheduleServicer
-from orki_server._session import SessionRegistry
+from orki_server._session import SessionRegistry, idle_interval
 from orki_server._sessions import Reports, SessionServicer
 from orki_server._settings import OrchestratorOptions, parse_listen
 from orki_server._store.contracts import Contracts
@@ -144,6 +144,7 @@ class Orchestrator:
             on_queued=self._task_queued,
             on_refused=agent_events.refused,
             on_unanswered=lambda session, attempts: self._unanswered.add(session, attempts),
+            idle_interval=lambda: idle_interval(len(sessions), options.heartbeat_interval),
         )
         self._unanswered = UnansweredOffers(store, fleet, reports.settled)
         self._dispatcher = Dispatcher(

@@ -41,6 +41,10 @@ _WRITE_TIMEOUT: Final = 20.0
 """Maximum time for one write: an agent that does not read must not fill the memory."""
 _DIRECTIVES: Final = 1_000
 """Maximum number of directives that wait for the agent's answer."""
+_IDLE_HEARTBEATS: Final = 200
+"""Number of heartbeats in a second above which agents without attempts send fewer."""
+_LONGEST_IDLE: Final = 2.5
+"""Maximum number of intervals between two of them. Other orchestrators miss an agent after a little more than three."""
 _log = logging.getLogger("orki.server.sessions")
 
 
@@ -313,3 +317,13 @@ class SessionRegistry(dict[str, AgentSession]):
             return False
         del self[session.agent_id]
         return True
+
+
+def idle_interval(sessions: int, interval: float) -> float:
+    """Return the time between heartbeats of agents without attempts, so that their number in a second is bounded.
+
+    Args:
+        sessions: Number of sessions.
+        interval: Time between heartbeats of agents with attempts.
+    """
+    return min(max(interval, sessions / _IDLE_HEARTBEATS), _LONGEST_IDLE * interval)

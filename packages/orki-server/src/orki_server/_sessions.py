@@ -109,6 +109,7 @@ class Reports:
         on_queued: Called with shard and method of a task that is queued again, and the wait before it is.
         on_refused: Called with agent, task and error of a refused report.
         on_unanswered: Called with a session that ended and the offers that it did not answer.
+        idle_interval: Returns the time between heartbeats of agents without attempts.
         counts: Numbers of reports.
     """
 
@@ -118,6 +119,7 @@ class Reports:
     on_queued: Callable[[int, str, float], None]
     on_refused: Callable[[str, str, OrkiError], None]
     on_unanswered: Callable[[AgentSession, Iterable[AttemptKey]], None]
+    idle_interval: Callable[[], float] = lambda: 0.0
     counts: ReportCounts = field(default_factory=ReportCounts)
     _postponed: set[AgentSession] = field(default_factory=set, init=False)
     _postponed_until: float = field(default=0.0, init=False)
@@ -125,7 +127,7 @@ class Reports:
     def accepted(
         self, session: AgentSession, attempts: Iterable[AttemptKey], events: Iterable[OrchestratorEvent]
     ) -> None:
-        """The agent accepted offers. Where `events`, which arrived together, have the result, it starts the attempt."""
+        """The agent accepted offers. A result that arrived with them, among `events`, starts its attempt itself."""
         results = [result for event in events if isinstance(event, ResultsArrived) for result in event.results]
         started = {attempt for attempt, result in results if result.WhichOneof("outcome") != "cancelled"}
         for key in attempts:
@@ -188,7 +190,7 @@ class Reports:
     def heartbeat(self, session: AgentSession, heartbeat: HeartbeatArrived) -> None:
         """Renew the agent's leases, then echo the heartbeat."""
         if not self.store.up:
-            session.machine.echo(heartbeat.number)
+            session.machine.echo(heartbeat.number, self.idle_interval())
             return
         shards: dict[int, list[AttemptKey]] = {}
         for key in heartbeat.running:
@@ -204,12 +206,12 @@ class Reports:
                 # The cancel came through another orchestrator, and was lost.
                 session.machine.cancel(key, grace_ms=round(grace * 1000), message=CANCEL_REQUESTED)
             if pending == 0:
-                session.machine.echo(heartbeat.number)
+                session.machine.echo(heartbeat.number, self.idle_interval())
 
         for shard, keys in shards.items():
             self._enqueue(session, partial(operations.renew, shard, session.agent_id, keys), renewed)
         if not shards:
-            session.machine.echo(heartbeat.number)
+            session.machine.echo(heartbeat.number, self.idle_interval())
 
     def unknown(self, session: AgentSession, attempts: Iterable[AttemptKey]) -> None:
         """The session's machine refused reports about attempts that it does not know."""

@@ -89,6 +89,7 @@ class AgentReports(SessionMachine):
         # The orchestrator counts the lease from the time it reads the answer, which is later.
         held.renewed_at = now
         self._attempts.lease_changed(held)
+        self._heartbeats.hasten(now, self._attempts)
         message = pb.AgentMessage(traceparent=held.traceparent, accepted=pb.Accepted(attempt=held.ref))
         held.accepted_at = now
         if self._quick and self.on_later is not None:
