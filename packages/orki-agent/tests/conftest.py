@@ -35,7 +35,7 @@ from orki_server.embedded import EmbeddedServer
 
 PACKAGE = "agentwork.v1"
 FIELDS = {
-    "WorkRequest": (("text", 9), ("seconds", 1), ("blob", 12)),
+    "WorkRequest": (("text", 9), ("seconds", 1), ("blob", 12), ("token", 9)),
     "WorkResponse": (("text", 9), ("blob", 12)),
     "WorkProgress": (("number", 13), ("blob", 12)),
     "WorkDirective": (("text", 9),),
@@ -64,7 +64,10 @@ def work_image() -> bytes:
     for name, fields in FIELDS.items():
         message = file.message_type.add(name=name)
         for number, (field_name, kind) in enumerate(fields, 1):
-            message.field.add(name=field_name, number=number, type=kind, label=1)  # type: ignore[arg-type]
+            added = message.field.add(name=field_name, number=number, type=kind, label=1)  # type: ignore[arg-type]
+            if field_name == "token":
+                # (orki.options.v1.sensitive) is field 50821 of FieldOptions.
+                added.options.MergeFromString(bytes((0xA8, 0xE8, 0x18, 1)))
     for service in ("WorkService", "GrindService"):
         method = file.service.add(name=service).method.add(
             name="Work", input_type=f".{PACKAGE}.WorkRequest", output_type=f".{PACKAGE}.WorkResponse"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, ClassVar, Final
 
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from orki.control.v1.attempt_pb2 import Failure
 from orki.control.v1.session_pb2 import SuspendedOutcome
@@ -74,16 +75,27 @@ class Execution(ABC):
     def finish(self, response: object, error: BaseException | None) -> None:
         """Take the handler's response or exception. Call it once, in the handler's thread or loop."""
         self.ended = True
+        handled: tuple[object, ...] = ()
         if error is None:
             outcome = outcome_of_response(self.handler, response)
         else:
-            outcome = outcome_of_error(error, cancelled=self.cancelled)
+            handled = self._handled()
+            outcome = outcome_of_error(error, cancelled=self.cancelled, handled=handled)
         try:
-            self._log_end(outcome, error)
+            self._log_end(outcome, error, handled)
         finally:
             self._on_end(outcome)
 
-    def _log_end(self, outcome: Outcome, error: BaseException | None) -> None:
+    def _handled(self) -> tuple[object, ...]:
+        """Return the messages that the handler had, whose sensitive values no error may show."""
+        task, found = self.handler.task, []
+        for kind, payload in ((task.request, self.offered.request), (task.checkpoint, self.checkpoint)):
+            with contextlib.suppress(DecodeError):
+                if payload is not None and issubclass(kind, Message):
+                    found.append(kind.FromString(payload))
+        return tuple(found)
+
+    def _log_end(self, outcome: Outcome, error: BaseException | None, handled: tuple[object, ...]) -> None:
         # Only the log carries the traceback, and the place of a handler that returned something else.
         what = f"{self.offered.attempt} of {self.handler.name}"
         if error is None:
@@ -92,9 +104,9 @@ class Execution(ABC):
         elif isinstance(outcome, SuspendedOutcome):
             _log.info("%s is suspended: %s", what, outcome.question)
         elif self.cancelled:
-            _log.info("%s ended after its cancel: %s: %s", what, name_of(type(error)), text_of(error))
+            _log.info("%s ended after its cancel: %s: %s", what, name_of(type(error)), text_of(error, handled))
         else:
-            log_error(_log, logging.WARNING, f"{what} failed", error)
+            log_error(_log, logging.WARNING, f"{what} failed", error, handled)
 
 
 class Credits:

@@ -10,6 +10,7 @@ import asyncio
 import inspect
 import logging
 import traceback
+from collections.abc import Iterable
 from typing import Any, Final
 
 from google.protobuf.message import DecodeError, Message
@@ -19,6 +20,7 @@ from orki.control.v1.session_pb2 import CancelledOutcome
 from orki_agent._checkpoints import Suspending
 from orki_agent._services import Handler
 from orki_contract.errors import Cancelled, ChildFailed, HandlerRejected, InvalidArgument, OrkiError, Reason
+from orki_contract.masking import mask
 from orki_control.session import Outcome
 
 MESSAGE_CHARACTERS: Final = 2000
@@ -61,12 +63,13 @@ def outcome_of_response(handler: Handler, response: object) -> Outcome:
         return Failure(reason=Reason.REASON_INVALID_RESPONSE, message=bounded(text))
 
 
-def outcome_of_error(error: BaseException, *, cancelled: bool) -> Outcome:
+def outcome_of_error(error: BaseException, *, cancelled: bool, handled: Iterable[object] = ()) -> Outcome:
     """Return the outcome of a handler that raised.
 
     Args:
         error: The exception.
         cancelled: Whether the attempt was cancelled before; then a cancellation error confirms the cancel.
+        handled: Messages whose sensitive values the outcome must not show.
     """
     kind = type(error)
     if (suspending := _suspending(error)) is not None:
@@ -80,7 +83,7 @@ def outcome_of_error(error: BaseException, *, cancelled: bool) -> Outcome:
         reason = Reason.REASON_CHILD_FAILED
     elif issubclass(kind, Undecodable):
         reason = Reason.REASON_INVALID_ARGUMENT
-    return Failure(reason=reason, message=text_of(error), error_type=bounded(name_of(kind), _TYPE_CHARACTERS))
+    return Failure(reason=reason, message=text_of(error, handled), error_type=bounded(name_of(kind), _TYPE_CHARACTERS))
 
 
 def _suspending(error: BaseException) -> Suspending | None:
@@ -100,23 +103,31 @@ def _is_child_failed(error: BaseException) -> bool:
     return type(error) is ExceptionGroup and error.split(ChildFailed)[1] is None
 
 
-def text_of(error: BaseException) -> str:
-    """Return the bounded text of an exception, of characters that UTF-8 can encode."""
+def text_of(error: BaseException, handled: Iterable[object] = ()) -> str:
+    """Return the bounded text of an exception, of characters that UTF-8 can encode, without sensitive values."""
     try:
-        return bounded(str(error.message if issubclass(type(error), OrkiError) else error))  # type: ignore[attr-defined]
+        text = str(error.message if issubclass(type(error), OrkiError) else error)  # type: ignore[attr-defined]
+        # Masked before it is cut, since a part of a value is not recognised.
+        return bounded(mask(bounded(text, _TRACE_BYTES), handled))
     except BaseException:
         return _UNREADABLE
 
 
-def log_error(log: logging.Logger, level: int, what: str, error: BaseException) -> None:
-    """Log an exception with its traceback; without its chain where that cannot be formatted, encoded or is too long."""
-    text = text_of(error)
+def log_error(log: logging.Logger, level: int, what: str, error: BaseException, handled: Iterable[object] = ()) -> None:
+    """Log an exception with its traceback, without the sensitive values of what was handled.
+
+    The chain of causes is left out where it cannot be formatted, encoded or is too long.
+    """
+    text = text_of(error, handled)
     try:
         trace = "".join(traceback.format_exception(error)) if not text.endswith("…") else ""
         complete = 0 < len(trace.encode()) <= _TRACE_BYTES
+        masked = mask(trace, handled)
     except BaseException:
-        complete = False
-    if complete:
+        complete, trace, masked = False, "", ""
+    if complete and masked != trace:
+        log.log(level, "%s\n%s", what, masked.rstrip())
+    elif complete:
         log.log(level, "%s", what, exc_info=(type(error), error, error.__traceback__))
     else:
         stack = bounded("".join(traceback.format_tb(error.__traceback__)), _TRACE_BYTES)

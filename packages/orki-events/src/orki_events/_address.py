@@ -166,6 +166,26 @@ def parse_address(
     subject = f"the {role}'s URL"
     if several := re.fullmatch(r"(rediss?)\+(cluster|sentinel)://(?:(.*)@)?([^@/?]*)/?([^?]*)(\?.*)?", url):
         return _parse_several(subject, role, several.groups(default=""), username, password)
+    split, host = _split(subject, url)
+    settings = _options(subject, split)
+    if split.scheme == "unix":
+        location = unquote(split.path)
+        if split.netloc.rpartition("@")[2] or len(location) < 2 or "\0" in location:
+            raise errors.InvalidSetting(f"{subject} must have the form unix:///PATH")
+        settings["path"] = location
+        public = f"unix://{split.path}" + (f"?db={settings['db']}" if "db" in settings else "")
+    else:
+        _read_database(subject, split, settings)
+        settings["host"], settings["port"] = host or "localhost", split.port or _DEFAULT_PORT
+        location = f"[{host}]:{settings['port']}" if ":" in host else f"{settings['host']}:{settings['port']}"
+        public = f"{split.scheme}://{location}" + (f"/{settings['db']}" if "db" in settings else "")
+    settings["username"] = username if username is not None else unquote(split.username or "") or None
+    settings["password"] = password if password is not None else unquote(split.password or "") or None
+    return Address(role, location, public, settings, split.scheme == "rediss")
+
+
+def _split(subject: str, url: str) -> tuple[SplitResult, str]:
+    """Return the parts of a URL of one server, and its host without percent-encoding."""
     if not url.startswith(("redis://", "rediss://", "unix://")):
         raise errors.InvalidSetting(
             f"{subject} must begin with redis://, rediss:// or unix:// (as in redis://127.0.0.1:6379/0), or with "
@@ -179,33 +199,18 @@ def parse_address(
     )
     try:
         split = urlsplit(url)
-        host, port = unquote(split.hostname or "").lower(), split.port
-        pairs = parse_qsl(split.query, keep_blank_values=True, strict_parsing=True) if split.query else []
+        host = unquote(split.hostname or "").lower()
         host.encode("idna")
+        invalid = split.port == 0
+        if split.query:
+            parse_qsl(split.query, keep_blank_values=True, strict_parsing=True)
     except ValueError:
         # `from None`: the message of urllib quotes a part of the URL that may be the password.
         raise malformed from None
     # An `@` after the host belongs to a user or password with an unencoded `/`, `?` or `#`.
-    if split.fragment or "@" in split.path + split.query or port == 0 or re.search(r"[^\w.:-]", host):
+    if invalid or split.fragment or "@" in split.path + split.query or re.search(r"[^\w.:-]", host):
         raise malformed
-    query = dict(pairs)
-    if len(query) < len(pairs):
-        raise errors.InvalidSetting(f"{subject} has an option twice")
-    settings = _options(subject, split.scheme, query)
-    if split.scheme == "unix":
-        location = unquote(split.path)
-        if split.netloc.rpartition("@")[2] or len(location) < 2 or "\0" in location:
-            raise errors.InvalidSetting(f"{subject} must have the form unix:///PATH")
-        settings["path"] = location
-        public = f"unix://{split.path}" + (f"?db={settings['db']}" if "db" in settings else "")
-    else:
-        _read_database(subject, split, settings)
-        settings["host"], settings["port"] = host or "localhost", port or _DEFAULT_PORT
-        location = f"[{host}]:{settings['port']}" if ":" in host else f"{settings['host']}:{settings['port']}"
-        public = f"{split.scheme}://{location}" + (f"/{settings['db']}" if "db" in settings else "")
-    settings["username"] = username if username is not None else unquote(split.username or "") or None
-    settings["password"] = password if password is not None else unquote(split.password or "") or None
-    return Address(role, location, public, settings, split.scheme == "rediss")
+    return split, host
 
 
 def _parse_several(
@@ -245,14 +250,18 @@ def _parse_several(
     )
 
 
-def _options(subject: str, scheme: str, query: dict[str, str]) -> dict[str, Any]:
+def _options(subject: str, split: SplitResult) -> dict[str, Any]:
+    pairs = parse_qsl(split.query, keep_blank_values=True)
+    query = dict(pairs)
+    if len(query) < len(pairs):
+        raise errors.InvalidSetting(f"{subject} has an option twice")
     settings: dict[str, Any] = {}
     for name, value in query.items():
         if name not in _OPTIONS:
             # Another text may be a part of a password with an unencoded `?`.
             shown = f' "{name}"' if re.fullmatch(r"[a-z_]+", name) else ""
             raise errors.InvalidSetting(f"{subject} has an unknown option{shown} (known: {', '.join(_OPTIONS)})")
-        if name.startswith("ssl_") and scheme != "rediss":
+        if name.startswith("ssl_") and split.scheme != "rediss":
             raise errors.InvalidSetting(f"{subject} has the option {name}, which requires rediss://")
         if name == "db":
             settings["db"] = _database(subject, value)

@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError, Message
 from orki.events.v1.envelope_pb2 import Envelope
 from orki_contract import EventStream
 from orki_contract.errors import EventUndecodable, HandlerFailed, HandlerRejected, InvalidSetting, OrkiError
+from orki_contract.masking import masked_trace
 from orki_contract.trace import Span, use_span
 from orki_events._delivery_table import Dispatch, Entry
 from orki_events._group_reader import GroupReader
@@ -76,9 +77,14 @@ class _Settleable(ABC):
     @abstractmethod
     def _succeed(self) -> None: ...
 
+    @property
+    @abstractmethod
+    def _handled(self) -> Sequence[object]:
+        """The events, whose sensitive values no error may show."""
+
     def _fail(self, entries: Sequence[Entry], error: Exception) -> None:
         self._reader.seen.discard(map(_event_id, entries))
-        self._reader.failed(self._key, entries, error, isinstance(error, _PERMANENT))
+        self._reader.failed(self._key, entries, error, isinstance(error, _PERMANENT), self._handled)
 
     def _close(self) -> bool:
         was_open, self._open = self._open, False
@@ -140,6 +146,10 @@ class Delivery(_Settleable, Generic[T]):
     def _succeed(self) -> None:
         self._reader.succeeded(self._key, self._entries[0][0])
 
+    @property
+    def _handled(self) -> Sequence[object]:
+        return (self.event,)
+
     async def __aenter__(self) -> T:
         """Return the event."""
         return self.event
@@ -192,6 +202,10 @@ class DeliveryBatch(_Settleable, Generic[T]):
         self._reader.succeeded_all(self._key, good)
         for index, error in self._rejected.items():
             self._fail((self._entries[index],), error)
+
+    @property
+    def _handled(self) -> Sequence[object]:
+        return self.events
 
     def _fail(self, entries: Sequence[Entry], error: Exception) -> None:
         """Fail entries. If envelopes cannot be decoded, only their entries fail; the others are handled again."""
@@ -450,7 +464,7 @@ class PushRun:
                 with use_span(span.child() if span is not None else None):
                     await self._call(delivery.event, delivery)
             except Exception as error:
-                self._log_failure(error, delivery.entry_id)
+                self._log_failure(error, delivery.entry_id, (delivery.event,))
                 delivery.retry(error)
             except BaseException:
                 delivery.give_back()
@@ -464,7 +478,7 @@ class PushRun:
                 async with batch as events:
                     await self._call(events, batch)
             except Exception as error:
-                self._log_failure(error, f"{batch.entry_ids[0]} and {len(batch) - 1} more")
+                self._log_failure(error, f"{batch.entry_ids[0]} and {len(batch) - 1} more", batch.events)
 
     async def _call(self, *arguments: Any) -> None:
         limit = self._declared.options.handler_timeout
@@ -480,8 +494,11 @@ class PushRun:
                 raise HandlerFailed(f"the handler took more than {limit:g} s") from error
             raise
 
-    def _log_failure(self, error: Exception, entries: str) -> None:
-        _log.warning("%s failed on entry %s", self.reader.name, entries, exc_info=error)
+    def _log_failure(self, error: Exception, entries: str, events: Sequence[object]) -> None:
+        if (trace := masked_trace(error, events)) is None:
+            _log.warning("%s failed on entry %s", self.reader.name, entries, exc_info=error)
+        else:
+            _log.warning("%s failed on entry %s\n%s", self.reader.name, entries, trace.rstrip())
 
 
 async def run_until(runs: list[PushRun], stop: asyncio.Event | None, drain_timeout: float) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from orki_contract.errors import ContractMismatch, EventsUnavailable, LocalProtocolError, OrkiError, Reason
+from orki_contract.masking import mask
 from orki_events import _delivery_table as table
 from orki_events._commands import CommandExecutor, GroupMember
 from orki_events._delivery import DeliveryMachine
@@ -113,11 +114,26 @@ class GroupReader:
         if entry_ids:
             self._receive(table.Succeeded(key, entry_ids))
 
-    def failed(self, key: str, entries: Sequence[table.Entry], error: BaseException, final: bool = False) -> None:
-        """Report entries whose handling failed; `final` sends them to the dead letters at once."""
+    def failed(
+        self,
+        key: str,
+        entries: Sequence[table.Entry],
+        error: BaseException,
+        final: bool = False,
+        events: Sequence[object] = (),
+    ) -> None:
+        """Report entries whose handling failed.
+
+        Args:
+            key: The partition.
+            entries: The entries.
+            error: Why it failed.
+            final: Whether the entries go to the dead letters at once.
+            events: What was handled: the message of the error is stored without their sensitive values.
+        """
         reason = error.reason if isinstance(error, OrkiError) else Reason.REASON_HANDLER_FAILED
         message = error.message if isinstance(error, OrkiError) else f"{type(error).__name__}: {error}"
-        self._receive(table.Failed(key, entries, reason, message, final))
+        self._receive(table.Failed(key, entries, reason, mask(message, events), final))
 
     def give_back(self, key: str, entries: list[table.Entry]) -> None:
         self._receive(table.Returned(key, entries))

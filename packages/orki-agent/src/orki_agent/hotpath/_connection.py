@@ -210,7 +210,7 @@ class Connection:
         try:
             reply = self._context.copy().run(call.tool.handler, request, call)
         except BaseException as error:
-            answer = error_frame(call, error)
+            answer = error_frame(call, error, request)
         else:
             answer = reply_frame(call, reply, self._max_frame_bytes)
         lock = self._lock
@@ -252,7 +252,7 @@ class Connection:
         try:
             reply = context.run(call.tool.handler, request, call)
         except BaseException as error:
-            answer = error_frame(call, error)
+            answer = error_frame(call, error, request)
         else:
             answer = reply_frame(call, reply, self._max_frame_bytes)
         call.tool.ran_detached(monotonic() - call.started, BLOCKING_AFTER / 4)

@@ -15,6 +15,7 @@ from orki_agent.hotpath._machine import BRIDGE_CALL, BridgeCall
 from orki_agent.hotpath._tool_codec import PayloadCodec, codec_of
 from orki_agent.hotpath.frames import HEADER, HEADER_BYTES, NO_TRACE, REPLY_PREFIX, encode_error
 from orki_contract import AsyncToolService, SyncToolService, Tool, errors
+from orki_contract.masking import mask, masked_trace
 from orki_contract.trace import Span
 
 _log = logging.getLogger("orki_agent.hotpath")
@@ -148,14 +149,22 @@ def reply_frame(call: Call, reply: Any, max_frame_bytes: int) -> bytes:
     )
 
 
-def error_frame(call: Call, error: BaseException) -> bytes:
-    """Return the ErrorFrame for a handler's exception. Tracebacks are logged here and not sent."""
+def error_frame(call: Call, error: BaseException, request: object = None) -> bytes:
+    """Return the ErrorFrame for a handler's exception, without the request's sensitive values.
+
+    Tracebacks are logged here and not sent.
+    """
     if isinstance(error, _PASSED_ON):
-        return encode_error(call.correlation, error)
+        text = mask(error.message, (request,))
+        return encode_error(call.correlation, error if text == error.message else type(error)(text))
     if call.cancelled:
         return encode_error(call.correlation, errors.ToolCancelled(f"{call.tool.name} was cancelled"))
-    _log.error("the handler of %s failed", call.tool.name, exc_info=error)
-    return encode_error(call.correlation, errors.ToolFailed(f"{call.tool.name}: {type(error).__name__}: {error}"))
+    if (trace := masked_trace(error, (request,))) is None:
+        _log.error("the handler of %s failed", call.tool.name, exc_info=error)
+    else:
+        _log.error("the handler of %s failed\n%s", call.tool.name, trace.rstrip())
+    text = mask(f"{type(error).__name__}: {error}", (request,))
+    return encode_error(call.correlation, errors.ToolFailed(f"{call.tool.name}: {text}"))
 
 
 Finish = Callable[[Call, bytes], object]
@@ -207,6 +216,6 @@ class HandlerLoop:
             reply = await call.tool.handler(request, call)
         except BaseException as error:
             call.cancelled = call.cancelled or isinstance(error, asyncio.CancelledError)
-            finish(call, error_frame(call, error))
+            finish(call, error_frame(call, error, request))
             return
         finish(call, reply_frame(call, reply, self._max_frame_bytes))
