@@ -205,6 +205,8 @@ class Batcher:
         for entry in batch:
             shards.setdefault(entry.operation.shard, []).append(entry)
         commands = [self._command(shard, entries) for shard, entries in shards.items()]
+        if bulk:
+            await self._load(commands[0], script_for(self._script, _kinds(next(iter(shards.values())))))
         calls = await self._connection.operate(commands, bulk=bulk)
         if missing := [position for position, call in enumerate(calls) if isinstance(call.reply, ScriptMissing)]:
             # Only these are sent again: the others were applied. EVAL also loads the script.
@@ -219,6 +221,13 @@ class Batcher:
                 if len(call.reply) > len(entries):
                     self.on_timer(entries[0].operation.shard, int(call.reply.pop()) / 1000)
                 self._resolve(entries, call.reply, call.settle)
+
+    async def _load(self, command: Sequence[Argument], script: Script) -> None:
+        """Let the server load the script of a command without its operations, which would be sent twice."""
+        empty = command[: 5 + int(command[2])]
+        (call,) = await self._connection.operate([empty], bulk=True)
+        if isinstance(call.reply, ScriptMissing):
+            await self._connection.operate([["EVAL", script.text, *empty[2:]]], bulk=True)
 
     def _command(self, shard: int, entries: Sequence[_Entry]) -> list[Argument]:
         keys, limits = [self._prefixes[shard]], ""
