@@ -12,6 +12,8 @@ from orki_contract.transitions import Transitions
 from orki_control.session import AGENT, ATTEMPT, ORCHESTRATOR
 from orki_control.submitter import CLIENT, REQUEST, SERVING
 from orki_events._delivery_table import TRANSITIONS as DELIVERY
+from orki_events._ownership import LEASE_TRANSITIONS as LEASE
+from orki_events._position_table import TRANSITIONS as POSITION
 from orki_server._store.lifecycle import TASK_LIFE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +58,16 @@ MACHINES: Final[tuple[tuple[str, str, Transitions[Any]], ...]] = (
         "The delivery of events",
         "One machine for each consumer of a group. `orki_events/_delivery_table.py`",
         DELIVERY,
+    ),
+    (
+        "The ownership of a partition",
+        "Each partition of an ordered stream, as one consumer sees it. `orki_events/_ownership.py`",
+        LEASE,
+    ),
+    (
+        "The position of a group",
+        "One machine for each partition, and for each group, that a process knows. `orki_events/_position_table.py`",
+        POSITION,
     ),
     (
         "A tool connection at the bridge",

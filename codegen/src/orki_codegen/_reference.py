@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from orki_codegen._tree import MARK
 from orki_contract.descriptors import MessageNode, Path, Schema, ServiceNode, field_path, is_repeated
-from orki_contract.model import ExternalGroup, Frame, Retention, Stream, TaskMethod, ToolMethod, duration_text
+from orki_contract.model import Budget, ExternalGroup, Frame, Retention, Stream, TaskMethod, ToolMethod, duration_text
 from orki_contract.read import ReadContract
 
 REFERENCE: Final = "docs/reference"
@@ -214,4 +214,14 @@ def tuning(retention: Retention) -> str:
     return " and ".join(words)
 
 
-_ENVIRONMENT.globals.update(duration=duration_text, tuning=tuning)
+def budget(value: Budget) -> str:
+    """Return a budget as a text."""
+    amounts = {
+        "tokens": value.tokens,
+        "millionths of a dollar": value.cost_micros,
+        "calls": value.calls,
+    }
+    return ", ".join(f"{amount:,} {name}" for name, amount in amounts.items() if amount) or "no limit"
+
+
+_ENVIRONMENT.globals.update(duration=duration_text, tuning=tuning, budget=budget)

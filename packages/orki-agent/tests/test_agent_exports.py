@@ -13,7 +13,8 @@ import orki_agent
 
 PUBLIC = {
     "orki_agent": [
-        *("Agent", "Cancelled", "HandlerFailed", "HandlerRejected", "OrkiError", "RunSettings", "Subprocess"),
+        *("Agent", "BudgetUsedUp", "Cancelled", "HandlerFailed", "HandlerRejected", "OrkiError", "RunSettings"),
+        "Subprocess",
         *("SyncTaskContext", "TaskChannel", "TaskContext", "TaskHandle", "ToolCall", "ToolFailed", "ToolsAt"),
     ],
     "orki_agent.opentelemetry": ["UsageSpanProcessor"],

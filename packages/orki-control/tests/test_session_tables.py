@@ -22,9 +22,11 @@ OFFERED    Dropped             CLOSED
 RUNNING    Progress            RUNNING
 RUNNING    ProgressAcknowledged RUNNING
 RUNNING CheckpointAcknowledged RUNNING
+RUNNING BudgetUpdate RUNNING
 RUNNING    Directive           RUNNING
 RUNNING    DirectiveAcknowledged RUNNING
 RUNNING Checkpoint RUNNING
+RUNNING Usage RUNNING
 RUNNING    Cancel              CANCELLING
 RUNNING    Result              REPORTED
 RUNNING    Refused             CLOSED
@@ -35,9 +37,11 @@ CANCELLING Declined            CLOSED
 CANCELLING Progress            CANCELLING
 CANCELLING ProgressAcknowledged CANCELLING
 CANCELLING CheckpointAcknowledged CANCELLING
+CANCELLING BudgetUpdate CANCELLING
 CANCELLING Directive           CANCELLING
 CANCELLING DirectiveAcknowledged CANCELLING
 CANCELLING Checkpoint CANCELLING
+CANCELLING Usage CANCELLING
 CANCELLING Cancel              CANCELLING
 CANCELLING CancelAcknowledged  CANCELLING
 CANCELLING Result              REPORTED
@@ -47,6 +51,7 @@ CANCELLING Dropped             CLOSED
 REPORTED   Progress            REPORTED
 REPORTED   ProgressAcknowledged REPORTED
 REPORTED CheckpointAcknowledged REPORTED
+REPORTED BudgetUpdate REPORTED
 REPORTED   Directive           REPORTED
 REPORTED   DirectiveAcknowledged REPORTED
 REPORTED   Cancel              REPORTED
@@ -73,6 +78,7 @@ OPEN          Result             OPEN
 OPEN          CancelAcknowledged OPEN
 OPEN          DirectiveAcknowledged OPEN
 OPEN Checkpoint OPEN
+OPEN Usage OPEN
 OPEN          Heartbeat          OPEN
 OPEN          Refused            OPEN
 OPEN          Cancel             OPEN
@@ -80,6 +86,7 @@ OPEN          Directive          OPEN
 OPEN          ResultAcknowledged OPEN
 OPEN          ProgressAcknowledged OPEN
 OPEN CheckpointAcknowledged OPEN
+OPEN BudgetUpdate OPEN
 OPEN Chunk OPEN
 OPEN ChunkAcknowledged OPEN
 OPEN          HeartbeatEcho      OPEN
@@ -98,6 +105,7 @@ PEER_DRAINING Result             PEER_DRAINING
 PEER_DRAINING CancelAcknowledged PEER_DRAINING
 PEER_DRAINING DirectiveAcknowledged PEER_DRAINING
 PEER_DRAINING Checkpoint PEER_DRAINING
+PEER_DRAINING Usage PEER_DRAINING
 PEER_DRAINING Heartbeat          PEER_DRAINING
 PEER_DRAINING Refused            PEER_DRAINING
 PEER_DRAINING Cancel             PEER_DRAINING
@@ -105,6 +113,7 @@ PEER_DRAINING Directive          PEER_DRAINING
 PEER_DRAINING ResultAcknowledged PEER_DRAINING
 PEER_DRAINING ProgressAcknowledged PEER_DRAINING
 PEER_DRAINING CheckpointAcknowledged PEER_DRAINING
+PEER_DRAINING BudgetUpdate PEER_DRAINING
 PEER_DRAINING Chunk PEER_DRAINING
 PEER_DRAINING ChunkAcknowledged PEER_DRAINING
 PEER_DRAINING HeartbeatEcho      PEER_DRAINING
@@ -122,6 +131,7 @@ DRAINING      Result             DRAINING
 DRAINING      CancelAcknowledged DRAINING
 DRAINING      DirectiveAcknowledged DRAINING
 DRAINING Checkpoint DRAINING
+DRAINING Usage DRAINING
 DRAINING      Heartbeat          DRAINING
 DRAINING      Refused            DRAINING
 DRAINING      Cancel             DRAINING
@@ -129,6 +139,7 @@ DRAINING      Directive          DRAINING
 DRAINING      ResultAcknowledged DRAINING
 DRAINING      ProgressAcknowledged DRAINING
 DRAINING CheckpointAcknowledged DRAINING
+DRAINING BudgetUpdate DRAINING
 DRAINING Chunk DRAINING
 DRAINING ChunkAcknowledged DRAINING
 DRAINING      HeartbeatEcho      DRAINING
@@ -159,6 +170,7 @@ OPEN           Result             OPEN
 OPEN           CancelAcknowledged OPEN
 OPEN DirectiveAcknowledged OPEN
 OPEN Checkpoint OPEN
+OPEN Usage OPEN
 OPEN           Heartbeat          OPEN
 OPEN           Refused            OPEN
 OPEN           Cancel             OPEN
@@ -166,6 +178,7 @@ OPEN           Directive          OPEN
 OPEN           ResultAcknowledged OPEN
 OPEN ProgressAcknowledged OPEN
 OPEN CheckpointAcknowledged OPEN
+OPEN BudgetUpdate OPEN
 OPEN Chunk OPEN
 OPEN ChunkAcknowledged OPEN
 OPEN           HeartbeatEcho      OPEN
@@ -183,6 +196,7 @@ AGENT_DRAINING Result             AGENT_DRAINING
 AGENT_DRAINING CancelAcknowledged AGENT_DRAINING
 AGENT_DRAINING DirectiveAcknowledged AGENT_DRAINING
 AGENT_DRAINING Checkpoint AGENT_DRAINING
+AGENT_DRAINING Usage AGENT_DRAINING
 AGENT_DRAINING Heartbeat          AGENT_DRAINING
 AGENT_DRAINING Refused            AGENT_DRAINING
 AGENT_DRAINING Cancel             AGENT_DRAINING
@@ -190,6 +204,7 @@ AGENT_DRAINING Directive          AGENT_DRAINING
 AGENT_DRAINING ResultAcknowledged AGENT_DRAINING
 AGENT_DRAINING ProgressAcknowledged AGENT_DRAINING
 AGENT_DRAINING CheckpointAcknowledged AGENT_DRAINING
+AGENT_DRAINING BudgetUpdate AGENT_DRAINING
 AGENT_DRAINING Chunk AGENT_DRAINING
 AGENT_DRAINING ChunkAcknowledged AGENT_DRAINING
 AGENT_DRAINING HeartbeatEcho      AGENT_DRAINING
@@ -205,6 +220,7 @@ DRAINING       Result             DRAINING
 DRAINING       CancelAcknowledged DRAINING
 DRAINING DirectiveAcknowledged DRAINING
 DRAINING Checkpoint DRAINING
+DRAINING Usage DRAINING
 DRAINING       Heartbeat          DRAINING
 DRAINING       Refused            DRAINING
 DRAINING       Cancel             DRAINING
@@ -212,6 +228,7 @@ DRAINING       Directive          DRAINING
 DRAINING       ResultAcknowledged DRAINING
 DRAINING ProgressAcknowledged DRAINING
 DRAINING CheckpointAcknowledged DRAINING
+DRAINING BudgetUpdate DRAINING
 DRAINING Chunk DRAINING
 DRAINING ChunkAcknowledged DRAINING
 DRAINING       HeartbeatEcho      DRAINING
@@ -227,6 +244,7 @@ ENDED          Directive          ENDED
 ENDED          ResultAcknowledged ENDED
 ENDED ProgressAcknowledged ENDED
 ENDED CheckpointAcknowledged ENDED
+ENDED BudgetUpdate ENDED
 ENDED Chunk ENDED
 ENDED ChunkAcknowledged ENDED
 ENDED          HeartbeatEcho      ENDED

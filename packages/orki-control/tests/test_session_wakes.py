@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from orki.control.v1 import session_pb2 as pb
-from orki.control.v1.attempt_pb2 import Failure
+from orki.control.v1.attempt_pb2 import Budget, BudgetBalance, Failure
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import Draining, LocalProtocolError, RemoteProtocolError, StaleFence
 from orki_control import session as s
@@ -56,7 +56,10 @@ def drained(machine: Any) -> int:
 
 
 def offer(key: AttemptKey, lease_ms: int = 9000) -> pb.Offer:
-    return pb.Offer(attempt=key.ref(), method="x.Y/Z", request=b"r", lease_ms=lease_ms, accept_timeout_ms=2000)
+    budgets = [BudgetBalance(task_id=key.task_id)]
+    return pb.Offer(
+        attempt=key.ref(), method="x.Y/Z", request=b"r", lease_ms=lease_ms, accept_timeout_ms=2000, budgets=budgets
+    )
 
 
 def from_orchestrator(**body: Any) -> tuple[pb.OrchestratorMessage]:
@@ -123,6 +126,7 @@ AGENT_CALLS: dict[str, list[Callable[[s.AgentSession], Any]]] = {
             {"progress_acknowledged": pb.ProgressAcknowledged(attempt=KEY.ref(), replay=True)},
             {"directive": pb.Directive(attempt=KEY.ref(), number=1)},
             {"checkpoint_acknowledged": pb.CheckpointAcknowledged(attempt=KEY.ref())},
+            {"budget_update": pb.BudgetUpdate(attempt=KEY.ref())},
             {"chunk": pb.Chunk(transfer=1, attempt=KEY.ref(), total=2, data=b"a")},
             {"heartbeat_echo": pb.HeartbeatEcho(number=1)},
             {"result_acknowledged": pb.ResultAcknowledged(attempt=KEY.ref())},
@@ -138,6 +142,7 @@ AGENT_CALLS: dict[str, list[Callable[[s.AgentSession], Any]]] = {
     "save_checkpoint": [lambda m: m.save_checkpoint(KEY, b"c")],
     "report": [lambda m: m.report(KEY, b"r", 1.0), lambda m: m.report(KEY, b"r", 1.0, still_running=True)],
     "release": [lambda m: m.release(KEY)],
+    "use": [lambda m: m.use(KEY, Budget(tokens=1))],
     "drain": [lambda m: m.drain(1.0)],
     "stop": [lambda m: m.stop()],
     "send_acceptances": [lambda m: m.send_acceptances()],
@@ -182,6 +187,7 @@ ORCHESTRATOR_CALLS: dict[str, list[Callable[[s.OrchestratorSession], Any]]] = {
             {"progress": pb.Progress(attempt=KEY.ref(), index=2, missing=1)},
             {"directive_acknowledged": pb.DirectiveAcknowledged(attempt=KEY.ref(), number=1)},
             {"checkpoint": pb.Checkpoint(attempt=KEY.ref(), number=1)},
+            {"usage": pb.Usage(attempt=KEY.ref(), total=Budget(tokens=1))},
             {"checkpoint": pb.Checkpoint(attempt=KEY.ref(), number=1, payload=bytes(1 << 20))},
             {"chunk": pb.Chunk(transfer=1, attempt=KEY.ref(), total=2, data=b"a")},
             {"chunk": pb.Chunk(transfer=1, attempt=KEY.ref(), total=1 << 40, data=b"a")},
@@ -198,6 +204,7 @@ ORCHESTRATOR_CALLS: dict[str, list[Callable[[s.OrchestratorSession], Any]]] = {
     "cancel": [lambda m: m.cancel(KEY, grace_ms=1)],
     "direct": [lambda m: m.direct(KEY, b"d")],
     "acknowledge": [lambda m: m.acknowledge(KEY)],
+    "update_budgets": [lambda m: m.update_budgets(KEY, (), Budget())],
     "acknowledge_progress": [lambda m: m.acknowledge_progress(KEY, 1)],
     "replay_progress": [lambda m: m.replay_progress(KEY), lambda m: m.replay_progress(KEY, 3)],
     "acknowledge_checkpoint": [lambda m: m.acknowledge_checkpoint(KEY, 1)],

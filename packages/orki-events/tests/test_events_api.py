@@ -80,6 +80,13 @@ EXPORTS = {
         "pairs",
         "parse_stream_state",
     },
+    "orki_events.losses": {
+        "GroupPosition",
+        "PartitionPosition",
+        "RecordedGap",
+        "read_gaps",
+        "read_positions",
+    },
     "orki_events.registry": {
         "StreamRegistry",
         "StreamVersion",

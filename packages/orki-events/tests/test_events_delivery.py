@@ -10,6 +10,7 @@ import pytest
 from orki_contract.errors import LocalProtocolError, Reason, RemoteProtocolError
 from orki_contract.model import Backoff
 from orki_events._delivery import DeliveryMachine
+from orki_events._delivery_partition import Partition
 from orki_events._delivery_table import (
     TRANSITIONS,
     Ack,
@@ -18,7 +19,6 @@ from orki_events._delivery_table import (
     CreateGroups,
     DeadLetter,
     DeadLettered,
-    DeliverySettings,
     Dispatch,
     Drained,
     DrainRequested,
@@ -26,12 +26,18 @@ from orki_events._delivery_table import (
     EntriesRead,
     EntriesUnknown,
     Failed,
+    GivenUp,
+    GiveUp,
     GroupMissing,
     GroupsReady,
     HandBack,
     HandedBack,
     Opened,
     Outcome,
+    PartitionGained,
+    PartitionKept,
+    PartitionLost,
+    PartitionWithdrawn,
     Read,
     ReadDue,
     Recovered,
@@ -47,32 +53,35 @@ from orki_events._delivery_table import (
     SweepDue,
     Unanswered,
 )
+from orki_events._delivery_windows import DeliverySettings
 
 # Written by hand: the legal events of each state, by the next state.
-REPLIES = "EntriesRead EntriesClaimed Acked DeadLettered Renewed Unanswered"
+REPLIES = "EntriesRead EntriesClaimed Acked DeadLettered Renewed HandedBack Unanswered"
 CALLS = "Returned Succeeded Failed"
+OWNERSHIP = "PartitionGained PartitionKept PartitionLost PartitionWithdrawn GivenUp"
 LEGAL = {
     "NEW": {"CREATING": "Opened", "CLOSED": "DrainRequested"},
     "CREATING": {
         "RECOVERING": "GroupsReady",
-        "CREATING": f"{REPLIES} EntriesUnknown GroupMissing Requested {CALLS} RepeatDue RetryDue RenewalDue ReadDue",
+        "CREATING": f"{REPLIES} EntriesUnknown GroupMissing Requested {CALLS} RepeatDue RetryDue RenewalDue ReadDue"
+        f" {OWNERSHIP}",
         "DRAINING": "DrainRequested",
     },
     "RECOVERING": {
-        "RECOVERING": f"{REPLIES} EntriesUnknown Requested {CALLS} RepeatDue RetryDue RenewalDue ReadDue",
+        "RECOVERING": f"{REPLIES} EntriesUnknown Requested {CALLS} RepeatDue RetryDue RenewalDue ReadDue {OWNERSHIP}",
         "CREATING": "GroupMissing",
         "READING": "Recovered",
         "DRAINING": "DrainRequested",
     },
     "READING": {
-        "READING": f"{REPLIES} Requested {CALLS} RepeatDue RetryDue RenewalDue SweepDue",
+        "READING": f"{REPLIES} Requested {CALLS} RepeatDue RetryDue RenewalDue SweepDue {OWNERSHIP}",
         "RECOVERING": "EntriesUnknown",
         "CREATING": "GroupMissing",
         "DRAINING": "DrainRequested",
     },
     "DRAINING": {
-        "DRAINING": f"GroupsReady {REPLIES} HandedBack EntriesUnknown GroupMissing {CALLS} RepeatDue RenewalDue ReadDue"
-        " DrainRequested",
+        "DRAINING": f"GroupsReady {REPLIES} EntriesUnknown GroupMissing {CALLS} RepeatDue RenewalDue ReadDue"
+        " DrainRequested PartitionKept PartitionLost GivenUp",
         "CLOSED": "Drained",
     },
     "CLOSED": {"CLOSED": "DrainRequested"},
@@ -176,6 +185,11 @@ SAMPLES: dict[str, Any] = {
     "Succeeded": Succeeded(KEY, [b"1-0"]),
     "Failed": Failed(KEY, [entry(1)], Reason.REASON_HANDLER_FAILED, "no"),
     "DrainRequested": DrainRequested(),
+    "PartitionGained": PartitionGained("other", 200.0),
+    "PartitionKept": PartitionKept("other", 200.0),
+    "PartitionLost": PartitionLost("other"),
+    "PartitionWithdrawn": PartitionWithdrawn("other"),
+    "GivenUp": GivenUp(GiveUp("other")),
     "RepeatDue": RepeatDue(),
     "RetryDue": RetryDue(),
     "RenewalDue": RenewalDue(),
@@ -203,7 +217,8 @@ def test_each_event_moves_as_listed_or_is_refused(state: State, name: str) -> No
     event = SAMPLES[name]
     if (command := getattr(event, "command", None)) is not None:
         bench.machine._open.add(command)
-    bench.machine._partitions[KEY].held[b"1-0"] = bench.now
+    bench.machine._partitions[KEY].held[b"1-0"] = bench.now, 0
+    bench.machine._partitions["other"] = Partition("other")
     if (state.name, name) in NEXT:
         bench.tell(event)
         assert bench.machine.state.name == NEXT[state.name, name]

@@ -28,7 +28,6 @@ from orki_events._delivery_table import (
     CreateGroups,
     DeadLetter,
     DeadLettered,
-    DeliverySettings,
     Dispatch,
     DrainRequested,
     EntriesClaimed,
@@ -49,6 +48,7 @@ from orki_events._delivery_table import (
     Succeeded,
     no_reply,
 )
+from orki_events._delivery_windows import DeliverySettings
 
 KEYS = ("a", "b")
 LIMITS = DeliverySettings(
@@ -58,6 +58,7 @@ LIMITS = DeliverySettings(
     sweep_interval=3.0,
     hold_limit=100_000.0,
     backoff=Backoff(initial=0.5, maximum=2.0),
+    retry_entries=3,
 )
 US, THEM, NOBODY = "us", "them", "nobody"
 
@@ -130,7 +131,8 @@ class Server:
             case HandBack():
                 trimmed = []
                 for entry_id, made in command.deliveries.items():
-                    trimmed += self.touch(command.key, [entry_id], NOBODY, made, self.now - LIMITS.ack_deadline)[1]
+                    since = self.now - LIMITS.ack_deadline + command.wait
+                    trimmed += self.touch(command.key, [entry_id], NOBODY, made, since)[1]
                 return HandedBack(command, trimmed)
         raise AssertionError(command)
 
@@ -254,8 +256,9 @@ class Interleavings(RuleBasedStateMachine):
         """Rule 2."""
         for key, partition in self.server.partitions.items():
             known = self.machine._partitions[key]
+            ids = known.held.keys() | known.settled.keys() | known.leaving
             for number, held in partition.pending.items():
-                assert held.owner != US or wire(number) in known.held or wire(number) in known.settled, (key, number)
+                assert held.owner != US or wire(number) in ids, (key, number)
 
     @rule(key=st.sampled_from(KEYS), count=st.integers(1, 12))
     def publish(self, key: str, count: int) -> None:
@@ -346,7 +349,11 @@ class Interleavings(RuleBasedStateMachine):
     @invariant()
     def held_entries_are_bounded(self) -> None:
         """Rule 3: reading and claiming each fill `prefetch`, and draining one more entry of each partition."""
-        assert self.machine.held <= 2 * LIMITS.prefetch + len(KEYS) * 2
+        waiting = sum(len(partition.waiting) for partition in self.machine._partitions.values())
+        # Trimmed entries cannot wait on the server.
+        parkable = (partition.waiting - partition.detached for partition in self.machine._partitions.values())
+        assert sum(map(len, parkable)) <= LIMITS.retry_entries
+        assert self.machine.held - waiting <= 2 * LIMITS.prefetch + len(KEYS) * 2
 
     @invariant()
     def a_closed_machine_issues_nothing(self) -> None:

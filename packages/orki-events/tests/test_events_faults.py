@@ -198,7 +198,8 @@ async def test_a_server_that_restarts_empty_is_reported(
     reader.hold.set()
     work = await drained(events, stream)
     await reader.end()
-    assert work == GroupLedger(processed=100, dead_lettered=0, declared_lost=0)
+    # The first 100 were settled before the server lost them, the next 50 were not.
+    assert work == GroupLedger(processed=200, dead_lettered=0, declared_lost=50)
     assert set(range(100)) | set(range(150, 250)) <= reader.numbers.keys()
     # The publisher or the consumer recreated the groups and reported the loss.
     assert {(gap.kind, gap.group, gap.possible) for gap in gaps} >= {(GapKind.GROUP_RECREATED, "work", True)}

@@ -194,7 +194,7 @@ async def test_entries_in_hand_that_are_trimmed_and_never_handled_are_reported(
 async def test_a_drain_ends_although_another_consumer_claimed_the_cancelled_entry(
     server: Any, opened: Any, usage: Any, until: Callable[..., Any]
 ) -> None:
-    stream = usage(ack_deadline=0.5)
+    stream = usage(ack_deadline=4.0)
     events = await opened(drain_timeout=0.3)
     await events.publish(stream, UsageEvent(attempt=1))
     begun, stop = asyncio.Event(), asyncio.Event()
@@ -210,7 +210,7 @@ async def test_a_drain_ends_although_another_consumer_claimed_the_cancelled_entr
         entry_id = client.xrange(KEY)[0][0]
         client.xclaim(KEY, "work", "another", 0, [entry_id])
     # A renewal tells the consumer that the entry belongs to another.
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(1.8)
     stop.set()
     await asyncio.wait_for(running, 20)
     with server.client as client:

@@ -20,7 +20,8 @@ TASK = "t7-01jcabcdefghjkmnpqrstvwxyz"
 LUA = "\n".join(
     (files("orki_server._store") / "lua" / f"{name}.lua").read_text(encoding="utf-8")
     for name in (
-        *("placement", "batch", "life", "pause", "lanes", "wake", "operations", "suspension", "family", "dispatch"),
+        *("placement", "batch", "budget", "life", "pause", "lanes", "wake", "operations", "suspension", "family"),
+        "dispatch",
     )
 )
 

@@ -16,7 +16,7 @@ from orki_contract.trace import new_span
 from orki_control.session import AttemptKey
 from orki_server._fields import SPEC_FIELDS, STATE_FIELDS, pack, unpack
 from orki_server._keys import ShardKeys
-from orki_server._store import lifecycle, operations, suspension
+from orki_server._store import budget, lifecycle, operations, suspension
 from orki_server._store.batcher import shard_script
 from orki_server._store.lifecycle import TASK_LIFE, TIMERS, VISIBLE, Life
 from orki_server._store.operations import Operation, Recipient, new_task_id
@@ -118,6 +118,8 @@ class Subject:
                 # Without a number of refused offers, an offer that times out is queued again at once.
                 self.hash(**{timer: 1, "timer": 1, "refused_offers": 3})
                 self.redis.zadd(f"{KEYS.base}timers", {self.task_id: 1})
+        if event is lifecycle.BudgetRaised and self.state() is Life.SUSPENDED:
+            self.redis.hset(KEYS.task(self.task_id), "more", "over_budget=1")
         if event is lifecycle.Renewed and self.state() is not Life.ABSENT:
             self.hash(lease_due=9_999_999_999_999)
 
@@ -136,6 +138,7 @@ class Subject:
             lifecycle.Checkpointed: lambda: self.apply(suspension.save_checkpoint(agent, key, 1, b"c")),
             lifecycle.AttemptSuspended: lambda: self.apply(suspension.suspend(agent, key, "why?", 0)),
             lifecycle.Answered: lambda: self.apply(suspension.answer(self.task_id, 0, b"a", "t")),
+            lifecycle.BudgetRaised: lambda: self.apply(budget.resume_budget(budget.Admitted("", self.task_id, 0))),
             lifecycle.Renewed: lambda: self.apply(operations.renew(0, agent, (key,))),
             lifecycle.Directed: lambda: self.apply(operations.direct(key, 1, "t")),
             lifecycle.AttemptSucceeded: lambda: self.apply(operations.succeed(agent, key, b"r")),

@@ -200,6 +200,10 @@ def _attempt(was: TaskMethod, now: TaskMethod) -> Iterator[str]:
         yield "a cancelled handler is not waited for"
     if was.max_attempts > now.max_attempts:
         yield f"attempt {was.max_attempts} never comes"
+    for name in ("tokens", "cost_micros", "calls"):
+        limits = [getattr(each.budget, name) for each in (was, now)]
+        if limits[1] and not 0 < limits[0] <= limits[1]:
+            yield f"a task that used {limits[1]} {name} is paused"
     if was.max_attempts == 1 and now.max_attempts > 1:
         yield "a handler that relies on one attempt runs again"
 

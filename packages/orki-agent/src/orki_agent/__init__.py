@@ -17,6 +17,7 @@ contains the tool bridge and its clients.
 """
 
 from orki_agent._agent import Agent
+from orki_agent._budget import BudgetUsedUp
 from orki_agent._services import Subprocess
 from orki_agent._settings import RunSettings, ToolsAt
 from orki_contract import SyncTaskContext, TaskChannel, TaskContext, TaskHandle, ToolCall
@@ -24,6 +25,7 @@ from orki_contract.errors import Cancelled, HandlerFailed, HandlerRejected, Orki
 
 __all__ = [
     "Agent",
+    "BudgetUsedUp",
     "Cancelled",
     "HandlerFailed",
     "HandlerRejected",

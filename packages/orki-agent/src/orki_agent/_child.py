@@ -22,6 +22,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 from google.protobuf.message import Message
 
+from orki.control.v1.attempt_pb2 import Budget
 from orki_agent._handlers import SyncExecution
 from orki_agent._outcomes import name_of, text_of
 from orki_agent._services import Handler, Offered, OnStored, find_handlers
@@ -183,6 +184,10 @@ class Child:
     def send_progress(self, attempt: AttemptKey, payload: bytes) -> None:
         """Queue progress."""
         self.send("cast", "send_progress", (attempt, payload))
+
+    def report_usage(self, attempt: AttemptKey, total: Budget) -> None:
+        """Report the usage of an attempt in all."""
+        self.send("cast", "report_usage", (attempt, total))
 
     def save_checkpoint(self, attempt: AttemptKey, payload: bytes, on_stored: OnStored) -> None:
         """Send a checkpoint, and block until it is stored."""

@@ -12,11 +12,13 @@ from typing import Any, ClassVar, Final
 from google.protobuf.message import DecodeError, Message
 
 from orki.control.v1.attempt_pb2 import Failure
-from orki.control.v1.session_pb2 import SuspendedOutcome
+from orki.control.v1.session_pb2 import BudgetUpdate, SuspendedOutcome
 from orki.events.v1.usage_orki import USAGE
 from orki.events.v1.usage_pb2 import UsageEvent
+from orki_agent._budget import BudgetMeter
 from orki_agent._outcomes import decode, log_error, name_of, outcome_of_error, outcome_of_response, text_of
 from orki_agent._services import AgentServices, Handler, Offered, place_of
+from orki_contract import BudgetLeft
 from orki_contract.errors import InvalidArgument, TooLarge
 from orki_contract.trace import Span
 from orki_control.session import DEFAULT_PROGRESS_BYTES, AttemptKey, Outcome
@@ -36,6 +38,7 @@ class Execution(ABC):
         cancelled: Whether the attempt was cancelled.
         ended: Whether the handler has returned or raised.
         checkpoint: The task's last stored checkpoint, serialised; None without one.
+        meter: What the attempt has used, and what is left of its budgets.
         ends_within: Seconds after `stop` in which a handler ends, if it does.
     """
 
@@ -50,6 +53,7 @@ class Execution(ABC):
         self.cancelled = False
         self.ended = False
         self.checkpoint = offered.checkpoint
+        self.meter = BudgetMeter(offered.budgets)
         self._on_end = on_end
 
     @abstractmethod
@@ -67,6 +71,10 @@ class Execution(ABC):
     @abstractmethod
     def direct(self, payload: bytes) -> None:
         """Deliver a directive."""
+
+    def update_budgets(self, update: BudgetUpdate) -> None:
+        """Take the state of the attempt's budgets."""
+        self.meter.update(update)
 
     @abstractmethod
     def grant(self, count: int, size: int) -> None:
@@ -102,7 +110,8 @@ class Execution(ABC):
             if isinstance(outcome, Failure):
                 _log.warning("%s failed: %s (%s)", what, outcome.message, place_of(self.handler.call))
         elif isinstance(outcome, SuspendedOutcome):
-            _log.info("%s is suspended: %s", what, outcome.question)
+            why = "a budget is used up" if outcome.over_budget else outcome.question
+            _log.info("%s is suspended: %s", what, why)
         elif self.cancelled:
             _log.info("%s ended after its cancel: %s: %s", what, name_of(type(error)), text_of(error, handled))
         else:
@@ -183,6 +192,11 @@ class HandlerContext:
         """Whether the last suspension of the task ended without an answer, by its deadline."""
         return self._execution.offered.answer_overdue
 
+    @property
+    def budget(self) -> BudgetLeft:
+        """What is left of the budgets that the task is charged to, as far as the agent knows."""
+        return self._execution.meter.left
+
     def usage(
         self,
         *,
@@ -195,8 +209,11 @@ class HandlerContext:
     ) -> None:
         """Record the use of a language model, with its cost in millionths of a US dollar. Never blocks on I/O.
 
+        The use is charged to the task's budgets.
+
         Raises:
             InvalidArgument: `model` is empty, or a number is negative or not an integer.
+            BudgetUsedUp: A budget is used up; the use was recorded. Do not catch it.
         """
         if not model:
             raise InvalidArgument("usage: model is empty; name the model that was used")
@@ -219,7 +236,12 @@ class HandlerContext:
             model=model,
             **counts,
         )
-        self._execution.agent.collect(USAGE, event, self.span)
+        execution = self._execution
+        execution.agent.collect(USAGE, event, self.span)
+        total = execution.meter.use(tokens=input_tokens + output_tokens, cost_micros=cost_micros)
+        if total is not None:
+            execution.agent.report_usage(attempt, total)
+        execution.meter.check()
 
     def _progress_payload(self, delta: Any) -> tuple[AttemptKey, bytes]:
         execution = self._execution

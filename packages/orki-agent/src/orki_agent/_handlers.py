@@ -143,6 +143,7 @@ class AsyncHandlerContext(HandlerContext):
             execution.credit_returned.clear()
             await execution.credit_returned.wait()
         execution.agent.send_progress(attempt, payload)
+        execution.meter.check()
 
     async def save_checkpoint(self, checkpoint: Any) -> None:
         """Save a checkpoint for the next attempt, in place of the last one. Returns after it is stored.
@@ -153,6 +154,7 @@ class AsyncHandlerContext(HandlerContext):
             StoreFull: The orchestrator's store is out of memory.
             StaleFence: The agent no longer holds the attempt.
             ProtocolVersion: The orchestrator stores no checkpoints.
+            BudgetUsedUp: A budget of the task is used up; the checkpoint is stored. Do not catch it.
         """
         execution = self._execution
         payload = checkpoint_payload(execution.handler, checkpoint)
@@ -160,6 +162,7 @@ class AsyncHandlerContext(HandlerContext):
         if stored is not None:
             raise stored
         execution.checkpoint = payload
+        execution.meter.check()
 
     async def suspend(self, question: str = "", *, deadline: float | None = None) -> NoReturn:
         """End this attempt until the task is answered. It raises an exception, which must not be caught.
@@ -310,6 +313,7 @@ class SyncHandlerContext(HandlerContext):
         attempt, payload = self._progress_payload(delta)
         self._execution.take_credit(len(payload))
         self._execution.agent.send_progress(attempt, payload)
+        self._execution.meter.check()
 
     def save_checkpoint(self, checkpoint: Any) -> None:
         """Save a checkpoint for the next attempt, in place of the last one. Returns after it is stored.
@@ -320,6 +324,7 @@ class SyncHandlerContext(HandlerContext):
             StoreFull: The orchestrator's store is out of memory.
             StaleFence: The agent no longer holds the attempt.
             ProtocolVersion: The orchestrator stores no checkpoints.
+            BudgetUsedUp: A budget of the task is used up; the checkpoint is stored. Do not catch it.
             Cancelled: The attempt was cancelled during the wait.
         """
         execution = self._execution
@@ -328,6 +333,7 @@ class SyncHandlerContext(HandlerContext):
         if stored is not None:
             raise stored
         execution.checkpoint = payload
+        execution.meter.check()
 
     def suspend(self, question: str = "", *, deadline: float | None = None) -> NoReturn:
         """End this attempt until the task is answered. It raises an exception, which must not be caught.

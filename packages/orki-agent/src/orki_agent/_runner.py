@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from orki.control.v1.attempt_pb2 import Failure
+from orki.control.v1.attempt_pb2 import Budget, Failure
 from orki.control.v1.session_pb2 import CancelledOutcome
 from orki_agent._checkpoints import CheckpointWaits, not_held
 from orki_agent._execution import Execution
@@ -109,6 +109,10 @@ class Runner:
                 case session.CheckpointsStored(checkpoints):
                     for checkpoint in checkpoints:
                         self._checkpoints.stored(checkpoint)
+                case session.BudgetsChanged(updates):
+                    for attempt, update in updates:
+                        if (running := self._running.get(attempt)) is not None:
+                            running.execution.update_budgets(update)
                 case session.ResultsAcknowledged():
                     pass
                 case _:
@@ -131,6 +135,7 @@ class Runner:
                 offer.checkpoint if offer.HasField("checkpoint") else None,
                 offer.answer if offer.HasField("answer") else None,
                 offer.answer_overdue,
+                tuple(offer.budgets),
             )
             running = _Running(self._execution(offered, handler))
             if not self._machine.accept(attempt, loop.time()):
@@ -212,6 +217,15 @@ class Runner:
             on_stored(not_held(attempt))
         else:
             self._checkpoints.save(attempt, payload, on_stored)
+
+    def report_usage(self, attempt: AttemptKey, total: Budget) -> None:
+        """Report the usage of a handler; call it from any thread."""
+        self._io.post(self._use, attempt, total)
+
+    def _use(self, attempt: AttemptKey, total: Budget) -> None:
+        running = self._running.get(attempt)
+        if running is not None and not running.left_behind:
+            self._machine.use(attempt, total)
 
     def send_progress(self, attempt: AttemptKey, payload: bytes) -> None:
         """Queue progress of a handler; call it from any thread."""

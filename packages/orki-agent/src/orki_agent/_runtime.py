@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
+from orki.control.v1.attempt_pb2 import Budget
 from orki.control.v1.session_pb2 import ServedService
 from orki.events.v1.agent_orki import AGENTS
 from orki.events.v1.agent_pb2 import AgentEvent, AgentSpawned, AgentStopped
@@ -157,6 +158,10 @@ class Runtime:
     def send_progress(self, attempt: AttemptKey, payload: bytes) -> None:
         """Queue progress."""
         self._runner.send_progress(attempt, payload)
+
+    def report_usage(self, attempt: AttemptKey, total: Budget) -> None:
+        """Report the usage of an attempt in all."""
+        self._runner.report_usage(attempt, total)
 
     def save_checkpoint(self, attempt: AttemptKey, payload: bytes, on_stored: OnStored) -> None:
         """Send a checkpoint."""

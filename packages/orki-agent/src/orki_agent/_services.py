@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from google.protobuf.message import Message
 
+from orki.control.v1.attempt_pb2 import Budget, BudgetBalance
 from orki.control.v1.session_pb2 import ServedService
 from orki_agent._settings import ToolsAt
 from orki_contract import (
@@ -103,6 +104,7 @@ class Offered(NamedTuple):
         checkpoint: The task's last checkpoint, serialised; None without one.
         answer: The answer to the task's last suspension, serialised; None without one.
         answer_overdue: Whether that suspension ended without an answer.
+        budgets: The budgets that the task is charged to.
     """
 
     attempt: AttemptKey
@@ -111,6 +113,7 @@ class Offered(NamedTuple):
     checkpoint: bytes | None = None
     answer: bytes | None = None
     answer_overdue: bool = False
+    budgets: tuple[BudgetBalance, ...] = ()
 
 
 class AgentServices(Protocol):
@@ -131,6 +134,9 @@ class AgentServices(Protocol):
 
     def send_progress(self, attempt: AttemptKey, payload: bytes) -> None:
         """Queue progress; the attempt's credit returns when it is sent."""
+
+    def report_usage(self, attempt: AttemptKey, total: Budget) -> None:
+        """Report the usage of an attempt in all."""
 
     def save_checkpoint(self, attempt: AttemptKey, payload: bytes, on_stored: OnStored) -> None:
         """Send a checkpoint; `on_stored` is called on another thread."""

@@ -17,6 +17,7 @@ from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
 from typing import Any, ClassVar, Final
 
+from orki.control.v1.session_pb2 import BudgetUpdate
 from orki_agent import _child
 from orki_agent._execution import Execution
 from orki_agent._services import AgentServices, Handler, Offered, Subprocess
@@ -30,7 +31,7 @@ _STARTED_WITHIN: Final = 60.0
 """Seconds for a child to import the service."""
 _REAPED_WITHIN: Final = 5.0
 _WRITTEN_WITHIN: Final = 1.0
-_CASTS: Final = frozenset({"send_progress", "collect"})
+_CASTS: Final = frozenset({"send_progress", "report_usage", "collect"})
 _CALLS: Final = frozenset({"publish_blocking", "store_checkpoint", "tools_at"})
 _context = multiprocessing.get_context("spawn")
 # `Process.start` changes state of the module `multiprocessing` without a lock.
@@ -241,6 +242,9 @@ class ProcessExecution(Execution):
 
     def direct(self, payload: bytes) -> None:
         self._commands.put(("direct", payload))
+
+    def update_budgets(self, update: BudgetUpdate) -> None:
+        self._commands.put(("update_budgets", update))
 
     def grant(self, count: int, size: int) -> None:
         self._commands.put(("grant", count, size))

@@ -25,6 +25,7 @@ from typing import Any, Final
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 
+from orki_agent._budget import BudgetUsedUp
 from orki_agent._execution import CURRENT_CONTEXT, HandlerContext
 from orki_contract.errors import OrkiError
 
@@ -109,6 +110,8 @@ def _record(context: HandlerContext, attributes: Mapping[str, Any]) -> None:
             output_tokens=_first(attributes, _OUTPUT) or 0,
             cached_tokens=_first(attributes, _CACHED) or 0,
         )
+    except BudgetUsedUp:
+        pass  # It was recorded. A span ends anywhere in the client's code, so the handler's next call raises it.
     except OrkiError as error:
         _log.warning("the usage of a span was not recorded for task %s: %s", context.task_id, error.message)
 

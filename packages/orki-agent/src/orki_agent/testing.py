@@ -23,7 +23,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from google.protobuf.message import Message
 
 from orki.control.v1 import session_pb2 as pb
-from orki.control.v1.attempt_pb2 import Failure
+from orki.control.v1.attempt_pb2 import Budget, Failure
 from orki.errors.v1.errors_pb2 import Reason
 from orki.events.v1.usage_orki import USAGE
 from orki.events.v1.usage_pb2 import UsageEvent
@@ -389,6 +389,9 @@ class _TestAgent:
 
     def send_progress(self, attempt: AttemptKey, payload: bytes) -> None:
         self.session.runner.send_progress(attempt, payload)
+
+    def report_usage(self, attempt: AttemptKey, total: Budget) -> None:
+        self.session.runner.report_usage(attempt, total)
 
     def save_checkpoint(self, attempt: AttemptKey, payload: bytes, on_stored: OnStored) -> None:
         self.session.runner.save_checkpoint(attempt, payload, on_stored)

@@ -38,6 +38,8 @@ from orki_contract._handles import EventStream, FrameType, Payload, SubmitSettin
 from orki_contract.model import (
     AUDIT_GROUP,
     Backoff,
+    Budget,
+    BudgetLeft,
     Contract,
     ExternalGroup,
     Frame,
@@ -59,6 +61,8 @@ __all__ = [
     "AsyncTaskService",
     "AsyncToolService",
     "Backoff",
+    "Budget",
+    "BudgetLeft",
     "Contract",
     "EventStream",
     "ExternalGroup",

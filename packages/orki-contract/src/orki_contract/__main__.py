@@ -19,6 +19,7 @@ from orki_contract.images import Image, images_in, owned_packages, service_diges
 from orki_contract.model import (
     TASK_MESSAGES,
     Backoff,
+    Budget,
     Contract,
     Frame,
     Group,
@@ -171,13 +172,14 @@ def _frame(frame: Frame) -> Iterator[_Row]:
 _NAMES = frozenset({"name", "service", "opcode", "request", "response", *TASK_MESSAGES})
 
 
-def _words(value: Group | TaskMethod | ToolMethod | Backoff) -> str:
+def _words(value: Group | TaskMethod | ToolMethod | Backoff | Budget) -> str:
     """Describe the settings that differ from their defaults."""
     words = []
     for field in fields(value):
         given = getattr(value, field.name)
         if field.name not in _NAMES and given != field.default:
-            words.append(f"{field.name} ({_words(given)})" if isinstance(given, Backoff) else f"{field.name} {given}")
+            shown = f"({_words(given)})" if isinstance(given, Backoff | Budget) else given
+            words.append(f"{field.name} {shown}")
     return ", ".join(words)
 
 

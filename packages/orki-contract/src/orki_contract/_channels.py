@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, Protocol, Un
 from google.protobuf.message import Message
 
 from orki_contract._handles import TQ, TR, E, EventStream, P, Q, R, SubmitSettings, Task, Tool
+from orki_contract.model import BudgetLeft
 from orki_contract.trace import Span
 
 if TYPE_CHECKING:
@@ -71,6 +72,10 @@ class _Attempt(Protocol):
     def answer_overdue(self) -> bool:
         """Whether the last suspension of the task ended without an answer, by its deadline."""
 
+    @property
+    def budget(self) -> BudgetLeft:
+        """What is left of the budgets that the task is charged to, as far as the agent knows."""
+
     def usage(
         self,
         *,
@@ -81,7 +86,11 @@ class _Attempt(Protocol):
         cached_tokens: int = 0,
         cost_micros: int = 0,
     ) -> None:
-        """Record the use of a language model; the cost is in millionths of a US dollar. Does not block on I/O."""
+        """Record the use of a language model; the cost is in millionths of a US dollar. Does not block on I/O.
+
+        It is charged to the task's budgets. If one of them is used up, this raises `orki_agent.BudgetUsedUp` after the
+        use was recorded, which ends the attempt. The task goes on with another attempt when the budget is raised.
+        """
 
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from typing import (
 
 from google.protobuf.message import Message
 
-from orki_contract.model import Backoff, Frame, Group, ProgressPolicy, Stream, TaskMethod, ToolMethod
+from orki_contract.model import Backoff, Budget, Frame, Group, ProgressPolicy, Stream, TaskMethod, ToolMethod
 from orki_contract.naming import snake_name
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ class TaskSettings(TypedDict, total=False):
     backoff: Backoff
     cancel_grace: float
     progress_policy: ProgressPolicy
+    budget: Budget
 
 
 class _Declared(TaskSettings, total=False):
@@ -127,6 +128,7 @@ class SubmitSettings(TypedDict, total=False):
         labels: Only agents with all of these labels get the task; at most 16.
         limits: Keys of limits, such as `model:small`, that the task's attempts count for; at most 8.
         fairness_key: Tasks of a method and priority take turns by this key, such as a tenant.
+        budget: Maximum usage of the task and all tasks below it. When it is used up, they pause until it is raised.
         on_parent_end: In a handler, what happens to the task when the handler's own task fails or is cancelled, through
             whichever orchestrator: it is cancelled, or left alone, which is the default.
     """
@@ -137,6 +139,7 @@ class SubmitSettings(TypedDict, total=False):
     labels: Mapping[str, str]
     limits: Sequence[str]
     fairness_key: str
+    budget: Budget
     on_parent_end: Literal["leave", "cancel"]
 
 

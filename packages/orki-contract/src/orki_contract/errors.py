@@ -41,6 +41,7 @@ __all__ = [
     "OfferTimeout",
     "OrchestratorUnavailable",
     "OrkiError",
+    "OverBudget",
     "Overloaded",
     "PeerLost",
     "PeerRefused",
@@ -270,6 +271,10 @@ class OfferTimeout(OrkiError, reason=Reason.REASON_OFFER_TIMEOUT, status=Status.
 
 class InvalidResponse(OrkiError, reason=Reason.REASON_INVALID_RESPONSE, status=Status.INTERNAL):
     """The handler returned a value that is not the method's response message."""
+
+
+class OverBudget(OrkiError, reason=Reason.REASON_OVER_BUDGET, status=Status.RESOURCE_EXHAUSTED):
+    """A budget that the task is charged to is used up. The task waits until the budget is raised."""
 
 
 class ChildFailed(OrkiError, reason=Reason.REASON_CHILD_FAILED, status=Status.FAILED_PRECONDITION):

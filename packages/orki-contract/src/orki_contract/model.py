@@ -18,6 +18,8 @@ __all__ = [
     "DURATIONS",
     "TASK_MESSAGES",
     "Backoff",
+    "Budget",
+    "BudgetLeft",
     "Contract",
     "ExternalGroup",
     "Frame",
@@ -215,6 +217,36 @@ class Backoff:
         return min(grown, self.maximum)
 
 
+@dataclass(frozen=True, order=True, slots=True, kw_only=True)
+class Budget:
+    """Usage of language models. As the limit of a tree of tasks, an amount of 0 is not limited.
+
+    Attributes:
+        tokens: Tokens read and written.
+        cost_micros: Cost in millionths of a US dollar.
+        calls: Calls of models.
+    """
+
+    tokens: int = 0
+    cost_micros: int = 0
+    calls: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetLeft:
+    """What is left of the budgets that a task is charged to; None for what is not limited.
+
+    Attributes:
+        tokens: Tokens.
+        cost_micros: Millionths of a US dollar.
+        calls: Calls of models.
+    """
+
+    tokens: int | None = None
+    cost_micros: int | None = None
+    calls: int | None = None
+
+
 TASK_MESSAGES: Final = ("progress", "directive", "checkpoint", "answer")
 """The optional messages of a task, as options of the method name them."""
 
@@ -235,6 +267,7 @@ class TaskMethod:
         progress_policy: What happens when the handler sends progress faster than it is stored.
         checkpoint: Message of the checkpoints; without one they are bytes.
         answer: Message that answers a suspended task; without one, answers are bytes.
+        budget: Budget of a submission that names none; without amounts for no limit.
     """
 
     service: str
@@ -253,6 +286,7 @@ class TaskMethod:
     progress_policy: ProgressPolicy = ProgressPolicy.BLOCK
     checkpoint: str = ""
     answer: str = ""
+    budget: Budget = Budget()
 
     @property
     def messages(self) -> list[str]:

@@ -29,6 +29,7 @@ from orki_contract.model import (
     AUDIT_GROUP,
     TASK_MESSAGES,
     Backoff,
+    Budget,
     Contract,
     ExternalGroup,
     Frame,
@@ -261,9 +262,16 @@ def _task(file: FileDescriptorProto, method: MethodNode, option: Any) -> TaskMet
             multiplier=backoff.multiplier or default.backoff.multiplier,
         ),
         cancel_grace=seconds_of(_set(option, "cancel_grace"), default.cancel_grace),
+        budget=_budget(getattr(option, "budget", None)),
         # It may also hold a policy of a newer version.
         progress_policy=PROGRESS_POLICIES.get(getattr(option, "progress_policy", 0), default.progress_policy),
     )
+
+
+def _budget(option: Any) -> Budget:
+    if option is None:
+        return Budget()
+    return Budget(tokens=option.tokens, cost_micros=option.cost_micros, calls=option.calls)
 
 
 def _tool(method: MethodNode, option: Any) -> ToolMethod:

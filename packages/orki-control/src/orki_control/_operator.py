@@ -1,4 +1,4 @@
-"""Calls of operators: pauses and limits."""
+"""Calls of operators: pauses, limits and budgets."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from orki.control.v1 import task_pb2 as pb
+from orki.control.v1.attempt_pb2 import BudgetBalance
+from orki_contract import Budget
 from orki_contract.errors import InvalidArgument
 from orki_control._links import Link
+from orki_control._submissions import budget_message
 
 A = TypeVar("A")
 
@@ -61,6 +64,31 @@ class OperatorCalls:
         limit = pb.Limit(key=key, concurrency=concurrency, interval_us=round(interval * 1_000_000), burst=burst)
         request = pb.SetLimitRequest(limit=limit)
         await self._call(lambda link: link.fleet.SetLimit(request, timeout=self._timeout))
+
+    async def budgets(self, task_id: str) -> Sequence[BudgetBalance]:
+        """Return the budgets that a task is charged to with their use, that of the topmost task first.
+
+        Raises:
+            UnknownTask: No task has this id.
+        """
+        request = pb.GetBudgetsRequest(task_id=task_id)
+        answer = await self._call(lambda link: link.tasks.GetBudgets(request, timeout=self._timeout))
+        return answer.budgets
+
+    async def raise_budget(self, task_id: str, budget: Budget) -> BudgetBalance:
+        """Raise the budget of a task. The tasks that it paused go on.
+
+        Args:
+            task_id: A task that was submitted with a budget.
+            budget: The new amounts, each at least as high as before; 0 keeps an amount.
+
+        Raises:
+            InvalidArgument: The task has no budget of its own, or an amount is lower than before.
+            UnknownTask: No task has this id.
+        """
+        request = pb.RaiseBudgetRequest(task_id=task_id, budget=budget_message(budget))
+        answer = await self._call(lambda link: link.tasks.RaiseBudget(request, timeout=self._timeout))
+        return answer.budget
 
     async def list_limits(self) -> Sequence[pb.Limit]:
         """Return the declared limits with their use, by key."""

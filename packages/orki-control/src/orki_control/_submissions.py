@@ -11,7 +11,8 @@ from typing import Any, Final
 from google.protobuf.message import Message
 
 from orki.control.v1 import task_pb2 as pb
-from orki_contract import SubmitSettings, Task
+from orki.control.v1.attempt_pb2 import Budget as BudgetMessage
+from orki_contract import Budget, SubmitSettings, Task
 from orki_contract.errors import InvalidArgument, OrkiError
 from orki_contract.trace import current_span, new_span
 from orki_control.session import KEY, AttemptKey, bad_labels
@@ -22,6 +23,7 @@ _KEY_BYTES: Final = 256
 _MAX_PRIORITY: Final = 9
 _MAX_LABELS: Final = 16
 _MAX_LIMITS: Final = 8
+_MAX_AMOUNT: Final = 1 << 53
 _MAX_DELAY: Final = 366 * 24 * 3600
 
 
@@ -44,6 +46,8 @@ def submission_of(
         idempotency_key=key,
         traceparent=(current_span() or new_span()).traceparent,
     )
+    if (submitter := CURRENT_ATTEMPT.get()) is not None:
+        submission.submitter.CopyFrom(submitter.ref())
     if settings:
         place(submission, settings)
     return submission
@@ -87,6 +91,8 @@ def place(submission: pb.Submission, settings: Mapping[str, Any]) -> None:
             raise InvalidArgument(f"{method}: key {key!r}: use 1 to 128 letters, digits or `_./:@-`")
     submission.limits.extend(limits)
     submission.fairness_key = fairness_key
+    if (budget := settings.get("budget")) is not None:
+        submission.budget.CopyFrom(budget_message(budget))
     policy = settings.get("on_parent_end", "leave")
     if policy not in ("leave", "cancel"):
         raise InvalidArgument(f"{method}: on_parent_end {policy!r}: use leave or cancel")
@@ -95,6 +101,20 @@ def place(submission: pb.Submission, settings: Mapping[str, Any]) -> None:
         if parent is None:
             raise InvalidArgument(f"{method}: on_parent_end: only a handler submits tasks that have a parent")
         submission.parent.CopyFrom(parent.ref())
+
+
+def budget_message(budget: Budget) -> BudgetMessage:
+    """Return a budget as a message.
+
+    Raises:
+        InvalidArgument: It has no amounts, or one is out of its range.
+    """
+    if not isinstance(budget, Budget):
+        raise InvalidArgument(f"budget {budget!r}: use a Budget, such as Budget(tokens=100_000)")
+    amounts = (budget.tokens, budget.cost_micros, budget.calls)
+    if not any(amounts) or not all(type(each) is int and 0 <= each <= _MAX_AMOUNT for each in amounts):
+        raise InvalidArgument(f"{budget!r}: use whole numbers from 0 to 2^53, and at least one above 0")
+    return BudgetMessage(tokens=budget.tokens, cost_micros=budget.cost_micros, calls=budget.calls)
 
 
 def tasks_of(outcomes: Sequence[pb.TaskSnapshot | OrkiError]) -> list[pb.TaskSnapshot]:

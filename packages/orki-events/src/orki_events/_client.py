@@ -24,9 +24,7 @@ from orki_events._consumers import (
     Consumer,
     Delivery,
     DeliveryBatch,
-    PushRun,
     Subscription,
-    run_until,
     take_batch,
     take_one,
 )
@@ -34,7 +32,9 @@ from orki_events._group_reader import GroupReader, ReaderServices
 from orki_events._lanes import Outgoing, PublishCounts
 from orki_events._ledger import StreamLedger, read_ledger
 from orki_events._options import ConsumeOptions, EventOptions, Gap
+from orki_events._partition_keys import key_reader
 from orki_events._publisher import Publisher
+from orki_events._push import PushRun, run_until
 from orki_events._readers import DeadLetterEntry, TailEntry, follow_stream, list_dead_letters, replay_dead_letters
 from orki_events.connection import Address, Connection, parse_address
 from orki_events.groups import ConsumerGroups
@@ -258,7 +258,7 @@ class Events:
             UnknownGroup: The stream declares no such group.
         """
         decode = stream.message.FromString
-        start = self._reader_factory(stream, group, consumer, options, 16)
+        start = self._reader_factory(stream, group, consumer, options, 16, single=True)
         return Subscription(start, lambda reader: take_one(reader, decode))
 
     def delivery_batches(
@@ -275,7 +275,7 @@ class Events:
         Settle each batch with `async with batch as events:`.
         """
         decode = stream.message.FromString
-        start = self._reader_factory(stream, group, consumer, options, size)
+        start = self._reader_factory(stream, group, consumer, options, size, single=False)
         return Subscription(start, lambda reader: take_batch(reader, decode, size))
 
     def raw_deliveries(
@@ -288,7 +288,7 @@ class Events:
         options: ConsumeOptions | None = None,
     ) -> Subscription[DeliveryBatch[bytes]]:
         """Return an iterator over batches of undecoded events, without generated code; see `delivery_batches`."""
-        start = self._reader_factory(stream, group, consumer, options, size)
+        start = self._reader_factory(stream, group, consumer, options, size, single=False)
         return Subscription(start, lambda reader: take_batch(reader, bytes, size))
 
     async def tail(
@@ -375,7 +375,10 @@ class Events:
             runs = []
             for each in consumers:
                 concurrency = max(each.batch, 1) * each.concurrency
-                reader = self._reader_factory(each.stream, each.group, None, each.options, concurrency)()
+                start = self._reader_factory(
+                    each.stream, each.group, None, each.options, concurrency, single=not each.batch
+                )
+                reader = start()
                 stack.push_async_callback(reader.close)
                 runs.append(PushRun(each, reader))
             await run_until(runs, stop, self.options.drain_timeout)
@@ -405,6 +408,8 @@ class Events:
         consumer: str | None,
         options: ConsumeOptions | None,
         concurrency: int,
+        *,
+        single: bool,
     ) -> Callable[[], GroupReader]:
         """Return a function that starts a consumer, which the caller closes; `close` ends those still open."""
         contract = stream if isinstance(stream, Stream) else stream.contract
@@ -426,6 +431,8 @@ class Events:
                 report=self._report,
                 closed=self._readers.discard,
                 options=self.options,
+                key_of=key_reader(stream),
+                single=single,
             )
             reader = GroupReader(
                 GroupMember(contract, declared, name), services, options or ConsumeOptions(), concurrency

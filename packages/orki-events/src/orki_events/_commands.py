@@ -64,6 +64,9 @@ class CommandExecutor:
                     return await self._hand_back(command)
                 case table.DeadLetter():
                     return await self._dead_letter(command)
+                case table.GiveUp():
+                    await release_owner(self._commands, command.key, self._group.name, self._consumer)
+                    return table.GivenUp(command)
         except GroupMissing:
             return table.GroupMissing(command)
         except OrkiError as error:
@@ -93,7 +96,8 @@ class CommandExecutor:
 
     async def _claim(self, command: table.Claim) -> table.EntriesClaimed:
         key, deadline = command.key, milliseconds(self._group.ack_deadline)
-        claim = (b"XAUTOCLAIM", key, self._group.name, self._consumer, deadline, command.cursor)
+        idle = 0 if command.takeover else deadline
+        claim = (b"XAUTOCLAIM", key, self._group.name, self._consumer, idle, command.cursor)
         reply = await self._commands.execute((*claim, b"COUNT", command.count))
         entries = [entry for entry in reply[1] if entry is not None]
         deliveries = await self._deliveries(command.key, entries) if entries else {}
@@ -114,13 +118,13 @@ class CommandExecutor:
         return table.Renewed(command, lost, trimmed)
 
     async def _hand_back(self, command: table.HandBack) -> table.HandedBack:
-        """Return entries to the group with an idle time so long that the next claim of any consumer takes them over."""
+        """Return entries to the group with an idle time such that any consumer can claim them when the wait is over."""
         by_count: dict[int, list[bytes]] = {}
         for entry_id, made in command.deliveries.items():
             by_count.setdefault(made, []).append(entry_id)
         trimmed: list[bytes] = []
         for made, entry_ids in by_count.items():
-            idle_ms = milliseconds(self._group.ack_deadline)
+            idle_ms = max(milliseconds(self._group.ack_deadline - command.wait), 0)
             trimmed += (await self._hold(command.key, entry_ids, HANDED_BACK, idle_ms, made))[1]
         return table.HandedBack(command, trimmed)
 
@@ -198,6 +202,29 @@ class CommandExecutor:
                 return found
             start = b"(" + reply[-1][0]
 
+
+def owner_key(key: str, group: str) -> bytes:
+    """Return the key that names the owner of a partition in a group."""
+    return f"{key.replace('orki:ev:', 'orki:owner:', 1)}:{group}".encode()
+
+
+def members_key(stream: Stream, group: str) -> bytes:
+    """Return the key of the consumers that share the partitions of a stream in a group."""
+    return f"{tagged_key('members', stream.name)}:{group}".encode()
+
+
+async def release_owner(connection: Connection, key: str, group: str, consumer: str) -> None:
+    """End a consumer's ownership of a partition."""
+    await connection.run_script(RELEASE, (owner_key(key, group),), consumer)
+
+
+RELEASE: Final = Script("""\
+-- KEYS: owner.  ARGV: consumer.
+if redis.call('GET', KEYS[1]) == ARGV[1] then
+  return redis.call('DEL', KEYS[1])
+end
+return 0
+""")
 
 ACKNOWLEDGE: Final = Script("""\
 -- KEYS: stream, counters.

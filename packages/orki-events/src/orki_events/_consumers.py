@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, Self, overload
@@ -15,9 +14,8 @@ from google.protobuf.message import DecodeError, Message
 
 from orki.events.v1.envelope_pb2 import Envelope
 from orki_contract import EventStream
-from orki_contract.errors import EventUndecodable, HandlerFailed, HandlerRejected, InvalidSetting, OrkiError
-from orki_contract.masking import masked_trace
-from orki_contract.trace import Span, use_span
+from orki_contract.errors import EventUndecodable, HandlerRejected, InvalidSetting, OrkiError
+from orki_contract.trace import Span
 from orki_events._delivery_table import Dispatch, Entry
 from orki_events._group_reader import GroupReader
 from orki_events._options import ConsumeOptions
@@ -115,12 +113,15 @@ class Delivery(_Settleable, Generic[T]):
 
     __slots__ = ("_envelope", "deliveries", "event", "event_id")
 
-    def __init__(self, reader: GroupReader, dispatch: Dispatch, event: T) -> None:
-        super().__init__(reader, dispatch.key, dispatch.entries)
+    def __init__(self, reader: GroupReader, dispatch: Dispatch, entry: Entry, event: T, event_id: bytes) -> None:
+        self._reader = reader
+        self._key = dispatch.key
+        self._entries = (entry,)
+        self._open = True
         self._envelope: Envelope | None = None
         self.event = event
-        self.event_id = _event_id(dispatch.entries[0])
-        self.deliveries = dispatch.deliveries.get(dispatch.entries[0][0], 1)
+        self.event_id = event_id
+        self.deliveries = dispatch.deliveries.get(entry[0], 1) if dispatch.deliveries else 1
 
     @property
     def entry_id(self) -> str:
@@ -142,6 +143,11 @@ class Delivery(_Settleable, Generic[T]):
     def span(self) -> Span | None:
         """Span in which the event happened; None outside a trace."""
         return envelope_span(self.envelope)
+
+    def make_span(self) -> Span | None:
+        """Return a new child of `span`, in which a handler runs."""
+        span = self.span
+        return span.child() if span is not None else None
 
     def _succeed(self) -> None:
         self._reader.succeeded(self._key, self._entries[0][0])
@@ -194,14 +200,32 @@ class DeliveryBatch(_Settleable, Generic[T]):
         return [self._counts.get(entry[0], 1) for entry in self._entries]
 
     def reject(self, index: int, error: Exception) -> None:
-        """Mark one event as failed; the end of the block still acknowledges the others."""
+        """Mark one event as failed; the end of the block still acknowledges the others.
+
+        If the stream has a partition key, later events of the same key are delivered again too, after this one.
+        """
         self._rejected[range(len(self._entries))[index]] = error
 
     def _succeed(self) -> None:
-        good = [entry[0] for index, entry in enumerate(self._entries) if index not in self._rejected]
-        self._reader.succeeded_all(self._key, good)
+        good = {index: entry for index, entry in enumerate(self._entries) if index not in self._rejected}
+        later = self._later(good) if self._rejected else []
+        self._reader.succeeded_all(self._key, [entry[0] for entry in good.values()])
         for index, error in self._rejected.items():
             self._fail((self._entries[index],), error)
+        if later:
+            self._reader.seen.discard(map(_event_id, later))
+            self._reader.give_back(self._key, later)
+
+    def _later(self, good: dict[int, Entry]) -> list[Entry]:
+        """Remove and return the events after a rejected one of their key, which must be handled after it."""
+        key_of = self._reader.key_of
+        if key_of is None:
+            return []
+        first: dict[Hashable, int] = {}
+        for index in sorted(self._rejected):
+            first.setdefault(key_of(self._entries[index]), index)
+        chosen = [index for index, entry in good.items() if index > first.get(key_of(entry), index)]
+        return [good.pop(index) for index in chosen]
 
     @property
     def _handled(self) -> Sequence[object]:
@@ -290,20 +314,29 @@ class Subscription(AsyncIterator[D], Generic[D]):
             self._reader.abandon()
 
 
-async def take_one(reader: GroupReader, decode: Decode[T]) -> Delivery[T] | None:
-    """Return the next delivery; None once the consumer ends. Undecodable entries go to the dead letters."""
-    while (dispatch := await reader.take(1)) is not None:
-        (entry,) = dispatch.entries
+def next_delivery(reader: GroupReader, decode: Decode[T]) -> Delivery[T] | None:
+    """Return the next delivery; None if there is none now. Undecodable entries go to the dead letters."""
+    while (taken := reader.next_entry()) is not None:
+        dispatch, entry = taken
         try:
-            delivery = Delivery(reader, dispatch, _decoded(decode, entry))
-        except EventUndecodable as error:
-            reader.failed(dispatch.key, (entry,), error, final=True)
+            raw, message = split_entry(entry[1])
+            event_id = event_id_of(raw)
+            event = decode(message)
+        except (DecodeError, EventUndecodable):
+            _decodable(reader, decode, dispatch.key, (entry,))
             continue
-        if reader.seen.add((delivery.event_id,)):
-            delivery.acknowledge()
-            continue
-        return delivery
+        if reader.seen.add_one(event_id):
+            return Delivery(reader, dispatch, entry, event, event_id)
+        reader.succeeded(dispatch.key, entry[0])
     return None
+
+
+async def take_one(reader: GroupReader, decode: Decode[T]) -> Delivery[T] | None:
+    """Return the next delivery; None once the consumer ends. See `next_delivery`."""
+    while (delivery := next_delivery(reader, decode)) is None:
+        if not await reader.wait():
+            return None
+    return delivery
 
 
 async def take_batch(reader: GroupReader, decode: Decode[T], size: int) -> DeliveryBatch[T] | None:
@@ -315,7 +348,7 @@ async def take_batch(reader: GroupReader, decode: Decode[T], size: int) -> Deliv
             identities = [event_id_of(raw) for raw, _ in fields]
             events = [decode(raw) for _, raw in fields]
         except (DecodeError, EventUndecodable):
-            entries, identities, events = _decodable(reader, decode, dispatch)
+            entries, identities, events = _decodable(reader, decode, dispatch.key, entries)
         if repeated := set(reader.seen.add(identities)):
             reader.succeeded_all(dispatch.key, [entries[index][0] for index in repeated])
             entries = [entry for index, entry in enumerate(entries) if index not in repeated]
@@ -337,15 +370,17 @@ def _decoded(decode: Decode[T], entry: Entry) -> T:
         raise EventUndecodable(f"field d ({len(raw)} bytes) is not the message of the contract: {error}") from error
 
 
-def _decodable(reader: GroupReader, decode: Decode[T], dispatch: Dispatch) -> tuple[list[Any], list[bytes], list[T]]:
+def _decodable(
+    reader: GroupReader, decode: Decode[T], key: str, found: Sequence[Entry]
+) -> tuple[list[Any], list[bytes], list[T]]:
     """Return the entries that can be decoded; the others go to the dead letters."""
     entries, identities, events = [], [], []
-    for entry in dispatch.entries:
+    for entry in found:
         try:
             event = _decoded(decode, entry)
             identity = _event_id(entry)
         except OrkiError as error:
-            reader.failed(dispatch.key, (entry,), error, final=True)
+            reader.failed(key, (entry,), error, final=True)
         else:
             entries.append(entry)
             identities.append(identity)
@@ -440,85 +475,3 @@ def consumer(
         )
 
     return declare
-
-
-class PushRun:
-    """A running push consumer: `concurrency` workers that take, call and settle."""
-
-    def __init__(self, declared: Consumer[Any], reader: GroupReader) -> None:
-        self.reader = reader
-        self._declared = declared
-        self._decode = declared.stream.message.FromString
-
-    async def work(self) -> None:
-        """Run the workers until the reader ends or the server refuses it."""
-        async with asyncio.TaskGroup() as group:
-            for _ in range(self._declared.concurrency):
-                group.create_task(self._batches() if self._declared.batch else self._singles())
-
-    async def _singles(self) -> None:
-        while (delivery := await take_one(self.reader, self._decode)) is not None:
-            # Without `async with`, which costs two coroutine calls for each event.
-            try:
-                span = delivery.span
-                with use_span(span.child() if span is not None else None):
-                    await self._call(delivery.event, delivery)
-            except Exception as error:
-                self._log_failure(error, delivery.entry_id, (delivery.event,))
-                delivery.retry(error)
-            except BaseException:
-                delivery.give_back()
-                raise
-            else:
-                delivery.acknowledge()
-
-    async def _batches(self) -> None:
-        while (batch := await take_batch(self.reader, self._decode, self._declared.batch)) is not None:
-            try:
-                async with batch as events:
-                    await self._call(events, batch)
-            except Exception as error:
-                self._log_failure(error, f"{batch.entry_ids[0]} and {len(batch) - 1} more", batch.events)
-
-    async def _call(self, *arguments: Any) -> None:
-        limit = self._declared.options.handler_timeout
-        if not limit:
-            await self._declared.handler(*arguments)
-            return
-        timeout = asyncio.timeout(limit)
-        try:
-            async with timeout:
-                await self._declared.handler(*arguments)
-        except TimeoutError as error:
-            if timeout.expired():
-                raise HandlerFailed(f"the handler took more than {limit:g} s") from error
-            raise
-
-    def _log_failure(self, error: Exception, entries: str, events: Sequence[object]) -> None:
-        if (trace := masked_trace(error, events)) is None:
-            _log.warning("%s failed on entry %s", self.reader.name, entries, exc_info=error)
-        else:
-            _log.warning("%s failed on entry %s\n%s", self.reader.name, entries, trace.rstrip())
-
-
-async def run_until(runs: list[PushRun], stop: asyncio.Event | None, drain_timeout: float) -> None:
-    """Run consumers until the server refuses one or `stop` is set; then wait for handlers, at most `drain_timeout`."""
-    workers = [asyncio.create_task(run.work()) for run in runs]
-    stopping = asyncio.create_task((stop or asyncio.Event()).wait())
-    try:
-        await asyncio.wait([*workers, stopping], return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for run in runs:
-            run.reader.end()
-        stopping.cancel()
-        _, late = await asyncio.wait([*workers, stopping], timeout=drain_timeout)
-        for worker in late:
-            worker.cancel()
-        if late:
-            await asyncio.wait(late)
-    for worker in workers:
-        if not worker.cancelled() and (error := worker.exception()) is not None:
-            # Several workers may have failed; the first error is raised.
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
-            raise error

@@ -5,58 +5,39 @@ Rules:
 1. An entry is acknowledged only after its handler succeeded, its dead letter was written, or it is known to be lost.
 2. If the server may have given entries to this consumer without a reply, the consumer reads its pending entries again
    before it reads new ones.
-3. The number of held entries is bounded: reading and claiming each fill up to `prefetch`. Held entries are renewed
-   until they are settled, handed back or held for too long.
+3. Held entries are bounded in number and size: those that are handled or queued, which reading and claiming each
+   fill up, and those that wait for a retry. Held entries are renewed until they are settled, handed back or held for
+   too long.
 4. A failed entry is dispatched again after its wait, at most `max_deliveries` times in all, and then dead-lettered.
+   Beyond the bound, it waits on the server. In an ordered partition it holds back the later entries of its key;
+   beyond the bound, the partition is not read.
 5. A drained consumer leaves nothing behind that other consumers must wait for.
+6. Only the owner of an ordered partition reads, claims and dispatches its entries. A new owner takes all pending
+   entries over before it reads new ones.
 """
 
 from __future__ import annotations
 
 import heapq
-import itertools
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from math import inf
 from typing import Any, Final
 
-from orki_contract.backoff import Jitter, JitterOptions
 from orki_contract.errors import LocalProtocolError, Reason, RemoteProtocolError
 from orki_events import _delivery_table as table
-from orki_events._delivery_partition import START, Partition
-from orki_events._delivery_table import TRANSITIONS, Command, CreateGroups, Entry, Outcome, State
+from orki_events._delivery_partition import START
+from orki_events._delivery_steps import WAIT, DeliverySteps
+from orki_events._delivery_table import TRANSITIONS, Command, CreateGroups, Outcome, State
 
-_WAIT: Final = JitterOptions(initial=0.05, maximum=1.0, spread=0.0)
 _MAX_CLAIMED: Final = 100
+_TAKEOVER_WAIT: Final = 0.1
 
 
-class DeliveryMachine:
+class DeliveryMachine(DeliverySteps):
     """Takes events with `receive` and `handle_timer`, and returns commands.
 
     The caller executes the commands and reports each result as an event. `now` is in seconds on a monotonic clock.
     """
-
-    def __init__(self, keys: Sequence[str], settings: table.DeliverySettings) -> None:
-        """Create the machine for the Redis keys of a stream's partitions."""
-        self.state = TRANSITIONS.initial
-        self.settings = settings
-        self._partitions = {key: Partition(key) for key in keys}
-        self._ready: deque[tuple[Partition, list[Entry], int]] = deque()
-        self._requests: deque[int] = deque()
-        self._open: set[Command] = set()
-        self._reading = False
-        self._read_apart = False
-        self._created = False
-        self._claiming = 0
-        self._read_at: float | None = None
-        self._renew_at = 0.0
-        self._backoff = Jitter(_WAIT)
-        self._order = itertools.count()
-        self._retries: list[tuple[float, int, Partition, Entry]] = []
-        self._repeats: list[tuple[float, int, Command]] = []
-
-    @property
-    def held(self) -> int:
-        return sum(len(partition.held) for partition in self._partitions.values())
 
     def receive(self, event: table.Event, now: float) -> list[Command]:
         """Process an event.
@@ -83,13 +64,18 @@ class DeliveryMachine:
         if self._read_at is not None:
             due.append(self._read_at)
         if self.state is State.READING:
-            due.extend(each.sweep_at for each in self._partitions.values() if not each.sweeping)
+            sweeps = (each for each in self._partitions.values() if each.owned and not each.withdrawn)
+            due.extend(each.sweep_at for each in sweeps if not each.sweeping)
         return min(due, default=None)
 
     def handle_timer(self, now: float) -> list[Command]:
         """Process the timers that are due; does nothing if none is."""
         commands: list[Command] = []
         if self.state not in (State.NEW, State.CLOSED):
+            for partition in self._partitions.values():
+                if now >= partition.until:
+                    # Until the ownership is extended or lost, nothing is due.
+                    partition.sweep_at = inf
             for event in self._due(now):
                 self._apply(event, now, commands)
             self._plan(now, commands)
@@ -133,6 +119,7 @@ class DeliveryMachine:
         positions = dict(event.command.positions)
         if unknown := event.entries.keys() - positions.keys():
             raise RemoteProtocolError(f"the server sent entries of {min(unknown)}, which was not read")
+        self._windows.measure(event.entries.values())
         for key, position in positions.items():
             entries = event.entries.get(key, [])
             partition = self._partitions[key]
@@ -144,8 +131,13 @@ class DeliveryMachine:
     def _on_entries_claimed(self, event: table.EntriesClaimed, now: float, commands: list[Command]) -> None:
         self._answered(event.command)
         partition = self._partitions[event.command.key]
-        partition.cursor = event.cursor
-        partition.sweep_at = now if event.cursor != START else now + self.settings.sweep_interval
+        partition.cursor = START if partition.stale_claim else event.cursor
+        if not partition.stale_claim and event.cursor == START:
+            partition.takeover = False
+            partition.sweep_at = now + self.settings.sweep_interval
+        else:
+            partition.sweep_at = now
+        partition.stale_claim = False
         partition.lost_unnamed += len(event.deleted)
         partition.detach(event.deleted)
         if event.entries:
@@ -171,7 +163,9 @@ class DeliveryMachine:
 
     def _on_handed_back(self, event: table.HandedBack, now: float, commands: list[Command]) -> None:
         self._answered(event.command)
-        self._partitions[event.command.key].detach_pending(event.trimmed)
+        partition = self._partitions[event.command.key]
+        partition.leaving.difference_update(event.command.deliveries)
+        partition.detach_pending(event.trimmed)
 
     def _on_unanswered(self, event: table.Unanswered, now: float, commands: list[Command]) -> None:
         command = event.command
@@ -206,6 +200,8 @@ class DeliveryMachine:
                 self._partitions[key].acking = False
                 for entry_id in entry_ids:
                     self._partitions[key].settled.pop(entry_id, None)
+            case table.HandBack(key=key, deliveries=deliveries):
+                self._partitions[key].leaving.difference_update(deliveries)
             case table.DeadLetter():
                 self._issue(command, commands)
             case _:
@@ -213,7 +209,7 @@ class DeliveryMachine:
         creating = any(isinstance(each, CreateGroups) for each in (*self._open, *(each[2] for each in self._repeats)))
         if self.state is not State.DRAINING and not creating:
             # With a wait, so that a group that is destroyed again and again is not created in a busy loop.
-            heapq.heappush(self._repeats, (now + _WAIT.initial, next(self._order), CreateGroups()))
+            heapq.heappush(self._repeats, (now + WAIT.initial, next(self._order), CreateGroups()))
 
     def _on_requested(self, event: table.Requested, now: float, commands: list[Command]) -> None:
         if event.count < 1:
@@ -222,9 +218,9 @@ class DeliveryMachine:
 
     def _on_returned(self, event: table.Returned, now: float, commands: list[Command]) -> None:
         partition = self._held_by(event.key, [entry[0] for entry in event.entries])
-        self._ready.appendleft((partition, list(event.entries), 0))
-        if self.state is State.DRAINING:
-            self._hand_back(commands)
+        partition.queue.put_back(list(event.entries))
+        if self.state is State.DRAINING or not partition.owned or partition.withdrawn:
+            self._empty(partition, commands)
 
     def _on_succeeded(self, event: table.Succeeded, now: float, commands: list[Command]) -> None:
         self._held_by(event.key, event.entry_ids).settle(event.entry_ids, Outcome.PROCESSED)
@@ -233,6 +229,7 @@ class DeliveryMachine:
         partition = self._held_by(event.key, [entry[0] for entry in event.entries])
         letters = []
         back: dict[bytes, int] = {}
+        waits: dict[bytes, int] = {}
         for entry in event.entries:
             entry_id = entry[0]
             made = partition.deliveries.get(entry_id, 1)
@@ -243,17 +240,23 @@ class DeliveryMachine:
                 letters.append(table.Letter(entry, made, event.reason, event.message))
             elif made >= self.settings.max_deliveries:
                 letters.append(table.Letter(entry, made, Reason.REASON_DELIVERIES_EXHAUSTED, event.message))
-            elif self.state is State.DRAINING:
+            elif self.state is State.DRAINING or partition.withdrawn:
                 if entry_id not in partition.detached:
                     back[entry_id] = made
                 partition.forget([entry_id])
-            else:
+            elif partition.queue.keyed or entry_id in partition.detached or self._windows.may_wait(partition, entry_id):
+                partition.wait(entry_id)
                 due = now + self.settings.backoff.delay(made)
                 heapq.heappush(self._retries, (due, next(self._order), partition, entry))
+            else:
+                waits[entry_id] = made
+                partition.forget([entry_id])
         if letters:
             self._issue(table.DeadLetter(partition.key, tuple(letters)), commands)
         if back:
-            self._issue(table.HandBack(partition.key, back), commands)
+            self._return(partition, back, 0.0, commands)
+        if waits:
+            self._return(partition, waits, self.settings.backoff.delay(max(waits.values())), commands)
 
     def _on_drain_requested(self, event: table.DrainRequested, now: float, commands: list[Command]) -> None:
         if self.state in (State.NEW, State.CLOSED, State.DRAINING):
@@ -265,10 +268,41 @@ class DeliveryMachine:
         self._requests.clear()
         self._repeats = [each for each in self._repeats if not isinstance(each[2], CreateGroups)]
         heapq.heapify(self._repeats)
-        self._ready.extend((partition, [entry], 0) for _, _, partition, entry in self._retries)
-        made = {(id(partition), entry[0]) for _, _, partition, entry in self._retries}
         self._retries.clear()
-        self._hand_back(commands, tried=made)
+        for partition in self._partitions.values():
+            self._empty(partition, commands)
+
+    def _on_gained(self, event: table.PartitionGained, now: float, commands: list[Command]) -> None:
+        partition = self._partition(event.key)
+        partition.owned, partition.until, partition.withdrawn = True, event.until, False
+        # Its own pending entries are taken over like those of others, so that all come in the order of their ids.
+        partition.takeover, partition.recovery = True, None
+        partition.cursor, partition.sweep_at, partition.stale_claim = START, now, partition.sweeping
+
+    def _on_kept(self, event: table.PartitionKept, now: float, commands: list[Command]) -> None:
+        partition = self._partition(event.key)
+        partition.until = event.until
+        partition.sweep_at = min(partition.sweep_at, now + self.settings.sweep_interval)
+
+    def _on_lost(self, event: table.PartitionLost, now: float, commands: list[Command]) -> None:
+        partition = self._partition(event.key)
+        partition.owned = partition.withdrawn = partition.takeover = False
+        partition.recovery = None
+        # The next owner takes them over.
+        partition.forget([entry[0] for entry in partition.queue.clear()])
+        partition.forget(list(partition.waiting))
+        partition.foreign.update(partition.held)
+
+    def _on_withdrawn(self, event: table.PartitionWithdrawn, now: float, commands: list[Command]) -> None:
+        partition = self._partition(event.key)
+        if partition.owned:
+            partition.withdrawn = True
+            self._empty(partition, commands)
+
+    def _on_given_up(self, event: table.GivenUp, now: float, commands: list[Command]) -> None:
+        self._answered(event.command)
+        partition = self._partitions[event.command.key]
+        partition.owned = partition.withdrawn = partition.takeover = False
 
     def _on_repeat_due(self, event: table.RepeatDue, now: float, commands: list[Command]) -> None:
         while self._repeats and self._repeats[0][0] <= now:
@@ -277,7 +311,8 @@ class DeliveryMachine:
     def _on_retry_due(self, event: table.RetryDue, now: float, commands: list[Command]) -> None:
         while self._retries and self._retries[0][0] <= now:
             _, _, partition, entry = heapq.heappop(self._retries)
-            self._retry(partition, entry, commands)
+            if entry[0] in partition.waiting:
+                self._retry(partition, entry, commands)
 
     def _on_renewal_due(self, event: table.RenewalDue, now: float, commands: list[Command]) -> None:
         interval = self.settings.ack_deadline / 3
@@ -289,17 +324,17 @@ class DeliveryMachine:
 
     def _on_sweep_due(self, event: table.SweepDue, now: float, commands: list[Command]) -> None:
         due = list(self._sweeps_due(now))
-        free = self.settings.prefetch - self.held - self._claiming
+        free = self._windows.free()[0] - self._claiming
         if free < 1:
             for partition in due:
-                partition.sweep_at = now + self.settings.sweep_interval
+                partition.sweep_at = now + (_TAKEOVER_WAIT if partition.takeover else self.settings.sweep_interval)
             return
         for partition in due:
             # In equal parts, so that the first partition does not starve the others.
             count = min(max(free // len(due), 1), _MAX_CLAIMED)
             self._claiming += count
             partition.sweeping = True
-            self._issue(table.Claim(partition.key, partition.cursor, count), commands)
+            self._issue(table.Claim(partition.key, partition.cursor, count, partition.takeover), commands)
 
     def _on_read_due(self, event: table.ReadDue, now: float, commands: list[Command]) -> None:
         self._read_at = None
@@ -312,146 +347,19 @@ class DeliveryMachine:
     def _plan(self, now: float, commands: list[Command]) -> None:
         if self.state is State.RECOVERING and all(each.recovery is None for each in self._partitions.values()):
             self._apply(table.Recovered(), now, commands)
-        while self._requests and self._ready:
-            self._dispatch(self._requests[0], commands)
+        while self._requests and self._dispatch(self._requests[0], now, commands):
+            pass
         for partition in self._partitions.values():
             while (ack := partition.next_ack()) is not None:
                 self._issue(ack, commands)
+            if partition.withdrawn:
+                self._give_up(partition, commands)
         if not self._reading and self._read_at is None:
-            self._read(commands)
+            self._read(now, commands)
         if self.state is State.DRAINING:
             unfinished = any(each.unfinished for each in self._partitions.values())
             if not (unfinished or self._open or self._repeats or self.held):
                 self._apply(table.Drained(), now, commands)
-
-    def _sweeps_due(self, now: float) -> Iterator[Partition]:
-        return (each for each in self._partitions.values() if not each.sweeping and each.sweep_at <= now)
-
-    def _dispatch(self, limit: int, commands: list[Command]) -> None:
-        partition, waiting, begin = self._ready[0]
-        entries = waiting[begin : begin + limit]
-        if begin + limit < len(waiting):
-            # Only the index moves: cutting the list would copy it for every single entry.
-            self._ready[0] = (partition, waiting, begin + limit)
-        else:
-            self._ready.popleft()
-        if partition.foreign:
-            stolen = [entry[0] for entry in entries if entry[0] in partition.foreign]
-            partition.forget(stolen)
-            entries = [entry for entry in entries if entry[0] not in stolen]
-        if entries:
-            self._requests.popleft()
-            counts = partition.deliveries
-            known = {entry[0]: counts[entry[0]] for entry in entries if entry[0] in counts} if counts else {}
-            # Not kept open: entries are answered one by one, and `held` shows which are missing.
-            commands.append(table.Dispatch(partition.key, entries, known))
-
-    def _read(self, commands: list[Command]) -> None:
-        free = self.settings.prefetch - self.held
-        if self.state in (State.RECOVERING, State.DRAINING):
-            pending = [(each.key, each.recovery) for each in self._partitions.values() if each.recovery is not None]
-            # The read skips held entries, so a full consumer must still read while it drains.
-            if pending and (free * 2 >= self.settings.prefetch or self.state is State.DRAINING):
-                self._start_read(tuple(pending[:1] if self._read_apart else pending), free, True, commands)
-        elif self.state is State.READING and free * 2 >= self.settings.prefetch:
-            self._start_read(tuple((key, b">") for key in self._partitions), free, False, commands)
-
-    def _start_read(
-        self, positions: tuple[tuple[str, bytes], ...], free: int, history: bool, commands: list[Command]
-    ) -> None:
-        self._reading = True
-        # The count applies to each key.
-        self._issue(table.Read(positions, max(free // len(positions), 1), history), commands)
-
-    def _take(
-        self,
-        partition: Partition,
-        entries: list[Entry],
-        deliveries: Mapping[bytes, int],
-        now: float,
-        commands: list[Command],
-    ) -> None:
-        if not self.held:
-            self._renew_at = now + self.settings.ack_deadline / 3
-        for made, entry_ids in partition.held_by_count(entries).items():
-            # The server counted another delivery of held entries, although there was none.
-            self._issue(table.Renew(partition.key, entry_ids, made), commands)
-        fresh = partition.admit(entries, deliveries, now)
-        if partition.deliveries:
-            limit = self.settings.max_deliveries
-            worn = [entry for entry in fresh if partition.deliveries.get(entry[0], 1) > limit]
-            if worn:
-                fresh = [entry for entry in fresh if entry not in worn]
-                self._issue(
-                    table.DeadLetter(partition.key, tuple(self._worn(partition, entry) for entry in worn)), commands
-                )
-        if fresh:
-            self._ready.append((partition, fresh, 0))
-            if self.state is State.DRAINING:
-                self._hand_back(commands)
-
-    def _worn(self, partition: Partition, entry: Entry) -> table.Letter:
-        made = partition.deliveries[entry[0]] - 1
-        message = f"delivered {made} times, and no consumer reported an outcome"
-        return table.Letter(entry, made, Reason.REASON_DELIVERIES_EXHAUSTED, message)
-
-    def _retry(self, partition: Partition, entry: Entry, commands: list[Command]) -> None:
-        entry_id = entry[0]
-        if entry_id in partition.foreign:
-            partition.forget([entry_id])
-            return
-        made = partition.deliveries.get(entry_id, 1) + 1
-        partition.deliveries[entry_id] = made
-        if entry_id not in partition.detached:
-            self._issue(table.Renew(partition.key, [entry_id], made), commands)
-        self._ready.append((partition, [entry], 0))
-
-    def _hand_back(self, commands: list[Command], tried: set[tuple[int, bytes]] | None = None) -> None:
-        """Hand back all entries that no handler has; entries in `tried` keep their number of deliveries."""
-        while self._ready:
-            partition, waiting, begin = self._ready.popleft()
-            entries = waiting[begin:]
-            back = {}
-            for entry in entries:
-                if entry[0] not in partition.foreign and entry[0] not in partition.detached:
-                    attempted = tried is not None and (id(partition), entry[0]) in tried
-                    back[entry[0]] = partition.deliveries.get(entry[0], 1) - (0 if attempted else 1)
-            partition.forget([entry[0] for entry in entries])
-            if back:
-                self._issue(table.HandBack(partition.key, back), commands)
-
-    def _recover(self, keys: Iterable[str]) -> None:
-        for key in keys:
-            self._partitions[key].recovery = START
-
-    def _held_by(self, key: str, entry_ids: Sequence[bytes]) -> Partition:
-        partition = self._partitions.get(key)
-        if partition is None:
-            raise LocalProtocolError(f"{key} is not a partition of this consumer")
-        for entry_id in entry_ids:
-            if entry_id not in partition.held:
-                raise LocalProtocolError(f"{entry_id.decode()} of {key} is not held")
-        return partition
-
-    def _issue(self, command: Command, commands: list[Command]) -> None:
-        self._open.add(command)
-        commands.append(command)
-
-    def _answered(self, command: Command) -> None:
-        self._close(command)
-        self._backoff.reset()
-
-    def _close(self, command: Command) -> None:
-        if command not in self._open:
-            raise LocalProtocolError(f"{type(command).__name__} was answered twice or never issued")
-        self._open.remove(command)
-        if isinstance(command, table.Claim):
-            self._claiming -= command.count
-            self._partitions[command.key].sweeping = False
-        elif isinstance(command, table.Read):
-            self._reading = False
-        elif isinstance(command, table.Renew):
-            self._partitions[command.key].renewing = False
 
 
 _HANDLERS: Final[dict[type, Callable[[DeliveryMachine, Any, float, list[Command]], None]]] = {
@@ -471,6 +379,11 @@ _HANDLERS: Final[dict[type, Callable[[DeliveryMachine, Any, float, list[Command]
     table.Succeeded: DeliveryMachine._on_succeeded,
     table.Failed: DeliveryMachine._on_failed,
     table.DrainRequested: DeliveryMachine._on_drain_requested,
+    table.PartitionGained: DeliveryMachine._on_gained,
+    table.PartitionKept: DeliveryMachine._on_kept,
+    table.PartitionLost: DeliveryMachine._on_lost,
+    table.PartitionWithdrawn: DeliveryMachine._on_withdrawn,
+    table.GivenUp: DeliveryMachine._on_given_up,
     table.RepeatDue: DeliveryMachine._on_repeat_due,
     table.RetryDue: DeliveryMachine._on_retry_due,
     table.RenewalDue: DeliveryMachine._on_renewal_due,

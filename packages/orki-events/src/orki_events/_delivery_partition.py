@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Final
 
+from orki_events._delivery_queue import KeyedQueue, PlainQueue
 from orki_events._delivery_table import Ack, Entry, Outcome
 
 START: Final = b"0-0"
 """The position before every entry; as a claim's cursor, the end of a sweep."""
 
 _MAX_ACKED: Final = 2_000  # A Lua script cannot unpack more than some 8,000 values.
+_UNEVEN: Final = 4
 
 
 @dataclass(slots=True, eq=False)
@@ -20,25 +23,43 @@ class Partition:
 
     Attributes:
         key: Its Redis key.
+        queue: Held entries that no handler has.
+        owned: Whether the consumer may read and dispatch its entries, until the time `until`.
+        withdrawn: Whether the consumer gives the partition up as soon as its handlers have ended.
+        takeover: Whether pending entries of earlier owners must be claimed before new ones are read.
         recovery: Id after which the consumer's own pending entries must be read again; None when that is done.
-        held: Time at which each held entry arrived, by id.
+        held: Time of arrival and size of each held entry, by id.
+        size: Total size of the held entries.
+        waiting: Held entries that wait for a retry.
+        waiting_size: Their total size.
         deliveries: Deliveries of held entries that were delivered more than once, by id.
         foreign: Held entries that other consumers have claimed.
         detached: Held entries that were trimmed. The server counts them as lost until they are settled.
+        leaving: Entries that are being handed back.
         settled: Entries whose acknowledgement is not confirmed yet.
         lost_unnamed: Number of pending entries that were trimmed and that the server has removed itself.
         kept: Number of lost entries whose report is withheld since they are held.
         cursor: Cursor of the next claim.
         sweep_at: Time of the next claim.
         sweeping, renewing, acking: Whether a Claim, a Renew or an Ack is in progress.
+        stale_claim: Whether the Claim in progress began before the consumer owned the partition again.
     """
 
     key: str
+    queue: PlainQueue | KeyedQueue = field(default_factory=PlainQueue)
+    owned: bool = True
+    until: float = inf
+    withdrawn: bool = False
+    takeover: bool = False
     recovery: bytes | None = START
-    held: dict[bytes, float] = field(default_factory=dict)
+    held: dict[bytes, tuple[float, int]] = field(default_factory=dict)
+    size: int = 0
+    waiting: set[bytes] = field(default_factory=set)
+    waiting_size: int = 0
     deliveries: dict[bytes, int] = field(default_factory=dict)
     foreign: set[bytes] = field(default_factory=set)
     detached: set[bytes] = field(default_factory=set)
+    leaving: set[bytes] = field(default_factory=set)
     settled: dict[bytes, None] = field(default_factory=dict)
     lost_unnamed: int = 0
     kept: int = 0
@@ -47,6 +68,7 @@ class Partition:
     sweeping: bool = False
     renewing: bool = False
     acking: bool = False
+    stale_claim: bool = False
     _waiting: dict[Outcome, list[bytes]] = field(default_factory=lambda: {outcome: [] for outcome in Outcome})
     _regained: dict[Outcome, int] = field(default_factory=dict)
 
@@ -54,22 +76,48 @@ class Partition:
     def unfinished(self) -> bool:
         return self.recovery is not None or bool(self.settled) or bool(self.lost_unnamed) or bool(self.kept)
 
+    @property
+    def retained(self) -> tuple[int, int]:
+        """Number and size of the entries that wait for a retry, or behind one that does."""
+        blocked = self.queue.blocked
+        behind = blocked * self.size // len(self.held) if blocked else 0
+        return len(self.waiting) + blocked, self.waiting_size + behind
+
+    def active(self, now: float) -> bool:
+        """Whether the consumer may begin to handle entries."""
+        return self.owned and not self.withdrawn and now < self.until
+
     def admit(self, entries: list[Entry], deliveries: Mapping[bytes, int], now: float) -> list[Entry]:
         """Hold entries and return those to dispatch: neither known already nor trimmed."""
         ids = [entry[0] for entry in entries]
-        if not (self.held.keys().isdisjoint(ids) and self.settled.keys().isdisjoint(ids)):
+        if not (
+            self.held.keys().isdisjoint(ids) and self.settled.keys().isdisjoint(ids) and self.leaving.isdisjoint(ids)
+        ):
             self.foreign.difference_update(ids)
-            entries = [entry for entry in entries if entry[0] not in self.held and entry[0] not in self.settled]
+            known = self.held.keys() | self.settled.keys() | self.leaving
+            entries = [entry for entry in entries if entry[0] not in known]
             ids = [entry[0] for entry in entries]
         lost = [entry[0] for entry in entries if entry[1] is None]
         if lost:
             self.settle(lost, Outcome.DECLARED_LOST)
             entries = [entry for entry in entries if entry[1] is not None]
             ids = [entry[0] for entry in entries]
-        self.held.update(dict.fromkeys(ids, now))
+        if entries:
+            self._hold(ids, [sum(map(len, entry[1])) for entry in entries], now)
         if deliveries:
             self.deliveries.update((each, deliveries[each]) for each in ids if deliveries.get(each, 1) > 1)
         return entries
+
+    def _hold(self, ids: list[bytes], sizes: list[int], now: float) -> None:
+        total = sum(sizes)
+        if max(sizes) * len(sizes) <= total * _UNEVEN:
+            # One mark for all: their sizes differ little.
+            mean = total // len(sizes)
+            self.size += mean * len(sizes)
+            self.held.update(dict.fromkeys(ids, (now, mean)))
+        else:
+            self.size += total
+            self.held.update((entry_id, (now, size)) for entry_id, size in zip(ids, sizes, strict=True))
 
     def held_by_count(self, entries: list[Entry]) -> dict[int, list[bytes]]:
         """Return the ids among `entries` that are held already, by their number of deliveries."""
@@ -79,6 +127,16 @@ class Partition:
                 if entry[0] in self.held:
                     found.setdefault(self.deliveries.get(entry[0], 1), []).append(entry[0])
         return found
+
+    def wait(self, entry_id: bytes) -> None:
+        """Note that an entry waits for its retry."""
+        self.waiting.add(entry_id)
+        self.waiting_size += self.held[entry_id][1]
+        self.queue.suspend(entry_id)
+
+    def end_wait(self, entry_id: bytes) -> None:
+        self.waiting.discard(entry_id)
+        self.waiting_size -= self.held[entry_id][1]
 
     def settle(self, entry_ids: Sequence[bytes], outcome: Outcome) -> None:
         """Stop holding entries and queue their acknowledgement."""
@@ -105,8 +163,15 @@ class Partition:
         self._waiting[Outcome.DECLARED_LOST].extend(entry_ids)
 
     def forget(self, entry_ids: Sequence[bytes]) -> None:
+        if self.waiting:
+            for entry_id in self.waiting.intersection(entry_ids):
+                self.end_wait(entry_id)
+        held = self.held
         for entry_id in entry_ids:
-            self.held.pop(entry_id, None)
+            mark = held.pop(entry_id, None)
+            if mark is not None:
+                self.size -= mark[1]
+        self.queue.release(entry_ids)
         if self.deliveries:
             for entry_id in entry_ids:
                 self.deliveries.pop(entry_id, None)
@@ -136,7 +201,7 @@ class Partition:
         """Return entries held for longer than half an interval and shorter than the limit, if the server has them."""
         return [
             entry_id
-            for entry_id, since in self.held.items()
+            for entry_id, (since, _) in self.held.items()
             if now - limit < since <= now - interval / 2
             and entry_id not in self.foreign
             and entry_id not in self.detached

@@ -11,7 +11,6 @@ from enum import StrEnum
 from typing import Any, Final
 
 from orki_contract.errors import Reason
-from orki_contract.model import Backoff
 from orki_contract.transitions import Transitions
 
 Entry = list[Any]
@@ -24,18 +23,6 @@ class Outcome(StrEnum):
     PROCESSED = "processed"
     DEAD_LETTERED = "dead_lettered"
     DECLARED_LOST = "declared_lost"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeliverySettings:
-    """Limits of one consumer, as in `ConsumeOptions` and `Group`. Durations are in seconds."""
-
-    prefetch: int
-    max_deliveries: int
-    ack_deadline: float
-    sweep_interval: float
-    hold_limit: float
-    backoff: Backoff
 
 
 # Commands. They compare by identity: a reply names the command that it answers.
@@ -91,11 +78,12 @@ class Ack:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Claim:
-    """Take over entries that were not renewed in time. Reply: EntriesClaimed."""
+    """Take over entries that were not renewed in time, or with `takeover` all pending ones. Reply: EntriesClaimed."""
 
     key: str
     cursor: bytes
     count: int
+    takeover: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +115,24 @@ class Renew:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HandBack:
-    """Let other consumers claim entries at once; `entries` has the number of deliveries of each. Reply: HandedBack."""
+    """Let any consumer claim entries after `wait` seconds, at most the acknowledgement deadline. Reply: HandedBack.
+
+    `deliveries` is the number of deliveries of each entry by id.
+    """
 
     key: str
     deliveries: Mapping[bytes, int]
+    wait: float = 0.0
 
 
-ServerCommand = Read | Ack | Claim | DeadLetter | Renew | HandBack
+@dataclass(frozen=True, slots=True, eq=False)
+class GiveUp:
+    """End the ownership of a partition. Reply: GivenUp."""
+
+    key: str
+
+
+ServerCommand = Read | Ack | Claim | DeadLetter | Renew | HandBack | GiveUp
 """Commands that one or more Redis commands carry out."""
 Command = CreateGroups | Dispatch | ServerCommand
 
@@ -211,10 +210,17 @@ class HandedBack(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class GivenUp(Event):
+    """Another consumer can own the partition."""
+
+    command: GiveUp
+
+
+@dataclass(frozen=True, slots=True)
 class Unanswered(Event):
     """No reply came: the outcome of the command is unknown."""
 
-    command: CreateGroups | Ack | DeadLetter | Renew | HandBack
+    command: CreateGroups | Ack | DeadLetter | Renew | HandBack | GiveUp
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +282,39 @@ class Failed(Event):
 @dataclass(frozen=True, slots=True)
 class DrainRequested(Event):
     """The consumer must stop in an orderly way."""
+
+
+# Events: the ownership of ordered partitions.
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionGained(Event):
+    """The consumer owns a partition until the given time, unless it keeps it for longer."""
+
+    key: str
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionKept(Event):
+    """The consumer owns a partition for longer."""
+
+    key: str
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionLost(Event):
+    """The ownership ended: another consumer may own the partition already."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionWithdrawn(Event):
+    """The consumer must give the partition up once its running handlers have ended."""
+
+    key: str
 
 
 # Events: timers.
@@ -351,6 +390,7 @@ TRANSITIONS: Final = Transitions(
             Acked: State.CREATING,
             DeadLettered: State.CREATING,
             Renewed: State.CREATING,
+            HandedBack: State.CREATING,
             Unanswered: State.CREATING,
             EntriesUnknown: State.CREATING,
             GroupMissing: State.CREATING,
@@ -358,6 +398,11 @@ TRANSITIONS: Final = Transitions(
             Returned: State.CREATING,
             Succeeded: State.CREATING,
             Failed: State.CREATING,
+            PartitionGained: State.CREATING,
+            PartitionKept: State.CREATING,
+            PartitionLost: State.CREATING,
+            PartitionWithdrawn: State.CREATING,
+            GivenUp: State.CREATING,
             RepeatDue: State.CREATING,
             RetryDue: State.CREATING,
             RenewalDue: State.CREATING,
@@ -370,6 +415,7 @@ TRANSITIONS: Final = Transitions(
             Acked: State.RECOVERING,
             DeadLettered: State.RECOVERING,
             Renewed: State.RECOVERING,
+            HandedBack: State.RECOVERING,
             Unanswered: State.RECOVERING,
             EntriesUnknown: State.RECOVERING,
             GroupMissing: State.CREATING,
@@ -377,6 +423,11 @@ TRANSITIONS: Final = Transitions(
             Returned: State.RECOVERING,
             Succeeded: State.RECOVERING,
             Failed: State.RECOVERING,
+            PartitionGained: State.RECOVERING,
+            PartitionKept: State.RECOVERING,
+            PartitionLost: State.RECOVERING,
+            PartitionWithdrawn: State.RECOVERING,
+            GivenUp: State.RECOVERING,
             RepeatDue: State.RECOVERING,
             RetryDue: State.RECOVERING,
             RenewalDue: State.RECOVERING,
@@ -390,6 +441,7 @@ TRANSITIONS: Final = Transitions(
             Acked: State.READING,
             DeadLettered: State.READING,
             Renewed: State.READING,
+            HandedBack: State.READING,
             Unanswered: State.READING,
             EntriesUnknown: State.RECOVERING,
             GroupMissing: State.CREATING,
@@ -397,6 +449,11 @@ TRANSITIONS: Final = Transitions(
             Returned: State.READING,
             Succeeded: State.READING,
             Failed: State.READING,
+            PartitionGained: State.READING,
+            PartitionKept: State.READING,
+            PartitionLost: State.READING,
+            PartitionWithdrawn: State.READING,
+            GivenUp: State.READING,
             RepeatDue: State.READING,
             RetryDue: State.READING,
             RenewalDue: State.READING,
@@ -418,6 +475,9 @@ TRANSITIONS: Final = Transitions(
             Returned: State.DRAINING,
             Succeeded: State.DRAINING,
             Failed: State.DRAINING,
+            PartitionKept: State.DRAINING,
+            PartitionLost: State.DRAINING,
+            GivenUp: State.DRAINING,
             RepeatDue: State.DRAINING,
             RenewalDue: State.DRAINING,
             ReadDue: State.DRAINING,

@@ -13,10 +13,15 @@ from typing import Final
 
 from orki_contract.errors import ContractMismatch, EventsUnavailable, LocalProtocolError, OrkiError, Reason
 from orki_contract.masking import mask
+from orki_contract.model import Group
 from orki_events import _delivery_table as table
 from orki_events._commands import CommandExecutor, GroupMember
 from orki_events._delivery import DeliveryMachine
+from orki_events._delivery_queue import KeyOf
+from orki_events._delivery_windows import DeliverySettings
+from orki_events._lease_keeper import LeaseKeeper
 from orki_events._options import ConsumeOptions, EventOptions, Gap, GapKind
+from orki_events._seen import SeenEvents
 from orki_events.connection import Connection
 from orki_events.entries import stream_keys
 from orki_events.groups import ConsumerGroups
@@ -24,6 +29,7 @@ from orki_events.groups import ConsumerGroups
 _SAVE_INTERVAL: Final = 2.0
 _UNBLOCK_INTERVAL: Final = 0.05
 _IDLE_CONSUMER: Final = 600.0
+_GROUP: Final = 32
 _log = logging.getLogger("orki.events")
 
 
@@ -35,6 +41,8 @@ class ReaderServices:
         reads: The reader's connection for blocking reads.
         commands: The reader's connection for everything else.
         closed: Called when the reader has closed.
+        key_of: Returns the key of an entry in an ordered stream; None for a stream without an order.
+        single: Whether handlers take single entries.
     """
 
     reads: Connection
@@ -44,6 +52,13 @@ class ReaderServices:
     report: Callable[[Gap], None]
     closed: Callable[[GroupReader], None]
     options: EventOptions
+    key_of: KeyOf | None = None
+    single: bool = True
+
+    def read_timeout(self, group: Group) -> float:
+        """Maximum time of a blocking read; in an ordered stream, short beside the lease of a partition."""
+        timeout = self.options.block_timeout
+        return timeout if self.key_of is None else min(timeout, group.ack_deadline / 4)
 
 
 class GroupReader:
@@ -56,10 +71,17 @@ class GroupReader:
         self.member = member
         self.seen = SeenEvents(services.options.dedupe_window)
         self._services = services
-        self._executor = CommandExecutor(member, services.reads, services.commands, services.options.block_timeout)
-        self._machine = _machine(member, options, concurrency)
+        self._executor = CommandExecutor(member, services.reads, services.commands, services.read_timeout(member.group))
+        self.key_of = services.key_of
+        self._machine = _machine(member, options, concurrency, services)
+        self._leases: LeaseKeeper | None = None
+        if services.key_of is not None:
+            self._leases = LeaseKeeper(member, services.commands, self._own)
         self._loop = asyncio.get_running_loop()
         self._waiters: deque[asyncio.Future[table.Dispatch | None]] = deque()
+        self._taken: deque[tuple[table.Dispatch, table.Entry]] = deque()
+        self._asked = False
+        self._idle: deque[asyncio.Future[None]] = deque()
         self._read_queue: asyncio.Queue[table.Read] = asyncio.Queue()
         self._command_queue: asyncio.Queue[table.CreateGroups | table.ServerCommand] = asyncio.Queue()
         self._done: dict[str, list[bytes]] = {}
@@ -79,7 +101,10 @@ class GroupReader:
         return f'consumer "{self.member.consumer}" of group "{self.member.group.name}" on "{self.member.stream.name}"'
 
     def start(self) -> None:
-        for loop in (self._read_loop(), self._command_loop(), self._maintenance_loop()):
+        loops = [self._read_loop(), self._command_loop(), self._maintenance_loop()]
+        if self._leases is not None:
+            loops.append(self._leases.run())
+        for loop in loops:
             self._tasks.append(asyncio.create_task(self._guard(loop), name=f"orki-events {self.name}"))
         self._receive(table.Opened())
 
@@ -102,6 +127,49 @@ class GroupReader:
             if waiter.done() and not waiter.cancelled() and (dispatch := waiter.result()) is not None:
                 self.give_back(dispatch.key, dispatch.entries)
             raise
+
+    def next_entry(self) -> tuple[table.Dispatch, table.Entry] | None:
+        """Return an entry whose handling must begin now; None if `wait` must be called first."""
+        while self._taken:
+            dispatch, entry = taken = self._taken.popleft()
+            if self._machine.may_begin(dispatch.key, entry[0], self._loop.time()):
+                return taken
+            self.give_back(dispatch.key, [entry])
+        return None
+
+    async def wait(self) -> bool:
+        """Wait until `next_entry` may return an entry; return False once the consumer ends.
+
+        Entries are taken from the machine in small groups, of which all callers take theirs: waiting for each one
+        alone would cost more than many handlers do.
+
+        Raises:
+            OrkiError: The server refuses the consumer, and a retry cannot succeed.
+        """
+        if not self._asked and self._error is None and not self._ending:
+            self._asked = True
+            self._receive(table.Requested(_GROUP))
+        if self._error is not None:
+            raise self._error
+        if self._ending:
+            return False
+        if not self._taken:
+            waiter: asyncio.Future[None] = self._loop.create_future()
+            self._idle.append(waiter)
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                if not waiter.cancelled():
+                    self._wake(1)
+                raise
+        return True
+
+    def _wake(self, count: int) -> None:
+        while count and self._idle:
+            waiter = self._idle.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                count -= 1
 
     def succeeded(self, key: str, entry_id: bytes) -> None:
         """Settle one entry; acknowledgements of one turn of the event loop are sent together."""
@@ -142,7 +210,10 @@ class GroupReader:
         """Take no more entries: pending calls of `take` return None, and untaken entries are handed back."""
         if not self._ending:
             self._ending = True
+            if self._leases is not None:
+                self._leases.end()
             self._release(None)
+            self._return_taken(None)
             self._receive(table.DrainRequested())
 
     async def close(self) -> None:
@@ -181,6 +252,8 @@ class GroupReader:
                     with contextlib.suppress(OrkiError):
                         await services.groups.save(services.commands, self.member.stream, self.member.group)
                         await self._executor.leave()
+                        if self._leases is not None:
+                            await self._leases.leave()
         except TimeoutError:
             _log.warning("%s left %d entries for other consumers to claim", self.name, self._machine.held)
         finally:
@@ -227,7 +300,29 @@ class GroupReader:
             self._arming = True
             self._loop.call_soon(self._arm)
 
+    def _return_taken(self, key: str | None) -> None:
+        """Return entries whose handling has not begun: those of one partition, or all."""
+        taken, self._taken = self._taken, deque()
+        for dispatch, entry in taken:
+            if key in (None, dispatch.key):
+                self.give_back(dispatch.key, [entry])
+            else:
+                self._taken.append((dispatch, entry))
+
+    def _own(self, event: table.Event) -> None:
+        """Process an event of the ownership of a partition."""
+        late = isinstance(event, table.PartitionGained | table.PartitionWithdrawn) and self._ending
+        if not late and self._machine.state is not table.State.CLOSED:
+            self._receive(event)
+            if isinstance(event, table.PartitionLost | table.PartitionWithdrawn):
+                self._return_taken(event.key)
+
     def _hand_out(self, dispatch: table.Dispatch) -> None:
+        if self._asked:
+            self._asked = False
+            self._taken.extend((dispatch, entry) for entry in dispatch.entries)
+            self._wake(len(dispatch.entries))
+            return
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():
@@ -259,6 +354,7 @@ class GroupReader:
             self._receive(table.Succeeded(key, entry_ids))
 
     def _release(self, error: OrkiError | None) -> None:
+        self._wake(len(self._idle))
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():
@@ -289,7 +385,9 @@ class GroupReader:
             command = await self._read_queue.get()
             with contextlib.suppress(OrkiError):
                 await self._services.reads.fetch_client_id()
-            self._receive(await self._executor.run(command))
+            event = await self._executor.run(command)
+            self._services.groups.note(self._services.reads, self.member.group, event)
+            self._receive(event)
 
     async def _command_loop(self) -> None:
         while True:
@@ -298,7 +396,10 @@ class GroupReader:
                 event = await self._create_groups(command)
             else:
                 event = await self._executor.run(command)
+            self._services.groups.note(self._services.commands, self.member.group, event)
             self._log_losses(event)
+            if isinstance(event, table.GivenUp) and self._leases is not None:
+                self._leases.released(event.command.key)
             self._receive(event)
 
     async def _create_groups(self, command: table.CreateGroups) -> table.Event:
@@ -306,7 +407,8 @@ class GroupReader:
         try:
             # First, so that a contract that does not fit leaves no trace on the server.
             await self._register()
-            await services.groups.ensure(services.commands, self.member.stream, (self.member.group,))
+            stream, group = self.member.stream, self.member.group
+            await services.groups.ensure(services.commands, stream, (group,), consumes=True)
         except OrkiError as error:
             if not error.retryable:
                 raise
@@ -365,11 +467,13 @@ class GroupReader:
                 _log.info("%s could not save its position: %s", self.name, error)
 
 
-def _machine(member: GroupMember, options: ConsumeOptions, concurrency: int) -> DeliveryMachine:
+def _machine(
+    member: GroupMember, options: ConsumeOptions, concurrency: int, services: ReaderServices
+) -> DeliveryMachine:
     keys = stream_keys(member.stream)
     ack_deadline = member.group.ack_deadline
     sweep_interval = options.sweep_interval or min(ack_deadline / 3, 5.0)
-    settings = table.DeliverySettings(
+    settings = DeliverySettings(
         prefetch=max(options.prefetch or 4 * concurrency, len(keys), concurrency),
         max_deliveries=member.group.max_deliveries,
         ack_deadline=ack_deadline,
@@ -377,44 +481,11 @@ def _machine(member: GroupMember, options: ConsumeOptions, concurrency: int) -> 
         sweep_interval=sweep_interval * random.uniform(0.8, 1.2),
         hold_limit=options.hold_limit,
         backoff=options.backoff,
+        prefetch_bytes=options.prefetch_bytes,
+        retry_entries=options.retry_entries,
+        retry_bytes=options.retry_bytes,
+        key_of=services.key_of,
+        single=services.single,
+        read_time=services.read_timeout(member.group),
     )
     return DeliveryMachine(keys, settings)
-
-
-class SeenEvents:
-    """A bounded set of event ids in two generations: the older one is dropped when the younger one is full.
-
-    It remembers at least the last `window` ids. An id is added when its event is handed out and removed when the
-    handler fails, so a repeated event is dropped only while another copy is being handled or was handled.
-    """
-
-    __slots__ = ("_old", "_window", "_young")
-
-    def __init__(self, window: int) -> None:
-        """Create the set; a window of 0 remembers nothing."""
-        self._window = window
-        self._young: dict[bytes, None] = {}
-        self._old: dict[bytes, None] = {}
-
-    def add(self, event_ids: Sequence[bytes]) -> list[int]:
-        """Add ids and return the indexes of those that are repeated: known before, or earlier in the sequence."""
-        if not self._window:
-            return []
-        repeated = []
-        fresh = dict.fromkeys(event_ids)
-        if len(fresh) == len(event_ids) and self._young.keys().isdisjoint(fresh) and self._old.keys().isdisjoint(fresh):
-            self._young.update(fresh)
-        else:
-            for index, event_id in enumerate(event_ids):
-                if event_id in self._young or event_id in self._old:
-                    repeated.append(index)
-                else:
-                    self._young[event_id] = None
-        if len(self._young) >= self._window:
-            self._old, self._young = self._young, {}
-        return repeated
-
-    def discard(self, event_ids: Iterable[bytes]) -> None:
-        for event_id in event_ids:
-            self._young.pop(event_id, None)
-            self._old.pop(event_id, None)

@@ -14,9 +14,16 @@ from orki_contract.model import Backoff
 class GapKind(StrEnum):
     """How events were lost, or may have been."""
 
-    GROUP_RECREATED = "group_recreated"
+    TRIMMED_UNREAD = "trimmed_unread"
+    """Entries were trimmed or deleted before the group had read them."""
     TRIMMED_WHILE_PENDING = "trimmed_while_pending"
+    """Entries were trimmed or deleted after a consumer had read them and before it settled them."""
+    ROLLED_BACK = "rolled_back"
+    """The server lost entries that it had accepted, as by a restart with older files, a failover or a flush."""
+    GROUP_RECREATED = "group_recreated"
+    """The server lost the group, which was created again."""
     PUBLISH_ABANDONED = "publish_abandoned"
+    """Collected events could not be published in time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +35,11 @@ class Gap:
         stream: Name of the stream.
         group: The group that missed events; empty if no group is concerned.
         count: Number of lost events; None if it is unknown.
-        possible: Whether it is uncertain that anything was lost.
+        possible: Whether the count, or that anything was lost, is uncertain.
         message: A description for people.
+        key: Redis key of the partition; empty if it is unknown.
+        after: The lost entries have ids after this one, as far as it is known.
+        until: The lost entries have ids up to this one, as far as it is known.
     """
 
     kind: GapKind
@@ -38,6 +48,9 @@ class Gap:
     count: int | None
     possible: bool
     message: str
+    key: str = ""
+    after: str = ""
+    until: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +112,11 @@ class ConsumeOptions:
     """Settings of one consumer. Durations are in seconds.
 
     Attributes:
-        prefetch: Maximum number of entries that the consumer holds; 0 derives it from the concurrency.
+        prefetch: Maximum number of entries that are handled or queued; 0 derives it from the concurrency.
+        prefetch_bytes: Maximum size of those entries. A read takes as many as fit by the size of the entries before.
+        retry_entries: Maximum number of entries that wait for a retry in the consumer's memory. Further ones of an
+            ordered partition keep it from reading on; others wait on the server, at most the acknowledgement deadline.
+        retry_bytes: Maximum size of the entries that wait for a retry in the consumer's memory.
         backoff: Wait before a failed event is handled again.
         handler_timeout: Time limit of one call of the handler, which is then cancelled; 0 for no limit.
         hold_limit: Maximum time for which a held entry is renewed; afterwards, other consumers may claim it.
@@ -111,6 +128,9 @@ class ConsumeOptions:
     """
 
     prefetch: int = 0
+    prefetch_bytes: int = 16 << 20
+    retry_entries: int = 1_000
+    retry_bytes: int = 16 << 20
     backoff: Backoff = field(default=Backoff(initial=0.5, maximum=30.0))
     handler_timeout: float = 0.0
     hold_limit: float = 3_600.0
@@ -118,6 +138,9 @@ class ConsumeOptions:
 
     def __post_init__(self) -> None:
         _require(self, "prefetch", 0, 100_000)
+        _require(self, "prefetch_bytes", 1, 4 << 30)
+        _require(self, "retry_entries", 0, 1_000_000)
+        _require(self, "retry_bytes", 0, 4 << 30)
         _require(self, "handler_timeout", 0, 86_400)
         _require(self, "hold_limit", 0.01, 30 * 86_400)
         _require(self, "sweep_interval", 0, 3_600)

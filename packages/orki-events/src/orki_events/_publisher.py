@@ -93,6 +93,7 @@ class Publisher:
         self._backoff = Jitter(RETRY)
         self._resume_at = 0.0
         self._closing = False
+        self._opened = 0
         self._task = asyncio.create_task(self._run(), name="orki-events-publisher")
 
     def submit(self, handle: EventStream[Any, Any], event: Outgoing) -> bytes:
@@ -290,6 +291,7 @@ class Publisher:
         sent = False
         try:
             await self._refresh_tunings()
+            self._notice_reopened()
             lanes = await self._prepare(lanes)
             for lane in lanes:
                 if lane.doubtful:
@@ -309,6 +311,19 @@ class Publisher:
             await self._connection.drop()
         else:
             await self._trim(lanes)
+            if self._notice_reopened():
+                # The server may have lost entries while the connection was idle.
+                with contextlib.suppress(errors.OrkiError):
+                    await self._prepare(lanes)
+
+    def _notice_reopened(self) -> bool:
+        """Whether the connection was opened again since the streams were prepared: then they must be prepared again."""
+        if self._opened == self._connection.opened:
+            return False
+        reopened, self._opened = self._opened > 0, self._connection.opened
+        for stream in self._streams.values():
+            stream.ready = stream.ready and not reopened
+        return reopened
 
     async def _trim(self, lanes: list[Lane]) -> None:
         """Trim by age, now and then. The newest id has the server's time, which may differ from this process's."""
@@ -410,6 +425,7 @@ class Publisher:
                     refused.setdefault(answer, []).append(item)
         newest = next((answer for answer in reversed(answers) if type(answer) is bytes), None)
         if newest is not None:
+            self._groups.positions.published(self._connection, lane.key, answers)
             lane.last_id = newest.decode()
             lane.backoff.reset()
         lane.sending = again

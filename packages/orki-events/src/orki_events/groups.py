@@ -21,13 +21,17 @@ __all__ = [
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from orki_contract.errors import OrkiError
 from orki_contract.model import Group, Start, Stream
+from orki_events import _delivery_table as table
 from orki_events._options import Gap, GapKind
-from orki_events.connection import Command, Connection, GroupExists, Reply
-from orki_events.entries import ZERO_ID, parse_id, predecessor, stream_keys
+from orki_events._position_store import Positions, groups_key, pairs, positions_key
+from orki_events._position_table import Snapshot, id_text
+from orki_events._positions import View
+from orki_events.connection import Connection, Reply, Script
+from orki_events.entries import ZERO_ID, parse_id, stream_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +100,6 @@ def group_start(group: Group, state: StreamState | None, mark: Mark | None, forg
     return mark.entry_id, ""
 
 
-def groups_key(key: str) -> bytes:
-    """Return the key of the hash that belongs to a partition."""
-    return key.replace("orki:ev:", "orki:groups:", 1).encode()
-
-
-def pairs(reply: list[Any]) -> dict[str, Any]:
-    """Convert a flat list of names and values to a dictionary."""
-    return {name.decode(): value for name, value in zip(reply[::2], reply[1::2], strict=True)}
-
-
 def parse_stream_state(reply: list[Any]) -> StreamState:
     """Read the reply to XINFO STREAM."""
     found = pairs(reply)
@@ -125,43 +119,50 @@ class ConsumerGroups:
     """
 
     def __init__(self, report: Callable[[Gap], None]) -> None:
-        """Create the object; `report` is called for every group that had to be recreated."""
+        """Create the object; `report` is called for every loss and every group that had to be recreated."""
         self._report = report
         self._marks: dict[tuple[str, str], Mark] = {}
+        self.positions = Positions(report)
 
-    async def ensure(self, connection: Connection, stream: Stream, groups: Iterable[Group]) -> dict[str, str]:
-        """Create missing groups on every partition, and return the id of each partition's newest entry before that."""
+    async def ensure(
+        self, connection: Connection, stream: Stream, groups: Iterable[Group], *, consumes: bool = False
+    ) -> dict[str, str]:
+        """Create missing groups on every partition, and return the id of each partition's newest entry before that.
+
+        Losses that positions show are declared and reported; `consumes` tells that this process consumes the groups.
+        """
         newest = {}
         wanted = tuple(groups)
         for key in stream_keys(stream):
-            kind, info, present, records = await connection.pipeline(
-                (b"TYPE", key), (b"XINFO", b"STREAM", key), (b"XINFO", b"GROUPS", key), (b"HGETALL", groups_key(key))
-            )
-            exists = checked(kind) != b"none"
-            state = parse_stream_state(checked(info)) if exists else None
-            names = {pairs(each)["name"].decode() for each in checked(present)} if exists else set()
-            known = pairs(checked(records))
-            newest[key] = state.last_id if state else ZERO_ID
+            snapshot = await self.positions.compare(connection, stream, key, "")
+            newest[key] = id_text(snapshot.last)
+            missing = [group for group in wanted if group.name not in snapshot.groups]
+            if missing:
+                known = pairs(await connection.execute((b"HGETALL", groups_key(key))))
+                for group in missing:
+                    await self._create(connection, stream, key, group, (snapshot, known))
             for group in wanted:
-                if group.name not in names:
-                    await self._create(connection, stream, key, group, (state, known))
-                elif (mark := Mark.parse(known.get(f"cursor:{group.name}"))) is not None:
+                found = await self.positions.compare(connection, stream, key, group.name, consumes=consumes)
+                if (mark := Mark.parse(found.groups[group.name].cursor)) is not None:
                     self._marks.setdefault((key, group.name), mark)
         return newest
 
     async def save(self, connection: Connection, stream: Stream, group: Group) -> None:
         """Save the position up to which the group has settled everything, on the server and in this process."""
         for key in stream_keys(stream):
-            info, present, pending = await connection.transaction(
-                (b"XINFO", b"STREAM", key), (b"XINFO", b"GROUPS", key), (b"XPENDING", key, group.name)
-            )
-            delivered = {each["name"].decode(): each["last-delivered-id"] for each in map(pairs, checked(present))}
-            oldest = checked(pending)[1]
-            settled = predecessor(parse_id(oldest)) if oldest else parse_id(delivered[group.name])
-            mark = Mark(str(settled), parse_stream_state(checked(info)).added)
-            if self._marks.get((key, group.name)) != mark:
-                await connection.execute((b"HSET", groups_key(key), f"cursor:{group.name}", mark.text()))
+            found = await self.positions.compare(connection, stream, key, group.name, consumes=True)
+            if group.name in found.groups:
+                mark = Mark(id_text(found.groups[group.name].settled), View.of(found).added)
                 self._marks[key, group.name] = mark
+
+    def note(self, connection: Connection, group: Group, event: table.Event) -> None:
+        """Remember what a reply to this process's consumer shows about the group's position."""
+        if isinstance(event, table.EntriesRead) and not event.command.history:
+            for key, entries in event.entries.items():
+                if entries:
+                    self.positions.arrived(connection, key, group.name, entries[0][0], entries[-1][0], len(entries))
+        elif isinstance(event, table.Acked):
+            self.positions.settled(connection, event.command.key, group.name, event.count)
 
     async def _create(
         self,
@@ -169,28 +170,25 @@ class ConsumerGroups:
         stream: Stream,
         key: str,
         group: Group,
-        found: tuple[StreamState | None, dict[str, Any]],
+        found: tuple[Snapshot, dict[str, Any]],
     ) -> None:
-        state, known = found
+        snapshot, known = found
+        view = View.of(snapshot)
+        first = id_text(snapshot.first) if snapshot.length else ""
+        state = StreamState(snapshot.length, view.added, id_text(snapshot.last), first) if snapshot.exists else None
         recorded = Mark.parse(known.get(f"cursor:{group.name}"))
         remembered = self._marks.get((key, group.name))
         forgotten = recorded is None and remembered is not None
         start, loss = group_start(group, state, recorded or remembered, forgotten)
-        try:
-            await connection.execute((b"XGROUP", b"CREATE", key, group.name, start, b"MKSTREAM"))
-        except GroupExists:
-            return
-        mark = Mark(start, state.added if state else 0)
-        changes: list[Command] = []
-        if loss and start == ZERO_ID:
-            stale = [f"{name}:{group.name}" for name in ("start", "processed", "dead_lettered", "declared_lost")]
-            changes.append((b"HDEL", groups_key(key), *stale))
+        mark = Mark(start, view.added)
         # Entries that the group never sees: all those before it, or those that were trimmed before it.
-        unseen = 0 if state is None else state.added if start != ZERO_ID else state.added - state.length
-        changes.append((b"HSETNX", groups_key(key), f"start:{group.name}", Mark(start, unseen).text()))
-        changes.append((b"HSET", groups_key(key), f"cursor:{group.name}", mark.text()))
-        for reply in await connection.pipeline(*changes):
-            checked(reply)
+        unseen = Mark(start, view.trimmed if start == ZERO_ID else view.added)
+        # What the server had lost before does not concern a new group.
+        base = view.rolled_back if loss is None else 0
+        keys = (key.encode(), groups_key(key), positions_key(key))
+        settings = (group.name, start, unseen.text(), mark.text(), 1 if loss and start == ZERO_ID else 0, base)
+        if not await connection.run_script(CREATE, keys, *settings):
+            return
         self._marks[key, group.name] = mark
         if loss is not None:
             self._report(_recreated(stream, group, key, start, loss))
@@ -213,3 +211,28 @@ def checked(reply: Reply) -> Any:
     if isinstance(reply, OrkiError):
         raise reply
     return reply
+
+
+CREATE: Final = Script("""\
+-- KEYS: stream, counters, records.
+-- ARGV: group, start, start with entries never seen, cursor, whether it begins anew, entries lost before it.
+local made = redis.pcall('XGROUP', 'CREATE', KEYS[1], ARGV[1], ARGV[2], 'MKSTREAM')
+if made.err then
+  if string.find(made.err, 'BUSYGROUP', 1, true) then
+    return 0
+  end
+  return made
+end
+if ARGV[5] == '1' then
+  for _, name in ipairs({'start', 'processed', 'dead_lettered', 'declared_lost'}) do
+    redis.call('HDEL', KEYS[2], name .. ':' .. ARGV[1])
+  end
+  redis.call('HDEL', KEYS[3], 'group:' .. ARGV[1])
+end
+if ARGV[6] ~= '0' then
+  redis.call('HSET', KEYS[2], 'rolled_back:' .. ARGV[1], ARGV[6])
+end
+redis.call('HSETNX', KEYS[2], 'start:' .. ARGV[1], ARGV[3])
+redis.call('HSET', KEYS[2], 'cursor:' .. ARGV[1], ARGV[4])
+return 1
+""")

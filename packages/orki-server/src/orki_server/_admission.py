@@ -26,7 +26,7 @@ from typing import Final, TypeVar
 from orki_contract.errors import ContractMismatch, InvalidContract, Overloaded
 from orki_contract.findings import Fit, service_fit
 from orki_contract.images import service_digest
-from orki_contract.model import TASK_MESSAGES, TaskMethod
+from orki_contract.model import TASK_MESSAGES, Budget, TaskMethod
 from orki_contract.read import ReadContract, read_image
 from orki_server._store.contracts import Contracts, RegisteredContract
 from orki_server._store.fleet import Fleet
@@ -146,6 +146,11 @@ def most_patient(methods: Sequence[TaskMethod]) -> TaskMethod:
         max_attempts=max(each.max_attempts for each in methods),
         backoff=backoff,
         cancel_grace=max(each.cancel_grace for each in methods),
+        budget=Budget(
+            tokens=int(limit(each.budget.tokens for each in methods)),
+            cost_micros=int(limit(each.budget.cost_micros for each in methods)),
+            calls=int(limit(each.budget.calls for each in methods)),
+        ),
         progress_policy=min(each.progress_policy for each in methods),
     )
 

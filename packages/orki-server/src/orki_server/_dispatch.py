@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Final
 
+from orki.control.v1.attempt_pb2 import BudgetBalance
 from orki.control.v1.session_pb2 import Offer as OfferMessage
 from orki_contract.errors import OrkiError, StoreUnavailable, error_for
+from orki_server._budgets import Budgets
 from orki_server._demand import Demand, Request
 from orki_server._session import AgentSession, SessionRegistry
 from orki_server._sessions import Reports
@@ -54,8 +56,10 @@ class Dispatcher:
         accept_timeout: float,
         on_change: Callable[[str, bool], None],
         poll: Callable[[], float],
+        budgets: Budgets,
     ) -> None:
         self._poll_after = poll
+        self._budgets = budgets
         self._store = store
         self._reports = reports
         self._accept_timeout = accept_timeout
@@ -64,6 +68,7 @@ class Dispatcher:
         self._defect: Exception | None = None
         self._round: deque[int] = deque()
         self._wanted = self._scheduled = self._asking = False
+        self._admissions: set[asyncio.Task[None]] = set()
         self.demand = Demand(store.shards, self._wake)
         self.offered = 0
         store.on_batch(self._ask)
@@ -83,6 +88,8 @@ class Dispatcher:
             raise self._defect
         finally:
             self._loop = None
+            for task in self._admissions:
+                task.cancel()
 
     async def _poll(self) -> None:
         """Ask which methods have queued tasks, of those with free slots and without a known task."""
@@ -136,8 +143,8 @@ class Dispatcher:
         assigned.add_done_callback(partial(self._answered, request))
 
     def _answered(self, request: Request, answer: asyncio.Future[Assigned]) -> None:
-        self._asking = False
         if answer.cancelled() or self._loop is None:
+            self._asking = False
             return
         try:
             error = answer.exception()
@@ -153,19 +160,44 @@ class Dispatcher:
                 raise error
         except Exception as defect:
             self._defect = defect
-        self._ask()
+        if not self._admissions:
+            self._asking = False
+            self._ask()
 
     def _assigned(self, request: Request, assigned: Assigned) -> None:
         _report_damage(request.shard, assigned.damaged)
+        if any(each.accounts for each in assigned.offers):
+            task = asyncio.get_running_loop().create_task(self._admit(request, assigned), name="orki budgets of offers")
+            self._admissions.add(task)
+            task.add_done_callback(self._admitted)
+            return
         for each in assigned.offers:
             self._offer(request.sessions[each.recipient], each)
+        self._settle(request, assigned)
+
+    async def _admit(self, request: Request, assigned: Assigned) -> None:
+        """Offer the tasks whose budgets are not used up."""
+        admitted = await self._budgets.admit_offers(request.sessions, assigned.offers)
+        for each in assigned.offers:
+            if each.attempt in admitted:
+                self._offer(request.sessions[each.recipient], each, admitted[each.attempt])
+        self._settle(request, assigned)
+
+    def _admitted(self, task: asyncio.Task[None]) -> None:
+        self._admissions.discard(task)
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            self._defect = error
+        self._asking = False
+        self._ask()
+
+    def _settle(self, request: Request, assigned: Assigned) -> None:
         self.demand.settle(request, assigned.offers)
         if assigned.again is not None:
             self.demand.wait(request)
             if assigned.again > 0:
                 asyncio.get_running_loop().call_later(assigned.again, self._wake)
 
-    def _offer(self, session: AgentSession, offered: OfferedAttempt) -> None:
+    def _offer(self, session: AgentSession, offered: OfferedAttempt, budgets: Sequence[BudgetBalance] = ()) -> None:
         message = OfferMessage(
             attempt=offered.attempt.ref(),
             method=offered.method,
@@ -177,6 +209,7 @@ class Dispatcher:
             checkpoint=offered.checkpoint,
             answer=offered.answer,
             answer_overdue=offered.answer_overdue,
+            budgets=budgets,
         )
         try:
             session.machine.offer(message, offered.traceparent, time.monotonic())
@@ -199,8 +232,8 @@ class Sweeper:
     It sweeps a shard when a timer is due there and at every `interval`, which is at most half a second: each sweep
     advances the shard's clock. After a start, and after the store was down, it executes no timers for `pause`: agents
     must first have the chance to renew their leases. It calls `on_queued` with shard and method of a task that is
-    queued again, `on_change` with a task that changed and whether it ended, `on_mail` with a shard that has mail, and
-    `on_orphans` with one that has children of ended parents.
+    queued again, `on_change` with a task that changed and whether it ended, `on_mail` with a shard that has mail,
+    `on_orphans` with one that has children of ended parents, and `on_raised` with one whose budgets were raised.
     """
 
     def __init__(
@@ -214,7 +247,9 @@ class Sweeper:
         on_change: Callable[[str, bool], None],
         on_mail: Callable[[int], None],
         on_orphans: Callable[[int], None],
+        on_raised: Callable[[int], None],
     ) -> None:
+        self._on_raised = on_raised
         self._on_mail = on_mail
         self._on_orphans = on_orphans
         self._store = store
@@ -284,6 +319,8 @@ class Sweeper:
             _report_damage(shard, swept.damaged)
             if swept.has_orphans:
                 self._on_orphans(shard)
+            if swept.has_raised:
+                self._on_raised(shard)
             if swept.has_mail:
                 self._on_mail(shard)
             for expired in swept.expired:

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from typing import Final
 
 from orki.control.v1 import task_pb2 as pb
+from orki.control.v1.attempt_pb2 import BudgetBalance
 from orki_server._registry import ContractRegistry
+from orki_server._store.budget import used_up
 from orki_server._store.fleet import AgentContracts
 from orki_server._store.lifecycle import TERMINAL, Life
 from orki_server._store.limits import read_limits
 from orki_server._store.operations import Operation, shard_of
 from orki_server._store.store import Store
 
+_HELD: Final = (Life.OFFERED, Life.RUNNING, Life.CANCELLING_OFFER, Life.CANCELLING)
 _MAX: Final = 20
 """Maximum number of explanations of a task."""
 _ORDER: Final = (pb.CAUSE_ASSIGNABLE, pb.CAUSE_NO_FREE_SLOT, pb.CAUSE_LABELS, pb.CAUSE_CONTRACT_MISMATCH)
@@ -53,11 +56,19 @@ def read_waits(task_id: str) -> Operation[TaskWaits | None]:
 
 
 class Explainer:
-    """Explains tasks. `agents` returns the agents of the fleet as they are now."""
+    """Explains tasks.
+
+    `agents` returns the agents of the fleet as they are now, and `budgets` those that a task is charged to.
+    """
 
     def __init__(
-        self, store: Store, registry: ContractRegistry, agents: Callable[[], Awaitable[list[AgentContracts]]]
+        self,
+        store: Store,
+        registry: ContractRegistry,
+        agents: Callable[[], Awaitable[list[AgentContracts]]],
+        budgets: Callable[[str], Awaitable[list[BudgetBalance]]],
     ) -> None:
+        self._budgets = budgets
         self._store = store
         self._registry = registry
         self._agents = agents
@@ -74,10 +85,14 @@ class Explainer:
     async def _causes(self, task: pb.TaskSnapshot, waits: TaskWaits) -> Sequence[pb.Explanation]:
         if task.state in TERMINAL:
             return [pb.Explanation(cause=pb.CAUSE_ENDED, agent_id=task.agent_id, detail="the task has ended")]
+        if waits.life not in _HELD and (clause := used_up(await self._budgets(task.task_id))):
+            return [_cause(pb.CAUSE_BUDGET, f"paused: {clause}")]
         if waits.life is Life.WAITING:
             if task.attempt.attempt:
                 return [_cause(pb.CAUSE_RETRY, "the task waits for its next attempt", until_us=waits.retry_us)]
             return [_cause(pb.CAUSE_DELAYED, "the task waits for its start", until_us=task.start_us)]
+        if waits.life is Life.SUSPENDED and task.over_budget:
+            return [_cause(pb.CAUSE_BUDGET, "the budget of the task was raised, and it is about to be queued")]
         if waits.life is Life.SUSPENDED:
             asked = task.suspension
             until_us = asked.suspended_us + asked.deadline_ms * 1000 if asked.deadline_ms else 0

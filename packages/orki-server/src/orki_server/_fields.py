@@ -74,6 +74,10 @@ MORE_FIELDS: Final[dict[str, str]] = {
     "answered": "SHA-1 of the answer, if it was answered",
     "overdue": "`1` if it ended without an answer",
     "children": "`1` if the task has children that end with it",
+    "parent": "the task whose handler submitted it",
+    "root": "the task at the top of its tree, if that is another one",
+    "accounts": "tasks whose budgets it is charged to, the topmost first, separated by commas",
+    "over_budget": "`1` while the task is suspended because a budget is used up",
     "total_left": "rest of the total timeout while the task is suspended, milliseconds",
 }
 """The named values of `more`: each as `NAME=VALUE`. Orchestrators keep the values that they do not know."""

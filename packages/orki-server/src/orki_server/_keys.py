@@ -184,6 +184,7 @@ TABLE: Final = (
         "`gaps_ms`, grace for times without any batch; `host:ORCHESTRATOR`, time of its last batch and of its absence; "
         "`drainer`, the one that publishes the outbox; `starts`, which is there if tasks are delayed; "
         "`orphans`, which is there if children of ended parents are to be cancelled; "
+        "`raised`, which is there if budgets were raised; "
         "`paused`, the paused services and methods; `lanes`, which is there if there are lanes; `producer`, name of "
         "the shard in the envelopes of events, and `tasks` and `audit`, numbers of its last events",
         writer="every batch",
@@ -214,6 +215,23 @@ TABLE: Final = (
         writer="adopt",
         ends="with the task's end, after the children were cancelled",
         lua="CHILDREN",
+    ),
+    Key(
+        pattern="orki:{oN}:budgets:TASK",
+        kind="hash",
+        holds="the budgets of a task and of those below it, each as tokens, cost and calls: `limit:TASK`, `used:TASK`, "
+        "`charge:TASK:ATTEMPT`, the usage of one attempt, and `wait:TASK`, attempt and budgets of a paused task",
+        writer="submit, charge, raise_budget",
+        ends="with its task",
+        lua="BUDGETS",
+    ),
+    Key(
+        pattern="orki:{oN}:raised",
+        kind="sorted set",
+        holds="tasks whose budgets were raised and whose paused tasks are to go on, by the time, in microseconds",
+        writer="raise_budget",
+        ends="when empty",
+        lua="RAISED",
     ),
     Key(
         pattern="orki:{oN}:orphans",

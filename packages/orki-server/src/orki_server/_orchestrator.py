@@ -31,6 +31,7 @@ from orki_control.session import OrchestratorSessionOptions
 from orki_control.submitter import ServingOptions
 from orki_control.transport import server_options
 from orki_events import EventOptions, Events, connect
+from orki_server._budgets import Budgets
 from orki_server._connections import Connections, connection_limits
 from orki_server._dispatch import Dispatcher, Sweeper
 from orki_server._events import AgentEvents, OutboxPublisher
@@ -137,6 +138,9 @@ class Orchestrator:
         self._wakeups = Wakeups(store, announced)
         watchers = self._watchers = Watchers(store, self._outbox.wake.set, lambda: self._wakeups.poll)
         agent_events = AgentEvents(self._events, options.orchestrator_id)
+        self._budgets = Budgets(
+            store, sessions, lambda shard, method: self._dispatcher.demand.queued(shard, method), watchers.changed
+        )
         reports = Reports(
             store=store,
             progress_kept=options.progress_kept,
@@ -145,10 +149,11 @@ class Orchestrator:
             on_refused=agent_events.refused,
             on_unanswered=lambda session, attempts: self._unanswered.add(session, attempts),
             idle_interval=lambda: idle_interval(len(sessions), options.heartbeat_interval),
+            budgets=self._budgets,
         )
         self._unanswered = UnansweredOffers(store, fleet, reports.settled)
         self._dispatcher = Dispatcher(
-            store, reports, options.accept_timeout, watchers.changed, lambda: self._wakeups.poll
+            store, reports, options.accept_timeout, watchers.changed, lambda: self._wakeups.poll, self._budgets
         )
         demand = self._dispatcher.demand
         self._relay = Relay(store, sessions, self._registry)
@@ -162,6 +167,7 @@ class Orchestrator:
             on_change=watchers.changed,
             on_mail=self._relay.has_mail,
             on_orphans=self._families.has_orphans,
+            on_raised=self._budgets.were_raised,
         )
         session_options = OrchestratorSessionOptions(
             orchestrator_id=options.orchestrator_id,
@@ -183,7 +189,8 @@ class Orchestrator:
             RequestRules(options.max_payload_bytes),
             demand,
             self._relay,
-            Explainer(store, self._registry, lambda: self._fleet.agents_now()),
+            Explainer(store, self._registry, lambda: self._fleet.agents_now(), self._budgets.balances),
+            self._budgets,
         )
         self._results = watchers.results
         self._submitter_sessions = SubmitterServicer(
@@ -267,6 +274,7 @@ class Orchestrator:
             ("sweeper", self._sweeper.run()),
             ("outbox publisher", self._outbox.run()),
             ("families", self._families.run()),
+            ("budgets", self._budgets.run()),
             ("fleet updates", self._updates.run()),
             ("unanswered offers", self._unanswered.run()),
             ("contract registry", self._registry.run()),

@@ -37,6 +37,23 @@ _RECENT_BYTES: Final = 4_096
 _log = logging.getLogger("orki.server.requests")
 
 
+@dataclass(slots=True)
+class ReportCounts:
+    """Numbers of reports since the start.
+
+    Attributes:
+        accepted: Accepted results.
+        repeated: Results that had been accepted before.
+        stale: Reports from agents that did not hold the attempt.
+        progress_dropped: Progress of agents with session protocol 1 that was dropped while the store was down or full.
+    """
+
+    accepted: int = 0
+    repeated: int = 0
+    stale: int = 0
+    progress_dropped: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class TaskEnd:
     """The end of a task by the result of an attempt.
@@ -93,6 +110,12 @@ def result_report(agent_id: str, key: AttemptKey, result: Result) -> Operation[R
     failure = stored_failure(result.failure)
     retryable = error_for(failure.reason, "").retryable
     return operations.fail(agent_id, key, failure.reason, failure.message, failure.error_type, retryable)
+
+
+def starts_attempt(result: Result) -> bool:
+    """Whether the operation of a result starts the attempt, if that was not accepted before."""
+    charged = result.HasField("usage") or result.suspended.over_budget
+    return result.WhichOneof("outcome") != "cancelled" and not charged
 
 
 Sink: TypeAlias = Callable[[TaskSnapshot | OrkiError], None]

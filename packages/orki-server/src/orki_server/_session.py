@@ -10,11 +10,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
 import grpc
 
-from orki.control.v1.attempt_pb2 import AttemptRef
+from orki.control.v1.attempt_pb2 import AttemptRef, Budget
 from orki.control.v1.session_pb2 import ConnectRequest, ConnectResponse
 from orki.control.v1.task_pb2 import AgentSnapshot
 from orki_contract.errors import NotDirectable, OrkiError, Overloaded, RemoteProtocolError
@@ -48,6 +49,19 @@ _LONGEST_IDLE: Final = 2.5
 _log = logging.getLogger("orki.server.sessions")
 
 
+@dataclass(slots=True)
+class ChargedTo:
+    """The budgets that an attempt is charged to.
+
+    Attributes:
+        accounts: The tasks whose budgets they are, the topmost first.
+        total: The usage of the attempt that was charged last.
+    """
+
+    accounts: tuple[str, ...]
+    total: Budget = field(default_factory=Budget)
+
+
 class AgentSession:
     """One stream of one agent.
 
@@ -60,6 +74,7 @@ class AgentSession:
         cause: Why the stream ended; empty while it is open.
         refusal: The error with which the stream ends; None for a stream that ends well.
         left: Whether the agent ended it after it had drained.
+        budgets: Running attempts that are charged to budgets.
         postponed: Attempts whose progress was set aside while the store was overloaded; the agent sends it again.
         skipped: Index of the last progress that was dropped, of each attempt of an agent that cannot send it again.
     """
@@ -85,6 +100,7 @@ class AgentSession:
         self._due = 0.0
         self._heartbeat: HeartbeatArrived | None = None
         self._last_heartbeat_us = 0
+        self.budgets: dict[AttemptKey, ChargedTo] = {}
         self.postponed: set[AttemptKey] = set()
         self.skipped: dict[AttemptKey, int] = {}
         self._directives: dict[tuple[AttemptKey, int], asyncio.Future[bool]] = {}

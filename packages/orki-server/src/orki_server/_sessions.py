@@ -50,13 +50,16 @@ from orki_control.session import (
     ReportsRefused,
     ResultsArrived,
     SessionEnded,
+    UsageArrived,
 )
 from orki_control.session import Decline as ArrivedDecline
 from orki_control.transport import abort
+from orki_server._budgets import Budgets
+from orki_server._charges import Charges
 from orki_server._demand import Demand
 from orki_server._events import AgentEvents
 from orki_server._fleet import CANCEL_REQUESTED, FleetUpdates, Handshake
-from orki_server._results import TaskEnd, end_of, result_report
+from orki_server._results import ReportCounts, TaskEnd, end_of, result_report, starts_attempt
 from orki_server._session import AgentSession, SessionRegistry, StreamContext
 from orki_server._store import operations
 from orki_server._store.lifecycle import TERMINAL
@@ -81,23 +84,6 @@ _STALE: Final = "the agent does not hold this attempt: it was withdrawn, has end
 _log = logging.getLogger("orki.server.sessions")
 
 
-@dataclass(slots=True)
-class ReportCounts:
-    """Numbers of reports since the start.
-
-    Attributes:
-        accepted: Accepted results.
-        repeated: Results that had been accepted before.
-        stale: Reports from agents that did not hold the attempt.
-        progress_dropped: Progress of agents with session protocol 1 that was dropped while the store was down or full.
-    """
-
-    accepted: int = 0
-    repeated: int = 0
-    stale: int = 0
-    progress_dropped: int = 0
-
-
 @dataclass(slots=True, kw_only=True)
 class Reports:
     """Applies reports to the store.
@@ -110,7 +96,9 @@ class Reports:
         on_refused: Called with agent, task and error of a refused report.
         on_unanswered: Called with a session that ended and the offers that it did not answer.
         idle_interval: Returns the time between heartbeats of agents without attempts.
+        budgets: The budgets that attempts are charged to.
         counts: Numbers of reports.
+        charges: Charges usage.
     """
 
     store: Store
@@ -119,17 +107,20 @@ class Reports:
     on_queued: Callable[[int, str, float], None]
     on_refused: Callable[[str, str, OrkiError], None]
     on_unanswered: Callable[[AgentSession, Iterable[AttemptKey]], None]
+    budgets: Budgets
     idle_interval: Callable[[], float] = lambda: 0.0
     counts: ReportCounts = field(default_factory=ReportCounts)
+    charges: Charges = field(init=False)
     _postponed: set[AgentSession] = field(default_factory=set, init=False)
     _postponed_until: float = field(default=0.0, init=False)
 
-    def accepted(
-        self, session: AgentSession, attempts: Iterable[AttemptKey], events: Iterable[OrchestratorEvent]
-    ) -> None:
+    def __post_init__(self) -> None:
+        self.charges = Charges(self.budgets, self._enqueue, self._accept_result, self._refuse)
+
+    def accepted(self, session: AgentSession, attempts: Iterable[AttemptKey], events: Iterable[Any]) -> None:
         """The agent accepted offers. A result that arrived with them, among `events`, starts its attempt itself."""
         results = [result for event in events if isinstance(event, ResultsArrived) for result in event.results]
-        started = {attempt for attempt, result in results if result.WhichOneof("outcome") != "cancelled"}
+        started = {attempt for attempt, result in results if starts_attempt(result)}
         for key in attempts:
             if key not in started:
                 self._put(session, key, self._handle_report, operations.accept)
@@ -180,7 +171,10 @@ class Reports:
                 # If the last progress is not stored, watchers see a gap.
                 details = (self.progress_kept, last, b"", last - 1, True)
                 self._put(session, key, self._handle_progress, operations.report_progress, *details)
-            self._put(session, key, partial(self._handle_result, result), result_report, result)
+            if result.HasField("usage") or result.suspended.over_budget:
+                self.charges.settle(session, key, result)
+            else:
+                self._put(session, key, partial(self._handle_result, result), result_report, result)
 
     def cancel_acknowledged(self, session: AgentSession, attempts: Iterable[AttemptKey]) -> None:
         """The agent received cancels. An acknowledgement after the attempt's end is legal."""
@@ -277,6 +271,11 @@ class Reports:
     def _handle_returned(self, session: AgentSession, key: AttemptKey, reply: ReportReply) -> None:
         if reply.status is ReportStatus.ACCEPTED:
             self.settled(key, reply)
+
+    def _accept_result(
+        self, session: AgentSession, key: AttemptKey, result: Result, report: Callable[..., Operation[ReportReply]]
+    ) -> None:
+        self._put(session, key, partial(self._handle_result, result), report)
 
     def _handle_result(self, result: Result, session: AgentSession, key: AttemptKey, reply: ReportReply) -> None:
         if reply.status is ReportStatus.STALE:
@@ -428,6 +427,8 @@ class SessionServicer(SessionServiceServicer):
                     self._reports.progressed(session, progress)
                 case CheckpointsArrived(checkpoints):
                     self._reports.checkpointed(session, checkpoints)
+                case UsageArrived(usages):
+                    self._reports.charges.used(session, usages)
                 case ResultsArrived(results):
                     self._reports.ended(session, results)
                     self._demand.slots_changed(session)

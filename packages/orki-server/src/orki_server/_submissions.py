@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from orki.control.v1 import task_pb2 as pb
@@ -23,8 +23,10 @@ from orki_control.session import AttemptKey
 from orki_server._fields import MAX_LANES
 from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._store import operations
+from orki_server._store.budget import lineage, open_budget, own_budget
 from orki_server._store.family import adopt
 from orki_server._store.operations import (
+    NO_LINEAGE,
     Operation,
     Submitted,
     known_task_id,
@@ -106,6 +108,7 @@ class Submissions:
         if (
             method is None
             or submission.HasField("parent")
+            or submission.HasField("submitter")
             or not self._payloads.request_cached(method, submission.request)
         ):
             return None
@@ -143,6 +146,7 @@ class Submissions:
             actor=actor,
             contract=self._registry.leading(method.service),
             placement=placement,
+            lineage=("", "", "", own) if (own := own_budget(submission, method)) else NO_LINEAGE,
         )
         return Pending(submission, task_id, shard, span, operation)
 
@@ -157,8 +161,8 @@ class Submissions:
             pending.expected = self._expect(pending.shard, submission.method)
         return submitted
 
-    async def prepare(self, pending: Pending) -> None:
-        """Note a child at its parent, before it exists.
+    async def prepare(self, pending: Pending) -> Pending:
+        """Note a child at its parent, before it exists, and open its budget. Returns it with its place in the tree.
 
         Raises:
             StaleFence: The attempt that submits it does not run, or no longer.
@@ -166,14 +170,36 @@ class Submissions:
             UnknownTask: The parent's id is malformed.
             StoreUnavailable: The store is down.
         """
+        if pending.submission.HasField("submitter"):
+            pending = await self._find_lineage(pending)
         if not pending.submission.HasField("parent"):
-            return
+            return pending
         parent = AttemptKey.of(pending.submission.parent)
         status = await self._apply(adopt(parent, pending.task_id))
         if status == "stale":
             raise StaleFence(f"parent: {parent} does not run, and its handler may submit no further tasks")
         if status == "full":
             raise Overloaded(f"parent: task {parent.task_id} has 10,000 children that end with it")
+        return pending
+
+    async def _find_lineage(self, pending: Pending) -> Pending:
+        submission = pending.submission
+        parent = AttemptKey.of(submission.submitter)
+        found = await self._apply(lineage(parent))
+        if found is None:
+            return pending  # It was forgotten long ago.
+        if found.accounts and not found.runs:
+            raise StaleFence(f"submitter: {parent} does not run, and can charge nothing to its budget")
+        *arguments, _, _, _, own = pending.operation.arguments
+        accounts = found.accounts
+        if accounts and own:
+            status = await self._apply(open_budget(accounts[0], pending.task_id, str(own)))
+            if status == "full":
+                raise Overloaded(f"submitter: the budget of task {accounts[0]} has too many tasks")
+            if status == "gone":
+                accounts = ()
+        arguments += [parent.task_id, found.root, ",".join(accounts), own]
+        return replace(pending, operation=replace(pending.operation, arguments=arguments))
 
     def accepted(self, pending: Pending, submitted: Submitted) -> pb.TaskSnapshot | None:
         """Return the snapshot of a new task; None for a task that was found and must be read.

@@ -237,7 +237,7 @@ class SubmitterStream:
         submissions = self._services.submissions
         method = await submissions.check(submit.submission)
         pending = submissions.pending(submit.submission, method, self._actor, submit.submission_id)
-        await submissions.prepare(pending)
+        pending = await submissions.prepare(pending)
         stored = submissions.send(pending)
         stored.add_done_callback(partial(self._stored, number, submit, pending))
 

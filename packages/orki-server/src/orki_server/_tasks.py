@@ -23,6 +23,7 @@ from orki_contract.errors import (
 )
 from orki_control.session import AttemptKey, bad_labels
 from orki_server._answers import SuspendedTasks
+from orki_server._budgets import BudgetCalls, Budgets
 from orki_server._calls import Context, actor_of, readable, typed, typed_stream
 from orki_server._demand import Demand
 from orki_server._explain import Explainer, read_waits
@@ -33,6 +34,7 @@ from orki_server._relay import Relay
 from orki_server._results import ResultWatches, TaskEnd
 from orki_server._session import SessionRegistry
 from orki_server._store import operations
+from orki_server._store.budget import check_budget
 from orki_server._store.lifecycle import TERMINAL
 from orki_server._store.operations import failure_text
 from orki_server._store.placement import check_placement
@@ -71,6 +73,7 @@ class RequestRules:
         if len(submission.idempotency_key.encode()) > _KEY_BYTES:
             raise InvalidArgument(f"idempotency_key: at most {_KEY_BYTES} bytes; hash a longer key")
         check_placement(submission, time.time_ns() // 1000)
+        check_budget(submission)
 
     def cancel(self, request: pb.CancelRequest) -> None:
         if len(request.message) > MAX_MESSAGE:
@@ -257,7 +260,7 @@ async def _wait(event: asyncio.Event, timeout: float) -> None:
             await event.wait()
 
 
-class TaskServicer(SuspendedTasks):
+class TaskServicer(SuspendedTasks, BudgetCalls):
     """Serves submitters.
 
     Attributes:
@@ -276,7 +279,9 @@ class TaskServicer(SuspendedTasks):
         demand: Demand,
         relay: Relay,
         explainer: Explainer,
+        budgets: Budgets,
     ) -> None:
+        self._budgets = budgets
         self._relay = relay
         self._explainer = explainer
         self._store = store
@@ -329,7 +334,7 @@ class TaskServicer(SuspendedTasks):
             raise Draining("this orchestrator is stopping; submit again in a moment")
         method = await self.submissions.check(submission)
         pending = self.submissions.pending(submission, method, actor)
-        await self.submissions.prepare(pending)
+        pending = await self.submissions.prepare(pending)
         submitted = await self.submissions.send(pending)
         return self.submissions.accepted(pending, submitted) or readable(await self.read(submitted.task_id))
 

@@ -68,7 +68,7 @@ async def test_json_contains_the_task_with_its_response(fleet: Any, orki: Any, a
         [
             *("task_id", "method", "state", "attempt", "fence", "agent_id", "submitted", "ended", "trace_id"),
             *("priority", "start", "labels", "limits", "fairness_key", "failure", "earlier_failures", "response"),
-            "suspension",
+            *("suspension", "parent_task_id", "root_task_id", "over_budget"),
         ]
     )
 
@@ -393,3 +393,48 @@ def test_the_root_lists_every_command_without_importing_them() -> None:
     for name in ("agents", "cancel", "doctor", "observe", "serve", "streams", "submit", "tasks", "trace", "up"):
         assert f"  {name} " in ended.output
     assert CliRunner().invoke(root, ["--version"]).exit_code in (0, 1)
+
+
+async def test_budgets_on_the_command_line(fleet: Any, orki: Any, at: Any) -> None:
+    amounts = ("--budget-tokens", "1000", "--budget-cost", "0.5", "--budget-calls", "3")
+    task_id = (await orki("submit", "Do", body("x"), "--no-wait", *amounts, **at)).out.strip()
+    (row,) = json.loads((await orki("budget", "show", task_id, "--json", **at)).out)
+    assert row == {
+        "task_id": task_id,
+        "tokens": 1000,
+        "cost_micros": 500_000,
+        "calls": 3,
+        "used_tokens": 0,
+        "used_cost_micros": 0,
+        "used_calls": 0,
+    }
+    raised = await orki("budget", "raise", task_id, "--cost", "2", **at)
+    assert "$0.00 of $2.00" in raised.out
+    assert "0 of 1,000" in raised.out
+    lower = await orki("budget", "raise", task_id, "--tokens", "5", **at)
+    assert (lower.code, "only be raised" in lower.err) == (1, True)
+    assert (await orki("budget", "raise", task_id, **at)).code == 2
+    assert (await orki("submit", "Do", "--budget-tokens", "0", **at)).code == 2
+    assert (await orki("submit", "Do", "--budget-cost", "1e300", **at)).code == 2
+    plain = (await orki("submit", "Do", body("x"), "--no-wait", **at)).out.strip()
+    assert "no budget limits" in (await orki("budget", "show", plain, **at)).out
+    refused = await orki("budget", "raise", plain, "--tokens", "5", **at)
+    assert (refused.code, "without a budget" in refused.err) == (1, True)
+
+
+async def test_a_schedule_takes_the_placement_of_a_submission(fleet: Any, orki: Any, at: Any) -> None:
+    placed = ("--label", "gpu=a100", "--limit", "model:small", "--fairness-key", "t1", "--priority", "7")
+    budget = ("--budget-tokens", "1000")
+    made = await orki("schedule", "add", "each", "* * * * * *", "Do", body("tick"), *placed, *budget, **at)
+    assert made.code == 0, made.err
+    for _ in range(100):
+        (row,) = json.loads((await orki("schedule", "list", "--json", **at)).out)
+        if row["last_task_id"]:
+            break
+        await asyncio.sleep(0.1)
+    task = json.loads((await orki("tasks", row["last_task_id"], "--json", **at)).out)
+    assert (task["labels"], task["limits"], task["fairness_key"]) == ({"gpu": "a100"}, ["model:small"], "t1")
+    assert task["priority"] == 7
+    (balance,) = json.loads((await orki("budget", "show", row["last_task_id"], "--json", **at)).out)
+    assert balance["tokens"] == 1000
+    assert (await orki("schedule", "add", "bad", "* * * * *", "Do", "--label", "gpu", **at)).code == 2

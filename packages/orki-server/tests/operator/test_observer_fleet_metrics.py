@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 from google.protobuf.message import Message
 
@@ -18,7 +19,7 @@ from orki.events.v1.task_pb2 import (
 )
 from orki.events.v1.tool_pb2 import ToolEvent
 from orki.events.v1.usage_pb2 import UsageEvent
-from orki_server._observers.metrics import FleetMetrics
+from orki_server._observers.metrics import MAX_SERIES, FleetMetrics
 from orki_server._observers.stream_stats import GroupStats, StreamStats
 
 METHOD = "acme.v1.Review/File"
@@ -81,6 +82,7 @@ def test_connected_agents_follow_the_newest_instance() -> None:
         ("b", "3", "stopped"),
     ):
         book.follow_agent(agent, instance, step)
+    book.set_agents(None)
     assert "orki_agents_connected 1.0" in book.exposition().decode()
 
 
@@ -123,3 +125,39 @@ def test_deleted_groups_disappear() -> None:
     text = book.exposition().decode()
     assert 'group="g"' not in text
     assert 'orki_group_lag_entries{group="h",stream="s"} NaN' in text
+
+
+def test_any_number_of_agents_gives_a_bounded_number_of_lines() -> None:
+    book = FleetMetrics()
+    for number in range(20_000):
+        use = UsageEvent(
+            model="m", agent_id=f"a{number}", input_tokens=1, output_tokens=1, cached_tokens=1, cost_micros=1
+        )
+        assert book.count("usage", number.to_bytes(16), 0, use)
+        assert book.count("tools", (number + 20_000).to_bytes(16), 0, ToolEvent(method=f"t/{number}", duration_ns=1))
+    text = book.exposition().decode()
+    assert len(text.splitlines()) < 12_000
+    tokens = [float(line.split()[-1]) for line in text.splitlines() if line.startswith("orki_tokens_total{")]
+    assert len(tokens) == MAX_SERIES + 1
+    assert sum(tokens) == 60_000
+    assert 'orki_folded_series{family="orki_tokens"} 1.0' in text
+    assert 'orki_folded_series{family="orki_tasks"}' not in text
+
+
+def test_every_family_follows_the_conventions_of_prometheus() -> None:
+    text = _counted(
+        UsageEvent(model="m", input_tokens=1, cost_micros=1),
+        ToolEvent(method="t/M", duration_ns=1),
+        TaskEvent(task_id="1", method=METHOD, submitted=TaskSubmitted()),
+        TaskEvent(task_id="1", method=METHOD, attempt_ended=TaskAttemptEnded(reason=Reason.REASON_LEASE_EXPIRED)),
+        TaskEvent(task_id="1", method=METHOD, succeeded=TaskSucceeded()),
+    )
+    kinds = dict(line.split()[2:4] for line in text.splitlines() if line.startswith("# TYPE"))
+    helps = {line.split()[2]: line for line in text.splitlines() if line.startswith("# HELP")}
+    for name, kind in kinds.items():
+        assert re.fullmatch(r"orki_[a-z]+(_[a-z]+)*", name), name
+        assert (kind == "counter") == name.endswith("_total"), name
+        assert not re.search(r"_(ms|us|milliseconds|minutes|kb|mb|percent)(_|$)", name), name
+        assert kind != "histogram" or name.endswith("_seconds"), name
+        assert helps[name].endswith(".")
+    assert "_created" not in text

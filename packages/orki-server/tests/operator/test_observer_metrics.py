@@ -18,6 +18,7 @@ from orki.events.v1.agent_pb2 import AgentConnected, AgentEvent, AgentStopped
 from orki.events.v1.usage_orki import USAGE
 from orki.events.v1.usage_pb2 import UsageEvent
 from orki_events import Events
+from orki_events.connection import Connection, parse_address
 
 Start = Callable[..., Any]
 
@@ -95,6 +96,35 @@ async def test_a_kill_loses_no_event(observer: Start, valkey_url: str, events: E
     assert process.end() == 0
 
 
+async def test_the_dashboard_shows_every_family_and_no_other(
+    observer: Start, valkey_url: str, events: Events, user: Any
+) -> None:
+    await events.publish(USAGE, UsageEvent(model="m", agent_id="a", input_tokens=812))
+    process = metrics(observer, valkey_url)
+    text = await shown(process.where, 'orki_check_state{check="store.memory"} 0.0')
+    families = dict(line.split()[2:4] for line in text.splitlines() if line.startswith("# TYPE"))
+    exposed = {f"{name}_bucket" if kind == "histogram" else name for name, kind in families.items()}
+    async with aiohttp.ClientSession() as http:
+        async with http.get(process.where.replace("/metrics", "/dashboard.json")) as response:
+            dashboard = await response.json()
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    assert {name for query in queries for name in re.findall(r"orki_[a-z_]+", query)} == exposed
+
+
+async def test_agents_are_counted_in_the_store_after_their_events_were_trimmed(
+    observer: Start, orchestrator: Any, stand_in: Callable[..., Any], redis_url: str
+) -> None:
+    for number in range(3):
+        await stand_in(orchestrator.address, agent_id=f"a{number}").ready()
+    link = Connection(parse_address(redis_url), name="t", connect_timeout=5, answer_timeout=5)
+    while (await link.execute((b"XLEN", b"orki:ev:{agents}"))) < 3:
+        await asyncio.sleep(0.05)
+    await link.execute((b"XTRIM", b"orki:ev:{agents}", b"MAXLEN", 0))
+    await link.close()
+    process = metrics(observer, redis_url)
+    await shown(process.where, "orki_agents_connected 3.0")
+
+
 async def test_unknown_parameters_and_pages(observer: Start, valkey_url: str) -> None:
     process = metrics(observer, valkey_url)
     async with aiohttp.ClientSession() as http:
@@ -107,6 +137,7 @@ async def test_unknown_parameters_and_pages(observer: Start, valkey_url: str) ->
 async def test_without_an_event_server_the_observer_serves_and_stops(observer: Start, dead_port: int) -> None:
     process = metrics(observer, f"redis://127.0.0.1:{dead_port}/0")
     assert "orki_agents_connected" in await scraped(process.where)
+    await shown(process.where, 'orki_check_state{check="store.reachable"} 2.0')
     assert process.end() == 0
     assert "Traceback" not in process.log
 

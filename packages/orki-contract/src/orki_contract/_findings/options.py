@@ -17,10 +17,11 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "TaskOptions": frozenset(
         {
             *TASK_MESSAGES,
-            *("progress_policy", "max_attempts", "retry_backoff"),
+            *("progress_policy", "max_attempts", "retry_backoff", "budget"),
             *("heartbeat_timeout", "attempt_timeout", "stall_timeout", "total_timeout", "cancel_grace"),
         }
     ),
+    "Budget": frozenset({"tokens", "cost_micros", "calls"}),
     "RetryBackoff": frozenset({"initial", "maximum", "multiplier"}),
     "StreamOptions": frozenset({"name", "partitions", "partition_key", "retention", "groups"}),
     "Retention": frozenset(

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from orki_contract._findings.comparison import Comparison, Places, Plane, Side, left_at, was
 from orki_contract.descriptors import Location
-from orki_contract.model import TASK_MESSAGES, Backoff, ProgressPolicy, TaskMethod, ToolMethod, duration_text
+from orki_contract.model import TASK_MESSAGES, Backoff, Budget, ProgressPolicy, TaskMethod, ToolMethod, duration_text
 from orki_contract.read import PROGRESS_POLICIES
 
 _PLANES: Final = {"task": Plane.CONTROL, "tool": Plane.HOTPATH, "plain": Plane.SERVICE}
@@ -115,6 +115,8 @@ def _task(comparison: Comparison, before: TaskMethod, after: TaskMethod) -> None
         report("ORKI_TASK_REPEATED", text, "max_attempts")
     elif after.max_attempts > before.max_attempts:
         report("ORKI_TASK_RELAXED", f"allows more attempts: {attempts}", "max_attempts")
+    for each in ("tokens", "cost_micros", "calls"):
+        _amount(before.budget, after.budget, each, report)
     policies = _policy(comparison.old, before), _policy(comparison.new, after)
     if policies[0] != policies[1]:
         text = f"changed its progress policy: {was(*policies)}"
@@ -162,6 +164,16 @@ def _time(before: Any, after: Any, name: str, shorter: str, longer: str, report:
         report(shorter, f"has a shorter {name}: {text}", name)
     elif one != other:
         report(longer, f"has a longer {name}: {text}", name)
+
+
+def _amount(before: Budget, after: Budget, name: str, report: Callable[..., None]) -> None:
+    """Compare one amount of a budget; 0 means no limit."""
+    one, other = getattr(before, name), getattr(after, name)
+    text = was(f"{one:,}" if one else "no limit", f"{other:,}" if other else "no limit")
+    if other and (not one or other < one):
+        report("ORKI_TASK_BUDGET_LOWERED", f"has a smaller budget of {name}: {text}", "budget")
+    elif one != other:
+        report("ORKI_TASK_RELAXED", f"has a larger budget of {name}: {text}", "budget")
 
 
 def _places(comparison: Comparison, name: str, option: str, *inside: str) -> tuple[Location, Location]:

@@ -20,6 +20,7 @@ RULES: Final[dict[Rule, str]] = {
     "ORKI_TASK_MESSAGE_IMPORT": "A task's messages are declared in its own file or in an imported one.",
     "ORKI_TASK_MAX_ATTEMPTS": "A task has 1 to 1000 attempts.",
     "ORKI_TASK_PROGRESS_POLICY": "A task's progress policy is known to this version.",
+    "ORKI_TASK_BUDGET": "A task's budget limits something, by at most 2^53.",
     "ORKI_TASK_BACKOFF_MULTIPLIER": "The retry multiplier is finite and at least 1.",
     "ORKI_TASK_BACKOFF_ORDER": "The initial retry delay does not exceed the maximum.",
     "ORKI_TOOL_OPCODE": "A tool's opcode is between 0x0100 and 0xffff.",
@@ -86,6 +87,11 @@ def _task(report: Report, service: ServiceNode, method: MethodNode, option: Any)
     if (policy := getattr(option, "progress_policy", 0)) not in PROGRESS_POLICIES:
         text = f"{subject} has a progress policy that this version does not know: {policy}"
         report.add("ORKI_TASK_PROGRESS_POLICY", place("progress_policy"), text)
+    if hasattr(option, "budget") and option.HasField("budget"):
+        amounts = (option.budget.tokens, option.budget.cost_micros, option.budget.calls)
+        if not 0 < max(amounts) <= 1 << 53:
+            text = f"{subject} has a budget of {max(amounts)}: set one amount or more, from 1 to 2^53"
+            report.add("ORKI_TASK_BUDGET", place("budget"), text)
     _backoff(report, option, place("retry_backoff"), place, subject)
     for name in TASK_MESSAGES:
         # An image may hold options of an older version.

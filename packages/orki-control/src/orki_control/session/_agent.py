@@ -35,6 +35,7 @@ from orki_control.session._reports import LIVE, AgentReports
 from orki_control.session._state import (
     AttemptKey,
     HeldAttempt,
+    UsageTotal,
     identity,
 )
 from orki_control.session._tables import (
@@ -194,6 +195,9 @@ class AgentSession(AgentReports):
             held.progress.acknowledged = self._acknowledged
             self._queue.put_source(key, pb.Progress, held.progress, held.progress.rewind())
             self._repeat_checkpoint(key, held)
+            if held.usage is not None and held.state is not AttemptState.REPORTED:
+                held.usage.rewind()
+                self._send_usage(key, held)
             if held.state is AttemptState.REPORTED:
                 self._send_result(key, held)
         opened = events.SessionOpened(
@@ -237,6 +241,8 @@ class AgentSession(AgentReports):
             offer.attempt, message.traceparent, options.progress_window, options.progress_bytes, self._acknowledged
         )
         held = HeldAttempt(offer.attempt, message.traceparent, offer.lease_ms / 1000, now, window, offer.proof)
+        if offer.budgets:
+            held.usage = UsageTotal(offer.attempt, message.traceparent)
         attempts = self._attempts
         if self.state is AgentState.DRAINING:
             self._send_declined(key, message.traceparent, Reason.REASON_DRAINING, "the agent drains")
@@ -325,6 +331,15 @@ class AgentSession(AgentReports):
             held.checkpoint = None
         self._events.append((events.CheckpointsStored, events.StoredCheckpoint(key, number, failure)))
 
+    def _budget_update(self, message: pb.OrchestratorMessage, now: float) -> None:
+        self._move(pb.BudgetUpdate, RemoteProtocolError)
+        update = message.budget_update
+        key = AttemptKey(*identity(update.attempt))
+        held = self._attempts.get(key)
+        if held is not None:
+            self._step(key, held, pb.BudgetUpdate, RemoteProtocolError)
+            self._events.append((events.BudgetsChanged, events.ArrivedBudgets(key, update)))
+
     def _chunk(self, message: pb.OrchestratorMessage, now: float) -> None:
         self._move(pb.Chunk, RemoteProtocolError)
         try:
@@ -412,6 +427,7 @@ _RECEIVE: Final[dict[str, Callable[[AgentSession, pb.OrchestratorMessage, float]
     "result_acknowledged": AgentSession._result_acknowledged,
     "progress_acknowledged": AgentSession._progress_acknowledged,
     "checkpoint_acknowledged": AgentSession._checkpoint_acknowledged,
+    "budget_update": AgentSession._budget_update,
     "chunk": AgentSession._chunk,
     "chunk_acknowledged": AgentSession._chunk_acknowledged,
     "heartbeat_echo": AgentSession._heartbeat_echo,

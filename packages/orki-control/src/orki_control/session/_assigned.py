@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from typing import Any, Final
 
 from google.protobuf.message import DecodeError
 
 from orki.control.v1 import session_pb2 as pb
-from orki.control.v1.attempt_pb2 import AttemptRef, Failure
+from orki.control.v1.attempt_pb2 import AttemptRef, Budget, BudgetBalance, Failure
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import LocalProtocolError, OrkiError, RemoteProtocolError, TooLarge
 from orki_control.session._chunks import CHUNKED_ABOVE, Assemblies
@@ -16,6 +17,7 @@ from orki_control.session._events import (
     ArrivedCheckpoint,
     ArrivedProgress,
     ArrivedResult,
+    ArrivedUsage,
     CancelsAcknowledged,
     CheckpointsArrived,
     Decline,
@@ -26,6 +28,7 @@ from orki_control.session._events import (
     ProgressArrived,
     ReportsRefused,
     ResultsArrived,
+    UsageArrived,
 )
 from orki_control.session._options import (
     CHECKPOINT_PROTOCOL,
@@ -211,6 +214,14 @@ class AttemptReports(SessionMachine):
             acknowledged = pb.CheckpointAcknowledged(attempt=known.ref, number=number, failure=failure)
             self._control_about(known, checkpoint_acknowledged=acknowledged)
 
+    def update_budgets(self, attempt: AttemptKey, budgets: Sequence[BudgetBalance], charged: Budget) -> None:
+        """Tell the agent what is left of the budgets of a running attempt."""
+        known = self._live(pb.BudgetUpdate, attempt)
+        if known is not None and known.state is not AttemptState.OFFERED:
+            self._step(attempt, known, pb.BudgetUpdate, LocalProtocolError)
+            update = pb.BudgetUpdate(attempt=known.ref, budgets=budgets, charged=charged)
+            self._control_about(known, budget_update=update)
+
     # --- Receivers, one for each kind of report. ---
 
     def _accepted(self, message: pb.AgentMessage, now: float) -> None:
@@ -263,6 +274,11 @@ class AttemptReports(SessionMachine):
             return
         arrived = ArrivedCheckpoint(key, checkpoint.number, checkpoint.payload)
         self._events.append((CheckpointsArrived, arrived))
+
+    def _usage(self, message: pb.AgentMessage, now: float) -> None:
+        key = self._report(pb.Usage, message.usage)
+        if key is not None:
+            self._events.append((UsageArrived, ArrivedUsage(key, message.usage.total)))
 
     def _result(self, message: pb.AgentMessage, now: float) -> None:
         result = message.result

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from orki.control.v1.attempt_pb2 import Failure
-from orki.control.v1.session_pb2 import Hello, Offer, Result
+from orki.control.v1.attempt_pb2 import Budget, Failure
+from orki.control.v1.session_pb2 import BudgetUpdate, Hello, Offer, Result
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import OrkiError
 from orki_control.session._state import AttemptKey
@@ -49,6 +49,20 @@ class StoredCheckpoint(NamedTuple):
     attempt: AttemptKey
     number: int
     failure: Failure | None
+
+
+class ArrivedUsage(NamedTuple):
+    """The usage of an attempt in all."""
+
+    attempt: AttemptKey
+    total: Budget
+
+
+class ArrivedBudgets(NamedTuple):
+    """The state of the budgets that an attempt is charged to."""
+
+    attempt: AttemptKey
+    update: BudgetUpdate
 
 
 class ArrivedResult(NamedTuple):
@@ -130,6 +144,13 @@ class ProgressArrived:
     """Progress to store; then call `acknowledge_progress`, or `replay_progress` when earlier progress is missing."""
 
     progress: tuple[ArrivedProgress, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UsageArrived:
+    """Usage to charge; then call `update_budgets` for each."""
+
+    usages: tuple[ArrivedUsage, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +295,13 @@ class ProgressAcknowledged:
 
 
 @dataclass(frozen=True, slots=True)
+class BudgetsChanged:
+    """Budgets of running attempts have changed."""
+
+    updates: tuple[ArrivedBudgets, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointsStored:
     """Checkpoints that were stored or refused."""
 
@@ -339,6 +367,7 @@ OrchestratorEvent: TypeAlias = (
     | OffersExpired
     | ProgressArrived
     | CheckpointsArrived
+    | UsageArrived
     | ResultsArrived
     | CancelsAcknowledged
     | DirectivesAcknowledged
@@ -357,6 +386,7 @@ AgentEvent: TypeAlias = (
     | ResultsAcknowledged
     | ProgressAcknowledged
     | CheckpointsStored
+    | BudgetsChanged
     | AttemptsRevoked
     | LeasesLost
     | OrchestratorDraining

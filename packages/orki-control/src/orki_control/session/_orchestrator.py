@@ -316,6 +316,7 @@ _RECEIVE: Final[dict[str, Callable[[OrchestratorSession, pb.AgentMessage, float]
     "declined": OrchestratorSession._declined,
     "progress": OrchestratorSession._progress,
     "checkpoint": OrchestratorSession._checkpoint,
+    "usage": OrchestratorSession._usage,
     "result": OrchestratorSession._result,
     "cancel_acknowledged": OrchestratorSession._cancel_acknowledged,
     "directive_acknowledged": OrchestratorSession._directive_acknowledged,

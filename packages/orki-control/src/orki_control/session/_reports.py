@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from orki.control.v1 import session_pb2 as pb
-from orki.control.v1.attempt_pb2 import Failure
+from orki.control.v1.attempt_pb2 import Budget, Failure
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract import ProgressPolicy
 from orki_contract.errors import LocalProtocolError, OrkiError, ProtocolVersion, TooLarge
@@ -182,6 +182,24 @@ class AgentReports(SessionMachine):
         if held.checkpoint is not None:
             self._work(key, held, pb.Checkpoint, len(held.checkpoint.payload), checkpoint=held.checkpoint)
 
+    def use(self, attempt: AttemptKey, total: Budget) -> None:
+        """Report the usage of a running attempt in all. It is sent again after every reconnect, and with the result.
+
+        Without budgets in its offer, or when the attempt is no longer held, this does nothing.
+        """
+        held = self._attempts.get(attempt)
+        if held is None or held.usage is None or held.state is AttemptState.REPORTED:
+            return
+        self._step(attempt, held, pb.Usage, LocalProtocolError)
+        held.usage.total = total
+        if self.state in LIVE:
+            self._send_usage(attempt, held)
+
+    def _send_usage(self, key: AttemptKey, held: HeldAttempt) -> None:
+        if held.usage is not None and held.usage.wait():
+            self._send_acceptance(key)
+            self._queue.put_source(key, pb.Usage, held.usage)
+
     def report(
         self,
         attempt: AttemptKey,
@@ -255,11 +273,15 @@ class AgentReports(SessionMachine):
             text = f"the task cannot be suspended: the orchestrator speaks session protocol {self._protocol}"
             failure = Failure(reason=Reason.REASON_ABANDONED, message=text)
             held.result = pb.Result(attempt=held.ref, failure=failure, progress=held.result.progress)
+        if held.usage is not None and held.usage.total is not None:
+            held.result.usage.CopyFrom(held.usage.total)
         size = len(held.result.response)
         if size > self.max_payload_bytes:
             text = f"the response has {size} bytes; the orchestrator accepts {self.max_payload_bytes}"
             failure = Failure(reason=Reason.REASON_TOO_LARGE, message=text)
-            held.result = pb.Result(attempt=held.ref, failure=failure, progress=held.result.progress)
+            held.result = pb.Result(
+                attempt=held.ref, failure=failure, progress=held.result.progress, usage=_usage_of(held.result)
+            )
             size = 0
         self._work(key, held, pb.Result, size, result=held.result)
 
@@ -289,3 +311,7 @@ class AgentReports(SessionMachine):
         self._send_acceptance(key)
         message = pb.AgentMessage(traceparent=held.traceparent, **body)
         self._queue.put_work(key, kind, message, payload_bytes)
+
+
+def _usage_of(result: pb.Result) -> Budget | None:
+    return result.usage if result.HasField("usage") else None

@@ -7,7 +7,7 @@ from operator import attrgetter
 from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 from orki.control.v1 import session_pb2 as pb
-from orki.control.v1.attempt_pb2 import AttemptRef, Failure
+from orki.control.v1.attempt_pb2 import AttemptRef, Budget, Failure
 from orki_contract.errors import RemoteProtocolError
 from orki_control.session._options import SILENT_INTERVALS
 from orki_control.session._progress import ProgressWindow
@@ -106,6 +106,38 @@ class _Deadline(Generic[T]):
             instance.on_change()
 
 
+class UsageTotal:
+    """The usage of an attempt in all; a place in the queue sends the newest total.
+
+    Attributes:
+        total: The usage; None before the first.
+    """
+
+    __slots__ = ("_ref", "_traceparent", "_waiting", "total")
+
+    next_size = 256
+
+    def __init__(self, ref: AttemptRef, traceparent: str) -> None:
+        self.total: Budget | None = None
+        self._ref = ref
+        self._traceparent = traceparent
+        self._waiting = False
+
+    def wait(self) -> bool:
+        """Take a place in the queue; return False if there is nothing to send or it has a place already."""
+        waited, self._waiting = self._waiting, self.total is not None
+        return self._waiting and not waited
+
+    def rewind(self) -> None:
+        """Note that the queue was cleared."""
+        self._waiting = False
+
+    def take(self) -> pb.AgentMessage | None:
+        """Return the report."""
+        self._waiting = False
+        return pb.AgentMessage(traceparent=self._traceparent, usage=pb.Usage(attempt=self._ref, total=self.total))
+
+
 class HeldAttempt:
     """One attempt at the agent.
 
@@ -121,11 +153,12 @@ class HeldAttempt:
         result: Its result, once it has ended.
         checkpoint: Its newest checkpoint, until it is stored.
         checkpoints: Number of its last checkpoint.
+        usage: Its usage, if its offer named budgets.
     """
 
     __slots__ = (
         *("accepted_at", "checkpoint", "checkpoints", "lease", "progress", "proof", "ref", "renewed_at", "result"),
-        *("state", "traceparent"),
+        *("state", "traceparent", "usage"),
     )
 
     def __init__(
@@ -148,6 +181,7 @@ class HeldAttempt:
         self.result: pb.Result | None = None
         self.checkpoint: pb.Checkpoint | None = None
         self.checkpoints = 0
+        self.usage: UsageTotal | None = None
 
     @property
     def stops_at(self) -> float:

@@ -15,6 +15,7 @@ from typing import Final
 from orki.control.v1.session_pb2 import (
     Accepted,
     AgentDrain,
+    BudgetUpdate,
     Cancel,
     CancelAcknowledged,
     Checkpoint,
@@ -35,6 +36,7 @@ from orki.control.v1.session_pb2 import (
     Replaced,
     Result,
     ResultAcknowledged,
+    Usage,
     Welcome,
 )
 from orki_contract.transitions import Transitions
@@ -90,6 +92,8 @@ ATTEMPT: Final = Transitions(
             DirectiveAcknowledged: AttemptState.RUNNING,
             Checkpoint: AttemptState.RUNNING,
             CheckpointAcknowledged: AttemptState.RUNNING,
+            Usage: AttemptState.RUNNING,
+            BudgetUpdate: AttemptState.RUNNING,
             Cancel: AttemptState.CANCELLING,
             Result: AttemptState.REPORTED,
             Refused: AttemptState.CLOSED,
@@ -105,6 +109,8 @@ ATTEMPT: Final = Transitions(
             DirectiveAcknowledged: AttemptState.CANCELLING,
             Checkpoint: AttemptState.CANCELLING,
             CheckpointAcknowledged: AttemptState.CANCELLING,
+            Usage: AttemptState.CANCELLING,
+            BudgetUpdate: AttemptState.CANCELLING,
             Cancel: AttemptState.CANCELLING,
             CancelAcknowledged: AttemptState.CANCELLING,
             Result: AttemptState.REPORTED,
@@ -118,6 +124,7 @@ ATTEMPT: Final = Transitions(
             Directive: AttemptState.REPORTED,
             DirectiveAcknowledged: AttemptState.REPORTED,
             CheckpointAcknowledged: AttemptState.REPORTED,
+            BudgetUpdate: AttemptState.REPORTED,
             Cancel: AttemptState.REPORTED,
             CancelAcknowledged: AttemptState.REPORTED,
             ResultAcknowledged: AttemptState.CLOSED,
@@ -204,6 +211,7 @@ _AGENT_WORK: Final = (
     CancelAcknowledged,
     DirectiveAcknowledged,
     Checkpoint,
+    Usage,
     Heartbeat,
 )
 _ORCHESTRATOR_WORK: Final = (
@@ -213,6 +221,7 @@ _ORCHESTRATOR_WORK: Final = (
     Directive,
     ProgressAcknowledged,
     CheckpointAcknowledged,
+    BudgetUpdate,
     ResultAcknowledged,
     HeartbeatEcho,
 )

@@ -105,14 +105,23 @@ Examples:
     show_default=True,
     help="batch: sync lines to the disk before their events are acknowledged. never: leave it to the system.",
 )
+@click.option(
+    "--max-bytes",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="BYTES",
+    help="Size at which FILE is renamed to FILE.NUMBER and a new one begun; 0 for never.",
+)
 @redis_option
-def audit(file: Path, fsync: str, redis_url: str) -> None:
+def audit(file: Path, fsync: str, max_bytes: int, redis_url: str) -> None:
     """Write every event of every stream to FILE, once each, as a line of JSON with sensitive fields redacted.
 
     The observer also follows streams that are registered while it runs. It only appends to FILE. Restart it with the
-    same FILE: its lines tell the observer which events it has already written.
+    same FILE: its lines tell the observer which events it has already written. The lines form a hash chain, which
+    `orki audit verify` checks. Events that were lost before they could be written are a line as well.
     """
     from orki_server._observers.audit import AuditLog, Fsync, run_audit
 
     log_to_stderr()
-    run_until_stopped(partial(run_audit, redis_url, AuditLog(file, fsync=Fsync(fsync))))
+    run_until_stopped(partial(run_audit, redis_url, AuditLog(file, fsync=Fsync(fsync), max_bytes=max_bytes)))

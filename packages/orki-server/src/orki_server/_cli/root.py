@@ -20,6 +20,8 @@ from orki_server._observers.redaction import safe_text
 _COMMANDS: Final = {
     "agents": ("tasks", "List the agents of the fleet."),
     "answer": ("answer", "Answer a suspended task."),
+    "budget": ("budget", "Show and raise budgets of tasks."),
+    "audit": ("audit", "Verify and export the audit log."),
     "cancel": ("tasks", "Request cancellation of a task."),
     "contract": ("contract", "List, register and withdraw contracts."),
     "doctor": ("doctor", "Check the fleet's health and suggest next steps."),

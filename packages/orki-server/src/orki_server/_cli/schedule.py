@@ -11,10 +11,10 @@ from orki.control.v1.schedule_pb2 import MissedTicks, Schedule
 from orki.control.v1.task_pb2 import Submission
 from orki_server._cli.formats import Columns, duration, print_json, print_rows
 from orki_server._cli.options import json_option, open_client, run_async, with_orchestrator
+from orki_server._cli.placement import with_placement
 from orki_server._cli.submit import find_method, registered_methods, request_from_json
 from orki_server._cli.tasks import time_or_none
 from orki_server._observers.redaction import safe_text
-from orki_server._store.placement import MAX_PRIORITY
 
 _COLUMNS: Final = Columns(
     ("SCHEDULE", "CRON", "METHOD", "NEXT", "LAST TASK"), right={"NEXT"}, uncut={"SCHEDULE", "NEXT"}
@@ -77,7 +77,7 @@ Example:
     show_default=True,
     help="What happens with ticks at which no orchestrator ran: they are left out, or one task is submitted for all.",
 )
-@click.option("--priority", type=click.IntRange(0, MAX_PRIORITY), metavar="0-9", help="Priority of the tasks.")
+@with_placement
 @click.option("--replace", is_flag=True, help="Replace a schedule of this name.")
 @json_option
 @with_orchestrator
@@ -88,7 +88,7 @@ async def add(
     method: str,
     request_text: str,
     missed: str,
-    priority: int | None,
+    placement: Submission,
     replace: bool,
     as_json: bool,
     **options: Any,
@@ -102,8 +102,7 @@ async def add(
         found = find_method(method, registered_methods(await client.list_services()))
         request = request_from_json(request_text, found.kind(found.contract.request))
         submission = Submission(method=found.contract.full_name, request=request.SerializeToString())
-        if priority is not None:
-            submission.priority = priority
+        submission.MergeFrom(placement)
         made = Schedule(name=name, cron=cron, time_zone=time_zone, submission=submission, missed=_MISSED[missed])
         added = await client.schedules.add_raw(made, replace=replace)
     if as_json:

@@ -27,9 +27,10 @@ from orki_contract.trace import new_span
 from orki_control import Client, error_of
 from orki_server._cli.formats import print_json, stderr_console
 from orki_server._cli.options import ORCHESTRATOR, json_option, open_client, with_orchestrator
+from orki_server._cli.placement import with_placement
 from orki_server._cli.tasks import state_name, task_json
 from orki_server._observers.redaction import Redaction, safe_json, safe_text
-from orki_server._store.placement import MAX_DELAY_MS, MAX_PRIORITY
+from orki_server._store.placement import MAX_DELAY_MS
 
 
 def request_from_json(text: str, kind: type[Message]) -> Message:
@@ -140,12 +141,7 @@ Exit codes:
     metavar="KEY",
     help="Submitting the same key and request again returns the same task.",
 )
-@click.option(
-    "--priority",
-    type=click.IntRange(0, MAX_PRIORITY),
-    metavar="0-9",
-    help="Tasks of a higher priority are offered first.  [default: 5]",
-)
+@with_placement
 @click.option(
     "--delay",
     type=click.FloatRange(0, MAX_DELAY_MS / 1000),
@@ -159,13 +155,6 @@ Exit codes:
     help="Do not start the task before this time, as 2026-12-24T18:00:00Z.",
 )
 @click.option(
-    "--label", "labels", multiple=True, metavar="NAME=VALUE", help="Only agents with this label; may be repeated."
-)
-@click.option(
-    "--limit", "limits", multiple=True, metavar="KEY", help="Count for the limit of KEY (orki limit); may be repeated."
-)
-@click.option("--fairness-key", default="", metavar="KEY", help="Take turns with tasks of other keys, such as tenants.")
-@click.option(
     "--timeout",
     type=click.FloatRange(0, min_open=True),
     metavar="SECONDS",
@@ -175,12 +164,9 @@ Exit codes:
 @with_orchestrator
 def submit(
     request_text: str,
-    priority: int | None,
     delay: float | None,
     start_at: int,
-    labels: tuple[str, ...],
-    limits: tuple[str, ...],
-    fairness_key: str,
+    placement: Submission,
     **options: Any,
 ) -> None:
     """Submit a task, wait for it, and print its response as JSON.
@@ -188,21 +174,10 @@ def submit(
     SERVICE.METHOD may omit the package if only one service has that name. JSON is the request; `-` reads it from
     standard input, and without JSON the request is empty. Progress is printed to standard error.
     """
-    placement = Submission(labels=_labels(labels), limits=limits, fairness_key=fairness_key)
-    _place(placement, priority, delay, start_at)
+    _place(placement, delay, start_at)
     # Read before the event loop starts: asyncio would not let Ctrl-C interrupt it.
     text = sys.stdin.read() if request_text == "-" else request_text
     asyncio.run(_submit(text, placement=placement, **options))
-
-
-def _labels(given: tuple[str, ...]) -> dict[str, str]:
-    labels: dict[str, str] = {}
-    for each in given:
-        name, sign, value = each.partition("=")
-        if not sign or name in labels:
-            raise click.BadParameter(f"{each!r}: use NAME=VALUE, such as gpu=a100, and each name once.")
-        labels[name] = value
-    return labels
 
 
 def _time(text: str | None) -> int:
@@ -218,13 +193,11 @@ def _time(text: str | None) -> int:
     return max(1, round(time.timestamp() * 1_000_000))
 
 
-def _place(submission: Submission, priority: int | None, delay: float | None, start_at: int) -> None:
+def _place(submission: Submission, delay: float | None, start_at: int) -> None:
     if delay is not None and math.isnan(delay):
         raise click.BadParameter("nan is no time.", param_hint="--delay")
     if delay is not None and start_at:
         raise click.UsageError("--delay cannot be combined with --start-at.")
-    if priority is not None:
-        submission.priority = priority
     if delay is not None:
         submission.delay_ms = math.ceil(delay * 1000)
     elif start_at:

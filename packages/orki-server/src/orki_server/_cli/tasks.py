@@ -60,6 +60,9 @@ def task_json(task: TaskSnapshot, response: dict[str, Any] | None = None) -> dic
         "earlier_failures": [_failure(each) for each in task.earlier_failures],
         "response": response,
         "suspension": _suspension(task.suspension) if task.HasField("suspension") else None,
+        "parent_task_id": task.parent_task_id or None,
+        "root_task_id": task.root_task_id or None,
+        "over_budget": task.over_budget,
     }
 
 
@@ -206,6 +209,8 @@ def _state(task: TaskSnapshot, now_us: int, paused: Set[str]) -> str:
     waits = task.state == TaskState.TASK_STATE_QUEUED and task.start_us > now_us and not task.HasField("attempt")
     if task.state == TaskState.TASK_STATE_QUEUED and not paused.isdisjoint((task.method, task.method.split("/")[0])):
         return "paused"
+    if task.over_budget:
+        return "over budget"
     return f"in {duration(task.start_us - now_us)}" if waits else state_name(task.state)
 
 
@@ -222,7 +227,10 @@ def _print_one(task: TaskSnapshot, as_json: bool) -> None:
     rows += [("label", f"{name}={value}") for name, value in sorted(task.labels.items())]
     rows += [("limit", key) for key in task.limits]
     rows += [("fairness_key", task.fairness_key)] if task.fairness_key else []
-    if shown["suspension"] and task.state == TaskState.TASK_STATE_SUSPENDED:
+    rows += [(name, shown[name]) for name in ("parent_task_id", "root_task_id") if shown[name]]
+    if task.over_budget:
+        rows.append(("waits for", f"a budget that is used up; see: orki budget show {task.task_id}"))
+    elif shown["suspension"] and task.state == TaskState.TASK_STATE_SUSPENDED:
         rows += [(name, shown["suspension"][name] or "-") for name in ("question", "suspended", "deadline")]
     rows += [("earlier failure", _failure_text(each)) for each in shown["earlier_failures"]]
     if shown["failure"]:

@@ -27,6 +27,10 @@ class Health(StrEnum):
     BAD = "bad"
 
 
+VERDICTS: Final = (Health.OK, Health.WARN, Health.BAD)
+"""From the best to the worst."""
+
+
 class State(NamedTuple):
     """What a state means.
 

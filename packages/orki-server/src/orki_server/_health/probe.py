@@ -6,14 +6,13 @@ import asyncio
 import contextlib
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Final
 
 from orki_contract.errors import InvalidSetting, OrkiError
 from orki_events.connection import Address, Command, Connection, parse_address
 from orki_events.registry import StreamRegistry
 from orki_server._health.findings import (
+    VERDICTS,
     Check,
-    Health,
     Snapshot,
     check_dead_letters,
     check_groups,
@@ -24,8 +23,6 @@ from orki_server._health.findings import (
 from orki_server._keys import FleetKeys
 from orki_server._observers.stream_stats import read_stream_stats
 from orki_server._store.cluster import topology
-
-_ORDER: Final = (Health.OK, Health.WARN, Health.BAD)
 
 
 class ServerProbe:
@@ -63,7 +60,7 @@ class ServerProbe:
         for snapshot in await self.read():
             for check in check_server(snapshot, self.server):
                 if check.name in found and self._address.is_cluster:
-                    check = max(found[check.name], check, key=lambda each: _ORDER.index(each.verdict))
+                    check = max(found[check.name], check, key=lambda each: VERDICTS.index(each.verdict))
                 found[check.name] = check
         return list(found.values())
 

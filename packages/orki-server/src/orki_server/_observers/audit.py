@@ -12,7 +12,10 @@ line appear once although the process may be killed at any time:
 - `open` reads the ids at the end of the file, and `append` skips events whose ids are known. The log recognizes an
   event as long as fewer than `remember` others were written since.
 - A last line without a newline was cut off by a crash. Its event was never acknowledged, so `open` removes the line.
-- A lock on the file excludes a second writer.
+- A lock on `FILE.lock` excludes a second writer.
+
+Each line continues a hash chain (`audit_chain`). A file that has reached its size is renamed to `FILE.NUMBER`, and its
+chain goes on in a new one. A gap that the event plane reports is a line as well.
 """
 
 from __future__ import annotations
@@ -25,22 +28,27 @@ import logging
 import os
 import re
 import socket
+import time
+import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
 from orki_contract.errors import InvalidSetting, OrkiError
 from orki_contract.model import AUDIT_GROUP, Group, Stream
-from orki_events import DeliveryBatch, EventOptions, Events, StreamVersion, connect
+from orki_events import DeliveryBatch, EventOptions, Events, Gap, StreamVersion, connect
+from orki_server._observers.audit_chain import START, link_of, seal
 from orki_server._observers.entries import EntryDecoders, poll_registry
-from orki_server._observers.redaction import safe_json
+from orki_server._observers.redaction import safe_json, time_text
 from orki_server._process import print_ready_line
 
 _EVENT_ID: Final = re.compile(rb'\{"event_id":"([0-9a-f]{32})')
+_APPEND: Final = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 _BLOCK: Final = 1 << 18
 _BATCH: Final = 500
 _RETRY_DELAY: Final = 1.0
@@ -64,20 +72,24 @@ class Fsync(StrEnum):
 class AuditLog:
     """An audit log. Not thread-safe."""
 
-    def __init__(self, path: Path, *, fsync: Fsync = Fsync.BATCH, remember: int = 200_000) -> None:
+    def __init__(self, path: Path, *, fsync: Fsync = Fsync.BATCH, remember: int = 200_000, max_bytes: int = 0) -> None:
         """Create a log; `open` must be called before `append`.
 
         Args:
             path: The file; its directory must exist.
             fsync: When lines are synced to the disk.
             remember: Number of ids kept in memory to recognize repeated events, at least 1000.
+            max_bytes: Size at which a file is renamed and another one begun; 0 for a single file.
         """
         if remember < 1000:
             raise InvalidSetting(f"remember is {remember}; it must be 1000 or more")
         self.path = path
         self._fsync = fsync
         self._remember = remember
-        self._descriptor = -1
+        self._max_bytes = max_bytes
+        self._descriptor = self._lock = -1
+        self._end: int | None = None
+        self._link = START
         self._seen: OrderedDict[str, None] = OrderedDict()
 
     def open(self) -> int:
@@ -91,15 +103,18 @@ class AuditLog:
         """
         path = self.path
         try:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._descriptor = os.open(path, _APPEND, 0o600)
         except OSError as error:
+            self.close()
             raise InvalidSetting(
                 f"{path} cannot be opened for appending: {error.strerror}; use another file"
             ) from error
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             removed = self._remove_incomplete_line()
-            self._seen = OrderedDict.fromkeys(reversed(list(self._last_ids())))
+            self._seen = OrderedDict.fromkeys(reversed(list(islice(self._last_ids(), self._remember))))
+            self._link = next((link for line in self._last_lines() if (link := link_of(line))), START)
         except OSError as error:
             self.close()
             why = "another process writes to it" if isinstance(error, BlockingIOError) else str(error.strerror)
@@ -107,9 +122,10 @@ class AuditLog:
         return removed
 
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        for descriptor in (self._descriptor, self._lock):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._descriptor = self._lock = -1
 
     def append(self, lines: Sequence[tuple[str, str]]) -> int:
         """Write the lines whose events are not in the file yet, and sync them with `Fsync.BATCH`.
@@ -125,30 +141,61 @@ class AuditLog:
         """
         fresh = {event_id: line for event_id, line in lines if event_id not in self._seen}
         if fresh:
-            self._write("".join(f"{line}\n" for line in fresh.values()).encode("ascii"))
+            link, sealed = self._link, []
+            for line in fresh.values():
+                link, text = seal(link, line)
+                sealed.append(f"{text}\n")
+            self._write("".join(sealed).encode("ascii"))
+            self._link = link
             self._seen.update(dict.fromkeys(fresh))
             while len(self._seen) > self._remember:
                 self._seen.popitem(last=False)
         return len(fresh)
 
     def _write(self, block: bytes) -> None:
-        end = os.fstat(self._descriptor).st_size
         try:
+            if self._end is not None:
+                # What is left of a failed write would break the chain.
+                os.ftruncate(self._descriptor, self._end)
+                self._end = None
+            size = os.fstat(self._descriptor).st_size
+            if self._max_bytes and size and size + len(block) > self._max_bytes:
+                self._rotate()
+                size = 0
+            self._end = size
             written = 0
             while written < len(block):
                 written += os.write(self._descriptor, block[written:])
             if self._fsync is Fsync.BATCH:
                 os.fdatasync(self._descriptor)
+            self._end = None
         except OSError as error:
-            with contextlib.suppress(OSError):  # the next start removes the incomplete line
-                os.ftruncate(self._descriptor, end)
+            if self._end is not None:
+                with contextlib.suppress(OSError):  # the next write or start removes the incomplete line
+                    os.ftruncate(self._descriptor, self._end)
             raise OrkiError(
                 f"{self.path} cannot be written: {error.strerror}; free disk space; until then no event is acknowledged"
             ) from error
 
+    def _rotate(self) -> None:
+        """Rename the file, and begin another one. A crash in between leaves no file, which `open` creates."""
+        if self._fsync is Fsync.BATCH:
+            os.fdatasync(self._descriptor)
+        earlier = files_of(self.path)[:-1]
+        number = int(earlier[-1].suffix[1:]) + 1 if earlier else 1
+        os.rename(self.path, f"{self.path}.{number:06d}")
+        descriptor = os.open(self.path, _APPEND, 0o600)
+        os.close(self._descriptor)
+        self._descriptor = descriptor
+        folder = os.open(self.path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
     def _remove_incomplete_line(self) -> int:
         size = os.fstat(self._descriptor).st_size
-        for start, block in self._blocks_from_end(size):
+        for start, block in _blocks_from_end(self._descriptor, size):
             if (newline := block.rfind(b"\n")) >= 0:
                 whole = start + newline + 1
                 break
@@ -159,24 +206,34 @@ class AuditLog:
         return size - whole
 
     def _last_ids(self) -> Iterator[str]:
-        """Yield up to `remember` ids from the last line backwards."""
-        left = self._remember
-        rest = b""
-        for start, block in self._blocks_from_end(os.fstat(self._descriptor).st_size):
-            lines = (block + rest).split(b"\n")
-            rest = lines[0]
-            for line in reversed(lines if start == 0 else lines[1:]):
-                if (found := _EVENT_ID.match(line)) is not None:
-                    yield found[1].decode("ascii")
-                    left -= 1
-                    if left == 0:
-                        return
+        """Yield ids from the last line backwards."""
+        for line in self._last_lines():
+            if (found := _EVENT_ID.match(line)) is not None:
+                yield found[1].decode("ascii")
 
-    def _blocks_from_end(self, size: int) -> Iterator[tuple[int, bytes]]:
-        while size > 0:
-            start = max(0, size - _BLOCK)
-            yield start, os.pread(self._descriptor, size - start, start)
-            size = start
+    def _last_lines(self) -> Iterator[bytes]:
+        """Yield the lines of all files from the last one backwards, without empty ones."""
+        for path in reversed(files_of(self.path)):
+            with open(path, "rb") as file:
+                rest = b""
+                for start, block in _blocks_from_end(file.fileno(), os.fstat(file.fileno()).st_size):
+                    lines = (block + rest).split(b"\n")
+                    rest = lines[0]
+                    yield from filter(None, reversed(lines if start == 0 else lines[1:]))
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files of a log from the oldest to the one that is written, which may not exist."""
+    name = re.escape(path.name)
+    earlier = [each for each in path.parent.glob(f"{path.name}.*") if re.fullmatch(rf"{name}\.[0-9]{{6,}}", each.name)]
+    return [*sorted(earlier, key=lambda each: int(each.suffix[1:])), path]
+
+
+def _blocks_from_end(descriptor: int, size: int) -> Iterator[tuple[int, bytes]]:
+    while size > 0:
+        start = max(0, size - _BLOCK)
+        yield start, os.pread(descriptor, size - start, start)
+        size = start
 
 
 async def run_audit(redis_url: str, log: AuditLog, stopped: asyncio.Event) -> None:
@@ -186,17 +243,22 @@ async def run_audit(redis_url: str, log: AuditLog, stopped: asyncio.Event) -> No
         InvalidSetting: The file or the URL cannot be used.
         OrkiError: Redis refuses the connection or a command, and a retry would not help.
     """
-    events = connect(redis_url, options=EventOptions(dedupe_window=0))
+    gaps: asyncio.Queue[Gap] = asyncio.Queue()
+    events = connect(redis_url, options=EventOptions(dedupe_window=0, on_gap=gaps.put_nowait))
     removed = log.open()
     if removed:
         _log.warning("removed %d bytes of an incomplete last line; its event was not acknowledged", removed)
     try:
         async with events:
             audit = _Audit(events, log, stopped)
+            gap_writer = asyncio.create_task(audit.write_gaps(gaps), name="audit gaps")
             try:
                 await poll_registry(events, stopped, audit.follow, _log)
             finally:
-                await audit.end()
+                await audit.finish_reading()
+                gap_writer.cancel()
+                await asyncio.gather(gap_writer, return_exceptions=True)
+                await audit.end(gaps)
     finally:
         log.close()
 
@@ -232,11 +294,29 @@ class _Audit:
             self._announced = True
             print_ready_line("audit", str(self._log.path))
 
-    async def end(self) -> None:
+    async def finish_reading(self) -> None:
         """Stop all consumers cleanly."""
         await self._events.close()
         await asyncio.gather(*(task for _, task in self._tasks.values()), return_exceptions=True)
+
+    async def end(self, gaps: asyncio.Queue[Gap]) -> None:
+        """Write the gaps that are left, and stop the thread."""
+        with contextlib.suppress(OrkiError):  # logged
+            while not gaps.empty():
+                await self._append([_gap_line(gaps.get_nowait())])
         self._writer.shutdown()
+
+    async def write_gaps(self, gaps: asyncio.Queue[Gap]) -> None:
+        """Write each gap that the event plane reports for this observer's groups."""
+        while True:
+            line = _gap_line(await gaps.get())
+            # A cancel must not take a gap out of the queue and leave it unwritten.
+            writing = asyncio.ensure_future(self._append([line]))
+            try:
+                await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                await writing
+                raise
 
     async def _consume(self, stream: Stream) -> None:
         groups = tuple(_GROUP if group.name == _GROUP.name else group for group in stream.groups)
@@ -259,6 +339,9 @@ class _Audit:
         for entry_id, envelope, event in zip(batch.entry_ids, batch.envelopes, batch.events, strict=True):
             entry = decoder.decode(batch.key, entry_id, envelope.SerializeToString(), event)
             lines.append((entry.event_id, safe_json(entry.to_json())))
+        await self._append(lines)
+
+    async def _append(self, lines: list[tuple[str, str]]) -> None:
         while True:
             try:
                 await asyncio.get_running_loop().run_in_executor(self._writer, self._log.append, lines)
@@ -269,3 +352,10 @@ class _Audit:
                 if self._stopped.is_set():
                     raise
                 await asyncio.sleep(_RETRY_DELAY)
+
+
+def _gap_line(gap: Gap) -> tuple[str, str]:
+    """Return the id and the line of a gap."""
+    shown = {name: value.value if isinstance(value, StrEnum) else value for name, value in asdict(gap).items()}
+    event_id = uuid.uuid4().hex
+    return event_id, safe_json({"event_id": event_id, "time": time_text(time.time_ns() // 1_000), "gap": shown})

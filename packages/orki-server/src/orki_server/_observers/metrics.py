@@ -1,7 +1,11 @@
 """The metrics observer: serves the fleet's metrics to Prometheus at `/metrics`.
 
-It consumes the group `metrics` of orki's own streams and polls the state of streams and groups every second. It reads
-the stream of agent events from its beginning, so that the number of connected agents is right after a restart.
+It consumes the group `metrics` of orki's own streams, and polls the state of streams, groups and the server every
+second. It reads the number of connected agents from the store, if that is on the same server. Otherwise it follows the
+stream of agent events from its beginning, and may miss agents whose events were trimmed.
+
+The number of time series is bounded: of each family, at most `MAX_SERIES` combinations of labels are kept apart. All
+further ones are counted together, with every label `other`, and `orki_folded_series` tells their families.
 """
 
 from __future__ import annotations
@@ -9,11 +13,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, Final
+from importlib import resources
+from typing import Any, Final, cast
 
+import prometheus_client
 from aiohttp import web
 from google.protobuf.message import Message
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -31,12 +38,19 @@ from orki_contract import EventStream
 from orki_contract.errors import InvalidSetting, OrkiError, UnknownStream
 from orki_events import EventOptions, Events, StreamVersion, connect
 from orki_events.connection import Connection, parse_address
+from orki_server._health.findings import VERDICTS, Check, check_dead_letters, check_groups, check_server, replicas
+from orki_server._health.probe import ServerProbe
 from orki_server._observers.entries import MultiStreamReader, poll_registry
 from orki_server._observers.http_server import serve_http
 from orki_server._observers.redaction import reason_text
 from orki_server._observers.stream_stats import StreamStats, read_stream_stats
 from orki_server._process import print_ready_line
+from orki_server._store.fleet import count_connected
 
+MAX_SERIES: Final = 500
+"""Maximum number of combinations of labels in one family."""
+OTHER: Final = "other"
+"""The value of every label where further combinations are counted together."""
 _MAX_SEEN_EVENTS: Final = 100_000
 _TOOL_BUCKETS: Final = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)
 _TASK_BUCKETS: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 7200.0)
@@ -44,23 +58,54 @@ _MAX_OPEN_TASKS: Final = 200_000
 _GROUP: Final = "metrics"
 _BATCH: Final = 500
 _RETRY_DELAY: Final = 1.0
+_PROBE_TIMEOUT: Final = 2.0
+_HEALTH_INTERVAL: Final = 1.0
+_COUNT_INTERVAL: Final = 2.0
+"""Seconds between two counts of the agents, which read all of them."""
 _STREAMS: Final[tuple[EventStream[Any, Any], ...]] = (AGENTS, TASKS, TOOLS, USAGE)
 _AGENT_STEPS: Final = ("spawned", "connected", "disconnected", "replaced", "stopped")
 
 _log = logging.getLogger("orki.metrics")
 
 
+class _Family:
+    """A metric with labels, of which only so many combinations are kept apart."""
+
+    def __init__(self, metric: Any, labels: int, on_folded: Callable[[], object]) -> None:
+        self._metric = metric
+        self._other = (OTHER,) * labels
+        self._on_folded = on_folded
+        self._known: dict[tuple[str, ...], Any] = {}
+
+    def labels(self, *values: str) -> Any:
+        """Return the series of a combination of labels."""
+        found = self._known.get(values)
+        if found is None:
+            if len(self._known) >= MAX_SERIES:
+                self._on_folded()
+                return self._metric.labels(*self._other)
+            found = self._known[values] = self._metric.labels(*values)
+        return found
+
+    def clear(self) -> None:
+        """Forget all series of a gauge."""
+        self._known.clear()
+        self._metric.clear()
+
+
 class FleetMetrics:
     """The metrics of the fleet, as Prometheus collectors."""
 
     def __init__(self) -> None:
+        # Each counter would have another series with the time of its creation.
+        cast("Any", prometheus_client).disable_created_metrics()
         self._registry = CollectorRegistry()
         self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._submitted: OrderedDict[str, int] = OrderedDict()
         self._connected: dict[str, str] = {}
-        counter = partial(Counter, registry=self._registry)
-        gauge = partial(Gauge, registry=self._registry)
-        histogram = partial(Histogram, registry=self._registry)
+        text = "Whether combinations of labels of a family are counted together as `other`."
+        self._folded = Gauge("orki_folded_series", text, ["family"], registry=self._registry)
+        counter, gauge, histogram = (partial(self._family, kind) for kind in (Counter, Gauge, Histogram))
         by_group, by_model = ["stream", "group"], ["model", "provider", "agent"]
         self._events = counter("orki_events", "Events counted.", ["stream"])
         self._entries = gauge("orki_stream_entries", "Entries in a stream.", ["stream"])
@@ -82,7 +127,23 @@ class FleetMetrics:
         self._attempts = counter("orki_attempts_ended", text, ["method", "reason"])
         self._submissions = counter("orki_tasks_submitted", "Tasks accepted.", ["method"])
         self._agent_steps = counter("orki_agent_steps", "Lifecycle steps of agents.", ["step"])
-        self._agents = gauge("orki_agents_connected", "Agents with a session.")
+        self._agents = Gauge("orki_agents_connected", "Agents with a session.", registry=self._registry)
+        text = "State of a check of `orki doctor`: 0 ok, 1 warn, 2 bad."
+        self._checks = gauge("orki_check_state", text, ["check"])
+        text = "Memory that the server uses."
+        self._memory = Gauge("orki_server_memory_used_bytes", text, registry=self._registry)
+        text = "The server's maxmemory; 0 without a limit."
+        self._limit = Gauge("orki_server_memory_limit_bytes", text, registry=self._registry)
+        text = "Keys that the server has evicted since its start."
+        self._evicted = Gauge("orki_server_evicted_keys", text, registry=self._registry)
+        text = "Writes that a replica has not confirmed."
+        self._behind = gauge("orki_replica_lag_bytes", text, ["replica"])
+        text = "Time since a replica's last confirmation."
+        self._silent = gauge("orki_replica_lag_seconds", text, ["replica"])
+
+    def _family(self, kind: Any, name: str, text: str, labels: list[str], **options: Any) -> _Family:
+        metric = kind(name, text, labels, registry=self._registry, **options)
+        return _Family(metric, len(labels), lambda: self._folded.labels(name).set(1))
 
     def count(self, stream: str, event_id: bytes, time_us: int, event: Message) -> bool:
         """Count one event of orki's own streams; returns False if it was counted before.
@@ -115,7 +176,26 @@ class FleetMetrics:
             self._connected[agent_id] = instance_id
         elif step in ("disconnected", "stopped") and self._connected.get(agent_id) == instance_id:
             del self._connected[agent_id]
-        self._agents.set(len(self._connected))
+
+    def set_agents(self, connected: int | None) -> None:
+        """Set the number of connected agents; None for the one that the events tell."""
+        self._agents.set(len(self._connected) if connected is None else connected)
+
+    def set_health(self, checks: Iterable[Check], info: Mapping[str, str]) -> None:
+        """Replace the states of the checks, and the figures of the server."""
+        for gauge in (self._checks, self._behind, self._silent):
+            gauge.clear()
+        for check in checks:
+            self._checks.labels(check.name).set(VERDICTS.index(check.verdict))
+        for each in replicas(info):
+            self._behind.labels(each.name).set(each.behind_bytes)
+            self._silent.labels(each.name).set(each.silent)
+        for figure, name in (
+            (self._memory, "used_memory"),
+            (self._limit, "maxmemory"),
+            (self._evicted, "evicted_keys"),
+        ):
+            figure.set(float(info.get(name, "nan")))
 
     def set_streams(self, streams: Iterable[StreamStats]) -> None:
         """Replace the gauges of streams and groups."""
@@ -177,24 +257,39 @@ async def run_metrics(redis_url: str, host: str, port: int, stopped: asyncio.Eve
     events = connect(redis_url, options=EventOptions(dedupe_window=0))
     open_link = partial(Connection, parse_address(redis_url), connect_timeout=5.0, answer_timeout=10.0)
     link, agents = open_link(name="orki:metrics"), open_link(name="orki:metrics:agents")
+    next_count = 0.0
+    group_checks: list[Check] = []
+    probe = ServerProbe.of(redis_url, server="store", timeout=_PROBE_TIMEOUT)
     app = web.Application()
     app.router.add_get("/metrics", partial(_serve_metrics, metrics))
+    app.router.add_get("/dashboard.json", _serve_dashboard)
     async with serve_http(app, host, port) as url, events:
         print_ready_line("metrics", f"{url}/metrics")
         tasks = [asyncio.create_task(_count(events, each, metrics, consumer, stopped)) for each in _STREAMS]
-        tasks.append(asyncio.create_task(_follow_agents(agents, metrics)))
+        endless = [
+            asyncio.create_task(_follow_agents(agents, metrics)),
+            asyncio.create_task(_follow_health(probe, metrics, group_checks)),
+        ]
 
         async def poll_streams(streams: list[StreamVersion]) -> None:
-            metrics.set_streams(await read_stream_stats(link, streams))
+            figures = await read_stream_stats(link, streams)
+            metrics.set_streams(figures)
+            groups = [group for stream in figures for group in stream.groups]
+            group_checks[:] = [*check_groups(groups), *check_dead_letters(groups)]
+            nonlocal next_count
+            if (now := time.monotonic()) >= next_count:
+                metrics.set_agents(await count_connected(link))
+                next_count = now + _COUNT_INTERVAL
 
         try:
             await poll_registry(events, stopped, poll_streams, _log)
         finally:
-            tasks[-1].cancel()
+            for task in endless:
+                task.cancel()
             await events.close()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await link.close()
-            await agents.close()
+            await asyncio.gather(*tasks, *endless, return_exceptions=True)
+            for each in (link, agents, probe):
+                await each.close()
 
 
 async def _serve_metrics(metrics: FleetMetrics, request: web.Request) -> web.Response:
@@ -202,6 +297,18 @@ async def _serve_metrics(metrics: FleetMetrics, request: web.Request) -> web.Res
         return web.json_response({"error": "/metrics takes no parameters"}, status=400)
     # Set as a header, since aiohttp refuses a content type that contains a charset.
     return web.Response(body=metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+async def _follow_health(probe: ServerProbe, metrics: FleetMetrics, group_checks: list[Check]) -> None:
+    while True:
+        (snapshot,) = await probe.read()
+        metrics.set_health([*check_server(snapshot), *group_checks], snapshot.info or {})
+        await asyncio.sleep(_HEALTH_INTERVAL)
+
+
+async def _serve_dashboard(_: web.Request) -> web.Response:
+    text = resources.files("orki_server._observers").joinpath("dashboard.json").read_text(encoding="utf-8")
+    return web.Response(text=text, content_type="application/json")
 
 
 async def _count(

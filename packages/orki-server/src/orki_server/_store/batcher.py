@@ -41,16 +41,18 @@ _BATCH_OPERATIONS: Final = 256
 _BATCH_BYTES: Final = 8 << 20
 _ACKNOWLEDGED: Final = frozenset(
     {"submit", "cancel", "direct", "succeed", "fail", "cancelled", "checkpoint", "suspend", "answer", "pause"}
+    | {"charge", "open_budget", "over_budget", "raise_budget"}
 )
 """Operations whose outcome must be durable."""
 _WAITING: Final = 100_000
 """Maximum number of operations in memory."""
 _PARTS: Final = (
-    *("events", "placement", "batch", "life", "pause", "lanes", "wake", "operations", "suspension", "family"),
-    "dispatch",
+    *("events", "placement", "batch", "budget", "life", "pause", "lanes", "wake", "operations", "suspension"),
+    *("family", "dispatch"),
 )
 _REASONS: Final = (
     *("CANCELLED", "TOTAL_TIMEOUT", "OFFER_TIMEOUT", "ATTEMPT_TIMEOUT", "LEASE_EXPIRED", "STALLED", "ABANDONED"),
+    "OVER_BUDGET",
 )
 _MAX_STEP: Final = 1_000
 """Longest step of the shard's clock between two batches (ms): twice the longest interval of the sweeper's batches."""

@@ -11,7 +11,8 @@ from typing import Final
 from google.protobuf.message import DecodeError
 
 from orki.control.v1.task_pb2 import AgentSnapshot, Pause
-from orki_contract.errors import DamagedRecord
+from orki_contract.errors import DamagedRecord, OrkiError
+from orki_events.connection import Connection
 from orki_server._keys import FleetKeys
 from orki_server._store.connection import StoreConnection
 from orki_server._store.contracts import Contracts
@@ -19,6 +20,8 @@ from orki_server._store.store import read_layout
 
 _KEPT: Final = 86_400
 """Seconds for which an agent is kept after its last message."""
+_RECENT: Final = 60
+"""Seconds after its last message in which a connected agent counts as such: its orchestrator may have been killed."""
 
 # KEYS: agent, agents, then each served service. ARGV: agent id, instance, snapshot, now (ms), kept (s), contracts, then
 # the digest of each service.
@@ -171,6 +174,23 @@ class Fleet:
             for snapshot, contracts in await self._connection.calls(commands)
             if snapshot
         ]
+
+
+async def count_connected(link: Connection) -> int | None:
+    """Return the number of connected agents; None if the store is on another server. Raises as `Connection.execute`."""
+    recent = _now_ms() - _RECENT * 1000
+    names, layout = await link.pipeline(
+        ("ZRANGEBYSCORE", FleetKeys.AGENTS, recent, "+inf"), ("EXISTS", FleetKeys.LAYOUT)
+    )
+    for reply in (names, layout):
+        if isinstance(reply, OrkiError):
+            raise reply
+    if not layout:
+        return None
+    if not names:
+        return 0
+    snapshots = await link.pipeline(*(("HGET", FleetKeys.agent(name.decode()), "snapshot") for name in names))
+    return sum(isinstance(each, bytes) and AgentSnapshot.FromString(each).connected for each in snapshots)
 
 
 def read_pauses(values: Iterable[bytes]) -> list[Pause]:

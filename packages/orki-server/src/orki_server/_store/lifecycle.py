@@ -26,7 +26,7 @@ class Life(Enum):
     OFFERED = auto()
     RUNNING = auto()
     SUSPENDED = auto()
-    """The task waits for an answer and has no attempt."""
+    """The task waits for an answer or a budget, and has no attempt."""
     CANCELLING_OFFER = auto()
     """A cancel was requested before the agent answered the offer. Submitters see CANCELLING."""
     CANCELLING = auto()
@@ -106,12 +106,17 @@ class Checkpointed:
 
 @dataclass(frozen=True, slots=True)
 class AttemptSuspended:
-    """The attempt ended, and the task waits for an answer. The attempt does not count."""
+    """The attempt ended, and the task waits for an answer or a budget. The attempt does not count."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
     """A submitter answered the suspended task."""
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetRaised:
+    """The budget for which the suspended task waits was raised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +214,7 @@ TASK_LIFE: Final = Transitions(
         },
         Life.SUSPENDED: {
             Answered: Life.QUEUED,
+            BudgetRaised: Life.QUEUED,
             RetryDue: Life.QUEUED,
             CancelRequested: Life.CANCELLED,
         },

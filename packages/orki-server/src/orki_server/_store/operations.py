@@ -120,6 +120,10 @@ class Submitted:
     submitted_us: int
 
 
+NO_LINEAGE: Final = ("", "", "", "")
+"""Where most tasks stand in their tree: at the top, without a budget."""
+
+
 def submit(
     *,
     task_id: str,
@@ -131,6 +135,7 @@ def submit(
     actor: str,
     contract: str = "",
     placement: Placement = ANYWHERE,
+    lineage: Sequence[str] = NO_LINEAGE,
 ) -> Operation[Submitted]:
     """Create a task, or find it by its idempotency key.
 
@@ -144,13 +149,15 @@ def submit(
         actor: The submitter.
         contract: Digest of the service's contract; empty if unknown.
         placement: When the task may run.
+        lineage: The task whose handler submits it, the root of its tree, the tasks to whose budgets the parent is
+            charged, separated by commas, and its own budget, packed; each empty for none.
     """
     # On its shard, a key of counted tasks must not meet the same key of other tasks, whose shard depends on the key.
     scope = "counted\0" if placement.is_counted else ""
     key_digest = hashlib.sha256((scope + idempotency_key).encode()).hexdigest() if idempotency_key else ""
     arguments = (
         *(task_id, method.full_name, request, _options(method), digest, key_digest, idempotency_key),
-        *(span.traceparent, span.parent_id, actor, contract, *placement.arguments),
+        *(span.traceparent, span.parent_id, actor, contract, *placement.arguments, *lineage),
     )
 
     def outcome(reply: list[bytes]) -> Submitted:
@@ -361,6 +368,7 @@ class OfferedAttempt:
         checkpoint: The task's last checkpoint; None without one.
         answer: Answer to the task's last suspension; None without one.
         answer_overdue: Whether that suspension ended without an answer.
+        accounts: The tasks to whose budgets it is charged, the topmost first.
     """
 
     recipient: int
@@ -373,6 +381,7 @@ class OfferedAttempt:
     checkpoint: bytes | None = None
     answer: bytes | None = None
     answer_overdue: bool = False
+    accounts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,7 +419,7 @@ def _damaged(reply: list[bytes], at: int) -> tuple[str, ...]:
 
 def _assigned(reply: list[bytes]) -> Assigned:
     damaged = _damaged(reply, 1)
-    rows = (reply[at : at + 11] for at in range(2 + len(damaged), len(reply), 11))
+    rows = (reply[at : at + 12] for at in range(2 + len(damaged), len(reply), 12))
     offers = (
         OfferedAttempt(
             int(recipient),
@@ -420,11 +429,12 @@ def _assigned(reply: list[bytes]) -> Assigned:
             traceparent.decode(),
             int(lease) / 1000,
             int(timeout) / 1000,
-            checkpoint[1:] if checkpoint else None,
+            kept[1:] if kept else None,
             answered[1:] if answered[:1] == b"1" else None,
             answered == b"0",
+            tuple(paid.decode().split(",")) if paid else (),
         )
-        for recipient, task, attempt, fence, method, request, traceparent, lease, timeout, checkpoint, answered in rows
+        for recipient, task, attempt, fence, method, request, traceparent, lease, timeout, kept, answered, paid in rows
     )
     return Assigned(tuple(offers), damaged, int(reply[0]) / 1000 if int(reply[0]) >= 0 else None)
 
@@ -458,6 +468,7 @@ class Swept:
         damaged: Tasks that cannot be read and were left out.
         has_mail: Whether there is mail for this orchestrator.
         has_orphans: Whether children of ended parents are to be cancelled.
+        has_raised: Whether budgets were raised.
     """
 
     next_timer: float | None
@@ -465,6 +476,7 @@ class Swept:
     damaged: tuple[str, ...] = ()
     has_mail: bool = False
     has_orphans: bool = False
+    has_raised: bool = False
 
 
 def sweep(shard: int, limit: int) -> Operation[Swept]:
@@ -487,7 +499,7 @@ def _swept(reply: list[bytes]) -> Swept:
     )
     next_timer = int(reply[0]) / 1000 if int(reply[0]) >= 0 else None
     flags = int(reply[1])
-    return Swept(next_timer, tuple(expired), damaged, bool(flags & 1), bool(flags & 2))
+    return Swept(next_timer, tuple(expired), damaged, bool(flags & 1), bool(flags & 2), bool(flags & 4))
 
 
 def pause(shard: int, target: str, paused: bool) -> Operation[bool]:

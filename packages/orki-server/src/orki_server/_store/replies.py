@@ -109,6 +109,8 @@ def _add_more(snapshot: TaskSnapshot, more: Mapping[str, str]) -> None:
             deadline_ms=int(more["deadline"]),
         )
         snapshot.suspension.CopyFrom(suspension)
+    snapshot.parent_task_id, snapshot.root_task_id = more.get("parent", ""), more.get("root", "")
+    snapshot.over_budget = "over_budget" in more
 
 
 def _failure(reason: bytes, error_type: bytes, message: bytes) -> Failure:

@@ -94,6 +94,8 @@ class _ReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTyp
     """The agent did not return the response message of the method."""
     REASON_CHILD_FAILED: _Reason.ValueType  # 115
     """A task that the handler submitted failed or was cancelled."""
+    REASON_OVER_BUDGET: _Reason.ValueType  # 116
+    """A budget that the task is charged to is used up, and the task waits until it is raised."""
     REASON_UNKNOWN_STREAM: _Reason.ValueType  # 200
     """No installed contract declares the stream."""
     REASON_UNKNOWN_GROUP: _Reason.ValueType  # 201
@@ -220,6 +222,8 @@ REASON_INVALID_RESPONSE: Reason.ValueType  # 110
 """The agent did not return the response message of the method."""
 REASON_CHILD_FAILED: Reason.ValueType  # 115
 """A task that the handler submitted failed or was cancelled."""
+REASON_OVER_BUDGET: Reason.ValueType  # 116
+"""A budget that the task is charged to is used up, and the task waits until it is raised."""
 REASON_UNKNOWN_STREAM: Reason.ValueType  # 200
 """No installed contract declares the stream."""
 REASON_UNKNOWN_GROUP: Reason.ValueType  # 201

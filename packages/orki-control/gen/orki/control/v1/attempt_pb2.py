@@ -25,17 +25,21 @@ _sym_db = _symbol_database.Default()
 from orki.errors.v1 import errors_pb2 as orki_dot_errors_dot_v1_dot_errors__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dorki/control/v1/attempt.proto\x12\x0forki.control.v1\x1a\x1borki/errors/v1/errors.proto\"U\n\nAttemptRef\x12\x17\n\x07task_id\x18\x01 \x01(\tR\x06taskId\x12\x18\n\x07\x61ttempt\x18\x02 \x01(\rR\x07\x61ttempt\x12\x14\n\x05\x66\x65nce\x18\x03 \x01(\x04R\x05\x66\x65nce\"r\n\x07\x46\x61ilure\x12.\n\x06reason\x18\x01 \x01(\x0e\x32\x16.orki.errors.v1.ReasonR\x06reason\x12\x18\n\x07message\x18\x02 \x01(\tR\x07message\x12\x1d\n\nerror_type\x18\x03 \x01(\tR\terrorType*\xee\x01\n\tTaskState\x12\x1a\n\x16TASK_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11TASK_STATE_QUEUED\x10\x01\x12\x16\n\x12TASK_STATE_OFFERED\x10\x02\x12\x16\n\x12TASK_STATE_RUNNING\x10\x03\x12\x19\n\x15TASK_STATE_CANCELLING\x10\x04\x12\x18\n\x14TASK_STATE_SUCCEEDED\x10\x05\x12\x15\n\x11TASK_STATE_FAILED\x10\x06\x12\x18\n\x14TASK_STATE_CANCELLED\x10\x07\x12\x18\n\x14TASK_STATE_SUSPENDED\x10\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dorki/control/v1/attempt.proto\x12\x0forki.control.v1\x1a\x1borki/errors/v1/errors.proto\"U\n\nAttemptRef\x12\x17\n\x07task_id\x18\x01 \x01(\tR\x06taskId\x12\x18\n\x07\x61ttempt\x18\x02 \x01(\rR\x07\x61ttempt\x12\x14\n\x05\x66\x65nce\x18\x03 \x01(\x04R\x05\x66\x65nce\"r\n\x07\x46\x61ilure\x12.\n\x06reason\x18\x01 \x01(\x0e\x32\x16.orki.errors.v1.ReasonR\x06reason\x12\x18\n\x07message\x18\x02 \x01(\tR\x07message\x12\x1d\n\nerror_type\x18\x03 \x01(\tR\terrorType\"W\n\x06\x42udget\x12\x16\n\x06tokens\x18\x01 \x01(\x04R\x06tokens\x12\x1f\n\x0b\x63ost_micros\x18\x02 \x01(\x04R\ncostMicros\x12\x14\n\x05\x63\x61lls\x18\x03 \x01(\x04R\x05\x63\x61lls\"\x86\x01\n\rBudgetBalance\x12\x17\n\x07task_id\x18\x01 \x01(\tR\x06taskId\x12/\n\x06\x62udget\x18\x02 \x01(\x0b\x32\x17.orki.control.v1.BudgetR\x06\x62udget\x12+\n\x04used\x18\x03 \x01(\x0b\x32\x17.orki.control.v1.BudgetR\x04used*\xee\x01\n\tTaskState\x12\x1a\n\x16TASK_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11TASK_STATE_QUEUED\x10\x01\x12\x16\n\x12TASK_STATE_OFFERED\x10\x02\x12\x16\n\x12TASK_STATE_RUNNING\x10\x03\x12\x19\n\x15TASK_STATE_CANCELLING\x10\x04\x12\x18\n\x14TASK_STATE_SUCCEEDED\x10\x05\x12\x15\n\x11TASK_STATE_FAILED\x10\x06\x12\x18\n\x14TASK_STATE_CANCELLED\x10\x07\x12\x18\n\x14TASK_STATE_SUSPENDED\x10\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'orki.control.v1.attempt_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TASKSTATE']._serialized_start=283
-  _globals['_TASKSTATE']._serialized_end=521
+  _globals['_TASKSTATE']._serialized_start=509
+  _globals['_TASKSTATE']._serialized_end=747
   _globals['_ATTEMPTREF']._serialized_start=79
   _globals['_ATTEMPTREF']._serialized_end=164
   _globals['_FAILURE']._serialized_start=166
   _globals['_FAILURE']._serialized_end=280
+  _globals['_BUDGET']._serialized_start=282
+  _globals['_BUDGET']._serialized_end=369
+  _globals['_BUDGETBALANCE']._serialized_start=372
+  _globals['_BUDGETBALANCE']._serialized_end=506
 # @@protoc_insertion_point(module_scope)

@@ -122,3 +122,63 @@ class Failure(message.Message):
     _ClearFieldArgType: _TypeAlias = typing.Literal["error_type", b"error_type", "message", b"message", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Budget(message.Message):
+    """Amounts of usage of language models."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: builtins.int
+    COST_MICROS_FIELD_NUMBER: builtins.int
+    CALLS_FIELD_NUMBER: builtins.int
+    tokens: builtins.int
+    """Tokens read and written."""
+    cost_micros: builtins.int
+    """Cost in millionths of a US dollar."""
+    calls: builtins.int
+    """Calls of models."""
+    def __init__(
+        self,
+        *,
+        tokens: builtins.int = ...,
+        cost_micros: builtins.int = ...,
+        calls: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["calls", b"calls", "cost_micros", b"cost_micros", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class BudgetBalance(message.Message):
+    """A budget and its use by a task and all tasks below it."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: builtins.int
+    BUDGET_FIELD_NUMBER: builtins.int
+    USED_FIELD_NUMBER: builtins.int
+    task_id: builtins.str
+    """The task whose submission set the budget."""
+    @builtins.property
+    def budget(self) -> Budget:
+        """The budget; an amount of 0 is not limited."""
+
+    @builtins.property
+    def used(self) -> Budget:
+        """The use so far. It may exceed the budget, as usage is reported when it has happened."""
+
+    def __init__(
+        self,
+        *,
+        task_id: builtins.str = ...,
+        budget: Budget | None = ...,
+        used: Budget | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["budget", b"budget", "used", b"used"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["budget", b"budget", "task_id", b"task_id", "used", b"used"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...

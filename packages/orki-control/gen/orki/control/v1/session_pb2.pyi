@@ -59,6 +59,12 @@ The laws of the session:
 24. A suspension is a result: it ends the attempt and frees the slot. The next attempt receives the answer with its
     offer.
 
+25. Usage is reported as totals of an attempt and charged as their maximum, so a repeated report changes nothing. The
+    agent sends the last total again after every reconnect and with the result, which is accepted after the charge.
+26. A used-up budget pauses. The agent learns the state of the budgets after each report, and ends the attempt with
+    the next call of its handler by a suspension, which frees the slot. Nothing of the tree is offered until the budget
+    is raised.
+
 `docs/states.md` lists the table rows that enforce each law, and a test that fails without them.
 """
 
@@ -142,6 +148,7 @@ class AgentMessage(message.Message):
     CHUNK_FIELD_NUMBER: builtins.int
     CHUNK_ACKNOWLEDGED_FIELD_NUMBER: builtins.int
     CHECKPOINT_FIELD_NUMBER: builtins.int
+    USAGE_FIELD_NUMBER: builtins.int
     traceparent: builtins.str
     """W3C traceparent of the task's span, on every message about an attempt; empty elsewhere."""
     @builtins.property
@@ -192,6 +199,10 @@ class AgentMessage(message.Message):
     def checkpoint(self) -> Checkpoint:
         """Saves a checkpoint of a running attempt. Since protocol 3."""
 
+    @builtins.property
+    def usage(self) -> Usage:
+        """Reports the usage of a running attempt."""
+
     def __init__(
         self,
         *,
@@ -208,12 +219,13 @@ class AgentMessage(message.Message):
         chunk: Chunk | None = ...,
         chunk_acknowledged: ChunkAcknowledged | None = ...,
         checkpoint: Checkpoint | None = ...,
+        usage: Usage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["accepted", b"accepted", "body", b"body", "cancel_acknowledged", b"cancel_acknowledged", "checkpoint", b"checkpoint", "chunk", b"chunk", "chunk_acknowledged", b"chunk_acknowledged", "declined", b"declined", "directive_acknowledged", b"directive_acknowledged", "drain", b"drain", "heartbeat", b"heartbeat", "hello", b"hello", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["accepted", b"accepted", "body", b"body", "cancel_acknowledged", b"cancel_acknowledged", "checkpoint", b"checkpoint", "chunk", b"chunk", "chunk_acknowledged", b"chunk_acknowledged", "declined", b"declined", "directive_acknowledged", b"directive_acknowledged", "drain", b"drain", "heartbeat", b"heartbeat", "hello", b"hello", "progress", b"progress", "result", b"result", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["accepted", b"accepted", "body", b"body", "cancel_acknowledged", b"cancel_acknowledged", "checkpoint", b"checkpoint", "chunk", b"chunk", "chunk_acknowledged", b"chunk_acknowledged", "declined", b"declined", "directive_acknowledged", b"directive_acknowledged", "drain", b"drain", "heartbeat", b"heartbeat", "hello", b"hello", "progress", b"progress", "result", b"result", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["accepted", b"accepted", "body", b"body", "cancel_acknowledged", b"cancel_acknowledged", "checkpoint", b"checkpoint", "chunk", b"chunk", "chunk_acknowledged", b"chunk_acknowledged", "declined", b"declined", "directive_acknowledged", b"directive_acknowledged", "drain", b"drain", "heartbeat", b"heartbeat", "hello", b"hello", "progress", b"progress", "result", b"result", "traceparent", b"traceparent", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = typing.Literal["hello", "accepted", "declined", "progress", "result", "cancel_acknowledged", "heartbeat", "drain", "directive_acknowledged", "chunk", "chunk_acknowledged", "checkpoint"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = typing.Literal["hello", "accepted", "declined", "progress", "result", "cancel_acknowledged", "heartbeat", "drain", "directive_acknowledged", "chunk", "chunk_acknowledged", "checkpoint", "usage"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -237,6 +249,7 @@ class OrchestratorMessage(message.Message):
     CHUNK_FIELD_NUMBER: builtins.int
     CHUNK_ACKNOWLEDGED_FIELD_NUMBER: builtins.int
     CHECKPOINT_ACKNOWLEDGED_FIELD_NUMBER: builtins.int
+    BUDGET_UPDATE_FIELD_NUMBER: builtins.int
     traceparent: builtins.str
     """W3C traceparent of the task's span, on every message about an attempt; empty elsewhere."""
     @builtins.property
@@ -291,6 +304,10 @@ class OrchestratorMessage(message.Message):
     def checkpoint_acknowledged(self) -> CheckpointAcknowledged:
         """Acknowledges stored checkpoints. Since protocol 3."""
 
+    @builtins.property
+    def budget_update(self) -> BudgetUpdate:
+        """The budgets of a running attempt have changed."""
+
     def __init__(
         self,
         *,
@@ -308,12 +325,13 @@ class OrchestratorMessage(message.Message):
         chunk: Chunk | None = ...,
         chunk_acknowledged: ChunkAcknowledged | None = ...,
         checkpoint_acknowledged: CheckpointAcknowledged | None = ...,
+        budget_update: BudgetUpdate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["body", b"body", "cancel", b"cancel", "checkpoint_acknowledged", b"checkpoint_acknowledged", "chunk", b"chunk", "chunk_acknowledged", b"chunk_acknowledged", "directive", b"directive", "drain", b"drain", "heartbeat_echo", b"heartbeat_echo", "offer", b"offer", "progress_acknowledged", b"progress_acknowledged", "refused", b"refused", "replaced", b"replaced", "result_acknowledged", b"result_acknowledged", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["body", b"body", "budget_update", b"budget_update", "cancel", b"cancel", "checkpoint_acknowledged", b"checkpoint_acknowledged", "chunk", b"chunk", "chunk_acknowledged", b"chunk_acknowledged", "directive", b"directive", "drain", b"drain", "heartbeat_echo", b"heartbeat_echo", "offer", b"offer", "progress_acknowledged", b"progress_acknowledged", "refused", b"refused", "replaced", b"replaced", "result_acknowledged", b"result_acknowledged", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["body", b"body", "cancel", b"cancel", "checkpoint_acknowledged", b"checkpoint_acknowledged", "chunk", b"chunk", "chunk_acknowledged", b"chunk_acknowledged", "directive", b"directive", "drain", b"drain", "heartbeat_echo", b"heartbeat_echo", "offer", b"offer", "progress_acknowledged", b"progress_acknowledged", "refused", b"refused", "replaced", b"replaced", "result_acknowledged", b"result_acknowledged", "traceparent", b"traceparent", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["body", b"body", "budget_update", b"budget_update", "cancel", b"cancel", "checkpoint_acknowledged", b"checkpoint_acknowledged", "chunk", b"chunk", "chunk_acknowledged", b"chunk_acknowledged", "directive", b"directive", "drain", b"drain", "heartbeat_echo", b"heartbeat_echo", "offer", b"offer", "progress_acknowledged", b"progress_acknowledged", "refused", b"refused", "replaced", b"replaced", "result_acknowledged", b"result_acknowledged", "traceparent", b"traceparent", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = typing.Literal["welcome", "refused", "offer", "cancel", "directive", "result_acknowledged", "heartbeat_echo", "drain", "replaced", "progress_acknowledged", "chunk", "chunk_acknowledged", "checkpoint_acknowledged"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = typing.Literal["welcome", "refused", "offer", "cancel", "directive", "result_acknowledged", "heartbeat_echo", "drain", "replaced", "progress_acknowledged", "chunk", "chunk_acknowledged", "checkpoint_acknowledged", "budget_update"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -555,6 +573,7 @@ class Offer(message.Message):
     CHECKPOINT_FIELD_NUMBER: builtins.int
     ANSWER_FIELD_NUMBER: builtins.int
     ANSWER_OVERDUE_FIELD_NUMBER: builtins.int
+    BUDGETS_FIELD_NUMBER: builtins.int
     method: builtins.str
     """Service and method, as `package.Service/Method`."""
     request: builtins.bytes
@@ -579,6 +598,10 @@ class Offer(message.Message):
     def attempt(self) -> attempt_pb2.AttemptRef:
         """The attempt."""
 
+    @builtins.property
+    def budgets(self) -> containers.RepeatedCompositeFieldContainer[attempt_pb2.BudgetBalance]:
+        """Budgets that the attempt's usage is charged to. Empty: the agent reports no usage."""
+
     def __init__(
         self,
         *,
@@ -592,10 +615,11 @@ class Offer(message.Message):
         checkpoint: builtins.bytes | None = ...,
         answer: builtins.bytes | None = ...,
         answer_overdue: builtins.bool = ...,
+        budgets: abc.Iterable[attempt_pb2.BudgetBalance] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["_answer", b"_answer", "_checkpoint", b"_checkpoint", "answer", b"answer", "attempt", b"attempt", "checkpoint", b"checkpoint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_answer", b"_answer", "_checkpoint", b"_checkpoint", "accept_timeout_ms", b"accept_timeout_ms", "answer", b"answer", "answer_overdue", b"answer_overdue", "attempt", b"attempt", "attempt_timeout_ms", b"attempt_timeout_ms", "checkpoint", b"checkpoint", "lease_ms", b"lease_ms", "method", b"method", "proof", b"proof", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_answer", b"_answer", "_checkpoint", b"_checkpoint", "accept_timeout_ms", b"accept_timeout_ms", "answer", b"answer", "answer_overdue", b"answer_overdue", "attempt", b"attempt", "attempt_timeout_ms", b"attempt_timeout_ms", "budgets", b"budgets", "checkpoint", b"checkpoint", "lease_ms", b"lease_ms", "method", b"method", "proof", b"proof", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__answer: _TypeAlias = typing.Literal["answer"]  # noqa: Y015
     _WhichOneofArgType__answer: _TypeAlias = typing.Literal["_answer", b"_answer"]  # noqa: Y015
@@ -736,6 +760,7 @@ class Result(message.Message):
     CANCELLED_FIELD_NUMBER: builtins.int
     SUSPENDED_FIELD_NUMBER: builtins.int
     PROGRESS_FIELD_NUMBER: builtins.int
+    USAGE_FIELD_NUMBER: builtins.int
     response: builtins.bytes
     """The response message, serialised."""
     progress: builtins.int
@@ -756,6 +781,10 @@ class Result(message.Message):
     def suspended(self) -> SuspendedOutcome:
         """The attempt waits for an answer. Since protocol 3."""
 
+    @builtins.property
+    def usage(self) -> attempt_pb2.Budget:
+        """Usage of the attempt in all, if its offer named budgets. The result is accepted after this is charged."""
+
     def __init__(
         self,
         *,
@@ -765,10 +794,11 @@ class Result(message.Message):
         cancelled: CancelledOutcome | None = ...,
         suspended: SuspendedOutcome | None = ...,
         progress: builtins.int = ...,
+        usage: attempt_pb2.Budget | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "cancelled", b"cancelled", "failure", b"failure", "outcome", b"outcome", "response", b"response", "suspended", b"suspended"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "cancelled", b"cancelled", "failure", b"failure", "outcome", b"outcome", "response", b"response", "suspended", b"suspended", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "cancelled", b"cancelled", "failure", b"failure", "outcome", b"outcome", "progress", b"progress", "response", b"response", "suspended", b"suspended"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "cancelled", b"cancelled", "failure", b"failure", "outcome", b"outcome", "progress", b"progress", "response", b"response", "suspended", b"suspended", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_outcome: _TypeAlias = typing.Literal["response", "failure", "cancelled", "suspended"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = typing.Literal["outcome", b"outcome"]  # noqa: Y015
@@ -802,19 +832,85 @@ class SuspendedOutcome(message.Message):
 
     QUESTION_FIELD_NUMBER: builtins.int
     DEADLINE_MS_FIELD_NUMBER: builtins.int
+    OVER_BUDGET_FIELD_NUMBER: builtins.int
     question: builtins.str
     """What is asked, for people; at most 4,000 characters."""
     deadline_ms: builtins.int
     """Time after which the task goes on without an answer, in milliseconds; 0: it waits without limit."""
+    over_budget: builtins.bool
+    """True: the task waits until a used-up budget is raised, not for an answer."""
     def __init__(
         self,
         *,
         question: builtins.str = ...,
         deadline_ms: builtins.int = ...,
+        over_budget: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["deadline_ms", b"deadline_ms", "question", b"question"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["deadline_ms", b"deadline_ms", "over_budget", b"over_budget", "question", b"question"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Usage(message.Message):
+    """Usage of a running attempt."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    TOTAL_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def attempt(self) -> attempt_pb2.AttemptRef:
+        """The attempt."""
+
+    @builtins.property
+    def total(self) -> attempt_pb2.Budget:
+        """Its usage in all. A later report replaces an earlier one."""
+
+    def __init__(
+        self,
+        *,
+        attempt: attempt_pb2.AttemptRef | None = ...,
+        total: attempt_pb2.Budget | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "total", b"total"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class BudgetUpdate(message.Message):
+    """The budgets of a running attempt."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    BUDGETS_FIELD_NUMBER: builtins.int
+    CHARGED_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def attempt(self) -> attempt_pb2.AttemptRef:
+        """The attempt."""
+
+    @builtins.property
+    def budgets(self) -> containers.RepeatedCompositeFieldContainer[attempt_pb2.BudgetBalance]:
+        """All budgets that its usage is charged to."""
+
+    @builtins.property
+    def charged(self) -> attempt_pb2.Budget:
+        """Usage of the attempt that is charged to them."""
+
+    def __init__(
+        self,
+        *,
+        attempt: attempt_pb2.AttemptRef | None = ...,
+        budgets: abc.Iterable[attempt_pb2.BudgetBalance] | None = ...,
+        charged: attempt_pb2.Budget | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "charged", b"charged"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "budgets", b"budgets", "charged", b"charged"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -59,6 +59,12 @@ The laws of the session:
 24. A suspension is a result: it ends the attempt and frees the slot. The next attempt receives the answer with its
     offer.
 
+25. Usage is reported as totals of an attempt and charged as their maximum, so a repeated report changes nothing. The
+    agent sends the last total again after every reconnect and with the result, which is accepted after the charge.
+26. A used-up budget pauses. The agent learns the state of the budgets after each report, and ends the attempt with
+    the next call of its handler by a suspension, which frees the slot. Nothing of the tree is offered until the budget
+    is raised.
+
 `docs/states.md` lists the table rows that enforce each law, and a test that fails without them.
 """
 

@@ -54,6 +54,8 @@ class _CauseEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_Cause.ValueType]
     """The agent lacks a label that the task asks for."""
     CAUSE_LIMIT: _Cause.ValueType  # 13
     """A limit of the task allows no further attempt now."""
+    CAUSE_BUDGET: _Cause.ValueType  # 14
+    """A budget that the task is charged to is used up."""
 
 class Cause(_Cause, metaclass=_CauseEnumTypeWrapper):
     """Why a task is in its state."""
@@ -86,6 +88,8 @@ CAUSE_LABELS: Cause.ValueType  # 12
 """The agent lacks a label that the task asks for."""
 CAUSE_LIMIT: Cause.ValueType  # 13
 """A limit of the task allows no further attempt now."""
+CAUSE_BUDGET: Cause.ValueType  # 14
+"""A budget that the task is charged to is used up."""
 
 @typing.final
 class Submission(message.Message):
@@ -124,6 +128,8 @@ class Submission(message.Message):
     LIMITS_FIELD_NUMBER: builtins.int
     FAIRNESS_KEY_FIELD_NUMBER: builtins.int
     PARENT_FIELD_NUMBER: builtins.int
+    BUDGET_FIELD_NUMBER: builtins.int
+    SUBMITTER_FIELD_NUMBER: builtins.int
     method: builtins.str
     """Service and method, as `package.Service/Method`."""
     request: builtins.bytes
@@ -160,6 +166,18 @@ class Submission(message.Message):
         fails or is cancelled. Refused with REASON_STALE_FENCE unless this attempt runs.
         """
 
+    @builtins.property
+    def budget(self) -> attempt_pb2.Budget:
+        """The budget of the task and all tasks below it; an amount of 0 is not limited, and at most 2^53. When an amount is
+        used up, they are paused until the budget is raised.
+        """
+
+    @builtins.property
+    def submitter(self) -> attempt_pb2.AttemptRef:
+        """The attempt whose handler submits the task. The task is charged to the budgets of this attempt's task. If it has any,
+        the submission is refused with REASON_STALE_FENCE unless this attempt runs.
+        """
+
     def __init__(
         self,
         *,
@@ -174,10 +192,12 @@ class Submission(message.Message):
         limits: abc.Iterable[builtins.str] | None = ...,
         fairness_key: builtins.str = ...,
         parent: attempt_pb2.AttemptRef | None = ...,
+        budget: attempt_pb2.Budget | None = ...,
+        submitter: attempt_pb2.AttemptRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "parent", b"parent", "priority", b"priority", "start", b"start", "start_at_us", b"start_at_us"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "budget", b"budget", "delay_ms", b"delay_ms", "parent", b"parent", "priority", b"priority", "start", b"start", "start_at_us", b"start_at_us", "submitter", b"submitter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "delay_ms", b"delay_ms", "fairness_key", b"fairness_key", "idempotency_key", b"idempotency_key", "labels", b"labels", "limits", b"limits", "method", b"method", "parent", b"parent", "priority", b"priority", "request", b"request", "start", b"start", "start_at_us", b"start_at_us", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "budget", b"budget", "delay_ms", b"delay_ms", "fairness_key", b"fairness_key", "idempotency_key", b"idempotency_key", "labels", b"labels", "limits", b"limits", "method", b"method", "parent", b"parent", "priority", b"priority", "request", b"request", "start", b"start", "start_at_us", b"start_at_us", "submitter", b"submitter", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__priority: _TypeAlias = typing.Literal["priority"]  # noqa: Y015
     _WhichOneofArgType__priority: _TypeAlias = typing.Literal["_priority", b"_priority"]  # noqa: Y015
@@ -306,6 +326,9 @@ class TaskSnapshot(message.Message):
     LIMITS_FIELD_NUMBER: builtins.int
     FAIRNESS_KEY_FIELD_NUMBER: builtins.int
     SUSPENSION_FIELD_NUMBER: builtins.int
+    PARENT_TASK_ID_FIELD_NUMBER: builtins.int
+    ROOT_TASK_ID_FIELD_NUMBER: builtins.int
+    OVER_BUDGET_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     """The task."""
     method: builtins.str
@@ -330,6 +353,12 @@ class TaskSnapshot(message.Message):
     """Earliest start of a delayed task, in microseconds since the Unix epoch; 0: it was not delayed."""
     fairness_key: builtins.str
     """Key by which it takes turns with others; empty: none."""
+    parent_task_id: builtins.str
+    """The task whose handler submitted this one; empty for a task at the top of its tree."""
+    root_task_id: builtins.str
+    """The task at the top of the tree; empty for that task itself."""
+    over_budget: builtins.bool
+    """Whether the task is suspended because a budget is used up."""
     @builtins.property
     def attempt(self) -> attempt_pb2.AttemptRef:
         """The current or last attempt; unset before the first."""
@@ -375,10 +404,13 @@ class TaskSnapshot(message.Message):
         limits: abc.Iterable[builtins.str] | None = ...,
         fairness_key: builtins.str = ...,
         suspension: Suspension | None = ...,
+        parent_task_id: builtins.str = ...,
+        root_task_id: builtins.str = ...,
+        over_budget: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "attempt", b"attempt", "failure", b"failure", "priority", b"priority", "suspension", b"suspension"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "agent_id", b"agent_id", "attempt", b"attempt", "earlier_failures", b"earlier_failures", "ended_us", b"ended_us", "failure", b"failure", "fairness_key", b"fairness_key", "labels", b"labels", "limits", b"limits", "method", b"method", "priority", b"priority", "response", b"response", "revision", b"revision", "start_us", b"start_us", "state", b"state", "submitted_us", b"submitted_us", "suspension", b"suspension", "task_id", b"task_id", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "agent_id", b"agent_id", "attempt", b"attempt", "earlier_failures", b"earlier_failures", "ended_us", b"ended_us", "failure", b"failure", "fairness_key", b"fairness_key", "labels", b"labels", "limits", b"limits", "method", b"method", "over_budget", b"over_budget", "parent_task_id", b"parent_task_id", "priority", b"priority", "response", b"response", "revision", b"revision", "root_task_id", b"root_task_id", "start_us", b"start_us", "state", b"state", "submitted_us", b"submitted_us", "suspension", b"suspension", "task_id", b"task_id", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__priority: _TypeAlias = typing.Literal["priority"]  # noqa: Y015
     _WhichOneofArgType__priority: _TypeAlias = typing.Literal["_priority", b"_priority"]  # noqa: Y015
@@ -797,6 +829,96 @@ class AnswerResponse(message.Message):
     _HasFieldArgType: _TypeAlias = typing.Literal["task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["task", b"task"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class GetBudgetsRequest(message.Message):
+    """Requests the budgets of a task."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: builtins.int
+    task_id: builtins.str
+    """The task."""
+    def __init__(
+        self,
+        *,
+        task_id: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class GetBudgetsResponse(message.Message):
+    """The budgets of a task."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    BUDGETS_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def budgets(self) -> containers.RepeatedCompositeFieldContainer[attempt_pb2.BudgetBalance]:
+        """That of the topmost task first, the task's own last. Empty: its usage is not limited."""
+
+    def __init__(
+        self,
+        *,
+        budgets: abc.Iterable[attempt_pb2.BudgetBalance] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["budgets", b"budgets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class RaiseBudgetRequest(message.Message):
+    """Raises a budget."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: builtins.int
+    BUDGET_FIELD_NUMBER: builtins.int
+    task_id: builtins.str
+    """A task that was submitted with a budget."""
+    @builtins.property
+    def budget(self) -> attempt_pb2.Budget:
+        """The new amounts, each at least as high as before; 0 keeps an amount."""
+
+    def __init__(
+        self,
+        *,
+        task_id: builtins.str = ...,
+        budget: attempt_pb2.Budget | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["budget", b"budget"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["budget", b"budget", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class RaiseBudgetResponse(message.Message):
+    """The budget is raised."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    BUDGET_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def budget(self) -> attempt_pb2.BudgetBalance:
+        """The budget."""
+
+    def __init__(
+        self,
+        *,
+        budget: attempt_pb2.BudgetBalance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["budget", b"budget"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["budget", b"budget"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -65,6 +65,16 @@ class TaskServiceStub(object):
                 request_serializer=orki_dot_control_dot_v1_dot_task__pb2.AnswerRequest.SerializeToString,
                 response_deserializer=orki_dot_control_dot_v1_dot_task__pb2.AnswerResponse.FromString,
                 _registered_method=True)
+        self.GetBudgets = channel.unary_unary(
+                '/orki.control.v1.TaskService/GetBudgets',
+                request_serializer=orki_dot_control_dot_v1_dot_task__pb2.GetBudgetsRequest.SerializeToString,
+                response_deserializer=orki_dot_control_dot_v1_dot_task__pb2.GetBudgetsResponse.FromString,
+                _registered_method=True)
+        self.RaiseBudget = channel.unary_unary(
+                '/orki.control.v1.TaskService/RaiseBudget',
+                request_serializer=orki_dot_control_dot_v1_dot_task__pb2.RaiseBudgetRequest.SerializeToString,
+                response_deserializer=orki_dot_control_dot_v1_dot_task__pb2.RaiseBudgetResponse.FromString,
+                _registered_method=True)
         self.List = channel.unary_unary(
                 '/orki.control.v1.TaskService/List',
                 request_serializer=orki_dot_control_dot_v1_dot_task__pb2.ListRequest.SerializeToString,
@@ -123,6 +133,20 @@ class TaskServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetBudgets(self, request, context):
+        """Shows the budgets of a task.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RaiseBudget(self, request, context):
+        """Raises the budget of a task. All tasks that it paused go on. A repeated request is harmless.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def List(self, request, context):
         """Lists tasks, newest first.
         """
@@ -169,6 +193,16 @@ def add_TaskServiceServicer_to_server(servicer, server):
                     servicer.Answer,
                     request_deserializer=orki_dot_control_dot_v1_dot_task__pb2.AnswerRequest.FromString,
                     response_serializer=orki_dot_control_dot_v1_dot_task__pb2.AnswerResponse.SerializeToString,
+            ),
+            'GetBudgets': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetBudgets,
+                    request_deserializer=orki_dot_control_dot_v1_dot_task__pb2.GetBudgetsRequest.FromString,
+                    response_serializer=orki_dot_control_dot_v1_dot_task__pb2.GetBudgetsResponse.SerializeToString,
+            ),
+            'RaiseBudget': grpc.unary_unary_rpc_method_handler(
+                    servicer.RaiseBudget,
+                    request_deserializer=orki_dot_control_dot_v1_dot_task__pb2.RaiseBudgetRequest.FromString,
+                    response_serializer=orki_dot_control_dot_v1_dot_task__pb2.RaiseBudgetResponse.SerializeToString,
             ),
             'List': grpc.unary_unary_rpc_method_handler(
                     servicer.List,
@@ -344,6 +378,60 @@ class TaskService(object):
             '/orki.control.v1.TaskService/Answer',
             orki_dot_control_dot_v1_dot_task__pb2.AnswerRequest.SerializeToString,
             orki_dot_control_dot_v1_dot_task__pb2.AnswerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetBudgets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/orki.control.v1.TaskService/GetBudgets',
+            orki_dot_control_dot_v1_dot_task__pb2.GetBudgetsRequest.SerializeToString,
+            orki_dot_control_dot_v1_dot_task__pb2.GetBudgetsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RaiseBudget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/orki.control.v1.TaskService/RaiseBudget',
+            orki_dot_control_dot_v1_dot_task__pb2.RaiseBudgetRequest.SerializeToString,
+            orki_dot_control_dot_v1_dot_task__pb2.RaiseBudgetResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -28,6 +28,10 @@ class TaskServiceStub:
     """Sends a directive to a running task."""
     Answer: aio.UnaryUnaryMultiCallable[task_pb2.AnswerRequest, task_pb2.AnswerResponse]
     """Answers a suspended task, which goes on. A repeated answer is harmless."""
+    GetBudgets: aio.UnaryUnaryMultiCallable[task_pb2.GetBudgetsRequest, task_pb2.GetBudgetsResponse]
+    """Shows the budgets of a task."""
+    RaiseBudget: aio.UnaryUnaryMultiCallable[task_pb2.RaiseBudgetRequest, task_pb2.RaiseBudgetResponse]
+    """Raises the budget of a task. All tasks that it paused go on. A repeated request is harmless."""
     List: aio.UnaryUnaryMultiCallable[task_pb2.ListRequest, task_pb2.ListResponse]
     """Lists tasks, newest first."""
     Explain: aio.UnaryUnaryMultiCallable[task_pb2.ExplainRequest, task_pb2.ExplainResponse]
@@ -83,6 +87,22 @@ class TaskServiceServicer(metaclass=abc_1.ABCMeta):
         context: aio.ServicerContext[task_pb2.AnswerRequest, abc.Awaitable[task_pb2.AnswerResponse]],
     ) -> abc.Awaitable[task_pb2.AnswerResponse]:
         """Answers a suspended task, which goes on. A repeated answer is harmless."""
+
+    @abc_1.abstractmethod
+    def GetBudgets(
+        self,
+        request: task_pb2.GetBudgetsRequest,
+        context: aio.ServicerContext[task_pb2.GetBudgetsRequest, abc.Awaitable[task_pb2.GetBudgetsResponse]],
+    ) -> abc.Awaitable[task_pb2.GetBudgetsResponse]:
+        """Shows the budgets of a task."""
+
+    @abc_1.abstractmethod
+    def RaiseBudget(
+        self,
+        request: task_pb2.RaiseBudgetRequest,
+        context: aio.ServicerContext[task_pb2.RaiseBudgetRequest, abc.Awaitable[task_pb2.RaiseBudgetResponse]],
+    ) -> abc.Awaitable[task_pb2.RaiseBudgetResponse]:
+        """Raises the budget of a task. All tasks that it paused go on. A repeated request is harmless."""
 
     @abc_1.abstractmethod
     def List(

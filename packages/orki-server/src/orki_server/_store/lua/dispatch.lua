@@ -90,7 +90,7 @@ end
 -- -> time after which limits may admit tasks that are left in lanes (ms; 0 if it depends on agents, -1), number of damaged
 --    tasks and queues, their names, then for each offer: position of the recipient (from 0), task, attempt, fence,
 --    method, request, attempt's traceparent, lease (ms), attempt timeout (ms), checkpoint and
---    answer (each "1" and the payload, or "")
+--    answer (each "1" and the payload, or ""), budgets that it is charged to
 OPS.offer = function(a)
   flush()
   local recipients, slots = read_recipients(a)
@@ -106,6 +106,7 @@ OPS.offer = function(a)
     reply[n + 5], reply[n + 6] = task.method, task.request or redis.call('HGET', TASK .. task.id, 'request') or ''
     reply[n + 7], reply[n + 8], reply[n + 9] = attempt_traceparent(task), whole(o.heartbeat), whole(o.attempt)
     reply[n + 10], reply[n + 11] = offered_checkpoint(task), offered_answer(task)
+    reply[n + 12] = more(task).accounts or ''
   end
   return reply
 end
@@ -210,7 +211,7 @@ end
 local function forget(task)
   move(task, 'Forgotten')
   task.timer = 0
-  WRITES[#WRITES + 1] = { 'DEL', TASK .. task.id, PROGRESS .. task.id }
+  WRITES[#WRITES + 1] = { 'DEL', TASK .. task.id, PROGRESS .. task.id, BUDGETS .. task.id }
   if task.idempotency ~= '' then WRITES[#WRITES + 1] = { 'DEL', IDEMPOTENCY .. task.idempotency } end
 end
 
@@ -228,8 +229,8 @@ local function start_delayed(limit, found, changed)
 end
 
 -- maximum number of tasks
--- -> time until the next timer (ms; -1 for none), the sum of 1 if there is mail for the caller and 2 if the children of
---    ended parents are to be cancelled, number of damaged tasks, their ids, then for each task that changed: kind (offer, attempt, task, retry), task, agent, attempt, fence, reason,
+-- -> time until the next timer (ms; -1 for none), the sum of 1 if there is mail for the caller, 2 if the children of
+--    ended parents are to be cancelled and 4 if budgets were raised, number of damaged tasks, their ids, then for each task that changed: kind (offer, attempt, task, retry), task, agent, attempt, fence, reason,
 --    method
 OPS.sweep = function(a)
   flush()
@@ -254,7 +255,7 @@ OPS.sweep = function(a)
       sort(task) -- The timer has moved away.
     end
   end
-  local reply = { '-1', whole(redis.call('EXISTS', MAIL .. CALLER) + (STORED.orphans and 2 or 0)), whole(#found), unpack(found) }
+  local reply = { '-1', whole(redis.call('EXISTS', MAIL .. CALLER) + (STORED.orphans and 2 or 0) + (STORED.raised and 4 or 0)), whole(#found), unpack(found) }
   for at = 1, #expired do reply[#reply + 1] = expired[at] end
   return reply
 end

@@ -61,12 +61,13 @@ local function finish(task)
         set_due(NOW) -- A sweep looks for them.
       end
     end
-    remember(task, { checkpoint = '', overdue = '', total_left = '' })
+    remember(task, { checkpoint = '', overdue = '', total_left = '', over_budget = '' })
   end
   sort(task)
   -- Without any orchestrator, Redis removes the keys a minute after the sweep would have done so.
   local last = whole(RETENTION + 60000)
   WRITES[#WRITES + 1] = { 'PEXPIRE', TASK .. task.id, last }
+  if owns_budget(task) then WRITES[#WRITES + 1] = { 'PEXPIRE', BUDGETS .. task.id, last } end
   if task.progress_number > 0 then WRITES[#WRITES + 1] = { 'PEXPIRE', PROGRESS .. task.id, last } end
   if task.idempotency ~= '' then WRITES[#WRITES + 1] = { 'PEXPIRE', IDEMPOTENCY .. task.idempotency, last } end
 end

@@ -37,7 +37,7 @@ end
 -- -> new | same | conflict | lanes, task id, submitted (us)
 OPS.submit = function(a)
   local id, method, request, opts, digest, idempotency, key, traceparent, parent_id, actor, contract, priority, delay,
-    start_us, labels, limits, fairness_key = unpack(a)
+    start_us, labels, limits, fairness_key, parent, root, accounts, budget = unpack(a)
   local existing = load(id)
   if existing then return { 'new', id, whole(existing.submitted_us) } end
   if idempotency ~= '' then
@@ -55,6 +55,7 @@ OPS.submit = function(a)
   local wait = set_placement(task, priority, tonumber(delay), tonumber(start_us),
     { labels = labels, limits = limits, fairness_key = fairness_key })
   if not admits_lane(task) then return { 'lanes', id, '0' } end
+  set_lineage(task, parent, root, accounts, budget)
   local total = options(task).total
   if total > 0 then task.total_due = NOW + wait + total end
   move(task, wait > 0 and 'Delayed' or 'Submitted')

@@ -57,7 +57,7 @@ OPS.answer = function(a)
   local task = load(a[1])
   if not task then return task_reply('unknown') end
   local values, digest = more(task), redis.sha1hex(a[3])
-  local is_current = a[2] == '0' or a[2] == values.suspension
+  local is_current = not values.over_budget and (a[2] == '0' or a[2] == values.suspension)
   if is_current and values.answered == digest then return task_reply('repeated', task) end
   if MOVES[task.state].Forgotten then return task_reply('ended', task) end
   if not is_current or not MOVES[task.state].Answered then
@@ -69,4 +69,46 @@ OPS.answer = function(a)
   remember(task, { answered = digest })
   resume(task, { number = #a[3], actor = a[4] })
   return task_reply('done', task)
+end
+
+-- Completes a move of a task that waited for its budget to QUEUED.
+local function admit(task)
+  move(task, 'BudgetRaised')
+  resume(task, { text = 'the budget was raised' })
+  remember(task, { over_budget = '' })
+end
+
+-- id, fence, agent, message, "1" if the budget was raised meanwhile, "1" if the offer was never sent: the attempt ended
+-- because a budget is used up
+OPS.over_budget = function(a)
+  local task, reply = reporting(a)
+  if not task then return reply end
+  move(task, 'AttemptSuspended')
+  if a[6] ~= '1' then
+    begin(task)
+    task.result_fence, task.result_agent = a[2], a[3]
+    task.started = task.started - 1 -- It did not fail, so it is not counted.
+  end
+  if ended_by_cancel(task, 'the task was cancelled; its attempt was paused by a budget') then
+    return report_reply('accepted', task)
+  end
+  record(task, 'suspended', { reason = REASON_OVER_BUDGET, text = a[4] })
+  local left = task.total_due > 0 and whole(math.max(1, task.total_due - NOW)) or ''
+  stop_timers(task)
+  task.suspected = ''
+  remember(task, { over_budget = '1', total_left = left })
+  sort(task)
+  if a[5] ~= '1' then return report_reply('accepted', task) end
+  admit(task)
+  return report_reply('accepted', task, 0)
+end
+
+-- id, attempt: the budget admits the task -> running (the attempt may still wait for it) | admitted | gone, method
+OPS.resume_budget = function(a)
+  local task = load(a[1])
+  if not task then return { 'gone', '' } end
+  if HELD[task.state] and whole(task.attempt) == a[2] then return { 'running', '' } end
+  if task.state ~= 'SUSPENDED' or not more(task).over_budget then return { 'gone', '' } end
+  admit(task)
+  return { 'admitted', task.method }
 end
