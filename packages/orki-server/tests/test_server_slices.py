@@ -14,7 +14,7 @@ from orki_server._store.batcher import shard_script
 from orki_server._store.slices import defined, script_for, sliced, statements
 
 WHOLE = shard_script(60.0)
-FORWARD = {"EVENTS", "lanes_by_method", "open_queues", "pop", "write_lanes"}
+FORWARD = {"EVENTS", "lanes_by_method", "open_queues", "pop", "write_lanes", "set_lineage", "owns_budget"}
 """Names that are declared before they get their value."""
 
 
