@@ -84,7 +84,7 @@ async def _all(options: argparse.Namespace, folder: Path, console: Console) -> l
         for name in options.names:
             suite = _SUITES[name]
             for seed in seeds:
-                faults = draw(seed, suite.kinds, options.faults, suite.spacing)
+                faults = draw(seed, suite.kinds_of(seed), options.faults, suite.spacing)
                 row = await _run(name, seed, faults, folder / f"{name}-{seed}", progress)
                 rows.append(row)
                 verdict = "no violation" if not row["violations"] else f"{len(row['violations'])} violations"

@@ -24,7 +24,7 @@ from chaos.history import History, read_history
 from chaos.proxy import FaultProxy
 from chaos.rig import Log, RedisServer, Rig, free_port
 from chaos.schedule import Fault, Kind
-from orki.control.v1.attempt_pb2 import TaskState
+from orki.control.v1.attempt_pb2 import Failure, TaskState
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import OrkiError, UnknownTask
 from orki_control import Client, ClientOptions
@@ -67,8 +67,12 @@ class ControlSuite:
     """
 
     name = "control"
-    kinds = KINDS
     spacing = 0.6
+
+    @staticmethod
+    def kinds_of(seed: int) -> dict[str, Kind]:
+        """Return the faults of a seed."""
+        return KINDS
 
     def __init__(self, folder: Path, seed: int, length: float) -> None:
         """Start nothing yet.
@@ -189,7 +193,7 @@ class ControlSuite:
         outcome = {"attempt": response.attempt, "fence": response.fence, "lines": response.lines}
         state = TaskState.Name(snapshot.state).removeprefix("TASK_STATE_")
         failures = [*snapshot.earlier_failures, *([snapshot.failure] if snapshot.HasField("failure") else [])]
-        reasons = [Reason.Name(each.reason).removeprefix("REASON_") for each in failures]
+        reasons = list(map(_reason, failures))
         self._history.add("final", task=task, orchestrator=orchestrator, state=state, reasons=reasons, **outcome)
 
     def check(self) -> Report:
@@ -198,6 +202,13 @@ class ControlSuite:
         report = check_control(history)
         report.violations += check_charges(history)
         return report
+
+
+def _reason(failure: Failure) -> str:
+    """Return why an attempt ended. If nobody could hear its agent, it has the reason of a timer, and does not count."""
+    if failure.message.startswith("the orchestrator of agent "):
+        return "ABANDONED"
+    return Reason.Name(failure.reason).removeprefix("REASON_")
 
 
 async def disturb(proxy: FaultProxy, fault: Fault) -> None:

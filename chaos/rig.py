@@ -10,10 +10,12 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
@@ -149,6 +151,7 @@ class RedisServer:
             command += ["--appendonly", "no"]
         else:
             command += ["--appendonly", "yes", "--appendfsync", log.value]
+        self._folder = folder
         self._clock = folder / "clock"
         self.step_clock(0)
         self.process = Process("redis", command, folder / "redis.log", _stepped_by(self._clock))
@@ -163,6 +166,23 @@ class RedisServer:
     def client(self) -> redis.Redis:
         """A new redis-py client that bypasses every proxy."""
         return redis.Redis(port=self.port, socket_timeout=10)
+
+    def copy_files(self) -> Path:
+        """Copy the server's files, and return the folder of the copy. It is what a backup would hold."""
+        copy = Path(tempfile.mkdtemp(prefix="copy-", dir=self._folder))
+        shutil.copytree(self._folder / "appendonlydir", copy / "appendonlydir")
+        return copy
+
+    def restore_files(self, copy: Path) -> None:
+        """Put a copy in the place of the server's files. The server must not run."""
+        shutil.rmtree(self._folder / "appendonlydir")
+        shutil.copytree(copy / "appendonlydir", self._folder / "appendonlydir")
+        shutil.rmtree(copy)
+
+    def cut_file(self, size: int) -> None:
+        """Remove the last bytes of the newest append-only file. The server must not run."""
+        written = max((self._folder / "appendonlydir").glob("*.incr.aof"), key=lambda path: path.stat().st_mtime)
+        os.truncate(written, max(written.stat().st_size - size, 0))
 
     def start(self) -> None:
         """Start the server and wait until it answers."""

@@ -138,9 +138,9 @@ def test_an_attempt_that_the_infrastructure_used_up_is_found(history: list[Recor
     assert any(sentence in each for each in check_charges(history))
 
 
-def events_history() -> list[Record]:
+def events_history(*, lossy: bool = False) -> list[Record]:
     """Ten events, one of them poison, read by two groups; one more was tried and not acknowledged."""
-    history = [record("groups", names=["audit", "report"])]
+    history = [record("groups", names=["audit", "report"], lossy=lossy)]
     history += [record("publishing", number=number, poison=number == 7) for number in range(11)]
     history += [record("published", number=number) for number in range(10)]
     groups = {}
@@ -166,6 +166,9 @@ EVENTS_PLANTS: dict[str, Plant] = {
     "dead-lettered events that never failed": lambda h: h.append(record("letter", group="audit", number=3)),
     "untyped error": lambda h: h.append(record("error", type="KeyError()", typed=False)),
     "the product's ledger has 12 events": lambda h: h[-1].update(published=12),
+    "1 events are declared lost, although no fault": lambda h: h.append(
+        record("declared", group="audit", count=1, kind="rolled_back")
+    ),
     "adds up to 9": lambda h: h[-1]["groups"]["audit"].update(processed=8),
 }
 
@@ -176,14 +179,15 @@ def test_a_clean_events_history_has_no_violation() -> None:
     assert (report.published, report.processed, report.dead_lettered, report.declared_lost) == (10, 18, 2, 0)
 
 
-def test_a_declared_loss_is_no_violation_and_a_possible_loss_declares_nothing() -> None:
-    history = events_history()
+def test_a_declared_loss_of_a_group_covers_its_missing_events_alone() -> None:
+    history = events_history(lossy=True)
     drop("handled", group="audit", number=3)(history)
-    declared = [*history, record("gap", group="audit", count=1, possible=False)]
+    assert check_events(history).violations
+    declared = [*history, record("declared", group="audit", count=1, kind="rolled_back")]
     assert check_events(declared).violations == []
     assert check_events(declared).declared_lost == 1
-    assert check_events([*history, record("gap", group="audit", count=1, possible=True)]).violations
-    assert check_events([*history, record("gap", group="report", count=1, possible=False)]).violations
+    assert check_events([*history, record("declared", group="audit", count=None, kind="rolled_back")]).violations
+    assert check_events([*history, record("declared", group="report", count=1, kind="rolled_back")]).violations
 
 
 @pytest.mark.parametrize("sentence", EVENTS_PLANTS)

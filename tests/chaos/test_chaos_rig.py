@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 
 from chaos.control import KINDS as CONTROL_KINDS
-from chaos.events import KINDS as EVENTS_KINDS
+from chaos.events import KINDS, LOSSES
 from chaos.proxy import FaultProxy
 from chaos.rig import ChildFailed, Process, RedisServer
 from chaos.schedule import Kind, draw, length
 
 
-@pytest.mark.parametrize("kinds", [CONTROL_KINDS, EVENTS_KINDS])
+@pytest.mark.parametrize("kinds", [CONTROL_KINDS, KINDS, KINDS | LOSSES])
 def test_a_seed_gives_the_same_schedule_again_and_another_seed_another_one(kinds: Mapping[str, Kind]) -> None:
     first = draw(7, kinds, 40, 0.5)
     assert first == draw(7, kinds, 40, 0.5)

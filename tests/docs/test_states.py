@@ -172,6 +172,16 @@ _LAWS: Final[tuple[tuple[str, str, str], ...]] = (
         "RUNNING + Result → REPORTED",
         "test_a_suspended_task_holds_no_slot_and_goes_on_with_its_answer",
     ),
+    (
+        "Usage is reported as totals",
+        "RUNNING + Usage → RUNNING; CANCELLING + Usage → CANCELLING",
+        "test_the_newest_total_is_sent_again_after_a_cut_and_with_the_result",
+    ),
+    (
+        "A used-up budget pauses",
+        "RUNNING + BudgetUpdate → RUNNING; RUNNING + Result → REPORTED",
+        "test_a_budget_pauses_a_tree_over_two_orchestrators_until_it_is_raised",
+    ),
 )
 
 

@@ -311,7 +311,7 @@ async def test_nothing_of_a_used_up_tree_is_offered(serve: Any, work: SimpleName
     async with client_of(served.address) as client, running(Agent("worker", Worker(), slots=4), served.address):
         handle = await submitted(client, work.WORK, work.WorkRequest(text="root"), budget=Budget(calls=1))
         await until(lambda: paused(client, handle.task_id))
-        states = [task async for task in client.list_tasks() if task.task_id != handle.task_id]
+        states = [task async for task in client.list_tasks() if task.root_task_id == handle.task_id]
         await until(lambda: all_paused(client, [task.task_id for task in states]))
         other = await client.submit(work.WORK, work.WorkRequest(text="other"))
         await other.result(30)

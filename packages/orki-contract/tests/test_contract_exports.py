@@ -15,7 +15,8 @@ from orki_contract import errors
 
 EXPORTS = {
     "orki_contract": (
-        "AUDIT_GROUP AsyncTaskService AsyncToolService Backoff Budget BudgetLeft Contract EventStream ExternalGroup "
+        "AUDIT_GROUP AsyncTaskService AsyncToolService Backoff Budget BudgetLeft Contract Durability EventStream "
+        "ExternalGroup "
         "Frame FrameBase FrameField FrameType Group Overflow Payload ProgressGap ProgressPolicy "
         "Retention Scalar SensitiveField Start Stream SubmitSettings "
         "SyncTaskContext SyncTaskService SyncToolChannel SyncToolService SyncToolStub Task TaskChannel "
@@ -34,9 +35,10 @@ EXPORTS = {
         "IMAGE_NAME Image image_of images_in message_class package_images package_version "
         "service_digest source_folder stream_digest"
     ),
+    "orki_contract.masking": "MASK is_sensitive mask masked_trace",
     "orki_contract.model": (
-        "AUDIT_GROUP Backoff Budget BudgetLeft Contract DURATIONS ExternalGroup Frame FrameField Group Overflow "
-        "ProgressPolicy Retention "
+        "AUDIT_GROUP Backoff Budget BudgetLeft Contract DURATIONS Durability ExternalGroup Frame FrameField Group "
+        "Overflow ProgressPolicy Retention "
         "Scalar SensitiveField Start Stream TASK_MESSAGES TaskMethod ToolMethod dump duration_text milliseconds to_json"
     ),
     "orki_contract.naming": "class_name constant_name frame_class module_path reference snake_name unused",
@@ -44,7 +46,7 @@ EXPORTS = {
     "orki_contract.read": (
         "FileContract PROGRESS_POLICIES ReadContract merged read_image read_schema resolve seconds_of"
     ),
-    "orki_contract.trace": "Span current_span defer_span new_span parse_traceparent use_span",
+    "orki_contract.trace": "Span SpanSource current_span defer_span new_span parse_traceparent use_span",
     "orki_contract.transitions": "Transitions",
     "orki_contract.validate": "OWNER_RULES Owners RULES Violation check validate",
     "orki_contract.versions": "ContractVersion checked_out commit_of version_at",

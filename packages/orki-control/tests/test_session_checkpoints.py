@@ -1,4 +1,4 @@
-"""Checkpoints and suspensions between both ends of a session."""
+"""Checkpoints, suspensions and usage between both ends of a session."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from orki.control.v1 import session_pb2 as pb
+from orki.control.v1.attempt_pb2 import Budget, BudgetBalance
 from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.errors import ProtocolVersion, RemoteProtocolError, StoreFull, TooLarge
 from orki_control import session as s
@@ -180,3 +181,78 @@ def test_an_offer_carries_checkpoint_and_answer_to_agents_that_know_them() -> No
         (event,) = [event for event in pair.settle() if isinstance(event, s.OffersArrived)]
         got = event.offers[0].offer
         assert (got.checkpoint, got.answer, got.answer_overdue) == kept
+
+
+def totals(events: list[Any]) -> list[int]:
+    found = [each for event in events if isinstance(event, s.UsageArrived) for each in event.usages]
+    return [each.total.tokens for each in found]
+
+
+def budgeted() -> Pair:
+    pair = Pair()
+    pair.server.offer(pair.offer(NEXT, budgets=[BudgetBalance(task_id="t0", budget=Budget(tokens=9))]), TRACE, 0.0)
+    pair.settle()
+    assert pair.agent.accept(NEXT, 0.0)
+    pair.settle()
+    return pair
+
+
+def test_the_newest_total_is_sent_again_after_a_cut_and_with_the_result() -> None:
+    pair = budgeted()
+    # Only the newest total waits.
+    for tokens in (1, 2, 3):
+        pair.agent.use(NEXT, Budget(tokens=tokens))
+    assert totals(pair.settle()) == [3]
+    assert totals(pair.settle()) == []
+    pair.cut()
+    pair.agent.use(NEXT, Budget(tokens=4))
+    pair.connect()
+    assert totals(pair.settle()) == [4]
+    pair.cut()
+    pair.connect()
+    assert totals(pair.settle()) == [4]
+    pair.agent.report(NEXT, b"r", 0.0)
+    for _ in range(2):
+        events = pair.settle()
+        (arrived,) = [each for event in events if isinstance(event, s.ResultsArrived) for each in event.results]
+        assert arrived.result.usage.tokens == 4
+        assert totals(events) == []
+        pair.cut()
+        pair.connect()
+    pair.settle()
+    pair.server.acknowledge(NEXT)
+    pair.settle()
+    assert NEXT not in pair.agent.attempts
+
+
+def test_an_attempt_without_budgets_reports_no_usage() -> None:
+    pair = Pair()
+    pair.agent.use(KEY, Budget(tokens=1))
+    assert totals(pair.settle()) == []
+    pair.agent.report(KEY, b"r", 0.0)
+    events = pair.settle()
+    (arrived,) = [each for event in events if isinstance(event, s.ResultsArrived) for each in event.results]
+    assert not arrived.result.HasField("usage")
+
+
+def test_the_agent_learns_the_state_of_its_budgets_once_it_has_accepted() -> None:
+    pair = budgeted()
+    balance = BudgetBalance(task_id="t0", budget=Budget(tokens=9), used=Budget(tokens=9))
+    pair.server.update_budgets(NEXT, [balance], Budget(tokens=4))
+    (event,) = [each for each in pair.settle() if isinstance(each, s.BudgetsChanged)]
+    (update,) = event.updates
+    assert (update.attempt, list(update.update.budgets), update.update.charged.tokens) == (NEXT, [balance], 4)
+    # Whoever asks for an attempt that is gone, or not accepted, gets nothing.
+    pair.server.update_budgets(KEY._replace(fence=99), [balance], Budget())
+    other = Pair()
+    other.server.offer(other.offer(NEXT), TRACE, 0.0)
+    other.server.update_budgets(NEXT, [balance], Budget())
+    assert not [each for each in other.settle() if isinstance(each, s.BudgetsChanged)]
+
+
+def test_a_forged_total_of_another_attempt_is_refused() -> None:
+    pair = Pair()
+    forged = pb.AgentMessage(usage=pb.Usage(attempt=KEY._replace(fence=8).ref(), total=Budget(tokens=1)))
+    events = pair.server.receive_batch([forged], 0.0)
+    assert totals(events) == []
+    assert any(isinstance(each, s.ReportsRefused) for each in events)

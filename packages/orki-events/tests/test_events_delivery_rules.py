@@ -256,7 +256,7 @@ class Interleavings(RuleBasedStateMachine):
         """Rule 2."""
         for key, partition in self.server.partitions.items():
             known = self.machine._partitions[key]
-            ids = known.held.keys() | known.settled.keys() | known.leaving
+            ids = known.held.keys() | known.settled | known.leaving
             for number, held in partition.pending.items():
                 assert held.owner != US or wire(number) in ids, (key, number)
 

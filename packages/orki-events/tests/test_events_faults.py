@@ -18,7 +18,10 @@ import pytest
 from orki.events.v1.usage_pb2 import UsageEvent
 from orki_contract.errors import EventsUnavailable, OrkiError
 from orki_contract.model import Backoff
-from orki_events import ConsumeOptions, Delivery, Events, Gap, GapKind, GroupLedger, consumer
+from orki_events import ConsumeOptions, Delivery, Events, Gap, GapKind, GroupLedger, _position_store, consumer
+from orki_events._position_store import Positions
+from orki_events.connection import Connection, parse_address
+from orki_events.losses import read_gaps
 
 KEY = "orki:ev:{usage-of-tests}"
 QUICK = ConsumeOptions(backoff=Backoff(initial=0.01, maximum=0.05), sweep_interval=0.1)
@@ -335,3 +338,31 @@ async def test_a_missing_permission_fails_at_once(own_server: Any, opened: Any, 
     reader = Reader(events, stream)
     with pytest.raises(OrkiError, match="NOPERM"):
         await asyncio.wait_for(reader.running, 20)
+
+
+@pytest.mark.parametrize("group", ["", "work"])
+async def test_entries_that_arrive_while_a_snapshot_is_on_its_way_are_not_lost(
+    server: Any, events: Events, usage: Any, gaps: list[Gap], monkeypatch: pytest.MonkeyPatch, group: str
+) -> None:
+    stream = usage()
+    await events.publish_many(stream, [UsageEvent(attempt=number) for number in range(10)])
+    link = Connection(parse_address(server.url), name="test", connect_timeout=5.0, answer_timeout=5.0)
+    positions = Positions(gaps.append)
+    await positions.compare(link, stream.contract, KEY, group, consumes=bool(group))
+    take = _position_store.take_snapshot
+
+    async def slowly(*arguments: Any) -> Any:
+        found = await take(*arguments)
+        with server.client as client:
+            first, last = (client.xadd(KEY, {"e": "", "d": ""}) for _ in range(2))
+        positions.arrived(link, KEY, group, first, last, 2)
+        return found
+
+    monkeypatch.setattr(_position_store, "take_snapshot", slowly)
+    for _ in range(3):
+        await positions.compare(link, stream.contract, KEY, group, consumes=bool(group))
+    monkeypatch.undo()
+    await positions.compare(link, stream.contract, KEY, group, consumes=bool(group))
+    assert gaps == []
+    assert await read_gaps(link, stream.contract) == []
+    await link.close()

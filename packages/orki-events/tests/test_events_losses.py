@@ -16,7 +16,7 @@ from orki.events.v1.usage_pb2 import UsageEvent
 from orki_contract.model import Backoff
 from orki_events import ConsumeOptions, Events, Gap, GapKind, GroupLedger
 from orki_events.connection import Connection, parse_address
-from orki_events.losses import read_gaps
+from orki_events.losses import read_gaps, read_positions
 
 KEY = "orki:ev:{usage-of-tests}"
 QUICK = ConsumeOptions(backoff=Backoff(initial=0.01, maximum=0.05), sweep_interval=0.1)
@@ -375,3 +375,31 @@ async def test_dead_letters_that_were_trimmed_themselves_are_counted(server: Any
         client.xtrim("orki:ev:{usage-of-tests.work.dead}", maxlen=100, approximate=False)
     work = await settled(events, stream, "work")
     assert work == GroupLedger(processed=0, dead_lettered=300, declared_lost=0)
+
+
+async def test_the_lag_is_right_after_a_trim(server: Any, opened: Any, usage: Any, link: Connection) -> None:
+    # Redis 7.0 counts on from where the group was before the trim.
+    stream = usage()
+    events = await opened()
+    await events.publish_many(stream, numbered(10))
+    with server.client as client:
+        client.xreadgroup("work", "a", {KEY: ">"}, count=10)
+        await events.publish_many(stream, numbered(3_000, 10))
+        client.xtrim(KEY, maxlen=20, approximate=False)
+        client.xreadgroup("work", "a", {KEY: ">"}, count=15)
+        (position,) = await read_positions(link, [KEY])
+        assert position.groups["work"].lag == 5
+        client.xreadgroup("work", "a", {KEY: ">"}, count=5)
+    (position,) = await read_positions(link, [KEY])
+    assert position.groups["work"].lag == 0
+    if counts_entries(server):
+        assert position.groups["work"].lost == 2_980
+
+
+async def test_a_key_of_another_type_is_no_stream(server: Any, opened: Any, usage: Any, link: Connection) -> None:
+    events = await opened()
+    await events.publish_many(usage(), numbered(3))
+    with server.client as client:
+        client.set("orki:ev:{other}", "text")
+    other, stream = await read_positions(link, ["orki:ev:{other}", KEY])
+    assert (other.exists, stream.exists, stream.length) == (False, True, 3)

@@ -234,7 +234,11 @@ async def test_events_whose_replies_were_lost_are_found_and_not_repeated(
     publishing = asyncio.create_task(
         events.publish_many(stream, [UsageEvent(attempt=number) for number in range(1, 50)])
     )
+    with server.client as client:
+        await until(lambda: client.xlen("orki:ev:{usage-of-tests}") == 50)
+    # Other connections lose answers too.
     await until(lambda: proxy.lost)
+    await asyncio.sleep(0.3)
     proxy.lose_answers = False
     await asyncio.wait_for(publishing, 20)
     assert [event.attempt for _, event in entries(server, "orki:ev:{usage-of-tests}")] == list(range(50))

@@ -101,26 +101,6 @@ async def test_the_maximum_age_can_be_tuned(server: Any, opened: Callable[..., A
     assert sum(length(server, f"orki:ev:{{bounded:{part}}}") for part in range(2)) < 300
 
 
-async def test_dead_letters_follow_the_setting(
-    server: Any, opened: Callable[..., Any], bounded: Bounded, until: Any
-) -> None:
-    events, stream = await opened(), bounded(Retention(max_entries=600, least_entries=100), max_deliveries=1)
-    await events.prepare(stream)
-    await events.tune(stream, Tuning(max_entries=100))
-    dead = "orki:ev:{bounded.work.dead}"
-    with server.client as client, client.pipeline() as pipeline:
-        for _ in range(500):
-            pipeline.xadd(dead, {"e": b"x"})
-        pipeline.execute()
-    await publish(events, stream, 1)
-    async with events.deliveries(stream, group="work") as deliveries:
-        with pytest.raises(ValueError, match="no"):
-            async with await anext(deliveries):
-                raise ValueError("no")
-        await until(lambda: length(server, dead) < 100 + 2 * NODE)
-    assert length(server, dead) >= 100
-
-
 @pytest.mark.parametrize(
     ("tuning", "says"),
     [

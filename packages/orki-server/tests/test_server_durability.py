@@ -21,7 +21,7 @@ from redis import Redis
 
 from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import TaskState
-from orki_contract.errors import InvalidSetting, OrkiError, StoreUnavailable, UnknownTask
+from orki_contract.errors import InvalidArgument, InvalidSetting, NotDurable, OrkiError, StoreUnavailable, UnknownTask
 from orki_control import Client, ClientOptions
 from orki_control.session import ArrivedOffer, AttemptKey
 from orki_events.connection import parse_address
@@ -316,3 +316,81 @@ async def test_a_cancelled_caller_does_not_take_the_store_down(redis_url: str) -
             assert await store.connection.call("GET", "orki:{of}:probe") is None
     assert changes == []
     await store.close()
+
+
+# --- durability of a single submission ---
+
+
+@linux
+@pytest.mark.timeout(120)
+async def test_a_submission_may_wait_for_the_disk_at_an_orchestrator_that_does_not(
+    tmp_path: Path, options: Make, launch: Make, stand_in: Make
+) -> None:
+    with EmbeddedServer(EmbeddedOptions(directory=tmp_path, append_only=True)) as server:
+        orchestrator = await launch(options(server.url, durability="memory"))
+        agent = stand_in(orchestrator.address, taking=False)
+        await agent.ready()
+        asked = [pb.Submission(method=DO, request=b"\n\x01q", durability="fsync")]
+        async with Client(orchestrator.address, ClientOptions(patience=60.0)) as client:
+            kept = [(await client.submit_raw(asked))[0].task_id for _ in range(3)]
+            with StalledDisk(server):
+                # The server writes what the stall keeps from the disk only after a second or two.
+                waiting = asyncio.create_task(client.submit_raw(asked * 5))
+                await client.submit_raw([pb.Submission(method=DO, request=b"\n\x01q")])
+                await asyncio.sleep(1.5)
+                assert not waiting.done()
+            kept += [each.task_id for each in await waiting]
+            server.kill()
+            server.start()
+            for task_id in kept:
+                assert (await client.get(task_id)).task_id == task_id
+        await orchestrator.stop()
+
+
+@pytest.mark.parametrize(
+    ("durability", "says"), [("fsync", "appendonly"), ("replicas:2", "0 connected replicas, not 2")]
+)
+async def test_a_durability_that_the_store_cannot_keep_is_refused_and_nothing_is_stored(
+    options: Make, launch: Make, stand_in: Make, durability: str, says: str
+) -> None:
+    with EmbeddedServer() as server:
+        orchestrator = await launch(options(server.url))
+        agent = stand_in(orchestrator.address, taking=False)
+        await agent.ready()
+        async with Client(orchestrator.address, ClientOptions(patience=2.0)) as client:
+            with pytest.raises(NotDurable, match=f"durability {durability}.*{says}"):
+                await client.submit_raw([pb.Submission(method=DO, durability=durability)])
+            with pytest.raises(InvalidArgument, match="durability 'disk': use memory"):
+                await client.submit_raw([pb.Submission(method=DO, durability="disk")])
+            assert [task async for task in client.list_tasks()] == []
+            (task,) = await client.submit_raw([pb.Submission(method=DO, durability="memory")])
+            assert task.task_id
+        await orchestrator.stop()
+
+
+async def test_a_submission_waits_for_replicas_and_learns_that_they_are_gone(
+    options: Make, launch: Make, stand_in: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orki_server._store.server._DURABLE_TIMEOUT", 1.0)
+    with EmbeddedServer() as server, EmbeddedServer() as replica:
+        host, port = server.url.removeprefix("redis://").partition("/")[0].split(":")
+        with Redis.from_url(replica.url) as redis, Redis.from_url(server.url) as master:
+            redis.execute_command("REPLICAOF", host, port)
+            async with asyncio.timeout(30):
+                while master.info("replication").get("slave0", {}).get("state") != "online":
+                    await asyncio.sleep(0.1)
+            orchestrator = await launch(options(server.url))
+            agent = stand_in(orchestrator.address, taking=False)
+            await agent.ready()
+            asked = pb.Submission(method=DO, durability="replicas:1", idempotency_key="k")
+            async with Client(orchestrator.address, ClientOptions(patience=20.0)) as client:
+                (task,) = await client.submit_raw([asked])
+                assert any(task.task_id.encode() in name for name in redis.keys("orki:*:task:*"))
+                # The same key finds the task, and waits as well.
+                assert (await client.submit_raw([asked]))[0].task_id == task.task_id
+                redis.execute_command("REPLICAOF", "NO", "ONE")
+                with pytest.raises((NotDurable, StoreUnavailable), match="replicas"):
+                    await client.submit_raw([pb.Submission(method=DO, durability="replicas:1")])
+                # Others are not held up.
+                await client.submit_raw([pb.Submission(method=DO)])
+            await orchestrator.stop()

@@ -21,6 +21,7 @@ from orki_contract.model import (
     Backoff,
     Budget,
     Contract,
+    Durability,
     Frame,
     Group,
     Retention,
@@ -135,7 +136,13 @@ def _stream(stream: Stream) -> Iterator[_Row]:
     age = f", {duration_text(stream.retention.max_age)}" if stream.retention.max_age else ""
     split = f"; {stream.partitions} partitions by {stream.partition_key}" if stream.partitions > 1 else ""
     yield f"stream {stream.name}", stream.message
-    yield "  keeps", f"{stream.retention.max_entries} entries{age}{split}"
+    size = f", {stream.retention.max_bytes} bytes" if stream.retention.max_bytes else ""
+    yield "  keeps", f"{stream.retention.max_entries} entries{age}{size}{split}"
+    if stream.retention.ceiling:
+        yield "  unread", f"{stream.retention.ceiling} entries, then {stream.retention.overflow}"
+    if stream.durability is not Durability.MEMORY:
+        number = f" {stream.replicas}" if stream.replicas else ""
+        yield "  durability", f"{stream.durability}{number}"
     if stream.retention.tunable:
         yield "  may keep", _bounds(stream.retention)
     for group in stream.groups:

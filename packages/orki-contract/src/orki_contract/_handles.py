@@ -129,6 +129,8 @@ class SubmitSettings(TypedDict, total=False):
         limits: Keys of limits, such as `model:small`, that the task's attempts count for; at most 8.
         fairness_key: Tasks of a method and priority take turns by this key, such as a tenant.
         budget: Maximum usage of the task and all tasks below it. When it is used up, they pause until it is raised.
+        durability: What the task survives once it is acknowledged, if that is more than the orchestrator's setting:
+            `memory`, `fsync` (on the store's disk), or `replicas:N` (N replicas of the store have it).
         on_parent_end: In a handler, what happens to the task when the handler's own task fails or is cancelled, through
             whichever orchestrator: it is cancelled, or left alone, which is the default.
     """
@@ -140,6 +142,7 @@ class SubmitSettings(TypedDict, total=False):
     limits: Sequence[str]
     fairness_key: str
     budget: Budget
+    durability: str
     on_parent_end: Literal["leave", "cancel"]
 
 

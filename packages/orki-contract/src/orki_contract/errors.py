@@ -22,6 +22,7 @@ __all__ = [
     "EventsOutOfMemory",
     "EventsReadOnly",
     "EventsRefused",
+    "EventsStreamFull",
     "EventsUnavailable",
     "FrameMalformed",
     "FrameTooLarge",
@@ -37,6 +38,7 @@ __all__ = [
     "LeaseExpired",
     "LocalProtocolError",
     "NotDirectable",
+    "NotDurable",
     "NotSuspended",
     "OfferTimeout",
     "OrchestratorUnavailable",
@@ -273,6 +275,10 @@ class InvalidResponse(OrkiError, reason=Reason.REASON_INVALID_RESPONSE, status=S
     """The handler returned a value that is not the method's response message."""
 
 
+class NotDurable(OrkiError, reason=Reason.REASON_NOT_DURABLE, status=Status.FAILED_PRECONDITION):
+    """The store cannot keep the durability that the submission asks for."""
+
+
 class OverBudget(OrkiError, reason=Reason.REASON_OVER_BUDGET, status=Status.RESOURCE_EXHAUSTED):
     """A budget that the task is charged to is used up. The task waits until the budget is raised."""
 
@@ -328,6 +334,12 @@ class EventsLoading(OrkiError, reason=Reason.REASON_EVENTS_LOADING, status=Statu
 
 class EventsRefused(OrkiError, reason=Reason.REASON_EVENTS_REFUSED, status=Status.FAILED_PRECONDITION):
     """The event server refused the command."""
+
+
+class EventsStreamFull(
+    OrkiError, reason=Reason.REASON_EVENTS_STREAM_FULL, status=Status.RESOURCE_EXHAUSTED, retryable=True
+):
+    """A stream keeps as many entries for its groups as its contract allows."""
 
 
 class EventsBufferFull(

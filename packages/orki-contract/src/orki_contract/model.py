@@ -21,6 +21,7 @@ __all__ = [
     "Budget",
     "BudgetLeft",
     "Contract",
+    "Durability",
     "ExternalGroup",
     "Frame",
     "FrameField",
@@ -52,6 +53,22 @@ class Overflow(StrEnum):
     """What a stream does when it reaches its retention."""
 
     DROP_OLDEST = "drop_oldest"
+    """The oldest entries are trimmed, read or not."""
+    BLOCK = "block"
+    """Entries that a declared group has not settled are kept up to the ceiling; there, publishing waits."""
+    FAIL = "fail"
+    """As `BLOCK`, but at the ceiling publishing fails at once."""
+
+
+class Durability(StrEnum):
+    """What an event survives once it is published."""
+
+    MEMORY = "memory"
+    """The server has it in memory."""
+    FSYNC = "fsync"
+    """The server has it on its disk."""
+    REPLICAS = "replicas"
+    """Replicas have it in memory."""
 
 
 class ProgressPolicy(StrEnum):
@@ -92,6 +109,8 @@ class Group:
         max_deliveries: Maximum deliveries of an entry; afterwards it becomes a dead letter.
         ack_deadline: Time after which other consumers may claim an entry that was neither acknowledged nor renewed.
         dead_letter: Stream of dead letters; empty for `STREAM.GROUP.dead`.
+        max_dead_letters: Maximum number of dead letters; the events of older ones are counted as lost.
+        max_dead_letter_age: Maximum age of a dead letter; 0 for no limit.
     """
 
     name: str
@@ -99,6 +118,8 @@ class Group:
     max_deliveries: int = 5
     ack_deadline: float = 30.0
     dead_letter: str = ""
+    max_dead_letters: int = 10_000
+    max_dead_letter_age: float = 0.0
 
 
 AUDIT_GROUP = Group(name="audit")
@@ -117,6 +138,8 @@ class Retention:
         most_entries: Highest `max_entries` that a deployment may set; 0 for `max_entries` itself.
         least_age: Lowest `max_age` that a deployment may set; 0 for `max_age` itself.
         most_age: Highest `max_age` that a deployment may set; 0 for `max_age` itself.
+        max_bytes: Maximum size of the entries, as estimated; 0 for no limit.
+        ceiling_entries: Maximum number of entries that are kept for groups; 0 for ten times `max_entries`.
     """
 
     max_entries: int
@@ -126,6 +149,15 @@ class Retention:
     most_entries: int = 0
     least_age: float = 0.0
     most_age: float = 0.0
+    max_bytes: int = 0
+    ceiling_entries: int = 0
+
+    @property
+    def ceiling(self) -> int:
+        """Maximum number of entries that are kept for groups; 0 if unread entries are trimmed like others."""
+        if self.overflow is Overflow.DROP_OLDEST:
+            return 0
+        return max(self.ceiling_entries or 10 * self.max_entries, self.max_entries)
 
     @property
     def tunable(self) -> bool:
@@ -156,6 +188,8 @@ class Stream:
         partitions: Number of Redis keys.
         partition_key: Field whose value selects the partition; empty for a single partition.
         groups: The groups, sorted by name.
+        durability: What a published event survives.
+        replicas: Number of replicas that have a published event; 0 without that durability.
     """
 
     name: str
@@ -164,6 +198,8 @@ class Stream:
     partitions: int = 1
     partition_key: str = ""
     groups: tuple[Group, ...] = (AUDIT_GROUP,)
+    durability: Durability = Durability.MEMORY
+    replicas: int = 0
 
     def group(self, name: str) -> Group:
         """Return the declared group of that name.
@@ -393,7 +429,7 @@ class Contract:
 
 DURATIONS: Final = frozenset(
     {
-        *("ack_deadline", "max_age", "least_age", "most_age"),
+        *("ack_deadline", "max_age", "least_age", "most_age", "max_dead_letter_age"),
         *("heartbeat_timeout", "attempt_timeout", "stall_timeout", "total_timeout", "cancel_grace"),
         *("initial", "maximum", "timeout"),
     }

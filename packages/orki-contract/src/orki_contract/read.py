@@ -31,6 +31,7 @@ from orki_contract.model import (
     Backoff,
     Budget,
     Contract,
+    Durability,
     ExternalGroup,
     Frame,
     FrameField,
@@ -198,6 +199,11 @@ def _file(schema: Schema, file: FileDescriptorProto, locations: dict[str, Locati
     return FileContract(path=file.name, package=file.package, contract=contract, plain_services=tuple(sorted(plain)))
 
 
+# Numbers of orki.options.v1. Other rules report unknown ones.
+_OVERFLOWS: Final = {2: Overflow.BLOCK, 3: Overflow.FAIL}
+_DURABILITIES: Final = {2: Durability.FSYNC, 3: Durability.REPLICAS}
+
+
 def _group(option: Any) -> Group:
     return Group(
         name=option.name,
@@ -205,6 +211,8 @@ def _group(option: Any) -> Group:
         max_deliveries=option.max_deliveries or Group(name="").max_deliveries,
         ack_deadline=seconds_of(_set(option, "ack_deadline"), Group(name="").ack_deadline),
         dead_letter=option.dead_letter,
+        max_dead_letters=getattr(option, "max_dead_letters", 0) or Group(name="").max_dead_letters,
+        max_dead_letter_age=seconds_of(_set(option, "max_dead_letter_age")),
     )
 
 
@@ -213,13 +221,16 @@ def _stream(node: MessageNode, option: Any) -> Stream:
     retention = Retention(
         max_entries=option.retention.max_entries,
         max_age=seconds_of(_set(option.retention, "max_age")),
-        overflow=Overflow.DROP_OLDEST,
-        # Images built with older options have no bounds.
+        overflow=_OVERFLOWS.get(option.retention.overflow, Overflow.DROP_OLDEST),
+        # Images built with older options have no bounds, and no limits that were added later.
         least_entries=getattr(option.retention, "least_entries", 0),
         most_entries=getattr(option.retention, "most_entries", 0),
         least_age=seconds_of(_set(option.retention, "least_age")),
         most_age=seconds_of(_set(option.retention, "most_age")),
+        max_bytes=getattr(option.retention, "max_bytes", 0),
+        ceiling_entries=getattr(option.retention, "ceiling_entries", 0),
     )
+    durability = _DURABILITIES.get(getattr(option, "durability", 0), Durability.MEMORY)
     return Stream(
         name=option.name,
         message=node.full_name,
@@ -227,6 +238,8 @@ def _stream(node: MessageNode, option: Any) -> Stream:
         partitions=option.partitions or 1,
         partition_key=option.partition_key,
         groups=tuple(sorted(groups.values())),
+        durability=durability,
+        replicas=(option.replicas or 1) if durability is Durability.REPLICAS else 0,
     )
 
 

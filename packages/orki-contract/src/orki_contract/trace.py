@@ -7,12 +7,13 @@ spans.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Protocol
 
-__all__ = ["Span", "current_span", "defer_span", "new_span", "parse_traceparent", "use_span"]
+__all__ = ["Span", "SpanSource", "current_span", "defer_span", "new_span", "parse_traceparent", "use_span"]
 
 _HEX = frozenset("0123456789abcdef")
 
@@ -61,34 +62,26 @@ def parse_traceparent(value: str) -> Span | None:
     return Span(trace_id, span_id, "", int(flags, 16))
 
 
-class _Deferred:
-    """A span that is made when it is first used."""
+class SpanSource(Protocol):
+    """Something that makes a span when it is first used."""
 
-    __slots__ = ("_made", "_span")
-
-    def __init__(self, make: Callable[[], Span | None]) -> None:
-        self._made: Callable[[], Span | None] | None = make
-        self._span: Span | None = None
-
-    def span(self) -> Span | None:
-        if self._made is not None:
-            self._span = self._made()
-            self._made = None
-        return self._span
+    def resolve_span(self) -> Span | None:
+        """Return the span, the same at each call."""
+        ...
 
 
-_current: ContextVar[Span | _Deferred | None] = ContextVar("orki_span", default=None)
+_current: ContextVar[Span | SpanSource | None] = ContextVar("orki_span", default=None)
 
 
 def current_span() -> Span | None:
     """Return the span of the calling code."""
     found = _current.get()
-    return found.span() if isinstance(found, _Deferred) else found
+    return found if found is None or isinstance(found, Span) else found.resolve_span()
 
 
-def defer_span(make: Callable[[], Span | None]) -> None:
-    """Make the result of `make` the current span of this task until it sets another; `make` runs when it is needed."""
-    _current.set(_Deferred(make))
+def defer_span(source: SpanSource) -> None:
+    """Make the span of `source` the current one of this task until it sets another; it is made when it is needed."""
+    _current.set(source)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
@@ -24,6 +25,7 @@ _MAX_PRIORITY: Final = 9
 _MAX_LABELS: Final = 16
 _MAX_LIMITS: Final = 8
 _MAX_AMOUNT: Final = 1 << 53
+_DURABILITY: Final = re.compile(r"|memory|fsync|replicas:[1-9]")
 _MAX_DELAY: Final = 366 * 24 * 3600
 
 
@@ -91,6 +93,12 @@ def place(submission: pb.Submission, settings: Mapping[str, Any]) -> None:
             raise InvalidArgument(f"{method}: key {key!r}: use 1 to 128 letters, digits or `_./:@-`")
     submission.limits.extend(limits)
     submission.fairness_key = fairness_key
+    durability = settings.get("durability", "")
+    if not isinstance(durability, str) or not _DURABILITY.fullmatch(durability):
+        raise InvalidArgument(
+            f"{method}: durability {durability!r}: use memory, fsync, or replicas:N with N from 1 to 9"
+        )
+    submission.durability = durability
     if (budget := settings.get("budget")) is not None:
         submission.budget.CopyFrom(budget_message(budget))
     policy = settings.get("on_parent_end", "leave")

@@ -21,8 +21,9 @@ from orki_events._client import Events, connect
 from orki_events._consumers import Consumer, Delivery, DeliveryBatch, Subscription, consumer
 from orki_events._lanes import Outgoing
 from orki_events._ledger import GroupLedger, StreamLedger
+from orki_events._letters import DeadLetterEntry
 from orki_events._options import ConsumeOptions, EventOptions, Gap, GapKind
-from orki_events._readers import DeadLetterEntry, TailEntry
+from orki_events._readers import TailEntry
 from orki_events.registry import StreamVersion
 from orki_events.tuning import Tuned, Tuning
 

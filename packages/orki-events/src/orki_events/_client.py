@@ -31,15 +31,17 @@ from orki_events._consumers import (
 from orki_events._group_reader import GroupReader, ReaderServices
 from orki_events._lanes import Outgoing, PublishCounts
 from orki_events._ledger import StreamLedger, read_ledger
+from orki_events._letters import DeadLetterEntry, list_dead_letters, replay_dead_letters
 from orki_events._options import ConsumeOptions, EventOptions, Gap
 from orki_events._partition_keys import key_reader
 from orki_events._publisher import Publisher
 from orki_events._push import PushRun, run_until
-from orki_events._readers import DeadLetterEntry, TailEntry, follow_stream, list_dead_letters, replay_dead_letters
+from orki_events._readers import TailEntry, follow_stream
+from orki_events._trimming import Trimmer
 from orki_events.connection import Address, Connection, parse_address
 from orki_events.groups import ConsumerGroups
 from orki_events.registry import StreamRegistry, StreamVersion
-from orki_events.tuning import Tuned, Tuning, read_tunings, trim, tune
+from orki_events.tuning import Tuned, Tuning, read_retention, read_tunings, trim, tune
 
 E = TypeVar("E", bound=Message)
 G = TypeVar("G", bound=str)
@@ -95,6 +97,7 @@ class Events:
         self._readers: set[GroupReader] = set()
         self._tails: set[Connection] = set()
         self._numbers = itertools.count(1)
+        self._trimmer: Trimmer | None = None
 
     async def __aenter__(self) -> Self:
         """Start the publisher; connections open when they are needed."""
@@ -102,8 +105,17 @@ class Events:
             raise LocalProtocolError("this Events is already in use; call connect() again for another")
         self._commands = self._connection("commands")
         self._publish_connection = self._connection("publish")
+        self._trimmer = Trimmer(
+            self._connection("trim"), self.producer, read_retention, self._registry.streams, self._report
+        )
         self._publisher = Publisher(
-            self._publish_connection, self.producer, self.options, self._groups, self._registry, self._report
+            self._publish_connection,
+            self.producer,
+            self.options,
+            self._groups,
+            self._registry,
+            self._report,
+            self._trimmer.use,
         )
         return self
 
@@ -202,6 +214,12 @@ class Events:
         """
         await self.prepare(stream)
         return await trim(self._command_connection(), stream.contract)
+
+    def keep_trimmed(self) -> None:
+        """Offer to trim all registered streams, and not only those that this process publishes or consumes."""
+        self._opened()
+        assert self._trimmer is not None
+        self._trimmer.use_all()
 
     async def registered_streams(self) -> list[StreamVersion]:
         """Return the streams that the fleet publishes and consumes, by name."""
@@ -347,7 +365,7 @@ class Events:
         """Deliver dead-lettered events again to their group, and to no other.
 
         Returns:
-            Ids of the replayed letters. A letter whose entry was trimmed meanwhile is not replayed and is kept.
+            Ids of the letters that this call has replayed. Each letter is replayed once, also if several calls name it.
 
         Raises:
             UnknownGroup: The stream declares no such group.
@@ -394,6 +412,8 @@ class Events:
                 *(reader.close() for reader in self._readers), *(connection.end() for connection in tails)
             )
             await publisher.close(self.options.drain_timeout)
+            if self._trimmer is not None:
+                await self._trimmer.close()
         finally:
             for connection in (self._commands, self._publish_connection):
                 if connection is not None:
@@ -418,6 +438,8 @@ class Events:
         async def register(connection: Connection) -> None:
             if isinstance(stream, EventStream):
                 await self._registry.register(connection, stream, publishes=False)
+            if self._trimmer is not None:
+                self._trimmer.use(contract)
 
         def start() -> GroupReader:
             self._opened()

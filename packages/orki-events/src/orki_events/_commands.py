@@ -10,16 +10,12 @@ from orki.events.v1.envelope_pb2 import DeadLetter as DeadLetterRecord
 from orki_contract.errors import EventsReadOnly, OrkiError
 from orki_contract.model import Group, Stream, milliseconds
 from orki_events import _delivery_table as table
-from orki_events.connection import Command, Connection, GroupMissing, Script
-from orki_events.entries import REASON_FIELD, stream_keys, tagged_key
-from orki_events.groups import checked, groups_key, pairs
-from orki_events.tuning import read_retention
-
-HANDED_BACK: Final = "handed-back"
-"""The consumer name that owns entries which a stopped consumer left for others; no process uses it."""
+from orki_events._letters import HANDED_BACK, write_letters
+from orki_events.connection import Connection, GroupMissing, Script
+from orki_events.entries import only_group, stream_keys, tagged_key
+from orki_events.groups import groups_key, pairs
 
 _MAX_IDS: Final = 2_000
-_MAX_MESSAGE: Final = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +82,27 @@ class CommandExecutor:
             parts += [b"BLOCK", round(block * 1_000)]
         parts += [b"STREAMS", *(key for key, _ in command.positions), *(position for _, position in command.positions)]
         reply = await self._reads.execute(parts, timeout=self._reads.answer_timeout + block)
-        entries = {self._keys[key]: found for key, found in reply or ()}
+        entries = {self._keys[key]: await self._own(key, found) for key, found in reply or ()}
+        if command.history and any(found and not entries[self._keys[key]] for key, found in reply or ()):
+            # An empty page would end the history.
+            return await self._read(command)
         deliveries: dict[str, Mapping[bytes, int]] = {}
         if command.history:
             for key, found in entries.items():
                 if found:
                     deliveries[key] = await self._deliveries(key, found)
         return table.EntriesRead(command, entries, deliveries)
+
+    async def _own(self, key: bytes, entries: list[Any]) -> list[Any]:
+        """Return the entries that concern this group, and acknowledge those that a replay added for another one."""
+        foreign = [entry for entry in entries if entry[1] and len(entry[1]) > 4 and self._is_foreign(entry[1])]
+        if not foreign:
+            return entries
+        await self._ack(table.Ack(self._keys[key], [entry[0] for entry in foreign], table.Outcome.PROCESSED))
+        return [entry for entry in entries if entry not in foreign]
+
+    def _is_foreign(self, fields: list[bytes]) -> bool:
+        return only_group(fields) not in ("", self._group.name)
 
     async def _claim(self, command: table.Claim) -> table.EntriesClaimed:
         key, deadline = command.key, milliseconds(self._group.ack_deadline)
@@ -101,6 +111,7 @@ class CommandExecutor:
         reply = await self._commands.execute((*claim, b"COUNT", command.count))
         entries = [entry for entry in reply[1] if entry is not None]
         deliveries = await self._deliveries(command.key, entries) if entries else {}
+        entries = await self._own(command.key.encode(), entries)
         if len(entries) < len(reply[1]):
             entries += await self._trimmed(command.key)
         return table.EntriesClaimed(command, reply[0], entries, deliveries, reply[2] if len(reply) > 2 else ())
@@ -129,24 +140,20 @@ class CommandExecutor:
         return table.HandedBack(command, trimmed)
 
     async def _dead_letter(self, command: table.DeadLetter) -> table.DeadLettered:
-        key = tagged_key("ev", self._stream.dead_letter(self._group))
-        limit = (await read_retention(self._commands, self._stream)).max_entries
-        writes: list[Command] = []
+        letters = []
         for letter in command.letters:
             entry_id, fields = letter.entry
-            record = DeadLetterRecord(
+            reason = DeadLetterRecord(
                 stream=self._stream.name,
                 key=command.key,
                 entry_id=entry_id.decode(),
                 group=self._group.name,
                 deliveries=letter.deliveries,
                 reason=letter.reason,
-                message=letter.message[:_MAX_MESSAGE],
-            ).SerializeToString()
-            writes.append((b"XADD", key, b"MAXLEN", b"~", limit, b"*", *fields, REASON_FIELD, record))
-        for reply in await self._commands.pipeline(*writes):
-            checked(reply)
-        return table.DeadLettered(command)
+                message=letter.message,
+            )
+            letters.append((reason, fields))
+        return table.DeadLettered(command, await write_letters(self._commands, self._stream, self._group, letters))
 
     async def unblock(self) -> None:
         """End a blocking read; the server replies as if `block_timeout` had elapsed."""

@@ -19,7 +19,7 @@ from orki_contract.trace import Span
 from orki_events._delivery_table import Dispatch, Entry
 from orki_events._group_reader import GroupReader
 from orki_events._options import ConsumeOptions
-from orki_events.entries import decode_envelope, envelope_span, event_id_of, split_entry
+from orki_events.entries import decode_entries, decode_envelope, envelope_span, event_id_of, split_entry
 
 if TYPE_CHECKING:
     # PEP 696: a handler can write `Delivery` without the event's class. Type checkers provide this module.
@@ -111,7 +111,7 @@ class Delivery(_Settleable, Generic[T]):
         deliveries: Number of deliveries to this group, this one included.
     """
 
-    __slots__ = ("_envelope", "deliveries", "event", "event_id")
+    __slots__ = ("_child", "_envelope", "deliveries", "event", "event_id")
 
     def __init__(self, reader: GroupReader, dispatch: Dispatch, entry: Entry, event: T, event_id: bytes) -> None:
         self._reader = reader
@@ -119,6 +119,7 @@ class Delivery(_Settleable, Generic[T]):
         self._entries = (entry,)
         self._open = True
         self._envelope: Envelope | None = None
+        self._child: Span | None = None
         self.event = event
         self.event_id = event_id
         self.deliveries = dispatch.deliveries.get(entry[0], 1) if dispatch.deliveries else 1
@@ -144,10 +145,17 @@ class Delivery(_Settleable, Generic[T]):
         """Span in which the event happened; None outside a trace."""
         return envelope_span(self.envelope)
 
-    def make_span(self) -> Span | None:
-        """Return a new child of `span`, in which a handler runs."""
-        span = self.span
-        return span.child() if span is not None else None
+    def resolve_span(self) -> Span | None:
+        """Return the span in which a handler runs: a child of `span`."""
+        if self._child is None and (span := self.span) is not None:
+            self._child = span.child()
+        return self._child
+
+    def acknowledge(self) -> None:
+        """Acknowledge the event. Only the first settlement counts, including the one at the end of `async with`."""
+        if self._open:
+            self._open = False
+            self._reader.succeeded(self._key, self._entries[0][0])
 
     def _succeed(self) -> None:
         self._reader.succeeded(self._key, self._entries[0][0])
@@ -207,8 +215,11 @@ class DeliveryBatch(_Settleable, Generic[T]):
         self._rejected[range(len(self._entries))[index]] = error
 
     def _succeed(self) -> None:
+        if not self._rejected:
+            self._reader.succeeded_all(self._key, [entry[0] for entry in self._entries])
+            return
         good = {index: entry for index, entry in enumerate(self._entries) if index not in self._rejected}
-        later = self._later(good) if self._rejected else []
+        later = self._later(good)
         self._reader.succeeded_all(self._key, [entry[0] for entry in good.values()])
         for index, error in self._rejected.items():
             self._fail((self._entries[index],), error)
@@ -344,9 +355,7 @@ async def take_batch(reader: GroupReader, decode: Decode[T], size: int) -> Deliv
     while (dispatch := await reader.take(size)) is not None:
         entries = dispatch.entries
         try:
-            fields = [split_entry(entry[1]) for entry in entries]
-            identities = [event_id_of(raw) for raw, _ in fields]
-            events = [decode(raw) for _, raw in fields]
+            identities, events = decode_entries(entries, decode)
         except (DecodeError, EventUndecodable):
             entries, identities, events = _decodable(reader, decode, dispatch.key, entries)
         if repeated := set(reader.seen.add(identities)):

@@ -147,8 +147,7 @@ class DeliveryMachine(DeliverySteps):
         self._answered(event.command)
         partition = self._partitions[event.command.key]
         partition.acking = False
-        for entry_id in event.command.entry_ids:
-            partition.settled.pop(entry_id, None)
+        partition.settled.difference_update(event.command.entry_ids)
 
     def _on_dead_lettered(self, event: table.DeadLettered, now: float, commands: list[Command]) -> None:
         self._answered(event.command)
@@ -159,6 +158,7 @@ class DeliveryMachine(DeliverySteps):
         self._answered(event.command)
         partition = self._partitions[event.command.key]
         partition.foreign.update(entry_id for entry_id in event.lost if entry_id in partition.held)
+        self.guarded = self.settings.key_of is not None or any(each.foreign for each in self._partitions.values())
         partition.detach_pending(event.trimmed)
 
     def _on_handed_back(self, event: table.HandedBack, now: float, commands: list[Command]) -> None:
@@ -198,8 +198,7 @@ class DeliveryMachine(DeliverySteps):
                 self._read_apart = True
             case table.Ack(key=key, entry_ids=entry_ids):
                 self._partitions[key].acking = False
-                for entry_id in entry_ids:
-                    self._partitions[key].settled.pop(entry_id, None)
+                self._partitions[key].settled.difference_update(entry_ids)
             case table.HandBack(key=key, deliveries=deliveries):
                 self._partitions[key].leaving.difference_update(deliveries)
             case table.DeadLetter():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
@@ -15,6 +17,7 @@ START: Final = b"0-0"
 
 _MAX_ACKED: Final = 2_000  # A Lua script cannot unpack more than some 8,000 values.
 _UNEVEN: Final = 4
+_SIZE: Final = operator.itemgetter(1)
 
 
 @dataclass(slots=True, eq=False)
@@ -60,7 +63,7 @@ class Partition:
     foreign: set[bytes] = field(default_factory=set)
     detached: set[bytes] = field(default_factory=set)
     leaving: set[bytes] = field(default_factory=set)
-    settled: dict[bytes, None] = field(default_factory=dict)
+    settled: set[bytes] = field(default_factory=set)
     lost_unnamed: int = 0
     kept: int = 0
     cursor: bytes = START
@@ -90,11 +93,9 @@ class Partition:
     def admit(self, entries: list[Entry], deliveries: Mapping[bytes, int], now: float) -> list[Entry]:
         """Hold entries and return those to dispatch: neither known already nor trimmed."""
         ids = [entry[0] for entry in entries]
-        if not (
-            self.held.keys().isdisjoint(ids) and self.settled.keys().isdisjoint(ids) and self.leaving.isdisjoint(ids)
-        ):
+        if not (self.held.keys().isdisjoint(ids) and self.settled.isdisjoint(ids) and self.leaving.isdisjoint(ids)):
             self.foreign.difference_update(ids)
-            known = self.held.keys() | self.settled.keys() | self.leaving
+            known = self.held.keys() | self.settled | self.leaving
             entries = [entry for entry in entries if entry[0] not in known]
             ids = [entry[0] for entry in entries]
         lost = [entry[0] for entry in entries if entry[1] is None]
@@ -103,7 +104,8 @@ class Partition:
             entries = [entry for entry in entries if entry[1] is not None]
             ids = [entry[0] for entry in entries]
         if entries:
-            self._hold(ids, [sum(map(len, entry[1])) for entry in entries], now)
+            # The fields that are large: the envelope, which comes first, and the message, which comes last.
+            self._hold(ids, [len(entry[1][1]) + len(entry[1][-1]) for entry in entries], now)
         if deliveries:
             self.deliveries.update((each, deliveries[each]) for each in ids if deliveries.get(each, 1) > 1)
         return entries
@@ -147,7 +149,7 @@ class Partition:
             self.forget(list(regained))
             entry_ids = [entry_id for entry_id in entry_ids if entry_id not in regained]
         self.forget(entry_ids)
-        self.settled.update(dict.fromkeys(entry_ids))
+        self.settled.update(entry_ids)
         self._waiting[outcome].extend(entry_ids)
 
     def detach(self, entry_ids: Iterable[bytes]) -> None:
@@ -159,23 +161,21 @@ class Partition:
     def detach_pending(self, entry_ids: Sequence[bytes]) -> None:
         """Declare trimmed entries as lost that are still pending; those that are held are kept."""
         self.detach(entry_ids)
-        self.settled.update(dict.fromkeys(entry_ids))
+        self.settled.update(entry_ids)
         self._waiting[Outcome.DECLARED_LOST].extend(entry_ids)
 
     def forget(self, entry_ids: Sequence[bytes]) -> None:
         if self.waiting:
             for entry_id in self.waiting.intersection(entry_ids):
                 self.end_wait(entry_id)
-        held = self.held
-        for entry_id in entry_ids:
-            mark = held.pop(entry_id, None)
-            if mark is not None:
-                self.size -= mark[1]
+        marks = map(self.held.pop, entry_ids, itertools.repeat(None))
+        self.size -= sum(map(_SIZE, filter(None, marks)))
         self.queue.release(entry_ids)
         if self.deliveries:
             for entry_id in entry_ids:
                 self.deliveries.pop(entry_id, None)
-        self.foreign.difference_update(entry_ids)
+        if self.foreign:
+            self.foreign.difference_update(entry_ids)
         if self.detached and (dropped := self.detached.intersection(entry_ids)):
             self.detached -= dropped
             self.kept -= len(dropped)

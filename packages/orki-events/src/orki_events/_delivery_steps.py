@@ -34,6 +34,7 @@ class DeliverySteps:
         self.settings = settings
         self._partitions = {key: _partition(key, settings) for key in keys}
         self._turns = deque(self._partitions.values())
+        self.guarded = settings.key_of is not None
         self._requests: deque[int] = deque()
         self._open: set[Command] = set()
         self._reading = False
@@ -53,7 +54,7 @@ class DeliverySteps:
         return sum(len(partition.held) for partition in self._partitions.values())
 
     def may_begin(self, key: str, entry_id: bytes, now: float) -> bool:
-        """Whether the handling of a dispatched entry may begin: no other consumer has it."""
+        """Whether the handling of a dispatched entry may begin: no other consumer has it. True unless `guarded`."""
         partition = self._partitions[key]
         return entry_id not in partition.foreign and now < partition.until and not partition.withdrawn
 
@@ -187,9 +188,9 @@ class DeliverySteps:
 
     def _held_by(self, key: str, entry_ids: Sequence[bytes]) -> Partition:
         partition = self._partition(key)
-        for entry_id in entry_ids:
-            if entry_id not in partition.held:
-                raise LocalProtocolError(f"{entry_id.decode()} of {key} is not held")
+        if not partition.held.keys() >= set(entry_ids):
+            entry_id = next(each for each in entry_ids if each not in partition.held)
+            raise LocalProtocolError(f"{entry_id.decode()} of {key} is not held")
         return partition
 
     def _issue(self, command: Command, commands: list[Command]) -> None:

@@ -187,9 +187,10 @@ class Acked(Event):
 
 @dataclass(frozen=True, slots=True)
 class DeadLettered(Event):
-    """The dead letter stream has the entries."""
+    """The dead letter stream has the entries, and its retention has dropped `dropped` letters of the group."""
 
     command: DeadLetter
+    dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)

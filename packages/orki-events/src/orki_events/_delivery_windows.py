@@ -63,7 +63,7 @@ class Windows:
 
     def measure(self, batches: Iterable[list[Entry]]) -> None:
         """Estimate the size of the entries to come; it falls slowly, so that a few small ones do not mislead it."""
-        sizes = [sum(map(len, entry[1])) for entries in batches for entry in entries[:_MEASURED] if entry[1]]
+        sizes = [len(entry[1][1]) + len(entry[1][-1]) for each in batches for entry in each[:_MEASURED] if entry[1]]
         if sizes:
             self._mean_size = max(sum(sizes) / len(sizes), 1.0, 0.9 * self._mean_size)
 

@@ -20,7 +20,8 @@ from orki_events._delivery import DeliveryMachine
 from orki_events._delivery_queue import KeyOf
 from orki_events._delivery_windows import DeliverySettings
 from orki_events._lease_keeper import LeaseKeeper
-from orki_events._options import ConsumeOptions, EventOptions, Gap, GapKind
+from orki_events._letters import letters_gap
+from orki_events._options import ConsumeOptions, EventOptions, Gap
 from orki_events._seen import SeenEvents
 from orki_events.connection import Connection
 from orki_events.entries import stream_keys
@@ -132,7 +133,8 @@ class GroupReader:
         """Return an entry whose handling must begin now; None if `wait` must be called first."""
         while self._taken:
             dispatch, entry = taken = self._taken.popleft()
-            if self._machine.may_begin(dispatch.key, entry[0], self._loop.time()):
+            machine = self._machine
+            if not machine.guarded or machine.may_begin(dispatch.key, entry[0], self._loop.time()):
                 return taken
             self.give_back(dispatch.key, [entry])
         return None
@@ -173,7 +175,10 @@ class GroupReader:
 
     def succeeded(self, key: str, entry_id: bytes) -> None:
         """Settle one entry; acknowledgements of one turn of the event loop are sent together."""
-        self._done.setdefault(key, []).append(entry_id)
+        done = self._done.get(key)
+        if done is None:
+            done = self._done[key] = []
+        done.append(entry_id)
         if not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
@@ -386,7 +391,7 @@ class GroupReader:
             with contextlib.suppress(OrkiError):
                 await self._services.reads.fetch_client_id()
             event = await self._executor.run(command)
-            self._services.groups.note(self._services.reads, self.member.group, event)
+            await self._services.groups.note(self._services.reads, self.member.stream, self.member.group, event)
             self._receive(event)
 
     async def _command_loop(self) -> None:
@@ -396,8 +401,8 @@ class GroupReader:
                 event = await self._create_groups(command)
             else:
                 event = await self._executor.run(command)
-            self._services.groups.note(self._services.commands, self.member.group, event)
-            self._log_losses(event)
+            await self._services.groups.note(self._services.commands, self.member.stream, self.member.group, event)
+            self._log_letters(event)
             if isinstance(event, table.GivenUp) and self._leases is not None:
                 self._leases.released(event.command.key)
             self._receive(event)
@@ -432,20 +437,13 @@ class GroupReader:
             self._registered = False
             _log.warning("%s could not register its stream and will try again: %s", self.name, error.message)
 
-    def _log_losses(self, event: table.Event) -> None:
+    def _log_letters(self, event: table.Event) -> None:
         if isinstance(event, table.DeadLettered):
             for letter in event.command.letters:
                 values = (self.name, letter.entry[0].decode(), letter.deliveries, letter.message)
                 _log.error("%s dead-lettered entry %s after %d deliveries: %s", *values)
-        elif isinstance(event, table.Acked) and event.command.outcome is table.Outcome.DECLARED_LOST:
-            # Those in hand are not reported before they are dropped unhandled.
-            lost = event.count + event.command.extra - event.command.kept
-            if lost > 0:
-                stream, group = self.member.stream.name, self.member.group.name
-                message = f'{lost} entries of stream "{stream}" were trimmed before group "{group}" had settled them'
-                kind = GapKind.TRIMMED_WHILE_PENDING
-                gap = Gap(kind=kind, stream=stream, group=group, count=lost, possible=False, message=message)
-                self._services.report(gap)
+            if event.dropped:
+                self._services.report(letters_gap(self.member.stream, self.member.group, event.dropped))
 
     async def _maintenance_loop(self) -> None:
         services = self._services

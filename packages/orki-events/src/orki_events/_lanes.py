@@ -17,16 +17,32 @@ from google.protobuf.message import Message
 
 from orki_contract import EventStream, errors
 from orki_contract.backoff import Jitter, JitterOptions
+from orki_contract.model import Retention
 from orki_contract.trace import Span
-from orki_events.connection import pack
+from orki_events.connection import Command, Script, pack
 from orki_events.entries import EVENT_ID_BYTES
 
 RETRY: Final = JitterOptions(initial=0.05, maximum=0.5, spread=0.5)
 _COMMAND_OVERHEAD: Final = 100
 _MULTI: Final = pack((b"MULTI",))
 _EXEC: Final = pack((b"EXEC",))
+ADD_BELOW_CEILING: Final = Script("""\
+-- KEYS: partition.  ARGV: maximum number of entries, then the four words of each entry.
+-- Adds the first entries for which there is room, and returns their ids.
+local room, ids = tonumber(ARGV[1]) - redis.call('XLEN', KEYS[1]), {}
+for at = 2, math.min(#ARGV, 4 * room + 1), 4 do
+  ids[#ids + 1] = redis.call('XADD', KEYS[1], '*', ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3])
+end
+return ids
+""")
 _LOW_BITS: Final = 21
 _LOW: Final = (1 << _LOW_BITS) - 1
+
+
+def _longer(command: Command, words: int) -> bytes:
+    """Encode the beginning of a command that `words` more words follow."""
+    packed = pack(command)
+    return b"*%d%b" % (len(command) + words, packed[packed.index(b"\r\n") :])
 
 
 @dataclass(slots=True)
@@ -168,7 +184,6 @@ class Lane:
         doubtful: Whether the server may have the chunk.
         due: Earliest time of the next attempt.
         last_id: Id of the newest known entry of the key; empty before the stream is prepared.
-        trim_at: Time of the next trimming by age.
         backoff: Delays of the next attempts.
     """
 
@@ -179,7 +194,6 @@ class Lane:
     doubtful: bool = False
     due: float = 0.0
     last_id: str = ""
-    trim_at: float = 0.0
     backoff: Jitter = field(default_factory=lambda: Jitter(RETRY))
 
     @property
@@ -201,19 +215,21 @@ class Lane:
                 self.queue.popleft()
         return sum(item.size for item in self.sending)
 
-    def packed(self, limit: int) -> tuple[bytes, int]:
+    def packed(self, retention: Retention) -> tuple[bytes, int]:
         """Encode the chunk, and return it with the number of its replies.
 
         Args:
-            limit: Number of entries that the key keeps. It is encoded late: a deployment may change it meanwhile.
+            retention: What the key keeps. It is encoded late: a deployment may change it meanwhile.
         """
-        begin = pack((b"XADD", self.key, b"MAXLEN", b"~", limit, b"*"))
-        # Four more words follow: the fields.
-        begin = b"*10" + begin[begin.index(b"\r\n") :]
-        body = begin + begin.join([item.packed for item in self.sending])
-        if len(self.sending) == 1:
+        items = [item.packed for item in self.sending]
+        if retention.ceiling:
+            script = (b"EVALSHA", ADD_BELOW_CEILING.digest, 1, self.key, retention.ceiling)
+            return _longer(script, 4 * len(items)) + b"".join(items), 1
+        begin = _longer((b"XADD", self.key, b"MAXLEN", b"~", retention.max_entries, b"*"), 4)
+        body = begin + begin.join(items)
+        if len(items) == 1:
             return body, 1
-        return b"%b%b%b" % (_MULTI, body, _EXEC), len(self.sending) + 2
+        return b"%b%b%b" % (_MULTI, body, _EXEC), len(items) + 2
 
     def late(self, now: float) -> list[Item]:
         """Remove and return the events whose time is over: the oldest ones."""
@@ -222,6 +238,14 @@ class Lane:
         while not self.sending and self.queue and self.queue[0].deadline <= now:
             late.append(self.queue.popleft())
         return late
+
+    def full(self) -> errors.EventsStreamFull:
+        """Return the error for an entry that would exceed the ceiling."""
+        contract = self.handle.contract
+        return errors.EventsStreamFull(
+            f'stream "{contract.name}" keeps {contract.retention.ceiling} entries that its groups have not settled '
+            f"({self.key}); see `orki streams` for the group that lags"
+        )
 
     def failed(self, now: float) -> None:
         """Wait before the next attempt."""
@@ -232,3 +256,29 @@ class Lane:
         self.doubtful = False
         done, self.sending = self.sending, []
         return done
+
+
+@dataclass(slots=True)
+class StreamLanes:
+    """A stream that this process publishes.
+
+    Attributes:
+        handle: The stream.
+        lanes: Its lanes by key.
+        sequence: Number of its newest event.
+        ready: Whether it is registered and has its groups.
+    """
+
+    handle: EventStream[Any, Any]
+    lanes: dict[str, Lane] = field(default_factory=dict)
+    sequence: int = 0
+    ready: bool = False
+
+
+def misfit(handle: EventStream[Any, Any], message: Message) -> errors.InvalidArgument:
+    wanted = handle.message.DESCRIPTOR.full_name
+    return errors.InvalidArgument(f'stream "{handle.contract.name}" takes {wanted}, not {type(message).__name__}')
+
+
+def oversize(handle: EventStream[Any, Any], raw: bytes, limit: int) -> errors.TooLarge:
+    return errors.TooLarge(f'an event for stream "{handle.contract.name}" has {len(raw)} bytes, more than {limit}')

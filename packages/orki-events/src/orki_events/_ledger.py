@@ -32,6 +32,7 @@ from orki.events.v1.envelope_pb2 import DeadLetter
 from orki_contract.errors import EventUndecodable, OrkiError
 from orki_contract.model import Group, Stream
 from orki_events import entries as layout
+from orki_events._letters import dropped_letters
 from orki_events._position_store import parse_snapshot, snapshot_command, take_snapshot
 from orki_events._position_table import ZERO, GroupState
 from orki_events._positions import View, group_lost
@@ -203,6 +204,10 @@ async def _group(
             figures[name] += count
     for lowest in ranks.values():
         figures[_RANK[lowest]] += 1
+    # The counter of dead letters includes those that their retention has dropped.
+    dropped = min(sum((await dropped_letters(connection, stream, group)).values()), figures["dead_lettered"])
+    figures["dead_lettered"] -= dropped
+    figures["declared_lost"] += dropped
     return GroupLedger(**figures, unaccounted=published - sum(figures.values()))
 
 
@@ -232,6 +237,12 @@ def _absent(
     }
     # Entries that the server lost before the group was created.
     found["before_start"] += min(state.base, view.rolled_back)
+    # Entries that were delivered again after their acknowledgement, as by a recreated group, were counted twice.
+    twice = sum(found.values()) - view.trimmed - view.rolled_back
+    for name in ("processed", "dead_lettered"):
+        taken = min(max(twice, 0), max(found[name], 0))
+        found[name] -= taken
+        twice -= taken
     return found
 
 

@@ -24,6 +24,8 @@ class GapKind(StrEnum):
     """The server lost the group, which was created again."""
     PUBLISH_ABANDONED = "publish_abandoned"
     """Collected events could not be published in time."""
+    LETTERS_DROPPED = "letters_dropped"
+    """The retention of dead letters dropped some, whose events the group has lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -120,6 +120,7 @@ def parse_snapshot(reply: list[Any], server: str = "") -> Snapshot:
             parse_id(each): Counted(None if upto < 0 else upto, None if after < 0 else after, parse_id(floor))
             for each, upto, after, floor in counts
         },
+        acknowledged=int(written.get("acknowledged", 0)),
     )
 
 
@@ -146,6 +147,7 @@ def _group(
         cursor=known.get(f"cursor:{name}"),
         record=GroupRecord.parse(raw),
         raw=raw,
+        acknowledged=int(written.get(f"acknowledged:{name}", 0)),
     )
 
 
@@ -184,6 +186,8 @@ class Positions:
         self._opened: weakref.WeakKeyDictionary[Connection, int] = weakref.WeakKeyDictionary()
         self._servers: weakref.WeakKeyDictionary[Connection, tuple[int, str]] = weakref.WeakKeyDictionary()
         self._told: dict[str, int] = {}
+        # What is heard while a snapshot is on its way may be newer than the snapshot.
+        self._heard: dict[tuple[str, str], list[Event]] = {}
 
     def arrived(self, connection: Connection, key: str, group: str, first: bytes, last: bytes, count: int) -> None:
         """Take note of entries that this process published (without a group) or received."""
@@ -207,7 +211,10 @@ class Positions:
             for each in self._machines.values():
                 if each.state is not State.COMPARING:
                     each.receive(Reopened())
-        machine.receive(event)
+        if (key, group) in self._heard:
+            self._heard[key, group].append(event)
+        else:
+            machine.receive(event)
 
     async def compare(
         self, connection: Connection, stream: Stream, key: str, group: str, *, consumes: bool = False
@@ -224,11 +231,14 @@ class Positions:
         if consumes:
             machine.consume()
         async with self._locks.setdefault(name, asyncio.Lock()):
+            self._heard[name] = []
             try:
                 return await self._run(connection, stream, key, machine)
             finally:
                 if machine.state in (State.MEASURING, State.WRITING):
                     machine.receive(Unanswered())
+                for event in self._heard.pop(name):
+                    machine.receive(event)
 
     async def _run(self, connection: Connection, stream: Stream, key: str, machine: PositionMachine) -> Snapshot:
         snapshot = await self.snapshot(connection, key)

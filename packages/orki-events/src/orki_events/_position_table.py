@@ -168,6 +168,7 @@ class GroupState:
         cursor: The saved settled position, as text; None if absent.
         record: The group's record; None if absent.
         raw: Its text.
+        acknowledged: Number of lost entries that an operator has acknowledged.
     """
 
     read: Id = ZERO
@@ -183,6 +184,7 @@ class GroupState:
     cursor: bytes | None = None
     record: GroupRecord | None = None
     raw: bytes | None = None
+    acknowledged: int = 0
 
     @property
     def received(self) -> int:
@@ -219,6 +221,7 @@ class Snapshot:
         record: The partition's record; None if absent.
         raw: Its text.
         counted: Counts that were asked for, by id.
+        acknowledged: Number of entries lost by the server that an operator has acknowledged.
     """
 
     exists: bool = True
@@ -232,6 +235,7 @@ class Snapshot:
     record: StreamRecord | None = None
     raw: bytes | None = None
     counted: Mapping[Id, Counted] = field(default_factory=dict)
+    acknowledged: int = 0
 
 
 class LossKind(StrEnum):

@@ -18,44 +18,36 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby, islice
 from operator import attrgetter
 from typing import Any, Final
 
-from google.protobuf.message import Message
-
 from orki_contract import EventStream, errors
 from orki_contract.backoff import Jitter
-from orki_contract.model import milliseconds
-from orki_events._lanes import RETRY, EnvelopeEncoder, Item, Lane, Outgoing, PublishCounts, Ticket
+from orki_contract.model import Overflow, Stream
+from orki_events._lanes import (
+    ADD_BELOW_CEILING,
+    RETRY,
+    EnvelopeEncoder,
+    Item,
+    Lane,
+    Outgoing,
+    PublishCounts,
+    StreamLanes,
+    Ticket,
+    misfit,
+    oversize,
+)
 from orki_events._options import EventOptions, Gap, GapKind
 from orki_events._readers import find_published
-from orki_events.connection import Connection
-from orki_events.entries import EVENT_ID_BYTES, ZERO_ID, parse_id, stream_key
+from orki_events.connection import Connection, ScriptMissing
+from orki_events.entries import EVENT_ID_BYTES, ZERO_ID, stream_key
 from orki_events.groups import ConsumerGroups
 from orki_events.registry import StreamRegistry
 from orki_events.tuning import TuningCache
 
 _TICKET: Final = attrgetter("ticket")
 _log = logging.getLogger("orki.events")
-
-
-@dataclass(slots=True)
-class _Stream:
-    """A stream that this process publishes.
-
-    Attributes:
-        handle: The stream.
-        lanes: Its lanes by key.
-        sequence: Number of its newest event.
-        ready: Whether it is registered and has its groups.
-    """
-
-    handle: EventStream[Any, Any]
-    lanes: dict[str, Lane] = field(default_factory=dict)
-    sequence: int = 0
-    ready: bool = False
 
 
 class Publisher:
@@ -69,8 +61,9 @@ class Publisher:
         groups: ConsumerGroups,
         registry: StreamRegistry,
         report: Callable[[Gap], None],
+        used: Callable[[Stream], None],
     ) -> None:
-        """Start the publisher on the running event loop."""
+        """Start the publisher on the running event loop; `used` is called with each stream that it prepares."""
         self.counts = PublishCounts()
         self._connection = connection
         self._encoder = EnvelopeEncoder(producer)
@@ -79,10 +72,11 @@ class Publisher:
         self._registry = registry
         self._tunings = TuningCache()
         self._report = report
+        self._used = used
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._guard = threading.Lock()
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, StreamLanes] = {}
         # Lanes with events that are not settled. Those that waited longest come first.
         self._active: dict[Lane, None] = {}
         self._entries = 0
@@ -157,7 +151,7 @@ class Publisher:
                 raise errors.LocalProtocolError("the publisher is closed; publish while its `async with` block runs")
             stream = self._streams.get(contract.name)
             if stream is None:
-                stream = self._streams[contract.name] = _Stream(handle)
+                stream = self._streams[contract.name] = StreamLanes(handle)
             lane = stream.lanes.get("") if contract.partitions > 1 else next(iter(stream.lanes.values()), None)
             room, number = options.buffer_entries - self._entries, self._submitted
             size, sequence = self._bytes, stream.sequence
@@ -166,10 +160,10 @@ class Publisher:
                     if added >= room or size >= options.buffer_bytes:
                         break
                     if not isinstance(message, kind):
-                        raise _misfit(handle, message)
+                        raise misfit(handle, message)
                     raw = message.SerializeToString()
                     if len(raw) > options.max_event_bytes:
-                        raise _oversize(handle, raw, options.max_event_bytes)
+                        raise oversize(handle, raw, options.max_event_bytes)
                     if lane is None or contract.partitions > 1:
                         lane = self._lane(stream, stream_key(contract, message))
                     at = time.time_ns() // 1_000 if time_us is None else time_us
@@ -219,7 +213,7 @@ class Publisher:
                 lane.queue.clear()
                 self._end(lane, left, error)
 
-    def _lane(self, stream: _Stream, key: str) -> Lane:
+    def _lane(self, stream: StreamLanes, key: str) -> Lane:
         lane = stream.lanes.get(key)
         if lane is None:
             lane = stream.lanes[key] = Lane(key, stream.handle)
@@ -309,12 +303,10 @@ class Publisher:
         if any(isinstance(failure, errors.EventsReadOnly) for failure in failures):
             # After a failover, the name may resolve to another server.
             await self._connection.drop()
-        else:
-            await self._trim(lanes)
-            if self._notice_reopened():
-                # The server may have lost entries while the connection was idle.
-                with contextlib.suppress(errors.OrkiError):
-                    await self._prepare(lanes)
+        elif self._notice_reopened():
+            # The server may have lost entries while the connection was idle.
+            with contextlib.suppress(errors.OrkiError):
+                await self._prepare(lanes)
 
     def _notice_reopened(self) -> bool:
         """Whether the connection was opened again since the streams were prepared: then they must be prepared again."""
@@ -325,22 +317,9 @@ class Publisher:
             stream.ready = stream.ready and not reopened
         return reopened
 
-    async def _trim(self, lanes: list[Lane]) -> None:
-        """Trim by age, now and then. The newest id has the server's time, which may differ from this process's."""
-        now = time.monotonic()
-        for lane in lanes:
-            age = self._tunings.retention(lane.handle.contract).max_age
-            if age and lane.last_id and now >= lane.trim_at:
-                lane.trim_at = now + min(max(age / 100, 1.0), 60.0)
-                oldest = max(parse_id(lane.last_id).milliseconds - milliseconds(age), 0)
-                try:
-                    await self._connection.execute((b"XTRIM", lane.key, b"MINID", b"~", oldest))
-                except errors.OrkiError as error:
-                    _log.warning("%s could not be trimmed by age: %s", lane.key, error.message)
-
     async def _send(self, lanes: list[Lane]) -> Iterator[Any]:
         self.counts.pipelines += 1
-        chunks = [lane.packed(self._tunings.retention(lane.handle.contract).max_entries) for lane in lanes]
+        chunks = [lane.packed(self._tunings.retention(lane.handle.contract)) for lane in lanes]
         packed = b"".join([chunk for chunk, _ in chunks])
         return iter(await self._connection.exchange(packed, sum(count for _, count in chunks)))
 
@@ -364,6 +343,8 @@ class Publisher:
                 # First, so that a contract that does not fit leaves no trace on the server.
                 await self._registry.register(self._connection, stream.handle, publishes=True)
                 newest = await self._groups.ensure(self._connection, contract, contract.groups)
+                if contract.retention.ceiling:
+                    await self._connection.load_script(ADD_BELOW_CEILING)
             except errors.EventsUnavailable:
                 raise
             except errors.OrkiError as error:
@@ -375,6 +356,7 @@ class Publisher:
                     if not found.last_id:
                         found.last_id = last_id
             stream.ready = True
+            self._used(contract)
         for lane in lanes:
             if (failure := failures.get(lane.handle.contract.name)) is not None:
                 self._refuse(lane, failure)
@@ -400,8 +382,15 @@ class Publisher:
         """Settle the events of a chunk that was accepted or refused. Return the error if it will be sent again."""
         chunk = lane.sending
         first = next(replies)
-        if len(chunk) == 1:
-            answers = [first]
+        if isinstance(first, list):
+            # The entries for which there was room.
+            answers = [*first, *[lane.full()] * (len(chunk) - len(first))]
+        elif isinstance(first, ScriptMissing):
+            # The server was restarted; the script is loaded again with the next attempt.
+            self._streams[lane.handle.contract.name].ready = False
+            return None
+        elif len(chunk) == 1 or lane.handle.contract.retention.ceiling:
+            answers = [first] * len(chunk)
         else:
             answers, executed = [*islice(replies, len(chunk))], next(replies)
             if isinstance(executed, list):
@@ -438,10 +427,11 @@ class Publisher:
 
     def _refuse(self, lane: Lane, error: errors.OrkiError) -> errors.OrkiError | None:
         """Send a chunk that was refused again later, or end it. Return the error if it will be sent again."""
-        if not error.retryable:
+        fails = isinstance(error, errors.EventsStreamFull) and lane.handle.contract.retention.overflow is Overflow.FAIL
+        if not error.retryable or fails:
             self._end(lane, lane.done(), error)
             return None
-        if not isinstance(error, errors.EventsOutOfMemory):
+        if not isinstance(error, errors.EventsOutOfMemory | errors.EventsStreamFull):
             self._streams[lane.handle.contract.name].ready = False
         lane.failed(time.monotonic())
         self._expire(lane, error)
@@ -493,12 +483,3 @@ class Publisher:
             kind = GapKind.PUBLISH_ABANDONED
             self._report(Gap(kind=kind, stream=name, group="", count=lost, possible=False, message=text))
         self._progress.set()
-
-
-def _misfit(handle: EventStream[Any, Any], message: Message) -> errors.InvalidArgument:
-    wanted = handle.message.DESCRIPTOR.full_name
-    return errors.InvalidArgument(f'stream "{handle.contract.name}" takes {wanted}, not {type(message).__name__}')
-
-
-def _oversize(handle: EventStream[Any, Any], raw: bytes, limit: int) -> errors.TooLarge:
-    return errors.TooLarge(f'an event for stream "{handle.contract.name}" has {len(raw)} bytes, more than {limit}')

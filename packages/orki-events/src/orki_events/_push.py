@@ -41,7 +41,7 @@ class PushRun:
                 continue
             # Without `async with`, which costs two coroutine calls for each event.
             try:
-                defer_span(delivery.make_span)
+                defer_span(delivery)
                 await handler(delivery.event, delivery)
             except Exception as error:
                 self._log_failure(error, delivery.entry_id, (delivery.event,))

@@ -157,13 +157,16 @@ class Connection:
         try:
             return await self.execute(command)
         except ScriptMissing:
-            pass
+            await self.load_script(script)
+        return await self.execute(command)
+
+    async def load_script(self, script: Script) -> None:
+        """Load a script. Raises the same errors as `execute`."""
         try:
             await self.execute((b"SCRIPT", b"LOAD", script.text))
         except OrkiError as error:
             hint = "an operator must load the package's scripts for this user"
             raise type(error)(f"{error.message}; {hint}") from error
-        return await self.execute(command)
 
     async def exchange(
         self, packed: bytes, count: int, *, timeout: float | None = None, same: int | None = None

@@ -10,15 +10,19 @@ __all__ = [
     "DATA_FIELD",
     "ENVELOPE_FIELD",
     "EVENT_ID_BYTES",
+    "ONLY_GROUP_FIELD",
+    "ORIGIN_FIELD",
     "REASON_FIELD",
     "ZERO_ID",
     "EntryId",
+    "decode_entries",
     "decode_envelope",
     "encode_envelope",
     "envelope_span",
     "event_id_of",
     "format_cursor",
     "new_event_id",
+    "only_group",
     "parse_cursor",
     "parse_id",
     "partition_of",
@@ -32,8 +36,8 @@ __all__ = [
 import os
 import re
 import zlib
-from collections.abc import Iterable
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
@@ -42,18 +46,25 @@ from orki_contract.errors import EventUndecodable, InvalidArgument
 from orki_contract.model import Stream
 from orki_contract.trace import Span, parse_traceparent
 
+T = TypeVar("T")
 ENVELOPE_FIELD: Final = b"e"
 """Field of an entry that holds the Envelope."""
 DATA_FIELD: Final = b"d"
 """Field of an entry that holds the stream's message."""
 REASON_FIELD: Final = b"x"
 """Field of a dead letter that holds the DeadLetter."""
+ORIGIN_FIELD: Final = b"o"
+"""Field of a dead letter that holds its group and the key of its partition, joined by a space."""
+ONLY_GROUP_FIELD: Final = b"g"
+"""Field of a replayed event that names the only group that processes it."""
 EVENT_ID_BYTES: Final = 16
 ZERO_ID: Final = "0-0"
 """The id before every entry."""
 
 # The first bytes of an encoded envelope: field 1, length-delimited, 16 bytes.
 _EVENT_ID_PREFIX: Final = b"\x0a\x10"
+_PREFIX_END: Final = EVENT_ID_BYTES + 2
+_USUAL: Final = {(ENVELOPE_FIELD, DATA_FIELD, _EVENT_ID_PREFIX, True)}
 _MAX_PART: Final = 2**64 - 1
 _ID: Final = re.compile(r"([0-9]{1,20})-([0-9]{1,20})")
 
@@ -158,6 +169,28 @@ def split_entry(fields: list[bytes]) -> tuple[bytes, bytes]:
         names = ", ".join(sorted(name.decode("ascii", "replace")[:20] for name in found)) or "none"
         raise EventUndecodable(f"the entry lacks the field e or d (fields: {names})")
     return found[ENVELOPE_FIELD], found[DATA_FIELD]
+
+
+def only_group(fields: list[bytes]) -> str:
+    """Return the only group that processes an entry; empty if all do."""
+    found = dict(zip(fields[::2], fields[1::2], strict=False))
+    return found.get(ONLY_GROUP_FIELD, b"").decode(errors="replace")
+
+
+def decode_entries(entries: Sequence[list[Any]], decode: Callable[[bytes], T]) -> tuple[list[bytes], list[T]]:
+    """Return the event ids and the decoded messages of entries.
+
+    Raises:
+        EventUndecodable: An entry lacks a field, or its envelope has no event id.
+        DecodeError: A message cannot be decoded.
+    """
+    # Each step is one comprehension: calls for each entry would cost more than the work.
+    if {len(fields) for _, fields in entries} == {4}:
+        heads = {(fields[0], fields[2], fields[1][:2], len(fields[1]) >= _PREFIX_END) for _, fields in entries}
+        if heads == _USUAL:
+            return [fields[1][2:_PREFIX_END] for _, fields in entries], [decode(fields[3]) for _, fields in entries]
+    found = [split_entry(fields) for _, fields in entries]
+    return [event_id_of(raw) for raw, _ in found], [decode(message) for _, message in found]
 
 
 def envelope_span(envelope: Envelope) -> Span | None:

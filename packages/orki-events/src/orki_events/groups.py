@@ -19,6 +19,7 @@ __all__ = [
     "parse_stream_state",
 ]
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -27,11 +28,13 @@ from orki_contract.errors import OrkiError
 from orki_contract.model import Group, Start, Stream
 from orki_events import _delivery_table as table
 from orki_events._options import Gap, GapKind
-from orki_events._position_store import Positions, groups_key, pairs, positions_key
+from orki_events._position_store import Positions, groups_key, pairs, positions_key, write_records
 from orki_events._position_table import Snapshot, id_text
 from orki_events._positions import View
 from orki_events.connection import Connection, Reply, Script
 from orki_events.entries import ZERO_ID, parse_id, stream_keys
+
+_log = logging.getLogger("orki.events")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,14 +158,39 @@ class ConsumerGroups:
                 mark = Mark(id_text(found.groups[group.name].settled), View.of(found).added)
                 self._marks[key, group.name] = mark
 
-    def note(self, connection: Connection, group: Group, event: table.Event) -> None:
-        """Remember what a reply to this process's consumer shows about the group's position."""
+    async def note(self, connection: Connection, stream: Stream, group: Group, event: table.Event) -> None:
+        """Remember what a reply to this process's consumer shows about the group, and report what it has lost."""
         if isinstance(event, table.EntriesRead) and not event.command.history:
             for key, entries in event.entries.items():
                 if entries:
                     self.positions.arrived(connection, key, group.name, entries[0][0], entries[-1][0], len(entries))
         elif isinstance(event, table.Acked):
-            self.positions.settled(connection, event.command.key, group.name, event.count)
+            key = event.command.key
+            self.positions.settled(connection, key, group.name, event.count)
+            # Those in hand are not reported before they are dropped unhandled.
+            lost = event.count + event.command.extra - event.command.kept
+            if event.command.outcome is table.Outcome.DECLARED_LOST and lost > 0:
+                lost_of = f'{lost} entries of stream "{stream.name}"'
+                await self._declare(
+                    connection,
+                    Gap(
+                        kind=GapKind.TRIMMED_WHILE_PENDING,
+                        stream=stream.name,
+                        group=group.name,
+                        count=lost,
+                        possible=False,
+                        message=f'{lost_of} were trimmed before group "{group.name}" had settled them',
+                        key=key,
+                    ),
+                )
+
+    async def _declare(self, connection: Connection, gap: Gap) -> None:
+        """Report a gap, and list it on the server if that is possible."""
+        self._report(gap)
+        try:
+            await write_records(connection, gap.key, (), (gap,))
+        except OrkiError as error:
+            _log.info("a gap could not be listed on the server: %s", error.message)
 
     async def _create(
         self,
@@ -191,7 +219,7 @@ class ConsumerGroups:
             return
         self._marks[key, group.name] = mark
         if loss is not None:
-            self._report(_recreated(stream, group, key, start, loss))
+            await self._declare(connection, _recreated(stream, group, key, start, loss))
 
 
 def _recreated(stream: Stream, group: Group, key: str, start: str, loss: str) -> Gap:
@@ -203,6 +231,7 @@ def _recreated(stream: Stream, group: Group, key: str, start: str, loss: str) ->
         count=None if loss else 0,
         possible=bool(loss),
         message=f"{event}: {loss}" if loss else f"{event}; nothing was lost",
+        key=key,
     )
 
 

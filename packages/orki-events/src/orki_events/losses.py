@@ -1,24 +1,33 @@
 """What groups and streams have lost, and how far groups have come: for metrics, tables and the audit log.
 
-Nothing here writes to the server. A loss that positions show is included before anybody has declared it.
+A loss that positions show is included before anybody has declared it.
 """
 
 from __future__ import annotations
 
-__all__ = ["GroupPosition", "PartitionPosition", "RecordedGap", "read_gaps", "read_positions"]
+__all__ = [
+    "GroupPosition",
+    "PartitionPosition",
+    "RecordedGap",
+    "acknowledge_losses",
+    "read_gaps",
+    "read_positions",
+]
 
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from orki_contract.errors import OrkiError
 from orki_contract.model import Stream
 from orki_events._options import Gap, GapKind
-from orki_events._position_store import gaps_key, pairs, parse_snapshot, snapshot_command, take_snapshot
-from orki_events._position_table import GroupState
+from orki_events._position_store import SNAPSHOT, gaps_key, pairs, parse_snapshot, positions_key, snapshot_command
+from orki_events._position_table import GroupState, Snapshot
 from orki_events._positions import View, first_record, progress
-from orki_events.connection import Command, Connection
+from orki_events.connection import Command, Connection, ScriptMissing
 from orki_events.entries import stream_keys
+from orki_events.groups import checked
 
 _PAGE: Final = 1_000
 
@@ -34,6 +43,8 @@ class GroupPosition:
         consumers: Consumers that the server knows.
         lost: Entries that were trimmed or deleted before the group had settled them, or that the server lost.
         exact: Whether `lost` is exact; otherwise it is a lower bound.
+        acknowledged: How many of `lost` an operator has acknowledged.
+        read_ms: Server's time of the last entry that it received, in milliseconds since the Unix epoch.
         unaccounted: Entries that the group received and whose outcome nobody knows.
     """
 
@@ -43,6 +54,8 @@ class GroupPosition:
     consumers: int
     lost: int
     exact: bool
+    acknowledged: int
+    read_ms: int
     unaccounted: int
 
 
@@ -55,6 +68,7 @@ class PartitionPosition:
         length: Number of entries.
         added: Number of entries that it ever received; before Redis 7, a lower bound.
         rolled_back: Number of entries that the server lost although it had accepted them.
+        acknowledged: How many of these an operator has acknowledged.
         groups: The groups that the server has, by name.
     """
 
@@ -62,38 +76,66 @@ class PartitionPosition:
     length: int
     added: int
     rolled_back: int
+    acknowledged: int
     groups: Mapping[str, GroupPosition]
 
 
 async def read_positions(connection: Connection, keys: Sequence[str]) -> list[PartitionPosition]:
     """Return the state of partitions, by their Redis keys, in their order. Takes few round trips for any number.
 
+    A key that holds something else than a stream counts as absent.
+
     Raises:
-        OrkiError: The server does not answer or refuses, or a key holds something else than a stream.
+        OrkiError: The server does not answer or refuses.
     """
-    if not keys:
-        return []
-    # The first one loads the script if the server does not have it.
-    found = [await take_snapshot(connection, keys[0])]
-    commands = [snapshot_command(key) for key in keys[1:]]
-    found += [parse_snapshot(reply) for reply in await _execute(connection, commands)]
+    found = await _snapshots(connection, [snapshot_command(key) for key in keys])
     unclear = {
         index: names
         for index, each in enumerate(found)
-        if (names := [name for name, group in each.groups.items() if progress(View.of(each), group) is None])
+        if (names := [name for name, group in each.groups.items() if _is_unclear(View.of(each), group)])
     }
-    commands = [snapshot_command(keys[index], (), names) for index, names in unclear.items()]
-    for index, reply in zip(unclear, await _execute(connection, commands), strict=True):
-        found[index] = parse_snapshot(reply)
+    again = [snapshot_command(keys[index], (), names) for index, names in unclear.items()]
+    for index, each in zip(unclear, await _snapshots(connection, again), strict=True):
+        found[index] = each
     return [_partition(View.of(each)) for each in found]
 
 
-async def _execute(connection: Connection, commands: Sequence[Command]) -> list[list[object]]:
-    replies = await connection.pipeline(*commands) if commands else []
+def _is_unclear(view: View, group: GroupState) -> bool:
+    """Whether the entries around the group's position must be counted."""
+    if view.snapshot.added is None and view.reach(group.read) is None:
+        return True
+    return progress(view, group) is None
+
+
+async def _snapshots(connection: Connection, commands: Sequence[Command]) -> list[Snapshot]:
+    if not commands:
+        return []
+    replies = await connection.pipeline(*commands)
+    if any(isinstance(reply, ScriptMissing) for reply in replies):
+        await connection.execute((b"SCRIPT", b"LOAD", SNAPSHOT.text))
+        replies = await connection.pipeline(*commands)
+    found = []
     for reply in replies:
-        if isinstance(reply, Exception):
-            raise reply
-    return replies
+        if isinstance(reply, OrkiError) and "WRONGTYPE" in reply.message:
+            found.append(Snapshot(exists=False))
+        else:
+            found.append(parse_snapshot(checked(reply)))
+    return found
+
+
+async def acknowledge_losses(connection: Connection, stream: Stream) -> int:
+    """Note that an operator knows of a stream's losses, and return the number of entries newly acknowledged."""
+    fresh = 0
+    keys = stream_keys(stream)
+    for key, position in zip(keys, await read_positions(connection, keys), strict=True):
+        values = {"acknowledged": position.rolled_back}
+        fresh += max(position.rolled_back - position.acknowledged, 0)
+        for name, group in position.groups.items():
+            values[f"acknowledged:{name}"] = group.lost
+            fresh += max(group.lost - group.acknowledged, 0)
+        words = [word for item in values.items() for word in item]
+        await connection.execute((b"HSET", positions_key(key), *words))
+    return fresh
 
 
 def _partition(view: View) -> PartitionPosition:
@@ -103,6 +145,7 @@ def _partition(view: View) -> PartitionPosition:
         length=snapshot.length,
         added=view.added,
         rolled_back=view.rolled_back,
+        acknowledged=snapshot.acknowledged,
         groups={name: _group(view, group) for name, group in snapshot.groups.items()},
     )
 
@@ -114,10 +157,12 @@ def _group(view: View, group: GroupState) -> GroupPosition:
     unread = record.lost + (made.lost if made is not None else 0)
     rolled_back = max(view.rolled_back - group.base - record.kept, 0)
     unaccounted = 0
-    if reach is not None and group.start is not None:
+    if reach is not None and group.start is not None and view.exact:
         unaccounted = max(reach - group.start[1] - group.received - unread, 0)
     lag = group.lag
-    if reach is not None or lag is None or lag > view.snapshot.length:
+    if (counted := view.snapshot.counted.get(group.read)) is not None and counted.after is not None:
+        lag = counted.after
+    elif reach is not None or lag is None or lag > view.snapshot.length:
         lag = None if made is None else view.added - (made.reach if reach is None else reach)
     return GroupPosition(
         lag=lag,
@@ -126,6 +171,8 @@ def _group(view: View, group: GroupState) -> GroupPosition:
         consumers=group.consumers,
         lost=unread + group.declared_lost + rolled_back,
         exact=made is not None and made.exact,
+        acknowledged=group.acknowledged,
+        read_ms=group.read[0],
         unaccounted=unaccounted,
     )
 

@@ -30,7 +30,7 @@ from orki_contract import EventStream
 from orki_contract.errors import ContractMismatch, EventsUnavailable, InvalidContract
 from orki_contract.findings import Fit, stream_fit
 from orki_contract.images import image_of, package_version
-from orki_contract.model import AUDIT_GROUP, Group, Overflow, Retention, Start, Stream, dump, milliseconds
+from orki_contract.model import AUDIT_GROUP, Durability, Group, Overflow, Retention, Start, Stream, dump, milliseconds
 from orki_contract.read import ReadContract, read_image
 from orki_events.connection import Connection, Script
 from orki_events.groups import checked, pairs
@@ -47,7 +47,7 @@ return 1
 _STREAMS: Final = b"orki:streams"
 _IMAGES: Final = b"orki:images"
 _SUBSCRIPTIONS: Final = b"orki:subscriptions"
-_DURATIONS: Final = frozenset({"ack_deadline", "least_age", "max_age", "most_age"})
+_DURATIONS: Final = frozenset({"ack_deadline", "least_age", "max_age", "max_dead_letter_age", "most_age"})
 _MAX_TRIES: Final = 20
 _MAX_REFUSALS: Final = 64
 _log = logging.getLogger("orki.events")
@@ -345,6 +345,7 @@ def _stream(dumped: Any) -> Stream:
     retention["overflow"] = Overflow(retention.get("overflow", Overflow.DROP_OLDEST))
     values = _known(Stream, dumped)
     values["retention"] = Retention(**retention)
+    values["durability"] = Durability(values.get("durability", Durability.MEMORY))
     values["groups"] = tuple(map(_group, dumped["groups"]))
     return Stream(**values)
 

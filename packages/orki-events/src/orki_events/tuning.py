@@ -1,7 +1,7 @@
 """Retention settings of a deployment: how much of a stream the whole fleet keeps, within the contract's bounds.
 
-The settings are stored in `orki:retention` on the server and not in each process: every publisher trims, so a publisher
-that was started without the setting would trim all streams to the contract's retention. Publishers read the settings
+The settings are stored in `orki:retention` on the server and not in each process: any process may trim, so one that was
+started without the setting would trim all streams to the contract's retention. Publishers read the settings
 before their first event and every few seconds afterwards. A setting is validated when it is made. A process whose own
 contract has narrower bounds, as it may during a rolling upgrade, uses the nearest bound and logs a warning.
 """
@@ -27,9 +27,9 @@ from typing import Any, Final
 from orki_contract.errors import InvalidContract, InvalidSetting
 from orki_contract.model import Retention, Stream, duration_text, milliseconds
 from orki_contract.read import read_image
-from orki_events.connection import Command, Connection
-from orki_events.entries import stream_keys
-from orki_events.groups import checked, pairs
+from orki_events._trimming import trim_stream
+from orki_events.connection import Connection
+from orki_events.groups import pairs
 from orki_events.registry import StreamVersion
 
 _REFRESH_INTERVAL: Final = 2.0
@@ -41,7 +41,7 @@ _log = logging.getLogger("orki.events")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """A deployment's retention of one stream. It applies to each partition and to dead letters.
+    """A deployment's retention of one stream. It applies to each partition.
 
     Attributes:
         max_entries: Maximum number of entries; 0 for the contract's.
@@ -120,10 +120,12 @@ async def tune(connection: Connection, registered: StreamVersion, tuning: Tuning
         _validate(registered, tuning)
     if tuning in (None, Tuning()):
         await connection.execute((b"HDEL", _KEY, stream.name))
-        return Tuned(retention=stream.retention, trimmed=await _trim(connection, stream, stream.retention))
+        return Tuned(
+            retention=stream.retention, trimmed=await trim_stream(connection, stream, stream.retention, stream.groups)
+        )
     retention = effective_retention(stream.retention, tuning)
     # Trim first: a server that is out of memory may accept the setting once entries are trimmed.
-    trimmed = await _trim(connection, stream, retention)
+    trimmed = await trim_stream(connection, stream, retention, stream.groups)
     record = {"max_entries": tuning.max_entries, "max_age_ms": milliseconds(tuning.max_age)}
     await connection.execute((b"HSET", _KEY, stream.name, json.dumps(record)))
     return Tuned(retention=retention, trimmed=trimmed)
@@ -132,7 +134,7 @@ async def tune(connection: Connection, registered: StreamVersion, tuning: Tuning
 async def trim(connection: Connection, stream: Stream) -> Retention:
     """Trim a stream to its current retention, which is returned."""
     retention = await read_retention(connection, stream)
-    await _trim(connection, stream, retention)
+    await trim_stream(connection, stream, retention, stream.groups)
     return retention
 
 
@@ -199,17 +201,6 @@ def _declared(registered: StreamVersion) -> str:
         if node is not None:
             where += f" in {node.file.name}"
     return f"{where}, version {registered.version}" if registered.version else where
-
-
-async def _trim(connection: Connection, stream: Stream, retention: Retention) -> int:
-    (clock,) = await connection.pipeline((b"TIME",))
-    oldest = int(checked(clock)[0]) * 1_000 + int(clock[1]) // 1_000 - milliseconds(retention.max_age)
-    commands: list[Command] = []
-    for key in stream_keys(stream):
-        commands.append((b"XTRIM", key, b"MAXLEN", b"~", retention.max_entries))
-        if retention.max_age:
-            commands.append((b"XTRIM", key, b"MINID", b"~", max(oldest, 0)))
-    return sum(map(checked, await connection.pipeline(*commands)))
 
 
 def _parsed(name: str, record: bytes) -> Tuning | None:

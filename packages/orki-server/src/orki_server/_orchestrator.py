@@ -68,8 +68,10 @@ EVENTS_SERVICE: Final = "orki.events"
 """Name under which the health service reports the event plane."""
 
 _STOP_TIMEOUT: Final = 1.0
-_PUBLISH_TIMEOUT: Final = 2.0
+_PUBLISH_TIMEOUT: Final = 1.0
 """Maximum time for the events that are left at the end."""
+_FLUSH_TIMEOUT: Final = 1.5
+"""Maximum time for all that the store is told at the end."""
 _PROBE_TIMEOUT: Final = 2.0
 _STREAMS_PER_CONNECTION: Final = 1_000
 _log = logging.getLogger("orki.server")
@@ -294,6 +296,7 @@ class Orchestrator:
         try:
             for stream in (TASKS, AGENTS, AUDIT):
                 await self._events.prepare(stream)
+            self._events.keep_trimmed()
             await self._outbox.maintain()
         except ContractMismatch:
             raise
@@ -337,14 +340,16 @@ class Orchestrator:
         self._tasks.clear()
         await self._server.stop(_STOP_TIMEOUT)
         if self._store.up:
-            with contextlib.suppress(OrkiError):
-                await self._updates.flush()
-                # An event server that is full or down must not keep the next orchestrator from starting. The outbox
-                # keeps the records.
-                with contextlib.suppress(OrkiError, TimeoutError):
-                    async with asyncio.timeout(_PUBLISH_TIMEOUT):
-                        await self._outbox.publish_all()
-                await self._outbox.release()
+            # A store that hangs may still count as up.
+            with contextlib.suppress(OrkiError, TimeoutError):
+                async with asyncio.timeout(_FLUSH_TIMEOUT):
+                    await self._updates.flush()
+                    # An event server that is full or down must not keep the next orchestrator from starting. The outbox
+                    # keeps the records.
+                    with contextlib.suppress(OrkiError, TimeoutError):
+                        async with asyncio.timeout(_PUBLISH_TIMEOUT):
+                            await self._outbox.publish_all()
+                    await self._outbox.release()
         await self._close_connections()
 
     async def _close_connections(self) -> None:

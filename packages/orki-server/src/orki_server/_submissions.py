@@ -12,7 +12,7 @@ import itertools
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import TaskState
@@ -31,11 +31,14 @@ from orki_server._store.operations import (
     Submitted,
     known_task_id,
     new_task_id,
+    shard_of,
     shard_of_key,
     submission_digest,
 )
 from orki_server._store.placement import ANYWHERE, COUNTING_SHARD, Placement
 from orki_server._store.replies import BULK_BYTES
+from orki_server._store.server import Durability
+from orki_server._store.store import Store
 
 SUBMISSION_ID_BYTES: Final = 16
 """Length of a submission id: 6 bytes of milliseconds, then random bytes."""
@@ -65,27 +68,28 @@ class Pending:
 class Submissions:
     """Checks submissions, by `rules` first, and gives them their task ids.
 
-    It applies operations by `apply`, and calls `on_new` with a new task. It calls `expect` with shard and method of a
-    submission on its way, which returns whether its batch asks for the task; None if tasks must be durable before.
+    It calls `on_new` with a new task. It calls `expect` with shard and method of a submission on its way, which returns
+    whether its batch asks for the task. A task that must be durable before it runs is not asked for.
     """
 
     def __init__(
         self,
-        shards: int,
+        store: Store,
         registry: ContractRegistry,
         payloads: PayloadCheck,
         rules: Callable[[pb.Submission], None],
         on_new: Callable[[Pending], None],
-        apply: Callable[[Operation[Any]], asyncio.Future[Any]],
-        expect: Callable[[int, str], bool] | None,
+        expect: Callable[[int, str], bool],
     ) -> None:
         self._expect = expect
-        self._shards = shards
+        self._waits = store.connection.durability.waits
+        self._durable = store.durable
+        self._shards = store.shards
         self._registry = registry
         self._payloads = payloads
         self._rules = rules
         self._on_new = on_new
-        self._apply = apply
+        self._apply = store.apply
         self._numbers = itertools.count()
 
     async def check(self, submission: pb.Submission) -> TaskMethod:
@@ -109,6 +113,7 @@ class Submissions:
             method is None
             or submission.HasField("parent")
             or submission.HasField("submitter")
+            or submission.durability
             or not self._payloads.request_cached(method, submission.request)
         ):
             return None
@@ -157,8 +162,23 @@ class Submissions:
         """
         submitted = self._apply(pending.operation)
         submission = pending.submission
-        if self._expect and len(submission.request) < BULK_BYTES and Placement.of(submission) is ANYWHERE:
+        is_small = len(submission.request) < BULK_BYTES
+        if not self._waits and not submission.durability and is_small and Placement.of(submission) is ANYWHERE:
             pending.expected = self._expect(pending.shard, submission.method)
+        return submitted
+
+    async def store(self, pending: Pending) -> Submitted:
+        """Store a submission, and wait until it is as durable as it asks for. Raises as `prepare`, and:
+
+        Raises:
+            NotDurable: The store cannot keep the durability.
+        """
+        wanted = Durability.parse(pending.submission.durability or "memory")
+        await self._durable.check(pending.shard, wanted)
+        prepared = await self.prepare(pending)
+        submitted = await self.send(prepared)
+        pending.expected = prepared.expected
+        await self._durable.confirm(shard_of(submitted.task_id), wanted)
         return submitted
 
     async def prepare(self, pending: Pending) -> Pending:

@@ -42,6 +42,7 @@ from orki_server._requests import Undecodable
 from orki_server._results import ResultWatches, Sink
 from orki_server._sessions import HELLOS_PER_CONNECTION
 from orki_server._store.lifecycle import TERMINAL
+from orki_server._store.operations import Submitted
 from orki_server._store.store import Store
 from orki_server._submissions import Pending, Submissions
 from orki_server._tasks import TaskServicer, Watchers
@@ -237,19 +238,18 @@ class SubmitterStream:
         submissions = self._services.submissions
         method = await submissions.check(submit.submission)
         pending = submissions.pending(submit.submission, method, self._actor, submit.submission_id)
-        pending = await submissions.prepare(pending)
-        stored = submissions.send(pending)
-        stored.add_done_callback(partial(self._stored, number, submit, pending))
+        self._accepted(number, submit, pending, await submissions.store(pending))
 
     def _stored(self, number: int, submit: pb.TaskSubmit, pending: Pending, stored: asyncio.Future[Any]) -> None:
         if stored.cancelled():
             return
         try:
-            submitted = stored.result()
-            task = self._services.submissions.accepted(pending, submitted)
+            self._accepted(number, submit, pending, stored.result())
         except Exception as error:
             self._failed(number, error)
-            return
+
+    def _accepted(self, number: int, submit: pb.TaskSubmit, pending: Pending, submitted: Submitted) -> None:
+        task = self._services.submissions.accepted(pending, submitted)
         if task is None or submit.repeated:
             # The task exists already, and may be in any state.
             self._start(number, self._accept_found(number, submit, submitted.task_id))

@@ -15,6 +15,7 @@ from orki.control.v1.attempt_pb2 import Failure, TaskState
 from orki_contract.errors import (
     Draining,
     InvalidArgument,
+    InvalidSetting,
     NotDirectable,
     OrkiError,
     StoreUnavailable,
@@ -39,6 +40,7 @@ from orki_server._store.lifecycle import TERMINAL
 from orki_server._store.operations import failure_text
 from orki_server._store.placement import check_placement
 from orki_server._store.replies import TaskView
+from orki_server._store.server import Durability
 from orki_server._store.store import Store
 from orki_server._store.tasks import TaskFilter, list_tasks
 from orki_server._submissions import Pending, Submissions
@@ -74,6 +76,7 @@ class RequestRules:
             raise InvalidArgument(f"idempotency_key: at most {_KEY_BYTES} bytes; hash a longer key")
         check_placement(submission, time.time_ns() // 1000)
         check_budget(submission)
+        check_durability(submission)
 
     def cancel(self, request: pb.CancelRequest) -> None:
         if len(request.message) > MAX_MESSAGE:
@@ -117,6 +120,14 @@ class RequestRules:
                 f"{field}: {len(payload)} bytes exceed the maximum of {self._max_payload_bytes}; "
                 "store the payload externally and send a reference"
             )
+
+
+def check_durability(submission: pb.Submission) -> None:
+    """Raise InvalidArgument for a malformed durability."""
+    try:
+        Durability.parse(submission.durability or "memory")
+    except InvalidSetting as error:
+        raise InvalidArgument(error.message) from None
 
 
 def _check_method(field: str, method: str) -> None:
@@ -291,11 +302,7 @@ class TaskServicer(SuspendedTasks, BudgetCalls):
         self._watchers = watchers
         self._rules = rules
         self._on_queued = demand.queued
-        # A task whose submission is not durable yet must not run.
-        expect = None if store.connection.durability.waits else demand.expect
-        self.submissions = Submissions(
-            store.shards, registry, payloads, rules.submission, self._created, store.apply, expect
-        )
+        self.submissions = Submissions(store, registry, payloads, rules.submission, self._created, demand.expect)
         self.draining = False
 
     def _created(self, pending: Pending) -> None:
@@ -334,8 +341,7 @@ class TaskServicer(SuspendedTasks, BudgetCalls):
             raise Draining("this orchestrator is stopping; submit again in a moment")
         method = await self.submissions.check(submission)
         pending = self.submissions.pending(submission, method, actor)
-        pending = await self.submissions.prepare(pending)
-        submitted = await self.submissions.send(pending)
+        submitted = await self.submissions.store(pending)
         return self.submissions.accepted(pending, submitted) or readable(await self.read(submitted.task_id))
 
     @typed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from orki_server._health.findings import (
@@ -11,10 +13,11 @@ from orki_server._health.findings import (
     Snapshot,
     check_dead_letters,
     check_groups,
+    check_losses,
     check_server,
     parse_info,
 )
-from orki_server._observers.stream_stats import GroupStats
+from orki_server._observers.stream_stats import GroupStats, StreamStats
 
 HEALTHY = """# Server
 valkey_version:9.1.2
@@ -119,7 +122,14 @@ def test_replicas(text: str, seen: int, state: str, figure: str) -> None:
 
 
 def _group(
-    *, missing: bool = False, lag: int | None = 0, pending: int = 0, oldest_ms: int = 0, dead: int = 0
+    *,
+    missing: bool = False,
+    lag: int | None = 0,
+    pending: int = 0,
+    oldest_ms: int = 0,
+    dead: int = 0,
+    consumers: int = 1,
+    **figures: Any,
 ) -> GroupStats:
     return GroupStats(
         stream="tasks",
@@ -128,9 +138,10 @@ def _group(
         lag=lag,
         pending=pending,
         oldest_pending_ms=oldest_ms,
-        consumers=1,
+        consumers=consumers,
         dead_letters=dead,
         ack_deadline=30.0,
+        **figures,
     )
 
 
@@ -141,6 +152,10 @@ def _group(
         (_group(lag=None), Health.OK),
         (_group(missing=True), Health.BAD),
         (_group(lag=10_001), Health.WARN),
+        (_group(lag=400, used_retention=0.8), Health.WARN),
+        (_group(lag=400, used_retention=0.7), Health.OK),
+        (_group(lag=1, consumers=0), Health.WARN),
+        (_group(lag=0, consumers=0), Health.OK),
         (_group(pending=1, oldest_ms=61_000), Health.WARN),
         (_group(pending=1, oldest_ms=59_000), Health.OK),
     ],
@@ -149,6 +164,23 @@ def test_groups(group: GroupStats, verdict: Health) -> None:
     (check,) = check_groups([group])
     assert check.verdict is verdict
     assert check.name == "events.tasks.audit"
+
+
+def test_losses_are_bad_until_they_are_acknowledged() -> None:
+    def stream(unseen: int = 0, **figures: Any) -> StreamStats:
+        group = _group(**figures)
+        return StreamStats(
+            stream="tasks", message="M", partitions=1, entries=9, groups=(group,), rolled_back=5, unseen_losses=unseen
+        )
+
+    assert [*check_losses([stream(lost=7)])] == []
+    found = [*check_losses([stream(5, lost=7, unseen_losses=7, unaccounted=2)])]
+    assert [(each.name, each.state, each.verdict, each.figure) for each in found] == [
+        ("events.tasks.losses", "events-rolled-back", Health.BAD, "5 entries lost by the server"),
+        ("events.tasks.audit.losses", "events-lost", Health.BAD, "7 entries lost"),
+        ("events.tasks.audit.unaccounted", "events-unaccounted", Health.WARN, "2 entries unaccounted"),
+    ]
+    assert "orki streams losses tasks" in found[1].next_step
 
 
 def test_dead_letters_are_bad_and_name_the_commands() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import redis
 
 from orki.events.v1.tool_orki import TOOLS
 from orki.events.v1.tool_pb2 import ToolEvent
@@ -119,3 +120,39 @@ def test_wrong_usage_is_described_in_one_sentence(
     assert says in ended.stderr
     assert "Traceback" not in ended.stderr
     assert code == 2 or ended.stderr.count("\n") == 1
+
+
+async def test_entries_that_were_trimmed_unread_are_shown_everywhere(
+    events: Events, user: Any, orki: Any, redis_only: Any
+) -> None:
+    """A stream keeps few entries, nobody consumes, and many are published: every command tells."""
+    for number in range(60):
+        await events.publish(user.stream, user.filled(f"r{number}"))
+    keys = ("orki:ev:{secrets:0}", "orki:ev:{secrets:1}")
+    with redis.Redis.from_url(redis_only["ORKI_REDIS_URL"]) as client:
+        lost = sum(int(client.xtrim(key, maxlen=2, approximate=False)) for key in keys)
+    assert lost == 60 - 4
+    (stream,) = json.loads((await orki("streams", "--json", **redis_only)).out)
+    audit = next(each for each in stream["groups"] if each["group"] == "audit")
+    assert (audit["lag"], audit["lost"], audit["unseen_losses"]) == (4, lost, lost)
+    assert "LOST" in (await orki("streams", **redis_only)).out
+    doctor = await orki("doctor", "--json", **redis_only)
+    checks = {check["name"]: check for check in json.loads(doctor.out)["checks"]}
+    assert checks["events.secrets.audit.losses"]["verdict"] == "bad"
+    assert checks["events.secrets.audit"]["state"] == "group-unattended"
+    # The next process that compares positions declares the loss.
+    await events.prepare(user.stream)
+    declared = json.loads((await orki("streams", "losses", "secrets", "--json", **redis_only)).out)
+    counts = [each["count"] for each in declared if each["group"] == "audit"]
+    assert (sum(counts), len(counts)) == (lost, 2)
+    assert all(each["after"] < each["until"] and each["exact"] for each in declared)
+    ended = await orki("streams", "losses", "secrets", "--acknowledge", **redis_only)
+    assert ended.code == 0
+    assert f"{lost * len(stream['groups'])} lost entries acknowledged" in ended.err
+    doctor = await orki("doctor", "--json", **redis_only)
+    assert not [check for check in json.loads(doctor.out)["checks"] if check["name"].endswith(".losses")]
+    (stream,) = json.loads((await orki("streams", "--json", **redis_only)).out)
+    audit = next(each for each in stream["groups"] if each["group"] == "audit")
+    assert (audit["lost"], audit["unseen_losses"]) == (lost, 0)
+    unknown = await orki("streams", "losses", "nobody", **redis_only)
+    assert (unknown.code, unknown.err.count("\n")) == (1, 1)

@@ -23,11 +23,21 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     ),
     "Budget": frozenset({"tokens", "cost_micros", "calls"}),
     "RetryBackoff": frozenset({"initial", "maximum", "multiplier"}),
-    "StreamOptions": frozenset({"name", "partitions", "partition_key", "retention", "groups"}),
-    "Retention": frozenset(
-        {"max_entries", "max_age", "overflow", "least_entries", "most_entries", "least_age", "most_age"}
+    "StreamOptions": frozenset(
+        {"name", "partitions", "partition_key", "retention", "groups", "durability", "replicas"}
     ),
-    "Group": frozenset({"name", "start", "max_deliveries", "ack_deadline", "dead_letter"}),
+    "Retention": frozenset(
+        {
+            *("max_entries", "max_age", "overflow", "least_entries", "most_entries", "least_age", "most_age"),
+            *("max_bytes", "ceiling_entries"),
+        }
+    ),
+    "Group": frozenset(
+        {
+            *("name", "start", "max_deliveries", "ack_deadline", "dead_letter"),
+            *("max_dead_letters", "max_dead_letter_age"),
+        }
+    ),
     "GroupSubscription": frozenset({"stream", "group"}),
     "FrameOptions": frozenset({"version", "block_length", "fixed"}),
     "ToolOptions": frozenset({"opcode", "timeout", "idempotent"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +55,10 @@ def _stream(comparison: Comparison, before: Stream, after: Stream) -> None:
     if overflows[0] != overflows[1]:
         text = f"changed its overflow policy: {was(overflows[0], overflows[1])}"
         report("ORKI_STREAM_OVERFLOW_CHANGED", text, "retention", "overflow")
+    durabilities = _durability(comparison.old, before), _durability(comparison.new, after)
+    if durabilities[0] != durabilities[1]:
+        text = f"changed its durability: {was(durabilities[0], durabilities[1])}"
+        report("ORKI_STREAM_DURABILITY_CHANGED", text, "durability")
     if before.partitions != after.partitions:
         text = f"changed its number of partitions: {was(before.partitions, after.partitions)}"
         report("ORKI_STREAM_PARTITIONS_CHANGED", text, "partitions")
@@ -76,6 +81,7 @@ def _retention(before: Retention, after: Retention, report: Callable[..., None])
     elif after.max_age > before.max_age:
         report("ORKI_STREAM_RELAXED", f"has a longer maximum age: {ages}", "retention", "max_age")
     _bounds(before, after, report)
+    _bytes(before, after, report)
 
 
 def _bounds(before: Retention, after: Retention, report: Callable[..., None]) -> None:
@@ -97,6 +103,20 @@ def _bounds(before: Retention, after: Retention, report: Callable[..., None]) ->
             report("ORKI_STREAM_BOUNDS_NARROWED", text, "retention", f"{edge}_{kind}")
         if new[1] > old[1] and new[1] > is_kept:
             report("ORKI_STREAM_RELAXED", f"has a higher maximum setting: {shown}", "retention", f"most_{kind}")
+
+
+def _bytes(before: Retention, after: Retention, report: Callable[..., None]) -> None:
+    sizes = was(before.max_bytes or "no limit", after.max_bytes or "no limit")
+    if bool(before.max_bytes) != bool(after.max_bytes):
+        report("ORKI_STREAM_LIMITS", f"changed its size limit: {sizes}", "retention", "max_bytes")
+    elif after.max_bytes < before.max_bytes:
+        report("ORKI_STREAM_BYTES_LOWERED", f"keeps fewer bytes: {sizes}", "retention", "max_bytes")
+    elif after.max_bytes > before.max_bytes:
+        report("ORKI_STREAM_RELAXED", f"keeps more bytes: {sizes}", "retention", "max_bytes")
+    if before.overflow == after.overflow and before.ceiling != after.ceiling:
+        rule = "ORKI_STREAM_CEILING_LOWERED" if after.ceiling < before.ceiling else "ORKI_STREAM_RELAXED"
+        ceilings = was(before.ceiling, after.ceiling)
+        report(rule, f"changed its ceiling: {ceilings}", "retention", "ceiling_entries")
 
 
 def _range(bounds: tuple[float, float], kind: str) -> str:
@@ -131,7 +151,16 @@ def _place(side: Side, stream: Stream) -> Callable[..., Location]:
 def _overflow(side: Side, stream: Stream) -> str:
     """Return the policy's name; the default if absent, the number if unknown."""
     number = side.schema.option(side.schema.messages[stream.message].proto.options, "stream").retention.overflow
-    return str(stream.retention.overflow) if number in (0, 1) else str(number)
+    return str(stream.retention.overflow) if number in (0, 1, 2, 3) else str(number)
+
+
+def _durability(side: Side, stream: Stream) -> str:
+    """Return the durability's name with the number of replicas; the number if unknown."""
+    option = side.schema.option(side.schema.messages[stream.message].proto.options, "stream")
+    number = getattr(option, "durability", 0)
+    if number not in (0, 1, 2, 3):
+        return str(number)
+    return f"{stream.durability}:{stream.replicas}" if stream.replicas else str(stream.durability)
 
 
 def _key(side: Side, stream: Stream) -> int:
@@ -207,6 +236,15 @@ def _pair(comparison: Comparison, stream: str, old: _Declared, new: _Declared) -
         report("ORKI_GROUP_DEADLINE_LOWERED", f"has a shorter acknowledgement deadline: {deadlines}", "ack_deadline")
     elif after.ack_deadline > before.ack_deadline:
         report("ORKI_GROUP_RELAXED", f"has a longer acknowledgement deadline: {deadlines}", "ack_deadline")
+    limits = [(each.max_dead_letters, each.max_dead_letter_age or math.inf) for each in (before, after)]
+    if limits[0] != limits[1]:
+        ages = (duration_text(before.max_dead_letter_age), duration_text(after.max_dead_letter_age))
+        kept = was(f"{before.max_dead_letters}, {ages[0]}", f"{after.max_dead_letters}, {ages[1]}")
+        name = "max_dead_letters" if limits[0][0] != limits[1][0] else "max_dead_letter_age"
+        lower = limits[1][0] < limits[0][0] or limits[1][1] < limits[0][1]
+        words = "fewer or younger" if lower else "more or older"
+        rule = "ORKI_GROUP_LETTERS_LOWERED" if lower else "ORKI_GROUP_RELAXED"
+        report(rule, f"keeps {words} dead letters: {kept}", name)
     letters = [each.dead_letter or f"{stream}.{each.name}.dead" for each in (before, after)]
     if letters[0] != letters[1]:
         text = f"changed its dead-letter stream: {was(letters[0], letters[1])}"

@@ -22,6 +22,9 @@ RULES: Final[dict[Rule, str]] = {
     "ORKI_STREAM_BOUNDS": "A stream's retention bounds include its own retention.",
     "ORKI_STREAM_BOUNDS_AGE": "Only a stream with a maximum age has age bounds.",
     "ORKI_STREAM_OVERFLOW": "A stream's overflow policy is known to this version.",
+    "ORKI_STREAM_CEILING": "Only a stream that keeps unread entries has a ceiling, which is not below its maximum.",
+    "ORKI_STREAM_BYTES": "A stream keeps at most 2^63-1 bytes.",
+    "ORKI_STREAM_DURABILITY": "A stream's durability is known to this version, and only replicas have a number.",
     "ORKI_STREAM_PARTITIONS": "A stream has 1 to 1024 partitions.",
     "ORKI_STREAM_KEY_REQUIRED": "A stream with several partitions has a partition key.",
     "ORKI_STREAM_KEY_UNUSED": "A stream with one partition has no partition key.",
@@ -41,7 +44,8 @@ RULES: Final[dict[Rule, str]] = {
 _NAME: Final = re.compile(r"[a-z][a-z0-9._-]{0,63}")
 _GROUP: Final = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 # Numbers of orki.options.v1; newer options may have other values.
-_OVERFLOWS: Final = frozenset({0, 1})
+_OVERFLOWS: Final = frozenset({0, 1, 2, 3})
+_DURABILITIES: Final = frozenset({0, 1, 2, 3})
 _STARTS: Final = frozenset({0, 1, 2})
 _KEY_TYPES: Final = frozenset(
     FieldDescriptorProto.Type.Value(f"TYPE_{name}")
@@ -94,6 +98,8 @@ def _stream(report: Report, node: MessageNode, option: Any, namesakes: list[Mess
         if option.retention.overflow not in _OVERFLOWS:
             text = f"{subject} has an overflow policy that this version does not know: {option.retention.overflow}"
             report.add("ORKI_STREAM_OVERFLOW", place("retention", "overflow"), text)
+        _limits(report, option.retention, partial(place, "retention"), subject)
+    _durability(report, option, place, subject)
     _partitions(report, node, option, subject)
     seen: set[str] = set()
     for index, group in enumerate(option.groups):
@@ -123,6 +129,32 @@ def _bounds(report: Report, retention: Any, place: Callable[..., Location], subj
         if most and (most < kept or (kind == "entries" and most >= 1 << 63)):
             text = f"{subject} has a most_{kind} below its max_{kind} or above 2^63-1: correct it"
             report.add("ORKI_STREAM_BOUNDS", place(f"most_{kind}"), text)
+
+
+def _limits(report: Report, retention: Any, place: Callable[..., Location], subject: str) -> None:
+    if "max_bytes" not in retention.DESCRIPTOR.fields_by_name:
+        # Options that are older than these limits.
+        return
+    if retention.max_bytes >= 1 << 63:
+        report.add("ORKI_STREAM_BYTES", place("max_bytes"), f"{subject} has max_bytes above 2^63-1: lower it")
+    ceiling = retention.ceiling_entries
+    if ceiling and retention.overflow not in (2, 3):
+        text = f"{subject} has a ceiling_entries but trims unread entries: remove it or set another overflow"
+        report.add("ORKI_STREAM_CEILING", place("ceiling_entries"), text)
+    elif ceiling and not max(retention.max_entries, retention.most_entries) <= ceiling < 1 << 63:
+        text = f"{subject} has a ceiling_entries below its max_entries or most_entries, or above 2^63-1: correct it"
+        report.add("ORKI_STREAM_CEILING", place("ceiling_entries"), text)
+
+
+def _durability(report: Report, option: Any, place: Callable[..., Location], subject: str) -> None:
+    if "durability" not in option.DESCRIPTOR.fields_by_name:
+        return
+    if option.durability not in _DURABILITIES:
+        text = f"{subject} has a durability that this version does not know: {option.durability}"
+        report.add("ORKI_STREAM_DURABILITY", place("durability"), text)
+    elif option.replicas > (9 if option.durability == 3 else 0):
+        text = f"{subject} has {option.replicas} replicas: set 1 to 9, only with DURABILITY_REPLICAS"
+        report.add("ORKI_STREAM_DURABILITY", place("replicas"), text)
 
 
 def _amount(retention: Any, name: str) -> float:
@@ -172,6 +204,8 @@ def _group(report: Report, group: Any, place: Callable[..., Location], stream: s
         text = f"{subject} has max_deliveries = {group.max_deliveries}: set it to 1 to 1000"
         report.add("ORKI_GROUP_MAX_DELIVERIES", place("max_deliveries"), text)
     report.duration(place("ack_deadline"), group, "ack_deadline", subject)
+    if "max_dead_letter_age" in group.DESCRIPTOR.fields_by_name:
+        report.duration(place("max_dead_letter_age"), group, "max_dead_letter_age", subject)
     declared = report.schema.stream_messages
     if group.dead_letter and not _NAME.fullmatch(group.dead_letter):
         text = (

@@ -72,6 +72,12 @@ def with_placement(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option(
         "--fairness-key", default="", metavar="KEY", help="Take turns with tasks of other keys, such as tenants."
     )
+    @click.option(
+        "--durability",
+        default="",
+        metavar="LEVEL",
+        help="What the acknowledged task survives, if more than the orchestrator's setting: fsync, or replicas:N.",
+    )
     @with_budget("budget-")
     @functools.wraps(command)
     def run(
@@ -80,10 +86,13 @@ def with_placement(command: Callable[..., Any]) -> Callable[..., Any]:
         labels: tuple[str, ...],
         limits: tuple[str, ...],
         fairness_key: str,
+        durability: str,
         budget: Budget | None,
         **options: Any,
     ) -> Any:
-        placement = Submission(labels=_labels(labels), limits=limits, fairness_key=fairness_key, budget=budget)
+        placement = Submission(
+            labels=_labels(labels), limits=limits, fairness_key=fairness_key, budget=budget, durability=durability
+        )
         if priority is not None:
             placement.priority = priority
         return command(*arguments, placement=placement, **options)

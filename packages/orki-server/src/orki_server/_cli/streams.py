@@ -13,13 +13,14 @@ import click
 from orki_contract.errors import UnknownStream
 from orki_contract.model import milliseconds
 from orki_events import DeadLetterEntry, Events, StreamVersion, Tuned, Tuning, connect
+from orki_events.losses import RecordedGap, acknowledge_losses, read_gaps
 from orki_events.registry import StreamRegistry
 from orki_events.tuning import effective_retention, read_tunings
 from orki_server._cli.formats import Columns, counted, duration, print_json, print_rows, print_table
 from orki_server._cli.options import json_option, open_redis, redis_option, run_async, run_repeatedly, watch_option
 from orki_server._observers.entries import MultiStreamReader
-from orki_server._observers.redaction import reason_text, safe_json
-from orki_server._observers.stream_stats import StreamStats, read_stream_stats
+from orki_server._observers.redaction import reason_text, safe_json, time_text
+from orki_server._observers.stream_stats import GroupStats, StreamStats, read_stream_stats
 
 _UNITS: Final = {"ms": 1, "s": 1_000, "m": 60_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
 
@@ -196,9 +197,64 @@ def _json(letter: DeadLetterEntry[Any]) -> dict[str, Any]:
     }
 
 
+_LOSS_COLUMNS: Final = Columns(
+    ("TIME", "KIND", "GROUP", "COUNT", "MESSAGE"), right={"COUNT"}, uncut={"TIME", "KIND"}, wraps={"MESSAGE"}
+)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  orki streams losses tasks
+  orki streams losses tasks --json | jq -r '.[] | [.group, .count, .after, .until] | @tsv'
+  orki streams losses tasks --acknowledge
+""",
+)
+@click.argument("name", metavar="STREAM")
+@click.option("--acknowledge", is_flag=True, help="Note that you know of them: `orki doctor` is ok again.")
+@json_option
+@redis_option
+@run_async
+async def losses(name: str, acknowledge: bool, as_json: bool, redis_url: str) -> None:
+    """List the losses of a stream and its groups that were declared, oldest first.
+
+    The server keeps the newest 1,000 of each partition. An empty GROUP stands for the stream itself.
+    """
+    async with open_redis(redis_url) as link:
+        known = {each.contract.name: each.contract for each in await StreamRegistry().streams(link)}
+        if name not in known:
+            raise UnknownStream(f'no stream "{name}" is registered (registered: {", ".join(sorted(known)) or "none"})')
+        found = await read_gaps(link, known[name])
+        fresh = await acknowledge_losses(link, known[name]) if acknowledge else 0
+    shown = [_loss_json(each) for each in found]
+    rows = [tuple(_loss_text(value) for value in list(each.values())[:5]) for each in shown]
+    print_rows(as_json, shown, _LOSS_COLUMNS, rows, empty=f"no losses of stream {name} were declared")
+    if acknowledge:
+        click.echo(f"{counted(fresh, 'lost entry')} acknowledged", err=True)
+
+
+def _loss_json(recorded: RecordedGap) -> dict[str, Any]:
+    gap = recorded.gap
+    return {
+        "time": time_text(int(recorded.gap_id.partition("-")[0]) * 1_000),
+        "kind": gap.kind.value,
+        "group": gap.group,
+        "count": gap.count,
+        "message": gap.message,
+        "exact": not gap.possible,
+        "key": gap.key,
+        "after": gap.after,
+        "until": gap.until,
+    }
+
+
+def _loss_text(value: Any) -> str:
+    return "?" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
 _COLUMNS: Final = Columns(
-    ("STREAM", "PARTS", "ENTRIES", "KEEPS", "GROUP", "LAG", "PENDING", "OLDEST", "DEAD"),
-    right={"PARTS", "ENTRIES", "KEEPS", "LAG", "PENDING", "OLDEST", "DEAD"},
+    ("STREAM", "PARTS", "ENTRIES", "KEEPS", "GROUP", "LAG", "PENDING", "OLDEST", "DEAD", "LOST"),
+    right={"PARTS", "ENTRIES", "KEEPS", "LAG", "PENDING", "OLDEST", "DEAD", "LOST"},
 )
 
 
@@ -226,6 +282,7 @@ def streams(ctx: click.Context, watch: bool, as_json: bool, redis_url: str) -> N
     PENDING  entries delivered and not acknowledged
     OLDEST   age of the oldest pending entry
     DEAD     dead letters of the group
+    LOST     entries that the group lost; `+N?` are unaccounted ones. See `orki streams losses STREAM`
     """
     if ctx.invoked_subcommand is not None:
         # An explicit --redis or the environment takes precedence in the subcommand.
@@ -277,6 +334,7 @@ async def tail(name: str, from_start: bool, limit: int | None, as_json: bool, re
 
 
 streams.add_command(dead)
+streams.add_command(losses)
 streams.add_command(tune)
 
 
@@ -290,5 +348,11 @@ def _rows(stream: StreamStats, kept: str) -> Iterator[tuple[str, ...]]:
             f"{group.pending:,}",
             duration(group.oldest_pending_ms * 1000) if group.pending else "-",
             f"{group.dead_letters:,}" if group.dead_letters else "-",
+            _lost(group),
         )
         head = ("", "", "", "")
+
+
+def _lost(group: GroupStats) -> str:
+    lost = f"{group.lost:,}" if group.lost else "-"
+    return f"{lost}+{group.unaccounted:,}?" if group.unaccounted else lost

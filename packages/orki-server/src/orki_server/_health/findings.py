@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 from orki.control.v1.task_pb2 import Pause
 from orki_contract.errors import EventsLoading, EventsNotPersisting, EventsReadOnly, EventsUnavailable, OrkiError
 from orki_server._observers.redaction import safe_text
-from orki_server._observers.stream_stats import GroupStats
+from orki_server._observers.stream_stats import GroupStats, StreamStats
 from orki_server._text import counted, duration, sentence, size
 
 
@@ -68,6 +68,11 @@ STATES: Final = {
     "group-missing": State(Health.BAD),
     "group-stuck": State(Health.WARN),
     "group-lag": State(Health.WARN),
+    "retention-near": State(Health.WARN),
+    "group-unattended": State(Health.WARN),
+    "events-lost": State(Health.BAD),
+    "events-rolled-back": State(Health.BAD),
+    "events-unaccounted": State(Health.WARN),
     "dead-letters": State(Health.BAD),
     "paused": State(Health.WARN),
     "not-serving": State(Health.BAD, serves=False),
@@ -77,6 +82,7 @@ STATES: Final = {
 _OLDEST_VERSION: Final = (6, 2)
 _MEMORY_WARN, _MEMORY_BAD = 0.80, 0.95
 _LAG_WARN: Final = 10_000
+_RETENTION_WARN: Final = 0.8
 _REPLICA_WARN: Final = 5
 """Seconds without a word from a replica, which otherwise confirms every second."""
 _REPLICA_BAD: Final = 20
@@ -218,10 +224,19 @@ def check_groups(groups: Iterable[GroupStats]) -> Iterator[Check]:
             cause = "A consumer has held an entry past its deadline, and no other consumer has claimed it."
             step = "Check that a consumer of this group runs, and read its log."
             yield Check(name, "group-stuck", figure, cause, step)
+        elif each.used_retention >= _RETENTION_WARN:
+            cause = f"The group is so far behind that {each.used_retention:.0%} of the stream's retention is used."
+            step = (
+                f"Start more consumers now, or keep more with orki streams tune {each.stream}: what is trimmed is lost."
+            )
+            yield Check(name, "retention-near", figure, cause, step)
         elif each.lag is not None and each.lag > _LAG_WARN:
             cause = "The group's consumers do not run, or are slower than the stream's publishers."
             step = "Start more consumers of this group before retention trims unread entries."
             yield Check(name, "group-lag", figure, cause, step)
+        elif each.lag and not each.consumers:
+            cause = "No consumer of the group runs, and entries wait for it."
+            yield Check(name, "group-unattended", figure, cause, "Start a consumer of the group.")
         else:
             yield Check(name, "ok", figure)
 
@@ -235,6 +250,28 @@ def check_dead_letters(groups: Iterable[GroupStats]) -> Iterator[Check]:
             cause = "Each entry failed as often as the group allows and became a dead letter."
             step = f"See the reasons with {command}; once the cause is fixed, retry with {command} --replay."
             yield Check(name, "dead-letters", counted(each.dead_letters, "dead letter"), cause, step)
+
+
+def check_losses(streams: Iterable[StreamStats]) -> Iterator[Check]:
+    """Report what streams and groups have lost and no operator has acknowledged, and what nobody can account for."""
+    for stream in streams:
+        step = f"orki streams losses {stream.stream} shows what was lost; with --acknowledge, this check is ok again."
+        if stream.unseen_losses:
+            figure = f"{counted(stream.unseen_losses, 'entry')} lost by the server"
+            cause = "The server lost entries that it had accepted: it came back with older data, or was flushed."
+            yield Check(f"events.{stream.stream}.losses", "events-rolled-back", figure, cause, step)
+        for each in stream.groups:
+            if each.unseen_losses:
+                figure = f"{counted(each.unseen_losses, 'entry')} lost"
+                cause = "Entries were trimmed or deleted before the group settled them, or the server lost them."
+                yield Check(f"events.{each.stream}.{each.group}.losses", "events-lost", figure, cause, step)
+            if each.unaccounted:
+                figure = f"{counted(each.unaccounted, 'entry')} unaccounted"
+                cause = "The group received entries that nobody acknowledged and that are not pending any more."
+                advice = "Did someone delete a consumer with pending entries, or change the group by hand?"
+                yield Check(
+                    f"events.{each.stream}.{each.group}.unaccounted", "events-unaccounted", figure, cause, advice
+                )
 
 
 def check_pauses(pauses: Iterable[Pause], now_us: int) -> Iterator[Check]:

@@ -16,6 +16,7 @@ from orki_server._health.findings import (
     Snapshot,
     check_dead_letters,
     check_groups,
+    check_losses,
     check_server,
     parse_info,
     replicas,
@@ -115,7 +116,7 @@ async def check_streams(link: Connection, registry: StreamRegistry) -> list[Chec
     """Check the groups of all registered streams; raises an OrkiError if the server does not answer."""
     figures = await read_stream_stats(link, await registry.streams(link))
     groups = [group for stream in figures for group in stream.groups]
-    return [*check_groups(groups), *check_dead_letters(groups)]
+    return [*check_groups(groups), *check_dead_letters(groups), *check_losses(figures)]
 
 
 async def refuse_evicting(probes: Iterable[ServerProbe]) -> None:

@@ -43,7 +43,7 @@ from orki_contract.errors import InvalidSetting, OrkiError
 from orki_contract.model import AUDIT_GROUP, Group, Stream
 from orki_events import DeliveryBatch, EventOptions, Events, Gap, StreamVersion, connect
 from orki_server._observers.audit_chain import START, link_of, seal
-from orki_server._observers.entries import EntryDecoders, poll_registry
+from orki_server._observers.entries import DRAIN_TIMEOUT, EntryDecoders, poll_registry
 from orki_server._observers.redaction import safe_json, time_text
 from orki_server._process import print_ready_line
 
@@ -244,7 +244,9 @@ async def run_audit(redis_url: str, log: AuditLog, stopped: asyncio.Event) -> No
         OrkiError: Redis refuses the connection or a command, and a retry would not help.
     """
     gaps: asyncio.Queue[Gap] = asyncio.Queue()
-    events = connect(redis_url, options=EventOptions(dedupe_window=0, on_gap=gaps.put_nowait))
+    events = connect(
+        redis_url, options=EventOptions(dedupe_window=0, drain_timeout=DRAIN_TIMEOUT, on_gap=gaps.put_nowait)
+    )
     removed = log.open()
     if removed:
         _log.warning("removed %d bytes of an incomplete last line; its event was not acknowledged", removed)

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -33,6 +33,9 @@ from orki_server._observers.redaction import Redaction, time_text
 
 _PAGE: Final = 200
 _REGISTRY_INTERVAL: Final = 1.0
+_STOP_GRACE: Final = 1.0
+DRAIN_TIMEOUT: Final = 2.0
+"""Maximum time in which an observer acknowledges what it holds, also if the server does not answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,7 +335,7 @@ async def poll_registry(
     failing = False
     while not stopped.is_set():
         try:
-            await callback(await events.registered_streams())
+            await _unless_stopped(_poll(events, callback), stopped)
             if failing:
                 log.info("the event server answers again")
             failing = False
@@ -346,6 +349,24 @@ async def poll_registry(
             await asyncio.wait_for(stopped.wait(), _REGISTRY_INTERVAL)
         except TimeoutError:
             continue
+
+
+async def _poll(events: Events, callback: Callable[[list[StreamVersion]], Awaitable[None]]) -> None:
+    await callback(await events.registered_streams())
+
+
+async def _unless_stopped(work: Coroutine[Any, Any, None], stopped: asyncio.Event) -> None:
+    """Run `work`. Once `stopped` is set, it has a moment to end: the server may not answer."""
+    working, stopping = asyncio.ensure_future(work), asyncio.ensure_future(stopped.wait())
+    try:
+        await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((working,), timeout=_STOP_GRACE)
+        if working.done():
+            working.result()
+    finally:
+        for task in (working, stopping):
+            task.cancel()
+        await asyncio.gather(working, stopping, return_exceptions=True)
 
 
 MAX_CURSOR: Final = 7_000

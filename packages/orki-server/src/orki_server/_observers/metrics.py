@@ -38,9 +38,17 @@ from orki_contract import EventStream
 from orki_contract.errors import InvalidSetting, OrkiError, UnknownStream
 from orki_events import EventOptions, Events, StreamVersion, connect
 from orki_events.connection import Connection, parse_address
-from orki_server._health.findings import VERDICTS, Check, check_dead_letters, check_groups, check_server, replicas
+from orki_server._health.findings import (
+    VERDICTS,
+    Check,
+    check_dead_letters,
+    check_groups,
+    check_losses,
+    check_server,
+    replicas,
+)
 from orki_server._health.probe import ServerProbe
-from orki_server._observers.entries import MultiStreamReader, poll_registry
+from orki_server._observers.entries import DRAIN_TIMEOUT, MultiStreamReader, poll_registry
 from orki_server._observers.http_server import serve_http
 from orki_server._observers.redaction import reason_text
 from orki_server._observers.stream_stats import StreamStats, read_stream_stats
@@ -115,6 +123,14 @@ class FleetMetrics:
         text = "Age of the oldest entry delivered and not acknowledged."
         self._oldest = gauge("orki_group_oldest_pending_seconds", text, by_group)
         self._dead = gauge("orki_group_dead_letters", "Entries in a group's dead letter stream.", by_group)
+        text = "Entries that a group lost: trimmed before it settled them, or lost by the server."
+        self._lost = gauge("orki_group_lost_entries", text, by_group)
+        text = "Entries that a group received and whose outcome nobody knows."
+        self._unaccounted = gauge("orki_group_unaccounted_entries", text, by_group)
+        text = "Share of a stream's retention that a group's lag uses; at 1, it loses entries."
+        self._retention = gauge("orki_group_used_retention_ratio", text, by_group)
+        text = "Entries that the server lost although it had accepted them."
+        self._rolled_back = gauge("orki_stream_rolled_back_entries", text, ["stream"])
         self._tokens = counter("orki_tokens", "Language model tokens.", [*by_model, "kind"])
         self._cost = counter("orki_cost_dollars", "Cost of language models in US dollars.", by_model)
         text = "Time from the call of a tool to its end."
@@ -199,15 +215,20 @@ class FleetMetrics:
 
     def set_streams(self, streams: Iterable[StreamStats]) -> None:
         """Replace the gauges of streams and groups."""
-        for gauge in (self._entries, self._lag, self._pending, self._oldest, self._dead):
+        losses = (self._lost, self._unaccounted, self._retention, self._rolled_back)
+        for gauge in (self._entries, self._lag, self._pending, self._oldest, self._dead, *losses):
             gauge.clear()
         for stream in streams:
             self._entries.labels(stream.stream).set(stream.entries)
+            self._rolled_back.labels(stream.stream).set(stream.rolled_back)
             for each in stream.groups:
                 self._lag.labels(each.stream, each.group).set(float("nan") if each.lag is None else each.lag)
                 self._pending.labels(each.stream, each.group).set(each.pending)
                 self._oldest.labels(each.stream, each.group).set(each.oldest_pending_ms / 1000)
                 self._dead.labels(each.stream, each.group).set(each.dead_letters)
+                self._lost.labels(each.stream, each.group).set(each.lost)
+                self._unaccounted.labels(each.stream, each.group).set(each.unaccounted)
+                self._retention.labels(each.stream, each.group).set(each.used_retention)
 
     def exposition(self) -> bytes:
         """Return all metrics in the Prometheus text format."""
@@ -254,7 +275,7 @@ async def run_metrics(redis_url: str, host: str, port: int, stopped: asyncio.Eve
     """
     metrics = FleetMetrics()
     consumer = f"metrics.{socket.gethostname()}.{port}" if port else None
-    events = connect(redis_url, options=EventOptions(dedupe_window=0))
+    events = connect(redis_url, options=EventOptions(dedupe_window=0, drain_timeout=DRAIN_TIMEOUT))
     open_link = partial(Connection, parse_address(redis_url), connect_timeout=5.0, answer_timeout=10.0)
     link, agents = open_link(name="orki:metrics"), open_link(name="orki:metrics:agents")
     next_count = 0.0
@@ -275,7 +296,7 @@ async def run_metrics(redis_url: str, host: str, port: int, stopped: asyncio.Eve
             figures = await read_stream_stats(link, streams)
             metrics.set_streams(figures)
             groups = [group for stream in figures for group in stream.groups]
-            group_checks[:] = [*check_groups(groups), *check_dead_letters(groups)]
+            group_checks[:] = [*check_groups(groups), *check_dead_letters(groups), *check_losses(figures)]
             nonlocal next_count
             if (now := time.monotonic()) >= next_count:
                 metrics.set_agents(await count_connected(link))

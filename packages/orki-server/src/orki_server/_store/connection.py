@@ -126,6 +126,10 @@ class StoreConnection:
             raise self.address.unavailable("no node of the cluster has this key's slot")
         return server
 
+    def server_of_key(self, key: str) -> Address:
+        """Return the server that has a key. Raises StoreUnavailable if no node of the cluster has it."""
+        return self._server_of(("GET", key)).address
+
     def on_recovery(self, check: Callable[[], Awaitable[None]]) -> None:
         """Run `check` each time that the server is back, before anything else uses it."""
         self._checks.append(check)

@@ -49,6 +49,9 @@ class Durability:
     fsync: bool = False
     replicas: int = 0
 
+    def __str__(self) -> str:
+        return "fsync" if self.fsync else f"replicas:{self.replicas}" if self.replicas else "memory"
+
     @classmethod
     def parse(cls, text: str) -> Durability:
         """Read `memory`, `fsync` or `replicas:N`.
@@ -60,6 +63,10 @@ class Durability:
         if match is None:
             raise InvalidSetting(f"durability {text!r}: use memory, fsync, or replicas:N with N from 1 to 9")
         return cls(text == "fsync", int(match[1] or 0))
+
+    def covers(self, other: Durability) -> bool:
+        """Whether writes of this durability also have the other one."""
+        return (self.fsync or not other.fsync) and self.replicas >= other.replicas
 
     @property
     def waits(self) -> bool:
@@ -216,6 +223,8 @@ class StoreServer:
         task = asyncio.get_running_loop().create_task(self._wait(lane, covered), name="orki store durability")
         self._waits.add(task)
         task.add_done_callback(self._waits.discard)
+        # A task that is cancelled before its first step never enters `_wait`.
+        task.add_done_callback(lambda _: _end(covered, self.cut()))
 
     async def _wait(self, lane: Lane, covered: list[asyncio.Future[None]]) -> None:
         error: OrkiError | None = self.cut()

@@ -15,6 +15,7 @@ from orki_control.session import AttemptKey
 from orki_server._keys import LAYOUT_VERSION, FleetKeys
 from orki_server._store.batcher import Batcher, shard_script
 from orki_server._store.connection import StoreConnection
+from orki_server._store.durable import DurableWrites
 from orki_server._store.operations import Assigned, Operation, raise_epoch, shard_of
 from orki_server._store.server import MEMORY, Durability
 
@@ -30,6 +31,7 @@ class Store:
         caller: Name of the orchestrator.
         channel: Channel of the announcements.
         apply: Enqueues an operation; see `Batcher.apply`.
+        durable: Makes single writes durable, beyond the durability of the store.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Store:
         self.caller = caller
         self.channel = FleetKeys.channel(self.connection.address.settings.get("db", 0))
         self._batcher = Batcher(self.connection, shard_script(retention, self.channel), shards, caller)
+        self.durable = DurableWrites(self.connection)
         self._generation = b""
         self._secret = b""
         self._highest_fence: dict[int, int] = {}
@@ -79,6 +82,7 @@ class Store:
 
     async def close(self) -> None:
         await self._batcher.close()
+        await self.durable.close()
         await self.connection.close()
 
     def on_batch(self, fill: Callable[[], None]) -> None:

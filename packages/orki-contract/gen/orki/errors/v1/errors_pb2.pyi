@@ -70,6 +70,8 @@ class _ReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTyp
     """The task is not suspended, so it takes no answer."""
     REASON_ALREADY_ANSWERED: _Reason.ValueType  # 31
     """The task was answered before, with another answer."""
+    REASON_NOT_DURABLE: _Reason.ValueType  # 32
+    """The store cannot keep the durability that the submission asks for."""
     REASON_HANDLER_FAILED: _Reason.ValueType  # 100
     """The handler raised an error."""
     REASON_HANDLER_REJECTED: _Reason.ValueType  # 101
@@ -114,6 +116,8 @@ class _ReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTyp
     """The event server refused the command for another reason."""
     REASON_EVENTS_BUFFER_FULL: _Reason.ValueType  # 208
     """The publisher's bounded buffer is full."""
+    REASON_EVENTS_STREAM_FULL: _Reason.ValueType  # 211
+    """A stream keeps as many entries for its groups as its contract allows; publish when they have read some."""
     REASON_EVENT_UNDECODABLE: _Reason.ValueType  # 209
     """The entry cannot be decoded as the message of the stream."""
     REASON_DELIVERIES_EXHAUSTED: _Reason.ValueType  # 210
@@ -198,6 +202,8 @@ REASON_NOT_SUSPENDED: Reason.ValueType  # 30
 """The task is not suspended, so it takes no answer."""
 REASON_ALREADY_ANSWERED: Reason.ValueType  # 31
 """The task was answered before, with another answer."""
+REASON_NOT_DURABLE: Reason.ValueType  # 32
+"""The store cannot keep the durability that the submission asks for."""
 REASON_HANDLER_FAILED: Reason.ValueType  # 100
 """The handler raised an error."""
 REASON_HANDLER_REJECTED: Reason.ValueType  # 101
@@ -242,6 +248,8 @@ REASON_EVENTS_REFUSED: Reason.ValueType  # 207
 """The event server refused the command for another reason."""
 REASON_EVENTS_BUFFER_FULL: Reason.ValueType  # 208
 """The publisher's bounded buffer is full."""
+REASON_EVENTS_STREAM_FULL: Reason.ValueType  # 211
+"""A stream keeps as many entries for its groups as its contract allows; publish when they have read some."""
 REASON_EVENT_UNDECODABLE: Reason.ValueType  # 209
 """The entry cannot be decoded as the message of the stream."""
 REASON_DELIVERIES_EXHAUSTED: Reason.ValueType  # 210

@@ -130,6 +130,7 @@ class Submission(message.Message):
     PARENT_FIELD_NUMBER: builtins.int
     BUDGET_FIELD_NUMBER: builtins.int
     SUBMITTER_FIELD_NUMBER: builtins.int
+    DURABILITY_FIELD_NUMBER: builtins.int
     method: builtins.str
     """Service and method, as `package.Service/Method`."""
     request: builtins.bytes
@@ -148,6 +149,11 @@ class Submission(message.Message):
     """Time by the store's clock, in microseconds since the Unix epoch; at most 366 days ahead. A past time is at once."""
     fairness_key: builtins.str
     """Tasks of a method and priority take turns by this key, such as a tenant; of the same characters. Empty: none."""
+    durability: builtins.str
+    """What the task survives once it is acknowledged, if that is more than the orchestrator's setting: `memory`, `fsync` (on
+    the store's disk) or `replicas:N` (N replicas of the store have it, from 1 to 9). Empty: the setting. Refused with
+    REASON_NOT_DURABLE if the store cannot keep it.
+    """
     @builtins.property
     def labels(self) -> containers.ScalarMap[builtins.str, builtins.str]:
         """Only agents with all of these labels get the task. At most 16; names and values have 1 to 128 letters, digits and
@@ -194,10 +200,11 @@ class Submission(message.Message):
         parent: attempt_pb2.AttemptRef | None = ...,
         budget: attempt_pb2.Budget | None = ...,
         submitter: attempt_pb2.AttemptRef | None = ...,
+        durability: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "budget", b"budget", "delay_ms", b"delay_ms", "parent", b"parent", "priority", b"priority", "start", b"start", "start_at_us", b"start_at_us", "submitter", b"submitter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "budget", b"budget", "delay_ms", b"delay_ms", "fairness_key", b"fairness_key", "idempotency_key", b"idempotency_key", "labels", b"labels", "limits", b"limits", "method", b"method", "parent", b"parent", "priority", b"priority", "request", b"request", "start", b"start", "start_at_us", b"start_at_us", "submitter", b"submitter", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_priority", b"_priority", "budget", b"budget", "delay_ms", b"delay_ms", "durability", b"durability", "fairness_key", b"fairness_key", "idempotency_key", b"idempotency_key", "labels", b"labels", "limits", b"limits", "method", b"method", "parent", b"parent", "priority", b"priority", "request", b"request", "start", b"start", "start_at_us", b"start_at_us", "submitter", b"submitter", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__priority: _TypeAlias = typing.Literal["priority"]  # noqa: Y015
     _WhichOneofArgType__priority: _TypeAlias = typing.Literal["_priority", b"_priority"]  # noqa: Y015
