@@ -100,12 +100,13 @@ def check_control(history: list[Record]) -> Report:
 
 
 def _losable(history: list[Record]) -> set[str]:
-    """Return the tasks acknowledged before the last kill of a server without an append-only file."""
+    """Return the tasks whose submission began before the last kill of a server without an append-only file."""
     if not any(each["event"] == "server" and each["log"] == "none" for each in history):
         return set()
     kills = [each["t"] for each in history if each["event"] == "killed" and each["name"] == "redis"]
     last = max(kills, default=0)
-    return {each["task"] for each in history if each["event"] == "submitted" and each["t"] <= last}
+    begun = {each["key"]: each["t"] for each in history if each["event"] == "submitting"}
+    return {each["task"] for each in history if each["event"] == "submitted" and begun[each["key"]] <= last}
 
 
 def check_charges(history: list[Record]) -> list[str]:
