@@ -54,6 +54,7 @@ class Pending:
         shard: Shard of the task.
         span: The task's span.
         operation: The operation of the store.
+        durability: Durability that its method declares; empty for none.
         expected: Whether the batch of the operation also asks for the task.
     """
 
@@ -62,6 +63,7 @@ class Pending:
     shard: int
     span: Span
     operation: Operation[Submitted]
+    durability: str = ""
     expected: bool = False
 
 
@@ -114,6 +116,7 @@ class Submissions:
             or submission.HasField("parent")
             or submission.HasField("submitter")
             or submission.durability
+            or method.durability
             or not self._payloads.request_cached(method, submission.request)
         ):
             return None
@@ -153,7 +156,7 @@ class Submissions:
             placement=placement,
             lineage=("", "", "", own) if (own := own_budget(submission, method)) else NO_LINEAGE,
         )
-        return Pending(submission, task_id, shard, span, operation)
+        return Pending(submission, task_id, shard, span, operation, method.durability)
 
     def send(self, pending: Pending) -> asyncio.Future[Submitted]:
         """Enqueue the operation of a submission. Raises as `Batcher.apply`.
@@ -162,8 +165,8 @@ class Submissions:
         """
         submitted = self._apply(pending.operation)
         submission = pending.submission
-        is_small = len(submission.request) < BULK_BYTES
-        if not self._waits and not submission.durability and is_small and Placement.of(submission) is ANYWHERE:
+        waits = self._waits or (submission.durability or pending.durability or "memory") != "memory"
+        if not waits and len(submission.request) < BULK_BYTES and Placement.of(submission) is ANYWHERE:
             pending.expected = self._expect(pending.shard, submission.method)
         return submitted
 
@@ -173,7 +176,7 @@ class Submissions:
         Raises:
             NotDurable: The store cannot keep the durability.
         """
-        wanted = Durability.parse(pending.submission.durability or "memory")
+        wanted = Durability.parse(pending.submission.durability or pending.durability or "memory")
         await self._durable.check(pending.shard, wanted)
         prepared = await self.prepare(pending)
         submitted = await self.send(prepared)
