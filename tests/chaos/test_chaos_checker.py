@@ -74,9 +74,11 @@ def lossy_history() -> list[Record]:
     """A task acknowledged before the last kill of a server without a file, and one acknowledged after it."""
     history = [
         record("server", log="none"),
-        record("submitted", key="old", task="t-old", expect=["SUCCEEDED"], lines=7) | {"t": 1},
+        record("submitting", key="old") | {"t": 1},
         record("killed", name="redis") | {"t": 2},
-        record("submitted", key="new", task="t-new", expect=["SUCCEEDED"], lines=7) | {"t": 3},
+        record("submitted", key="old", task="t-old", expect=["SUCCEEDED"], lines=7) | {"t": 3},
+        record("submitting", key="new") | {"t": 4},
+        record("submitted", key="new", task="t-new", expect=["SUCCEEDED"], lines=7) | {"t": 5},
         record("started", task="t-new", attempt=1, fence=10),
         record("finished", task="t-new", attempt=1, fence=10),
     ]
@@ -92,7 +94,7 @@ def test_a_server_without_a_file_may_lose_tasks_acknowledged_before_its_last_kil
 
 def test_a_server_without_a_file_loses_nothing_after_its_last_kill() -> None:
     history = lossy_history()
-    history[3]["t"], history[1]["t"] = history[1]["t"], history[3]["t"]
+    history[2]["t"] = 0
     assert any("t-old was acknowledged and is unknown" in each for each in check_control(history).violations)
 
 
@@ -188,6 +190,16 @@ def test_a_declared_loss_of_a_group_covers_its_missing_events_alone() -> None:
     assert check_events(declared).declared_lost == 1
     assert check_events([*history, record("declared", group="audit", count=None, kind="rolled_back")]).violations
     assert check_events([*history, record("declared", group="report", count=1, kind="rolled_back")]).violations
+
+
+@pytest.mark.parametrize(("lossy", "deliveries", "lost"), [(True, 8, False), (True, 7, True), (False, 8, True)])
+def test_a_letter_that_the_server_lost_was_written_after_the_last_delivery(
+    lossy: bool, deliveries: int, lost: bool
+) -> None:
+    history = events_history(lossy=lossy)
+    drop("letter", group="audit")(history)
+    history.append(record("rejected", group="audit", number=7, deliveries=deliveries))
+    assert bool(check_events(history).violations) is lost
 
 
 @pytest.mark.parametrize("sentence", EVENTS_PLANTS)

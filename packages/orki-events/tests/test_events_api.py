@@ -11,6 +11,8 @@ import sys
 import pytest
 
 import orki_events
+from orki_events.connection import Script
+from orki_events.scripts import package_scripts
 
 EXPORTS = {
     "orki_events": {
@@ -92,6 +94,7 @@ EXPORTS = {
         "read_gaps",
         "read_positions",
     },
+    "orki_events.scripts": {"load_scripts", "package_scripts"},
     "orki_events.registry": {
         "StreamRegistry",
         "StreamVersion",
@@ -137,3 +140,11 @@ def test_importing_the_package_loads_few_modules_and_no_redis_client() -> None:
     loaded = json.loads(run.stdout)
     assert not [name for name in loaded if name.partition(".")[0] in {"redis", "grpc", "argparse"}]
     assert len(loaded) <= 300
+
+
+def test_an_operator_loads_every_script_of_the_package() -> None:
+    modules = (
+        importlib.import_module(f"orki_events.{each.name}") for each in pkgutil.iter_modules(orki_events.__path__)
+    )
+    found = {value.digest for module in modules for value in vars(module).values() if isinstance(value, Script)}
+    assert {each.digest for each in package_scripts()} == found

@@ -74,7 +74,7 @@ LEGAL = {
         "DRAINING": "DrainRequested",
     },
     "READING": {
-        "READING": f"{REPLIES} Requested {CALLS} RepeatDue RetryDue RenewalDue SweepDue {OWNERSHIP}",
+        "READING": f"{REPLIES} Requested {CALLS} RepeatDue RetryDue RenewalDue ReadDue SweepDue {OWNERSHIP}",
         "RECOVERING": "EntriesUnknown",
         "CREATING": "GroupMissing",
         "DRAINING": "DrainRequested",

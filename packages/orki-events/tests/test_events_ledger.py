@@ -122,7 +122,8 @@ async def test_an_event_that_never_arrived_is_missing(events: Events, server: An
         ids = [entry_id for entry_id, _ in client.xrange(KEY)]
         client.execute_command("XDEL", KEY, ids[1])
         # As if it had never arrived: after a rollback, the server's count of deleted entries is not available.
-        client.execute_command("XSETID", KEY, ids[2], "ENTRIESADDED", 2, "MAXDELETEDID", "0-0")
+        if int(client.info("server")["redis_version"].split(".")[0]) >= 7:
+            client.execute_command("XSETID", KEY, ids[2], "ENTRIESADDED", 2, "MAXDELETEDID", "0-0")
     ledger = await events.ledger(stream)
     assert (ledger.published, ledger.missing) == (2, 1)
 

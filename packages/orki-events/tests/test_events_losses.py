@@ -96,8 +96,9 @@ async def test_a_slow_group_is_told_what_it_lost(server: Any, opened: Any, usage
     told = sum(gap.count or 0 for gap in gaps if gap.group == "work")
     assert (work.unaccounted, ledger.published) == (0, work.processed + work.declared_lost)
     # An entry that is trimmed between its handler's end and its acknowledgement counts as lost.
-    assert handled - 64 <= work.processed <= handled
+    assert work.processed <= handled
     if counted:
+        assert handled - 64 <= work.processed
         assert ledger.published == 20_000
         assert work.declared_lost <= told <= work.declared_lost + 64
 
@@ -153,7 +154,7 @@ async def test_two_consumers_declare_a_loss_once_and_both_are_told(
         await each.end()
     assert [gap.count for gap in of_group(gaps, "work", GapKind.TRIMMED_UNREAD)] == [932, 932]
     recorded = [each.gap for each in await read_gaps(link, stream.contract)]
-    assert [(gap.kind, gap.group, gap.count) for gap in recorded] == [(GapKind.TRIMMED_UNREAD, "work", 932)]
+    assert [gap.count for gap in of_group(recorded, "work", GapKind.TRIMMED_UNREAD)] == [932]
 
 
 async def test_a_loss_that_nobody_consumes_is_in_the_ledger(server: Any, opened: Any, usage: Any) -> None:
@@ -403,3 +404,18 @@ async def test_a_key_of_another_type_is_no_stream(server: Any, opened: Any, usag
         client.set("orki:ev:{other}", "text")
     other, stream = await read_positions(link, ["orki:ev:{other}", KEY])
     assert (other.exists, stream.exists, stream.length) == (False, True, 3)
+
+
+async def test_an_idle_consumer_beside_large_entries_costs_little(server: Any, opened: Any, usage: Any) -> None:
+    # XINFO STREAM replies with the first and the last entry.
+    stream = usage()
+    events = await opened()
+    await events.publish_many(stream, [UsageEvent(model="x" * 1_000_000) for _ in range(2)])
+    reader = Reader(events, stream)
+    await settled(events, stream, "work")
+    with server.client as client:
+        before = client.info("stats")["total_net_output_bytes"]
+        await asyncio.sleep(6.0)
+        sent = client.info("stats")["total_net_output_bytes"] - before
+    await reader.end()
+    assert sent < 100_000

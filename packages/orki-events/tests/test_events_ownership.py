@@ -18,6 +18,7 @@ from orki_events._delivery_table import (
     Dispatch,
     EntriesClaimed,
     EntriesRead,
+    EntriesUnknown,
     Failed,
     GivenUp,
     GiveUp,
@@ -319,6 +320,21 @@ def test_a_lost_partition_leaves_only_running_handlers_and_no_hand_back() -> Non
     bench.tell(Failed("p0", [entry(1, "a")], Reason.REASON_HANDLER_FAILED, "boom"))
     assert bench.machine.held == 0
     assert bench.asked == []
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_partition_that_is_lost_after_an_unanswered_read_does_not_stop_the_consumer(again: bool) -> None:
+    bench = Bench()
+    read = bench.owning()
+    bench.tell(EntriesUnknown(read))
+    bench.tell(PartitionLost("p0"))
+    assert bench.machine.state is State.READING
+    if again:
+        bench.tell(PartitionGained("p0", bench.now + 28))
+    bench.later(10)
+    assert bench.machine.state is State.READING
+    if not again:
+        bench.owning("p1")
 
 
 def test_a_claim_from_before_a_loss_does_not_end_the_next_takeover() -> None:

@@ -19,11 +19,16 @@ from redis.exceptions import RedisError
 
 from orki.control.v1 import task_pb2 as pb
 from orki.control.v1.attempt_pb2 import TaskState
+from orki.events.v1.usage_pb2 import UsageEvent
+from orki_contract import EventStream
 from orki_contract.errors import InvalidSetting, OrkiError, StoreUnavailable, UnknownTask
+from orki_contract.model import Group, Retention, Stream
 from orki_contract.trace import new_span
 from orki_control import Client, ClientOptions
 from orki_control.session import ArrivedOffer
-from orki_events.connection import parse_address
+from orki_events import Events, connect
+from orki_events.connection import Connection, parse_address
+from orki_events.losses import read_gaps
 from orki_server._keys import FleetKeys, ShardKeys
 from orki_server._store import operations
 from orki_server._store.cluster import slot_of
@@ -167,13 +172,19 @@ def cluster(tmp_path: Path) -> Iterator[ClusterSetup]:
 
 
 class SentinelSetup:
-    """A primary, two replicas and three sentinels."""
+    """A primary, two replicas and three sentinels.
+
+    A primary without a replica refuses writes. Otherwise, a killed primary that starts again before it is demoted
+    accepts writes that nobody keeps.
+    """
+
+    OPTIONS = ("--min-replicas-to-write", "1")
 
     def __init__(self, folder: Path) -> None:
-        self.nodes = [Node(folder) for _ in range(3)]
+        self.nodes = [Node(folder, *self.OPTIONS) for _ in range(3)]
         self.sentinels = []
         for node in self.nodes[1:]:
-            node.arguments = ["--replicaof", "127.0.0.1", str(self.nodes[0].port)]
+            node.arguments += ["--replicaof", "127.0.0.1", str(self.nodes[0].port)]
         for _ in range(3):
             sentinel = Node(folder)
             configuration = sentinel.folder / "sentinel.conf"
@@ -203,7 +214,7 @@ class SentinelSetup:
         victim.kill()
         others = [node for node in self.nodes if node is not victim]
         until(lambda: sum(node.is_primary for node in others) == 1)
-        victim.arguments = []
+        victim.arguments = list(self.OPTIONS)
         victim.start()
 
 
@@ -337,6 +348,96 @@ async def test_a_fleet_behind_sentinels_survives_the_loss_of_the_primary(
             async with asyncio.timeout(30):
                 while len(ledger.results) < before + 30:
                     await asyncio.sleep(0.1)
+
+
+# --- streams ---
+
+
+class StreamLedger:
+    """What was published and handled, by key."""
+
+    def __init__(self) -> None:
+        self.published: dict[str, set[int]] = defaultdict(set)
+        self.handled: dict[str, list[int]] = defaultdict(list)
+        self.tried = 0
+        self.untyped: list[BaseException] = []
+
+    async def publish(self, events: Events, key: str, over: asyncio.Event) -> None:
+        """Publish numbered events of one key, each after the one before."""
+        number = 0
+        while not over.is_set():
+            number += 1
+            self.tried += 1
+            try:
+                await events.publish(ORDERED, UsageEvent(agent_id=key, input_tokens=number))
+            except OrkiError:
+                continue
+            except Exception as error:
+                self.untyped.append(error)
+            else:
+                self.published[key].add(number)
+
+    async def consume(self, events: Events) -> None:
+        async with events.deliveries(ORDERED, group="work") as deliveries:
+            async for delivery in deliveries:
+                async with delivery as event:
+                    self.handled[event.agent_id].append(event.input_tokens)
+
+    @property
+    def missing(self) -> int:
+        return sum(len(numbers - set(self.handled[key])) for key, numbers in self.published.items())
+
+
+ORDERED: EventStream[UsageEvent, Any] = EventStream(
+    UsageEvent,
+    Stream(
+        name="ordered",
+        message="orki.events.v1.UsageEvent",
+        retention=Retention(max_entries=1_000_000),
+        partitions=2,
+        partition_key="agent_id",
+        groups=(Group(name="work", ack_deadline=3.0),),
+    ),
+)
+
+
+@pytest.mark.timeout(180)
+async def test_streams_behind_sentinels_keep_their_order_and_declare_what_a_failover_loses(
+    sentinels: SentinelSetup,
+) -> None:
+    ledger, over = StreamLedger(), asyncio.Event()
+    async with connect(sentinels.url, producer="publisher") as publishing, connect(sentinels.url) as consuming:
+        consumer = asyncio.create_task(ledger.consume(consuming))
+        async with asyncio.TaskGroup() as publishers:
+            for key in "abcd":
+                publishers.create_task(ledger.publish(publishing, key, over))
+            for _ in range(2):
+                await asyncio.sleep(1.0)
+                before = ledger.tried
+                await in_thread(sentinels.crash)
+                await in_thread(sentinels.settle)
+                async with asyncio.timeout(30):
+                    while ledger.tried < before + 100:
+                        await asyncio.sleep(0.05)
+            over.set()
+        link = Connection(parse_address(sentinels.url), name="test", connect_timeout=5.0, answer_timeout=5.0)
+        async with asyncio.timeout(60):
+            while True:
+                gaps = [each.gap for each in await read_gaps(link, ORDERED.contract) if each.gap.group == "work"]
+                found = (await consuming.ledger(ORDERED)).groups["work"]
+                if found.pending == found.unread == 0 and ledger.missing <= sum(gap.count or 0 for gap in gaps):
+                    break
+                await asyncio.sleep(0.2)
+        consumer.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await consumer
+        await link.close()
+    assert ledger.untyped == []
+    assert found.unaccounted == 0
+    for key, numbers in ledger.handled.items():
+        first = list(dict.fromkeys(numbers))
+        assert first == sorted(first), f"key {key} was handled out of its order"
+        assert len(first) > 50
 
 
 # --- redirections ---

@@ -203,6 +203,10 @@ class Events:
         await self._registry.register(connection, stream, publishes=True)
         await self._groups.ensure(connection, stream.contract, stream.contract.groups)
 
+    async def create_groups(self, stream: Stream) -> None:
+        """Create the groups that a registered stream declares, and that do not exist."""
+        await self._groups.ensure(self._command_connection(), stream, stream.groups)
+
     async def maintain(self, stream: EventStream[Any, Any]) -> Retention:
         """Do for a stream what publishing does beside writing entries: register it, create its groups, and trim it.
 

@@ -458,6 +458,8 @@ TRANSITIONS: Final = Transitions(
             RepeatDue: State.READING,
             RetryDue: State.READING,
             RenewalDue: State.READING,
+            # The partition whose read was not answered may be another consumer's by now.
+            ReadDue: State.READING,
             # Not in RECOVERING: entries claimed while own pending entries are read would be delivered twice.
             SweepDue: State.READING,
             DrainRequested: State.DRAINING,

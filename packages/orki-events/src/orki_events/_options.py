@@ -22,6 +22,8 @@ class GapKind(StrEnum):
     """The server lost entries that it had accepted, as by a restart with older files, a failover or a flush."""
     GROUP_RECREATED = "group_recreated"
     """The server lost the group, which was created again."""
+    SEQUENCE_HOLE = "sequence_hole"
+    """Numbers are missing in a producer's sequence: events were lost, or their publication failed."""
     PUBLISH_ABANDONED = "publish_abandoned"
     """Collected events could not be published in time."""
     LETTERS_DROPPED = "letters_dropped"

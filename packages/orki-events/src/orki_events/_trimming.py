@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from orki_contract.errors import OrkiError
+from orki_contract.errors import EventsRefused, OrkiError
 from orki_contract.model import Group, Overflow, Retention, Start, Stream, milliseconds
 from orki_events._letters import letters_gap, trim_letters
 from orki_events._options import Gap
@@ -251,7 +251,9 @@ class Trimmer:
         except OrkiError as error:
             if kept.failure != error.message:
                 kept.failure = error.message
-                _log.warning('stream "%s" cannot be trimmed now: %s', kept.stream.name, error.message)
+                # A user of least privilege gets no lease: an orchestrator trims its streams.
+                level = logging.DEBUG if isinstance(error, EventsRefused) and not kept.leased_until else logging.WARNING
+                _log.log(level, 'stream "%s" cannot be trimmed now: %s', kept.stream.name, error.message)
             kept.leased_until = 0.0
             if error.retryable:
                 raise

@@ -152,7 +152,10 @@ class Connection:
         return self.address.error(_error_text(reply))
 
     async def run_script(self, script: Script, keys: Sequence[bytes], *arguments: bytes | str | int) -> Reply:
-        """Run a script, loading it if the server does not have it. Raises the same errors as `execute`."""
+        """Run a script, loading it if the server does not have it. Raises the same errors as `execute`.
+
+        A user that may not load scripts gets a retryable error until another one has loaded them.
+        """
         command = (b"EVALSHA", script.digest, len(keys), *keys, *arguments)
         try:
             return await self.execute(command)
@@ -165,8 +168,9 @@ class Connection:
         try:
             await self.execute((b"SCRIPT", b"LOAD", script.text))
         except OrkiError as error:
-            hint = "an operator must load the package's scripts for this user"
-            raise type(error)(f"{error.message}; {hint}") from error
+            # An orchestrator loads them again after a restart of the server.
+            hint = "its scripts are missing, and this user may not load them: run orki streams apply or an orchestrator"
+            raise error if error.retryable else self.address.unavailable(f"{hint} ({error.message})") from error
 
     async def exchange(
         self, packed: bytes, count: int, *, timeout: float | None = None, same: int | None = None

@@ -52,6 +52,7 @@ class Pending:
         shard: Shard of the task.
         span: The task's span.
         operation: The operation of the store.
+        durability: Durability that its method declares; empty for none.
     """
 
     submission: pb.Submission
@@ -59,6 +60,7 @@ class Pending:
     shard: int
     span: Span
     operation: Operation[Submitted]
+    durability: str = ""
 
 
 class Submissions:
@@ -106,6 +108,7 @@ class Submissions:
             or submission.HasField("parent")
             or submission.HasField("submitter")
             or submission.durability
+            or method.durability
             or not self._payloads.request_cached(method, submission.request)
         ):
             return None
@@ -145,7 +148,7 @@ class Submissions:
             placement=placement,
             lineage=("", "", "", own) if (own := own_budget(submission, method)) else NO_LINEAGE,
         )
-        return Pending(submission, task_id, shard, span, operation)
+        return Pending(submission, task_id, shard, span, operation, method.durability)
 
     async def store(self, pending: Pending) -> Submitted:
         """Store a submission, and wait until it is as durable as it asks for. Raises as `prepare`, and:
@@ -153,7 +156,7 @@ class Submissions:
         Raises:
             NotDurable: The store cannot keep the durability.
         """
-        wanted = Durability.parse(pending.submission.durability or "memory")
+        wanted = Durability.parse(pending.submission.durability or pending.durability or "memory")
         await self._durable.check(pending.shard, wanted)
         pending = await self.prepare(pending)
         submitted = await self._apply(pending.operation)

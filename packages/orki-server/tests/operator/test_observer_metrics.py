@@ -142,6 +142,17 @@ async def test_without_an_event_server_the_observer_serves_and_stops(observer: S
     assert "Traceback" not in process.log
 
 
+async def test_a_server_that_refuses_the_observer_ends_it(observer: Start, valkey_url: str, link: Any) -> None:
+    await link.execute((b"ACL", b"SETUSER", b"nobody", b"on", b">x", b"-@all", b"+client", b"+ping", b"resetkeys"))
+    process = metrics(observer, valkey_url.replace("redis://", "redis://nobody:x@"))
+    try:
+        assert process.process.wait(30) == 1
+    finally:
+        await link.execute((b"ACL", b"DELUSER", b"nobody"))
+    assert "NOPERM" in process.log
+    assert "Traceback" not in process.log
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [

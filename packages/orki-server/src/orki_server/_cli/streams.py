@@ -16,6 +16,7 @@ from orki_events import DeadLetterEntry, Events, StreamVersion, Tuned, Tuning, c
 from orki_events.losses import RecordedGap, acknowledge_losses, read_gaps
 from orki_events.registry import StreamRegistry
 from orki_events.tuning import effective_retention, read_tunings
+from orki_server._cli.apply import apply
 from orki_server._cli.formats import Columns, counted, duration, print_json, print_rows, print_table
 from orki_server._cli.options import json_option, open_redis, redis_option, run_async, run_repeatedly, watch_option
 from orki_server._observers.entries import MultiStreamReader
@@ -333,6 +334,7 @@ async def tail(name: str, from_start: bool, limit: int | None, as_json: bool, re
                     return
 
 
+streams.add_command(apply)
 streams.add_command(dead)
 streams.add_command(losses)
 streams.add_command(tune)

@@ -11,6 +11,7 @@ from typing import Final
 
 from orki_contract.errors import OrkiError
 from orki_events.registry import StreamRegistry
+from orki_events.scripts import load_scripts
 from orki_server._health.findings import Check, Health
 from orki_server._health.probe import ServerProbe, check_streams, refuse_evicting
 
@@ -61,6 +62,9 @@ class HealthLoop:
         found = await asyncio.gather(*(each.checks() for each in self._probes))
         if streams:
             # The server's own checks say why it does not answer; the streams keep their last result.
+            with contextlib.suppress(OrkiError):
+                # A server that was restarted has no scripts, and its other users may not be allowed to load them.
+                await load_scripts(self._probes[-1].link)
             with contextlib.suppress(OrkiError):
                 self._streams = await check_streams(self._probes[-1].link, self._registry)
         new = {check.name: check for check in (*itertools.chain(*found), *self._streams)}

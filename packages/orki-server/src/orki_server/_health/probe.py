@@ -33,18 +33,19 @@ class ServerProbe:
         server: What the names of its checks begin with.
     """
 
-    def __init__(self, address: Address, *, server: str, timeout: float) -> None:
+    def __init__(self, address: Address, *, server: str, timeout: float, writes: bool = True) -> None:
         self.server = server
         # The role decides how errors are classified, and the event plane's classes are finer.
         self._address = replace(address, role="event server")
         self._timeout = timeout
+        self._write: Command = (b"DEL", FleetKeys.PROBE) if writes else (b"PING",)
         self._links: dict[str, Connection] = {}
         self._replicas: dict[str, int] = {}
 
     @classmethod
-    def of(cls, url: str, *, server: str, timeout: float) -> ServerProbe:
+    def of(cls, url: str, *, server: str, timeout: float, writes: bool = True) -> ServerProbe:
         """Create a probe for a URL; raises InvalidSetting if it is malformed."""
-        return cls(parse_address(url, role="store"), server=server, timeout=timeout)
+        return cls(parse_address(url, role="store"), server=server, timeout=timeout, writes=writes)
 
     @property
     def is_cluster(self) -> bool:
@@ -68,7 +69,7 @@ class ServerProbe:
     async def read(self) -> list[Snapshot]:
         """Read a snapshot of the server, or of each primary of the cluster, also of one that is down."""
         if not self._address.is_cluster:
-            return [await self._read(self._address, (b"DEL", FleetKeys.PROBE))]
+            return [await self._read(self._address, self._write)]
         try:
             ranges = (await topology(self._address.at(*self._address.seeds[0]))).ranges
         except OrkiError as error:

@@ -30,7 +30,7 @@ import re
 import socket
 import time
 import uuid
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -41,10 +41,13 @@ from typing import Final
 
 from orki_contract.errors import InvalidSetting, OrkiError
 from orki_contract.model import AUDIT_GROUP, Group, Stream
-from orki_events import DeliveryBatch, EventOptions, Events, Gap, StreamVersion, connect
+from orki_events import DeliveryBatch, EventOptions, Events, Gap, GapKind, StreamVersion, connect
+from orki_events.connection import Connection, parse_address
+from orki_events.entries import stream_keys
 from orki_server._observers.audit_chain import START, link_of, seal
 from orki_server._observers.entries import DRAIN_TIMEOUT, EntryDecoders, poll_registry
 from orki_server._observers.redaction import safe_json, time_text
+from orki_server._observers.sequences import SequenceWatch
 from orki_server._process import print_ready_line
 
 _EVENT_ID: Final = re.compile(rb'\{"event_id":"([0-9a-f]{32})')
@@ -52,6 +55,9 @@ _APPEND: Final = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 _BLOCK: Final = 1 << 18
 _BATCH: Final = 500
 _RETRY_DELAY: Final = 1.0
+_HOLE_GRACE: Final = 10.0
+"""Seconds in which an event may arrive after later ones of its producer: of other partitions, or after a retry."""
+_HOLE_INTERVAL: Final = 2.0
 # A crash counts as a delivery, and crashes must not turn an event into a dead letter.
 _GROUP: Final = Group(name=AUDIT_GROUP.name, max_deliveries=1_000_000)
 
@@ -244,30 +250,88 @@ async def run_audit(redis_url: str, log: AuditLog, stopped: asyncio.Event) -> No
         OrkiError: Redis refuses the connection or a command, and a retry would not help.
     """
     gaps: asyncio.Queue[Gap] = asyncio.Queue()
-    events = connect(
-        redis_url, options=EventOptions(dedupe_window=0, drain_timeout=DRAIN_TIMEOUT, on_gap=gaps.put_nowait)
-    )
+    holes = _Holes(gaps, Connection(parse_address(redis_url), name="orki:audit", connect_timeout=5, answer_timeout=10))
+    events = connect(redis_url, options=EventOptions(dedupe_window=0, drain_timeout=DRAIN_TIMEOUT, on_gap=holes.report))
     removed = log.open()
     if removed:
         _log.warning("removed %d bytes of an incomplete last line; its event was not acknowledged", removed)
     try:
         async with events:
-            audit = _Audit(events, log, stopped)
+            audit = _Audit(events, log, stopped, holes)
+            hole_finder = asyncio.create_task(holes.run(), name="audit sequences")
             gap_writer = asyncio.create_task(audit.write_gaps(gaps), name="audit gaps")
             try:
                 await poll_registry(events, stopped, audit.follow, _log)
             finally:
                 await audit.finish_reading()
+                hole_finder.cancel()
                 gap_writer.cancel()
-                await asyncio.gather(gap_writer, return_exceptions=True)
+                await asyncio.gather(gap_writer, hole_finder, return_exceptions=True)
+                await holes.close()
                 await audit.end(gaps)
     finally:
         log.close()
 
 
+class _Holes:
+    """Reports numbers that are missing in producers' sequences and that no other gap explains."""
+
+    def __init__(self, gaps: asyncio.Queue[Gap], link: Connection) -> None:
+        self._gaps = gaps
+        self._link = link
+        self._watches: dict[str, tuple[Stream, SequenceWatch]] = {}
+        self._explained: Counter[str] = Counter()
+
+    def report(self, gap: Gap) -> None:
+        """Take a gap that the event plane reports, and pass it on to the log."""
+        if gap.group == _GROUP.name:
+            self._explained[gap.stream] += gap.count or 0
+        self._gaps.put_nowait(gap)
+
+    def saw(self, stream: Stream, batch: DeliveryBatch[bytes]) -> None:
+        """Take note of events that are in the log."""
+        watch = self._watches.setdefault(stream.name, (stream, SequenceWatch(_HOLE_GRACE)))[1]
+        seen = zip(batch.envelopes, batch.deliveries, strict=True)
+        numbers = [(each.producer, each.sequence, made == 1) for each, made in seen if each.sequence]
+        watch.saw(numbers, asyncio.get_running_loop().time())
+
+    async def run(self) -> None:
+        """Look for holes until cancelled."""
+        while True:
+            await asyncio.sleep(_HOLE_INTERVAL)
+            for stream, watch in list(self._watches.values()):
+                missing = watch.missing(asyncio.get_running_loop().time())
+                count = sum(missing.values()) - self._explained[stream.name]
+                self._explained[stream.name] = max(-count, 0) if missing else self._explained[stream.name]
+                try:
+                    if count > 0 and missing and await self._reads_alone(stream):
+                        self._gaps.put_nowait(self._gap(stream, missing, count))
+                except OrkiError as error:
+                    _log.warning("%d events of stream %s may be missing: %s", count, stream.name, error.message)
+
+    async def _reads_alone(self, stream: Stream) -> bool:
+        """Whether all events come to this process: other consumers of the group see what is missing here."""
+        for key in stream_keys(stream):
+            consumers = await self._link.execute((b"XINFO", b"CONSUMERS", key, _GROUP.name))
+            if sum(each[1] != b"handed-back" for each in consumers) > 1:
+                return False
+        return True
+
+    def _gap(self, stream: Stream, missing: dict[str, int], count: int) -> Gap:
+        producers = ", ".join(f"{name} ({number})" for name, number in list(missing.items())[:5])
+        text = f'{count} events of stream "{stream.name}" are missing in their producers\' sequences: {producers}'
+        _log.warning("%s", text)
+        kind = GapKind.SEQUENCE_HOLE
+        return Gap(kind=kind, stream=stream.name, group=_GROUP.name, count=count, possible=True, message=text)
+
+    async def close(self) -> None:
+        await self._link.close()
+
+
 class _Audit:
-    def __init__(self, events: Events, log: AuditLog, stopped: asyncio.Event) -> None:
+    def __init__(self, events: Events, log: AuditLog, stopped: asyncio.Event, holes: _Holes) -> None:
         self._events = events
+        self._holes = holes
         self._log = log
         self._stopped = stopped
         # The name depends only on host and file, so that a restarted observer receives its pending events at once.
@@ -331,6 +395,7 @@ class _Audit:
                 async for batch in batches:
                     async with batch:
                         await self._write(stream.name, batch)
+                        self._holes.saw(stream, batch)
         except OrkiError as error:
             # Retried at the next poll of the registry.
             _log.error('the stream "%s" cannot be read: %s', stream.name, error.message)

@@ -280,7 +280,7 @@ async def run_metrics(redis_url: str, host: str, port: int, stopped: asyncio.Eve
     link, agents = open_link(name="orki:metrics"), open_link(name="orki:metrics:agents")
     next_count = 0.0
     group_checks: list[Check] = []
-    probe = ServerProbe.of(redis_url, server="store", timeout=_PROBE_TIMEOUT)
+    probe = ServerProbe.of(redis_url, server="store", timeout=_PROBE_TIMEOUT, writes=False)
     app = web.Application()
     app.router.add_get("/metrics", partial(_serve_metrics, metrics))
     app.router.add_get("/dashboard.json", _serve_dashboard)
@@ -305,9 +305,10 @@ async def run_metrics(redis_url: str, host: str, port: int, stopped: asyncio.Eve
         try:
             await poll_registry(events, stopped, poll_streams, _log)
         finally:
-            for task in endless:
-                task.cancel()
             await events.close()
+            # If the server refuses the observer, nothing has set `stopped`.
+            for task in (*tasks, *endless):
+                task.cancel()
             await asyncio.gather(*tasks, *endless, return_exceptions=True)
             for each in (link, agents, probe):
                 await each.close()
