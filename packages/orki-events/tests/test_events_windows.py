@@ -137,3 +137,30 @@ async def test_large_failing_entries_wait_on_the_server(
     assert len(owners()) == 60
     stop.set()
     await asyncio.wait_for(running, 20)
+
+
+async def test_an_idle_consumer_reads_no_bodies(
+    server: Any, events: Events, usage: Any, until: Callable[..., Any]
+) -> None:
+    stream, got, stop = usage(), [], asyncio.Event()
+    for number in range(5):
+        await events.publish(stream, UsageEvent(attempt=number, model="x" * 1_000_000))
+
+    @consumer(stream, group="work")
+    async def on_usage(event: UsageEvent, delivery: Delivery[UsageEvent]) -> None:
+        got.append(event.attempt)
+
+    running = asyncio.create_task(events.run(on_usage, stop=stop))
+    await until(lambda: len(got) == 5)
+    await asyncio.sleep(1)
+
+    def sent() -> int:
+        with server.client as client:
+            return int(client.info("stats")["total_net_output_bytes"])
+
+    before = sent()
+    await asyncio.sleep(6)
+    rate = (sent() - before) / 6
+    assert rate < 10_000
+    stop.set()
+    await running
