@@ -208,7 +208,7 @@ def test_move_refuses_what_the_table_does_not_list_before_any_write(redis_url: s
                 redis.hset(KEYS.task(task_id), mapping={"state": pack(fields), "spec": pack(spec)})
             before = redis.hgetall(KEYS.task(task_id))
             following = TASK_LIFE.rows[state].get(event)
-            (reply,) = redis.eval(text, 1, KEYS.base, "test", "", "move", 2, task_id, event.__name__)  # type: ignore[misc]
+            (reply, *_) = redis.eval(text, 1, KEYS.base, "test", "", "move", 2, task_id, event.__name__)  # type: ignore[misc]
             if following is None:
                 assert reply == ["error", f"ERR {event.__name__} is illegal in state {state.name}"]
                 assert redis.hgetall(KEYS.task(task_id)) == before

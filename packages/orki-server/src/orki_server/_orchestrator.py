@@ -46,7 +46,7 @@ from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._relay import Relay
 from orki_server._requests import TypedRequests
 from orki_server._schedules import Scheduler, Schedules, ScheduleServicer
-from orki_server._session import SessionRegistry
+from orki_server._session import SessionRegistry, idle_interval
 from orki_server._sessions import Reports, SessionServicer
 from orki_server._settings import OrchestratorOptions, parse_listen
 from orki_server._store.contracts import Contracts
@@ -150,6 +150,7 @@ class Orchestrator:
             on_queued=self._task_queued,
             on_refused=agent_events.refused,
             on_unanswered=lambda session, attempts: self._unanswered.add(session, attempts),
+            idle_interval=lambda: idle_interval(len(sessions), options.heartbeat_interval),
             budgets=self._budgets,
         )
         self._unanswered = UnansweredOffers(store, fleet, reports.settled)
@@ -188,7 +189,7 @@ class Orchestrator:
             sessions,
             watchers,
             RequestRules(options.max_payload_bytes),
-            demand.queued,
+            demand,
             self._relay,
             Explainer(store, self._registry, lambda: self._fleet.agents_now(), self._budgets.balances),
             self._budgets,
@@ -213,7 +214,7 @@ class Orchestrator:
 
     def _task_queued(self, shard: int, method: str, wait: float) -> None:
         if wait > 0:
-            self._sweeper.wake_in(wait)
+            self._sweeper.wake_in(shard, wait)
         else:
             self._dispatcher.demand.queued(shard, method)
 

@@ -85,6 +85,14 @@ class Store:
         await self.durable.close()
         await self.connection.close()
 
+    def on_batch(self, fill: Callable[[], None]) -> None:
+        """Call `fill` before each batch of operations is taken; operations that it applies may join the batch."""
+        self._batcher.on_batch = fill
+
+    def on_timer(self, due: Callable[[int, float], None]) -> None:
+        """Call `due` with a shard and the time until a timer that an operation has set there, if that is soon."""
+        self._batcher.on_timer = due
+
     @property
     def up(self) -> bool:
         """Whether the server replied last time."""
