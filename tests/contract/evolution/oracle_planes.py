@@ -156,8 +156,12 @@ def _deliveries(limit: int) -> int:
         if isinstance(command, delivery.CreateGroups):
             commands += machine.receive(delivery.GroupsReady(command), now)
         elif isinstance(command, delivery.Read):
-            entries = {} if command.history or given else {"key": [[b"1-0", []]]}
+            entries = {} if command.history or given else {"key": [[b"1-0", [b"e", b"", b"d", b""]]]}
             given = given or not command.history
+            if not entries and not command.history:
+                # A read without entries lasts until something else is due.
+                now = max(now, machine.next_timer() or now)
+                commands += machine.handle_timer(now)
             commands += machine.receive(delivery.EntriesRead(command, entries, {}), now)
         elif isinstance(command, delivery.Claim):
             commands += machine.receive(delivery.EntriesClaimed(command, b"0-0", [], {}, []), now)
