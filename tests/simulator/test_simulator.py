@@ -24,7 +24,7 @@ from orki_control.session import AttemptKey
 from orki_events.connection import Script
 from orki_server import _sessions
 from orki_server._keys import ShardKeys
-from orki_server._store import batcher, mail, operations, store
+from orki_server._store import batcher, mail, operations, store, upkeep
 from orki_server._store.operations import Operation, Recipient
 from orki_server._store.placement import Placement
 from orki_server._store.slices import script_for
@@ -116,10 +116,10 @@ def random_operation(chance: random.Random, known: list[AttemptKey], tasks: list
         lambda: operations.cancel(task, "enough", "me"),
         lambda: operations.read_task(task, 10),
         lambda: operations.resume(0, agent, known[-3:]),
-        lambda: operations.sweep(0, 10),
-        lambda: operations.sweep(0, 10),
+        lambda: upkeep.sweep(0, 10),
+        lambda: upkeep.sweep(0, 10),
         lambda: mail.queue_lengths(0, [METHOD.full_name]),
-        lambda: operations.raise_epoch(0, attempt.fence + chance.randint(-1, 1)),
+        lambda: upkeep.raise_epoch(0, attempt.fence + chance.randint(-1, 1)),
     ]
     return chance.choice(choices)()
 

@@ -16,7 +16,7 @@ from orki_contract.trace import new_span
 from orki_control.session import AttemptKey
 from orki_server._fields import SPEC_FIELDS, STATE_FIELDS, pack, unpack
 from orki_server._keys import ShardKeys
-from orki_server._store import budget, lifecycle, operations, suspension
+from orki_server._store import budget, lifecycle, operations, suspension, upkeep
 from orki_server._store.batcher import shard_script
 from orki_server._store.lifecycle import TASK_LIFE, TIMERS, VISIBLE, Life
 from orki_server._store.operations import Operation, Recipient, new_task_id
@@ -154,7 +154,7 @@ class Subject:
             ),
             lifecycle.CancelAcknowledged: lambda: self.apply(operations.acknowledge_cancel(agent, key)),
             lifecycle.CancelRequested: self.cancel,
-            **{event: lambda: self.apply(operations.sweep(0, 10)) for event in TIMERS.values()},
+            **{event: lambda: self.apply(upkeep.sweep(0, 10)) for event in TIMERS.values()},
         }
         await causes[event]()
 

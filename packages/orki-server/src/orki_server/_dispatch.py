@@ -24,8 +24,9 @@ from orki_server._demand import Demand, Request
 from orki_server._session import AgentSession, SessionRegistry
 from orki_server._sessions import Reports
 from orki_server._store.mail import queue_lengths
-from orki_server._store.operations import Assigned, Expired, OfferedAttempt, Swept, offer, shard_of, sweep
+from orki_server._store.operations import Assigned, OfferedAttempt, offer, shard_of
 from orki_server._store.store import Store
+from orki_server._store.upkeep import Expired, Swept, sweep
 
 _STORE_SLACK: Final = 1.0
 """The store withdraws an unanswered offer later than the session does, for the case that this process has ended."""

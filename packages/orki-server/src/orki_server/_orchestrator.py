@@ -171,6 +171,22 @@ class Orchestrator:
             on_orphans=self._families.has_orphans,
             on_raised=self._budgets.were_raised,
         )
+        self._make_agent_services(fleet, contracts, sessions, reports, agent_events, silence_timeout)
+        self._make_submitter_services(contracts, sessions)
+        store.connection.on_change(self._store_changed)
+        store.on_loss(self._store_lost)
+        store.connection.on_recovery(partial(self._check_sessions, fleet, sessions))
+
+    def _make_agent_services(
+        self,
+        fleet: Fleet,
+        contracts: Contracts,
+        sessions: SessionRegistry,
+        reports: Reports,
+        agent_events: AgentEvents,
+        silence_timeout: float,
+    ) -> None:
+        options, store, demand = self.options, self._store, self._dispatcher.demand
         session_options = OrchestratorSessionOptions(
             orchestrator_id=options.orchestrator_id,
             heartbeat_interval=options.heartbeat_interval,
@@ -182,6 +198,10 @@ class Orchestrator:
         self._sessions = SessionServicer(
             session_options, sessions, handshake, reports, self._updates, agent_events, demand
         )
+        self._fleet = FleetServicer(store, fleet, contracts, sessions, silence_timeout, demand.all_queued)
+
+    def _make_submitter_services(self, contracts: Contracts, sessions: SessionRegistry) -> None:
+        options, store, watchers = self.options, self._store, self._watchers
         self._submitters = TaskServicer(
             store,
             self._registry,
@@ -189,7 +209,7 @@ class Orchestrator:
             sessions,
             watchers,
             RequestRules(options.max_payload_bytes),
-            demand,
+            self._dispatcher.demand,
             self._relay,
             Explainer(store, self._registry, lambda: self._fleet.agents_now(), self._budgets.balances),
             self._budgets,
@@ -204,13 +224,9 @@ class Orchestrator:
             Services(store, self._submitters, self._submitters.submissions, watchers, watchers.results),
             options.max_sessions,
         )
-        self._fleet = FleetServicer(store, fleet, contracts, sessions, silence_timeout, demand.all_queued)
         schedules = Schedules(store.connection)
         self._scheduler = Scheduler(schedules, store.connection.up, self._submitters.submit)
         self._schedules = ScheduleServicer(schedules, self._submitters.submissions.check)
-        store.connection.on_change(self._store_changed)
-        store.on_loss(self._store_lost)
-        store.connection.on_recovery(partial(self._check_sessions, fleet, sessions))
 
     def _task_queued(self, shard: int, method: str, wait: float) -> None:
         if wait > 0:

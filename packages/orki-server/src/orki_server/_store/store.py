@@ -16,8 +16,9 @@ from orki_server._keys import LAYOUT_VERSION, FleetKeys
 from orki_server._store.batcher import Batcher, shard_script
 from orki_server._store.connection import StoreConnection
 from orki_server._store.durable import DurableWrites
-from orki_server._store.operations import Assigned, Operation, raise_epoch, shard_of
+from orki_server._store.operations import Assigned, Operation, shard_of
 from orki_server._store.server import MEMORY, Durability
+from orki_server._store.upkeep import raise_epoch
 
 _PROOF_BYTES: Final = 16
 
