@@ -1,4 +1,4 @@
-"""What does a task cost from submit to result, beside a bare gRPC stream and beside a loop written by hand?"""
+"""What does a task cost from submit to result, beside bare gRPC streams and beside a loop written by hand?"""
 
 from __future__ import annotations
 
@@ -35,7 +35,14 @@ async def measure(report: Report) -> None:
             processes = [(each.name, each.pid) for each in (server, agent, client)] + [("redis", redis_pid)]
             echo = await enter(side("echo", *python(_SIDES, "echo", "-"), ready=False))
             ping = await enter(side("ping", *python(_SIDES, "ping", (await echo.answer())["address"])))
-            ours, theirs = await in_turns(rounds, (client, f"one {one}"), (ping, f"one {one * 5}"))
+            hand_url = f"redis://127.0.0.1:{hand_port}/0"
+            relay = await enter(side("floor server", *python(_SIDES, "floor-server", hand_url), ready=False))
+            relay_target = (await relay.answer())["address"]
+            await enter(side("floor agent", *python(_SIDES, "floor-agent", relay_target)))
+            floor = await enter(side("floor client", *python(_SIDES, "floor-client", relay_target)))
+            ours, theirs, least = await in_turns(
+                rounds, (client, f"one {one}"), (ping, f"one {one * 5}"), (floor, f"one {one}")
+            )
             cpu = await cpu_per_operation(one, processes, client, f"one {one}")
             report.add(
                 "submit to result, one at a time",
@@ -46,8 +53,14 @@ async def measure(report: Report) -> None:
                 reach=("<=", 4.0),
                 cpu_us=cpu,
             )
-            url = f"redis://127.0.0.1:{hand_port}/0"
-            hand_server = await enter(side("hand server", *python(_SIDES, "hand-server", url), ready=False))
+            report.add(
+                "submit to result, one at a time, beside the least of its parts",
+                "us",
+                ours,
+                baseline="two bare streams in line, and two script calls that do nothing",
+                against=least,
+            )
+            hand_server = await enter(side("hand server", *python(_SIDES, "hand-server", hand_url), ready=False))
             hand_target = (await hand_server.answer())["address"]
             await enter(side("hand agent", *python(_SIDES, "hand-agent", hand_target)))
             hand = await enter(side("hand client", *python(_SIDES, "hand-client", hand_target)))

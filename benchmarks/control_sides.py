@@ -1,6 +1,8 @@
 """The programs of the control benchmarks: `python -m benchmarks.control_sides ROLE WHERE`.
 
-`client` and `agent` use orki as an application would. `echo` and `ping` are a bare gRPC stream. The `hand-…` roles are
+`client` and `agent` use orki as an application would. `echo` and `ping` are a bare gRPC stream. The `floor-…` roles do
+nothing but pass a message on: from a client to an agent and back, over two bare streams, with a script call that does
+nothing before each of the two ways. So they show what gRPC and Redis cost a task at least. The `hand-…` roles are
 the loop that an expert would write for the same job without orki's promises: batched scripts over Redis and one batched
 gRPC stream, but no leases, fences, retries, events or traces.
 """
@@ -84,8 +86,12 @@ async def echo(_: str) -> None:
 
 async def ping(target: str) -> None:
     """Send a message over the stream of `echo` on command and wait for it to return."""
+    await _ping(target, "/bench.Echo/Echo")
+
+
+async def _ping(target: str, method: str) -> None:
     async with grpc.aio.insecure_channel(target, options=_OPTIONS) as channel:
-        call: Any = channel.stream_stream("/bench.Echo/Echo")()
+        call: Any = channel.stream_stream(method)()
         message = REQUEST.SerializeToString()
 
         async def cycle() -> None:
@@ -93,6 +99,55 @@ async def ping(target: str) -> None:
             await call.read()
 
         await serve(cycle)
+
+
+# --- The floor: two bare streams in line, and two empty script calls. ---
+
+
+async def floor_server(url: str) -> None:
+    """Pass messages of one client to one agent, and its answers back."""
+    nothing = redis.Redis.from_url(url).register_script("return 1")
+    agents: list[Any] = []
+    answers: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def client_stream(_requests: Any, context: Any) -> None:
+        while (message := await context.read()) is not grpc.aio.EOF:
+            await nothing()
+            await agents[0].write(message)
+            answer = await answers.get()
+            await nothing()
+            await context.write(answer)
+
+    async def agent_stream(_requests: Any, context: Any) -> None:
+        agents.append(context)
+        while (message := await context.read()) is not grpc.aio.EOF:
+            answers.put_nowait(message)
+
+    server = grpc.aio.server(options=_OPTIONS)
+    methods: dict[str, Any] = {
+        "Client": grpc.stream_stream_rpc_method_handler(client_stream),
+        "Agent": grpc.stream_stream_rpc_method_handler(agent_stream),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench.Floor", methods),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    _ready(address=f"127.0.0.1:{port}")
+    await server.wait_for_termination()
+
+
+async def floor_agent(target: str) -> None:
+    """Return each message."""
+    async with grpc.aio.insecure_channel(target, options=_OPTIONS) as channel:
+        call: Any = channel.stream_stream("/bench.Floor/Agent")()
+        await call.wait_for_connection()
+        _ready()
+        while (message := await call.read()) is not grpc.aio.EOF:
+            await call.write(message)
+
+
+async def floor_client(target: str) -> None:
+    """Send a message on command and wait for its return."""
+    await _ping(target, "/bench.Floor/Client")
 
 
 # --- The hand-written loop. ---
@@ -259,6 +314,9 @@ ROLES: dict[str, Callable[[str], Awaitable[None]]] = {
     "client": client,
     "echo": echo,
     "ping": ping,
+    "floor-server": floor_server,
+    "floor-agent": floor_agent,
+    "floor-client": floor_client,
     "hand-server": hand_server,
     "hand-agent": hand_agent,
     "hand-client": hand_client,

@@ -147,6 +147,7 @@ async def consume(settings: Settings, history: History) -> None:
         number = number_of(event)
         await asyncio.sleep(random.uniform(0, 0.01))
         if number % 50 == 7:
+            history.add("rejected", group=group, number=number, deliveries=delivery.deliveries)
             raise ValueError(f"event {number} fails by intent")
         history.add("handled", group=group, number=number)
 

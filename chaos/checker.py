@@ -15,6 +15,8 @@ from chaos.history import Record
 _TERMINAL = ("SUCCEEDED", "FAILED", "CANCELLED")
 _UNNOTICED = 10_000_000_000
 """Nanoseconds for which an orchestrator may offer tasks to an agent that was killed behind a half-open connection."""
+_DELIVERIES = 8
+"""Number of deliveries after which an event is dead-lettered."""
 
 
 @dataclass
@@ -164,8 +166,11 @@ def check_events(history: list[Record]) -> Report:
 
     A loss that nobody declared is a violation, and so is a declared loss if no fault loses anything.
 
+    A server that lost its data also lost dead letters; an event that failed for the last time was dead-lettered then.
+
     Records: `publishing` (number), `published` (number), `handled` (group, number), `letter` (group, number),
-    `declared` (group, count, possible), `groups` (names, lossy), `ledger` (published, groups), `error` (type, typed).
+    `rejected` (group, number, deliveries), `declared` (group, count, kind), `groups` (names, lossy), `ledger`
+    (published, groups), `error` (type, typed).
     """
     events = _by_event(history)
     report = Report()
@@ -187,7 +192,11 @@ def check_events(history: list[Record]) -> Report:
         declared = [each for each in events["declared"] if each["group"] == group]
         lost = sum(each["count"] or 0 for each in declared)
         report.declared_lost += lost
-        bad += _check_losses(group, sorted(published - handled - letters), lost, declared)
+        settled = handled | letters
+        if events["groups"][0]["lossy"]:
+            failed = [each for each in events["rejected"] if each["group"] == group]
+            settled |= {each["number"] for each in failed if each["deliveries"] >= _DELIVERIES}
+        bad += _check_losses(group, sorted(published - settled), lost, declared)
         if lost and not events["groups"][0]["lossy"]:
             bad.append(f"group {group}: {lost} events are declared lost, although no fault loses any")
     for ledger in events["ledger"]:

@@ -13,7 +13,7 @@ from unittest import mock
 
 from chaos.history import Record
 from orki.control.v1 import session_pb2_grpc, submitter_pb2_grpc, task_pb2_grpc
-from orki.control.v1.attempt_pb2 import TaskState
+from orki.control.v1.attempt_pb2 import Budget, TaskState
 from orki.events.v1.task_pb2 import TaskEvent
 from orki_agent import _channel
 from orki_agent._channel import SessionChannel
@@ -21,6 +21,8 @@ from orki_agent._runner import Runner
 from orki_agent._services import Handler
 from orki_agent._settings import RunSettings
 from orki_agent._threads import Mailbox
+from orki_contract import Budget as Limit
+from orki_contract import SubmitSettings
 from orki_contract.backoff import JitterOptions
 from orki_contract.errors import OrkiError, UnknownMethod, UnknownTask, WaitTimeout
 from orki_contract.images import message_class, service_digest
@@ -44,6 +46,8 @@ from simulator.planes import REDIS, EventPlane, StoreLink
 from simulator.redis import Server
 from simulator.world import Process, World
 
+_SMALL: Final = Limit(tokens=25)
+_LARGE: Final = Limit(tokens=1_000_000)
 _QUICK: Final = JitterOptions(initial=0.05, maximum=0.5, stable=1.0)
 _TERMINAL: Final = frozenset(
     {TaskState.TASK_STATE_SUCCEEDED, TaskState.TASK_STATE_FAILED, TaskState.TASK_STATE_CANCELLED}
@@ -299,8 +303,8 @@ async def _serve(fleet: Fleet, process: Process, address: str, name: str) -> Non
 class SimulatedAgent:
     """The product's session, channel and runner in one loop; its handlers do what the request says.
 
-    A plan is a list of steps, separated by spaces: `sleep:SECONDS`, `progress:COUNT`, `fail` at each attempt, `flaky`
-    at the first, and `stubborn`, which ignores a cancel.
+    A plan is a list of steps, separated by spaces: `sleep:SECONDS`, `progress:COUNT`, `use:TOKENS` of its budget,
+    `fail` at each attempt, `flaky` at the first, and `stubborn`, which ignores a cancel.
     """
 
     def __init__(self, fleet: Fleet, agent_id: str, instance_id: str) -> None:
@@ -345,11 +349,18 @@ class SimulatedAgent:
         """Queue progress."""
         self._runner.send_progress(attempt, payload)
 
+    def report_usage(self, attempt: AttemptKey, total: Budget) -> None:
+        """Report usage."""
+        self._runner.report_usage(attempt, total)
+
+    def collect(self, *_: object) -> None:
+        """Publish nothing: the events of agents are not part of a run."""
+
     async def _work(self, request: Any, ctx: Any) -> Any:
         fleet, served = self._fleet, contract()
         key = {"task": ctx.task_id, "attempt": ctx.attempt, "fence": ctx.fence}
         fleet.add("started", **key)
-        sent = 0
+        sent = used = 0
         for step in request.plan.split():
             name, _, value = step.partition(":")
             match name:
@@ -359,6 +370,10 @@ class SimulatedAgent:
                     for _ in range(int(value)):
                         sent += 1
                         await ctx.progress(served.WorkProgress(number=sent))
+                case "use":
+                    used += int(value)
+                    fleet.add("used", task=ctx.task_id, fence=ctx.fence, tokens=used)
+                    ctx.usage(model="m", input_tokens=int(value), output_tokens=0)
                 case "flaky" if ctx.attempt == 1:
                     raise ValueError("the first attempt fails by intent")
                 case "fail":
@@ -383,7 +398,9 @@ def submit(
         served = contract()
         while True:
             with contextlib.suppress(UnknownMethod):  # No agent has connected yet.
-                handle = await client.submit(served.task, served.WorkRequest(plan=plan), idempotency_key=key)
+                settings: SubmitSettings = {"budget": _SMALL} if "use:" in plan else {}
+                request = served.WorkRequest(plan=plan)
+                handle = await client.submit(served.task, request, idempotency_key=key, **settings)
                 break
             await asyncio.sleep(0.2)
         fleet.add("submitted", key=key, task=handle.task_id, lines=len(plan), expect=expect)
@@ -416,6 +433,8 @@ async def _ended(client: Client, handle: Any) -> Any:
             task = await client.get(handle.task_id)
             if task.state in _TERMINAL:
                 return task
+            if task.over_budget:
+                await client.raise_budget(handle.task_id, _LARGE)
         except OrkiError as error:
             if not error.retryable:
                 raise

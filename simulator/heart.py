@@ -17,7 +17,7 @@ from orki.errors.v1.errors_pb2 import Reason
 from orki_contract.trace import Span
 from orki_control.session import AttemptKey
 from orki_server._keys import ShardKeys
-from orki_server._store import operations
+from orki_server._store import operations, upkeep
 from orki_server._store.batcher import shard_script
 from orki_server._store.operations import Operation, Recipient
 from orki_server._store.replies import ReportStatus
@@ -176,9 +176,9 @@ class Heart:
         for _ in range(8):
             self._now += 0.5
             for caller in callers:
-                self._apply(operations.sweep(0, 100), caller)
+                self._apply(upkeep.sweep(0, 100), caller)
         for caller in callers or ("o1", "o2"):
-            self._apply(operations.sweep(0, 100), caller)
+            self._apply(upkeep.sweep(0, 100), caller)
 
     def _lose(self, state: _State) -> _State:
         """The server comes back without its newest writes; an orchestrator then checks the fences that it knows."""
@@ -187,7 +187,7 @@ class Heart:
 
         def act() -> None:
             if lost.offers:
-                self._apply(operations.raise_epoch(0, max(each.attempt.fence for each in lost.offers)), "o1")
+                self._apply(upkeep.raise_epoch(0, max(each.attempt.fence for each in lost.offers)), "o1")
 
         return self._act(lost, "the server loses its newest writes", act, saved=(), accepted=accepted)
 

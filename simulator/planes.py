@@ -144,6 +144,9 @@ class EventPlane:
         """Return the stream's retention."""
         return stream.contract.retention
 
+    def keep_trimmed(self) -> None:
+        """Do nothing: nothing is trimmed."""
+
     def collect(self, stream: Any, event: Any, span: Any = None) -> None:
         """Do nothing: events of agents are not checked."""
 

@@ -106,7 +106,7 @@ class Outcome:
 def draw(seed: int) -> Plan:
     """Return the plan of a seed: one to three tasks, and up to four faults, which may overlap."""
     chance = random.Random(f"plan {seed}")
-    tasks = []
+    tasks: list[Work] = []
     for _ in range(chance.randint(1, 3)):
         steps = chance.choice(
             [
@@ -119,6 +119,8 @@ def draw(seed: int) -> Plan:
                 "stubborn",
             ]
         )
+        if random.Random(f"use {seed} {len(tasks)}").random() < 0.2:
+            steps = f"use:10 {steps} use:20"
         cancel = round(chance.uniform(0.0, 2.0), 3) if chance.random() < 0.25 else None
         tasks.append(Work(round(chance.uniform(0.0, 3.0), 3), steps, chance.randrange(2), cancel))
     faults = []
@@ -254,6 +256,8 @@ def _read_finals(fleet: Fleet) -> None:
                 except UnknownTask:
                     continue
                 fleet.add("final", task=task, orchestrator=name, **fleet.outcome(found))
+                for balance in await client.budgets(task):
+                    fleet.add("charged", task=task, tokens=balance.used.tokens)
 
         readers.append(fleet.start_client(f"reader-{number}", read, number, alone=True))
     fleet.world.run(fleet.world.now + 60.0, lambda: all(each.ended for each in readers))
@@ -286,6 +290,7 @@ def _check(fleet: Fleet, plan: Plan, late: bool) -> list[str]:
     if not fleet.lost_tail:
         bad += _check_lifecycle(fleet, history)
         bad += _check_acknowledgements(history)
+        bad += _check_charges(history)
     return bad
 
 
@@ -340,6 +345,24 @@ def _check_acknowledgements(history: Iterable[Record]) -> list[str]:
         if each["event"] == "acknowledged" and (each["task"], each["fence"]) in finished and each["task"] in final
         if (final[each["task"]]["state"], final[each["task"]]["fence"]) != ("SUCCEEDED", each["fence"])
     ]
+
+
+def _check_charges(history: Iterable[Record]) -> list[str]:
+    """Check that budgets are charged once with what was used, at least by attempts with an acknowledged result."""
+    history = list(history)
+    acknowledged = {(each["task"], each["fence"]) for each in history if each["event"] == "acknowledged"}
+    used: dict[tuple[str, int], int] = {}
+    for each in history:
+        if each["event"] == "used":
+            used[each["task"], each["fence"]] = each["tokens"]
+    bad = []
+    for each in history:
+        if each["event"] == "charged":
+            most = sum(tokens for (task, _), tokens in used.items() if task == each["task"])
+            least = sum(tokens for key, tokens in used.items() if key[0] == each["task"] and key in acknowledged)
+            if not least <= each["tokens"] <= most:
+                bad.append(f"task {each['task']} was charged {each['tokens']} tokens, not {least} to {most}")
+    return bad
 
 
 def _check_lifecycle(fleet: Fleet, history: Iterable[Record]) -> list[str]:

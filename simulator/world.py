@@ -96,6 +96,8 @@ class Process:
 
     def _failed(self, _: Any, context: dict[str, Any]) -> None:
         error = context.get("exception")
+        if not self.alive:
+            return  # Python collects what a killed process has left.
         if isinstance(error, OrkiError):
             return  # Nobody waited any more for a typed error.
         self._world.failed(f"{self.name}: {context['message']}: {error}", error)

@@ -192,6 +192,16 @@ def test_a_declared_loss_of_a_group_covers_its_missing_events_alone() -> None:
     assert check_events([*history, record("declared", group="report", count=1, kind="rolled_back")]).violations
 
 
+@pytest.mark.parametrize(("lossy", "deliveries", "lost"), [(True, 8, False), (True, 7, True), (False, 8, True)])
+def test_a_letter_that_the_server_lost_was_written_after_the_last_delivery(
+    lossy: bool, deliveries: int, lost: bool
+) -> None:
+    history = events_history(lossy=lossy)
+    drop("letter", group="audit")(history)
+    history.append(record("rejected", group="audit", number=7, deliveries=deliveries))
+    assert bool(check_events(history).violations) is lost
+
+
 @pytest.mark.parametrize("sentence", EVENTS_PLANTS)
 def test_a_planted_events_violation_is_found(sentence: str) -> None:
     history = events_history()

@@ -147,9 +147,9 @@ work = contract.make_work(image_of(contract.PACKAGE))
 class Worker(work.WorkServiceBase):
     async def work(self, request, ctx):
         ctx.usage(model="m", input_tokens=60, output_tokens=40)
-        if ctx.attempt == 1:
+        if os.environ.get("HOLD"):
             await asyncio.sleep(600)
-        return work.WorkResponse(text=str(ctx.attempt))
+        return work.WorkResponse()
 
 class Grinder(work.GrindServiceSyncBase):
     def work(self, request, ctx):
@@ -165,12 +165,14 @@ agent = Agent("worker", Worker(), Subprocess(Grinder()), slots=2)
 
 
 @contextlib.asynccontextmanager
-async def process_of(target: str, work_path: Path, folder: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+async def process_of(
+    target: str, work_path: Path, folder: Path, **env: str
+) -> AsyncIterator[asyncio.subprocess.Process]:
     (folder / "budget_agent.py").write_text(PROGRAM.format(conftest=str(Path(__file__).with_name("conftest.py"))))
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "orki_agent", "run", "budget_agent:agent"),
         cwd=folder,
-        env={"PYTHONPATH": str(work_path), "ORKI_ORCHESTRATOR": target},
+        env={"PYTHONPATH": str(work_path), "ORKI_ORCHESTRATOR": target, **env},
     )
     try:
         yield process
@@ -186,16 +188,18 @@ async def test_what_a_killed_agent_has_reported_is_charged_once_and_the_next_att
 ) -> None:
     served = await serve()
     async with client_of(served.address) as client:
-        async with process_of(served.address, work_path, tmp_path) as process:
+        async with process_of(served.address, work_path, tmp_path, HOLD="1") as process:
             handle = await submitted(client, work.WORK, work.WorkRequest(), budget=Budget(tokens=1000))
             await until(lambda: tokens(client, handle.task_id, [(100, 1000)]))
             process.kill()
             await process.wait()
-        assert (await client.budgets(handle.task_id))[0].used.calls == 1
+        (before,) = await client.budgets(handle.task_id)
         async with process_of(served.address, work_path, tmp_path):
-            assert (await handle.result(60)).text == "2"
-        (balance,) = await client.budgets(handle.task_id)
-        assert (balance.used.tokens, balance.used.calls) == (200, 2)
+            await handle.result(60)
+        (after,) = await client.budgets(handle.task_id)
+        # A slow machine may have withdrawn an offer before, whose attempt has used its tokens as well.
+        assert before.used.tokens == 100 * before.used.calls
+        assert (after.used.tokens, after.used.calls) == (before.used.tokens + 100, before.used.calls + 1)
 
 
 @pytest.mark.timeout(150)

@@ -87,8 +87,9 @@ PUBLIC = {
         *("WatchArrived", "WatchClosed"),
     ],
     "orki_control.transport": [
-        *("MESSAGE_CHARACTERS", "REASON_KEY", "Addresses", "ChannelOptions", "Peer", "abort", "channel_options"),
+        *("MESSAGE_CHARACTERS", "REASON_KEY", "Addresses", "ChannelOptions", "LaterCall", "Peer", "abort"),
         *(
+            "channel_options",
             "check_target",
             "check_targets",
             "error_from",

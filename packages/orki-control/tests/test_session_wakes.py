@@ -145,6 +145,7 @@ AGENT_CALLS: dict[str, list[Callable[[s.AgentSession], Any]]] = {
     "use": [lambda m: m.use(KEY, Budget(tokens=1))],
     "drain": [lambda m: m.drain(1.0)],
     "stop": [lambda m: m.stop()],
+    "send_acceptances": [lambda m: m.send_acceptances()],
     "set_load": [lambda m: m.set_load(loop_lag_us=1, memory_bytes=1)],
     "handle_timer": [lambda m, at=at: m.handle_timer(at) for at in (0.1, 4.9, 6.0, 9.0, 60.0)],
     "unstored": [lambda m: m.unstored(KEY)],
@@ -237,3 +238,112 @@ def test_every_call_of_the_agents_end_wakes_its_shell(stage: str, name: str) -> 
 def test_every_call_of_the_orchestrators_end_wakes_its_shell(stage: str, name: str) -> None:
     for call in ORCHESTRATOR_CALLS[name]:
         Watched(orchestrators()[stage]).call(call)
+
+
+def waits(machine: Any, call: Callable[[Any], Any]) -> tuple[bool, bool]:
+    """Make a call. Return whether its messages leave at once, and whether they may wait for others."""
+    drained(machine)
+    now: list[str] = []
+    machine.on_change = lambda: now.append("now")
+    machine.on_later = lambda: now.append("later")
+    call(machine)
+    return "now" in now, "later" in now
+
+
+def test_the_acknowledgement_of_a_result_may_wait_for_another_message() -> None:
+    assert waits(orchestrators()["reported"], lambda m: m.acknowledge(KEY)) == (False, True)
+
+
+def test_the_acceptance_of_an_offer_may_wait_for_its_result() -> None:
+    machine = agents()["offered"]
+    _, later = waits(machine, lambda m: m.accept(KEY, 0.0))
+    assert later
+    assert drained(machine) == 0
+
+
+@pytest.mark.parametrize(
+    ("machine", "call"),
+    [
+        (agents()["accepted"], lambda m: m.report(KEY, b"r", 0.0)),
+        (agents()["offered"], lambda m: m.decline(KEY, Draining("no"))),
+        (agents()["accepted"], lambda m: m.progress(KEY, b"p")),
+        (orchestrators()["open"], lambda m: m.offer(offer(KEY), TRACE, 0.0)),
+        (orchestrators()["accepted"], lambda m: m.cancel(KEY, grace_ms=1)),
+        (orchestrators()["accepted"], lambda m: m.refuse(KEY, StaleFence("no"))),
+    ],
+)
+def test_other_messages_do_not_wait(machine: Any, call: Any) -> None:
+    assert waits(deepcopy(machine), call) == (True, False)
+
+
+def delaying(stage: str = "offered") -> s.AgentSession:
+    machine = agents()[stage]
+    drained(machine)
+    machine.on_later = lambda: None
+    return machine
+
+
+def bodies(machine: s.AgentSession) -> list[str | None]:
+    batch = machine.messages_to_send()
+    return [each.WhichOneof("body") for each in batch.messages] if batch else []
+
+
+@pytest.mark.parametrize(
+    ("report", "kind"),
+    [
+        (lambda m: m.report(KEY, b"r", 0.0), "result"),
+        (lambda m: m.progress(KEY, b"p"), "progress"),
+        (lambda m: m.save_checkpoint(KEY, b"c"), "checkpoint"),
+    ],
+)
+def test_an_acceptance_leaves_with_the_first_report_of_its_attempt(report: Any, kind: str) -> None:
+    machine = delaying()
+    machine.accept(KEY, 0.0)
+    assert machine.delays
+    machine.receive_batch(from_orchestrator(offer=offer(NEXT)), 0.0)
+    machine.decline(NEXT, Draining("no"))
+    assert bodies(machine) == ["declined"]
+    report(machine)
+    assert bodies(machine) == ["accepted", kind]
+    assert not machine.delays
+
+
+def test_an_acceptance_waits_only_for_a_moment() -> None:
+    machine = delaying()
+    machine.accept(KEY, 0.0)
+    assert bodies(machine) == []
+    machine.send_acceptances()
+    assert bodies(machine) == ["accepted"]
+
+
+def test_an_acceptance_that_waits_is_lost_with_its_stream() -> None:
+    machine = delaying()
+    machine.accept(KEY, 0.0)
+    machine.connection_lost(0.0)
+    machine.connection_made(0.0)
+    machine.send_acceptances()
+    machine.receive_batch(from_orchestrator(welcome=pb.Welcome.FromString(WELCOME.SerializeToString())), 0.0)
+    assert bodies(machine) == ["hello"]
+
+
+def test_acceptances_wait_only_while_handlers_are_quick() -> None:
+    machine = delaying("open")
+    fence = 10
+
+    def run(took: float) -> bool:
+        nonlocal fence
+        fence += 1
+        key = AttemptKey(f"t{fence}", 1, fence)
+        machine.receive_batch(from_orchestrator(offer=offer(key)), 0.0)
+        machine.accept(key, 0.0)
+        waited = machine.delays
+        machine.report(key, b"r", took)
+        drained(machine)
+        machine.receive_batch(from_orchestrator(result_acknowledged=pb.ResultAcknowledged(attempt=key.ref())), 0.0)
+        return waited
+
+    assert all(run(0.001) for _ in range(20))
+    slow = [run(1.0) for _ in range(20)]
+    assert slow.count(True) <= 8
+    assert not slow[-1]
+    assert [run(0.001) for _ in range(3)] == [False, True, True]

@@ -684,6 +684,24 @@ def test_every_message_wakes_the_writer() -> None:
         assert woken == ["serving"], call
 
 
+@pytest.mark.parametrize(("watch", "expected"), [(RESULT, "later"), (None, "now")])
+def test_the_answer_to_a_watched_submission_may_wait_for_the_result(watch: Any, expected: str) -> None:
+    pair = Pair().opened()
+    pair.submit(**({"watch": watch} if watch else {}))
+    pair.up()
+    woken: list[str] = []
+    pair.serving.on_change = lambda: woken.append("now")
+    pair.serving.on_later = lambda: woken.append("later")
+    pair.serving.accept(1, task())
+    assert woken == [expected]
+    if watch:
+        pair.serving.update(1, ended())
+        assert woken == ["later", "now"]
+        batch = pair.serving.messages_to_send()
+        assert batch is not None
+        assert [each.WhichOneof("body") for each in batch.messages] == ["accepted", "update"]
+
+
 @pytest.mark.parametrize("seed", range(200))
 def test_nothing_acknowledged_is_lost_or_doubled_over_any_cuts(seed: int) -> None:
     """Random interleavings: each submission makes one task, and each watch ends once with its task's result."""

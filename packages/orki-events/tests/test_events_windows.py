@@ -12,6 +12,8 @@ import pytest
 from orki.events.v1.usage_pb2 import UsageEvent
 from orki_contract.model import Backoff
 from orki_events import ConsumeOptions, Delivery, DeliveryBatch, Events, consumer
+from orki_events._delivery_partition import Partition
+from orki_events._delivery_table import Outcome
 
 KEY = "orki:ev:{usage-of-tests}"
 
@@ -137,3 +139,48 @@ async def test_large_failing_entries_wait_on_the_server(
     assert len(owners()) == 60
     stop.set()
     await asyncio.wait_for(running, 20)
+
+
+@pytest.mark.parametrize("sent", [False, True])
+def test_an_entry_that_is_trimmed_before_its_acknowledgement_counts_as_processed(sent: bool) -> None:
+    partition = Partition("key")
+    if sent:
+        # Another acknowledgement is in progress, or this one's.
+        partition.settle([b"2-0"], Outcome.PROCESSED)
+        assert partition.next_ack() is not None
+    partition.settle([b"1-0"], Outcome.PROCESSED)
+    partition.remove([b"1-0", b"2-0", b"3-0"])
+    partition.acking = False
+    acks = []
+    while (ack := partition.next_ack()) is not None:
+        partition.acking = False
+        acks.append((ack.outcome, ack.extra, ack.regained, ack.kept))
+    regained = 2 if sent else 1
+    assert acks == [(Outcome.PROCESSED, regained, regained, 0), (Outcome.DECLARED_LOST, 3, 0, regained)]
+
+
+async def test_an_idle_consumer_reads_no_bodies(
+    server: Any, events: Events, usage: Any, until: Callable[..., Any]
+) -> None:
+    stream, got, stop = usage(), [], asyncio.Event()
+    for number in range(5):
+        await events.publish(stream, UsageEvent(attempt=number, model="x" * 1_000_000))
+
+    @consumer(stream, group="work")
+    async def on_usage(event: UsageEvent, delivery: Delivery[UsageEvent]) -> None:
+        got.append(event.attempt)
+
+    running = asyncio.create_task(events.run(on_usage, stop=stop))
+    await until(lambda: len(got) == 5)
+    await asyncio.sleep(1)
+
+    def sent() -> int:
+        with server.client as client:
+            return int(client.info("stats")["total_net_output_bytes"])
+
+    before = sent()
+    await asyncio.sleep(6)
+    rate = (sent() - before) / 6
+    assert rate < 10_000
+    stop.set()
+    await running

@@ -20,7 +20,7 @@ from orki_control.session import AttemptKey
 from orki_server._budgets import Budgets
 from orki_server._keys import ShardKeys
 from orki_server._session import SessionRegistry
-from orki_server._store import operations
+from orki_server._store import operations, upkeep
 from orki_server._store.budget import (
     Admitted,
     admitted,
@@ -179,7 +179,7 @@ async def test_a_paused_task_keeps_its_attempts_and_its_total_timeout_and_takes_
     assert task.over_budget
     assert not task.HasField("suspension")
     assert (await store.apply(answer(root, 0, b"yes", "t"))).status == "idle"
-    swept = await store.apply(operations.sweep(SHARD, 10))
+    swept = await store.apply(upkeep.sweep(SHARD, 10))
     assert swept.next_timer is None
     assert await store.apply(admitted(SHARD)) == []
     # A raise to what is used already admits nobody.
@@ -187,10 +187,10 @@ async def test_a_paused_task_keeps_its_attempts_and_its_total_timeout_and_takes_
     assert (status, shown([raised])) == ("raised", [(root, 10, 10)])
     assert await admit_all(store) == []
     await store.apply(raise_budget(root, root, tokens(11)))
-    assert (await store.apply(operations.sweep(SHARD, 10))).has_raised
+    assert (await store.apply(upkeep.sweep(SHARD, 10))).has_raised
     assert await admit_all(store) == [(SHARD, METHOD.full_name)]
     assert await admit_all(store) == []
-    assert not (await store.apply(operations.sweep(SHARD, 10))).has_raised
+    assert not (await store.apply(upkeep.sweep(SHARD, 10))).has_raised
     # One attempt is allowed, and the paused one does not count.
     again = (await taken(store)).attempt
     assert again.attempt == 2
@@ -296,7 +296,7 @@ async def test_budgets_end_with_the_task_at_the_top(redis_url: str) -> None:
         with Redis.from_url(redis_url) as redis:
             assert 0 < redis.pttl(name) <= 60_050
             while redis.exists(name):
-                await store.apply(operations.sweep(SHARD, 10))
+                await store.apply(upkeep.sweep(SHARD, 10))
         # Tasks below it go on without a budget, and no charge brings it back.
         assert await store.apply(charge([root], AttemptKey(new_task_id(0), 1, 9), tokens(5), waits=True)) == []
         assert await store.apply(open_budget(root, new_task_id(0), "5,0,0")) == "gone"

@@ -368,6 +368,21 @@ async def test_a_durability_that_the_store_cannot_keep_is_refused_and_nothing_is
         await orchestrator.stop()
 
 
+async def test_a_method_declares_the_durability_of_submissions_that_name_none(
+    options: Make, launch: Make, stand_in: Make, work: Make
+) -> None:
+    with EmbeddedServer() as server:
+        orchestrator = await launch(options(server.url))
+        agent = stand_in(orchestrator.address, [work(durability="replicas:1")], taking=False)
+        await agent.ready()
+        async with Client(orchestrator.address, ClientOptions(patience=2.0)) as client:
+            with pytest.raises(NotDurable, match="0 connected replicas, not 1"):
+                await client.submit_raw([pb.Submission(method=DO)])
+            (task,) = await client.submit_raw([pb.Submission(method=DO, durability="memory")])
+            assert task.task_id
+        await orchestrator.stop()
+
+
 async def test_a_submission_waits_for_replicas_and_learns_that_they_are_gone(
     options: Make, launch: Make, stand_in: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,7 +89,8 @@ async def test_a_cancel_through_another_orchestrator_arrives_at_once(
             await running(client, task_id)
             started = time.monotonic()
             await client.cancel(task_id)
-            await agent.until(lambda: len(agent.cancels) == number + 1)  # noqa: B023
+            # A heartbeat at this moment may find the cancel as well.
+            await agent.until(lambda: len(set(agent.cancels)) == number + 1)  # noqa: B023
             waits.append(time.monotonic() - started)
             assert (await client.wait_end(task_id)).state == TaskState.TASK_STATE_CANCELLED
     assert statistics.median(waits) < (0.1 if announced else 1.5)

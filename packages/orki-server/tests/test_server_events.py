@@ -28,7 +28,7 @@ from orki_events import connect
 from orki_server._events import _KINDS, Outbox, OutboxPublisher, OutboxRecord, audit_event, task_event
 from orki_server._keys import ShardKeys
 from orki_server._orchestrator import Orchestrator
-from orki_server._store import operations
+from orki_server._store import operations, upkeep
 from orki_server._store.operations import new_task_id
 from orki_server._store.store import Store
 from orki_server.embedded import EmbeddedServer
@@ -217,10 +217,10 @@ async def test_the_scripts_write_the_same_events_as_the_publisher(redis_url: str
     with Redis.from_url(redis_url) as redis:
         for each in RECORDS:
             redis.xadd(ShardKeys(0).outbox, {"r": packed(each)})
-        assert await store.apply(operations.empty_outbox(0)) == ("other", 0)
-        await store.apply(operations.drain(0))
-        assert await store.apply(operations.empty_outbox(0)) == ("moved", 0)
-        assert await store.apply(operations.empty_outbox(0)) == ("empty", 0)
+        assert await store.apply(upkeep.empty_outbox(0)) == ("other", 0)
+        await store.apply(upkeep.drain(0))
+        assert await store.apply(upkeep.empty_outbox(0)) == ("moved", 0)
+        assert await store.apply(upkeep.empty_outbox(0)) == ("empty", 0)
         assert redis.xlen(ShardKeys(0).outbox) == 0
     published = read(redis_url, "tasks", TaskEvent)
     assert [event for _, event in published] == [task_event(each) for each in RECORDS]
@@ -306,8 +306,8 @@ async def test_a_foreign_key_in_place_of_a_stream_delays_events_and_nothing_else
             later = await run_tasks(store, 3)
             if name == "audit":
                 assert lives(redis_url) == kept
-            await store.apply(operations.drain(0))
-            assert (await store.apply(operations.empty_outbox(0)))[0] == "stuck"
+            await store.apply(upkeep.drain(0))
+            assert (await store.apply(upkeep.empty_outbox(0)))[0] == "stuck"
             redis.rename("orki:kept", key)
         # While the outbox has records, new ones follow them.
         last = await run_tasks(store, 3)

@@ -13,7 +13,7 @@ from orki_contract.trace import new_span
 from orki_control.session import AttemptKey
 from orki_server._families import Families
 from orki_server._session import SessionRegistry
-from orki_server._store import operations
+from orki_server._store import operations, upkeep
 from orki_server._store.family import adopt, disown, orphans
 from orki_server._store.operations import Recipient, new_task_id
 from orki_server._store.store import Store
@@ -71,7 +71,7 @@ async def test_children_are_cancelled_when_their_parent_is_cancelled_or_fails(st
         await submitted(store, child)
     other = await submitted(store)
     await ended(store, key, how)
-    swept = await store.apply(operations.sweep(SHARD, 10))
+    swept = await store.apply(upkeep.sweep(SHARD, 10))
     assert swept.has_orphans == (how != "succeeded")
     changed = await cancel_orphans(store)
     expected = TaskState.TASK_STATE_QUEUED if how == "succeeded" else TaskState.TASK_STATE_CANCELLED
@@ -79,7 +79,7 @@ async def test_children_are_cancelled_when_their_parent_is_cancelled_or_fails(st
     assert sorted(changed) == ([] if how == "succeeded" else sorted((child, True) for child in children))
     assert await state(store, other) == TaskState.TASK_STATE_QUEUED
     assert await store.apply(orphans(SHARD, 10)) == []
-    assert not (await store.apply(operations.sweep(SHARD, 10))).has_orphans
+    assert not (await store.apply(upkeep.sweep(SHARD, 10))).has_orphans
 
 
 async def test_only_a_running_attempt_has_children(store: Store) -> None:

@@ -19,7 +19,7 @@ from orki_contract.trace import new_span
 from orki_control import Client
 from orki_control.session import AttemptKey
 from orki_server._fields import MAX_LANES, PRIORITY_STEP, STATE_FIELDS
-from orki_server._store import operations
+from orki_server._store import operations, upkeep
 from orki_server._store.limits import check_limit, read_limits, set_limit
 from orki_server._store.mail import queue_lengths
 from orki_server._store.operations import Assigned, Recipient, new_task_id
@@ -81,7 +81,7 @@ async def test_only_agents_with_all_labels_get_a_task(store: Store) -> None:
     # It keeps them when it is queued again.
     await store.apply(operations.fail("a1", key, Reason.REASON_HANDLER_FAILED, "", "", True))
     await asyncio.sleep(0.01)
-    await store.apply(operations.sweep(0, 10))
+    await store.apply(upkeep.sweep(0, 10))
     assert await take(store) == []
     assert (await take(store, 1, GPU.labels))[0].task_id == task
 
@@ -167,7 +167,7 @@ async def expire(store: Store, key: AttemptKey) -> None:
     due = {each: b"1" for each in ("offer_due", "lease_due") if fields[each]}
     await store.connection.call("HSET", name, "state", b"\x1f".join((fields | due | {"timer": b"1"}).values()))
     await store.connection.call("ZADD", f"{BASE}timers", 1, key.task_id)
-    await store.apply(operations.sweep(0, 10))
+    await store.apply(upkeep.sweep(0, 10))
 
 
 ENDS: dict[str, Callable[[Store, AttemptKey], Awaitable[object]]] = {

@@ -16,7 +16,7 @@ from orki_contract.trace import new_span
 from orki_control.session import AttemptKey
 from orki_server._fields import SPEC_FIELDS, STATE_FIELDS, pack, unpack
 from orki_server._keys import ShardKeys
-from orki_server._store import budget, lifecycle, operations, suspension
+from orki_server._store import budget, lifecycle, operations, suspension, upkeep
 from orki_server._store.batcher import shard_script
 from orki_server._store.lifecycle import TASK_LIFE, TIMERS, VISIBLE, Life
 from orki_server._store.operations import Operation, Recipient, new_task_id
@@ -154,7 +154,7 @@ class Subject:
             ),
             lifecycle.CancelAcknowledged: lambda: self.apply(operations.acknowledge_cancel(agent, key)),
             lifecycle.CancelRequested: self.cancel,
-            **{event: lambda: self.apply(operations.sweep(0, 10)) for event in TIMERS.values()},
+            **{event: lambda: self.apply(upkeep.sweep(0, 10)) for event in TIMERS.values()},
         }
         await causes[event]()
 
@@ -208,7 +208,7 @@ def test_move_refuses_what_the_table_does_not_list_before_any_write(redis_url: s
                 redis.hset(KEYS.task(task_id), mapping={"state": pack(fields), "spec": pack(spec)})
             before = redis.hgetall(KEYS.task(task_id))
             following = TASK_LIFE.rows[state].get(event)
-            (reply,) = redis.eval(text, 1, KEYS.base, "test", "", "move", 2, task_id, event.__name__)  # type: ignore[misc]
+            (reply, *_) = redis.eval(text, 1, KEYS.base, "test", "", "move", 2, task_id, event.__name__)  # type: ignore[misc]
             if following is None:
                 assert reply == ["error", f"ERR {event.__name__} is illegal in state {state.name}"]
                 assert redis.hgetall(KEYS.task(task_id)) == before

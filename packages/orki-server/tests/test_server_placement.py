@@ -21,10 +21,11 @@ from orki_control import Client
 from orki_control.session import AttemptKey
 from orki_control.transport import open_channel
 from orki_server._fields import PRIORITY_STEP
-from orki_server._store import operations
-from orki_server._store.operations import Recipient, Swept, new_task_id
+from orki_server._store import operations, upkeep
+from orki_server._store.operations import Recipient, new_task_id
 from orki_server._store.placement import ANYWHERE, MAX_DELAY_MS, Placement, check_placement
 from orki_server._store.store import Store
+from orki_server._store.upkeep import Swept
 
 METHOD = TaskMethod(
     service="acme.v1.WorkService",
@@ -59,7 +60,7 @@ async def take(store: Store, slots: int = 1) -> list[AttemptKey]:
 
 
 async def sweep(store: Store) -> Swept:
-    return await store.apply(operations.sweep(SHARD, 100))
+    return await store.apply(upkeep.sweep(SHARD, 100))
 
 
 async def order(store: Store) -> list[str]:

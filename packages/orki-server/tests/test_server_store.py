@@ -14,7 +14,7 @@ from orki_contract.trace import Span, new_span
 from orki_control.session import AttemptKey
 from orki_server._events import Outbox
 from orki_server._keys import FleetKeys
-from orki_server._store import operations
+from orki_server._store import operations, upkeep
 from orki_server._store.operations import (
     OfferedAttempt,
     Recipient,
@@ -180,7 +180,7 @@ async def test_a_failed_attempt_is_followed_by_another_under_a_higher_fence(stor
         await store.apply(operations.fail("a1", first, Reason.REASON_HANDLER_FAILED, "", "", True))
     ).status is ReportStatus.REPEATED
     await asyncio.sleep(0.005)
-    swept = await store.apply(operations.sweep(SHARD, 10))
+    swept = await store.apply(upkeep.sweep(SHARD, 10))
     assert [each.kind for each in swept.expired] == ["retry"]
     (second,) = await take(store, "a2")
     assert (second.attempt.attempt, second.attempt.task_id) == (2, first.task_id)
@@ -206,7 +206,7 @@ async def test_attempts_run_out(store: Store) -> None:
     states = []
     for number in (1, 2, 3):
         await asyncio.sleep(0.005)
-        await store.apply(operations.sweep(SHARD, 10))
+        await store.apply(upkeep.sweep(SHARD, 10))
         (offered,) = await take(store)
         await store.apply(operations.accept("a1", offered.attempt))
         answer = await store.apply(
@@ -227,7 +227,7 @@ async def test_an_unanswered_offer_costs_no_attempt(store: Store) -> None:
         (offered,) = await take(store, accept_timeout=0)
         fences.append(offered.attempt.fence)
         await asyncio.sleep(0.002)
-        swept = await store.apply(operations.sweep(SHARD, 10))
+        swept = await store.apply(upkeep.sweep(SHARD, 10))
         assert [each.kind for each in swept.expired] == ["offer"]
         next_timers.append(swept.next_timer)
     assert fences == sorted(set(fences))
@@ -335,7 +335,7 @@ async def test_each_timer_ends_the_attempt_with_its_reason(
     method = TaskMethod(**values, **timers, backoff=Backoff(initial=0.001))  # type: ignore[arg-type]
     attempt = await started(store, method=method)
     await asyncio.sleep(0.01)
-    (expired,) = (await store.apply(operations.sweep(SHARD, 10))).expired
+    (expired,) = (await store.apply(upkeep.sweep(SHARD, 10))).expired
     assert (expired.kind, expired.agent_id, expired.attempt) == ("attempt", "a1", attempt)
     seen = (await look(store, attempt.task_id)).task
     assert (seen.state, seen.earlier_failures[0].reason) == (TaskState.TASK_STATE_QUEUED, reason)
@@ -346,7 +346,7 @@ async def test_the_total_timeout_ends_a_queued_task(store: Store) -> None:
     method = TaskMethod(service=METHOD.service, name="Do", request="q", response="r", total_timeout=0.001)
     waiting = (await submit(store, method=method)).task_id
     await asyncio.sleep(0.01)
-    (expired,) = (await store.apply(operations.sweep(SHARD, 10))).expired
+    (expired,) = (await store.apply(upkeep.sweep(SHARD, 10))).expired
     assert expired.kind == "task"
     seen = (await look(store, waiting)).task
     assert (seen.state, seen.failure.reason) == (TaskState.TASK_STATE_FAILED, Reason.REASON_TOTAL_TIMEOUT)
@@ -361,7 +361,7 @@ async def test_a_lease_is_renewed_by_heartbeats_and_by_resuming(store: Store) ->
     for _ in range(4):
         await asyncio.sleep(0.15)
         assert await store.apply(operations.renew(SHARD, "a1", (attempt,))) == Renewed()
-        assert (await store.apply(operations.sweep(SHARD, 10))).expired == ()
+        assert (await store.apply(upkeep.sweep(SHARD, 10))).expired == ()
     (kept,) = await store.apply(operations.resume(SHARD, "a1", (attempt,)))
     assert (kept.attempt, kept.state) == (attempt, TaskState.TASK_STATE_RUNNING)
     assert kept.traceparent
@@ -375,7 +375,7 @@ async def test_finished_tasks_are_removed_with_all_their_keys(redis_url: str) ->
     await store.apply(operations.report_progress("a1", offered.attempt, 10, 1, b""))
     await store.apply(operations.succeed("a1", offered.attempt, b""))
     await asyncio.sleep(0.01)
-    await store.apply(operations.sweep(SHARD, 10))
+    await store.apply(upkeep.sweep(SHARD, 10))
     assert await store.apply(operations.read_task(submitted.task_id)) is None
     assert await list_tasks(store, TaskFilter(), 10, "") == ([], "")
     assert (await submit(store, key="k")).status == "new"

@@ -17,11 +17,12 @@ from orki_contract.model import Backoff, TaskMethod
 from orki_contract.trace import new_span
 from orki_control.session import AttemptKey
 from orki_events.connection import Script
-from orki_server._store import operations
+from orki_server._store import operations, upkeep
 from orki_server._store.batcher import shard_script
-from orki_server._store.operations import Recipient, Swept, new_task_id
+from orki_server._store.operations import Recipient, new_task_id
 from orki_server._store.replies import Renewed
 from orki_server._store.store import Store
+from orki_server._store.upkeep import Swept
 
 METHOD = TaskMethod(
     service="acme.v1.WorkService",
@@ -72,7 +73,7 @@ class World:
                 if name not in self.stopped:
                     if act is not None:
                         await act()
-                    swept.append(await store.apply(operations.sweep(0, 10)))
+                    swept.append(await store.apply(upkeep.sweep(0, 10)))
         return [each for each in swept if each.expired]
 
     async def close(self) -> None:
@@ -239,22 +240,22 @@ async def test_slow_batches_do_not_stop_the_clock(world: World) -> None:
     kinds = []
     for _ in range(4):
         world.step(1.5)
-        kinds += [each.kind for each in (await store.apply(operations.sweep(0, 10))).expired]
+        kinds += [each.kind for each in (await store.apply(upkeep.sweep(0, 10))).expired]
     assert kinds == ["retry"]
 
 
 async def test_old_orchestrators_are_forgotten(world: World, redis_url: str) -> None:
     first = await world.orchestrator("first")
-    await first.apply(operations.sweep(0, 0))
+    await first.apply(upkeep.sweep(0, 0))
     world.stopped.add("first")
     second = await world.orchestrator("second")
     for _ in range(20):
-        await second.apply(operations.sweep(0, 0))
+        await second.apply(upkeep.sweep(0, 0))
         world.step(0.9)
     with Redis.from_url(redis_url) as redis:
         redis.hset("orki:{o0}:clock", "host:ancient", "5 0")
         third = await world.orchestrator("third")
-        await third.apply(operations.sweep(0, 0))
+        await third.apply(upkeep.sweep(0, 0))
         await asyncio.sleep(0)
         hosts = {name for name in redis.hkeys("orki:{o0}:clock") if name.startswith(b"host:")}  # type: ignore[union-attr]
         assert hosts == {b"host:first", b"host:second", b"host:third"}

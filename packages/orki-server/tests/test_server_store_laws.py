@@ -31,7 +31,7 @@ from orki_server import _keys as keys
 from orki_server._events import Outbox
 from orki_server._fields import STATE_FIELDS, pack, unpack
 from orki_server._keys import ShardKeys
-from orki_server._store import operations
+from orki_server._store import operations, upkeep
 from orki_server._store.operations import (
     Operation,
     Recipient,
@@ -377,7 +377,7 @@ class StoreLaws(RuleBasedStateMachine):
         timer = "retry_due" if model.waiting else "offer_due" if model.unanswered else "lease_due"
         change_state(self.redis, names.task(task_id), **{timer: 1, "timer": 1})
         self.redis.zadd(f"{names.base}timers", {task_id: 1})
-        swept = self.apply(operations.sweep(shard_of(task_id), 100))
+        swept = self.apply(upkeep.sweep(shard_of(task_id), 100))
         (expired,) = [each for each in swept.expired if each.attempt.task_id == task_id]
         if timer == "retry_due":
             assert expired.kind == "retry"

@@ -17,7 +17,7 @@ from orki_contract.trace import new_span
 from orki_control.session import AttemptKey
 from orki_server._events import Outbox, task_event
 from orki_server._keys import ShardKeys
-from orki_server._store import operations
+from orki_server._store import operations, upkeep
 from orki_server._store.operations import OfferedAttempt, Recipient, new_task_id
 from orki_server._store.replies import ReportStatus
 from orki_server._store.store import Store
@@ -60,7 +60,7 @@ async def state(store: Store, task_id: str) -> Any:
 async def lost(store: Store, key: AttemptKey, agent: str = "a1") -> None:
     await store.apply(operations.fail(agent, key, Reason.REASON_ABANDONED, "gone", "", True))
     await asyncio.sleep(0.25)
-    await store.apply(operations.sweep(SHARD, 10))
+    await store.apply(upkeep.sweep(SHARD, 10))
 
 
 async def test_the_next_attempt_gets_the_last_checkpoint(store: Store) -> None:
@@ -166,12 +166,12 @@ async def test_the_total_timeout_pauses_while_a_task_is_suspended(store: Store) 
     await store.apply(suspend("a1", (await taken(store)).attempt, "?", 0))
     for _ in range(8):  # The shard's clock needs batches.
         await asyncio.sleep(0.1)
-        await store.apply(operations.sweep(SHARD, 10))
+        await store.apply(upkeep.sweep(SHARD, 10))
     assert (await state(store, task_id)).state == SUSPENDED
     await store.apply(answer(task_id, 0, b"", "t"))
     for _ in range(8):
         await asyncio.sleep(0.1)
-        await store.apply(operations.sweep(SHARD, 10))
+        await store.apply(upkeep.sweep(SHARD, 10))
     task = await state(store, task_id)
     assert (task.state, task.failure.reason) == (TaskState.TASK_STATE_FAILED, Reason.REASON_TOTAL_TIMEOUT)
 
@@ -181,7 +181,7 @@ async def test_a_suspension_with_a_deadline_goes_on_without_an_answer(store: Sto
     await store.apply(suspend("a1", (await taken(store)).attempt, "?", 50))
     assert (await state(store, task_id)).suspension.deadline_ms == 50
     await asyncio.sleep(0.06)
-    swept = await store.apply(operations.sweep(SHARD, 10))
+    swept = await store.apply(upkeep.sweep(SHARD, 10))
     assert [each.kind for each in swept.expired] == ["retry"]
     assert (await store.apply(answer(task_id, 1, b"late", "t"))).status == "idle"
     second = await taken(store)

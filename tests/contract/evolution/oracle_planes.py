@@ -19,6 +19,7 @@ from orki_contract.model import Backoff, Group, Retention, Stream, TaskMethod, T
 from orki_contract.read import ReadContract
 from orki_events import _delivery_table as delivery
 from orki_events._delivery import DeliveryMachine
+from orki_events._delivery_windows import DeliverySettings
 from orki_events.entries import stream_key, stream_keys
 from orki_events.groups import StreamState, group_start
 from orki_server._observers.redaction import Redaction, safe_json
@@ -133,7 +134,7 @@ def _group(stream: Stream, was: Group, now: Group) -> Iterator[str]:
 @functools.cache
 def _deliveries(limit: int) -> int:
     """How often the delivery machine hands out an entry whose handler always fails."""
-    settings = delivery.DeliverySettings(
+    settings = DeliverySettings(
         prefetch=1,
         max_deliveries=limit,
         ack_deadline=1e6,
@@ -155,8 +156,12 @@ def _deliveries(limit: int) -> int:
         if isinstance(command, delivery.CreateGroups):
             commands += machine.receive(delivery.GroupsReady(command), now)
         elif isinstance(command, delivery.Read):
-            entries = {} if command.history or given else {"key": [[b"1-0", []]]}
+            entries = {} if command.history or given else {"key": [[b"1-0", [b"e", b"", b"d", b""]]]}
             given = given or not command.history
+            if not entries and not command.history:
+                # A read without entries lasts until something else is due.
+                now = max(now, machine.next_timer() or now)
+                commands += machine.handle_timer(now)
             commands += machine.receive(delivery.EntriesRead(command, entries, {}), now)
         elif isinstance(command, delivery.Claim):
             commands += machine.receive(delivery.EntriesClaimed(command, b"0-0", [], {}, []), now)
@@ -204,6 +209,11 @@ def _attempt(was: TaskMethod, now: TaskMethod) -> Iterator[str]:
         limits = [getattr(each.budget, name) for each in (was, now)]
         if limits[1] and not 0 < limits[0] <= limits[1]:
             yield f"a task that used {limits[1]} {name} is paused"
+    strength = {"": 0, "memory": 0, "fsync": 10, **{f"replicas:{number}": number for number in range(1, 10)}}
+    levels = [strength.get(each.durability, 0) for each in (was, now)]
+    kinds = [each.durability.partition(":")[0] for each in (was, now)]
+    if levels[0] > levels[1] or (levels[0] and kinds[0] != kinds[1]):
+        yield f"a task that {was.durability} kept is lost"
     if was.max_attempts == 1 and now.max_attempts > 1:
         yield "a handler that relies on one attempt runs again"
 

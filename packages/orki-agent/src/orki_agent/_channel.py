@@ -20,7 +20,7 @@ from orki_agent._settings import RunSettings
 from orki_contract.backoff import Jitter
 from orki_contract.errors import InvalidSetting, OrkiError, PeerRefused, RemoteProtocolError
 from orki_control.session import AgentEvent, AgentSession, AgentState, SessionClosed, SessionLost
-from orki_control.transport import Addresses, Peer, check_targets, error_from, open_channel
+from orki_control.transport import Addresses, LaterCall, Peer, check_targets, error_from, open_channel
 
 _log = logging.getLogger("orki.agent.session")
 
@@ -28,6 +28,8 @@ _FAILURES_OF_A_CHANNEL: Final = 3
 """Number of failed streams after which a new channel is opened."""
 _LOG_EVERY: Final = 20
 """One of this many consecutive failures is logged as a warning."""
+_LATER: Final = 0.003
+"""Maximum time for which the acceptance of an offer waits for the result of its handler, in seconds."""
 _HALF_CLOSED: Final = 0.5
 """Seconds for the orchestrator to end the stream after the agent has."""
 
@@ -68,7 +70,9 @@ class SessionChannel:
         self._over: asyncio.Future[SessionLost] | None = None
         self._stopping = asyncio.Event()
         self._peer = Peer("", "")
+        self._later = LaterCall(self._loop, _LATER, session.send_acceptances)
         session.on_change = self._changed
+        session.on_later = self._later.request
 
     async def run(self) -> None:
         """Keep a session until `stop` is called or the machine closes it for good."""
@@ -106,6 +110,7 @@ class SessionChannel:
                 _log.log(level, "no session: %s; connecting to %s in %.2f s", lost.cause, self._peer, wait)
                 await self._pause(wait)
         finally:
+            self._later.cancel()
             if self._timer is not None:
                 self._timer.cancel()
             if channel is not None:
@@ -175,6 +180,8 @@ class SessionChannel:
         try:
             while not over.done():
                 while (request := self._session.messages_to_send()) is not None:
+                    if not self._session.delays:
+                        self._later.cancel()
                     await call.write(request)
                     self.on_sent()
                 if self._stopping.is_set():

@@ -106,6 +106,7 @@ class TaskSettings(TypedDict, total=False):
     cancel_grace: float
     progress_policy: ProgressPolicy
     budget: Budget
+    durability: str
 
 
 class _Declared(TaskSettings, total=False):

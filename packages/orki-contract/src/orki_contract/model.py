@@ -304,6 +304,8 @@ class TaskMethod:
         checkpoint: Message of the checkpoints; without one they are bytes.
         answer: Message that answers a suspended task; without one, answers are bytes.
         budget: Budget of a submission that names none; without amounts for no limit.
+        durability: Durability of a submission that names none: `memory`, `fsync` or `replicas:N`; empty for the
+            orchestrator's setting.
     """
 
     service: str
@@ -323,6 +325,7 @@ class TaskMethod:
     checkpoint: str = ""
     answer: str = ""
     budget: Budget = Budget()
+    durability: str = ""
 
     @property
     def messages(self) -> list[str]:

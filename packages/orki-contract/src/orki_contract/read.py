@@ -276,6 +276,7 @@ def _task(file: FileDescriptorProto, method: MethodNode, option: Any) -> TaskMet
         ),
         cancel_grace=seconds_of(_set(option, "cancel_grace"), default.cancel_grace),
         budget=_budget(getattr(option, "budget", None)),
+        durability=getattr(option, "durability", ""),
         # It may also hold a policy of a newer version.
         progress_policy=PROGRESS_POLICIES.get(getattr(option, "progress_policy", 0), default.progress_policy),
     )

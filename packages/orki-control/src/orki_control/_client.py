@@ -489,9 +489,8 @@ class Client(OperatorCalls):
         for submission in submissions:
             weight = submission.ByteSize() + 16
             if weight > room:
-                raise TooLarge(
-                    f"{submission.method}: the request has {len(submission.request)} bytes; the maximum is {room}"
-                )
+                found = len(submission.request)
+                raise TooLarge(f"{submission.method}: the request has {found} bytes; the maximum is {room}")
             if chunk and (len(chunk) == _MOST_SUBMISSIONS or size + weight > room):
                 yield chunk
                 chunk, size = [], 0

@@ -18,6 +18,7 @@ __all__ = [
     "REASON_KEY",
     "Addresses",
     "ChannelOptions",
+    "LaterCall",
     "Peer",
     "abort",
     "channel_options",
@@ -38,7 +39,7 @@ import re
 import socket
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, TypeAlias, cast
 
@@ -362,3 +363,37 @@ def typed_error(raised: Exception, target: str) -> OrkiError:
 
 def _bounded(message: str) -> str:
     return message if len(message) <= MESSAGE_CHARACTERS else message[: MESSAGE_CHARACTERS - 1] + "…"
+
+
+class LaterCall:
+    """A call that comes after a moment, once for all requests until then."""
+
+    __slots__ = ("_call", "_loop", "_timer", "_wait")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, wait: float, call: Callable[[], object]) -> None:
+        """Create it without a request.
+
+        Args:
+            loop: The loop of the caller and the call.
+            wait: Time between the first request and the call.
+            call: What is called.
+        """
+        self._loop = loop
+        self._wait = wait
+        self._call = call
+        self._timer: asyncio.TimerHandle | None = None
+
+    def request(self) -> None:
+        """Request the call."""
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._wait, self._due)
+
+    def cancel(self) -> None:
+        """Take the request back, if there is one."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _due(self) -> None:
+        self._timer = None
+        self._call()

@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 
 from orki_contract import EventStream
 from orki_contract.errors import InvalidSetting, LocalProtocolError, UnknownStream
-from orki_contract.model import Retention, Stream
+from orki_contract.model import Durability, Retention, Stream
 from orki_contract.trace import Span, current_span
 from orki_events._commands import GroupMember
 from orki_events._consumers import (
@@ -32,7 +32,7 @@ from orki_events._group_reader import GroupReader, ReaderServices
 from orki_events._lanes import Outgoing, PublishCounts
 from orki_events._ledger import StreamLedger, read_ledger
 from orki_events._letters import DeadLetterEntry, list_dead_letters, replay_dead_letters
-from orki_events._options import ConsumeOptions, EventOptions, Gap
+from orki_events._options import ConsumeOptions, EventOptions, Gap, for_durable
 from orki_events._partition_keys import key_reader
 from orki_events._publisher import Publisher
 from orki_events._push import PushRun, run_until
@@ -94,6 +94,7 @@ class Events:
         self._commands: Connection | None = None
         self._publish_connection: Connection | None = None
         self._publisher: Publisher | None = None
+        self._durable: Publisher | None = None
         self._readers: set[GroupReader] = set()
         self._tails: set[Connection] = set()
         self._numbers = itertools.count(1)
@@ -105,18 +106,11 @@ class Events:
             raise LocalProtocolError("this Events is already in use; call connect() again for another")
         self._commands = self._connection("commands")
         self._publish_connection = self._connection("publish")
-        self._trimmer = Trimmer(
-            self._connection("trim"), self.producer, read_retention, self._registry.streams, self._report
-        )
-        self._publisher = Publisher(
-            self._publish_connection,
-            self.producer,
-            self.options,
-            self._groups,
-            self._registry,
-            self._report,
-            self._trimmer.use,
-        )
+        sources = (read_retention, self._registry.streams, self._report)
+        self._trimmer = Trimmer(self._connection("trim"), self.producer, *sources)
+        shared = (self._groups, self._registry, self._report, self._trimmer.use)
+        self._publisher = Publisher(self._publish_connection, self.producer, self.options, *shared)
+        self._durable = Publisher(self._connection("durable"), self.producer, for_durable(self.options), *shared)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -125,7 +119,8 @@ class Events:
     @property
     def counts(self) -> PublishCounts:
         """Numbers of events published, refused and abandoned."""
-        return self._opened().counts
+        counts = self._opened().counts
+        return counts + self._durable.counts if self._durable is not None else counts
 
     async def publish(
         self,
@@ -152,7 +147,7 @@ class Events:
             ContractMismatch: The stream's contract is incompatible with the registered one.
             InvalidArgument, TooLarge: The event cannot be published.
         """
-        publisher = self._opened()
+        publisher = self._publisher_of(stream)
         outgoing = Outgoing(message, span or current_span(), event_id, time_us)
         (identity,) = await publisher.publish_all(stream, (outgoing,))
         return identity
@@ -166,11 +161,11 @@ class Events:
             OrkiError: The first error of any event; see `publish`. The other events may have been published.
         """
         parent = span or current_span()
-        return await self._opened().publish_all(stream, [Outgoing(message, parent) for message in messages])
+        return await self._publisher_of(stream).publish_all(stream, [Outgoing(message, parent) for message in messages])
 
     async def publish_outgoing(self, stream: EventStream[E, Any], outgoing: Iterable[Outgoing]) -> list[bytes]:
         """Publish events that have their own span, id and time, such as those of an outbox; see `publish_many`."""
-        return await self._opened().publish_all(stream, outgoing)
+        return await self._publisher_of(stream).publish_all(stream, outgoing)
 
     def collect(
         self, stream: EventStream[E, Any], message: E, *, span: Span | None = None, time_us: int | None = None
@@ -183,11 +178,13 @@ class Events:
             EventsBufferFull: The buffer is full; the event was not buffered.
             InvalidArgument, TooLarge: The event cannot be published.
         """
-        return self._opened().submit(stream, Outgoing(message, span or current_span(), time_us=time_us))
+        return self._publisher_of(stream).submit(stream, Outgoing(message, span or current_span(), time_us=time_us))
 
     async def flush(self) -> None:
         """Wait until all earlier events were sent, refused or abandoned."""
         await self._opened().flush()
+        if self._durable is not None:
+            await self._durable.flush()
 
     async def ping(self) -> None:
         """Check that the server answers."""
@@ -406,7 +403,12 @@ class Events:
             await run_until(runs, stop, self.options.drain_timeout)
 
     async def close(self) -> None:
-        """End consumers and tails, and send buffered events, within the drain timeout. Idempotent."""
+        """End consumers and tails, and send buffered events. Idempotent.
+
+        It takes at most `drain_timeout`, also without a server, and one second more if consumers need all of it.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self.options.drain_timeout
         publisher, self._publisher = self._publisher, None
         if publisher is None:
             return
@@ -415,15 +417,15 @@ class Events:
             await asyncio.gather(
                 *(reader.close() for reader in self._readers), *(connection.end() for connection in tails)
             )
-            await publisher.close(self.options.drain_timeout)
+            durable = self._durable or publisher
+            timeout = max(end - loop.time(), min(1.0, self.options.drain_timeout))
+            await asyncio.gather(*(each.close(timeout) for each in {publisher, durable}))
             if self._trimmer is not None:
                 await self._trimmer.close()
         finally:
-            for connection in (self._commands, self._publish_connection):
-                if connection is not None:
-                    await connection.close()
-            # One turn of the event loop, in which it releases the closed sockets.
-            await asyncio.sleep(0)
+            if self._commands is not None:
+                await self._commands.close()
+            await asyncio.sleep(0)  # The event loop releases the closed sockets.
 
     def _reader_factory(
         self,
@@ -468,6 +470,10 @@ class Events:
             return reader
 
         return start
+
+    def _publisher_of(self, stream: EventStream[Any, Any]) -> Publisher:
+        publisher, is_durable = self._opened(), stream.contract.durability is not Durability.MEMORY
+        return self._durable if is_durable and self._durable is not None else publisher
 
     def _opened(self) -> Publisher:
         if self._publisher is None:

@@ -113,7 +113,11 @@ class Delivery(_Settleable, Generic[T]):
 
     __slots__ = ("_child", "_envelope", "deliveries", "event", "event_id")
 
-    def __init__(self, reader: GroupReader, dispatch: Dispatch, entry: Entry, event: T, event_id: bytes) -> None:
+    def __init__(
+        self, reader: GroupReader, dispatch: Dispatch, event: T, entry: Entry | None = None, event_id: bytes = b""
+    ) -> None:
+        if entry is None:
+            (entry,) = dispatch.entries
         self._reader = reader
         self._key = dispatch.key
         self._entries = (entry,)
@@ -121,7 +125,7 @@ class Delivery(_Settleable, Generic[T]):
         self._envelope: Envelope | None = None
         self._child: Span | None = None
         self.event = event
-        self.event_id = event_id
+        self.event_id = event_id or _event_id(entry)
         self.deliveries = dispatch.deliveries.get(entry[0], 1) if dispatch.deliveries else 1
 
     @property
@@ -337,7 +341,7 @@ def next_delivery(reader: GroupReader, decode: Decode[T]) -> Delivery[T] | None:
             _decodable(reader, decode, dispatch.key, (entry,))
             continue
         if reader.seen.add_one(event_id):
-            return Delivery(reader, dispatch, entry, event, event_id)
+            return Delivery(reader, dispatch, event, entry, event_id)
         reader.succeeded(dispatch.key, entry[0])
     return None
 

@@ -138,8 +138,7 @@ class DeliveryMachine(DeliverySteps):
         else:
             partition.sweep_at = now
         partition.stale_claim = False
-        partition.lost_unnamed += len(event.deleted)
-        partition.detach(event.deleted)
+        partition.remove(event.deleted)
         if event.entries:
             self._take(partition, event.entries, event.deliveries, now, commands)
 

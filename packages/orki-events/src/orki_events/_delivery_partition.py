@@ -74,6 +74,7 @@ class Partition:
     stale_claim: bool = False
     _waiting: dict[Outcome, list[bytes]] = field(default_factory=lambda: {outcome: [] for outcome in Outcome})
     _regained: dict[Outcome, int] = field(default_factory=dict)
+    _acking: Outcome = Outcome.DECLARED_LOST
 
     @property
     def unfinished(self) -> bool:
@@ -158,6 +159,17 @@ class Partition:
         self.detached.update(fresh)
         self.kept += len(fresh)
 
+    def remove(self, entry_ids: Sequence[bytes]) -> None:
+        """Note that the server has removed trimmed entries from the pending ones; those in hand are kept."""
+        self.lost_unnamed += len(entry_ids)
+        self.detach(entry_ids)
+        for entry_id in self.settled.intersection(entry_ids):
+            # Handled, but trimmed before its acknowledgement, which therefore counts nothing.
+            outcome = next((each for each, waiting in self._waiting.items() if entry_id in waiting), self._acking)
+            if outcome is not Outcome.DECLARED_LOST:
+                self._regained[outcome] = self._regained.get(outcome, 0) + 1
+                self.kept += 1
+
     def detach_pending(self, entry_ids: Sequence[bytes]) -> None:
         """Declare trimmed entries as lost that are still pending; those that are held are kept."""
         self.detach(entry_ids)
@@ -193,7 +205,7 @@ class Partition:
                     extra, self.lost_unnamed = self.lost_unnamed, 0
                     kept, self.kept = self.kept, 0
                 self._waiting[outcome] = waiting[_MAX_ACKED:]
-                self.acking = True
+                self.acking, self._acking = True, outcome
                 return Ack(self.key, waiting[:_MAX_ACKED], outcome, extra + regained, kept, regained)
         return None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from itertools import islice
 from typing import Any, Final, NamedTuple
 
@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 
 from orki_contract import EventStream, errors
 from orki_contract.backoff import Jitter, JitterOptions
-from orki_contract.model import Retention
+from orki_contract.model import Durability, Retention
 from orki_contract.trace import Span
 from orki_events.connection import Command, Script, pack
 from orki_events.entries import EVENT_ID_BYTES
@@ -64,6 +64,9 @@ class PublishCounts:
     repeated: int = 0
     found: int = 0
     pipelines: int = 0
+
+    def __add__(self, other: PublishCounts) -> PublishCounts:
+        return PublishCounts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 class Outgoing(NamedTuple):
@@ -195,6 +198,11 @@ class Lane:
     due: float = 0.0
     last_id: str = ""
     backoff: Jitter = field(default_factory=lambda: Jitter(RETRY))
+
+    @property
+    def level(self) -> tuple[Durability, int]:
+        """The durability of the stream, with the number of replicas."""
+        return self.handle.contract.durability, self.handle.contract.replicas
 
     @property
     def first(self) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -150,6 +150,12 @@ class ConsumeOptions:
         _require(self, "sweep_interval", 0, 3_600)
         if not isinstance(self.backoff, Backoff):
             raise InvalidSetting(f"ConsumeOptions.backoff is {self.backoff!r}; it must be a Backoff")
+
+
+def for_durable(options: EventOptions) -> EventOptions:
+    """Return options for events that wait for a disk or for replicas: more of them leave together."""
+    size = max(options.batch_bytes, 8 << 20)
+    return replace(options, batch_entries=max(options.batch_entries, 5_000), batch_bytes=size)
 
 
 def _require(options: Any, name: str, lowest: float, highest: float) -> None:

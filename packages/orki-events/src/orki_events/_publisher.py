@@ -24,7 +24,8 @@ from typing import Any, Final
 
 from orki_contract import EventStream, errors
 from orki_contract.backoff import Jitter
-from orki_contract.model import Overflow, Stream
+from orki_contract.model import Durability, Overflow, Stream
+from orki_events._durability import check_durability, confirm_durability
 from orki_events._lanes import (
     ADD_BELOW_CEILING,
     RETRY,
@@ -185,8 +186,10 @@ class Publisher:
                 self._bytes, self._submitted, stream.sequence = size, number, sequence
                 if ticket is not None:
                     ticket.open += added
-        if woken:
-            self._call(self._wake.set)
+        if woken and threading.get_ident() == self._thread:
+            self._wake.set()
+        elif woken:
+            self._loop.call_soon_threadsafe(self._wake.set)
         return added
 
     async def flush(self) -> None:
@@ -195,7 +198,7 @@ class Publisher:
             await self._wait_progress()
 
     async def close(self, timeout: float) -> None:
-        """Send buffered events within the timeout, and abandon the rest."""
+        """Send buffered events within the timeout, abandon the rest, and close the connection."""
         with self._guard:
             self._closing = True
         try:
@@ -212,6 +215,7 @@ class Publisher:
                 left = [*lane.done(), *lane.queue]
                 lane.queue.clear()
                 self._end(lane, left, error)
+            await self._connection.close()
 
     def _lane(self, stream: StreamLanes, key: str) -> Lane:
         lane = stream.lanes.get(key)
@@ -223,12 +227,6 @@ class Publisher:
         """Return the number of the oldest event that is not settled; infinity without one."""
         with self._guard:
             return min((lane.first or math.inf for lane in self._active), default=math.inf)
-
-    def _call(self, function: Callable[[], None]) -> None:
-        if threading.get_ident() == self._thread:
-            function()
-        else:
-            self._loop.call_soon_threadsafe(function)
 
     async def _wait_progress(self) -> None:
         self._progress.clear()
@@ -268,6 +266,7 @@ class Publisher:
         chosen: list[Lane] = []
         with self._guard:
             due = [lane for lane in self._active if lane.due <= now]
+            due = [lane for lane in due if lane.level == due[0].level]
             for at, lane in enumerate(due):
                 left = len(due) - at
                 taken = lane.take(max(entries // left, 1), size // left)
@@ -284,7 +283,7 @@ class Publisher:
         """Try to publish the lanes' chunks."""
         sent = False
         try:
-            await self._refresh_tunings()
+            await self._tunings.refresh(self._connection, time.monotonic())
             self._notice_reopened()
             lanes = await self._prepare(lanes)
             for lane in lanes:
@@ -295,6 +294,8 @@ class Publisher:
                 return
             sent = True
             replies = await self._send(lanes)
+            if not await self._confirm(lanes):
+                return
         except errors.OrkiError as error:
             self._connection_failed(lanes, error, sent)
             return
@@ -307,6 +308,22 @@ class Publisher:
             # The server may have lost entries while the connection was idle.
             with contextlib.suppress(errors.OrkiError):
                 await self._prepare(lanes)
+
+    async def _confirm(self, lanes: list[Lane], *, marked: bool = True) -> bool:
+        """Wait until the chunks are as durable as their streams declare; else let them wait, and return False."""
+        contract = lanes[0].handle.contract
+        if contract.durability is Durability.MEMORY:
+            return True
+        try:
+            await confirm_durability(self._connection, contract, marked=marked)
+        except errors.EventsUnavailable:
+            raise
+        except errors.OrkiError as error:
+            for lane in lanes:
+                lane.doubtful = True
+                self._refuse(lane, error)
+            return False
+        return True
 
     def _notice_reopened(self) -> bool:
         """Whether the connection was opened again since the streams were prepared: then they must be prepared again."""
@@ -323,14 +340,6 @@ class Publisher:
         packed = b"".join([chunk for chunk, _ in chunks])
         return iter(await self._connection.exchange(packed, sum(count for _, count in chunks)))
 
-    async def _refresh_tunings(self) -> None:
-        try:
-            await self._tunings.refresh(self._connection, time.monotonic())
-        except errors.EventsUnavailable:
-            raise
-        except errors.OrkiError as error:
-            _log.warning("the retention settings of deployments cannot be read: %s", error.message)
-
     async def _prepare(self, lanes: list[Lane]) -> list[Lane]:
         """Register the lanes' streams and create their groups. Return the lanes whose streams are ready."""
         failures: dict[str, errors.OrkiError] = {}
@@ -343,6 +352,7 @@ class Publisher:
                 # First, so that a contract that does not fit leaves no trace on the server.
                 await self._registry.register(self._connection, stream.handle, publishes=True)
                 newest = await self._groups.ensure(self._connection, contract, contract.groups)
+                await check_durability(self._connection, contract)
                 if contract.retention.ceiling:
                     await self._connection.load_script(ADD_BELOW_CEILING)
             except errors.EventsUnavailable:
@@ -371,6 +381,8 @@ class Publisher:
             raise
         except errors.OrkiError as error:
             self._refuse(lane, error)
+            return
+        if found and not await self._confirm([lane], marked=False):
             return
         chunk = lane.done()
         lane.sending = [item for item in chunk if item.event_id not in found]

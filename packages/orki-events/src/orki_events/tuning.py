@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from orki_contract.errors import InvalidContract, InvalidSetting
+from orki_contract.errors import EventsUnavailable, InvalidContract, InvalidSetting, OrkiError
 from orki_contract.model import Retention, Stream, duration_text, milliseconds
 from orki_contract.read import read_image
 from orki_events._trimming import trim_stream
@@ -149,7 +149,13 @@ class TuningCache:
     async def refresh(self, connection: Connection, now: float) -> None:
         """Read the settings if they are older than two seconds. `now` is in seconds on a monotonic clock."""
         if self._read_at is None or now >= self._read_at + _REFRESH_INTERVAL:
-            self._found = await read_tunings(connection)
+            try:
+                self._found = await read_tunings(connection)
+            except EventsUnavailable:
+                raise
+            except OrkiError as error:
+                # Such as a key of another type: it must not keep events from being published.
+                _log.warning("the retention settings of deployments cannot be read: %s", error.message)
             self._read_at = now
 
     def retention(self, stream: Stream) -> Retention:

@@ -146,6 +146,8 @@ def most_patient(methods: Sequence[TaskMethod]) -> TaskMethod:
         max_attempts=max(each.max_attempts for each in methods),
         backoff=backoff,
         cancel_grace=max(each.cancel_grace for each in methods),
+        # Of the texts, `replicas:N` is the greatest, and `fsync` is greater than none.
+        durability=max(each.durability.removeprefix("memory") for each in methods),
         budget=Budget(
             tokens=int(limit(each.budget.tokens for each in methods)),
             cost_micros=int(limit(each.budget.cost_micros for each in methods)),

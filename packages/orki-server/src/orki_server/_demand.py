@@ -90,6 +90,13 @@ class Demand:
         if method in self._free:
             self._on_ready()
 
+    def expect(self, shard: int, method: str) -> bool:
+        """A task of a method is on its way to the store. Return whether it is asked for in the same batch."""
+        if not any(session.machine.free_slots for session in self._free.get(method, ())):
+            return False
+        self.queued(shard, method)
+        return True
+
     def all_queued(self) -> None:
         """Any shard may have tasks of any method."""
         for method in self._serving:

@@ -1,8 +1,8 @@
 """Assigns queued tasks to free slots, and executes tasks' timers.
 
 `Demand` knows which methods have queued tasks, and which sessions have free slots for them. The shards of these tasks
-are asked one after another, each in one operation for all of its methods. A slow poll finds tasks of which this
-orchestrator was not told.
+are asked one after another, each in one operation for all of its methods. The operation joins the batch that is sent
+next, also that of a submission. A slow poll finds tasks of which this orchestrator was not told.
 """
 
 from __future__ import annotations
@@ -11,22 +11,29 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Final
 
 from orki.control.v1.attempt_pb2 import BudgetBalance
 from orki.control.v1.session_pb2 import Offer as OfferMessage
 from orki_contract.errors import OrkiError, StoreUnavailable, error_for
 from orki_server._budgets import Budgets
-from orki_server._demand import Demand
+from orki_server._demand import Demand, Request
 from orki_server._session import AgentSession, SessionRegistry
 from orki_server._sessions import Reports
 from orki_server._store.mail import queue_lengths
-from orki_server._store.operations import Expired, OfferedAttempt, Swept, offer, shard_of, sweep
+from orki_server._store.operations import Assigned, OfferedAttempt, offer, shard_of
 from orki_server._store.store import Store
+from orki_server._store.upkeep import Expired, Swept, sweep
 
 _STORE_SLACK: Final = 1.0
 """The store withdraws an unanswered offer later than the session does, for the case that this process has ended."""
+_AGAIN: Final = 0.05
+"""Wait after a request that could not be sent."""
+_LOOK: Final = 0.5
+"""Maximum time after which a changed interval of the polls is noticed."""
 _SWEEP_LIMIT: Final = 100
 _TICK: Final = 0.5
 """Maximum time between two sweeps. When none comes for twice as long, nobody could hear the agents."""
@@ -58,25 +65,32 @@ class Dispatcher:
         self._reports = reports
         self._accept_timeout = accept_timeout
         self._on_change = on_change
-        self._wake = asyncio.Event()
-        self.demand = Demand(store.shards, self._wake.set)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._defect: Exception | None = None
+        self._round: deque[int] = deque()
+        self._wanted = self._scheduled = self._asking = False
+        self._admissions: set[asyncio.Task[None]] = set()
+        self.demand = Demand(store.shards, self._wake)
         self.offered = 0
+        store.on_batch(self._ask)
 
     async def run(self) -> None:
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
+        self._wake()
         polled = loop.time()
-        while True:
-            poll_at = polled + self._poll_after()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(poll_at):
-                    await self._wake.wait()
-            await self._store.connection.up.wait()
-            self._wake.clear()
-            with contextlib.suppress(OrkiError):
-                if loop.time() >= poll_at:
+        try:
+            while self._defect is None:
+                await asyncio.sleep(min(_LOOK, self._poll_after()))
+                await self._store.connection.up.wait()
+                if loop.time() >= polled + self._poll_after():
                     polled = loop.time()
-                    await self._poll()
-                await self._round()
+                    with contextlib.suppress(OrkiError):
+                        await self._poll()
+            raise self._defect
+        finally:
+            self._loop = None
+            for task in self._admissions:
+                task.cancel()
 
     async def _poll(self) -> None:
         """Ask which methods have queued tasks, of those with free slots and without a known task."""
@@ -91,36 +105,98 @@ class Dispatcher:
             for method, count in counts.items():
                 self.demand.queued(shard, method, count)
 
-    async def _round(self) -> None:
-        """Ask each shard with tasks once, as long as slots are free for them."""
-        for shard in self.demand.shards():
-            request = self.demand.take(shard)
-            if request is None:
-                continue
-            operation = offer(shard, self._accept_timeout + _STORE_SLACK, request.recipients)
-            try:
-                assigned = await self._store.offer(operation)
-            except StoreUnavailable as error:
+    def _wake(self) -> None:
+        """Ask the shards with tasks for free slots, at the latest in the next turn of the loop."""
+        self._wanted = True
+        if self._loop is not None and not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._woken)
+
+    def _woken(self) -> None:
+        self._scheduled = False
+        self._ask()
+
+    def _ask(self) -> None:
+        """Ask the next shard, unless one is asked already. A round asks each shard with tasks once."""
+        if self._asking or self._loop is None or not self._store.up:
+            return
+        try:
+            while self._round or self._wanted:
+                if not self._round:
+                    self._wanted = False
+                    self._round.extend(self.demand.shards())
+                elif (request := self.demand.take(self._round.popleft())) is not None:
+                    self._send(request)
+                    return
+        except Exception as error:
+            self._defect = error
+
+    def _send(self, request: Request) -> None:
+        operation = offer(request.shard, self._accept_timeout + _STORE_SLACK, request.recipients)
+        try:
+            assigned = self._store.offer(operation)
+        except OrkiError as error:
+            _log.warning("no tasks were assigned: %s", error.message)
+            self._round.clear()
+            asyncio.get_running_loop().call_later(_AGAIN, self.demand.give_back, request)
+            return
+        self._asking = True
+        assigned.add_done_callback(partial(self._answered, request))
+
+    def _answered(self, request: Request, answer: asyncio.Future[Assigned]) -> None:
+        if answer.cancelled() or self._loop is None:
+            self._asking = False
+            return
+        try:
+            error = answer.exception()
+            if error is None:
+                self._assigned(request, answer.result())
+            elif isinstance(error, StoreUnavailable):
                 _log.warning("no tasks were assigned: %s", error.message)
+                self._round.clear()
                 self.demand.give_back(request)
-                raise
-            except OrkiError as error:
-                _log.error("shard %d assigns no tasks: %s", shard, error.message)
-                continue
-            _report_damage(shard, assigned.damaged)
-            if any(each.accounts for each in assigned.offers):
-                admitted = await self._budgets.admit_offers(request.sessions, assigned.offers)
-                for each in assigned.offers:
-                    if each.attempt in admitted:
-                        self._offer(request.sessions[each.recipient], each, admitted[each.attempt])
+            elif isinstance(error, OrkiError):
+                _log.error("shard %d assigns no tasks: %s", request.shard, error.message)
             else:
-                for each in assigned.offers:
-                    self._offer(request.sessions[each.recipient], each)
-            self.demand.settle(request, assigned.offers)
-            if assigned.again is not None:
-                self.demand.wait(request)
-                if assigned.again > 0:
-                    asyncio.get_running_loop().call_later(assigned.again, self._wake.set)
+                raise error
+        except Exception as defect:
+            self._defect = defect
+        if not self._admissions:
+            self._asking = False
+            self._ask()
+
+    def _assigned(self, request: Request, assigned: Assigned) -> None:
+        _report_damage(request.shard, assigned.damaged)
+        if any(each.accounts for each in assigned.offers):
+            task = asyncio.get_running_loop().create_task(self._admit(request, assigned), name="orki budgets of offers")
+            self._admissions.add(task)
+            task.add_done_callback(self._admitted)
+            return
+        for each in assigned.offers:
+            self._offer(request.sessions[each.recipient], each)
+        self._settle(request, assigned)
+
+    async def _admit(self, request: Request, assigned: Assigned) -> None:
+        """Offer the tasks whose budgets are not used up."""
+        admitted = await self._budgets.admit_offers(request.sessions, assigned.offers)
+        for each in assigned.offers:
+            if each.attempt in admitted:
+                self._offer(request.sessions[each.recipient], each, admitted[each.attempt])
+        self._settle(request, assigned)
+
+    def _admitted(self, task: asyncio.Task[None]) -> None:
+        self._admissions.discard(task)
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            self._defect = error
+        self._asking = False
+        self._ask()
+
+    def _settle(self, request: Request, assigned: Assigned) -> None:
+        self.demand.settle(request, assigned.offers)
+        if assigned.again is not None:
+            self.demand.wait(request)
+            if assigned.again > 0:
+                asyncio.get_running_loop().call_later(assigned.again, self._wake)
 
     def _offer(self, session: AgentSession, offered: OfferedAttempt, budgets: Sequence[BudgetBalance] = ()) -> None:
         message = OfferMessage(
@@ -154,10 +230,10 @@ def _report_damage(shard: int, damaged: Iterable[str]) -> None:
 class Sweeper:
     """Executes the timers of all shards.
 
-    It sweeps when a timer is due and at every `interval`, which is at most half a second: each sweep advances the
-    clocks of the shards. After a start, and after the store was down, it executes no timers for `pause`: agents must
-    first have the chance to renew their leases. It calls `on_queued` with shard and method of a task that is queued
-    again, `on_change` with a task that changed and whether it ended, `on_mail` with a shard that has mail,
+    It sweeps a shard when a timer is due there and at every `interval`, which is at most half a second: each sweep
+    advances the shard's clock. After a start, and after the store was down, it executes no timers for `pause`: agents
+    must first have the chance to renew their leases. It calls `on_queued` with shard and method of a task that is
+    queued again, `on_change` with a task that changed and whether it ended, `on_mail` with a shard that has mail,
     `on_orphans` with one that has children of ended parents, and `on_raised` with one whose budgets were raised.
     """
 
@@ -184,51 +260,58 @@ class Sweeper:
         self._on_queued = on_queued
         self._on_change = on_change
         self._wake = asyncio.Event()
-        self._due = 0.0
+        self._dues = [0.0] * store.shards
         self._paused_until = 0.0
         store.connection.on_change(self._store_changed)
+        store.on_timer(self.wake_in)
 
-    def wake_in(self, wait: float) -> None:
+    def wake_in(self, shard: int, wait: float) -> None:
+        """Sweep a shard after a time, if not earlier."""
         due = asyncio.get_running_loop().time() + wait
-        if due < self._due:
-            self._due = due
-            self._wake.set()
+        if due < self._dues[shard]:
+            is_next = due < min(self._dues)
+            self._dues[shard] = due
+            if is_next:
+                self._wake.set()
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         self._store_changed(up=True)
-        self._due = loop.time()
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(self._due):
+                async with asyncio.timeout_at(min(self._dues)):
                     await self._wake.wait()
             self._wake.clear()
             await self._store.connection.up.wait()
-            if loop.time() < self._due:
+            now = loop.time()
+            shards = [shard for shard, due in enumerate(self._dues) if due <= now]
+            if not shards:
                 continue
-            self._due = loop.time() + self._interval
+            for shard in shards:
+                self._dues[shard] = now + self._interval
+            paused = now < self._paused_until
             try:
-                paused = loop.time() < self._paused_until
-                next_timer = await self.sweep(0 if paused else _SWEEP_LIMIT)
-                if next_timer is not None and not paused:
-                    self.wake_in(next_timer)
+                for shard, next_timer in await self.sweep(shards, 0 if paused else _SWEEP_LIMIT):
+                    if not paused:
+                        self.wake_in(shard, next_timer)
             except OrkiError as error:
                 _log.warning("timers are delayed: %s", error.message)
 
-    async def sweep(self, limit: int = _SWEEP_LIMIT) -> float | None:
-        """Sweep once. Returns the time until the next timer, or None if there is none.
+    async def sweep(self, shards: Sequence[int], limit: int = _SWEEP_LIMIT) -> list[tuple[int, float]]:
+        """Sweep shards once. Returns those that have a timer, with the time until it.
 
         Args:
+            shards: The shards.
             limit: Maximum number of tasks of each shard; 0 only advances the clocks.
 
         Raises:
             StoreUnavailable: The store is down.
         """
         sweeps = await asyncio.gather(
-            *(self._store.apply(sweep(shard, limit)) for shard in range(self._store.shards)), return_exceptions=True
+            *(self._store.apply(sweep(shard, limit)) for shard in shards), return_exceptions=True
         )
         next_timers = []
-        for shard, swept in enumerate(sweeps):
+        for shard, swept in zip(shards, sweeps, strict=True):
             if isinstance(swept, StoreUnavailable) or not isinstance(swept, Swept | OrkiError):
                 raise swept
             if isinstance(swept, OrkiError):
@@ -244,8 +327,9 @@ class Sweeper:
             for expired in swept.expired:
                 self._expired(expired)
             if swept.next_timer is not None:
-                next_timers.append(swept.next_timer + 0.001)  # The store's clock may be between two milliseconds.
-        return min(next_timers, default=None)
+                # The store's clock may be between two milliseconds.
+                next_timers.append((shard, swept.next_timer + 0.001))
+        return next_timers
 
     def _expired(self, expired: Expired) -> None:
         key = expired.attempt

@@ -38,8 +38,9 @@ from orki_events.entries import format_cursor, stream_keys
 from orki_server._fields import RECORD_FIELDS
 from orki_server._keys import ShardKeys
 from orki_server._session import AgentSession
-from orki_server._store.operations import drain, empty_outbox, shard_of
+from orki_server._store.operations import shard_of
 from orki_server._store.store import Store
+from orki_server._store.upkeep import drain, empty_outbox
 
 E = TypeVar("E", bound=Message)
 

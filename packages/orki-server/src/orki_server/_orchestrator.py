@@ -46,7 +46,7 @@ from orki_server._registry import ContractRegistry, PayloadCheck
 from orki_server._relay import Relay
 from orki_server._requests import TypedRequests
 from orki_server._schedules import Scheduler, Schedules, ScheduleServicer
-from orki_server._session import SessionRegistry
+from orki_server._session import SessionRegistry, idle_interval
 from orki_server._sessions import Reports, SessionServicer
 from orki_server._settings import OrchestratorOptions, parse_listen
 from orki_server._store.contracts import Contracts
@@ -150,6 +150,7 @@ class Orchestrator:
             on_queued=self._task_queued,
             on_refused=agent_events.refused,
             on_unanswered=lambda session, attempts: self._unanswered.add(session, attempts),
+            idle_interval=lambda: idle_interval(len(sessions), options.heartbeat_interval),
             budgets=self._budgets,
         )
         self._unanswered = UnansweredOffers(store, fleet, reports.settled)
@@ -170,6 +171,22 @@ class Orchestrator:
             on_orphans=self._families.has_orphans,
             on_raised=self._budgets.were_raised,
         )
+        self._make_agent_services(fleet, contracts, sessions, reports, agent_events, silence_timeout)
+        self._make_submitter_services(contracts, sessions)
+        store.connection.on_change(self._store_changed)
+        store.on_loss(self._store_lost)
+        store.connection.on_recovery(partial(self._check_sessions, fleet, sessions))
+
+    def _make_agent_services(
+        self,
+        fleet: Fleet,
+        contracts: Contracts,
+        sessions: SessionRegistry,
+        reports: Reports,
+        agent_events: AgentEvents,
+        silence_timeout: float,
+    ) -> None:
+        options, store, demand = self.options, self._store, self._dispatcher.demand
         session_options = OrchestratorSessionOptions(
             orchestrator_id=options.orchestrator_id,
             heartbeat_interval=options.heartbeat_interval,
@@ -181,6 +198,10 @@ class Orchestrator:
         self._sessions = SessionServicer(
             session_options, sessions, handshake, reports, self._updates, agent_events, demand
         )
+        self._fleet = FleetServicer(store, fleet, contracts, sessions, silence_timeout, demand.all_queued)
+
+    def _make_submitter_services(self, contracts: Contracts, sessions: SessionRegistry) -> None:
+        options, store, watchers = self.options, self._store, self._watchers
         self._submitters = TaskServicer(
             store,
             self._registry,
@@ -188,7 +209,7 @@ class Orchestrator:
             sessions,
             watchers,
             RequestRules(options.max_payload_bytes),
-            demand.queued,
+            self._dispatcher.demand,
             self._relay,
             Explainer(store, self._registry, lambda: self._fleet.agents_now(), self._budgets.balances),
             self._budgets,
@@ -203,17 +224,13 @@ class Orchestrator:
             Services(store, self._submitters, self._submitters.submissions, watchers, watchers.results),
             options.max_sessions,
         )
-        self._fleet = FleetServicer(store, fleet, contracts, sessions, silence_timeout, demand.all_queued)
         schedules = Schedules(store.connection)
         self._scheduler = Scheduler(schedules, store.connection.up, self._submitters.submit)
         self._schedules = ScheduleServicer(schedules, self._submitters.submissions.check)
-        store.connection.on_change(self._store_changed)
-        store.on_loss(self._store_lost)
-        store.connection.on_recovery(partial(self._check_sessions, fleet, sessions))
 
     def _task_queued(self, shard: int, method: str, wait: float) -> None:
         if wait > 0:
-            self._sweeper.wake_in(wait)
+            self._sweeper.wake_in(shard, wait)
         else:
             self._dispatcher.demand.queued(shard, method)
 

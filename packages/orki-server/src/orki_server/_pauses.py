@@ -14,8 +14,8 @@ from collections.abc import Callable
 from orki.control.v1.task_pb2 import Pause
 from orki_server._keys import FleetKeys
 from orki_server._store.fleet import read_pauses
-from orki_server._store.operations import pause
 from orki_server._store.store import Store
+from orki_server._store.upkeep import pause
 
 _log = logging.getLogger("orki.server.dispatch")
 

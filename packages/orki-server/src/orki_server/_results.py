@@ -112,6 +112,12 @@ def result_report(agent_id: str, key: AttemptKey, result: Result) -> Operation[R
     return operations.fail(agent_id, key, failure.reason, failure.message, failure.error_type, retryable)
 
 
+def starts_attempt(result: Result) -> bool:
+    """Whether the operation of a result starts the attempt, if that was not accepted before."""
+    charged = result.HasField("usage") or result.suspended.over_budget
+    return result.WhichOneof("outcome") != "cancelled" and not charged
+
+
 Sink: TypeAlias = Callable[[TaskSnapshot | OrkiError], None]
 """Receives the terminal snapshot, or the error that ends the watch."""
 

@@ -29,16 +29,23 @@ from orki_control.session import (
     OrchestratorSessionOptions,
     OrchestratorState,
 )
+from orki_control.transport import LaterCall
 from orki_server._requests import Undecodable
 
 StreamContext: TypeAlias = grpc.aio.ServicerContext[ConnectRequest, ConnectResponse]
 
+_LATER: Final = 0.01
+"""Maximum time for which the acknowledgement of a result waits for another message."""
 _FLUSH_TIMEOUT: Final = 2.0
 """Maximum time for writing the remaining messages when a stream ends."""
 _WRITE_TIMEOUT: Final = 20.0
 """Maximum time for one write: an agent that does not read must not fill the memory."""
 _DIRECTIVES: Final = 1_000
 """Maximum number of directives that wait for the agent's answer."""
+_IDLE_HEARTBEATS: Final = 200
+"""Number of heartbeats in a second above which agents without attempts send fewer."""
+_LONGEST_IDLE: Final = 2.5
+"""Maximum number of intervals between two of them. Other orchestrators miss an agent after a little more than three."""
 _log = logging.getLogger("orki.server.sessions")
 
 
@@ -98,7 +105,9 @@ class AgentSession:
         self.skipped: dict[AttemptKey, int] = {}
         self._directives: dict[tuple[AttemptKey, int], asyncio.Future[bool]] = {}
         self._arming = False
+        self._later = LaterCall(self._loop, _LATER, self._writable.set)
         self.machine.on_change = self._changed
+        self.machine.on_later = self._later.request
         self._arm()
 
     @property
@@ -211,6 +220,7 @@ class AgentSession:
             await asyncio.wait([writer], timeout=_FLUSH_TIMEOUT)
         finally:
             self._over.set()
+            self._later.cancel()
             if self._timer is not None:
                 self._timer.cancel()
             reader.cancel()
@@ -272,6 +282,7 @@ class AgentSession:
                     self._writable.clear()
                     await self._writable.wait()
                     continue
+                self._later.cancel()
                 timeout = self._loop.call_later(_WRITE_TIMEOUT, self._write_timed_out)
                 try:
                     await context.write(batch)
@@ -322,3 +333,13 @@ class SessionRegistry(dict[str, AgentSession]):
             return False
         del self[session.agent_id]
         return True
+
+
+def idle_interval(sessions: int, interval: float) -> float:
+    """Return the time between heartbeats of agents without attempts, so that their number in a second is bounded.
+
+    Args:
+        sessions: Number of sessions.
+        interval: Time between heartbeats of agents with attempts.
+    """
+    return min(max(interval, sessions / _IDLE_HEARTBEATS), _LONGEST_IDLE * interval)

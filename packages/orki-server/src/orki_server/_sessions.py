@@ -59,7 +59,7 @@ from orki_server._charges import Charges
 from orki_server._demand import Demand
 from orki_server._events import AgentEvents
 from orki_server._fleet import CANCEL_REQUESTED, FleetUpdates, Handshake
-from orki_server._results import ReportCounts, TaskEnd, end_of, result_report
+from orki_server._results import ReportCounts, TaskEnd, end_of, result_report, starts_attempt
 from orki_server._session import AgentSession, SessionRegistry, StreamContext
 from orki_server._store import operations
 from orki_server._store.lifecycle import TERMINAL
@@ -95,6 +95,7 @@ class Reports:
         on_queued: Called with shard and method of a task that is queued again, and the wait before it is.
         on_refused: Called with agent, task and error of a refused report.
         on_unanswered: Called with a session that ended and the offers that it did not answer.
+        idle_interval: Returns the time between heartbeats of agents without attempts.
         budgets: The budgets that attempts are charged to.
         counts: Numbers of reports.
         charges: Charges usage.
@@ -107,6 +108,7 @@ class Reports:
     on_refused: Callable[[str, str, OrkiError], None]
     on_unanswered: Callable[[AgentSession, Iterable[AttemptKey]], None]
     budgets: Budgets
+    idle_interval: Callable[[], float] = lambda: 0.0
     counts: ReportCounts = field(default_factory=ReportCounts)
     charges: Charges = field(init=False)
     _postponed: set[AgentSession] = field(default_factory=set, init=False)
@@ -115,9 +117,13 @@ class Reports:
     def __post_init__(self) -> None:
         self.charges = Charges(self.budgets, self._enqueue, self._accept_result, self._refuse)
 
-    def accepted(self, session: AgentSession, attempts: Iterable[AttemptKey]) -> None:
+    def accepted(self, session: AgentSession, attempts: Iterable[AttemptKey], events: Iterable[Any]) -> None:
+        """The agent accepted offers. A result that arrived with them, among `events`, starts its attempt itself."""
+        results = [result for event in events if isinstance(event, ResultsArrived) for result in event.results]
+        started = {attempt for attempt, result in results if starts_attempt(result)}
         for key in attempts:
-            self._put(session, key, self._handle_report, operations.accept)
+            if key not in started:
+                self._put(session, key, self._handle_report, operations.accept)
 
     def declined(self, session: AgentSession, declines: Iterable[ArrivedDecline]) -> None:
         """The agent declined offers. A late decline changes nothing."""
@@ -178,7 +184,7 @@ class Reports:
     def heartbeat(self, session: AgentSession, heartbeat: HeartbeatArrived) -> None:
         """Renew the agent's leases, then echo the heartbeat."""
         if not self.store.up:
-            session.machine.echo(heartbeat.number)
+            session.machine.echo(heartbeat.number, self.idle_interval())
             return
         shards: dict[int, list[AttemptKey]] = {}
         for key in heartbeat.running:
@@ -194,12 +200,12 @@ class Reports:
                 # The cancel came through another orchestrator, and was lost.
                 session.machine.cancel(key, grace_ms=round(grace * 1000), message=CANCEL_REQUESTED)
             if pending == 0:
-                session.machine.echo(heartbeat.number)
+                session.machine.echo(heartbeat.number, self.idle_interval())
 
         for shard, keys in shards.items():
             self._enqueue(session, partial(operations.renew, shard, session.agent_id, keys), renewed)
         if not shards:
-            session.machine.echo(heartbeat.number)
+            session.machine.echo(heartbeat.number, self.idle_interval())
 
     def unknown(self, session: AgentSession, attempts: Iterable[AttemptKey]) -> None:
         """The session's machine refused reports about attempts that it does not know."""
@@ -416,7 +422,7 @@ class SessionServicer(SessionServiceServicer):
         for event in events:
             match event:
                 case OffersAccepted(attempts):
-                    self._reports.accepted(session, attempts)
+                    self._reports.accepted(session, attempts, events)
                 case ProgressArrived(progress):
                     self._reports.progressed(session, progress)
                 case CheckpointsArrived(checkpoints):

@@ -79,7 +79,7 @@ class OrchestratorOptions:
     retention: float = 3_600.0
     progress_kept: int = 1_000
     drain_grace: float = 3.0
-    sweep_interval: float = 0.1
+    sweep_interval: float = 0.25
     max_sessions: int = 10_000
     server_certificate: str = ""
     server_key: str = ""

@@ -6,6 +6,7 @@ check needs no coroutine.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import itertools
 import zlib
@@ -34,7 +35,8 @@ from orki_server._store.operations import (
     shard_of_key,
     submission_digest,
 )
-from orki_server._store.placement import COUNTING_SHARD, Placement
+from orki_server._store.placement import ANYWHERE, COUNTING_SHARD, Placement
+from orki_server._store.replies import BULK_BYTES
 from orki_server._store.server import Durability
 from orki_server._store.store import Store
 
@@ -42,7 +44,7 @@ SUBMISSION_ID_BYTES: Final = 16
 """Length of a submission id: 6 bytes of milliseconds, then random bytes."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pending:
     """A submission on its way to the store.
 
@@ -52,6 +54,8 @@ class Pending:
         shard: Shard of the task.
         span: The task's span.
         operation: The operation of the store.
+        durability: Durability that its method declares; empty for none.
+        expected: Whether the batch of the operation also asks for the task.
     """
 
     submission: pb.Submission
@@ -59,12 +63,15 @@ class Pending:
     shard: int
     span: Span
     operation: Operation[Submitted]
+    durability: str = ""
+    expected: bool = False
 
 
 class Submissions:
     """Checks submissions, by `rules` first, and gives them their task ids.
 
-    It calls `on_new` with the id, the shard and the method of a new task.
+    It calls `on_new` with a new task. It calls `expect` with shard and method of a submission on its way, which returns
+    whether its batch asks for the task. A task that must be durable before it runs is not asked for.
     """
 
     def __init__(
@@ -73,8 +80,11 @@ class Submissions:
         registry: ContractRegistry,
         payloads: PayloadCheck,
         rules: Callable[[pb.Submission], None],
-        on_new: Callable[[str, int, str], None],
+        on_new: Callable[[Pending], None],
+        expect: Callable[[int, str], bool],
     ) -> None:
+        self._expect = expect
+        self._waits = store.connection.durability.waits
         self._durable = store.durable
         self._shards = store.shards
         self._registry = registry
@@ -106,6 +116,7 @@ class Submissions:
             or submission.HasField("parent")
             or submission.HasField("submitter")
             or submission.durability
+            or method.durability
             or not self._payloads.request_cached(method, submission.request)
         ):
             return None
@@ -145,7 +156,19 @@ class Submissions:
             placement=placement,
             lineage=("", "", "", own) if (own := own_budget(submission, method)) else NO_LINEAGE,
         )
-        return Pending(submission, task_id, shard, span, operation)
+        return Pending(submission, task_id, shard, span, operation, method.durability)
+
+    def send(self, pending: Pending) -> asyncio.Future[Submitted]:
+        """Enqueue the operation of a submission. Raises as `Batcher.apply`.
+
+        If an agent has a free slot, the same batch also assigns the task.
+        """
+        submitted = self._apply(pending.operation)
+        submission = pending.submission
+        waits = self._waits or (submission.durability or pending.durability or "memory") != "memory"
+        if not waits and len(submission.request) < BULK_BYTES and Placement.of(submission) is ANYWHERE:
+            pending.expected = self._expect(pending.shard, submission.method)
+        return submitted
 
     async def store(self, pending: Pending) -> Submitted:
         """Store a submission, and wait until it is as durable as it asks for. Raises as `prepare`, and:
@@ -153,10 +176,11 @@ class Submissions:
         Raises:
             NotDurable: The store cannot keep the durability.
         """
-        wanted = Durability.parse(pending.submission.durability or "memory")
+        wanted = Durability.parse(pending.submission.durability or pending.durability or "memory")
         await self._durable.check(pending.shard, wanted)
-        pending = await self.prepare(pending)
-        submitted = await self._apply(pending.operation)
+        prepared = await self.prepare(pending)
+        submitted = await self.send(prepared)
+        pending.expected = prepared.expected
         await self._durable.confirm(shard_of(submitted.task_id), wanted)
         return submitted
 
@@ -219,7 +243,7 @@ class Submissions:
             )
         if submitted.status != "new":
             return None
-        self._on_new(submitted.task_id, pending.shard, submission.method)
+        self._on_new(pending)
         task = pb.TaskSnapshot(
             task_id=submitted.task_id,
             method=submission.method,

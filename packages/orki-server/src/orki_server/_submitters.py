@@ -35,7 +35,7 @@ from orki_control.submitter import (
     WatchArrived,
     WatchClosed,
 )
-from orki_control.transport import abort
+from orki_control.transport import LaterCall, abort
 from orki_server._calls import readable
 from orki_server._identity import Action, caller
 from orki_server._requests import Undecodable
@@ -49,6 +49,8 @@ from orki_server._tasks import TaskServicer, Watchers
 
 StreamContext: TypeAlias = grpc.aio.ServicerContext[pb.OpenRequest, pb.OpenResponse]
 
+_LATER: Final = 0.01
+"""Maximum time for which the answer to a submission waits for the result, if the client watches for that."""
 _FLUSH_TIMEOUT: Final = 2.0
 """Maximum time for writing the remaining messages when a stream ends."""
 _WRITE_TIMEOUT: Final = 20.0
@@ -107,7 +109,9 @@ class SubmitterStream:
         self._results: dict[int, tuple[str, Sink]] = {}
         self._late: deque[tuple[int, str]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._later = LaterCall(self._loop, _LATER, self._writable.set)
         self.machine.on_change = self._writable.set
+        self.machine.on_later = self._later.request
 
     def end(self, cause: str) -> None:
         """End the stream after the remaining messages are written."""
@@ -128,6 +132,7 @@ class SubmitterStream:
             await asyncio.wait([writer], timeout=_FLUSH_TIMEOUT)
         finally:
             self._over.set()
+            self._later.cancel()
             if timer is not None:
                 timer.cancel()
             waits = [reader, writer, *self._tasks]
@@ -171,6 +176,7 @@ class SubmitterStream:
                     self._writable.clear()
                     await self._writable.wait()
                     continue
+                self._later.cancel()
                 timeout = self._loop.call_later(_WRITE_TIMEOUT, self._write_timed_out)
                 try:
                     await context.write(batch)
@@ -221,7 +227,7 @@ class SubmitterStream:
                 self._start(number, self._submit_unknown(number, submit))
                 return
             pending = self._services.submissions.pending(submit.submission, method, self._actor, submit.submission_id)
-            stored = self._services.store.apply(pending.operation)
+            stored = self._services.submissions.send(pending)
         except OrkiError as error:
             self.machine.fail(number, error)
             return

@@ -26,6 +26,7 @@ from orki_control.session import AttemptKey, bad_labels
 from orki_server._answers import SuspendedTasks
 from orki_server._budgets import BudgetCalls, Budgets
 from orki_server._calls import Context, actor_of, readable, typed, typed_stream
+from orki_server._demand import Demand
 from orki_server._explain import Explainer, read_waits
 from orki_server._gaps import GapFinder
 from orki_server._identity import Action, caller
@@ -42,7 +43,7 @@ from orki_server._store.replies import TaskView
 from orki_server._store.server import Durability
 from orki_server._store.store import Store
 from orki_server._store.tasks import TaskFilter, list_tasks
-from orki_server._submissions import Submissions
+from orki_server._submissions import Pending, Submissions
 
 MAX_SUBMISSIONS: Final = 1000
 """Maximum number of submissions in one call."""
@@ -273,8 +274,6 @@ async def _wait(event: asyncio.Event, timeout: float) -> None:
 class TaskServicer(SuspendedTasks, BudgetCalls):
     """Serves submitters.
 
-    It calls `on_queued` with shard and method of a new task.
-
     Attributes:
         draining: Whether new submissions are refused.
         submissions: Checks submissions; also those of sessions.
@@ -288,7 +287,7 @@ class TaskServicer(SuspendedTasks, BudgetCalls):
         sessions: SessionRegistry,
         watchers: Watchers,
         rules: RequestRules,
-        on_queued: Callable[[int, str], None],
+        demand: Demand,
         relay: Relay,
         explainer: Explainer,
         budgets: Budgets,
@@ -302,13 +301,14 @@ class TaskServicer(SuspendedTasks, BudgetCalls):
         self._sessions = sessions
         self._watchers = watchers
         self._rules = rules
-        self._on_queued = on_queued
-        self.submissions = Submissions(store, registry, payloads, rules.submission, self._created)
+        self._on_queued = demand.queued
+        self.submissions = Submissions(store, registry, payloads, rules.submission, self._created, demand.expect)
         self.draining = False
 
-    def _created(self, task_id: str, shard: int, method: str) -> None:
-        self._watchers.changed(task_id, False)
-        self._on_queued(shard, method)
+    def _created(self, pending: Pending) -> None:
+        self._watchers.changed(pending.task_id, False)
+        if not pending.expected:
+            self._on_queued(pending.shard, pending.submission.method)
 
     @typed
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.SubmitResponse:

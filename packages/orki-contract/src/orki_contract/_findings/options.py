@@ -17,7 +17,7 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "TaskOptions": frozenset(
         {
             *TASK_MESSAGES,
-            *("progress_policy", "max_attempts", "retry_backoff", "budget"),
+            *("progress_policy", "max_attempts", "retry_backoff", "budget", "durability"),
             *("heartbeat_timeout", "attempt_timeout", "stall_timeout", "total_timeout", "cancel_grace"),
         }
     ),

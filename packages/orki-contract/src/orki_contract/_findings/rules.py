@@ -132,6 +132,7 @@ _ALL: Final = (
     _breaking(_TASK, "ORKI_TASK_TIMEOUT_SHORTENED", "A task's timeouts do not decrease."),
     _breaking(_TASK, "ORKI_TASK_ATTEMPTS_LOWERED", "A task's number of attempts does not decrease."),
     _breaking(_TASK, "ORKI_TASK_BUDGET_LOWERED", "A task's budget does not decrease."),
+    _breaking(_TASK, "ORKI_TASK_DURABILITY_LOWERED", "A task's durability does not become another or a lower one."),
     _breaking(_TASK, "ORKI_TASK_REPEATED", "A task with one attempt does not get retries."),
     _additive(_TASK, "ORKI_TASK_ADDED", "A task is added."),
     _additive(_TASK, "ORKI_TASK_RELAXED", "A task gets more time, more attempts, or additional messages."),

@@ -117,6 +117,10 @@ def _task(comparison: Comparison, before: TaskMethod, after: TaskMethod) -> None
         report("ORKI_TASK_RELAXED", f"allows more attempts: {attempts}", "max_attempts")
     for each in ("tokens", "cost_micros", "calls"):
         _amount(before.budget, after.budget, each, report)
+    if before.durability != after.durability:
+        text = f"changed its durability: {was(before.durability or 'none', after.durability or 'none')}"
+        kept = before.durability in ("", "memory") or 0 < _replicas(before) < _replicas(after)
+        report("ORKI_TASK_RELAXED" if kept else "ORKI_TASK_DURABILITY_LOWERED", text, "durability")
     policies = _policy(comparison.old, before), _policy(comparison.new, after)
     if policies[0] != policies[1]:
         text = f"changed its progress policy: {was(*policies)}"
@@ -164,6 +168,12 @@ def _time(before: Any, after: Any, name: str, shorter: str, longer: str, report:
         report(shorter, f"has a shorter {name}: {text}", name)
     elif one != other:
         report(longer, f"has a longer {name}: {text}", name)
+
+
+def _replicas(task: TaskMethod) -> int:
+    """Return the number of replicas that a durability names; 0 for other durabilities."""
+    name, _, number = task.durability.partition(":")
+    return int(number) if name == "replicas" and number.isdecimal() else 0
 
 
 def _amount(before: Budget, after: Budget, name: str, report: Callable[..., None]) -> None:

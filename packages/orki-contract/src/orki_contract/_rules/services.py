@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import partial
 from typing import Any, Final
 
@@ -21,12 +22,14 @@ RULES: Final[dict[Rule, str]] = {
     "ORKI_TASK_MAX_ATTEMPTS": "A task has 1 to 1000 attempts.",
     "ORKI_TASK_PROGRESS_POLICY": "A task's progress policy is known to this version.",
     "ORKI_TASK_BUDGET": "A task's budget limits something, by at most 2^53.",
+    "ORKI_TASK_DURABILITY": "A task's durability is memory, fsync, or replicas:N with N from 1 to 9.",
     "ORKI_TASK_BACKOFF_MULTIPLIER": "The retry multiplier is finite and at least 1.",
     "ORKI_TASK_BACKOFF_ORDER": "The initial retry delay does not exceed the maximum.",
     "ORKI_TOOL_OPCODE": "A tool's opcode is between 0x0100 and 0xffff.",
     "ORKI_TOOL_OPCODE_UNIQUE": "A tool's opcode is unique.",
 }
 
+_DURABILITY: Final = re.compile("|memory|fsync|replicas:[1-9]")
 _TASK_DURATIONS: Final = ("heartbeat_timeout", "attempt_timeout", "stall_timeout", "total_timeout", "cancel_grace")
 
 
@@ -92,6 +95,9 @@ def _task(report: Report, service: ServiceNode, method: MethodNode, option: Any)
         if not 0 < max(amounts) <= 1 << 53:
             text = f"{subject} has a budget of {max(amounts)}: set one amount or more, from 1 to 2^53"
             report.add("ORKI_TASK_BUDGET", place("budget"), text)
+    if not _DURABILITY.fullmatch(durability := getattr(option, "durability", "")):
+        text = f"{subject} has the durability {durability!r}: use memory, fsync, or replicas:N with N from 1 to 9"
+        report.add("ORKI_TASK_DURABILITY", place("durability"), text)
     _backoff(report, option, place("retry_backoff"), place, subject)
     for name in TASK_MESSAGES:
         # An image may hold options of an older version.

@@ -81,6 +81,7 @@ class AgentSession(AgentReports):
         self._connected_at = now
         self._heartbeats.begin(now + self._options.hello_timeout)
         self._queue.clear()
+        self._acceptances.clear()
         self._control(hello=build_hello(self._options, self._attempts.resumable()))
 
     def connection_lost(self, now: float, cause: str = "the stream ended") -> list[events.AgentEvent]:
@@ -110,7 +111,7 @@ class AgentSession(AgentReports):
                 self._events = []
                 raise
         if self.state in LIVE:
-            self._heartbeats.silent_at = now + self._heartbeats.patience
+            self._heartbeats.silent_at = now + self._heartbeats.patience(self._attempts)
         return self._finish()
 
     def drain(self, now: float) -> list[events.AgentEvent]:
@@ -360,7 +361,9 @@ class AgentSession(AgentReports):
 
     def _heartbeat_echo(self, message: pb.OrchestratorMessage, now: float) -> None:
         self._move(pb.HeartbeatEcho, RemoteProtocolError)
-        sent_at, renewed = self._heartbeats.answered(message.heartbeat_echo.number)
+        echo = message.heartbeat_echo
+        sent_at, renewed = self._heartbeats.answered(echo.number)
+        self._heartbeats.idle_interval = echo.idle_interval_ms / 1000
         for key in renewed:
             held = self._attempts.get(key)
             if held is not None:

@@ -82,7 +82,7 @@ class AttemptReports(SessionMachine):
         self.state = OrchestratorState.AWAITING_HELLO
         self.hello: pb.Hello | None = None
         self._queue: SendQueue[pb.OrchestratorMessage] = SendQueue(
-            options.bounds, self._changed, lambda chunk: pb.OrchestratorMessage(chunk=chunk)
+            options.bounds, self._changed, self._changed_later, lambda chunk: pb.OrchestratorMessage(chunk=chunk)
         )
         self._assemblies = Assemblies(transfer_bytes(options))
         self._attempts: dict[AttemptKey, Attempt] = {}
@@ -173,7 +173,8 @@ class AttemptReports(SessionMachine):
 
     def acknowledge(self, attempt: AttemptKey) -> bool:
         """Acknowledge a stored result; return False when this session does not hold the attempt."""
-        return self._notify(attempt, "result_acknowledged", pb.ResultAcknowledged())
+        # The agent only forgets the result, so the message leaves with the next one.
+        return self._notify(attempt, "result_acknowledged", pb.ResultAcknowledged(), later=True)
 
     def refuse(self, attempt: AttemptKey, error: OrkiError) -> bool:
         """Tell the agent that it no longer holds an attempt; return False when this session does not hold it."""
@@ -362,13 +363,20 @@ class AttemptReports(SessionMachine):
         self._check(event)
         return None if self.state is OrchestratorState.ENDED else self._attempts.get(key)
 
-    def _notify(self, key: AttemptKey, field: str, body: pb.Cancel | pb.ResultAcknowledged | pb.Refused) -> bool:
+    def _notify(
+        self,
+        key: AttemptKey,
+        field: str,
+        body: pb.Cancel | pb.ResultAcknowledged | pb.Refused,
+        *,
+        later: bool = False,
+    ) -> bool:
         attempt = self._live(type(body), key)
         if attempt is None:
             return False
         self._step(key, attempt, type(body), LocalProtocolError)
         body.attempt.CopyFrom(attempt.ref)
-        self._control_about(attempt, **{field: body})
+        self._control_about(attempt, later, **{field: body})
         return True
 
     def _check(self, event: type) -> None:
@@ -384,8 +392,8 @@ class AttemptReports(SessionMachine):
     def _control(self, **body: Any) -> None:
         self._queue.put_control(pb.OrchestratorMessage(**body))
 
-    def _control_about(self, attempt: Attempt, **body: Any) -> None:
-        self._queue.put_control(pb.OrchestratorMessage(traceparent=attempt.traceparent, **body))
+    def _control_about(self, attempt: Attempt, later: bool = False, /, **body: Any) -> None:
+        self._queue.put_control(pb.OrchestratorMessage(traceparent=attempt.traceparent, **body), later=later)
 
     def _acknowledge_progress(self, key: AttemptKey, attempt: Attempt, index: int, replay: bool = False) -> None:
         acknowledged = pb.ProgressAcknowledged(attempt=attempt.ref, index=index, replay=replay)

@@ -63,6 +63,7 @@ class OrchestratorSession(AttemptReports):
         self._options = options
         self._heard_by = now + options.hello_timeout
         self._heartbeats = 0
+        self._idle_interval = 0.0
 
     # --- State. ---
 
@@ -96,7 +97,10 @@ class OrchestratorSession(AttemptReports):
                 self._events = []
                 raise
         if self.hello is not None:
-            self._heard_by = now + SILENT_INTERVALS * self._options.heartbeat_interval
+            interval = self._options.heartbeat_interval
+            if not self._attempts:
+                interval = max(interval, self._idle_interval)
+            self._heard_by = now + SILENT_INTERVALS * interval
         return self._finish()
 
     def connection_lost(self, now: float) -> list[OrchestratorEvent]:
@@ -154,8 +158,12 @@ class OrchestratorSession(AttemptReports):
         self._control(replaced=pb.Replaced(successor_instance_id=successor_instance_id))
         return [self._ended(f"instance {successor_instance_id} has the session", Reason.REASON_REPLACED)]
 
-    def echo(self, number: int) -> None:
+    def echo(self, number: int, idle_interval: float = 0.0) -> None:
         """Answer a heartbeat. The leases that it renewed count from the time it was sent.
+
+        Args:
+            number: Number of the heartbeat.
+            idle_interval: Time between heartbeats of an agent without attempts, if it is longer than the interval.
 
         Raises:
             LocalProtocolError: No such heartbeat arrived.
@@ -164,7 +172,10 @@ class OrchestratorSession(AttemptReports):
         if not 1 <= number <= self._heartbeats:
             raise LocalProtocolError(f"echo: heartbeat {number} did not arrive (the last was {self._heartbeats})")
         if self.state is not OrchestratorState.ENDED:
-            self._control(heartbeat_echo=pb.HeartbeatEcho(number=number))
+            if idle_interval <= self._options.heartbeat_interval:
+                idle_interval = 0.0
+            self._idle_interval = idle_interval
+            self._control(heartbeat_echo=pb.HeartbeatEcho(number=number, idle_interval_ms=round(idle_interval * 1000)))
 
     def drain(self, grace_ms: int) -> tuple[AttemptKey, ...]:
         """Tell the agent that the orchestrator stops soon.

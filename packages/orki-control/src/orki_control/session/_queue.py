@@ -43,13 +43,20 @@ class SendQueue(Generic[M]):
     Batches are bounded.
 
     Work about an attempt that is no longer held is dropped when a batch is taken, so the queue is never searched.
-    Each message that is added calls `on_change`.
+    Each message that is added calls `on_change`, or `on_later` if it may wait a moment for others.
     """
 
-    __slots__ = ("_bounds", "_control", "_most", "_on_change", "_size", "_work", "_wrap", "transfers")
+    __slots__ = ("_bounds", "_control", "_most", "_on_change", "_on_later", "_size", "_work", "_wrap", "transfers")
 
-    def __init__(self, bounds: BatchBounds, on_change: Callable[[], None], wrap: Callable[[pb.Chunk], M]) -> None:
+    def __init__(
+        self,
+        bounds: BatchBounds,
+        on_change: Callable[[], None],
+        on_later: Callable[[], None],
+        wrap: Callable[[pb.Chunk], M],
+    ) -> None:
         self._on_change = on_change
+        self._on_later = on_later
         self._wrap = wrap
         self.transfers = Transfers()
         self._bounds = bounds
@@ -60,10 +67,10 @@ class SendQueue(Generic[M]):
     def __len__(self) -> int:
         return len(self._control) + len(self._work) + len(self.transfers)
 
-    def put_control(self, message: M) -> None:
+    def put_control(self, message: M, *, later: bool = False) -> None:
         """Add a message that overtakes all work."""
         self._control.append(message)
-        self._on_change()
+        (self._on_later if later else self._on_change)()
 
     def put_work(self, attempt: AttemptKey, kind: type, message: M, payload_bytes: int = 0) -> None:
         """Add a message about an attempt behind earlier work."""

@@ -27,8 +27,18 @@ LIVE: Final = frozenset({AgentState.OPEN, AgentState.PEER_DRAINING, AgentState.D
 """States with an established session."""
 
 
+_QUICK: Final = 0.003
+"""Maximum time of a quick handler. Its acceptance waits for its result, so that both are one step for the store."""
+_TRUST: Final = 8
+"""Number of attempts that were not quick after which acceptances do not wait."""
+
+
 class AgentReports(SessionMachine):
-    """The attempts of the agent's end and the reports about them."""
+    """The attempts of the agent's end and the reports about them.
+
+    While handlers are quick, an acceptance waits for the first report of its attempt. `on_later` announces it, and the
+    shell calls `send_acceptances` a moment later.
+    """
 
     state: AgentState
 
@@ -37,12 +47,14 @@ class AgentReports(SessionMachine):
         self.state = AgentState.DISCONNECTED
         self._options = options
         self._queue: SendQueue[pb.AgentMessage] = SendQueue(
-            options.bounds, self._changed, lambda chunk: pb.AgentMessage(chunk=chunk)
+            options.bounds, self._changed, self._changed_later, lambda chunk: pb.AgentMessage(chunk=chunk)
         )
         self._attempts = AttemptTable(options.slots, self._changed)
         self._heartbeats = Heartbeats(self._changed)
         self._peer_bytes = DEFAULT_MESSAGE_BYTES
         self._protocol = PROTOCOL_MAX
+        self._acceptances: dict[AttemptKey, pb.AgentMessage] = {}
+        self._quick = _TRUST // 2
         self._assemblies = Assemblies(transfer_bytes(options))
 
     @property
@@ -77,8 +89,29 @@ class AgentReports(SessionMachine):
         # The orchestrator counts the lease from the time it reads the answer, which is later.
         held.renewed_at = now
         self._attempts.lease_changed(held)
-        self._work(attempt, held, pb.Accepted, accepted=pb.Accepted(attempt=held.ref))
+        self._heartbeats.hasten(now, self._attempts)
+        message = pb.AgentMessage(traceparent=held.traceparent, accepted=pb.Accepted(attempt=held.ref))
+        held.accepted_at = now
+        if self._quick and self.on_later is not None:
+            self._acceptances[attempt] = message
+            self.on_later()
+        else:
+            self._queue.put_work(attempt, pb.Accepted, message)
         return True
+
+    @property
+    def delays(self) -> bool:
+        """Whether acceptances wait for reports."""
+        return bool(self._acceptances)
+
+    def send_acceptances(self) -> None:
+        """Send the acceptances that wait."""
+        for attempt in list(self._acceptances):
+            self._send_acceptance(attempt)
+
+    def _send_acceptance(self, attempt: AttemptKey) -> None:
+        if (message := self._acceptances.pop(attempt, None)) is not None:
+            self._queue.put_work(attempt, pb.Accepted, message)
 
     def decline(self, attempt: AttemptKey, error: OrkiError) -> bool:
         """Decline an offer; return False when it is no longer held."""
@@ -109,6 +142,7 @@ class AgentReports(SessionMachine):
             raise LocalProtocolError(f"{attempt}: {ATTEMPT.illegal(held.state, pb.Progress)}")
         self._step(attempt, held, pb.Progress, LocalProtocolError)
         if held.progress.put(payload, policy) and self.state in LIVE:
+            self._send_acceptance(attempt)
             self._queue.put_source(attempt, pb.Progress, held.progress)
         return True
 
@@ -163,6 +197,7 @@ class AgentReports(SessionMachine):
 
     def _send_usage(self, key: AttemptKey, held: HeldAttempt) -> None:
         if held.usage is not None and held.usage.wait():
+            self._send_acceptance(key)
             self._queue.put_source(key, pb.Usage, held.usage)
 
     def report(
@@ -191,6 +226,8 @@ class AgentReports(SessionMachine):
         if held is None:
             return False
         self._step(attempt, held, pb.Result, LocalProtocolError)
+        is_quick = now - held.accepted_at < _QUICK
+        self._quick = max(0, min(_TRUST, self._quick + (1 if is_quick else -1)))
         if still_running:
             self._attempts.block(attempt)
             if self.state in LIVE:
@@ -271,6 +308,7 @@ class AgentReports(SessionMachine):
         self._queue.put_control(pb.AgentMessage(**body))
 
     def _work(self, key: AttemptKey, held: HeldAttempt, kind: type, payload_bytes: int = 0, **body: Any) -> None:
+        self._send_acceptance(key)
         message = pb.AgentMessage(traceparent=held.traceparent, **body)
         self._queue.put_work(key, kind, message, payload_bytes)
 

@@ -65,6 +65,8 @@ class SessionMachine:
 
     Attributes:
         on_change: Called when there may be messages to send or an earlier timer. It must not call the machine.
+        on_later: Called instead for a message that may wait a moment for others, so that they leave together; None to
+            call `on_change` for it.
         state: State of the session.
     """
 
@@ -72,9 +74,13 @@ class SessionMachine:
 
     def __init__(self) -> None:
         self.on_change: Callable[[], None] = _nothing
+        self.on_later: Callable[[], None] | None = None
 
     def _changed(self) -> None:
         self.on_change()
+
+    def _changed_later(self) -> None:
+        (self.on_later or self.on_change)()
 
     def _enter(self, state: Any) -> None:
         # Messages that wait may be sent in the new state, and other timers count.
@@ -138,6 +144,7 @@ class HeldAttempt:
     Attributes:
         ref: Reference to the attempt for messages.
         state: Its state.
+        accepted_at: Time at which it was accepted.
         traceparent: Of its task's span.
         lease: Seconds that it survives without a renewal.
         renewed_at: Earliest time at which the orchestrator can have renewed the lease last.
@@ -150,8 +157,8 @@ class HeldAttempt:
     """
 
     __slots__ = (
-        *("checkpoint", "checkpoints", "lease", "progress", "proof", "ref", "renewed_at", "result", "state"),
-        *("traceparent", "usage"),
+        *("accepted_at", "checkpoint", "checkpoints", "lease", "progress", "proof", "ref", "renewed_at", "result"),
+        *("state", "traceparent", "usage"),
     )
 
     def __init__(
@@ -165,6 +172,7 @@ class HeldAttempt:
     ) -> None:
         self.ref = ref
         self.state = AttemptState.OFFERED
+        self.accepted_at = 0.0
         self.traceparent = traceparent
         self.lease = lease
         self.renewed_at = renewed_at
@@ -300,7 +308,7 @@ class Heartbeats:
     Attributes:
         due_at: Time of the next heartbeat.
         silent_at: Time at which the peer counts as lost unless it is heard before.
-        patience: Seconds of silence after which the peer counts as lost.
+        idle_interval: Seconds between heartbeats while no attempt is held; 0 for those of the peer's welcome.
         load: Lag of the event loop in microseconds and resident memory in bytes, for the next heartbeats.
     """
 
@@ -311,7 +319,7 @@ class Heartbeats:
         self.on_change = on_change
         self.due_at = 0.0
         self.silent_at = 0.0
-        self.patience = float(SILENT_INTERVALS)
+        self.idle_interval = 0.0
         self.load = (0, 0)
         self._interval = 1.0
         self._number = 0
@@ -326,8 +334,22 @@ class Heartbeats:
     def set_interval(self, interval: float, now: float) -> None:
         """Set the interval that the peer asks for; the first heartbeat is due at once."""
         self._interval = interval
-        self.patience = SILENT_INTERVALS * interval
+        self.idle_interval = 0.0
         self.due_at = now
+
+    def patience(self, attempts: AttemptTable) -> float:
+        """Return the seconds of silence after which the peer counts as lost."""
+        return SILENT_INTERVALS * (self._interval if attempts else max(self._interval, self.idle_interval))
+
+    def hasten(self, now: float, attempts: AttemptTable) -> None:
+        """An attempt was accepted: the next heartbeat may be due earlier."""
+        self.due_at = min(self.due_at, now + self._wanted(attempts))
+
+    def _wanted(self, attempts: AttemptTable) -> float:
+        if not attempts:
+            return max(self._interval, self.idle_interval)
+        lease = attempts.shortest_lease
+        return min(self._interval, lease / SILENT_INTERVALS) if lease else self._interval
 
     def hurry(self) -> None:
         """Make the next heartbeat due at once."""
@@ -340,8 +362,7 @@ class Heartbeats:
         self._unanswered[self._number] = (now, renewed)
         if len(self._unanswered) > _REMEMBERED_HEARTBEATS:
             del self._unanswered[min(self._unanswered)]
-        wanted = attempts.shortest_lease / SILENT_INTERVALS if attempts.shortest_lease else self._interval
-        self.due_at = now + min(self._interval, wanted)
+        self.due_at = now + self._wanted(attempts)
         loop_lag_us, memory_bytes = self.load
         return pb.Heartbeat(
             number=self._number,

@@ -91,18 +91,20 @@ class ServingSession:
     The shell passes received messages to `receive_batch`, answers the requests, writes the batches of
     `messages_to_send`, calls `handle_timer` at `next_timer`, and calls `connection_lost` when the stream has ended.
     Answers and updates after the end of a request are dropped. The machine calls `on_change` when there are messages to
-    send.
+    send, or `on_later` if they may wait a moment for others.
 
     Attributes:
         state: State of the session.
         waiting_bytes: Size of the messages that wait to be sent.
         on_change: Called without arguments. It must not call the machine.
+        on_later: As `on_change`; None to call that one instead.
     """
 
     def __init__(self, options: ServingOptions, now: float) -> None:
         self.state = ServingState.AWAITING_HELLO
         self.waiting_bytes = 0
         self.on_change: Callable[[], None] = _nothing
+        self.on_later: Callable[[], None] | None = None
         self._options = options
         self._hello_due: float | None = now + options.hello_timeout
         self._client_bytes = 0
@@ -183,9 +185,11 @@ class ServingSession:
     # --- Answers. ---
 
     def accept(self, number: int, task: TaskSnapshot) -> None:
-        """Accept a submission. Its watch, if any, begins."""
+        """Accept a submission. Its watch, if any, begins, and the answer may wait for the first update."""
         if self._answered(number):
-            self._answer(pb.SubmitterReply(request=number, accepted=task), len(task.response))
+            self._answer(
+                pb.SubmitterReply(request=number, accepted=task), len(task.response), later=number in self._watches
+            )
 
     def cancelled(self, number: int, task: TaskSnapshot) -> None:
         """Answer a cancel."""
@@ -333,13 +337,13 @@ class ServingSession:
         self._unanswered_bytes -= size or 0
         return size is not None
 
-    def _answer(self, reply: pb.SubmitterReply, payload_bytes: int) -> None:
+    def _answer(self, reply: pb.SubmitterReply, payload_bytes: int, *, later: bool = False) -> None:
         """Send an outcome with a task, unless the client cannot take it."""
         if payload_bytes + OVERHEAD_BYTES > self._client_bytes and reply.ByteSize() > self._client_bytes:
             self._watches.pop(reply.request, None)
             self._refuse(reply.request, self._too_large(payload_bytes))
         else:
-            self._put(reply, payload_bytes)
+            self._put(reply, payload_bytes, later=later)
 
     def _too_large(self, size: int) -> TooLarge:
         return TooLarge(f"the task has a payload of {size} bytes; the client takes messages of {self._client_bytes}")
@@ -348,13 +352,13 @@ class ServingSession:
         failure = Failure(reason=error.reason, message=error.message)
         self._put(pb.SubmitterReply(request=number, failure=failure), 0)
 
-    def _put(self, reply: pb.SubmitterReply, payload_bytes: int) -> None:
+    def _put(self, reply: pb.SubmitterReply, payload_bytes: int, *, later: bool = False) -> None:
         if self.state is ServingState.ENDED:
             return
         weight = OVERHEAD_BYTES + payload_bytes
         self._queue.append((reply, weight))
         self.waiting_bytes += weight
-        self.on_change()
+        ((later and self.on_later) or self.on_change)()
 
 
 def _nothing() -> None:

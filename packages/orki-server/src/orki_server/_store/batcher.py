@@ -32,6 +32,7 @@ from orki_server._store.event_tags import lua_tags
 from orki_server._store.lifecycle import TERMINAL, lua_moves
 from orki_server._store.operations import MAX_OFFERS, Argument, Operation
 from orki_server._store.replies import BULK_BYTES, TaskView
+from orki_server._store.slices import script_for
 
 R = TypeVar("R")
 
@@ -55,6 +56,8 @@ _REASONS: Final = (
 )
 _MAX_STEP: Final = 1_000
 """Longest step of the shard's clock between two batches (ms): twice the longest interval of the sweeper's batches."""
+_SOON: Final = 500
+"""Time within which a new timer is reported (ms): the longest interval of the sweeps."""
 _GRACE: Final = 6_000
 """Time for agents to connect again after nobody could hear them (ms): a little more than their longest back-off."""
 _MAX_ABANDONED: Final = 50
@@ -77,11 +80,15 @@ class Batcher:
 
     Attributes:
         damaged: Number of operations that were refused because a record is damaged.
+        on_batch: Called before each batch is taken; operations that it enqueues may join the batch.
+        on_timer: Called with a shard and the time until a new timer there, if that is soon.
         event_limits: Number of entries that the streams `tasks` and `audit` keep, if the scripts write their events.
     """
 
     def __init__(self, connection: StoreConnection, script: Script, shards: int, caller: str) -> None:
         self.damaged = 0
+        self.on_batch: Callable[[], None] = _nothing
+        self.on_timer: Callable[[int, float], None] = _nothing
         self.event_limits: tuple[int, int] | None = None
         self._connection = connection
         self._caller = caller
@@ -144,6 +151,7 @@ class Batcher:
                 self._wake.clear()
                 await self._wake.wait()
             await self._connection.up.wait()
+            self.on_batch()
             if batch := self._take():
                 await self._send(batch)
 
@@ -199,23 +207,36 @@ class Batcher:
         for entry in batch:
             shards.setdefault(entry.operation.shard, []).append(entry)
         commands = [self._command(shard, entries) for shard, entries in shards.items()]
+        if bulk:
+            await self._load(commands[0], script_for(self._script, _kinds(next(iter(shards.values())))))
         calls = await self._connection.operate(commands, bulk=bulk)
         if missing := [position for position, call in enumerate(calls) if isinstance(call.reply, ScriptMissing)]:
             # Only these are sent again: the others were applied. EVAL also loads the script.
-            whole = [["EVAL", self._script.text, *commands[position][2:]] for position in missing]
+            scripts = [script_for(self._script, _kinds(entries)) for entries in shards.values()]
+            whole = [["EVAL", scripts[position].text, *commands[position][2:]] for position in missing]
             for position, call in zip(missing, await self._connection.operate(whole, bulk=bulk), strict=True):
                 calls[position] = call
         for entries, call in zip(shards.values(), calls, strict=True):
             if isinstance(call.reply, OrkiError):
                 self._return(entries, call.reply)
             else:
+                if len(call.reply) > len(entries):
+                    self.on_timer(entries[0].operation.shard, int(call.reply.pop()) / 1000)
                 self._resolve(entries, call.reply, call.settle)
 
-    def _command(self, shard: int, entries: Iterable[_Entry]) -> list[Argument]:
+    async def _load(self, command: Sequence[Argument], script: Script) -> None:
+        """Let the server load the script of a command without its operations, which would be sent twice."""
+        empty = command[: 5 + int(command[2])]
+        (call,) = await self._connection.operate([empty], bulk=True)
+        if isinstance(call.reply, ScriptMissing):
+            await self._connection.operate([["EVAL", script.text, *empty[2:]]], bulk=True)
+
+    def _command(self, shard: int, entries: Sequence[_Entry]) -> list[Argument]:
         keys, limits = [self._prefixes[shard]], ""
         if self.event_limits:
             keys, limits = [*keys, *_EVENT_KEYS], "{},{}".format(*self.event_limits)
-        command: list[Argument] = ["EVALSHA", self._script.digest, len(keys), *keys, self._caller, limits]
+        script = script_for(self._script, _kinds(entries))
+        command: list[Argument] = ["EVALSHA", script.digest, len(keys), *keys, self._caller, limits]
         for entry in entries:
             arguments = entry.operation.arguments
             command += (entry.operation.op, len(arguments), *arguments)
@@ -291,6 +312,14 @@ class Batcher:
         self._wake.set()
 
 
+def _kinds(entries: Iterable[_Entry]) -> set[str]:
+    return {entry.operation.op for entry in entries}
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
 def _must_be_durable(operation: Operation[Any], outcome: object) -> bool:
     """Whether an outcome waits for durability: acknowledgements do, and the end of a task that is read."""
     if isinstance(outcome, TaskView):
@@ -310,7 +339,7 @@ def shard_script(retention: float, channel: str = "") -> Script:
     """
     constants = [f"local REASON_{name} = '{Reason.Value(f'REASON_{name}')}'" for name in _REASONS]
     limits = {"RETENTION": round(retention * 1000), "MAX_STEP": _MAX_STEP, "GRACE": _GRACE}
-    limits |= {"MAX_OFFERS": MAX_OFFERS, "MAX_ABANDONED": _MAX_ABANDONED}
+    limits |= {"MAX_OFFERS": MAX_OFFERS, "MAX_ABANDONED": _MAX_ABANDONED, "SOON": _SOON}
     constants += [f"local {name} = {value}" for name, value in limits.items()]
     constants.append(f"local CHANNEL = '{channel}'")
     # The first fence depends on the clock: a store that lost everything continues above the fences that it gave before.

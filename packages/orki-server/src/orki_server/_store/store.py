@@ -16,8 +16,9 @@ from orki_server._keys import LAYOUT_VERSION, FleetKeys
 from orki_server._store.batcher import Batcher, shard_script
 from orki_server._store.connection import StoreConnection
 from orki_server._store.durable import DurableWrites
-from orki_server._store.operations import Assigned, Operation, raise_epoch, shard_of
+from orki_server._store.operations import Assigned, Operation, shard_of
 from orki_server._store.server import MEMORY, Durability
+from orki_server._store.upkeep import raise_epoch
 
 _PROOF_BYTES: Final = 16
 
@@ -84,6 +85,14 @@ class Store:
         await self._batcher.close()
         await self.durable.close()
         await self.connection.close()
+
+    def on_batch(self, fill: Callable[[], None]) -> None:
+        """Call `fill` before each batch of operations is taken; operations that it applies may join the batch."""
+        self._batcher.on_batch = fill
+
+    def on_timer(self, due: Callable[[int, float], None]) -> None:
+        """Call `due` with a shard and the time until a timer that an operation has set there, if that is soon."""
+        self._batcher.on_timer = due
 
     @property
     def up(self) -> bool:

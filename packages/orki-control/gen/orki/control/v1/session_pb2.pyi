@@ -1155,16 +1155,22 @@ class HeartbeatEcho(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
     NUMBER_FIELD_NUMBER: builtins.int
+    IDLE_INTERVAL_MS_FIELD_NUMBER: builtins.int
     number: builtins.int
     """Number of the heartbeat."""
+    idle_interval_ms: builtins.int
+    """Time between heartbeats of an agent without attempts, in milliseconds, if it is longer than that of the welcome. An
+    orchestrator with many sessions bounds the number of heartbeats. Both sides count a peer as lost accordingly later.
+    """
     def __init__(
         self,
         *,
         number: builtins.int = ...,
+        idle_interval_ms: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["number", b"number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["idle_interval_ms", b"idle_interval_ms", "number", b"number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -343,6 +343,13 @@ end
 -- and whether a pause has ended.
 local QUEUED, MAILED, CHANGED, RESUMED = {}, {}, {}, false
 
+-- The first timer that the batch has set, by the shard's clock (ms).
+local NEXT_DUE
+
+local function set_due(due)
+  if not NEXT_DUE or due < NEXT_DUE then NEXT_DUE = due end
+end
+
 local function open_lane(name)
   WRITES[#WRITES + 1] = { 'HSETNX', LANES, name, '' }
   if not HAS_LANES then HAS_LANES, WRITES[#WRITES + 1] = '1', { 'HSET', CLOCK, 'lanes', '1' } end
@@ -351,7 +358,12 @@ end
 -- Collects what changes in the shard's own keys.
 local function compare(task, before, added, removed)
   if task.timer ~= before.timer then
-    if task.timer > 0 then add(added, NEXT_TIMERS, whole(task.timer), task.id) else add(removed, NEXT_TIMERS, task.id) end
+    if task.timer > 0 then
+      add(added, NEXT_TIMERS, whole(task.timer), task.id)
+      set_due(task.timer)
+    else
+      add(removed, NEXT_TIMERS, task.id)
+    end
   end
   local is_queued, was_queued = task.state == 'QUEUED', before.state == 'QUEUED'
   if is_queued and (not was_queued or task.queued_us ~= before.queued_us) then
@@ -366,6 +378,7 @@ local function compare(task, before, added, removed)
       add(removed, STARTS, task.id)
     else
       add(added, STARTS, whole(math.ceil(placement(task).start_us / 1000)), task.id)
+      set_due(NOW + math.ceil((placement(task).start_us - WALL_US) / 1000))
       if not HAS_STARTS then HAS_STARTS, WRITES[#WRITES + 1] = '1', { 'HSET', CLOCK, 'starts', '1' } end
     end
   end

@@ -113,6 +113,7 @@ OPS.raise_budget = function(a)
   WRITES[#WRITES + 1] = { 'HSET', key, 'limit:' .. a[2], packed(limit) }
   WRITES[#WRITES + 1] = { 'ZADD', RAISED, whole(WALL_US), a[1] }
   WRITES[#WRITES + 1] = { 'HSET', CLOCK, 'raised', '1' }
+  set_due(NOW) -- A sweep looks for them.
   return { 'raised', packed(limit), packed(amounts(values[2], key)) }
 end
 

@@ -348,5 +348,8 @@ if ready then
 end
 if PROBLEM then
   for number = 1, #replies do replies[number] = failure(PROBLEM) end
+elseif NEXT_DUE and NEXT_DUE - NOW < SOON then
+  -- The sweeps are less frequent.
+  replies[#replies + 1] = whole(math.max(0, NEXT_DUE - NOW))
 end
 return replies

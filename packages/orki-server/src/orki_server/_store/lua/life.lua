@@ -58,6 +58,7 @@ local function finish(task)
         typed(ORPHANS, 'zset')
         WRITES[#WRITES + 1] = { 'ZADD', ORPHANS, whole(WALL_US), task.id }
         WRITES[#WRITES + 1] = { 'HSET', CLOCK, 'orphans', '1' }
+        set_due(NOW) -- A sweep looks for them.
       end
     end
     remember(task, { checkpoint = '', overdue = '', total_left = '', over_budget = '' })
