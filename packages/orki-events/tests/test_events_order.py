@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from orki.events.v1.usage_pb2 import UsageEvent
+from orki_contract.errors import LocalProtocolError
 from orki_contract.model import Backoff
 from orki_events import ConsumeOptions, Delivery, DeliveryBatch, Events, consumer
 
@@ -212,6 +213,31 @@ async def test_partitions_are_shared_equally(server: Any, opened: Any, usage: An
     for task, stop in runs:
         stop.set()
         await asyncio.wait_for(task, 20)
+
+
+async def test_a_consumer_that_failed_owns_nothing(
+    server: Any, opened: Any, usage: Any, until: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Leases outlive the test, unless they are released.
+    stream, watch, stop = usage(partitions=PARTITIONS, ack_deadline=600.0), Watch(), asyncio.Event()
+    events, consuming = await opened(), await opened()
+    running = asyncio.create_task(events.run(singles(stream, watch, 0, 0), stop=stop))
+    failing = asyncio.create_task(consuming.run(singles(stream, watch, 0, 0)))
+    await until(lambda: server.client.zcard("orki:members:{usage-of-tests}:work") == 2)
+
+    async def broken(*_: Any) -> None:
+        raise LocalProtocolError("it is broken")
+
+    (reader,) = consuming._readers
+    monkeypatch.setattr(reader._executor, "run", broken)
+    reader._command_queue.put_nowait(object())
+    with pytest.raises(LocalProtocolError):
+        await asyncio.wait_for(failing, 20)
+    await until(lambda: server.client.zcard("orki:members:{usage-of-tests}:work") == 1)
+    await events.publish_many(stream, keyed(100, 20))
+    await until(lambda: watch.finished == 100)
+    stop.set()
+    await asyncio.wait_for(running, 20)
 
 
 PROGRAM = """

@@ -28,6 +28,7 @@ from orki_events.entries import stream_keys
 from orki_events.groups import ConsumerGroups
 
 _SAVE_INTERVAL: Final = 2.0
+_LEAVE_TIMEOUT: Final = 1.0
 _UNBLOCK_INTERVAL: Final = 0.05
 _IDLE_CONSUMER: Final = 600.0
 _GROUP: Final = 32
@@ -92,6 +93,7 @@ class GroupReader:
         self._ending = False
         self._shut = False
         self._registered = False
+        self._admitted = asyncio.Event()
         self._closed = asyncio.Event()
         self._error: OrkiError | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -104,7 +106,7 @@ class GroupReader:
     def start(self) -> None:
         loops = [self._read_loop(), self._command_loop(), self._maintenance_loop()]
         if self._leases is not None:
-            loops.append(self._leases.run())
+            loops.append(self._leases.keep(self._admitted, self._closed))
         for loop in loops:
             self._tasks.append(asyncio.create_task(self._guard(loop), name=f"orki-events {self.name}"))
         self._receive(table.Opened())
@@ -259,6 +261,11 @@ class GroupReader:
                         await self._executor.leave()
                         if self._leases is not None:
                             await self._leases.leave()
+            elif self._leases is not None and self._admitted.is_set():
+                # Others must not wait for the end of the leases.
+                with contextlib.suppress(OrkiError):
+                    async with asyncio.timeout(_LEAVE_TIMEOUT):
+                        await self._leases.leave()
         except TimeoutError:
             _log.warning("%s left %d entries for other consumers to claim", self.name, self._machine.held)
         finally:
@@ -414,6 +421,7 @@ class GroupReader:
             await self._register()
             stream, group = self.member.stream, self.member.group
             await services.groups.ensure(services.commands, stream, (group,), consumes=True)
+            self._admitted.set()
         except OrkiError as error:
             if not error.retryable:
                 raise

@@ -30,7 +30,24 @@ class LeaseKeeper:
         self._ownership = Ownership(stream_keys(member.stream), member.consumer, self._lease)
         self._ending = False
 
-    async def run(self) -> None:
+    async def keep(self, admitted: asyncio.Event, closed: asyncio.Event) -> None:
+        """Own partitions from `admitted` until `closed`.
+
+        Raises:
+            OrkiError: The server refuses, and a retry cannot succeed.
+        """
+        await admitted.wait()
+        running, closing = asyncio.ensure_future(self._run()), asyncio.ensure_future(closed.wait())
+        try:
+            await asyncio.wait({running, closing}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            closing.cancel()
+            running.cancel()
+            await asyncio.wait({running})
+        if not running.cancelled():
+            running.result()
+
+    async def _run(self) -> None:
         """Keep leases until cancelled.
 
         Raises:
