@@ -71,13 +71,18 @@ def server_binary() -> Path:
         raise InvalidSetting(f"no embedded Redis: {error}; give the URL of a Redis with --redis") from error
 
 
+_GUARD: Final = 'read -r _; kill -KILL "$0"'
+"""Shell script that kills a process when its standard input closes, which happens also when this process is killed."""
+
+
 class EmbeddedServer:
-    """One server process. Its methods block for some tens of milliseconds."""
+    """One server process. It ends with this process, however that ends. Methods block for some tens of milliseconds."""
 
     def __init__(self, options: EmbeddedOptions = EmbeddedOptions()) -> None:
         self._options = options
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
         self._port = options.port
 
     @property
@@ -126,6 +131,13 @@ class EmbeddedServer:
                 # Ctrl-C in a terminal reaches the whole process group; this process stops the server last.
                 start_new_session=True,
             )
+        self._guard = subprocess.Popen(
+            ["/bin/sh", "-c", _GUARD, str(self._process.pid)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
             self._wait_until_ready(log, start)
         except BaseException:
@@ -188,6 +200,10 @@ class EmbeddedServer:
         self._end(signal.SIGKILL)
 
     def _end(self, number: signal.Signals) -> None:
+        if self._guard is not None:
+            self._guard.kill()
+            self._guard.communicate()
+            self._guard = None
         if self._process is None:
             return
         with contextlib.suppress(ProcessLookupError):
