@@ -53,7 +53,7 @@ def test_a_user_adds_all_kinds_and_uses_them_typed(copy: Path) -> None:
     assert "+ field orki.events.v1.AgentEvent.region: number 100, type string" in said
     assert '+ group "billing" on stream "parcels"' in said
     assert [line for line in said if line.startswith("orki-") and "made" not in line] == [
-        "orki-events: 3 changed files"
+        "orki-events: 4 changed files"
     ]
 
     done = run(copy, "-m", "orki_codegen.generate", "--check")
