@@ -40,7 +40,8 @@ LONG_TESTS = (
     "test_*_kills.py",
     "test_*_laws.py",
     "test_observer_*.py",
-    *("test_*_failover.py", "test_*_durability.py"),
+    *("test_*_failover.py", "test_*_durability.py", "test_*_order.py", "test_*_windows.py", "test_*_trimming.py"),
+    *("test_*_canary.py", "test_*_budget.py", "test_*_health.py"),
 )
 PACKAGE_TESTS = ("packages/*/tests", "examples/*/tests")
 RIG_TESTS = ("tests/bench", "tests/chaos", "tests/simulator")
