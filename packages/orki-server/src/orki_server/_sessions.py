@@ -489,10 +489,8 @@ class SessionServicer(SessionServiceServicer):
             return
         self._updates.ended(session)
         self._events.disconnected(session)
-        if session.left:
-            _log.info("agent %s left after draining", session.agent_id)
-        else:
-            _log.info("agent %s disconnected: %s", session.agent_id, session.cause)
+        how = "left after draining" if session.left else f"disconnected: {session.cause}"
+        _log.info("agent %s %s", session.agent_id, how)
 
 
 async def _until(condition: Callable[[], bool], timeout: float) -> None:
