@@ -63,6 +63,8 @@ def roles(streams: Iterable[Stream], *, prefix: str = "orki", version: tuple[int
                 *registry,
                 *(f"~{pattern}" for each in known for pattern in _stream_keys(each.name)),
                 *_commands(version, _CONNECT, _CALL, _READ, _REGISTER, _PUBLISH),
+                # Probes how durable writes are; servers before Redis 7 cannot tell.
+                *(("(~orki:durable +set)",) if version >= (7,) else ()),
             ),
         )
     ]

@@ -131,6 +131,14 @@ async def test_publisher_and_consumer_do_their_work(applied: Callable[[str], str
         assert (ledger.processed, ledger.dead_lettered, ledger.pending, ledger.unread) == (19, 1, 0, 0)
 
 
+async def test_a_publisher_may_probe_durability(applied: Callable[[str], str], server: EmbeddedServer) -> None:
+    link = Connection(parse_address(server.url), name="t", connect_timeout=5, answer_timeout=5)
+    probe = ("ACL", "DRYRUN", "orki-publisher", "SET")
+    assert await link.execute((*probe, "orki:durable", "", "PX", "1")) == b"OK"
+    assert await link.execute((*probe, "orki:ev:{usage}", "")) != b"OK"
+    await link.close()
+
+
 async def test_the_observers_do_their_work(
     applied: Callable[[str], str],
     observer: Callable[..., Any],
