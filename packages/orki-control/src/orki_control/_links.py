@@ -100,11 +100,16 @@ class Links:
                 self._open.add(self._current)
             return self._current
 
-    def failed(self, link: Link) -> None:
-        """Use the next address for further calls. Other calls on the failed channel go on."""
+    def failed(self, link: Link, *, silent: bool = False) -> None:
+        """Use the next address for further calls. Other calls on the failed channel go on.
+
+        Args:
+            link: The channel.
+            silent: Whether its peer fell silent, so that its connection may be half-open.
+        """
         # gRPC itself connects a channel again, so a single address keeps its channel. With TLS a new one reads the
-        # certificates again.
-        if link is self._current and (self._addresses.count > 1 or self._credentials.encrypted):
+        # certificates again. It takes gRPC 30 s to notice that a connection is half-open.
+        if link is self._current and (silent or self._addresses.count > 1 or self._credentials.encrypted):
             self._current = None
             link.retired = True
 

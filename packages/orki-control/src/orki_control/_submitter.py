@@ -135,6 +135,7 @@ class SubmitterSession:
         self._needed = asyncio.Event()
         self._over = asyncio.Event()
         self._cause: list[OrkiError] = []
+        self._silent = False
         self._ask_again_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._due: float | None = None
@@ -382,6 +383,7 @@ class SubmitterSession:
             self.target = str(link.peer)
             self._over.clear()
             self._cause.clear()
+            self._silent = False
             call = link.submitters.Open()
             self._machine.connection_made(self._loop.time())
             reader = self._loop.create_task(self._read(call), name="orki submitter reader")
@@ -395,7 +397,7 @@ class SubmitterSession:
                 writer.cancel()
                 await asyncio.gather(reader, writer, return_exceptions=True)
             if not isinstance(self._cause[0], SessionUnsupported):
-                self._links.failed(link)
+                self._links.failed(link, silent=self._silent)
         self._deliver(self._machine.connection_lost(self._cause[0]))
         return self._cause[0]
 
@@ -465,6 +467,7 @@ class SubmitterSession:
                 case SessionOpened():
                     self._ask_again_at = 0.0
                 case SessionLost(error):
+                    self._silent = True
                     self._lost(error)
 
 
