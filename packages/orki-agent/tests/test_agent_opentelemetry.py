@@ -139,9 +139,10 @@ async def test_invalid_counts_are_logged_and_do_not_reach_the_handler(
     assert len([each for each in caplog.records if "was not recorded" in each.message]) == 2
 
 
-def test_spans_outside_of_handlers_are_ignored(tracer: Tracer) -> None:
+def test_spans_outside_of_handlers_are_ignored(tracer: Tracer, caplog: pytest.LogCaptureFixture) -> None:
     with tracer.start_as_current_span("chat", attributes=CHAT):
         pass
+    assert caplog.records == []
 
 
 def test_open_spans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
